@@ -1,0 +1,157 @@
+"""Typer commands generated from config dataclasses, and the order in which options win."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import tomllib
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args, get_origin
+
+import typer
+
+from clseave_cli.core.config import StageConfig
+from clseave_cli.errors import UsageError
+
+C = TypeVar("C", bound=StageConfig)
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE.toml", help="Options from a TOML file; flags win."),
+]
+
+
+def command(config_class: type[C], run: Callable[..., None]) -> Callable[..., None]:
+    """The function Typer needs for `run(config, **own)`: one flag per field of `config_class`.
+
+    Parameters of `run` after the first are flags and arguments of the command itself, declared
+    with Typer's own annotations. Options win in this order: flag, `--config` file, `--preset`,
+    default.
+    """
+    own = list(inspect.signature(run, eval_str=True).parameters.values())[1:]
+    flags = [_flag(field, annotation) for field, annotation in _fields(config_class)]
+    extra = [_keyword("config", ConfigFile)]
+    if config_class.PRESETS:
+        names = ", ".join(config_class.PRESETS)
+        preset = typer.Option("--preset", metavar="NAME", help=f"A set of options: {names}.")
+        extra.append(_keyword("preset", Annotated[str | None, preset]))
+
+    def invoke(**given: Any) -> None:
+        own_values = {parameter.name: given.pop(parameter.name) for parameter in own}
+        config_file, preset = given.pop("config"), given.pop("preset", None)
+        run(resolve(config_class, given, config_file, preset), **own_values)
+
+    parameters = [*own, *flags, *extra]
+    invoke.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    invoke.__annotations__ = {p.name: p.annotation for p in parameters}
+    invoke.__doc__ = run.__doc__
+    return invoke
+
+
+def resolve(
+    config_class: type[C],
+    flags: dict[str, Any],
+    config_file: Path | None = None,
+    preset: str | None = None,
+) -> C:
+    """The config that flags, file, preset and defaults make together.
+
+    Raises:
+        UsageError: the preset or a key of the file does not exist, or a value has the wrong type.
+    """
+    values: dict[str, Any] = {}
+    if preset is not None:
+        if preset not in config_class.PRESETS:
+            known = ", ".join(config_class.PRESETS)
+            raise UsageError(f"--preset {preset}: unknown; there are: {known}.")
+        values |= config_class.PRESETS[preset]
+    if config_file is not None:
+        values |= _read_toml(config_class, config_file)
+    for name, value in flags.items():
+        if value is not None and value != []:
+            values[name] = tuple(value) if isinstance(value, list) else value
+    return config_class(**values)
+
+
+def _fields(config_class: type[StageConfig]) -> list[tuple[dataclasses.Field[Any], Any]]:
+    hints = typing.get_type_hints(config_class)
+    return [(field, hints[field.name]) for field in dataclasses.fields(config_class)]
+
+
+def _flag(field: dataclasses.Field[Any], annotation: Any) -> inspect.Parameter:
+    spelling = field.metadata["flag"] or "--" + field.name.replace("_", "-")
+    default = field.default
+    if annotation is bool:
+        spelling = f"{spelling}/--no-{spelling[2:]}"
+        shown = None
+    elif default is None or default == ():
+        shown = None
+    else:
+        shown = str(default)
+    flag = typer.Option(
+        spelling,
+        help=field.metadata["help"],
+        metavar=field.metadata["metavar"],
+        show_default=shown or False,
+        envvar="CLSEAVE_RUNS" if field.name == "runs" else None,
+    )
+    return _keyword(field.name, Annotated[_optional(annotation), flag])
+
+
+def _optional(annotation: Any) -> Any:
+    if get_origin(annotation) is tuple:
+        annotation = list[get_args(annotation)[0]]  # type: ignore[misc]
+    return annotation if _admits_none(annotation) else annotation | None
+
+
+def _admits_none(annotation: Any) -> bool:
+    return isinstance(annotation, types.UnionType) and type(None) in get_args(annotation)
+
+
+def _keyword(name: str, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+    )
+
+
+def _read_toml(config_class: type[StageConfig], path: Path) -> dict[str, Any]:
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config {path}: cannot be read ({error.strerror}).") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: not valid TOML ({error}).") from None
+    annotations = {field.name: annotation for field, annotation in _fields(config_class)}
+    values = {}
+    for key, value in raw.items():
+        name = key.replace("-", "_")
+        if name not in annotations:
+            known = ", ".join(annotations)
+            raise UsageError(f"--config {path}: no option named {key}; there are: {known}.")
+        values[name] = _convert(path, key, value, annotations[name])
+    return values
+
+
+def _convert(path: Path, key: str, value: Any, annotation: Any) -> Any:
+    """`value` as the field's type, by the few types that config fields have."""
+    if isinstance(annotation, types.UnionType):
+        annotation = next(part for part in get_args(annotation) if part is not type(None))
+    if get_origin(annotation) is tuple:
+        items = value if isinstance(value, list) else [value]
+        return tuple(_convert(path, key, item, get_args(annotation)[0]) for item in items)
+    if get_origin(annotation) is typing.Literal:
+        if value in get_args(annotation):
+            return value
+        expected = " or ".join(map(str, get_args(annotation)))
+    elif annotation is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    elif annotation is Path and isinstance(value, str):
+        return Path(value)
+    elif type(value) is annotation:
+        return value
+    else:
+        expected = annotation.__name__
+    raise UsageError(f"--config {path}: {key} = {value!r}, expected {expected}.")

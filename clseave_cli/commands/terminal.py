@@ -1,0 +1,119 @@
+"""What the user sees: progress and notes on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from clseave_cli.core.progress import Task
+
+_LINE_SECONDS = 10.0
+
+stderr = Console(stderr=True, highlight=False)
+stdout = Console(highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """Prints exactly one JSON document on stdout."""
+    json.dump(value, sys.stdout, ensure_ascii=False, indent=2)
+    sys.stdout.write("\n")
+
+
+def _figures(fields: dict[str, float | int | str]) -> str:
+    shown = []
+    for name, value in fields.items():
+        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        shown.append(f"{name.replace('_', ' ')} {text}")
+    return " · ".join(shown)
+
+
+class _BarTask:
+    def __init__(self, bars: Progress, task: TaskID) -> None:
+        self._bars, self._task = bars, task
+
+    def advance(self, amount: int = 1, **fields: float | int | str) -> None:
+        self._bars.update(self._task, advance=amount)
+        if fields:
+            self._bars.update(self._task, figures=_figures(fields))
+
+
+class _LineTask:
+    """Plain lines for logs and pipes: one at most every ten seconds, and one at the end."""
+
+    def __init__(self, description: str, total: int | None, unit: str) -> None:
+        self._description, self._total, self._unit = description, total, unit
+        self._done, self._fields = 0, ""
+        self._start = self._last = time.monotonic()
+
+    def advance(self, amount: int = 1, **fields: float | int | str) -> None:
+        self._done += amount
+        self._fields = _figures(fields) or self._fields
+        if time.monotonic() - self._last >= _LINE_SECONDS:
+            self._last = time.monotonic()
+            self.line()
+
+    def line(self) -> None:
+        of = f"/{self._total}" if self._total is not None else ""
+        seconds = time.monotonic() - self._start
+        parts = [f"{self._done}{of} {self._unit}".strip(), f"{seconds:.0f} s"]
+        if self._fields:
+            parts.append(self._fields)
+        stderr.print(f"{self._description}: " + " · ".join(parts), soft_wrap=True, markup=False)
+
+
+class TerminalProgress:
+    """A `core.progress.Progress`: bars on a terminal, plain lines otherwise."""
+
+    def __init__(self) -> None:
+        self._bars: Progress | None = None
+
+    @contextmanager
+    def task(self, description: str, total: int | None = None, unit: str = "") -> Iterator[Task]:
+        """Draws one piece of work until the block ends."""
+        if not stderr.is_terminal:
+            line_task = _LineTask(description, total, unit)
+            yield line_task
+            line_task.line()
+            return
+        outermost = self._bars is None
+        if self._bars is None:
+            self._bars = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[unit]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("[dim]{task.fields[figures]}"),
+                console=stderr,
+            )
+            self._bars.start()
+        bars = self._bars
+        task = bars.add_task(description, total=total, unit=unit, figures="")
+        try:
+            yield _BarTask(bars, task)
+        finally:
+            if outermost:
+                bars.stop()
+                self._bars = None
+            else:
+                bars.remove_task(task)
+
+    def note(self, message: str) -> None:
+        """Prints a line above the bars."""
+        (self._bars.console if self._bars else stderr).print(message, soft_wrap=True, markup=False)

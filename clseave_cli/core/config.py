@@ -1,0 +1,213 @@
+"""The options of every stage: one frozen dataclass each, defaults and help texts included.
+
+A field's name is its flag (`batch_size` → `--batch-size`), its key in `--config FILE.toml`, and its
+key in `run.json`; the command line is generated from here, so a flag means the same in every
+command. This module imports nothing heavy: `clseave --help` reads it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+def option(default: Any, help: str, *, flag: str | None = None, metavar: str | None = None) -> Any:
+    """A config field with the help text its flag shows.
+
+    Args:
+        default: the value when neither flag, config file nor preset sets it.
+        help: one line, shown by `--help`.
+        flag: the flag's spelling where it is not the field's name with hyphens.
+        metavar: what stands for the value in `--help`.
+    """
+    return field(default=default, metadata={"help": help, "flag": flag, "metavar": metavar})
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """What every stage needs: where models lie, on what to compute, and the seed."""
+
+    #: Named sets of options, by preset name; a subclass fills it.
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    runs: Path = option(Path("runs"), "Folder of the models.", metavar="DIR")
+    seed: int = option(0, "Seed of every random choice.")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N.")
+    precision: Precision = option("auto", "Arithmetic of the matrix products.")
+
+    def replace(self, **changes: Any) -> Any:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where a stage's data lie and how strictly they are read."""
+
+    data: str = option("data", "Data folder, or hf:ORG/NAME on the hub.", metavar="DIR")
+    images: Path | None = option(
+        None, "Folder of the images; otherwise found in the data folder.", metavar="DIR"
+    )
+    skip_bad: bool = option(False, "Set bad rows aside in a .rejected.jsonl and go on.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(StageConfig):
+    """What the training loop needs to know, whatever it trains."""
+
+    epochs: int = option(10, "Passes over the training data.")
+    batch_size: int = option(128, "Examples in one optimiser step.")
+    learning_rate: float = option(1e-4, "Peak learning rate.")
+    weight_decay: float = option(0.0, "Decoupled weight decay (AdamW).")
+    warmup_fraction: float = option(0.1, "Share of the steps over which the rate rises.")
+    schedule: Literal["constant", "linear", "cosine"] = option(
+        "linear", "How the learning rate falls after the warm-up."
+    )
+    accumulation: int = option(1, "Parts a batch is computed in, to save memory.")
+    clip_norm: float | None = option(None, "Largest gradient norm; unset: no clipping.")
+    patience: int | None = option(
+        None, "Stop after this many epochs without a better dev figure; unset: never."
+    )
+    max_steps: int | None = option(None, "Stop after this many optimiser steps.")
+    checkpoint_minutes: float = option(10.0, "Minutes between two saved training states.")
+    resume: bool = option(False, "Continue an interrupted run from its last saved state.")
+    train_split: str = option("train", "Name of the split to train on.")
+    dev_split: str = option("dev", "Name of the split that chooses the checkpoint.")
+    allow_leak: bool = option(False, "Allow an image to be in two splits.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig(StageConfig):
+    """`demo`: the whole method on the built-in mini-VE world."""
+
+    out: Path = option(Path("demo"), "Folder for data, models and report.", metavar="DIR")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranslateConfig(StageConfig):
+    """`translate`: the hypotheses of a data set in another language."""
+
+    data: Path = option(Path("data"), "Data folder.", metavar="DIR")
+    lang: tuple[str, ...] = option((), "Language to translate into; repeat for several.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(TrainingConfig, DataConfig):
+    """`pretrain`: contrastive training of a CLIP-family model from image-caption pairs."""
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "mini-ve": {},
+    }
+
+    clip: str | None = option(
+        None, "Model to start from (hub id or folder); unset: from scratch.", metavar="NAME_OR_DIR"
+    )
+    out: Path | None = option(None, "Folder to write; unset: RUNS/clip.", metavar="DIR")
+    epochs: int = option(30, "Passes over the training data.")
+    learning_rate: float = option(5e-4, "Peak learning rate.")
+    weight_decay: float = option(0.1, "Decoupled weight decay (AdamW).")
+    schedule: Literal["constant", "linear", "cosine"] = option(
+        "cosine", "How the learning rate falls after the warm-up."
+    )
+    clip_norm: float | None = option(1.0, "Largest gradient norm; unset: no clipping.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TrainingConfig, DataConfig):
+    """`finetune-ve`: CLIP-VE, the English visual-entailment model (thesis 3.1.2)."""
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "thesis": {
+            "clip": "openai/clip-vit-base-patch16",
+            "batch_size": 64,
+            "learning_rate": 1e-6,
+            "weight_decay": 0.0,
+            "warmup_fraction": 0.0,
+            "schedule": "constant",
+            "patience": 1,
+            "epochs": 20,
+            "select": "loss",
+        },
+        "mini-ve": {},
+    }
+
+    clip: str = option(
+        "openai/clip-vit-base-patch16",
+        "CLIP model to fine-tune (hub id or folder).",
+        metavar="NAME_OR_DIR",
+    )
+    out: Path | None = option(None, "Folder to write; unset: RUNS/clip-ve.", metavar="DIR")
+    epochs: int = option(20, "Passes over the training data, early stopping apart.")
+    batch_size: int = option(64, "Examples in one optimiser step.")
+    learning_rate: float = option(1e-6, "Peak learning rate.")
+    warmup_fraction: float = option(0.0, "Share of the steps over which the rate rises.")
+    schedule: Literal["constant", "linear", "cosine"] = option(
+        "constant", "How the learning rate falls after the warm-up."
+    )
+    patience: int | None = option(
+        1, "Stop after this many epochs without a better dev figure; unset: never."
+    )
+    select: Literal["loss", "accuracy"] = option("loss", "Dev figure that chooses the checkpoint.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignConfig(TrainingConfig, DataConfig):
+    """`align`: a multilingual student of the CLIP-VE text encoder (thesis 3.3)."""
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "thesis": {
+            "student": "google-bert/bert-base-multilingual-cased",
+            "batch_size": 128,
+            "learning_rate": 1e-4,
+            "weight_decay": 0.01,
+            "warmup_fraction": 0.1,
+            "schedule": "linear",
+            "epochs": 22,
+            "patience": 9,
+            "select": "mse",
+        },
+        "mini-ve": {},
+    }
+
+    lang: tuple[str, ...] = option((), "Language to align; repeat for one student of several.")
+    student: str = option(
+        "google-bert/bert-base-multilingual-cased",
+        "Encoder to train (hub id or folder).",
+        metavar="NAME_OR_DIR",
+    )
+    teacher: Path | None = option(
+        None, "CLIP-VE folder to imitate; unset: RUNS/clip-ve.", metavar="DIR"
+    )
+    out: Path | None = option(None, "Folder to write; unset: RUNS/align-LANG.", metavar="DIR")
+    epochs: int = option(9, "Passes over the training data.")
+    weight_decay: float = option(0.01, "Decoupled weight decay (AdamW).")
+    select: Literal["auto", "accuracy", "mse"] = option(
+        "auto", "Dev figure that chooses the checkpoint; auto: accuracy where images are there."
+    )
+    dev_fraction: float = option(
+        0.05, "Share of the training sentences held out where there is no dev file."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(StageConfig, DataConfig):
+    """`evaluate`: how good, in every language, and did it look at the photo?"""
+
+    lang: tuple[str, ...] = option((), "Language to evaluate; repeat; unset: all there are.")
+    split: str = option("test", "Name of the split to evaluate on.")
+    batch_size: int = option(256, "Examples computed at once.")
+    train_split: str = option("train", "Split the hypothesis-only baseline learns from.")
+    resamples: int = option(2000, "Bootstrap resamples behind every interval.")
+    report: Path | None = option(None, "Folder for the report; unset: none.", metavar="DIR")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig(StageConfig):
+    """`predict`: the label of one image and sentence, or of a file of them."""
+
+    lang: str = option("en", "Language of the hypothesis.")
+    batch_size: int = option(256, "Pairs computed at once.")

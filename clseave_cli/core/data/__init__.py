@@ -1,0 +1,1 @@
+"""SNLI-VE-shaped data: reading, validating, joining languages, images, the mini-VE world."""

@@ -1,0 +1,154 @@
+"""Files and folders that appear whole or not at all, and fingerprints of what is in them."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from clseave_cli.errors import ClseaveError, DataError, ModelError
+
+_CHUNK_BYTES = 1 << 20
+
+
+def _disk_error(error: OSError, target: Path) -> ClseaveError | None:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return ClseaveError(
+            f"{target}: the disk is full; what was there before is untouched. "
+            "Free some space and run the same command again."
+        )
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return ClseaveError(
+            f"{target}: cannot be written ({error.strerror}); choose another folder."
+        )
+    return None
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Turns a full or read-only disk met inside the block into a `ClseaveError` naming `target`."""
+    try:
+        yield
+    except OSError as error:
+        translated = _disk_error(error, target)
+        if translated is None:
+            raise
+        raise translated from error
+
+
+def fsync_folder(folder: Path) -> None:
+    """Makes the names in `folder` survive a power cut (POSIX: a rename needs its folder synced)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_file(target: Path) -> Iterator[BinaryIO]:
+    """Opens a binary file that becomes `target` when the block ends well, and vanishes otherwise.
+
+    Raises:
+        ClseaveError: the disk is full or read-only; an older `target` is left as it was.
+    """
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        aside = Path(name)
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            aside.chmod(0o666 & ~_umask())
+            aside.replace(target)
+            fsync_folder(target.parent)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, which takes `target`'s place when the block ends well.
+
+    An older `target` is replaced as a whole; until the last rename it stays readable.
+
+    Raises:
+        ClseaveError: the disk is full or read-only; an older `target` is left as it was.
+    """
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        try:
+            yield aside
+            for path in aside.rglob("*"):
+                if path.is_file():
+                    with path.open("rb") as stream:
+                        os.fsync(stream.fileno())
+            aside.chmod(0o777 & ~_umask())
+            if target.exists():
+                old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+                target.rename(old / target.name)
+                aside.rename(target)
+                shutil.rmtree(old)
+            else:
+                aside.rename(target)
+            fsync_folder(target.parent)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(target: Path, value: Any) -> None:
+    """Writes `value` as indented UTF-8 JSON, atomically."""
+    with atomic_file(target) as stream:
+        stream.write((json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON document that clseave wrote.
+
+    Raises:
+        ModelError: the file is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such file; is this a folder that clseave wrote?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: damaged, not valid JSON ({error}); make it again.") from None
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as stream:
+            while chunk := stream.read(_CHUNK_BYTES):
+                digest.update(chunk)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
+    return digest.hexdigest()
+
+
+def json_digest(value: Any) -> str:
+    """SHA-256 of a JSON value, independent of key order, in hex."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()

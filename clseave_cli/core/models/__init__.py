@@ -1,0 +1,1 @@
+"""The networks: entailment head, CLIP-VE, the multilingual student, and their backbones."""

@@ -1,0 +1,1 @@
+"""Translation engines and the memory that keeps what they said."""

@@ -1,0 +1,48 @@
+"""The exception tree: everything the program refuses is a `ClseaveError`.
+
+`main` turns one of these into a single line on stderr and its exit code. A message says what is
+wrong, where (file and line), what was expected, and what to do about it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class ClseaveError(Exception):
+    """Anything clseave refuses, with a one-line message meant for the user."""
+
+    exit_code = 1
+
+
+class UsageError(ClseaveError):
+    """The command line or configuration asks for something that does not exist."""
+
+    exit_code = 2
+
+
+class DataError(ClseaveError):
+    """An input file, row or image is missing, damaged or contradicts itself."""
+
+    @classmethod
+    def at(cls, path: Path | str, line: int, message: str) -> DataError:
+        """An error about one line of a file, written `file:line: message`."""
+        return cls(f"{path}:{line}: {message}")
+
+
+class ModelError(ClseaveError):
+    """A model folder is missing, damaged, or does not fit the other models."""
+
+
+class TrainingError(ClseaveError):
+    """Training cannot go on: the loss is not finite, or the embeddings collapsed."""
+
+
+class TranslationError(ClseaveError):
+    """A translation engine refuses to work, or rows are left untranslated."""
+
+
+class Interrupted(ClseaveError):
+    """The user stopped the run; everything finished so far is on disk."""
+
+    exit_code = 130

@@ -1,0 +1,16 @@
+"""The three labels of visual entailment: their names, order and ids, defined once."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Label = Literal["entailment", "neutral", "contradiction"]
+
+#: Label names by id: `LABELS[0]` is `entailment`. Logits follow this order everywhere.
+LABELS: tuple[Label, ...] = ("entailment", "neutral", "contradiction")
+
+#: Id by label name.
+LABEL_IDS: dict[str, int] = {name: index for index, name in enumerate(LABELS)}
+
+#: Id of a row that carries no label (text-only data, or SNLI's `-`: no majority).
+UNLABELLED = -1

@@ -1,0 +1,101 @@
+"""The Typer app: registers the subcommands and turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from clseave_cli import __version__
+from clseave_cli.commands import (
+    align,
+    demo,
+    evaluate,
+    finetune_ve,
+    options,
+    predict,
+    pretrain,
+    translate,
+)
+from clseave_cli.core import config
+from clseave_cli.errors import ClseaveError, Interrupted
+
+app = typer.Typer(
+    name="clseave",
+    help="Cross-lingual visual entailment: does this photo entail that sentence, in any language?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_debug = False
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"clseave {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    global _debug
+    _debug = debug
+
+
+def _interruptible(function: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(function)
+    def call(**arguments: Any) -> None:
+        try:
+            function(**arguments)
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted; everything finished so far is on disk.") from None
+
+    return call
+
+
+_COMMANDS = {
+    "demo": (config.DemoConfig, demo.run),
+    "translate": (config.TranslateConfig, translate.run),
+    "pretrain": (config.PretrainConfig, pretrain.run),
+    "finetune-ve": (config.FinetuneConfig, finetune_ve.run),
+    "align": (config.AlignConfig, align.run),
+    "evaluate": (config.EvaluateConfig, evaluate.run),
+    "predict": (config.PredictConfig, predict.run),
+}
+
+for _name, (_config_class, _run) in _COMMANDS.items():
+    app.command(_name)(_interruptible(options.command(_config_class, _run)))
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    print(f"clseave: {' '.join(message.splitlines())}", file=sys.stderr)
+    sys.exit(exit_code)
+
+
+def main() -> None:
+    """Runs the command line; every error ends in one line on stderr and its exit code."""
+    try:
+        app()
+    except ClseaveError as error:
+        if _debug:
+            raise
+        _fail(str(error), error.exit_code)
+    except BrokenPipeError:
+        # The reader went away (`clseave … | head`): nothing is wrong, and nobody listens.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        if _debug:
+            raise
+        _fail(f"internal error: {type(error).__name__}: {error} (--debug shows where)", 1)
