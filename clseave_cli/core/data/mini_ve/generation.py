@@ -1,0 +1,404 @@
+"""Samples the built-in world, balances its labels, and writes it as an SNLI-VE folder."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import cycle
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+from clseave_cli.core.data.mini_ve.captions import captions
+from clseave_cli.core.data.mini_ve.drawing import draw
+from clseave_cli.core.data.mini_ve.grammar import LANGUAGES, NUM_TEMPLATES, say
+from clseave_cli.core.data.mini_ve.world import (
+    COUNTS,
+    FORMS,
+    GRID,
+    ITEMS,
+    Absence,
+    Conjunction,
+    Count,
+    Curtain,
+    Hypothesis,
+    Item,
+    Presence,
+    Scene,
+    descriptions,
+    item_pairs,
+)
+from clseave_cli.core.files import atomic_folder
+from clseave_cli.core.progress import SILENT, Progress
+from clseave_cli.errors import DataError, UsageError
+from clseave_cli.labels import LABELS, Label
+
+#: Changes whenever the same seed gives another world.
+VERSION = 1
+
+SPLITS = ("train", "dev", "test")
+
+#: The part of all rows that each form takes.
+FORM_SHARES = {"presence": 0.31, "absence": 0.31, "count": 0.12, "conjunction": 0.26}
+
+#: The part of the pairs of coloured shapes whose conjunction is said in the test split only,
+#: where they make up half of the conjunctions.
+HELD_OUT_SHARE = 0.2
+
+#: How often there is a curtain. A neutral row needs one, an entailed count or absence none.
+_CURTAIN_PROBABILITY = 0.5
+
+#: How often a scene shows 1, 2, … shapes. There are only 400 scenes of one shape and no curtain,
+#: and all splits must share them.
+_SHOWN_WEIGHTS = {1: 8, 2: 23, 3: 23, 4: 23, 5: 23}
+
+#: Width and height in cells. At least four cells, so that any conjunction could be behind it.
+_CURTAIN_SIZES = ((1, GRID), (2, GRID), (GRID, 1), (GRID, 2), (2, 2), (2, 3), (3, 2))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large a world to make.
+
+    Attributes:
+        train_scenes: Scenes, that is pictures, in the training split.
+        dev_scenes: Scenes in the development split.
+        test_scenes: Scenes in the test split.
+        train_hypotheses: Hypotheses per training scene, on average.
+        dev_hypotheses: Hypotheses per development scene, on average.
+        test_hypotheses: Hypotheses per test scene, on average.
+        captions: Captions per training and development scene.
+    """
+
+    train_scenes: int = 5000
+    dev_scenes: int = 400
+    test_scenes: int = 600
+    train_hypotheses: int = 5
+    dev_hypotheses: int = 6
+    test_hypotheses: int = 6
+    captions: int = 4
+
+    def scenes(self, split: str) -> int:
+        """Scenes in `split`."""
+        return {"train": self.train_scenes, "dev": self.dev_scenes, "test": self.test_scenes}[split]
+
+    def hypotheses(self, split: str) -> int:
+        """Hypotheses per scene of `split`."""
+        return {
+            "train": self.train_hypotheses,
+            "dev": self.dev_hypotheses,
+            "test": self.test_hypotheses,
+        }[split]
+
+
+@dataclass(frozen=True)
+class MiniVE:
+    """A world on disk, and what is in it.
+
+    Attributes:
+        folder: Where it was written.
+        seed: What it was sampled with.
+        num_scenes: Scenes by split.
+        num_pairs: Rows by split, form and label.
+        num_sentences: Distinct English hypotheses by split.
+        num_unseen: Test rows whose conjunction no training or development row says.
+        num_captions: Captions by split, where there are any.
+    """
+
+    folder: Path
+    seed: int
+    num_scenes: Mapping[str, int]
+    num_pairs: Mapping[str, Mapping[str, Mapping[Label, int]]]
+    num_sentences: Mapping[str, int]
+    num_unseen: int
+    num_captions: Mapping[str, int]
+
+
+class _Saying(NamedTuple):
+    """A hypothesis and the paraphrase in which it is said: one sentence of each language."""
+
+    hypothesis: Hypothesis
+    template: int
+
+
+class _Row(NamedTuple):
+    scene: int
+    saying: _Saying
+    label: Label
+
+
+def generate(
+    out: Path, *, seed: int = 0, sizes: Sizes = Sizes(), progress: Progress = SILENT
+) -> MiniVE:
+    """Makes a world and writes it to `out` as an SNLI-VE folder.
+
+    The folder holds `images/`, `snli_ve_{split}.jsonl`, `snli_ve_{split}.{lang}.jsonl` in five
+    languages, `captions_train.jsonl`, `captions_dev.jsonl`, and `world.json`. The same seed and
+    sizes give the same bytes. In every split every sentence has each label equally often, so
+    nothing can be learnt from the sentence alone.
+
+    Args:
+        out: The folder to write. An older world there is replaced.
+        seed: Another seed gives other scenes.
+        sizes: How many scenes, hypotheses and captions.
+        progress: Told about every picture drawn.
+
+    Raises:
+        DataError: `out` holds something that is not a world made here.
+        UsageError: `sizes` are too small to balance the labels.
+        ClseaveError: the disk is full or read-only.
+    """
+    _check_replaceable(out)
+    scenes = _sample_scenes(seed, sizes)
+    held_out = _held_out_pairs(seed)
+    rows = {split: _sample_rows(split, scenes[split], held_out, seed, sizes) for split in SPLITS}
+    world = MiniVE(
+        folder=out,
+        seed=seed,
+        num_scenes={split: len(scenes[split]) for split in SPLITS},
+        num_pairs={split: _count_pairs(rows[split]) for split in SPLITS},
+        num_sentences={split: len({row.saying for row in rows[split]}) for split in SPLITS},
+        num_unseen=sum(_pair(row.saying.hypothesis) in held_out for row in rows["test"]),
+        num_captions={
+            split: len(scenes[split]) * sizes.captions for split in SPLITS if split != "test"
+        },
+    )
+    with atomic_folder(out) as folder:
+        (folder / "images").mkdir()
+        total = sum(world.num_scenes.values())
+        with progress.task("drawing mini-VE", total=total, unit="scenes") as task:
+            for split in SPLITS:
+                for name in _draw_all(folder / "images", split, scenes[split], seed):
+                    task.advance(1, picture=name)
+        for split in SPLITS:
+            _write_split(folder, split, scenes[split], rows[split], seed, sizes)
+        _write_lines(folder / "world.json", [_describe(world, sizes)], indent=2)
+    return world
+
+
+def _check_replaceable(out: Path) -> None:
+    if (
+        out.exists()
+        and not (out / "world.json").is_file()
+        and (not out.is_dir() or any(out.iterdir()))
+    ):
+        raise DataError(
+            f"{out}: already holds something that is not a mini-VE world; choose another folder."
+        )
+
+
+def _random(seed: int, purpose: str) -> Random:
+    # A generator per purpose: a change in one part of the world leaves the other parts alone.
+    return Random(f"mini-VE/{VERSION}/{seed}/{purpose}")
+
+
+# --- scenes -------------------------------------------------------------------------------------
+
+
+def _sample_scenes(seed: int, sizes: Sizes) -> dict[str, list[Scene]]:
+    """Scenes by split, no two of them equal."""
+    rng = _random(seed, "scenes")
+    seen: set[Scene] = set()
+    scenes: dict[str, list[Scene]] = {split: [] for split in SPLITS}
+    for split in SPLITS:
+        while len(scenes[split]) < sizes.scenes(split):
+            scene = _sample_scene(rng)
+            if scene not in seen:
+                seen.add(scene)
+                scenes[split].append(scene)
+    return scenes
+
+
+def _sample_scene(rng: Random) -> Scene:
+    curtain = _sample_curtain(rng) if rng.random() < _CURTAIN_PROBABILITY else None
+    hidden = curtain.cells() if curtain else ()
+    in_view = [cell for cell in range(GRID * GRID) if cell not in hidden]
+    [number] = rng.choices(list(_SHOWN_WEIGHTS), list(_SHOWN_WEIGHTS.values()))
+    cells = sorted(rng.sample(in_view, number))
+    # All different, so that a caption's list of things also says how many there are.
+    return Scene(tuple(zip(cells, rng.sample(ITEMS, number), strict=True)), curtain)
+
+
+def _sample_curtain(rng: Random) -> Curtain:
+    columns, rows = rng.choice(_CURTAIN_SIZES)
+    return Curtain(rng.randint(0, GRID - columns), rng.randint(0, GRID - rows), columns, rows)
+
+
+# --- hypotheses ---------------------------------------------------------------------------------
+
+
+def _held_out_pairs(seed: int) -> set[frozenset[Item]]:
+    pairs = item_pairs()
+    chosen = _random(seed, "held out").sample(pairs, round(HELD_OUT_SHARE * len(pairs)))
+    return {frozenset(pair) for pair in chosen}
+
+
+def _pair(hypothesis: Hypothesis) -> frozenset[Item]:
+    if isinstance(hypothesis, Conjunction):
+        return frozenset((hypothesis.first, hypothesis.second))
+    return frozenset()
+
+
+def _pools(split: str, held_out: set[frozenset[Item]]) -> list[tuple[float, list[Hypothesis]]]:
+    """The hypotheses that `split` may use, in groups with their part of the rows."""
+    known: list[Hypothesis] = []
+    unseen: list[Hypothesis] = []
+    for one, other in item_pairs():
+        pool = unseen if frozenset((one, other)) in held_out else known
+        pool += [Conjunction(one, other), Conjunction(other, one)]
+    pools: list[tuple[float, list[Hypothesis]]] = [
+        (FORM_SHARES["presence"], [Presence(what) for what in descriptions()]),
+        (FORM_SHARES["absence"], [Absence(what) for what in descriptions()]),
+        (FORM_SHARES["count"], [Count(number) for number in COUNTS]),
+    ]
+    if split == "test":
+        half = FORM_SHARES["conjunction"] / 2
+        return [*pools, (half, known), (half, unseen)]
+    return [*pools, (FORM_SHARES["conjunction"], known)]
+
+
+def _sample_rows(
+    split: str, scenes: list[Scene], held_out: set[frozenset[Item]], seed: int, sizes: Sizes
+) -> list[_Row]:
+    """Rows in threes: a sentence with an entailed, a neutral and a contradicted scene.
+
+    So every sentence is balanced exactly, whatever the scenes are.
+
+    Raises:
+        UsageError: there are too few scenes.
+    """
+    rng = _random(seed, f"hypotheses/{split}")
+    num_triples = len(scenes) * sizes.hypotheses(split) // len(LABELS)
+    turns: list[Iterator[_Saying]] = []
+    for share, pool in _pools(split, held_out):
+        turns += [_in_turn(pool, rng)] * round(share * num_triples)
+    rng.shuffle(turns)
+    # The scene used last is the last to be tried: all get about equally many hypotheses.
+    queue = rng.sample(range(len(scenes)), len(scenes))
+    asked: list[set[Hypothesis]] = [set() for _ in scenes]
+    rows: list[_Row] = []
+    for sayings in turns:
+        for _ in range(_MAX_TRIES):
+            saying = next(sayings)
+            triple = _triple(saying, scenes, queue, asked)
+            if triple:
+                break
+        else:
+            raise UsageError(
+                f"mini-VE: {len(scenes)} {split} scenes are too few to balance the labels of "
+                f"{sizes.hypotheses(split)} hypotheses each; ask for more scenes."
+            )
+        for row in triple:
+            asked[row.scene].add(saying.hypothesis)
+            queue.remove(row.scene)
+            queue.append(row.scene)
+        rows += triple
+    rng.shuffle(rows)
+    return sorted(rows, key=lambda row: row.scene)
+
+
+_MAX_TRIES = 200
+
+
+def _in_turn(pool: list[Hypothesis], rng: Random) -> Iterator[_Saying]:
+    """Every sentence about `pool` in random order, again and again: all are equally frequent."""
+    sayings = [_Saying(each, template) for each in pool for template in range(NUM_TEMPLATES)]
+    rng.shuffle(sayings)
+    return cycle(sayings)
+
+
+def _triple(
+    saying: _Saying, scenes: list[Scene], queue: list[int], asked: list[set[Hypothesis]]
+) -> list[_Row]:
+    """The first scene in `queue` for each label, or nothing if a label has no scene left."""
+    found: dict[Label, _Row] = {}
+    for index in queue:
+        label = saying.hypothesis.judge(scenes[index])
+        if label not in found and saying.hypothesis not in asked[index]:
+            found[label] = _Row(index, saying, label)
+            if len(found) == len(LABELS):
+                return list(found.values())
+    return []
+
+
+def _count_pairs(rows: list[_Row]) -> dict[str, dict[Label, int]]:
+    counts = Counter((row.saying.hypothesis.form, row.label) for row in rows)
+    return {form: {label: counts[form, label] for label in LABELS} for form in FORMS}
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def _image_name(split: str, index: int) -> str:
+    return f"{split}-{index:05d}.png"
+
+
+def _draw_all(folder: Path, split: str, scenes: list[Scene], seed: int) -> Iterator[str]:
+    for index, scene in enumerate(scenes):
+        name = _image_name(split, index)
+        draw(scene, _random(seed, f"drawing/{name}")).save(folder / name, compress_level=1)
+        yield name
+
+
+def _write_split(
+    folder: Path, split: str, scenes: list[Scene], rows: list[_Row], seed: int, sizes: Sizes
+) -> None:
+    rng = _random(seed, f"captions/{split}")
+    texts = [captions(scene, sizes.captions, rng) for scene in scenes]
+    if split != "test":
+        _write_lines(
+            folder / f"captions_{split}.jsonl",
+            (
+                {"image": _image_name(split, index), "caption": caption}
+                for index, several in enumerate(texts)
+                for caption in several
+            ),
+        )
+    for language in LANGUAGES:
+        suffix = "" if language == "en" else f".{language}"
+        _write_lines(
+            folder / f"snli_ve_{split}{suffix}.jsonl", _records(split, texts, rows, language)
+        )
+
+
+def _records(
+    split: str, texts: list[list[str]], rows: list[_Row], language: str
+) -> Iterator[dict[str, Any]]:
+    asked: Counter[int] = Counter()
+    for row in rows:
+        image = _image_name(split, row.scene)
+        record = {
+            "Flickr30K_ID": image,
+            "sentence1": texts[row.scene][0],
+            "sentence2": say(*row.saying, language),
+            "gold_label": row.label,
+            "pairID": f"{image}#0h{asked[row.scene]}",
+            "captionID": f"{image}#0",
+        }
+        asked[row.scene] += 1
+        if language != "en":
+            record["sentence2_en"] = say(*row.saying, "en")
+        yield record
+
+
+def _write_lines(path: Path, values: Iterable[Any], indent: int | None = None) -> None:
+    with path.open("w", encoding="utf-8", newline="\n") as stream:
+        for value in values:
+            stream.write(json.dumps(value, ensure_ascii=False, indent=indent) + "\n")
+
+
+def _describe(world: MiniVE, sizes: Sizes) -> dict[str, Any]:
+    return {
+        "world": "mini-VE",
+        "version": VERSION,
+        "seed": world.seed,
+        "sizes": asdict(sizes),
+        "languages": LANGUAGES,
+        "num_scenes": world.num_scenes,
+        "num_pairs": world.num_pairs,
+        "num_sentences": world.num_sentences,
+        "num_unseen": world.num_unseen,
+        "num_captions": world.num_captions,
+    }
