@@ -1,1 +1,1 @@
-"""The library under the commands: no terminal, no printing; frozen configs in, frozen results out."""
+"""The library under the commands: frozen configs in, frozen results out; it never prints."""

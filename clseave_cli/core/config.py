@@ -91,8 +91,57 @@ class DemoConfig(StageConfig):
 class TranslateConfig(StageConfig):
     """`translate`: the hypotheses of a data set in another language."""
 
-    data: Path = option(Path("data"), "Data folder.", metavar="DIR")
+    data: Path = option(Path("data"), "Folder of the snli_ve_SPLIT files.", metavar="DIR")
+    split: tuple[str, ...] = option(
+        (), "Split to translate; repeat; unset: those of train, dev and test that exist."
+    )
+    input: tuple[Path, ...] = option(
+        (), "Translate this file instead (.jsonl, .csv, .tsv, .txt, .parquet); repeat.",
+        metavar="FILE",
+    )  # fmt: skip
+    out: Path | None = option(None, "Folder to write; unset: beside the input.", metavar="DIR")
+    field: str | None = option(
+        None, "Field to translate; unset: sentence2, hypothesis or text, whichever there is."
+    )
     lang: tuple[str, ...] = option((), "Language to translate into; repeat for several.")
+    source: str = option("en", "Language to translate from.")
+    engine: str = option("nmt", "nmt (local), google, libre, file, or an installed plug-in.")
+    model: str | None = option(
+        None,
+        "nmt: seq2seq model (hub id or folder), {lang} stands for the language;"
+        " unset: facebook/m2m100_418M.",
+        metavar="NAME_OR_DIR",
+    )
+    backend: Literal["auto", "transformers", "ctranslate2"] = option(
+        "auto", "nmt: what computes; auto: ctranslate2 where it is installed and fits."
+    )
+    beams: int = option(4, "nmt: width of the beam search.")
+    batch_size: int | None = option(
+        None, "Texts in one call of the engine; unset: what suits the engine."
+    )
+    url: str | None = option(None, "google, libre: address of the service.")
+    translations: Path | None = option(
+        None, "file: existing translations, .tsv or .jsonl.", metavar="FILE"
+    )
+    match: Literal["auto", "pairID", "text"] = option(
+        "auto", "file: what identifies a row; auto: pairID where the file has it."
+    )
+    requests_per_second: float | None = option(
+        None, "At most so many requests a second; unset: google 5, otherwise no limit."
+    )
+    concurrency: int | None = option(
+        None, "Requests under way at a time; unset: what suits the engine."
+    )
+    timeout_seconds: float = option(30.0, "Longest wait for one answer.")
+    retries: int = option(5, "Further tries of a request that failed.")
+    retry_seconds: float = option(1.0, "Wait before the first of them; doubles each time.")
+    on_suspect: Literal["keep", "retry", "drop"] = option(
+        "keep", "What happens to a translation that a check finds suspect; kept ones are marked."
+    )
+    review: int = option(0, "Rows in a side-by-side sample for a speaker to look over.")
+    memory: Path | None = option(
+        None, "Translation memory; unset: CACHE/translation/memory.sqlite.", metavar="FILE"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +156,12 @@ class PretrainConfig(TrainingConfig, DataConfig):
         None, "Model to start from (hub id or folder); unset: from scratch.", metavar="NAME_OR_DIR"
     )
     out: Path | None = option(None, "Folder to write; unset: RUNS/clip.", metavar="DIR")
+    captions_per_image: int = option(1, "Captions an image meets in one step.")
+    image_size: int = option(224, "From scratch: picture size in pixels.")
+    patch_size: int = option(16, "From scratch: patch size in pixels.")
+    width: int = option(512, "From scratch: hidden width of both towers.")
+    layers: int = option(12, "From scratch: layers of both towers.")
+    embedding_dim: int = option(512, "From scratch: width of the shared space.")
     epochs: int = option(30, "Passes over the training data.")
     learning_rate: float = option(5e-4, "Peak learning rate.")
     weight_decay: float = option(0.1, "Decoupled weight decay (AdamW).")

@@ -133,12 +133,12 @@ def read_json(path: Path) -> Any:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex.
+    """BLAKE2b-256 of a file's bytes, in hex (`b2sum -l 256`; twice SHA-256's speed without SHA-NI).
 
     Raises:
         DataError: the file cannot be read.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.blake2b(digest_size=32)
     try:
         with path.open("rb") as stream:
             while chunk := stream.read(_CHUNK_BYTES):
@@ -149,6 +149,6 @@ def file_digest(path: Path) -> str:
 
 
 def json_digest(value: Any) -> str:
-    """SHA-256 of a JSON value, independent of key order, in hex."""
+    """BLAKE2b-256 of a JSON value, independent of key order, in hex."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.blake2b(text.encode(), digest_size=32).hexdigest()

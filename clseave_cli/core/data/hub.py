@@ -1,0 +1,81 @@
+"""Data sets of the hub, written out once as an ordinary data folder."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from clseave_cli.core.data.records import IMAGE_KEYS, LABEL_KEYS
+from clseave_cli.core.files import atomic_folder
+from clseave_cli.core.progress import SILENT, Progress
+from clseave_cli.errors import DataError
+from clseave_cli.labels import LABELS
+
+_PREFIX = "hf:"
+#: Names under which the hub knows our splits.
+_SPLITS = {"train": "train", "validation": "dev", "dev": "dev", "test": "test"}
+
+
+def data_folder(data: str, progress: Progress = SILENT, root: Path = Path("data")) -> Path:
+    """The local folder that `--data` means.
+
+    Args:
+        data: a folder, or `hf:ORG/NAME`, which is downloaded through `datasets` and written to
+            `{root}/ORG--NAME` the first time.
+        progress: told about the rows written.
+        root: where such folders go.
+
+    Raises:
+        DataError: the data set cannot be loaded or has no split we know.
+    """
+    if not data.startswith(_PREFIX):
+        return Path(data)
+    name = data.removeprefix(_PREFIX)
+    target = root / re.sub(r"[^A-Za-z0-9._-]+", "--", name).strip("-.")
+    if not target.is_dir():
+        with atomic_folder(target) as aside:
+            _write(name, aside, progress)
+    return target
+
+
+def _write(name: str, folder: Path, progress: Progress) -> None:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(name)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"--data hf:{name}: cannot be loaded ({reason}).") from None
+    known = {_SPLITS[split]: split for split in loaded if split in _SPLITS}
+    if not known:
+        raise DataError(f"--data hf:{name}: none of its splits is one of {', '.join(_SPLITS)}.")
+    (folder / "images").mkdir()
+    for ours, theirs in known.items():
+        rows = loaded[theirs]
+        with (
+            (folder / f"snli_ve_{ours}.jsonl").open("w", encoding="utf-8") as stream,
+            progress.task(f"{name}: {ours}", total=len(rows), unit="rows") as task,
+        ):
+            for number, row in enumerate(rows):
+                plain = _plain_row(row, f"{ours}-{number}", rows.features, folder / "images")
+                stream.write(json.dumps(plain, ensure_ascii=False, default=str) + "\n")
+                task.advance()
+
+
+def _plain_row(row: dict[str, Any], row_id: str, features: Any, images: Path) -> dict[str, Any]:
+    """A row as JSON: label names instead of ids, images as files."""
+    plain = {"pairID": row_id, **row}
+    for key in LABEL_KEYS:
+        value = plain.get(key)
+        if isinstance(value, int):
+            names = getattr(features[key], "names", LABELS)
+            plain[key] = names[value] if 0 <= value < len(names) else "-"
+    for key in IMAGE_KEYS:
+        if hasattr(plain.get(key), "convert"):
+            # The data set's own file name is not trusted as a path, so the row's number names it.
+            image_name = f"{row_id}.png"
+            plain[key].convert("RGB").save(images / image_name)
+            plain[key] = image_name
+    return plain

@@ -1,0 +1,92 @@
+"""Finding and decoding images. Names from data files are looked up, never used as paths."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from clseave_cli.core.data.records import image_stem
+from clseave_cli.errors import DataError
+
+_FOLDER_NAMES = ("images", "flickr30k-images", "flickr30k_images", "Images")
+_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+
+
+class ImageFolder:
+    """The images of one folder, found by name with or without extension.
+
+    Raises:
+        DataError: the folder is not there.
+    """
+
+    def __init__(self, root: Path) -> None:
+        if not root.is_dir():
+            raise DataError(f"{root}: no such image folder; --images DIR says where they are.")
+        self.root = root
+        # One listing, then dictionary look-ups: a name such as ../../x can only be "not found".
+        self._by_name: dict[str, str] = {}
+        with os.scandir(root) as entries:
+            for entry in sorted(entries, key=lambda e: e.name):
+                if entry.name.lower().endswith(_EXTENSIONS) and entry.is_file():
+                    self._by_name[entry.name] = entry.name
+                    self._by_name.setdefault(image_stem(entry.name), entry.name)
+
+    @classmethod
+    def of(cls, data: Path, images: Path | None) -> ImageFolder:
+        """The image folder given, or the one found inside the data folder.
+
+        Raises:
+            DataError: there is none.
+        """
+        if images is not None:
+            return cls(images)
+        for name in _FOLDER_NAMES:
+            if (data / name).is_dir():
+                return cls(data / name)
+        looked = ", ".join(_FOLDER_NAMES)
+        raise DataError(
+            f"{data}: no image folder in it (looked for {looked}); --images DIR says where."
+        )
+
+    def find(self, name: str, where: str) -> Path:
+        """The file of an image.
+
+        Args:
+            name: as a data file gives it.
+            where: `file:line` that asks for it, for the message.
+
+        Raises:
+            DataError: there is no such image.
+        """
+        found = self._by_name.get(name) or self._by_name.get(image_stem(name))
+        if found is None:
+            raise DataError(f"{where}: image {name!r} is not in {self.root}.")
+        return self.root / found
+
+
+def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
+    """Decodes an image to RGB, upright as its camera meant it.
+
+    Raises:
+        DataError: missing, damaged, truncated, or larger than Pillow's safety limit.
+    """
+    label = name or (str(source) if isinstance(source, Path) else "image")
+    try:
+        with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit is not None and image.width * image.height > limit:
+                raise DataError(
+                    f"{label}: {image.width} x {image.height} pixels, "
+                    f"more than the limit of {limit}; scale it down."
+                )
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError:
+        raise DataError(f"{label}: no such image.") from None
+    except DataError:
+        raise
+    # Pillow's decoders raise many kinds of errors on damaged input; each means the same to us.
+    except Exception as error:
+        raise DataError(f"{label}: damaged or not an image ({error}).") from None

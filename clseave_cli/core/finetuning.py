@@ -1,0 +1,166 @@
+"""`finetune-ve`: CLIP-VE, the English visual-entailment model (thesis 3.1.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from clseave_cli.core.config import FinetuneConfig
+from clseave_cli.core.data.hub import data_folder
+from clseave_cli.core.data.images import ImageFolder
+from clseave_cli.core.data.records import Split, check_leak, read_split
+from clseave_cli.core.features import Features, Sentences, image_features, tokenize_sentences
+from clseave_cli.core.models.clip_ve import ClipVE
+from clseave_cli.core.models.packing import PackedBatch
+from clseave_cli.core.progress import SILENT, Progress
+from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
+from clseave_cli.core.training.precision import autocast, resolve_device, resolve_precision
+from clseave_cli.core.training.run import Run, is_complete, require_writable
+from clseave_cli.labels import LABELS
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """A finished CLIP-VE.
+
+    Attributes:
+        folder: the model.
+        training: how the run went; None if it had been finished before.
+    """
+
+    folder: Path
+    training: TrainingResult | None
+
+
+class _Batch(NamedTuple):
+    sentences: PackedBatch
+    sentence_of_row: Tensor
+    image_of_row: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Pairs:
+    """A split ready for training: distinct sentences as tokens, images as features."""
+
+    sentences: Sentences
+    images: Features
+    labels: Tensor
+
+    def batch(self, rows: Rows, model: ClipVE) -> _Batch:
+        # A sentence that stands twice in a batch is encoded once; its gradients add up.
+        distinct, sentence_of_row = np.unique(self.sentences.index[rows], return_inverse=True)
+        return _Batch(
+            model.text.pack(self.sentences.tokens, distinct),
+            torch.from_numpy(sentence_of_row),
+            torch.from_numpy(self.images.index[rows]),
+            self.labels[torch.from_numpy(rows)],
+        )
+
+
+def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> FinetuneResult:
+    """Trains text tower, its projection and the head on cached features of the frozen image tower.
+
+    Raises:
+        ClseaveError: bad data, an unusable CLIP model, a full disk, or an interruption.
+    """
+    out = config.out or config.runs / "clip-ve"
+    require_writable(out)
+    if config.resume and is_complete(out):
+        progress.note(f"{out}: already complete.")
+        return FinetuneResult(out, None)
+    device = resolve_device(config.device)
+    folder = data_folder(config.data, progress)
+    train_split = read_split(
+        folder, config.train_split, skip_bad=config.skip_bad, progress=progress
+    )
+    dev_split = read_split(folder, config.dev_split, skip_bad=config.skip_bad, progress=progress)
+    if not config.allow_leak:
+        check_leak(train_split, dev_split)
+    images = ImageFolder.of(folder, config.images)
+
+    torch.manual_seed(config.seed)
+    model = ClipVE.from_clip(config.clip).to(device)
+    if not model.text.verify_packing():
+        progress.note(f"{config.clip}: packing is not exact for this text tower; padding instead.")
+    inputs = {split.path.name: split.digest for split in (train_split, dev_split)}
+    inputs["clip"] = model.text.digest()
+    run = Run("finetune-ve", out, config, inputs)
+    with_autocast = autocast(resolve_precision(config.precision, device), device)
+    train_pairs, dev_pairs = (
+        _prepare(model, split, images, with_autocast, progress)
+        for split in (train_split, dev_split)
+    )
+    train_vectors = train_pairs.images.vectors.to(device)
+    dev_vectors = dev_pairs.images.vectors.to(device)
+
+    def loss(batch: _Batch) -> Tensor:
+        hypotheses = model.text(batch.sentences)[batch.sentence_of_row.to(device)]
+        logits = model(hypotheses, train_vectors[batch.image_of_row.to(device)])
+        return functional.cross_entropy(logits, batch.labels.to(device))
+
+    def evaluate() -> dict[str, float]:
+        embeddings = torch.cat(list(model.text.embed(dev_pairs.sentences.tokens)))
+        hypotheses = embeddings[torch.from_numpy(dev_pairs.sentences.index)]
+        logits = model(hypotheses, dev_vectors[torch.from_numpy(dev_pairs.images.index)])
+        labels = dev_pairs.labels.to(device)
+        return {
+            "loss": functional.cross_entropy(logits, labels).item(),
+            "accuracy": (logits.argmax(1) == labels).float().mean().item(),
+        }
+
+    stage = Stage(
+        name="finetune-ve",
+        module=model,
+        num_examples=len(train_split),
+        prepare=lambda rows: train_pairs.batch(rows, model),
+        loss=loss,
+        evaluate=evaluate,
+        selection=Selection(config.select, "lowest" if config.select == "loss" else "highest"),
+    )
+    result = train(stage, config, device=device, folder=run.folder, progress=progress)
+    run.publish(model.save, _card(config, len(train_split), result))
+    return FinetuneResult(out, result)
+
+
+def _prepare(
+    model: ClipVE,
+    split: Split,
+    images: ImageFolder,
+    with_autocast: Callable[[], torch.autocast],
+    progress: Progress,
+) -> _Pairs:
+    return _Pairs(
+        tokenize_sentences(model.text, split.hypotheses, split.where, progress),
+        image_features(model.image, split, images, autocast=with_autocast, progress=progress),
+        torch.from_numpy(split.labels.astype(np.int64)),
+    )
+
+
+def _card(config: FinetuneConfig, num_train: int, result: TrainingResult) -> str:
+    dev = result.dev
+    return f"""---
+library_name: clseave
+tags: [visual-entailment, clip]
+language: [en]
+base_model: {config.clip}
+---
+
+# CLIP-VE
+
+Says whether an image entails, contradicts or leaves open an English sentence
+({", ".join(LABELS)}). Image tower of `{config.clip}`, frozen; text tower, projection and
+head trained on {num_train} pairs, {result.epochs} epochs, the weights of epoch
+{result.best_epoch} kept: dev loss {dev["loss"]:.4f}, dev accuracy {dev["accuracy"]:.2%}.
+
+    clseave predict image.jpg "a sentence" --runs {config.runs}
+
+`training/` records every option, version and figure.
+"""

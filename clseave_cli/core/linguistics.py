@@ -1,0 +1,226 @@
+"""How far languages are from English, and whether transfer gets worse with the distance.
+
+The distances of the thesis's languages are in the package; those of others come from the URIEL
+vectors of the `lang2vec` extra. One analysis never mixes the two: they are defined differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import permutations
+from math import acos, factorial, pi
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+from clseave_cli.errors import ClseaveError, DataError
+
+#: Distance to English by kind and language, 0 near to 1 far; None: the cell is lost in the source.
+#: Source: the thesis's section 1.2, Table 1.1, taken there from URIEL (Littell et al., "URIEL and
+#: lang2vec: Representing languages as typological, geographical, and phylogenetic vectors", 2017).
+THESIS_DISTANCES: dict[str, dict[str, float | None]] = {
+    "featural": {"de": 0.4, "nl": 0.5, "ja": 0.6, "zh": 0.6, "ko": 0.5},
+    "syntactic": {"de": 0.42, "nl": 0.49, "ja": 0.57, "zh": 0.57, "ko": 0.62},
+    "genetic": {"de": 0.4286, "nl": 0.6, "ja": None, "zh": None, "ko": None},
+    "geographic": {"de": 0.1, "nl": None, "ja": None, "zh": None, "ko": 0.4},
+    "phonological": {"de": 0.3277, "nl": 0.5687, "ja": 0.5687, "zh": 0.5687, "ko": 0.4638},
+    "inventory": {"de": 0.4364, "nl": 0.4861, "ja": 0.5983, "zh": 0.5983, "ko": 0.4866},
+}
+
+THESIS_SOURCE = "thesis Table 1.1 (URIEL)"
+LANG2VEC_SOURCE = "lang2vec (URIEL vectors, angular distance)"
+
+# The sets without gaps: URIEL fills them in from a language's neighbours.
+_LANG2VEC_SETS = {
+    "syntactic": "syntax_knn",
+    "phonological": "phonology_knn",
+    "inventory": "inventory_knn",
+}
+
+# All orders of up to eight points are tried (40,320); beyond, scipy's approximation is good.
+_MOST_EXACT_POINTS = 8
+
+
+class ExtraMissing(ClseaveError):
+    """The optional dependency that knows other languages is not installed."""
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """One kind of distance against the loss in transfer, over languages.
+
+    Attributes:
+        distances: distance to English by language; None where the source has none.
+        num_languages: n, languages with both figures.
+        pearson: linear correlation; None where undefined (n < 3, or one side constant).
+        pearson_p: two-sided p, over all orders of the points where n ≤ 8.
+        spearman: rank correlation; None where undefined.
+        spearman_p: as `pearson_p`.
+    """
+
+    distances: dict[str, float | None]
+    num_languages: int
+    pearson: float | None
+    pearson_p: float | None
+    spearman: float | None
+    spearman_p: float | None
+
+
+@dataclass(frozen=True)
+class DistanceAnalysis:
+    """Transfer loss against every kind of distance.
+
+    Attributes:
+        source: where the distances come from.
+        losses: accuracy lost to English, a fraction, by language.
+        correlations: by kind of distance.
+        note: what so few points can and cannot show, in a sentence or two.
+    """
+
+    source: str
+    losses: dict[str, float]
+    correlations: dict[str, Correlation]
+    note: str
+
+
+def analyse_distances(accuracies: Mapping[str, float]) -> DistanceAnalysis | None:
+    """Correlates what each language loses against English with each kind of distance.
+
+    The thesis's table is used where it has every language; otherwise lang2vec, where it is
+    installed; otherwise the table, with gaps.
+
+    Args:
+        accuracies: accuracy, a fraction, by language, English included.
+
+    Returns:
+        None without English or without another language.
+
+    Raises:
+        DataError: lang2vec does not know a language.
+    """
+    losses = {
+        lang: accuracies["en"] - accuracy
+        for lang, accuracy in accuracies.items()
+        if lang != "en" and "en" in accuracies
+    }
+    if not losses:
+        return None
+    note = describe_power(len(losses))
+    missing = sorted(set(losses) - set(THESIS_DISTANCES["featural"]))
+    distances: Mapping[str, Mapping[str, float | None]] = THESIS_DISTANCES
+    source = THESIS_SOURCE
+    if missing:
+        try:
+            distances, source = lang2vec_distances(list(losses)), LANG2VEC_SOURCE
+        except ExtraMissing as error:
+            note += f" No distances of {', '.join(missing)}: {error}"
+    correlations = {}
+    for kind, by_language in distances.items():
+        known = {lang: by_language.get(lang) for lang in losses}
+        pairs = [(value, losses[lang]) for lang, value in known.items() if value is not None]
+        correlations[kind] = _correlate(known, [x for x, _ in pairs], [y for _, y in pairs])
+    return DistanceAnalysis(source, losses, correlations, note)
+
+
+def _correlate(
+    known: dict[str, float | None], distances: Sequence[float], losses: Sequence[float]
+) -> Correlation:
+    x, y = np.asarray(distances, dtype=np.float64), np.asarray(losses, dtype=np.float64)
+    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return Correlation(known, len(x), None, None, None, None)
+    pearson, pearson_p = _with_p(x, y)
+    spearman, spearman_p = _with_p(stats.rankdata(x), stats.rankdata(y))
+    return Correlation(known, len(x), pearson, pearson_p, spearman, spearman_p)
+
+
+def _with_p(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> tuple[float, float]:
+    """Pearson's r, and how often a random order of `y` gives one as far from zero."""
+    if len(x) > _MOST_EXACT_POINTS:
+        result = stats.pearsonr(x, y)
+        return float(result.statistic), float(result.pvalue)
+    x_centred, y_centred = x - x.mean(), y - y.mean()
+    scale = np.sqrt((x_centred @ x_centred) * (y_centred @ y_centred))
+    orders = np.array(list(permutations(range(len(y)))))
+    r = float(x_centred @ y_centred / scale)
+    by_chance = y_centred[orders] @ x_centred / scale
+    # A hair's width of slack: equal values of r may differ by rounding.
+    return r, float(np.mean(np.abs(by_chance) >= abs(r) - 1e-12))
+
+
+def describe_power(num_languages: int) -> str:
+    """What a correlation over so few languages can and cannot show.
+
+    Args:
+        num_languages: n, English not counted.
+    """
+    if num_languages < 3:
+        return f"{num_languages} languages besides English: too few for any correlation."
+    if num_languages > _MOST_EXACT_POINTS:
+        return (
+            f"n = {num_languages} languages, which are related to one another: read the "
+            "correlations as description, not as proof of a cause."
+        )
+    smallest = 2 / factorial(num_languages)
+    verdict = (
+        f"a perfect ranking has p = {smallest:.3g}"
+        if smallest < 0.05
+        else f"even a perfect ranking has p = {smallest:.2g}, which is not significant"
+    )
+    return (
+        f"n = {num_languages} languages: {verdict}. Several kinds of distance are tried, so one "
+        "high correlation is to be expected by chance, and related languages are not independent "
+        "points. This can suggest an order; it cannot show a cause, nor tell the distances apart."
+    )
+
+
+def lang2vec_distances(languages: Sequence[str]) -> dict[str, dict[str, float | None]]:
+    """Distances to English from URIEL's vectors, for languages that the thesis's table lacks.
+
+    The angle between the two languages' feature vectors as a share of a right angle, URIEL's own
+    definition: 0 the same, 1 nothing in common.
+
+    Args:
+        languages: ISO 639-1 or 639-3 codes.
+
+    Raises:
+        ExtraMissing: the `lang2vec` extra is not installed.
+        DataError: lang2vec does not know a language.
+    """
+    features = _lang2vec()
+    result: dict[str, dict[str, float | None]] = {}
+    for kind, feature_set in _LANG2VEC_SETS.items():
+        english = features.get_features("eng", feature_set)["eng"]
+        by_language: dict[str, float | None] = {}
+        for lang in languages:
+            code = features.LETTER_CODES.get(lang, lang)
+            try:
+                vector = features.get_features(code, feature_set)[code]
+            except Exception:  # lang2vec raises nothing more specific
+                raise DataError(
+                    f"lang2vec does not know the language {lang!r}; give its ISO 639 code."
+                ) from None
+            by_language[lang] = _angular(english, vector)
+        result[kind] = by_language
+    return result
+
+
+def _lang2vec() -> Any:
+    try:
+        # It imports pkg_resources, which only setuptools before 81 has: the extra sees to that.
+        return import_module("lang2vec.lang2vec")
+    except ImportError:
+        raise ExtraMissing(
+            "lang2vec is not installed; run: pip install 'clseave-cli[lang2vec]'."
+        ) from None
+
+
+def _angular(first: Sequence[float], second: Sequence[float]) -> float | None:
+    x, y = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    lengths = np.sqrt((x @ x) * (y @ y))
+    if lengths == 0:
+        return None
+    return 2 / pi * acos(min(1.0, float(x @ y / lengths)))

@@ -1,0 +1,103 @@
+"""CLIP-VE: a frozen image tower, a trained text tower and the entailment head (thesis 3.1.2)."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from clseave_cli.core.models import backbones
+from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
+from clseave_cli.core.models.folder import load_weights, peek, save_weights, seal, unseal
+from clseave_cli.core.models.head import EntailmentHead, HeadConfig
+from clseave_cli.errors import ModelError
+
+FORMAT = "clip-ve"
+
+
+class ClipVE(nn.Module):
+    """The English visual-entailment model.
+
+    Attributes:
+        text: trained, projects to the shared space.
+        image: frozen and in eval mode, whatever mode the whole is in.
+        head: trained.
+        fingerprint: digest of the saved model; empty until it has been saved.
+    """
+
+    def __init__(self, text: SentenceEncoder, image: ImageEncoder, head: EntailmentHead) -> None:
+        """Puts the parts together and freezes the image tower.
+
+        Raises:
+            ModelError: the widths of the parts differ.
+        """
+        super().__init__()
+        widths = (text.embedding_dim, image.embedding_dim, head.config.embedding_dim)
+        if len(set(widths)) > 1:
+            raise ModelError(
+                f"the text tower projects to {widths[0]}, the image tower to {widths[1]}, the "
+                f"head reads {widths[2]}; the three must be equal."
+            )
+        self.text = text
+        self.image = image
+        self.head = head
+        self.fingerprint = ""
+        self.image.requires_grad_(False)
+
+    @classmethod
+    def from_clip(cls, name: str | Path) -> ClipVE:
+        """A new CLIP-VE around a pretrained CLIP model; only the head is untrained.
+
+        Raises:
+            ModelError: the model cannot be loaded or is not of the CLIP layout.
+        """
+        text, image = backbones.load_clip_text(name), backbones.load_clip_image(name)
+        return cls(text, image, EntailmentHead(HeadConfig(embedding_dim=text.embedding_dim)))
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> ClipVE:
+        """Loads a folder that `save` wrote, in eval mode.
+
+        Raises:
+            ModelError: it is missing, damaged, or of another format.
+        """
+        config = unseal(folder, FORMAT)
+        head = EntailmentHead(HeadConfig(**config["head"]))
+        load_weights(head, folder / "head.safetensors")
+        model = cls(
+            backbones.load_clip_text(folder / "text"),
+            backbones.load_clip_image(folder / "image"),
+            head,
+        )
+        model.fingerprint = config["fingerprint"]
+        return model.eval()
+
+    def train(self, mode: bool = True) -> ClipVE:
+        """Sets the mode of text tower and head; the frozen image tower stays in eval mode."""
+        super().train(mode)
+        self.image.eval()
+        return self
+
+    def save(self, folder: Path) -> None:
+        """Writes the model's files into an existing folder and notes the fingerprint."""
+        self.text.save_pretrained(folder / "text")
+        self.image.save_pretrained(folder / "image")
+        save_weights(self.head, folder / "head.safetensors")
+        self.fingerprint = seal(
+            folder, FORMAT, {"languages": ["en"], "head": dataclasses.asdict(self.head.config)}
+        )
+
+    def forward(self, hypothesis: Tensor, premise: Tensor) -> Tensor:
+        """(B, 3) logits from (B, D) sentence and image embeddings."""
+        logits: Tensor = self.head(hypothesis, premise)
+        return logits
+
+
+def fingerprint(folder: Path) -> str:
+    """The fingerprint of a saved CLIP-VE, without loading it.
+
+    Raises:
+        ModelError: not a CLIP-VE folder.
+    """
+    return str(peek(folder, FORMAT)["fingerprint"])

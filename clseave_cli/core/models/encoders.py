@@ -1,0 +1,200 @@
+"""Sentence and image encoders: thin modules over transformers' models.
+
+Legend: B sentences or images · R rows · T tokens in a row · H hidden width · D embedding width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from clseave_cli.core.files import json_digest
+from clseave_cli.core.models.packing import PackedBatch, TokenTable, pack, tokenize
+
+#: Row length of packed batches; an encoder that reads less is packed to what it reads.
+_ROW_TOKENS = 128
+
+
+class SentenceEncoder(nn.Module):
+    """A transformer, read at each sentence's terminal token and projected without bias.
+
+    Both text towers have this shape: CLIP's own, and the student that replaces it (thesis
+    Figure 3.6). The projected vector is the embedding; what transformers calls the pooled output
+    is not.
+    """
+
+    def __init__(
+        self,
+        backbone: Any,
+        tokenizer: Any,
+        norm: nn.Module,
+        projection: nn.Linear,
+        *,
+        hub_model: Any,
+        causal: bool,
+        max_tokens: int,
+        first_position: int,
+        terminal_id: int,
+    ) -> None:
+        """Puts the parts together.
+
+        Args:
+            backbone: gives `last_hidden_state` for `input_ids`, `attention_mask`, `position_ids`.
+            tokenizer: its fast tokenizer.
+            norm: applied to the terminal token's hidden state (identity where the backbone ends
+                in a normalisation of its own).
+            projection: H → D, no bias.
+            hub_model: the transformers model that saves itself in Hugging Face layout: the
+                backbone, or a model around it that shares its weights.
+            causal: tokens look back only (CLIP).
+            max_tokens: longest sentence, terminal token included.
+            first_position: position id of a sentence's first token.
+            terminal_id: the token that ends every sentence.
+        """
+        super().__init__()
+        self.backbone = backbone
+        self.norm = norm
+        self.projection = projection
+        self.tokenizer = tokenizer
+        self._hub_model = (hub_model,)  # a tuple, so that its weights are not registered twice
+        self.causal = causal
+        self.max_tokens = max_tokens
+        self.first_position = first_position
+        self.terminal_id = terminal_id
+        self.pad_id = tokenizer.pad_token_id or 0
+        self.row_tokens: int | None = min(_ROW_TOKENS, max_tokens)
+
+    @property
+    def embedding_dim(self) -> int:
+        """D."""
+        return self.projection.out_features
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.projection.weight.device
+
+    def tokenize(self, sentences: list[str]) -> TokenTable:
+        """Tokenises for this encoder."""
+        return tokenize(
+            self.tokenizer, sentences, max_tokens=self.max_tokens, terminal_id=self.terminal_id
+        )
+
+    def pack(self, tokens: TokenTable, sentences: npt.NDArray[np.intp]) -> PackedBatch:
+        """Lays some tokenised sentences out for `forward`."""
+        return pack(tokens, sentences, row_tokens=self.row_tokens, pad_id=self.pad_id)
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Embeds sentences.
+
+        Returns:
+            (B, D) embeddings, unnormalised, in the order the batch was packed in.
+        """
+        batch = batch.to(self.device)
+        hidden = self.backbone(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask(self.causal),
+            position_ids=batch.positions + self.first_position,
+        ).last_hidden_state  # (R, T, H)
+        terminal = hidden.flatten(0, 1)[batch.terminals]  # (B, H)
+        embedding: Tensor = self.projection(self.norm(terminal))
+        return embedding
+
+    def embed(self, tokens: TokenTable, batch_size: int = 512) -> Iterator[Tensor]:
+        """The embeddings of all tokenised sentences in order, a batch at a time: (≤ B, D) each."""
+        for start in range(0, len(tokens), batch_size):
+            yield self(self.pack(tokens, np.arange(start, min(start + batch_size, len(tokens)))))
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Writes model and tokenizer in Hugging Face layout."""
+        self._hub_model[0].save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def digest(self) -> str:
+        """One digest of everything that decides an embedding: weights, tokenizer, limits."""
+        return json_digest(
+            [module_digest(self), self.tokenizer.backend_tokenizer.to_str(), self.max_tokens]
+        )
+
+    def verify_packing(self) -> bool:
+        """Checks that packing changes no embedding; otherwise turns to one sentence a row.
+
+        Returns:
+            True if packed rows are exact for this backbone, within float tolerance.
+        """
+        probe = ["a", "two dogs run", "a man in a red shirt is sitting on a bench", "yes ."]
+        tokens = self.tokenize(probe)
+        rows = np.arange(len(probe))
+        was_training = self.training
+        self.eval()
+        with torch.no_grad():
+            packed = self(self.pack(tokens, rows))
+            row_tokens, self.row_tokens = self.row_tokens, None
+            alone = torch.cat([self(self.pack(tokens, rows[i : i + 1])) for i in rows])
+        self.train(was_training)
+        exact = torch.allclose(packed, alone, rtol=1e-3, atol=1e-4 * float(alone.abs().max()))
+        if exact:
+            self.row_tokens = row_tokens
+        return exact
+
+
+class ImageEncoder(nn.Module):
+    """CLIP's image tower with its preprocessing."""
+
+    def __init__(self, backbone: Any, processor: Any) -> None:
+        """Puts the parts together.
+
+        Args:
+            backbone: a `CLIPVisionModelWithProjection`.
+            processor: its image processor.
+        """
+        super().__init__()
+        self.backbone = backbone
+        self.processor = processor
+
+    @property
+    def embedding_dim(self) -> int:
+        """D."""
+        return int(self.backbone.config.projection_dim)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = self.backbone.visual_projection.weight.device
+        return device
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Writes model and image processor in Hugging Face layout."""
+        self.backbone.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+    def digest(self) -> str:
+        """One digest of everything that decides an embedding: weights and preprocessing."""
+        processing = [type(self.processor).__name__, self.processor.to_dict()]
+        return json_digest([module_digest(self), processing])
+
+    def preprocess(self, images: list[Any]) -> Tensor:
+        """(B, 3, height, width) float32 pixels of decoded RGB images, on the CPU."""
+        pixels: Tensor = self.processor(images=images, return_tensors="pt")["pixel_values"]
+        return pixels
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, D) projected embeddings, unnormalised."""
+        embedding: Tensor = self.backbone(pixel_values=pixels).image_embeds
+        return embedding
+
+
+def module_digest(module: nn.Module) -> str:
+    """BLAKE2b-256 of a module's weights and buffers: names, shapes, types and bytes."""
+    digest = hashlib.blake2b(digest_size=32)
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

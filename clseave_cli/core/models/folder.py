@@ -1,0 +1,125 @@
+"""Model folders that know what belongs in them: every file is listed with its digest.
+
+`config.json` carries the format's name and version, what the model needs to be rebuilt, and a
+digest of each weight and tokenizer file, so that a flipped byte is noticed before it becomes a
+wrong answer.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from clseave_cli import __version__
+from clseave_cli.core.files import file_digest, json_digest, read_json, write_json
+from clseave_cli.errors import ModelError
+
+FORMAT_VERSION = 1
+_CONFIG = "config.json"
+
+
+def seal(folder: Path, format_name: str, config: dict[str, Any]) -> str:
+    """Writes `config.json` with the digests of all model files already in `folder`.
+
+    Returns:
+        The fingerprint: one digest that stands for everything the model computes.
+    """
+    files = {path.relative_to(folder).as_posix(): file_digest(path) for path in _members(folder)}
+    fingerprint = json_digest(files)
+    write_json(
+        folder / _CONFIG,
+        {
+            "format": format_name,
+            "format_version": FORMAT_VERSION,
+            "clseave_version": __version__,
+            **config,
+            "fingerprint": fingerprint,
+            "files": files,
+        },
+    )
+    return fingerprint
+
+
+def unseal(folder: Path, format_name: str) -> dict[str, Any]:
+    """Reads `config.json` and checks every listed file.
+
+    Raises:
+        ModelError: not such a folder, of a newer format, or a file is missing or changed.
+    """
+    config = peek(folder, format_name)
+    files = config.get("files")
+    if not isinstance(files, dict) or json_digest(files) != config.get("fingerprint"):
+        raise ModelError(
+            f"{folder / _CONFIG}: its list of files was changed; make the model again."
+        )
+    for name in files:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ModelError(f"{folder / _CONFIG}: names a file outside its folder: {name!r}.")
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder / name}: missing; copy the whole model folder again.")
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(file_digest, (folder / name for name in files))
+    for (name, expected), found in zip(files.items(), digests, strict=True):
+        if found != expected:
+            raise ModelError(
+                f"{folder / name}: damaged, its content is not what was saved; "
+                "copy it again or train the model again."
+            )
+    return config
+
+
+def peek(folder: Path, format_name: str) -> dict[str, Any]:
+    """Reads `config.json` without checking the other files.
+
+    Raises:
+        ModelError: not a folder of this format, or of a newer version.
+    """
+    if not folder.is_dir():
+        stage = {"clip-ve": "finetune-ve", "student": "align --lang LANG"}[format_name]
+        raise ModelError(f"{folder}: no such model folder; `clseave {stage}` makes it.")
+    config = read_json(folder / _CONFIG)
+    if not isinstance(config, dict) or config.get("format") != format_name:
+        raise ModelError(f"{folder}: not a {format_name} folder of clseave.")
+    if config.get("format_version") != FORMAT_VERSION:
+        raise ModelError(
+            f"{folder}: format version {config.get('format_version')}, "
+            f"this clseave reads {FORMAT_VERSION}; update clseave."
+        )
+    return config
+
+
+def save_weights(module: nn.Module, path: Path) -> None:
+    """Writes a module's weights and buffers as safetensors."""
+    save_file({name: part.detach().cpu().contiguous() for name, part in _state(module)}, path)
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Reads what `save_weights` wrote.
+
+    Raises:
+        ModelError: the file is damaged or belongs to another architecture.
+    """
+    try:
+        module.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{path}: does not fit the model ({reason}).") from None
+
+
+def _state(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return list(module.state_dict().items())
+
+
+def _members(folder: Path) -> list[Path]:
+    """Files that decide what the model computes: not its card, not its training record."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file()
+        and path.relative_to(folder).parts[0] not in ("training", _CONFIG, "README.md")
+    )

@@ -1,0 +1,145 @@
+"""New small models with tokenizers of their own, for worlds too small to need pretrained ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTokenizer,
+)
+
+
+@dataclass(frozen=True)
+class ClipShape:
+    """Size of a new CLIP model; both towers are equally wide."""
+
+    image_size: int = 64
+    patch_size: int = 16
+    width: int = 128
+    num_layers: int = 4
+    num_heads: int = 4
+    embedding_dim: int = 128
+    max_tokens: int = 77
+    vocab_size: int = 1000
+
+
+def new_clip(
+    folder: Path, captions: Iterable[str], shape: ClipShape = ClipShape(), seed: int = 0
+) -> None:
+    """Writes a CLIP model with random weights and a byte-level BPE tokenizer trained on captions.
+
+    Args:
+        folder: where to write it, in Hugging Face layout.
+        captions: text to learn the vocabulary from.
+        shape: size of the model.
+        seed: seed of the weights.
+    """
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=shape.vocab_size - 2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    vocabulary = tokenizer.get_vocab()
+    # Every byte also as a word's end, so that no text is unknown; the terminal token goes last,
+    # because models with the old configuration find it as the highest id.
+    for byte in pre_tokenizers.ByteLevel.alphabet():
+        vocabulary.setdefault(byte + "</w>", len(vocabulary))
+    vocabulary[start], vocabulary[end] = len(vocabulary), len(vocabulary) + 1
+    merges = [tuple(pair) for pair in _merges(tokenizer)]
+    clip_tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges)
+    clip_tokenizer.model_max_length = shape.max_tokens
+    tower = {
+        "hidden_size": shape.width,
+        "intermediate_size": 4 * shape.width,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "projection_dim": shape.embedding_dim,
+    }
+    config = CLIPConfig(
+        text_config={
+            **tower,
+            "vocab_size": len(vocabulary),
+            "max_position_embeddings": shape.max_tokens,
+            "bos_token_id": clip_tokenizer.bos_token_id,
+            "eos_token_id": clip_tokenizer.eos_token_id,
+            "pad_token_id": clip_tokenizer.pad_token_id,
+        },
+        vision_config={**tower, "image_size": shape.image_size, "patch_size": shape.patch_size},
+        projection_dim=shape.embedding_dim,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = CLIPModel(config)
+    model.save_pretrained(folder)
+    clip_tokenizer.save_pretrained(folder)
+    size = {"height": shape.image_size, "width": shape.image_size}
+    CLIPImageProcessorPil(size=size, crop_size=size).save_pretrained(folder)
+
+
+def new_encoder(
+    folder: Path,
+    sentences: Iterable[str],
+    *,
+    width: int = 128,
+    num_layers: int = 3,
+    num_heads: int = 4,
+    vocab_size: int = 2000,
+    max_tokens: int = 128,
+    seed: int = 0,
+) -> None:
+    """Writes a small BERT with random weights and a cased WordPiece vocabulary.
+
+    Args:
+        folder: where to write it, in Hugging Face layout.
+        sentences: text in all its languages, to learn the vocabulary from.
+        width: hidden width.
+        num_layers: transformer layers.
+        num_heads: attention heads.
+        vocab_size: largest vocabulary.
+        max_tokens: longest sentence.
+        seed: seed of the weights.
+    """
+    tokenizer = BertTokenizer(do_lower_case=False, strip_accents=False)
+    tokenizer = tokenizer.train_new_from_iterator(
+        sentences, vocab_size=vocab_size, show_progress=False
+    )
+    tokenizer.model_max_length = max_tokens
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        intermediate_size=4 * width,
+        max_position_embeddings=max_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = BertModel(config, add_pooling_layer=False)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _merges(tokenizer: Tokenizer) -> list[list[str]]:
+    import json
+
+    merges: list[list[str]] = json.loads(tokenizer.to_str())["model"]["merges"]
+    return merges

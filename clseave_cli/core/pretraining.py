@@ -1,0 +1,284 @@
+"""`pretrain`: contrastive training of a CLIP-family model from image-caption pairs.
+
+Each image of a batch is encoded once and meets several of its captions; a caption that stands for
+two images of a batch is a match of both, not a negative (equal captions are common in small
+worlds).
+
+Legend: B images · K captions per image · D embedding width.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from clseave_cli.core.config import PretrainConfig
+from clseave_cli.core.data.images import ImageFolder, open_image
+from clseave_cli.core.data.records import distinct
+from clseave_cli.core.files import file_digest, json_digest
+from clseave_cli.core.models.backbones import clip_text_encoder, load_clip
+from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
+from clseave_cli.core.models.packing import PackedBatch, TokenTable
+from clseave_cli.core.models.scratch import ClipShape, new_clip
+from clseave_cli.core.progress import SILENT, Progress
+from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
+from clseave_cli.core.training.precision import resolve_device
+from clseave_cli.core.training.run import Run, is_complete, require_writable
+from clseave_cli.errors import DataError
+
+#: CLIP's bound on the learned temperature: logits are scaled by at most 100.
+_LARGEST_LOGIT_SCALE = float(np.log(100.0))
+#: Decoded images kept in memory between epochs.
+_PIXEL_MEMORY_BYTES = 1 << 30
+_DEV_IMAGES = 1024
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """A finished CLIP model.
+
+    Attributes:
+        folder: the model, in Hugging Face layout.
+        training: how the run went; None if it had been finished before.
+    """
+
+    folder: Path
+    training: TrainingResult | None
+
+
+@dataclass(frozen=True)
+class _Captions:
+    """Images with their captions, in the order of first mention."""
+
+    path: Path
+    images: list[Path]
+    captions: list[list[str]]
+
+    def take(self, rows: Sequence[int]) -> _Captions:
+        return _Captions(
+            self.path, [self.images[i] for i in rows], [self.captions[i] for i in rows]
+        )
+
+
+class _Batch(NamedTuple):
+    pixels: Tensor
+    captions: PackedBatch
+    caption_of_slot: Tensor
+    caption_ids: Tensor
+
+
+def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> PretrainResult:
+    """Trains a CLIP model, from scratch or from a given one.
+
+    Raises:
+        ClseaveError: bad data, an unusable model, a full disk, or an interruption.
+    """
+    out = config.out or config.runs / "clip"
+    require_writable(out)
+    if config.resume and is_complete(out):
+        progress.note(f"{out}: already complete.")
+        return PretrainResult(out, None)
+    device = resolve_device(config.device)
+    folder = Path(config.data)
+    images = ImageFolder.of(folder, config.images)
+    train_captions = _read_captions(folder, config.train_split, images)
+    dev_captions = _read_captions(folder, config.dev_split, images)
+    model, tokenizer, processor = _starting_model(config, train_captions)
+    model = model.to(device)
+    text = clip_text_encoder(model, tokenizer)
+    image = ImageEncoder(model, processor)
+    if not text.verify_packing():
+        progress.note("packing is not exact for this text tower; padding instead.")
+    torch.manual_seed(config.seed)
+    inputs = {path.name: file_digest(path) for path in (train_captions.path, dev_captions.path)} | {
+        "clip": json_digest([text.digest(), image.digest()])
+    }
+    run = Run("pretrain", out, config, inputs)
+
+    training = _Examples(config, train_captions, text, image)
+    dev = _Examples(
+        config, dev_captions.take(range(min(_DEV_IMAGES, len(dev_captions.images)))), text, image
+    )
+
+    def loss(batch: _Batch) -> Tensor:
+        image_embeddings = functional.normalize(image(batch.pixels.to(device)).float(), dim=1)
+        text_embeddings = functional.normalize(text(batch.captions).float(), dim=1)
+        per_slot = text_embeddings[batch.caption_of_slot.to(device)]  # (K, B, D)
+        ids = batch.caption_ids.to(device)
+        scale = model.logit_scale.clamp(max=_LARGEST_LOGIT_SCALE).exp()
+        losses = [
+            contrastive_loss(image_embeddings, captions, ids[slot], scale)
+            for slot, captions in enumerate(per_slot)
+        ]
+        return torch.stack(losses).mean()
+
+    def evaluate() -> dict[str, float]:
+        rows = np.arange(len(dev.captions.images))
+        parts = np.array_split(rows, max(1, len(rows) // config.batch_size))
+        return {"loss": float(np.mean([loss(dev.batch(part)).item() for part in parts]))}
+
+    stage = Stage(
+        name="pretrain",
+        module=model,
+        num_examples=len(train_captions.images),
+        prepare=training.batch,
+        loss=loss,
+        evaluate=evaluate,
+        selection=Selection("loss", "lowest"),
+    )
+    result = train(stage, config, device=device, folder=run.folder, progress=progress)
+
+    def save(aside: Path) -> None:
+        text.save_pretrained(aside)
+        processor.save_pretrained(aside)
+
+    run.publish(save, _card(config, len(train_captions.images), result))
+    return PretrainResult(out, result)
+
+
+def contrastive_loss(
+    images: Tensor, captions: Tensor, caption_ids: Tensor, scale: Tensor
+) -> Tensor:
+    """CLIP's symmetric contrastive loss, with equal captions counted as matches.
+
+    Args:
+        images: (B, D) unit vectors.
+        captions: (B, D) unit vectors; caption i belongs to image i.
+        caption_ids: (B,) equal ids mark equal captions.
+        scale: the temperature's inverse, a positive scalar.
+
+    Returns:
+        The mean of the image-to-caption and the caption-to-image cross-entropy, a scalar.
+    """
+    logits = scale * images @ captions.T  # (B, B)
+    matches = (caption_ids[:, None] == caption_ids[None, :]).float()
+    targets = matches / matches.sum(dim=1, keepdim=True)
+    return 0.5 * (
+        functional.cross_entropy(logits, targets) + functional.cross_entropy(logits.T, targets)
+    )
+
+
+class _Examples:
+    """Prepares batches: pixels, decoded once and kept while memory allows, and packed captions."""
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        captions: _Captions,
+        text: SentenceEncoder,
+        image: ImageEncoder,
+    ) -> None:
+        self.captions = captions
+        self._config, self._text, self._image = config, text, image
+        flat = [caption for own in captions.captions for caption in own]
+        sentences, index = distinct(flat)
+        self._tokens: TokenTable = text.tokenize(sentences)
+        ends = np.cumsum([len(own) for own in captions.captions])
+        self._caption_ids = np.split(index, ends[:-1])
+        self._kept: dict[int, Tensor] = {}
+        self._kept_bytes = 0
+        self._decoders = ThreadPoolExecutor()
+
+    def batch(self, rows: Rows) -> _Batch:
+        # Which captions an image meets depends on the batch's rows alone, so that a resumed run
+        # draws the same.
+        random = np.random.default_rng([self._config.seed, *rows.tolist()])
+        count = self._config.captions_per_image
+        slots = np.stack(
+            [
+                random.choice(ids, count, replace=len(ids) < count)
+                for ids in (self._caption_ids[row] for row in rows)
+            ],
+            axis=1,
+        )  # (K, B)
+        needed, caption_of_slot = np.unique(slots, return_inverse=True)
+        return _Batch(
+            torch.cat(list(self._decoders.map(self._pixels, rows.tolist()))),
+            self._text.pack(self._tokens, needed),
+            torch.from_numpy(caption_of_slot.reshape(slots.shape)),
+            torch.from_numpy(slots),
+        )
+
+    def _pixels(self, row: int) -> Tensor:
+        kept = self._kept.get(row)
+        if kept is not None:
+            return kept
+        pixels = self._image.preprocess([open_image(self.captions.images[row])])
+        if self._kept_bytes + pixels.nbytes <= _PIXEL_MEMORY_BYTES:
+            self._kept[row] = pixels
+            self._kept_bytes += pixels.nbytes
+        return pixels
+
+
+def _read_captions(folder: Path, split: str, images: ImageFolder) -> _Captions:
+    path = folder / f"captions_{split}.jsonl"
+    if not path.is_file():
+        raise DataError(
+            f"{path}: no such file; expected lines such as "
+            '{"image": "1.jpg", "caption": "two dogs run"}.'
+        )
+    captions: dict[str, list[str]] = defaultdict(list)
+    first_line: dict[str, int] = {}
+    with path.open("rb") as stream:
+        for line, raw in enumerate(stream, start=1):
+            name, caption = _caption_row(path, line, raw)
+            captions[name].append(caption)
+            first_line.setdefault(name, line)
+    if not captions:
+        raise DataError(f"{path}: no captions in it.")
+    paths = [images.find(name, f"{path}:{first_line[name]}") for name in captions]
+    return _Captions(path, paths, list(captions.values()))
+
+
+def _caption_row(path: Path, line: int, raw: bytes) -> tuple[str, str]:
+    try:
+        row = json.loads(raw)
+    except ValueError:
+        raise DataError.at(path, line, "not valid JSON.") from None
+    name = row.get("image") if isinstance(row, dict) else None
+    caption = row.get("caption") if isinstance(row, dict) else None
+    if not (isinstance(name, str) and isinstance(caption, str) and caption.strip()):
+        raise DataError.at(path, line, "expected an object with texts for image and caption.")
+    return name, caption
+
+
+def _starting_model(config: PretrainConfig, captions: _Captions) -> tuple[Any, Any, Any]:
+    if config.clip is not None:
+        return load_clip(config.clip)
+    shape = ClipShape(
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        width=config.width,
+        num_layers=config.layers,
+        embedding_dim=config.embedding_dim,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        texts = [caption for own in captions.captions for caption in own]
+        new_clip(Path(folder), texts, shape, config.seed)
+        return load_clip(Path(folder))
+
+
+def _card(config: PretrainConfig, num_images: int, result: TrainingResult) -> str:
+    start = f"`{config.clip}`" if config.clip else "random weights"
+    return f"""---
+library_name: transformers
+tags: [clip]
+---
+
+# CLIP model
+
+Contrastive training from {start} on {num_images} images with captions, {result.epochs} epochs,
+the weights of epoch {result.best_epoch} kept (dev loss {result.dev["loss"]:.4f}). Load it with
+`transformers.CLIPModel`, or give it to `clseave finetune-ve --clip`.
+"""

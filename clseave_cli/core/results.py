@@ -1,0 +1,294 @@
+"""The results document of an evaluation: `results.json`, and the same in memory.
+
+`docs/results.md` describes every key. Accuracies and their differences are fractions.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from clseave_cli.core.files import read_json, write_json
+from clseave_cli.core.linguistics import DistanceAnalysis
+from clseave_cli.core.metrics.bootstrap import Difference
+from clseave_cli.core.metrics.classification import ClassScores, ReliabilityPoint, Scores
+from clseave_cli.core.metrics.seeds import SeedSummary, summarise_seeds
+from clseave_cli.core.metrics.transfer import Transfer
+from clseave_cli.errors import DataError
+
+#: Version of the document's shape; raised when a key changes its meaning.
+FORMAT = 1
+
+RESULTS_FILE = "results.json"
+
+Mode = Literal["zero-shot", "translate-test"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageResult:
+    """One language's figures.
+
+    Attributes:
+        lang: language code.
+        split: name of the split.
+        mode: `zero-shot` (a student reads the language; English: the English model) or
+            `translate-test` (the hypotheses are translated into English first).
+        num_examples: rows.
+        num_images: photos that the rows share.
+        accuracy: fraction right, with the ends of its 95 % interval (None: one photo only).
+        loss: mean cross-entropy in nats.
+        macro_f1: unweighted mean of the labels' F1, with its 95 % interval.
+        per_class: precision, recall, F1 and support by label name.
+        confusion: counts; row: gold label, column: predicted, in the order of `LABELS`.
+        ece: expected calibration error, 15 bins.
+        reliability: the non-empty bins behind `ece`.
+        hard_accuracy: accuracy on the rows that the hypothesis-only baseline gets wrong.
+        num_hard: how many those are.
+        ratio_to_english: accuracy divided by the English accuracy on the same rows.
+        agreement_with_english: share of rows given the same label as by the English model.
+        difference_to_english: paired difference in accuracy, this language minus English.
+        transfer: student against teacher embeddings.
+    """
+
+    lang: str
+    split: str
+    mode: Mode
+    num_examples: int
+    num_images: int
+    accuracy: float
+    accuracy_low: float | None
+    accuracy_high: float | None
+    loss: float
+    macro_f1: float
+    macro_f1_low: float | None
+    macro_f1_high: float | None
+    per_class: dict[str, ClassScores]
+    confusion: tuple[tuple[int, ...], ...]
+    ece: float
+    reliability: tuple[ReliabilityPoint, ...]
+    hard_accuracy: float | None = None
+    num_hard: int | None = None
+    ratio_to_english: float | None = None
+    agreement_with_english: float | None = None
+    difference_to_english: Difference | None = None
+    transfer: Transfer | None = None
+
+    @classmethod
+    def from_scores(
+        cls, scores: Scores, *, lang: str, split: str, mode: Mode = "zero-shot", **more: Any
+    ) -> LanguageResult:
+        """A result from `metrics.classification.score`; `more`: the optional fields above."""
+        return cls(
+            lang=lang,
+            split=split,
+            mode=mode,
+            num_examples=scores.num_examples,
+            num_images=scores.num_images,
+            accuracy=scores.accuracy.value,
+            accuracy_low=scores.accuracy.low,
+            accuracy_high=scores.accuracy.high,
+            loss=scores.loss,
+            macro_f1=scores.macro_f1.value,
+            macro_f1_low=scores.macro_f1.low,
+            macro_f1_high=scores.macro_f1.high,
+            per_class=scores.per_class,
+            confusion=scores.confusion,
+            ece=scores.ece,
+            reliability=scores.reliability,
+            **more,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baselines:
+    """What one language's rows give away without looking, as accuracies (None: not measured).
+
+    Attributes:
+        majority: always the training rows' most frequent label.
+        hypothesis_only: a classifier that reads only the hypothesis, trained on the same rows.
+        shuffled_image: the model itself, every row with another row's photo.
+    """
+
+    majority: float | None = None
+    hypothesis_only: float | None = None
+    shuffled_image: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signature:
+    """What it takes to say whether two results can be compared.
+
+    Attributes:
+        version: clseave's version.
+        data: fingerprint (hex) by data file.
+        checkpoints: fingerprint (hex) by model folder.
+        seed: seed of the bootstrap and of the shuffling.
+        resamples: bootstrap resamples.
+        num_examples: rows of the largest result.
+    """
+
+    version: str
+    data: dict[str, str]
+    checkpoints: dict[str, str]
+    seed: int
+    resamples: int
+    num_examples: int
+
+    def __str__(self) -> str:
+        """One line for the foot of a figure, fingerprints shortened to 8 digits."""
+        parts = [f"clseave {self.version}", f"n {self.num_examples:,}"]
+        parts += [f"{name} {digest[:8]}" for name, digest in self.data.items()]
+        parts += [f"{name} {digest[:8]}" for name, digest in self.checkpoints.items()]
+        parts += [f"seed {self.seed}", f"{self.resamples:,} resamples by photo"]
+        return " · ".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """The whole document.
+
+    Attributes:
+        results: one entry a language (and mode), in the order to show.
+        baselines: by language.
+        signature: where the figures come from.
+        distances: transfer loss against linguistic distance, where measured.
+        seeds: figures over several training seeds, by language and figure, where there are several.
+        format: version of the document's shape.
+    """
+
+    results: tuple[LanguageResult, ...]
+    baselines: dict[str, Baselines]
+    signature: Signature
+    distances: DistanceAnalysis | None = None
+    seeds: dict[str, dict[str, SeedSummary]] = field(default_factory=dict)
+    format: int = FORMAT
+
+    def to_json(self) -> dict[str, Any]:
+        """The document as plain dicts, lists, strings, numbers and None."""
+        document: dict[str, Any] = _encode(asdict(self))
+        return document
+
+    @classmethod
+    def from_json(cls, document: Any) -> Results:
+        """The inverse of `to_json`.
+
+        Raises:
+            DataError: not a results document of this format; names the key.
+        """
+        version = document.get("format") if isinstance(document, dict) else None
+        if version != FORMAT:
+            raise DataError(
+                f"not a results document of format {FORMAT} (format: {version!r}); "
+                "evaluate again with this version of clseave."
+            )
+        results: Results = _decode(cls, document, "results document")
+        return results
+
+    def write(self, folder: Path) -> Path:
+        """Writes `results.json` into `folder`, atomically, and returns its path."""
+        write_json(folder / RESULTS_FILE, self.to_json())
+        return folder / RESULTS_FILE
+
+    @classmethod
+    def read(cls, folder: Path) -> Results:
+        """Reads `results.json` from a report folder.
+
+        Raises:
+            DataError: there is none, or it is not a results document.
+        """
+        path = folder / RESULTS_FILE
+        if not path.is_file():
+            raise DataError(
+                f"{path}: no such file; write one with: clseave evaluate --report {folder}"
+            )
+        try:
+            return cls.from_json(read_json(path))
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
+
+
+#: The figures that `across_seeds` summarises.
+SEED_FIGURES = ("accuracy", "macro_f1", "loss", "ratio_to_english", "agreement_with_english")
+
+
+def across_seeds(runs: Sequence[Results]) -> dict[str, dict[str, SeedSummary]]:
+    """Summarises the same evaluation of several training seeds.
+
+    Args:
+        runs: one document a seed.
+
+    Returns:
+        By language and name of the figure (`SEED_FIGURES`); languages and figures that some run
+        lacks are left out.
+    """
+    summary: dict[str, dict[str, SeedSummary]] = {}
+    by_language = [{result.lang: result for result in run.results} for run in runs]
+    for lang in by_language[0] if by_language else ():
+        if not all(lang in languages for languages in by_language):
+            continue
+        figures = {}
+        for name in SEED_FIGURES:
+            values = [getattr(languages[lang], name) for languages in by_language]
+            if all(value is not None for value in values):
+                figures[name] = summarise_seeds(values)
+        summary[lang] = figures
+    return summary
+
+
+def _encode(value: Any) -> Any:
+    """Tuples become lists, so that a document equals what reading it back gives."""
+    if isinstance(value, dict):
+        return {key: _encode(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encode(item) for item in value]
+    return value
+
+
+def _decode(kind: Any, value: Any, where: str) -> Any:
+    """Builds a value of type `kind` from JSON, checking types on the way."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        (inner,) = (argument for argument in arguments if argument is not type(None))
+        return _decode(inner, value, where)
+    if origin is Literal:
+        if value in arguments:
+            return value
+    elif origin is tuple:
+        if isinstance(value, list):
+            return tuple(
+                _decode(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value)
+            )
+    elif origin is dict:
+        if isinstance(value, dict):
+            return {
+                key: _decode(arguments[1], item, f"{where}.{key}") for key, item in value.items()
+            }
+    elif is_dataclass(kind):
+        if isinstance(value, dict):
+            return _decode_dataclass(kind, value, where)
+    elif kind is float:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    elif isinstance(value, kind) and not isinstance(value, bool):
+        return value
+    raise DataError(f"{where}: unexpected value {str(value)[:60]!r}.")
+
+
+def _decode_dataclass(kind: Any, value: Mapping[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    missing = [item.name for item in fields(kind) if item.name not in value]
+    if missing:
+        raise DataError(f"{where}: the key {missing[0]!r} is missing.")
+    # Keys that this version does not know are left alone: a later one may have added them.
+    return kind(
+        **{
+            item.name: _decode(hints[item.name], value[item.name], f"{where}.{item.name}")
+            for item in fields(kind)
+        }
+    )

@@ -1,0 +1,170 @@
+"""Training state on disk: everything the next step depends on, as safetensors and JSON.
+
+A state is a folder `state-{step}`, written aside and renamed, with a digest per file. What is not
+stored is derived: the order of the examples from seed and epoch, the learning rate from the step.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from clseave_cli.core.files import atomic_folder, file_digest, read_json, write_json
+from clseave_cli.errors import ModelError
+
+_STATE = re.compile(r"state-(\d+)")
+
+
+@dataclass
+class LoopState:
+    """Where the loop stands, apart from tensors.
+
+    Attributes:
+        step: optimiser steps done.
+        pairs: examples trained on, repeats counted.
+        epoch: epochs done.
+        batch: batches of the current epoch done.
+        best: the dev figure of the best epoch so far.
+        best_epoch: that epoch, counted from 1.
+        dev: all dev figures of the best epoch.
+        epochs_without_gain: epochs since then.
+        loss_sum: training loss summed over this epoch's examples.
+        num_seen: examples seen this epoch.
+        seconds: wall time of earlier sittings and this one.
+        metrics_bytes: length of metrics.jsonl at this point.
+    """
+
+    step: int = 0
+    pairs: int = 0
+    epoch: int = 0
+    batch: int = 0
+    best: float | None = None
+    best_epoch: int = 0
+    dev: dict[str, float] | None = None
+    epochs_without_gain: int = 0
+    loss_sum: float = 0.0
+    num_seen: int = 0
+    seconds: float = 0.0
+    metrics_bytes: int = 0
+
+
+def save_state(
+    folder: Path,
+    state: LoopState,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    best: dict[str, Tensor] | None,
+) -> None:
+    """Writes `state-{step}` into `folder`, then removes older ones."""
+    target = folder / f"state-{state.step:08d}"
+    with atomic_folder(target) as aside:
+        save_file(snapshot(module), aside / "module.safetensors")
+        save_file(_optimizer_tensors(optimizer), aside / "optimizer.safetensors")
+        save_file(_random_tensors(), aside / "random.safetensors")
+        if best is not None:
+            save_file(best, aside / "best.safetensors")
+        files = {path.name: file_digest(path) for path in sorted(aside.iterdir())}
+        write_json(
+            aside / "state.json", {**asdict(state), "scaler": scaler.state_dict(), "files": files}
+        )
+    for path in _states(folder):
+        if path != target:
+            shutil.rmtree(path)
+
+
+def load_state(
+    folder: Path,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> tuple[LoopState, dict[str, Tensor] | None] | None:
+    """Restores the newest sound state into the given objects.
+
+    Returns:
+        Where the loop stands and the best weights so far; None if there is no state.
+
+    Raises:
+        ModelError: there are states, and none is sound.
+    """
+    states = sorted(_states(folder), reverse=True)
+    for path in states:
+        if not _sound(path):
+            continue
+        stored = read_json(path / "state.json")
+        module.load_state_dict(load_file(path / "module.safetensors"))
+        _restore_optimizer(optimizer, load_file(path / "optimizer.safetensors"))
+        scaler.load_state_dict(stored.pop("scaler"))
+        stored.pop("files")
+        best_path = path / "best.safetensors"
+        best = load_file(best_path) if best_path.exists() else None
+        _restore_random(load_file(path / "random.safetensors"))
+        return LoopState(**stored), best
+    if states:
+        raise ModelError(
+            f"{states[0]}: the saved training state is damaged; delete {folder.parent} and "
+            "start the run again."
+        )
+    return None
+
+
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of a module's weights and buffers, on the CPU."""
+    return {
+        name: value.detach().to("cpu", copy=True).contiguous()
+        for name, value in module.state_dict().items()
+    }
+
+
+def _states(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return [path for path in folder.iterdir() if _STATE.fullmatch(path.name)]
+
+
+def _sound(path: Path) -> bool:
+    try:
+        files = read_json(path / "state.json")["files"]
+        return all(file_digest(path / Path(name).name) == files[name] for name in files)
+    except Exception:
+        # Whatever is wrong with it, an unsound state is one we do not use.
+        return False
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    tensors = {}
+    for number, values in optimizer.state_dict()["state"].items():
+        for name, value in values.items():
+            tensors[f"{number}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    return tensors
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in tensors.items():
+        number, name = key.split(".", 1)
+        state.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
+
+
+def _random_tensors() -> dict[str, Tensor]:
+    tensors = {"cpu": torch.random.get_rng_state()}
+    for number in range(torch.cuda.device_count()):
+        tensors[f"cuda.{number}"] = torch.cuda.get_rng_state(number)
+    return tensors
+
+
+def _restore_random(tensors: dict[str, Tensor]) -> None:
+    torch.random.set_rng_state(tensors["cpu"])
+    for number in range(torch.cuda.device_count()):
+        if f"cuda.{number}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"cuda.{number}"], number)

@@ -1,0 +1,421 @@
+"""The training loop of every stage: a step function in, a frozen result out.
+
+The loop knows no model. It is given a module to train, a function from example numbers to a loss,
+and a function that gives dev figures; it does batching, schedule, precision, early stopping,
+records, interruption and resumption.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from clseave_cli.core.config import TrainingConfig
+from clseave_cli.core.files import write_json, writing
+from clseave_cli.core.progress import SILENT, Progress
+from clseave_cli.core.training.checkpoint import LoopState, load_state, save_state, snapshot
+from clseave_cli.core.training.precision import autocast, resolve_precision
+from clseave_cli.core.training.schedule import learning_rate_factor
+from clseave_cli.errors import Interrupted, TrainingError
+
+#: Records in metrics.jsonl per epoch, the one with the dev figures apart.
+_RECORDS_PER_EPOCH = 20
+
+#: Batches prepared ahead of the step.
+_BATCHES_AHEAD = 3
+
+Rows = npt.NDArray[np.intp]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The dev figure that chooses the checkpoint and stops the run."""
+
+    metric: str
+    best: Literal["lowest", "highest"]
+
+    def better(self, value: float, than: float | None) -> bool:
+        """Whether a value is a gain."""
+        if than is None:
+            return True
+        return value < than if self.best == "lowest" else value > than
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is trained, as the loop sees it.
+
+    Attributes:
+        name: goes into records and progress, such as `align`.
+        module: its parameters with `requires_grad` are trained; it is left with the best weights.
+        num_examples: N; examples are numbered 0 to N − 1.
+        prepare: gathers what some examples need, ahead of time in another thread; it depends on
+            their numbers alone.
+        loss: the mean loss of prepared examples, a scalar that can be differentiated.
+        evaluate: dev figures; called with the module in eval mode and gradients off.
+        selection: which of them chooses the checkpoint.
+    """
+
+    name: str
+    module: nn.Module
+    num_examples: int
+    prepare: Callable[[Rows], Any]
+    loss: Callable[[Any], Tensor]
+    evaluate: Callable[[], dict[str, float]]
+    selection: Selection
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a run went; also `summary.json`.
+
+    Attributes:
+        pairs: examples trained on, repeats counted.
+        steps: optimiser steps.
+        epochs: epochs done.
+        wall_seconds: time in the loop, dev evaluation included.
+        pairs_per_second: `pairs` over the time spent in training steps.
+        peak_memory_bytes: largest memory of the process, or of the GPU where one is used.
+        best_epoch: the epoch whose weights were kept, counted from 1.
+        dev: its dev figures.
+        stopped_early: whether patience ran out before the last epoch.
+    """
+
+    pairs: int
+    steps: int
+    epochs: int
+    wall_seconds: float
+    pairs_per_second: float
+    peak_memory_bytes: int
+    best_epoch: int
+    dev: dict[str, float]
+    stopped_early: bool
+
+
+def batches(num_examples: int, batch_size: int, *, seed: int, epoch: int) -> list[Rows]:
+    """The batches of one epoch: all examples in random order, in parts that differ by at most one.
+
+    Even parts instead of a short last batch: a single left-over example would have no batch
+    statistics. The order depends on seed and epoch alone, so any step can be found again.
+    """
+    order = np.random.default_rng([seed, epoch]).permutation(num_examples)
+    return np.array_split(order, math.ceil(num_examples / batch_size))
+
+
+def train(
+    stage: Stage,
+    config: TrainingConfig,
+    *,
+    device: torch.device,
+    folder: Path,
+    progress: Progress = SILENT,
+) -> TrainingResult:
+    """Trains a stage to its end, from a saved state where `config.resume` finds one.
+
+    Writes `metrics.jsonl`, `summary.json` and, while under way, `state-*` into `folder`.
+
+    Raises:
+        TrainingError: the loss is no longer finite.
+        Interrupted: Ctrl-C or SIGTERM; the state was saved first.
+        ClseaveError: the disk is full; the last good state is kept.
+    """
+    return _Run(stage, config, device, folder, progress).run()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some examples of a batch, prepared, and their share of it."""
+
+    share: float
+    examples: Any
+
+
+class _Run:
+    def __init__(
+        self,
+        stage: Stage,
+        config: TrainingConfig,
+        device: torch.device,
+        folder: Path,
+        progress: Progress,
+    ) -> None:
+        self.stage, self.config, self.device = stage, config, device
+        self.folder, self.progress = folder, progress
+        self.parameters = [p for p in stage.module.parameters() if p.requires_grad]
+        self.optimizer = _optimizer(self.parameters, config)
+        precision = resolve_precision(config.precision, device)
+        self.autocast = autocast(precision, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.steps_per_epoch = math.ceil(stage.num_examples / config.batch_size)
+        self.total_steps = self.steps_per_epoch * config.epochs
+        if config.max_steps is not None:
+            self.total_steps = min(self.total_steps, config.max_steps)
+        self.warmup_steps = round(config.warmup_fraction * self.total_steps)
+        self.record_every = max(1, self.steps_per_epoch // _RECORDS_PER_EPOCH)
+        self.state = LoopState()
+        self.best_weights: dict[str, Tensor] | None = None
+        # Summed on the device in float64: exact enough, and reading it is the only wait.
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.step_seconds = 0.0
+        self.pairs_stepped = 0
+        self.earlier_seconds = 0.0
+        self.started = self.saved_at = time.monotonic()
+        self.metrics = folder / "metrics.jsonl"
+
+    def run(self) -> TrainingResult:
+        torch.manual_seed(self.config.seed)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.config.resume:
+            self._resume()
+        self._truncate_metrics()
+        stopped_early = False
+        with _stop_signals() as stop_requested:
+            while self.state.step < self.total_steps and not stopped_early:
+                self._epoch(stop_requested)
+                stopped_early = self._end_epoch()
+        assert self.best_weights is not None
+        self.stage.module.load_state_dict(self.best_weights)
+        self.stage.module.eval()
+        return self._finish(stopped_early)
+
+    def _epoch(self, stop_requested: Callable[[], bool]) -> None:
+        """The rest of the current epoch."""
+        state = self.state
+        todo = batches(
+            self.stage.num_examples,
+            self.config.batch_size,
+            seed=self.config.seed,
+            epoch=state.epoch,
+        )[state.batch : state.batch + self.total_steps - state.step]
+        self.stage.module.train()
+        title = f"{self.stage.name}: epoch {state.epoch + 1}/{self.config.epochs}"
+        with self.progress.task(title, self.stage.num_examples, "pairs") as task:
+            task.advance(state.num_seen)
+            begin = time.monotonic()
+            for rows, parts in self._prepared(todo):
+                learning_rate = self._step(rows, parts)
+                recorded = state.step % self.record_every == 0
+                figures = self._record_step(learning_rate) if recorded else {}
+                self.step_seconds += time.monotonic() - begin
+                self.pairs_stepped += len(rows)
+                task.advance(len(rows), **figures)
+                self._save_if_due(stop_requested)
+                begin = time.monotonic()
+
+    def _prepared(self, todo: list[Rows]) -> Iterator[tuple[Rows, list[_Part]]]:
+        """Batches with their parts prepared, a few ahead of the step that uses them."""
+
+        def prepare(rows: Rows) -> list[_Part]:
+            parts = np.array_split(rows, min(self.config.accumulation, len(rows)))
+            return [_Part(len(part) / len(rows), self.stage.prepare(part)) for part in parts]
+
+        with ThreadPoolExecutor(max_workers=1) as worker:
+            ahead = deque(worker.submit(prepare, rows) for rows in todo[:_BATCHES_AHEAD])
+            for number, rows in enumerate(todo):
+                parts = ahead.popleft().result()
+                if number + _BATCHES_AHEAD < len(todo):
+                    ahead.append(worker.submit(prepare, todo[number + _BATCHES_AHEAD]))
+                yield rows, parts
+
+    def _step(self, rows: Rows, parts: list[_Part]) -> float:
+        """One optimiser step on a batch; returns its learning rate."""
+        learning_rate = self.config.learning_rate * learning_rate_factor(
+            self.state.step,
+            total=self.total_steps,
+            warmup=self.warmup_steps,
+            schedule=self.config.schedule,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.zero_grad(set_to_none=True)
+        for part in parts:
+            with self.autocast():
+                loss = self.stage.loss(part.examples)
+            self.scaler.scale(loss * part.share).backward()  # type: ignore[no-untyped-call]
+            self.loss_sum += loss.detach().double() * (part.share * len(rows))
+        if self.config.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.state.step += 1
+        self.state.batch += 1
+        self.state.num_seen += len(rows)
+        self.state.pairs += len(rows)
+        return learning_rate
+
+    def _mean_loss(self) -> float:
+        loss = self.loss_sum.item() / self.state.num_seen
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"{self.stage.name}: the loss is not finite at step {self.state.step}; lower "
+                "--learning-rate, or use --precision fp32."
+            )
+        return loss
+
+    def _record_step(self, learning_rate: float) -> dict[str, float]:
+        figures = {
+            "loss": self._mean_loss(),
+            "learning_rate": learning_rate,
+            "pairs_per_second": self.pairs_stepped / max(self.step_seconds, 1e-9),
+        }
+        self._record(figures)
+        return {"loss": figures["loss"], "pairs/s": round(figures["pairs_per_second"])}
+
+    def _record(self, figures: dict[str, Any]) -> None:
+        entry = {
+            "stage": self.stage.name,
+            "step": self.state.step,
+            "epoch": self.state.epoch + 1,
+            **figures,
+        }
+        with writing(self.metrics), self.metrics.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(entry) + "\n")
+
+    def _end_epoch(self) -> bool:
+        """Dev figures, the best weights, the books of the epoch; True when patience is out."""
+        loss = self._mean_loss()
+        self.stage.module.eval()
+        with torch.no_grad(), self.autocast():
+            dev = self.stage.evaluate()
+        value = dev[self.stage.selection.metric]
+        state = self.state
+        if self.stage.selection.better(value, state.best):
+            state.best, state.best_epoch, state.dev = value, state.epoch + 1, dev
+            state.epochs_without_gain = 0
+            self.best_weights = snapshot(self.stage.module)
+        else:
+            state.epochs_without_gain += 1
+        self._record({"loss": loss, "dev": dev})
+        shown = " · ".join(f"{name} {figure:.4g}" for name, figure in dev.items())
+        self.progress.note(
+            f"{self.stage.name}: epoch {state.epoch + 1}: train loss {loss:.4f} · dev {shown}"
+        )
+        state.epoch += 1
+        state.batch = state.num_seen = 0
+        self.loss_sum.zero_()
+        patience = self.config.patience
+        return (
+            patience is not None
+            and state.epochs_without_gain >= patience
+            and state.step < self.total_steps
+        )
+
+    def _save_if_due(self, stop_requested: Callable[[], bool]) -> None:
+        stopping = stop_requested()
+        due = time.monotonic() - self.saved_at >= 60 * self.config.checkpoint_minutes
+        if not (stopping or due):
+            return
+        self._mean_loss()  # never keep a state that is already lost
+        self.state.loss_sum = self.loss_sum.item()
+        self.state.seconds = self._seconds()
+        self.state.metrics_bytes = self.metrics.stat().st_size if self.metrics.exists() else 0
+        save_state(
+            self.folder,
+            self.state,
+            self.stage.module,
+            self.optimizer,
+            self.scaler,
+            self.best_weights,
+        )
+        self.saved_at = time.monotonic()
+        if stopping:
+            raise Interrupted(
+                f"{self.stage.name}: stopped at step {self.state.step}, state saved in "
+                f"{self.folder}; the same command with --resume goes on from there."
+            )
+
+    def _seconds(self) -> float:
+        return self.earlier_seconds + time.monotonic() - self.started
+
+    def _resume(self) -> None:
+        loaded = load_state(self.folder, self.stage.module, self.optimizer, self.scaler)
+        if loaded is None:
+            self.progress.note(f"{self.stage.name}: no saved state to resume; starting afresh.")
+            return
+        self.state, self.best_weights = loaded
+        self.loss_sum.fill_(self.state.loss_sum)
+        self.earlier_seconds = self.state.seconds
+        self.progress.note(f"{self.stage.name}: resuming at step {self.state.step}.")
+
+    def _truncate_metrics(self) -> None:
+        """Forgets records written after the state that the run continues from."""
+        with self.metrics.open("ab") as stream:
+            stream.truncate(self.state.metrics_bytes)
+
+    def _finish(self, stopped_early: bool) -> TrainingResult:
+        result = TrainingResult(
+            pairs=self.state.pairs,
+            steps=self.state.step,
+            epochs=self.state.epoch,
+            wall_seconds=self._seconds(),
+            pairs_per_second=self.pairs_stepped / max(self.step_seconds, 1e-9),
+            peak_memory_bytes=_peak_memory_bytes(self.device),
+            best_epoch=self.state.best_epoch,
+            dev=self.state.dev or {},
+            stopped_early=stopped_early,
+        )
+        write_json(self.folder / "summary.json", asdict(result))
+        return result
+
+
+def _optimizer(parameters: list[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
+    # Weight decay pulls matrices; biases and normalisation gains are left alone, as in CLIP.
+    matrices = [p for p in parameters if p.ndim > 1]
+    vectors = [p for p in parameters if p.ndim <= 1]
+    return torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+        fused=True,
+    )
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Turns Ctrl-C and SIGTERM into a request to save and stop; a second one stops at once."""
+    requested = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield requested.is_set
+        return
+
+    def request(number: int, frame: FrameType | None) -> None:
+        if requested.is_set():
+            raise KeyboardInterrupt
+        requested.set()
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield requested.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

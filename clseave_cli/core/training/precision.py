@@ -1,0 +1,61 @@
+"""Devices and arithmetic: what `--device` and `--precision` mean on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from clseave_cli.core.config import Precision
+from clseave_cli.errors import ClseaveError
+
+_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device a name means.
+
+    Raises:
+        ClseaveError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ClseaveError(f"--device {name}: unknown; expected auto, cpu, cuda or cuda:N.")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise ClseaveError(
+                f"--device {name}: torch sees {count} CUDA devices here; use --device cpu or auto."
+            )
+    return device
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> Precision:
+    """What `auto` means on a device: bfloat16 where the hardware multiplies it, else float32."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if _cpu_multiplies_bf16() else "fp32"
+
+
+def autocast(precision: Precision, device: torch.device) -> Callable[[], torch.autocast]:
+    """A maker of the context that matrix products run in."""
+    return partial(
+        torch.autocast,
+        device.type,
+        dtype=_TYPES.get(precision, torch.bfloat16),
+        enabled=precision in _TYPES,
+    )
+
+
+def _cpu_multiplies_bf16() -> bool:
+    # torch also runs bfloat16 where it must emulate it, several times slower than float32.
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
