@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -19,31 +21,34 @@ def percent(value: float | None) -> str:
 
 def results_table(results: Results) -> Table:
     """The language table: accuracy, how sure that is, and what is reached without looking."""
-    signature = results.signature
     table = Table(
-        title="Visual entailment by language (%)",
-        caption=f"95 % intervals by bootstrap over photos · {signature}",
+        title="Visual entailment by language, in %",
+        caption=f"95 % intervals by bootstrap over photos · {escape(str(results.signature))}",
+        title_justify="left",
         caption_justify="left",
-        header_style="bold",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
     )
-    table.add_column("language", no_wrap=True)
-    table.add_column("accuracy", justify="right", style="bold", no_wrap=True)
-    table.add_column("95 % interval", justify="right", no_wrap=True)
-    for name in (
-        "ratio to English",
-        "agrees with English",
-        "majority",
-        "hypothesis only",
-        "shuffled image",
+    table.add_column("\nlang", no_wrap=True)
+    table.add_column("\naccuracy", justify="right", style="bold", no_wrap=True)
+    # Broken by hand, so that the table fits 80 columns: what a pipe or a small terminal has.
+    for header in (
+        "95 %\ninterval",
+        "ratio to\nEnglish",
+        "agrees w.\nEnglish",
+        "\nmajority",
+        "hypothesis\nonly",
+        "shuffled\nimage",
     ):
-        table.add_column(name, justify="right", max_width=max(10, len(name.split()[0])))
+        table.add_column(header, justify="right", no_wrap=True)
     modes = {result.mode for result in results.results}
     for result in results.results:
         baselines = results.baselines.get(result.lang)
         interval = (
             _MISSING
             if result.accuracy_low is None
-            else f"{percent(result.accuracy_low)} – {percent(result.accuracy_high)}"
+            else f"{percent(result.accuracy_low)}–{percent(result.accuracy_high)}"
         )
         table.add_row(
             f"{result.lang} ({result.mode})" if len(modes) > 1 else result.lang,

@@ -1,0 +1,68 @@
+import numpy as np
+import pytest
+
+from clseave_cli.core.linguistics import analyse_distances
+from clseave_cli.core.metrics.bootstrap import compare_predictions
+from clseave_cli.core.metrics.classification import agreement, score
+from clseave_cli.core.metrics.transfer import measure_transfer
+from clseave_cli.core.results import Baselines, LanguageResult, Results, Signature
+
+LANGUAGES = ("en", "de", "nl", "ja", "zh", "ko")
+
+
+def make_results(languages=LANGUAGES, seed=0, num_rows=600):
+    """Simulated figures, computed by the real functions: worse from language to language."""
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(3, size=num_rows)
+    images = np.array([f"{index:05d}.jpg" for index in generator.integers(60, size=num_rows)])
+    english = generator.normal(size=(num_rows, 3))
+    english[np.arange(num_rows), labels] += 2.4
+    teacher = generator.normal(size=(num_rows, 32))
+    results = []
+    for index, lang in enumerate(languages):
+        logits = english + 0.35 * index * generator.normal(size=english.shape)
+        scores = score(labels, logits, images, resamples=200, seed=0)
+        right = logits.argmax(axis=1) == labels
+        more = {}
+        if index:
+            student = teacher + 0.2 * index * generator.normal(size=teacher.shape)
+            more = {
+                "difference_to_english": compare_predictions(
+                    right, english.argmax(axis=1) == labels, images, resamples=200, seed=0
+                ),
+                "transfer": measure_transfer(student, teacher, np.arange(num_rows)),
+            }
+        results.append(
+            LanguageResult.from_scores(
+                scores,
+                lang=lang,
+                split="test",
+                hard_accuracy=float(right[::2].mean()),
+                num_hard=num_rows // 2,
+                ratio_to_english=scores.accuracy.value
+                / float((english.argmax(axis=1) == labels).mean()),
+                agreement_with_english=agreement(logits, english),
+                **more,
+            )
+        )
+    return Results(
+        results=tuple(results),
+        baselines={
+            lang: Baselines(majority=0.334, hypothesis_only=0.412, shuffled_image=0.371)
+            for lang in languages
+        },
+        signature=Signature(
+            version="0.1.0",
+            data={"snli_ve_test.jsonl": "3f2a9c1b" * 8},
+            checkpoints={"clip-ve": "91ab44e0" * 8, "align-de": "77de01c2" * 8},
+            seed=0,
+            resamples=200,
+            num_examples=num_rows,
+        ),
+        distances=analyse_distances({result.lang: result.accuracy for result in results}),
+    )
+
+
+@pytest.fixture(scope="session")
+def results():
+    return make_results()
