@@ -1,0 +1,81 @@
+"""`clseave translate`: the hypotheses of a data set in other languages."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from clseave_cli.commands import terminal
+from clseave_cli.core.config import TranslateConfig
+from clseave_cli.core.progress import SILENT
+from clseave_cli.errors import TranslationError
+
+
+def run(
+    config: TranslateConfig,
+    *,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Translate the hypotheses of a data set, none lost and none asked for twice.
+
+    Reads snli_ve_{train,dev,test}.jsonl (or --input FILE) and writes
+    snli_ve_train.de.jsonl and so on beside them. What was translated once
+    is kept in a memory: after a crash, a kill or Ctrl-C, the same command
+    goes on where it stopped.
+    """
+    import os
+
+    from clseave_cli.core.translation.corpus import translate
+
+    # Under torchrun every process translates, and the first one speaks.
+    is_first = os.environ.get("RANK", "0") == "0"
+    summary = translate(config, terminal.TerminalProgress() if is_first else SILENT)
+    if not is_first:
+        return
+    if json:
+        terminal.print_json(_plain(dataclasses.asdict(summary)))
+    else:
+        for file in summary.files:
+            terminal.stdout.print(_line(file), soft_wrap=True, markup=False)
+    num_failed = sum(file.num_failed for file in summary.files)
+    lists = ", ".join(str(file.failed) for file in summary.files if file.failed)
+    if summary.stopped:
+        raise TranslationError(
+            f"stopped: {summary.stopped}. {num_failed} rows are without a translation ({lists}); "
+            "run the same command again later to go on with them, or choose another --engine."
+        )
+    if num_failed:
+        raise TranslationError(
+            f"{num_failed} rows could not be translated; {lists} says why. "
+            "Run the same command again to try only those."
+        )
+
+
+def _line(file: Any) -> str:
+    counts = {
+        "from memory": file.num_from_memory,
+        "translated": file.num_translated,
+        "unchanged": file.num_unchanged,
+        "failed": file.num_failed,
+        "dropped": file.num_dropped,
+    }
+    parts = [f"{file.num_rows} rows"]
+    parts += [f"{count} {name}" for name, count in counts.items() if count]
+    if file.suspicions:
+        found = ", ".join(f"{name} {count}" for name, count in file.suspicions.items())
+        parts.append(f"suspect: {found}")
+    for name in ("failed", "rejected", "suspect", "review"):
+        if path := getattr(file, name):
+            parts.append(str(path))
+    return f"{file.output}: " + " · ".join(parts)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

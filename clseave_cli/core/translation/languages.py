@@ -1,0 +1,198 @@
+"""Languages: one spelling for the user, the spellings engines want, and the scripts.
+
+The user writes `zh`; that an engine calls it `zh-CN`, `zho_Hans`, `zh_Hans` or `__zh__` is that
+engine's business, and all of them are understood on the command line too.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from clseave_cli.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Language:
+    """One language as this project names it.
+
+    Attributes:
+        code: the spelling of the command line and of file names (BCP 47, as short as possible).
+        iso3: ISO 639-3, of the individual language where `code` names a macrolanguage.
+        script: ISO 15924.
+        region: the country that mBART-50 attaches to the code, "" where it knows none.
+    """
+
+    code: str
+    iso3: str
+    script: str
+    region: str = ""
+
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        """Every spelling models are known to use, the most specific first."""
+        found = [
+            f"{self.iso3}_{self.script}",
+            f"{self.code}_{self.region}" if self.region else "",
+            self.code.replace("-", "_"),
+            self.code,
+            self.iso3,
+            *_EXTRA_SPELLINGS.get(self.code, ()),
+        ]
+        return tuple(dict.fromkeys(spelling for spelling in found if spelling))
+
+
+# code, ISO 639-3, script, region: the languages of M2M-100 and of Google, as far as their script
+# is known; any other code is passed to the engine as the user wrote it.
+_TABLE = """
+af afr Latn ZA|ak aka Latn|am amh Ethi|ar arb Arab AR|as asm Beng|ast ast Latn|ay ayr Latn
+az azj Latn AZ|ba bak Cyrl|be bel Cyrl|bg bul Cyrl|bho bho Deva|bm bam Latn|bn ben Beng IN
+br bre Latn|bs bos Latn|ca cat Latn|ceb ceb Latn|ckb ckb Arab|co cos Latn|cs ces Latn CZ
+cy cym Latn|da dan Latn|de deu Latn DE|dv div Thaa|ee ewe Latn|el ell Grek|en eng Latn XX
+eo epo Latn|es spa Latn XX|et est Latn EE|eu eus Latn|fa pes Arab IR|ff fuv Latn|fi fin Latn FI
+fr fra Latn XX|fy fry Latn|ga gle Latn|gd gla Latn|gl glg Latn ES|gn grn Latn
+gu guj Gujr IN|ha hau Latn|haw haw Latn|he heb Hebr IL|hi hin Deva IN|hmn hmn Latn
+hr hrv Latn HR|ht hat Latn|hu hun Latn|hy hye Armn|id ind Latn ID|ig ibo Latn|ilo ilo Latn
+is isl Latn|it ita Latn IT|ja jpn Jpan XX|jv jav Latn|ka kat Geor GE|kk kaz Cyrl KZ
+km khm Khmr KH|kn kan Knda|ko kor Hang KR|ku kmr Latn|ky kir Cyrl|la lat Latn|lb ltz Latn
+lg lug Latn|ln lin Latn|lo lao Laoo|lt lit Latn LT|lv lvs Latn LV|mai mai Deva|mg plt Latn
+mi mri Latn|mk mkd Cyrl MK|ml mal Mlym IN|mn khk Cyrl MN|mr mar Deva IN|ms zsm Latn
+mt mlt Latn|my mya Mymr MM|ne npi Deva NP|nl nld Latn XX|no nob Latn|nso nso Latn|ny nya Latn
+oc oci Latn|om gaz Latn|or ory Orya|pa pan Guru|pl pol Latn PL|ps pbt Arab AF|pt por Latn XX
+qu quy Latn|ro ron Latn RO|ru rus Cyrl RU|rw kin Latn|sa san Deva|sd snd Arab|si sin Sinh LK
+sk slk Latn|sl slv Latn SI|sm smo Latn|sn sna Latn|so som Latn|sq als Latn|sr srp Cyrl
+ss ssw Latn|st sot Latn|su sun Latn|sv swe Latn SE|sw swh Latn KE|ta tam Taml IN|te tel Telu IN
+tg tgk Cyrl|th tha Thai TH|ti tir Ethi|tk tuk Latn|tl tgl Latn XX|tn tsn Latn|tr tur Latn TR
+ts tso Latn|tt tat Cyrl|ug uig Arab|uk ukr Cyrl UA|ur urd Arab PK|uz uzn Latn|vi vie Latn VN
+wo wol Latn|xh xho Latn ZA|yi ydd Hebr|yo yor Latn|zh zho Hans CN|zh-Hant zho Hant|zu zul Latn
+"""
+
+_EXTRA_SPELLINGS = {
+    "zh": ("zh_CN", "zh_Hans", "cmn_Hans", "cmn"),
+    "zh-Hant": ("zh_TW", "zh_HK", "cmn_Hant"),
+    "he": ("iw",),
+    "jv": ("jw",),
+    "no": ("nb", "nor"),
+    "nso": ("ns",),
+    "tl": ("fil",),
+    "ar": ("ara",),
+    "fa": ("fas",),
+    "et": ("ekk",),
+    "lv": ("lav",),
+    "ms": ("msa",),
+    "sw": ("swa",),
+    "mn": ("mon",),
+    "ne": ("nep",),
+    "az": ("aze",),
+    "sq": ("sqi",),
+    "yi": ("yid",),
+    "uz": ("uzb",),
+    "ps": ("pus",),
+    "or": ("ori",),
+    "mg": ("mlg",),
+    "ku": ("kur",),
+    "hr": ("hbs_Latn",),
+    "sr": ("hbs_Cyrl",),
+}
+
+
+def _read_table() -> dict[str, Language]:
+    entries = (entry.split() for line in _TABLE.split("\n") for entry in line.split("|") if entry)
+    return {entry[0]: Language(*entry) for entry in entries}
+
+
+LANGUAGES: dict[str, Language] = _read_table()
+
+
+def _aliases() -> dict[str, str]:
+    table: dict[str, str] = {}
+    for language in LANGUAGES.values():
+        for spelling in language.spellings:
+            table.setdefault(spelling.replace("_", "-").lower(), language.code)
+    return table
+
+
+_ALIASES = _aliases()
+
+# Letters per script: enough to tell them apart, not every block Unicode has.
+_SCRIPT_RANGES = {
+    "Latn": "A-Za-zªºÀ-ÖØ-öø-ɏḀ-ỿ",
+    "Cyrl": "\u0400-\u052f",
+    "Grek": "\u0370-\u03ff\u1f00-\u1fff",
+    "Arab": "\u0620-\u064a\u066e-\u06d3\u06d5\u06fa-\u06ff\u0750-\u077f\ufb50-\ufdff\ufe70-\ufefc",
+    "Hebr": "\u05d0-\u05ea",
+    "Hani": "\u3005\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff",
+    "Kana": "\u3041-\u309f\u30a1-\u30ff\u31f0-\u31ff\uff66-\uff9f",
+    "Hang": "\u1100-\u11ff\u3131-\u318e\uac00-\ud7a3",
+    "Deva": "\u0904-\u0939\u0958-\u0961",
+    "Beng": "\u0985-\u09b9\u09dc-\u09e1",
+    "Guru": "\u0a05-\u0a39\u0a59-\u0a5e",
+    "Gujr": "\u0a85-\u0ab9",
+    "Orya": "\u0b05-\u0b39\u0b5c-\u0b61",
+    "Taml": "\u0b83-\u0bb9",
+    "Telu": "\u0c05-\u0c39",
+    "Knda": "\u0c85-\u0cb9",
+    "Mlym": "\u0d05-\u0d3a",
+    "Sinh": "\u0d85-\u0dc6",
+    "Thai": "\u0e01-\u0e30\u0e32\u0e33\u0e40-\u0e45",
+    "Laoo": "\u0e81-\u0eb0\u0ec0-\u0ec4",
+    "Mymr": "\u1000-\u102a\u1050-\u1055",
+    "Geor": "\u10a0-\u10ff",
+    "Armn": "\u0531-\u0587",
+    "Ethi": "\u1200-\u135a",
+    "Khmr": "\u1780-\u17b3",
+    "Thaa": "\u0780-\u07a5",
+}
+_WRITTEN_WITH = {
+    "Jpan": ("Hani", "Kana"),
+    "Hans": ("Hani",),
+    "Hant": ("Hani",),
+    "Hang": ("Hang", "Hani"),
+}
+
+
+def canonical(code: str) -> str:
+    """The project's spelling of a language code: `zh_CN`, `zho_Hans`, `cmn` → `zh`.
+
+    A code the table does not know comes back as it was, for the engine to accept or refuse.
+
+    Raises:
+        UsageError: this cannot be a language code.
+    """
+    if not re.fullmatch(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*", code):
+        raise UsageError(
+            f"--lang {code!r}: not a language code; expected one such as de, ja, zh or pt-BR."
+        )
+    return _ALIASES.get(code.replace("_", "-").lower(), code)
+
+
+def spellings(code: str) -> tuple[str, ...]:
+    """The spellings under which a model may know the language, the most specific first."""
+    language = LANGUAGES.get(code)
+    return language.spellings if language else (code,)
+
+
+def letters_of(code: str) -> str | None:
+    """The letters the language is written with, as the inside of a regular expression's `[…]`.
+
+    None where the script is not known; then no check can be made.
+    """
+    language = LANGUAGES.get(code)
+    if language is None:
+        return None
+    scripts = _WRITTEN_WITH.get(language.script, (language.script,))
+    return "".join(_SCRIPT_RANGES[script] for script in scripts)
+
+
+def has_spaces(code: str) -> bool:
+    """Whether words of the language are separated by spaces."""
+    language = LANGUAGES.get(code)
+    return language is None or language.script not in {
+        "Jpan", "Hans", "Hant", "Thai", "Laoo", "Khmr", "Mymr",
+    }  # fmt: skip
+
+
+def is_dense(code: str) -> bool:
+    """Whether one character carries about as much as a syllable or word (Han, kana, Hangul)."""
+    language = LANGUAGES.get(code)
+    return language is not None and language.script in {"Jpan", "Hans", "Hant", "Hang"}

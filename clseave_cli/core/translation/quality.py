@@ -1,0 +1,155 @@
+"""Checks that find translations worth a second look. They mark; they do not judge.
+
+Each has a name, which is what the output and the summary show:
+
+- `empty`: nothing came back.
+- `copy`: the source came back unchanged.
+- `script`: most letters are not of a script the target language is written in.
+- `language`: language identification (an extra) is sure it is another language.
+- `length`: far too short or long for the source, scripts taken into account.
+- `repetition`: the same piece over and over, the way neural models loop.
+- `numerals`: a number of the source is missing.
+- `added-sentence`: more sentences than the source has.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import unicodedata
+from collections import Counter
+
+from clseave_cli.core.translation.identification import LanguageIdentifier
+from clseave_cli.core.translation.languages import has_spaces, is_dense, letters_of
+from clseave_cli.core.translation.segments import needs_translation
+
+#: Names of all checks, in the order of summaries.
+CHECKS = (
+    "empty", "copy", "script", "language", "length", "repetition", "numerals", "added-sentence",
+)  # fmt: skip
+
+#: Raised when a check changes: what the memory holds is then checked again.
+_VERSION = "1"
+
+_LETTER = re.compile(r"[^\W\d_]")
+_WORD = re.compile(r"[^\W_]+")
+# Four times the same two to sixty characters (or a single word character eight times).
+_LOOP = re.compile(r"(?=\S)(.{2,60}?)\1{3,}|(\w)\2{7,}", re.DOTALL)
+_NUMBER = re.compile(r"\d+(?:[.,:\u066b\u066c ]?\d+)*")
+_SENTENCE_END = re.compile(
+    r"[.!?…]+[\"'”’»)\]]*(?=\s+[^\W\d_a-z]|\s*$)|[。！？]+[」』”’]*|[।؟۔]+(?=\s|$)"
+)
+_INITIAL = re.compile(r"\b(?:[^\W\d_]|Mr|Mrs|Ms|Dr|St|No|Nr|vs|bzw|ca)\.")
+
+# Characters of one language for those of another: Han, kana and Hangul say more with fewer.
+_DENSE_WEIGHT = 2.5
+_LENGTH_SLACK = 12
+_LENGTH_RANGE = (0.35, 2.6)
+_MIN_COPIED_WORDS = 3
+_MIN_SCRIPT_SHARE = 0.5
+
+# Numbers as East Asian languages write the small ones.
+_HAN_NUMBERS = {str(value): digit for value, digit in enumerate("〇一二三四五六七八九十")} | {
+    "11": "十一", "12": "十二", "100": "百", "1000": "千", "10000": "万",
+}  # fmt: skip
+
+
+class Checks:
+    """All checks for one pair of languages.
+
+    Args:
+        source: canonical code of the language translated from.
+        target: canonical code of the language translated into.
+
+    Attributes:
+        version: says which checks were made, for the memory.
+    """
+
+    def __init__(self, source: str, target: str) -> None:
+        letters = letters_of(target)
+        self._expected = re.compile(f"[{letters}]") if letters else None
+        self._same_script = letters == letters_of(source)
+        self._weights = (
+            _DENSE_WEIGHT if is_dense(source) else 1.0,
+            _DENSE_WEIGHT if is_dense(target) else 1.0,
+        )
+        self._target_dense = is_dense(target)
+        self._spaces = has_spaces(source) and has_spaces(target)
+        self._identifier = None
+        self.version = _VERSION
+        if source != target and importlib.util.find_spec("lingua") is not None:
+            identifier = LanguageIdentifier(source, target)
+            if identifier.covers_target:
+                self._identifier = identifier
+                self.version += "+language"
+
+    def find(self, source: str, translation: str) -> tuple[str, ...]:
+        """Names of the checks that find the translation suspect."""
+        if not translation.strip():
+            return ("empty",)
+        if not needs_translation(source):
+            return ()
+        found = []
+        if self._is_copy(source, translation):
+            found.append("copy")
+        if self._is_in_wrong_script(translation):
+            found.append("script")
+        elif self._identifier is not None and self._identifier.is_wrong(translation):
+            found.append("language")
+        if not self._has_plausible_length(source, translation):
+            found.append("length")
+        if has_loop(translation) and not has_loop(source):
+            found.append("repetition")
+        if self._loses_numerals(source, translation):
+            found.append("numerals")
+        if _num_sentences(translation) > max(1, _num_sentences(source)):
+            found.append("added-sentence")
+        return tuple(found)
+
+    def _is_copy(self, source: str, translation: str) -> bool:
+        if source.strip().casefold() != translation.strip().casefold():
+            return False
+        # "Pizza." may well stay as it is where the script is the same.
+        return not self._same_script or len(_WORD.findall(source)) >= _MIN_COPIED_WORDS
+
+    def _is_in_wrong_script(self, translation: str) -> bool:
+        if self._expected is None:
+            return False
+        num_letters = len(_LETTER.findall(translation))
+        num_expected = len(self._expected.findall(translation))
+        return num_letters > 0 and num_expected < _MIN_SCRIPT_SHARE * num_letters
+
+    def _has_plausible_length(self, source: str, translation: str) -> bool:
+        ratio = (len(translation) * self._weights[1] + _LENGTH_SLACK) / (
+            len(source) * self._weights[0] + _LENGTH_SLACK
+        )
+        return _LENGTH_RANGE[0] <= ratio <= _LENGTH_RANGE[1]
+
+    def _loses_numerals(self, source: str, translation: str) -> bool:
+        wanted = _numbers(source)
+        if not wanted:
+            return False
+        lost = wanted - _numbers(translation)
+        if self._target_dense:
+            lost = Counter(
+                {n: c for n, c in lost.items() if _HAN_NUMBERS.get(n, "-") not in translation}
+            )
+        return bool(lost)
+
+
+def has_loop(text: str) -> bool:
+    """Whether a piece of the text is repeated over and over."""
+    return _LOOP.search(text) is not None
+
+
+def _numbers(text: str) -> Counter[str]:
+    """The numbers in a text, whatever digits and separators they are written with."""
+    found: Counter[str] = Counter()
+    for number in _NUMBER.findall(text):
+        digits = "".join(str(unicodedata.digit(c)) for c in number if c.isdigit())
+        found[digits.lstrip("0") or "0"] += 1
+    return found
+
+
+def _num_sentences(text: str) -> int:
+    return len(_SENTENCE_END.findall(_INITIAL.sub("", text)))
