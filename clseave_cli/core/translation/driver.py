@@ -20,7 +20,7 @@ from clseave_cli.core.translation.memory import Entry, Memory
 from clseave_cli.core.translation.quality import Checks
 from clseave_cli.core.translation.segments import Segmented
 from clseave_cli.core.translation.work import Item, Work
-from clseave_cli.errors import Interrupted, TranslationError
+from clseave_cli.errors import ClseaveError, Interrupted, TranslationError
 
 #: Rounds of refusals with no answer between them before the service counts as closed to us.
 REFUSAL_ROUNDS = 8
@@ -430,11 +430,11 @@ class Driver:
         while under_way and (left := deadline - time.monotonic()) > 0:
             try:
                 under_way -= self._keep(self._reports.get(timeout=left), work, task)
-            except (queue.Empty, TranslationError):
+            except (queue.Empty, ClseaveError):
                 return
 
     def _explain(self, error: BaseException) -> BaseException:
-        if isinstance(error, TranslationError):
+        if isinstance(error, ClseaveError):
             return error
         name = self._engine.identity.engine
         return TranslationError(f"engine {name}: {type(error).__name__}: {error}")

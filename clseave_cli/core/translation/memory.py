@@ -57,10 +57,14 @@ class Entry(NamedTuple):
     suspicions: tuple[str, ...]
 
 
+def cache_root() -> Path:
+    """Where caches live: `CLSEAVE_CACHE`, or `~/.cache/clseave`."""
+    return Path(os.environ.get("CLSEAVE_CACHE") or Path.home() / ".cache" / "clseave")
+
+
 def default_path() -> Path:
     """Where the memory lies unless the user says otherwise."""
-    cache = os.environ.get("CLSEAVE_CACHE") or Path.home() / ".cache" / "clseave"
-    return Path(cache) / "translation" / "memory.sqlite"
+    return cache_root() / "translation" / "memory.sqlite"
 
 
 def encode(text: str) -> bytes:
