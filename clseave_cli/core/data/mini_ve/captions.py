@@ -39,7 +39,7 @@ def captions(scene: Scene, number: int, rng: Random) -> list[str]:
 
 def _complete(scene: Scene, rng: Random) -> str:
     shown = [a(item) for item in rng.sample(scene.items, len(scene.items))]
-    listed = enumeration(shown)
+    listed = _enumeration(shown)
     number = NUMERALS[len(shown)]
     noun, be = ("shape", "is") if len(shown) == 1 else ("shapes", "are")
     cover = rng.choice(_COVERED if scene.curtain else _OPEN)
@@ -69,7 +69,7 @@ def _partial(scene: Scene, rng: Random) -> str:
     return f"There is {one} but no {rng.choice(absent)} in view, and {cover}."
 
 
-def enumeration(parts: list[str]) -> str:
+def _enumeration(parts: list[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     *rest, last = parts
     return f"{', '.join(rest)} and {last}" if rest else last

@@ -87,7 +87,7 @@ def draw(scene: Scene, rng: Random) -> Image.Image:
             ((x + radius * dx) * SUPERSAMPLING, (y + radius * dy) * SUPERSAMPLING)
             for dx, dy in _OUTLINES[item.shape]
         ]
-        pen.polygon(outline, fill=_tinted(_PAINT[item.color], 14, rng))
+        pen.polygon(outline, fill=_tinted(_PAINT[item.color], 10, rng))
     if scene.curtain:
         _draw_curtain(pen, scene.curtain, rng)
     return image.reduce(SUPERSAMPLING)

@@ -20,7 +20,7 @@ GRID = 4
 COLORS = ("red", "blue", "green", "yellow", "black")
 SHAPES = ("circle", "square", "triangle", "star", "heart")
 
-#: The numbers a count hypothesis may name.
+#: The numbers that a count hypothesis may name.
 COUNTS = (1, 2, 3, 4)
 
 
@@ -85,7 +85,7 @@ class Scene:
 
     def count(self, what: Description) -> int:
         """How many of the shapes in view fit `what`."""
-        return sum(what.fits(item) for _, item in self.shown)
+        return len([None for _, item in self.shown if what.fits(item)])
 
 
 def _verdict(*, certain: bool, possible: bool) -> Label:

@@ -8,6 +8,7 @@ of a paraphrase, made without regard to the label, gives nothing away.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 from clseave_cli.core.data.mini_ve.grammar import (
     chinese,
@@ -35,6 +36,8 @@ _SENTENCES: dict[str, Callable[[Hypothesis, int], str]] = {
 LANGUAGES = tuple(_SENTENCES)
 
 
+# A few thousand sentences, each of which is said many times.
+@cache
 def say(hypothesis: Hypothesis, template: int, language: str) -> str:
     """`hypothesis` as a sentence of `language`, in paraphrase `template` (0, 1 or 2)."""
     return _SENTENCES[language](hypothesis, template)

@@ -47,12 +47,12 @@ def sentence(hypothesis: Hypothesis, template: int) -> str:
         case Absence(what):
             return (
                 f"{_phrase(what)}はありません。",
-                f"この場面には{_phrase(what)}が含まれていません。",
+                f"この場面に{_phrase(what)}は含まれていません。",
                 f"場面のどこにも{_phrase(what)}はありません。",
             )[template]
         case Count(number):
             return (
-                f"図形はちょうど{_NUMERALS[number]}あります。",
+                f"図形がちょうど{_NUMERALS[number]}あります。",
                 f"この場面にはちょうど{_NUMERALS[number]}の図形が含まれています。",
                 f"図形は全部でちょうど{_NUMERALS[number]}あります。",
             )[template]

@@ -1,0 +1,338 @@
+"""Worlds on disk: labels, balance, disjoint splits, parallel languages, determinism.
+
+The tests read the files as a user would. A row's label is worked out anew from its English text and
+the caption, which says all there is to know about a scene.
+"""
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+
+from clseave_cli.core.data.mini_ve import MiniVE, Sizes, generate
+from clseave_cli.core.data.mini_ve.generation import sample_scenes
+from clseave_cli.core.data.mini_ve.world import COLORS, SHAPES
+from clseave_cli.core.progress import Task
+from clseave_cli.errors import DataError, UsageError
+from clseave_cli.labels import LABELS
+
+SPLITS = ("train", "dev", "test")
+TRANSLATIONS = ("de", "nl", "ja", "zh", "ko")
+SIZES = Sizes(train_scenes=200, dev_scenes=60, test_scenes=100)
+SMALL = Sizes(
+    train_scenes=50,
+    dev_scenes=40,
+    test_scenes=40,
+    train_hypotheses=2,
+    dev_hypotheses=3,
+    test_hypotheses=3,
+)
+
+Rows = list[dict[str, str]]
+
+
+@pytest.fixture(scope="module", params=[0, 1, 2], ids="seed {}".format)
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> MiniVE:
+    seed: int = request.param
+    return generate(tmp_path_factory.mktemp("mini-ve") / "world", seed=seed, sizes=SIZES)
+
+
+def read_lines(path: Path) -> Rows:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def rows_of(world: MiniVE, split: str, language: str = "en") -> Rows:
+    suffix = "" if language == "en" else f".{language}"
+    return read_lines(world.folder / f"snli_ve_{split}{suffix}.jsonl")
+
+
+# --- an independent reading of the English ------------------------------------------------------
+
+THING = re.compile(rf"\b(?:({'|'.join(COLORS)}) )?({'|'.join(SHAPES)}|shape)\b")
+NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5}
+
+
+def things(text: str) -> list[tuple[str | None, str | None]]:
+    return [
+        (color or None, None if shape == "shape" else shape)
+        for color, shape in THING.findall(text)
+        if color or shape != "shape"
+    ]
+
+
+def is_covered(caption: str) -> bool:
+    if re.search(r"no curtain|nothing|whole scene", caption):
+        return False
+    assert "curtain" in caption
+    return True
+
+
+def form_of(sentence: str) -> str:
+    if "exactly" in sentence:
+        return "count"
+    if re.search(r"\b(no|Nowhere)\b", sentence):
+        return "absence"
+    return "conjunction" if " and " in sentence else "presence"
+
+
+def label_of(sentence: str, caption: str) -> str:
+    """The label, given that a curtain always hides more cells than a sentence speaks of."""
+    shown, covered = things(caption), is_covered(caption)
+
+    def in_view(color: str | None, shape: str | None) -> bool:
+        return any(color in (None, c) and shape in (None, s) for c, s in shown)
+
+    form = form_of(sentence)
+    if form == "count":
+        [number] = [NUMBERS[word] for word in re.findall(r"\w+", sentence) if word in NUMBERS]
+        if len(shown) > number or (len(shown) < number and not covered):
+            return "contradiction"
+        return "neutral" if covered else "entailment"
+    all_in_view = all(in_view(*thing) for thing in things(sentence))
+    if all_in_view:
+        return "contradiction" if form == "absence" else "entailment"
+    if covered:
+        return "neutral"
+    return "entailment" if form == "absence" else "contradiction"
+
+
+# --- what the rows say --------------------------------------------------------------------------
+
+
+def test_every_label_follows_from_what_the_caption_says(world: MiniVE) -> None:
+    for split in SPLITS:
+        for row in rows_of(world, split):
+            expected = label_of(row["sentence2"], row["sentence1"])
+            assert row["gold_label"] == expected, row
+
+
+def test_every_sentence_has_each_label_equally_often(world: MiniVE) -> None:
+    for split in SPLITS:
+        by_sentence: dict[str, Counter[str]] = defaultdict(Counter)
+        for row in rows_of(world, split):
+            by_sentence[row["sentence2"]][row["gold_label"]] += 1
+        for sentence, counts in by_sentence.items():
+            assert len(set(counts[label] for label in LABELS)) == 1, (sentence, counts)
+
+
+def test_the_text_alone_is_worth_nothing(world: MiniVE) -> None:
+    train, test = rows_of(world, "train"), rows_of(world, "test")
+    vectorizer = TfidfVectorizer(ngram_range=(1, 3))
+    classifier = LogisticRegression(max_iter=500).fit(
+        vectorizer.fit_transform([row["sentence2"] for row in train]),
+        [row["gold_label"] for row in train],
+    )
+    accuracy = classifier.score(
+        vectorizer.transform([row["sentence2"] for row in test]),
+        [row["gold_label"] for row in test],
+    )
+    # Whatever a function of the text answers, it is right in one row of three.
+    assert accuracy == pytest.approx(1 / 3)
+
+
+def test_a_perfect_reader_of_the_wrong_pictures_is_near_chance(world: MiniVE) -> None:
+    rows = rows_of(world, "test")
+    hits = [
+        label_of(row["sentence2"], rows[(index + shift) % len(rows)]["sentence1"])
+        == row["gold_label"]
+        for shift in range(50, len(rows) - 50, 150)
+        for index, row in enumerate(rows)
+    ]
+    assert sum(hits) / len(hits) < 0.4
+
+
+def test_the_curtain_alone_is_not_enough(world: MiniVE) -> None:
+    by_form: Counter[tuple[str, bool, str]] = Counter()
+    rows = rows_of(world, "test")
+    for row in rows:
+        covered = is_covered(row["sentence1"])
+        by_form[form_of(row["sentence2"]), covered, row["gold_label"]] += 1
+    best = sum(
+        max(by_form[form, covered, label] for label in LABELS)
+        for form in ("presence", "absence", "count", "conjunction")
+        for covered in (True, False)
+    )
+    # Neutral is always covered, and one of the other two labels needs an open scene in every form.
+    assert best / len(rows) == pytest.approx(2 / 3, abs=0.03)
+
+
+def test_half_of_the_tested_conjunctions_are_new(world: MiniVE) -> None:
+    def pairs(split: str) -> list[frozenset[Any]]:
+        return [
+            frozenset(things(row["sentence2"]))
+            for row in rows_of(world, split)
+            if form_of(row["sentence2"]) == "conjunction"
+        ]
+
+    known = {*pairs("train"), *pairs("dev")}
+    tested = pairs("test")
+    num_known_or_undrawn = sum(pair in known for pair in tested)
+    assert len(tested) - num_known_or_undrawn >= world.num_unseen == len(tested) // 2
+
+
+# --- what the files hold ------------------------------------------------------------------------
+
+
+def test_no_scene_or_picture_is_in_two_splits(world: MiniVE) -> None:
+    images = {split: {row["Flickr30K_ID"] for row in rows_of(world, split)} for split in SPLITS}
+    scenes = {split: set(drawn) for split, drawn in sample_scenes(world.seed, SIZES).items()}
+    for one, other in (("train", "dev"), ("train", "test"), ("dev", "test")):
+        assert not images[one] & images[other]
+        assert not scenes[one] & scenes[other]
+    contents = [path.read_bytes() for path in (world.folder / "images").iterdir()]
+    assert len(set(contents)) == len(contents) == sum(world.num_scenes.values())
+
+
+def test_every_scene_is_asked_about(world: MiniVE) -> None:
+    for split, per_scene in (("train", 5), ("dev", 6), ("test", 6)):
+        rows = rows_of(world, split)
+        asked = Counter(row["Flickr30K_ID"] for row in rows)
+        assert len(asked) == world.num_scenes[split]
+        assert abs(len(rows) - per_scene * len(asked)) <= 6  # rounded to threes, form by form
+        assert min(asked.values()) >= per_scene - 3
+        assert max(asked.values()) <= per_scene + 3
+        assert max(Counter((r["Flickr30K_ID"], r["sentence2"]) for r in rows).values()) == 1
+
+
+def test_ids_are_unique_and_images_are_there(world: MiniVE) -> None:
+    rows = [row for split in SPLITS for row in rows_of(world, split)]
+    assert len({row["pairID"] for row in rows}) == len(rows)
+    for row in rows:
+        assert row["captionID"] == row["Flickr30K_ID"] + "#0"
+        assert row["pairID"].startswith(row["captionID"])
+    for name in {row["Flickr30K_ID"] for row in rows[::50]}:
+        with Image.open(world.folder / "images" / name) as picture:
+            assert (picture.format, picture.size, picture.mode) == ("PNG", (64, 64), "RGB")
+
+
+def test_the_languages_are_parallel(world: MiniVE) -> None:
+    for split in SPLITS:
+        english = rows_of(world, split)
+        for language in TRANSLATIONS:
+            translated = rows_of(world, split, language)
+            translations: dict[str, str] = {}
+            for row, other in zip(english, translated, strict=True):
+                assert other == {
+                    **row,
+                    "sentence2": other["sentence2"],
+                    "sentence2_en": row["sentence2"],
+                }
+                assert other["sentence2"] != row["sentence2"]
+                known = translations.setdefault(row["sentence2"], other["sentence2"])
+                assert known == other["sentence2"]
+
+
+def test_captions_tell_the_truth(world: MiniVE) -> None:
+    known = {
+        row["Flickr30K_ID"]: row["sentence1"]
+        for split in ("train", "dev")
+        for row in rows_of(world, split)
+    }
+    for split in ("train", "dev"):
+        lines = read_lines(world.folder / f"captions_{split}.jsonl")
+        assert len(lines) == world.num_captions[split] == 4 * world.num_scenes[split]
+        complete: Counter[str] = Counter()
+        for line in lines:
+            image, caption = line["image"], line["caption"]
+            shown = set(things(known[image]))
+            assert is_covered(caption) == is_covered(known[image])
+            for number in re.findall(rf"\b({'|'.join(NUMBERS)})\b", caption.lower()):
+                assert NUMBERS[number] == len(shown)
+            named = things(caption)
+            if absent := re.search(r"\bbut no (?:(\w+) shape|(\w+))\b", caption):
+                color, shape = absent.groups()
+                assert not any(color == c or shape == s for c, s in shown)
+                named = named[:-1]
+            assert set(named) <= shown
+            complete[image] += set(named) == shown
+        assert min(complete.values()) >= 3
+
+
+def test_the_report_counts_what_is_written(world: MiniVE) -> None:
+    written = json.loads((world.folder / "world.json").read_text(encoding="utf-8"))
+    assert written["seed"] == world.seed
+    assert written["num_scenes"] == {"train": 200, "dev": 60, "test": 100}
+    for split in SPLITS:
+        rows = rows_of(world, split)
+        counts = Counter((form_of(row["sentence2"]), row["gold_label"]) for row in rows)
+        for form, by_label in world.num_pairs[split].items():
+            assert by_label == {label: counts[form, label] for label in LABELS}
+            assert len(set(by_label.values())) == 1 and min(by_label.values()) > 0
+        assert written["num_pairs"][split] == world.num_pairs[split]
+        assert world.num_sentences[split] == len({row["sentence2"] for row in rows})
+
+
+# --- how it is written --------------------------------------------------------------------------
+
+
+def contents_of(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+class Counting:
+    """A `Progress` that adds up."""
+
+    def __init__(self) -> None:
+        self.total: int | None = None
+        self.done = 0
+
+    @contextmanager
+    def task(self, description: str, total: int | None = None, unit: str = "") -> Iterator[Task]:
+        self.total = total
+        yield self
+
+    def advance(self, amount: int = 1, **fields: float | int | str) -> None:
+        self.done += amount
+
+    def note(self, message: str) -> None:
+        raise AssertionError(message)
+
+
+def test_a_seed_gives_the_same_bytes_and_another_seed_other_scenes(tmp_path: Path) -> None:
+    progress = Counting()
+    first = generate(tmp_path / "a", seed=7, sizes=SMALL, progress=progress)
+    assert progress.done == progress.total == 130
+    generate(tmp_path / "b", seed=7, sizes=SMALL)
+    assert contents_of(tmp_path / "a") == contents_of(tmp_path / "b")
+    # Written over an older world, which disappears as a whole.
+    (tmp_path / "b" / "images" / "left-over.png").touch()
+    second = generate(tmp_path / "b", seed=8, sizes=SMALL)
+    assert not (tmp_path / "b" / "images" / "left-over.png").exists()
+    assert first.num_scenes == second.num_scenes
+    assert not set(sample_scenes(7, SMALL)["train"]) & set(sample_scenes(8, SMALL)["test"])
+    assert contents_of(tmp_path / "a") != contents_of(tmp_path / "b")
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(DataError, match="not a mini-VE world"):
+        generate(tmp_path, sizes=SMALL)
+    with pytest.raises(DataError, match="not a mini-VE world"):
+        generate(tmp_path / "thesis.tex", sizes=SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (Sizes(dev_scenes=0), "dev_scenes is 0"),
+        (Sizes(captions=-1), "captions is -1"),
+        (Sizes(train_scenes=20, train_hypotheses=40), "20 train scenes are too few"),
+    ],
+)
+def test_impossible_sizes_are_refused(tmp_path: Path, sizes: Sizes, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        generate(tmp_path / "world", sizes=sizes)
+    assert not list(tmp_path.iterdir())
