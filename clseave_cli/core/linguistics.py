@@ -161,7 +161,7 @@ def describe_power(num_languages: int) -> str:
         return f"{num_languages} languages besides English: too few for any correlation."
     if num_languages > _MOST_EXACT_POINTS:
         return (
-            f"n = {num_languages} languages, which are related to one another: read the "
+            f"{num_languages} languages, some of them related to one another: read the "
             "correlations as description, not as proof of a cause."
         )
     smallest = 2 / factorial(num_languages)
@@ -171,7 +171,7 @@ def describe_power(num_languages: int) -> str:
         else f"even a perfect ranking has p = {smallest:.2g}, which is not significant"
     )
     return (
-        f"n = {num_languages} languages: {verdict}. Several kinds of distance are tried, so one "
+        f"Only {num_languages} languages: {verdict}. Several kinds of distance are tried, so one "
         "high correlation is to be expected by chance, and related languages are not independent "
         "points. This can suggest an order; it cannot show a cause, nor tell the distances apart."
     )

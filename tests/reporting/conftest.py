@@ -1,10 +1,15 @@
+import io
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from clseave_cli.core.linguistics import analyse_distances
 from clseave_cli.core.metrics.bootstrap import compare_predictions
 from clseave_cli.core.metrics.classification import agreement, score
 from clseave_cli.core.metrics.transfer import measure_transfer
+from clseave_cli.core.reporting.curves import CurvePoint, LearningCurve
+from clseave_cli.core.reporting.gallery import Gallery, GalleryEntry, GalleryItem
 from clseave_cli.core.results import Baselines, LanguageResult, Results, Signature
 
 LANGUAGES = ("en", "de", "nl", "ja", "zh", "ko")
@@ -66,3 +71,57 @@ def make_results(languages=LANGUAGES, seed=0, num_rows=600):
 @pytest.fixture(scope="session")
 def results():
     return make_results()
+
+
+HOSTILE = "<script>alert('1')</script> | $x_1$ & 100 % 円 \\ `code` [a](b)"
+
+
+def encoded_image(width, height, *, noise):
+    """A PNG drawing of two colours, or a JPEG photo of noise."""
+    stream = io.BytesIO()
+    if noise:
+        pixels = np.random.default_rng(0).integers(256, size=(height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(stream, "JPEG")
+    else:
+        image = Image.new("RGB", (width, height), "white")
+        image.paste("red", (2, 2, width // 2, height // 2))
+        image.save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="session")
+def curves():
+    def points(figures):
+        return tuple(
+            CurvePoint(epoch, 1 / epoch, {name: value / epoch for name, value in figures.items()})
+            for epoch in range(1, 5)
+        )
+
+    return [
+        LearningCurve("pretrain", "clip", points({"loss": 2.0}), 4),
+        LearningCurve("finetune-ve", "clip-ve", points({"loss": 1.1, "accuracy": 0.8}), 3),
+        LearningCurve("align", "align-de", points({"mse": 0.03, "accuracy": 0.8}), None),
+        LearningCurve("align", "align-$ja$-円", points({"mse": 0.04, "accuracy": 0.7}), 4),
+    ]
+
+
+@pytest.fixture(scope="session")
+def galleries():
+    sentences = {"en": "There is a red circle.", "ja": "赤い円があります。", "de": HOSTILE}
+    entries = tuple(
+        GalleryEntry(lang, text, "entailment", predicted, (0.7, 0.2, 0.1))
+        for (lang, text), predicted in zip(
+            sentences.items(), ("entailment", "neutral", "entailment"), strict=True
+        )
+    )
+    return [
+        Gallery(
+            "Scenes",
+            "One scene, every language.",
+            (
+                GalleryItem("scene.png", encoded_image(64, 64, noise=False), entries),
+                GalleryItem("photo.jpg", encoded_image(900, 600, noise=True), entries),
+            ),
+        ),
+        Gallery("Errors", HOSTILE, (GalleryItem(HOSTILE, b"not an image", entries[:1]),)),
+    ]

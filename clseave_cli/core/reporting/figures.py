@@ -1,0 +1,392 @@
+"""The report's figures, as PNG files.
+
+Drawn with matplotlib's objects, never with pyplot, whose global state a library must not touch.
+Only language codes are written in them: the fonts that matplotlib brings know no CJK.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+
+from clseave_cli.core.reporting.curves import LearningCurve
+from clseave_cli.core.results import LanguageResult, Results
+from clseave_cli.labels import LABELS
+
+_INK, _MUTED, _GRID = "#1f2937", "#6b7280", "#e5e7eb"
+_ENGLISH, _OTHER, _ACCENT = "#334155", "#3b76d6", "#c2410c"
+_SERIES = ("#3b76d6", "#c2410c", "#0f8a6d", "#8b5cf6", "#b7791f", "#be185d", "#0e7490", "#4d7c0f")
+_BLUES = LinearSegmentedColormap.from_list("blues", ["#ffffff", "#bcd3f5", "#3b76d6", "#1e3a78"])
+_DOTS_PER_INCH = 160
+_WIDTH = 7.6
+_LETTERS = [name[0].upper() for name in LABELS]
+
+
+def draw_figures(results: Results, curves: Sequence[LearningCurve]) -> dict[str, bytes]:
+    """Draws every figure for which there is something to show.
+
+    Returns:
+        PNG bytes by name: `languages`, `confusion`, `reliability`, `distances`, `curves-pretrain`,
+        `curves-finetune-ve`, `curves-align`.
+    """
+    figures: dict[str, Figure] = {
+        "languages": _languages(results),
+        "confusion": _confusion(results),
+        "reliability": _reliability(results),
+    }
+    distances = _distances(results)
+    if distances is not None:
+        figures["distances"] = distances
+    by_stage: dict[str, list[LearningCurve]] = {}
+    for curve in curves:
+        by_stage.setdefault(curve.stage, []).append(curve)
+    for stage, runs in by_stage.items():
+        figures[f"curves-{stage}"] = _alignment(runs) if _has_mse(runs) else _loss_accuracy(runs)
+    return {name: _png(figure, str(results.signature)) for name, figure in figures.items()}
+
+
+def _png(figure: Figure, signature: str) -> bytes:
+    """The figure with its signature under it, in small print."""
+    width, height = figure.get_size_inches()
+    lines = textwrap.wrap(_plain(signature), width=int(20 * width), break_on_hyphens=False)
+    foot = (0.13 * len(lines) + 0.08) / height
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    # A margin all around, so that nothing touches the edge.
+    margin = 0.07
+    rect = (margin / width, foot, 1 - 2 * margin / width, 1 - foot - margin / height)
+    engine.set(rect=rect)  # type: ignore[call-arg]
+    figure.text(
+        0.012, 0.05 / height, "\n".join(lines), size=6, color=_MUTED, va="bottom", linespacing=1.4
+    )
+    stream = io.BytesIO()
+    # No software name or date: the same results give the same bytes.
+    figure.savefig(stream, format="png", metadata={"Software": None, "Description": signature})
+    return stream.getvalue()
+
+
+def _figure(height: float, width: float = _WIDTH) -> Figure:
+    return Figure((width, height), dpi=_DOTS_PER_INCH, layout="constrained", facecolor="white")
+
+
+def _plain(text: str) -> str:
+    """A name from outside, made fit to draw: no formulas, and no characters the font lacks."""
+    return text.encode("latin-1", "replace").decode("latin-1").replace("$", r"\$")
+
+
+def _tidy(axes: Axes, grid: str | None = "y") -> None:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(_GRID)
+    axes.tick_params(which="both", colors=_MUTED, labelsize=8, length=0)
+    axes.set_axisbelow(True)
+    if grid:
+        axes.grid(axis=grid, color=_GRID, linewidth=0.7)  # type: ignore[arg-type]
+
+
+def _title(axes: Axes, text: str) -> None:
+    axes.set_title(_plain(text), loc="left", size=9, color=_INK, weight="bold")
+
+
+def _axis_names(axes: Axes, x: str, y: str) -> None:
+    axes.set_xlabel(x, size=8, color=_MUTED)
+    axes.set_ylabel(y, size=8, color=_MUTED)
+
+
+def _shown_name(result: LanguageResult, results: Results) -> str:
+    several = len({entry.mode for entry in results.results}) > 1
+    return _plain(f"{result.lang}\n{result.mode}" if several else result.lang)
+
+
+def _languages(results: Results) -> Figure:
+    """Accuracy by language with its interval, and across each bar what needs no looking."""
+    figure = _figure(3.4)
+    axes = figure.add_subplot()
+    _tidy(axes)
+    positions = np.arange(len(results.results))
+    for x, result in zip(positions, results.results, strict=True):
+        value = 100 * result.accuracy
+        colour = _ENGLISH if result.lang == "en" else _OTHER
+        axes.bar(x, value, width=0.56, color=colour, zorder=2)
+        top = value
+        if result.accuracy_low is not None and result.accuracy_high is not None:
+            top = 100 * result.accuracy_high
+            ends = [[value - 100 * result.accuracy_low], [top - value]]
+            axes.errorbar(x, value, yerr=ends, color=_INK, capsize=4, linewidth=1.1, zorder=4)
+        axes.annotate(
+            f"{value:.1f}",
+            (x, top),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="center",
+            size=9,
+            weight="bold",
+            color=_INK,
+        )
+    handles = _baseline_marks(axes, results)
+    axes.set_xticks(positions, [_shown_name(result, results) for result in results.results])
+    axes.tick_params(axis="x", labelsize=10, labelcolor=_INK)
+    axes.set_xlim(-0.6, max(len(positions), 2) - 0.4)
+    axes.set_ylim(0, 106)
+    axes.set_yticks(range(0, 101, 20))
+    _axis_names(axes, "", "accuracy, %")
+    if handles:
+        figure.legend(
+            handles=handles,
+            loc="outside upper left",
+            ncols=3,
+            frameon=False,
+            fontsize=8,
+            labelcolor=_MUTED,
+        )
+    return figure
+
+
+def _baseline_marks(axes: Axes, results: Results) -> list[Line2D]:
+    kinds: tuple[tuple[str, str, Literal[":", "-", "--"], str], ...] = (
+        ("majority", "majority label", ":", "#f3b27a"),
+        ("hypothesis_only", "hypothesis only", "-", "#f08a3c"),
+        ("shuffled_image", "shuffled image", "--", "#f7c948"),
+    )
+    handles = []
+    for field, name, style, colour in kinds:
+        drawn = False
+        for x, result in enumerate(results.results):
+            baselines = results.baselines.get(result.lang)
+            value = getattr(baselines, field) if baselines else None
+            if value is not None:
+                ends = [x - 0.36, x + 0.36]
+                axes.plot(ends, [100 * value] * 2, style, color=colour, linewidth=1.8, zorder=3)
+                drawn = True
+        if drawn:
+            handles.append(Line2D([], [], linestyle=style, color=colour, linewidth=1.8, label=name))
+    return handles
+
+
+def _grid(results: Results, draw: Callable[[Axes, LanguageResult], None], height: float) -> Figure:
+    """One small panel a language, three in a row."""
+    columns = min(3, max(2, len(results.results)))
+    rows = math.ceil(len(results.results) / columns)
+    figure = _figure(height * rows + 0.2)
+    for index, result in enumerate(results.results, start=1):
+        axes = figure.add_subplot(rows, columns, index)
+        _title(axes, _shown_name(result, results).replace("\n", ", "))
+        draw(axes, result)
+    return figure
+
+
+def _confusion(results: Results) -> Figure:
+    def draw(axes: Axes, result: LanguageResult) -> None:
+        counts = np.array(result.confusion, dtype=np.float64)
+        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        axes.imshow(shares, cmap=_BLUES, vmin=0, vmax=1, aspect="auto")
+        for row, column in np.ndindex(*counts.shape):
+            share = shares[row, column]
+            ink = "white" if share > 0.55 else _INK
+            texts = (
+                (row - 0.08, f"{100 * share:.0f} %", 9.0, 1.0),
+                (row + 0.24, f"{counts[row, column]:,.0f}", 6.5, 0.75),
+            )
+            for y, text, size, alpha in texts:
+                shown = axes.text(
+                    column, y, text, size=size, color=ink, alpha=alpha, ha="center", va="center"
+                )
+                shown.set_in_layout(False)  # it lies inside; measuring it takes half the time
+        axes.set_xticks(range(len(LABELS)), _LETTERS)
+        axes.set_yticks(range(len(LABELS)), _LETTERS)
+        axes.tick_params(colors=_MUTED, labelsize=8, length=0)
+        for spine in axes.spines.values():
+            spine.set_color(_GRID)
+        _axis_names(axes, "predicted", "gold")
+
+    return _grid(results, draw, 2.2)
+
+
+def _reliability(results: Results) -> Figure:
+    def draw(axes: Axes, result: LanguageResult) -> None:
+        _tidy(axes, "both")
+        axes.plot([0, 100], [0, 100], color=_MUTED, linewidth=0.8, linestyle=":")
+        x = [100 * point.confidence for point in result.reliability]
+        y = [100 * point.accuracy for point in result.reliability]
+        share = np.array([point.count for point in result.reliability]) / result.num_examples
+        axes.plot(x, y, color=_OTHER, linewidth=1.2, zorder=3)
+        axes.scatter(x, y, s=8 + 160 * share, color=_OTHER, edgecolor="white", zorder=4)
+        axes.text(
+            0.04,
+            0.93,
+            f"ECE {100 * result.ece:.1f} %",
+            transform=axes.transAxes,
+            size=8,
+            color=_INK,
+            va="top",
+        )
+        # Three labels: the largest probability is never below a third.
+        axes.set_xlim(30, 102)
+        axes.set_ylim(0, 104)
+        axes.set_xticks([40, 60, 80, 100])
+        axes.set_yticks([0, 25, 50, 75, 100])
+        _axis_names(axes, "confidence, %", "accuracy, %")
+
+    return _grid(results, draw, 2.1)
+
+
+def _distances(results: Results) -> Figure | None:
+    """Points lost to English against each distance that at least two languages have."""
+    analysis = results.distances
+    if analysis is None:
+        return None
+    kinds = {k: c for k, c in analysis.correlations.items() if c.num_languages > 1}
+    if not kinds:
+        return None
+    columns = min(3, max(2, len(kinds)))
+    rows = math.ceil(len(kinds) / columns)
+    figure = _figure(2.1 * rows + 0.2)
+    for index, (kind, found) in enumerate(kinds.items(), start=1):
+        axes = figure.add_subplot(rows, columns, index)
+        _tidy(axes, "both")
+        for lang, distance in found.distances.items():
+            if distance is not None:
+                loss = 100 * analysis.losses[lang]
+                axes.scatter(distance, loss, s=22, color=_OTHER, zorder=3)
+                axes.annotate(
+                    _plain(lang),
+                    (distance, loss),
+                    xytext=(4, 3),
+                    textcoords="offset points",
+                    size=8,
+                    color=_INK,
+                )
+        axes.axhline(0, color=_MUTED, linewidth=0.8, linestyle=":")
+        axes.margins(0.18)
+        note = f"n {found.num_languages}"
+        if found.spearman is not None and found.pearson is not None:
+            note = f"ρ {found.spearman:+.2f} · r {found.pearson:+.2f} · {note}"
+        _title(axes, kind)
+        axes.text(1, 1.03, note, transform=axes.transAxes, size=6.5, color=_MUTED, ha="right")
+        _axis_names(axes, "distance to English", "points lost")
+    return figure
+
+
+def _has_mse(runs: Sequence[LearningCurve]) -> bool:
+    return any("mse" in point.dev for run in runs for point in run.points)
+
+
+def _loss_accuracy(runs: Sequence[LearningCurve]) -> Figure:
+    """Losses on the left, accuracy on the right, by epoch: the thesis's Figure 3.2."""
+    figure = _figure(2.9 * len(runs))
+    for index, run in enumerate(runs, start=1):
+        axes = figure.add_subplot(len(runs), 1, index)
+        _tidy(axes)
+        _title(axes, run.name)
+        epochs = [point.epoch for point in run.points]
+        axes.plot(
+            epochs,
+            [p.train_loss for p in run.points],
+            "o-",
+            color=_OTHER,
+            markersize=3.5,
+            linewidth=1.4,
+            label="train loss",
+        )
+        handles = list(axes.get_lines())
+        if all("loss" in point.dev for point in run.points):
+            handles += axes.plot(
+                epochs,
+                [p.dev["loss"] for p in run.points],
+                "s-",
+                color=_ACCENT,
+                markersize=3.5,
+                linewidth=1.4,
+                label="dev loss",
+            )
+        _axis_names(axes, "epoch", "loss")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        if all("accuracy" in point.dev for point in run.points):
+            right = axes.twinx()
+            _tidy(right, None)
+            handles += right.plot(
+                epochs,
+                [100 * p.dev["accuracy"] for p in run.points],
+                "^--",
+                color="#0f8a6d",
+                markersize=3.5,
+                linewidth=1.4,
+                label="dev accuracy",
+            )
+            right.set_ylabel("dev accuracy, %", size=8, color=_MUTED)
+        if run.best_epoch is not None:
+            handles.append(
+                axes.axvline(
+                    run.best_epoch, color=_MUTED, linewidth=0.8, linestyle=":", label="kept"
+                )
+            )
+        axes.legend(
+            handles=handles,
+            loc="lower right",
+            bbox_to_anchor=(1, 1),
+            ncols=4,
+            frameon=False,
+            fontsize=7.5,
+            labelcolor=_MUTED,
+            borderaxespad=0.2,
+        )
+    return figure
+
+
+def _alignment(runs: Sequence[LearningCurve]) -> Figure:
+    """Dev MSE of every run by epoch, log scale: the thesis's Figure 4.1; accuracy beside it."""
+    with_accuracy = any("accuracy" in point.dev for run in runs for point in run.points)
+    figure = _figure(3.1)
+    panels = [("mse", 1.0, "dev MSE per dimension")]
+    if with_accuracy:
+        panels.append(("accuracy", 100.0, "dev accuracy, %"))
+    for index, (name, scale, title) in enumerate(panels, start=1):
+        axes = figure.add_subplot(1, len(panels), index)
+        _tidy(axes)
+        _title(axes, title)
+        for number, run in enumerate(runs):
+            points = [point for point in run.points if name in point.dev]
+            colour = _SERIES[number % len(_SERIES)]
+            epochs = [point.epoch for point in points]
+            values = [scale * point.dev[name] for point in points]
+            axes.plot(
+                epochs,
+                values,
+                "o-",
+                color=colour,
+                markersize=3,
+                linewidth=1.3,
+                label=_plain(run.name.removeprefix("align-")),
+            )
+            kept = [(e, v) for e, v in zip(epochs, values, strict=True) if e == run.best_epoch]
+            if kept:
+                axes.plot(*kept[0], "o", color="white", markeredgecolor=colour, markersize=6)
+        if name == "mse":
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        _axis_names(axes, "epoch", "")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        loc="outside upper left",
+        ncols=8,
+        frameon=False,
+        fontsize=8,
+        labelcolor=_MUTED,
+    )
+    return figure

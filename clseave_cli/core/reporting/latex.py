@@ -1,0 +1,73 @@
+r"""The language table for a paper: LaTeX with the booktabs package."""
+
+from __future__ import annotations
+
+from clseave_cli.core.results import Results
+
+_SPECIAL = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+}
+
+
+def escape_latex(text: str) -> str:
+    """Text with every character that LaTeX reads as a command made literal."""
+    return "".join(_SPECIAL.get(character, character) for character in text)
+
+
+def latex_table(results: Results) -> str:
+    r"""A `table` environment; it needs `\usepackage{booktabs}`."""
+    rows = []
+    for result in results.results:
+        baselines = results.baselines.get(result.lang)
+        low, high = result.accuracy_low, result.accuracy_high
+        cells = [
+            escape_latex(result.lang),
+            _percent(result.accuracy),
+            "--" if low is None else f"[{_percent(low)}, {_percent(high)}]",
+            _percent(result.macro_f1),
+            _percent(result.ratio_to_english),
+            _percent(result.agreement_with_english),
+            _percent(baselines.majority if baselines else None),
+            _percent(baselines.hypothesis_only if baselines else None),
+            _percent(baselines.shuffled_image if baselines else None),
+        ]
+        rows.append("    " + " & ".join(cells) + r" \\")
+    split = escape_latex(results.results[0].split) if results.results else ""
+    count = f"{results.signature.num_examples:,}".replace(",", "{,}")
+    resamples = f"{results.signature.resamples:,}".replace(",", "{,}")
+    return "\n".join(
+        [
+            f"% {' '.join(str(results.signature).split())}",
+            r"% needs \usepackage{booktabs}",
+            r"\begin{table}",
+            r"  \centering",
+            r"  \begin{tabular}{lrcrrrrrr}",
+            r"    \toprule",
+            r"    & & & & \multicolumn{2}{c}{English} & \multicolumn{3}{c}{without looking} \\",
+            r"    \cmidrule(lr){5-6} \cmidrule(lr){7-9}",
+            "    Language & Acc. & 95\\% interval & F1 & ratio & agrees & majority & hyp.~only "
+            r"& shuffled \\",
+            r"    \midrule",
+            *rows,
+            r"    \bottomrule",
+            r"  \end{tabular}",
+            rf"  \caption{{Visual entailment on the {split} split ($n = {count}$), in \%. "
+            rf"Intervals: bootstrap over photos, {resamples} resamples. F1: macro-averaged.}}",
+            r"  \label{tab:languages}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "--" if value is None else f"{100 * value:.1f}"

@@ -1,0 +1,172 @@
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+
+from clseave_cli.core.reporting.figures import draw_figures
+from clseave_cli.core.reporting.latex import escape_latex, latex_table
+from clseave_cli.core.reporting.report import write_report
+from clseave_cli.core.results import Baselines, Results
+
+HOSTILE = "<script>alert('1')</script> | $x_1$ & 100 % 円 \\ `code` [a](b)"
+VOID = {"meta", "img"}
+
+
+class Page(HTMLParser):
+    """Collects tags, addresses and text, and checks that tags close in order."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.addresses, self.hypotheses = set(), [], {}
+        self._open, self._texts = [], []
+        self.feed(html)
+        self.close()
+        assert not self._open
+        self.text = "".join(self._texts)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        found = dict(attributes)
+        self.addresses += [found[name] for name in ("src", "href") if name in found]
+        if tag not in VOID:
+            self._open.append((tag, found))
+
+    def handle_endtag(self, tag):
+        assert self._open.pop()[0] == tag
+
+    def handle_data(self, data):
+        self._texts.append(data)
+        if self._open and self._open[-1][1].get("class") == "hypothesis":
+            self.hypotheses.setdefault(self._open[-1][1]["lang"], set()).add(data)
+
+
+@pytest.fixture(scope="session")
+def folder(results, curves, galleries, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    (folder / "figures").mkdir()
+    (folder / "figures" / "old.png").write_bytes(b"of an older report")
+    path = write_report(results, folder, curves=curves, galleries=galleries, title=HOSTILE)
+    assert path == folder / "report.html"
+    return folder
+
+
+def read(path):
+    return path.read_text(encoding="utf-8")
+
+
+def test_writes_every_part_and_replaces_what_was_there(folder, results):
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    figures = ("languages", "confusion", "reliability", "distances")
+    curves = ("curves-pretrain", "curves-finetune-ve", "curves-align")
+    assert names == {
+        "results.json",
+        "report.html",
+        "report.md",
+        "table.tex",
+        "images/001.png",
+        "images/002.jpg",
+        *(f"figures/{name}.png" for name in figures + curves),
+    }
+    assert Results.read(folder) == results
+
+
+def test_the_page_needs_nothing_but_itself(folder):
+    html = read(folder / "report.html")
+    page = Page(html)
+    assert not page.tags & {"script", "link", "iframe", "object"}
+    assert all(address.startswith(("data:image/", "#")) for address in page.addresses)
+    assert not re.search(r"url\(|@import|https?:", html)
+    # Seven figures and two readable pictures.
+    assert sum(address.startswith("data:") for address in page.addresses) == 9
+
+
+def test_text_from_data_is_text(folder):
+    html = read(folder / "report.html")
+    assert "<script" not in html
+    page = Page(html)
+    assert page.hypotheses["de"] == {HOSTILE}
+    assert page.hypotheses["ja"] == {"赤い円があります。"}
+    assert HOSTILE in page.text
+
+
+def test_the_page_shows_the_figures_of_the_results(folder, results):
+    text = Page(read(folder / "report.html")).text
+    for result in results.results:
+        assert f"{100 * result.accuracy:.1f}" in text
+    assert "German" in text and "Korean" in text
+    assert "cannot be read" in text
+    for digest in results.signature.checkpoints.values():
+        assert digest in text
+
+
+def test_every_figure_carries_the_signature_in_small_print(folder, results):
+    for path in (folder / "figures").iterdir():
+        with Image.open(path) as image:
+            assert image.info["Description"] == str(results.signature)
+            assert image.width > 1000
+            foot = image.convert("L").crop((0, image.height - 30, image.width, image.height))
+            assert foot.getextrema()[0] < 160
+
+
+def test_the_same_results_give_the_same_figures(results):
+    few = replace(results, results=results.results[:1], distances=None)
+    assert draw_figures(few, []) == draw_figures(few, [])
+
+
+def test_markdown_links_its_figures_and_keeps_its_tables_straight(folder):
+    markdown = read(folder / "report.md")
+    for link in re.findall(r"^!\[.*\]\((\S+)\)$", markdown, flags=re.MULTILINE):
+        assert (folder / link).is_file()
+    assert "<script" not in markdown.replace("\\<", "")
+    for block in re.findall(r"(?:^\|.*\n)+", markdown, flags=re.MULTILINE):
+        widths = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
+        assert len(widths) == 1
+    assert "赤い円があります。" in markdown
+
+
+def test_latex_is_escaped_and_aligned(results):
+    table = latex_table(replace(results, results=(replace(results.results[0], split="a_b & c%"),)))
+    assert r"a\_b \& c\%" in table
+    assert table.count(r"\begin{") == table.count(r"\end{") == 2
+    assert escape_latex("\\{x}^~$#") == (
+        r"\textbackslash{}\{x\}\textasciicircum{}\textasciitilde{}\$\#"
+    )
+    rows = [line for line in latex_table(results).splitlines() if line.endswith(r" \\")]
+    assert {line.count("&") for line in rows if "multicolumn" not in line} == {8}
+    columns = "lrcrrrrrr"
+    assert len(columns) == 9 and columns in table
+
+
+def test_little_was_measured(results, tmp_path):
+    bare = replace(
+        results.results[1],
+        accuracy_low=None,
+        accuracy_high=None,
+        macro_f1_low=None,
+        macro_f1_high=None,
+        hard_accuracy=None,
+        num_hard=None,
+        ratio_to_english=None,
+        agreement_with_english=None,
+        difference_to_english=None,
+        transfer=None,
+    )
+    small = replace(results, results=(bare,), baselines={}, distances=None)
+    write_report(small, tmp_path)
+    page = Page(read(tmp_path / "report.html"))
+    assert "Transfer" not in page.text and "Linguistic distance" not in page.text
+    assert "Learning curves" not in page.text and "Against English" not in page.text
+    assert not (tmp_path / "images").exists()
+    assert "de & " in read(tmp_path / "table.tex")
+
+
+def test_names_from_outside_cannot_break_a_figure(results):
+    signature = replace(results.signature, data={"$\\frac{ 円.jsonl": "ab" * 32})
+    result = replace(results.results[1], lang="$^$")
+    hostile = replace(
+        results, results=(result,), baselines={"$^$": Baselines(majority=0.3)}, signature=signature
+    )
+    figures = draw_figures(replace(hostile, distances=None), [])
+    assert set(figures) == {"languages", "confusion", "reliability"}
