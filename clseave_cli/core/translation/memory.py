@@ -95,6 +95,7 @@ class Memory:
         self._owner = uuid.uuid4().hex
         with self._errors():
             path.parent.mkdir(parents=True, exist_ok=True)
+            _refuse_other_files(path)
             self._connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
             try:
                 self._open()
@@ -214,7 +215,7 @@ class Memory:
         granted: set[str] = set()
         with self._writing():
             execute = self._connection.execute
-            alive: dict[str, bool] = {self._owner: True}
+            alive: dict[str, bool] = {self._owner: False}  # its own claims are no obstacle
             for text in texts:
                 key = (identity, encode(text))
                 known = execute(
@@ -308,6 +309,17 @@ class Memory:
         else:
             advice = "the file is damaged; move it away, or choose another with --memory."
         return TranslationError(f"{self._path}: the translation memory fails ({said}): {advice}")
+
+
+def _refuse_other_files(path: Path) -> None:
+    # SQLite takes a file of a few bytes for an empty database, and would write over it.
+    if path.exists():
+        with path.open("rb") as stream:
+            start = stream.read(16)
+        if start and start != b"SQLite format 3\0":
+            raise TranslationError(
+                f"{path}: not a translation memory; choose another file with --memory."
+            )
 
 
 def _chunks(keys: list[bytes]) -> Iterator[list[bytes]]:

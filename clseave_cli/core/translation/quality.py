@@ -139,7 +139,7 @@ class Checks:
 
 def has_loop(text: str) -> bool:
     """Whether a piece of the text is repeated over and over."""
-    return _LOOP.search(text) is not None
+    return _LOOP.search(text + " ") is not None  # the last word is followed by no space
 
 
 def _numbers(text: str) -> Counter[str]:

@@ -1,0 +1,326 @@
+"""Pace and patience, with engines that fail as they are told."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from clseave_cli.core.progress import SILENT
+from clseave_cli.core.translation import driver as driver_module
+from clseave_cli.core.translation.driver import Driver, Outcome, Patience
+from clseave_cli.core.translation.engine import Fault, Identity, Limits, Refusal, Rejection
+from clseave_cli.core.translation.memory import Entry, Memory
+from clseave_cli.core.translation.quality import Checks
+from clseave_cli.core.translation.work import Item, Work
+from clseave_cli.errors import Interrupted, TranslationError
+
+
+class FakeEngine:
+    """Translates by upper-casing; `misbehave` may raise, or return something else, first."""
+
+    licence = "none"
+    identity = Identity("fake", "", "", "", "en", "de")
+
+    def __init__(self, batch_size: int = 1, concurrency: int = 1, by_length: bool = False) -> None:
+        self.limits = Limits(batch_size, 10_000, 1_000, concurrency, None, by_length)
+        self.calls: list[tuple[str, ...]] = []
+        self.attempts: list[int] = []
+        self.misbehave: Callable[[int, Sequence[str]], list[str] | None] = lambda call, texts: None
+        self.under_way = self.most_under_way = 0
+        self._lock = threading.Lock()
+
+    def translate(self, texts: Sequence[str], attempt: int) -> list[str]:
+        with self._lock:
+            number = len(self.calls)
+            self.calls.append(tuple(texts))
+            self.attempts.append(attempt)
+            self.under_way += 1
+            self.most_under_way = max(self.most_under_way, self.under_way)
+        try:
+            answer = self.misbehave(number, texts)
+            return [text.upper() for text in texts] if answer is None else answer
+        finally:
+            with self._lock:
+                self.under_way -= 1
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def memory(tmp_path: Path) -> Iterator[Memory]:
+    with Memory(tmp_path / "memory.sqlite") as opened:
+        yield opened
+
+
+def _drive(
+    engine: FakeEngine,
+    memory: Memory,
+    texts: Sequence[str],
+    *,
+    retries: int = 2,
+    per_second: float | None = None,
+    retry_suspect: bool = False,
+) -> tuple[Outcome, dict[str, str], dict[str, str | None]]:
+    """Drives; returns the outcome, what the memory holds, and why the rest is missing."""
+    number = memory.identity_id(engine.identity)
+    work = Work(engine.limits.by_length)
+    work.add(Item(text, 0) for text in texts)
+    driver = Driver(
+        engine, memory, number, Checks("en", "de"), Patience(per_second, retries, 0.001),
+        retry_suspect,
+    )  # fmt: skip
+    with SILENT.task("") as task:
+        outcome = driver.run(work, task)
+    held = {text: entry.translation for text, entry in memory.find(number, texts).items()}
+    reasons = {text: work.reason(text) for text in texts if text not in held}
+    work.close()
+    return outcome, held, reasons
+
+
+@pytest.mark.parametrize(("batch_size", "concurrency"), [(1, 1), (1, 4), (7, 1), (7, 3)])
+def test_translates_everything_once(memory: Memory, batch_size: int, concurrency: int) -> None:
+    texts = [f"text {'x' * (index % 7)} {index}" for index in range(200)]
+    engine = FakeEngine(batch_size, concurrency)
+    outcome, held, reasons = _drive(engine, memory, [*texts, *texts])
+    assert held == {text: text.upper() for text in texts} and not reasons
+    assert sorted(text for call in engine.calls for text in call) == sorted(texts)
+    assert max(map(len, engine.calls)) <= batch_size
+    assert engine.most_under_way <= concurrency
+    assert (outcome.num_translated, outcome.num_failed, outcome.stopped) == (200, 0, None)
+
+
+def test_batches_by_length(memory: Memory) -> None:
+    texts = [f"a {'b' * (index * 37 % 100)} {index}" for index in range(100)]
+    engine = FakeEngine(batch_size=10, by_length=True)
+    _drive(engine, memory, texts)
+    lengths = [len(text) for call in engine.calls for text in call]
+    assert lengths == sorted(lengths, reverse=True)
+
+
+def test_a_fault_is_asked_again_and_then_given_up(memory: Memory) -> None:
+    engine = FakeEngine()
+
+    def misbehave(call: int, texts: Sequence[str]) -> None:
+        if texts[0] == "never" or call in (0, 2):
+            raise Fault("HTTP 500")
+
+    engine.misbehave = misbehave
+    outcome, held, reasons = _drive(engine, memory, ["one", "two", "never", "three"])
+    assert held == {"one": "ONE", "two": "TWO", "three": "THREE"}
+    assert reasons == {"never": "HTTP 500, 3 times"}
+    assert engine.calls.count(("never",)) == 3
+    assert (outcome.num_translated, outcome.num_failed) == (3, 1)
+    assert outcome.num_requests == len(engine.calls)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda texts: [text.upper() for text in texts][:-1],
+        lambda texts: [text.upper() for text in texts] + ["MORE"],
+        lambda texts: [],
+    ],
+)
+def test_wrong_counts_misalign_nothing(
+    memory: Memory, spoil: Callable[[Sequence[str]], list[str]]
+) -> None:
+    engine = FakeEngine(batch_size=5)
+    engine.misbehave = lambda call, texts: spoil(texts) if len(texts) > 1 else None
+    texts = [f"text {index}" for index in range(23)]
+    _, held, _ = _drive(engine, memory, texts, retries=1)
+    assert held == {text: text.upper() for text in texts}
+
+
+def test_one_rejected_text_does_not_spoil_its_batch(memory: Memory) -> None:
+    engine = FakeEngine(batch_size=8)
+
+    def misbehave(call: int, texts: Sequence[str]) -> None:
+        if "bad" in texts:
+            raise Rejection("HTTP 413")
+
+    engine.misbehave = misbehave
+    _, held, reasons = _drive(engine, memory, ["a", "b", "bad", "c"])
+    assert held == {"a": "A", "b": "B", "c": "C"}
+    assert reasons == {"bad": "HTTP 413"}
+    assert engine.calls.count(("bad",)) == 1  # asking again would not help
+
+
+def test_stops_when_the_service_shuts_us_out(memory: Memory) -> None:
+    engine = FakeEngine(concurrency=2)
+
+    def misbehave(call: int, texts: Sequence[str]) -> None:
+        if call >= 10:
+            raise Refusal("HTTP 429")
+
+    engine.misbehave = misbehave
+    texts = [f"text {index}" for index in range(500)]
+    outcome, held, reasons = _drive(engine, memory, texts)
+    assert outcome.stopped == "the service has evidently shut us out (HTTP 429)"
+    assert len(held) == 10 and len(engine.calls) < 40
+    assert set(reasons.values()) == {None}  # none of them is to blame
+
+
+def test_refusals_between_answers_are_waited_out(memory: Memory) -> None:
+    engine = FakeEngine(concurrency=2)
+
+    def misbehave(call: int, texts: Sequence[str]) -> None:
+        if call % 3:
+            raise Refusal("HTTP 429", retry_after=0.001)
+
+    engine.misbehave = misbehave
+    texts = [f"text {index}" for index in range(30)]
+    outcome, held, _ = _drive(engine, memory, texts, retries=0)
+    assert len(held) == 30 and outcome.stopped is None
+
+
+def test_a_text_that_is_always_refused_is_given_up(memory: Memory) -> None:
+    engine = FakeEngine(concurrency=2)
+
+    def misbehave(call: int, texts: Sequence[str]) -> None:
+        if texts[0] == "bad":
+            raise Refusal("HTTP 403")
+        time.sleep(0.002)
+
+    engine.misbehave = misbehave
+    texts = ["bad", *(f"text {index}" for index in range(200))]
+    _, held, reasons = _drive(engine, memory, texts)
+    assert len(held) == 200
+    assert reasons["bad"] is not None and "HTTP 403" in reasons["bad"]
+
+
+def test_a_long_wait_asked_for_ends_the_run(memory: Memory) -> None:
+    engine = FakeEngine()
+
+    def misbehave(call: int, texts: Sequence[str]) -> None:
+        raise Refusal("HTTP 429", retry_after=7200)
+
+    engine.misbehave = misbehave
+    outcome, held, _ = _drive(engine, memory, ["a", "b"])
+    assert outcome.stopped == "HTTP 429; it asks to wait 7200 s"
+    assert len(engine.calls) == 1 and not held
+
+
+def test_stops_when_every_text_fails(memory: Memory) -> None:
+    engine = FakeEngine()
+
+    def misbehave(call: int, texts: Sequence[str]) -> None:
+        raise Fault("HTTP 503")
+
+    engine.misbehave = misbehave
+    outcome, _, reasons = _drive(engine, memory, [f"text {i}" for i in range(100)], retries=0)
+    assert outcome.stopped is not None and "fails on every text" in outcome.stopped
+    assert outcome.num_failed < 20
+    assert list(reasons.values()).count("HTTP 503, 1 times") == outcome.num_failed
+
+
+def test_retry_after_and_rate_are_kept(memory: Memory) -> None:
+    engine = FakeEngine(concurrency=4)
+    times: list[float] = []
+
+    def misbehave(call: int, texts: Sequence[str]) -> None:
+        times.append(time.monotonic())
+        if call == 0:
+            raise Refusal("HTTP 429", retry_after=0.3)
+
+    engine.misbehave = misbehave
+    _drive(engine, memory, [f"text {index}" for index in range(12)], per_second=50)
+    gaps = [later - earlier for earlier, later in zip(times[4:], times[5:], strict=False)]
+    # Requests already timed when the refusal came may follow at once; then all wait.
+    assert sum(moment - times[0] < 0.29 for moment in times) <= 4
+    assert all(gap > 0.01 for gap in gaps[1:])
+
+
+def test_suspect_answers_get_a_second_chance_once(memory: Memory) -> None:
+    engine = FakeEngine(batch_size=4)
+    answers = {
+        "A dog sees 3 men.": ["Ein Hund sieht Männer.", "Ein Hund sieht 3 Männer."],
+        "A dog sees 4 men.": ["Ein Hund sieht Männer.", "Ein Hund."],
+        "A man.": ["Ein Mann.", "never asked"],
+    }
+    engine.misbehave = lambda call, texts: [answers[text][engine.attempts[call]] for text in texts]
+    _, held, _ = _drive(engine, memory, list(answers), retry_suspect=True)
+    assert held["A dog sees 3 men."] == "Ein Hund sieht 3 Männer."
+    assert held["A dog sees 4 men."] == "Ein Hund sieht Männer."  # the second was no better
+    assert held["A man."] == "Ein Mann."
+    entries = memory.find(1, answers)
+    assert [entries[text].attempts for text in answers] == [2, 2, 1]
+    assert entries["A dog sees 3 men."].suspicions == ()
+    assert entries["A dog sees 4 men."].suspicions == ("numerals",)
+
+
+def test_waits_for_what_another_process_translates(
+    memory: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver_module, "_POLL_SECONDS", 0.01)
+    engine = FakeEngine()
+    number = memory.identity_id(engine.identity)
+    claimed = threading.Event()
+
+    def other_process() -> None:
+        with Memory(tmp_path / "memory.sqlite") as other:
+            other.claim(number, ["theirs", "dropped"], 1)
+            claimed.set()
+            time.sleep(0.2)
+            other.store(number, [("theirs", Entry("IHRE", 1, "1", ()))])
+
+    thread = threading.Thread(target=other_process)
+    thread.start()
+    claimed.wait()
+    _, held, _ = _drive(engine, memory, ["ours", "theirs", "dropped"])
+    thread.join()
+    assert held == {"ours": "OURS", "theirs": "IHRE", "dropped": "DROPPED"}
+    assert ("theirs",) not in engine.calls
+
+
+def test_ctrl_c_keeps_what_was_answered(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FakeEngine(concurrency=2)
+    keep = Driver._keep
+    kept: list[str] = []
+    pressed: list[bool] = []
+
+    def interrupted(self: Driver, report: driver_module._Report, *rest: object) -> int:
+        done = keep(self, report, *rest)  # type: ignore[arg-type]
+        kept.extend(answer.item.text for answer in report.answers)
+        if len(kept) >= 20 and not pressed:
+            pressed.append(True)
+            raise KeyboardInterrupt
+        return done
+
+    monkeypatch.setattr(Driver, "_keep", interrupted)
+    texts = [f"text {index}" for index in range(1000)]
+    with pytest.raises(Interrupted, match=r"new translations are in the memory.*to go on"):
+        _drive(engine, memory, texts)
+    held = memory.find(memory.identity_id(engine.identity), texts)
+    assert 20 <= len(held) < 1000
+    assert {text for call in engine.calls for text in call} - set(held) == set()
+
+
+def test_a_broken_engine_ends_the_run_with_its_name(memory: Memory) -> None:
+    engine = FakeEngine()
+
+    def misbehave(call: int, texts: Sequence[str]) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    engine.misbehave = misbehave
+    with pytest.raises(TranslationError, match="engine fake: ZeroDivisionError: division by zero"):
+        _drive(engine, memory, ["a"])
+
+
+def test_long_and_broken_texts_are_asked_in_parts(memory: Memory) -> None:
+    engine = FakeEngine(batch_size=3)
+    long = "One two three. " * 400  # 6,000 characters
+    texts = ["first\nsecond", "nul\0inside", long, "sur\ud800rogate", "plain"]
+    _, held, _ = _drive(engine, memory, texts)
+    assert held == {
+        "first\nsecond": "FIRST\nSECOND",
+        "nul\0inside": "NUL\0INSIDE",
+        long: long.upper(),
+        "sur\ud800rogate": "SUR�ROGATE",
+        "plain": "PLAIN",
+    }
+    assert all(sum(map(len, call)) <= 10_000 for call in engine.calls)
