@@ -79,7 +79,7 @@ for _name, (_config_class, _run) in _COMMANDS.items():
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
-    print(f"clseave: {' '.join(message.splitlines())}", file=sys.stderr)
+    sys.stderr.write(f"clseave: {' '.join(message.splitlines())}\n")
     sys.exit(exit_code)
 
 

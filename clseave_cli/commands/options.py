@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import typer
 
-from clseave_cli.core.config import StageConfig
+from clseave_cli.core.config import DataConfig, StageConfig, TrainingConfig
 from clseave_cli.errors import UsageError
 
 C = TypeVar("C", bound=StageConfig)
@@ -24,6 +24,14 @@ ConfigFile = Annotated[
 ]
 
 
+#: Headings of the options that several stages share.
+_PANELS: dict[type, str] = {
+    DataConfig: "Data",
+    TrainingConfig: "Training",
+    StageConfig: "General",
+}
+
+
 def command(config_class: type[C], run: Callable[..., None]) -> Callable[..., None]:
     """The function Typer needs for `run(config, **own)`: one flag per field of `config_class`.
 
@@ -32,7 +40,7 @@ def command(config_class: type[C], run: Callable[..., None]) -> Callable[..., No
     default.
     """
     own = list(inspect.signature(run, eval_str=True).parameters.values())[1:]
-    flags = [_flag(field, annotation) for field, annotation in _fields(config_class)]
+    flags = [_flag(config_class, field, annotation) for field, annotation in _fields(config_class)]
     extra = [_keyword("config", ConfigFile)]
     if config_class.PRESETS:
         names = ", ".join(config_class.PRESETS)
@@ -81,24 +89,32 @@ def _fields(config_class: type[StageConfig]) -> list[tuple[dataclasses.Field[Any
     return [(field, hints[field.name]) for field in dataclasses.fields(config_class)]
 
 
-def _flag(field: dataclasses.Field[Any], annotation: Any) -> inspect.Parameter:
+def _flag(
+    config_class: type[StageConfig], field: dataclasses.Field[Any], annotation: Any
+) -> inspect.Parameter:
     spelling = field.metadata["flag"] or "--" + field.name.replace("_", "-")
-    default = field.default
+    help_text, default = field.metadata["help"], field.default
     if annotation is bool:
         spelling = f"{spelling}/--no-{spelling[2:]}"
-        shown = None
-    elif default is None or default == ():
-        shown = None
-    else:
-        shown = str(default)
+    elif default is not None and default != ():
+        help_text += f" (default: {default})"
     flag = typer.Option(
         spelling,
-        help=field.metadata["help"],
+        help=help_text,
         metavar=field.metadata["metavar"],
-        show_default=shown or False,
+        show_default=False,
         envvar="CLSEAVE_RUNS" if field.name == "runs" else None,
+        rich_help_panel=_panel(config_class, field.name),
     )
     return _keyword(field.name, Annotated[_optional(annotation), flag])
+
+
+def _panel(config_class: type[StageConfig], name: str) -> str | None:
+    """The heading an option stands under in `--help`: what the first class to have it is for."""
+    for part, title in _PANELS.items():
+        if issubclass(config_class, part) and name in part.__annotations__:
+            return title
+    return None
 
 
 def _optional(annotation: Any) -> Any:

@@ -8,15 +8,11 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from clseave_cli.core.reporting.numbers import DASH, p_value, percent, points
+
 if TYPE_CHECKING:
+    from clseave_cli.core.comparison import Comparison
     from clseave_cli.core.results import Results
-
-_MISSING = "–"
-
-
-def percent(value: float | None) -> str:
-    """A fraction as a percentage with one decimal, without the sign; a dash for None."""
-    return _MISSING if value is None else f"{100 * value:.1f}"
 
 
 def results_table(results: Results) -> Table:
@@ -46,7 +42,7 @@ def results_table(results: Results) -> Table:
     for result in results.results:
         baselines = results.baselines.get(result.lang)
         interval = (
-            _MISSING
+            DASH
             if result.accuracy_low is None
             else f"{percent(result.accuracy_low)}–{percent(result.accuracy_high)}"
         )
@@ -59,5 +55,41 @@ def results_table(results: Results) -> Table:
             percent(baselines.majority if baselines else None),
             percent(baselines.hypothesis_only if baselines else None),
             percent(baselines.shuffled_image if baselines else None),
+        )
+    return table
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """Two evaluations side by side: the paired difference, and whether it is one."""
+    table = Table(
+        title=escape(f"A: {comparison.first}\nB: {comparison.second}"),
+        caption=(
+            f"A minus B on the same rows, in points; 95 % intervals by paired bootstrap over "
+            f"photos ({comparison.resamples:,} resamples, seed {comparison.seed})"
+        ),
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
+    table.add_column("lang", no_wrap=True)
+    for header in ("n", "A, %", "B, %", "A − B", "95 % interval", "p", "McNemar p"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("verdict", style="bold", no_wrap=True)
+    for entry in comparison.languages:
+        difference = entry.difference
+        table.add_row(
+            entry.lang,
+            f"{entry.num_examples:,}",
+            percent(entry.accuracy_first),
+            percent(entry.accuracy_second),
+            points(difference.value),
+            DASH
+            if difference.low is None
+            else f"{points(difference.low)} to {points(difference.high)}",
+            p_value(difference.p),
+            p_value(difference.mcnemar_p),
+            {"tie": "tie", "first": "A better", "second": "B better"}[entry.verdict],
         )
     return table

@@ -7,7 +7,8 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -21,6 +22,9 @@ from rich.progress import (
 )
 
 from clseave_cli.core.progress import Task
+
+if TYPE_CHECKING:
+    from clseave_cli.core.training.loop import TrainingResult
 
 _LINE_SECONDS = 10.0
 
@@ -117,3 +121,17 @@ class TerminalProgress:
     def note(self, message: str) -> None:
         """Prints a line above the bars."""
         (self._bars.console if self._bars else stderr).print(message, soft_wrap=True, markup=False)
+
+
+def print_training(folder: Path, training: TrainingResult | None) -> None:
+    """Prints where a model lies and how its training went."""
+    if training is None:
+        stdout.print(f"{folder}: complete", soft_wrap=True, markup=False)
+        return
+    dev = ", ".join(f"{name} {value:.4g}" for name, value in training.dev.items())
+    stdout.print(
+        f"{folder}: {training.epochs} epochs, epoch {training.best_epoch} kept (dev {dev}) · "
+        f"{training.wall_seconds:.0f} s, {training.pairs_per_second:.0f} pairs/s",
+        soft_wrap=True,
+        markup=False,
+    )

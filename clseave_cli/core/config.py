@@ -228,7 +228,9 @@ class AlignConfig(TrainingConfig, DataConfig):
         "mini-ve": {},
     }
 
-    lang: tuple[str, ...] = option((), "Language to align; repeat for one student of several.")
+    lang: tuple[str, ...] = option(
+        (), "Language to align; repeat for one student of several.", metavar="LANG"
+    )
     student: str = option(
         "google-bert/bert-base-multilingual-cased",
         "Encoder to train (hub id or folder).",
@@ -252,7 +254,9 @@ class AlignConfig(TrainingConfig, DataConfig):
 class EvaluateConfig(StageConfig, DataConfig):
     """`evaluate`: how good, in every language, and did it look at the photo?"""
 
-    lang: tuple[str, ...] = option((), "Language to evaluate; repeat; unset: all there are.")
+    lang: tuple[str, ...] = option(
+        (), "Language to evaluate; repeat; unset: all there are.", metavar="LANG"
+    )
     split: str = option("test", "Name of the split to evaluate on.")
     batch_size: int = option(256, "Examples computed at once.")
     train_split: str = option("train", "Split the hypothesis-only baseline learns from.")
@@ -264,5 +268,5 @@ class EvaluateConfig(StageConfig, DataConfig):
 class PredictConfig(StageConfig):
     """`predict`: the label of one image and sentence, or of a file of them."""
 
-    lang: str = option("en", "Language of the hypothesis.")
+    lang: str = option("en", "Language of the hypothesis.", metavar="LANG")
     batch_size: int = option(256, "Pairs computed at once.")

@@ -27,7 +27,7 @@ from clseave_cli.core.config import PretrainConfig
 from clseave_cli.core.data.images import ImageFolder, open_image
 from clseave_cli.core.data.records import distinct
 from clseave_cli.core.files import file_digest, json_digest
-from clseave_cli.core.models.backbones import clip_text_encoder, load_clip
+from clseave_cli.core.models.backbones import clip_image_encoder, clip_text_encoder, load_clip
 from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
 from clseave_cli.core.models.packing import PackedBatch, TokenTable
 from clseave_cli.core.models.scratch import ClipShape, new_clip
@@ -97,7 +97,7 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> PretrainRes
     model, tokenizer, processor = _starting_model(config, train_captions)
     model = model.to(device)
     text = clip_text_encoder(model, tokenizer)
-    image = ImageEncoder(model, processor)
+    image = clip_image_encoder(model, processor)
     if not text.verify_packing():
         progress.note("packing is not exact for this text tower; padding instead.")
     torch.manual_seed(config.seed)

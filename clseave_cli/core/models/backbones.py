@@ -73,7 +73,12 @@ def load_clip_image(name: str | Path) -> ImageEncoder:
     _require_type(name, ("clip", "clip_vision_model"))
     model = _load(name, CLIPVisionModelWithProjection.from_pretrained, **_LOADING)
     # Pillow's resampling, always: torchvision's differs, and so would every feature.
-    return ImageEncoder(model, _load(name, CLIPImageProcessorPil.from_pretrained))
+    return clip_image_encoder(model, _load(name, CLIPImageProcessorPil.from_pretrained))
+
+
+def clip_image_encoder(model: Any, processor: Any) -> ImageEncoder:
+    """A `CLIPVisionModelWithProjection` (or a whole `CLIPModel`) as an image encoder."""
+    return ImageEncoder(model.vision_model, model.visual_projection, processor, hub_model=model)
 
 
 def load_clip(name: str | Path) -> tuple[Any, Any, Any]:

@@ -70,6 +70,8 @@ class SentenceEncoder(nn.Module):
         self.terminal_id = terminal_id
         self.pad_id = tokenizer.pad_token_id or 0
         self.row_tokens: int | None = min(_ROW_TOKENS, max_tokens)
+        #: Fingerprint of the folder it was loaded from; empty for a new one.
+        self.fingerprint = ""
 
     @property
     def embedding_dim(self) -> int:
@@ -148,31 +150,36 @@ class SentenceEncoder(nn.Module):
 class ImageEncoder(nn.Module):
     """CLIP's image tower with its preprocessing."""
 
-    def __init__(self, backbone: Any, processor: Any) -> None:
+    def __init__(
+        self, backbone: Any, projection: nn.Linear, processor: Any, *, hub_model: Any
+    ) -> None:
         """Puts the parts together.
 
         Args:
-            backbone: a `CLIPVisionModelWithProjection`.
+            backbone: gives a `pooler_output` for `pixel_values`.
+            projection: H → D, no bias.
             processor: its image processor.
+            hub_model: the transformers model around both, which saves itself.
         """
         super().__init__()
         self.backbone = backbone
+        self.projection = projection
         self.processor = processor
+        self._hub_model = (hub_model,)  # a tuple, so that its weights are not registered twice
 
     @property
     def embedding_dim(self) -> int:
         """D."""
-        return int(self.backbone.config.projection_dim)
+        return self.projection.out_features
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        device: torch.device = self.backbone.visual_projection.weight.device
-        return device
+        return self.projection.weight.device
 
     def save_pretrained(self, folder: Path) -> None:
         """Writes model and image processor in Hugging Face layout."""
-        self.backbone.save_pretrained(folder)
+        self._hub_model[0].save_pretrained(folder)
         self.processor.save_pretrained(folder)
 
     def digest(self) -> str:
@@ -187,7 +194,7 @@ class ImageEncoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, D) projected embeddings, unnormalised."""
-        embedding: Tensor = self.backbone(pixel_values=pixels).image_embeds
+        embedding: Tensor = self.projection(self.backbone(pixel_values=pixels).pooler_output)
         return embedding
 
 

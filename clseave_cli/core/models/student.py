@@ -52,6 +52,7 @@ def load_student(folder: Path, teacher: str | None = None) -> SentenceEncoder:
     model, tokenizer = backbones.load_encoder(folder / "encoder")
     student = _student(model, tokenizer, config["embedding_dim"])
     load_weights(_added_parts(student), folder / "projection.safetensors")
+    student.fingerprint = config["fingerprint"]
     return student.eval()
 
 

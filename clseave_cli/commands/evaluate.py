@@ -1,0 +1,32 @@
+"""`clseave evaluate`: how good, in every language, and did it look?"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from clseave_cli.commands import terminal
+from clseave_cli.core.config import EvaluateConfig
+
+
+def run(
+    config: EvaluateConfig,
+    *,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Measure the models on a split: a table, JSON, or a report.
+
+    Beside every accuracy stands what is reached without looking at the
+    photo. --report DIR writes Markdown, HTML, figures and a LaTeX table.
+    """
+    from clseave_cli.commands.tables import results_table
+    from clseave_cli.core.evaluation import evaluate
+
+    results = evaluate(config, terminal.TerminalProgress())
+    if json:
+        terminal.print_json(results.to_json())
+        return
+    terminal.stdout.print(results_table(results))
+    if config.report is not None:
+        terminal.stdout.print(f"report: {config.report / 'report.html'}", soft_wrap=True)
