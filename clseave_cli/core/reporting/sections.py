@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from clseave_cli.core.metrics.bootstrap import Difference
 from clseave_cli.core.metrics.seeds import SeedSummary
 from clseave_cli.core.reporting.curves import LearningCurve
+from clseave_cli.core.reporting.numbers import DASH, decimal, p_value, percent, points
 from clseave_cli.core.results import LanguageResult, Results
 from clseave_cli.labels import LABELS
-
-DASH = "–"
 
 _NAMES = {
     "ar": "Arabic",
@@ -70,11 +69,6 @@ def language_name(lang: str) -> str:
     return _NAMES.get(lang, lang)
 
 
-def percent(value: float | None) -> str:
-    """A fraction in per cent with one decimal, without the sign; a dash for None."""
-    return DASH if value is None else f"{100 * value:.1f}"
-
-
 def verdict(difference: Difference | None) -> str:
     """`tie`, `higher` or `lower`: what the interval of a difference allows to say."""
     if difference is None:
@@ -84,17 +78,6 @@ def verdict(difference: Difference | None) -> str:
     return "higher" if difference.value > 0 else "lower"
 
 
-def _points(value: float | None) -> str:
-    """A difference of fractions in points, signed with a true minus."""
-    return DASH if value is None else f"{100 * value:+.1f}".replace("-", "−")
-
-
-def _p_value(value: float | None) -> str:
-    if value is None:
-        return DASH
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
 def _interval(low: float | None, high: float | None) -> str:
     return DASH if low is None else f"{percent(low)} – {percent(high)}"
 
@@ -102,11 +85,7 @@ def _interval(low: float | None, high: float | None) -> str:
 def _difference_interval(difference: Difference | None) -> str:
     if difference is None or difference.low is None:
         return DASH
-    return f"{_points(difference.low)} to {_points(difference.high)}"
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    return DASH if value is None else f"{value:.{digits}f}".replace("-", "−")
+    return f"{points(difference.low)} to {points(difference.high)}"
 
 
 def _label(result: LanguageResult, results: Results) -> str:
@@ -237,7 +216,7 @@ def _accuracy(results: Results) -> Section:
                         _interval(r.accuracy_low, r.accuracy_high),
                         percent(r.macro_f1),
                         _interval(r.macro_f1_low, r.macro_f1_high),
-                        _number(r.loss),
+                        decimal(r.loss),
                     )
                     for r in results.results
                 ),
@@ -276,10 +255,10 @@ def _against_english(results: Results) -> Section:
                         _label(r, results),
                         percent(r.ratio_to_english),
                         percent(r.agreement_with_english),
-                        _points(d.value if d else None),
+                        points(d.value if d else None),
                         _difference_interval(d),
-                        _p_value(d.p if d else None),
-                        _p_value(d.mcnemar_p if d else None),
+                        p_value(d.p if d else None),
+                        p_value(d.mcnemar_p if d else None),
                         verdict(d),
                     )
                     for r in results.results
@@ -302,7 +281,7 @@ def _baselines(results: Results) -> Section:
                 _label(r, results),
                 percent(r.accuracy),
                 *(percent(value) for value in values),
-                _points(r.accuracy - max(known)) if known else DASH,
+                points(r.accuracy - max(known)) if known else DASH,
                 percent(r.hard_accuracy),
                 DASH if r.num_hard is None else f"{r.num_hard:,}",
             )
@@ -374,7 +353,7 @@ def _calibration(results: Results) -> Section:
             Table(
                 ("language", "ECE, %", "loss"),
                 tuple(
-                    (_label(r, results), percent(r.ece), _number(r.loss)) for r in results.results
+                    (_label(r, results), percent(r.ece), decimal(r.loss)) for r in results.results
                 ),
             ),
         ),
@@ -416,7 +395,7 @@ def _transfer(results: Results) -> Section:
                         f"{t.mae:.4g}",
                         f"{t.mse_sum:.4g}",
                         f"{t.mae_sum:.4g}",
-                        _number(t.cosine),
+                        decimal(t.cosine),
                         percent(t.retrieval_to_teacher),
                         percent(t.retrieval_to_student),
                         f"{t.variance_student:.3g}",
@@ -444,11 +423,11 @@ def _distances(results: Results, drawn: bool) -> Section:
                 tuple(
                     (
                         kind,
-                        *(_number(found.distances.get(lang), 2) for lang in languages),
-                        _number(found.spearman, 2),
-                        _p_value(found.spearman_p),
-                        _number(found.pearson, 2),
-                        _p_value(found.pearson_p),
+                        *(decimal(found.distances.get(lang), 2) for lang in languages),
+                        decimal(found.spearman, 2),
+                        p_value(found.spearman_p),
+                        decimal(found.pearson, 2),
+                        p_value(found.pearson_p),
                         str(found.num_languages),
                     )
                     for kind, found in analysis.correlations.items()
@@ -475,7 +454,7 @@ def _seeds(results: Results) -> Section:
         return _interval(summary.min, summary.max) if summary else DASH
 
     def loss(summary: SeedSummary | None) -> str:
-        return f"{_number(summary.mean)} ± {_number(summary.std)}" if summary else DASH
+        return f"{decimal(summary.mean)} ± {decimal(summary.std)}" if summary else DASH
 
     return Section(
         "Over seeds",
