@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
 import typer
+import typer.core
 
 from clseave_cli import __version__
 from clseave_cli.commands import (
@@ -29,11 +30,21 @@ app = typer.Typer(
     help="Cross-lingual visual entailment: does this photo entail that sentence, in any language?",
     no_args_is_help=True,
     add_completion=False,
+    # Plain text here: rich's Markdown parser alone takes as long to import as everything else.
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 _debug = False
+
+
+class _Subcommand(typer.core.TyperCommand):
+    """A subcommand, whose many options are worth rich's headings."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.rich_markup_mode = "rich"
 
 
 def _show_version(wanted: bool) -> None:
@@ -64,7 +75,7 @@ def _interruptible(function: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-_COMMANDS = {
+_COMMANDS: dict[str, tuple[type[config.StageConfig], Callable[..., None]]] = {
     "demo": (config.DemoConfig, demo.run),
     "translate": (config.TranslateConfig, translate.run),
     "pretrain": (config.PretrainConfig, pretrain.run),
@@ -75,7 +86,7 @@ _COMMANDS = {
 }
 
 for _name, (_config_class, _run) in _COMMANDS.items():
-    app.command(_name)(_interruptible(options.command(_config_class, _run)))
+    app.command(_name, cls=_Subcommand)(_interruptible(options.command(_config_class, _run)))
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:

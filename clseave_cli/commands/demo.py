@@ -25,7 +25,7 @@ C = TypeVar("C", bound=StageConfig)
 
 
 def run(config: DemoConfig) -> None:
-    """See the whole method work in minutes, with no network and no GPU.
+    """See the whole method work on a small drawn world, in minutes.
 
     Draws a small world, trains a CLIP model on it, fine-tunes it for visual
     entailment in English, transfers it to five languages, and reports how
@@ -45,7 +45,7 @@ def run(config: DemoConfig) -> None:
     encoder = runs / "encoder"
 
     def stage(title: str) -> None:
-        terminal.stderr.print(f"\n[bold]{title}[/bold]")
+        terminal.stderr().print(f"\n[bold]{title}[/bold]")
 
     stage("1/5  a world to look at")
     _world(data, encoder, config.seed, progress)
@@ -66,8 +66,8 @@ def run(config: DemoConfig) -> None:
     evaluation = EvaluateConfig(data=str(data), runs=runs, report=report, seed=config.seed)
     results = evaluate(evaluation, progress)
 
-    terminal.stdout.print()
-    terminal.stdout.print(results_table(results))
+    terminal.stdout().print()
+    terminal.stdout().print(results_table(results))
     _print_outlook(config.out, time.monotonic() - started)
 
 
@@ -121,4 +121,4 @@ def _print_outlook(out: Path, seconds: float) -> None:
         f"  clseave align --lang de --lang nl --preset {_PRESET} --data {data} --runs {runs} "
         f"--student {shlex.quote(str(out / 'runs' / 'encoder'))}",
     ]
-    terminal.stdout.print("\n".join(lines), soft_wrap=True, markup=False)
+    terminal.stdout().print("\n".join(lines), soft_wrap=True, markup=False)

@@ -27,6 +27,6 @@ def run(
     if json:
         terminal.print_json(results.to_json())
         return
-    terminal.stdout.print(results_table(results))
+    terminal.stdout().print(results_table(results))
     if config.report is not None:
-        terminal.stdout.print(f"report: {config.report / 'report.html'}", soft_wrap=True)
+        terminal.stdout().print(f"report: {config.report / 'report.html'}", soft_wrap=True)

@@ -51,7 +51,7 @@ def run(
         if json:
             terminal.print_json(counts)
         else:
-            terminal.stdout.print(
+            terminal.stdout().print(
                 f"{target}: {done.num_predicted} predicted, {done.num_errors} with an error",
                 soft_wrap=True,
             )
@@ -64,7 +64,7 @@ def run(
     result = model(image, hypothesis)
     seconds = time.perf_counter() - start
     if result.truncated:
-        terminal.stderr.print("the hypothesis is too long and was cut at the encoder's limit.")
+        terminal.stderr().print("the hypothesis is too long and was cut at the encoder's limit.")
     if json:
         terminal.print_json(result.to_json())
     else:
@@ -72,10 +72,10 @@ def run(
 
 
 def _show(result: Prediction, seconds: float) -> None:
-    terminal.stdout.print(f"[bold]{result.label}[/bold]")
+    terminal.stdout().print(f"[bold]{result.label}[/bold]")
     for label, probability in result.probabilities.items():
         bar = "█" * round(_BAR_WIDTH * probability)
-        terminal.stdout.print(f"  {label:<13} {100 * probability:5.1f} %  {bar}")
-    terminal.stdout.print(
+        terminal.stdout().print(f"  {label:<13} {100 * probability:5.1f} %  {bar}")
+    terminal.stdout().print(
         f"  {result.lang} · {result.model} · {1000 * seconds:.0f} ms", style="dim", soft_wrap=True
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
@@ -10,26 +11,32 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-
 from clseave_cli.core.progress import Task
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
     from clseave_cli.core.training.loop import TrainingResult
 
 _LINE_SECONDS = 10.0
 
-stderr = Console(stderr=True, highlight=False)
-stdout = Console(highlight=False)
+
+# Consoles are made on first use: `clseave --help` must not wait for rich.
+@functools.cache
+def stdout() -> Console:
+    """Where results go."""
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+@functools.cache
+def stderr() -> Console:
+    """Where progress and notes go."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
 
 
 def print_json(value: Any) -> None:
@@ -77,7 +84,7 @@ class _LineTask:
         parts = [f"{self._done}{of} {self._unit}".strip(), f"{seconds:.0f} s"]
         if self._fields:
             parts.append(self._fields)
-        stderr.print(f"{self._description}: " + " · ".join(parts), soft_wrap=True, markup=False)
+        stderr().print(f"{self._description}: " + " · ".join(parts), soft_wrap=True, markup=False)
 
 
 class TerminalProgress:
@@ -89,22 +96,24 @@ class TerminalProgress:
     @contextmanager
     def task(self, description: str, total: int | None = None, unit: str = "") -> Iterator[Task]:
         """Draws one piece of work until the block ends."""
-        if not stderr.is_terminal:
+        if not stderr().is_terminal:
             line_task = _LineTask(description, total, unit)
             yield line_task
             line_task.line()
             return
+        from rich import progress
+
         outermost = self._bars is None
         if self._bars is None:
-            self._bars = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[unit]}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("[dim]{task.fields[figures]}"),
-                console=stderr,
+            self._bars = progress.Progress(
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(bar_width=24),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn("{task.fields[unit]}"),
+                progress.TimeElapsedColumn(),
+                progress.TimeRemainingColumn(),
+                progress.TextColumn("[dim]{task.fields[figures]}"),
+                console=stderr(),
             )
             self._bars.start()
         bars = self._bars
@@ -120,16 +129,18 @@ class TerminalProgress:
 
     def note(self, message: str) -> None:
         """Prints a line above the bars."""
-        (self._bars.console if self._bars else stderr).print(message, soft_wrap=True, markup=False)
+        (self._bars.console if self._bars else stderr()).print(
+            message, soft_wrap=True, markup=False
+        )
 
 
 def print_training(folder: Path, training: TrainingResult | None) -> None:
     """Prints where a model lies and how its training went."""
     if training is None:
-        stdout.print(f"{folder}: complete", soft_wrap=True, markup=False)
+        stdout().print(f"{folder}: complete", soft_wrap=True, markup=False)
         return
     dev = ", ".join(f"{name} {value:.4g}" for name, value in training.dev.items())
-    stdout.print(
+    stdout().print(
         f"{folder}: {training.epochs} epochs, epoch {training.best_epoch} kept (dev {dev}) · "
         f"{training.wall_seconds:.0f} s, {training.pairs_per_second:.0f} pairs/s",
         soft_wrap=True,

@@ -39,7 +39,7 @@ def run(
         terminal.print_json(_plain(dataclasses.asdict(summary)))
     else:
         for file in summary.files:
-            terminal.stdout.print(_line(file), soft_wrap=True, markup=False)
+            terminal.stdout().print(_line(file), soft_wrap=True, markup=False)
     num_failed = sum(file.num_failed for file in summary.files)
     lists = ", ".join(str(file.failed) for file in summary.files if file.failed)
     if summary.stopped:

@@ -148,8 +148,8 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
     def loss(batch: _Batch) -> Tensor:
         predicted = student(batch.sentences)  # (B, D)
         wanted = teacher_vectors[batch.teacher_rows.to(device)]
-        per_pair = (predicted.float() - wanted).square().mean(dim=1)
-        return (per_pair * batch.weights.to(device)).mean()
+        per_pair = torch.mean((predicted.float() - wanted) ** 2, dim=1)  # (B,)
+        return torch.mean(per_pair * batch.weights.to(device))
 
     stage = Stage(
         name=f"align {'+'.join(languages)}",

@@ -74,7 +74,7 @@ class _Outputs:
     @property
     def correct(self) -> npt.NDArray[np.bool_]:
         """(N,) whether the row's label was found."""
-        return self.logits.argmax(axis=1) == self.split.labels
+        return np.equal(self.logits.argmax(axis=1), self.split.labels)
 
 
 def evaluate(config: EvaluateConfig, progress: Progress = SILENT) -> Results:

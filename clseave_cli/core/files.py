@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,19 +17,30 @@ from typing import Any, BinaryIO
 from clseave_cli.errors import ClseaveError, DataError, ModelError
 
 _CHUNK_BYTES = 1 << 20
+#: Above this many files one sync of everything is faster than one each (thousands of pictures).
+_MOST_SINGLE_SYNCS = 100
 
 
-def _disk_error(error: OSError, target: Path) -> ClseaveError | None:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+def _disk_error(error: Exception, target: Path) -> ClseaveError | None:
+    number = _error_number(error)
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return ClseaveError(
             f"{target}: the disk is full; what was there before is untouched. "
             "Free some space and run the same command again."
         )
-    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+    if number in (errno.EACCES, errno.EROFS, errno.EPERM):
         return ClseaveError(
-            f"{target}: cannot be written ({error.strerror}); choose another folder."
+            f"{target}: cannot be written ({os.strerror(number)}); choose another folder."
         )
     return None
+
+
+def _error_number(error: Exception) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    # safetensors and tokenizers write from Rust, and tell the system's error only in words.
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return int(told[1]) if told else None
 
 
 @contextmanager
@@ -36,7 +48,7 @@ def writing(target: Path) -> Iterator[None]:
     """Turns a full or read-only disk met inside the block into a `ClseaveError` naming `target`."""
     try:
         yield
-    except OSError as error:
+    except Exception as error:
         translated = _disk_error(error, target)
         if translated is None:
             raise
@@ -89,21 +101,32 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
             yield aside
-            for path in aside.rglob("*"):
-                if path.is_file():
-                    with path.open("rb") as stream:
-                        os.fsync(stream.fileno())
+            _sync_files([path for path in aside.rglob("*") if path.is_file()])
             aside.chmod(0o777 & ~_umask())
             if target.exists():
                 old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
                 target.rename(old / target.name)
-                aside.rename(target)
+                try:
+                    aside.rename(target)
+                except OSError:
+                    (old / target.name).rename(target)
+                    old.rmdir()
+                    raise
                 shutil.rmtree(old)
             else:
                 aside.rename(target)
             fsync_folder(target.parent)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync_files(paths: list[Path]) -> None:
+    if len(paths) > _MOST_SINGLE_SYNCS:
+        os.sync()
+        return
+    for path in paths:
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
 
 
 def _umask() -> int:
