@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import html
+import itertools
 import json
+import random
+import socket
 import threading
 import time
 import urllib.parse
@@ -13,6 +16,8 @@ from typing import Any
 
 #: A fault: given the handler and its proper answer, it answers otherwise; returns False to pass.
 Fault = Callable[["_Handler", bytes, list[str]], bool]
+
+CAPTCHA = b"<html><body>Our systems have detected unusual traffic. <form id=captcha-form></body>"
 
 
 def translated(text: str, target: str = "de") -> str:
@@ -29,7 +34,9 @@ class _Handler(BaseHTTPRequestHandler):
         split = urllib.parse.urlsplit(self.path)
         query = urllib.parse.parse_qs(split.query, keep_blank_values=True)
         if split.path.endswith("/languages"):
-            self.send(200, json.dumps([{"code": "en"}, {"code": "de"}, {"code": "zh-Hans"}]).encode())
+            self.send(
+                200, json.dumps([{"code": "en"}, {"code": "de"}, {"code": "zh-Hans"}]).encode()
+            )
             return
         text = query["q"][0]
         page = (
@@ -51,17 +58,23 @@ class _Handler(BaseHTTPRequestHandler):
         loopback = self.server.loopback
         with loopback.lock:
             loopback.requested += texts
+            loopback.under_way += 1
             loopback.agents.add(self.headers.get("User-Agent", ""))
             loopback.last_request = request
             fault = loopback.fault
         if loopback.delay_seconds:
             time.sleep(loopback.delay_seconds)
-        if fault is None or not fault(self, body, texts):
-            self.send(200, body, kind)
-        with loopback.lock:
-            loopback.answered += texts
+        try:
+            if fault is None or not fault(self, body, texts):
+                self.send(200, body, kind)
+        finally:
+            with loopback.lock:
+                loopback.answered += texts
+                loopback.under_way -= 1
 
-    def send(self, status: int, body: bytes, kind: str = "application/json", **headers: str) -> None:
+    def send(
+        self, status: int, body: bytes, kind: str = "application/json", **headers: str
+    ) -> None:
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
@@ -79,6 +92,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(body[: len(body) * 2 // 3])
+        self.close_connection = True
+
+    def hang_up(self) -> None:
+        """No answer, and the connection is closed."""
+        self.connection.shutdown(socket.SHUT_RDWR)
         self.close_connection = True
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -114,11 +132,18 @@ class Loopback:
         self.answered: list[str] = []
         self.agents: set[str] = set()
         self.last_request: Any = None
+        self.under_way = 0
         self.lock = threading.Lock()
         self._server = _Server(("127.0.0.1", port), _Handler)
         self._server.loopback = self
         path = "/m" if kind == "google" else ""
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}{path}"
+
+    def settle(self) -> None:
+        """Waits until requests of a client that died have been read, and dealt with."""
+        time.sleep(0.02)
+        while self.under_way > 0:
+            time.sleep(0.001)
 
     def __enter__(self) -> Loopback:
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
@@ -127,3 +152,41 @@ class Loopback:
     def __exit__(self, *_: object) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+def misbehave_at_random(seed: int) -> Fault:
+    """A fault of a server that goes wrong in every way, half of the time."""
+    choose = random.Random(seed)
+    lock = threading.Lock()
+    numbers = itertools.count()
+
+    def misbehave(handler: Any, body: bytes, texts: list[str]) -> bool:
+        with lock:
+            kind = choose.randrange(16)
+            number = next(numbers)
+        if any("poison" in text for text in texts):
+            kind = 1
+        if kind == 0:
+            handler.send(429, b"slow down", Retry_After="0" if number % 2 else "1")
+        elif kind == 1:
+            handler.send(500, b"oops")
+        elif kind == 2:
+            handler.send(200, b"", "text/html")
+        elif kind == 3:
+            handler.send(200, CAPTCHA, "text/html")
+        elif kind == 4:
+            handler.half_send(body, "text/html", with_length=True)
+        elif kind == 5:
+            handler.half_send(body, "application/json", with_length=False)
+        elif kind == 6:
+            answers = [translated(text) for text in texts]
+            spoilt = answers[1:] if number % 2 else [*answers, "deone demore"]
+            handler.send(200, json.dumps({"translatedText": spoilt}).encode())
+        elif kind == 7 and number % 4 == 0:
+            threading.Event().wait(0.8)
+            handler.close_connection = True
+        else:
+            return False
+        return True
+
+    return misbehave

@@ -26,7 +26,7 @@ def _entry(translation: str, attempts: int = 1) -> Entry:
     return Entry(translation, attempts, "1", ())
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.dictionaries(_ANY_TEXT, _ANY_TEXT, max_size=8))
 def test_keeps_any_text_exactly(texts: dict[str, str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -35,7 +35,9 @@ def test_keeps_any_text_exactly(texts: dict[str, str]) -> None:
             number = memory.identity_id(_GERMAN)
             memory.store(number, [(text, _entry(answer)) for text, answer in texts.items()])
         with Memory(path) as memory:
-            found = memory.find(memory.identity_id(_GERMAN), [*texts, "something else entirely" * 3])
+            found = memory.find(
+                memory.identity_id(_GERMAN), [*texts, "something else entirely" * 3]
+            )
             assert {text: entry.translation for text, entry in found.items()} == texts
 
 
@@ -107,7 +109,9 @@ def test_a_killed_owner_loses_its_claims(tmp_path: Path) -> None:
         assert len(list(tmp_path.glob("*owner*"))) == 1  # the dead one's is swept up
 
 
-@pytest.mark.parametrize("content", [b"not a database, but long enough to look like one" * 40, b"x"])
+@pytest.mark.parametrize(
+    "content", [b"not a database, but long enough to look like one" * 40, b"x"]
+)
 def test_another_file_is_refused_and_left_alone(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "notes.txt"
     path.write_bytes(content)

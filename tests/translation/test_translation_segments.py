@@ -21,7 +21,9 @@ def test_parts_are_clean_and_join_to_the_text(text: str, limit: int) -> None:
         assert needs_translation(part)
         assert not any(unicodedata.category(character) in ("Cc", "Cs", "Zl") for character in part)
     joined = segmented.join(segmented.parts)
-    clean = "".join("�" if "\ud800" <= c <= "\udfff" and needs_translation(text) else c for c in text)
+    clean = "".join(
+        "�" if "\ud800" <= c <= "\udfff" and needs_translation(text) else c for c in text
+    )
     # Only lone surrogates within a part are replaced, for no engine could be sent one.
     assert len(joined) == len(text)
     assert all(a == b or b == "�" for a, b in zip(text, joined, strict=True)), clean

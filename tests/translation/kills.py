@@ -1,0 +1,143 @@
+"""One run of `translate`, killed again and again: what comes of it, and what it cost."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from loopback import Loopback
+
+from clseave_cli.core.translation.engine import Identity
+from clseave_cli.core.translation.memory import Memory
+
+CONCURRENCY = 4
+
+_RUN = """
+import sys
+sys.modules["lingua"] = None  # slow to load, a hundred times over
+from pathlib import Path
+from clseave_cli.core.config import TranslateConfig
+from clseave_cli.core.translation.corpus import translate
+
+data, memory, url, concurrency = sys.argv[1:]
+summary = translate(TranslateConfig(
+    data=Path(data), lang=("de",), engine="google", url=url, memory=Path(memory),
+    concurrency=int(concurrency), requests_per_second=1e6,
+))
+assert summary.stopped is None and not any(file.num_failed for file in summary.files)
+"""
+
+
+@dataclass(frozen=True)
+class KillReport:
+    """What a run with kills came to.
+
+    Attributes:
+        num_kills: SIGKILLs sent.
+        num_texts: distinct texts there were to translate.
+        num_requests: requests the server saw.
+        lost: per kill, how many requests were under way and so were made again.
+        identical: whether the file is that of an undisturbed run.
+        leftovers: files that do not belong there at the end.
+        seconds: how long all of it took.
+    """
+
+    num_kills: int
+    num_texts: int
+    num_requests: int
+    lost: list[int]
+    identical: bool
+    leftovers: list[str]
+    seconds: float
+
+
+def write_rows(path: Path, num_rows: int) -> list[str]:
+    """An SNLI-VE-like file, every fourth sentence an old one; returns the distinct sentences."""
+    generator = random.Random(0)
+    texts: dict[str, None] = {}
+    with path.open("w", encoding="utf-8") as stream:
+        for index in range(num_rows):
+            if texts and generator.random() < 0.25:
+                text = f"A man number {generator.randrange(index)} sleeps."
+            else:
+                text = f"A man number {index} sleeps."
+            texts[text] = None
+            row = {"pairID": f"{index}.jpg#0r1e", "sentence2": text, "gold_label": "neutral"}
+            stream.write(json.dumps(row) + "\n")
+    return list(texts)
+
+
+def run_with_kills(folder: Path, num_rows: int, num_kills: int, seed: int) -> KillReport:
+    """Translates `num_rows` rows against a loopback server, with SIGKILLs at random moments."""
+    start = time.monotonic()
+    generator = random.Random(seed)
+    data = folder / "data"
+    data.mkdir(parents=True)
+    texts = write_rows(data / "snli_ve_train.jsonl", num_rows)
+    output = data / "snli_ve_train.de.jsonl"
+    with Loopback("google") as server:
+        _finish(_start(data, folder / "undisturbed.sqlite", server))
+        assert sorted(server.requested) == sorted(texts)
+        expected = output.read_bytes()
+        output.unlink()
+        server.requested.clear()
+        server.answered.clear()
+        lost = []
+        for _ in range(num_kills):
+            lost.append(
+                _run_and_kill(data, folder / "memory.sqlite", server, texts, generator, num_kills)
+            )
+        _finish(_start(data, folder / "memory.sqlite", server))
+        num_requests = len(server.requested)
+    kept = {"snli_ve_train.jsonl", output.name}
+    leftovers = [path.name for path in data.iterdir() if path.name not in kept]
+    leftovers += [path.name for path in folder.glob("*owner*")]
+    return KillReport(
+        num_kills, len(texts), num_requests, lost, output.read_bytes() == expected, leftovers,
+        time.monotonic() - start,
+    )  # fmt: skip
+
+
+def _start(data: Path, memory: Path, server: Loopback) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-c", _RUN, str(data), str(memory), server.url, str(CONCURRENCY)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+
+
+def _finish(process: subprocess.Popen[bytes]) -> None:
+    assert process.wait(timeout=600) == 0
+
+
+def _run_and_kill(
+    data: Path,
+    memory_path: Path,
+    server: Loopback,
+    texts: list[str],
+    generator: random.Random,
+    num_kills: int,
+) -> int:
+    """One run that is killed; returns how many of its requests were in vain."""
+    before = len(server.requested)
+    process = _start(data, memory_path, server)
+    if generator.random() < 0.1:  # while it starts, or reads, or looks around
+        time.sleep(generator.uniform(0, 1.5))
+    else:  # at some moment of the work, so far into it that the work lasts for all kills
+        target = before + generator.uniform(1, 2 * len(texts) / (num_kills + 2))
+        while len(server.requested) < target and process.poll() is None:
+            time.sleep(0.0005)
+        time.sleep(generator.uniform(0, 0.003))
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
+    server.settle()
+    asked = set(server.requested[before:])
+    with Memory(memory_path) as memory:
+        number = memory.identity_id(Identity("google", server.url, "", "", "en", "de"))
+        return len(asked - memory.find(number, asked).keys())

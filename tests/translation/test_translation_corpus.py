@@ -1,0 +1,367 @@
+"""The whole use case: files in, files out, nothing lost and nothing asked for twice."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kills import CONCURRENCY, run_with_kills
+from loopback import Loopback, misbehave_at_random, translated
+
+from clseave_cli.core.config import TranslateConfig
+from clseave_cli.core.translation.corpus import TranslationSummary, translate
+from clseave_cli.errors import DataError, TranslationError, UsageError
+
+_ODD = [
+    "emoji 😀 and 👩‍🚀 here",
+    "combining e\u0301 and a\u030a\u0323 marks",
+    "right-to-left עברית and العربية and \u202emirrored\u202c",
+    "a line\nbreak and\r\nanother\u2028one",
+    "a nul \0 inside",
+    "six thousand " * 461,
+    '{"sentence2": "looks like JSON", "a": [1]}',
+    "<b>HTML &amp; entities</b>",
+    "percent %41 + plus & and = ?",
+    "back\\slash \\u0041 \\n and \"quotes\"",
+    "\ufeffbyte order mark",
+    "non\u00a0breaking \u3000 spaces",
+    "...", "", "   ", "42", "😀", "\n\n",
+]  # fmt: skip
+
+
+def _write(path: Path, texts: list[str], **more: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"pairID": f"{index}.jpg", "sentence2": text, "gold_label": "neutral", **more}
+        for index, text in enumerate(texts)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    data = path.read_bytes().decode("utf-8", "surrogatepass")
+    return [json.loads(line) for line in data.split("\n") if line]
+
+
+def _run(folder: Path, server: Loopback | None = None, **options: Any) -> TranslationSummary:
+    defaults = {
+        "data": folder, "lang": ("de",), "engine": "google", "requests_per_second": 1e6,
+        "retry_seconds": 0.001, "timeout_seconds": 5.0, "url": server and server.url,
+    }  # fmt: skip
+    return translate(TranslateConfig(**{**defaults, **options}))
+
+
+def test_all_splits_that_exist_in_several_languages(tmp_path: Path, google: Loopback) -> None:
+    _write(tmp_path / "snli_ve_train.jsonl", ["A man.", "A dog.", "A man."])
+    _write(tmp_path / "snli_ve_test.jsonl", ["A dog.", "A cat."])
+    summary = _run(tmp_path, google, lang=("de", "zh_CN"))
+    assert [(f.output.name, f.num_rows, f.num_from_memory) for f in summary.files] == [
+        ("snli_ve_train.de.jsonl", 3, 0), ("snli_ve_test.de.jsonl", 2, 1),
+        ("snli_ve_train.zh.jsonl", 3, 0), ("snli_ve_test.zh.jsonl", 2, 1),
+    ]  # fmt: skip
+    assert _read(tmp_path / "snli_ve_train.de.jsonl")[2] == {
+        "pairID": "2.jpg", "sentence2": "deA deman.", "gold_label": "neutral",
+        "sentence2_en": "A man.",
+    }  # fmt: skip
+    assert Counter(google.requested) == {"A man.": 2, "A dog.": 2, "A cat.": 2}  # twice: two langs
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.jsonl")}
+    again = _run(tmp_path, google, lang=("de", "zh"))
+    assert len(google.requested) == 6
+    assert [f.num_from_memory for f in again.files] == [3, 2, 3, 2]
+    assert before == {path: path.read_bytes() for path in tmp_path.glob("*.jsonl")}
+
+
+@pytest.mark.parametrize("name", ["google", "libre"])
+def test_odd_text_goes_round(tmp_path: Path, name: str, request: pytest.FixtureRequest) -> None:
+    server: Loopback = request.getfixturevalue(name)
+    _write(tmp_path / "snli_ve_dev.jsonl", [*_ODD, "lone \ud800 surrogate"], note="\udfff")
+    summary = _run(tmp_path, server, engine=name)
+    rows = _lines(tmp_path / "snli_ve_dev.de.jsonl")
+    assert [row["sentence2_en"] for row in rows] == [*_ODD, "lone \ud800 surrogate"]
+    assert {row["note"] for row in rows} == {"\udfff"}
+    # Each word comes back with its mark, everything between words as it was.
+    assert [row["sentence2"].replace("de", "") for row in rows] == [
+        text.replace("de", "") for text in [*_ODD, "lone \ufffd surrogate"]
+    ]
+    assert all("de" in row["sentence2"] for row in rows[:12])
+    assert summary.files[0].num_unchanged == 6 and summary.files[0].num_failed == 0
+    assert rows[13]["translation_suspect"] == ["empty"]
+    assert not any("\n" in text or "\0" in text for text in server.requested)
+
+
+def test_faulty_server_every_row_ends_somewhere(tmp_path: Path, libre: Loopback) -> None:
+    texts = [f"A man number {index} sleeps." for index in range(150)]
+    texts[40] = texts[90] = "A poison sentence."
+    _write(tmp_path / "snli_ve_test.jsonl", texts)
+    libre.fault = misbehave_at_random(seed=1)
+    options = {"engine": "libre", "batch_size": 8, "timeout_seconds": 0.4, "retries": 8}
+    summary = _run(tmp_path, libre, **options)
+    file = summary.files[0]
+    assert summary.stopped is None and file.num_failed == 2 and file.failed is not None
+    rows = _read(file.output)
+    assert [(row["pairID"], row["sentence2"]) for row in rows] == [
+        (f"{index}.jpg", translated(text))
+        for index, text in enumerate(texts) if "poison" not in text
+    ]  # fmt: skip
+    failed = _read(file.failed)
+    assert [(row["line"], row["pairID"], row["text"]) for row in failed] == [
+        (41, "40.jpg", texts[40]), (91, "90.jpg", texts[40]),
+    ]  # fmt: skip
+    assert all("HTTP 500, 9 times" in row["reason"] for row in failed)
+    libre.fault = None
+    libre.requested.clear()
+    healed = _run(tmp_path, libre, **options)
+    assert libre.requested == ["A poison sentence."]  # only what had failed
+    assert healed.files[0].failed is None and not file.failed.exists()
+    assert len(_read(file.output)) == 150
+
+
+def test_shut_out_half_way(tmp_path: Path, google: Loopback) -> None:
+    texts = [f"A man number {index} sleeps." for index in range(200)]
+    _write(tmp_path / "snli_ve_dev.jsonl", texts)
+    _write(tmp_path / "snli_ve_test.jsonl", texts)
+
+    def shut(handler: Any, body: bytes, asked: list[str]) -> bool:
+        if len(google.requested) <= 50:
+            return False
+        handler.send(429, b"")
+        return True
+
+    google.fault = shut
+    summary = _run(tmp_path, google)
+    assert summary.stopped is not None and "shut us out" in summary.stopped
+    (file,) = summary.files  # the second is not even tried
+    assert file.failed is not None
+    rows, failed = _read(file.output), _read(file.failed)
+    assert len(rows) + len(failed) == 200 and len(rows) >= 40
+    assert sum(row["reason"].startswith("not asked: the service") for row in failed) > 100
+
+
+def test_killed_again_and_again(tmp_path: Path) -> None:
+    report = run_with_kills(tmp_path, num_rows=400, num_kills=5, seed=3)
+    assert report.identical
+    assert max(report.lost) <= CONCURRENCY
+    assert report.num_requests == report.num_texts + sum(report.lost)
+    assert report.leftovers == []
+
+
+_TWO = """
+import sys
+sys.modules["lingua"] = None  # slow to load, and not what this is about
+from pathlib import Path
+from clseave_cli.core.config import TranslateConfig
+from clseave_cli.core.translation.corpus import translate
+translate(TranslateConfig(data=Path(sys.argv[1]), lang=("de",), engine="google", url=sys.argv[2],
+          requests_per_second=1e6, out=Path(sys.argv[3])))
+"""
+
+
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_two_processes_divide_the_work(tmp_path: Path, google: Loopback, torchrun: bool) -> None:
+    texts = [f"A man number {index} sleeps." for index in range(600)]
+    _write(tmp_path / "snli_ve_dev.jsonl", texts)
+    google.delay_seconds = 0.005
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    processes = []
+    for rank in range(2):
+        if torchrun:
+            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        arguments = [str(tmp_path), google.url, str(tmp_path / f"out{rank}")]
+        processes.append(
+            subprocess.Popen([sys.executable, "-c", _TWO, *arguments], env=environment)
+        )
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert Counter(google.requested) == dict.fromkeys(texts, 1)
+    for rank in range(2):
+        output = tmp_path / f"out{rank}" / "snli_ve_dev.de.jsonl"
+        if torchrun and rank:
+            assert not output.exists()
+        else:
+            assert [row["sentence2"] for row in _read(output)] == [translated(t) for t in texts]
+
+
+def test_suspect_rows(tmp_path: Path, google: Loopback) -> None:
+    texts = ["A man sees 12 dogs.", "A cat sleeps in the sun."]
+    _write(tmp_path / "snli_ve_dev.jsonl", texts)
+
+    def lose_numbers(handler: Any, body: bytes, asked: list[str]) -> bool:
+        handler.send(200, body.replace(b"de12 ", b""), "text/html")
+        return True
+
+    google.fault = lose_numbers
+    kept = _run(tmp_path, google).files[0]
+    assert kept.suspicions["numerals"] == 1 and kept.num_dropped == 0
+    assert "numerals" in _read(kept.output)[0]["translation_suspect"]
+    dropped = _run(tmp_path, google, on_suspect="drop").files[0]
+    assert dropped.num_dropped >= 1 and dropped.rejected is not None
+    assert "12" not in dropped.output.read_text()
+    assert _read(dropped.rejected)[0] == {
+        "line": 1, "pairID": "0.jpg", "text": texts[0], "translation": "deA deman desees dedogs.",
+        "reason": _read(dropped.rejected)[0]["reason"],
+    }  # fmt: skip
+    assert sorted(google.requested) == sorted(texts)
+    google.fault = None
+    retried = _run(tmp_path, google, on_suspect="retry").files[0]
+    assert texts[0] in google.requested[2:] and "numerals" not in retried.suspicions
+    assert _read(retried.output)[0]["sentence2"] == translated(texts[0])
+    assert retried.rejected is None and not dropped.rejected.exists()
+    num_requests = len(google.requested)
+    _run(tmp_path, google, on_suspect="retry")
+    assert len(google.requested) == num_requests  # a second chance, not a third
+
+
+def test_review_sample(tmp_path: Path, google: Loopback) -> None:
+    _write(tmp_path / "snli_ve_dev.jsonl", [f"A | man\n{i} <b>." for i in range(50)])
+    review = _run(tmp_path, google, review=6).files[0].review
+    assert review is not None
+    first = review.read_text(encoding="utf-8")
+    lines = [line for line in first.splitlines() if line.startswith("| ")]
+    assert len(lines) == 1 + 6
+    assert r"A \| man<br>" in first and r"\<b>" in first
+    _run(tmp_path, google, review=6)
+    assert review.read_text(encoding="utf-8") == first
+    _run(tmp_path, google, review=6, seed=1)
+    assert review.read_text(encoding="utf-8") != first
+
+
+@pytest.mark.parametrize("name", ["dev.txt", "dev.csv.gz", "dev.tsv"])
+def test_other_files(tmp_path: Path, google: Loopback, name: str) -> None:
+    content = {
+        "dev.txt": "A man.\n\nA dog.\n", "dev.csv.gz": "id,text\n1,A man.\n2,A dog.\n",
+        "dev.tsv": "id\ttext\n1\tA man.\n2\tA dog.\n",
+    }[name].encode()  # fmt: skip
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    out = tmp_path / "out"
+    file = _run(tmp_path, google, input=(tmp_path / name,), out=out).files[0]
+    stem, ending = name.split(".", 1)
+    assert file.output == out / f"{stem}.de.{ending}"
+    data = file.output.read_bytes()
+    text = (gzip.decompress(data) if name.endswith("gz") else data).decode()
+    assert "deA deman." in text and "deA dedog." in text
+    assert len(text.splitlines()) == len(content.decode().splitlines())
+    if name == "dev.txt":
+        assert text == "deA deman.\n\ndeA dedog.\n"
+        assert file.suspect is not None and _read(file.suspect)[0]["reason"] == "suspect: empty"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("t.tsv", "pairID\ttranslation\n1.jpg\tHund\n0.jpg\tMann\n", "auto"),
+        ("t.tsv", "A dog.\tHund\nA man.\tMann\nA dog.\tRüde\n", "auto"),
+        ("t.tsv", "0.jpg\tMann\n1.jpg\tHund\n", "pairID"),
+        ("t.jsonl", '{"pairID": "0.jpg", "sentence2": "Mann"}\n'
+         '{"pairID": "1.jpg", "sentence2": "Hund"}\n', "auto"),
+        ("t.jsonl", '{"pairID": "9", "sentence2": "Mann", "sentence2_en": "A man."}\n'
+         '{"pairID": "8", "sentence2": "Hund", "sentence2_en": "A dog."}\n', "text"),
+        ("t.jsonl", '{"source": "A man.", "translation": "Mann"}\n'
+         '{"source": "A dog.", "translation": "Hund"}\n', "auto"),
+    ],
+)  # fmt: skip
+def test_existing_translations(tmp_path: Path, name: str, content: str, match: Any) -> None:
+    _write(tmp_path / "snli_ve_dev.jsonl", ["A man.", "A dog.", "A cat\nsleeps."])
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    summary = _run(tmp_path, engine="file", translations=tmp_path / name, match=match)
+    file = summary.files[0]
+    assert [row["sentence2"] for row in _read(file.output)] == ["Mann", "Hund"]
+    assert file.failed is not None
+    assert "has no translation for it" in _read(file.failed)[0]["reason"]
+    assert summary.engine == "file" and len(summary.revision) == 16  # the file's digest
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            "pairID\tx\n1\tHund\n1\tKatze\n",
+            r"t\.tsv:3: a second, different translation for pairID 1",
+        ),
+        ("a\tb\tc\n", r"t\.tsv:1: 3 columns; expected two"),
+    ],
+)
+def test_existing_translations_that_are_unclear(tmp_path: Path, content: str, said: str) -> None:
+    _write(tmp_path / "snli_ve_dev.jsonl", ["A man."])
+    (tmp_path / "t.tsv").write_text(content)
+    with pytest.raises(DataError, match=said):
+        _run(tmp_path, engine="file", translations=tmp_path / "t.tsv")
+
+
+def test_an_engine_of_somebody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "site"
+    info = package / "shouting-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: shouting\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[clseave.translation_engines]\nshout = shouting_engine:create\n"
+    )
+    (package / "shouting_engine.py").write_text(
+        "from clseave_cli.core.translation.engine import Identity, Limits\n"
+        "class Engine:\n"
+        "    licence = 'public domain'\n"
+        "    limits = Limits(5, 1000, 100, 1)\n"
+        "    def __init__(self, source, target):\n"
+        "        self.identity = Identity('shout', '', '1', '', source, target)\n"
+        "    def translate(self, texts, attempt):\n"
+        "        return [text.upper() for text in texts]\n"
+        "    def close(self): pass\n"
+        "def create(config, source, target):\n"
+        "    return Engine(source, target)\n"
+    )
+    monkeypatch.syspath_prepend(package)
+    _write(tmp_path / "snli_ve_dev.jsonl", ["A man.", "A dog."])
+    summary = _run(tmp_path, engine="shout")
+    assert [row["sentence2"] for row in _read(summary.files[0].output)] == ["A MAN.", "A DOG."]
+    assert summary.licence == "public domain"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"lang": ()}, UsageError, "--lang is missing"),
+        ({"lang": ("en",)}, UsageError, "the language of the input"),
+        ({"lang": ("german",)}, UsageError, "not a language code"),
+        ({"split": ("train",)}, DataError, r"snli_ve_train\.jsonl: no such file"),
+        ({"data": Path("nowhere")}, DataError, r"nowhere: no snli_ve_train\.jsonl"),
+        ({"field": "caption"}, DataError, r'snli_ve_dev\.jsonl:1: "caption" is missing'),
+        ({"beams": 0}, UsageError, "--beams 0: expected a number above 0"),
+        ({"requests_per_second": -1.0}, UsageError, "--requests-per-second"),
+        ({"retries": -1}, UsageError, "--retries -1: expected 0 or more"),
+        ({"engine": "file"}, UsageError, "--translations is missing"),
+        ({"input": (Path("a/x.txt"), Path("b/x.txt")), "out": Path("c")}, UsageError, "two inputs"),
+    ],
+)  # fmt: skip
+def test_refusals(
+    tmp_path: Path, google: Loopback, options: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    _write(tmp_path / "snli_ve_dev.jsonl", ["A man."])
+    with pytest.raises(error, match=said):
+        _run(tmp_path, google, **options)
+    assert google.requested == []
+
+
+def test_a_bad_row_is_found_before_anything_is_asked(tmp_path: Path, google: Loopback) -> None:
+    _write(tmp_path / "snli_ve_dev.jsonl", ["A man.", "A dog."])
+    with (tmp_path / "snli_ve_dev.jsonl").open("a") as stream:
+        stream.write("{oops\n")
+    with pytest.raises(DataError, match=r"snli_ve_dev\.jsonl:3: not valid JSON"):
+        _run(tmp_path, google)
+    assert google.requested == [] and not (tmp_path / "snli_ve_dev.de.jsonl").exists()
+
+
+def test_a_wrong_address_ends_at_once(tmp_path: Path, google: Loopback) -> None:
+    _write(tmp_path / "snli_ve_dev.jsonl", ["A man."] * 3)
+    google.fault = lambda handler, body, texts: handler.send(404, b"") is None
+    with pytest.raises(TranslationError, match=r"HTTP 404: is this the address of the service"):
+        _run(tmp_path, google)
+    assert not (tmp_path / "snli_ve_dev.de.jsonl").exists()

@@ -1,0 +1,207 @@
+"""Formats: the text is replaced, and everything else stays as it was."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clseave_cli.core.translation.files import open_text_file, packing, split_name
+from clseave_cli.errors import DataError, UsageError
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+_ANY_TEXT = st.text(st.characters(codec=None), max_size=30)
+
+
+def _rewrite(path: Path, answers: Any = str.upper, field: str | None = None) -> bytes:
+    """Translates a file by `answers`, leaving out the rows it has None for."""
+    file = open_text_file(path, field, "en")
+    buffer = io.BytesIO()
+    with packing(path, buffer) as stream:
+        writer = file.writer(stream)
+        for row in file.rows():
+            answer = answers(row.text)
+            if answer is None:
+                writer.leave_out(row)
+            else:
+                writer.write(row, answer, ("length",) if "odd" in row.text else ())
+        writer.close()
+    return buffer.getvalue()
+
+
+def test_jsonl_bytes_around_the_text_are_untouched(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(
+        b'{"pairID":1.50,  "sentence2" : "a \\u00e4 dog" ,"x": [1e5, {"sentence2": "inner"}]}\r\n'
+        b"\n"
+        b'{"sentence2": "odd", "big": 123456789012345678901234567890, "e": "\\ud83d\\ude00"}\n'
+        b'{"q": "\\"sentence2\\": \\"no\\"", "sentence2": "first", "sentence2": "last"}'
+    )
+    assert (
+        _rewrite(path)
+        == (
+            '{"pairID":1.50,  "sentence2" : "A Ä DOG" ,"x": [1e5, {"sentence2": "inner"}]'
+            ', "sentence2_en": "a \\u00e4 dog"}\r\n'
+            '{"sentence2": "ODD", "big": 123456789012345678901234567890, "e": "\\ud83d\\ude00"'
+            ', "sentence2_en": "odd", "translation_suspect": ["length"]}\n'
+            '{"q": "\\"sentence2\\": \\"no\\"", "sentence2": "first", "sentence2": "LAST"'
+            ', "sentence2_en": "last"}\n'
+        ).encode()
+    )
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.dictionaries(_ANY_TEXT, _JSON, max_size=4), _ANY_TEXT, _ANY_TEXT,
+    st.booleans(), st.sampled_from([None, 1]),
+)  # fmt: skip
+def test_jsonl_of_any_shape(
+    others: dict[str, Any], text: str, answer: str, ascii: bool, indent: int | None
+) -> None:
+    others.pop("sentence2_en", None)
+    values = {**others, "sentence2": text, "last": {"sentence2": 1}}
+    line = json.dumps(values, ensure_ascii=True, separators=(", ", " :  ") if indent else None)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.jsonl"
+        if ascii:
+            path.write_text(line + "\n")
+        else:
+            path.write_bytes(
+                json.dumps(values, ensure_ascii=False).encode("utf-8", "ignore") + b"\n"
+            )
+            values = json.loads(path.read_bytes())
+        written = _rewrite(path, lambda _: answer)
+    assert written.endswith(b"\n") and written.count(b"\n") == 1
+    expected = {**values, "sentence2": answer, "sentence2_en": values["sentence2"]}
+    marks = {"translation_suspect": ["length"]} if "odd" in values["sentence2"] else {}
+    assert json.loads(written) == {**expected, **marks}
+    assert list(json.loads(written)) == [*expected, *marks]
+
+
+def test_csv_like_e_snli_ve(tmp_path: Path) -> None:
+    path = tmp_path / "esnlive_dev.csv"
+    rows = [
+        ["", "Flickr30kID", "hypothesis", "gold_label", "Explanation_1"],
+        ["0", "1.jpg", 'A man, "tall".', "neutral", "two\nlines"],
+        ["1", "2.jpg", "odd", "entailment", "nul\0"],
+        ["2", "3.jpg", "gone", "entailment", "x" * 200_000],
+    ]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\r\n").writerows(rows)
+    path.write_text(text.getvalue(), newline="")
+    written = _rewrite(path, lambda text: None if text == "gone" else text.upper())
+    assert list(csv.reader(io.StringIO(written.decode(), newline=""))) == [
+        [*rows[0], "hypothesis_en", "translation_suspect"],
+        ["0", "1.jpg", 'A MAN, "TALL".', "neutral", "two\nlines", 'A man, "tall".', ""],
+        ["1", "2.jpg", "ODD", "entailment", "nul\0", "odd", "length"],
+    ]
+    assert b'\r\n0,1.jpg,"A MAN, ""TALL"".",neutral' in written
+    lines = [row.line for row in open_text_file(path, None, "en").rows()]
+    assert lines == [2, 4, 5]
+
+
+def test_csv_keeps_bom_and_quotes(tmp_path: Path) -> None:
+    path = tmp_path / "x.tsv"
+    path.write_bytes(b'\xef\xbb\xbf"text"\t"n"\n"a"\t"1"\n')
+    assert _rewrite(path) == (
+        b'\xef\xbb\xbf"text"\t"n"\t"text_en"\t"translation_suspect"\n"A"\t"1"\t"a"\t""\n'
+    )
+
+
+def test_plain_text_keeps_its_lines(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    path.write_bytes("a\r\n\ngone\nzwei\u2028drei\nlast".encode())
+    written = _rewrite(path, lambda text: None if text == "gone" else f"{text}\n!" if text else "")
+    assert written == b"a !\r\n\n\nzwei drei !\nlast !"
+
+
+def test_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    table = pa.table(
+        {
+            "id": pa.array(range(5_000), pa.int16()),
+            "hypothesis": pa.array([f"text {i}" for i in range(5_000)], pa.large_string()),
+            "more": [{"a": [i, None]} for i in range(5_000)],
+        }
+    ).replace_schema_metadata({"origin": "here"})
+    pq.write_table(table, path, compression="zstd", row_group_size=700)
+    written = _rewrite(path, lambda text: None if text == "text 7" else text.upper())
+    result = pq.read_table(io.BytesIO(written))
+    kept = table.filter(pa.array(i != 7 for i in range(5_000)))
+    assert result.column("id").combine_chunks() == kept.column("id").combine_chunks()
+    assert result.column("more").to_pylist() == kept.column("more").to_pylist()
+    assert result.column("hypothesis").to_pylist() == [
+        text.upper() for text in kept.column("hypothesis").to_pylist()
+    ]
+    assert result.column("hypothesis_en").to_pylist() == kept.column("hypothesis").to_pylist()
+    assert result.schema.field("hypothesis").type == pa.large_string()
+    assert result.schema.metadata == {b"origin": b"here"}
+    metadata = pq.read_metadata(io.BytesIO(written))
+    assert metadata.row_group(0).column(0).compression == "ZSTD"
+
+
+@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.csv.gz", "x.txt.gz"])
+def test_packed_files(tmp_path: Path, name: str) -> None:
+    content = {"x.jsonl.gz": b'{"text": "a"}\n', "x.csv.gz": b"text\na\n", "x.txt.gz": b"a\n"}[name]
+    (tmp_path / name).write_bytes(gzip.compress(content))
+    plain = tmp_path / name.removesuffix(".gz")
+    plain.write_bytes(content)
+    written = _rewrite(tmp_path / name)
+    assert gzip.decompress(written) == _rewrite(plain)
+    assert written == _rewrite(tmp_path / name)
+    (tmp_path / name).write_bytes(gzip.compress(content * 500)[:-9])
+    with pytest.raises(DataError, match="damaged or cut short"):
+        list(open_text_file(tmp_path / name, "text", "en").rows())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("x.jsonl", b'{"text": "a"}\n{"text": "b"\n', r"x\.jsonl:2: not valid JSON"),
+        ("x.jsonl", b'{"text": "a"}\n["b"]\n', r"x\.jsonl:2: expected an object"),
+        ("x.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', r'x\.jsonl:2: "text" is missing'),
+        ("x.jsonl", b'{"text": "a"}\n{"text": null}\n', r'x\.jsonl:2: "text" is null; expected a'),
+        ("x.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"x\.jsonl:2: not UTF-8"),
+        (
+            "x.jsonl",
+            b'{"id": 1, "line": "a"}\n',
+            r"no field sentence2 or hypothesis or text; it has",
+        ),
+        ("x.jsonl", b"[" * 100_000, r"x\.jsonl:1: not valid JSON"),
+        ("x.csv", b"id,text\n1,a\n2,b,c\n", r"x\.csv:3: 3 cells; expected 2"),
+        ("x.csv", b'id,text\n1,"a\n', r"x\.csv:2: not valid CSV"),
+        ("x.csv", b"id,text\n1,\xff\n", r"x\.csv:\d: not UTF-8"),
+        ("x.csv", b"", "no field .* it has none. Name the field with --field"),
+        ("x.txt", b"a\n\xff\n", r"x\.txt:2: not UTF-8"),
+        ("x.parquet", b"PAR1 not really", "not a readable Parquet file"),
+    ],
+)
+def test_damaged_files(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=said):
+        list(open_text_file(tmp_path / name, None, "en").rows())
+
+
+def test_files_of_no_known_kind(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot tell the format by the ending"):
+        open_text_file(tmp_path / "x.docx", None, "en")
+    with pytest.raises(DataError, match="no such file"):
+        open_text_file(tmp_path / "x.jsonl", None, "en")
+    assert split_name(Path("a/x.train.jsonl.gz")) == ("x.train", ".jsonl.gz")
+    assert split_name(Path("a/notes.txt")) == ("notes", ".txt")

@@ -1,0 +1,210 @@
+"""The engines behind an address, against real servers that misbehave."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from typing import Any
+
+import pytest
+from deep_translator import GoogleTranslator
+from loopback import CAPTCHA, Loopback, translated
+
+from clseave_cli.core.config import TranslateConfig
+from clseave_cli.core.translation.engine import (
+    Engine,
+    Fault,
+    Refusal,
+    Rejection,
+    create_engine,
+    engine_names,
+)
+from clseave_cli.core.translation.http import address, retry_after
+from clseave_cli.errors import TranslationError, UsageError
+
+
+def _engine(server: Loopback, name: str, target: str = "de", **options: Any) -> Engine:
+    config = TranslateConfig(engine=name, url=server.url, timeout_seconds=0.5, **options)
+    return create_engine(config, "en", target)
+
+
+def _always(server: Loopback, fault: Callable[[Any, bytes, list[str]], None]) -> None:
+    def misbehave(handler: Any, body: bytes, texts: list[str]) -> bool:
+        fault(handler, body, texts)
+        return True
+
+    server.fault = misbehave
+
+
+@pytest.mark.parametrize("name", ["google", "libre"])
+def test_translates_and_says_who_asks(name: str, request: pytest.FixtureRequest) -> None:
+    server: Loopback = request.getfixturevalue(name)
+    engine = _engine(server, name)
+    texts = ["A man & <b>two</b> dogs.", 'He says "100 %".', "naïve 犬 😀 العربية", "a+b=c?&q=1#x"]
+    answers = [answer for text in texts for answer in engine.translate([text], 0)]
+    assert answers == [translated(text) for text in texts]
+    assert len(server.agents - {""}) == 1 and server.agents.pop().startswith("clseave/")
+    engine.close()
+
+
+def test_google_uses_its_own_codes_and_one_request_a_text(google: Loopback) -> None:
+    engine = _engine(google, "google", "zh")
+    assert engine.translate(["A man."], 0) == [translated("A man.", "zh-CN")]
+    assert google.last_request["tl"] == ["zh-CN"] and google.last_request["sl"] == ["en"]
+    assert engine.limits.batch_size == 1
+
+
+def test_google_punctuation_that_comes_back_unchanged(google: Loopback) -> None:
+    _always(
+        google,
+        lambda h, body, texts: h.send(
+            200, f'<div class="result-container">{texts[0]}</div>'.encode(), "text/html"
+        ),
+    )
+    assert _engine(google, "google").translate(["?!", "Berlin"], 0) == ["?!", "Berlin"]
+
+
+def test_google_answers_without_charset_are_utf8(google: Loopback) -> None:
+    page = '<div class="t0">Grüße, 犬</div>'.encode()
+    _always(google, lambda h, body, texts: h.send(200, page, "text/html"))
+    assert _engine(google, "google").translate(["Hello"], 0) == ["Grüße, 犬"]
+
+
+def test_deep_translator_itself_is_left_as_it_was(google: Loopback) -> None:
+    before = GoogleTranslator.translate
+    _engine(google, "google").translate(["A man."], 0)
+    assert GoogleTranslator.translate is before
+    assert before.__globals__["requests"].__name__ == "requests"
+
+
+def test_libre_batches_and_the_servers_own_codes(libre: Loopback) -> None:
+    engine = _engine(libre, "libre", "zh")
+    texts = [f"A man {index}." for index in range(10)]
+    assert engine.translate(texts, 0) == [translated(text, "zh-Hans") for text in texts]
+    assert libre.last_request["source"] == "en" and libre.last_request["target"] == "zh-Hans"
+    assert "api_key" not in libre.last_request
+    with pytest.raises(TranslationError, match="does not know the language ko"):
+        _engine(libre, "libre", "ko").translate(["A man."], 0)
+
+
+def test_libre_key_is_sent_and_never_shown(
+    libre: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIBRETRANSLATE_API_KEY", "secret-key-1")
+    engine = _engine(libre, "libre")
+    engine.translate(["A man."], 0)
+    assert libre.last_request["api_key"] == "secret-key-1"
+    _always(libre, lambda h, body, texts: h.send(403, b'{"error": "Invalid API key secret-key-1"}'))
+    with pytest.raises(Refusal) as refusal:
+        engine.translate(["A man."], 0)
+    assert "secret" not in f"{refusal.value!r} {engine.identity!r} {engine.licence}"
+    assert "HTTP 403" in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["google", "libre"])
+@pytest.mark.parametrize(
+    ("fault", "kind", "said"),
+    [
+        (lambda h, b, t: h.send(429, b"", Retry_After="7"), Refusal, "HTTP 429"),
+        (lambda h, b, t: h.send(403, b"no"), Refusal, "HTTP 403"),
+        (lambda h, b, t: h.send(500, b"oops"), Fault, "HTTP 500"),
+        (lambda h, b, t: h.send(503, b"", Retry_After="7"), Fault, "HTTP 503"),
+        (lambda h, b, t: h.send(200, b"", "text/html"), Fault, "an empty answer"),
+        (lambda h, b, t: h.send(200, CAPTCHA, "text/html"), Refusal, "captcha"),
+        (lambda h, b, t: h.send(413, b""), Rejection, "HTTP 413"),
+        (lambda h, b, t: h.send(400, b"{}"), Rejection, "HTTP 400"),
+        (lambda h, b, t: h.send(401, b""), TranslationError, "API key is missing or wrong"),
+        (lambda h, b, t: h.send(404, b""), TranslationError, "Check --url"),
+        (lambda h, b, t: h.half_send(b, "application/json", True), Fault, "broke off"),
+        (lambda h, b, t: h.half_send(b, "text/html", False), Fault, "whole"),
+        (lambda h, b, t: h.send(200, b"<html>nice weather</html>", "text/html"), Fault, "whole"),
+        (lambda h, b, t: threading.Event().wait(1.0), Fault, r"no answer within 0\.5 s"),
+        (lambda h, b, t: h.hang_up(), Fault, "broke off|the connection"),
+    ],
+    ids=["429", "403", "500", "503", "empty", "captcha", "413", "400", "401", "404", "half-sent",
+         "half-sent-without-length", "another-page", "hang", "hang-up"],
+)  # fmt: skip
+def test_faults(
+    name: str, fault: Any, kind: type[Exception], said: str, request: pytest.FixtureRequest
+) -> None:
+    server: Loopback = request.getfixturevalue(name)
+    engine = _engine(server, name)
+    assert engine.translate(["A man."], 0) == ["deA deman."]
+    _always(server, fault)
+    with pytest.raises(kind, match=said) as caught:
+        engine.translate(["A man."], 0)
+    assert type(caught.value) is kind
+    assert "127.0.0.1" in str(caught.value) and "A man" not in str(caught.value)
+    if said in ("HTTP 429", "HTTP 503"):
+        assert isinstance(caught.value, Fault) and caught.value.retry_after == 7
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [{"translatedText": 3}, {"translatedText": [1]}, [], "x", {"error": "busy"}, {}, None],
+)
+def test_libre_answers_of_another_shape(libre: Loopback, answer: Any) -> None:
+    engine = _engine(libre, "libre")
+    _always(libre, lambda h, body, texts: h.send(200, json.dumps(answer).encode()))
+    with pytest.raises(Fault, match="an answer without translations"):
+        engine.translate(["A man.", "A dog."], 0)
+
+
+def test_an_endless_answer_is_cut_off(google: Loopback) -> None:
+    def drip(handler: Any, body: bytes, texts: list[str]) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Type", "text/html")
+        handler.end_headers()
+        for _ in range(30):  # a byte now and then keeps every read alive
+            try:
+                handler.wfile.write(b"<")
+                handler.wfile.flush()
+            except OSError:
+                return
+            threading.Event().wait(0.05)
+        handler.close_connection = True
+
+    _always(google, drip)
+    with pytest.raises(Fault):
+        _engine(google, "google").translate(["A man."], 0)
+
+
+def test_nobody_there() -> None:
+    with Loopback("google") as server:
+        url = server.url
+    config = TranslateConfig(engine="google", url=url, timeout_seconds=0.5)
+    with pytest.raises(Refusal, match="cannot be reached; is the address right"):
+        create_engine(config, "en", "de").translate(["A man."], 0)
+
+
+@pytest.mark.parametrize("url", ["translate.example.org", "ftp://x.org", "http://", "file:///etc"])
+def test_addresses_that_are_none(url: str) -> None:
+    for name in ("google", "libre"):
+        with pytest.raises(UsageError, match="expected an address such as http"):
+            create_engine(TranslateConfig(engine=name, url=url), "en", "de")
+
+
+def test_engines_by_name() -> None:
+    assert engine_names()[:4] == ["nmt", "google", "libre", "file"]
+    with pytest.raises(UsageError, match="no such engine; there are: nmt, google, libre, file"):
+        create_engine(TranslateConfig(engine="babelfish"), "en", "de")
+    with pytest.raises(TranslationError, match=r"does not know the language tlh; it knows: af "):
+        create_engine(TranslateConfig(engine="google"), "en", "tlh")
+    with pytest.raises(UsageError, match="--url is missing"):
+        create_engine(TranslateConfig(engine="libre"), "en", "de")
+
+
+def test_retry_after_header() -> None:
+    assert retry_after(None) is None
+    assert retry_after(" 120 ") == 120
+    assert retry_after("soon") is None
+    later = datetime.now(UTC) + timedelta(seconds=90)
+    assert 80 < (retry_after(format_datetime(later, usegmt=True)) or 0) <= 90
+    assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+
+
+def test_addresses_show_no_secrets() -> None:
+    assert address("https://me:pw@x.org:8443/m?q=text&key=1#a") == "https://x.org:8443/m"
