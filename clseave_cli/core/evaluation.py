@@ -74,7 +74,8 @@ class _Outputs:
     @property
     def correct(self) -> npt.NDArray[np.bool_]:
         """(N,) whether the row's label was found."""
-        return np.equal(self.logits.argmax(axis=1), self.split.labels)
+        correct: npt.NDArray[np.bool_] = self.logits.argmax(axis=1) == self.split.labels
+        return correct
 
 
 def evaluate(config: EvaluateConfig, progress: Progress = SILENT) -> Results:

@@ -6,6 +6,7 @@ never run, and only safetensors weights are read: pickled ones could run code.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ from clseave_cli.errors import ModelError
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+
+#: `name` or `organisation/name`; anything else can only be a folder, and the hub is not asked.
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 _LOADING = {
     "dtype": torch.float32,
@@ -143,7 +147,7 @@ def _require_type(name: str | Path, accepted: tuple[str, ...]) -> None:
 
 
 def _load(name: str | Path, loader: Callable[..., Any], **arguments: Any) -> Any:
-    if isinstance(name, Path) and not name.is_dir():
+    if not Path(name).is_dir() and (isinstance(name, Path) or not _HUB_ID.fullmatch(name)):
         raise ModelError(f"{name}: no such model folder.")
     try:
         return loader(str(name), trust_remote_code=False, **arguments)

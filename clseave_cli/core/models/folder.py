@@ -1,8 +1,8 @@
 """Model folders that know what belongs in them: every file is listed with its digest.
 
-`config.json` carries the format's name and version, what the model needs to be rebuilt, and a
-digest of each weight and tokenizer file, so that a flipped byte is noticed before it becomes a
-wrong answer.
+`config.json` carries the format's name and version, what the model needs to be rebuilt, a digest
+of each weight and tokenizer file, and the fingerprint of all that, so that a flipped byte is
+noticed before it becomes a wrong answer.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from clseave_cli.errors import ModelError
 
 FORMAT_VERSION = 1
 _CONFIG = "config.json"
+_NOT_CONTENT = ("fingerprint", "clseave_version")
 
 
 def seal(folder: Path, format_name: str, config: dict[str, Any]) -> str:
@@ -30,17 +31,11 @@ def seal(folder: Path, format_name: str, config: dict[str, Any]) -> str:
         The fingerprint: one digest that stands for everything the model computes.
     """
     files = {path.relative_to(folder).as_posix(): file_digest(path) for path in _members(folder)}
-    fingerprint = json_digest(files)
+    content = {"format": format_name, "format_version": FORMAT_VERSION, **config, "files": files}
+    fingerprint = json_digest(content)
     write_json(
         folder / _CONFIG,
-        {
-            "format": format_name,
-            "format_version": FORMAT_VERSION,
-            "clseave_version": __version__,
-            **config,
-            "fingerprint": fingerprint,
-            "files": files,
-        },
+        {**content, "fingerprint": fingerprint, "clseave_version": __version__},
     )
     return fingerprint
 
@@ -52,11 +47,7 @@ def unseal(folder: Path, format_name: str) -> dict[str, Any]:
         ModelError: not such a folder, of a newer format, or a file is missing or changed.
     """
     config = peek(folder, format_name)
-    files = config.get("files")
-    if not isinstance(files, dict) or json_digest(files) != config.get("fingerprint"):
-        raise ModelError(
-            f"{folder / _CONFIG}: its list of files was changed; make the model again."
-        )
+    files = config["files"]
     for name in files:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ModelError(f"{folder / _CONFIG}: names a file outside its folder: {name!r}.")
@@ -77,7 +68,7 @@ def peek(folder: Path, format_name: str) -> dict[str, Any]:
     """Reads `config.json` without checking the other files.
 
     Raises:
-        ModelError: not a folder of this format, or of a newer version.
+        ModelError: not a folder of this format, of a newer version, or changed by hand.
     """
     if not folder.is_dir():
         stage = {"clip-ve": "finetune-ve", "student": "align --lang LANG"}[format_name]
@@ -89,6 +80,12 @@ def peek(folder: Path, format_name: str) -> dict[str, Any]:
         raise ModelError(
             f"{folder}: format version {config.get('format_version')}, "
             f"this clseave reads {FORMAT_VERSION}; update clseave."
+        )
+    content = {key: value for key, value in config.items() if key not in _NOT_CONTENT}
+    if config.get("fingerprint") != json_digest(content):
+        raise ModelError(
+            f"{folder / _CONFIG}: damaged, its content is not what was saved; "
+            "copy it again or train the model again."
         )
     return config
 
