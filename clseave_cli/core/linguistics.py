@@ -6,6 +6,7 @@ vectors of the `lang2vec` extra. One analysis never mixes the two: they are defi
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -190,28 +191,30 @@ def lang2vec_distances(languages: Sequence[str]) -> dict[str, dict[str, float | 
         ExtraMissing: the `lang2vec` extra is not installed.
         DataError: lang2vec does not know a language.
     """
-    features = _lang2vec()
+    lang2vec = _lang2vec()
+    codes = {lang: lang2vec.LETTER_CODES.get(lang, lang) for lang in languages}
     result: dict[str, dict[str, float | None]] = {}
     for kind, feature_set in _LANG2VEC_SETS.items():
-        english = features.get_features("eng", feature_set)["eng"]
-        by_language: dict[str, float | None] = {}
-        for lang in languages:
-            code = features.LETTER_CODES.get(lang, lang)
-            try:
-                vector = features.get_features(code, feature_set)[code]
-            except Exception:  # lang2vec raises nothing more specific
-                raise DataError(
-                    f"lang2vec does not know the language {lang!r}; give its ISO 639 code."
-                ) from None
-            by_language[lang] = _angular(english, vector)
-        result[kind] = by_language
+        try:
+            vectors = lang2vec.get_features(["eng", *codes.values()], feature_set)
+        except Exception as error:  # lang2vec raises nothing more specific
+            reason = str(error).partition(".")[0]
+            raise DataError(
+                f"lang2vec does not know one of {', '.join(languages)} ({reason})."
+            ) from None
+        result[kind] = {
+            lang: _angular(vectors["eng"], vectors[code]) for lang, code in codes.items()
+        }
     return result
 
 
 def _lang2vec() -> Any:
     try:
-        # It imports pkg_resources, which only setuptools before 81 has: the extra sees to that.
-        return import_module("lang2vec.lang2vec")
+        # It needs pkg_resources, which setuptools has dropped: the extra asks for an older one, and
+        # the warning about that is nothing the user can act on.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return import_module("lang2vec.lang2vec")
     except ImportError:
         raise ExtraMissing(
             "lang2vec is not installed; run: pip install 'clseave-cli[lang2vec]'."

@@ -97,10 +97,11 @@ def fake_lang2vec(monkeypatch):
     vectors = {"eng": [1.0, 0.0], "fra": [1.0, 1.0], "deu": [1.0, 0.0], "ara": [0.0, 1.0]}
     vectors["epo"] = [0.0, 0.0]
 
-    def get_features(code, feature_set):
-        if code not in vectors:
-            raise Exception(f"Note: Language {code} not found")
-        return {code: vectors[code]}
+    def get_features(codes, feature_set):
+        for code in codes:
+            if code not in vectors:
+                raise Exception(f"Note: Language {code} not found in the URIEL database. Run")
+        return {code: vectors[code] for code in codes}
 
     module.get_features = get_features
     package = ModuleType("lang2vec")
@@ -125,8 +126,8 @@ def test_one_source_for_all_languages(fake_lang2vec):
 
 
 def test_an_unknown_language_is_named(fake_lang2vec):
-    with pytest.raises(DataError, match="'tlh'"):
-        lang2vec_distances(["tlh"])
+    with pytest.raises(DataError, match=r"does not know one of fr, tlh \(Note: Language tlh"):
+        lang2vec_distances(["fr", "tlh"])
 
 
 def test_without_the_extra_the_table_is_used_with_gaps(monkeypatch):

@@ -9,10 +9,16 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline, make_union
+from sklearn.pipeline import make_pipeline
 
 from clseave_cli.core.metrics.bootstrap import Ints
 from clseave_cli.labels import LABELS
+
+# Thai to Lao, Burmese, Khmer, kana, Han, Hangul: one character is a token.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+
+# Any other run of letters and digits is a token, and so is each punctuation mark.
+_TOKEN = rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])\w)+|[^\w\s]"
 
 # Rounds of random swaps that `shuffled_rows` mixes with; each touches every row once.
 _SWAP_ROUNDS = 20
@@ -32,11 +38,13 @@ def predict_from_hypotheses(
 ) -> Ints:
     """Labels guessed by a classifier that never sees the photo.
 
-    Logistic regression on TF-IDF of word 1- and 2-grams and of character 1- to 3-grams, the latter
-    for languages written without spaces. Equal rows are counted, not repeated: the same solution as
-    training on every row, at a fraction of the time where sentences recur. It finds what the
-    wording alone gives away (Gururangan et al., "Annotation Artifacts in Natural Language Inference
-    Data", 2018).
+    Logistic regression on TF-IDF of 1- to 3-grams of tokens: words, but single characters in
+    scripts that leave no spaces between words (and in Hangul, where a word is stem and endings).
+    It finds what the wording alone gives away (Gururangan et al., "Annotation Artifacts in Natural
+    Language Inference Data", 2018).
+
+    Equal rows are counted, not repeated: the loss is that of all rows, at a fraction of the time
+    where sentences recur. Inverse document frequencies are those of the distinct rows.
 
     Args:
         train_hypotheses: N sentences.
@@ -65,10 +73,9 @@ def predict_from_hypotheses(
         fallback = np.bincount(labels, weights=weights).argmax()
         return np.full(len(test_hypotheses), fallback, dtype=np.int64)
     model = make_pipeline(
-        make_union(
-            # Any character counts as a word of its own where it is not part of one.
-            TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\w+|[^\w\s]", sublinear_tf=True),
-            TfidfVectorizer(ngram_range=(1, 3), analyzer="char", sublinear_tf=True),
+        # Single precision: nothing here needs more, and it takes half the time.
+        TfidfVectorizer(
+            ngram_range=(1, 3), token_pattern=_TOKEN, sublinear_tf=True, dtype=np.float32
         ),
         LogisticRegression(max_iter=1000, tol=1e-3),
     )
