@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -74,8 +75,12 @@ def _plain_row(row: dict[str, Any], row_id: str, features: Any, images: Path) ->
             plain[key] = names[value] if 0 <= value < len(names) else "-"
     for key in IMAGE_KEYS:
         if hasattr(plain.get(key), "convert"):
-            # The data set's own file name is not trusted as a path, so the row's number names it.
-            image_name = f"{row_id}.png"
-            plain[key].convert("RGB").save(images / image_name)
-            plain[key] = image_name
+            # Named by content: a photo of many rows stays one photo, whose rows belong together,
+            # and the data set's own file name is not trusted as a path.
+            image = plain[key].convert("RGB")
+            digest = hashlib.blake2b(repr(image.size).encode(), digest_size=16)
+            digest.update(image.tobytes())
+            plain[key] = f"{digest.hexdigest()}.png"
+            if not (images / plain[key]).exists():
+                image.save(images / plain[key])
     return plain

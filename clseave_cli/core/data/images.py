@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -13,6 +14,9 @@ from clseave_cli.errors import DataError
 
 _FOLDER_NAMES = ("images", "flickr30k-images", "flickr30k_images", "Images")
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+
+# Pillow refuses an image of twice its limit and warns of one above it; we refuse both.
+warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
 class ImageFolder:
@@ -76,17 +80,13 @@ def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
     label = name or (str(source) if isinstance(source, Path) else "image")
     try:
         with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
-            limit = Image.MAX_IMAGE_PIXELS
-            if limit is not None and image.width * image.height > limit:
-                raise DataError(
-                    f"{label}: {image.width} x {image.height} pixels, "
-                    f"more than the limit of {limit}; scale it down."
-                )
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise DataError(f"{label}: no such image.") from None
-    except DataError:
-        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise DataError(
+            f"{label}: more pixels than the limit of {Image.MAX_IMAGE_PIXELS}; scale it down."
+        ) from None
     # Pillow's decoders raise many kinds of errors on damaged input; each means the same to us.
     except Exception as error:
         raise DataError(f"{label}: damaged or not an image ({error}).") from None

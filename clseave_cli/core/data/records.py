@@ -214,7 +214,7 @@ def read_split(
                 raise DataError.at(
                     path, line, f"{bad} Mend the row, or set such rows aside with --skip-bad."
                 ) from None
-            kept = row if isinstance(row, dict) else {"text": str(row)}
+            kept = bad.text if isinstance(row, _BadRow) else row
             rejected.append({"line": line, "reason": str(bad), "row": kept})
     if skip_bad and rejected:
         progress.note(
@@ -306,7 +306,11 @@ def image_stem(name: str) -> str:
 
 
 class _BadRow(Exception):
-    pass
+    """Why a row cannot be used; `text` is its line where that could not be parsed."""
+
+    def __init__(self, reason: str, text: bytes = b"") -> None:
+        super().__init__(reason)
+        self.text = text.decode(errors="replace").rstrip("\n")
 
 
 @dataclass
@@ -429,11 +433,13 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
             try:
                 row = json.loads(raw)
             except json.JSONDecodeError as error:
-                row = _BadRow(f"not valid JSON ({error.msg} at column {error.colno}).")
+                row = _BadRow(f"not valid JSON ({error.msg} at column {error.colno}).", raw)
             except UnicodeDecodeError:
-                row = _BadRow("not UTF-8 text.")
+                row = _BadRow("not UTF-8 text.", raw)
             except RecursionError:
-                row = _BadRow("JSON nested too deeply.")
+                row = _BadRow("JSON nested too deeply.", raw)
+            except ValueError as error:  # such as a number of thousands of digits
+                row = _BadRow(f"not valid JSON ({error}).", raw)
             yield line, row
 
 
@@ -448,7 +454,8 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
             for row in batch.to_pylist():
                 line += 1
                 yield line, row
-    except pyarrow.ArrowException as error:
+    # A damaged file shows as any of these, depending on where the damage is.
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path}: not a readable Parquet file ({error}).") from None
 
 
@@ -456,5 +463,7 @@ def _write_rejected(path: Path, rejected: list[dict[str, Any]]) -> Path:
     target = path.with_name(path.stem + ".rejected.jsonl")
     with atomic_file(target) as stream:
         for entry in rejected:
-            stream.write((json.dumps(entry, ensure_ascii=False, default=str) + "\n").encode())
+            line = json.dumps(entry, ensure_ascii=False, default=str) + "\n"
+            # Half a surrogate pair, a reason to reject a row, stays written as an escape.
+            stream.write(line.encode(errors="backslashreplace"))
     return target

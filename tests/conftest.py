@@ -1,0 +1,131 @@
+"""What many tests need: a cache of their own, no network, and tiny models made once."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports torch or transformers.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_world
+
+_REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path_factory, request):
+    """Every test has its own, empty cache of features."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("CLSEAVE_CACHE", str(folder))
+    monkeypatch.delenv("CLSEAVE_RUNS", raising=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def assets():
+    """Real material beside the checkout; skips where there is none."""
+    folder = _REPOSITORY.parent / "shared" / "assets"
+    if not folder.is_dir():
+        pytest.skip("no shared/assets beside the checkout")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A tiny SNLI-VE folder; read only."""
+    return tiny_world.write_world(tmp_path_factory.mktemp("world") / "data")
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory, world):
+    """A tiny untrained CLIP folder; read only."""
+    from clseave_cli.core.models.scratch import ClipShape, new_clip
+
+    folder = tmp_path_factory.mktemp("clip")
+    new_clip(folder, tiny_world.sentences(world), ClipShape(**tiny_world.CLIP_SHAPE))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory, world):
+    """A tiny untrained BERT folder; read only."""
+    from clseave_cli.core.models.scratch import new_encoder
+
+    folder = tmp_path_factory.mktemp("encoder")
+    new_encoder(folder, tiny_world.sentences(world), **tiny_world.ENCODER_SHAPE)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, world, clip, encoder):
+    """Models for en and de (one student) and nl (another); read only."""
+    from clseave_cli.core.alignment import align
+    from clseave_cli.core.config import AlignConfig, FinetuneConfig
+    from clseave_cli.core.finetuning import finetune
+
+    base = tmp_path_factory.mktemp("trained")
+    shared = {"data": str(world), "runs": base / "runs", "epochs": 2, **tiny_world.QUICK}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLSEAVE_CACHE", str(base / "cache"))
+        finetune(FinetuneConfig(clip=str(clip), **shared))
+        for lang in ("de", "nl"):
+            align(AlignConfig(lang=(lang,), student=str(encoder), **shared))
+    return base / "runs"
+
+
+@pytest.fixture
+def data(tmp_path, world):
+    """A copy of the tiny world, to spoil."""
+    shutil.copytree(world, tmp_path / "data")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def runs(tmp_path, trained):
+    """A copy of the trained models, to spoil."""
+    shutil.copytree(trained, tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def clseave(monkeypatch, capsys):
+    """Runs `clseave …` through the real `main`: exit code, stdout, stderr."""
+    from clseave_cli import main as command
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["clseave", *map(str, arguments)])
+        monkeypatch.setattr(command, "_debug", False)
+        capsys.readouterr()
+        code = 0
+        try:
+            command.main()
+        except SystemExit as end:
+            code = end.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def refused(clseave):
+    """Runs a command that must fail in one clear line; gives that line."""
+
+    def run(*arguments, code=1):
+        ended, out, err = clseave(*arguments)
+        lines = err.splitlines()
+        errors = [line for line in lines if line.startswith("clseave: ")]
+        assert ended == code, err
+        assert len(errors) == 1 and lines[-1] == errors[0], err
+        assert "Traceback" not in err and "internal error" not in err
+        assert out == ""
+        return errors[0]
+
+    return run

@@ -1,0 +1,128 @@
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clseave_cli.core.data.images import ImageFolder, open_image
+from clseave_cli.errors import DataError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "images"
+    root.mkdir()
+    for name in ("1.jpg", "2.JPG", "3.png", "4.0.jpeg"):
+        Image.new("RGB", (4, 4), "red").save(root / name)
+    (root / "notes.txt").write_text("not an image")
+    (root / "5.jpg").mkdir()
+    return ImageFolder(root)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("1.jpg", "1.jpg"),
+        ("1", "1.jpg"),
+        ("2", "2.JPG"),
+        ("3.jpg", "3.png"),
+        ("4.0", "4.0.jpeg"),
+    ],
+)
+def test_an_image_is_found_with_or_without_extension(folder, name, file):
+    assert folder.find(name, "x:1") == folder.root / file
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../../etc/passwd", "/etc/passwd", "../images/1.jpg", "./1.jpg", "9", "notes.txt", "5.jpg",
+     "1.jpg\0", "..", ""],
+)  # fmt: skip
+def test_a_name_is_looked_up_never_used_as_a_path(folder, name):
+    with pytest.raises(DataError) as refusal:
+        folder.find(name, "data.jsonl:7")
+    assert str(refusal.value) == f"data.jsonl:7: image {name!r} is not in {folder.root}."
+
+
+def test_the_folder_is_the_one_given_or_found(tmp_path):
+    with pytest.raises(DataError, match=r"no image folder in it.*--images DIR"):
+        ImageFolder.of(tmp_path, None)
+    with pytest.raises(DataError, match="nowhere: no such image folder"):
+        ImageFolder.of(tmp_path, tmp_path / "nowhere")
+    (tmp_path / "flickr30k-images").mkdir()
+    assert ImageFolder.of(tmp_path, None).root == tmp_path / "flickr30k-images"
+
+
+def test_a_truncated_jpeg_is_refused(tmp_path):
+    path = tmp_path / "photo.jpg"
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    whole = path.read_bytes()
+    for kept in (0, 1, 10, len(whole) // 3, len(whole) - 50):
+        path.write_bytes(whole[:kept])
+        with pytest.raises(DataError, match=r"photo.jpg: damaged or not an image"):
+            open_image(path)
+    path.write_bytes(whole)
+    assert open_image(path).size == (64, 64)
+
+
+def test_what_is_no_image_is_refused(tmp_path):
+    (tmp_path / "a.jpg").write_text("<html>404</html>")
+    with pytest.raises(DataError, match=r"a.jpg: damaged or not an image"):
+        open_image(tmp_path / "a.jpg")
+    with pytest.raises(DataError, match=r"b.jpg: no such image"):
+        open_image(tmp_path / "b.jpg")
+    with pytest.raises(DataError, match="damaged or not an image"):
+        open_image(tmp_path)
+
+
+def _png_that_claims(width, height):
+    def chunk(kind, content):
+        checksum = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("size", [(60_000, 60_000), (10_000, 10_000)])
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, size):
+    # The first is over twice Pillow's limit, the second over once, where Pillow only warns.
+    limit = Image.MAX_IMAGE_PIXELS
+    assert size[0] * size[1] > limit
+    path = tmp_path / "bomb.png"
+    path.write_bytes(_png_that_claims(*size))
+    with pytest.raises(DataError, match=rf"bomb.png: more pixels than the limit of {limit}; scale"):
+        open_image(path)
+
+
+def test_an_image_stands_as_its_camera_meant_it(tmp_path):
+    picture = Image.new("RGB", (20, 10), "white")
+    picture.paste((255, 0, 0), (0, 0, 10, 10))  # left half red
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90° clockwise to see it upright
+    picture.save(tmp_path / "a.png", exif=exif)
+    upright = open_image(tmp_path / "a.png")
+    assert upright.size == (10, 20)
+    assert upright.getpixel((5, 2)) == (255, 0, 0)
+    assert upright.getpixel((5, 17)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "1", "I;16"])
+def test_every_mode_becomes_rgb(mode):
+    stream = io.BytesIO()
+    Image.new(mode, (5, 3)).save(stream, "TIFF" if mode in ("CMYK", "LA") else "PNG")
+    image = open_image(stream.getvalue(), "x")
+    assert image.mode == "RGB" and image.size == (5, 3)
+
+
+def test_the_image_from_bytes_goes_by_the_name_given():
+    with pytest.raises(DataError, match="^upload 3: damaged"):
+        open_image(b"nothing", "upload 3")

@@ -1,0 +1,356 @@
+import csv
+import json
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from tiny_world import Notes, read_jsonl, write_jsonl
+
+from clseave_cli.core.data.records import (
+    check_leak,
+    distinct,
+    image_stem,
+    join,
+    languages,
+    read_split,
+    require_language,
+    split_path,
+)
+from clseave_cli.errors import DataError, UsageError
+from clseave_cli.labels import LABEL_IDS, UNLABELLED
+
+
+def row(number, **changes):
+    base = {
+        "pairID": f"p{number}",
+        "Flickr30K_ID": f"{number}.jpg",
+        "sentence1": "a caption",
+        "sentence2": f"sentence {number}",
+        "gold_label": "neutral",
+    }
+    return {key: value for key, value in (base | changes).items() if value is not None}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(rows, name="snli_ve_train.jsonl"):
+        write_jsonl(tmp_path / name, rows)
+        return tmp_path
+
+    return write
+
+
+def test_columns_hold_what_the_rows_say(write):
+    folder = write(
+        [
+            row(1, gold_label="entailment"),
+            row(2, gold_label="contradiction", Flickr30K_ID="1.jpg"),
+            row(3),
+        ]
+    )
+    split = read_split(folder, "train")
+    assert split.pair_ids == ["p1", "p2", "p3"]
+    assert split.hypotheses == ["sentence 1", "sentence 2", "sentence 3"]
+    assert split.labels.tolist() == [0, 2, 1]
+    assert split.image_names == ["1.jpg", "3.jpg"]
+    assert split.image_index.tolist() == [0, 0, 1]
+    assert split.lines.tolist() == [1, 2, 3]
+    assert split.where(1) == f"{folder / 'snli_ve_train.jsonl'}:2"
+
+
+@pytest.mark.parametrize("key", ["Flickr30K_ID", "Flikr30kID", "Flickr30kID", "image"])
+def test_every_spelling_of_the_image_key_is_read(write, key):
+    folder = write([row(1, **{"Flickr30K_ID": None, key: "7.jpg"})])
+    assert read_split(folder, "train").image_names == ["7.jpg"]
+
+
+def test_a_numeric_image_id_is_a_name(write):
+    assert read_split(write([row(1, Flickr30K_ID=123)]), "train").image_names == ["123"]
+
+
+def test_rows_without_majority_are_dropped_and_counted(write):
+    folder = write([row(1), row(2, gold_label="-"), row(3, gold_label="-"), row(4)])
+    notes = Notes()
+    split = read_split(folder, "train", progress=notes)
+    assert split.pair_ids == ["p1", "p4"]
+    assert split.lines.tolist() == [1, 4]
+    assert "2 rows without a majority label" in notes.text
+    text = read_split(folder, "train", labelled=False)
+    assert text.labels.tolist() == [1, UNLABELLED, UNLABELLED, 1]
+
+
+def test_text_needs_neither_label_nor_image(write):
+    folder = write([row(1, gold_label=None, Flickr30K_ID=None), row(2, Flickr30K_ID=None)])
+    split = read_split(folder, "train", labelled=False, with_images=False)
+    assert split.labels.tolist() == [UNLABELLED, LABEL_IDS["neutral"]]
+    assert split.image_index.tolist() == [-1, -1] and split.image_names == []
+
+
+BAD_ROWS = {
+    "not valid JSON": '{"pairID": "p2", ',
+    "not valid JSON (Exceeds": '{"pairID": ' + "1" * 5000 + "}",
+    "expected a JSON object, found list": "[1, 2]",
+    "no pairID": json.dumps(row(2, pairID=None)),
+    "pairID is 2; expected": json.dumps(row(2, pairID=2)),
+    "no sentence2": json.dumps(row(2, sentence2=None)),
+    "sentence2 is empty": json.dumps(row(2, sentence2="  \t")),
+    "sentence2 holds half a surrogate pair": json.dumps(row(2, sentence2="a \ud83d b")),
+    "no gold_label": json.dumps(row(2, gold_label=None)),
+    "gold_label is 'maybe'; expected one of entailment, neutral, contradiction": json.dumps(
+        row(2, gold_label="maybe")
+    ),
+    "no Flickr30K_ID": json.dumps(row(2, Flickr30K_ID=None)),
+    "Flickr30K_ID is ['x']": json.dumps(row(2, Flickr30K_ID=["x"])),
+    "pairID 'p1' stands already in line 1": json.dumps(row(1, sentence2="again")),
+    "not valid JSON (": "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("reason", BAD_ROWS)
+def test_a_bad_row_is_refused_by_file_and_line(tmp_path, reason):
+    path = tmp_path / "snli_ve_train.jsonl"
+    path.write_text("\n".join([json.dumps(row(1)), BAD_ROWS[reason], json.dumps(row(3))]) + "\n")
+    if reason == "not valid JSON (":
+        reason = ""  # nested too deeply or a syntax error, depending on the Python
+    with pytest.raises(DataError) as refusal:
+        read_split(tmp_path, "train")
+    message = str(refusal.value)
+    assert message.startswith(f"{path}:2: ") and reason in message and "--skip-bad" in message
+
+    notes = Notes()
+    split = read_split(tmp_path, "train", skip_bad=True, progress=notes)
+    assert split.pair_ids == ["p1", "p3"]
+    (rejected,) = read_jsonl(tmp_path / "snli_ve_train.rejected.jsonl")
+    assert rejected["line"] == 2 and reason in rejected["reason"]
+    if isinstance(rejected["row"], str):
+        assert rejected["row"] == BAD_ROWS[reason or "not valid JSON ("]
+    else:
+        assert rejected["row"] == json.loads(BAD_ROWS[reason])
+    assert "1 bad rows set aside" in notes.text and "snli_ve_train.rejected.jsonl" in notes.text
+
+
+def test_bytes_that_are_not_utf8(tmp_path):
+    path = tmp_path / "snli_ve_train.jsonl"
+    path.write_bytes(json.dumps(row(1)).encode() + b"\n" + b'{"pairID": "\xff\xfe"}\n')
+    with pytest.raises(DataError, match=r"train.jsonl:2: not UTF-8 text"):
+        read_split(tmp_path, "train")
+
+
+def test_empty_lines_and_a_byte_order_mark_are_no_rows(tmp_path):
+    path = tmp_path / "snli_ve_train.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(row(1)).encode() + b"\n\n  \n")
+    assert read_split(tmp_path, "train").pair_ids == ["p1"]
+
+
+def test_a_file_without_rows_is_refused(tmp_path):
+    (tmp_path / "snli_ve_train.jsonl").write_text("\n")
+    with pytest.raises(DataError, match="no usable rows"):
+        read_split(tmp_path, "train")
+
+
+def test_csv_and_parquet_equal_jsonl(tmp_path):
+    rows = [
+        row(1, sentence2='He said "no", twice.'),
+        row(2, sentence2="zwei\nZeilen; 日本語", gold_label="entailment"),
+        row(3, gold_label="-"),
+        row(4, Flickr30K_ID="1.jpg", gold_label="contradiction"),
+    ]
+    for kind in ("jsonl", "csv", "parquet"):
+        (tmp_path / kind).mkdir()
+    write_jsonl(tmp_path / "jsonl" / "snli_ve_dev.jsonl", rows)
+    with (tmp_path / "csv" / "snli_ve_dev.csv").open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(table, tmp_path / "parquet" / "snli_ve_dev.parquet")
+
+    reference, *others = (read_split(tmp_path / k, "dev") for k in ("jsonl", "csv", "parquet"))
+    for split in others:
+        assert split.pair_ids == reference.pair_ids == ["p1", "p2", "p4"]
+        assert split.hypotheses == reference.hypotheses
+        assert split.labels.tolist() == reference.labels.tolist() == [1, 0, 2]
+        assert split.image_names == reference.image_names
+        assert split.image_index.tolist() == reference.image_index.tolist()
+
+
+def test_a_damaged_parquet_file_is_refused_wherever_the_damage_is(tmp_path):
+    path = tmp_path / "snli_ve_train.parquet"
+    table = pyarrow.Table.from_pylist([row(n) for n in range(20)])
+    pyarrow.parquet.write_table(table, path, compression="none")
+    sound = path.read_bytes()
+    refusals = 0
+    for place in range(0, len(sound), 11):
+        damaged = bytearray(sound)
+        damaged[place] ^= 0x80
+        path.write_bytes(damaged)
+        try:
+            read_split(tmp_path, "train")
+        except DataError as error:
+            refusals += 1
+            assert str(path) in str(error)
+    assert refusals > 5
+    path.write_bytes(sound[:-30])
+    with pytest.raises(DataError, match="not a readable Parquet file"):
+        read_split(tmp_path, "train")
+
+
+def test_a_csv_that_is_not_text(tmp_path):
+    (tmp_path / "train.csv").write_bytes(b"pairID,sentence2\np1,\xff\xfe\n")
+    with pytest.raises(DataError, match=r"train.csv:\d+: not valid CSV"):
+        read_split(tmp_path, "train", labelled=False, with_images=False)
+
+
+def test_what_is_missing_is_named(tmp_path, write):
+    with pytest.raises(DataError, match="no such data folder"):
+        read_split(tmp_path / "nowhere", "train")
+    folder = write([row(1)])
+    write([row(1)], "snli_ve_train.nl.jsonl")
+    with pytest.raises(
+        DataError, match=r"no snli_ve_train.de.jsonl \(.*there: en, nl\).*--lang de"
+    ):
+        read_split(folder, "train", "de")
+
+
+def test_files_of_a_language(write):
+    folder = write([row(1)])
+    write([row(1)], "snli_ve_train.zh-Hant.jsonl")
+    write([row(1)], "train.de.csv")
+    write([row(1)], "snli_ve_train.rejected.jsonl")
+    write([row(1)], "snli_ve_dev.nl.jsonl")
+    assert languages(folder, "train") == ["en", "de", "zh-Hant"]
+    assert split_path(folder, "train", "de") == folder / "train.de.csv"
+    assert split_path(folder, "train", "ja") is None
+
+
+@pytest.mark.parametrize("lang", ["", "german", "../de", "DE", "de.jsonl", "d", "de-"])
+def test_what_is_no_language_code_is_refused(lang):
+    with pytest.raises(UsageError, match="not a language code"):
+        require_language(lang)
+
+
+def test_languages_meet_by_pair_id_in_any_order(write):
+    random = np.random.default_rng(3)
+    order = random.permutation(20)
+    folder = write([row(n) for n in range(20)])
+    write([row(n, sentence2=f"Satz {n}") for n in order], "snli_ve_train.de.jsonl")
+    pairs = join(read_split(folder, "train", "de"), read_split(folder, "train"))
+    assert pairs.target.hypotheses == [f"Satz {n}" for n in order]
+    assert pairs.sources == [f"sentence {n}" for n in order]
+    assert (pairs.num_unmatched_target, pairs.num_unmatched_source) == (0, 0)
+
+
+def test_unmatched_rows_are_counted_and_named(write):
+    folder = write([row(n) for n in (1, 2, 3, 4)])
+    write([row(n, sentence2=f"Satz {n}") for n in (9, 4, 2, 8, 7)], "snli_ve_train.de.jsonl")
+    pairs = join(read_split(folder, "train", "de"), read_split(folder, "train"))
+    assert list(zip(pairs.target.hypotheses, pairs.sources, strict=True)) == [
+        ("Satz 4", "sentence 4"),
+        ("Satz 2", "sentence 2"),
+    ]
+    assert (pairs.num_unmatched_target, pairs.num_unmatched_source) == (3, 2)
+    assert set(pairs.unmatched_examples) <= {"p9", "p8", "p7", "p1", "p3"}
+    assert len(pairs.unmatched_examples) == 3
+
+
+def test_languages_that_share_no_row_are_refused(write):
+    folder = write([row(1)])
+    write([row(2)], "snli_ve_train.de.jsonl")
+    with pytest.raises(DataError, match=r"none of its pairIDs occurs.*'p2'.*'p1'"):
+        join(read_split(folder, "train", "de"), read_split(folder, "train"))
+
+
+def test_the_english_sentence_kept_beside_a_translation_will_do(write):
+    folder = write([row(1, sentence2="Satz", sentence2_en="sentence")], "snli_ve_train.de.jsonl")
+    assert join(read_split(folder, "train", "de"), None).sources == ["sentence"]
+    write([row(1, sentence2="Satz", sentence2_en="x"), row(2)], "snli_ve_train.de.jsonl")
+    with pytest.raises(DataError, match="no English sentences"):
+        join(read_split(folder, "train", "de"), None)
+
+
+def test_taking_rows_keeps_columns_together(write):
+    folder = write([row(1), row(2, Flickr30K_ID=None), row(3), row(4, Flickr30K_ID="3.jpg")])
+    split = read_split(folder, "train", with_images=False)
+    taken = split.take(np.array([3, 1, 2]))
+    assert taken.pair_ids == ["p4", "p2", "p3"]
+    assert taken.lines.tolist() == [4, 2, 3]
+    assert [taken.image_names[i] if i >= 0 else None for i in taken.image_index] == [
+        "3.jpg",
+        None,
+        "3.jpg",
+    ]
+    assert split.take(np.array([2])).image_index.tolist() == [0]
+
+
+def test_an_image_in_two_splits_is_a_leak(write):
+    folder = write([row(1), row(2)])
+    write([row(2, Flickr30K_ID="2"), row(3)], "snli_ve_dev.jsonl")
+    train, dev = read_split(folder, "train"), read_split(folder, "dev")
+    with pytest.raises(DataError, match=r"1 of its images are also in .*such as 2; .*--allow-leak"):
+        check_leak(train, dev)
+    write([row(3)], "snli_ve_dev.jsonl")
+    check_leak(train, read_split(folder, "dev"))
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [
+        ("123.jpg", "123"),
+        ("123", "123"),
+        ("a.b.jpeg", "a.b"),
+        (".jpg", ".jpg"),
+        ("dev-1021-0-0.png", "dev-1021-0-0"),
+        ("x.longextension", "x.longextension"),
+    ],
+)
+def test_the_stem_of_an_image_name(name, stem):
+    assert image_stem(name) == stem
+
+
+def test_distinct_values_in_order_of_first_occurrence():
+    values, index = distinct(["b", "a", "b", "c", "a"])
+    assert values == ["b", "a", "c"]
+    assert index.tolist() == [0, 1, 0, 2, 1]
+
+
+def test_xvnli_is_read_as_it_is(assets):
+    folder = assets / "text" / "xvnli"
+    raw = {lang: read_jsonl(folder / f"test.{lang}.jsonl") for lang in ("en", "fr")}
+    notes = Notes()
+    english = read_split(folder, "test", "en", progress=notes)
+    french = read_split(folder, "test", "fr")
+    dashes = sum(r["gold_label"] == "-" for r in raw["en"])
+    assert dashes > 0 and len(english) == len(raw["en"]) - dashes
+    assert f"{dashes} rows without a majority label" in notes.text
+    assert languages(folder, "test") == ["en", "ar", "es", "fr", "ru"]
+
+    pairs = join(french, english)
+    by_id = {r["pairID"]: r for r in raw["en"]}
+    for number in range(0, len(pairs.sources), 97):
+        pair_id = pairs.target.pair_ids[number]
+        assert pairs.sources[number] == by_id[pair_id]["sentence2"]
+        image = pairs.target.image_names[pairs.target.image_index[number]]
+        assert image == by_id[pair_id]["Flikr30kID"]
+
+
+def test_sick_is_parallel_text_without_images(assets):
+    folder = assets / "text" / "sick"
+    english, dutch = (
+        read_split(folder, "sick", lang, labelled=False, with_images=False) for lang in ("en", "nl")
+    )
+    pairs = join(dutch, english)
+    raw = {r["pairID"]: r["sentence2"] for r in read_jsonl(folder / "sick.en.jsonl")}
+    assert len(pairs.sources) > 9000
+    assert all(
+        raw[pair_id] == source
+        for pair_id, source in zip(pairs.target.pair_ids, pairs.sources, strict=True)
+    )
+    assert dutch.image_names == []
+
+
+def test_nlvr_has_two_labels_and_no_leak(assets):
+    folder = assets / "nlvr_ve"
+    train, dev = read_split(folder, "train"), read_split(folder, "dev")
+    assert set(train.labels.tolist()) == {LABEL_IDS["entailment"], LABEL_IDS["contradiction"]}
+    check_leak(train, dev)

@@ -1,0 +1,233 @@
+"""A world of coloured squares and models to match, small enough to train within a test."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+#: What every caption contains; no model may ever read it.
+CAPTION = "xylophone caption"
+
+COLOURS = {
+    "red": (220, 30, 30),
+    "green": (30, 160, 60),
+    "blue": (40, 60, 220),
+    "white": (250, 250, 250),
+}
+_WORDS = {
+    "de": {
+        "The square is {}.": "Das Quadrat ist {}.",
+        "A dog waits outside.": "Draußen wartet ein Hund.",
+        "red": "rot",
+        "green": "grün",
+        "blue": "blau",
+        "white": "weiß",
+    },
+    "nl": {
+        "The square is {}.": "Het vierkant is {}.",
+        "A dog waits outside.": "Buiten wacht een hond.",
+        "red": "rood",
+        "green": "groen",
+        "blue": "blauw",
+        "white": "wit",
+    },
+}
+
+CLIP_SHAPE = {
+    "image_size": 32,
+    "patch_size": 16,
+    "width": 32,
+    "num_layers": 1,
+    "num_heads": 2,
+    "embedding_dim": 16,
+    "max_tokens": 32,
+    "vocab_size": 600,
+}
+ENCODER_SHAPE = {
+    "width": 32,
+    "num_layers": 1,
+    "num_heads": 2,
+    "vocab_size": 300,
+    "max_tokens": 48,
+}
+
+#: Options that make a stage take a moment.
+QUICK = {"device": "cpu", "precision": "fp32", "batch_size": 8, "learning_rate": 2e-3}
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def edit_row(path: Path, line: int, **changes: object) -> None:
+    """Changes keys of one row of a JSONL file (line counted from 1); None removes the key."""
+    rows = read_jsonl(path)
+    rows[line - 1] |= changes
+    rows[line - 1] = {key: value for key, value in rows[line - 1].items() if value is not None}
+    write_jsonl(path, rows)
+
+
+def write_world(folder: Path, images_per_split: int = 4) -> Path:
+    """An SNLI-VE folder in English, German and Dutch; every image has three rows."""
+    random = np.random.default_rng(7)
+    (folder / "images").mkdir(parents=True)
+    names = list(COLOURS)
+    for number, split in enumerate(("train", "train2", "dev", "test")):
+        rows = []
+        for image in range(images_per_split):
+            colour, other = names[image % 4], names[(image + 1 + number) % 4]
+            if other == colour:
+                other = names[(image + 1) % 4]
+            noise = random.integers(-20, 20, (32, 32, 3))
+            pixels = np.clip(np.array(COLOURS[colour]) + noise, 0, 255).astype(np.uint8)
+            name = f"{split}{image}.png"
+            Image.fromarray(pixels).save(folder / "images" / name)
+            for kind, sentence, word in (
+                ("entailment", "The square is {}.", colour),
+                ("contradiction", "The square is {}.", other),
+                ("neutral", "A dog waits outside.", ""),
+            ):
+                rows.append((f"{name}#{kind[0]}", name, kind, sentence, word))
+        # Two folders of images make one training split twice as large.
+        target = split.rstrip("2")
+        for lang in ("en", "de", "nl"):
+            suffix = "" if lang == "en" else f".{lang}"
+            path = folder / f"snli_ve_{target}{suffix}.jsonl"
+            words = _WORDS.get(lang, {})
+            lines = [
+                {
+                    "pairID": pair,
+                    "Flickr30K_ID": image,
+                    "sentence1": f"{CAPTION} of {image}",
+                    "sentence2": words.get(form, form).format(words.get(word, word)),
+                    "gold_label": label,
+                }
+                for pair, image, label, form, word in rows
+            ]
+            if split == "train2":
+                lines = read_jsonl(path) + lines
+            if lang == "de":
+                lines.reverse()  # languages meet by pairID, never by line
+            write_jsonl(path, lines)
+    return folder
+
+
+def sentences(folder: Path) -> list[str]:
+    """All training sentences, every language."""
+    return [
+        row["sentence2"]
+        for path in sorted(folder.glob("snli_ve_train*.jsonl"))
+        for row in read_jsonl(path)
+    ]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file in a folder."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    """The bytes of every weight file of a model folder."""
+    return {name: data for name, data in tree(folder).items() if name.endswith(".safetensors")}
+
+
+def flip_byte(path: Path, place: float = 0.5) -> None:
+    """Changes one bit of a file, at a share of its length."""
+    content = bytearray(path.read_bytes())
+    content[min(int(len(content) * place), len(content) - 1)] ^= 0x04
+    path.write_bytes(content)
+
+
+class Notes:
+    """A `Progress` that remembers what it was told."""
+
+    def __init__(self) -> None:
+        from clseave_cli.core.progress import SILENT
+
+        self.lines: list[str] = []
+        self.task = SILENT.task
+
+    def note(self, message: str) -> None:
+        self.lines.append(message)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.lines)
+
+
+class CommandProcess:
+    """`clseave …` in a process of its own that has torch loaded already: quick to start.
+
+    The process is forked from a server that has loaded the package and done nothing else.
+    """
+
+    _context = multiprocessing.get_context("forkserver")
+
+    def __init__(
+        self, *arguments: str, folder: Path, before: Callable[[], None] | None = None
+    ) -> None:
+        self._context.set_forkserver_preload(
+            ["clseave_cli.core.finetuning", "clseave_cli.core.alignment", "clseave_cli.main"]
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        self._out, self._err = folder / "stdout", folder / "stderr"
+        self.process = self._context.Process(
+            target=_command,
+            args=(arguments, self._out, self._err, os.environ["CLSEAVE_CACHE"], before),
+        )
+        self.process.start()
+
+    def signal(self, number: int) -> None:
+        assert self.process.pid is not None
+        with suppress(ProcessLookupError):
+            os.kill(self.process.pid, number)
+
+    def wait(self) -> int:
+        self.process.join(120)
+        assert self.process.exitcode is not None, "still running after two minutes"
+        return self.process.exitcode
+
+    @property
+    def alive(self) -> bool:
+        return self.process.is_alive()
+
+    @property
+    def stderr(self) -> str:
+        return self._err.read_text() if self._err.exists() else ""
+
+
+def _command(
+    arguments: tuple[str, ...],
+    out: Path,
+    err: Path,
+    cache: str,
+    before: Callable[[], None] | None,
+) -> None:
+    import torch
+
+    from clseave_cli.main import main
+
+    torch.set_num_threads(1)
+    os.environ["CLSEAVE_CACHE"] = cache
+    sys.argv = ["clseave", *arguments]
+    with out.open("w") as sys.stdout, err.open("w", buffering=1) as sys.stderr:
+        if before is not None:
+            before()
+        main()
