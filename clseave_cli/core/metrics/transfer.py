@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 _Matrix = npt.NDArray[np.float32]
 
-# Similarities held at once: 16 MB, and four times that where collapsed embeddings all tie.
-_SIMILARITIES_AT_ONCE = 4_000_000
+# Similarities held at once, as float32: 64 MB.
+_SIMILARITIES_AT_ONCE = 16_000_000
 
 # Float32 products of equal vectors differ in their last bits with the place in the matrix; two
 # cosines this close are taken for equal.
@@ -112,7 +112,6 @@ def _retrieval(queries: _Matrix, candidates: _Matrix, groups: npt.NDArray[np.int
     for start in range(0, len(queries), chunk):
         similarity = queries[start : start + chunk] @ candidates.T  # (chunk, N)
         nearest = similarity >= similarity.max(axis=1, keepdims=True) - _TIE
-        query, candidate = np.nonzero(nearest)
-        hit = groups[start + query] == groups[candidate]
-        hits += float(np.sum(np.bincount(query, weights=hit) / np.bincount(query)))
+        same = groups[start : start + chunk, None] == groups[None, :]
+        hits += float(np.sum((nearest & same).sum(axis=1) / nearest.sum(axis=1)))
     return hits / len(queries)
