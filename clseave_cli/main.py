@@ -14,6 +14,7 @@ import typer.core
 from clseave_cli import __version__
 from clseave_cli.commands import (
     align,
+    compare,
     demo,
     evaluate,
     finetune_ve,
@@ -87,6 +88,8 @@ _COMMANDS: dict[str, tuple[type[config.StageConfig], Callable[..., None]]] = {
 
 for _name, (_config_class, _run) in _COMMANDS.items():
     app.command(_name, cls=_Subcommand)(_interruptible(options.command(_config_class, _run)))
+
+app.command("compare", cls=_Subcommand)(_interruptible(compare.run))
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:

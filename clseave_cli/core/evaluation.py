@@ -49,6 +49,7 @@ from clseave_cli.core.reporting.gallery import (
 )
 from clseave_cli.core.reporting.report import write_report
 from clseave_cli.core.results import Baselines, LanguageResult, Results, Signature
+from clseave_cli.core.rows import PredictedRows
 from clseave_cli.core.training.precision import autocast, resolve_device, resolve_precision
 from clseave_cli.errors import DataError, ModelError
 from clseave_cli.labels import LABELS
@@ -126,6 +127,8 @@ def evaluate(config: EvaluateConfig, progress: Progress = SILENT) -> Results:
             if (curve := read_learning_curve(config.runs / name)) is not None
         ]
         galleries = [_examples(outputs, images), _errors(outputs, images)]
+        for own in outputs.values():
+            _predicted_rows(own).write(config.report)
         write_report(document, config.report, curves=curves, galleries=galleries)
     return document
 
@@ -268,6 +271,16 @@ def _against_english(config: EvaluateConfig, own: _Outputs, english: _Outputs) -
             np.array([english.split.hypotheses[row] for row in theirs]),
         )
     return figures
+
+
+def _predicted_rows(own: _Outputs) -> PredictedRows:
+    return PredictedRows(
+        lang=own.split.lang,
+        pair_ids=own.split.pair_ids,
+        images=own.images.tolist(),
+        labels=own.split.labels.astype(np.int64),
+        probabilities=probabilities(own.logits),
+    )
 
 
 def _examples(outputs: dict[str, _Outputs], images: ImageFolder) -> Gallery:

@@ -1,0 +1,35 @@
+"""`clseave compare`: two evaluations, row by row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clseave_cli.commands import terminal
+
+
+def run(
+    first: Annotated[Path, typer.Argument(help="Report folder of one evaluation.")],
+    second: Annotated[Path, typer.Argument(help="Report folder of the other.")],
+    *,
+    resamples: Annotated[
+        int, typer.Option(min=1, help="Bootstrap resamples behind every interval.")
+    ] = 2000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the resampling.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Compare two evaluations on the rows they share; a tie is called a tie.
+
+    Both folders are what `evaluate --report DIR` wrote. Differences are
+    paired, their intervals resampled by photo.
+    """
+    from clseave_cli.commands.tables import comparison_table
+    from clseave_cli.core.comparison import compare_reports
+
+    comparison = compare_reports(first, second, resamples=resamples, seed=seed)
+    if json:
+        terminal.print_json(comparison.to_json())
+    else:
+        terminal.stdout().print(comparison_table(comparison))
