@@ -16,7 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from clseave_cli.core.files import atomic_folder, file_digest, read_json, write_json
+from clseave_cli.core.files import (
+    atomic_folder,
+    file_digest,
+    json_digest,
+    read_json,
+    write_json,
+)
 from clseave_cli.errors import ModelError
 
 _STATE = re.compile(r"state-(\d+)")
@@ -72,9 +78,8 @@ def save_state(
         if best is not None:
             save_file(best, aside / "best.safetensors")
         files = {path.name: file_digest(path) for path in sorted(aside.iterdir())}
-        write_json(
-            aside / "state.json", {**asdict(state), "scaler": scaler.state_dict(), "files": files}
-        )
+        record = {**asdict(state), "scaler": scaler.state_dict(), "files": files}
+        write_json(aside / "state.json", record | {"digest": json_digest(record)})
     for path in _states(folder):
         if path != target:
             shutil.rmtree(path)
@@ -98,7 +103,7 @@ def load_state(
     for path in states:
         if not _sound(path):
             continue
-        stored = read_json(path / "state.json")
+        stored = _read_record(path)
         module.load_state_dict(load_file(path / "module.safetensors"))
         _restore_optimizer(optimizer, load_file(path / "optimizer.safetensors"))
         scaler.load_state_dict(stored.pop("scaler"))
@@ -131,11 +136,18 @@ def _states(folder: Path) -> list[Path]:
 
 def _sound(path: Path) -> bool:
     try:
-        files = read_json(path / "state.json")["files"]
+        files = _read_record(path)["files"]
         return all(file_digest(path / Path(name).name) == files[name] for name in files)
     except Exception:
         # Whatever is wrong with it, an unsound state is one we do not use.
         return False
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    record: dict[str, Any] = read_json(path / "state.json")
+    if record.pop("digest") != json_digest(record):
+        raise ModelError(f"{path / 'state.json'}: damaged.")
+    return record
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

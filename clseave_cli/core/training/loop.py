@@ -190,7 +190,8 @@ class _Run:
         self._truncate_metrics()
         stopped_early = False
         with _stop_signals() as stop_requested:
-            while self.state.step < self.total_steps and not stopped_early:
+            # A state saved after the very last step has an epoch that is still to be ended.
+            while (self.state.step < self.total_steps or self.state.batch) and not stopped_early:
                 self._epoch(stop_requested)
                 stopped_early = self._end_epoch()
         assert self.best_weights is not None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,10 @@ class Run:
             (aside / "training").mkdir()
             for name in ("run.json", "metrics.jsonl", "summary.json"):
                 shutil.copyfile(self.folder / name, aside / "training" / name)
-        shutil.rmtree(self._partial)
+        # In one move, so that a kill leaves no half of it behind to be resumed.
+        doomed = Path(tempfile.mkdtemp(prefix=f".{self._partial.name}.", dir=self.out.parent))
+        self._partial.rename(doomed / self._partial.name)
+        shutil.rmtree(doomed)
 
 
 def is_complete(out: Path) -> bool:

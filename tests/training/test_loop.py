@@ -1,0 +1,471 @@
+import errno
+import json
+import os
+import shutil
+import signal
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from tiny_world import Notes, flip_byte, read_jsonl
+from torch import nn
+from torch.nn import functional
+
+from clseave_cli.core.config import TrainingConfig
+from clseave_cli.core.training import checkpoint
+from clseave_cli.core.training.loop import Selection, Stage, batches, train
+from clseave_cli.errors import ClseaveError, Interrupted, ModelError, TrainingError
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("num_examples", "size"), [(1, 8), (8, 8), (9, 8), (100, 7), (64, 1)])
+def test_an_epoch_covers_every_example_once_in_even_batches(num_examples, size):
+    parts = batches(num_examples, size, seed=3, epoch=1)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(num_examples))
+    lengths = [len(part) for part in parts]
+    assert max(lengths) <= size and max(lengths) - min(lengths) <= 1
+
+
+def test_the_order_depends_on_seed_and_epoch_alone():
+    def order(**changes):
+        parts = batches(50, 8, **({"seed": 0, "epoch": 0} | changes))
+        return np.concatenate(parts).tolist()
+
+    assert order() == order()
+    assert order() != order(epoch=1) and order() != order(seed=1)
+    assert order(seed=1) != order(epoch=1)
+
+
+class _Task:
+    """Five numbers to three classes, learnt by a small network with or without dropout."""
+
+    def __init__(self, dropout=0.0, num_examples=20):
+        generator = torch.Generator().manual_seed(5)
+        self.inputs = torch.randn(num_examples, 5, generator=generator)
+        self.labels = (self.inputs @ torch.randn(5, 3, generator=generator)).argmax(dim=1)
+        torch.manual_seed(11)
+        self.module = nn.Sequential(
+            nn.Linear(5, 16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, 3)
+        )
+        self.dev = None  # dev figures to give in turn; None: the true ones
+        self.steps = []  # called with the number of every step
+        self.seen = []
+
+    def stage(self):
+        def loss(rows):
+            for hook in self.steps:
+                hook(len(self.seen))
+            self.seen.append(rows.tolist())
+            rows = torch.from_numpy(rows)
+            return functional.cross_entropy(self.module(self.inputs[rows]), self.labels[rows])
+
+        def evaluate():
+            assert not self.module.training and not torch.is_grad_enabled()
+            if self.dev is not None:
+                return {"loss": self.dev.pop(0)}
+            return {"loss": functional.cross_entropy(self.module(self.inputs), self.labels).item()}
+
+        return Stage(
+            name="task",
+            module=self.module,
+            num_examples=len(self.inputs),
+            prepare=lambda rows: rows,
+            loss=loss,
+            evaluate=evaluate,
+            selection=Selection("loss", "lowest"),
+        )
+
+    def run(self, folder, progress=None, **options):
+        defaults = {"epochs": 3, "batch_size": 6, "learning_rate": 0.01, "precision": "fp32"}
+        config = TrainingConfig(**(defaults | options))
+        arguments = {} if progress is None else {"progress": progress}
+        return train(self.stage(), config, device=CPU, folder=folder, **arguments)
+
+    @property
+    def weights(self):
+        return torch.cat([p.detach().flatten() for p in self.module.parameters()])
+
+
+def test_a_tiny_batch_is_learnt_by_heart(tmp_path):
+    task = _Task(num_examples=8)
+    result = task.run(tmp_path, epochs=150, batch_size=8, learning_rate=0.03, schedule="constant")
+    assert result.dev["loss"] < 0.01
+    assert (task.module(task.inputs).argmax(dim=1) == task.labels).all()
+
+
+def test_every_epoch_sees_every_example(tmp_path):
+    task = _Task()
+    result = task.run(tmp_path)
+    per_epoch = np.array_split(np.array(task.seen, dtype=object), 3)
+    for epoch in per_epoch:
+        assert sorted(row for part in epoch for row in part) == list(range(20))
+    assert (result.pairs, result.steps, result.epochs) == (60, 12, 3)
+
+
+@pytest.mark.parametrize("accumulation", [2, 3, 50])
+def test_accumulation_changes_nothing(tmp_path, accumulation):
+    whole, parts = _Task(), _Task()
+    whole.run(tmp_path / "whole", clip_norm=0.5)
+    parts.run(tmp_path / "parts", clip_norm=0.5, accumulation=accumulation)
+    assert len(parts.seen) > len(whole.seen)
+    torch.testing.assert_close(parts.weights, whole.weights, rtol=1e-4, atol=1e-6)
+    losses = [
+        [record["loss"] for record in read_jsonl(tmp_path / name / "metrics.jsonl")]
+        for name in ("whole", "parts")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_the_gradient_norm_is_clipped(tmp_path):
+    norms = []
+
+    def record(task):
+        def hook(step):
+            if step:
+                squares = [p.grad.square().sum() for p in task.module.parameters()]
+                norms.append(float(torch.stack(squares).sum().sqrt()))
+
+        return hook
+
+    for clip_norm in (None, 0.05):
+        task = _Task()
+        task.steps.append(record(task))
+        # Gradients are cleared in a step before its loss; keep them to look at.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.optim.AdamW, "zero_grad", lambda self, set_to_none=True: None)
+            task.run(tmp_path / str(clip_norm), epochs=1, batch_size=10, clip_norm=clip_norm)
+    free, clipped = norms
+    assert free > 0.05 and clipped == pytest.approx(0.05, rel=1e-3)
+
+
+def test_the_best_weights_are_kept_and_patience_stops(tmp_path):
+    task = _Task()
+    task.dev = [3.0, 1.0, 2.0, 1.5, 0.5]
+    at_epoch_end = []
+    stage = task.stage()
+    evaluate = stage.evaluate
+
+    def watch():
+        at_epoch_end.append(task.weights.clone())
+        return evaluate()
+
+    object.__setattr__(stage, "evaluate", watch)
+    config = TrainingConfig(epochs=9, batch_size=6, learning_rate=0.01, patience=2)
+    result = train(stage, config, device=CPU, folder=tmp_path)
+    assert (result.epochs, result.best_epoch, result.dev) == (4, 2, {"loss": 1.0})
+    assert result.stopped_early
+    assert torch.equal(task.weights, at_epoch_end[1])
+    assert not torch.equal(task.weights, at_epoch_end[3])
+    assert not task.module.training
+
+
+def test_patience_one_stops_at_the_first_rise(tmp_path):
+    task = _Task()
+    task.dev = [1.0, 0.9, 0.95]
+    result = task.run(tmp_path, epochs=5, patience=1)
+    assert (result.epochs, result.best_epoch) == (3, 2)
+
+
+def test_running_out_of_epochs_is_not_stopping_early(tmp_path):
+    task = _Task()
+    task.dev = [1.0, 1.1]
+    assert not task.run(tmp_path, epochs=2, patience=1).stopped_early
+
+
+def test_selection_by_the_highest_figure():
+    assert Selection("accuracy", "highest").better(0.5, None)
+    assert Selection("accuracy", "highest").better(0.6, 0.5)
+    assert not Selection("accuracy", "highest").better(0.5, 0.5)
+    assert not Selection("loss", "lowest").better(0.5, 0.5)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    task = _Task()
+    task.steps.append(lambda step: task.inputs.fill_(float("nan")) if step == 6 else None)
+    with pytest.raises(TrainingError, match=r"task: the loss is not finite at step 7; lower"):
+        task.run(tmp_path)
+    records = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [record["step"] for record in records][-1] == 6
+    assert all(np.isfinite(record["loss"]) for record in records)
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_a_state_that_is_lost_is_never_saved(tmp_path):
+    task = _Task()
+    task.steps.append(lambda step: task.inputs.fill_(float("inf")) if step == 3 else None)
+    with pytest.raises(TrainingError):
+        task.run(tmp_path, checkpoint_minutes=0)
+    (state,) = tmp_path.glob("state-*")
+    assert state.name == "state-00000003"
+    tensors = torch.cat(
+        [v.flatten() for v in checkpoint.load_file(state / "module.safetensors").values()]
+    )
+    assert tensors.isfinite().all()
+
+
+def test_records_and_summary_have_the_documented_keys(tmp_path):
+    result = _Task().run(tmp_path)
+    records = read_jsonl(tmp_path / "metrics.jsonl")
+    steps = [record for record in records if "dev" not in record]
+    epochs = [record for record in records if "dev" in record]
+    for record in steps:
+        assert list(record) == [
+            "stage", "step", "epoch", "loss", "learning_rate", "pairs_per_second",
+        ]  # fmt: skip
+    assert [record["step"] for record in steps] == list(range(1, 13))
+    assert [record["epoch"] for record in epochs] == [1, 2, 3]
+    assert steps[0]["learning_rate"] == pytest.approx(0.01)  # one step of warm-up
+    assert steps[-1]["learning_rate"] == pytest.approx(0.01 / 11)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert set(summary) >= {
+        "pairs", "epochs", "wall_seconds", "pairs_per_second", "peak_memory_bytes",
+        "best_epoch", "dev",
+    }  # fmt: skip
+    assert summary["pairs"] == 60 and summary["dev"] == result.dev
+    assert summary["peak_memory_bytes"] > 1 << 20
+
+
+def test_the_recorded_loss_is_the_mean_so_far_this_epoch(tmp_path):
+    task = _Task()
+    losses = []
+    stage = task.stage()
+    inner = stage.loss
+
+    def loss(rows):
+        value = inner(rows)
+        losses.append((value.item(), len(rows)))
+        return value
+
+    object.__setattr__(stage, "loss", loss)
+    config = TrainingConfig(epochs=1, batch_size=6, precision="fp32")
+    train(stage, config, device=CPU, folder=tmp_path)
+    records = [r for r in read_jsonl(tmp_path / "metrics.jsonl") if "dev" not in r]
+    for number, record in enumerate(records, start=1):
+        values, counts = np.array(losses[:number]).T
+        assert record["loss"] == pytest.approx((values * counts).sum() / counts.sum(), rel=1e-6)
+
+
+def test_max_steps_ends_in_the_middle_of_an_epoch(tmp_path):
+    result = _Task().run(tmp_path, max_steps=6)
+    assert (result.steps, result.epochs, result.best_epoch) == (6, 2, result.best_epoch)
+    rates = [r["learning_rate"] for r in read_jsonl(tmp_path / "metrics.jsonl") if "dev" not in r]
+    assert rates[-1] == pytest.approx(0.01 / 5)  # the schedule falls over the six steps
+
+
+# --- resuming ---
+
+
+class _KilledError(BaseException):
+    """Stands for a kill at a given step: nothing catches it."""
+
+
+@contextmanager
+def _killed():
+    with pytest.raises(_KilledError):
+        yield
+
+
+def _kill_at(task, step):
+    def hook(number):
+        if number == step:
+            raise _KilledError
+
+    task.steps.append(hook)
+
+
+def _records(folder):
+    """What metrics.jsonl says, times apart."""
+    return [
+        {key: value for key, value in record.items() if key != "pairs_per_second"}
+        for record in read_jsonl(folder / "metrics.jsonl")
+    ]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    task = _Task(dropout=0.3)
+    return task, task.run(folder), _records(folder)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 5, 8, 11])
+def test_resuming_after_a_kill_is_as_if_it_had_not_happened(tmp_path, uninterrupted, step):
+    reference, result, records = uninterrupted
+    killed = _Task(dropout=0.3)
+    _kill_at(killed, step)
+    with _killed():
+        killed.run(tmp_path, checkpoint_minutes=0)
+    torch.manual_seed(99)  # another process has another state of the generator
+    task = _Task(dropout=0.3)
+    resumed = task.run(tmp_path, resume=True, checkpoint_minutes=0)
+    assert torch.equal(task.weights, reference.weights)
+    assert (resumed.steps, resumed.pairs, resumed.dev) == (result.steps, result.pairs, result.dev)
+    assert _records(tmp_path) == records
+    assert len(task.seen) == 12 - step
+
+
+@pytest.mark.parametrize("max_steps", [None, 6])
+def test_resuming_after_a_kill_in_the_last_dev_evaluation(tmp_path, max_steps):
+    # All steps are done and saved, and the last epoch's weights may yet be the best.
+    reference = _Task(dropout=0.3)
+    result = reference.run(tmp_path / "whole", max_steps=max_steps)
+    killed = _Task(dropout=0.3)
+    stage = killed.stage()
+    evaluations = []
+
+    def evaluate():
+        evaluations.append(None)
+        if len(evaluations) == result.epochs:
+            raise _KilledError
+        return stage.evaluate()
+
+    dying = Stage(**{**vars(stage), "evaluate": evaluate})
+    options = {"epochs": 3, "batch_size": 6, "learning_rate": 0.01, "precision": "fp32"}
+    config = TrainingConfig(**options, max_steps=max_steps, checkpoint_minutes=0)
+    with _killed():
+        train(dying, config, device=CPU, folder=tmp_path / "killed")
+    task = _Task(dropout=0.3)
+    resumed = task.run(tmp_path / "killed", resume=True, max_steps=max_steps)
+    assert task.seen == []
+    assert (resumed.epochs, resumed.best_epoch) == (result.epochs, result.best_epoch)
+    assert resumed.dev == result.dev
+    assert torch.equal(task.weights, reference.weights)
+
+
+def test_a_stop_signal_saves_and_says_how_to_go_on(tmp_path, uninterrupted):
+    task = _Task(dropout=0.3)
+    task.steps.append(lambda step: signal.raise_signal(signal.SIGTERM) if step == 4 else None)
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted, match=r"stopped at step 5, state saved in .*--resume"):
+        task.run(tmp_path)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert [path.name for path in tmp_path.glob("state-*")] == ["state-00000005"]
+    again = _Task(dropout=0.3)
+    again.run(tmp_path, resume=True)
+    assert torch.equal(again.weights, uninterrupted[0].weights)
+    assert Interrupted("").exit_code == 130
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
+    task = _Task()
+
+    def impatient(step):
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    task.steps.append(impatient)
+    with pytest.raises(KeyboardInterrupt):
+        task.run(tmp_path)
+    assert len(task.seen) == 2
+
+
+def test_resuming_where_nothing_was_saved_starts_afresh(tmp_path, uninterrupted):
+    notes, task = Notes(), _Task(dropout=0.3)
+    task.run(tmp_path, resume=True, progress=notes)
+    assert "no saved state to resume; starting afresh" in notes.text
+    assert torch.equal(task.weights, uninterrupted[0].weights)
+
+
+def _two_states(tmp_path, monkeypatch):
+    """The states of steps 5 and 6, as a kill between writing one and removing the other leaves."""
+    task = _Task(dropout=0.3)
+    _kill_at(task, 6)
+    kept = tmp_path / "kept"
+
+    def keep(step):
+        for path in (tmp_path / "run").glob("state-00000005"):
+            shutil.copytree(path, kept)
+
+    task.steps.insert(0, lambda step: keep(step) if step == 5 else None)
+    with _killed():
+        task.run(tmp_path / "run", checkpoint_minutes=0)
+    kept.rename(tmp_path / "run" / "state-00000005")
+    assert sorted(path.name[-1] for path in (tmp_path / "run").glob("state-*")) == ["5", "6"]
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["module", "optimizer", "random", "best", "state"],
+)
+def test_of_two_states_the_sound_one_is_used(tmp_path, monkeypatch, uninterrupted, file):
+    folder = _two_states(tmp_path, monkeypatch)
+    suffix = "json" if file == "state" else "safetensors"
+    path = folder / "state-00000006" / f"{file}.{suffix}"
+    if file == "state":
+        # Still JSON, but not what was saved.
+        text = path.read_text()
+        assert '"step": 6' in text
+        path.write_text(text.replace('"step": 6', '"step": 7'))
+    else:
+        flip_byte(path)
+    notes, task = Notes(), _Task(dropout=0.3)
+    task.run(folder, resume=True, progress=notes)
+    assert "resuming at step 5" in notes.text
+    assert torch.equal(task.weights, uninterrupted[0].weights)
+    assert _records(folder) == uninterrupted[2]
+
+
+def test_a_damaged_state_alone_is_refused(tmp_path, monkeypatch):
+    folder = _two_states(tmp_path, monkeypatch)
+    for path in folder.glob("state-*/module.safetensors"):
+        flip_byte(path)
+    with pytest.raises(ModelError, match=r"state-00000006: the saved training state is damaged"):
+        _Task(dropout=0.3).run(folder, resume=True)
+
+
+def test_a_state_missing_a_file_is_not_used(tmp_path, monkeypatch):
+    folder = _two_states(tmp_path, monkeypatch)
+    (folder / "state-00000006" / "optimizer.safetensors").unlink()
+    notes = Notes()
+    _Task(dropout=0.3).run(folder, resume=True, progress=notes)
+    assert "resuming at step 5" in notes.text
+
+
+# --- a full disk ---
+
+
+def _full(*_arguments, **_more):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_while_saving_keeps_the_last_good_state(tmp_path, monkeypatch, uninterrupted):
+    task = _Task(dropout=0.3)
+
+    def fill(step):
+        if step == 5:
+            monkeypatch.setattr(checkpoint, "write_json", _full)
+
+    task.steps.append(fill)
+    with pytest.raises(ClseaveError, match=r"state-00000006: the disk is full.*same command again"):
+        task.run(tmp_path, checkpoint_minutes=0)
+    assert [path.name for path in tmp_path.glob("*state-*")] == ["state-00000005"]
+    assert not list(tmp_path.glob(".*"))
+    monkeypatch.undo()
+    again = _Task(dropout=0.3)
+    again.run(tmp_path, resume=True)
+    assert torch.equal(again.weights, uninterrupted[0].weights)
+
+
+def test_a_full_disk_that_only_safetensors_notices(tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    def full(*_arguments):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(ClseaveError, match="the disk is full"):
+        _Task().run(tmp_path, checkpoint_minutes=0)
+    assert not list(tmp_path.glob("*state-*"))
+
+
+def test_other_mistakes_are_not_taken_for_a_full_disk(tmp_path, monkeypatch):
+    def broken(*_arguments):
+        raise ValueError("a mistake of ours")
+
+    monkeypatch.setattr(checkpoint, "save_file", broken)
+    with pytest.raises(ValueError, match="a mistake of ours"):
+        _Task().run(tmp_path, checkpoint_minutes=0)
