@@ -39,6 +39,7 @@ from clseave_cli.core.features import (
     sentence_embeddings,
     tokenize_sentences,
 )
+from clseave_cli.core.files import json_digest
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.packing import PackedBatch
@@ -134,7 +135,11 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
     student = new_student(config.student, teacher.text.embedding_dim).to(device)
     if not student.verify_packing():
         progress.note(f"{config.student}: packing is not exact for this encoder; padding instead.")
-    inputs = {p.target.path.name: p.target.digest for p in train_text.values()}
+    inputs = {}
+    for kind, texts in (("train", train_text), ("dev", dev_text)):
+        for lang, parallel in texts.items():
+            inputs[parallel.target.path.name] = parallel.target.digest
+            inputs[f"{kind}: English of {lang}"] = json_digest(parallel.sources)
     inputs |= {"teacher": teacher.fingerprint, "student": student.digest()}
     run = Run("align", out, config, inputs)
 
@@ -242,10 +247,7 @@ def _images_for_accuracy(
     """The image folder if dev accuracy shall choose the checkpoint, or can (`auto`)."""
     if config.select == "mse":
         return None
-    possible = all(
-        (parallel.target.labels != UNLABELLED).any() and len(parallel.target.image_names) > 0
-        for parallel in dev_text.values()
-    )
+    possible = all(_judged_rows(parallel.target).size > 0 for parallel in dev_text.values())
     if config.select == "accuracy":
         if not possible:
             raise DataError(
@@ -261,6 +263,11 @@ def _images_for_accuracy(
         if config.images is not None:
             raise
         return None
+
+
+def _judged_rows(split: Split) -> Rows:
+    """Rows with both a label and an image: those that accuracy can be measured on."""
+    return np.flatnonzero((split.labels != UNLABELLED) & (split.image_index >= 0))
 
 
 def _training_pairs(
@@ -304,7 +311,13 @@ def _dev_set(
     progress: Progress,
 ) -> _DevSet:
     if images is not None:
-        parallel = parallel.take(np.flatnonzero(parallel.target.labels != UNLABELLED))
+        rows = _judged_rows(parallel.target)
+        if len(rows) < len(parallel.target):
+            progress.note(
+                f"{parallel.target.path}: {len(parallel.target) - len(rows)} rows without label or "
+                "image; the dev figures leave them out."
+            )
+            parallel = parallel.take(rows)
     target = parallel.target
     return _DevSet(
         target.lang,

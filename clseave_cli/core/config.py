@@ -12,10 +12,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from clseave_cli.errors import UsageError
+
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
-def option(default: Any, help: str, *, flag: str | None = None, metavar: str | None = None) -> Any:
+def option(
+    default: Any,
+    help: str,
+    *,
+    flag: str | None = None,
+    metavar: str | None = None,
+    least: float | None = None,
+) -> Any:
     """A config field with the help text its flag shows.
 
     Args:
@@ -23,8 +32,12 @@ def option(default: Any, help: str, *, flag: str | None = None, metavar: str | N
         help: one line, shown by `--help`.
         flag: the flag's spelling where it is not the field's name with hyphens.
         metavar: what stands for the value in `--help`.
+        least: the smallest value that makes sense; None: any does.
     """
-    return field(default=default, metadata={"help": help, "flag": flag, "metavar": metavar})
+    return field(
+        default=default,
+        metadata={"help": help, "flag": flag, "metavar": metavar, "least": least},
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +48,21 @@ class StageConfig:
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
 
     runs: Path = option(Path("runs"), "Folder of the models.", metavar="DIR")
-    seed: int = option(0, "Seed of every random choice.")
+    seed: int = option(0, "Seed of every random choice.", least=0)
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")
     precision: Precision = option("auto", "Arithmetic of the matrix products.")
+
+    def __post_init__(self) -> None:
+        """Refuses numbers that are too small.
+
+        Raises:
+            UsageError: one is; names the flag.
+        """
+        for part in dataclasses.fields(self):
+            value, least = getattr(self, part.name), part.metadata["least"]
+            if least is not None and value is not None and not value >= least:
+                flag = part.metadata["flag"] or "--" + part.name.replace("_", "-")
+                raise UsageError(f"{flag} {value}: expected at least {least}.")
 
     def replace(self, **changes: Any) -> Any:
         """A copy with some fields changed."""
@@ -59,21 +84,21 @@ class DataConfig:
 class TrainingConfig(StageConfig):
     """What the training loop needs to know, whatever it trains."""
 
-    epochs: int = option(10, "Passes over the training data.")
-    batch_size: int = option(128, "Examples in one optimiser step.")
-    learning_rate: float = option(1e-4, "Peak learning rate.")
-    weight_decay: float = option(0.0, "Decoupled weight decay (AdamW).")
-    warmup_fraction: float = option(0.1, "Share of the steps over which the rate rises.")
+    epochs: int = option(10, "Passes over the training data.", least=1)
+    batch_size: int = option(128, "Examples in one optimiser step.", least=1)
+    learning_rate: float = option(1e-4, "Peak learning rate.", least=0)
+    weight_decay: float = option(0.0, "Decoupled weight decay (AdamW).", least=0)
+    warmup_fraction: float = option(0.1, "Share of the steps over which the rate rises.", least=0)
     schedule: Literal["constant", "linear", "cosine"] = option(
         "linear", "How the learning rate falls after the warm-up."
     )
-    accumulation: int = option(1, "Parts a batch is computed in, to save memory.")
+    accumulation: int = option(1, "Parts a batch is computed in, to save memory.", least=1)
     clip_norm: float | None = option(None, "Largest gradient norm; unset: no clipping.")
     patience: int | None = option(
-        None, "Stop after this many epochs without a better dev figure; unset: never."
+        None, "Stop after this many epochs without a better dev figure; unset: never.", least=1
     )
-    max_steps: int | None = option(None, "Stop after this many optimiser steps.")
-    checkpoint_minutes: float = option(10.0, "Minutes between two saved training states.")
+    max_steps: int | None = option(None, "Stop after this many optimiser steps.", least=1)
+    checkpoint_minutes: float = option(10.0, "Minutes between two saved training states.", least=0)
     resume: bool = option(False, "Continue an interrupted run from its last saved state.")
     train_split: str = option("train", "Name of the split to train on.")
     dev_split: str = option("dev", "Name of the split that chooses the checkpoint.")
@@ -156,15 +181,15 @@ class PretrainConfig(TrainingConfig, DataConfig):
         None, "Model to start from (hub id or folder); unset: from scratch.", metavar="NAME_OR_DIR"
     )
     out: Path | None = option(None, "Folder to write; unset: RUNS/clip.", metavar="DIR")
-    captions_per_image: int = option(1, "Captions an image meets in one step.")
+    captions_per_image: int = option(1, "Captions an image meets in one step.", least=1)
     image_size: int = option(224, "From scratch: picture size in pixels.")
     patch_size: int = option(16, "From scratch: patch size in pixels.")
     width: int = option(512, "From scratch: hidden width of both towers.")
     layers: int = option(12, "From scratch: layers of both towers.")
     embedding_dim: int = option(512, "From scratch: width of the shared space.")
-    epochs: int = option(30, "Passes over the training data.")
-    learning_rate: float = option(5e-4, "Peak learning rate.")
-    weight_decay: float = option(0.1, "Decoupled weight decay (AdamW).")
+    epochs: int = option(30, "Passes over the training data.", least=1)
+    learning_rate: float = option(5e-4, "Peak learning rate.", least=0)
+    weight_decay: float = option(0.1, "Decoupled weight decay (AdamW).", least=0)
     schedule: Literal["constant", "linear", "cosine"] = option(
         "cosine", "How the learning rate falls after the warm-up."
     )
@@ -196,15 +221,15 @@ class FinetuneConfig(TrainingConfig, DataConfig):
         metavar="NAME_OR_DIR",
     )
     out: Path | None = option(None, "Folder to write; unset: RUNS/clip-ve.", metavar="DIR")
-    epochs: int = option(20, "Passes over the training data, early stopping apart.")
-    batch_size: int = option(64, "Examples in one optimiser step.")
-    learning_rate: float = option(1e-6, "Peak learning rate.")
-    warmup_fraction: float = option(0.0, "Share of the steps over which the rate rises.")
+    epochs: int = option(20, "Passes over the training data, early stopping apart.", least=1)
+    batch_size: int = option(64, "Examples in one optimiser step.", least=1)
+    learning_rate: float = option(1e-6, "Peak learning rate.", least=0)
+    warmup_fraction: float = option(0.0, "Share of the steps over which the rate rises.", least=0)
     schedule: Literal["constant", "linear", "cosine"] = option(
         "constant", "How the learning rate falls after the warm-up."
     )
     patience: int | None = option(
-        1, "Stop after this many epochs without a better dev figure; unset: never."
+        1, "Stop after this many epochs without a better dev figure; unset: never.", least=1
     )
     select: Literal["loss", "accuracy"] = option("loss", "Dev figure that chooses the checkpoint.")
 
@@ -240,8 +265,8 @@ class AlignConfig(TrainingConfig, DataConfig):
         None, "CLIP-VE folder to imitate; unset: RUNS/clip-ve.", metavar="DIR"
     )
     out: Path | None = option(None, "Folder to write; unset: RUNS/align-LANG.", metavar="DIR")
-    epochs: int = option(9, "Passes over the training data.")
-    weight_decay: float = option(0.01, "Decoupled weight decay (AdamW).")
+    epochs: int = option(9, "Passes over the training data.", least=1)
+    weight_decay: float = option(0.01, "Decoupled weight decay (AdamW).", least=0)
     select: Literal["auto", "accuracy", "mse"] = option(
         "auto", "Dev figure that chooses the checkpoint; auto: accuracy where images are there."
     )
@@ -258,9 +283,9 @@ class EvaluateConfig(StageConfig, DataConfig):
         (), "Language to evaluate; repeat; unset: all there are.", metavar="LANG"
     )
     split: str = option("test", "Name of the split to evaluate on.")
-    batch_size: int = option(256, "Examples computed at once.")
+    batch_size: int = option(256, "Examples computed at once.", least=1)
     train_split: str = option("train", "Split the hypothesis-only baseline learns from.")
-    resamples: int = option(2000, "Bootstrap resamples behind every interval.")
+    resamples: int = option(2000, "Bootstrap resamples behind every interval.", least=1)
     report: Path | None = option(None, "Folder for the report; unset: none.", metavar="DIR")
 
 
@@ -269,4 +294,4 @@ class PredictConfig(StageConfig):
     """`predict`: the label of one image and sentence, or of a file of them."""
 
     lang: str = option("en", "Language of the hypothesis.", metavar="LANG")
-    batch_size: int = option(256, "Pairs computed at once.")
+    batch_size: int = option(256, "Pairs computed at once.", least=1)

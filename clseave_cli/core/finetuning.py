@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from clseave_cli.core.progress import SILENT, Progress
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
 from clseave_cli.core.training.precision import autocast, resolve_device, resolve_precision
 from clseave_cli.core.training.run import Run, is_complete, require_writable
+from clseave_cli.errors import UsageError
 from clseave_cli.labels import LABELS
 
 
@@ -85,6 +87,7 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> FinetuneRes
     if not config.allow_leak:
         check_leak(train_split, dev_split)
     images = ImageFolder.of(folder, config.images)
+    _require_batch_statistics(config, train_split)
 
     torch.manual_seed(config.seed)
     model = ClipVE.from_clip(config.clip).to(device)
@@ -128,6 +131,17 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> FinetuneRes
     result = train(stage, config, device=device, folder=run.folder, progress=progress)
     run.publish(model.save, _card(config, len(train_split), result))
     return FinetuneResult(out, result)
+
+
+def _require_batch_statistics(config: FinetuneConfig, split: Split) -> None:
+    """The head normalises over the examples it sees at once, so there must be two of them."""
+    smallest = len(split) // math.ceil(len(split) / config.batch_size)
+    if smallest // min(config.accumulation, smallest) < 2:
+        raise UsageError(
+            f"{split.path}: {len(split)} rows with --batch-size {config.batch_size} and "
+            f"--accumulation {config.accumulation} leave parts of one example; the head's batch "
+            "normalisation needs two. Raise --batch-size or lower --accumulation."
+        )
 
 
 def _prepare(

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from clseave_cli.core.config import Precision
-from clseave_cli.errors import ClseaveError
+from clseave_cli.errors import ClseaveError, UsageError
 
 _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -17,6 +17,7 @@ def resolve_device(name: str) -> torch.device:
     """The device a name means.
 
     Raises:
+        UsageError: no device is called so.
         ClseaveError: there is no such device here.
     """
     if name == "auto":
@@ -26,7 +27,7 @@ def resolve_device(name: str) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise ClseaveError(f"--device {name}: unknown; expected auto, cpu, cuda or cuda:N.")
+        raise UsageError(f"--device {name}: unknown; expected auto, cpu, cuda or cuda:N.")
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
