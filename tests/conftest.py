@@ -50,6 +50,7 @@ def clip(tmp_path_factory, world):
 
     folder = tmp_path_factory.mktemp("clip")
     new_clip(folder, tiny_world.sentences(world), ClipShape(**tiny_world.CLIP_SHAPE))
+    tiny_world.enlarge_weights(folder, 3.0)
     return folder
 
 
@@ -60,6 +61,7 @@ def encoder(tmp_path_factory, world):
 
     folder = tmp_path_factory.mktemp("encoder")
     new_encoder(folder, tiny_world.sentences(world), **tiny_world.ENCODER_SHAPE)
+    tiny_world.enlarge_weights(folder, 12.0)
     return folder
 
 

@@ -134,6 +134,17 @@ def sentences(folder: Path) -> list[str]:
     ]
 
 
+def enlarge_weights(folder: Path, factor: float) -> None:
+    """Makes random weights larger, so that different sentences get clearly different embeddings."""
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    enlarged = {
+        name: factor * value if value.ndim > 1 else value for name, value in load_file(path).items()
+    }
+    save_file(enlarged, path, {"format": "pt"})
+
+
 def tree(folder: Path) -> dict[str, bytes]:
     """The bytes of every file in a folder."""
     return {

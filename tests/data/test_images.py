@@ -124,5 +124,5 @@ def test_every_mode_becomes_rgb(mode):
 
 
 def test_the_image_from_bytes_goes_by_the_name_given():
-    with pytest.raises(DataError, match="^upload 3: damaged"):
+    with pytest.raises(DataError, match=r"^upload 3: damaged"):
         open_image(b"nothing", "upload 3")

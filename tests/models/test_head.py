@@ -1,0 +1,100 @@
+import pytest
+import torch
+from torch import nn
+
+from clseave_cli.core.models.head import EntailmentHead, HeadConfig
+
+
+@pytest.fixture
+def embeddings():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(6, 8, generator=generator), torch.randn(6, 8, generator=generator)
+
+
+def _reference(head, h, p):
+    """Eq. 3.1–3.3 spelled out, for a head in eval mode."""
+    h, p = (v / v.norm(dim=1, keepdim=True) for v in (h, p))
+    rows = []
+    for one_h, one_p in zip(h, p, strict=True):
+        feature = [*one_h, *one_p]
+        feature += [abs(a - b) for a, b in zip(one_h, one_p, strict=True)]
+        feature += [a * b for a, b in zip(one_h, one_p, strict=True)]
+        rows.append(torch.stack(feature))
+    x = torch.stack(rows)
+
+    def batch_norm(layer, x):
+        scale = layer.weight / torch.sqrt(layer.running_var + layer.eps)
+        return (x - layer.running_mean) * scale + layer.bias
+
+    norm_in, _, first, _, second, _, norm_out, _, last = head.layers
+    x = batch_norm(norm_in, x)
+    x = torch.clamp(x @ first.weight.T + first.bias, min=0)
+    x = torch.clamp(x @ second.weight.T + second.bias, min=0)
+    return batch_norm(norm_out, x) @ last.weight.T + last.bias
+
+
+def test_the_head_equals_the_equations_spelled_out(embeddings):
+    torch.manual_seed(1)
+    head = EntailmentHead(HeadConfig(embedding_dim=8, hidden_dim=16))
+    for _ in range(3):  # so that the running statistics are not the initial ones
+        head(*embeddings)
+    head.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(head(*embeddings), _reference(head, *embeddings))
+
+
+def test_features_by_hand():
+    head = EntailmentHead(HeadConfig(embedding_dim=2, hidden_dim=3, normalize=False, dropout=0.0))
+    seen = []
+    head.layers = nn.Sequential()
+    head.layers.forward = lambda features: seen.append(features) or features[:, :3]
+    head(torch.tensor([[1.0, -2.0]]), torch.tensor([[3.0, 0.5]]))
+    # [h, p, |h − p|, h ∘ p]
+    assert seen[0].tolist() == [[1.0, -2.0, 3.0, 0.5, 2.0, 2.5, 3.0, -1.0]]
+
+
+def test_normalised_features_by_hand():
+    head = EntailmentHead(HeadConfig(embedding_dim=2, dropout=0.0))
+    seen = []
+    head.layers.forward = lambda features: seen.append(features) or features[:, :3]
+    head(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, -5.0]]))
+    expected = [[0.6, 0.8, 0.0, -1.0, 0.6, 1.8, 0.0, -0.8]]
+    torch.testing.assert_close(seen[0], torch.tensor(expected))
+
+
+def test_the_layers_are_those_of_the_thesis():
+    head = EntailmentHead(HeadConfig())
+    shapes = [tuple(m.weight.shape) for m in head.layers if isinstance(m, nn.Linear)]
+    assert shapes == [(128, 2048), (128, 128), (3, 128)]
+    kinds = [type(m) for m in head.layers]
+    norm, drop, linear, relu = nn.BatchNorm1d, nn.Dropout, nn.Linear, nn.ReLU
+    assert kinds == [norm, drop, linear, relu, linear, relu, norm, drop, linear]
+    assert [m.p for m in head.layers if isinstance(m, drop)] == [0.1, 0.1]
+
+
+def test_logits_are_float32_whatever_comes_in(embeddings):
+    head = EntailmentHead(HeadConfig(embedding_dim=8)).eval()
+    h, p = embeddings
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = head(h.bfloat16(), p)
+    assert logits.dtype == torch.float32
+    with torch.no_grad():
+        torch.testing.assert_close(logits, head(h.bfloat16().float(), p))
+
+
+def test_the_length_of_an_embedding_does_not_matter(embeddings):
+    head = EntailmentHead(HeadConfig(embedding_dim=8)).eval()
+    h, p = embeddings
+    with torch.no_grad():
+        torch.testing.assert_close(head(7 * h, p / 3), head(h, p))
+
+
+def test_dropout_acts_on_each_embedding_in_training_only(embeddings):
+    head = EntailmentHead(HeadConfig(embedding_dim=8, dropout=0.5))
+    seen = []
+    head.layers.forward = lambda features: seen.append(features) or features[:, :3]
+    torch.manual_seed(0)
+    head.train()(*embeddings)
+    head.eval()(*embeddings)
+    dropped, kept = seen
+    assert (dropped[:, :16] == 0).any() and not (kept[:, :16] == 0).any()
