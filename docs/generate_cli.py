@@ -7,6 +7,7 @@ python docs/generate_cli.py --check    fail if the file is not what would be wri
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import sys
 import types
 import typing
@@ -39,47 +40,61 @@ def reference() -> str:
     """The whole page."""
     group: Any = typer.main.get_command(main.app)
     lines = [_INTRODUCTION, "## clseave", "", "    clseave [OPTIONS] COMMAND [ARGS]...", ""]
-    lines += _table(group.params, None)
+    lines += _table(group.params, {}, None)
     for name, command in group.commands.items():
-        config_class, _ = main._COMMANDS[name]
-        lines += _section(name, command, config_class)
+        lines += _section(
+            name, command, main._COMMANDS[name][0] if name in main._COMMANDS else None
+        )
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _section(name: str, command: Any, config_class: type[StageConfig]) -> list[str]:
+def _section(name: str, command: Any, config_class: type[StageConfig] | None) -> list[str]:
     arguments = [p for p in command.params if _is_argument(p)]
-    usage = ["clseave", name, "[OPTIONS]", *(f"[{p.name.upper()}]" for p in arguments)]
+    names = [p.name.upper() if p.required else f"[{p.name.upper()}]" for p in arguments]
+    usage = ["clseave", name, "[OPTIONS]", *names]
+    hints = typing.get_type_hints(inspect.unwrap(command.callback))
     lines = ["", f"## clseave {name}", "", command.help, "", "    " + " ".join(usage)]
     panels: dict[str | None, list[Any]] = {None: []}  # the command's own options go first
     for parameter in command.params:
         panels.setdefault(parameter.rich_help_panel, []).append(parameter)
     for title, parameters in panels.items():
         lines += [""] if title is None else ["", f"{title}:", ""]
-        lines += _table(parameters, config_class)
-    for preset, values in config_class.PRESETS.items():
+        lines += _table(parameters, hints, config_class)
+    for preset, values in (config_class.PRESETS if config_class else {}).items():
         flags = ", ".join(f"`{_spelling(key)} {value}`" for key, value in values.items())
-        lines += ["", f"`--preset {preset}` stands for {flags or "the defaults"}."]
+        flags = flags or "the defaults"
+        lines += ["", f"`--preset {preset}` stands for {flags}."]
     return lines
 
 
-def _table(parameters: list[Any], config_class: type[StageConfig] | None) -> list[str]:
-    fields = {field.name: field for field in dataclasses.fields(config_class or StageConfig)}
-    hints = typing.get_type_hints(config_class or StageConfig)
+def _table(
+    parameters: list[Any], hints: dict[str, Any], config_class: type[StageConfig] | None
+) -> list[str]:
+    fields = {field.name: field for field in dataclasses.fields(config_class or _NoOptions)}
     lines = ["| | value | default | |", "|---|---|---|---|"]
     for parameter in parameters:
-        field = fields.get(parameter.name) if config_class else None
-        shown = " ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))
-        if _is_argument(parameter):
-            shown = f"`{parameter.name.upper()}`"
-        annotation = hints[parameter.name] if field else None
-        is_flag = not _is_argument(parameter) and parameter.is_flag
-        value = "" if is_flag else parameter.metavar or _value(annotation)
-        default = "" if field is None else _default(field.default)
-        meaning = parameter.help if field is None else field.metadata["help"]
+        field = fields.get(parameter.name)
+        is_argument = _is_argument(parameter)
+        names = [parameter.name.upper()] if is_argument else _flags(parameter)
+        shown = " ".join(f"`{name}`" for name in names)
+        is_flag = not is_argument and parameter.is_flag
+        value = "" if is_flag else parameter.metavar or _value(hints[parameter.name])
+        default = _default(field.default) if field else "" if is_flag else parameter.default
+        default = "" if default in (None, "") else f"`{default}`"
+        meaning = field.metadata["help"] if field else parameter.help
         if parameter.envvar:
             meaning += f" Environment: `{parameter.envvar}`."
         lines.append(f"| {shown} | {value} | {default} | {meaning} |".replace("  ", " "))
     return lines
+
+
+@dataclasses.dataclass(frozen=True)
+class _NoOptions:
+    """Stands in where a command has no config."""
+
+
+def _flags(parameter: Any) -> list[str]:
+    return [*parameter.opts, *parameter.secondary_opts]
 
 
 def _is_argument(parameter: Any) -> bool:
@@ -87,10 +102,10 @@ def _is_argument(parameter: Any) -> bool:
 
 
 def _value(annotation: Any) -> str:
-    """What a field's type asks the user for, in a word, or its choices."""
-    if isinstance(annotation, types.UnionType):
+    """What a parameter's type asks the user for, in a word, or its choices."""
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
         annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
-    if typing.get_origin(annotation) is tuple:
+    if typing.get_origin(annotation) is list:
         annotation = typing.get_args(annotation)[0]
     if typing.get_origin(annotation) is typing.Literal:
         return ", ".join(f"`{choice}`" for choice in typing.get_args(annotation))
@@ -100,9 +115,7 @@ def _value(annotation: Any) -> str:
 def _default(value: Any) -> str:
     if value is None or value == ():
         return ""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"`{value}`"
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
 
 def _spelling(field_name: str) -> str:

@@ -1,0 +1,200 @@
+"""README.md and docs/: every link leads somewhere, every command is one the program takes."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from clseave_cli.commands import options
+from clseave_cli.main import app
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_INDENTED = re.compile(r"^    (\S.*)$", re.MULTILINE)
+_INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+_TOML = re.compile(r"^```toml\n# (\w+\.toml)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def page_id(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def anchors(text: str) -> set[str]:
+    """The names GitHub gives headings, to be linked to after a #."""
+    headings = re.findall(r"^#+ (.+)$", _FENCE.sub("", text), re.MULTILINE)
+    plain = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
+    return {heading.strip().replace(" ", "-") for heading in plain}
+
+
+def commands(text: str) -> list[list[str]]:
+    """The arguments of every clseave command that a page shows, in blocks and in sentences."""
+    shown = [line for _, block in _FENCE.findall(text) for line in joined(block)]
+    rest = _FENCE.sub("", text)
+    shown += [*_INDENTED.findall(rest), *_INLINE.findall(rest)]
+    return [arguments for line in shown for arguments in clseave_arguments(line)]
+
+
+def joined(block: str) -> list[str]:
+    return block.replace("\\\n", " ").splitlines()
+
+
+def clseave_arguments(line: str) -> list[list[str]]:
+    """What follows `clseave` (or `-m clseave_cli`) in each simple command of a shell line."""
+    if "clseave" not in line:
+        return []
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    try:
+        words = list(lexer)
+    except ValueError:
+        return []  # a sentence with an apostrophe, no command
+    found: list[list[str]] = []
+    current: list[str] | None = None
+    for number, word in enumerate(words):
+        start_of_command = number == 0 or words[number - 1] in ("&&", "||", "|", ";")
+        after_variables = all(re.fullmatch(r"\w+=.*", each) for each in words[:number])
+        if word in ("&&", "||", "|", ";", ">", "<"):
+            current = None
+        elif (word == "clseave" and (start_of_command or after_variables)) or (
+            word == "clseave_cli" and words[number - 1 : number] == ["-m"]
+        ):
+            current = []
+            found.append(current)
+        elif current is not None:
+            current.append(word)
+    # `clseave` alone is the program's name; an upper-case word or an ellipsis is a place-holder.
+    return [words for words in found if words and re.fullmatch(r"[a-z-]+", words[0])]
+
+
+class _Understood(Exception):
+    pass
+
+
+def parse(arguments: list[str]) -> None:
+    """Runs a command up to the point where its options are understood, and nothing more.
+
+    Raises:
+        _Understood: they are. Anything else that is raised says what is wrong with them.
+    """
+    group: Any = typer.main.get_command(app)
+    for command in group.commands.values():
+        if all(parameter.name != "config" for parameter in command.params):
+            command.callback = stop  # the others stop where their config would be made
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(options, "resolve", stop_after(options.resolve))
+        group.main(arguments, "clseave", standalone_mode=False)
+
+
+def stop(**_: Any) -> None:
+    raise _Understood
+
+
+def stop_after(resolve: Callable[..., Any]) -> Callable[..., None]:
+    def call(*arguments: Any) -> None:
+        resolve(*arguments)
+        raise _Understood
+
+    return call
+
+
+def test_commands_are_found_and_told_from_sentences() -> None:
+    text = "\n".join(
+        [
+            'Type `clseave predict image.jpg "a man\'s dog" --lang ja`; `clseave` is its name.',
+            "```bash",
+            "pip install -e . && clseave demo",
+            "CLSEAVE_RUNS=x clseave align \\",
+            "  --lang de | cat",
+            "torchrun --nproc-per-node 8 -m clseave_cli align --lang nl",
+            "```",
+            "`clseave COMMAND` `clseave … | head`",
+        ]
+    )
+    assert commands(text) == [
+        ["demo"],
+        ["align", "--lang", "de"],
+        ["align", "--lang", "nl"],
+        ["predict", "image.jpg", "a man's dog", "--lang", "ja"],
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in _LINK.findall(_FENCE.sub("", text)):
+        if re.match(r"https?://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = page.parent / path if path else page
+        assert linked.exists(), f"{page_id(page)}: {target} is not there"
+        if anchor:
+            assert anchor in anchors(linked.read_text(encoding="utf-8")), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_command_shown_is_one_the_program_takes(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if page.name == "cli.md":
+        return  # its usage lines are patterns; the reference has tests of its own
+    text = page.read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    for name, body in _TOML.findall(text):
+        (tmp_path / name).write_text(body, encoding="utf-8")
+    for arguments in commands(text):
+        if "--help" in arguments or "--version" in arguments:
+            continue
+        try:
+            parse(arguments)
+        except _Understood:
+            continue
+        except Exception as error:
+            pytest.fail(f"{page_id(page)}: {shlex.join(['clseave', *arguments])}: {error}")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["align", "--langs", "de"],
+        ["finetune-ve", "--preset", "x"],
+        ["finetune-ve", "--epochs", "0"],
+        ["compare", "A"],
+        ["nothing"],
+    ],
+    ids=" ".join,
+)
+def test_the_parse_check_refuses_what_the_program_refuses(wrong: list[str]) -> None:
+    with pytest.raises(Exception) as caught:
+        parse(wrong)
+    assert not isinstance(caught.value, _Understood)
+
+
+def test_the_readme_has_the_two_commands_each_in_a_block_of_its_own() -> None:
+    blocks = [body for _, body in _FENCE.findall((ROOT / "README.md").read_text(encoding="utf-8"))]
+    assert "pip install -e . && clseave demo\n" in blocks
+    assert 'pip install -e ".[test]" && pytest\n' in blocks
+
+
+def test_extras_named_in_the_pages_exist() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for page in PAGES:
+        for names in re.findall(r"pip install [^\n`]*?\[([\w,-]+)\]", page.read_text("utf-8")):
+            assert set(names.split(",")) <= set(project["optional-dependencies"]), page_id(page)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_files_of_the_repository_named_in_the_pages_exist(page: Path) -> None:
+    for name in _INLINE.findall(page.read_text(encoding="utf-8")):
+        if re.fullmatch(r"(clseave_cli|tests|docs|\.ci|commands|core)(/[\w.]+)+/?", name):
+            candidates = (ROOT / name, ROOT / "clseave_cli" / name)
+            assert any(path.exists() for path in candidates), f"{page_id(page)}: {name}"
