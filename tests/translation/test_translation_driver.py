@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -229,7 +230,7 @@ def test_retry_after_and_rate_are_kept(memory: Memory) -> None:
 
     engine.misbehave = misbehave
     _drive(engine, memory, [f"text {index}" for index in range(12)], per_second=50)
-    gaps = [later - earlier for earlier, later in zip(times[4:], times[5:], strict=False)]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(times[4:])]
     # Requests already timed when the refusal came may follow at once; then all wait.
     assert sum(moment - times[0] < 0.29 for moment in times) <= 4
     assert all(gap > 0.01 for gap in gaps[1:])

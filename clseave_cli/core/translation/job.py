@@ -21,7 +21,7 @@ from clseave_cli.core.translation.segments import needs_translation
 from clseave_cli.core.translation.work import Item, Work
 from clseave_cli.errors import DataError
 
-_ROWS_AT_ONCE = 2_000
+_ROWS_AT_ONCE = 10_000
 
 
 @dataclass(frozen=True)

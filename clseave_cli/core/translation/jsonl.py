@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from clseave_cli.core.translation.files import SUSPECT_FIELD, Row, choose_field, reading
 from clseave_cli.errors import DataError
@@ -14,14 +14,7 @@ from clseave_cli.errors import DataError
 _BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
-
-
-class _Record(NamedTuple):
-    line: str  # without line end
-    start: int  # of the value, its quotes included
-    end: int
-    values: dict[str, Any]
-    ending: str
+_quote_raw = json.encoder.encode_basestring
 
 
 class JsonLinesFile:
@@ -43,17 +36,34 @@ class JsonLinesFile:
             next(self.rows(), None)  # the first row tells
 
     def rows(self) -> Iterator[Row]:
-        """The rows; blank lines are passed over."""
+        """The rows; blank lines are passed over. A row's record is its line and its values."""
+        # Millions of rows pass here, so the C scanner is called without json.loads around it.
+        scan = _DECODER.scan_once  # type: ignore[attr-defined]
+        field = self._field or ""
         with reading(self._path) as stream:
             for number, data in enumerate(stream, 1):
-                if number == 1:
-                    data = data.removeprefix(_BOM)
-                if not data.isspace():
-                    yield self._row(number, data)
+                try:
+                    line = data.decode()
+                    values, end = scan(line, 0)
+                    text = values[field]
+                    if type(text) is not str or (end + 1 != len(line)) or data[-1] != 10:
+                        raise ValueError
+                except (ValueError, TypeError, KeyError, StopIteration, RecursionError):
+                    # Anything but the plainest of rows is looked at again, with more patience.
+                    if data.isspace():
+                        continue
+                    line, values = self._parse(number, data)
+                    field = self._field or ""
+                    text = values[field]
+                pair_id = values.get("pairID")
+                if pair_id is not None and type(pair_id) is not str:
+                    pair_id = str(pair_id)
+                yield Row(number, text, pair_id, (line, values))
 
-    def _row(self, number: int, data: bytes) -> Row:
+    def _parse(self, number: int, data: bytes) -> tuple[str, dict[str, Any]]:
+        """The line and its values, or an error that says what is wrong with it."""
         try:
-            line = data.decode()
+            line = (data.removeprefix(_BOM) if number == 1 else data).decode()
             values = json.loads(line)
         except UnicodeDecodeError:
             raise DataError.at(self._path, number, "not UTF-8; convert the file.") from None
@@ -65,28 +75,11 @@ class JsonLinesFile:
             raise DataError.at(self._path, number, 'expected an object: {"sentence2": "…", …}.')
         if self._field is None:
             self._field = choose_field(self._path, None, list(values))
-        field = self._field
-        text = values.get(field)
+        text = values.get(self._field)
         if not isinstance(text, str):
-            found = "is missing" if field not in values else f"is {json.dumps(text)[:40]}"
-            raise DataError.at(self._path, number, f'"{field}" {found}; expected a string.')
-        content = line.rstrip("\r\n")
-        start, end = self._span(content, field)
-        pair_id = values.get("pairID")
-        record = _Record(content, start, end, values, line[len(content) :] or "\n")
-        return Row(number, text, None if pair_id is None else str(pair_id), record)
-
-    def _span(self, line: str, field: str) -> tuple[int, int]:
-        """Where the field's value stands in the line."""
-        # Nearly every row is flat and names the field once; then the name cannot be found in a
-        # string (its quotes would be escaped there) nor in an object within.
-        key = f'"{field}"'
-        if line.count("{") == 1 and line.count(key) == 1:
-            colon = _SPACE.match(line, line.index(key) + len(key)).end()  # type: ignore[union-attr]
-            if line.startswith(":", colon):
-                start = _SPACE.match(line, colon + 1).end()  # type: ignore[union-attr]
-                return start, _DECODER.raw_decode(line, start)[1]
-        return _search(line, field)
+            found = "is missing" if self._field not in values else f"is {json.dumps(text)[:40]}"
+            raise DataError.at(self._path, number, f'"{self._field}" {found}; expected a string.')
+        return line, values
 
     def writer(self, stream: BinaryIO) -> JsonLinesWriter:
         """Writes such a file."""
@@ -98,36 +91,56 @@ class JsonLinesWriter:
 
     def __init__(self, stream: BinaryIO, field: str, source: str) -> None:
         self._stream = stream
+        self._field = field
+        self._key = f'"{field}"'
+        self._opening = f'"{field}": "'
         self._source_field = f"{field}_{source}"
         self._source_key = json.dumps(self._source_field, ensure_ascii=False)
 
     def write(self, row: Row, translation: str, suspicions: tuple[str, ...]) -> None:
         """Writes one line."""
-        line, start, end, values, ending = row.record
+        line, values = row.record
+        start, end = self._span(line, row.text)
         close = line.rindex("}")
         added = ""
         if self._source_field not in values:
             added = f", {self._source_key}: {line[start:end]}"
         if suspicions:
-            added += f", {json.dumps(SUSPECT_FIELD)}: {json.dumps(list(suspicions))}"
-        before = line[end:close].rstrip()
-        whole = f"{line[:start]}{_quote(translation)}{before}{added}{line[close:]}{ending}"
-        self._stream.write(whole.encode())
+            added += f', "{SUSPECT_FIELD}": {json.dumps(suspicions)}'
+        if added and line[close - 1].isspace():
+            close = len(line[:close].rstrip())
+        rest = line[close:] if line.endswith("\n") else line[close:] + "\n"
+        try:
+            whole = (
+                f"{line[:start]}{_quote_raw(translation)}{line[end:close]}{added}{rest}".encode()
+            )
+        except UnicodeEncodeError:  # a lone surrogate has no UTF-8, but an escape
+            whole = (
+                f"{line[:start]}{json.dumps(translation)}{line[end:close]}{added}{rest}".encode()
+            )
+        self._stream.write(whole)
+
+    def _span(self, line: str, text: str) -> tuple[int, int]:
+        """Where the field's value stands in the line, its quotes included."""
+        # Nearly every row is flat, names the field once and holds the text without escapes. Then
+        # the name can be neither in a string (its quotes would be escaped) nor in an inner object.
+        start = line.find(self._opening) + len(self._opening)
+        end = start + len(text)
+        if (
+            start >= len(self._opening)
+            and line.startswith(text, start)
+            and line.startswith('"', end)
+            and line.count("{") == 1
+            and line.count(self._key) == 1
+        ):
+            return start - 1, end + 1
+        return _search(line, self._field)
 
     def leave_out(self, row: Row) -> None:
         """Rows are joined by their keys: one may be missing."""
 
     def close(self) -> None:
         """Every line is written already."""
-
-
-def _quote(text: str) -> str:
-    quoted = json.dumps(text, ensure_ascii=False)
-    try:
-        quoted.encode()
-    except UnicodeEncodeError:  # a lone surrogate has no UTF-8, but an escape
-        return json.dumps(text)
-    return quoted
 
 
 def _search(line: str, field: str) -> tuple[int, int]:

@@ -26,17 +26,17 @@ _BUSY_SECONDS = 60.0
 _CACHE_KIB = 64 * 1024
 _MAX_VARIABLES = 10_000
 
-# Texts are UTF-8 in BLOBs, because they may hold NUL and lone surrogates. `attempts`: how often the
-# engine was asked. `checked`: version of the checks that were made, '' for none. `suspicions`: the
-# names of those that found something, separated by spaces.
+# Texts are TEXT, or BLOBs where lone surrogates forbid that: the columns have no type. `attempts`:
+# how often the engine was asked. `checked`: version of the checks that were made, '' for none.
+# `suspicions`: the names of those that found something, separated by spaces.
 _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS identities (id INTEGER PRIMARY KEY, engine TEXT NOT NULL,"
     " model TEXT NOT NULL, revision TEXT NOT NULL, settings TEXT NOT NULL, source TEXT NOT NULL,"
     " target TEXT NOT NULL, UNIQUE (engine, model, revision, settings, source, target))",
-    "CREATE TABLE IF NOT EXISTS translations (identity INTEGER NOT NULL, text BLOB NOT NULL,"
-    " translation BLOB NOT NULL, attempts INTEGER NOT NULL, checked TEXT NOT NULL,"
+    "CREATE TABLE IF NOT EXISTS translations (identity INTEGER NOT NULL, text NOT NULL,"
+    " translation NOT NULL, attempts INTEGER NOT NULL, checked TEXT NOT NULL,"
     " suspicions TEXT NOT NULL, PRIMARY KEY (identity, text)) WITHOUT ROWID",
-    "CREATE TABLE IF NOT EXISTS claims (identity INTEGER NOT NULL, text BLOB NOT NULL,"
+    "CREATE TABLE IF NOT EXISTS claims (identity INTEGER NOT NULL, text NOT NULL,"
     " owner TEXT NOT NULL, PRIMARY KEY (identity, text)) WITHOUT ROWID",
 )
 
@@ -67,14 +67,20 @@ def default_path() -> Path:
     return cache_root() / "translation" / "memory.sqlite"
 
 
-def encode(text: str) -> bytes:
-    """A text as the memory keeps it; lone surrogates are kept too."""
-    return text.encode("utf-8", "surrogatepass")
+def encode(text: str) -> str | bytes:
+    """A text as SQLite can keep it: itself, or bytes where it has lone surrogates."""
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogatepass")
+    return text
 
 
-def decode(data: bytes) -> str:
+def decode(data: str | bytes) -> str:
     """The inverse of `encode`."""
-    return data.decode("utf-8", "surrogatepass")
+    return data if isinstance(data, str) else data.decode("utf-8", "surrogatepass")
 
 
 class Memory:
@@ -180,9 +186,12 @@ class Memory:
                     (identity, *keys),
                 )
                 for text, translation, attempts, checked, suspicions in rows:
-                    found[decode(text)] = Entry(
-                        decode(translation), attempts, checked, tuple(suspicions.split())
-                    )
+                    marks = tuple(suspicions.split()) if suspicions else ()
+                    if type(text) is bytes:
+                        text = decode(text)
+                    if type(translation) is bytes:
+                        translation = decode(translation)
+                    found[text] = Entry(translation, attempts, checked, marks)
         return found
 
     def store(self, identity: int, entries: Iterable[tuple[str, Entry]]) -> None:
@@ -241,7 +250,7 @@ class Memory:
         with self._writing():
             self._release([(identity, encode(text)) for text in texts])
 
-    def _release(self, keys: list[tuple[int, bytes]]) -> None:
+    def _release(self, keys: list[tuple[int, str | bytes]]) -> None:
         self._connection.executemany("DELETE FROM claims WHERE identity = ? AND text = ?", keys)
 
     # An owner is alive as long as somebody holds the lock on its file: the kernel lets go of it
@@ -322,6 +331,6 @@ def _refuse_other_files(path: Path) -> None:
             )
 
 
-def _chunks(keys: list[bytes]) -> Iterator[list[bytes]]:
+def _chunks(keys: list[str | bytes]) -> Iterator[list[str | bytes]]:
     for start in range(0, len(keys), _MAX_VARIABLES):
         yield keys[start : start + _MAX_VARIABLES]
