@@ -180,7 +180,7 @@ def faults() -> None:
             )  # fmt: skip
 
 
-def nmt(num_rows: int = 96, batch_size: int = 32, beams: int = 4) -> None:
+def nmt(num_rows: int = 32, batch_size: int = 16, beams: int = 2) -> None:
     """The local engine against its own decoder, and CTranslate2 against transformers.
 
     The model has the size of OPUS-MT's (6 + 6 layers, width 512, 58,101 words), random weights,
@@ -201,7 +201,7 @@ def nmt(num_rows: int = 96, batch_size: int = 32, beams: int = 4) -> None:
         model = make_marian(
             folder / "model", vocab_size=58_101, width=512, layers=6, heads=8, init_std=0.1
         )
-        texts = [sentence(index)[: 20 + index % 30] for index in range(num_rows)]
+        texts = [sentence(index)[: 16 + index % 8] for index in range(num_rows)]
         rows = [{"pairID": str(index), "sentence2": text} for index, text in enumerate(texts)]
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / "snli_ve_dev.jsonl").write_text(lines)

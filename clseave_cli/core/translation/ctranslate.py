@@ -100,7 +100,7 @@ def _converted(name: str, revision: str) -> Path:
     key = json_digest([name, revision, ctranslate2.__version__])[:16]
     folder = cache_root() / "ctranslate2" / key
     if not folder.is_dir():
-        converter = _Converter(name, revision=None if Path(name).is_dir() else revision)
+        converter = _Converter(name)
         try:
             with atomic_folder(folder) as aside:
                 converter.convert(str(aside), force=True)
