@@ -328,6 +328,7 @@ def test_an_engine_of_somebody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
+        ({"engine": "babel", "data": Path("nowhere")}, UsageError, "no such engine"),
         ({"lang": ()}, UsageError, "--lang is missing"),
         ({"lang": ("en",)}, UsageError, "the language of the input"),
         ({"lang": ("german",)}, UsageError, "not a language code"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from clseave_cli.core.config import TranslateConfig
 from clseave_cli.core.progress import SILENT, Progress
-from clseave_cli.core.translation.engine import create_engine
+from clseave_cli.core.translation.engine import create_engine, find_engine
 from clseave_cli.core.translation.files import split_name
 from clseave_cli.core.translation.job import FileSummary, Job
 from clseave_cli.core.translation.languages import canonical
@@ -58,6 +58,7 @@ def translate(config: TranslateConfig, progress: Progress = SILENT) -> Translati
         TranslationError: the engine or the memory cannot work.
         Interrupted: by Ctrl-C.
     """
+    find_engine(config.engine)  # refused before anything else is looked at
     source = canonical(config.source)
     langs = _languages(config, source)
     inputs = _inputs(config)

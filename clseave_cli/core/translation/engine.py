@@ -134,6 +134,24 @@ def engine_names() -> list[str]:
     return [*_BUILT_IN, *sorted(entry_points(group=ENTRY_POINT_GROUP).names - _BUILT_IN.keys())]
 
 
+def find_engine(name: str) -> Create:
+    """What makes the engine of a name.
+
+    Raises:
+        UsageError: no engine has that name.
+    """
+    if name in _BUILT_IN:
+        module, function = _BUILT_IN[name].split(":")
+        create: Create = getattr(importlib.import_module(module), function)
+        return create
+    found = list(entry_points(group=ENTRY_POINT_GROUP, name=name))
+    if not found:
+        known = ", ".join(engine_names())
+        raise UsageError(f"--engine {name}: no such engine; there are: {known}.")
+    create = found[0].load()
+    return create
+
+
 def create_engine(config: TranslateConfig, source: str, target: str) -> Engine:
     """The engine `config.engine` names, for canonical `source` and `target` languages.
 
@@ -141,17 +159,7 @@ def create_engine(config: TranslateConfig, source: str, target: str) -> Engine:
         UsageError: no engine has that name.
         TranslationError: it does not know a language, or something it needs is missing.
     """
-    create: Create
-    if config.engine in _BUILT_IN:
-        module, name = _BUILT_IN[config.engine].split(":")
-        create = getattr(importlib.import_module(module), name)
-    else:
-        found = list(entry_points(group=ENTRY_POINT_GROUP, name=config.engine))
-        if not found:
-            known = ", ".join(engine_names())
-            raise UsageError(f"--engine {config.engine}: no such engine; there are: {known}.")
-        create = found[0].load()
-    return create(config, source, target)
+    return find_engine(config.engine)(config, source, target)
 
 
 def language_code(table: dict[str, str], language: str, engine: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sqlite3
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from clseave_cli.core.translation.output import Output
 from clseave_cli.core.translation.quality import CHECKS, Checks
 from clseave_cli.core.translation.segments import needs_translation
 from clseave_cli.core.translation.work import Item, Work
-from clseave_cli.errors import DataError
+from clseave_cli.errors import DataError, TranslationError
 
 _ROWS_AT_ONCE = 10_000
 
@@ -103,6 +104,11 @@ class Job:
             if work.num_texts:
                 self._fill(progress, work)
             return [self._write(progress, work, start)] if is_first else []
+        except sqlite3.Error as error:
+            raise TranslationError(
+                f"the list of what is left to translate cannot be kept ({error}); "
+                "is the temporary folder full? TMPDIR names another."
+            ) from error
         finally:
             work.close()
 
