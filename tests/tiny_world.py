@@ -139,10 +139,11 @@ def enlarge_weights(folder: Path, factor: float) -> None:
     from safetensors.torch import load_file, save_file
 
     path = folder / "model.safetensors"
-    enlarged = {
-        name: factor * value if value.ndim > 1 else value for name, value in load_file(path).items()
-    }
-    save_file(enlarged, path, {"format": "pt"})
+    tensors = load_file(path)
+    for name, value in tensors.items():
+        if value.ndim > 1 and not name.endswith("projection.weight"):
+            tensors[name] = factor * value
+    save_file(tensors, path, {"format": "pt"})
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -183,23 +184,46 @@ class Notes:
         return "\n".join(self.lines)
 
 
+def warm_processes() -> multiprocessing.context.ForkServerContext:
+    """Processes forked from a server that has loaded the package and done nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["clseave_cli.core.finetuning", "clseave_cli.core.alignment", "clseave_cli.main"]
+    )
+    return context
+
+
+def slow_steps() -> None:
+    """Makes every optimiser step of this process last long enough to be interrupted."""
+    import time
+
+    import torch
+
+    step = torch.optim.AdamW.step
+
+    def slow(*arguments, **more):
+        time.sleep(0.03)
+        return step(*arguments, **more)
+
+    torch.optim.AdamW.step = slow
+
+
+def small_files() -> None:
+    """Makes writing more than 30 kB into a file fail in this process, as on a full disk."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+
+
 class CommandProcess:
-    """`clseave …` in a process of its own that has torch loaded already: quick to start.
-
-    The process is forked from a server that has loaded the package and done nothing else.
-    """
-
-    _context = multiprocessing.get_context("forkserver")
+    """`clseave …` in a process of its own that has torch loaded already: quick to start."""
 
     def __init__(
         self, *arguments: str, folder: Path, before: Callable[[], None] | None = None
     ) -> None:
-        self._context.set_forkserver_preload(
-            ["clseave_cli.core.finetuning", "clseave_cli.core.alignment", "clseave_cli.main"]
-        )
         folder.mkdir(parents=True, exist_ok=True)
         self._out, self._err = folder / "stdout", folder / "stderr"
-        self.process = self._context.Process(
+        self.process = warm_processes().Process(
             target=_command,
             args=(arguments, self._out, self._err, os.environ["CLSEAVE_CACHE"], before),
         )
@@ -231,11 +255,8 @@ def _command(
     cache: str,
     before: Callable[[], None] | None,
 ) -> None:
-    import torch
-
     from clseave_cli.main import main
 
-    torch.set_num_threads(1)
     os.environ["CLSEAVE_CACHE"] = cache
     sys.argv = ["clseave", *arguments]
     with out.open("w") as sys.stdout, err.open("w", buffering=1) as sys.stderr:

@@ -1,0 +1,256 @@
+"""The caches of image features and teacher embeddings: a hit is a miss, bit for bit."""
+
+import contextlib
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from tiny_world import Notes, edit_row, flip_byte, warm_processes
+
+from clseave_cli.core.data.images import ImageFolder
+from clseave_cli.core.data.records import read_split
+from clseave_cli.core.features import (
+    VectorCache,
+    cache_root,
+    image_features,
+    sentence_embeddings,
+    tokenize_sentences,
+)
+from clseave_cli.core.models import backbones
+from clseave_cli.errors import DataError
+
+SENTENCES = ["red", "The square is blue.", "red", "A dog waits outside."]
+
+
+@pytest.fixture
+def text(clip):
+    return backbones.load_clip_text(clip).eval()
+
+
+@pytest.fixture
+def image(clip):
+    return backbones.load_clip_image(clip).eval()
+
+
+class _Counter:
+    """Counts the sentences or images that an encoder computes."""
+
+    def __init__(self, encoder, monkeypatch):
+        self.count = 0
+        forward = type(encoder).forward
+
+        def counting(module, batch):
+            result = forward(module, batch)
+            self.count += len(result)
+            return result
+
+        monkeypatch.setattr(type(encoder), "forward", counting)
+
+    def take(self):
+        count, self.count = self.count, 0
+        return count
+
+
+def _embed(encoder, sentences=SENTENCES):
+    features = sentence_embeddings(
+        encoder, sentences, autocast=contextlib.nullcontext, description="x"
+    )
+    return features.vectors[torch.from_numpy(features.index)]
+
+
+def _look(encoder, folder):
+    split = read_split(folder, "train")
+    features = image_features(
+        encoder, split, ImageFolder.of(folder, None), autocast=contextlib.nullcontext
+    )
+    return features.vectors[torch.from_numpy(features.index)]
+
+
+def test_a_hit_is_a_miss_bit_for_bit(text, monkeypatch):
+    counter = _Counter(text, monkeypatch)
+    miss = _embed(text)
+    assert counter.take() == 3  # distinct sentences
+    assert torch.equal(_embed(text), miss)
+    assert counter.take() == 0
+    assert torch.equal(miss[0], miss[2]) and not torch.equal(miss[0], miss[1])
+    # Other rows, another order, one new: only that is computed.
+    more = _embed(text, ["A dog waits outside.", "new", "red"])
+    assert counter.take() == 1
+    assert torch.equal(more[0], miss[3]) and torch.equal(more[2], miss[0])
+
+
+def test_images_are_computed_once_and_by_content(image, data, monkeypatch):
+    counter = _Counter(image, monkeypatch)
+    miss = _look(image, data)
+    assert counter.take() == 8  # 24 rows
+    assert torch.equal(_look(image, data), miss)
+    assert counter.take() == 0
+
+    # A picture that changed under its name is noticed; one that only moved is known.
+    shutil.copy(data / "images" / "test2.png", data / "images" / "train0.png")
+    changed = _look(image, data)
+    assert counter.take() == 1
+    assert not torch.equal(changed[0], miss[0]) and torch.equal(changed[3:], miss[3:])
+    (data / "images").rename(data / "Images")
+    assert torch.equal(_look(image, data), changed)
+    assert counter.take() == 0
+
+
+def test_image_features_are_what_the_encoder_gives(image, data):
+    from clseave_cli.core.data.images import open_image
+
+    split = read_split(data, "train")
+    features = _look(image, data)
+    with torch.no_grad():
+        for row in (0, 7, 23):
+            name = split.image_names[split.image_index[row]]
+            pixels = image.preprocess([open_image(data / "images" / name)])
+            torch.testing.assert_close(features[row], image(pixels)[0], rtol=1e-4, atol=1e-5)
+
+
+def _shards():
+    return sorted(cache_root().rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "emptied", "rubbish"])
+def test_a_damaged_shard_is_computed_again(text, monkeypatch, damage):
+    counter = _Counter(text, monkeypatch)
+    sound = _embed(text)
+    _embed(text, ["a second shard"])
+    counter.take()
+    first, second = _shards()
+    for path in (first, second):
+        content = path.read_bytes()
+        {
+            "flipped": lambda path=path: flip_byte(path, 0.9),
+            "cut": lambda path=path, content=content: path.write_bytes(content[:-5]),
+            "emptied": lambda path=path: path.write_bytes(b""),
+            "rubbish": lambda path=path: path.write_bytes(b"x" * 1000),
+        }[damage]()
+    assert torch.equal(_embed(text), sound)
+    assert counter.take() == 3
+    assert len(_shards()) == 1
+    assert torch.equal(_embed(text), sound)
+    assert counter.take() == 0
+
+
+def test_encoders_of_other_weights_do_not_meet(text, clip, monkeypatch):
+    counter = _Counter(text, monkeypatch)
+    before = _embed(text)
+    with torch.no_grad():
+        text.projection.weight[0, 0] += 1e-3
+    counter.take()
+    after = _embed(text)
+    assert counter.take() == 3
+    assert not torch.equal(before, after)
+    assert torch.equal(_embed(backbones.load_clip_text(clip).eval()), before)
+    assert counter.take() == 0
+
+
+def test_other_preprocessing_is_another_encoder(image):
+    before = image.digest()
+    image.processor.image_mean = [0.0, 0.0, 0.0]
+    assert image.digest() != before
+
+
+def test_a_tokenizer_is_part_of_its_encoder(text):
+    before = text.digest()
+    text.tokenizer.backend_tokenizer.add_tokens(["square"])
+    assert text.digest() != before
+
+
+def test_vectors_come_in_the_order_of_the_keys(tmp_path):
+    cache = VectorCache(tmp_path, 2)
+    keys = [f"{number:032x}" for number in range(10)]
+
+    def compute(items):
+        for item in items:
+            yield torch.tensor([[float(item), -float(item)]])
+
+    first = cache.get(keys[5:], compute, "x")
+    assert first[:, 0].tolist() == [0, 1, 2, 3, 4]
+    # Items 5 to 9 are known under their keys; the others are computed by their places.
+    order = [7, 2, 9, 0]
+    mixed = cache.get([keys[k] for k in order], compute, "x")
+    assert mixed[:, 0].tolist() == [2, 1, 4, 3]
+
+
+def test_nothing_is_kept_of_a_computation_that_failed(tmp_path):
+    cache = VectorCache(tmp_path / "new", 2)
+
+    def fail(items):
+        yield torch.ones(1, 2)
+        raise DataError("the second is damaged")
+
+    with pytest.raises(DataError):
+        cache.get([f"{n:032x}" for n in range(2)], fail, "x")
+    assert not list((tmp_path / "new").glob("*"))
+
+
+def _fill(folder, start, barrier):
+    cache = VectorCache(folder, 4)
+    keys = [f"{number:032x}" for number in range(start, start + 300)]
+
+    def compute(items):
+        barrier.wait(30)
+        for item in items:
+            yield torch.full((1, 4), float(start + item))
+
+    vectors = cache.get(keys, compute, "x")
+    os._exit(0 if vectors[:, 0].tolist() == list(range(start, start + 300)) else 3)
+
+
+def test_two_processes_fill_one_cache(tmp_path):
+    context = warm_processes()
+    barrier = context.Barrier(2)
+    processes = [
+        context.Process(target=_fill, args=(tmp_path / "shared", start, barrier))
+        for start in (0, 150)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+
+    def never(items):
+        raise AssertionError(f"{len(items)} vectors were lost")
+        yield
+
+    keys = [f"{number:032x}" for number in range(450)]
+    vectors = VectorCache(tmp_path / "shared", 4).get(keys, never, "x")
+    assert np.array_equal(vectors[:, 3].numpy(), np.arange(450))
+
+
+def test_the_line_of_a_damaged_image_is_named(image, data):
+    path = data / "images" / "train1.png"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(DataError, match=r"snli_ve_train.jsonl:4: .*train1.png: damaged"):
+        _look(image, data)
+
+
+def test_the_line_of_a_missing_image_is_named(image, data):
+    edit_row(data / "snli_ve_train.jsonl", 6, Flickr30K_ID="../../etc/passwd")
+    with pytest.raises(DataError, match=r"train.jsonl:6: image '../../etc/passwd' is not in"):
+        _look(image, data)
+
+
+def test_sentences_that_are_too_long_are_counted_and_one_is_named(text):
+    notes = Notes()
+    rows = ["red", "red " * 500, "blue", "red " * 500, "blue " * 100]
+    sentences = tokenize_sentences(text, rows, lambda row: f"f.jsonl:{row + 1}", notes)
+    assert sentences.index.tolist() == [0, 1, 2, 1, 3]
+    assert sentences.tokens.num_truncated == 2
+    assert notes.lines == [
+        "f.jsonl:2: too long for the encoder, as are 2 distinct hypotheses in all: "
+        "cut to 32 tokens, the terminal token kept."
+    ]
+
+
+def test_the_cache_lies_where_the_environment_says(cache, monkeypatch):
+    assert cache_root() == cache
+    monkeypatch.setenv("CLSEAVE_CACHE", "")
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert str(cache_root()) == "/somewhere/.cache/clseave"
