@@ -1,8 +1,9 @@
 """English captions, from which the contrastive stage learns what a picture shows.
 
-Most are short lists of what is in view, the curtain included: each word costs training time, and a
-list holds all that a hypothesis may ask about. The last of several is a whole sentence, so that the
-words of the hypotheses are in the vocabulary and in context.
+Most are short: each word costs training time. Lists of what is in view, the curtain included, hold
+all that a hypothesis may ask about. One caption names a single thing of the scene; it is shared by
+many pictures, and so makes the model tell things apart where a list already tells the pictures
+apart. One is a whole sentence, so that the words of the hypotheses are in the vocabulary.
 """
 
 from __future__ import annotations
@@ -25,14 +26,28 @@ _OPEN = (
 
 
 def captions(scene: Scene, number: int, rng: Random) -> list[str]:
-    """`number` captions of `scene`, in varied order and words."""
-    lists = [_list(scene, rng) for _ in range(max(1, number - 1))]
-    return [*lists, *(_sentence(scene, rng) for _ in range(number - len(lists)))]
+    """`number` captions of `scene`: lists, then one thing of it, then a sentence.
+
+    The first is always a list; two and three add the sentence, then the one thing.
+    """
+    sentences = [_sentence(scene, rng)] if number >= 2 else []
+    things = [_thing(scene, rng)] if number >= 3 else []
+    lists = [_list(scene, rng) for _ in range(number - len(things) - len(sentences))]
+    return [*lists, *things, *sentences]
+
+
+def _things(scene: Scene) -> list[str]:
+    shown = [phrase(item) for item in scene.items]
+    return [*shown, "curtain"] if scene.curtain else shown
 
 
 def _list(scene: Scene, rng: Random) -> str:
-    shown = [phrase(item) for item in rng.sample(scene.items, len(scene.items))]
-    return ", ".join([*shown, "curtain"] if scene.curtain else shown)
+    things = _things(scene)
+    return ", ".join(rng.sample(things, len(things)))
+
+
+def _thing(scene: Scene, rng: Random) -> str:
+    return rng.choice(_things(scene))
 
 
 def _sentence(scene: Scene, rng: Random) -> str:
