@@ -90,10 +90,10 @@ def run_with_kills(folder: Path, num_rows: int, num_kills: int, seed: int) -> Ki
         server.requested.clear()
         server.answered.clear()
         lost = []
-        for _ in range(num_kills):
-            lost.append(
-                _run_and_kill(data, folder / "memory.sqlite", server, texts, generator, num_kills)
-            )
+        for number in range(num_kills):
+            # So far into the work, on average, that what is left lasts for the kills to come.
+            left = (len(texts) - len(set(server.requested))) / (num_kills - number + 1)
+            lost.append(_run_and_kill(data, folder / "memory.sqlite", server, generator, left))
         _finish(_start(data, folder / "memory.sqlite", server))
         num_requests = len(server.requested)
     kept = {"snli_ve_train.jsonl", output.name}
@@ -120,17 +120,16 @@ def _run_and_kill(
     data: Path,
     memory_path: Path,
     server: Loopback,
-    texts: list[str],
     generator: random.Random,
-    num_kills: int,
+    num_requests: float,
 ) -> int:
-    """One run that is killed; returns how many of its requests were in vain."""
+    """One run, killed after about `num_requests`; returns how many of them were in vain."""
     before = len(server.requested)
     process = _start(data, memory_path, server)
     if generator.random() < 0.1:  # while it starts, or reads, or looks around
         time.sleep(generator.uniform(0, 1.5))
-    else:  # at some moment of the work, so far into it that the work lasts for all kills
-        target = before + generator.uniform(1, 2 * len(texts) / (num_kills + 2))
+    else:
+        target = before + generator.uniform(1, 1.5 * num_requests)
         while len(server.requested) < target and process.poll() is None:
             time.sleep(0.0005)
         time.sleep(generator.uniform(0, 0.003))
