@@ -174,7 +174,19 @@ class PretrainConfig(TrainingConfig, DataConfig):
     """`pretrain`: contrastive training of a CLIP-family model from image-caption pairs."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "mini-ve": {},
+        # The built-in world, on two CPU cores (docs/experiments.md, 2026-11-20).
+        "mini-ve": {
+            "image_size": 64,
+            "patch_size": 16,
+            "width": 128,
+            "layers": 2,
+            "embedding_dim": 128,
+            "captions_per_image": 2,
+            "epochs": 6,
+            "batch_size": 64,
+            "learning_rate": 2e-3,
+            "weight_decay": 0.05,
+        },
     }
 
     clip: str | None = option(
@@ -212,7 +224,15 @@ class FinetuneConfig(TrainingConfig, DataConfig):
             "epochs": 20,
             "select": "loss",
         },
-        "mini-ve": {},
+        "mini-ve": {
+            "epochs": 4,
+            "batch_size": 128,
+            "learning_rate": 2e-3,
+            "warmup_fraction": 0.1,
+            "schedule": "cosine",
+            "patience": None,
+            "select": "accuracy",
+        },
     }
 
     clip: str = option(
@@ -250,7 +270,7 @@ class AlignConfig(TrainingConfig, DataConfig):
             "patience": 9,
             "select": "mse",
         },
-        "mini-ve": {},
+        "mini-ve": {"epochs": 12, "batch_size": 64, "learning_rate": 2e-3},
     }
 
     lang: tuple[str, ...] = option(

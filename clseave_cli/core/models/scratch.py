@@ -99,7 +99,7 @@ def new_encoder(
     sentences: Iterable[str],
     *,
     width: int = 128,
-    num_layers: int = 3,
+    num_layers: int = 2,
     num_heads: int = 4,
     vocab_size: int = 2000,
     max_tokens: int = 128,
@@ -130,6 +130,9 @@ def new_encoder(
         intermediate_size=4 * width,
         max_position_embeddings=max_tokens,
         pad_token_id=tokenizer.pad_token_id,
+        # Small models on small worlds underfit; dropout would only slow them down.
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
