@@ -244,12 +244,16 @@ def _read_captions(folder: Path, split: str, images: ImageFolder) -> _Captions:
 def _caption_row(path: Path, line: int, raw: bytes) -> tuple[str, str]:
     try:
         row = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise DataError.at(path, line, "not valid JSON.") from None
     name = row.get("image") if isinstance(row, dict) else None
     caption = row.get("caption") if isinstance(row, dict) else None
     if not (isinstance(name, str) and isinstance(caption, str) and caption.strip()):
         raise DataError.at(path, line, "expected an object with texts for image and caption.")
+    try:
+        caption.encode()
+    except UnicodeEncodeError:
+        raise DataError.at(path, line, "the caption is not valid Unicode.") from None
     return name, caption
 
 
