@@ -1,0 +1,406 @@
+"""What bad input gets: one clear line, the right exit code, and nothing lost."""
+
+import json
+import shutil
+import signal
+
+import pytest
+from tiny_world import edit_row, flip_byte, read_jsonl, tree, write_jsonl
+
+
+@pytest.fixture
+def commands(data, runs, clip, encoder, tmp_path):
+    """The commands that read data and models, by name, with everything in order."""
+    quick = ["--epochs", "1", "--batch-size", "8", "--device", "cpu"]
+    return {
+        "finetune-ve": ["finetune-ve", "--clip", clip, "--data", data, "--runs", tmp_path / "new",
+                        *quick],
+        "align": ["align", "--lang", "de", "--student", encoder, "--data", data,
+                  "--teacher", runs / "clip-ve", "--runs", tmp_path / "new", *quick],
+        "evaluate": ["evaluate", "--data", data, "--runs", runs, "--resamples", "10"],
+        "predict": ["predict", data / "images" / "test0.png", "The square is red.",
+                    "--runs", runs],
+    }  # fmt: skip
+
+
+READERS = ("finetune-ve", "align", "evaluate")
+
+#: The file whose rows each command reads first.
+FILES = {
+    "finetune-ve": "snli_ve_train.jsonl",
+    "align": "snli_ve_train.de.jsonl",
+    "evaluate": "snli_ve_test.jsonl",
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_lost(request, tmp_path):
+    """Whatever is refused, the models and images there were stay as they were."""
+    yield
+    kept = getattr(request.node, "kept", {})
+    for path, content in kept.items():
+        assert tree(path) == content
+
+
+@pytest.fixture
+def keep(request, runs):
+    """Remembers the models as they are now; checked after the test."""
+    request.node.kept = {runs: tree(runs)}
+
+
+@pytest.mark.parametrize("command", READERS)
+def test_a_missing_data_folder(commands, refused, data, keep, command):
+    shutil.rmtree(data)
+    error = refused(*commands[command])
+    assert f"{data}: no such data folder; expected one with snli_ve_" in error
+    assert "--data DIR says where" in error
+
+
+@pytest.mark.parametrize("command", READERS)
+def test_a_missing_split(commands, refused, data, keep, command):
+    (data / FILES[command]).unlink()
+    error = refused(*commands[command])
+    assert f"{data}: no {FILES[command]} (languages of the split" in error
+
+
+@pytest.mark.parametrize("command", ["finetune-ve", "evaluate"])
+def test_a_missing_image_folder(commands, refused, data, keep, command):
+    shutil.rmtree(data / "images")
+    error = refused(*commands[command])
+    assert f"{data}: no image folder in it" in error and "--images DIR says where" in error
+    error = refused(*commands[command], "--images", data / "photos")
+    assert f"{data / 'photos'}: no such image folder" in error
+
+
+@pytest.mark.parametrize("command", ["finetune-ve", "evaluate"])
+def test_a_missing_image(commands, refused, data, keep, command):
+    row = read_jsonl(data / FILES[command])[4]
+    (data / "images" / row["Flickr30K_ID"]).unlink()
+    error = refused(*commands[command])
+    # The image's first row is the fourth line.
+    assert f"{FILES[command]}:4: image {row['Flickr30K_ID']!r} is not in {data / 'images'}" in error
+
+
+@pytest.mark.parametrize("command", ["finetune-ve", "evaluate"])
+@pytest.mark.parametrize("damage", ["truncated", "rubbish", "empty"])
+def test_a_damaged_image(commands, refused, data, keep, command, damage):
+    from PIL import Image
+
+    row = read_jsonl(data / FILES[command])[0]
+    path = data / "images" / row["Flickr30K_ID"]
+    Image.open(path).resize((90, 90)).save(path.with_suffix(".jpg"))
+    path.unlink()
+    path = path.with_suffix(".jpg")
+    content = path.read_bytes()
+    path.write_bytes(
+        {"truncated": content[: len(content) // 2], "rubbish": b"GIF89a...", "empty": b""}[damage]
+    )
+    error = refused(*commands[command])
+    assert f"{FILES[command]}:1: {path}: damaged or not an image" in error
+
+
+BAD_ROWS = {
+    "no pairID": {"pairID": None},
+    "no sentence2": {"sentence2": None},
+    "sentence2 is empty": {"sentence2": " "},
+    "no gold_label": {"gold_label": None},
+    "gold_label is 'entailed'; expected one of": {"gold_label": "entailed"},
+    "no Flickr30K_ID": {"Flickr30K_ID": None},
+}
+
+
+@pytest.mark.parametrize("command", READERS)
+@pytest.mark.parametrize("reason", BAD_ROWS)
+def test_a_missing_or_wrong_key(commands, refused, clseave, data, keep, command, reason):
+    path = data / FILES[command]
+    edit_row(path, 2, **BAD_ROWS[reason])
+    if command == "align" and reason in ("no gold_label", "no Flickr30K_ID"):
+        code, _, err = clseave(*commands[command])  # text is all that align needs
+        assert code == 0, err
+        return
+    error = refused(*commands[command])
+    assert f"{path}:2: {reason}" in error and "--skip-bad" in error
+
+
+@pytest.mark.parametrize("command", READERS)
+def test_a_line_that_does_not_parse(commands, refused, data, keep, command):
+    path = data / FILES[command]
+    lines = path.read_text().splitlines()
+    lines[2] = lines[2][:-9]
+    path.write_text("\n".join(lines))
+    error = refused(*commands[command])
+    assert f"{path}:3: not valid JSON" in error and "--skip-bad" in error
+
+
+@pytest.mark.parametrize("command", READERS)
+def test_two_rows_with_one_pair_id(commands, refused, data, keep, command):
+    path = data / FILES[command]
+    rows = read_jsonl(path)
+    edit_row(path, 5, pairID=rows[1]["pairID"])
+    error = refused(*commands[command])
+    assert f"{path}:5: pairID {rows[1]['pairID']!r} stands already in line 2" in error
+
+
+@pytest.mark.parametrize("command", READERS)
+def test_bad_rows_are_set_aside_when_asked(commands, clseave, data, command):
+    path = data / FILES[command]
+    edit_row(path, 2, sentence2="")
+    before = path.read_bytes()
+    code, _, err = clseave(*commands[command], "--skip-bad")
+    assert code == 0, err
+    assert f"{path}: 1 bad rows set aside in" in err.replace("\n", " ")
+    (rejected,) = read_jsonl(data / path.name.replace(".jsonl", ".rejected.jsonl"))
+    assert rejected["line"] == 2 and "sentence2 is empty" in rejected["reason"]
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("lang", "code", "said"),
+    [
+        ("klingon", 2, "--lang klingon: not a language code; expected one such as de, ja or zh"),
+        ("../de", 2, "--lang ../de: not a language code"),
+        ("xx", 1, "xx"),
+    ],
+)
+@pytest.mark.parametrize("command", ["align", "evaluate", "predict"])
+def test_an_unknown_language(commands, refused, keep, command, lang, code, said):
+    arguments = [a for a in commands[command] if a not in ("--lang", "de")]
+    error = refused(*arguments, "--lang", lang, code=code)
+    assert said in error
+    if lang == "xx":
+        advice = "clseave align --lang xx" if command == "predict" else "clseave translate --lang"
+        assert advice in error
+
+
+@pytest.mark.parametrize("command", ["finetune-ve", "align", "evaluate", "predict"])
+def test_an_unknown_device(commands, refused, keep, command):
+    arguments = [a for a in commands[command] if a not in ("--device", "cpu")]
+    error = refused(*arguments, "--device", "tpu", code=2)
+    assert "--device tpu: unknown; expected auto, cpu, cuda or cuda:N" in error
+    error = refused(*arguments, "--device", "cuda:77")
+    assert "--device cuda:77: torch sees" in error and "use --device cpu or auto" in error
+
+
+def test_an_unknown_model_folder(commands, refused, tmp_path, keep):
+    nowhere = tmp_path / "nowhere"
+    for command, said in {
+        "finetune-ve": (["--clip", nowhere], f"{nowhere}: no such model folder"),
+        "align": (["--student", nowhere], f"{nowhere}: no such model folder"),
+        "evaluate": (["--runs", nowhere], f"{nowhere}"),
+        "predict": (["--runs", nowhere], f"{nowhere / 'clip-ve'}: no such model folder"),
+    }.items():
+        more, message = said
+        assert message in refused(*commands[command], *more)
+    error = refused(*commands["align"], "--teacher", nowhere)
+    assert f"{nowhere}: no such model folder; `clseave finetune-ve` makes it" in error
+    error = refused(*commands["finetune-ve"], "--clip", "no-such/model-on-the-hub")
+    assert "no-such/model-on-the-hub: cannot be loaded" in error
+
+
+def test_a_model_of_the_wrong_kind(commands, refused, encoder, keep):
+    error = refused(*commands["finetune-ve"], "--clip", encoder)
+    assert f"{encoder}: a bert model; expected one of CLIP layout" in error
+
+
+@pytest.mark.parametrize("hypothesis", ["", "   "])
+def test_an_empty_hypothesis(commands, refused, keep, hypothesis):
+    arguments = commands["predict"]
+    arguments[2] = hypothesis
+    assert "the hypothesis is empty; expected a sentence" in refused(*arguments)
+
+
+def test_a_hypothesis_of_ten_thousand_words(commands, clseave, data):
+    arguments = commands["predict"]
+    arguments[2] = "red " * 10_000
+    code, out, err = clseave(*arguments, "--json")
+    assert code == 0 and "too long and was cut" in err.replace("\n", " ")
+    assert json.loads(out)["label"]
+    path = data / "snli_ve_test.jsonl"
+    edit_row(path, 3, sentence2="red " * 10_000)
+    code, _, err = clseave(*commands["evaluate"])
+    assert code == 0
+    assert f"{path}:3: too long for the encoder, as are 1 distinct" in err.replace("\n", " ")
+
+
+@pytest.mark.parametrize("damage", ["missing", "folder", "truncated"])
+def test_an_image_that_cannot_be_judged(commands, refused, data, keep, damage):
+    path = data / "images" / "test0.png"
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "folder":
+        path.mkdir()
+    elif damage == "truncated":
+        path.write_bytes(content[:80])
+    error = refused(*commands["predict"])
+    assert f"{path}: no such image" in error or f"{path}: damaged or not an image" in error
+
+
+def test_a_student_of_another_teacher(commands, refused, clseave, data, runs, clip, request):
+    other = runs.parent / "other"
+    code, _, err = clseave(
+        "finetune-ve", "--clip", clip, "--data", data, "--runs", other, "--epochs", "1",
+        "--batch-size", "8", "--learning-rate", "0.01",
+    )  # fmt: skip
+    assert code == 0, err
+    shutil.copytree(runs / "align-de", other / "align-de")
+    request.node.kept = {other: tree(other)}
+    predict = ["predict", data / "images" / "test0.png", "Das Quadrat ist rot.", "--lang", "de"]
+    for arguments in (predict, ["evaluate", "--data", data]):
+        error = refused(*arguments, "--runs", other)
+        assert f"{other / 'align-de'}: this student was trained against another CLIP-VE" in error
+        assert "Align it again, or use the CLIP-VE it belongs to" in error
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["config.json", "head.safetensors", "text/model.safetensors", "image/model.safetensors",
+     "text/tokenizer.json"],
+)  # fmt: skip
+def test_a_checkpoint_with_a_flipped_byte(commands, refused, runs, request, file):
+    flip_byte(runs / "clip-ve" / file)
+    request.node.kept = {runs: tree(runs)}
+    for command in ("predict", "evaluate", "align"):
+        error = refused(*commands[command])
+        assert f"{runs / 'clip-ve'}" in error and ("damaged" in error or "not a clip-ve" in error)
+
+
+@pytest.mark.parametrize("file", ["config.json", "projection.safetensors", "encoder/config.json"])
+def test_a_student_with_a_flipped_byte(commands, refused, runs, request, file):
+    flip_byte(runs / "align-de" / file)
+    request.node.kept = {runs: tree(runs)}
+    predict = [*commands["predict"], "--lang", "de"]
+    for arguments in (predict, commands["evaluate"]):
+        assert f"{runs / 'align-de'}" in refused(*arguments)
+
+
+def test_an_image_in_two_splits(commands, refused, data, keep):
+    edit_row(data / "snli_ve_dev.jsonl", 1, Flickr30K_ID="train1")
+    error = refused(*commands["finetune-ve"])
+    assert "snli_ve_dev.jsonl: 1 of its images are also in" in error and "--allow-leak" in error
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "said"),
+    [
+        ("finetune-ve", ["--batch-size", "0"], "--batch-size 0: expected at least 1"),
+        ("finetune-ve", ["--epochs", "0"], "--epochs 0: expected at least 1"),
+        ("finetune-ve", ["--accumulation", "0"], "--accumulation 0: expected at least 1"),
+        ("finetune-ve", ["--learning-rate", "nan"], "--learning-rate nan: expected at least 0"),
+        ("finetune-ve", ["--seed", "-1"], "--seed -1: expected at least 0"),
+        ("finetune-ve", ["--batch-size", "1"], "the head's batch normalisation needs two"),
+        ("align", ["--max-steps", "0"], "--max-steps 0: expected at least 1"),
+        ("align", ["--lang", "en"], "--lang en: is the teacher's own language"),
+        ("align", ["--preset", "mine"], "--preset mine: unknown; there are: thesis, mini-ve"),
+        ("evaluate", ["--batch-size", "0"], "--batch-size 0: expected at least 1"),
+        ("predict", ["--input", "pairs.jsonl"], "--input and --output go together"),
+    ],
+)
+def test_options_that_make_no_sense(commands, refused, keep, command, flags, said):
+    assert said in refused(*commands[command], *flags, code=2)
+
+
+def test_align_needs_a_language(refused, data):
+    assert "--lang is missing; for example --lang de" in refused("align", "--data", data, code=2)
+
+
+def test_predict_needs_a_pair_or_files(refused, keep):
+    for arguments in ([], ["image.jpg"], ["image.jpg", "x", "--input", "a", "--output", "b"]):
+        error = refused("predict", *arguments, code=2)
+        assert "give IMAGE and HYPOTHESIS, or --input FILE and --output FILE" in error
+
+
+def test_an_input_file_that_is_not_there(refused, runs, tmp_path):
+    target = tmp_path / "answers.jsonl"
+    target.write_text("older answers\n")
+    for source in (tmp_path / "nowhere.jsonl", tmp_path):
+        error = refused("predict", "--input", source, "--output", target, "--runs", runs)
+        assert f"{source}: cannot be read" in error
+    assert target.read_text() == "older answers\n"
+
+
+@pytest.mark.parametrize("command", ["finetune-ve", "align"])
+def test_a_model_cannot_lie_where_a_file_is(commands, refused, tmp_path, command):
+    (tmp_path / "file").write_text("precious")
+    error = refused(*commands[command], "--out", tmp_path / "file")
+    assert f"{tmp_path / 'file'}: is a file; expected a folder" in error
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_full_disk_under_predict_keeps_the_older_answers(
+    refused, runs, data, tmp_path, monkeypatch
+):
+    import errno
+    import os
+
+    from clseave_cli.core import files
+
+    target, source = tmp_path / "answers.jsonl", tmp_path / "pairs.jsonl"
+    target.write_text("older answers\n")
+    write_jsonl(source, [{"image": "data/images/test0.png", "hypothesis": "The square is red."}])
+
+    def full(*_arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    error = refused("predict", "--input", source, "--output", target, "--runs", runs)
+    assert f"{target}: the disk is full; what was there before is untouched" in error
+    assert target.read_text() == "older answers\n"
+    assert not list(tmp_path.glob(".answers*"))
+
+
+def test_a_full_disk_under_a_report(commands, refused, tmp_path, monkeypatch):
+    import errno
+    import os
+
+    report = tmp_path / "report"
+
+    def full(*_arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    from clseave_cli.core import files
+
+    # The features are cached by now; what is left to write is the report.
+    assert "accuracy" in json.dumps(_evaluated(commands, refused))
+    monkeypatch.setattr(files.os, "fsync", full)
+    error = refused(*commands["evaluate"], "--report", report)
+    assert "the disk is full" in error and str(report) in error
+
+
+def _evaluated(commands, refused):
+    from clseave_cli.core.config import EvaluateConfig
+    from clseave_cli.core.evaluation import evaluate
+
+    options = dict(zip(commands["evaluate"][1::2], commands["evaluate"][2::2], strict=True))
+    config = EvaluateConfig(data=str(options["--data"]), runs=options["--runs"], resamples=10)
+    return evaluate(config).to_json()
+
+
+@pytest.mark.parametrize(
+    ("command", "place"),
+    [
+        ("finetune-ve", "clseave_cli.core.finetuning.image_features"),
+        ("align", "clseave_cli.core.alignment.sentence_embeddings"),
+        ("evaluate", "clseave_cli.core.evaluation.image_features"),
+        ("predict", "clseave_cli.core.prediction.open_image"),
+    ],
+)
+def test_ctrl_c_outside_of_training(commands, refused, keep, monkeypatch, command, place):
+    def interrupt(*_arguments, **_more):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(place, interrupt)
+    error = refused(*commands[command], code=130)
+    assert error == "clseave: interrupted; everything finished so far is on disk."
+
+
+def test_what_nobody_thought_of_is_one_line_too(commands, clseave, monkeypatch):
+    def broken(*_arguments, **_more):
+        raise ZeroDivisionError("two\nlines")
+
+    monkeypatch.setattr("clseave_cli.core.finetuning.read_split", broken)
+    code, _, err = clseave(*commands["finetune-ve"])
+    assert code == 1 and err.splitlines() == [
+        "clseave: internal error: ZeroDivisionError: two lines (--debug shows where)"
+    ]
+    with pytest.raises(ZeroDivisionError):
+        clseave("--debug", *commands["finetune-ve"])

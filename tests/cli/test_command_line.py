@@ -1,0 +1,327 @@
+"""The command line itself: what loads, what is printed where, and which option wins."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_world import read_jsonl, write_jsonl
+
+from clseave_cli import __version__
+from clseave_cli.commands.options import resolve
+from clseave_cli.core.config import (
+    AlignConfig,
+    DemoConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    PredictConfig,
+    PretrainConfig,
+    TranslateConfig,
+)
+from clseave_cli.errors import UsageError
+
+_REPOSITORY = Path(__file__).parents[2]
+COMMANDS = {
+    "demo": DemoConfig,
+    "translate": TranslateConfig,
+    "pretrain": PretrainConfig,
+    "finetune-ve": FinetuneConfig,
+    "align": AlignConfig,
+    "evaluate": EvaluateConfig,
+    "predict": PredictConfig,
+}
+
+
+def _python(*arguments, folder, **environment):
+    paths = os.pathsep.join([str(_REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": paths, "COLUMNS": "200", **environment},
+    )
+
+
+@pytest.mark.parametrize("command", [(), ("align",), ("demo",)])
+def test_help_loads_nothing_heavy(tmp_path, command):
+    script = f"""
+import sys
+from clseave_cli.main import main
+sys.argv = ["clseave", *{command!r}, "--help"]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
+heavy = {{"torch", "transformers", "datasets", "sklearn", "scipy", "matplotlib", "numpy", "PIL"}}
+print("LOADED", sorted(heavy & set(sys.modules)))
+"""
+    done = _python("-c", script, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "LOADED []"
+    assert "--help" in done.stdout
+
+
+def test_the_package_is_light_and_runs_as_a_module(tmp_path):
+    script = "import sys, clseave_cli; print('torch' in sys.modules)"
+    assert _python("-c", script, folder=tmp_path).stdout == "False\n"
+    done = _python("-m", "clseave_cli", "--version", folder=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"clseave {__version__}\n", "")
+    done = _python("-m", "clseave_cli", "predict", folder=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "clseave: give IMAGE and HYPOTHESIS, or --input FILE and --output FILE.\n"
+    )
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path):
+    script = (
+        "from clseave_cli import main\n"
+        "def app():\n"
+        "    for _ in range(100000): print('x' * 100)\n"
+        "main.app = app\n"
+        "main.main()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(_REPOSITORY)},
+    )
+    assert process.stdout.read(10) == b"x" * 10
+    process.stdout.close()
+    with process:
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_is_in_the_help_of_its_command(clseave, monkeypatch, command):
+    import dataclasses
+
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, err = clseave(command, "--help")
+    assert (code, err) == (0, "")
+    for field in dataclasses.fields(COMMANDS[command]):
+        flag = field.metadata["flag"] or "--" + field.name.replace("_", "-")
+        assert flag in out, flag
+    assert "--config" in out
+    assert ("--preset" in out) == bool(COMMANDS[command].PRESETS)
+
+
+def test_without_a_command_there_is_help(clseave):
+    code, out, err = clseave()
+    assert all(command in out + err for command in COMMANDS)
+    code, out, err = clseave("finetune")
+    assert code == 2 and out == "" and "finetune" in err and "Traceback" not in err
+    code, out, err = clseave("align", "--no-such-flag")
+    assert code == 2 and out == "" and "--no-such-flag" in err
+
+
+# --- results on stdout, everything else on stderr ---
+
+
+def test_predict_json_is_one_document(clseave, world, trained):
+    image = world / "images" / "test0.png"
+    code, out, _ = clseave(
+        "predict", image, "Das Quadrat ist rot.", "--lang", "de", "--runs", trained, "--json"
+    )
+    assert code == 0
+    document = json.loads(out)
+    assert list(document) == ["image", "hypothesis", "lang", "label", "probabilities", "model"]
+    assert list(document["probabilities"]) == ["entailment", "neutral", "contradiction"]
+    assert sum(document["probabilities"].values()) == pytest.approx(1)
+    assert document["image"] == str(image) and document["lang"] == "de"
+    assert document["hypothesis"] == "Das Quadrat ist rot."
+    assert document["model"] == str(trained / "align-de")
+
+
+def test_predict_shows_the_same_as_its_json(clseave, world, trained):
+    arguments = ["predict", world / "images" / "test0.png", "A dog waits.", "--runs", trained]
+    _, out, _ = clseave(*arguments, "--json")
+    document = json.loads(out)
+    code, out, err = clseave(*arguments)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0] == document["label"]
+    for line, (label, probability) in zip(
+        lines[1:], document["probabilities"].items(), strict=False
+    ):
+        name, percent = line.split()[:2]
+        assert name == label and float(percent) == pytest.approx(100 * probability, abs=0.06)
+
+
+def test_predict_on_files(clseave, world, trained, tmp_path):
+    rows = [{"image": str(world / "images" / "test0.png"), "hypothesis": s} for s in ("red", "")]
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    answers = tmp_path / "answers.jsonl"
+    arguments = ["--input", tmp_path / "pairs.jsonl", "--output", answers, "--runs", trained]
+    code, out, _ = clseave("predict", *arguments, "--json")
+    assert code == 0
+    assert json.loads(out) == {"predicted": 1, "errors": 1, "output": str(answers)}
+    first, second = read_jsonl(answers)
+    assert first["label"] in first["probabilities"]
+    assert "the hypothesis is empty" in second["error"] and "label" not in second
+    code, out, _ = clseave("predict", *arguments)
+    assert out == f"{answers}: 1 predicted, 1 with an error\n"
+
+
+def test_evaluate_json_is_the_document_of_its_report(clseave, world, trained, tmp_path):
+    arguments = ["evaluate", "--data", world, "--runs", trained, "--resamples", "20"]
+    code, out, err = clseave(*arguments, "--json", "--report", tmp_path / "report")
+    assert code == 0, err
+    document = json.loads(out)
+    assert json.loads((tmp_path / "report" / "results.json").read_text()) == document
+    assert [result["lang"] for result in document["results"]] == ["en", "de", "nl"]
+    for result in document["results"]:
+        assert {"lang", "split", "num_examples", "accuracy", "accuracy_low", "accuracy_high",
+                "loss", "macro_f1", "confusion"} <= set(result)  # fmt: skip
+        assert 0 <= result["accuracy_low"] <= result["accuracy"] <= result["accuracy_high"] <= 1
+    assert set(document["baselines"]) == {"en", "de", "nl"}
+    assert {"version", "data", "checkpoints", "seed"} <= set(document["signature"])
+
+
+def test_evaluate_shows_a_table(clseave, world, trained, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, _ = clseave("evaluate", "--data", world, "--runs", trained, "--resamples", "20")
+    assert code == 0
+    for lang in ("en", "de", "nl"):
+        assert any(lang in line.split() for line in out.splitlines())
+
+
+def test_one_language_is_one_result(clseave, world, trained):
+    code, out, _ = clseave(
+        "evaluate", "--data", world, "--runs", trained, "--lang", "nl", "--split", "dev",
+        "--resamples", "20", "--json",
+    )  # fmt: skip
+    assert code == 0
+    (result,) = json.loads(out)["results"]
+    assert (result["lang"], result["split"], result["num_examples"]) == ("nl", "dev", 12)
+
+
+def test_training_says_where_the_model_lies(clseave, world, clip, tmp_path):
+    quick = ["--data", world, "--epochs", "1", "--batch-size", "8", "--device", "cpu"]
+    arguments = ["finetune-ve", "--clip", clip, "--out", tmp_path / "model", *quick]
+    code, out, err = clseave(*arguments)
+    assert code == 0
+    assert len(out.splitlines()) == 1
+    assert out.startswith(f"{tmp_path / 'model'}: 1 epochs, epoch 1 kept (dev loss ")
+    assert "finetune-ve: epoch 1" in err
+    code, out, _ = clseave(*arguments, "--resume")
+    assert (code, out) == (0, f"{tmp_path / 'model'}: complete\n")
+
+
+def test_the_folder_of_the_models_may_come_from_the_environment(
+    clseave, world, trained, monkeypatch
+):
+    monkeypatch.setenv("CLSEAVE_RUNS", str(trained))
+    code, out, _ = clseave("predict", world / "images" / "test0.png", "red", "--json")
+    assert code == 0 and json.loads(out)["model"] == str(trained / "clip-ve")
+
+
+# --- which option wins ---
+
+
+def _seen(clseave, monkeypatch, *arguments):
+    """The config that `finetune-ve` is called with."""
+    seen = []
+    monkeypatch.setattr("clseave_cli.commands.terminal.print_training", lambda *_: None)
+
+    class Result:
+        folder = training = None
+
+    monkeypatch.setattr(
+        "clseave_cli.core.finetuning.finetune",
+        lambda config, progress: seen.append(config) or Result,
+    )
+    code, _, err = clseave("finetune-ve", *arguments)
+    assert code == 0, err
+    return seen[0]
+
+
+def test_flags_win_over_file_over_preset_over_default(clseave, monkeypatch, tmp_path):
+    path = tmp_path / "options.toml"
+    path.write_text('epochs = 3\nlearning-rate = 1\nbatch_size = 16\nimages = "photos"\n')
+    default = _seen(clseave, monkeypatch)
+    assert default == FinetuneConfig()
+    preset = _seen(clseave, monkeypatch, "--preset", "thesis")
+    assert (preset.batch_size, preset.learning_rate, preset.patience) == (64, 1e-6, 1)
+    file = _seen(clseave, monkeypatch, "--preset", "thesis", "--config", path)
+    assert (file.epochs, file.learning_rate, file.batch_size) == (3, 1.0, 16)
+    assert file.images == Path("photos")
+    assert (file.select, file.schedule) == (preset.select, preset.schedule)
+    flag = _seen(
+        clseave, monkeypatch, "--config", path, "--batch-size", "5", "--preset", "thesis",
+        "--epochs", "9", "--skip-bad",
+    )  # fmt: skip
+    assert (flag.epochs, flag.learning_rate, flag.batch_size) == (9, 1.0, 5)
+    assert flag.skip_bad and not file.skip_bad
+
+
+def test_a_flag_can_take_back_what_a_file_says(clseave, monkeypatch, tmp_path):
+    path = tmp_path / "options.toml"
+    path.write_text("skip_bad = true\nallow-leak = true\n")
+    config = _seen(clseave, monkeypatch, "--config", path, "--no-skip-bad")
+    assert not config.skip_bad and config.allow_leak
+
+
+def test_the_presets_are_those_of_the_thesis():
+    finetune = resolve(FinetuneConfig, {}, preset="thesis")
+    assert finetune.clip == "openai/clip-vit-base-patch16"
+    assert (finetune.batch_size, finetune.learning_rate, finetune.weight_decay) == (64, 1e-6, 0.0)
+    assert (finetune.patience, finetune.select, finetune.schedule) == (1, "loss", "constant")
+    align = resolve(AlignConfig, {}, preset="thesis")
+    assert align.student == "google-bert/bert-base-multilingual-cased"
+    assert (align.batch_size, align.learning_rate, align.epochs) == (128, 1e-4, 22)
+    assert (align.warmup_fraction, align.schedule, align.clip_norm) == (0.1, "linear", None)
+
+
+def test_a_file_may_name_several_languages_or_one(tmp_path):
+    path = tmp_path / "options.toml"
+    path.write_text('lang = ["de", "nl"]\n')
+    assert resolve(AlignConfig, {}, path).lang == ("de", "nl")
+    path.write_text('lang = "ja"\n')
+    assert resolve(AlignConfig, {}, path).lang == ("ja",)
+    assert resolve(AlignConfig, {"lang": ["ko"]}, path).lang == ("ko",)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("epoch = 3", "no option named epoch; there are: "),
+        ("epochs = 'many'", "epochs = 'many', expected int"),
+        ("epochs = true", "epochs = True, expected int"),
+        ("epochs = 2.5", "epochs = 2.5, expected int"),
+        ("select = 'best'", "select = 'best', expected loss or accuracy"),
+        ("skip-bad = 1", "skip-bad = 1, expected bool"),
+        ("clip = 3", "clip = 3, expected str"),
+        ("out = 3", "out = 3, expected Path"),
+        ("[finetune-ve]\nepochs = 3", "no option named finetune-ve"),
+        ("epochs = ", "not valid TOML"),
+        ("lang = 'de'", "no option named lang"),
+        ("epochs = 0", "--epochs 0: expected at least 1"),
+        (b"clip = '\xff'", "not valid TOML"),
+    ],
+)
+def test_a_file_with_a_mistake_is_refused(refused, tmp_path, content, said):
+    path = tmp_path / "options.toml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    error = refused("finetune-ve", "--config", path, code=2)
+    assert said in error
+    assert str(path) in error or said.startswith("--epochs")
+
+
+def test_a_config_file_that_is_not_there(refused, tmp_path):
+    error = refused("align", "--lang", "de", "--config", tmp_path / "no.toml", code=2)
+    assert f"--config {tmp_path / 'no.toml'}: cannot be read (No such file or directory)" in error
+
+
+def test_a_library_caller_meets_the_same_refusals():
+    with pytest.raises(UsageError, match="--batch-size 0: expected at least 1"):
+        FinetuneConfig(batch_size=0)
+    with pytest.raises(UsageError, match="--epochs -1: expected at least 1"):
+        FinetuneConfig().replace(epochs=-1)
