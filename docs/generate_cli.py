@@ -61,7 +61,7 @@ def _section(name: str, command: Any, config_class: type[StageConfig] | None) ->
         lines += [""] if title is None else ["", f"{title}:", ""]
         lines += _table(parameters, hints, config_class)
     for preset, values in (config_class.PRESETS if config_class else {}).items():
-        flags = ", ".join(f"`{_spelling(key)} {value}`" for key, value in values.items())
+        flags = ", ".join(_setting(key, value) for key, value in values.items())
         flags = flags or "the defaults"
         lines += ["", f"`--preset {preset}` stands for {flags}."]
     return lines
@@ -118,8 +118,9 @@ def _default(value: Any) -> str:
     return ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
 
-def _spelling(field_name: str) -> str:
-    return "--" + field_name.replace("_", "-")
+def _setting(field_name: str, value: Any) -> str:
+    flag = "--" + field_name.replace("_", "-")
+    return f"no `{flag}`" if value is None else f"`{flag} {value}`"
 
 
 def _main() -> None:
