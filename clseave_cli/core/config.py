@@ -182,7 +182,7 @@ class PretrainConfig(TrainingConfig, DataConfig):
             "layers": 2,
             "embedding_dim": 128,
             "captions_per_image": 2,
-            "epochs": 6,
+            "epochs": 8,
             "batch_size": 64,
             "learning_rate": 2e-3,
             "weight_decay": 0.05,

@@ -1,9 +1,9 @@
 """English captions, from which the contrastive stage learns what a picture shows.
 
 Most are short: each word costs training time. Lists of what is in view, the curtain included, hold
-all that a hypothesis may ask about. One caption names a single thing of the scene; it is shared by
-many pictures, and so makes the model tell things apart where a list already tells the pictures
-apart. One is a whole sentence, so that the words of the hypotheses are in the vocabulary.
+all that a hypothesis may ask about. Others name a single thing of the scene, or how many there are; those are shared by
+many pictures, and so make the model tell things apart where a list already tells the pictures
+apart. A few are whole sentences, so that the words of the hypotheses are in the vocabulary.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from random import Random
 
 from clseave_cli.core.data.mini_ve.grammar.english import NUMERALS, a, phrase
 from clseave_cli.core.data.mini_ve.world import COLORS, SHAPES, Description, Scene
+
+#: How often the last caption of a scene is a whole sentence.
+_SENTENCE_PROBABILITY = 0.15
 
 _COVERED = (
     "a curtain hides a part of it",
@@ -26,14 +29,11 @@ _OPEN = (
 
 
 def captions(scene: Scene, number: int, rng: Random) -> list[str]:
-    """`number` captions of `scene`: lists, then one thing of it, then a sentence.
-
-    The first is always a list; two and three add the sentence, then the one thing.
-    """
-    sentences = [_sentence(scene, rng)] if number >= 2 else []
-    things = [_thing(scene, rng)] if number >= 3 else []
-    lists = [_list(scene, rng) for _ in range(number - len(things) - len(sentences))]
-    return [*lists, *things, *sentences]
+    """`number` captions of `scene`: lists and single things in turn, now and then a sentence."""
+    told = [_thing(scene, rng) if turn % 2 else _list(scene, rng) for turn in range(number)]
+    if rng.random() < _SENTENCE_PROBABILITY:
+        told[-1:] = [_sentence(scene, rng)] if told else []
+    return told
 
 
 def _things(scene: Scene) -> list[str]:
@@ -47,7 +47,8 @@ def _list(scene: Scene, rng: Random) -> str:
 
 
 def _thing(scene: Scene, rng: Random) -> str:
-    return rng.choice(_things(scene))
+    count = len(scene.items)
+    return rng.choice([*_things(scene), f"{NUMERALS[count]} {'shape' if count == 1 else 'shapes'}"])
 
 
 def _sentence(scene: Scene, rng: Random) -> str:
