@@ -1,9 +1,10 @@
 """English captions, from which the contrastive stage learns what a picture shows.
 
 Most are short: each word costs training time. Lists of what is in view, the curtain included, hold
-all that a hypothesis may ask about. Others name a single thing of the scene, or how many there are; those are shared by
-many pictures, and so make the model tell things apart where a list already tells the pictures
-apart. A few are whole sentences, so that the words of the hypotheses are in the vocabulary.
+all that a hypothesis may ask about. Others name a single thing of the scene, or how many there are;
+those are shared by many pictures, and so make the model tell things apart where a list already
+tells the pictures apart. A few are whole sentences, so that the words of the hypotheses are in the
+vocabulary.
 """
 
 from __future__ import annotations
