@@ -50,25 +50,26 @@ def new_clip(
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
+    # Every byte also as a word's end, so that no text is unknown. Named beforehand, because the
+    # trainer numbers what it meets in an order that differs from run to run.
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
         vocab_size=shape.vocab_size - 2,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=alphabet,
+        special_tokens=[byte + "</w>" for byte in alphabet],
         end_of_word_suffix="</w>",
         show_progress=False,
     )
     tokenizer.train_from_iterator(captions, trainer)
     vocabulary = tokenizer.get_vocab()
-    # Every byte also as a word's end, so that no text is unknown; the terminal token goes last,
-    # because models with the old configuration find it as the highest id.
-    for byte in pre_tokenizers.ByteLevel.alphabet():
-        vocabulary.setdefault(byte + "</w>", len(vocabulary))
+    # The terminal token goes last: models with the old configuration find it as the highest id.
     vocabulary[start], vocabulary[end] = len(vocabulary), len(vocabulary) + 1
     merges = [tuple(pair) for pair in _merges(tokenizer)]
     clip_tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges)
     clip_tokenizer.model_max_length = shape.max_tokens
     tower = {
         "hidden_size": shape.width,
-        "intermediate_size": 4 * shape.width,
+        "intermediate_size": 2 * shape.width,
         "num_hidden_layers": shape.num_layers,
         "num_attention_heads": shape.num_heads,
         "projection_dim": shape.embedding_dim,
@@ -117,17 +118,33 @@ def new_encoder(
         max_tokens: longest sentence.
         seed: seed of the weights.
     """
-    tokenizer = BertTokenizer(do_lower_case=False, strip_accents=False)
-    tokenizer = tokenizer.train_new_from_iterator(
-        sentences, vocab_size=vocab_size, show_progress=False
+    texts = list(sentences)
+    empty = BertTokenizer(do_lower_case=False, strip_accents=False)
+    trained, special = empty.backend_tokenizer, empty.get_vocab()
+    # Named beforehand, because the trainer numbers what it meets in an order that differs from
+    # run to run.
+    continuations = {
+        f"##{character}"
+        for text in texts
+        for word, _ in trained.pre_tokenizer.pre_tokenize_str(
+            trained.normalizer.normalize_str(text)
+        )
+        for character in word[1:]
+    }
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[*sorted(special, key=special.__getitem__), *sorted(continuations)],
+        show_progress=False,
     )
+    trained.train_from_iterator(texts, trainer)
+    tokenizer = BertTokenizer(vocab=trained.get_vocab(), do_lower_case=False, strip_accents=False)
     tokenizer.model_max_length = max_tokens
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
-        intermediate_size=4 * width,
+        intermediate_size=2 * width,
         max_position_embeddings=max_tokens,
         pad_token_id=tokenizer.pad_token_id,
         # Small models on small worlds underfit; dropout would only slow them down.
