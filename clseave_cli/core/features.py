@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL.Image import Image
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -28,12 +29,15 @@ from clseave_cli.core.data.records import Split, distinct
 from clseave_cli.core.files import atomic_file, file_digest
 from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
 from clseave_cli.core.models.packing import TokenTable
+from clseave_cli.core.pipeline import ahead
 from clseave_cli.core.progress import SILENT, Progress
 from clseave_cli.errors import DataError
 
 #: Vectors per shard: small enough to lose little at a crash, large enough to make few files.
 _SHARD_VECTORS = 65_536
 _IMAGE_BATCH = 64
+#: Batches of images decoded while one is encoded.
+_BATCHES_AHEAD = 4
 _KEY_BYTES = 16
 
 
@@ -114,17 +118,22 @@ def image_features(
     with ThreadPoolExecutor() as pool:
         keys = [digest[: 2 * _KEY_BYTES] for digest in pool.map(file_digest, paths)]
 
-    def compute(missing: list[int]) -> Iterator[Tensor]:
-        def decode(item: int) -> Tensor:
-            try:
-                return encoder.preprocess([open_image(paths[item])])
-            except DataError as error:
-                raise DataError(f"{split.where(first_row[item])}: {error}") from None
+    def decode(item: int) -> Image:
+        try:
+            return open_image(paths[item])
+        except DataError as error:
+            raise DataError(f"{split.where(first_row[item])}: {error}") from None
 
+    def pixels(items: list[int]) -> Tensor:
+        # Preprocessed together: half the cost of one by one.
+        return encoder.preprocess([decode(item) for item in items])
+
+    def compute(missing: list[int]) -> Iterator[Tensor]:
+        batches = [missing[i : i + _IMAGE_BATCH] for i in range(0, len(missing), _IMAGE_BATCH)]
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as decoders:
-            for pixels in _batches_ahead(decoders, decode, missing, _IMAGE_BATCH):
+            for batch in ahead(decoders, pixels, batches, _BATCHES_AHEAD):
                 with torch.no_grad(), autocast():
-                    yield encoder(pixels.to(encoder.device)).float().cpu()
+                    yield encoder(batch.to(encoder.device)).float().cpu()
 
     cache = VectorCache(cache_root() / "image" / encoder.digest(), encoder.embedding_dim)
     vectors = cache.get(keys, compute, f"{split.name}: image features", progress)
@@ -239,16 +248,3 @@ def _first_rows(split: Split) -> npt.NDArray[np.intp]:
     """For every image of a split, the first row that names it."""
     _, first = np.unique(split.image_index, return_index=True)
     return first[-len(split.image_names) :] if split.image_names else first[:0]
-
-
-def _batches_ahead(
-    pool: ThreadPoolExecutor, decode: Callable[[int], Tensor], items: list[int], size: int
-) -> Iterator[Tensor]:
-    """Batches of decoded images; the next ones are decoded while the caller computes."""
-    ahead = 4 * size
-    futures = [pool.submit(decode, item) for item in items[:ahead]]
-    for start in range(0, len(items), size):
-        batch = [future.result() for future in futures[:size]]
-        del futures[:size]
-        futures += [pool.submit(decode, i) for i in items[start + ahead : start + ahead + size]]
-        yield torch.cat(batch)

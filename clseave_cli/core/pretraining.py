@@ -204,20 +204,23 @@ class _Examples:
         )  # (K, B)
         needed, caption_of_slot = np.unique(slots, return_inverse=True)
         return _Batch(
-            torch.cat(list(self._decoders.map(self._pixels, rows.tolist()))),
+            self._pixels(rows.tolist()),
             self._text.pack(self._tokens, needed),
             torch.from_numpy(caption_of_slot.reshape(slots.shape)),
             torch.from_numpy(slots),
         )
 
-    def _pixels(self, row: int) -> Tensor:
-        kept = self._kept.get(row)
-        if kept is not None:
-            return kept
-        pixels = self._image.preprocess([open_image(self.captions.images[row])])
-        if self._kept_bytes + pixels.nbytes <= _PIXEL_MEMORY_BYTES:
-            self._kept[row] = pixels
-            self._kept_bytes += pixels.nbytes
+    def _pixels(self, rows: list[int]) -> Tensor:
+        new = [row for row in rows if row not in self._kept]
+        fresh: dict[int, Tensor] = {}
+        if new:
+            images = list(self._decoders.map(open_image, (self.captions.images[r] for r in new)))
+            fresh = dict(zip(new, self._image.preprocess(images).unbind(), strict=True))
+        pixels = torch.stack([fresh[r] if r in fresh else self._kept[r] for r in rows])
+        for row, own in fresh.items():
+            if self._kept_bytes + own.nbytes <= _PIXEL_MEMORY_BYTES:
+                self._kept[row] = own.clone()
+                self._kept_bytes += own.nbytes
         return pixels
 
 

@@ -14,7 +14,6 @@ import signal
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 
 from clseave_cli.core.config import TrainingConfig
 from clseave_cli.core.files import write_json, writing
+from clseave_cli.core.pipeline import ahead
 from clseave_cli.core.progress import SILENT, Progress
 from clseave_cli.core.training.checkpoint import LoopState, load_state, save_state, snapshot
 from clseave_cli.core.training.precision import autocast, resolve_precision
@@ -231,12 +231,7 @@ class _Run:
             return [_Part(len(part) / len(rows), self.stage.prepare(part)) for part in parts]
 
         with ThreadPoolExecutor(max_workers=1) as worker:
-            ahead = deque(worker.submit(prepare, rows) for rows in todo[:_BATCHES_AHEAD])
-            for number, rows in enumerate(todo):
-                parts = ahead.popleft().result()
-                if number + _BATCHES_AHEAD < len(todo):
-                    ahead.append(worker.submit(prepare, todo[number + _BATCHES_AHEAD]))
-                yield rows, parts
+            yield from zip(todo, ahead(worker, prepare, todo, _BATCHES_AHEAD), strict=True)
 
     def _step(self, rows: Rows, parts: list[_Part]) -> float:
         """One optimiser step on a batch; returns its learning rate."""
