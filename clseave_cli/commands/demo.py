@@ -99,7 +99,7 @@ def _world(data: Path, encoder: Path, seed: int, progress: Progress) -> None:
         sentences = [
             hypothesis
             for lang in LANGUAGES
-            for hypothesis in read_split(data, "train", lang).hypotheses
+            for hypothesis in dict.fromkeys(read_split(data, "train", lang).hypotheses)
         ]
         with atomic_folder(encoder) as aside:
             new_encoder(aside, sentences, seed=seed)
