@@ -1,6 +1,5 @@
 """The caches of image features and teacher embeddings: a hit is a miss, bit for bit."""
 
-import contextlib
 import os
 import shutil
 
@@ -19,6 +18,7 @@ from clseave_cli.core.features import (
     tokenize_sentences,
 )
 from clseave_cli.core.models import backbones
+from clseave_cli.core.training.precision import autocast
 from clseave_cli.errors import DataError
 
 SENTENCES = ["red", "The square is blue.", "red", "A dog waits outside."]
@@ -55,7 +55,7 @@ class _Counter:
 
 def _embed(encoder, sentences=SENTENCES):
     features = sentence_embeddings(
-        encoder, sentences, autocast=contextlib.nullcontext, description="x"
+        encoder, sentences, autocast=autocast("fp32", torch.device("cpu")), description="x"
     )
     return features.vectors[torch.from_numpy(features.index)]
 
@@ -63,7 +63,7 @@ def _embed(encoder, sentences=SENTENCES):
 def _look(encoder, folder):
     split = read_split(folder, "train")
     features = image_features(
-        encoder, split, ImageFolder.of(folder, None), autocast=contextlib.nullcontext
+        encoder, split, ImageFolder.of(folder, None), autocast=autocast("fp32", torch.device("cpu"))
     )
     return features.vectors[torch.from_numpy(features.index)]
 

@@ -9,7 +9,6 @@ Legend: N parallel rows · U distinct sentence pairs · B batch · D embedding w
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -46,12 +45,10 @@ from clseave_cli.core.models.packing import PackedBatch
 from clseave_cli.core.models.student import new_student, save_student
 from clseave_cli.core.progress import SILENT, Progress
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
-from clseave_cli.core.training.precision import autocast, resolve_device, resolve_precision
+from clseave_cli.core.training.precision import Autocast, autocast, resolve_device
 from clseave_cli.core.training.run import Run, is_complete, require_writable
 from clseave_cli.errors import DataError, TrainingError, UsageError
 from clseave_cli.labels import UNLABELLED
-
-Autocast = Callable[[], torch.autocast]
 
 #: A student whose embeddings vary less than this share of the teacher's says the same to all.
 _COLLAPSED = 1e-3
@@ -122,7 +119,7 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
         progress.note(f"{out}: already complete.")
         return AlignResult(out, languages, None)
     device = resolve_device(config.device)
-    with_autocast = autocast(resolve_precision(config.precision, device), device)
+    with_autocast = autocast(config.precision, device)
     folder = data_folder(config.data, progress)
     train_text, dev_text = {}, {}
     for lang in languages:

@@ -50,7 +50,7 @@ from clseave_cli.core.reporting.gallery import (
 from clseave_cli.core.reporting.report import write_report
 from clseave_cli.core.results import Baselines, LanguageResult, Results, Signature
 from clseave_cli.core.rows import PredictedRows
-from clseave_cli.core.training.precision import autocast, resolve_device, resolve_precision
+from clseave_cli.core.training.precision import autocast, resolve_device
 from clseave_cli.errors import DataError, ModelError
 from clseave_cli.labels import LABELS
 
@@ -170,7 +170,7 @@ def _run(
 ) -> _Outputs:
     """Embeds each distinct sentence once, looks the images up, and scores the rows."""
     device = encoder.device
-    with_autocast = autocast(resolve_precision(config.precision, device), device)
+    with_autocast = autocast(config.precision, device)
     features = image_features(model.image, split, images, autocast=with_autocast, progress=progress)
     sentences = tokenize_sentences(encoder, split.hypotheses, split.where, progress)
     embedded = []

@@ -31,6 +31,7 @@ from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
 from clseave_cli.core.models.packing import TokenTable
 from clseave_cli.core.pipeline import ahead
 from clseave_cli.core.progress import SILENT, Progress
+from clseave_cli.core.training.precision import Autocast
 from clseave_cli.errors import DataError
 
 #: Vectors per shard: small enough to lose little at a crash, large enough to make few files.
@@ -102,7 +103,7 @@ def image_features(
     split: Split,
     images: ImageFolder,
     *,
-    autocast: Callable[[], torch.autocast],
+    autocast: Autocast,
     progress: Progress = SILENT,
 ) -> Features:
     """The projected features of every image a split names, from the cache where they are there.
@@ -135,7 +136,7 @@ def image_features(
                 with torch.no_grad(), autocast():
                     yield encoder(batch.to(encoder.device)).float().cpu()
 
-    cache = VectorCache(cache_root() / "image" / encoder.digest(), encoder.embedding_dim)
+    cache = VectorCache(_folder("image", encoder, autocast), encoder.embedding_dim)
     vectors = cache.get(keys, compute, f"{split.name}: image features", progress)
     return Features(vectors, split.image_index.astype(np.int64))
 
@@ -144,7 +145,7 @@ def sentence_embeddings(
     encoder: SentenceEncoder,
     sentences: Sequence[str],
     *,
-    autocast: Callable[[], torch.autocast],
+    autocast: Autocast,
     description: str,
     progress: Progress = SILENT,
 ) -> Features:
@@ -158,9 +159,14 @@ def sentence_embeddings(
             for embeddings in encoder.embed(tokens):
                 yield embeddings.float().cpu()
 
-    cache = VectorCache(cache_root() / "text" / encoder.digest(), encoder.embedding_dim)
+    cache = VectorCache(_folder("text", encoder, autocast), encoder.embedding_dim)
     vectors = cache.get(keys, compute, description, progress)
     return Features(vectors, index)
+
+
+def _folder(kind: str, encoder: ImageEncoder | SentenceEncoder, autocast: Autocast) -> Path:
+    """A folder per encoder and arithmetic: bfloat16 vectors are not float32 ones."""
+    return cache_root() / kind / f"{encoder.digest()}-{autocast.precision}"
 
 
 class VectorCache:

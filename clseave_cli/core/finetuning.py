@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +21,7 @@ from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.packing import PackedBatch
 from clseave_cli.core.progress import SILENT, Progress
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
-from clseave_cli.core.training.precision import autocast, resolve_device, resolve_precision
+from clseave_cli.core.training.precision import Autocast, autocast, resolve_device
 from clseave_cli.core.training.run import Run, is_complete, require_writable
 from clseave_cli.errors import UsageError
 from clseave_cli.labels import LABELS
@@ -96,7 +95,7 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> FinetuneRes
     inputs = {split.path.name: split.digest for split in (train_split, dev_split)}
     inputs["clip"] = model.text.digest()
     run = Run("finetune-ve", out, config, inputs)
-    with_autocast = autocast(resolve_precision(config.precision, device), device)
+    with_autocast = autocast(config.precision, device)
     train_pairs, dev_pairs = (
         _prepare(model, split, images, with_autocast, progress)
         for split in (train_split, dev_split)
@@ -148,7 +147,7 @@ def _prepare(
     model: ClipVE,
     split: Split,
     images: ImageFolder,
-    with_autocast: Callable[[], torch.autocast],
+    with_autocast: Autocast,
     progress: Progress,
 ) -> _Pairs:
     return _Pairs(

@@ -25,7 +25,7 @@ from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.student import find_students, load_student
 from clseave_cli.core.progress import SILENT, Progress
-from clseave_cli.core.training.precision import autocast, resolve_device, resolve_precision
+from clseave_cli.core.training.precision import autocast, resolve_device
 from clseave_cli.errors import ClseaveError, DataError, ModelError
 from clseave_cli.labels import LABELS, Label
 
@@ -89,7 +89,7 @@ class VisualEntailment:
         self._model = clip_ve.eval()
         self._encoder = encoder.eval()
         self._device = clip_ve.text.device
-        self._autocast = autocast(resolve_precision(precision, self._device), self._device)
+        self._autocast = autocast(precision, self._device)
         self._premises: dict[str, Tensor] = {}
 
     @classmethod

@@ -32,7 +32,7 @@ from clseave_cli.core.files import write_json, writing
 from clseave_cli.core.pipeline import ahead
 from clseave_cli.core.progress import SILENT, Progress
 from clseave_cli.core.training.checkpoint import LoopState, load_state, save_state, snapshot
-from clseave_cli.core.training.precision import autocast, resolve_precision
+from clseave_cli.core.training.precision import autocast
 from clseave_cli.core.training.schedule import learning_rate_factor
 from clseave_cli.errors import Interrupted, TrainingError
 
@@ -161,9 +161,8 @@ class _Run:
         self.folder, self.progress = folder, progress
         self.parameters = [p for p in stage.module.parameters() if p.requires_grad]
         self.optimizer = _optimizer(self.parameters, config)
-        precision = resolve_precision(config.precision, device)
-        self.autocast = autocast(precision, device)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.autocast = autocast(config.precision, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast.precision == "fp16")
         self.steps_per_epoch = math.ceil(stage.num_examples / config.batch_size)
         self.total_steps = self.steps_per_epoch * config.epochs
         if config.max_steps is not None:

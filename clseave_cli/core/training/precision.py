@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 
@@ -46,14 +45,30 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
     return "bf16" if _cpu_multiplies_bf16() else "fp32"
 
 
-def autocast(precision: Precision, device: torch.device) -> Callable[[], torch.autocast]:
-    """A maker of the context that matrix products run in."""
-    return partial(
-        torch.autocast,
-        device.type,
-        dtype=_TYPES.get(precision, torch.bfloat16),
-        enabled=precision in _TYPES,
-    )
+@dataclass(frozen=True)
+class Autocast:
+    """Makes the context that matrix products run in.
+
+    Attributes:
+        precision: never `auto`.
+        device_type: `cpu` or `cuda`.
+    """
+
+    precision: Precision
+    device_type: str
+
+    def __call__(self) -> torch.autocast:
+        """A fresh context."""
+        return torch.autocast(
+            self.device_type,
+            dtype=_TYPES.get(self.precision, torch.bfloat16),
+            enabled=self.precision in _TYPES,
+        )
+
+
+def autocast(precision: Precision, device: torch.device) -> Autocast:
+    """What `--precision` means on a device."""
+    return Autocast(resolve_precision(precision, device), device.type)
 
 
 def _cpu_multiplies_bf16() -> bool:

@@ -53,7 +53,7 @@ class Client:
                 method, url, timeout=self._timeout_seconds, stream=True, **arguments
             ) as response:
                 response._content = self._read(response, deadline)
-                response._content_consumed = True
+                response._content_consumed = True  # type: ignore[attr-defined,unused-ignore]
         except requests.Timeout:
             raise Fault(f"{where}: no answer within {self._timeout_seconds:g} s") from None
         except requests.exceptions.ChunkedEncodingError:
