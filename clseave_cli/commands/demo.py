@@ -51,7 +51,7 @@ def run(config: DemoConfig) -> None:
     _world(data, encoder, config.seed, progress)
 
     stage("2/5  pretrain: a CLIP model from captions")
-    pretrain(_stage(PretrainConfig, config, data=str(data), runs=runs), progress)
+    pretrain(_stage(PretrainConfig, config, data=data, runs=runs), progress)
 
     stage("3/5  finetune-ve: visual entailment in English")
     clip = str(runs / "clip")

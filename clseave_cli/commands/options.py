@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import typer
 
-from clseave_cli.core.config import DataConfig, StageConfig, TrainingConfig
+from clseave_cli.core.config import DataConfig, ModelsConfig, StageConfig, TrainingConfig
 from clseave_cli.errors import UsageError
 
 C = TypeVar("C", bound=StageConfig)
@@ -28,6 +28,7 @@ ConfigFile = Annotated[
 _PANELS: dict[type, str] = {
     DataConfig: "Data",
     TrainingConfig: "Training",
+    ModelsConfig: "General",
     StageConfig: "General",
 }
 

