@@ -154,7 +154,8 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
         return torch.mean(per_pair * batch.weights.to(device))
 
     stage = Stage(
-        name=f"align {'+'.join(languages)}",
+        name="align",
+        title=f"align {'+'.join(languages)}",
         module=student,
         num_examples=len(pairs.weights),
         prepare=lambda rows: pairs.batch(rows, student),

@@ -64,7 +64,7 @@ class Stage:
     """What is trained, as the loop sees it.
 
     Attributes:
-        name: goes into records and progress, such as `align`.
+        name: goes into records, such as `align`.
         module: its parameters with `requires_grad` are trained; it is left with the best weights.
         num_examples: N; examples are numbered 0 to N − 1.
         prepare: gathers what some examples need, ahead of time in another thread; it depends on
@@ -72,6 +72,7 @@ class Stage:
         loss: the mean loss of prepared examples, a scalar that can be differentiated.
         evaluate: dev figures; called with the module in eval mode and gradients off.
         selection: which of them chooses the checkpoint.
+        title: goes into progress and messages, such as `align de`; otherwise the name.
     """
 
     name: str
@@ -81,6 +82,10 @@ class Stage:
     loss: Callable[[Any], Tensor]
     evaluate: Callable[[], dict[str, float]]
     selection: Selection
+    title: str = ""
+
+    def __str__(self) -> str:
+        return self.title or self.name
 
 
 @dataclass(frozen=True)
@@ -208,7 +213,7 @@ class _Run:
             epoch=state.epoch,
         )[state.batch : state.batch + self.total_steps - state.step]
         self.stage.module.train()
-        title = f"{self.stage.name}: epoch {state.epoch + 1}/{self.config.epochs}"
+        title = f"{self.stage}: epoch {state.epoch + 1}/{self.config.epochs}"
         with self.progress.task(title, self.stage.num_examples, "pairs") as task:
             task.advance(state.num_seen)
             begin = time.monotonic()
@@ -263,7 +268,7 @@ class _Run:
         loss = self.loss_sum.item() / self.state.num_seen
         if not math.isfinite(loss):
             raise TrainingError(
-                f"{self.stage.name}: the loss is not finite at step {self.state.step}; lower "
+                f"{self.stage}: the loss is not finite at step {self.state.step}; lower "
                 "--learning-rate, or use --precision fp32."
             )
         return loss
@@ -304,7 +309,7 @@ class _Run:
         self._record({"loss": loss, "dev": dev})
         shown = " · ".join(f"{name} {figure:.4g}" for name, figure in dev.items())
         self.progress.note(
-            f"{self.stage.name}: epoch {state.epoch + 1}: train loss {loss:.4f} · dev {shown}"
+            f"{self.stage}: epoch {state.epoch + 1}: train loss {loss:.4f} · dev {shown}"
         )
         state.epoch += 1
         state.batch = state.num_seen = 0
@@ -336,7 +341,7 @@ class _Run:
         self.saved_at = time.monotonic()
         if stopping:
             raise Interrupted(
-                f"{self.stage.name}: stopped at step {self.state.step}, state saved in "
+                f"{self.stage}: stopped at step {self.state.step}, state saved in "
                 f"{self.folder}; the same command with --resume goes on from there."
             )
 
@@ -346,12 +351,12 @@ class _Run:
     def _resume(self) -> None:
         loaded = load_state(self.folder, self.stage.module, self.optimizer, self.scaler)
         if loaded is None:
-            self.progress.note(f"{self.stage.name}: no saved state to resume; starting afresh.")
+            self.progress.note(f"{self.stage}: no saved state to resume; starting afresh.")
             return
         self.state, self.best_weights = loaded
         self.loss_sum.fill_(self.state.loss_sum)
         self.earlier_seconds = self.state.seconds
-        self.progress.note(f"{self.stage.name}: resuming at step {self.state.step}.")
+        self.progress.note(f"{self.stage}: resuming at step {self.state.step}.")
 
     def _truncate_metrics(self) -> None:
         """Forgets records written after the state that the run continues from."""
