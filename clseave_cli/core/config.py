@@ -282,7 +282,7 @@ class AlignConfig(TrainingConfig, DataConfig):
             "patience": 9,
             "select": "mse",
         },
-        "mini-ve": {"epochs": 8, "batch_size": 64, "learning_rate": 2e-3},
+        "mini-ve": {"epochs": 10, "batch_size": 32, "learning_rate": 1.5e-3},
     }
 
     lang: tuple[str, ...] = option(

@@ -241,7 +241,9 @@ def test_captions_tell_the_truth(world: MiniVE) -> None:
         for line in lines:
             image, caption = line["image"], line["caption"]
             shown = set(things(known[image]))
-            assert is_covered(caption) == is_covered(known[image])
+            covered = is_covered(known[image])
+            # A single thing need not be the curtain; what is said of it must be so.
+            assert covered or not is_covered(caption)
             for number in re.findall(rf"\b({'|'.join(NUMBERS)})\b", caption.lower()):
                 assert NUMBERS[number] == len(shown)
             named = things(caption)
@@ -250,8 +252,8 @@ def test_captions_tell_the_truth(world: MiniVE) -> None:
                 assert not any(color == c or shape == s for c, s in shown)
                 named.remove((color, shape))
             assert set(named) <= shown
-            complete[image] += set(named) == shown
-        assert min(complete.values()) >= 3
+            complete[image] += set(named) == shown and is_covered(caption) == covered
+        assert min(complete.values()) >= 2
 
 
 def test_the_report_counts_what_is_written(world: MiniVE) -> None:
