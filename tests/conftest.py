@@ -28,6 +28,12 @@ def cache(monkeypatch, tmp_path_factory, request):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch):
+    """Only a power cut could tell the difference, and a busy disk takes long over it."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 @pytest.fixture(scope="session")
 def assets():
     """Real material beside the checkout; skips where there is none."""

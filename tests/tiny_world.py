@@ -199,6 +199,7 @@ def slow_steps() -> None:
 
     import torch
 
+    os.fsync = lambda descriptor: None  # a kill, unlike a power cut, loses nothing written
     step = torch.optim.AdamW.step
 
     def slow(*arguments, **more):

@@ -12,7 +12,7 @@ from tiny_world import CommandProcess, read_jsonl, slow_steps, small_files, tree
 
 def _arguments(stage, world, runs, trained, clip, encoder):
     shared = [
-        "--data", world, "--runs", runs, "--epochs", "6", "--batch-size", "4", "--device", "cpu",
+        "--data", world, "--runs", runs, "--epochs", "4", "--batch-size", "4", "--device", "cpu",
         "--precision", "fp32", "--learning-rate", "2e-3",
     ]  # fmt: skip
     if stage == "finetune-ve":
