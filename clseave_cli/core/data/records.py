@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 
 from clseave_cli.core.files import atomic_file, file_digest
 from clseave_cli.core.progress import SILENT, Progress
@@ -429,18 +430,25 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
         for line, raw in enumerate(stream, start=1):
             if not raw.strip():
                 continue
-            row: Any
             try:
-                row = json.loads(raw)
-            except json.JSONDecodeError as error:
-                row = _BadRow(f"not valid JSON ({error.msg} at column {error.colno}).", raw)
-            except UnicodeDecodeError:
-                row = _BadRow("not UTF-8 text.", raw)
-            except RecursionError:
-                row = _BadRow("JSON nested too deeply.", raw)
-            except ValueError as error:  # such as a number of thousands of digits
-                row = _BadRow(f"not valid JSON ({error}).", raw)
+                row = orjson.loads(raw)
+            except orjson.JSONDecodeError:
+                row = _strange_json(raw)
             yield line, row
+
+
+def _strange_json(raw: bytes) -> Any:
+    """A line that orjson refuses: what Python's laxer parser makes of it (NaN), or what is wrong."""
+    try:
+        return json.loads(raw)
+    except json.JSONDecodeError as error:
+        return _BadRow(f"not valid JSON ({error.msg} at column {error.colno}).", raw)
+    except UnicodeDecodeError:
+        return _BadRow("not UTF-8 text.", raw)
+    except RecursionError:
+        return _BadRow("JSON nested too deeply.", raw)
+    except ValueError as error:  # such as a number of thousands of digits
+        return _BadRow(f"not valid JSON ({error}).", raw)
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:

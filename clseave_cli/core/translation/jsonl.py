@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import orjson
+
 from clseave_cli.core.translation.files import SUSPECT_FIELD, Row, choose_field, reading
 from clseave_cli.errors import DataError
 
@@ -37,18 +39,16 @@ class JsonLinesFile:
 
     def rows(self) -> Iterator[Row]:
         """The rows; blank lines are passed over. A row's record is its line and its values."""
-        # Millions of rows pass here, so the C scanner is called without json.loads around it.
-        scan = _DECODER.scan_once  # type: ignore[attr-defined]
         field = self._field or ""
         with reading(self._path) as stream:
             for number, data in enumerate(stream, 1):
                 try:
+                    values = orjson.loads(data)
                     line = data.decode()
-                    values, end = scan(line, 0)
                     text = values[field]
-                    if type(text) is not str or (end + 1 != len(line)) or data[-1] != 10:
+                    if type(text) is not str or data[-1] != 10:
                         raise ValueError
-                except (ValueError, TypeError, KeyError, StopIteration, RecursionError):
+                except (ValueError, TypeError, KeyError):
                     # Anything but the plainest of rows is looked at again, with more patience.
                     if data.isspace():
                         continue
