@@ -186,7 +186,7 @@ class PretrainConfig(TrainingConfig):
             "vocabulary": 1000,
             "embedding_dim": 128,
             "captions_per_image": 2,
-            "epochs": 8,
+            "epochs": 7,
             "batch_size": 64,
             "learning_rate": 2e-3,
             "weight_decay": 0.05,
@@ -237,9 +237,9 @@ class FinetuneConfig(TrainingConfig, DataConfig):
             "select": "loss",
         },
         "mini-ve": {
-            "epochs": 4,
-            "batch_size": 128,
-            "learning_rate": 2e-3,
+            "epochs": 3,
+            "batch_size": 192,
+            "learning_rate": 2.5e-3,
             "warmup_fraction": 0.1,
             "schedule": "cosine",
             "patience": None,
@@ -282,7 +282,7 @@ class AlignConfig(TrainingConfig, DataConfig):
             "patience": 9,
             "select": "mse",
         },
-        "mini-ve": {"epochs": 10, "batch_size": 32, "learning_rate": 1.5e-3},
+        "mini-ve": {"epochs": 8, "batch_size": 32, "learning_rate": 2e-3},
     }
 
     lang: tuple[str, ...] = option(
