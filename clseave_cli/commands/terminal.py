@@ -141,7 +141,7 @@ def print_training(folder: Path, training: TrainingResult | None) -> None:
         return
     dev = ", ".join(f"{name} {value:.4g}" for name, value in training.dev.items())
     stdout().print(
-        f"{folder}: {training.epochs} epochs, epoch {training.best_epoch} kept (dev {dev}) · "
+        f"{folder}: epoch {training.best_epoch} of {training.epochs} kept (dev {dev}) · "
         f"{training.wall_seconds:.0f} s, {training.pairs_per_second:.0f} pairs/s",
         soft_wrap=True,
         markup=False,

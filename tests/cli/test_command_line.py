@@ -210,7 +210,7 @@ def test_training_says_where_the_model_lies(clseave, world, clip, tmp_path):
     code, out, err = clseave(*arguments)
     assert code == 0
     assert len(out.splitlines()) == 1
-    assert out.startswith(f"{tmp_path / 'model'}: 1 epochs, epoch 1 kept (dev loss ")
+    assert out.startswith(f"{tmp_path / 'model'}: epoch 1 of 1 kept (dev loss ")
     assert "finetune-ve: epoch 1" in err
     code, out, _ = clseave(*arguments, "--resume")
     assert (code, out) == (0, f"{tmp_path / 'model'}: complete\n")
