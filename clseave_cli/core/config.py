@@ -186,7 +186,7 @@ class PretrainConfig(TrainingConfig):
             "vocabulary": 1000,
             "embedding_dim": 128,
             "captions_per_image": 2,
-            "epochs": 7,
+            "epochs": 8,
             "batch_size": 64,
             "learning_rate": 2e-3,
             "weight_decay": 0.05,
@@ -282,7 +282,7 @@ class AlignConfig(TrainingConfig, DataConfig):
             "patience": 9,
             "select": "mse",
         },
-        "mini-ve": {"epochs": 8, "batch_size": 32, "learning_rate": 2e-3},
+        "mini-ve": {"epochs": 9, "batch_size": 32, "learning_rate": 1.5e-3},
     }
 
     lang: tuple[str, ...] = option(
