@@ -16,7 +16,6 @@ from clseave_cli.errors import DataError
 _BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
-_quote_raw = json.encoder.encode_basestring
 
 
 class JsonLinesFile:
@@ -41,18 +40,17 @@ class JsonLinesFile:
         """The rows; blank lines are passed over. A row's record is its line and its values."""
         field = self._field or ""
         with reading(self._path) as stream:
-            for number, data in enumerate(stream, 1):
+            for number, line in enumerate(stream, 1):
                 try:
-                    values = orjson.loads(data)
-                    line = data.decode()
+                    values = orjson.loads(line)
                     text = values[field]
-                    if type(text) is not str or data[-1] != 10:
-                        raise ValueError
+                    if type(text) is not str:
+                        raise TypeError
                 except (ValueError, TypeError, KeyError):
                     # Anything but the plainest of rows is looked at again, with more patience.
-                    if data.isspace():
+                    if line.isspace():
                         continue
-                    line, values = self._parse(number, data)
+                    line, values = self._parse(number, line)
                     field = self._field or ""
                     text = values[field]
                 pair_id = values.get("pairID")
@@ -60,11 +58,11 @@ class JsonLinesFile:
                     pair_id = str(pair_id)
                 yield Row(number, text, pair_id, (line, values))
 
-    def _parse(self, number: int, data: bytes) -> tuple[str, dict[str, Any]]:
+    def _parse(self, number: int, data: bytes) -> tuple[bytes, dict[str, Any]]:
         """The line and its values, or an error that says what is wrong with it."""
+        line = data.removeprefix(_BOM) if number == 1 else data
         try:
-            line = (data.removeprefix(_BOM) if number == 1 else data).decode()
-            values = json.loads(line)
+            values = json.loads(line.decode())
         except UnicodeDecodeError:
             raise DataError.at(self._path, number, "not UTF-8; convert the file.") from None
         except (json.JSONDecodeError, RecursionError) as error:
@@ -92,48 +90,41 @@ class JsonLinesWriter:
     def __init__(self, stream: BinaryIO, field: str, source: str) -> None:
         self._stream = stream
         self._field = field
-        self._key = f'"{field}"'
-        self._opening = f'"{field}": "'
+        self._key = f'"{field}"'.encode()
+        self._opening = f'"{field}": "'.encode()
         self._source_field = f"{field}_{source}"
-        self._source_key = json.dumps(self._source_field, ensure_ascii=False)
+        self._source_key = f", {_quote(self._source_field).decode()}: ".encode()
 
     def write(self, row: Row, translation: str, suspicions: tuple[str, ...]) -> None:
         """Writes one line."""
         line, values = row.record
         start, end = self._span(line, row.text)
-        close = line.rindex("}")
-        added = ""
+        close = line.rindex(b"}")
+        added = b""
         if self._source_field not in values:
-            added = f", {self._source_key}: {line[start:end]}"
+            added = self._source_key + line[start:end]
         if suspicions:
-            added += f', "{SUSPECT_FIELD}": {json.dumps(suspicions)}'
-        if added and line[close - 1].isspace():
+            added += f', "{SUSPECT_FIELD}": {json.dumps(suspicions)}'.encode()
+        if added and line[close - 1 : close].isspace():
             close = len(line[:close].rstrip())
-        rest = line[close:] if line.endswith("\n") else line[close:] + "\n"
-        try:
-            whole = (
-                f"{line[:start]}{_quote_raw(translation)}{line[end:close]}{added}{rest}".encode()
-            )
-        except UnicodeEncodeError:  # a lone surrogate has no UTF-8, but an escape
-            whole = (
-                f"{line[:start]}{json.dumps(translation)}{line[end:close]}{added}{rest}".encode()
-            )
-        self._stream.write(whole)
+        rest = line[close:] if line.endswith(b"\n") else line[close:] + b"\n"
+        self._stream.write(
+            b"%b%b%b%b%b" % (line[:start], _quote(translation), line[end:close], added, rest)
+        )
 
-    def _span(self, line: str, text: str) -> tuple[int, int]:
+    def _span(self, line: bytes, text: str) -> tuple[int, int]:
         """Where the field's value stands in the line, its quotes included."""
         # Nearly every row is flat, names the field once and holds the text without escapes. Then
         # the name can be neither in a string (its quotes would be escaped) nor in an inner object.
-        start = line.find(self._opening) + len(self._opening)
-        end = start + len(text)
+        quoted = _quote(text)
+        start = line.find(self._opening) + len(self._opening) - 1
         if (
-            start >= len(self._opening)
-            and line.startswith(text, start)
-            and line.startswith('"', end)
-            and line.count("{") == 1
+            start >= len(self._opening) - 1
+            and line.startswith(quoted, start)
+            and line.count(b"{") == 1
             and line.count(self._key) == 1
         ):
-            return start - 1, end + 1
+            return start, start + len(quoted)
         return _search(line, self._field)
 
     def leave_out(self, row: Row) -> None:
@@ -143,8 +134,17 @@ class JsonLinesWriter:
         """Every line is written already."""
 
 
-def _search(line: str, field: str) -> tuple[int, int]:
+def _quote(text: str) -> bytes:
+    """A text as JSON writes it; a lone surrogate has no UTF-8, but an escape."""
+    try:
+        return orjson.dumps(text)
+    except orjson.JSONEncodeError:
+        return json.dumps(text).encode()
+
+
+def _search(data: bytes, field: str) -> tuple[int, int]:
     """The span of a key's value among the line's outermost keys; of the last, as parsers do."""
+    line = data.decode()
 
     def skip(at: int) -> int:
         return _SPACE.match(line, at).end()  # type: ignore[union-attr]
@@ -160,4 +160,5 @@ def _search(line: str, field: str) -> tuple[int, int]:
         at = skip(at)
         if line[at] == ",":
             at = skip(at + 1)
-    return span
+    start, end = span
+    return len(line[:start].encode()), len(line[:end].encode())
