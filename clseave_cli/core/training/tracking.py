@@ -42,7 +42,11 @@ def require(name: str) -> None:
     Raises:
         ClseaveError: its package is not installed.
     """
-    if name != "none" and importlib.util.find_spec(name) is None:
+    if name == "none":
+        return
+    spec = importlib.util.find_spec(name)
+    # Without an origin it is a folder of that name where the command runs: wandb makes one.
+    if spec is None or spec.origin is None:
         raise ClseaveError(
             f"--tracker {name}: the package {name} is not installed; "
             f"pip install 'clseave-cli[{name}]'."
