@@ -15,6 +15,7 @@ import os
 import resource
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -44,7 +45,7 @@ def write_clip(folder: Path, vocabulary: Path, **layers: int) -> None:
     CLIPImageProcessorPil().save_pretrained(folder)
 
 
-def write_bert(folder: Path, vocabulary: Path, **shape: int) -> None:
+def write_bert(folder: Path, vocabulary: Path, **shape: Any) -> None:
     """mBERT (cased) with random weights, or a BERT of another shape with its vocabulary."""
     tokenizer = BertTokenizer(str(vocabulary), do_lower_case=False)
     config = BertConfig(vocab_size=len(tokenizer), **shape)

@@ -56,7 +56,7 @@ class Sizes:
     pairs: int
     photos: int
     dev: int
-    bert: dict[str, int]
+    bert: dict[str, Any]
     clip: dict[str, int]
 
 

@@ -11,7 +11,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -88,22 +88,21 @@ class _Guarded:
         progress: Progress,
     ) -> None:
         self._name, self._progress = name, progress
-        self._service: AbstractContextManager[_Send] | None = None
+        self._open = ExitStack()
+        self._failed = False
         self._send: _Send | None = None
         if service is not None:
             with self._guard():
-                self._service = service()
-                self._send = self._service.__enter__()
+                self._send = self._open.enter_context(service())
 
     def log(self, record: dict[str, Any]) -> None:
-        if self._send is not None:
+        if self._send is not None and not self._failed:
             with self._guard():
                 self._send(record["step"], _numbers(record))
 
     def close(self) -> None:
-        if self._service is not None:
-            with self._guard():
-                self._service.__exit__(None, None, None)
+        with self._guard():
+            self._open.close()
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
@@ -113,12 +112,13 @@ class _Guarded:
                 yield
         except Exception as error:
             # Whatever a service raises, the training is worth more than its picture.
-            self._send = None
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            self._progress.note(
-                f"--tracker {self._name}: failed ({reason}); the run goes on without it, "
-                "metrics.jsonl has everything."
-            )
+            if not self._failed:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+                self._progress.note(
+                    f"--tracker {self._name}: failed ({reason}); the run goes on without it, "
+                    "metrics.jsonl has everything."
+                )
+            self._failed = True
 
 
 def _numbers(record: dict[str, Any]) -> dict[str, float]:
