@@ -156,7 +156,8 @@ def test_tensorboard_events_are_kept_with_the_model(tmp_path):
     training = tmp_path / "model" / "training"
     events = EventAccumulator(str(training / tracking.TENSORBOARD_FOLDER))
     events.Reload()
-    wanted = [(step, numbers["loss"]) for step, numbers in _wanted(training)]
-    shown = [(event.step, event.value) for event in events.Scalars("loss")]
-    assert shown == pytest.approx(wanted)
+    steps, wanted = zip(*_wanted(training), strict=True)
+    shown = events.Scalars("loss")
+    assert [event.step for event in shown] == list(steps)
+    assert [event.value for event in shown] == pytest.approx([each["loss"] for each in wanted])
     assert [event.value for event in events.Scalars("dev/mse")] == [0.5, 0.5]

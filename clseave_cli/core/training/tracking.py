@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import io
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
@@ -107,8 +107,8 @@ class _Guarded:
     @contextmanager
     def _guard(self) -> Iterator[None]:
         try:
-            # Standard output belongs to the command's result.
-            with redirect_stdout(sys.stderr):
+            # Standard output belongs to the command's result; what services print there is chatter.
+            with redirect_stdout(io.StringIO()):
                 yield
         except Exception as error:
             # Whatever a service raises, the training is worth more than its picture.
