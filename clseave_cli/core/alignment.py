@@ -43,6 +43,7 @@ from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.packing import PackedBatch
 from clseave_cli.core.models.student import new_student, save_student
+from clseave_cli.core.models.vocabulary import reduced_vocabulary
 from clseave_cli.core.progress import SILENT, Progress
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
 from clseave_cli.core.training.precision import Autocast, autocast, resolve_device
@@ -165,7 +166,9 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
             Selection("accuracy", "highest") if images is not None else Selection("mse", "lowest")
         ),
     )
-    result = train(stage, config, device=device, folder=run.folder, progress=progress)
+    tokens = [pairs.sentences.tokens, *(dev.sentences.tokens for dev in dev_sets)]
+    with reduced_vocabulary(student, *tokens):
+        result = train(stage, config, device=device, folder=run.folder, progress=progress)
     run.publish(
         lambda aside: save_student(
             student, aside, languages=languages, teacher=teacher.fingerprint

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 from clseave_cli.errors import UsageError
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Tracking = Literal["none", "tensorboard", "wandb", "trackio"]
 
 
 def option(
@@ -24,6 +25,7 @@ def option(
     flag: str | None = None,
     metavar: str | None = None,
     least: float | None = None,
+    zero_is_off: bool = False,
 ) -> Any:
     """A config field with the help text its flag shows.
 
@@ -33,10 +35,17 @@ def option(
         flag: the flag's spelling where it is not the field's name with hyphens.
         metavar: what stands for the value in `--help`.
         least: the smallest value that makes sense; None: any does.
+        zero_is_off: 0 means None, so that a flag can undo what a preset or a default sets.
     """
     return field(
         default=default,
-        metadata={"help": help, "flag": flag, "metavar": metavar, "least": least},
+        metadata={
+            "help": help,
+            "flag": flag,
+            "metavar": metavar,
+            "least": least,
+            "zero_is_off": zero_is_off,
+        },
     )
 
 
@@ -52,16 +61,19 @@ class StageConfig:
     precision: Precision = option("auto", "Arithmetic of the matrix products.")
 
     def __post_init__(self) -> None:
-        """Refuses numbers that are too small.
+        """Turns a 0 that means "off" into None, and refuses numbers that are too small.
 
         Raises:
             UsageError: one is; names the flag.
         """
         for part in dataclasses.fields(self):
             value, least = getattr(self, part.name), part.metadata["least"]
-            if least is not None and value is not None and not value >= least:
+            if part.metadata["zero_is_off"] and value == 0:
+                object.__setattr__(self, part.name, None)
+            elif least is not None and value is not None and not value >= least:
                 flag = part.metadata["flag"] or "--" + part.name.replace("_", "-")
-                raise UsageError(f"{flag} {value}: expected at least {least}.")
+                off = ", or 0 for off" if part.metadata["zero_is_off"] else ""
+                raise UsageError(f"{flag} {value}: expected at least {least}{off}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,13 +107,21 @@ class TrainingConfig(ModelsConfig):
         "linear", "How the learning rate falls after the warm-up."
     )
     accumulation: int = option(1, "Parts a batch is computed in, to save memory.", least=1)
-    clip_norm: float | None = option(None, "Largest gradient norm; unset: no clipping.")
+    clip_norm: float | None = option(
+        None, "Largest gradient norm; 0: no clipping.", least=0, zero_is_off=True
+    )
     patience: int | None = option(
-        None, "Stop after this many epochs without a better dev figure; unset: never.", least=1
+        None,
+        "Stop after this many epochs without a better dev figure; 0: never.",
+        least=1,
+        zero_is_off=True,
     )
     max_steps: int | None = option(None, "Stop after this many optimiser steps.", least=1)
     checkpoint_minutes: float = option(10.0, "Minutes between two saved training states.", least=0)
     resume: bool = option(False, "Continue an interrupted run from its last saved state.")
+    tracker: Tracking = option(
+        "none", "Where figures go beside metrics.jsonl; each needs the extra of its name."
+    )
     train_split: str = option("train", "Name of the split to train on.")
     dev_split: str = option("dev", "Name of the split that chooses the checkpoint.")
     allow_leak: bool = option(False, "Allow an image to be in two splits.")
@@ -217,7 +237,9 @@ class PretrainConfig(TrainingConfig):
     schedule: Literal["constant", "linear", "cosine"] = option(
         "cosine", "How the learning rate falls after the warm-up."
     )
-    clip_norm: float | None = option(1.0, "Largest gradient norm; unset: no clipping.")
+    clip_norm: float | None = option(
+        1.0, "Largest gradient norm; 0: no clipping.", least=0, zero_is_off=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,7 +283,10 @@ class FinetuneConfig(TrainingConfig, DataConfig):
         "constant", "How the learning rate falls after the warm-up."
     )
     patience: int | None = option(
-        1, "Stop after this many epochs without a better dev figure; unset: never.", least=1
+        1,
+        "Stop after this many epochs without a better dev figure; 0: never.",
+        least=1,
+        zero_is_off=True,
     )
     select: Literal["loss", "accuracy"] = option("loss", "Dev figure that chooses the checkpoint.")
 

@@ -19,6 +19,7 @@ from clseave_cli.core.data.records import Split, check_leak, read_split
 from clseave_cli.core.features import Features, Sentences, image_features, tokenize_sentences
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.packing import PackedBatch
+from clseave_cli.core.models.vocabulary import reduced_vocabulary
 from clseave_cli.core.progress import SILENT, Progress
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
 from clseave_cli.core.training.precision import Autocast, autocast, resolve_device
@@ -127,7 +128,9 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> FinetuneRes
         evaluate=evaluate,
         selection=Selection(config.select, "lowest" if config.select == "loss" else "highest"),
     )
-    result = train(stage, config, device=device, folder=run.folder, progress=progress)
+    tokens = [pairs.sentences.tokens for pairs in (train_pairs, dev_pairs)]
+    with reduced_vocabulary(model.text, *tokens):
+        result = train(stage, config, device=device, folder=run.folder, progress=progress)
     run.publish(model.save, _card(config, len(train_split), result))
     return FinetuneResult(out, result)
 

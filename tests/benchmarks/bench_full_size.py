@@ -15,6 +15,7 @@ import os
 import resource
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -33,19 +34,21 @@ from clseave_cli.core.config import AlignConfig, FinetuneConfig
 from clseave_cli.core.finetuning import finetune
 
 
-def write_clip(folder: Path, vocabulary: Path) -> None:
-    """CLIP ViT-B/16 as its configuration defines it, with random weights."""
+def write_clip(folder: Path, vocabulary: Path, **layers: int) -> None:
+    """CLIP ViT-B/16 as its configuration defines it, or with fewer layers; random weights."""
     tokenizer = CLIPTokenizer(str(vocabulary / "vocab.json"), str(vocabulary / "merges.txt"))
-    config = CLIPConfig(vision_config={"patch_size": 16}, projection_dim=512)
+    config = CLIPConfig(
+        text_config=layers, vision_config={"patch_size": 16, **layers}, projection_dim=512
+    )
     CLIPModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     CLIPImageProcessorPil().save_pretrained(folder)
 
 
-def write_bert(folder: Path, vocabulary: Path) -> None:
-    """mBERT (cased) with random weights."""
+def write_bert(folder: Path, vocabulary: Path, **shape: Any) -> None:
+    """mBERT (cased) with random weights, or a BERT of another shape with its vocabulary."""
     tokenizer = BertTokenizer(str(vocabulary), do_lower_case=False)
-    config = BertConfig(vocab_size=len(tokenizer))
+    config = BertConfig(vocab_size=len(tokenizer), **shape)
     BertModel(config, add_pooling_layer=False).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -326,3 +326,18 @@ def test_a_library_caller_meets_the_same_refusals():
         FinetuneConfig(batch_size=0)
     with pytest.raises(UsageError, match="--epochs -1: expected at least 1"):
         dataclasses.replace(FinetuneConfig(), epochs=-1)
+
+
+def test_zero_takes_back_what_a_preset_or_a_default_sets(clseave, monkeypatch, tmp_path):
+    assert _seen(clseave, monkeypatch, "--preset", "thesis").patience == 1
+    config = _seen(clseave, monkeypatch, "--preset", "thesis", "--patience", "0")
+    assert config.patience is None and config.batch_size == 64
+    path = tmp_path / "options.toml"
+    path.write_text("clip_norm = 0\n")
+    assert PretrainConfig().clip_norm == 1.0
+    assert resolve(PretrainConfig, {}, path).clip_norm is None
+    assert resolve(PretrainConfig, {"clip_norm": 0.0}).clip_norm is None
+    with pytest.raises(UsageError, match=r"--patience -1: expected at least 1, or 0 for off\."):
+        resolve(FinetuneConfig, {"patience": -1})
+    with pytest.raises(UsageError, match=r"--clip-norm -0.5: expected at least 0, or 0 for off"):
+        resolve(PretrainConfig, {"clip_norm": -0.5})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from torch import Tensor, nn
 from clseave_cli.core.files import json_digest
 from clseave_cli.core.models.packing import PackedBatch, TokenTable, pack, tokenize
 
-#: Row length of packed batches; an encoder that reads less is packed to what it reads.
-_ROW_TOKENS = 128
+#: Row length of packed batches; an encoder that reads less is packed to what it reads. A GPU likes
+#: few shapes and large ones. On a CPU every masked place of the attention costs, and with dropout
+#: much, so rows are about as long as the longest sentences (docs/experiments.md, 2026-11-21).
+_ROW_TOKENS = {"cuda": 128, "cpu": 32}
 
 
 class SentenceEncoder(nn.Module):
@@ -69,7 +72,9 @@ class SentenceEncoder(nn.Module):
         self.first_position = first_position
         self.terminal_id = terminal_id
         self.pad_id = tokenizer.pad_token_id or 0
-        self.row_tokens: int | None = min(_ROW_TOKENS, max_tokens)
+        self.packs = True
+        #: (V,) where each token's vector lies while the vocabulary is reduced.
+        self.token_places: Tensor | None = None
         #: Fingerprint of the folder it was loaded from; empty for a new one.
         self.fingerprint = ""
 
@@ -83,6 +88,11 @@ class SentenceEncoder(nn.Module):
         """Where the weights are."""
         return self.projection.weight.device
 
+    @property
+    def row_tokens(self) -> int | None:
+        """T of a packed row; None: one sentence a row."""
+        return min(_ROW_TOKENS[self.device.type], self.max_tokens) if self.packs else None
+
     def tokenize(self, sentences: list[str]) -> TokenTable:
         """Tokenises for this encoder."""
         return tokenize(
@@ -91,7 +101,10 @@ class SentenceEncoder(nn.Module):
 
     def pack(self, tokens: TokenTable, sentences: npt.NDArray[np.intp]) -> PackedBatch:
         """Lays some tokenised sentences out for `forward`."""
-        return pack(tokens, sentences, row_tokens=self.row_tokens, pad_id=self.pad_id)
+        batch = pack(tokens, sentences, row_tokens=self.row_tokens, pad_id=self.pad_id)
+        if self.token_places is None:
+            return batch
+        return replace(batch, input_ids=self.token_places[batch.input_ids])
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Embeds sentences.
@@ -138,13 +151,11 @@ class SentenceEncoder(nn.Module):
         self.eval()
         with torch.no_grad():
             packed = self(self.pack(tokens, rows))
-            row_tokens, self.row_tokens = self.row_tokens, None
+            self.packs = False
             alone = torch.cat([self(self.pack(tokens, rows[i : i + 1])) for i in rows])
         self.train(was_training)
-        exact = torch.allclose(packed, alone, rtol=1e-3, atol=1e-4 * float(alone.abs().max()))
-        if exact:
-            self.row_tokens = row_tokens
-        return exact
+        self.packs = torch.allclose(packed, alone, rtol=1e-3, atol=1e-4 * float(alone.abs().max()))
+        return self.packs
 
 
 class ImageEncoder(nn.Module):

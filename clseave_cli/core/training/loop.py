@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -34,6 +34,7 @@ from clseave_cli.core.progress import SILENT, Progress
 from clseave_cli.core.training.checkpoint import LoopState, load_state, save_state, snapshot
 from clseave_cli.core.training.precision import autocast
 from clseave_cli.core.training.schedule import learning_rate_factor
+from clseave_cli.core.training.tracking import Tracker, tracker
 from clseave_cli.errors import Interrupted, TrainingError
 
 #: Records in metrics.jsonl per epoch, the one with the dev figures apart.
@@ -193,7 +194,7 @@ class _Run:
             self._resume()
         self._truncate_metrics()
         stopped_early = False
-        with _stop_signals() as stop_requested:
+        with self._tracker() as self.tracker, _stop_signals() as stop_requested:
             # A state saved after the very last step has an epoch that is still to be ended.
             while (self.state.step < self.total_steps or self.state.batch) and not stopped_early:
                 self._epoch(stop_requested)
@@ -291,6 +292,16 @@ class _Run:
         }
         with writing(self.metrics), self.metrics.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(entry) + "\n")
+        self.tracker.log(entry)
+
+    def _tracker(self) -> AbstractContextManager[Tracker]:
+        return tracker(
+            self.config,
+            title=str(self.stage),
+            folder=self.folder,
+            first_step=self.state.step + 1,
+            progress=self.progress,
+        )
 
     def _end_epoch(self) -> bool:
         """Dev figures, the best weights, the books of the epoch; True when patience is out."""

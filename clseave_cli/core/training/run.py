@@ -20,10 +20,11 @@ import transformers
 from clseave_cli import __version__
 from clseave_cli.core.config import TrainingConfig
 from clseave_cli.core.files import atomic_folder, read_json, write_json
+from clseave_cli.core.training import tracking
 from clseave_cli.errors import ClseaveError, UsageError
 
 #: Options that may differ between a run and its continuation.
-_FREE_OPTIONS = ("resume", "device", "checkpoint_minutes", "runs", "out")
+_FREE_OPTIONS = ("resume", "device", "checkpoint_minutes", "runs", "out", "tracker")
 
 
 class Run:
@@ -38,11 +39,13 @@ class Run:
     Raises:
         UsageError: an unfinished run lies there and `--resume` was not given, or the options or
             inputs differ from those of the run to be resumed.
+        ClseaveError: the package of the tracker is not installed.
     """
 
     def __init__(
         self, stage: str, out: Path, config: TrainingConfig, inputs: dict[str, str]
     ) -> None:
+        tracking.require(config.tracker)
         self.out = out
         self._partial = out.with_name(out.name + ".partial")
         self.folder = self._partial / "training"
@@ -88,6 +91,8 @@ class Run:
             (aside / "training").mkdir()
             for name in ("run.json", "metrics.jsonl", "summary.json"):
                 shutil.copyfile(self.folder / name, aside / "training" / name)
+            if (events := self.folder / tracking.TENSORBOARD_FOLDER).is_dir():
+                shutil.copytree(events, aside / "training" / events.name)
         # In one move, so that a kill leaves no half of it behind to be resumed.
         doomed = Path(tempfile.mkdtemp(prefix=f".{self._partial.name}.", dir=self.out.parent))
         self._partial.rename(doomed / self._partial.name)

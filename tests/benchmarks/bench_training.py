@@ -1,0 +1,510 @@
+"""Training against named peers: same model, same data, same machine, same run.
+
+    python tests/benchmarks/bench_training.py align --bert-vocabulary FILE --sentences DIR
+    python tests/benchmarks/bench_training.py finetune-ve --clip-vocabulary DIR --pictures DIR \\
+        --sentences DIR
+    python tests/benchmarks/bench_training.py overhead --bert-vocabulary FILE --sentences DIR
+    python tests/benchmarks/bench_training.py scale --sentences DIR
+
+`--bert-vocabulary` is mBERT's vocab.txt, `--clip-vocabulary` a folder with CLIP's vocab.json and
+merges.txt, `--sentences` a folder of parallel text (`--split`, `--lang`), `--pictures` a folder of
+images. `align` needs sentence-transformers. Weights are random: speed does not depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from bench_full_size import write_bert, write_clip
+from torch import Tensor
+from torch.nn import functional
+
+from clseave_cli.core.alignment import align
+from clseave_cli.core.config import AlignConfig, FinetuneConfig, TrainingConfig
+from clseave_cli.core.data.images import open_image
+from clseave_cli.core.data.records import join, read_split
+from clseave_cli.core.features import sentence_embeddings
+from clseave_cli.core.finetuning import finetune
+from clseave_cli.core.models.clip_ve import ClipVE
+from clseave_cli.core.models.scratch import ClipShape, new_clip, new_encoder
+from clseave_cli.core.models.student import new_student
+from clseave_cli.core.models.vocabulary import reduced_vocabulary
+from clseave_cli.core.progress import SILENT
+from clseave_cli.core.training.loop import Selection, Stage, batches, train
+from clseave_cli.core.training.precision import autocast
+
+CPU = torch.device("cpu")
+LABELS = ("entailment", "neutral", "contradiction")
+SMALL_BERT: dict[str, Any] = {
+    "hidden_size": 384,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+    "intermediate_size": 1536,
+    # 1 / sqrt(width): with BERT's 0.02 so narrow a model says nearly the same to every sentence.
+    "initializer_range": 0.05,
+}
+Pairs = list[tuple[str, str]]
+
+
+def parallel_pairs(arguments: argparse.Namespace) -> Pairs:
+    """Distinct (English, translated) sentence pairs in random order."""
+    english, target = (
+        read_split(arguments.sentences, arguments.split, lang, labelled=False, with_images=False)
+        for lang in ("en", arguments.lang)
+    )
+    parallel = join(target, english)
+    pairs = list(dict.fromkeys(zip(parallel.sources, parallel.target.hypotheses, strict=True)))
+    order = np.random.default_rng(0).permutation(len(pairs))
+    return [pairs[i] for i in order]
+
+
+def write_pairs(folder: Path, split: str, lang: str, pairs: Pairs) -> None:
+    """A split of parallel text in SNLI-VE shape, without images and labels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for suffix, sentences in (("", (e for e, _ in pairs)), (f".{lang}", (t for _, t in pairs))):
+        with (folder / f"snli_ve_{split}{suffix}.jsonl").open("w", encoding="utf-8") as stream:
+            for number, sentence in enumerate(sentences):
+                row = {"pairID": f"{split}-{number}", "sentence2": sentence}
+                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def write_teacher(folder: Path, english: list[str], width: int) -> None:
+    """A small CLIP-VE with random weights whose embeddings differ clearly from each other."""
+    clip = folder.with_name("clip")
+    new_clip(clip, english, ClipShape(num_layers=2, embedding_dim=width, vocab_size=2000))
+    teacher = ClipVE.from_clip(clip).eval()
+    with torch.no_grad():
+        for parameter in teacher.text.backbone.parameters():
+            if parameter.ndim > 1:
+                parameter *= 3.0
+        (embeddings,) = teacher.text.embed(teacher.text.tokenize(english[:256]))
+        teacher.text.projection.weight *= 0.5 / embeddings.std(dim=0).mean()
+    folder.mkdir(parents=True)
+    teacher.save(folder)
+
+
+def peak_gib() -> float:
+    """Largest memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+# --- align ---
+
+
+def bench_align(arguments: argparse.Namespace, out: Path) -> None:
+    """`align` against sentence-transformers' MSE distillation."""
+    pairs = parallel_pairs(arguments)
+    held_out, training = pairs[:512], pairs[512 : 512 + arguments.pairs]
+    # No dev sentence is trained on in other words.
+    seen = {english for english, _ in held_out}
+    training = [pair for pair in training if pair[0] not in seen]
+    write_pairs(out / "data", "train", arguments.lang, training)
+    write_pairs(out / "data", "dev", arguments.lang, held_out)
+    write_teacher(out / "runs" / "clip-ve", [english for english, _ in training], 512)
+    write_bert(out / "bert", arguments.bert_vocabulary, **SMALL_BERT)
+    teacher = ClipVE.from_folder(out / "runs" / "clip-ve")
+
+    def wanted(some: Pairs) -> Tensor:
+        features = sentence_embeddings(
+            teacher.text,
+            [english for english, _ in some],
+            autocast=autocast("fp32", CPU),
+            description="teacher",
+        )
+        return features.vectors[torch.from_numpy(features.index)]
+
+    training_vectors, dev_vectors = wanted(training), wanted(held_out)
+    print(f"{len(training)} pairs, {arguments.epochs} epochs, teacher variance "
+          f"{dev_vectors.var(dim=0).mean():.3f}", flush=True)  # fmt: skip
+
+    begin = time.perf_counter()
+    result = align(
+        AlignConfig(
+            data=str(out / "data"),
+            lang=(arguments.lang,),
+            student=str(out / "bert"),
+            runs=out / "runs",
+            device="cpu",
+            precision=arguments.precision,
+            epochs=arguments.epochs,
+            learning_rate=arguments.learning_rate,
+            select="mse",
+        )
+    )
+    seconds = time.perf_counter() - begin
+    assert result.training is not None
+    ours = result.training.pairs_per_second
+    print(
+        f"clseave align                         {ours:7.1f} pairs/s · dev MSE "
+        f"{result.training.dev['mse']:.4f} · everything {seconds:.0f} s · {peak_gib():.2f} GiB",
+        flush=True,
+    )
+    for title, recipe in (("equal", _equal_student), ("as shipped", _shipped_student)):
+        rate, mse = _sentence_transformers(
+            recipe, arguments, out, training, training_vectors, held_out, dev_vectors
+        )
+        print(
+            f"sentence-transformers, {title:<14} {rate:7.1f} pairs/s · dev MSE {mse:.4f} · "
+            f"{peak_gib():.2f} GiB · ratio {ours / rate:.2f}",
+            flush=True,
+        )
+
+
+def _equal_student(encoder: Path) -> tuple[Any, dict[str, Any], Any, dict[str, Any]]:
+    """The same student from the same weights, trained on the same column with the same options."""
+    from sentence_transformers import SentenceTransformer, losses
+    from sentence_transformers.base.modules import Dense, Transformer
+    from sentence_transformers.sentence_transformer.modules import LayerNorm, Pooling
+
+    torch.manual_seed(AlignConfig.seed)
+    reference = new_student(encoder, 512)
+    width, embedding_dim = reference.projection.in_features, reference.embedding_dim
+    norm = LayerNorm(width)
+    norm.norm.load_state_dict(reference.norm.state_dict())
+    dense = Dense(
+        width,
+        embedding_dim,
+        bias=False,
+        activation_function=None,
+        init_weight=reference.projection.weight.detach().clone(),
+    )
+    student = SentenceTransformer(
+        modules=[Transformer(str(encoder)), Pooling(width, "lasttoken"), norm, dense],
+        device="cpu",
+    )
+    columns = {"non_english": 1}
+    options = {
+        "per_device_train_batch_size": AlignConfig.batch_size,
+        "weight_decay": AlignConfig.weight_decay,
+    }
+    return student, columns, losses.MSELoss(student), options
+
+
+def _shipped_student(encoder: Path) -> tuple[Any, dict[str, Any], Any, dict[str, Any]]:
+    """The documented multilingual recipe: mean pooling, both languages, batches of 64."""
+    from sentence_transformers import SentenceTransformer, losses
+
+    student = SentenceTransformer(str(encoder), device="cpu")
+    student.max_seq_length = 128
+    columns = {"english": 0, "non_english": 1}
+    options = {"per_device_train_batch_size": 64, "learning_rate": 2e-5, "num_train_epochs": 1}
+    return student, columns, losses.MSELoss(student, projection_dim=512), options
+
+
+def _sentence_transformers(
+    recipe: Any,
+    arguments: argparse.Namespace,
+    out: Path,
+    training: Pairs,
+    vectors: Tensor,
+    held_out: Pairs,
+    dev_vectors: Tensor,
+) -> tuple[float, float]:
+    """Pairs a second in its trainer, and the dev MSE afterwards."""
+    from datasets import Dataset
+    from sentence_transformers import (
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+
+    student, columns, loss, options = recipe(out / "bert")
+    dataset = Dataset.from_dict(
+        {name: [pair[side] for pair in training] for name, side in columns.items()}
+        | {"label": list(vectors.numpy())}
+    )
+    trainer = SentenceTransformerTrainer(
+        model=student,
+        train_dataset=dataset,
+        loss=loss,
+        args=SentenceTransformerTrainingArguments(
+            output_dir=str(out / "peer"),
+            **{
+                "num_train_epochs": arguments.epochs,
+                "learning_rate": arguments.learning_rate,
+                "warmup_steps": 0.1,
+                "save_strategy": "no",
+                "report_to": "none",
+                "disable_tqdm": True,
+                "use_cpu": True,
+                "bf16": arguments.precision == "bf16",
+            }
+            | options,
+        ),
+    )
+    metrics = trainer.train().metrics
+    embeddings = student.encode([target for _, target in held_out], convert_to_tensor=True)
+    if loss.projection is not None:
+        embeddings = loss.projection(embeddings)
+    return metrics["train_samples_per_second"], functional.mse_loss(embeddings, dev_vectors).item()
+
+
+# --- finetune-ve ---
+
+
+class Clock:
+    """A `Progress` that adds up how long each piece of work took."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def task(self, description: str, total: int | None = None, unit: str = "") -> Iterator[Any]:
+        begin = time.perf_counter()
+        with SILENT.task(description) as task:
+            yield task
+        self.seconds[description] = time.perf_counter() - begin
+
+    def note(self, message: str) -> None:
+        return
+
+
+def bench_finetune(arguments: argparse.Namespace, out: Path) -> None:
+    """`finetune-ve` against a loop that encodes each pair's image at every step."""
+    write_clip(out / "clip", arguments.clip_vocabulary)
+    sentences = [english for english, _ in parallel_pairs(arguments)]
+    pictures = sorted(p for p in arguments.pictures.rglob("*") if p.suffix in (".jpg", ".png"))
+    data = out / "data"
+    (data / "images").mkdir(parents=True)
+    hypotheses = iter(itertools.cycle(dict.fromkeys(sentences)))
+    rows: dict[str, list[dict[str, str]]] = {"train": [], "dev": []}
+    for number, picture in enumerate(pictures[: arguments.images + 1]):
+        split = "train" if number < arguments.images else "dev"
+        (data / "images" / picture.name).symlink_to(picture)
+        rows[split] += [
+            {
+                "pairID": f"{number}-{place}",
+                "Flickr30K_ID": picture.name,
+                "sentence2": next(hypotheses),
+                "gold_label": LABELS[place % 3],
+            }
+            for place in range(arguments.hypotheses)
+        ]
+    for split, own in rows.items():
+        text = "".join(json.dumps(row) + "\n" for row in own)
+        (data / f"snli_ve_{split}.jsonl").write_text(text, encoding="utf-8")
+    config = FinetuneConfig(
+        data=str(data),
+        clip=str(out / "clip"),
+        runs=out / "runs",
+        device="cpu",
+        precision=arguments.precision,
+        epochs=arguments.epochs,
+        batch_size=arguments.batch_size,
+        learning_rate=1e-5,
+        patience=0,
+    )
+    num_pairs = len(rows["train"]) * config.epochs
+    clock = Clock()
+    result = finetune(config, clock)
+    assert result.training is not None
+    features = clock.seconds["train: image features"]
+    steps = sum(seconds for title, seconds in clock.seconds.items() if "epoch" in title)
+    ours = num_pairs / (features + steps)
+    print(
+        f"clseave finetune-ve  {ours:7.2f} pairs/s: {features:.1f} s features of "
+        f"{arguments.images} images, {steps:.1f} s in {config.epochs} epochs of "
+        f"{len(rows['train'])} pairs · dev loss {result.training.dev['loss']:.4f} · "
+        f"{peak_gib():.2f} GiB",
+        flush=True,
+    )
+    seconds = _plain_loop(config, data, rows["train"])
+    theirs = num_pairs / seconds
+    print(f"plain loop           {theirs:7.2f} pairs/s: {seconds:.1f} s · {peak_gib():.2f} GiB · "
+          f"ratio {ours / theirs:.1f}")  # fmt: skip
+
+
+def _plain_loop(config: FinetuneConfig, data: Path, rows: list[dict[str, str]]) -> float:
+    """Seconds of the textbook loop: one padded sentence and one encoded image a pair."""
+    torch.manual_seed(config.seed)
+    model = ClipVE.from_clip(config.clip).train()
+    model.text.packs = False
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0, fused=True)
+    tokens = model.text.tokenize([row["sentence2"] for row in rows])
+    labels = torch.tensor([LABELS.index(row["gold_label"]) for row in rows])
+    precision = autocast(config.precision, CPU)
+    begin = time.perf_counter()
+    for epoch in range(config.epochs):
+        for batch in batches(len(rows), config.batch_size, seed=config.seed, epoch=epoch):
+            pictures = [open_image(data / "images" / rows[i]["Flickr30K_ID"]) for i in batch]
+            with precision():
+                with torch.no_grad():
+                    premises = model.image(model.image.preprocess(pictures))
+                logits = model(model.text(model.text.pack(tokens, batch)), premises)
+                loss = functional.cross_entropy(logits, labels[torch.from_numpy(batch)])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return time.perf_counter() - begin
+
+
+# --- the loop itself ---
+
+
+def bench_overhead(arguments: argparse.Namespace, out: Path) -> None:
+    """What a step costs in the loop beyond forward, backward and optimiser."""
+    write_bert(out / "bert", arguments.bert_vocabulary, **SMALL_BERT)
+    pairs = parallel_pairs(arguments)
+    student = new_student(out / "bert", 512).train()
+    size = TrainingConfig.batch_size
+    tokens = student.tokenize([target for _, target in pairs[: arguments.steps * size]])
+    vectors = torch.randn(len(tokens), 512)
+    begins: list[float] = []
+
+    def loss(batch: Any) -> Tensor:
+        begins.append(time.perf_counter())
+        sentences, rows = batch
+        return functional.mse_loss(student(sentences).float(), vectors[rows])
+
+    def prepare(rows: Any) -> Any:
+        return student.pack(tokens, rows), torch.from_numpy(rows)
+
+    stage = Stage(
+        name="overhead",
+        module=student,
+        num_examples=len(tokens),
+        prepare=prepare,
+        loss=loss,
+        evaluate=lambda: {"mse": 0.0},
+        selection=Selection("mse", "lowest"),
+    )
+    config = TrainingConfig(epochs=1, precision="fp32")
+
+    def bare() -> None:
+        prepared = [prepare(rows) for rows in batches(len(tokens), size, seed=0, epoch=0)]
+        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=True)
+        for batch in prepared:
+            value = loss(batch)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+
+    def loop() -> None:
+        train(stage, config, device=CPU, folder=Path(tempfile.mkdtemp(dir=out)))
+
+    def periods(work: Any) -> Any:
+        begins.clear()
+        student.train()
+        work()
+        return np.diff(begins)
+
+    with reduced_vocabulary(student, tokens):
+        periods(bare)  # warm
+        measured: dict[str, list[Any]] = {"bare": [], "loop": []}
+        for _ in range(arguments.repeats):
+            measured["bare"].append(periods(bare))
+            measured["loop"].append(periods(loop))
+    # The same batches in the same order, so each step is compared with itself; the quickest of
+    # its repeats is the one least disturbed.
+    seconds = {name: np.min(steps, axis=0).sum() for name, steps in measured.items()}
+    for name, total in seconds.items():
+        print(f"{name}  {1000 * total / (arguments.steps - 1):7.1f} ms a step")
+    print(f"overhead {seconds['loop'] / seconds['bare'] - 1:+.1%}")
+
+
+def bench_scale(arguments: argparse.Namespace, out: Path) -> None:
+    """Rate and memory of `align` as the number of pairs grows; each size in its own process."""
+    for size in arguments.sizes:
+        command = [sys.executable, __file__, "one-scale", "--sentences", str(arguments.sentences)]
+        command += ["--split", arguments.split, "--lang", arguments.lang, "--pairs", str(size)]
+        subprocess.run([*command, "--steps", str(arguments.steps)], check=True)
+
+
+def bench_one_scale(arguments: argparse.Namespace, out: Path) -> None:
+    """One size of `scale`."""
+    real = parallel_pairs(arguments)
+    pairs = [
+        (f"{english} {lap % 10}", f"{target} {lap}")
+        for lap, (english, target) in zip(
+            itertools.chain.from_iterable(
+                itertools.repeat(lap, len(real)) for lap in itertools.count()
+            ),
+            itertools.islice(itertools.cycle(real), arguments.pairs),
+            strict=False,
+        )
+    ]
+    write_pairs(out / "data", "train", arguments.lang, pairs)
+    write_pairs(out / "data", "dev", arguments.lang, real[:200])
+    write_teacher(out / "runs" / "clip-ve", [english for english, _ in real], 64)
+    new_encoder(out / "encoder", [target for _, target in real], width=64, num_layers=1)
+    begin = time.perf_counter()
+    result = align(
+        AlignConfig(
+            data=str(out / "data"),
+            lang=(arguments.lang,),
+            student=str(out / "encoder"),
+            runs=out / "runs",
+            device="cpu",
+            precision="fp32",
+            epochs=1000,
+            max_steps=arguments.steps,
+            select="mse",
+        )
+    )
+    assert result.training is not None
+    rest = time.perf_counter() - begin - result.training.wall_seconds
+    rate = result.training.pairs_per_second
+    print(
+        f"{arguments.pairs:>9,} pairs: {rate:7.0f} pairs/s, {1e6 / rate:6.1f} µs a pair · "
+        f"preparation {rest:6.1f} s, {1e6 * rest / arguments.pairs:6.1f} µs a pair · "
+        f"peak {peak_gib():.2f} GiB",
+        flush=True,
+    )
+
+
+BENCHMARKS = SimpleNamespace(
+    align=bench_align,
+    finetune_ve=bench_finetune,
+    overhead=bench_overhead,
+    scale=bench_scale,
+    one_scale=bench_one_scale,
+)
+
+
+def main() -> None:
+    """Runs one benchmark in a folder of its own, which goes afterwards."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("benchmark", choices=[name.replace("_", "-") for name in vars(BENCHMARKS)])
+    parser.add_argument("--bert-vocabulary", type=Path)
+    parser.add_argument("--clip-vocabulary", type=Path)
+    parser.add_argument("--pictures", type=Path)
+    parser.add_argument("--sentences", type=Path, required=True)
+    parser.add_argument("--split", default="sick")
+    parser.add_argument("--lang", default="nl")
+    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
+    parser.add_argument("--pairs", type=int, default=4000)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--images", type=int, default=4)
+    parser.add_argument("--hypotheses", type=int, default=18)
+    parser.add_argument("--batch-size", type=int, default=36)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    arguments = parser.parse_args()
+    if arguments.benchmark != "scale":
+        print(f"torch {torch.__version__} · transformers {transformers.__version__} · "
+              f"{torch.get_num_threads()} threads", flush=True)  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["CLSEAVE_CACHE"] = str(Path(folder) / "cache")
+        getattr(BENCHMARKS, arguments.benchmark.replace("-", "_"))(arguments, Path(folder))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from clseave_cli.core.models import backbones
+from clseave_cli.core.models.student import new_student
+from clseave_cli.core.models.vocabulary import reduced_vocabulary
+
+TRAINED = ["The square is red.", "The square is red and green.", "red", "A dog waits outside."]
+OTHERS = ["Das Quadrat ist weiß.", "Buiten wacht een hond."]
+
+
+@pytest.fixture(params=["clip", "bert"])
+def sentence_encoder(request, clip, encoder):
+    torch.manual_seed(0)
+    made = backbones.load_clip_text(clip) if request.param == "clip" else new_student(encoder, 16)
+    return made.eval()
+
+
+def _embed(encoder, tokens):
+    return torch.cat(list(encoder.embed(tokens)))
+
+
+def _words(encoder):
+    return encoder.backbone.get_input_embeddings().weight
+
+
+def _optimise(encoder, tokens, weight_decay):
+    """A few steps of AdamW with everything in them that the loop has."""
+    torch.manual_seed(1)
+    wanted = torch.randn(len(tokens), encoder.embedding_dim)
+    parameters = list(encoder.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=0.01, weight_decay=weight_decay, fused=True)
+    for step in range(4):
+        rows = np.roll(np.arange(len(tokens)), step)[:3]
+        optimizer.zero_grad()
+        predicted = encoder(encoder.pack(tokens, rows))
+        (predicted - wanted[torch.from_numpy(rows)]).square().mean().backward()
+        nn.utils.clip_grad_norm_(parameters, 0.1)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_the_kept_words_are_trained_as_in_the_whole_table(sentence_encoder, weight_decay):
+    before = _words(sentence_encoder).detach().clone()
+    tokens = sentence_encoder.tokenize(TRAINED)
+    whole, reduced = sentence_encoder, copy.deepcopy(sentence_encoder)
+    _optimise(whole, tokens, weight_decay)
+    with reduced_vocabulary(reduced, tokens):
+        assert len(_words(reduced)) < len(before)
+        _optimise(reduced, tokens, weight_decay)
+    used = np.unique(tokens.ids)
+    for name, value in reduced.named_parameters():
+        wanted = whole.get_parameter(name)
+        if value is _words(reduced):
+            assert not torch.equal(value[used], before[used])
+            value, wanted = value[used], wanted[used]
+        torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_the_other_words_stay_as_they_are(sentence_encoder):
+    before = _words(sentence_encoder).detach().clone()
+    tokens = sentence_encoder.tokenize(TRAINED)
+    with reduced_vocabulary(sentence_encoder, tokens):
+        _optimise(sentence_encoder, tokens, weight_decay=0.1)
+    unused = np.setdiff1d(np.arange(len(before)), [*tokens.ids, sentence_encoder.pad_id])
+    assert unused.size and torch.equal(_words(sentence_encoder)[unused], before[unused])
+
+
+def test_embeddings_are_the_same_inside_and_outside(sentence_encoder):
+    trained, others = (sentence_encoder.tokenize(texts) for texts in (TRAINED, OTHERS))
+    with torch.no_grad():
+        wanted = _embed(sentence_encoder, trained), _embed(sentence_encoder, others)
+        with reduced_vocabulary(sentence_encoder, trained, others):
+            inside = _embed(sentence_encoder, trained), _embed(sentence_encoder, others)
+        after = _embed(sentence_encoder, trained), _embed(sentence_encoder, others)
+    for one, two, three in zip(wanted, inside, after, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
+
+
+def test_an_encoder_is_whole_again_after_a_failure(sentence_encoder):
+    names = {name: value.shape for name, value in sentence_encoder.state_dict().items()}
+    tokens = sentence_encoder.tokenize(TRAINED)
+    with pytest.raises(RuntimeError), reduced_vocabulary(sentence_encoder, tokens):
+        raise RuntimeError
+    assert {n: v.shape for n, v in sentence_encoder.state_dict().items()} == names
+    assert sentence_encoder.token_places is None
+
+
+def test_word_vectors_that_are_no_plain_table_are_left_alone(sentence_encoder):
+    class Scaled(nn.Embedding):
+        pass
+
+    words = _words(sentence_encoder)
+    scaled = Scaled(*words.shape, _weight=words.detach().clone())
+    sentence_encoder.backbone.set_input_embeddings(scaled)
+    with reduced_vocabulary(sentence_encoder, sentence_encoder.tokenize(TRAINED)):
+        assert sentence_encoder.backbone.get_input_embeddings() is scaled

@@ -1,0 +1,163 @@
+"""Trackers: the same figures as metrics.jsonl, nothing else, and never a reason to stop."""
+
+import sys
+import types
+
+import pytest
+import torch
+from tiny_world import Notes, read_jsonl
+from torch import nn
+
+from clseave_cli.core.config import TrainingConfig
+from clseave_cli.core.training import tracking
+from clseave_cli.core.training.loop import Selection, Stage, train
+from clseave_cli.core.training.run import Run
+from clseave_cli.errors import ClseaveError
+
+SECRET = "hunter2"
+
+
+def _train(folder, progress, **options):
+    torch.manual_seed(0)
+    module = nn.Linear(2, 1)
+    stage = Stage(
+        name="task",
+        module=module,
+        num_examples=8,
+        prepare=lambda rows: torch.ones(len(rows), 2),
+        loss=lambda inputs: module(inputs).square().mean(),
+        evaluate=lambda: {"loss": 1.0, "mse": 0.5},
+        selection=Selection("loss", "lowest"),
+        title="task de",
+    )
+    config = TrainingConfig(
+        **({"epochs": 2, "batch_size": 4, "precision": "fp32", "runs": folder / SECRET} | options)
+    )
+    return train(stage, config, device=torch.device("cpu"), folder=folder, progress=progress)
+
+
+class _Service:
+    """Stands for the packages wandb and trackio, whose calls are alike."""
+
+    def __init__(self, fails_at=()):
+        self.fails_at = fails_at
+        self.calls = []
+        self.logged = []
+
+    def _call(self, name):
+        self.calls.append(name)
+        sys.stdout.write(f"{name}: how chatty\n")
+        if name in self.fails_at:
+            raise RuntimeError("network is down\nand more")
+
+    def module(self, name):
+        module = types.ModuleType(name)
+        module.__spec__ = types.SimpleNamespace(name=name, origin="here")
+        module.init = self.init
+        module.Settings = dict
+        return module
+
+    def init(self, **arguments):
+        self.arguments = arguments
+        self._call("init")
+        return self
+
+    def log(self, figures, step):
+        self._call("log")
+        self.logged.append((step, figures))
+
+    def finish(self):
+        self._call("finish")
+
+
+@pytest.fixture(params=["wandb", "trackio"])
+def name(request):
+    return request.param
+
+
+def _installed(monkeypatch, name, **options):
+    service = _Service(**options)
+    monkeypatch.setitem(sys.modules, name, service.module(name))
+    return service
+
+
+def _wanted(folder):
+    """What metrics.jsonl says, as step and flat numbers."""
+    for record in read_jsonl(folder / "metrics.jsonl"):
+        dev = {f"dev/{key}": value for key, value in record.pop("dev", {}).items()}
+        step = record.pop("step")
+        assert record.pop("stage") == "task"
+        yield step, record | dev
+
+
+def test_a_tracker_gets_the_figures_of_the_record(tmp_path, monkeypatch, name, capsys):
+    service = _installed(monkeypatch, name)
+    _train(tmp_path, Notes(), tracker=name)
+    assert service.logged == list(_wanted(tmp_path)) and len(service.logged) == 6
+    assert service.calls[0] == "init" and service.calls[-1] == "finish"
+    assert service.arguments["name"] == "task de"
+    assert capsys.readouterr().out == ""  # standard output is the command's own
+
+
+def test_a_tracker_gets_numbers_only(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    service = _installed(monkeypatch, name)
+    _train(tmp_path, Notes(), tracker=name)
+    assert service.arguments["config"]["learning_rate"] == 1e-4
+    assert all(isinstance(value, int | float) for value in service.arguments["config"].values())
+    assert SECRET not in repr((service.arguments, service.logged))
+
+
+@pytest.mark.parametrize(
+    ("moments", "num_logged"), [(["init"], 0), (["log", "finish"], 1), (["finish"], 6)]
+)
+def test_a_tracker_that_fails_ends_nothing(tmp_path, monkeypatch, name, moments, num_logged):
+    service = _installed(monkeypatch, name, fails_at=moments)
+    notes = Notes()
+    result = _train(tmp_path, notes, tracker=name)
+    assert result.steps == 4 and len(read_jsonl(tmp_path / "metrics.jsonl")) == 6
+    told = [line for line in notes.lines if "--tracker" in line]
+    assert told == [
+        f"--tracker {name}: failed (network is down); the run goes on without it, "
+        "metrics.jsonl has everything."
+    ]
+    assert service.calls.count("log") == num_logged
+
+
+def test_a_tracker_is_closed_when_the_run_fails(tmp_path, monkeypatch, name):
+    service = _installed(monkeypatch, name)
+    with pytest.raises(ClseaveError):
+        _train(tmp_path, Notes(), tracker=name, learning_rate=1e30, schedule="constant", epochs=9)
+    assert service.calls[-1] == "finish"
+
+
+def test_a_missing_package_is_told_before_the_work(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ClseaveError, match=rf"^--tracker {name}: .*install 'clseave-cli\[{name}\]"):
+        Run("task", tmp_path / "model", TrainingConfig(tracker=name), {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_tracker_is_no_other_run(tmp_path, monkeypatch):
+    _installed(monkeypatch, "trackio")
+    Run("task", tmp_path / "model", TrainingConfig(), {})
+    Run("task", tmp_path / "model", TrainingConfig(resume=True, tracker="trackio"), {})
+
+
+def test_tensorboard_events_are_kept_with_the_model(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = Run("task", tmp_path / "model", TrainingConfig(tracker="tensorboard"), {})
+    notes = Notes()
+    _train(run.folder, notes, tracker="tensorboard")
+    assert not [line for line in notes.lines if "--tracker" in line]
+    run.publish(lambda aside: None, "# card\n")
+    training = tmp_path / "model" / "training"
+    events = EventAccumulator(str(training / tracking.TENSORBOARD_FOLDER))
+    events.Reload()
+    steps, wanted = zip(*_wanted(training), strict=True)
+    shown = events.Scalars("loss")
+    assert [event.step for event in shown] == list(steps)
+    assert [event.value for event in shown] == pytest.approx([each["loss"] for each in wanted])
+    assert [event.value for event in events.Scalars("dev/mse")] == [0.5, 0.5]
