@@ -20,7 +20,7 @@ from clseave_cli.core.features import (
 )
 from clseave_cli.core.models import backbones
 from clseave_cli.core.training.precision import autocast
-from clseave_cli.errors import DataError
+from clseave_cli.errors import ClseaveError, DataError
 
 SENTENCES = ["red", "The square is blue.", "red", "A dog waits outside."]
 
@@ -182,6 +182,29 @@ def test_vectors_come_in_the_order_of_the_keys(tmp_path):
     mixed = cache.get(keys[order], compute, "x")
     assert mixed.all()[:, 0].tolist() == [2, 1, 4, 3]
     assert mixed.rows(np.array([3, 0, 0])).tolist() == [[3, -3], [2, -2], [2, -2]]
+
+
+def test_a_disk_that_keeps_nothing_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(VectorCache, "_write", lambda self, keys, vectors: None)
+
+    def compute(items):
+        yield torch.ones(len(items), 2)
+
+    with pytest.raises(ClseaveError, match="cannot be read back"):
+        VectorCache(tmp_path, 2).get(_keys(range(3)), compute, "x")
+
+
+def test_vectors_lie_in_several_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr("clseave_cli.core.features._SHARD_VECTORS", 4)
+
+    def compute(items):
+        for part in np.array_split(items, 5):
+            yield torch.from_numpy(part).float()[:, None] * torch.tensor([1.0, -1.0])
+
+    vectors = VectorCache(tmp_path, 2).get(_keys(range(10)), compute, "x")
+    assert len(list(tmp_path.iterdir())) == 3
+    assert vectors.all()[:, 0].tolist() == list(range(10))
+    assert vectors.rows(np.array([9, 0, 5])).tolist() == [[9, -9], [0, 0], [5, -5]]
 
 
 def test_nothing_is_kept_of_a_computation_that_failed(tmp_path):

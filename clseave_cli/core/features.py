@@ -35,7 +35,7 @@ from clseave_cli.core.pipeline import ahead
 from clseave_cli.core.progress import SILENT, Progress, Task
 from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.precision import Autocast
-from clseave_cli.errors import DataError
+from clseave_cli.errors import ClseaveError, DataError
 
 #: Vectors per shard: small enough to lose little at a crash, large enough to make few files.
 _SHARD_VECTORS = 65_536
@@ -266,6 +266,9 @@ class VectorCache:
             compute: yields the vectors of the given items in order, in batches of any size.
             description: what the progress bar says.
             progress: told about what is computed.
+
+        Raises:
+            ClseaveError: the disk is full, or does not keep what is written.
         """
         vectors = Vectors(len(keys), self._width)
         if not len(keys):
@@ -284,6 +287,11 @@ class VectorCache:
                     self._compute(keys, todo, compute, task)
             team.wait()
             self._find(vectors, keys, order, known)
+        if len(vectors.missing()):
+            raise ClseaveError(
+                f"{self._folder}: what was just written there cannot be read back; is the folder "
+                "being emptied, or the disk damaged? CLSEAVE_CACHE names another."
+            )
         return vectors
 
     def _compute(
@@ -310,7 +318,6 @@ class VectorCache:
         for path in sorted(self._folder.glob("*.safetensors")):
             if path in known:
                 continue
-            known.add(path)
             try:
                 if file_digest(path, _KEY_BYTES) != path.stem:
                     path.unlink(missing_ok=True)
@@ -318,6 +325,7 @@ class VectorCache:
                 shard = load_file(path)
             except (DataError, OSError):
                 continue  # another process removed it
+            known.add(path)
             shard_keys = _as_keys(shard["keys"].numpy())
             places = np.searchsorted(keys, shard_keys, sorter=order)
             places[places == len(keys)] = 0
@@ -340,7 +348,10 @@ class VectorCache:
 
 def packed_keys(digests: Iterable[bytes]) -> Keys:
     """Keys of `VectorCache.get`, from digests of 16 bytes each."""
-    return _as_keys(np.frombuffer(b"".join(digests), dtype=np.uint8))
+    packed = bytearray()
+    for digest in digests:  # not joined: a list of millions of them would be larger than the result
+        packed += digest
+    return _as_keys(np.frombuffer(packed, dtype=np.uint8))
 
 
 def _as_keys(content: npt.NDArray[np.uint8]) -> Keys:

@@ -19,7 +19,6 @@ import random
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -106,29 +105,30 @@ def memory() -> tuple[float, float]:
     return tuple(int(fields[name].split()[0]) / 2**20 for name in ("RssAnon", "RssFile"))
 
 
-@contextmanager
-def watched(title: str) -> Iterator[None]:
-    """Prints the time and the largest memory of a block."""
-    done, peak = threading.Event(), [0.0, 0.0]
+class Watch:
+    """Samples the memory in a thread, and prints its peak part by part."""
 
-    def watch() -> None:
-        while not done.wait(0.05):
-            peak[:] = map(max, peak, memory())
+    def __init__(self) -> None:
+        self._peak = [0.0, 0.0, 0.0]
+        self._begin = time.perf_counter()
+        threading.Thread(target=self._sample, daemon=True).start()
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    begin = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds = time.perf_counter() - begin
-        done.set()
-        watcher.join()
+    def _sample(self) -> None:
+        while True:
+            anonymous, mapped = memory()
+            self._peak = list(map(max, self._peak, (anonymous, mapped, anonymous + mapped)))
+            time.sleep(0.05)
+
+    def lap(self, title: str) -> None:
+        """Prints what the part that ends here took."""
+        seconds = time.perf_counter() - self._begin
+        anonymous, mapped, both = self._peak
         print(
-            f"{title:<28} {seconds:7.1f} s · anonymous {peak[0]:.2f} GiB · mapped {peak[1]:.2f} "
-            f"GiB · both {sum(peak):.2f} GiB at most",
+            f"{title:<32} {seconds:7.1f} s · anonymous {anonymous:.2f} GiB · mapped {mapped:.2f} "
+            f"GiB · together {both:.2f} GiB at most",
             flush=True,
         )
+        self._peak, self._begin = [0.0, 0.0, 0.0], time.perf_counter()
 
 
 def random_vectors(items: np.ndarray) -> Iterator[torch.Tensor]:
@@ -156,25 +156,23 @@ def main() -> None:
         print(f"data written in {time.perf_counter() - begin:.0f} s; call again to measure")
         return
 
-    get, train = VectorCache.get, alignment.train
     print(f"{len(languages)} languages × {options.rows} rows, distinct: {options.distinct}")
-    reading = watched("reading and tokenising")
-    reading.__enter__()
+    get, train = VectorCache.get, alignment.train
+    watch = Watch()
 
     def cached(self, keys, compute, description, progress):
-        nonlocal reading
-        if reading is not None:
-            reading.__exit__(None, None, None)
-            reading = None
-        if len(keys) < 2000 * len(languages):
-            return get(self, keys, random_vectors, description, progress)
-        with watched(f"{len(keys)} teacher vectors"):
-            return get(self, keys, random_vectors, description, progress)
+        if description == "teacher embeddings":
+            watch.lap("reading and tokenising")
+        vectors = get(self, keys, random_vectors, description, progress)
+        if description == "teacher embeddings":
+            watch.lap(f"{len(keys)} teacher vectors")
+        return vectors
 
     def trained(stage, config, **more):
-        print(f"{stage.num_examples} distinct pairs")
-        with watched(f"{options.steps} steps"):
-            return train(stage, config, **more)
+        watch.lap("dev sets")
+        result = train(stage, config, **more)
+        watch.lap(f"{options.steps} steps of {stage.num_examples} pairs")
+        return result
 
     VectorCache.get, alignment.train = cached, trained
     alignment.align(

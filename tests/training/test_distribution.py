@@ -19,7 +19,7 @@ NAMES = {"finetune-ve": "clip-ve", "align": "align-de+nl", "pretrain": "clip"}
 def stage(request, world, trained, clip, encoder, tmp_path):
     """A stage's name and arguments."""
     shared = [
-        "--data", world, "--runs", tmp_path / "runs", "--epochs", "3", "--batch-size", "5",
+        "--data", world, "--runs", tmp_path / "runs", "--epochs", "6", "--batch-size", "5",
         "--device", "cpu", "--precision", "fp32", "--learning-rate", "1e-4", "--clip-norm", "0.5",
     ]  # fmt: skip
     arguments = {
@@ -59,16 +59,19 @@ def _assert_close(folder, reference):
         assert own == other
     for path in sorted(reference.rglob("*.safetensors")):
         for name, wanted in load_file(path).items():
+            if name.endswith(("k_proj.bias", "key.bias")):
+                continue  # a softmax does not see it: its gradient is nothing but rounding
             got = load_file(folder / path.relative_to(reference))[name]
             # Adam divides by the gradient's size: where that is next to nothing, rounding decides.
             assert (got - wanted).abs().max() < 3e-4, name
             assert (got - wanted).abs().float().mean() < 3e-6, name
 
 
-def _wait_for(process, out, pattern):
+def _wait_for_state(process, out, step):
     deadline = time.monotonic() + 60
     folder = out.with_name(out.name + ".partial") / "training"
-    while not list(folder.glob(pattern)) and process.alive:
+    names = [f"state-{number:08d}" for number in range(step, 100)]
+    while not any((folder / name).exists() for name in names) and process.alive:
         assert time.monotonic() < deadline, process.stderr
         time.sleep(0.005)
 
@@ -86,7 +89,7 @@ def test_two_processes_train_as_one_and_survive_each_others_end(stage, tmp_path,
     team = start_team(*arguments, folder=tmp_path / "said")
     codes, said = _finish(team)
     assert codes == [0, 0], said
-    assert "epoch 3/3" in said[0] and said[1] == ""
+    assert "epoch 6/6" in said[0] and said[1] == ""
     _assert_close(out, tmp_path / "alone")
     assert list((tmp_path / "runs").iterdir()) == [out]
     # Each vector was computed by one of the two.
@@ -99,7 +102,7 @@ def test_two_processes_train_as_one_and_survive_each_others_end(stage, tmp_path,
     out = tmp_path / "again"
     again = [*arguments, "--out", str(out), "--resume", "--checkpoint-minutes", "0"]
     team = start_team(*again, folder=tmp_path / "killed")
-    _wait_for(team[0], out, "state-*2")
+    _wait_for_state(team[0], out, 2)
     team[1].signal(signal.SIGKILL)
     codes, said = _finish(team)
     assert codes == [1, -signal.SIGKILL], said
@@ -108,7 +111,7 @@ def test_two_processes_train_as_one_and_survive_each_others_end(stage, tmp_path,
     assert "Traceback" not in said[0] and not out.exists()
 
     team = start_team(*again, folder=tmp_path / "stopped")
-    _wait_for(team[0], out, "state-*6")
+    _wait_for_state(team[0], out, 6)
     team[1].signal(signal.SIGTERM)
     codes, said = _finish(team)
     assert codes == [130, 130], said
