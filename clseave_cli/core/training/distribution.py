@@ -157,12 +157,19 @@ class Processes:
 
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:
-        """Dropout of its own for each process, and the common random numbers go on in step."""
-        seed = int(torch.randint(1 << 62, ()).item())
+        """Dropout of its own for each process, while the common random numbers stay in step.
+
+        Those move on only if the block drew some: behind an encoder without dropout, the head's
+        dropout is that of a run in one process.
+        """
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices):
-            torch.manual_seed(seed + self.rank)
+            torch.manual_seed(int(torch.randint(1 << 62, ()).item()) + self.rank)
+            before = _random_states(devices)
             yield
+            drew = not all(map(torch.equal, before, _random_states(devices)))
+        if drew:
+            torch.randint(1, ())
 
 
 @functools.cache
@@ -211,6 +218,10 @@ class _Gather(torch.autograd.Function):
         own = whole.new_zeros(ctx.num_computed, whole.shape[1])
         own[: ctx.size] = whole[ctx.start : ctx.start + ctx.size] * ctx.count
         return own, None, None
+
+
+def _random_states(devices: Sequence[int]) -> list[Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
 
 
 def _pieces(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
