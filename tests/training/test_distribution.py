@@ -107,7 +107,7 @@ def test_two_processes_train_as_one_and_survive_each_others_end(stage, tmp_path,
     codes, said = _finish(team)
     assert codes == [1, -signal.SIGKILL], said
     errors = [line for line in said[0].splitlines() if line.startswith("clseave")]
-    assert len(errors) == 1 and "process 0 of 2 lost the others" in errors[0], said
+    assert len(errors) == 1 and "process 0 of 2 cannot reach the others" in errors[0], said
     assert "Traceback" not in said[0] and not out.exists()
 
     team = start_team(*again, folder=tmp_path / "stopped")
@@ -161,7 +161,7 @@ def test_a_launcher_that_tells_half_is_an_error(monkeypatch, refused, world, cli
     monkeypatch.setenv("WORLD_SIZE", "2")
     processes.cache_clear()
     error = refused("finetune-ve", "--data", world, "--clip", clip, "--runs", tmp_path)
-    assert "lost the others" in error and "RANK" in error
+    assert "cannot reach the others" in error and "RANK" in error
 
 
 @pytest.mark.parametrize("command", ["demo", "evaluate", "predict", "compare"])

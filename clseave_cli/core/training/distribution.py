@@ -130,7 +130,7 @@ class Processes:
             return value
         holder = [value]
         with _talking():
-            distributed.broadcast_object_list(holder, device=torch.device("cpu"))
+            distributed.broadcast_object_list(holder, src=0, device=torch.device("cpu"))
         return holder[0]
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
@@ -243,7 +243,7 @@ def _talking() -> Iterator[None]:
     except (RuntimeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise TrainingError(
-            f"process {process_rank()} of {process_count()} lost the others ({reason[:160]}); "
-            "what another one said, or that it was killed, stands above or in the launcher's "
-            "report. The last saved state is kept: the same command with --resume goes on."
+            f"process {process_rank()} of {process_count()} cannot reach the others "
+            f"({reason[:160]}): one of them failed or was killed, see its own message or the "
+            "launcher's. The last saved state is kept; the same command with --resume goes on."
         ) from error
