@@ -23,8 +23,8 @@ from clseave_cli.commands import (
     pretrain,
     translate,
 )
-from clseave_cli.core import config
-from clseave_cli.errors import ClseaveError, Interrupted
+from clseave_cli.core import config, launch
+from clseave_cli.errors import ClseaveError, Interrupted, UsageError
 
 app = typer.Typer(
     name="clseave",
@@ -36,6 +36,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+#: Commands that several processes can share; the others would only do the same work again.
+_SHARED = ("translate", "pretrain", "finetune-ve", "align")
 
 _debug = False
 
@@ -65,9 +68,13 @@ def _root(
     _debug = debug
 
 
-def _interruptible(function: Callable[..., None]) -> Callable[..., None]:
+def _guarded(name: str, function: Callable[..., None]) -> Callable[..., None]:
+    """The command, with Ctrl-C as an error, refused in several processes where that is no use."""
+
     @functools.wraps(function)
     def call(**arguments: Any) -> None:
+        if launch.process_count() > 1 and name not in _SHARED:
+            raise UsageError(f"{name}: works in one process; start it without a launcher.")
         try:
             function(**arguments)
         except KeyboardInterrupt:
@@ -87,13 +94,15 @@ _COMMANDS: dict[str, tuple[type[config.StageConfig], Callable[..., None]]] = {
 }
 
 for _name, (_config_class, _run) in _COMMANDS.items():
-    app.command(_name, cls=_Subcommand)(_interruptible(options.command(_config_class, _run)))
+    app.command(_name, cls=_Subcommand)(_guarded(_name, options.command(_config_class, _run)))
 
-app.command("compare", cls=_Subcommand)(_interruptible(compare.run))
+app.command("compare", cls=_Subcommand)(_guarded("compare", compare.run))
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
-    sys.stderr.write(f"clseave: {' '.join(message.splitlines())}\n")
+    rank = launch.process_rank()
+    speaker = "clseave" if rank == 0 else f"clseave (process {rank})"
+    sys.stderr.write(f"{speaker}: {' '.join(message.splitlines())}\n")
     sys.exit(exit_code)
 
 

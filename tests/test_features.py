@@ -9,17 +9,18 @@ import torch
 from tiny_world import Notes, edit_row, flip_byte, warm_processes
 
 from clseave_cli.core.data.images import ImageFolder
-from clseave_cli.core.data.records import read_split
+from clseave_cli.core.data.records import distinct, read_split
 from clseave_cli.core.features import (
     VectorCache,
     cache_root,
     image_features,
+    packed_keys,
     sentence_embeddings,
     tokenize_sentences,
 )
 from clseave_cli.core.models import backbones
 from clseave_cli.core.training.precision import autocast
-from clseave_cli.errors import DataError
+from clseave_cli.errors import ClseaveError, DataError
 
 SENTENCES = ["red", "The square is blue.", "red", "A dog waits outside."]
 
@@ -32,6 +33,10 @@ def text(clip):
 @pytest.fixture
 def image(clip):
     return backbones.load_clip_image(clip).eval()
+
+
+def _keys(numbers):
+    return packed_keys(number.to_bytes(16, "little") for number in numbers)
 
 
 class _Counter:
@@ -54,10 +59,11 @@ class _Counter:
 
 
 def _embed(encoder, sentences=SENTENCES):
-    features = sentence_embeddings(
-        encoder, sentences, autocast=autocast("fp32", torch.device("cpu")), description="x"
+    texts, index = distinct(sentences)
+    vectors = sentence_embeddings(
+        encoder, texts, autocast=autocast("fp32", torch.device("cpu")), description="x"
     )
-    return features.vectors[torch.from_numpy(features.index)]
+    return vectors.rows(index)
 
 
 def _look(encoder, folder):
@@ -65,7 +71,7 @@ def _look(encoder, folder):
     features = image_features(
         encoder, split, ImageFolder.of(folder, None), autocast=autocast("fp32", torch.device("cpu"))
     )
-    return features.vectors[torch.from_numpy(features.index)]
+    return features.of_rows()
 
 
 def test_a_hit_is_a_miss_bit_for_bit(text, monkeypatch):
@@ -163,18 +169,42 @@ def test_a_tokenizer_is_part_of_its_encoder(text):
 
 def test_vectors_come_in_the_order_of_the_keys(tmp_path):
     cache = VectorCache(tmp_path, 2)
-    keys = [f"{number:032x}" for number in range(10)]
+    keys = _keys(range(10))
 
     def compute(items):
         for item in items:
             yield torch.tensor([[float(item), -float(item)]])
 
-    first = cache.get(keys[5:], compute, "x")
+    first = cache.get(keys[5:], compute, "x").all()
     assert first[:, 0].tolist() == [0, 1, 2, 3, 4]
     # Items 5 to 9 are known under their keys; the others are computed by their places.
     order = [7, 2, 9, 0]
-    mixed = cache.get([keys[k] for k in order], compute, "x")
-    assert mixed[:, 0].tolist() == [2, 1, 4, 3]
+    mixed = cache.get(keys[order], compute, "x")
+    assert mixed.all()[:, 0].tolist() == [2, 1, 4, 3]
+    assert mixed.rows(np.array([3, 0, 0])).tolist() == [[3, -3], [2, -2], [2, -2]]
+
+
+def test_a_disk_that_keeps_nothing_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(VectorCache, "_write", lambda self, keys, vectors: None)
+
+    def compute(items):
+        yield torch.ones(len(items), 2)
+
+    with pytest.raises(ClseaveError, match="cannot be read back"):
+        VectorCache(tmp_path, 2).get(_keys(range(3)), compute, "x")
+
+
+def test_vectors_lie_in_several_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr("clseave_cli.core.features._SHARD_VECTORS", 4)
+
+    def compute(items):
+        for part in np.array_split(items, 5):
+            yield torch.from_numpy(part).float()[:, None] * torch.tensor([1.0, -1.0])
+
+    vectors = VectorCache(tmp_path, 2).get(_keys(range(10)), compute, "x")
+    assert len(list(tmp_path.iterdir())) == 3
+    assert vectors.all()[:, 0].tolist() == list(range(10))
+    assert vectors.rows(np.array([9, 0, 5])).tolist() == [[9, -9], [0, 0], [5, -5]]
 
 
 def test_nothing_is_kept_of_a_computation_that_failed(tmp_path):
@@ -185,20 +215,20 @@ def test_nothing_is_kept_of_a_computation_that_failed(tmp_path):
         raise DataError("the second is damaged")
 
     with pytest.raises(DataError):
-        cache.get([f"{n:032x}" for n in range(2)], fail, "x")
+        cache.get(_keys(range(2)), fail, "x")
     assert not list((tmp_path / "new").glob("*"))
 
 
 def _fill(folder, start, barrier):
     cache = VectorCache(folder, 4)
-    keys = [f"{number:032x}" for number in range(start, start + 300)]
+    keys = _keys(range(start, start + 300))
 
     def compute(items):
         barrier.wait(30)
         for item in items:
             yield torch.full((1, 4), float(start + item))
 
-    vectors = cache.get(keys, compute, "x")
+    vectors = cache.get(keys, compute, "x").all()
     os._exit(0 if vectors[:, 0].tolist() == list(range(start, start + 300)) else 3)
 
 
@@ -219,8 +249,7 @@ def test_two_processes_fill_one_cache(tmp_path):
         raise AssertionError(f"{len(items)} vectors were lost")
         yield
 
-    keys = [f"{number:032x}" for number in range(450)]
-    vectors = VectorCache(tmp_path / "shared", 4).get(keys, never, "x")
+    vectors = VectorCache(tmp_path / "shared", 4).get(_keys(range(450)), never, "x").all()
     assert np.array_equal(vectors[:, 3].numpy(), np.arange(450))
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
+import socket
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -264,3 +266,29 @@ def _command(
         if before is not None:
             before()
         main()
+
+
+def join_team(rank: int, count: int, port: int) -> None:
+    """Makes this process one of several, as `torchrun` would."""
+    slow_steps()
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def start_team(*arguments: str, folder: Path, count: int = 2) -> list[CommandProcess]:
+    """`clseave …` in several processes that work together."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    return [
+        CommandProcess(
+            *arguments,
+            folder=folder / f"process{rank}",
+            before=functools.partial(join_team, rank, count, port),
+        )
+        for rank in range(count)
+    ]

@@ -1,4 +1,7 @@
-"""What the user sees: progress and notes on stderr, results on stdout."""
+"""What the user sees: progress and notes on stderr, results on stdout.
+
+Of several processes (`torchrun`) only the first one speaks, errors apart.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clseave_cli.core.launch import is_first_process
 from clseave_cli.core.progress import Task
 
 if TYPE_CHECKING:
@@ -28,7 +32,7 @@ def stdout() -> Console:
     """Where results go."""
     from rich.console import Console
 
-    return Console(highlight=False)
+    return Console(highlight=False, quiet=not is_first_process())
 
 
 @functools.cache
@@ -36,7 +40,7 @@ def stderr() -> Console:
     """Where progress and notes go."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, quiet=not is_first_process())
 
 
 def print_json(value: Any) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from clseave_cli.commands import terminal
 from clseave_cli.core.config import TranslateConfig
-from clseave_cli.core.progress import SILENT
+from clseave_cli.core.launch import is_first_process
 from clseave_cli.errors import TranslationError
 
 
@@ -26,15 +26,11 @@ def run(
     is kept in a memory: after a crash, a kill or Ctrl-C, the same command
     goes on where it stopped.
     """
-    import os
-
     from clseave_cli.core.translation.corpus import translate
 
-    # Under torchrun every process translates, and the first one speaks.
-    is_first = os.environ.get("RANK", "0") == "0"
-    summary = translate(config, terminal.TerminalProgress() if is_first else SILENT)
-    if not is_first:
-        return
+    summary = translate(config, terminal.TerminalProgress())
+    if not is_first_process():
+        return  # under torchrun every process translates, and the first one tells
     if json:
         terminal.print_json(_plain(dataclasses.asdict(summary)))
     else:

@@ -9,11 +9,14 @@ Legend: N parallel rows · U distinct sentence pairs · B batch · D embedding w
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -29,11 +32,13 @@ from clseave_cli.core.data.records import (
     join,
     read_split,
     require_language,
+    require_split_path,
     split_path,
 )
 from clseave_cli.core.features import (
     Features,
     Sentences,
+    embed_rows,
     image_features,
     sentence_embeddings,
     tokenize_sentences,
@@ -41,10 +46,11 @@ from clseave_cli.core.features import (
 from clseave_cli.core.files import json_digest
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
-from clseave_cli.core.models.packing import PackedBatch
+from clseave_cli.core.models.packing import PackedBatch, TokenTable
 from clseave_cli.core.models.student import new_student, save_student
 from clseave_cli.core.models.vocabulary import reduced_vocabulary
 from clseave_cli.core.progress import SILENT, Progress
+from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
 from clseave_cli.core.training.precision import Autocast, autocast, resolve_device
 from clseave_cli.core.training.run import Run, is_complete, require_writable
@@ -72,13 +78,57 @@ class AlignResult:
 
 class _Batch(NamedTuple):
     sentences: PackedBatch
-    teacher_rows: Tensor
+    teacher: Tensor
     weights: Tensor
+
+
+class _Corpus:
+    """The parallel text to train on, taken in language by language.
+
+    Ten languages of SNLI-VE are five million rows: what stays of a row is its tokens and a few
+    numbers, not its strings.
+    """
+
+    def __init__(self, student: SentenceEncoder) -> None:
+        self._student = student
+        self._sources: dict[str, int] = {}
+        self._tokens: list[TokenTable] = []
+        self._pairs: list[npt.NDArray[np.intp]] = []
+        self._counts: list[npt.NDArray[np.intp]] = []
+
+    def add(self, text: Parallel, progress: Progress) -> None:
+        """Takes in the text of a language."""
+        target, known = text.target, self._sources
+        sentences = tokenize_sentences(self._student, target.hypotheses, target.where, progress)
+        sources = np.array([known.setdefault(s, len(known)) for s in text.sources], dtype=np.intp)
+        pair_ids, counts = np.unique(sentences.index * len(known) + sources, return_counts=True)
+        of_pair = np.stack(np.divmod(pair_ids, len(known)))  # sentence, source
+        of_pair[0] += sum(len(tokens) for tokens in self._tokens)
+        self._tokens.append(sentences.tokens)
+        self._pairs.append(of_pair)
+        self._counts.append(counts)
+
+    def pairs(self, teacher: ClipVE, with_autocast: Autocast, progress: Progress) -> _TrainingPairs:
+        """Everything taken in, with the teacher's embeddings."""
+        target_of_pair, source_of_pair = np.concatenate(self._pairs, axis=1)
+        counts = np.concatenate(self._counts)
+        vectors = sentence_embeddings(
+            teacher.text,
+            list(self._sources),
+            autocast=with_autocast,
+            description="teacher embeddings",
+            progress=progress,
+        )
+        return _TrainingPairs(
+            Sentences(TokenTable.concatenate(self._tokens), target_of_pair),
+            Features(vectors, source_of_pair),
+            torch.from_numpy(counts / counts.mean()).float(),
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class _TrainingPairs:
-    """Distinct (target sentence, source sentence) pairs of all languages.
+    """Distinct (target sentence, source sentence) pairs of each language.
 
     Translations repeat as hypotheses do. A pair that stands n times in the data is trained on once
     an epoch with weight n, which is the same expected gradient for less work.
@@ -89,9 +139,10 @@ class _TrainingPairs:
     weights: Tensor
 
     def batch(self, rows: Rows, student: SentenceEncoder) -> _Batch:
+        own = processes().share(rows)
         return _Batch(
-            student.pack(self.sentences.tokens, self.sentences.index[rows]),
-            torch.from_numpy(self.teacher.index[rows]),
+            student.pack(self.sentences.tokens, self.sentences.index[own]),
+            self.teacher.vectors.rows(self.teacher.index[rows]),
             self.weights[torch.from_numpy(rows)],
         )
 
@@ -121,11 +172,10 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
         return AlignResult(out, languages, None)
     device = resolve_device(config.device)
     with_autocast = autocast(config.precision, device)
-    folder = data_folder(config.data, progress)
-    train_text, dev_text = {}, {}
+    team = processes()
+    folder = team.once(lambda: data_folder(config.data, progress))
     for lang in languages:
-        train_text[lang], dev_text[lang] = _read_parallel(folder, lang, config, progress)
-    images = _images_for_accuracy(folder, config, dev_text)
+        require_split_path(folder, config.train_split, lang)
 
     teacher = ClipVE.from_folder(config.teacher or config.runs / "clip-ve").to(device)
     teacher.requires_grad_(False)
@@ -133,24 +183,31 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
     student = new_student(config.student, teacher.text.embedding_dim).to(device)
     if not student.verify_packing():
         progress.note(f"{config.student}: packing is not exact for this encoder; padding instead.")
-    inputs = {}
-    for kind, texts in (("train", train_text), ("dev", dev_text)):
-        for lang, parallel in texts.items():
+    inputs = {"teacher": teacher.fingerprint, "student": student.digest()}
+    corpus, dev_text = _Corpus(student), {}
+    read_english = functools.cache(functools.partial(_read, folder, ENGLISH, config, progress))
+    for lang in languages:
+        training, dev = _read_parallel(folder, lang, config, read_english, progress)
+        for kind, parallel in (("train", training), ("dev", dev)):
             inputs[parallel.target.path.name] = parallel.target.digest
             inputs[f"{kind}: English of {lang}"] = json_digest(parallel.sources)
-    inputs |= {"teacher": teacher.fingerprint, "student": student.digest()}
+        corpus.add(training, progress)
+        dev_text[lang] = dev
+    read_english.cache_clear()
+    del training, parallel
+    images = _images_for_accuracy(folder, config, dev_text)
     run = Run("align", out, config, inputs)
 
-    pairs = _training_pairs(student, teacher, list(train_text.values()), with_autocast, progress)
+    pairs = corpus.pairs(teacher, with_autocast, progress)
+    del corpus
     dev_sets = [
         _dev_set(student, teacher, parallel, images, with_autocast, progress)
         for parallel in dev_text.values()
     ]
-    teacher_vectors = pairs.teacher.vectors.to(device)
 
     def loss(batch: _Batch) -> Tensor:
-        predicted = student(batch.sentences)  # (B, D)
-        wanted = teacher_vectors[batch.teacher_rows.to(device)]
+        wanted = batch.teacher.to(device)  # (B, D)
+        predicted = team.spread(lambda: student(batch.sentences), len(wanted))
         per_pair = torch.mean((predicted.float() - wanted) ** 2, dim=1)  # (B,)
         return torch.mean(per_pair * batch.weights.to(device))
 
@@ -188,25 +245,31 @@ def _languages(config: AlignConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys(config.lang))
 
 
+def _read(folder: Path, lang: str, config: AlignConfig, progress: Progress, split: str) -> Split:
+    """A split in one language: sentences count, labels and images only where they are."""
+    return read_split(
+        folder,
+        split,
+        lang,
+        labelled=False,
+        with_images=False,
+        skip_bad=config.skip_bad,
+        progress=progress,
+    )
+
+
 def _read_parallel(
-    folder: Path, lang: str, config: AlignConfig, progress: Progress
+    folder: Path,
+    lang: str,
+    config: AlignConfig,
+    read_english: Callable[[str], Split],
+    progress: Progress,
 ) -> tuple[Parallel, Parallel]:
     """The parallel training and dev text of a language."""
 
     def read(split: str) -> Parallel:
-        def one(code: str) -> Split:
-            return read_split(
-                folder,
-                split,
-                code,
-                labelled=False,
-                with_images=False,
-                skip_bad=config.skip_bad,
-                progress=progress,
-            )
-
-        english = one(ENGLISH) if split_path(folder, split, ENGLISH) else None
-        parallel = join(one(lang), english)
+        english = read_english(split) if split_path(folder, split, ENGLISH) else None
+        parallel = join(_read(folder, lang, config, progress, split), english)
         if parallel.num_unmatched_target or parallel.num_unmatched_source:
             progress.note(
                 f"{parallel.target.path}: {parallel.num_unmatched_target} rows have no English row "
@@ -271,38 +334,6 @@ def _judged_rows(split: Split) -> Rows:
     return np.flatnonzero((split.labels != UNLABELLED) & (split.image_index >= 0))
 
 
-def _training_pairs(
-    student: SentenceEncoder,
-    teacher: ClipVE,
-    texts: list[Parallel],
-    with_autocast: Autocast,
-    progress: Progress,
-) -> _TrainingPairs:
-    targets = [sentence for text in texts for sentence in text.target.hypotheses]
-    sources = [sentence for text in texts for sentence in text.sources]
-    places = [(text.target, row) for text in texts for row in range(len(text.target))]
-    sentences = tokenize_sentences(
-        student, targets, lambda row: places[row][0].where(places[row][1]), progress
-    )
-    teacher_embeddings = sentence_embeddings(
-        teacher.text,
-        sources,
-        autocast=with_autocast,
-        description="teacher embeddings",
-        progress=progress,
-    )
-    num_sources = len(teacher_embeddings.vectors)
-    pair_ids, counts = np.unique(
-        sentences.index * num_sources + teacher_embeddings.index, return_counts=True
-    )
-    target_of_pair, source_of_pair = np.divmod(pair_ids, num_sources)
-    return _TrainingPairs(
-        Sentences(sentences.tokens, target_of_pair),
-        Features(teacher_embeddings.vectors, source_of_pair),
-        torch.from_numpy(counts / counts.mean()).float(),
-    )
-
-
 def _dev_set(
     student: SentenceEncoder,
     teacher: ClipVE,
@@ -320,16 +351,18 @@ def _dev_set(
             )
             parallel = parallel.take(rows)
     target = parallel.target
+    sources, source_of_row = distinct(parallel.sources)
+    vectors = sentence_embeddings(
+        teacher.text,
+        sources,
+        autocast=with_autocast,
+        description=f"{target.name}: teacher embeddings",
+        progress=progress,
+    )
     return _DevSet(
         target.lang,
         tokenize_sentences(student, target.hypotheses, target.where, progress),
-        sentence_embeddings(
-            teacher.text,
-            parallel.sources,
-            autocast=with_autocast,
-            description=f"{target.name}: teacher embeddings",
-            progress=progress,
-        ),
+        Features(vectors, source_of_row),
         None
         if images is None
         else image_features(
@@ -345,16 +378,15 @@ def _evaluate(
     """Dev figures averaged over languages: mean squared error per dimension, and accuracy."""
     figures: dict[str, list[float]] = {}
     for dev in dev_sets:
-        distinct_embeddings = torch.cat([e.float() for e in student.embed(dev.sentences.tokens)])
-        predicted = distinct_embeddings[torch.from_numpy(dev.sentences.index)]  # (N, D)
+        predicted = embed_rows(student, dev.sentences)  # (N, D)
         device = predicted.device
-        wanted = dev.teacher.vectors[torch.from_numpy(dev.teacher.index)].to(device)
+        wanted = dev.teacher.of_rows().to(device)
         variance_ratio = predicted.var(dim=0).sum() / wanted.var(dim=0).sum()
         figures.setdefault("mse", []).append((predicted - wanted).square().mean().item())
         figures.setdefault("mae", []).append((predicted - wanted).abs().mean().item())
         figures.setdefault("variance_ratio", []).append(variance_ratio.item())
         if dev.premises is not None:
-            premises = dev.premises.vectors[torch.from_numpy(dev.premises.index)].to(device)
+            premises = dev.premises.of_rows().to(device)
             labels = dev.labels.to(device)
             right = teacher(predicted, premises).argmax(dim=1) == labels
             figures.setdefault("accuracy", []).append(right.float().mean().item())

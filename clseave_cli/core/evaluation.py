@@ -184,7 +184,7 @@ def _run(
             embedded.append(part.float())
             task.advance(len(part))
     embeddings = torch.cat(embedded)[torch.from_numpy(sentences.index)]
-    premises = features.vectors[torch.from_numpy(features.index)].to(device)
+    premises = features.of_rows().to(device)
     with torch.no_grad():
         logits = model(embeddings, premises)
     return _Outputs(

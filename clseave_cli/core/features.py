@@ -3,25 +3,27 @@
 A cache is a folder of immutable shards, one per burst of new vectors. Each shard is a safetensors
 file of keys and vectors, named by the digest of its own bytes: a shard that does not match its name
 is damaged, is removed, and what it held is computed again. Several processes may fill one cache;
-at worst they do the same work twice.
+at worst they do the same work twice. Sound shards are memory-mapped: vectors take room on the disk,
+not in memory, until they are asked for.
 
-Legend: N items · D width of a vector.
+Legend: N rows · U distinct items · D width of a vector.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL.Image import Image
-from safetensors.torch import load, save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from clseave_cli.core.data.images import ImageFolder, open_image
@@ -30,16 +32,23 @@ from clseave_cli.core.files import atomic_file, file_digest
 from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
 from clseave_cli.core.models.packing import TokenTable
 from clseave_cli.core.pipeline import ahead
-from clseave_cli.core.progress import SILENT, Progress
+from clseave_cli.core.progress import SILENT, Progress, Task
+from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.precision import Autocast
-from clseave_cli.errors import DataError
+from clseave_cli.errors import ClseaveError, DataError
 
 #: Vectors per shard: small enough to lose little at a crash, large enough to make few files.
 _SHARD_VECTORS = 65_536
 _IMAGE_BATCH = 64
 #: Batches of images decoded while one is encoded.
 _BATCHES_AHEAD = 4
+#: Sentences tokenised at a time.
+_SENTENCES_AT_ONCE = 65_536
 _KEY_BYTES = 16
+_MISSING = -1
+
+#: (U,) records of 16 bytes.
+Keys = npt.NDArray[np.void]
 
 
 def cache_root() -> Path:
@@ -52,12 +61,16 @@ class Features:
     """Vectors of distinct items, and which of them each row of the data uses.
 
     Attributes:
-        vectors: (U, D) float32.
-        index: (N,) row of `vectors` per row of the data.
+        vectors: of U items.
+        index: (N,) item per row of the data.
     """
 
-    vectors: Tensor
-    index: npt.NDArray[np.int64]
+    vectors: Vectors
+    index: npt.NDArray[np.intp]
+
+    def of_rows(self) -> Tensor:
+        """(N, D) the vectors of all rows, in memory."""
+        return self.vectors.rows(self.index)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +111,17 @@ def tokenize_sentences(
     return Sentences(tokens, index)
 
 
+def embed_rows(encoder: SentenceEncoder, sentences: Sentences) -> Tensor:
+    """(N, D) float32 embeddings of the rows' sentences; several processes share the work out."""
+    tokens, team = sentences.tokens, processes()
+    own = team.share(np.arange(len(tokens)))
+    embeddings = team.spread(
+        lambda: torch.cat([part.float() for part in encoder.embed(tokens, sentences=own)]),
+        len(tokens),
+    )
+    return embeddings[torch.from_numpy(sentences.index)]
+
+
 def image_features(
     encoder: ImageEncoder,
     split: Split,
@@ -117,7 +141,7 @@ def image_features(
         for name, row in zip(split.image_names, first_row, strict=True)
     ]
     with ThreadPoolExecutor() as pool:
-        keys = [digest[: 2 * _KEY_BYTES] for digest in pool.map(file_digest, paths)]
+        keys = packed_keys(bytes.fromhex(d)[:_KEY_BYTES] for d in pool.map(file_digest, paths))
 
     def decode(item: int) -> Image:
         try:
@@ -129,8 +153,9 @@ def image_features(
         # Preprocessed together: half the cost of one by one.
         return encoder.preprocess([decode(item) for item in items])
 
-    def compute(missing: list[int]) -> Iterator[Tensor]:
-        batches = [missing[i : i + _IMAGE_BATCH] for i in range(0, len(missing), _IMAGE_BATCH)]
+    def compute(missing: npt.NDArray[np.intp]) -> Iterator[Tensor]:
+        items = missing.tolist()
+        batches = [items[i : i + _IMAGE_BATCH] for i in range(0, len(items), _IMAGE_BATCH)]
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as decoders:
             for batch in ahead(decoders, pixels, batches, _BATCHES_AHEAD):
                 with torch.no_grad(), autocast():
@@ -138,7 +163,7 @@ def image_features(
 
     cache = VectorCache(_folder("image", encoder, autocast), encoder.embedding_dim)
     vectors = cache.get(keys, compute, f"{split.name}: image features", progress)
-    return Features(vectors, split.image_index.astype(np.int64))
+    return Features(vectors, split.image_index.astype(np.intp))
 
 
 def sentence_embeddings(
@@ -148,25 +173,71 @@ def sentence_embeddings(
     autocast: Autocast,
     description: str,
     progress: Progress = SILENT,
-) -> Features:
-    """The embeddings of sentences by a frozen encoder, each distinct sentence computed once."""
-    texts, index = distinct(sentences)
-    keys = [hashlib.blake2b(t.encode(), digest_size=_KEY_BYTES).hexdigest() for t in texts]
+) -> Vectors:
+    """The embeddings of U distinct sentences by a frozen encoder, from the cache where there."""
+    keys = packed_keys(
+        hashlib.blake2b(sentence.encode(), digest_size=_KEY_BYTES).digest()
+        for sentence in sentences
+    )
 
-    def compute(missing: list[int]) -> Iterator[Tensor]:
-        tokens = encoder.tokenize([texts[i] for i in missing])
-        with torch.no_grad(), autocast():
-            for embeddings in encoder.embed(tokens):
-                yield embeddings.float().cpu()
+    def compute(missing: npt.NDArray[np.intp]) -> Iterator[Tensor]:
+        for start in range(0, len(missing), _SENTENCES_AT_ONCE):
+            some = missing[start : start + _SENTENCES_AT_ONCE]
+            tokens = encoder.tokenize([sentences[i] for i in some])
+            with torch.no_grad(), autocast():
+                for embeddings in encoder.embed(tokens):
+                    yield embeddings.float().cpu()
 
     cache = VectorCache(_folder("text", encoder, autocast), encoder.embedding_dim)
-    vectors = cache.get(keys, compute, description, progress)
-    return Features(vectors, index)
+    return cache.get(keys, compute, description, progress)
 
 
 def _folder(kind: str, encoder: ImageEncoder | SentenceEncoder, autocast: Autocast) -> Path:
     """A folder per encoder and arithmetic: bfloat16 vectors are not float32 ones."""
     return cache_root() / kind / f"{encoder.digest()}-{autocast.precision}"
+
+
+class Vectors:
+    """(U, D) float32 vectors that stay on disk, memory-mapped, until they are asked for.
+
+    Args:
+        count: U.
+        width: D.
+    """
+
+    def __init__(self, count: int, width: int) -> None:
+        self.width = width
+        self._shards: list[Tensor] = []
+        self._shard_of = np.full(count, _MISSING, dtype=np.int32)
+        self._row_of = np.zeros(count, dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self._shard_of)
+
+    def rows(self, items: npt.NDArray[np.integer[Any]]) -> Tensor:
+        """(n, D) the vectors of the given items, in memory."""
+        vectors = torch.empty(len(items), self.width)
+        shard_of, row_of = self._shard_of[items], self._row_of[items]
+        for number in np.unique(shard_of):
+            places = np.flatnonzero(shard_of == number)
+            # By torch, which lets other threads go on while the disk is read; numpy does not.
+            rows = torch.from_numpy(row_of[places])
+            vectors[torch.from_numpy(places)] = self._shards[number][rows]
+        return vectors
+
+    def all(self) -> Tensor:
+        """(U, D) all of them, in memory."""
+        return self.rows(np.arange(len(self)))
+
+    def missing(self) -> npt.NDArray[np.intp]:
+        """The items that no shard holds yet."""
+        return np.flatnonzero(self._shard_of == _MISSING)
+
+    def add(self, shard: Tensor, items: npt.NDArray[np.intp], rows: npt.NDArray[np.intp]) -> None:
+        """Says that a mapped shard holds some items, in the given rows of it."""
+        self._shard_of[items] = len(self._shards)
+        self._row_of[items] = rows
+        self._shards.append(shard)
 
 
 class VectorCache:
@@ -183,71 +254,110 @@ class VectorCache:
 
     def get(
         self,
-        keys: Sequence[str],
-        compute: Callable[[list[int]], Iterator[Tensor]],
+        keys: Keys,
+        compute: Callable[[npt.NDArray[np.intp]], Iterator[Tensor]],
         description: str,
         progress: Progress = SILENT,
-    ) -> Tensor:
-        """The vectors of N keys; what is not there is computed and kept.
+    ) -> Vectors:
+        """The vectors of U distinct keys; what is not there is computed and kept.
+
+        Several processes (`torchrun`) share the work out.
 
         Args:
-            keys: distinct hex digests, 16 bytes each.
+            keys: (U,) see `packed_keys`.
             compute: yields the vectors of the given items in order, in batches of any size.
             description: what the progress bar says.
             progress: told about what is computed.
 
-        Returns:
-            (N, D) float32.
+        Raises:
+            ClseaveError: the disk is full, or does not keep what is written.
         """
-        wanted = {bytes.fromhex(key): item for item, key in enumerate(keys)}
-        vectors = torch.empty(len(keys), self._width)
-        missing = np.ones(len(keys), dtype=bool)
-        for shard_keys, shard_vectors in self._shards():
-            hits = [(wanted[k], row) for row, k in enumerate(shard_keys) if k in wanted]
-            if hits:
-                items, rows = np.array(hits).T
-                vectors[items] = shard_vectors[rows]
-                missing[items] = False
-        todo = np.flatnonzero(missing).tolist()
-        if todo:
-            with progress.task(description, total=len(todo)) as task:
-                done = kept = 0
-                for batch in compute(todo):
-                    vectors[todo[done : done + len(batch)]] = batch
-                    done += len(batch)
-                    task.advance(len(batch))
-                    if done - kept >= _SHARD_VECTORS or done == len(todo):
-                        self._write([keys[i] for i in todo[kept:done]], vectors[todo[kept:done]])
-                        kept = done
+        vectors = Vectors(len(keys), self._width)
+        if not len(keys):
+            return vectors
+        order = np.argsort(keys)
+        known: set[Path] = set()
+        self._find(vectors, keys, order, known)
+        team = processes()
+        # The second time only what another process was to compute and is not there: it was
+        # damaged at once, or lies on a disk that this one does not see.
+        for share in (team.share, lambda items: items):
+            team.wait()
+            todo = share(vectors.missing())
+            if len(todo):
+                with progress.task(description, total=len(todo)) as task:
+                    self._compute(keys, todo, compute, task)
+            team.wait()
+            self._find(vectors, keys, order, known)
+        if len(vectors.missing()):
+            raise ClseaveError(
+                f"{self._folder}: what was just written there cannot be read back; is the folder "
+                "being emptied, or the disk damaged? CLSEAVE_CACHE names another."
+            )
         return vectors
 
-    def _shards(self) -> Iterator[tuple[list[bytes], Tensor]]:
-        for path in sorted(self._folder.glob("*.safetensors")):
-            try:
-                content = path.read_bytes()
-            except OSError:
-                continue
-            if hashlib.blake2b(content, digest_size=_KEY_BYTES).hexdigest() != path.stem:
-                path.unlink(missing_ok=True)
-                continue
-            shard = load(content)
-            packed = shard["keys"].numpy().tobytes()
-            yield (
-                [packed[i : i + _KEY_BYTES] for i in range(0, len(packed), _KEY_BYTES)],
-                shard["vectors"],
-            )
+    def _compute(
+        self,
+        keys: Keys,
+        todo: npt.NDArray[np.intp],
+        compute: Callable[[npt.NDArray[np.intp]], Iterator[Tensor]],
+        task: Task,
+    ) -> None:
+        done, kept = 0, 0
+        waiting: list[Tensor] = []
+        for batch in compute(todo):
+            waiting.append(batch)
+            done += len(batch)
+            task.advance(len(batch))
+            if done - kept >= _SHARD_VECTORS or done == len(todo):
+                self._write(keys[todo[kept:done]], torch.cat(waiting))
+                waiting, kept = [], done
 
-    def _write(self, keys: list[str], vectors: Tensor) -> None:
-        packed = np.frombuffer(b"".join(map(bytes.fromhex, keys)), dtype=np.uint8)
+    def _find(
+        self, vectors: Vectors, keys: Keys, order: npt.NDArray[np.intp], known: set[Path]
+    ) -> None:
+        """Notes what the shards hold that are not known yet; removes damaged ones."""
+        for path in sorted(self._folder.glob("*.safetensors")):
+            if path in known:
+                continue
+            try:
+                if file_digest(path, _KEY_BYTES) != path.stem:
+                    path.unlink(missing_ok=True)
+                    continue
+                shard = load_file(path)
+            except (DataError, OSError):
+                continue  # another process removed it
+            known.add(path)
+            shard_keys = _as_keys(shard["keys"].numpy())
+            places = np.searchsorted(keys, shard_keys, sorter=order)
+            places[places == len(keys)] = 0
+            items = order[places]
+            rows = np.flatnonzero(keys[items] == shard_keys)
+            if len(rows):
+                vectors.add(shard["vectors"], items[rows], rows)
+
+    def _write(self, keys: Keys, vectors: Tensor) -> None:
         content = save(
             {
-                "keys": torch.from_numpy(packed.reshape(-1, _KEY_BYTES).copy()),
+                "keys": torch.from_numpy(keys.view(np.uint8).reshape(-1, _KEY_BYTES)),
                 "vectors": vectors.contiguous(),
             }
         )
         name = hashlib.blake2b(content, digest_size=_KEY_BYTES).hexdigest()
         with atomic_file(self._folder / f"{name}.safetensors") as stream:
             stream.write(content)
+
+
+def packed_keys(digests: Iterable[bytes]) -> Keys:
+    """Keys of `VectorCache.get`, from digests of 16 bytes each."""
+    packed = bytearray()
+    for digest in digests:  # not joined: a list of millions of them would be larger than the result
+        packed += digest
+    return _as_keys(np.frombuffer(packed, dtype=np.uint8))
+
+
+def _as_keys(content: npt.NDArray[np.uint8]) -> Keys:
+    return np.ascontiguousarray(content).reshape(-1).view(f"V{_KEY_BYTES}")
 
 
 def _first_rows(split: Split) -> npt.NDArray[np.intp]:

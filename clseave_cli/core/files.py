@@ -155,13 +155,17 @@ def read_json(path: Path) -> Any:
         raise ModelError(f"{path}: damaged, not valid JSON ({error}); make it again.") from None
 
 
-def file_digest(path: Path) -> str:
-    """BLAKE2b-256 of a file's bytes, in hex (`b2sum -l 256`; twice SHA-256's speed without SHA-NI).
+def file_digest(path: Path, num_bytes: int = 32) -> str:
+    """BLAKE2b of a file's bytes, in hex (`b2sum -l 256`; twice SHA-256's speed without SHA-NI).
+
+    Args:
+        path: the file.
+        num_bytes: length of the digest.
 
     Raises:
         DataError: the file cannot be read.
     """
-    digest = hashlib.blake2b(digest_size=32)
+    digest = hashlib.blake2b(digest_size=num_bytes)
     try:
         with path.open("rb") as stream:
             while chunk := stream.read(_CHUNK_BYTES):

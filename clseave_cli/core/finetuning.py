@@ -16,11 +16,18 @@ from clseave_cli.core.config import FinetuneConfig
 from clseave_cli.core.data.hub import data_folder
 from clseave_cli.core.data.images import ImageFolder
 from clseave_cli.core.data.records import Split, check_leak, read_split
-from clseave_cli.core.features import Features, Sentences, image_features, tokenize_sentences
+from clseave_cli.core.features import (
+    Features,
+    Sentences,
+    embed_rows,
+    image_features,
+    tokenize_sentences,
+)
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.packing import PackedBatch
 from clseave_cli.core.models.vocabulary import reduced_vocabulary
 from clseave_cli.core.progress import SILENT, Progress
+from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
 from clseave_cli.core.training.precision import Autocast, autocast, resolve_device
 from clseave_cli.core.training.run import Run, is_complete, require_writable
@@ -43,6 +50,7 @@ class FinetuneResult:
 
 class _Batch(NamedTuple):
     sentences: PackedBatch
+    num_sentences: int
     sentence_of_row: Tensor
     image_of_row: Tensor
     labels: Tensor
@@ -60,7 +68,8 @@ class _Pairs:
         # A sentence that stands twice in a batch is encoded once; its gradients add up.
         distinct, sentence_of_row = np.unique(self.sentences.index[rows], return_inverse=True)
         return _Batch(
-            model.text.pack(self.sentences.tokens, distinct),
+            model.text.pack(self.sentences.tokens, processes().share(distinct)),
+            len(distinct),
             torch.from_numpy(sentence_of_row),
             torch.from_numpy(self.images.index[rows]),
             self.labels[torch.from_numpy(rows)],
@@ -79,7 +88,8 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> FinetuneRes
         progress.note(f"{out}: already complete.")
         return FinetuneResult(out, None)
     device = resolve_device(config.device)
-    folder = data_folder(config.data, progress)
+    team = processes()
+    folder = team.once(lambda: data_folder(config.data, progress))
     train_split = read_split(
         folder, config.train_split, skip_bad=config.skip_bad, progress=progress
     )
@@ -101,18 +111,18 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> FinetuneRes
         _prepare(model, split, images, with_autocast, progress)
         for split in (train_split, dev_split)
     )
-    train_vectors = train_pairs.images.vectors.to(device)
-    dev_vectors = dev_pairs.images.vectors.to(device)
+    train_vectors = train_pairs.images.vectors.all().to(device)
+    dev_premises = dev_pairs.images.of_rows().to(device)
 
     def loss(batch: _Batch) -> Tensor:
-        hypotheses = model.text(batch.sentences)[batch.sentence_of_row.to(device)]
+        sentences = team.spread(lambda: model.text(batch.sentences), batch.num_sentences)
+        hypotheses = sentences[batch.sentence_of_row.to(device)]
         logits = model(hypotheses, train_vectors[batch.image_of_row.to(device)])
         return functional.cross_entropy(logits, batch.labels.to(device))
 
     def evaluate() -> dict[str, float]:
-        embeddings = torch.cat(list(model.text.embed(dev_pairs.sentences.tokens)))
-        hypotheses = embeddings[torch.from_numpy(dev_pairs.sentences.index)]
-        logits = model(hypotheses, dev_vectors[torch.from_numpy(dev_pairs.images.index)])
+        hypotheses = embed_rows(model.text, dev_pairs.sentences)
+        logits = model(hypotheses, dev_premises)
         labels = dev_pairs.labels.to(device)
         return {
             "loss": functional.cross_entropy(logits, labels).item(),

@@ -32,6 +32,7 @@ from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
 from clseave_cli.core.models.packing import PackedBatch, TokenTable
 from clseave_cli.core.models.scratch import ClipShape, new_clip
 from clseave_cli.core.progress import SILENT, Progress
+from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
 from clseave_cli.core.training.precision import resolve_device
 from clseave_cli.core.training.run import Run, is_complete, require_writable
@@ -73,7 +74,9 @@ class _Captions:
 
 class _Batch(NamedTuple):
     pixels: Tensor
+    num_images: int
     captions: PackedBatch
+    num_captions: int
     caption_of_slot: Tensor
     caption_ids: Tensor
 
@@ -90,6 +93,7 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> PretrainRes
         progress.note(f"{out}: already complete.")
         return PretrainResult(out, None)
     device = resolve_device(config.device)
+    team = processes()
     images = ImageFolder.of(config.data, config.images)
     train_captions = _read_captions(config.data, config.train_split, images)
     dev_captions = _read_captions(config.data, config.dev_split, images)
@@ -113,14 +117,16 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> PretrainRes
     )
 
     def loss(batch: _Batch) -> Tensor:
-        image_embeddings = functional.normalize(image(batch.pixels.to(device)).float(), dim=1)
-        text_embeddings = functional.normalize(text(batch.captions).float(), dim=1)
+        images = team.spread(lambda: image(batch.pixels.to(device)), batch.num_images)
+        captions = team.spread(lambda: text(batch.captions), batch.num_captions)
+        image_embeddings = functional.normalize(images.float(), dim=1)
+        text_embeddings = functional.normalize(captions.float(), dim=1)
         per_slot = text_embeddings[batch.caption_of_slot.to(device)]  # (K, B, D)
         ids = batch.caption_ids.to(device)
         scale = model.logit_scale.clamp(max=_LARGEST_LOGIT_SCALE).exp()
         losses = [
-            contrastive_loss(image_embeddings, captions, ids[slot], scale)
-            for slot, captions in enumerate(per_slot)
+            contrastive_loss(image_embeddings, own_captions, ids[slot], scale)
+            for slot, own_captions in enumerate(per_slot)
         ]
         return torch.stack(losses).mean()
 
@@ -204,9 +210,12 @@ class _Examples:
             axis=1,
         )  # (K, B)
         needed, caption_of_slot = np.unique(slots, return_inverse=True)
+        share = processes().share
         return _Batch(
-            self._pixels(rows.tolist()),
-            self._text.pack(self._tokens, needed),
+            self._pixels(share(rows).tolist()),
+            len(rows),
+            self._text.pack(self._tokens, share(needed)),
+            len(needed),
             torch.from_numpy(caption_of_slot.reshape(slots.shape)),
             torch.from_numpy(slots),
         )

@@ -19,7 +19,7 @@ LAYERS = ("main", "commands", "use cases", "machinery", "models and data", "grou
 _MACHINERY = {
     "training", "features", "translation", "metrics", "reporting", "results", "rows", "linguistics",
 }  # fmt: skip
-_GROUND = {"files", "progress", "pipeline", "config"}
+_GROUND = {"files", "progress", "pipeline", "config", "launch"}
 
 
 def modules() -> dict[str, Path]:

@@ -122,10 +122,22 @@ class SentenceEncoder(nn.Module):
         embedding: Tensor = self.projection(self.norm(terminal))
         return embedding
 
-    def embed(self, tokens: TokenTable, batch_size: int = 512) -> Iterator[Tensor]:
-        """The embeddings of all tokenised sentences in order, a batch at a time: (≤ B, D) each."""
-        for start in range(0, len(tokens), batch_size):
-            yield self(self.pack(tokens, np.arange(start, min(start + batch_size, len(tokens)))))
+    def embed(
+        self,
+        tokens: TokenTable,
+        batch_size: int = 512,
+        sentences: npt.NDArray[np.intp] | None = None,
+    ) -> Iterator[Tensor]:
+        """The embeddings of tokenised sentences in order, a batch at a time: (≤ B, D) each.
+
+        Args:
+            tokens: the sentences.
+            batch_size: B.
+            sentences: which of them; all where None.
+        """
+        wanted = np.arange(len(tokens)) if sentences is None else sentences
+        for start in range(0, len(wanted), batch_size):
+            yield self(self.pack(tokens, wanted[start : start + batch_size]))
 
     def save_pretrained(self, folder: Path) -> None:
         """Writes model and tokenizer in Hugging Face layout."""

@@ -41,6 +41,18 @@ class TokenTable:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    @classmethod
+    def concatenate(cls, tables: Sequence[TokenTable]) -> TokenTable:
+        """The sentences of several tables, one after another."""
+        lengths = np.concatenate([np.diff(table.offsets) for table in tables])
+        offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        return cls(
+            np.concatenate([table.ids for table in tables]),
+            offsets,
+            sum(table.num_truncated for table in tables),
+        )
+
     def lengths(self, sentences: npt.NDArray[np.intp]) -> npt.NDArray[np.int64]:
         """Token counts of the given sentences."""
         return self.offsets[sentences + 1] - self.offsets[sentences]

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -32,6 +32,7 @@ from clseave_cli.core.files import write_json, writing
 from clseave_cli.core.pipeline import ahead
 from clseave_cli.core.progress import SILENT, Progress
 from clseave_cli.core.training.checkpoint import LoopState, load_state, save_state, snapshot
+from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.precision import autocast
 from clseave_cli.core.training.schedule import learning_rate_factor
 from clseave_cli.core.training.tracking import Tracker, tracker
@@ -70,7 +71,8 @@ class Stage:
         num_examples: N; examples are numbered 0 to N − 1.
         prepare: gathers what some examples need, ahead of time in another thread; it depends on
             their numbers alone.
-        loss: the mean loss of prepared examples, a scalar that can be differentiated.
+        loss: the mean loss of prepared examples, a scalar that can be differentiated; of several
+            processes, each gives that of all examples (`distribution`).
         evaluate: dev figures; called with the module in eval mode and gradients off.
         selection: which of them chooses the checkpoint.
         title: goes into progress and messages, such as `align de`; otherwise the name.
@@ -165,6 +167,7 @@ class _Run:
     ) -> None:
         self.stage, self.config, self.device = stage, config, device
         self.folder, self.progress = folder, progress
+        self.processes = processes()
         self.parameters = [p for p in stage.module.parameters() if p.requires_grad]
         self.optimizer = _optimizer(self.parameters, config)
         self.autocast = autocast(config.precision, device)
@@ -192,7 +195,7 @@ class _Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.config.resume:
             self._resume()
-        self._truncate_metrics()
+        self.processes.once(self._truncate_metrics)
         stopped_early = False
         with self._tracker() as self.tracker, _stop_signals() as stop_requested:
             # A state saved after the very last step has an epoch that is still to be ended.
@@ -254,6 +257,7 @@ class _Run:
                 loss = self.stage.loss(part.examples)
             self.scaler.scale(loss * part.share).backward()  # type: ignore[no-untyped-call]
             self.loss_sum += loss.detach().double() * (part.share * len(rows))
+        self.processes.average_gradients(self.parameters)
         if self.config.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
@@ -284,6 +288,8 @@ class _Run:
         return {"loss": figures["loss"], "pairs/s": round(figures["pairs_per_second"])}
 
     def _record(self, figures: dict[str, Any]) -> None:
+        if not self.processes.is_first:
+            return
         entry = {
             "stage": self.stage.name,
             "step": self.state.step,
@@ -295,8 +301,10 @@ class _Run:
         self.tracker.log(entry)
 
     def _tracker(self) -> AbstractContextManager[Tracker]:
+        # Several processes are one run.
+        config = self.config if self.processes.is_first else replace(self.config, tracker="none")
         return tracker(
-            self.config,
+            config,
             title=str(self.stage),
             folder=self.folder,
             first_step=self.state.step + 1,
@@ -308,7 +316,7 @@ class _Run:
         loss = self._mean_loss()
         self.stage.module.eval()
         with torch.no_grad(), self.autocast():
-            dev = self.stage.evaluate()
+            dev = self.processes.agree(self.stage.evaluate())
         value = dev[self.stage.selection.metric]
         state = self.state
         if self.stage.selection.better(value, state.best):
@@ -333,11 +341,22 @@ class _Run:
         )
 
     def _save_if_due(self, stop_requested: Callable[[], bool]) -> None:
-        stopping = stop_requested()
-        due = time.monotonic() - self.saved_at >= 60 * self.config.checkpoint_minutes
+        stopping, due = self.processes.any(
+            stop_requested(),
+            time.monotonic() - self.saved_at >= 60 * self.config.checkpoint_minutes,
+        )
         if not (stopping or due):
             return
         self._mean_loss()  # never keep a state that is already lost
+        self.processes.once(self._save)
+        self.saved_at = time.monotonic()
+        if stopping:
+            raise Interrupted(
+                f"{self.stage}: stopped at step {self.state.step}, state saved in "
+                f"{self.folder}; the same command with --resume goes on from there."
+            )
+
+    def _save(self) -> None:
         self.state.loss_sum = self.loss_sum.item()
         self.state.seconds = self._seconds()
         self.state.metrics_bytes = self.metrics.stat().st_size if self.metrics.exists() else 0
@@ -349,12 +368,6 @@ class _Run:
             self.scaler,
             self.best_weights,
         )
-        self.saved_at = time.monotonic()
-        if stopping:
-            raise Interrupted(
-                f"{self.stage}: stopped at step {self.state.step}, state saved in "
-                f"{self.folder}; the same command with --resume goes on from there."
-            )
 
     def _seconds(self) -> float:
         return self.earlier_seconds + time.monotonic() - self.started
@@ -386,7 +399,7 @@ class _Run:
             dev=self.state.dev or {},
             stopped_early=stopped_early,
         )
-        write_json(self.folder / "summary.json", asdict(result))
+        self.processes.once(lambda: write_json(self.folder / "summary.json", asdict(result)))
         return result
 
 

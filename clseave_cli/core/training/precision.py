@@ -7,20 +7,24 @@ from dataclasses import dataclass
 import torch
 
 from clseave_cli.core.config import Precision
+from clseave_cli.core.launch import local_rank
 from clseave_cli.errors import ClseaveError, UsageError
 
 _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device a name means.
+    """The device a name means to this process: under a launcher, `auto` shares the GPUs out.
 
     Raises:
         UsageError: no device is called so.
         ClseaveError: there is no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        rank = local_rank()
+        return torch.device("cuda" if rank is None else f"cuda:{rank % torch.cuda.device_count()}")
     try:
         device = torch.device(name)
     except RuntimeError:

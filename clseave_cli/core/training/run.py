@@ -1,7 +1,8 @@
 """The folder of a run: unfinished beside its target, published whole at the end.
 
 While a stage trains, its record and saved states lie in `{out}.partial/training`. When it is done,
-the model and the record appear as `{out}` in one rename and the partial folder goes.
+the model and the record appear as `{out}` in one rename and the partial folder goes. Of several
+processes the first one writes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from clseave_cli import __version__
 from clseave_cli.core.config import TrainingConfig
 from clseave_cli.core.files import atomic_folder, read_json, write_json
 from clseave_cli.core.training import tracking
+from clseave_cli.core.training.distribution import processes
 from clseave_cli.errors import ClseaveError, UsageError
 
 #: Options that may differ between a run and its continuation.
@@ -63,8 +65,11 @@ class Run:
                 "python": platform.python_version(),
             },
         }
+        processes().once(lambda: self._open(record, config.resume))
+
+    def _open(self, record: dict[str, Any], resume: bool) -> None:
         if self.folder.exists():
-            if not config.resume:
+            if not resume:
                 raise UsageError(
                     f"{self._partial}: an unfinished run lies there; --resume continues it, "
                     "deleting that folder forgets it."
@@ -85,6 +90,9 @@ class Run:
         Raises:
             ClseaveError: the disk is full; the partial folder is kept.
         """
+        processes().once(lambda: self._publish(save, card))
+
+    def _publish(self, save: Callable[[Path], Any], card: str) -> None:
         with atomic_folder(self.out) as aside:
             save(aside)
             (aside / "README.md").write_text(card, encoding="utf-8")

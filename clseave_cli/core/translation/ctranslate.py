@@ -11,8 +11,9 @@ from ctranslate2.converters import TransformersConverter
 
 from clseave_cli.core.config import TranslateConfig
 from clseave_cli.core.files import atomic_folder, json_digest
+from clseave_cli.core.training.precision import resolve_device
 from clseave_cli.core.translation.memory import cache_root
-from clseave_cli.core.translation.seq2seq import GUARD, Codec, local_device, local_precision
+from clseave_cli.core.translation.seq2seq import GUARD, Codec, local_precision
 from clseave_cli.errors import ModelError
 
 _COMPUTE_TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -78,7 +79,7 @@ def load_ctranslate_decoder(
         ModelError: it cannot be converted or loaded.
     """
     folder = _converted(name, revision)
-    device = local_device(config.device)
+    device = resolve_device(config.device)
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     try:
         translator = ctranslate2.Translator(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clseave_cli.core.config import TranslateConfig
+from clseave_cli.core.launch import is_first_process
 from clseave_cli.core.progress import Progress, Task
 from clseave_cli.core.translation.driver import MAX_ATTEMPTS, Driver, Outcome, Patience
 from clseave_cli.core.translation.engine import Engine
@@ -92,7 +92,7 @@ class Job:
     def run(self, progress: Progress) -> list[FileSummary]:
         """Translates and writes. Of several processes (`torchrun`), only the first one writes."""
         start = time.monotonic()
-        is_first = os.environ.get("RANK", "0") == "0"
+        is_first = is_first_process()
         if is_first:
             try:
                 return [self._write(progress, None, start)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -180,7 +179,7 @@ def load_decoder(name: str, codec: Codec, config: TranslateConfig) -> Transforme
     Raises:
         ModelError: it cannot be loaded.
     """
-    device = local_device(config.device)
+    device = resolve_device(config.device)
     model = load(
         name,
         AutoModelForSeq2SeqLM.from_pretrained,
@@ -188,15 +187,6 @@ def load_decoder(name: str, codec: Codec, config: TranslateConfig) -> Transforme
         use_safetensors=True,
     )
     return TransformersDecoder(model.eval().to(device), codec.prefix_id, config.beams)
-
-
-def local_device(name: str) -> torch.device:
-    """The device `name` means to this process: under `torchrun`, `auto` shares the GPUs out."""
-    device = resolve_device(name)
-    rank = os.environ.get("LOCAL_RANK")
-    if name == "auto" and device.type == "cuda" and rank is not None:
-        return resolve_device(f"cuda:{int(rank) % torch.cuda.device_count()}")
-    return device
 
 
 def local_precision(precision: Precision, device: torch.device) -> Precision:

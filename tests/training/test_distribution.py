@@ -1,0 +1,172 @@
+"""Two processes train together: the run of one process, written once, safe to kill."""
+
+import signal
+import time
+
+import numpy as np
+import pytest
+import tiny_world
+import torch
+from safetensors.torch import load_file
+from tiny_world import read_jsonl, start_team, tree
+
+from clseave_cli.core.training.distribution import Processes, processes
+
+NAMES = {"finetune-ve": "clip-ve", "align": "align-de+nl", "pretrain": "clip"}
+
+
+@pytest.fixture
+def stage(request, world, trained, clip, encoder, tmp_path):
+    """A stage's name and arguments."""
+    shared = [
+        "--data", world, "--runs", tmp_path / "runs", "--epochs", "6", "--batch-size", "5",
+        "--device", "cpu", "--precision", "fp32", "--learning-rate", "1e-4", "--clip-norm", "0.5",
+    ]  # fmt: skip
+    arguments = {
+        "finetune-ve": ["--clip", clip, "--patience", "9", "--accumulation", "2"],
+        "align": [
+            "--lang", "de", "--lang", "nl", "--student", encoder,
+            "--teacher", trained / "clip-ve",
+        ],
+        "pretrain": ["--clip", clip],
+    }[request.param]  # fmt: skip
+    return request.param, [str(argument) for argument in (request.param, *arguments, *shared)]
+
+
+def _finish(team):
+    codes = [process.wait() for process in team]
+    return codes, [process.stderr for process in team]
+
+
+def _records(folder):
+    return [
+        {key: value for key, value in record.items() if key != "pairs_per_second"}
+        for record in read_jsonl(folder / "training" / "metrics.jsonl")
+    ]
+
+
+def _model(folder):
+    files = tree(folder)
+    return {n: c for n, c in files.items() if not n.startswith("training/") and n != "README.md"}
+
+
+def _assert_close(folder, reference):
+    ours, theirs = _records(folder), _records(reference)
+    assert len(ours) == len(theirs)
+    for own, other in zip(ours, theirs, strict=True):
+        assert own.pop("dev", {}) == pytest.approx(other.pop("dev", {}), rel=1e-3)
+        assert own.pop("loss") == pytest.approx(other.pop("loss"), rel=1e-4)
+        assert own == other
+    for path in sorted(reference.rglob("*.safetensors")):
+        for name, wanted in load_file(path).items():
+            if name.endswith(("k_proj.bias", "key.bias")):
+                continue  # a softmax does not see it: its gradient is nothing but rounding
+            got = load_file(folder / path.relative_to(reference))[name]
+            # Adam divides by the gradient's size: where that is next to nothing, rounding decides.
+            assert (got - wanted).abs().max() < 3e-4, name
+            assert (got - wanted).abs().float().mean() < 3e-6, name
+
+
+def _wait_for_state(process, out, step):
+    deadline = time.monotonic() + 60
+    folder = out.with_name(out.name + ".partial") / "training"
+    names = [f"state-{number:08d}" for number in range(step, 100)]
+    while not any((folder / name).exists() for name in names) and process.alive:
+        assert time.monotonic() < deadline, process.stderr
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("stage", ["finetune-ve", "align"], indirect=True)
+def test_two_processes_train_as_one_and_survive_each_others_end(stage, tmp_path, clseave, cache):
+    name, arguments = stage
+    out = tmp_path / "runs" / NAMES[name]
+    code, _, err = clseave(*arguments, "--out", tmp_path / "alone")
+    assert code == 0, err
+    shards = sorted(path.name for path in cache.rglob("*.safetensors"))
+    for path in cache.rglob("*.safetensors"):
+        path.unlink()
+
+    team = start_team(*arguments, folder=tmp_path / "said")
+    codes, said = _finish(team)
+    assert codes == [0, 0], said
+    assert "epoch 6/6" in said[0] and said[1] == ""
+    _assert_close(out, tmp_path / "alone")
+    assert list((tmp_path / "runs").iterdir()) == [out]
+    # Each vector was computed by one of the two.
+    kept = sum(len(load_file(path)["keys"]) for path in cache.rglob("*.safetensors"))
+    assert kept == {"finetune-ve": 12, "align": 5 + 4}[name]
+    assert len(shards) >= 2
+
+    # Killed, with a state on disk: the other one says so and ends; told to stop: both save.
+    reference = _model(out), _records(out)
+    out = tmp_path / "again"
+    again = [*arguments, "--out", str(out), "--resume", "--checkpoint-minutes", "0"]
+    team = start_team(*again, folder=tmp_path / "killed")
+    _wait_for_state(team[0], out, 2)
+    team[1].signal(signal.SIGKILL)
+    codes, said = _finish(team)
+    assert codes == [1, -signal.SIGKILL], said
+    errors = [line for line in said[0].splitlines() if line.startswith("clseave")]
+    assert len(errors) == 1 and "process 0 of 2 cannot reach the others" in errors[0], said
+    assert "Traceback" not in said[0] and not out.exists()
+
+    team = start_team(*again, folder=tmp_path / "stopped")
+    _wait_for_state(team[0], out, 6)
+    team[1].signal(signal.SIGTERM)
+    codes, said = _finish(team)
+    assert codes == [130, 130], said
+    assert "state saved in" in said[0]
+
+    codes, said = _finish(start_team(*again, folder=tmp_path / "resumed"))
+    assert codes == [0, 0], said
+    assert "resuming at step" in said[0]
+    assert (_model(out), _records(out)) == reference
+
+
+@pytest.mark.parametrize("stage", ["pretrain"], indirect=True)
+def test_contrastive_loss_sees_the_embeddings_of_all(stage, tmp_path, world, clseave):
+    name, arguments = stage
+    data = tmp_path / "captions"
+    data.mkdir()
+    for split in ("train", "dev"):
+        rows = read_jsonl(world / f"snli_ve_{split}.jsonl")
+        captions = [{"image": r["Flickr30K_ID"], "caption": r["sentence2"]} for r in rows]
+        tiny_world.write_jsonl(data / f"captions_{split}.jsonl", captions)
+    arguments = [*arguments, "--data", str(data), "--images", str(world / "images")]
+    code, _, err = clseave(*arguments, "--out", tmp_path / "alone")
+    assert code == 0, err
+    codes, said = _finish(start_team(*arguments, folder=tmp_path / "said"))
+    assert codes == [0, 0], said
+    _assert_close(tmp_path / "runs" / NAMES[name], tmp_path / "alone")
+
+
+@pytest.mark.parametrize("num_items", [0, 1, 2, 5, 7])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_shares_cover_everything_in_order(num_items, count):
+    items = np.arange(10, 10 + num_items)
+    shares = [Processes(rank, count).share(items) for rank in range(count)]
+    assert all(len(share) for share in shares) or not num_items
+    assert np.concatenate(shares)[:num_items].tolist() == items.tolist()
+
+
+def test_without_a_launcher_nothing_changes():
+    alone = Processes()
+    value = torch.ones(2, 3, requires_grad=True)
+    assert alone.spread(lambda: value, 2) is value
+    assert alone.any(True, False) == (True, False)
+    assert alone.once(lambda: 5) == 5
+
+
+def test_a_launcher_that_tells_half_is_an_error(monkeypatch, refused, world, clip, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    processes.cache_clear()
+    error = refused("finetune-ve", "--data", world, "--clip", clip, "--runs", tmp_path)
+    assert "cannot reach the others" in error and "RANK" in error
+
+
+@pytest.mark.parametrize("command", ["demo", "evaluate", "predict", "compare"])
+def test_commands_for_one_process_say_so(monkeypatch, refused, command):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    more = {"predict": ["x.jpg", "x"], "compare": ["a", "b"]}.get(command, [])
+    error = refused(command, *more, code=2)
+    assert error == f"clseave: {command}: works in one process; start it without a launcher."
