@@ -16,9 +16,11 @@ from clseave_cli.core.config import (
     AlignConfig,
     DemoConfig,
     EvaluateConfig,
+    ExportConfig,
     FinetuneConfig,
     PredictConfig,
     PretrainConfig,
+    ServeConfig,
     TranslateConfig,
 )
 from clseave_cli.errors import UsageError
@@ -32,6 +34,8 @@ COMMANDS = {
     "align": AlignConfig,
     "evaluate": EvaluateConfig,
     "predict": PredictConfig,
+    "export": ExportConfig,
+    "serve": ServeConfig,
 }
 
 

@@ -1,0 +1,146 @@
+"""The models as `clseave export` writes them, computed by onnxruntime, without torch.
+
+Legend: B images or sentences · T tokens · D embedding width · C labels (3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from tokenizers import Tokenizer
+
+from clseave_cli.core.inference import Floats
+from clseave_cli.core.inference.pixels import Preparation
+from clseave_cli.core.models.folder import peek, unseal
+from clseave_cli.core.models.tokens import tokenize
+from clseave_cli.errors import ClseaveError, ModelError
+
+FORMAT = "onnx"
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether a folder is one that `clseave export` wrote, damaged or not."""
+    return (folder / "head.onnx").is_file()
+
+
+class OnnxModel:
+    """An exported folder, as an `InferenceModel`.
+
+    Attributes:
+        sources: the folder of the encoder that reads each language.
+        config: what `config.json` says.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any], languages: Sequence[str]) -> None:
+        """Opens the sessions that some languages need; `from_folder` checks the folder first."""
+        self.config = config
+        of = config["languages"]
+        self.sources = {lang: str(folder / of[lang]) for lang in languages}
+        self._encoder_of = {lang: of[lang] for lang in languages}
+        self._preparation = Preparation(**config["preparation"])
+        self._image = _session(folder / "image.onnx")
+        self._head = _session(folder / "head.onnx")
+        self._encoders = {
+            name: _Encoder(folder / name, **config["encoders"][name])
+            for name in dict.fromkeys(self._encoder_of.values())
+        }
+
+    @classmethod
+    def from_folder(
+        cls, folder: Path, languages: Sequence[str] | None = None, *, check: bool = True
+    ) -> OnnxModel:
+        """Opens an exported folder.
+
+        Args:
+            folder: what `clseave export` wrote.
+            languages: what to load; None: all there are.
+            check: compare every file with its digest; otherwise only the manifest with its own.
+
+        Raises:
+            ModelError: damaged, of another version, or without one of the languages.
+            ClseaveError: onnxruntime is not installed.
+        """
+        config = (unseal if check else peek)(folder, FORMAT)
+        for lang in languages or ():
+            if lang not in config["languages"]:
+                known = ", ".join(config["languages"])
+                raise ModelError(
+                    f"{folder}: no model for {lang}; languages there: {known}. "
+                    f"`clseave export` puts in every language that --runs has."
+                )
+        return cls(folder, config, list(config["languages"] if languages is None else languages))
+
+    def prepare(self, image: Image.Image) -> Floats:
+        """(3, height, width) pixels of a decoded RGB image. May be called from any thread."""
+        return self._preparation(image)
+
+    def embed_images(self, pixels: Floats) -> Floats:
+        """(B, D) embeddings of (B, 3, height, width) pixels."""
+        return _run(self._image, pixels=pixels)
+
+    def embed_sentences(
+        self, lang: str, sentences: Sequence[str]
+    ) -> tuple[Floats, npt.NDArray[np.bool_]]:
+        """(B, D) embeddings of B sentences, and (B,) which of them were cut at the limit."""
+        return self._encoders[self._encoder_of[lang]](sentences)
+
+    def probabilities(self, hypotheses: Floats, premises: Floats) -> Floats:
+        """(B, C) probabilities of the labels, from (B, D) sentence and image embeddings."""
+        return _run(self._head, hypothesis=hypotheses, premise=premises)
+
+
+class _Encoder:
+    """A sentence encoder and its tokenizer."""
+
+    def __init__(self, folder: Path, max_tokens: int, terminal_id: int, pad_id: int) -> None:
+        try:
+            self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises plain Exception
+            raise ModelError(f"{folder / 'tokenizer.json'}: cannot be loaded ({error}).") from None
+        self._session = _session(folder / "encoder.onnx")
+        self._max_tokens, self._terminal_id, self._pad_id = max_tokens, terminal_id, pad_id
+
+    def __call__(self, sentences: Sequence[str]) -> tuple[Floats, npt.NDArray[np.bool_]]:
+        tokens = tokenize(
+            self._tokenizer, sentences, max_tokens=self._max_tokens, terminal_id=self._terminal_id
+        )
+        lengths = np.diff(tokens.offsets)
+        mask = np.arange(lengths.max()) < lengths[:, None]  # (B, T)
+        input_ids = np.full(mask.shape, self._pad_id, dtype=np.int64)
+        input_ids[mask] = tokens.ids
+        embeddings = _run(self._session, input_ids=input_ids, attention_mask=mask.astype(np.int64))
+        return embeddings, tokens.truncated
+
+
+def _session(path: Path) -> Any:
+    """Opens a graph as it is: the export has optimised it already.
+
+    Weights stay in the file, which is mapped into memory; packing them anew for this processor
+    would copy all of them.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise ClseaveError(
+            "an exported model needs onnxruntime: pip install 'clseave-cli[onnx]'."
+        ) from None
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    # onnxruntime's errors share no base class of its own.
+    except Exception as error:
+        reason = str(error).splitlines()[0][:200]
+        raise ModelError(f"{path}: cannot be loaded ({reason}); export it again.") from None
+
+
+def _run(session: Any, **inputs: npt.NDArray[Any]) -> Floats:
+    output: Floats = session.run(None, inputs)[0]
+    return output
