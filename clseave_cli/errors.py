@@ -30,6 +30,10 @@ class DataError(ClseaveError):
         return cls(f"{path}:{line}: {message}")
 
 
+class ExtraMissing(ClseaveError):
+    """What was asked for needs an optional package that is not installed."""
+
+
 class ModelError(ClseaveError):
     """A model folder is missing, damaged, or does not fit the other models."""
 

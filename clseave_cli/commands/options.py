@@ -13,7 +13,13 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import typer
 
-from clseave_cli.core.config import DataConfig, ModelsConfig, StageConfig, TrainingConfig
+from clseave_cli.core.config import (
+    DataConfig,
+    ModelsConfig,
+    SeededConfig,
+    StageConfig,
+    TrainingConfig,
+)
 from clseave_cli.errors import UsageError
 
 C = TypeVar("C", bound=StageConfig)
@@ -29,6 +35,7 @@ _PANELS: dict[type, str] = {
     DataConfig: "Data",
     TrainingConfig: "Training",
     ModelsConfig: "General",
+    SeededConfig: "General",
     StageConfig: "General",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from clseave_cli.core.prediction import Prediction
 
 _BAR_WIDTH = 30
+_STREAM = Path("-")
 
 
 def run(
@@ -27,10 +29,12 @@ def run(
     *,
     source: Annotated[
         Path | None,
-        typer.Option("--input", metavar="FILE", help="JSONL file of image and hypothesis."),
+        typer.Option(
+            "--input", metavar="FILE", help="JSONL or CSV of image and hypothesis; -: stdin."
+        ),
     ] = None,
     target: Annotated[
-        Path | None, typer.Option("--output", metavar="FILE", help="JSONL file to write.")
+        Path | None, typer.Option("--output", metavar="FILE", help="JSONL to write; -: stdout.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
@@ -42,22 +46,16 @@ def run(
         raise UsageError("--input and --output go together.")
     if (source is None) == (image is None or hypothesis is None):
         raise UsageError("give IMAGE and HYPOTHESIS, or --input FILE and --output FILE.")
-
-    from clseave_cli.core import prediction
-
     if source is not None and target is not None:
-        done = prediction.predict_file(config, source, target, terminal.TerminalProgress())
-        counts = {"predicted": done.num_predicted, "errors": done.num_errors, "output": str(target)}
-        if json:
-            terminal.print_json(counts)
-        else:
-            terminal.stdout().print(
-                f"{target}: {done.num_predicted} predicted, {done.num_errors} with an error",
-                soft_wrap=True,
-            )
+        _predict_file(config, source, target, json)
         return
     assert image is not None and hypothesis is not None
-    model = prediction.VisualEntailment.from_pretrained(
+    if config.resume:
+        raise UsageError("--resume goes with --input and --output.")
+
+    from clseave_cli.core.prediction import VisualEntailment
+
+    model = VisualEntailment.from_pretrained(
         config.runs, config.lang, config.device, config.precision
     )
     start = time.perf_counter()
@@ -71,11 +69,44 @@ def run(
         _show(result, seconds)
 
 
+def _predict_file(config: PredictConfig, source: Path, target: Path, json: bool) -> None:
+    if json and target == _STREAM:
+        raise UsageError("--json and --output - both write to stdout; choose one.")
+
+    from clseave_cli.core.prediction import predict_file
+
+    done = predict_file(
+        config,
+        sys.stdin.buffer if source == _STREAM else source,
+        sys.stdout.buffer if target == _STREAM else target,
+        terminal.TerminalProgress(),
+    )
+    if json:
+        terminal.print_json(
+            {"predicted": done.num_predicted, "errors": done.num_errors, "output": str(target)}
+        )
+        return
+    # Only answers go to a stdout that others read.
+    console = terminal.stderr() if target == _STREAM else terminal.stdout()
+    console.print(
+        f"{'stdout' if target == _STREAM else target}: {done.num_predicted} predicted, "
+        f"{done.num_errors} with an error",
+        soft_wrap=True,
+        markup=False,
+    )
+
+
 def _show(result: Prediction, seconds: float) -> None:
-    terminal.stdout().print(f"[bold]{result.label}[/bold]")
+    out = terminal.stdout()
+    block = "█" if out.encoding.startswith("utf") else "#"
+    out.print(result.label, style="bold")
     for label, probability in result.probabilities.items():
-        bar = "█" * round(_BAR_WIDTH * probability)
-        terminal.stdout().print(f"  {label:<13} {100 * probability:5.1f} %  {bar}")
-    terminal.stdout().print(
-        f"  {result.lang} · {result.model} · {1000 * seconds:.0f} ms", style="dim", soft_wrap=True
+        bar = block * round(_BAR_WIDTH * probability)
+        out.print(f"  {label:<13} {100 * probability:5.1f} %  {bar}")
+    dot = "·" if out.encoding.startswith("utf") else "-"
+    out.print(
+        f"  {result.lang} {dot} {result.model} {dot} {1000 * seconds:.0f} ms",
+        style="dim",
+        soft_wrap=True,
+        markup=False,
     )

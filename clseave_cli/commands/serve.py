@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from clseave_cli.commands import terminal
 from clseave_cli.core.config import ServeConfig
-from clseave_cli.errors import ClseaveError
+from clseave_cli.errors import ClseaveError, ExtraMissing
 
 _SHUTDOWN_SECONDS = 10
 
@@ -22,13 +22,15 @@ def run(config: ServeConfig) -> None:
 
         from clseave_cli.core.serving.app import create_app
     except ImportError as error:
-        raise ClseaveError(f"serve needs {error.name}: pip install 'clseave-cli[serve]'.") from None
+        raise ExtraMissing(f"serve needs {error.name}: pip install 'clseave-cli[serve]'.") from None
     from clseave_cli.core.inference import load_model
 
     listening = _listen(config.host, config.port)
     model = load_model(
         config.runs, config.lang or None, device=config.device, precision=config.precision
     )
+    for lang in model.sources:  # loads every encoder now, not with its first request
+        model.embed_sentences(lang, ["."])
     server = uvicorn.Server(
         uvicorn.Config(
             create_app(model, config),

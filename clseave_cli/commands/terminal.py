@@ -40,9 +40,13 @@ def stderr() -> Console:
 
 
 def print_json(value: Any) -> None:
-    """Prints exactly one JSON document on stdout."""
-    json.dump(value, sys.stdout, ensure_ascii=False, indent=2)
-    sys.stdout.write("\n")
+    """Prints exactly one JSON document on stdout, escaped where it cannot show a character."""
+    text = json.dumps(value, ensure_ascii=False, indent=2)
+    try:
+        text.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=2)
+    sys.stdout.write(text + "\n")
 
 
 def _figures(fields: dict[str, float | int | str]) -> str:

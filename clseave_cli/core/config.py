@@ -42,12 +42,11 @@ def option(
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """What every stage needs: on what to compute, and the seed."""
+    """What every stage needs: on what to compute."""
 
     #: Named sets of options, by preset name; a subclass fills it.
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
 
-    seed: int = option(0, "Seed of every random choice.", least=0)
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")
     precision: Precision = option("auto", "Arithmetic of the matrix products.")
 
@@ -62,6 +61,13 @@ class StageConfig:
             if least is not None and value is not None and not value >= least:
                 flag = part.metadata["flag"] or "--" + part.name.replace("_", "-")
                 raise UsageError(f"{flag} {value}: expected at least {least}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeededConfig(StageConfig):
+    """A stage that makes random choices."""
+
+    seed: int = option(0, "Seed of every random choice.", least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +89,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig(ModelsConfig):
+class TrainingConfig(ModelsConfig, SeededConfig):
     """What the training loop needs to know, whatever it trains."""
 
     epochs: int = option(10, "Passes over the training data.", least=1)
@@ -108,14 +114,14 @@ class TrainingConfig(ModelsConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoConfig(StageConfig):
+class DemoConfig(SeededConfig):
     """`demo`: the whole method on the built-in mini-VE world."""
 
     out: Path = option(Path("demo"), "Folder for data, models and report.", metavar="DIR")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TranslateConfig(StageConfig):
+class TranslateConfig(SeededConfig):
     """`translate`: the hypotheses of a data set in another language."""
 
     data: Path = option(Path("data"), "Folder of the snli_ve_SPLIT files.", metavar="DIR")
@@ -308,7 +314,7 @@ class AlignConfig(TrainingConfig, DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(ModelsConfig, DataConfig):
+class EvaluateConfig(ModelsConfig, SeededConfig, DataConfig):
     """`evaluate`: how good, in every language, and did it look at the photo?"""
 
     lang: tuple[str, ...] = option(
@@ -326,8 +332,9 @@ class EvaluateConfig(ModelsConfig, DataConfig):
 class PredictConfig(ModelsConfig):
     """`predict`: the label of one image and sentence, or of a file of them."""
 
-    lang: str = option("en", "Language of the hypothesis.", metavar="LANG")
+    lang: str = option("en", "Language of the hypothesis; auto: identified.", metavar="LANG")
     batch_size: int = option(256, "Pairs computed at once.", least=1)
+    resume: bool = option(False, "Continue an interrupted --output where it stopped.")
 
 
 @dataclass(frozen=True, kw_only=True)

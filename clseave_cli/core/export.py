@@ -32,7 +32,7 @@ from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.folder import seal
 from clseave_cli.core.models.packing import PackedBatch
 from clseave_cli.core.progress import SILENT, Progress
-from clseave_cli.errors import ClseaveError, ModelError
+from clseave_cli.errors import ExtraMissing, ModelError
 
 #: Largest difference of a probability from torch's that an exported folder may have.
 TOLERANCE = {"fp32": 1e-3, "int8": 0.1}
@@ -77,7 +77,7 @@ def export(config: ExportConfig, progress: Progress = SILENT) -> ExportResult:
     """
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise ClseaveError(
+        raise ExtraMissing(
             f"export needs {' and '.join(missing)}: pip install 'clseave-cli[onnx]'."
         )
     for lang in config.lang:
@@ -104,10 +104,10 @@ def _write(model: TorchModel, folder: Path, int8: bool, progress: Progress) -> d
     """Writes graphs and tokenizers; returns what the manifest says of them."""
     clip_ve = model.clip_ve
     names = {lang: Path(source).name for lang, source in model.sources.items()}
-    encoders = {names[lang]: encoder for lang, encoder in model.encoders.items()}
-    preparation = _preparation(clip_ve.image.processor)
+    encoders = {name: model.encoder(lang) for lang, name in names.items()}
+    pixels_of = preparation(clip_ve.image.processor)
     with progress.task("export", total=len(encoders) + 2, unit="graphs") as task:
-        pixels = torch.zeros(2, 3, *preparation.crop)
+        pixels = torch.zeros(2, 3, *pixels_of.crop)
         _write_graph(clip_ve.image, {"pixels": pixels}, {}, folder / "image.onnx", int8)
         task.advance()
         vector = torch.zeros(2, clip_ve.image.embedding_dim)
@@ -128,7 +128,7 @@ def _write(model: TorchModel, folder: Path, int8: bool, progress: Progress) -> d
             }
             for name, encoder in encoders.items()
         },
-        "preparation": dataclasses.asdict(preparation),
+        "preparation": dataclasses.asdict(pixels_of),
         "precision": "int8" if int8 else "fp32",
         "sources": fingerprints | {"clip-ve": clip_ve.fingerprint},
     }
@@ -245,7 +245,7 @@ def _quiet_logging() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _preparation(processor: Any) -> Preparation:
+def preparation(processor: Any) -> Preparation:
     """The numbers of CLIP's image processor.
 
     Raises:

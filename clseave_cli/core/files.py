@@ -28,7 +28,7 @@ def _disk_error(error: Exception, target: Path) -> ClseaveError | None:
             f"{target}: the disk is full; what was there before is untouched. "
             "Free some space and run the same command again."
         )
-    if number in (errno.EACCES, errno.EROFS, errno.EPERM):
+    if number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
         return ClseaveError(
             f"{target}: cannot be written ({os.strerror(number)}); choose another folder."
         )

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from clseave_cli.errors import ClseaveError, DataError
+from clseave_cli.errors import DataError, ExtraMissing
 
 #: Distance to English by kind and language, 0 near to 1 far; None: the cell is lost in the source.
 #: Source: the thesis's section 1.2, Table 1.1, taken there from URIEL (Littell et al., "URIEL and
@@ -44,10 +44,6 @@ _LANG2VEC_SETS = {
 
 # All orders of up to eight points are tried (40,320); beyond, scipy's approximation is good.
 _MOST_EXACT_POINTS = 8
-
-
-class ExtraMissing(ClseaveError):
-    """The optional dependency that knows other languages is not installed."""
 
 
 @dataclass(frozen=True)

@@ -1,36 +1,43 @@
 """`predict`: the label of one image and sentence, or of many.
 
-Legend: N pairs · D embedding width.
+Legend: N pairs · B images at once · D embedding width.
 """
 
 from __future__ import annotations
 
-import json
+import os
+import stat
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
+from os.path import samestat
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from clseave_cli.core.config import Precision, PredictConfig
+from clseave_cli.core.data.answers import AnswerFile, answer_line, read_answers
 from clseave_cli.core.data.images import open_image
+from clseave_cli.core.data.pairs import Pair, read_pairs
 from clseave_cli.core.data.records import ENGLISH, require_language
-from clseave_cli.core.files import atomic_file
-from clseave_cli.core.models.clip_ve import ClipVE
-from clseave_cli.core.models.encoders import SentenceEncoder
-from clseave_cli.core.models.student import find_students, load_student
+from clseave_cli.core.identification import LanguageIdentifier
+from clseave_cli.core.inference import Floats, InferenceModel, load_model
+from clseave_cli.core.pipeline import ahead
 from clseave_cli.core.progress import SILENT, Progress
-from clseave_cli.core.training.precision import autocast, resolve_device
-from clseave_cli.errors import ClseaveError, DataError, ModelError
+from clseave_cli.errors import ClseaveError, DataError, UsageError
 from clseave_cli.labels import LABELS, Label
 
-#: Image embeddings kept, so that a picture used often is encoded once.
-_KEPT_IMAGES = 4096
+#: In place of a language: that of each sentence, identified.
+AUTO = "auto"
+
+#: Image embeddings kept, so that a picture used often is encoded once: 2 KiB each at D = 512.
+_KEPT_IMAGES = 32_768
+_IMAGE_BATCH = 32
+_IMAGES_AHEAD = 64
 
 
 @dataclass(frozen=True)
@@ -73,24 +80,25 @@ class VisualEntailment:
     Example:
         >>> model = VisualEntailment.from_pretrained("runs", lang="ja")
         >>> model("photo.jpg", "犬が走っている").label
+
+    Attributes:
+        lang: the language; `auto` where it is identified sentence by sentence.
     """
 
     def __init__(
-        self,
-        clip_ve: ClipVE,
-        encoder: SentenceEncoder,
-        lang: str,
-        name: str,
-        precision: Precision = "auto",
+        self, model: InferenceModel, lang: str, identifier: LanguageIdentifier | None = None
     ) -> None:
-        """Puts loaded models together; `from_pretrained` does so from folders."""
+        """Wraps a loaded model; `from_pretrained` loads one.
+
+        Args:
+            model: reads `lang`, or all languages of the identifier.
+            lang: the language, or `auto`.
+            identifier: tells which language a sentence is in, for `auto`.
+        """
         self.lang = lang
-        self.name = name
-        self._model = clip_ve.eval()
-        self._encoder = encoder.eval()
-        self._device = clip_ve.text.device
-        self._autocast = autocast(precision, self._device)
-        self._premises: dict[str, Tensor] = {}
+        self._model = model
+        self._identifier = identifier
+        self._images: dict[_Stamp, Floats | DataError] = {}
 
     @classmethod
     def from_pretrained(
@@ -102,28 +110,23 @@ class VisualEntailment:
     ) -> VisualEntailment:
         """Loads the models under `runs` that read a language.
 
+        Args:
+            runs: folder of the models, or one that `clseave export` wrote.
+            lang: language of the sentences; `auto` identifies it among those there is a model for
+                (needs the extra `langid`).
+            device: `auto`, `cpu`, `cuda` or `cuda:N`; an exported model computes on the CPU.
+            precision: arithmetic of the matrix products; an exported model has its own.
+
         Raises:
             ClseaveError: no model for the language, a damaged one, or an unknown device.
         """
-        require_language(lang)
-        runs = Path(runs)
-        target = resolve_device(device)
-        folder = runs / "clip-ve"
-        student_folder = None
-        if lang != ENGLISH:
-            students = find_students(runs)
-            if lang not in students:
-                known = ", ".join([ENGLISH, *students]) if folder.is_dir() else "none"
-                raise ModelError(
-                    f"{runs}: no model for {lang}; languages there: {known}. "
-                    f"`clseave align --lang {lang}` makes one."
-                )
-            student_folder = students[lang]
-        clip_ve = ClipVE.from_folder(folder).to(target)
-        if student_folder is None:
-            return cls(clip_ve, clip_ve.text, lang, str(folder), precision)
-        encoder = load_student(student_folder, clip_ve.fingerprint).to(target)
-        return cls(clip_ve, encoder, lang, str(student_folder), precision)
+        if lang != AUTO:
+            require_language(lang)
+        languages = None if lang == AUTO else (lang,)
+        # An exported folder is not compared with its digests here: one prediction would take twice
+        # as long. `clseave serve` does so.
+        model = load_model(Path(runs), languages, device=device, precision=precision, check=False)
+        return cls(model, lang, LanguageIdentifier(model.sources) if lang == AUTO else None)
 
     def __call__(self, image: str | Path, hypothesis: str) -> Prediction:
         """Judges one pair.
@@ -140,154 +143,280 @@ class VisualEntailment:
         """Judges many pairs, computed together.
 
         Args:
-            pairs: N images and sentences; an image that occurs often is encoded once.
+            pairs: N images and sentences; an image that occurs often is encoded once, and again
+                only when its file has changed.
 
         Returns:
             N predictions in the same order; a `DataError` stands where a pair cannot be judged.
         """
-        errors = self._encode_images(list(dict.fromkeys(str(image) for image, _ in pairs)))
+        images = self._encode_images([str(image) for image, _ in pairs])
         results: list[Prediction | DataError | None] = []
-        for image, hypothesis in pairs:
-            if str(image) in errors:
-                results.append(errors[str(image)])
-            elif not hypothesis.strip():
-                results.append(DataError(f"{image}: the hypothesis is empty; expected a sentence."))
-            elif not _is_unicode(hypothesis):
-                results.append(DataError(f"{image}: the hypothesis is not valid Unicode."))
-            else:
-                results.append(None)
-        todo = [row for row, result in enumerate(results) if result is None]
-        if todo:
-            for row, prediction in zip(
-                todo, self._judge([pairs[row] for row in todo]), strict=True
-            ):
+        rows_of: dict[str, list[int]] = {}
+        for row, (image, hypothesis) in enumerate(pairs):
+            refusal = _refusal(str(image), hypothesis, images[str(image)])
+            results.append(refusal)
+            if refusal is None:
+                rows_of.setdefault(self._language_of(hypothesis), []).append(row)
+        for lang, rows in rows_of.items():
+            for row, prediction in zip(rows, self._judge(lang, pairs, rows, images), strict=True):
                 results[row] = prediction
-        self._forget_images()
         return [result for result in results if result is not None]
 
-    def _encode_images(self, names: list[str]) -> dict[str, DataError]:
-        """Fills in the embeddings of images not met before; returns those that failed."""
+    def _language_of(self, hypothesis: str) -> str:
+        return self._identifier.identify(hypothesis)[0] if self._identifier else self.lang
 
-        def decode(name: str) -> Tensor | DataError:
-            try:
-                return self._model.image.preprocess([open_image(Path(name))])
-            except DataError as error:
-                return error
+    def _encode_images(self, names: list[str]) -> dict[str, Floats | DataError]:
+        """(D,) embedding of every image; those met before are not opened again."""
+        stamps = {name: _stamp(name) for name in dict.fromkeys(names)}
+        found: dict[str, Floats | DataError] = {}
+        new: list[tuple[str, _Stamp]] = []
+        for name, stamp in stamps.items():
+            if isinstance(stamp, DataError):
+                found[name] = stamp
+            elif stamp in self._images:
+                found[name] = self._images[stamp]
+            else:
+                new.append((name, stamp))
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            decoded = ahead(pool, self._decode, [name for name, _ in new], _IMAGES_AHEAD)
+            items = zip(new, decoded, strict=True)
+            while batch := list(islice(items, _IMAGE_BATCH)):
+                vectors = self._embed_images([pixels for _, pixels in batch])
+                for ((name, stamp), _), vector in zip(batch, vectors, strict=True):
+                    found[name] = self._images[stamp] = vector
+        while len(self._images) > _KEPT_IMAGES:
+            del self._images[next(iter(self._images))]
+        return found
 
-        errors: dict[str, DataError] = {}
-        new = [name for name in names if name not in self._premises]
-        with ThreadPoolExecutor() as pool:
-            decoded = dict(zip(new, pool.map(decode, new), strict=True))
-        good = {name: pixels for name, pixels in decoded.items() if isinstance(pixels, Tensor)}
-        if good:
-            with torch.no_grad(), self._autocast():
-                vectors = self._model.image(torch.cat(list(good.values())).to(self._device))
-            self._premises |= dict(zip(good, vectors.float(), strict=True))
-        for name, outcome in decoded.items():
-            if isinstance(outcome, DataError):
-                errors[name] = outcome
-        return errors
+    def _decode(self, name: str) -> Floats | DataError:
+        """(3, height, width) pixels, or why there are none."""
+        try:
+            return self._model.prepare(open_image(Path(name)))
+        except DataError as error:
+            return error
 
-    def _judge(self, pairs: list[tuple[str | Path, str]]) -> Iterator[Prediction]:
-        tokens = self._encoder.tokenize([hypothesis for _, hypothesis in pairs])
-        premises = torch.stack([self._premises[str(image)] for image, _ in pairs])
-        with torch.no_grad():
-            with self._autocast():
-                embeddings = torch.cat([part.float() for part in self._encoder.embed(tokens)])
-            probabilities = self._model(embeddings, premises).softmax(dim=1).cpu()
-        lengths = tokens.lengths(np.arange(len(tokens)))
-        for (image, hypothesis), row, length in zip(pairs, probabilities, lengths, strict=True):
+    def _embed_images(self, images: list[Floats | DataError]) -> Iterator[Floats | DataError]:
+        """(D,) float32 embedding of each decoded image; an error stays one."""
+        pixels = [image for image in images if isinstance(image, np.ndarray)]
+        vectors: Iterator[Floats] = iter(())
+        if pixels:
+            vectors = iter(self._model.embed_images(np.stack(pixels)))
+        for image in images:
+            yield image if isinstance(image, DataError) else next(vectors)
+
+    def _judge(
+        self,
+        lang: str,
+        pairs: Sequence[tuple[str | Path, str]],
+        rows: list[int],
+        images: dict[str, Floats | DataError],
+    ) -> Iterator[Prediction]:
+        """The predictions of some rows, all in one language and with an image."""
+        embeddings, truncated = self._model.embed_sentences(lang, [pairs[row][1] for row in rows])
+        premises = np.stack([images[str(pairs[row][0])] for row in rows])  # type: ignore[arg-type]
+        probabilities = self._model.probabilities(embeddings, premises)
+        for row, scores, cut in zip(rows, probabilities, truncated, strict=True):
+            image, hypothesis = pairs[row]
             yield Prediction(
                 image=str(image),
                 hypothesis=hypothesis,
-                lang=self.lang,
-                label=LABELS[int(row.argmax())],
-                probabilities=dict(zip(LABELS, row.tolist(), strict=True)),
-                model=self.name,
-                truncated=bool(tokens.num_truncated and length == self._encoder.max_tokens),
+                lang=lang,
+                label=LABELS[int(scores.argmax())],
+                probabilities=dict(zip(LABELS, scores.tolist(), strict=True)),
+                model=self._model.sources[lang],
+                truncated=bool(cut),
             )
-
-    def _forget_images(self) -> None:
-        while len(self._premises) > _KEPT_IMAGES:
-            del self._premises[next(iter(self._premises))]
 
 
 @dataclass(frozen=True)
 class BatchResult:
-    """What became of an input file: rows judged, and rows with an error."""
+    """What became of an input: rows judged, and rows with an error."""
 
     num_predicted: int
     num_errors: int
 
 
 def predict_file(
-    config: PredictConfig, source: Path, target: Path, progress: Progress = SILENT
+    config: PredictConfig,
+    source: Path | BinaryIO,
+    target: Path | BinaryIO,
+    progress: Progress = SILENT,
 ) -> BatchResult:
-    """Judges every line of a JSONL file, in order.
+    """Judges every row of a file or stream, in order; memory does not grow with their number.
 
-    Each line names `image` (relative paths are looked up beside the file) and `hypothesis`. A line
-    that cannot be judged gets an object with `error` instead of `label`.
+    A row names `image` (a file's relative paths are looked up beside it) and `hypothesis`. A row
+    that cannot be judged gets an object with `error` instead of `label`. A target file appears when
+    it is complete; until then, `TARGET.partial` holds the answers so far, for `config.resume`.
+
+    Args:
+        config: models, language, and whether to go on with a run that was interrupted.
+        source: JSON Lines or CSV, as `data.pairs.read_pairs` takes them.
+        target: where the answers go, as JSON Lines.
+        progress: told how many rows are done, and of sentences that were cut.
 
     Raises:
-        ClseaveError: the input cannot be read, or a model is missing.
+        ClseaveError: the input cannot be read, a model is missing, or an interrupted run lies there
+            that is not this one.
     """
-    model = VisualEntailment.from_pretrained(
-        config.runs, config.lang, config.device, config.precision
-    )
-    num_predicted = num_errors = 0
+    tally: Counter[str] = Counter()
+    name = str(source) if isinstance(source, Path) else "stdin"
+    base = source.parent if isinstance(source, Path) else Path()
+    with _reading(source) as stream:
+        answers = _answer_file(config, target, stream)
+        if answers is not None and answers.complete:
+            _count(read_answers(answers.target), tally)
+            return _result(tally)
+        model = VisualEntailment.from_pretrained(
+            config.runs, config.lang, config.device, config.precision
+        )
+        batches = read_pairs(stream, name, config.batch_size)
+        if answers is not None:
+            batches = _unanswered(batches, answers, config.lang, tally)
+        with _writing(answers, target) as out, progress.task("predict", unit="pairs") as task:
+            for batch in batches:
+                outcomes = list(_judge_rows(model, base, batch, tally))
+                out.write(b"".join(map(answer_line, outcomes)))
+                out.flush()
+                _count(outcomes, tally)
+                task.advance(len(outcomes))
+    if tally["truncated"]:
+        progress.note(
+            f"{name}: {tally['truncated']} hypotheses were too long and were cut at the encoder's "
+            "limit."
+        )
+    return _result(tally)
+
+
+def _reading(source: Path | BinaryIO) -> AbstractContextManager[BinaryIO]:
+    if not isinstance(source, Path):
+        return nullcontext(source)
     try:
-        stream = source.open("rb")
+        return source.open("rb")
     except OSError as error:
         raise DataError(f"{source}: cannot be read ({error.strerror}).") from None
-    with stream, atomic_file(target) as out, progress.task("predict", unit="pairs") as task:
-        lines = enumerate(stream, start=1)
-        while chunk := list(islice(lines, config.batch_size)):
-            for outcome in _judge_lines(model, source, chunk):
-                num_errors += "error" in outcome
-                num_predicted += "error" not in outcome
-                out.write((json.dumps(outcome, ensure_ascii=False) + "\n").encode())
-            task.advance(len(chunk))
-    return BatchResult(num_predicted, num_errors)
 
 
-def _judge_lines(
-    model: VisualEntailment, source: Path, lines: Iterable[tuple[int, bytes]]
+def _answer_file(
+    config: PredictConfig, target: Path | BinaryIO, source: BinaryIO
+) -> AnswerFile | None:
+    """The file of the answers; None for a pipe or device, which nothing can be added to later."""
+    if isinstance(target, Path) and (target.is_file() or not target.exists()):
+        if target.exists() and samestat(target.stat(), os.fstat(source.fileno())):
+            raise UsageError(f"{target}: is both input and output; choose another --output.")
+        return AnswerFile(target.resolve(), config.resume)
+    if isinstance(target, Path) and target.is_dir():
+        raise UsageError(f"{target}: is a folder; expected a file for the answers.")
+    if config.resume:
+        raise UsageError("--resume needs a file as --output.")
+    return None
+
+
+@contextmanager
+def _writing(answers: AnswerFile | None, target: Path | BinaryIO) -> Iterator[BinaryIO]:
+    if answers is not None:
+        with answers.open() as out:
+            yield out
+    elif isinstance(target, Path):
+        with target.open("wb") as out:
+            yield out
+    else:
+        yield target
+
+
+def _unanswered(
+    batches: Iterable[list[Pair | DataError]],
+    answers: AnswerFile,
+    lang: str,
+    tally: Counter[str],
+) -> Iterator[list[Pair | DataError]]:
+    """The rows that an interrupted run left to do.
+
+    Raises:
+        UsageError: what it left answers other rows.
+    """
+    earlier = answers.earlier()
+    number = 0
+    for batch in batches:
+        todo = []
+        for row in batch:
+            number += 1
+            answer = next(earlier, None)
+            if answer is None:
+                todo.append(row)
+            elif _answers(answer, row, lang):
+                _count([answer], tally)
+            else:
+                raise _another_run(answers, number)
+        if todo:
+            yield todo
+    if next(earlier, None) is not None:
+        raise _another_run(answers, number + 1)
+
+
+def _answers(answer: dict[str, Any], row: Pair | DataError, lang: str) -> bool:
+    if isinstance(row, DataError):
+        return "error" in answer and "image" not in answer
+    same_language = lang == AUTO or answer.get("lang") == lang
+    return same_language and (answer.get("image"), answer.get("hypothesis")) == row
+
+
+def _another_run(answers: AnswerFile, number: int) -> UsageError:
+    return UsageError(
+        f"{answers.partial}:{number}: answers another row than the input has there, or in another "
+        "language; resume with what it was started with, or delete that file."
+    )
+
+
+def _judge_rows(
+    model: VisualEntailment, base: Path, rows: list[Pair | DataError], tally: Counter[str]
 ) -> Iterator[dict[str, Any]]:
-    rows = [_input_row(source, line, raw) for line, raw in lines]
-    pairs = [row for row in rows if not isinstance(row, DataError)]
-    results = iter(model.predict([(source.parent / image, text) for image, text in pairs]))
+    pairs = [(base / row.image, row.hypothesis) for row in rows if isinstance(row, Pair)]
+    results = iter(model.predict(pairs))
     for row in rows:
         if isinstance(row, DataError):
             yield {"error": str(row)}
             continue
-        image, hypothesis = row
         result = next(results)
         if isinstance(result, DataError):
-            yield {
-                "image": image,
-                "hypothesis": hypothesis,
-                "lang": model.lang,
-                "error": str(result),
-            }
+            yield {**row._asdict(), "lang": model.lang, "error": str(result)}
         else:
-            yield {**result.to_json(), "image": image}
+            tally["truncated"] += result.truncated
+            yield {**result.to_json(), "image": row.image}
 
 
-def _input_row(source: Path, line: int, raw: bytes) -> tuple[str, str] | DataError:
+def _count(answers: Iterable[dict[str, Any]], tally: Counter[str]) -> None:
+    tally.update("error" if "error" in answer else "predicted" for answer in answers)
+
+
+def _result(tally: Counter[str]) -> BatchResult:
+    return BatchResult(num_predicted=tally["predicted"], num_errors=tally["error"])
+
+
+#: What tells one state of an image file from another: path, time of change, size.
+_Stamp = tuple[str, int, int]
+
+
+def _stamp(name: str) -> _Stamp | DataError:
     try:
-        row = json.loads(raw)
-    except (ValueError, RecursionError):
-        return DataError.at(source, line, "not valid JSON.")
-    image = row.get("image") if isinstance(row, dict) else None
-    hypothesis = row.get("hypothesis") if isinstance(row, dict) else None
-    if not isinstance(image, str) or not isinstance(hypothesis, str):
-        return DataError.at(source, line, "expected an object with texts for image and hypothesis.")
-    return image, hypothesis
+        status = os.stat(name)  # noqa: PTH116 - of the name as it is given
+    except (FileNotFoundError, NotADirectoryError):
+        return DataError(f"{name}: no such image.")
+    except (OSError, ValueError) as error:  # such as a name too long, or with a NUL in it
+        return DataError(f"{name}: cannot be read ({error}).")
+    # Opening a pipe or a device could wait for ever.
+    if not stat.S_ISREG(status.st_mode):
+        return DataError(f"{name}: damaged or not an image (not a regular file).")
+    return name, status.st_mtime_ns, status.st_size
 
 
-def _is_unicode(text: str) -> bool:
+def _refusal(image: str, hypothesis: str, found: Floats | DataError) -> DataError | None:
+    """Why a pair cannot be judged."""
+    if isinstance(found, DataError):
+        return found
+    if not hypothesis.strip():
+        return DataError(f"{image}: the hypothesis is empty; expected a sentence.")
     try:
-        text.encode()
+        hypothesis.encode()
     except UnicodeEncodeError:
-        return False
-    return True
+        return DataError(f"{image}: the hypothesis is not valid Unicode.")
+    return None

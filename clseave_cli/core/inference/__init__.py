@@ -56,9 +56,11 @@ def load_model(
 ) -> InferenceModel:
     """Loads the models under `runs`, or a folder that `clseave export` wrote.
 
+    A sentence encoder may be loaded only when its language is first asked for.
+
     Args:
         runs: either folder. For an exported one, torch is not imported.
-        languages: what to load; None: every language there is a model for.
+        languages: that will be asked for; None: every one there is a model for.
         device: where torch computes.
         precision: how torch computes.
         check: compare an exported folder with its digests before use. That reads all of it, which

@@ -6,6 +6,7 @@ Legend: B images or sentences · T tokens · D embedding width · C labels (3).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from tokenizers import Tokenizer
 
 from clseave_cli.core.inference import Floats
 from clseave_cli.core.inference.pixels import Preparation
-from clseave_cli.core.models.folder import peek, unseal
+from clseave_cli.core.models.folder import peek, unsealed
 from clseave_cli.core.models.tokens import tokenize
-from clseave_cli.errors import ClseaveError, ModelError
+from clseave_cli.errors import ExtraMissing, ModelError
 
 FORMAT = "onnx"
 
@@ -37,43 +38,41 @@ class OnnxModel:
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], languages: Sequence[str]) -> None:
-        """Opens the sessions that some languages need; `from_folder` checks the folder first."""
+        """Opens the graphs; `from_folder` checks the folder first."""
         self.config = config
-        of = config["languages"]
-        self.sources = {lang: str(folder / of[lang]) for lang in languages}
-        self._encoder_of = {lang: of[lang] for lang in languages}
+        self._folder = folder
+        self._encoder_of = {lang: config["languages"][lang] for lang in languages}
+        self.sources = {lang: str(folder / name) for lang, name in self._encoder_of.items()}
         self._preparation = Preparation(**config["preparation"])
         self._image = _session(folder / "image.onnx")
         self._head = _session(folder / "head.onnx")
-        self._encoders = {
-            name: _Encoder(folder / name, **config["encoders"][name])
-            for name in dict.fromkeys(self._encoder_of.values())
-        }
+        self._encoders: dict[str, _Encoder] = {}
 
     @classmethod
     def from_folder(
         cls, folder: Path, languages: Sequence[str] | None = None, *, check: bool = True
     ) -> OnnxModel:
-        """Opens an exported folder.
+        """Opens an exported folder; sentence encoders when they are needed.
 
         Args:
             folder: what `clseave export` wrote.
-            languages: what to load; None: all there are.
+            languages: that will be asked for; None: all there are.
             check: compare every file with its digest; otherwise only the manifest with its own.
 
         Raises:
             ModelError: damaged, of another version, or without one of the languages.
-            ClseaveError: onnxruntime is not installed.
+            ExtraMissing: onnxruntime is not installed.
         """
-        config = (unseal if check else peek)(folder, FORMAT)
-        for lang in languages or ():
-            if lang not in config["languages"]:
-                known = ", ".join(config["languages"])
-                raise ModelError(
-                    f"{folder}: no model for {lang}; languages there: {known}. "
-                    f"`clseave export` puts in every language that --runs has."
-                )
-        return cls(folder, config, list(config["languages"] if languages is None else languages))
+        reading = unsealed(folder, FORMAT) if check else nullcontext(peek(folder, FORMAT))
+        with reading as config:
+            for lang in languages or ():
+                if lang not in config["languages"]:
+                    known = ", ".join(config["languages"])
+                    raise ModelError(
+                        f"{folder}: no model for {lang}; languages there: {known}. "
+                        f"`clseave export` puts in every language there is a model for."
+                    )
+            return cls(folder, config, config["languages"] if languages is None else languages)
 
     def prepare(self, image: Image.Image) -> Floats:
         """(3, height, width) pixels of a decoded RGB image. May be called from any thread."""
@@ -87,7 +86,10 @@ class OnnxModel:
         self, lang: str, sentences: Sequence[str]
     ) -> tuple[Floats, npt.NDArray[np.bool_]]:
         """(B, D) embeddings of B sentences, and (B,) which of them were cut at the limit."""
-        return self._encoders[self._encoder_of[lang]](sentences)
+        name = self._encoder_of[lang]
+        if name not in self._encoders:
+            self._encoders[name] = _Encoder(self._folder / name, **self.config["encoders"][name])
+        return self._encoders[name](sentences)
 
     def probabilities(self, hypotheses: Floats, premises: Floats) -> Floats:
         """(B, C) probabilities of the labels, from (B, D) sentence and image embeddings."""
@@ -126,7 +128,7 @@ def _session(path: Path) -> Any:
     try:
         import onnxruntime
     except ImportError:
-        raise ClseaveError(
+        raise ExtraMissing(
             "an exported model needs onnxruntime: pip install 'clseave-cli[onnx]'."
         ) from None
     options = onnxruntime.SessionOptions()

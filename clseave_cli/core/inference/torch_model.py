@@ -17,7 +17,7 @@ from torch import Tensor
 from clseave_cli.core.config import Precision
 from clseave_cli.core.data.records import ENGLISH
 from clseave_cli.core.inference import Floats
-from clseave_cli.core.models.clip_ve import ClipVE
+from clseave_cli.core.models.clip_ve import ClipVE, fingerprint
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.student import find_students, load_student
 from clseave_cli.core.training.precision import autocast, resolve_device
@@ -28,23 +28,30 @@ class TorchModel:
     """CLIP-VE and its students, as an `InferenceModel`.
 
     Attributes:
-        clip_ve: image tower, English encoder and head.
-        encoders: the sentence encoder of each language; languages may share one.
-        sources: the folder each language's encoder came from.
+        clip_ve: image tower and head; its text tower may be a student.
+        sources: the folder each language's encoder comes from.
     """
 
     def __init__(
         self,
         clip_ve: ClipVE,
-        encoders: dict[str, SentenceEncoder],
-        sources: dict[str, str],
+        folders: dict[str, Path],
+        loaded: dict[Path, SentenceEncoder],
         precision: Precision = "auto",
     ) -> None:
-        """Puts loaded models together; `from_runs` does so from folders."""
+        """Puts loaded models together; `from_runs` does so from folders.
+
+        Args:
+            clip_ve: image tower and head.
+            folders: of the encoder that reads each language.
+            loaded: the encoders of some of these folders; the others are loaded when needed.
+            precision: arithmetic of the matrix products.
+        """
         self.clip_ve = clip_ve.eval()
-        self.encoders = {lang: encoder.eval() for lang, encoder in encoders.items()}
-        self.sources = sources
-        self._device = clip_ve.text.device
+        self.sources = {lang: str(folder) for lang, folder in folders.items()}
+        self._folders = folders
+        self._loaded = {folder: encoder.eval() for folder, encoder in loaded.items()}
+        self._device = clip_ve.image.device
         self._autocast = autocast(precision, self._device)
 
     @classmethod
@@ -55,7 +62,13 @@ class TorchModel:
         device: str = "auto",
         precision: Precision = "auto",
     ) -> TorchModel:
-        """Loads CLIP-VE and the students of some languages; None: of all.
+        """Loads CLIP-VE and the first student needed; further ones when they are.
+
+        Args:
+            runs: folder of the models.
+            languages: that will be asked for; None: every one there is a model for.
+            device: `auto`, `cpu`, `cuda` or `cuda:N`.
+            precision: arithmetic of the matrix products.
 
         Raises:
             ClseaveError: no model for a language, a damaged one, or an unknown device.
@@ -70,18 +83,26 @@ class TorchModel:
                     f"{runs}: no model for {lang}; languages there: {known}. "
                     f"`clseave align --lang {lang}` makes one."
                 )
-        wanted = {lang: there[lang] for lang in (there if languages is None else languages)}
-        clip_ve = ClipVE.from_folder(folder).to(target)
-        loaded = {folder: clip_ve.text}
-        for path in wanted.values():
-            if path not in loaded:
-                loaded[path] = load_student(path, clip_ve.fingerprint).to(target)
-        return cls(
-            clip_ve,
-            {lang: loaded[path] for lang, path in wanted.items()},
-            {lang: str(path) for lang, path in wanted.items()},
-            precision,
-        )
+        wanted = there if languages is None else {lang: there[lang] for lang in languages}
+        if ENGLISH in wanted:
+            clip_ve = ClipVE.from_folder(folder).to(target)
+            return cls(clip_ve, wanted, {folder: clip_ve.text}, precision)
+        first = next(iter(wanted.values()))
+        student = load_student(first, fingerprint(folder))
+        clip_ve = ClipVE.from_folder(folder, text=student).to(target)
+        return cls(clip_ve, wanted, {first: student}, precision)
+
+    def encoder(self, lang: str) -> SentenceEncoder:
+        """The encoder that reads a language.
+
+        Raises:
+            ModelError: it is loaded now, and damaged or of another teacher.
+        """
+        folder = self._folders[lang]
+        if folder not in self._loaded:
+            student = load_student(folder, self.clip_ve.fingerprint)
+            self._loaded[folder] = student.to(self._device)
+        return self._loaded[folder]
 
     def prepare(self, image: Image.Image) -> Floats:
         """(3, height, width) pixels of a decoded RGB image. May be called from any thread."""
@@ -96,7 +117,7 @@ class TorchModel:
         self, lang: str, sentences: Sequence[str]
     ) -> tuple[Floats, npt.NDArray[np.bool_]]:
         """(B, D) embeddings of B sentences, and (B,) which of them were cut at the limit."""
-        encoder = self.encoders[lang]
+        encoder = self.encoder(lang)
         tokens = encoder.tokenize(list(sentences))
         with torch.no_grad(), self._autocast():
             embeddings = torch.cat([part.float() for part in encoder.embed(tokens)])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from clseave_cli.core.models import backbones
 from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
-from clseave_cli.core.models.folder import peek, seal, unseal
+from clseave_cli.core.models.folder import peek, seal, unsealed
 from clseave_cli.core.models.head import EntailmentHead, HeadConfig
 from clseave_cli.core.models.weights import load_weights, save_weights
 from clseave_cli.errors import ModelError
@@ -57,20 +57,24 @@ class ClipVE(nn.Module):
         return cls(text, image, EntailmentHead(HeadConfig(embedding_dim=text.embedding_dim)))
 
     @classmethod
-    def from_folder(cls, folder: Path) -> ClipVE:
+    def from_folder(cls, folder: Path, text: SentenceEncoder | None = None) -> ClipVE:
         """Loads a folder that `save` wrote, in eval mode.
+
+        Args:
+            folder: the model's folder.
+            text: a student to take the text tower's place, which is then not loaded.
 
         Raises:
             ModelError: it is missing, damaged, or of another format.
         """
-        config = unseal(folder, FORMAT)
-        head = EntailmentHead(HeadConfig(**config["head"]))
-        load_weights(head, folder / "head.safetensors")
-        model = cls(
-            backbones.load_clip_text(folder / "text"),
-            backbones.load_clip_image(folder / "image"),
-            head,
-        )
+        with unsealed(folder, FORMAT, without=None if text is None else "text") as config:
+            head = EntailmentHead(HeadConfig(**config["head"]))
+            load_weights(head, folder / "head.safetensors")
+            model = cls(
+                backbones.load_clip_text(folder / "text") if text is None else text,
+                backbones.load_clip_image(folder / "image"),
+                head,
+            )
         model.fingerprint = config["fingerprint"]
         return model.eval()
 

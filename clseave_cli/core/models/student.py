@@ -10,7 +10,7 @@ from torch import nn
 
 from clseave_cli.core.models import backbones
 from clseave_cli.core.models.encoders import SentenceEncoder
-from clseave_cli.core.models.folder import peek, seal, unseal
+from clseave_cli.core.models.folder import is_of_format, peek, seal, unsealed
 from clseave_cli.core.models.weights import load_weights, save_weights
 from clseave_cli.errors import ModelError
 
@@ -43,16 +43,16 @@ def load_student(folder: Path, teacher: str | None = None) -> SentenceEncoder:
     Raises:
         ModelError: missing, damaged, or trained against another teacher.
     """
-    config = unseal(folder, FORMAT)
-    if teacher is not None and config["teacher"] != teacher:
-        raise ModelError(
-            f"{folder}: this student was trained against another CLIP-VE "
-            f"({config['teacher'][:12]}, here {teacher[:12]}); its embeddings mean nothing to this "
-            "one. Align it again, or use the CLIP-VE it belongs to."
-        )
-    model, tokenizer = backbones.load_encoder(folder / "encoder")
-    student = _student(model, tokenizer, config["embedding_dim"])
-    load_weights(_added_parts(student), folder / "projection.safetensors")
+    with unsealed(folder, FORMAT) as config:
+        if teacher is not None and config["teacher"] != teacher:
+            raise ModelError(
+                f"{folder}: this student was trained against another CLIP-VE "
+                f"({config['teacher'][:12]}, here {teacher[:12]}); its embeddings mean nothing to "
+                "this one. Align it again, or use the CLIP-VE it belongs to."
+            )
+        model, tokenizer = backbones.load_encoder(folder / "encoder")
+        student = _student(model, tokenizer, config["embedding_dim"])
+        load_weights(_added_parts(student), folder / "projection.safetensors")
     student.fingerprint = config["fingerprint"]
     return student.eval()
 
@@ -78,11 +78,15 @@ def save_student(
 def find_students(runs: Path) -> dict[str, Path]:
     """The student folders under `runs`, by language; one of a single language goes first.
 
+    A folder may have any name: what it holds, and for which languages, stands in its config.
+
     Raises:
-        ModelError: a folder that looks like a student's is not.
+        ModelError: a student's config is damaged, or a folder named as `align` does is no student.
     """
     found: dict[str, tuple[int, Path]] = {}
-    for path in sorted(runs.glob("align-*/config.json")):
+    for path in sorted(runs.glob("[!.]*/config.json")):
+        if not (path.parent.name.startswith("align-") or is_of_format(path.parent, FORMAT)):
+            continue
         languages = peek(path.parent, FORMAT)["languages"]
         for language in languages:
             if language not in found or len(languages) < found[language][0]:

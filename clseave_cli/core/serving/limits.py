@@ -11,11 +11,8 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from clseave_cli.core.data.images import open_image
+from clseave_cli.core.data.images import FORMATS, open_image
 from clseave_cli.errors import DataError
-
-#: Formats that photos come in. Pillow knows many more, some of which start other programs.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 
 class BodyLimit:
@@ -78,13 +75,13 @@ def open_photo(content: bytes, max_pixels: float) -> Image.Image:
         413, f"the image has more than {max_pixels / 1e6:g} megapixels; scale it down."
     )
     try:
-        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             num_pixels = image.width * image.height
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise too_many from None
     # Pillow's parsers raise many kinds of errors on damaged headers; each means the same to us.
     except Exception:
-        expected = ", ".join(_FORMATS)
+        expected = ", ".join(FORMATS)
         raise HTTPException(
             400, f"the image is damaged or not an image; expected one of {expected}."
         ) from None

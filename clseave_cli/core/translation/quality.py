@@ -19,7 +19,7 @@ import re
 import unicodedata
 from collections import Counter
 
-from clseave_cli.core.translation.identification import LanguageIdentifier
+from clseave_cli.core.identification import LanguageIdentifier
 from clseave_cli.core.translation.languages import has_spaces, is_dense, letters_of
 from clseave_cli.core.translation.segments import needs_translation
 
@@ -48,6 +48,12 @@ _LENGTH_RANGE = (0.35, 2.6)
 _MIN_COPIED_WORDS = 3
 _MIN_SCRIPT_SHARE = 0.5
 
+# Languages that models fall into by mistake; few, because every language costs memory.
+_CONFUSED = ("en", "de", "nl", "fr", "es", "ja", "zh", "ko", "ru")
+_MIN_IDENTIFIED_CHARACTERS = 20
+_MIN_IDENTIFIED_DENSE_CHARACTERS = 6
+_MIN_CONFIDENCE = 0.9
+
 # Numbers as East Asian languages write the small ones.
 _HAN_NUMBERS = {str(value): digit for value, digit in enumerate("〇一二三四五六七八九十")} | {
     "11": "十一", "12": "十二", "100": "百", "1000": "千", "10000": "万",
@@ -75,11 +81,12 @@ class Checks:
         )
         self._target_dense = is_dense(target)
         self._spaces = has_spaces(source) and has_spaces(target)
-        self._identifier = None
+        self._target = target
+        self._identifier: LanguageIdentifier | None = None
         self.version = _VERSION
         if source != target and importlib.util.find_spec("lingua") is not None:
-            identifier = LanguageIdentifier(source, target)
-            if identifier.covers_target:
+            identifier = LanguageIdentifier([target, source, *_CONFUSED])
+            if target in identifier.languages:
                 self._identifier = identifier
                 self.version += "+language"
 
@@ -94,7 +101,7 @@ class Checks:
             found.append("copy")
         if self._is_in_wrong_script(translation):
             found.append("script")
-        elif self._identifier is not None and self._identifier.is_wrong(translation):
+        elif self._is_in_wrong_language(translation):
             found.append("language")
         if not self._has_plausible_length(source, translation):
             found.append("length")
@@ -105,6 +112,14 @@ class Checks:
         if _num_sentences(translation) > max(1, _num_sentences(source)):
             found.append("added-sentence")
         return tuple(found)
+
+    def _is_in_wrong_language(self, text: str) -> bool:
+        """Whether the text is surely in another language; short texts are never sure."""
+        least = _MIN_IDENTIFIED_CHARACTERS if text.isascii() else _MIN_IDENTIFIED_DENSE_CHARACTERS
+        if self._identifier is None or len(text) < least:
+            return False
+        lang, confidence = self._identifier.identify(text)
+        return lang != self._target and confidence >= _MIN_CONFIDENCE
 
     def _is_copy(self, source: str, translation: str) -> bool:
         if source.strip().casefold() != translation.strip().casefold():

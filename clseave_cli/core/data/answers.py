@@ -1,0 +1,89 @@
+"""Answers, one JSON object a line: a run that was killed goes on after its last whole line."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from clseave_cli.core.files import fsync_folder, writing
+from clseave_cli.errors import UsageError
+
+
+def answer_line(answer: dict[str, Any]) -> bytes:
+    """An answer as a line of JSON; half a surrogate pair stays written as an escape."""
+    return (json.dumps(answer, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+
+
+def read_answers(path: Path) -> Iterator[dict[str, Any]]:
+    """The answers of a finished file."""
+    with path.open("rb") as stream:
+        yield from map(json.loads, stream)
+
+
+class AnswerFile:
+    """Collects answers in `TARGET.partial`, which takes the target's name when all are there.
+
+    Args:
+        target: the file that will hold the answers; an older one stays until then.
+        resume: go on with what an interrupted run left.
+
+    Attributes:
+        complete: there is nothing to go on with: the run ended.
+
+    Raises:
+        UsageError: an interrupted run left answers, and `resume` is not set.
+    """
+
+    def __init__(self, target: Path, resume: bool) -> None:
+        self.target = target
+        self.partial = target.with_name(target.name + ".partial")
+        if self.partial.exists() and not resume:
+            raise UsageError(
+                f"{self.partial}: an unfinished run lies there; --resume continues it, "
+                "deleting that file forgets it."
+            )
+        self.complete = resume and target.exists() and not self.partial.exists()
+
+    def earlier(self) -> Iterator[dict[str, Any]]:
+        """The answers of the interrupted run; at their end, what it tore is cut off the file."""
+        if not self.partial.exists():
+            return
+        with writing(self.partial), self.partial.open("r+b") as stream:
+            whole = 0
+            for line in stream:
+                answer = _whole_answer(line)
+                if answer is None:
+                    break
+                whole += len(line)
+                yield answer
+            stream.truncate(whole)
+
+    @contextmanager
+    def open(self) -> Iterator[BinaryIO]:
+        """Where to write further answers; once the block ends well, the target is complete."""
+        with writing(self.target):
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with self.partial.open("ab") as stream:
+                    yield stream
+                    stream.flush()
+                    os.fsync(stream.fileno())
+            except BaseException:
+                if not self.partial.stat().st_size:
+                    self.partial.unlink()
+                raise
+            self.partial.replace(self.target)
+            fsync_folder(self.target.parent)
+
+
+def _whole_answer(line: bytes) -> dict[str, Any] | None:
+    # After a power cut, a line may be there in length only.
+    try:
+        answer = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return answer if isinstance(answer, dict) else None

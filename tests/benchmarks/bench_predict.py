@@ -1,0 +1,205 @@
+"""`predict` at full size, random weights: how long one answer takes from cold, how many a second.
+
+    python tests/benchmarks/bench_predict.py cold --clip-vocabulary DIR --bert-vocabulary FILE \\
+        --pictures DIR --out DIR
+    python tests/benchmarks/bench_predict.py batch …the same
+
+ViT-B/16 and mBERT as their configurations define them; DIR of `--clip-vocabulary` holds CLIP's
+vocab.json and merges.txt, FILE is mBERT's vocab.txt, `--pictures` an SNLI-VE folder. The models are
+made once and kept in `--out`.
+
+`cold`: processes that start, answer one question and end, in turn with processes that import torch
+and the two model classes and map the weights; the first of each is dropped.
+`batch`: `predict --input --output` beside the same modules called on tensors that are ready, and
+beside transformers' own forward on padded batches, in the same process and in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+LANG = "de"
+
+_BARE = """
+import sys, torch
+from safetensors import safe_open
+from transformers import CLIPVisionModelWithProjection, {text}
+for path in sys.argv[1:]:
+    with safe_open(path, "pt") as file:
+        weights = [file.get_tensor(name) for name in file.keys()]
+"""
+
+
+def models(arguments: argparse.Namespace) -> Path:
+    """A CLIP-VE and a student of full size with random weights; made where they are missing."""
+    runs = Path(arguments.out) / "runs"
+    if (runs / f"align-{LANG}").is_dir():
+        return runs
+    from bench_full_size import write_bert, write_clip
+
+    from clseave_cli.core.files import atomic_folder
+    from clseave_cli.core.models.clip_ve import ClipVE
+    from clseave_cli.core.models.student import new_student, save_student
+
+    clip, mbert = arguments.out / "clip", arguments.out / "mbert"
+    write_clip(clip, arguments.clip_vocabulary)
+    write_bert(mbert, arguments.bert_vocabulary)
+    teacher = ClipVE.from_clip(clip)
+    with atomic_folder(runs / "clip-ve") as aside:
+        teacher.save(aside)
+    student = new_student(mbert, teacher.text.embedding_dim)
+    with atomic_folder(runs / f"align-{LANG}") as aside:
+        save_student(student, aside, languages=[LANG], teacher=teacher.fingerprint)
+    return runs
+
+
+def rows(arguments: argparse.Namespace, num_images: int, num_sentences: int) -> list[dict]:
+    """Pairs of the picture folder: each of `num_images` with `num_sentences` sentences."""
+    lines = (arguments.pictures / "snli_ve_test.jsonl").read_text().splitlines()
+    pairs = [json.loads(line) for line in lines]
+    keys = ("Flickr30K_ID", "Flikr30kID", "Flickr30kID", "image")
+    names = dict.fromkeys(next(pair[key] for key in keys if key in pair) for pair in pairs)
+    files = {path.stem: path for path in (arguments.pictures / "images").iterdir()}
+    images = [files[Path(name).stem] for name in list(names)[:num_images]]
+    sentences = [pair["sentence2"] for pair in pairs]
+    return [
+        {
+            "image": str(image),
+            "hypothesis": sentences[(number * num_sentences + which) % len(sentences)],
+        }
+        for number, image in enumerate(images)
+        for which in range(num_sentences)
+    ]
+
+
+def cold(arguments: argparse.Namespace) -> None:
+    """Prints the seconds from start to exit, and the peak memory."""
+    runs = models(arguments)
+    (row,) = rows(arguments, 1, 1)
+    image = runs / "clip-ve" / "image" / "model.safetensors"
+    for lang, text, weights in (
+        (LANG, "BertModel", runs / f"align-{LANG}" / "encoder" / "model.safetensors"),
+        ("en", "CLIPTextModelWithProjection", runs / "clip-ve" / "text" / "model.safetensors"),
+    ):
+        commands = {
+            "bare": ["-c", _BARE.format(text=text), str(image), str(weights)],
+            "predict": [
+                "-m", "clseave_cli", "predict", row["image"], row["hypothesis"],
+                "--lang", lang, "--runs", str(runs), "--json",
+            ],
+        }  # fmt: skip
+        seconds: dict[str, list[float]] = {name: [] for name in commands}
+        memory: dict[str, list[float]] = {name: [] for name in commands}
+        for repeat in range(arguments.repeats + 1):
+            for name, command in commands.items():
+                begin = time.perf_counter()
+                process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL)
+                _, status, usage = os.wait4(process.pid, 0)
+                assert status == 0, name
+                if repeat:
+                    seconds[name].append(time.perf_counter() - begin)
+                    memory[name].append(usage.ru_maxrss / 2**20)
+        middle = {name: statistics.median(values) for name, values in seconds.items()}
+        for name in commands:
+            print(
+                f"{lang} {name:<8} {middle[name]:6.2f} s "
+                f"({min(seconds[name]):.2f} to {max(seconds[name]):.2f}, {arguments.repeats} runs)"
+                f" · peak {max(memory[name]):.2f} GiB"
+            )
+        print(f"{lang} predict / bare: {middle['predict'] / middle['bare']:.2f}", flush=True)
+
+
+def batch(arguments: argparse.Namespace) -> None:
+    """Prints pairs a second of `predict` and of the models alone."""
+    import torch
+    import transformers
+    from transformers import AutoTokenizer, BertModel, CLIPVisionModelWithProjection
+
+    from clseave_cli.core.config import PredictConfig
+    from clseave_cli.core.data.images import open_image
+    from clseave_cli.core.models.clip_ve import ClipVE
+    from clseave_cli.core.models.student import load_student
+    from clseave_cli.core.prediction import predict_file
+
+    runs = models(arguments)
+    print(f"torch {torch.__version__} · transformers {transformers.__version__}")
+    student = load_student(runs / f"align-{LANG}")
+    model = ClipVE.from_folder(runs / "clip-ve", text=student)
+    vision = CLIPVisionModelWithProjection.from_pretrained(runs / "clip-ve" / "image").eval()
+    bert = BertModel.from_pretrained(runs / f"align-{LANG}" / "encoder").eval()
+    tokenizer = AutoTokenizer.from_pretrained(runs / f"align-{LANG}" / "encoder")
+    for num_images, num_sentences in ((arguments.images, 18), (2 * arguments.images, 1)):
+        pairs = rows(arguments, num_images, num_sentences)
+        names = list(dict.fromkeys(pair["image"] for pair in pairs))
+        sentences = [pair["hypothesis"] for pair in pairs]
+        index = torch.tensor([names.index(pair["image"]) for pair in pairs])
+        pixels = torch.cat([model.image.preprocess([open_image(Path(name))]) for name in names])
+        tokens = student.tokenize(sentences)
+
+        @torch.no_grad()
+        def modules(pixels=pixels, tokens=tokens, index=index) -> None:
+            images = torch.cat([model.image(part) for part in pixels.split(32)])
+            model(torch.cat(list(student.embed(tokens, 256))), images[index]).softmax(1).tolist()
+
+        @torch.no_grad()
+        def plain(pixels=pixels, sentences=sentences, index=index) -> None:
+            images = torch.cat([vision(part).image_embeds for part in pixels.split(32)])
+            hidden = []
+            for start in range(0, len(sentences), 32):
+                part = tokenizer(sentences[start : start + 32], padding=True, return_tensors="pt")
+                states = bert(**part).last_hidden_state
+                ends = part["attention_mask"].sum(dim=1) - 1
+                hidden.append(states[torch.arange(len(ends)), ends])
+            embeddings = student.projection(student.norm(torch.cat(hidden)))
+            model(embeddings, images[index]).softmax(1).tolist()
+
+        with tempfile.TemporaryDirectory() as folder:
+            source, target = Path(folder, "pairs.jsonl"), Path(folder, "answers.jsonl")
+            source.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+            config = PredictConfig(runs=runs, lang=LANG, device="cpu", precision="fp32")
+            empty = Path(folder, "empty.jsonl")
+            empty.touch()
+
+            def whole(source=source, target=target, config=config) -> None:
+                predict_file(config, source, target)
+
+            def load_only(source=empty, target=target, config=config) -> None:
+                predict_file(config, source, target)
+
+            work = {"modules": modules, "plain": plain, "predict": whole, "load": load_only}
+            best = dict.fromkeys(work, float("inf"))
+            for _ in range(arguments.repeats):
+                for name, run in work.items():
+                    begin = time.perf_counter()
+                    run()
+                    best[name] = min(best[name], time.perf_counter() - begin)
+        best["predict"] -= best["load"]  # loading the models again is not the rate's
+        print(f"{len(pairs)} pairs on {len(names)} images:")
+        for name in ("modules", "plain", "predict"):
+            rate, share = len(pairs) / best[name], best["modules"] / best[name]
+            print(f"  {name:<8} {rate:7.2f} pairs/s · {100 * share:5.1f} % of the modules alone")
+        print(f"  loading  {best['load']:7.2f} s, not counted", flush=True)
+
+
+def main() -> None:
+    """Runs the benchmark that is named."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("benchmark", choices=("cold", "batch"))
+    for name in ("clip-vocabulary", "bert-vocabulary", "pictures", "out"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--images", type=int, default=16)
+    arguments = parser.parse_args()
+    {"cold": cold, "batch": batch}[arguments.benchmark](arguments)
+
+
+if __name__ == "__main__":
+    main()
