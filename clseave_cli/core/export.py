@@ -86,7 +86,7 @@ def export(config: ExportConfig, progress: Progress = SILENT) -> ExportResult:
     precision = "int8" if config.int8 else "fp32"
     with atomic_folder(config.out) as folder:
         manifest = _write(model, folder, config.int8, progress)
-        exported = onnx_model.OnnxModel(folder, manifest, list(model.sources))
+        exported = onnx_model.OnnxModel(folder, manifest, list(model.sources), lasting=False)
         difference = _difference(model, exported)
         if not difference <= TOLERANCE[precision]:
             raise ModelError(

@@ -123,9 +123,8 @@ class VisualEntailment:
         if lang != AUTO:
             require_language(lang)
         languages = None if lang == AUTO else (lang,)
-        # An exported folder is not compared with its digests here: one prediction would take twice
-        # as long. `clseave serve` does so.
-        model = load_model(Path(runs), languages, device=device, precision=precision, check=False)
+        # Comparing an exported folder with its digests takes longer than one prediction with it.
+        model = load_model(Path(runs), languages, device=device, precision=precision, lasting=False)
         return cls(model, lang, LanguageIdentifier(model.sources) if lang == AUTO else None)
 
     def __call__(self, image: str | Path, hypothesis: str) -> Prediction:

@@ -14,8 +14,8 @@ from PIL import Image
 from tiny_world import CommandProcess, flip_byte, read_jsonl, tree, write_jsonl
 
 from clseave_cli import VisualEntailment
-from clseave_cli.core import prediction
 from clseave_cli.core.config import PredictConfig
+from clseave_cli.core.inference import torch_model
 from clseave_cli.core.models.student import find_students
 from clseave_cli.core.prediction import predict_file
 from clseave_cli.errors import ExtraMissing, UsageError

@@ -52,7 +52,7 @@ def load_model(
     *,
     device: str = "auto",
     precision: Precision = "auto",
-    check: bool = True,
+    lasting: bool = True,
 ) -> InferenceModel:
     """Loads the models under `runs`, or a folder that `clseave export` wrote.
 
@@ -63,8 +63,9 @@ def load_model(
         languages: that will be asked for; None: every one there is a model for.
         device: where torch computes.
         precision: how torch computes.
-        check: compare an exported folder with its digests before use. That reads all of it, which
-            takes longer than everything else that one prediction needs.
+        lasting: for a process that stays. An exported folder is then compared with its digests,
+            and its weights are arranged for this processor: seconds at the start, and a copy in
+            memory, for faster answers. Torch's models do both anyway.
 
     Raises:
         ClseaveError: no model for a language, a damaged one, a missing extra, no such device.
@@ -72,7 +73,7 @@ def load_model(
     from clseave_cli.core.inference import onnx_model
 
     if onnx_model.is_exported(runs):
-        return onnx_model.OnnxModel.from_folder(runs, languages, check=check)
+        return onnx_model.OnnxModel.from_folder(runs, languages, lasting=lasting)
     from clseave_cli.core.inference.torch_model import TorchModel
 
     return TorchModel.from_runs(runs, languages, device, precision)

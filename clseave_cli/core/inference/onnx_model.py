@@ -37,33 +37,36 @@ class OnnxModel:
         config: what `config.json` says.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], languages: Sequence[str]) -> None:
-        """Opens the graphs; `from_folder` checks the folder first."""
+    def __init__(
+        self, folder: Path, config: dict[str, Any], languages: Sequence[str], lasting: bool
+    ) -> None:
+        """Opens the graphs; `from_folder` reads the manifest first."""
         self.config = config
         self._folder = folder
+        self._lasting = lasting
         self._encoder_of = {lang: config["languages"][lang] for lang in languages}
         self.sources = {lang: str(folder / name) for lang, name in self._encoder_of.items()}
         self._preparation = Preparation(**config["preparation"])
-        self._image = _session(folder / "image.onnx")
-        self._head = _session(folder / "head.onnx")
+        self._image = _session(folder / "image.onnx", lasting)
+        self._head = _session(folder / "head.onnx", lasting)
         self._encoders: dict[str, _Encoder] = {}
 
     @classmethod
     def from_folder(
-        cls, folder: Path, languages: Sequence[str] | None = None, *, check: bool = True
+        cls, folder: Path, languages: Sequence[str] | None = None, *, lasting: bool = True
     ) -> OnnxModel:
         """Opens an exported folder; sentence encoders when they are needed.
 
         Args:
             folder: what `clseave export` wrote.
             languages: that will be asked for; None: all there are.
-            check: compare every file with its digest; otherwise only the manifest with its own.
+            lasting: as for `load_model`; otherwise only the manifest is compared with its digest.
 
         Raises:
             ModelError: damaged, of another version, or without one of the languages.
             ExtraMissing: onnxruntime is not installed.
         """
-        reading = unsealed(folder, FORMAT) if check else nullcontext(peek(folder, FORMAT))
+        reading = unsealed(folder, FORMAT) if lasting else nullcontext(peek(folder, FORMAT))
         with reading as config:
             for lang in languages or ():
                 if lang not in config["languages"]:
@@ -72,7 +75,8 @@ class OnnxModel:
                         f"{folder}: no model for {lang}; languages there: {known}. "
                         f"`clseave export` puts in every language there is a model for."
                     )
-            return cls(folder, config, config["languages"] if languages is None else languages)
+            wanted = config["languages"] if languages is None else languages
+            return cls(folder, config, list(wanted), lasting)
 
     def prepare(self, image: Image.Image) -> Floats:
         """(3, height, width) pixels of a decoded RGB image. May be called from any thread."""
@@ -88,7 +92,8 @@ class OnnxModel:
         """(B, D) embeddings of B sentences, and (B,) which of them were cut at the limit."""
         name = self._encoder_of[lang]
         if name not in self._encoders:
-            self._encoders[name] = _Encoder(self._folder / name, **self.config["encoders"][name])
+            settings = self.config["encoders"][name]
+            self._encoders[name] = _Encoder(self._folder / name, self._lasting, **settings)
         return self._encoders[name](sentences)
 
     def probabilities(self, hypotheses: Floats, premises: Floats) -> Floats:
@@ -99,12 +104,14 @@ class OnnxModel:
 class _Encoder:
     """A sentence encoder and its tokenizer."""
 
-    def __init__(self, folder: Path, max_tokens: int, terminal_id: int, pad_id: int) -> None:
+    def __init__(
+        self, folder: Path, lasting: bool, *, max_tokens: int, terminal_id: int, pad_id: int
+    ) -> None:
         try:
             self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises plain Exception
             raise ModelError(f"{folder / 'tokenizer.json'}: cannot be loaded ({error}).") from None
-        self._session = _session(folder / "encoder.onnx")
+        self._session = _session(folder / "encoder.onnx", lasting)
         self._max_tokens, self._terminal_id, self._pad_id = max_tokens, terminal_id, pad_id
 
     def __call__(self, sentences: Sequence[str]) -> tuple[Floats, npt.NDArray[np.bool_]]:
@@ -119,12 +126,8 @@ class _Encoder:
         return embeddings, tokens.truncated
 
 
-def _session(path: Path) -> Any:
-    """Opens a graph as it is: the export has optimised it already.
-
-    Weights stay in the file, which is mapped into memory; packing them anew for this processor
-    would copy all of them.
-    """
+def _session(path: Path, lasting: bool) -> Any:
+    """Opens a graph as it is: the export has optimised it already."""
     try:
         import onnxruntime
     except ImportError:
@@ -133,7 +136,8 @@ def _session(path: Path) -> Any:
         ) from None
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.add_session_config_entry("session.disable_prepacking", "1")
+    if not lasting:  # the weights are used as they lie in the file, which is mapped into memory
+        options.add_session_config_entry("session.disable_prepacking", "1")
     options.log_severity_level = 3
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
