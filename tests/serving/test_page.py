@@ -12,9 +12,10 @@ from fake_model import FakeModel
 from PIL import Image
 
 pytest.importorskip("fastapi")
-playwright = pytest.importorskip("playwright.sync_api")
+pytest.importorskip("playwright.sync_api")
 
 import uvicorn
+from playwright.sync_api import sync_playwright
 
 from clseave_cli.core.config import ServeConfig
 from clseave_cli.core.serving.app import create_app
@@ -46,7 +47,7 @@ def address():
 
 @pytest.fixture(scope="module")
 def browser():
-    with playwright.sync_playwright() as starter:
+    with sync_playwright() as starter:
         options = ["--no-sandbox"] if os.geteuid() == 0 else []
         browser = starter.chromium.launch(executable_path=_BROWSER, args=options)
         yield browser
