@@ -34,7 +34,7 @@ def run(config: ServeConfig) -> None:
     server = uvicorn.Server(
         uvicorn.Config(
             create_app(model, config),
-            log_level="warning",
+            log_level="error",  # a request that is none deserves no line in a log
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=_SHUTDOWN_SECONDS,

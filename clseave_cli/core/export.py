@@ -32,7 +32,7 @@ from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.folder import seal
 from clseave_cli.core.models.packing import PackedBatch
 from clseave_cli.core.progress import SILENT, Progress
-from clseave_cli.errors import ExtraMissing, ModelError
+from clseave_cli.errors import ExtraMissing, ModelError, UsageError
 
 #: Largest difference of a probability from torch's that an exported folder may have.
 TOLERANCE = {"fp32": 1e-3, "int8": 0.1}
@@ -72,8 +72,9 @@ def export(config: ExportConfig, progress: Progress = SILENT) -> ExportResult:
     The folder appears only if its probabilities agree with torch's on a few probes.
 
     Raises:
-        ClseaveError: a model is missing or of an unknown kind, an extra is not installed, or the
-            graphs differ from the models by more than `TOLERANCE`.
+        ClseaveError: a model is missing or of an unknown kind, an extra is not installed, `out` is
+            a folder of something else, or the graphs differ from the models by more than
+            `TOLERANCE`.
     """
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
@@ -82,6 +83,7 @@ def export(config: ExportConfig, progress: Progress = SILENT) -> ExportResult:
         )
     for lang in config.lang:
         require_language(lang)
+    _require_replaceable(config.out)
     model = TorchModel.from_runs(config.runs, config.lang or None, "cpu", "fp32")
     precision = "int8" if config.int8 else "fp32"
     with atomic_folder(config.out) as folder:
@@ -98,6 +100,14 @@ def export(config: ExportConfig, progress: Progress = SILENT) -> ExportResult:
         seal(folder, onnx_model.FORMAT, manifest)
         num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return ExportResult(config.out, tuple(model.sources), num_bytes, difference)
+
+
+def _require_replaceable(out: Path) -> None:
+    """Refuses to take the place of what `export` did not write."""
+    if out.is_dir() and (onnx_model.is_exported(out) or not any(out.iterdir())):
+        return
+    if out.exists():
+        raise UsageError(f"--out {out}: is there already and no exported model; choose another.")
 
 
 def _write(model: TorchModel, folder: Path, int8: bool, progress: Progress) -> dict[str, Any]:

@@ -36,15 +36,10 @@ _MEGABYTE = 1_000_000
 
 def multipart(image: bytes | None, **fields: str) -> bytes:
     """A form with an image and text fields."""
-    parts = [
-        f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode()
-        for name, value in fields.items()
-    ]
+    head = f"--{_BOUNDARY}\r\nContent-Disposition: form-data; name="
+    parts = [f'{head}"{name}"\r\n\r\n{value}\r\n'.encode() for name, value in fields.items()]
     if image is not None:
-        head = (
-            f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="image"; filename="i"\r\n\r\n'
-        )
-        parts.append(head.encode() + image + b"\r\n")
+        parts += [f'{head}"image"; filename="i"\r\n\r\n'.encode(), image, b"\r\n"]
     return b"".join(parts) + f"--{_BOUNDARY}--\r\n".encode()
 
 
@@ -123,7 +118,7 @@ class Load:
             "form that is none": (request(b"\x00" * 300), {400, 422}),
             "no HTTP": (b"\x16\x03\x01 hello\r\n\r\n", {400}),
         }
-        self._fixed = {name: value for name, value in fixed.items()}
+        self._fixed = fixed
         self._good = [request(multipart(image, **text)) for image in known]
         self._text = text
 

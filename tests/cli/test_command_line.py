@@ -61,7 +61,10 @@ try:
     main()
 except SystemExit as end:
     assert not end.code
-heavy = {{"torch", "transformers", "datasets", "sklearn", "scipy", "matplotlib", "numpy", "PIL"}}
+heavy = {{
+    "torch", "onnxruntime", "transformers", "datasets", "sklearn", "scipy", "matplotlib", "numpy",
+    "PIL", "fastapi", "uvicorn",
+}}
 print("LOADED", sorted(heavy & set(sys.modules)))
 """
     done = _python("-c", script, folder=tmp_path)

@@ -148,6 +148,10 @@ def test_the_command_says_what_it_wrote(tmp_path, trained, clseave, refused):
     document = json.loads(text)
     assert document["languages"] == ["nl"] and document["folder"] == str(out)
     assert document["bytes"] == sum(len(content) for content in tree(out).values())
+    assert clseave("export", "--runs", trained, "--out", out, "--lang", "nl")[0] == 0
+    assert "no exported model" in refused(
+        "export", "--runs", trained, "--out", trained / "clip-ve", code=2
+    )
     assert "no model for xx" in refused("export", "--runs", trained, "--out", out, "--lang", "xx")
 
 
