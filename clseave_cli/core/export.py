@@ -222,7 +222,8 @@ def _quantised(path: Path) -> Path:
             target,
             op_types_to_quantize=["MatMul", "Gemm"],
             per_channel=True,
-            weight_type=QuantType.QInt8,
+            # Signed weights overflow in the 16-bit sums of processors without VNNI.
+            weight_type=QuantType.QUInt8,
             use_external_data_format=True,
         )
     return target
