@@ -131,7 +131,9 @@ class Run:
         sentences = tiny_world.sentences(self.world)
         new_clip(self.folder / "clip", sentences, ClipShape(**tiny_world.CLIP_SHAPE))
         new_encoder(self.folder / "encoder", sentences, **tiny_world.ENCODER_SHAPE)
-        shared = {"data": str(self.world), "runs": self.runs, "epochs": 1, **tiny_world.QUICK}
+        tiny_world.enlarge_weights(self.folder / "clip", 3.0)
+        tiny_world.enlarge_weights(self.folder / "encoder", 12.0)
+        shared = {"data": str(self.world), "runs": self.runs, "epochs": 2, **tiny_world.QUICK}
         finetune(FinetuneConfig(clip=str(self.folder / "clip"), **shared))
         align(AlignConfig(lang=("de",), student=str(self.folder / "encoder"), **shared))
 
@@ -260,7 +262,7 @@ class Run:
             path = data / "images" / "test0.png"
             path.write_bytes(fuzzer.damage(fuzzer.random.choice(fuzzer.images)))
         else:
-            content = b'resamples = 5\nlang = ["en", "de"]\nsplit = "test"\nskip-bad = true\n'
+            content = b'lang = ["en", "de"]\nsplit = "test"\nskip-bad = true\n'
             options.write_bytes(fuzzer.damage(content))
         skip = fuzzer.random.choice(([], ["--skip-bad"]))
         arguments = ["evaluate", "--data", data, "--runs", self.runs, "--config", options]

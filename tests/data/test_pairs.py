@@ -110,7 +110,7 @@ _CSV = st.lists(st.lists(_CELLS, max_size=4).map(",".join), max_size=8).map(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(st.one_of(st.binary(max_size=300), _CSV), st.integers(1, 4))
 def test_whatever_is_in_the_file_there_are_rows(content, batch_size):
     with tempfile.TemporaryDirectory() as folder:

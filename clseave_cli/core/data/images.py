@@ -19,6 +19,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 # Pillow refuses an image of twice its limit and warns of one above it; we refuse both.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
+# What it says of broken EXIF data or odd palettes, nobody can act on.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 class ImageFolder:

@@ -166,7 +166,6 @@ def _json_row(line: bytes, name: str, number: int) -> Pair | DataError:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return DataError.at(name, number, "not valid JSON.")
-    values = [row.get(column) for column in _COLUMNS] if isinstance(row, dict) else []
     image = row.get("image") if isinstance(row, dict) else None
     hypothesis = row.get("hypothesis") if isinstance(row, dict) else None
     if not isinstance(image, str) or not isinstance(hypothesis, str):

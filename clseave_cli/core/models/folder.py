@@ -42,9 +42,10 @@ def seal(folder: Path, format_name: str, config: dict[str, Any]) -> str:
 def unsealed(
     folder: Path, format_name: str, without: str | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Reads `config.json`, and checks every listed file while the block loads them.
+    """Reads `config.json` and checks every listed file, the weights while the block loads them.
 
-    Checking takes as long as loading; on another core it costs no time.
+    Checking weights takes as long as loading them; on another core it costs no time. What decides
+    how they are loaded is checked before.
 
     Args:
         folder: the model's folder.
@@ -62,17 +63,25 @@ def unsealed(
             raise ModelError(f"{folder / _CONFIG}: names a file outside its folder: {name!r}.")
         if not (folder / name).is_file():
             raise ModelError(f"{folder / name}: missing; copy the whole model folder again.")
+    weights = [name for name in files if name.endswith(".safetensors")]
+    for name, digest in files.items():
+        if name not in weights:
+            _require_digest(folder / name, digest, file_digest(folder / name))
     with ThreadPoolExecutor() as pool:
-        digests = pool.map(file_digest, (folder / name for name in files))
+        digests = pool.map(file_digest, (folder / name for name in weights))
         try:
             yield config
         finally:
-            for (name, expected), found in zip(files.items(), digests, strict=True):
-                if found != expected:
-                    raise ModelError(
-                        f"{folder / name}: damaged, its content is not what was saved; "
-                        "copy it again or train the model again."
-                    )
+            for name, found in zip(weights, digests, strict=True):
+                _require_digest(folder / name, files[name], found)
+
+
+def _require_digest(path: Path, expected: str, found: str) -> None:
+    if found != expected:
+        raise ModelError(
+            f"{path}: damaged, its content is not what was saved; "
+            "copy it again or train the model again."
+        )
 
 
 def is_of_format(folder: Path, format_name: str) -> bool:
