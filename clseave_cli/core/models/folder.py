@@ -63,7 +63,7 @@ def unsealed(
             raise ModelError(f"{folder / _CONFIG}: names a file outside its folder: {name!r}.")
         if not (folder / name).is_file():
             raise ModelError(f"{folder / name}: missing; copy the whole model folder again.")
-    weights = [name for name in files if name.endswith(".safetensors")]
+    weights = [name for name in files if name.endswith((".safetensors", ".onnx.data"))]
     for name, digest in files.items():
         if name not in weights:
             _require_digest(folder / name, digest, file_digest(folder / name))
