@@ -17,10 +17,12 @@ from clseave_cli.commands import (
     compare,
     demo,
     evaluate,
+    export,
     finetune_ve,
     options,
     predict,
     pretrain,
+    serve,
     translate,
 )
 from clseave_cli.core import config, launch
@@ -91,6 +93,8 @@ _COMMANDS: dict[str, tuple[type[config.StageConfig], Callable[..., None]]] = {
     "align": (config.AlignConfig, align.run),
     "evaluate": (config.EvaluateConfig, evaluate.run),
     "predict": (config.PredictConfig, predict.run),
+    "export": (config.ExportConfig, export.run),
+    "serve": (config.ServeConfig, serve.run),
 }
 
 for _name, (_config_class, _run) in _COMMANDS.items():

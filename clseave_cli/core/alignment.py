@@ -46,8 +46,9 @@ from clseave_cli.core.features import (
 from clseave_cli.core.files import json_digest
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
-from clseave_cli.core.models.packing import PackedBatch, TokenTable
+from clseave_cli.core.models.packing import PackedBatch
 from clseave_cli.core.models.student import new_student, save_student
+from clseave_cli.core.models.tokens import TokenTable
 from clseave_cli.core.models.vocabulary import reduced_vocabulary
 from clseave_cli.core.progress import SILENT, Progress
 from clseave_cli.core.training.distribution import processes

@@ -360,3 +360,31 @@ class PredictConfig(ModelsConfig):
     lang: str = option("en", "Language of the hypothesis; auto: identified.", metavar="LANG")
     batch_size: int = option(256, "Pairs computed at once.", least=1)
     resume: bool = option(False, "Continue an interrupted --output where it stopped.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(ModelsConfig):
+    """`export`: the models as a folder that runs without torch."""
+
+    out: Path = option(Path("exported"), "Folder to write.", metavar="DIR")
+    format: Literal["onnx"] = option("onnx", "What to write.")
+    lang: tuple[str, ...] = option(
+        (), "Language to put in; repeat; unset: all there are.", metavar="LANG"
+    )
+    int8: bool = option(False, "Keep the matrices in 8 bits: smaller and less exact.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig(ModelsConfig):
+    """`serve`: an HTTP service and a page to try it on."""
+
+    lang: tuple[str, ...] = option(
+        (), "Language to serve; repeat; unset: all there are.", metavar="LANG"
+    )
+    host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0: every network.")
+    port: int = option(8000, "Port to listen on; 0: any free one.", least=0)
+    batch_size: int = option(16, "Most pairs computed at once.", least=1)
+    max_waiting: int = option(256, "Requests that may wait; more are turned away (503).", least=1)
+    max_megabytes: float = option(10.0, "Largest upload.", least=0)
+    max_megapixels: float = option(40.0, "Largest image.", least=0)
+    max_characters: int = option(1000, "Longest sentence.", least=1)

@@ -30,7 +30,7 @@ from clseave_cli.core.data.images import ImageFolder, open_image
 from clseave_cli.core.data.records import Split, distinct
 from clseave_cli.core.files import atomic_file, file_digest
 from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
-from clseave_cli.core.models.packing import TokenTable
+from clseave_cli.core.models.tokens import TokenTable
 from clseave_cli.core.pipeline import ahead
 from clseave_cli.core.progress import SILENT, Progress, Task
 from clseave_cli.core.training.distribution import processes

@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from clseave_cli.core.config import Precision, PredictConfig
 from clseave_cli.core.data.answers import AnswerFile, answer_line, read_answers
@@ -27,13 +25,10 @@ from clseave_cli.core.data.images import open_image
 from clseave_cli.core.data.pairs import Pair, read_pairs
 from clseave_cli.core.data.records import ENGLISH, require_language
 from clseave_cli.core.identification import LanguageIdentifier
-from clseave_cli.core.models.clip_ve import ClipVE, fingerprint
-from clseave_cli.core.models.encoders import SentenceEncoder
-from clseave_cli.core.models.student import find_students, load_student
+from clseave_cli.core.inference import Floats, InferenceModel, load_model
 from clseave_cli.core.pipeline import ahead
 from clseave_cli.core.progress import SILENT, Progress
-from clseave_cli.core.training.precision import autocast, resolve_device
-from clseave_cli.errors import ClseaveError, DataError, ModelError, UsageError
+from clseave_cli.errors import ClseaveError, DataError, UsageError
 from clseave_cli.labels import LABELS, Label
 
 #: In place of a language: that of each sentence, identified.
@@ -88,25 +83,22 @@ class VisualEntailment:
 
     Attributes:
         lang: the language; `auto` where it is identified sentence by sentence.
-        name: folder of the model that reads the sentences.
     """
 
     def __init__(
-        self,
-        clip_ve: ClipVE,
-        encoder: SentenceEncoder,
-        lang: str,
-        name: str,
-        precision: Precision = "auto",
+        self, model: InferenceModel, lang: str, identifier: LanguageIdentifier | None = None
     ) -> None:
-        """Puts loaded models together; `from_pretrained` does so from folders."""
+        """Wraps a loaded model; `from_pretrained` loads one.
+
+        Args:
+            model: reads `lang`, or all languages of the identifier.
+            lang: the language, or `auto`.
+            identifier: tells which language a sentence is in, for `auto`.
+        """
         self.lang = lang
-        self.name = name
-        self._model = clip_ve.eval()
-        self._encoder = encoder.eval()
-        self._device = encoder.device
-        self._autocast = autocast(precision, self._device)
-        self._images: dict[_Stamp, Tensor | DataError] = {}
+        self._model = model
+        self._identifier = identifier
+        self._images: dict[_Stamp, Floats | DataError] = {}
 
     @classmethod
     def from_pretrained(
@@ -119,33 +111,21 @@ class VisualEntailment:
         """Loads the models under `runs` that read a language.
 
         Args:
-            runs: folder of the models.
+            runs: folder of the models, or one that `clseave export` wrote.
             lang: language of the sentences; `auto` identifies it among those there is a model for
                 (needs the extra `langid`).
-            device: `auto`, `cpu`, `cuda` or `cuda:N`.
-            precision: arithmetic of the matrix products.
+            device: `auto`, `cpu`, `cuda` or `cuda:N`; an exported model computes on the CPU.
+            precision: arithmetic of the matrix products; an exported model has its own.
 
         Raises:
             ClseaveError: no model for the language, a damaged one, or an unknown device.
         """
-        runs, target = Path(runs), resolve_device(device)
-        folder = runs / "clip-ve"
-        if lang == AUTO:
-            return _AnyLanguage(runs, target, precision)
-        require_language(lang)
-        if lang == ENGLISH:
-            clip_ve = ClipVE.from_folder(folder).to(target)
-            return cls(clip_ve, clip_ve.text, lang, str(folder), precision)
-        students = find_students(runs)
-        if lang not in students:
-            known = ", ".join([ENGLISH, *students]) if folder.is_dir() else "none"
-            raise ModelError(
-                f"{runs}: no model for {lang}; languages there: {known}. "
-                f"`clseave align --lang {lang}` makes one."
-            )
-        encoder = load_student(students[lang], fingerprint(folder))
-        clip_ve = ClipVE.from_folder(folder, text=encoder).to(target)
-        return cls(clip_ve, encoder, lang, str(students[lang]), precision)
+        if lang != AUTO:
+            require_language(lang)
+        languages = None if lang == AUTO else (lang,)
+        # Comparing an exported folder with its digests takes longer than one prediction with it.
+        model = load_model(Path(runs), languages, device=device, precision=precision, lasting=False)
+        return cls(model, lang, LanguageIdentifier(model.sources) if lang == AUTO else None)
 
     def __call__(self, image: str | Path, hypothesis: str) -> Prediction:
         """Judges one pair.
@@ -182,16 +162,12 @@ class VisualEntailment:
         return [result for result in results if result is not None]
 
     def _language_of(self, hypothesis: str) -> str:
-        return self.lang
+        return self._identifier.identify(hypothesis)[0] if self._identifier else self.lang
 
-    def _reader_of(self, lang: str) -> tuple[SentenceEncoder, str]:
-        """The encoder that reads a language, and its folder."""
-        return self._encoder, self.name
-
-    def _encode_images(self, names: list[str]) -> dict[str, Tensor | DataError]:
+    def _encode_images(self, names: list[str]) -> dict[str, Floats | DataError]:
         """(D,) embedding of every image; those met before are not opened again."""
         stamps = {name: _stamp(name) for name in dict.fromkeys(names)}
-        found: dict[str, Tensor | DataError] = {}
+        found: dict[str, Floats | DataError] = {}
         new: list[tuple[str, _Stamp]] = []
         for name, stamp in stamps.items():
             if isinstance(stamp, DataError):
@@ -211,20 +187,19 @@ class VisualEntailment:
             del self._images[next(iter(self._images))]
         return found
 
-    def _decode(self, name: str) -> Tensor | DataError:
-        """(1, 3, height, width) pixels, or why there are none."""
+    def _decode(self, name: str) -> Floats | DataError:
+        """(3, height, width) pixels, or why there are none."""
         try:
-            return self._model.image.preprocess([open_image(Path(name))])
+            return self._model.prepare(open_image(Path(name)))
         except DataError as error:
             return error
 
-    def _embed_images(self, images: list[Tensor | DataError]) -> Iterator[Tensor | DataError]:
+    def _embed_images(self, images: list[Floats | DataError]) -> Iterator[Floats | DataError]:
         """(D,) float32 embedding of each decoded image; an error stays one."""
-        pixels = [image for image in images if isinstance(image, Tensor)]
-        vectors: Iterator[Tensor] = iter(())
+        pixels = [image for image in images if isinstance(image, np.ndarray)]
+        vectors: Iterator[Floats] = iter(())
         if pixels:
-            with torch.no_grad(), self._autocast():
-                vectors = iter(self._model.image(torch.cat(pixels).to(self._device)).float())
+            vectors = iter(self._model.embed_images(np.stack(pixels)))
         for image in images:
             yield image if isinstance(image, DataError) else next(vectors)
 
@@ -233,18 +208,13 @@ class VisualEntailment:
         lang: str,
         pairs: Sequence[tuple[str | Path, str]],
         rows: list[int],
-        images: dict[str, Tensor | DataError],
+        images: dict[str, Floats | DataError],
     ) -> Iterator[Prediction]:
         """The predictions of some rows, all in one language and with an image."""
-        encoder, name = self._reader_of(lang)
-        tokens = encoder.tokenize([pairs[row][1] for row in rows])
-        premises = torch.stack([images[str(pairs[row][0])] for row in rows])  # type: ignore[misc]
-        with torch.no_grad():
-            with self._autocast():
-                embeddings = torch.cat([part.float() for part in encoder.embed(tokens)])
-            probabilities = self._model(embeddings, premises).softmax(dim=1).cpu()
-        lengths = tokens.lengths(np.arange(len(tokens)))
-        for row, scores, length in zip(rows, probabilities, lengths, strict=True):
+        embeddings, truncated = self._model.embed_sentences(lang, [pairs[row][1] for row in rows])
+        premises = np.stack([images[str(pairs[row][0])] for row in rows])  # type: ignore[arg-type]
+        probabilities = self._model.probabilities(embeddings, premises)
+        for row, scores, cut in zip(rows, probabilities, truncated, strict=True):
             image, hypothesis = pairs[row]
             yield Prediction(
                 image=str(image),
@@ -252,30 +222,9 @@ class VisualEntailment:
                 lang=lang,
                 label=LABELS[int(scores.argmax())],
                 probabilities=dict(zip(LABELS, scores.tolist(), strict=True)),
-                model=name,
-                truncated=bool(tokens.num_truncated and length == encoder.max_tokens),
+                model=self._model.sources[lang],
+                truncated=bool(cut),
             )
-
-
-class _AnyLanguage(VisualEntailment):
-    """Reads every language there is a model for; a student is loaded with its first sentence."""
-
-    def __init__(self, runs: Path, device: torch.device, precision: Precision) -> None:
-        self._students = find_students(runs)
-        self._identifier = LanguageIdentifier([ENGLISH, *self._students])
-        clip_ve = ClipVE.from_folder(runs / "clip-ve").to(device)
-        super().__init__(clip_ve, clip_ve.text, AUTO, str(runs), precision)
-        self._readers = {ENGLISH: (clip_ve.text, str(runs / "clip-ve"))}
-
-    def _language_of(self, hypothesis: str) -> str:
-        return self._identifier.identify(hypothesis)[0]
-
-    def _reader_of(self, lang: str) -> tuple[SentenceEncoder, str]:
-        if lang not in self._readers:
-            folder = self._students[lang]
-            student = load_student(folder, self._model.fingerprint).to(self._device)
-            self._readers[lang] = student, str(folder)
-        return self._readers[lang]
 
 
 @dataclass(frozen=True)
@@ -459,7 +408,7 @@ def _stamp(name: str) -> _Stamp | DataError:
     return name, status.st_mtime_ns, status.st_size
 
 
-def _refusal(image: str, hypothesis: str, found: Tensor | DataError) -> DataError | None:
+def _refusal(image: str, hypothesis: str, found: Floats | DataError) -> DataError | None:
     """Why a pair cannot be judged."""
     if isinstance(found, DataError):
         return found

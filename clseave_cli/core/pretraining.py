@@ -29,8 +29,9 @@ from clseave_cli.core.data.records import distinct
 from clseave_cli.core.files import file_digest, json_digest
 from clseave_cli.core.models.backbones import clip_image_encoder, clip_text_encoder, load_clip
 from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
-from clseave_cli.core.models.packing import PackedBatch, TokenTable
+from clseave_cli.core.models.packing import PackedBatch
 from clseave_cli.core.models.scratch import ClipShape, new_clip
+from clseave_cli.core.models.tokens import TokenTable
 from clseave_cli.core.progress import SILENT, Progress
 from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train

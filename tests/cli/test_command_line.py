@@ -16,9 +16,11 @@ from clseave_cli.core.config import (
     AlignConfig,
     DemoConfig,
     EvaluateConfig,
+    ExportConfig,
     FinetuneConfig,
     PredictConfig,
     PretrainConfig,
+    ServeConfig,
     TranslateConfig,
 )
 from clseave_cli.errors import UsageError
@@ -32,6 +34,8 @@ COMMANDS = {
     "align": AlignConfig,
     "evaluate": EvaluateConfig,
     "predict": PredictConfig,
+    "export": ExportConfig,
+    "serve": ServeConfig,
 }
 
 
@@ -57,7 +61,10 @@ try:
     main()
 except SystemExit as end:
     assert not end.code
-heavy = {{"torch", "transformers", "datasets", "sklearn", "scipy", "matplotlib", "numpy", "PIL"}}
+heavy = {{
+    "torch", "onnxruntime", "transformers", "datasets", "sklearn", "scipy", "matplotlib", "numpy",
+    "PIL", "fastapi", "uvicorn",
+}}
 print("LOADED", sorted(heavy & set(sys.modules)))
 """
     done = _python("-c", script, folder=tmp_path)

@@ -14,8 +14,8 @@ from PIL import Image
 from tiny_world import CommandProcess, flip_byte, read_jsonl, tree, write_jsonl
 
 from clseave_cli import VisualEntailment
-from clseave_cli.core import prediction
 from clseave_cli.core.config import PredictConfig
+from clseave_cli.core.inference import torch_model
 from clseave_cli.core.models.student import find_students
 from clseave_cli.core.prediction import predict_file
 from clseave_cli.errors import ExtraMissing, UsageError
@@ -279,8 +279,10 @@ def test_a_student_needs_no_english_text_tower(runs, world):
 @needs_lingua
 def test_the_language_is_identified_among_those_there_are(trained, world, tmp_path, monkeypatch):
     loaded = []
-    load = prediction.load_student
-    monkeypatch.setattr(prediction, "load_student", lambda *a: loaded.append(a[0].name) or load(*a))
+    load = torch_model.load_student
+    monkeypatch.setattr(
+        torch_model, "load_student", lambda *a: loaded.append(a[0].name) or load(*a)
+    )
     model = VisualEntailment.from_pretrained(trained, "auto", "cpu", "fp32")
     assert (model.lang, loaded) == ("auto", [])
     image = world / "images" / "test0.png"

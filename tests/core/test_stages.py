@@ -23,6 +23,7 @@ from clseave_cli.core.config import AlignConfig, EvaluateConfig, FinetuneConfig,
 from clseave_cli.core.data.records import read_split
 from clseave_cli.core.evaluation import evaluate
 from clseave_cli.core.finetuning import finetune
+from clseave_cli.core.inference.torch_model import TorchModel
 from clseave_cli.core.models import packing
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import module_digest
@@ -228,9 +229,9 @@ def test_dev_accuracy_chooses_where_there_are_images(data, tmp_path, trained, en
     auto = _align(data, tmp_path / "a", encoder, "de", teacher=teacher)
     assert set(auto.training.dev) == {"mse", "mae", "variance_ratio", "accuracy"}
     # Recomputed with the saved student, on the dev rows.
-    model = VisualEntailment(
-        ClipVE.from_folder(teacher), load_student(auto.folder), "de", "x", "fp32"
-    )
+    student = {auto.folder: load_student(auto.folder)}
+    judged = TorchModel(ClipVE.from_folder(teacher), {"de": auto.folder}, student, "fp32")
+    model = VisualEntailment(judged, "de")
     rows = read_jsonl(data / "snli_ve_dev.de.jsonl")
     answers = model.predict([(data / "images" / r["Flickr30K_ID"], r["sentence2"]) for r in rows])
     right = [a.label == r["gold_label"] for a, r in zip(answers, rows, strict=True)]

@@ -7,8 +7,9 @@ from tiny_world import CLIP_SHAPE
 from transformers import AutoModel, AutoTokenizer, CLIPModel, XLMRobertaConfig, XLMRobertaModel
 
 from clseave_cli.core.models import backbones
-from clseave_cli.core.models.packing import TokenTable, pack, tokenize
+from clseave_cli.core.models.packing import pack
 from clseave_cli.core.models.student import new_student
+from clseave_cli.core.models.tokens import TokenTable, tokenize
 from clseave_cli.errors import DataError, ModelError
 
 SENTENCES = [
@@ -192,13 +193,13 @@ def test_a_text_at_the_limit_is_not_cut(sentence_encoder):
 def test_a_tokenizer_without_terminal_token_is_refused(clip):
     tokenizer = AutoTokenizer.from_pretrained(clip)
     with pytest.raises(DataError, match=r"does not end 'a red square' in its terminal token"):
-        tokenize(tokenizer, ["a red square"], max_tokens=10, terminal_id=0)
+        tokenize(tokenizer.backend_tokenizer, ["a red square"], max_tokens=10, terminal_id=0)
 
 
 def _table(lengths):
     """Sentence i is i + 1, again and again: a token says where it belongs."""
     ids = np.repeat(np.arange(len(lengths)) + 1, lengths).astype(np.int32)
-    return TokenTable(ids, np.concatenate([[0], np.cumsum(lengths)]), 0)
+    return TokenTable(ids, np.concatenate([[0], np.cumsum(lengths)]), np.zeros(len(lengths), bool))
 
 
 @settings(max_examples=100, deadline=None)
@@ -261,8 +262,8 @@ def test_the_real_clip_vocabulary(assets):
 
     folder = assets / "tokenizers" / "clip"
     tokenizer = CLIPTokenizer.from_pretrained(folder)
-    table = tokenize(tokenizer, ["a photo of a cat", "Hello, World!"], max_tokens=77,
-                     terminal_id=49407)  # fmt: skip
+    sentences = ["a photo of a cat", "Hello, World!"]
+    table = tokenize(tokenizer.backend_tokenizer, sentences, max_tokens=77, terminal_id=49407)
     # The ids that openai/CLIP's own clip.tokenize gives.
     assert table.ids[:7].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407]
     assert table.ids[7:].tolist() == [49406, 3306, 267, 1002, 256, 49407]
@@ -273,8 +274,8 @@ def test_the_real_mbert_vocabulary(assets):
 
     vocabulary = assets / "tokenizers" / "mbert-cased" / "vocab.txt"
     tokenizer = BertTokenizer(str(vocabulary), do_lower_case=False, strip_accents=False)
-    table = tokenize(tokenizer, ["Paris is the capital of France.", "犬が"], max_tokens=512,
-                     terminal_id=102)  # fmt: skip
+    sentences = ["Paris is the capital of France.", "犬が"]
+    table = tokenize(tokenizer.backend_tokenizer, sentences, max_tokens=512, terminal_id=102)
     known = ["[CLS]", "Paris", "is", "the", "capital", "of", "France", ".", "[SEP]"]
     lines = vocabulary.read_text(encoding="utf-8").split("\n")
     assert table.ids[:9].tolist() == [lines.index(piece) for piece in known]

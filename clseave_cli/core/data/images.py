@@ -15,7 +15,7 @@ from clseave_cli.errors import DataError
 _FOLDER_NAMES = ("images", "flickr30k-images", "flickr30k_images", "Images")
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 #: What is decoded. Pillow knows more formats, some through other programs (PostScript).
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 # Pillow refuses an image of twice its limit and warns of one above it; we refuse both.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -84,7 +84,7 @@ def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
     label = name or (str(source) if isinstance(source, Path) else "image")
     try:
         stream = source if isinstance(source, Path) else io.BytesIO(source)
-        with Image.open(stream, formats=_FORMATS) as image:
+        with Image.open(stream, formats=FORMATS) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise DataError(f"{label}: no such image.") from None

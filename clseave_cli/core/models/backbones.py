@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -26,6 +27,10 @@ from transformers import (
 
 from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
 from clseave_cli.errors import ModelError
+
+# Loading and saving are told of by `core.progress`, not by transformers' own bars and warnings.
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
 
 #: `name` or `organisation/name`; anything else can only be a folder, and the hub is not asked.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

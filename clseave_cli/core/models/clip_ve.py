@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from clseave_cli.core.models import backbones
 from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
-from clseave_cli.core.models.folder import load_weights, peek, save_weights, seal, unsealed
+from clseave_cli.core.models.folder import peek, seal, unsealed
 from clseave_cli.core.models.head import EntailmentHead, HeadConfig
+from clseave_cli.core.models.weights import load_weights, save_weights
 from clseave_cli.errors import ModelError
 
 FORMAT = "clip-ve"

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from clseave_cli.core.files import json_digest
-from clseave_cli.core.models.packing import PackedBatch, TokenTable, pack, tokenize
+from clseave_cli.core.models.packing import PackedBatch, pack
+from clseave_cli.core.models.tokens import TokenTable, tokenize
 
 #: Row length of packed batches; an encoder that reads less is packed to what it reads. A GPU likes
 #: few shapes and large ones. On a CPU every masked place of the attention costs, and with dropout
@@ -96,7 +97,10 @@ class SentenceEncoder(nn.Module):
     def tokenize(self, sentences: list[str]) -> TokenTable:
         """Tokenises for this encoder."""
         return tokenize(
-            self.tokenizer, sentences, max_tokens=self.max_tokens, terminal_id=self.terminal_id
+            self.tokenizer.backend_tokenizer,
+            sentences,
+            max_tokens=self.max_tokens,
+            terminal_id=self.terminal_id,
         )
 
     def pack(self, tokens: TokenTable, sentences: npt.NDArray[np.intp]) -> PackedBatch:

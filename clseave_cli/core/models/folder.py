@@ -13,10 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-
 from clseave_cli import __version__
 from clseave_cli.core.files import file_digest, json_digest, read_json, write_json
 from clseave_cli.errors import ModelError
@@ -67,7 +63,7 @@ def unsealed(
             raise ModelError(f"{folder / _CONFIG}: names a file outside its folder: {name!r}.")
         if not (folder / name).is_file():
             raise ModelError(f"{folder / name}: missing; copy the whole model folder again.")
-    weights = [name for name in files if name.endswith(".safetensors")]
+    weights = [name for name in files if name.endswith((".safetensors", ".onnx.data"))]
     for name, digest in files.items():
         if name not in weights:
             _require_digest(folder / name, digest, file_digest(folder / name))
@@ -104,7 +100,11 @@ def peek(folder: Path, format_name: str) -> dict[str, Any]:
         ModelError: not a folder of this format, of a newer version, or changed by hand.
     """
     if not folder.is_dir():
-        stage = {"clip-ve": "finetune-ve", "student": "align --lang LANG"}[format_name]
+        stage = {
+            "clip-ve": "finetune-ve",
+            "student": "align --lang LANG",
+            "onnx": "export --out DIR",
+        }[format_name]
         raise ModelError(f"{folder}: no such model folder; `clseave {stage}` makes it.")
     config = read_json(folder / _CONFIG)
     if not isinstance(config, dict) or config.get("format") != format_name:
@@ -121,28 +121,6 @@ def peek(folder: Path, format_name: str) -> dict[str, Any]:
             "copy it again or train the model again."
         )
     return config
-
-
-def save_weights(module: nn.Module, path: Path) -> None:
-    """Writes a module's weights and buffers as safetensors."""
-    save_file({name: part.detach().cpu().contiguous() for name, part in _state(module)}, path)
-
-
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Reads what `save_weights` wrote.
-
-    Raises:
-        ModelError: the file is damaged or belongs to another architecture.
-    """
-    try:
-        module.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"{path}: does not fit the model ({reason}).") from None
-
-
-def _state(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return list(module.state_dict().items())
 
 
 def _members(folder: Path) -> list[Path]:

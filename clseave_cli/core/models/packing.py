@@ -9,53 +9,17 @@ Legend: B sentences · R rows · T tokens in a row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from clseave_cli.errors import DataError
+from clseave_cli.core.models.tokens import TokenTable
 
 #: Segment id of the unused end of a row.
 _UNUSED = -1
-
-
-@dataclass(frozen=True, eq=False)
-class TokenTable:
-    """Tokenised sentences, stored flat: sentence i is `ids[offsets[i]:offsets[i + 1]]`.
-
-    Attributes:
-        ids: int32 token ids of all sentences, special tokens included.
-        offsets: (N + 1,) int64.
-        num_truncated: sentences that were longer than the encoder reads.
-    """
-
-    ids: npt.NDArray[np.int32]
-    offsets: npt.NDArray[np.int64]
-    num_truncated: int
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    @classmethod
-    def concatenate(cls, tables: Sequence[TokenTable]) -> TokenTable:
-        """The sentences of several tables, one after another."""
-        lengths = np.concatenate([np.diff(table.offsets) for table in tables])
-        offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        return cls(
-            np.concatenate([table.ids for table in tables]),
-            offsets,
-            sum(table.num_truncated for table in tables),
-        )
-
-    def lengths(self, sentences: npt.NDArray[np.intp]) -> npt.NDArray[np.int64]:
-        """Token counts of the given sentences."""
-        return self.offsets[sentences + 1] - self.offsets[sentences]
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,49 +54,6 @@ class PackedBatch:
         """
         mask = self.segments[:, None, :, None] == self.segments[:, None, None, :]
         return mask.tril() if causal else mask
-
-
-def tokenize(
-    tokenizer: Any, sentences: Sequence[str], *, max_tokens: int, terminal_id: int
-) -> TokenTable:
-    """Tokenises sentences, keeping the terminal token of those that are too long.
-
-    Args:
-        tokenizer: a fast tokenizer of transformers that appends the terminal token.
-        sentences: N texts. Special tokens spelled out in them are read as ordinary text.
-        max_tokens: longest sentence the encoder reads, terminal token included.
-        terminal_id: the token that every sentence must end in ([SEP], [EOS]).
-
-    Raises:
-        DataError: a sentence does not end in the terminal token.
-    """
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True
-    parts: list[npt.NDArray[np.int32]] = []
-    lengths = np.empty(len(sentences), dtype=np.int64)
-    num_truncated = 0
-    for start in range(0, len(sentences), 8192):
-        chunk = list(sentences[start : start + 8192])
-        flat: list[int] = []
-        for offset, encoding in enumerate(backend.encode_batch_fast(chunk)):
-            ids = encoding.ids
-            if not ids or ids[-1] != terminal_id:
-                raise DataError(
-                    f"the tokenizer does not end {chunk[offset][:60]!r} in its terminal token "
-                    f"(id {terminal_id}); a CLIP or BERT tokenizer does."
-                )
-            if len(ids) > max_tokens:
-                ids = [*ids[: max_tokens - 1], terminal_id]
-                num_truncated += 1
-            flat.extend(ids)
-            lengths[start + offset] = len(ids)
-        parts.append(np.array(flat, dtype=np.int32))
-    offsets = np.zeros(len(sentences) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    ids_flat = np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
-    return TokenTable(ids_flat, offsets, num_truncated)
 
 
 def pack(

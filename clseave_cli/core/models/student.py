@@ -10,14 +10,8 @@ from torch import nn
 
 from clseave_cli.core.models import backbones
 from clseave_cli.core.models.encoders import SentenceEncoder
-from clseave_cli.core.models.folder import (
-    is_of_format,
-    load_weights,
-    peek,
-    save_weights,
-    seal,
-    unsealed,
-)
+from clseave_cli.core.models.folder import is_of_format, peek, seal, unsealed
+from clseave_cli.core.models.weights import load_weights, save_weights
 from clseave_cli.errors import ModelError
 
 FORMAT = "student"

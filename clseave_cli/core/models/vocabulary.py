@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from clseave_cli.core.models.encoders import SentenceEncoder
-from clseave_cli.core.models.packing import TokenTable
+from clseave_cli.core.models.tokens import TokenTable
 
 
 @contextmanager

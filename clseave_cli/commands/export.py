@@ -1,0 +1,42 @@
+"""`clseave export`: the models as a folder that runs without torch."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from clseave_cli.commands import terminal
+from clseave_cli.core.config import ExportConfig
+
+
+def run(
+    config: ExportConfig,
+    *,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Write the models as one folder that runs without torch.
+
+    `clseave predict --runs DIR` and `clseave serve --runs DIR` read it; they start sooner and need
+    less memory. It is compared with the original models before it appears.
+    """
+    from clseave_cli.core.export import TOLERANCE, export
+
+    result = export(config, terminal.TerminalProgress())
+    if json:
+        terminal.print_json(
+            {
+                "folder": str(result.folder),
+                "languages": list(result.languages),
+                "bytes": result.num_bytes,
+                "difference": result.difference,
+            }
+        )
+        return
+    allowed = TOLERANCE["int8" if config.int8 else "fp32"]
+    terminal.stdout().print(
+        f"{result.folder}: {', '.join(result.languages)} · {result.num_bytes / 2**20:.1f} MiB · "
+        f"probabilities within {result.difference:.1g} of torch's (allowed: {allowed:g})",
+        soft_wrap=True,
+        markup=False,
+    )

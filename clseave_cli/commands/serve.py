@@ -1,0 +1,67 @@
+"""`clseave serve`: an HTTP service and a page to try it on."""
+
+from __future__ import annotations
+
+import socket
+from contextlib import suppress
+
+from clseave_cli.commands import terminal
+from clseave_cli.core.config import ServeConfig
+from clseave_cli.errors import ClseaveError, ExtraMissing
+
+_SHUTDOWN_SECONDS = 10
+
+
+def run(config: ServeConfig) -> None:
+    """Answer over HTTP, with a page to drop a photo on.
+
+    Reads the models under --runs, or a folder that `clseave export` wrote. Ctrl-C ends it.
+    """
+    try:
+        import uvicorn
+
+        from clseave_cli.core.serving.app import create_app
+    except ImportError as error:
+        raise ExtraMissing(f"serve needs {error.name}: pip install 'clseave-cli[serve]'.") from None
+    from clseave_cli.core.inference import load_model
+
+    listening = _listen(config.host, config.port)
+    model = load_model(
+        config.runs, config.lang or None, device=config.device, precision=config.precision
+    )
+    for lang in model.sources:  # loads every encoder now, not with its first request
+        model.embed_sentences(lang, ["."])
+    server = uvicorn.Server(
+        uvicorn.Config(
+            create_app(model, config),
+            log_level="error",  # a request that is none deserves no line in a log
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
+        )
+    )
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    terminal.stdout().print(
+        f"http://{host}:{listening.getsockname()[1]} · {', '.join(model.sources)}",
+        soft_wrap=True,
+        markup=False,
+    )
+    # Ctrl-C is how this command is meant to end.
+    with suppress(KeyboardInterrupt):
+        server.run(sockets=[listening])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Takes the port before the models are loaded, which may be long.
+
+    Raises:
+        ClseaveError: it is taken, or the address is not this machine's.
+    """
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=512)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ClseaveError(
+            f"--host {host} --port {port}: cannot listen there ({reason}); choose another."
+        ) from None

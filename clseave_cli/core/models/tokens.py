@@ -1,0 +1,93 @@
+"""Sentences as token ids, each ending in the terminal token that its embedding is read at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from clseave_cli.errors import DataError
+
+
+@dataclass(frozen=True, eq=False)
+class TokenTable:
+    """Tokenised sentences, stored flat: sentence i is `ids[offsets[i]:offsets[i + 1]]`.
+
+    Attributes:
+        ids: int32 token ids of all sentences, special tokens included.
+        offsets: (N + 1,) int64.
+        truncated: (N,) which sentences were longer than the encoder reads.
+    """
+
+    ids: npt.NDArray[np.int32]
+    offsets: npt.NDArray[np.int64]
+    truncated: npt.NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @classmethod
+    def concatenate(cls, tables: Sequence[TokenTable]) -> TokenTable:
+        """The sentences of several tables, one after another."""
+        lengths = np.concatenate([np.diff(table.offsets) for table in tables])
+        offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        return cls(
+            np.concatenate([table.ids for table in tables]),
+            offsets,
+            np.concatenate([table.truncated for table in tables]),
+        )
+
+    @property
+    def num_truncated(self) -> int:
+        """How many sentences were cut."""
+        return int(self.truncated.sum())
+
+    def lengths(self, sentences: npt.NDArray[np.intp]) -> npt.NDArray[np.int64]:
+        """Token counts of the given sentences."""
+        return self.offsets[sentences + 1] - self.offsets[sentences]
+
+
+def tokenize(
+    backend: Tokenizer, sentences: Sequence[str], *, max_tokens: int, terminal_id: int
+) -> TokenTable:
+    """Tokenises sentences, keeping the terminal token of those that are too long.
+
+    Args:
+        backend: a tokenizer that appends the terminal token; its settings are changed.
+        sentences: N texts. Special tokens spelled out in them are read as ordinary text.
+        max_tokens: longest sentence the encoder reads, terminal token included.
+        terminal_id: the token that every sentence must end in ([SEP], [EOS]).
+
+    Raises:
+        DataError: a sentence does not end in the terminal token.
+    """
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    parts: list[npt.NDArray[np.int32]] = []
+    lengths = np.empty(len(sentences), dtype=np.int64)
+    truncated = np.zeros(len(sentences), dtype=bool)
+    for start in range(0, len(sentences), 8192):
+        chunk = list(sentences[start : start + 8192])
+        flat: list[int] = []
+        for offset, encoding in enumerate(backend.encode_batch_fast(chunk)):
+            ids = encoding.ids
+            if not ids or ids[-1] != terminal_id:
+                raise DataError(
+                    f"the tokenizer does not end {chunk[offset][:60]!r} in its terminal token "
+                    f"(id {terminal_id}); a CLIP or BERT tokenizer does."
+                )
+            if len(ids) > max_tokens:
+                ids = [*ids[: max_tokens - 1], terminal_id]
+                truncated[start + offset] = True
+            flat.extend(ids)
+            lengths[start + offset] = len(ids)
+        parts.append(np.array(flat, dtype=np.int32))
+    offsets = np.zeros(len(sentences) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    ids_flat = np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
+    return TokenTable(ids_flat, offsets, truncated)

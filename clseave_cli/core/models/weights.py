@@ -1,0 +1,33 @@
+"""The weights of one module as a safetensors file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from clseave_cli.errors import ModelError
+
+
+def save_weights(module: nn.Module, path: Path) -> None:
+    """Writes a module's weights and buffers as safetensors."""
+    save_file({name: part.detach().cpu().contiguous() for name, part in _state(module)}, path)
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Reads what `save_weights` wrote.
+
+    Raises:
+        ModelError: the file is damaged or belongs to another architecture.
+    """
+    try:
+        module.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{path}: does not fit the model ({reason}).") from None
+
+
+def _state(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return list(module.state_dict().items())

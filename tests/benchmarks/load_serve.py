@@ -1,0 +1,264 @@
+"""Many clients at once, most of them honest: does `clseave serve` stay up, fast and small?
+
+    python tests/benchmarks/load_serve.py --runs DIR [--minutes 1] [--clients 200] [--lang de]
+
+Starts `clseave serve` on models or on an exported folder and sends, from many connections at once,
+good requests and every kind of bad ones: damaged and oversized uploads, decompression bombs,
+half-closed and broken connections. Prints how often each kind was answered how, the latencies of
+the good ones and the server's memory, and exits with 1 if any answer was not the intended one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import io
+import json
+import random
+import statistics
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+from PIL import Image
+
+_BOUNDARY = "clseave-load"
+_NO_ANSWER = 0
+_MEGABYTE = 1_000_000
+
+
+def multipart(image: bytes | None, **fields: str) -> bytes:
+    """A form with an image and text fields."""
+    head = f"--{_BOUNDARY}\r\nContent-Disposition: form-data; name="
+    parts = [f'{head}"{name}"\r\n\r\n{value}\r\n'.encode() for name, value in fields.items()]
+    if image is not None:
+        parts += [f'{head}"image"; filename="i"\r\n\r\n'.encode(), image, b"\r\n"]
+    return b"".join(parts) + f"--{_BOUNDARY}--\r\n".encode()
+
+
+def request(body: bytes, *, length: int | None = None, chunked: bool = False) -> bytes:
+    """The bytes of one POST to /predict."""
+    size = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {length or len(body)}"
+    head = (
+        f"POST /predict HTTP/1.1\r\nHost: x\r\n{size}\r\nConnection: close\r\n"
+        f"Content-Type: multipart/form-data; boundary={_BOUNDARY}\r\n\r\n"
+    )
+    return head.encode() + (b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body) if chunked else body)
+
+
+def photo(seed: int, size: tuple[int, int] = (640, 480)) -> bytes:
+    """A JPEG of soft random colours."""
+    colours = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+def png(width: int, height: int, rows: bytes) -> bytes:
+    """A PNG whose header may promise anything."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows, 9))
+        + chunk(b"IEND", b"")
+    )
+
+
+class Load:
+    """What is sent, and what came back."""
+
+    def __init__(self, port: int, lang: str, seed: int) -> None:
+        self._port = port
+        self._random = random.Random(seed)
+        self.answers: dict[str, Counter[int]] = defaultdict(Counter)
+        self.seconds: list[float] = []
+        self.unexpected: list[str] = []
+        known = [photo(number) for number in range(40)]
+        text = {"hypothesis": "A dog runs through the park.", "lang": lang}
+        flat = png(8000, 4000, bytes(1) * (24001 * 4000))  # 32 megapixels in 93 kB: allowed
+        cut = known[0][: len(known[0]) // 2]
+        fixed = {
+            "damaged image": (request(multipart(cut, **text)), {400}),
+            "no image": (request(multipart(b"hello", **text)), {400}),
+            "bomb, 3600 megapixels": (
+                request(multipart(png(60_000, 60_000, bytes(_MEGABYTE)), **text)),
+                {413},
+            ),
+            "bomb, 60 megapixels": (
+                request(multipart(png(10_000, 6_000, bytes(_MEGABYTE)), **text)),
+                {413},
+            ),
+            "32 megapixels in 93 kB": (request(multipart(flat, **text)), {200}),
+            "oversized, announced": (request(b"", length=50 * _MEGABYTE), {413}),
+            "oversized, chunked": (request(bytes(12 * _MEGABYTE), chunked=True), {413}),
+            "empty sentence": (request(multipart(known[0], hypothesis=" ", lang=lang)), {422}),
+            "long sentence": (
+                request(multipart(known[0], hypothesis="x" * 5000, lang=lang)),
+                {422},
+            ),
+            "unknown language": (
+                request(multipart(known[0], hypothesis="x", lang="../xx")),
+                {422},
+            ),
+            "form without image": (request(multipart(None, **text)), {422}),
+            "form that is none": (request(b"\x00" * 300), {400, 422}),
+            "no HTTP": (b"\x16\x03\x01 hello\r\n\r\n", {400}),
+        }
+        self._fixed = fixed
+        self._good = [request(multipart(image, **text)) for image in known]
+        self._text = text
+
+    async def client(self, until: float) -> None:
+        """Sends one request after another."""
+        kinds: list[Callable[[], Awaitable[None]]] = [self._new, self._half, self._cut, self._reset]
+        weights = [10, 3, 3, 3]
+        while time.monotonic() < until:
+            choice = self._random.random()
+            if choice < 0.6:
+                await self._known()
+            elif choice < 0.8:
+                name = self._random.choice(list(self._fixed))
+                payload, expected = self._fixed[name]
+                self._note(name, await self._send(payload), expected)
+            else:
+                await self._random.choices(kinds, weights)[0]()
+
+    async def _known(self) -> None:
+        await self._timed("good, known photo", self._random.choice(self._good))
+
+    async def _new(self) -> None:
+        image = photo(self._random.randrange(10**9))
+        await self._timed("good, new photo", request(multipart(image, **self._text)))
+
+    async def _timed(self, name: str, payload: bytes) -> None:
+        begin = time.perf_counter()
+        status = await self._send(payload)
+        self.seconds.append(time.perf_counter() - begin)
+        self._note(name, status, {200})
+
+    async def _half(self) -> None:
+        """All is sent, then the sending side is closed: an answer may come, or none."""
+        status = await self._send(self._good[0], finish="eof")
+        self._note("half-closed after the request", status, {200, _NO_ANSWER})
+
+    async def _cut(self) -> None:
+        status = await self._send(self._good[0][:4000], finish="eof")
+        self._note("half-closed within the request", status, {400, _NO_ANSWER})
+
+    async def _reset(self) -> None:
+        status = await self._send(self._good[0][:4000], finish="reset")
+        self._note("broken off", status, {_NO_ANSWER})
+
+    async def _send(self, payload: bytes, finish: str = "") -> int:
+        """Sends bytes on a connection of their own; the answer's status, 0 for none."""
+        try:
+            reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
+        except OSError as error:
+            return -(error.errno or 1)
+        try:
+            writer.write(payload)
+            if finish == "reset":
+                await writer.drain()
+                writer.transport.abort()
+                return _NO_ANSWER
+            if finish == "eof":
+                writer.write_eof()
+            # The server may answer, and close, before it has been sent everything.
+            head = await asyncio.wait_for(reader.read(12), 120)
+            return int(head[9:12]) if head.startswith(b"HTTP/1.1 ") else _NO_ANSWER
+        except ConnectionError:
+            return _NO_ANSWER
+        except TimeoutError:
+            return -1
+        finally:
+            writer.transport.abort()
+
+    def _note(self, name: str, status: int, expected: set[int]) -> None:
+        self.answers[name][status] += 1
+        # A server that closes while the client still sends resets the connection, and the answer
+        # may be lost on the way: TCP's doing.
+        if status not in expected and not (name.startswith("oversized") and status == _NO_ANSWER):
+            self.unexpected.append(f"{name}: {status}")
+
+
+async def watch(process: psutil.Process, until: float) -> list[float]:
+    """The server's memory in MiB, once a second."""
+    seen = []
+    while time.monotonic() < until:
+        seen.append(process.memory_info().rss / 2**20)
+        await asyncio.sleep(1)
+    return seen
+
+
+async def attack(
+    port: int, process: psutil.Process, arguments: argparse.Namespace
+) -> tuple[Load, list[float]]:
+    """Runs all clients for the time asked for."""
+    load = Load(port, arguments.lang, arguments.seed)
+    until = time.monotonic() + 60 * arguments.minutes
+    memory = asyncio.create_task(watch(process, until))
+    await asyncio.gather(*(load.client(until) for _ in range(arguments.clients)))
+    return load, await memory
+
+
+def main() -> int:
+    """Starts the server, attacks it, prints what was seen."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=Path, required=True)
+    parser.add_argument("--lang", default="en")
+    parser.add_argument("--clients", type=int, default=200)
+    parser.add_argument("--minutes", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    if arguments.minutes > 5:
+        parser.error("--minutes: at most 5")
+    command = [sys.executable, "-m", "clseave_cli", "serve", "--port", "0"]
+    server = subprocess.Popen(
+        [*command, "--runs", str(arguments.runs)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert server.stdout is not None and server.stderr is not None
+        line = server.stdout.readline()
+        port = int(line.split(" ")[0].rpartition(":")[2])
+        process = psutil.Process(server.pid)
+        start = process.memory_info().rss / 2**20
+        load, memory = asyncio.run(attack(port, process, arguments))
+        alive = server.poll() is None
+    finally:
+        server.terminate()
+        _, errors = server.communicate(timeout=30)
+    for name, statuses in sorted(load.answers.items()):
+        print(f"{name:<34} {json.dumps(dict(sorted(statuses.items())))}")
+    cuts = statistics.quantiles(load.seconds, n=100)
+    quarters = [part.max() for part in np.array_split(memory, 4) if len(part)]
+    print(
+        f"good requests: {len(load.seconds)}, {len(load.seconds) / 60 / arguments.minutes:.1f} a "
+        f"second · p50 {cuts[49]:.2f} s · p95 {cuts[94]:.2f} s · p99 {cuts[98]:.2f} s\n"
+        f"memory: {start:.0f} MiB at the start; largest in each quarter of the time: "
+        + ", ".join(f"{largest:.0f}" for largest in quarters)
+        + f" MiB\nserver still up: {alive} · stderr: {errors.strip()[-300:]!r}"
+    )
+    for problem, count in Counter(load.unexpected).items():
+        print(f"NOT INTENDED: {problem} ({count} times)")
+    return 1 if load.unexpected or not alive or errors.strip() else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
