@@ -13,7 +13,13 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import typer
 
-from clseave_cli.core.config import DataConfig, ModelsConfig, StageConfig, TrainingConfig
+from clseave_cli.core.config import (
+    DataConfig,
+    EngineConfig,
+    ModelsConfig,
+    StageConfig,
+    TrainingConfig,
+)
 from clseave_cli.errors import UsageError
 
 C = TypeVar("C", bound=StageConfig)
@@ -27,6 +33,7 @@ ConfigFile = Annotated[
 #: Headings of the options that several stages share.
 _PANELS: dict[type, str] = {
     DataConfig: "Data",
+    EngineConfig: "Translation",
     TrainingConfig: "Training",
     ModelsConfig: "General",
     StageConfig: "General",
@@ -98,7 +105,8 @@ def _flag(
     if annotation is bool:
         spelling = f"{spelling}/--no-{spelling[2:]}"
     elif default is not None and default != ():
-        help_text += f" (default: {default})"
+        shown = ", ".join(map(str, default)) if isinstance(default, tuple) else default
+        help_text += f" (default: {shown})"
     flag = typer.Option(
         spelling,
         help=help_text,

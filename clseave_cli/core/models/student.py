@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from clseave_cli.core.files import read_json
 from clseave_cli.core.models import backbones
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.folder import load_weights, peek, save_weights, seal, unseal
@@ -77,16 +78,29 @@ def save_student(
 def find_students(runs: Path) -> dict[str, Path]:
     """The student folders under `runs`, by language; one of a single language goes first.
 
+    A folder is known by what its `config.json` says, whatever its name.
+
     Raises:
-        ModelError: a folder that looks like a student's is not.
+        ModelError: a student's folder is damaged.
     """
     found: dict[str, tuple[int, Path]] = {}
-    for path in sorted(runs.glob("align-*/config.json")):
+    for path in sorted(runs.glob("[!.]*/config.json")):
+        if not _is_students(path):
+            continue
         languages = peek(path.parent, FORMAT)["languages"]
         for language in languages:
             if language not in found or len(languages) < found[language][0]:
                 found[language] = (len(languages), path.parent)
     return {language: folder for language, (_, folder) in sorted(found.items())}
+
+
+def _is_students(config_file: Path) -> bool:
+    """Whether a folder says it is a student's; one that says nothing is taken by its name."""
+    try:
+        config = read_json(config_file)
+    except ModelError:
+        return config_file.parent.name.startswith("align-")
+    return isinstance(config, dict) and config.get("format") == FORMAT
 
 
 def _student(model: Any, tokenizer: Any, embedding_dim: int) -> SentenceEncoder:
