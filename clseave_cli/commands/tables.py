@@ -46,8 +46,8 @@ def results_table(results: Results) -> Table:
     # Broken by hand, so that the table fits 80 columns: what a pipe or a small terminal has.
     for header in (
         "95 %\ninterval",
-        "ratio to\nEnglish",
-        "agrees w.\nEnglish",
+        "ratio\nto en",
+        "agrees\nwith en",
         "\nmajority",
         "hypothesis\nonly",
         "shuffled\nimage",
