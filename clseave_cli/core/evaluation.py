@@ -43,6 +43,7 @@ from clseave_cli.core.metrics.guesses import Guesses, kept_guesses
 from clseave_cli.core.metrics.seeds import mean_accuracy_interval
 from clseave_cli.core.metrics.transfer import measure_transfer
 from clseave_cli.core.models.clip_ve import ClipVE
+from clseave_cli.core.models.clip_ve import fingerprint as clip_ve_fingerprint
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.student import find_students, load_student
 from clseave_cli.core.progress import SILENT, Progress
@@ -160,6 +161,8 @@ def evaluate(config: EvaluateConfig, progress: Progress = SILENT) -> Results:
     folder = data_folder(config.data, progress)
     systems = [_systems(config, runs, folder, progress) for runs in config.runs]
     images = ImageFolder.of(folder, config.images)
+    for runs in config.runs:
+        clip_ve_fingerprint(runs / "clip-ve")  # a missing one is told before the first takes hours
 
     # English, and the language at hand: half a million rows each.
     @functools.lru_cache(maxsize=2)

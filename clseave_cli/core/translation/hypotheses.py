@@ -66,9 +66,9 @@ def translate_hypotheses(
     _tell_suspect(split, entries, progress)
     identity = engine.identity
     parts = (identity.engine, identity.model, identity.revision[:12], identity.settings)
-    return EnglishHypotheses(
-        [entry.translation for entry in entries], " ".join(part for part in parts if part)
-    )
+    # A file of translations may hold half a surrogate pair, which no tokenizer takes.
+    sentences = [entry.translation.encode(errors="replace").decode() for entry in entries]
+    return EnglishHypotheses(sentences, " ".join(part for part in parts if part))
 
 
 def _translate_config(config: EvaluateConfig, lang: str) -> TranslateConfig:
