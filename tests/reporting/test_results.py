@@ -132,6 +132,7 @@ def test_the_table_tells_the_modes_apart(results):
     german = results.results[1]
     both = (german, replace(german, mode="translate-test"))
     text = rendered(replace(results, results=both))
-    names = [line.split("  ")[0].strip() for line in text.splitlines() if line.startswith("de ")]
+    lines = [line.strip() for line in text.splitlines()]
+    names = [line.split("  ")[0] for line in lines if line.startswith("de")]
     assert names == ["de", "de → en"]
     assert "“→ en”: translated into English first" in text and "…" not in text
