@@ -316,18 +316,19 @@ def _systems(config: EvaluateConfig, runs: Path, folder: Path, progress: Progres
 
 
 class _Premises:
-    """The image embeddings of the rows; each image is looked up once, whatever the languages."""
+    """The image embeddings of the rows, looked up once where several files name the same images."""
 
     def __init__(
         self, config: EvaluateConfig, model: ClipVE, images: ImageFolder, progress: Progress
     ) -> None:
         self._encoder, self._images, self._progress = model.image, images, progress
         self._autocast = autocast(config.precision, model.image.device)
-        self._by_name: dict[str, Tensor] = {}
+        self._known: dict[tuple[tuple[str, ...], bytes], Tensor] = {}
 
     def of(self, split: Split) -> Tensor:
         """(N, D) on the CPU."""
-        if not self._by_name.keys() >= set(split.image_names):
+        key = tuple(split.image_names), split.image_index.tobytes()
+        if key not in self._known:
             features = image_features(
                 self._encoder,
                 split,
@@ -335,9 +336,8 @@ class _Premises:
                 autocast=self._autocast,
                 progress=self._progress,
             )
-            self._by_name |= dict(zip(split.image_names, features.vectors, strict=True))
-        vectors = torch.stack([self._by_name[name] for name in split.image_names])
-        return vectors[torch.from_numpy(split.image_index)]
+            self._known[key] = features.vectors[torch.from_numpy(features.index)]
+        return self._known[key]
 
 
 def _run(
