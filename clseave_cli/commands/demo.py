@@ -63,7 +63,7 @@ def run(config: DemoConfig) -> None:
         align(_stage(AlignConfig, config, data=str(data), runs=runs, **student), progress)
 
     stage("5/5  evaluate: six languages, and did it look?")
-    evaluation = EvaluateConfig(data=str(data), runs=runs, report=report, seed=config.seed)
+    evaluation = EvaluateConfig(data=str(data), runs=(runs,), report=report, seed=config.seed)
     results = evaluate(evaluation, progress)
 
     terminal.stdout().print()

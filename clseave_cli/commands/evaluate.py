@@ -19,8 +19,10 @@ def run(
 
     Beside every accuracy stands what is reached without looking at the
     photo. --report DIR writes Markdown, HTML, figures and a LaTeX table.
+    Several --runs are the same training with several seeds: the table is
+    that of the first, and a second one shows mean and spread.
     """
-    from clseave_cli.commands.tables import results_table
+    from clseave_cli.commands.tables import results_table, seeds_table
     from clseave_cli.core.evaluation import evaluate
 
     results = evaluate(config, terminal.TerminalProgress())
@@ -28,5 +30,7 @@ def run(
         terminal.print_json(results.to_json())
         return
     terminal.stdout().print(results_table(results))
+    if results.seeds:
+        terminal.stdout().print(seeds_table(results))
     if config.report is not None:
         terminal.stdout().print(f"report: {config.report / 'report.html'}", soft_wrap=True)

@@ -15,6 +15,7 @@ import typer
 
 from clseave_cli.core.config import (
     DataConfig,
+    EngineConfig,
     ModelsConfig,
     SeededConfig,
     StageConfig,
@@ -33,6 +34,7 @@ ConfigFile = Annotated[
 #: Headings of the options that several stages share.
 _PANELS: dict[type, str] = {
     DataConfig: "Data",
+    EngineConfig: "Translation",
     TrainingConfig: "Training",
     ModelsConfig: "General",
     SeededConfig: "General",
@@ -105,7 +107,8 @@ def _flag(
     if annotation is bool:
         spelling = f"{spelling}/--no-{spelling[2:]}"
     elif default is not None and default != ():
-        help_text += f" (default: {default})"
+        shown = ", ".join(map(str, default)) if isinstance(default, tuple) else default
+        help_text += f" (default: {shown})"
     flag = typer.Option(
         spelling,
         help=help_text,

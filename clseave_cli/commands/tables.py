@@ -8,18 +8,33 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from clseave_cli.core.reporting.numbers import DASH, p_value, percent, points
+from clseave_cli.core.reporting.numbers import DASH, mean_and_spread, p_value, percent, points
 
 if TYPE_CHECKING:
     from clseave_cli.core.comparison import Comparison
-    from clseave_cli.core.results import Results
+    from clseave_cli.core.results import LanguageResult, Results
+
+
+#: Short, so that the table fits 80 columns.
+_TRANSLATED = " → en"
+
+
+def _name(result: LanguageResult) -> str:
+    return result.lang + (_TRANSLATED if result.mode == "translate-test" else "")
+
+
+def _range(low: float | None, high: float | None) -> str:
+    return DASH if low is None else f"{percent(low)}–{percent(high)}"
 
 
 def results_table(results: Results) -> Table:
     """The language table: accuracy, how sure that is, and what is reached without looking."""
+    caption = f"95 % intervals by bootstrap over photos · {escape(str(results.signature))}"
+    if any(result.mode == "translate-test" for result in results.results):
+        caption = f"“{_TRANSLATED.strip()}”: translated into English first · {caption}"
     table = Table(
         title="Visual entailment by language, in %",
-        caption=f"95 % intervals by bootstrap over photos · {escape(str(results.signature))}",
+        caption=caption,
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
@@ -31,31 +46,57 @@ def results_table(results: Results) -> Table:
     # Broken by hand, so that the table fits 80 columns: what a pipe or a small terminal has.
     for header in (
         "95 %\ninterval",
-        "ratio to\nEnglish",
-        "agrees w.\nEnglish",
+        "ratio\nto en",
+        "agrees\nwith en",
         "\nmajority",
         "hypothesis\nonly",
         "shuffled\nimage",
     ):
         table.add_column(header, justify="right", no_wrap=True)
-    modes = {result.mode for result in results.results}
     for result in results.results:
-        baselines = results.baselines.get(result.lang)
-        interval = (
-            DASH
-            if result.accuracy_low is None
-            else f"{percent(result.accuracy_low)}–{percent(result.accuracy_high)}"
-        )
+        baselines = results.baselines.get(result.key)
         table.add_row(
-            f"{result.lang} ({result.mode})" if len(modes) > 1 else result.lang,
+            _name(result),
             percent(result.accuracy),
-            interval,
+            _range(result.accuracy_low, result.accuracy_high),
             percent(result.ratio_to_english),
             percent(result.agreement_with_english),
             percent(baselines.majority if baselines else None),
             percent(baselines.hypothesis_only if baselines else None),
             percent(baselines.shuffled_image if baselines else None),
         )
+    return table
+
+
+def seeds_table(results: Results) -> Table:
+    """What several trainings reach: the mean, how far they lie apart, and how sure the mean is."""
+    table = Table(
+        title="Over several seeds, in %",
+        caption=(
+            "± sample standard deviation over trainings; 95 % interval of the mean accuracy by "
+            "bootstrap over photos, the trainings as they are"
+        ),
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
+    table.add_column("lang", no_wrap=True)
+    for header in ("seeds", "accuracy", "95 % interval", "min – max", "ratio to en", "macro-F1"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for result in results.results:
+        figures = results.seeds.get(result.key, {})
+        if accuracy := figures.get("accuracy"):
+            table.add_row(
+                _name(result),
+                str(accuracy.num_seeds),
+                mean_and_spread(accuracy),
+                _range(accuracy.low, accuracy.high),
+                _range(accuracy.min, accuracy.max),
+                mean_and_spread(figures.get("ratio_to_english")),
+                mean_and_spread(figures.get("macro_f1")),
+            )
     return table
 
 

@@ -141,7 +141,45 @@ class DemoConfig(SeededConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TranslateConfig(SeededConfig):
+class EngineConfig:
+    """Which engine translates, and how it is asked."""
+
+    engine: str = option("nmt", "nmt (local), google, libre, file, or an installed plug-in.")
+    model: str | None = option(
+        None,
+        "nmt: seq2seq model (hub id or folder), {lang} stands for the language;"
+        " unset: facebook/m2m100_418M.",
+        metavar="NAME_OR_DIR",
+    )
+    backend: Literal["auto", "transformers", "ctranslate2"] = option(
+        "auto", "nmt: what computes; auto: ctranslate2 where it is installed and fits."
+    )
+    beams: int = option(4, "nmt: width of the beam search.")
+    url: str | None = option(None, "google, libre: address of the service.")
+    translations: Path | None = option(
+        None,
+        "file: existing translations, .tsv or .jsonl; {lang} stands for the language.",
+        metavar="FILE",
+    )
+    match: Literal["auto", "pairID", "text"] = option(
+        "auto", "file: what identifies a row; auto: pairID where the file has it."
+    )
+    requests_per_second: float | None = option(
+        None, "At most so many requests a second; unset: google 5, otherwise no limit."
+    )
+    concurrency: int | None = option(
+        None, "Requests under way at a time; unset: what suits the engine."
+    )
+    timeout_seconds: float = option(30.0, "Longest wait for one answer.")
+    retries: int = option(5, "Further tries of a request that failed.")
+    retry_seconds: float = option(1.0, "Wait before the first of them; doubles each time.")
+    memory: Path | None = option(
+        None, "Translation memory; unset: CACHE/translation/memory.sqlite.", metavar="FILE"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranslateConfig(SeededConfig, EngineConfig):
     """`translate`: the hypotheses of a data set in another language."""
 
     data: Path = option(Path("data"), "Folder of the snli_ve_SPLIT files.", metavar="DIR")
@@ -158,43 +196,13 @@ class TranslateConfig(SeededConfig):
     )
     lang: tuple[str, ...] = option((), "Language to translate into; repeat for several.")
     source: str = option("en", "Language to translate from.")
-    engine: str = option("nmt", "nmt (local), google, libre, file, or an installed plug-in.")
-    model: str | None = option(
-        None,
-        "nmt: seq2seq model (hub id or folder), {lang} stands for the language;"
-        " unset: facebook/m2m100_418M.",
-        metavar="NAME_OR_DIR",
-    )
-    backend: Literal["auto", "transformers", "ctranslate2"] = option(
-        "auto", "nmt: what computes; auto: ctranslate2 where it is installed and fits."
-    )
-    beams: int = option(4, "nmt: width of the beam search.")
     batch_size: int | None = option(
         None, "Texts in one call of the engine; unset: what suits the engine."
     )
-    url: str | None = option(None, "google, libre: address of the service.")
-    translations: Path | None = option(
-        None, "file: existing translations, .tsv or .jsonl.", metavar="FILE"
-    )
-    match: Literal["auto", "pairID", "text"] = option(
-        "auto", "file: what identifies a row; auto: pairID where the file has it."
-    )
-    requests_per_second: float | None = option(
-        None, "At most so many requests a second; unset: google 5, otherwise no limit."
-    )
-    concurrency: int | None = option(
-        None, "Requests under way at a time; unset: what suits the engine."
-    )
-    timeout_seconds: float = option(30.0, "Longest wait for one answer.")
-    retries: int = option(5, "Further tries of a request that failed.")
-    retry_seconds: float = option(1.0, "Wait before the first of them; doubles each time.")
     on_suspect: Literal["keep", "retry", "drop"] = option(
         "keep", "What happens to a translation that a check finds suspect; kept ones are marked."
     )
     review: int = option(0, "Rows in a side-by-side sample for a speaker to look over.")
-    memory: Path | None = option(
-        None, "Translation memory; unset: CACHE/translation/memory.sqlite.", metavar="FILE"
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,11 +347,21 @@ class AlignConfig(TrainingConfig, DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(ModelsConfig, SeededConfig, DataConfig):
+class EvaluateConfig(SeededConfig, DataConfig, EngineConfig):
     """`evaluate`: how good, in every language, and did it look at the photo?"""
 
+    runs: tuple[Path, ...] = option(
+        (Path("runs"),),
+        "Folder of the models; repeat for the same models of several seeds.",
+        metavar="DIR",
+    )
     lang: tuple[str, ...] = option(
         (), "Language to evaluate; repeat; unset: all there are.", metavar="LANG"
+    )
+    mode: Literal["zero-shot", "translate-test", "both"] = option(
+        "zero-shot",
+        "zero-shot: a student reads the language; translate-test: the hypotheses are translated "
+        "into English.",
     )
     split: str = option("test", "Name of the split to evaluate on.")
     batch_size: int = option(256, "Examples computed at once.", least=1)

@@ -5,13 +5,16 @@ Legend: N rows · D embedding width · C labels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from clseave_cli import __version__
 from clseave_cli.core.config import EvaluateConfig
@@ -34,10 +37,13 @@ from clseave_cli.core.metrics.baselines import (
     predict_from_hypotheses,
     shuffled_rows,
 )
-from clseave_cli.core.metrics.bootstrap import compare_predictions
+from clseave_cli.core.metrics.bootstrap import Difference, Interval, compare_predictions
 from clseave_cli.core.metrics.classification import agreement, probabilities, score
+from clseave_cli.core.metrics.guesses import Guesses, kept_guesses
+from clseave_cli.core.metrics.seeds import mean_accuracy_interval
 from clseave_cli.core.metrics.transfer import measure_transfer
 from clseave_cli.core.models.clip_ve import ClipVE
+from clseave_cli.core.models.clip_ve import fingerprint as clip_ve_fingerprint
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.student import find_students, load_student
 from clseave_cli.core.progress import SILENT, Progress
@@ -49,26 +55,71 @@ from clseave_cli.core.reporting.gallery import (
     most_confident_errors,
 )
 from clseave_cli.core.reporting.report import write_report
-from clseave_cli.core.results import Baselines, LanguageResult, Results, Signature
-from clseave_cli.core.rows import PredictedRows
+from clseave_cli.core.results import (
+    Baselines,
+    LanguageResult,
+    Mode,
+    Results,
+    Signature,
+    across_seeds,
+    result_key,
+)
+from clseave_cli.core.rows import PredictedRows, write_predictions
 from clseave_cli.core.training.precision import autocast, resolve_device
+from clseave_cli.core.translation.hypotheses import translate_hypotheses
 from clseave_cli.errors import DataError, ModelError
 from clseave_cli.labels import LABELS
 
 _EXAMPLES = 8
 
+#: Gives the training rows of a language.
+_TrainingRows = Callable[[str], Split]
+
+
+@dataclass(frozen=True)
+class _System:
+    """One thing to evaluate: a language, and how it is read.
+
+    Attributes:
+        lang: language code.
+        mode: `zero-shot` for English, too.
+        student: folder of the student; None: the English model reads it.
+    """
+
+    lang: str
+    mode: Mode
+    student: Path | None
+
+    @property
+    def key(self) -> str:
+        return result_key(self.lang, self.mode)
+
 
 @dataclass(frozen=True, eq=False)
 class _Outputs:
-    """What the models say of one language's rows."""
+    """What the models say of one language's rows.
 
+    Attributes:
+        system: what was evaluated.
+        split: the rows.
+        read: (N,) the hypotheses as they were read: translated, perhaps.
+        embeddings: (N, D) of the hypotheses.
+        premises: (N, D) of the images.
+        logits: (N, C).
+        row_of_pair: row number by `pairID`.
+        translator: what translated the hypotheses, if something did.
+    """
+
+    system: _System
     split: Split
-    embeddings: npt.NDArray[np.float32]  # (N, D)
-    premises: npt.NDArray[np.float32]  # (N, D)
-    logits: npt.NDArray[np.float32]  # (N, C)
+    read: list[str]
+    embeddings: npt.NDArray[np.float32]
+    premises: npt.NDArray[np.float32]
+    logits: npt.NDArray[np.float32]
     row_of_pair: dict[str, int]
+    translator: str | None
 
-    @property
+    @functools.cached_property
     def images(self) -> npt.NDArray[np.str_]:
         """(N,) name of each row's image: the unit of the bootstrap."""
         return np.array(self.split.image_names)[self.split.image_index]
@@ -80,126 +131,272 @@ class _Outputs:
         return correct
 
 
+@dataclass(frozen=True, eq=False)
+class _Evaluation:
+    """One folder of models, evaluated.
+
+    Attributes:
+        document: the results, for the models of this folder alone.
+        correct: (N,) bool by key of the result.
+        outputs: by key of the result.
+    """
+
+    document: Results
+    correct: dict[str, npt.NDArray[np.bool_]]
+    outputs: dict[str, _Outputs]
+
+
 def evaluate(config: EvaluateConfig, progress: Progress = SILENT) -> Results:
     """Evaluates the English model and the students under `config.runs`.
 
     Each language's rows are compared with the English model's on the rows that share a `pairID`.
-    Where `config.report` is set, the report is written there.
+    Several folders of models are the same training with several seeds: the results are those of
+    the first, with mean and spread over all of them in `seeds`. Where `config.report` is set, the
+    report is written there.
 
     Raises:
-        ClseaveError: bad data, or a model that is missing, damaged, or of another teacher.
+        ClseaveError: bad data, or a model that is missing, damaged, or of another teacher; or
+            hypotheses that cannot be translated, where they are to be.
     """
-    device = resolve_device(config.device)
     folder = data_folder(config.data, progress)
-    model_folders = _models(config, folder, progress)
+    systems = [_systems(config, runs, folder, progress) for runs in config.runs]
     images = ImageFolder.of(folder, config.images)
-    model = ClipVE.from_folder(config.runs / "clip-ve").to(device)
-    checkpoints = {"clip-ve": model.fingerprint}
+    for runs in config.runs:
+        clip_ve_fingerprint(runs / "clip-ve")  # a missing one is told before the first takes hours
+
+    # English, and the language at hand: half a million rows each.
+    @functools.lru_cache(maxsize=2)
+    def training_rows(lang: str) -> Split:
+        return read_split(
+            folder, config.train_split, lang, with_images=False, skip_bad=config.skip_bad
+        )
+
+    def evaluate_models(number: int) -> _Evaluation:
+        runs, wanted = config.runs[number], systems[number]
+        return _evaluate(config, runs, wanted, folder, images, training_rows, progress)
+
+    first = evaluate_models(0)
+    document = first.document
+    if len(config.runs) > 1:
+        # Of the others only figures are needed: embeddings take a lot of memory.
+        others = [replace(evaluate_models(i), outputs={}) for i in range(1, len(config.runs))]
+        document = _with_seeds(config, first, others)
+    if config.report is not None:
+        _write(config, document, first.outputs, images)
+    return document
+
+
+def _write(
+    config: EvaluateConfig, document: Results, outputs: dict[str, _Outputs], images: ImageFolder
+) -> None:
+    """The report, with the predictions that `compare` reads."""
+    assert config.report is not None
+    # One reading of each language, preferably its own.
+    shown = {own.system.lang: own for own in reversed(outputs.values())}
+    shown = {own.system.lang: shown[own.system.lang] for own in outputs.values()}
+    write_predictions([_predicted_rows(own) for own in outputs.values()], config.report)
+    write_report(
+        document,
+        config.report,
+        curves=[
+            curve
+            for name in ("clip", *_model_names(outputs.values()))
+            if (curve := read_learning_curve(config.runs[0] / name)) is not None
+        ],
+        galleries=[_examples(shown, images), _errors(shown, images)],
+    )
+
+
+def _model_names(outputs: Iterable[_Outputs]) -> list[str]:
+    students = [own.system.student.name for own in outputs if own.system.student is not None]
+    return list(dict.fromkeys(["clip-ve", *students]))
+
+
+def _evaluate(
+    config: EvaluateConfig,
+    runs: Path,
+    systems: list[_System],
+    folder: Path,
+    images: ImageFolder,
+    training_rows: _TrainingRows,
+    progress: Progress,
+) -> _Evaluation:
+    """Evaluates one folder of models."""
+    model = ClipVE.from_folder(runs / "clip-ve").to(resolve_device(config.device))
+    premises = _Premises(config, model, images, progress)
+    prefix = f"{runs}/" if len(config.runs) > 1 else ""
+    checkpoints = {f"{prefix}clip-ve": model.fingerprint}
     outputs: dict[str, _Outputs] = {}
-    for lang, student_folder in model_folders.items():
+    for system in systems:
         encoder = model.text
-        if student_folder is not None:
-            encoder = load_student(student_folder, model.fingerprint).to(device)
-            checkpoints[student_folder.name] = encoder.fingerprint
-        split = read_split(folder, config.split, lang, skip_bad=config.skip_bad, progress=progress)
-        outputs[lang] = _run(config, model, encoder, split, images, progress)
+        if system.student is not None:
+            encoder = load_student(system.student, model.fingerprint).to(model.text.device)
+            checkpoints[prefix + system.student.name] = encoder.fingerprint
+        outputs[system.key] = _run(config, model, encoder, system, folder, premises, progress)
 
     results, baselines = [], {}
-    for lang, own in outputs.items():
-        baselines[lang], hypothesis_only = _baselines(config, folder, model, own)
-        results.append(_language_result(config, own, outputs.get(ENGLISH), hypothesis_only))
+    for key, own in outputs.items():
+        baselines[key], guesses = _baselines(config, folder, model, own, training_rows, progress)
+        results.append(_language_result(config, own, outputs, guesses))
+    splits = [own.split for own in outputs.values()]
     document = Results(
         results=tuple(results),
         baselines=baselines,
         signature=Signature(
             version=__version__,
-            data={own.split.path.name: own.split.digest for own in outputs.values()},
+            data={split.path.relative_to(folder).as_posix(): split.digest for split in splits},
             checkpoints=checkpoints,
             seed=config.seed,
             resamples=config.resamples,
-            num_examples=max(len(own.split) for own in outputs.values()),
+            num_examples=max(map(len, splits)),
+            translators={
+                own.system.lang: own.translator
+                for own in outputs.values()
+                if own.translator is not None
+            },
         ),
-        distances=analyse_distances({result.lang: result.accuracy for result in results}),
+        distances=analyse_distances({r.lang: r.accuracy for r in results if r.mode == "zero-shot"}),
     )
-    if config.report is not None:
-        curves = [
-            curve
-            for name in ("clip", *checkpoints)
-            if (curve := read_learning_curve(config.runs / name)) is not None
-        ]
-        galleries = [_examples(outputs, images), _errors(outputs, images)]
-        for own in outputs.values():
-            _predicted_rows(own).write(config.report)
-        write_report(document, config.report, curves=curves, galleries=galleries)
-    return document
+    return _Evaluation(document, {key: own.correct for key, own in outputs.items()}, outputs)
 
 
-def _models(config: EvaluateConfig, folder: Path, progress: Progress) -> dict[str, Path | None]:
-    """The student folder per language to evaluate; None for English, the teacher's own."""
-    students = find_students(config.runs)
+def _with_seeds(config: EvaluateConfig, first: _Evaluation, others: list[_Evaluation]) -> Results:
+    """The first document, with what all of them say together."""
+    runs = [first, *others]
+    intervals: dict[str, Interval] = {}
+    for key, own in first.outputs.items():
+        correct = [run.correct[key] for run in runs if key in run.correct]
+        intervals[key] = mean_accuracy_interval(
+            correct, own.images, resamples=config.resamples, seed=config.seed
+        )
+    checkpoints: dict[str, str] = {}
+    for run in runs:
+        checkpoints |= run.document.signature.checkpoints
+    return replace(
+        first.document,
+        signature=replace(first.document.signature, checkpoints=checkpoints),
+        seeds=across_seeds([run.document for run in runs], intervals),
+    )
+
+
+def _systems(config: EvaluateConfig, runs: Path, folder: Path, progress: Progress) -> list[_System]:
+    """What to evaluate of one folder of models: English first, then language by language."""
+    students = find_students(runs)
+    zero_shot = config.mode != "translate-test"
     if config.lang:
         for lang in config.lang:
             require_language(lang)
             require_split_path(folder, config.split, lang)
-            if lang != ENGLISH and lang not in students:
+            if zero_shot and lang != ENGLISH and lang not in students:
                 known = ", ".join([ENGLISH, *students])
                 raise ModelError(
-                    f"{config.runs}: no student for {lang} (there are models for {known}); "
-                    f"`clseave align --lang {lang}` makes one."
+                    f"{runs}: no student for {lang} (there are models for {known}); "
+                    f"`clseave align --lang {lang}` makes one; --mode translate-test needs none."
                 )
         wanted = list(dict.fromkeys(config.lang))
     else:
         require_split_path(folder, config.split, ENGLISH)
-        there = languages(folder, config.split)
-        wanted = [lang for lang in there if lang == ENGLISH or lang in students]
-        without = [lang for lang in there if lang not in wanted]
-        if without:
+        wanted = languages(folder, config.split)
+        without = [lang for lang in wanted if lang != ENGLISH and lang not in students]
+        if zero_shot and without:
             progress.note(
-                f"{config.runs}: no student for {', '.join(without)}; `clseave align --lang "
+                f"{runs}: no student for {', '.join(without)}; `clseave align --lang "
                 f"{without[0]}` makes one."
             )
-    return {lang: None if lang == ENGLISH else students[lang] for lang in wanted}
+    systems = []
+    for lang in wanted:
+        if lang == ENGLISH:
+            systems.append(_System(lang, "zero-shot", None))
+            continue
+        if zero_shot and lang in students:
+            systems.append(_System(lang, "zero-shot", students[lang]))
+        if config.mode != "zero-shot":
+            systems.append(_System(lang, "translate-test", None))
+    return systems
+
+
+class _Premises:
+    """The image embeddings of the rows, looked up once where several files name the same images."""
+
+    def __init__(
+        self, config: EvaluateConfig, model: ClipVE, images: ImageFolder, progress: Progress
+    ) -> None:
+        self._encoder, self._images, self._progress = model.image, images, progress
+        self._autocast = autocast(config.precision, model.image.device)
+        self._known: dict[tuple[tuple[str, ...], bytes], Tensor] = {}
+
+    def of(self, split: Split) -> Tensor:
+        """(N, D) on the CPU."""
+        key = tuple(split.image_names), split.image_index.tobytes()
+        if key not in self._known:
+            features = image_features(
+                self._encoder,
+                split,
+                self._images,
+                autocast=self._autocast,
+                progress=self._progress,
+            )
+            self._known[key] = features.of_rows()
+        return self._known[key]
 
 
 def _run(
     config: EvaluateConfig,
     model: ClipVE,
     encoder: SentenceEncoder,
-    split: Split,
-    images: ImageFolder,
+    system: _System,
+    folder: Path,
+    premises_of: _Premises,
     progress: Progress,
 ) -> _Outputs:
     """Embeds each distinct sentence once, looks the images up, and scores the rows."""
-    device = encoder.device
-    with_autocast = autocast(config.precision, device)
-    features = image_features(model.image, split, images, autocast=with_autocast, progress=progress)
-    sentences = tokenize_sentences(encoder, split.hypotheses, split.where, progress)
+    split = read_split(
+        folder, config.split, system.lang, skip_bad=config.skip_bad, progress=progress
+    )
+    # Before anything is translated, which may cost money: are the images there?
+    premises = premises_of.of(split).to(encoder.device)
+    read, translator = split.hypotheses, None
+    if system.mode == "translate-test":
+        english = translate_hypotheses(config, split, progress)
+        read, translator = english.sentences, english.translator
+    sentences = tokenize_sentences(encoder, read, split.where, progress)
     embedded = []
     with (
         torch.no_grad(),
-        with_autocast(),
-        progress.task(f"{split.lang}: sentences", len(sentences.tokens)) as task,
+        autocast(config.precision, encoder.device)(),
+        progress.task(f"{system.key}: sentences", len(sentences.tokens)) as task,
     ):
         for part in encoder.embed(sentences.tokens, config.batch_size):
             embedded.append(part.float())
             task.advance(len(part))
     embeddings = torch.cat(embedded)[torch.from_numpy(sentences.index)]
-    premises = features.of_rows().to(device)
     with torch.no_grad():
         logits = model(embeddings, premises)
     return _Outputs(
+        system,
         split,
+        read,
         embeddings.cpu().numpy(),
         premises.cpu().numpy(),
         logits.cpu().numpy(),
         {pair_id: row for row, pair_id in enumerate(split.pair_ids)},
+        translator,
     )
 
 
 def _baselines(
-    config: EvaluateConfig, folder: Path, model: ClipVE, own: _Outputs
+    config: EvaluateConfig,
+    folder: Path,
+    model: ClipVE,
+    own: _Outputs,
+    training_rows: _TrainingRows,
+    progress: Progress,
 ) -> tuple[Baselines, npt.NDArray[np.int64] | None]:
-    """What is reached without looking, and what the hypothesis-only classifier says."""
+    """What is reached without looking, and what the hypothesis-only classifier says.
+
+    That learns from the rows the model itself was given: English ones where the hypotheses are
+    translated into English.
+    """
     labels = own.split.labels
     shuffled = own.premises[shuffled_rows(own.images, config.seed)]
     device = model.text.device
@@ -208,28 +405,37 @@ def _baselines(
             torch.from_numpy(own.embeddings).to(device), torch.from_numpy(shuffled).to(device)
         )
     shuffled_accuracy = float((logits.argmax(dim=1).cpu().numpy() == labels).mean())
-    if split_path(folder, config.train_split, own.split.lang) is None:
+    lang = ENGLISH if own.translator is not None else own.split.lang
+    path = split_path(folder, config.train_split, lang)
+    if path is None:
         return Baselines(shuffled_image=shuffled_accuracy), None
-    training = read_split(
-        folder, config.train_split, own.split.lang, with_images=False, skip_bad=config.skip_bad
-    )
-    if not config.allow_leak and config.train_split != config.split:
-        check_leak(training, own.split)
-    guesses = predict_from_hypotheses(training.hypotheses, training.labels, own.split.hypotheses)
+    must_not_leak = not config.allow_leak and config.train_split != config.split
+
+    def learn() -> Guesses:
+        training = training_rows(lang)
+        if must_not_leak:
+            check_leak(training, own.split)
+        with progress.task(f"{lang}: hypothesis-only classifier", 1) as task:
+            labels = predict_from_hypotheses(training.hypotheses, training.labels, own.read)
+            task.advance()
+        return Guesses(majority_label(training.labels), labels)
+
+    asked = [own.read, own.split.image_names, config.skip_bad, must_not_leak]
+    guesses = kept_guesses(path, asked, len(own.split), learn)
     return (
         Baselines(
-            majority=float((labels == majority_label(training.labels)).mean()),
-            hypothesis_only=float((guesses == labels).mean()),
+            majority=float((labels == guesses.majority).mean()),
+            hypothesis_only=float((guesses.labels == labels).mean()),
             shuffled_image=shuffled_accuracy,
         ),
-        guesses,
+        guesses.labels,
     )
 
 
 def _language_result(
     config: EvaluateConfig,
     own: _Outputs,
-    english: _Outputs | None,
+    outputs: dict[str, _Outputs],
     hypothesis_only: npt.NDArray[np.int64] | None,
 ) -> LanguageResult:
     more: dict[str, Any] = {}
@@ -237,12 +443,34 @@ def _language_result(
         hard = hypothesis_only != own.split.labels
         more["num_hard"] = int(hard.sum())
         more["hard_accuracy"] = float(own.correct[hard].mean()) if hard.any() else None
-    if english is not None:
+    if (english := outputs.get(ENGLISH)) is not None:
         more |= _against_english(config, own, english)
+    student = outputs.get(own.system.lang)
+    if student is not None and student is not own:
+        every = np.arange(len(own.split))
+        more["difference_to_zero_shot"] = _difference(config, own, every, student, every)
     scores = score(
         own.split.labels, own.logits, own.images, resamples=config.resamples, seed=config.seed
     )
-    return LanguageResult.from_scores(scores, lang=own.split.lang, split=own.split.name, **more)
+    return LanguageResult.from_scores(
+        scores, lang=own.split.lang, split=own.split.name, mode=own.system.mode, **more
+    )
+
+
+def _difference(
+    config: EvaluateConfig,
+    own: _Outputs,
+    ours: npt.NDArray[np.intp],
+    other: _Outputs,
+    theirs: npt.NDArray[np.intp],
+) -> Difference:
+    return compare_predictions(
+        own.correct[ours],
+        other.correct[theirs],
+        own.images[ours],
+        resamples=config.resamples,
+        seed=config.seed,
+    )
 
 
 def _against_english(config: EvaluateConfig, own: _Outputs, english: _Outputs) -> dict[str, Any]:
@@ -261,13 +489,8 @@ def _against_english(config: EvaluateConfig, own: _Outputs, english: _Outputs) -
         "agreement_with_english": agreement(own.logits[ours], english.logits[theirs]),
     }
     if own is not english:
-        figures["difference_to_english"] = compare_predictions(
-            own.correct[ours],
-            english.correct[theirs],
-            own.images[ours],
-            resamples=config.resamples,
-            seed=config.seed,
-        )
+        figures["difference_to_english"] = _difference(config, own, ours, english, theirs)
+    if own.system.student is not None:
         figures["transfer"] = measure_transfer(
             own.embeddings[ours],
             english.embeddings[theirs],
@@ -278,7 +501,7 @@ def _against_english(config: EvaluateConfig, own: _Outputs, english: _Outputs) -
 
 def _predicted_rows(own: _Outputs) -> PredictedRows:
     return PredictedRows(
-        lang=own.split.lang,
+        lang=own.system.key,
         pair_ids=own.split.pair_ids,
         images=own.images.tolist(),
         labels=own.split.labels.astype(np.int64),

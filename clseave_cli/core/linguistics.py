@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from clseave_cli.errors import DataError, ExtraMissing
+from clseave_cli.errors import ExtraMissing
 
 #: Distance to English by kind and language, 0 near to 1 far; None: the cell is lost in the source.
 #: Source: the thesis's section 1.2, Table 1.1, taken there from URIEL (Littell et al., "URIEL and
@@ -95,9 +95,6 @@ def analyse_distances(accuracies: Mapping[str, float]) -> DistanceAnalysis | Non
 
     Returns:
         None without English or without another language.
-
-    Raises:
-        DataError: lang2vec does not know a language.
     """
     losses = {
         lang: accuracies["en"] - accuracy
@@ -115,6 +112,10 @@ def analyse_distances(accuracies: Mapping[str, float]) -> DistanceAnalysis | Non
             distances, source = lang2vec_distances(list(losses)), LANG2VEC_SOURCE
         except ExtraMissing as error:
             note += f" No distances of {', '.join(missing)}: {error}"
+        else:
+            unknown = [lang for lang in losses if all(d[lang] is None for d in distances.values())]
+            if unknown:
+                note += f" lang2vec does not know {', '.join(unknown)}."
     correlations = {}
     for kind, by_language in distances.items():
         known = {lang: by_language.get(lang) for lang in losses}
@@ -181,25 +182,25 @@ def lang2vec_distances(languages: Sequence[str]) -> dict[str, dict[str, float | 
     definition: 0 the same, 1 nothing in common.
 
     Args:
-        languages: ISO 639-1 or 639-3 codes.
+        languages: ISO 639-1 or 639-3 codes, a script or region after them or not.
+
+    Returns:
+        By kind and language; None where URIEL does not know the language.
 
     Raises:
         ExtraMissing: the `lang2vec` extra is not installed.
-        DataError: lang2vec does not know a language.
     """
     lang2vec = _lang2vec()
-    codes = {lang: lang2vec.LETTER_CODES.get(lang, lang) for lang in languages}
+    # Script and region do not make another language of it: zh-Hant, pt-BR.
+    bare = {lang: lang.partition("-")[0] for lang in languages}
+    codes = {lang: lang2vec.LETTER_CODES.get(code, code) for lang, code in bare.items()}
+    known = {lang: code for lang, code in codes.items() if code in lang2vec.URIEL_LANGUAGES}
     result: dict[str, dict[str, float | None]] = {}
     for kind, feature_set in _LANG2VEC_SETS.items():
-        try:
-            vectors = lang2vec.get_features(["eng", *codes.values()], feature_set)
-        except Exception as error:  # lang2vec raises nothing more specific
-            reason = str(error).partition(".")[0]
-            raise DataError(
-                f"lang2vec does not know one of {', '.join(languages)} ({reason})."
-            ) from None
+        vectors = lang2vec.get_features(["eng", *known.values()], feature_set)
         result[kind] = {
-            lang: _angular(vectors["eng"], vectors[code]) for lang, code in codes.items()
+            lang: _angular(vectors["eng"], vectors[known[lang]]) if lang in known else None
+            for lang in languages
         }
     return result
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from clseave_cli.core.files import read_json, write_json
 from clseave_cli.core.linguistics import DistanceAnalysis
-from clseave_cli.core.metrics.bootstrap import Difference
+from clseave_cli.core.metrics.bootstrap import Difference, Interval
 from clseave_cli.core.metrics.classification import ClassScores, ReliabilityPoint, Scores
 from clseave_cli.core.metrics.seeds import SeedSummary, summarise_seeds
 from clseave_cli.core.metrics.transfer import Transfer
@@ -26,6 +26,11 @@ FORMAT = 1
 RESULTS_FILE = "results.json"
 
 Mode = Literal["zero-shot", "translate-test"]
+
+
+def result_key(lang: str, mode: Mode) -> str:
+    """What names one result among the others: `de`, or `de.translate-test`."""
+    return lang if mode == "zero-shot" else f"{lang}.{mode}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +56,7 @@ class LanguageResult:
         ratio_to_english: accuracy divided by the English accuracy on the same rows.
         agreement_with_english: share of rows given the same label as by the English model.
         difference_to_english: paired difference in accuracy, this language minus English.
+        difference_to_zero_shot: the same, translate-test minus this language's student.
         transfer: student against teacher embeddings.
     """
 
@@ -75,7 +81,13 @@ class LanguageResult:
     ratio_to_english: float | None = None
     agreement_with_english: float | None = None
     difference_to_english: Difference | None = None
+    difference_to_zero_shot: Difference | None = None
     transfer: Transfer | None = None
+
+    @property
+    def key(self) -> str:
+        """What names the result in `baselines`, `seeds` and the files of predictions."""
+        return result_key(self.lang, self.mode)
 
     @classmethod
     def from_scores(
@@ -129,6 +141,7 @@ class Signature:
         seed: seed of the bootstrap and of the shuffling.
         resamples: bootstrap resamples.
         num_examples: rows of the largest result.
+        translators: by language, what translated its hypotheses into English.
     """
 
     version: str
@@ -137,12 +150,14 @@ class Signature:
     seed: int
     resamples: int
     num_examples: int
+    translators: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """One line for the foot of a figure, fingerprints shortened to 8 digits."""
         parts = [f"clseave {self.version}", f"n {self.num_examples:,}"]
         parts += [f"{name} {digest[:8]}" for name, digest in self.data.items()]
         parts += [f"{name} {digest[:8]}" for name, digest in self.checkpoints.items()]
+        parts += [f"{lang} translated by {name}" for lang, name in self.translators.items()]
         parts += [f"seed {self.seed}", f"{self.resamples:,} resamples by photo"]
         return " · ".join(parts)
 
@@ -153,10 +168,11 @@ class Results:
 
     Attributes:
         results: one entry a language (and mode), in the order to show.
-        baselines: by language.
+        baselines: by `LanguageResult.key`.
         signature: where the figures come from.
         distances: transfer loss against linguistic distance, where measured.
-        seeds: figures over several training seeds, by language and figure, where there are several.
+        seeds: figures over several training seeds, by `LanguageResult.key` and figure, where there
+            are several; all other figures are those of the first.
         format: version of the document's shape.
     """
 
@@ -166,6 +182,10 @@ class Results:
     distances: DistanceAnalysis | None = None
     seeds: dict[str, dict[str, SeedSummary]] = field(default_factory=dict)
     format: int = FORMAT
+
+    def shows_mode(self, result: LanguageResult) -> bool:
+        """Whether a table must say how a result came about: where some languages are translated."""
+        return result.lang != "en" and any(r.mode != "zero-shot" for r in self.results)
 
     def to_json(self) -> dict[str, Any]:
         """The document as plain dicts, lists, strings, numbers and None."""
@@ -215,27 +235,33 @@ class Results:
 SEED_FIGURES = ("accuracy", "macro_f1", "loss", "ratio_to_english", "agreement_with_english")
 
 
-def across_seeds(runs: Sequence[Results]) -> dict[str, dict[str, SeedSummary]]:
+def across_seeds(
+    runs: Sequence[Results], accuracy_intervals: Mapping[str, Interval] | None = None
+) -> dict[str, dict[str, SeedSummary]]:
     """Summarises the same evaluation of several training seeds.
 
     Args:
         runs: one document a seed.
+        accuracy_intervals: of the mean accuracy, by `LanguageResult.key`, where known.
 
     Returns:
-        By language and name of the figure (`SEED_FIGURES`); languages and figures that some run
-        lacks are left out.
+        By `LanguageResult.key` and name of the figure (`SEED_FIGURES`); results and figures that
+        some run lacks are left out.
     """
     summary: dict[str, dict[str, SeedSummary]] = {}
-    by_language = [{result.lang: result for result in run.results} for run in runs]
-    for lang in by_language[0] if by_language else ():
-        if not all(lang in languages for languages in by_language):
+    by_key = [{result.key: result for result in run.results} for run in runs]
+    for key in by_key[0] if by_key else ():
+        if not all(key in results for results in by_key):
             continue
         figures = {}
         for name in SEED_FIGURES:
-            values = [getattr(languages[lang], name) for languages in by_language]
+            values = [getattr(results[key], name) for results in by_key]
             if all(value is not None for value in values):
                 figures[name] = summarise_seeds(values)
-        summary[lang] = figures
+        known = (accuracy_intervals or {}).get(key)
+        if known is not None:
+            figures["accuracy"] = replace(figures["accuracy"], low=known.low, high=known.high)
+        summary[key] = figures
     return summary
 
 
@@ -282,7 +308,12 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
 
 def _decode_dataclass(kind: Any, value: Mapping[str, Any], where: str) -> Any:
     hints = typing.get_type_hints(kind)
-    missing = [item.name for item in fields(kind) if item.name not in value]
+    # Keys with a default may be missing: an earlier version did not know them yet.
+    missing = [
+        item.name
+        for item in fields(kind)
+        if item.name not in value and item.default is MISSING and item.default_factory is MISSING
+    ]
     if missing:
         raise DataError(f"{where}: the key {missing[0]!r} is missing.")
     # Keys that this version does not know are left alone: a later one may have added them.
@@ -290,5 +321,6 @@ def _decode_dataclass(kind: Any, value: Mapping[str, Any], where: str) -> Any:
         **{
             item.name: _decode(hints[item.name], value[item.name], f"{where}.{item.name}")
             for item in fields(kind)
+            if item.name in value
         }
     )

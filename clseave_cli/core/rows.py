@@ -23,7 +23,7 @@ class PredictedRows:
     """One language's predictions, as columns of equal length N.
 
     Attributes:
-        lang: language code.
+        lang: language code, and the mode where that is not zero-shot: `de`, `de.translate-test`.
         pair_ids: unique row ids.
         images: image of each row, as the data name it.
         labels: (N,) int64 gold label ids.
@@ -68,8 +68,15 @@ class PredictedRows:
         return path
 
 
+def write_predictions(languages: Sequence[PredictedRows], folder: Path) -> None:
+    """Writes the predictions of an evaluation, and removes those of an older one in `folder`."""
+    written = {rows.write(folder) for rows in languages}
+    for path in set(folder.glob(f"{_PREFIX}*{_SUFFIX}")) - written:
+        path.unlink()
+
+
 def predicted_languages(folder: Path) -> list[str]:
-    """Languages whose predictions lie in a report folder, sorted, English first.
+    """What predictions lie in a report folder (`PredictedRows.lang`), sorted, English first.
 
     Raises:
         DataError: there is no such folder, or it holds no predictions.

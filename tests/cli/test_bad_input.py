@@ -371,7 +371,7 @@ def _evaluated(commands, refused):
     from clseave_cli.core.evaluation import evaluate
 
     options = dict(zip(commands["evaluate"][1::2], commands["evaluate"][2::2], strict=True))
-    config = EvaluateConfig(data=str(options["--data"]), runs=options["--runs"], resamples=10)
+    config = EvaluateConfig(data=str(options["--data"]), runs=(options["--runs"],), resamples=10)
     return evaluate(config).to_json()
 
 

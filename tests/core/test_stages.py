@@ -139,7 +139,7 @@ def test_captions_never_reach_a_tokenizer(world, tmp_path, clip, encoder, monkey
     assert CAPTION in (world / "snli_ve_train.jsonl").read_text()
     _finetune(world, tmp_path, clip)
     _align(world, tmp_path, encoder, "de")
-    evaluate(EvaluateConfig(data=str(world), runs=tmp_path, resamples=10))
+    evaluate(EvaluateConfig(data=str(world), runs=(tmp_path,), resamples=10))
     assert "The square is red." in read and "Das Quadrat ist rot." in read
     assert not [sentence for sentence in read if CAPTION in sentence]
 
@@ -385,7 +385,7 @@ def test_languages_that_cannot_be_aligned(world, tmp_path, encoder, languages, s
 
 def test_the_figures_of_evaluate_are_those_of_predict(world, trained):
     config = EvaluateConfig(
-        data=str(world), runs=trained, resamples=50, device="cpu", precision="fp32"
+        data=str(world), runs=(trained,), resamples=50, device="cpu", precision="fp32"
     )
     document = evaluate(config)
     assert [result.lang for result in document.results] == ["en", "de", "nl"]
@@ -423,7 +423,9 @@ def test_the_figures_of_evaluate_are_those_of_predict(world, trained):
 
 
 def test_the_results_can_be_traced(world, trained):
-    document = evaluate(EvaluateConfig(data=str(world), runs=trained, lang=("de",), resamples=10))
+    document = evaluate(
+        EvaluateConfig(data=str(world), runs=(trained,), lang=("de",), resamples=10)
+    )
     signature = document.signature
     config = json.loads((trained / "align-de" / "config.json").read_text())
     assert signature.checkpoints["align-de"] == config["fingerprint"]
@@ -437,11 +439,11 @@ def test_languages_without_a_student_are_told_not_dropped(data, trained):
     rows = read_jsonl(data / "snli_ve_test.jsonl")
     write_jsonl(data / "snli_ve_test.ja.jsonl", rows)
     notes = Notes()
-    document = evaluate(EvaluateConfig(data=str(data), runs=trained, resamples=10), notes)
+    document = evaluate(EvaluateConfig(data=str(data), runs=(trained,), resamples=10), notes)
     assert [result.lang for result in document.results] == ["en", "de", "nl"]
     assert "no student for ja; `clseave align --lang ja` makes one" in notes.text
     with pytest.raises(ModelError, match=r"no student for ja \(there are models for en, de, nl\)"):
-        evaluate(EvaluateConfig(data=str(data), runs=trained, lang=("ja",)))
+        evaluate(EvaluateConfig(data=str(data), runs=(trained,), lang=("ja",)))
 
 
 def test_one_prediction(world, trained):

@@ -224,6 +224,17 @@ def test_files_of_a_language(write):
     assert split_path(folder, "train", "ja") is None
 
 
+def test_a_folder_a_language(tmp_path):
+    """As IGLUE lays XVNLI out: annotations/fr/test.jsonl."""
+    for lang in ("en", "fr", "zh-Hant", "images"):
+        (tmp_path / lang).mkdir()
+        write_jsonl(tmp_path / lang / "test.jsonl", [row(1, sentence2=lang)])
+    (tmp_path / "ru").mkdir()
+    assert languages(tmp_path, "test") == ["en", "fr", "zh-Hant"]
+    assert read_split(tmp_path, "test", "fr").hypotheses == ["fr"]
+    assert read_split(tmp_path, "test").hypotheses == ["en"]
+
+
 @pytest.mark.parametrize("lang", ["", "german", "../de", "DE", "de.jsonl", "d", "de-"])
 def test_what_is_no_language_code_is_refused(lang):
     with pytest.raises(UsageError, match="not a language code"):

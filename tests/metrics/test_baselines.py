@@ -10,7 +10,8 @@ from clseave_cli.core.metrics.baselines import (
     predict_from_hypotheses,
     shuffled_rows,
 )
-from clseave_cli.core.metrics.seeds import SeedSummary, summarise_seeds
+from clseave_cli.core.metrics.bootstrap import accuracy_interval
+from clseave_cli.core.metrics.seeds import SeedSummary, mean_accuracy_interval, summarise_seeds
 
 
 def test_majority_takes_the_first_of_equals():
@@ -96,3 +97,20 @@ def test_seeds_worked_by_hand():
     assert summarise_seeds([0.7]) == SeedSummary(1, 0.7, 0.0, 0.7, 0.7)
     with pytest.raises(ValueError, match="nothing"):
         summarise_seeds([])
+
+
+def test_the_interval_of_one_training_is_that_of_its_accuracy():
+    generator = np.random.default_rng(0)
+    images = np.arange(400) // 8
+    right = generator.random(400) < 0.7
+    options = {"resamples": 300, "seed": 3}
+    one = mean_accuracy_interval([right], images, **options)
+    assert one == accuracy_interval(right, images, **options)
+    # Three trainings that err on different rows: the mean is surer than any of them.
+    several = [generator.random(400) < 0.7 for _ in range(3)]
+    mean = mean_accuracy_interval(several, images, **options)
+    assert mean.value == pytest.approx(np.mean(several))
+    assert mean.high - mean.low < one.high - one.low
+    # The same training three times is no more than the one.
+    again = mean_accuracy_interval([right] * 3, images, **options)
+    assert (again.low, again.high) == (pytest.approx(one.low), pytest.approx(one.high))

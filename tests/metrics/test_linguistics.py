@@ -14,7 +14,6 @@ from clseave_cli.core.linguistics import (
     describe_power,
     lang2vec_distances,
 )
-from clseave_cli.errors import DataError
 
 # The thesis's test accuracies.
 THESIS = {"en": 0.7317, "de": 0.7319, "nl": 0.7135, "ja": 0.7082, "zh": 0.6994, "ko": 0.6875}
@@ -97,10 +96,9 @@ def fake_lang2vec(monkeypatch):
     vectors = {"eng": [1.0, 0.0], "fra": [1.0, 1.0], "deu": [1.0, 0.0], "ara": [0.0, 1.0]}
     vectors["epo"] = [0.0, 0.0]
 
+    module.URIEL_LANGUAGES = set(vectors)
+
     def get_features(codes, feature_set):
-        for code in codes:
-            if code not in vectors:
-                raise Exception(f"Note: Language {code} not found in the URIEL database. Run")
         return {code: vectors[code] for code in codes}
 
     module.get_features = get_features
@@ -125,9 +123,21 @@ def test_one_source_for_all_languages(fake_lang2vec):
     assert analysis.correlations["syntactic"].spearman == pytest.approx(1)
 
 
-def test_an_unknown_language_is_named(fake_lang2vec):
-    with pytest.raises(DataError, match=r"does not know one of fr, tlh \(Note: Language tlh"):
-        lang2vec_distances(["fr", "tlh"])
+def test_a_script_or_region_is_the_same_language(fake_lang2vec):
+    assert lang2vec_distances(["fr-CA"])["syntactic"]["fr-CA"] == pytest.approx(0.5)
+
+
+def test_an_unknown_language_is_a_gap_that_is_named(fake_lang2vec):
+    analysis = analyse_distances({"en": 0.8, "fr": 0.7, "tlh": 0.6})
+    assert analysis.correlations["syntactic"].distances["tlh"] is None
+    assert "lang2vec does not know tlh." in analysis.note
+
+
+def test_the_real_lang2vec_where_it_is_installed():
+    pytest.importorskip("lang2vec.lang2vec", exc_type=ImportError)
+    distances = lang2vec_distances(["fr", "ar", "zh-Hant", "tlh"])["syntactic"]
+    assert 0 < distances["fr"] < distances["ar"] < 1
+    assert distances["tlh"] is None
 
 
 def test_without_the_extra_the_table_is_used_with_gaps(monkeypatch):

@@ -131,5 +131,8 @@ def test_the_table_has_dashes_for_what_was_not_measured(results):
 def test_the_table_tells_the_modes_apart(results):
     german = results.results[1]
     both = (german, replace(german, mode="translate-test"))
-    text = rendered(replace(results, results=both), width=100)
-    assert "de (zero-shot)" in text and "de (translate-test)" in text
+    text = rendered(replace(results, results=both))
+    lines = [line.strip() for line in text.splitlines()]
+    names = [line.split("  ")[0] for line in lines if line.startswith("de")]
+    assert names == ["de", "de → en"]
+    assert "“→ en”: translated into English first" in text and "…" not in text

@@ -1,8 +1,9 @@
 """SNLI-VE-shaped data: reading a split, refusing bad rows, joining two languages.
 
 A split is a file `snli_ve_{split}.jsonl` (other languages `snli_ve_{split}.{lang}.jsonl`), or the
-same as `.csv` or `.parquet`, or without the `snli_ve_` prefix. Rows are kept as columns: half a
-million pairs are a few lists and arrays, not half a million objects.
+same as `.csv` or `.parquet`, or without the `snli_ve_` prefix, or `{lang}/{split}` as IGLUE lays
+XVNLI out. Rows are kept as columns: half a million pairs are a few lists and arrays, not half a
+million objects.
 
 The caption (`sentence1`) is never read: it would leak a text premise into the model.
 """
@@ -134,7 +135,7 @@ def require_language(lang: str) -> None:
 
 def split_path(folder: Path, split: str, lang: str) -> Path | None:
     """The file of a split in a language, or None."""
-    stems = [f"snli_ve_{split}.{lang}", f"{split}.{lang}"]
+    stems = [f"snli_ve_{split}.{lang}", f"{split}.{lang}", f"{lang}/{split}"]
     if lang == ENGLISH:
         stems = [f"snli_ve_{split}", *stems, split]
     for stem in stems:
@@ -150,9 +151,10 @@ def languages(folder: Path, split: str) -> list[str]:
     pattern = re.compile(
         rf"(?:snli_ve_)?{re.escape(split)}\.({_LANGUAGE.pattern})(?:{'|'.join(_EXTENSIONS)})"
     )
-    found = {match[1] for path in folder.iterdir() if (match := pattern.fullmatch(path.name))}
-    if split_path(folder, split, ENGLISH):
-        found.add(ENGLISH)
+    names = [path.name for path in folder.iterdir()]
+    found = {match[1] for name in names if (match := pattern.fullmatch(name))}
+    found |= {name for name in names if _LANGUAGE.fullmatch(name)} | {ENGLISH}
+    found = {lang for lang in found if split_path(folder, split, lang)}
     return sorted(found, key=lambda lang: (lang != ENGLISH, lang))
 
 
@@ -438,7 +440,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _strange_json(raw: bytes) -> Any:
-    """A line that orjson refuses: what Python's laxer parser makes of it (NaN), or what is wrong."""
+    """A line that orjson refuses: what Python's laxer parser makes of it, or what is wrong."""
     try:
         return json.loads(raw)
     except json.JSONDecodeError as error:

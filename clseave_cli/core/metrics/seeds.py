@@ -6,17 +6,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
+
+from clseave_cli.core.metrics.bootstrap import Interval, cluster_sums, interval
 
 
 @dataclass(frozen=True)
 class SeedSummary:
-    """A figure over several seeds; `std` is the sample deviation (n − 1), 0 for one seed."""
+    """A figure over several seeds.
+
+    Attributes:
+        num_seeds: trainings.
+        mean: of the figure.
+        std: sample deviation (n − 1), 0 for one seed: the luck of the training.
+        min: the smallest.
+        max: the largest.
+        low: lower end of the mean's 95 % interval by bootstrap over photos, the trainings as they
+            are: the choice of the photos. None where not measured.
+        high: upper end.
+    """
 
     num_seeds: int
     mean: float
     std: float
     min: float
     max: float
+    low: float | None = None
+    high: float | None = None
 
 
 def summarise_seeds(values: Sequence[float]) -> SeedSummary:
@@ -34,3 +50,21 @@ def summarise_seeds(values: Sequence[float]) -> SeedSummary:
         min=float(min(values)),
         max=float(max(values)),
     )
+
+
+def mean_accuracy_interval(
+    correct: Sequence[npt.ArrayLike], images: npt.ArrayLike, *, resamples: int, seed: int
+) -> Interval:
+    """The mean accuracy of several trainings on the same rows, with its 95 % interval.
+
+    All trainings are scored on the same resamples of photos.
+
+    Args:
+        correct: (N,) bool a training, the same rows in the same order.
+        images: (N,) photo of each row.
+        resamples: number of resamples.
+        seed: seed of the resampling.
+    """
+    share = np.mean([np.asarray(right, dtype=bool) for right in correct], axis=0)
+    sums = cluster_sums(np.stack([share, np.ones_like(share)], axis=1), images)
+    return interval(sums, lambda s: s[:, 0] / s[:, 1], resamples=resamples, seed=seed)

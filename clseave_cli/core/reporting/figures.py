@@ -105,8 +105,8 @@ def _axis_names(axes: Axes, x: str, y: str) -> None:
 
 
 def _shown_name(result: LanguageResult, results: Results) -> str:
-    several = len({entry.mode for entry in results.results}) > 1
-    return _plain(f"{result.lang}\n{result.mode}" if several else result.lang)
+    shown = results.shows_mode(result)
+    return _plain(f"{result.lang}\n{result.mode}" if shown else result.lang)
 
 
 def _languages(results: Results) -> Figure:
@@ -163,7 +163,7 @@ def _baseline_marks(axes: Axes, results: Results) -> list[Line2D]:
     for field, name, style, colour in kinds:
         drawn = False
         for x, result in enumerate(results.results):
-            baselines = results.baselines.get(result.lang)
+            baselines = results.baselines.get(result.key)
             value = getattr(baselines, field) if baselines else None
             if value is not None:
                 ends = [x - 0.36, x + 0.36]

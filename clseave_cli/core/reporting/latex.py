@@ -27,10 +27,12 @@ def latex_table(results: Results) -> str:
     r"""A `table` environment; it needs `\usepackage{booktabs}`."""
     rows = []
     for result in results.results:
-        baselines = results.baselines.get(result.lang)
+        baselines = results.baselines.get(result.key)
         low, high = result.accuracy_low, result.accuracy_high
         cells = [
-            escape_latex(result.lang),
+            escape_latex(
+                f"{result.lang} ({result.mode})" if results.shows_mode(result) else result.lang
+            ),
             _percent(result.accuracy),
             "--" if low is None else f"[{_percent(low)}, {_percent(high)}]",
             _percent(result.macro_f1),

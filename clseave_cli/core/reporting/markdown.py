@@ -81,5 +81,6 @@ def _signature(results: Results) -> str:
         ("resamples", str(signature.resamples)),
         *signature.data.items(),
         *signature.checkpoints.items(),
+        *((f"{lang} translated by", name) for lang, name in signature.translators.items()),
     ]
     return _table(Table(("what", "value"), tuple(rows)))

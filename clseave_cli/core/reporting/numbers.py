@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from clseave_cli.core.metrics.seeds import SeedSummary
+
 #: What stands for a figure that was not measured.
 DASH = "–"
 
@@ -9,6 +14,11 @@ DASH = "–"
 def percent(value: float | None) -> str:
     """A fraction in per cent with one decimal, without the sign; a dash for None."""
     return DASH if value is None else f"{100 * value:.1f}"
+
+
+def mean_and_spread(summary: SeedSummary | None) -> str:
+    """Mean ± sample standard deviation of fractions, in per cent; a dash for None."""
+    return f"{percent(summary.mean)} ± {percent(summary.std)}" if summary else DASH
 
 
 def points(value: float | None) -> str:

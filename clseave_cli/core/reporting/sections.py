@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from clseave_cli.core.metrics.bootstrap import Difference
 from clseave_cli.core.metrics.seeds import SeedSummary
 from clseave_cli.core.reporting.curves import LearningCurve
-from clseave_cli.core.reporting.numbers import DASH, decimal, p_value, percent, points
+from clseave_cli.core.reporting.numbers import (
+    DASH,
+    decimal,
+    mean_and_spread,
+    p_value,
+    percent,
+    points,
+)
 from clseave_cli.core.results import LanguageResult, Results
 from clseave_cli.labels import LABELS
 
@@ -89,9 +96,8 @@ def _difference_interval(difference: Difference | None) -> str:
 
 
 def _label(result: LanguageResult, results: Results) -> str:
-    modes = {entry.mode for entry in results.results}
     name = language_name(result.lang)
-    return f"{name} ({result.mode})" if len(modes) > 1 else name
+    return f"{name} ({result.mode})" if results.shows_mode(result) else name
 
 
 def _joined(items: Iterable[str]) -> str:
@@ -177,6 +183,8 @@ def build_sections(
     sections = [_accuracy(results)]
     if any(r.difference_to_english or r.agreement_with_english for r in results.results):
         sections.append(_against_english(results))
+    if any(r.difference_to_zero_shot for r in results.results):
+        sections.append(_modes(results))
     sections.append(_baselines(results))
     sections += [_labels(results), _calibration(results)]
     if any(r.transfer for r in results.results):
@@ -262,8 +270,34 @@ def _against_english(results: Results) -> Section:
                         verdict(d),
                     )
                     for r in results.results
-                    if r.lang != "en" or r.mode != "zero-shot"
+                    if r.lang != "en"
                     for d in (r.difference_to_english,)
+                ),
+            ),
+        ),
+    )
+
+
+def _modes(results: Results) -> Section:
+    return Section(
+        "Translate-test against zero-shot",
+        "Translate-test: the hypotheses are translated into English, and the English model reads "
+        "the translation. Zero-shot: the student reads the language itself. Differences are paired "
+        "(translate-test minus zero-shot) on the same rows and the same resampled photos.",
+        (
+            Table(
+                ("language", "difference, points", "95 % interval", "p", "McNemar p", "verdict"),
+                tuple(
+                    (
+                        language_name(r.lang),
+                        points(d.value),
+                        _difference_interval(d),
+                        p_value(d.p),
+                        p_value(d.mcnemar_p),
+                        verdict(d),
+                    )
+                    for r in results.results
+                    if (d := r.difference_to_zero_shot) is not None
                 ),
             ),
         ),
@@ -273,7 +307,7 @@ def _against_english(results: Results) -> Section:
 def _baselines(results: Results) -> Section:
     rows = []
     for r in results.results:
-        b = results.baselines.get(r.lang)
+        b = results.baselines.get(r.key)
         values = (b.majority, b.hypothesis_only, b.shuffled_image) if b else (None,) * 3
         known = [value for value in values if value is not None]
         rows.append(
@@ -447,25 +481,29 @@ def _distances(results: Results, drawn: bool) -> Section:
 
 
 def _seeds(results: Results) -> Section:
-    def in_percent(summary: SeedSummary | None) -> str:
-        return f"{percent(summary.mean)} ± {percent(summary.std)}" if summary else DASH
+    labels = {result.key: _label(result, results) for result in results.results}
 
     def extremes(summary: SeedSummary | None) -> str:
         return _interval(summary.min, summary.max) if summary else DASH
+
+    def interval(summary: SeedSummary | None) -> str:
+        return _interval(summary.low, summary.high) if summary else DASH
 
     def loss(summary: SeedSummary | None) -> str:
         return f"{decimal(summary.mean)} ± {decimal(summary.std)}" if summary else DASH
 
     return Section(
         "Over seeds",
-        "The same training with several seeds: mean ± sample standard deviation. This is the "
-        "spread between trainings; the intervals above are that of the choice of photos.",
+        "The same training with several seeds: mean ± sample standard deviation, the spread "
+        "between trainings. The interval is that of the mean accuracy over the choice of photos, "
+        "the trainings as they are. All other sections show the first seed.",
         (
             Table(
                 (
                     "language",
                     "seeds",
                     "accuracy, %",
+                    "95 % interval",
                     "min – max",
                     "macro-F1, %",
                     "ratio, %",
@@ -474,16 +512,17 @@ def _seeds(results: Results) -> Section:
                 ),
                 tuple(
                     (
-                        language_name(lang),
+                        labels[key],
                         str(next(iter(figures.values())).num_seeds),
-                        in_percent(figures.get("accuracy")),
+                        mean_and_spread(figures.get("accuracy")),
+                        interval(figures.get("accuracy")),
                         extremes(figures.get("accuracy")),
-                        in_percent(figures.get("macro_f1")),
-                        in_percent(figures.get("ratio_to_english")),
-                        in_percent(figures.get("agreement_with_english")),
+                        mean_and_spread(figures.get("macro_f1")),
+                        mean_and_spread(figures.get("ratio_to_english")),
+                        mean_and_spread(figures.get("agreement_with_english")),
                         loss(figures.get("loss")),
                     )
-                    for lang, figures in results.seeds.items()
+                    for key, figures in results.seeds.items()
                     if figures
                 ),
             ),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from clseave_cli.core.config import TranslateConfig
 from clseave_cli.core.progress import SILENT, Progress
-from clseave_cli.core.translation.engine import create_engine, find_engine
+from clseave_cli.core.translation.engine import check_numbers, create_engine, find_engine
 from clseave_cli.core.translation.files import split_name
 from clseave_cli.core.translation.job import FileSummary, Job
 from clseave_cli.core.translation.languages import canonical
@@ -62,7 +62,7 @@ def translate(config: TranslateConfig, progress: Progress = SILENT) -> Translati
     source = canonical(config.source)
     langs = _languages(config, source)
     inputs = _inputs(config)
-    _check_numbers(config)
+    check_numbers(config)
     summaries: list[FileSummary] = []
     stopped = None
     with Memory(config.memory or default_path()) as memory:
@@ -127,23 +127,6 @@ def _split_file(config: TranslateConfig, split: str) -> Path | None:
             f"{config.data / f'snli_ve_{split}.jsonl'}: no such file; is --data the right folder?"
         )
     return None
-
-
-def _check_numbers(config: TranslateConfig) -> None:
-    positive = {
-        "--beams": config.beams,
-        "--timeout-seconds": config.timeout_seconds,
-        "--retry-seconds": config.retry_seconds,
-        "--batch-size": config.batch_size,
-        "--concurrency": config.concurrency,
-        "--requests-per-second": config.requests_per_second,
-    }
-    for flag, value in positive.items():
-        if value is not None and not value > 0:
-            raise UsageError(f"{flag} {value}: expected a number above 0.")
-    for flag, count in {"--retries": config.retries, "--review": config.review}.items():
-        if count < 0:
-            raise UsageError(f"{flag} {count}: expected 0 or more.")
 
 
 def output_path(config: TranslateConfig, path: Path, lang: str) -> Path:

@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from clseave_cli.core.config import TranslateConfig
 from clseave_cli.core.progress import Task
-from clseave_cli.core.translation.engine import Engine, Fault, Refusal, Rejection
+from clseave_cli.core.translation.engine import Engine, Fault, Limits, Refusal, Rejection
 from clseave_cli.core.translation.memory import Entry, Memory
 from clseave_cli.core.translation.quality import Checks
 from clseave_cli.core.translation.segments import Segmented
@@ -52,6 +53,12 @@ class Patience:
     requests_per_second: float | None
     retries: int
     retry_seconds: float
+
+    @classmethod
+    def of(cls, config: TranslateConfig, limits: Limits) -> Patience:
+        """What the user says, or else what suits the engine."""
+        rate = config.requests_per_second or limits.requests_per_second
+        return cls(rate, config.retries, config.retry_seconds)
 
 
 @dataclass

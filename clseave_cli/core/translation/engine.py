@@ -162,6 +162,28 @@ def create_engine(config: TranslateConfig, source: str, target: str) -> Engine:
     return find_engine(config.engine)(config, source, target)
 
 
+def check_numbers(config: TranslateConfig) -> None:
+    """Refuses numbers that no engine can work with.
+
+    Raises:
+        UsageError: one is too small; names the flag.
+    """
+    positive = {
+        "--beams": config.beams,
+        "--timeout-seconds": config.timeout_seconds,
+        "--retry-seconds": config.retry_seconds,
+        "--batch-size": config.batch_size,
+        "--concurrency": config.concurrency,
+        "--requests-per-second": config.requests_per_second,
+    }
+    for flag, value in positive.items():
+        if value is not None and not value > 0:
+            raise UsageError(f"{flag} {value}: expected a number above 0.")
+    for flag, count in {"--retries": config.retries, "--review": config.review}.items():
+        if count < 0:
+            raise UsageError(f"{flag} {count}: expected 0 or more.")
+
+
 def language_code(table: dict[str, str], language: str, engine: str) -> str:
     """The engine's own code for a canonical language.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from clseave_cli.core.config import TranslateConfig
@@ -29,9 +30,9 @@ class ImportedEngine:
     """
 
     def __init__(self, config: TranslateConfig, source: str, target: str) -> None:
-        path = config.translations
-        if path is None:
+        if config.translations is None:
             raise UsageError("--translations is missing: in which file are the translations?")
+        path = Path(str(config.translations).replace("{lang}", target))
         if not path.is_file():
             raise DataError(f"{path}: no such file; --translations names the translations.")
         self._path = path

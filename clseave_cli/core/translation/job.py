@@ -158,16 +158,14 @@ class Job:
 
     def _fill(self, progress: Progress, work: Work) -> None:
         """Has translated what is queued."""
-        config, limits = self._config, self._engine.limits
-        patience = Patience(
-            config.requests_per_second or limits.requests_per_second,
-            config.retries,
-            config.retry_seconds,
-        )
         driver = Driver(
-            self._engine, self._memory, self._identity, self._checks, patience,
+            self._engine,
+            self._memory,
+            self._identity,
+            self._checks,
+            Patience.of(self._config, self._engine.limits),
             self._retries_suspect,
-        )  # fmt: skip
+        )
         title = f"{self._path.name} into {self._engine.identity.target}"
         with progress.task(title, total=work.num_texts, unit="texts") as task:
             self.outcome = driver.run(work, _Timed(task, work.num_texts, self._num_hits or 0))
