@@ -55,7 +55,7 @@ class Fuzzer:
         self.random = random.Random(seed)
         self.images = [path.read_bytes() for path in sorted((world / "images").iterdir())[:4]]
         for kind in ("JPEG", "GIF", "WEBP", "BMP"):
-            for mode in ("RGB", "P", "L"):
+            for mode in ("RGB", "L"):
                 content = io.BytesIO()
                 Image.effect_noise((40, 30), 90).convert(mode).save(content, kind)
                 self.images.append(content.getvalue())
