@@ -67,7 +67,6 @@ def encoder(tmp_path_factory, world):
 
     folder = tmp_path_factory.mktemp("encoder")
     new_encoder(folder, tiny_world.sentences(world), **tiny_world.ENCODER_SHAPE)
-    tiny_world.enlarge_weights(folder, 12.0)
     return folder
 
 

@@ -141,7 +141,9 @@ def image_features(
         for name, row in zip(split.image_names, first_row, strict=True)
     ]
     with ThreadPoolExecutor() as pool:
-        keys = packed_keys(bytes.fromhex(d)[:_KEY_BYTES] for d in pool.map(file_digest, paths))
+        digests = packed_keys(bytes.fromhex(d)[:_KEY_BYTES] for d in pool.map(file_digest, paths))
+    # Two names may stand for the same picture.
+    keys, path_of_key, key_of_path = np.unique(digests, return_index=True, return_inverse=True)
 
     def decode(item: int) -> Image:
         try:
@@ -154,7 +156,7 @@ def image_features(
         return encoder.preprocess([decode(item) for item in items])
 
     def compute(missing: npt.NDArray[np.intp]) -> Iterator[Tensor]:
-        items = missing.tolist()
+        items = path_of_key[missing].tolist()
         batches = [items[i : i + _IMAGE_BATCH] for i in range(0, len(items), _IMAGE_BATCH)]
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as decoders:
             for batch in ahead(decoders, pixels, batches, _BATCHES_AHEAD):
@@ -163,7 +165,7 @@ def image_features(
 
     cache = VectorCache(_folder("image", encoder, autocast), encoder.embedding_dim)
     vectors = cache.get(keys, compute, f"{split.name}: image features", progress)
-    return Features(vectors, split.image_index.astype(np.intp))
+    return Features(vectors, key_of_path[split.image_index])
 
 
 def sentence_embeddings(

@@ -212,7 +212,8 @@ class VisualEntailment:
     ) -> Iterator[Prediction]:
         """The predictions of some rows, all in one language and with an image."""
         embeddings, truncated = self._model.embed_sentences(lang, [pairs[row][1] for row in rows])
-        premises = np.stack([images[str(pairs[row][0])] for row in rows])  # type: ignore[arg-type]
+        # Rows whose image failed were refused before.
+        premises = np.stack([np.asarray(images[str(pairs[row][0])]) for row in rows])
         probabilities = self._model.probabilities(embeddings, premises)
         for row, scores, cut in zip(rows, probabilities, truncated, strict=True):
             image, hypothesis = pairs[row]

@@ -132,7 +132,6 @@ class Run:
         new_clip(self.folder / "clip", sentences, ClipShape(**tiny_world.CLIP_SHAPE))
         new_encoder(self.folder / "encoder", sentences, **tiny_world.ENCODER_SHAPE)
         tiny_world.enlarge_weights(self.folder / "clip", 3.0)
-        tiny_world.enlarge_weights(self.folder / "encoder", 12.0)
         shared = {"data": str(self.world), "runs": self.runs, "epochs": 2, **tiny_world.QUICK}
         finetune(FinetuneConfig(clip=str(self.folder / "clip"), **shared))
         align(AlignConfig(lang=("de",), student=str(self.folder / "encoder"), **shared))

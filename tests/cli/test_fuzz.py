@@ -103,7 +103,7 @@ def test_evaluate_measures_or_refuses(data, world, trained, changes, skip_bad):
     lines = [*(json.dumps(row).encode() for row in rows), *more]
     (data / "snli_ve_test.jsonl").write_bytes(b"\n".join(lines))
     config = EvaluateConfig(
-        data=str(data), runs=trained, lang=("en",), resamples=5, skip_bad=skip_bad
+        data=str(data), runs=(trained,), lang=("en",), resamples=5, skip_bad=skip_bad
     )
     try:
         (result,) = evaluate(config).results

@@ -24,7 +24,7 @@ from clseave_cli.core.data.records import read_split
 from clseave_cli.core.evaluation import evaluate
 from clseave_cli.core.finetuning import finetune
 from clseave_cli.core.inference.torch_model import TorchModel
-from clseave_cli.core.models import packing
+from clseave_cli.core.models import tokens
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import module_digest
 from clseave_cli.core.models.student import load_student
@@ -129,7 +129,7 @@ def _english_logits(world, runs, split):
 
 def test_captions_never_reach_a_tokenizer(world, tmp_path, clip, encoder, monkeypatch):
     read = []
-    tokenize = packing.tokenize
+    tokenize = tokens.tokenize
 
     def spy(tokenizer, sentences, **more):
         read.extend(sentences)

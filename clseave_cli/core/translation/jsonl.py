@@ -38,7 +38,7 @@ class JsonLinesFile:
 
     def rows(self) -> Iterator[Row]:
         """The rows; blank lines are passed over. A row's record is its line and its values."""
-        field = self._field or ""
+        field = self._field  # None, which is no key, until the first row has told
         with reading(self._path) as stream:
             for number, line in enumerate(stream, 1):
                 try:
@@ -51,7 +51,7 @@ class JsonLinesFile:
                     if line.isspace():
                         continue
                     line, values = self._parse(number, line)
-                    field = self._field or ""
+                    field = self._field
                     text = values[field]
                 pair_id = values.get("pairID")
                 if pair_id is not None and type(pair_id) is not str:
