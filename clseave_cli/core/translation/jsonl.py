@@ -38,7 +38,7 @@ class JsonLinesFile:
 
     def rows(self) -> Iterator[Row]:
         """The rows; blank lines are passed over. A row's record is its line and its values."""
-        field = self._field  # None, which is no key, until the first row has told
+        field: Any = self._field  # None, which is no key, until the first row has told
         with reading(self._path) as stream:
             for number, line in enumerate(stream, 1):
                 try:
