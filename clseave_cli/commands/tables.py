@@ -27,13 +27,10 @@ def _range(low: float | None, high: float | None) -> str:
     return DASH if low is None else f"{percent(low)}–{percent(high)}"
 
 
-def results_table(results: Results) -> Table:
-    """The language table: accuracy, how sure that is, and what is reached without looking."""
-    caption = f"95 % intervals by bootstrap over photos · {escape(str(results.signature))}"
-    if any(result.mode == "translate-test" for result in results.results):
-        caption = f"“{_TRANSLATED.strip()}”: translated into English first · {caption}"
-    table = Table(
-        title="Visual entailment by language, in %",
+def _table(title: str, caption: str) -> Table:
+    """An empty table in the look that all of them share."""
+    return Table(
+        title=title,
         caption=caption,
         title_justify="left",
         caption_justify="left",
@@ -41,6 +38,14 @@ def results_table(results: Results) -> Table:
         collapse_padding=True,
         pad_edge=False,
     )
+
+
+def results_table(results: Results) -> Table:
+    """The language table: accuracy, how sure that is, and what is reached without looking."""
+    caption = f"95 % intervals by bootstrap over photos · {escape(str(results.signature))}"
+    if any(result.mode == "translate-test" for result in results.results):
+        caption = f"“{_TRANSLATED.strip()}”: translated into English first · {caption}"
+    table = _table("Visual entailment by language, in %", caption)
     table.add_column("\nlang", no_wrap=True)
     table.add_column("\naccuracy", justify="right", style="bold", no_wrap=True)
     # Broken by hand, so that the table fits 80 columns: what a pipe or a small terminal has.
@@ -70,17 +75,10 @@ def results_table(results: Results) -> Table:
 
 def seeds_table(results: Results) -> Table:
     """What several trainings reach: the mean, how far they lie apart, and how sure the mean is."""
-    table = Table(
-        title="Over several seeds, in %",
-        caption=(
-            "± sample standard deviation over trainings; 95 % interval of the mean accuracy by "
-            "bootstrap over photos, the trainings as they are"
-        ),
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        collapse_padding=True,
-        pad_edge=False,
+    table = _table(
+        "Over several seeds, in %",
+        "± sample standard deviation over trainings; 95 % interval of the mean accuracy by "
+        "bootstrap over photos, the trainings as they are",
     )
     table.add_column("lang", no_wrap=True)
     for header in ("seeds", "accuracy", "95 % interval", "min – max", "ratio to en", "macro-F1"):
@@ -102,17 +100,10 @@ def seeds_table(results: Results) -> Table:
 
 def comparison_table(comparison: Comparison) -> Table:
     """Two evaluations side by side: the paired difference, and whether it is one."""
-    table = Table(
-        title=escape(f"A: {comparison.first}\nB: {comparison.second}"),
-        caption=(
-            f"A minus B on the same rows, in points; 95 % intervals by paired bootstrap over "
-            f"photos ({comparison.resamples:,} resamples, seed {comparison.seed})"
-        ),
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        collapse_padding=True,
-        pad_edge=False,
+    table = _table(
+        escape(f"A: {comparison.first}\nB: {comparison.second}"),
+        f"A minus B on the same rows, in points; 95 % intervals by paired bootstrap over "
+        f"photos ({comparison.resamples:,} resamples, seed {comparison.seed})",
     )
     table.add_column("lang", no_wrap=True)
     for header in ("n", "A, %", "B, %", "A − B", "95 % interval", "p", "McNemar p"):
