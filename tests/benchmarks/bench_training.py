@@ -38,7 +38,7 @@ from torch.nn import functional
 from clseave_cli.core.alignment import align
 from clseave_cli.core.config import AlignConfig, FinetuneConfig, TrainingConfig
 from clseave_cli.core.data.images import open_image
-from clseave_cli.core.data.records import join, read_split
+from clseave_cli.core.data.records import distinct, join, read_split
 from clseave_cli.core.features import sentence_embeddings
 from clseave_cli.core.finetuning import finetune
 from clseave_cli.core.models.clip_ve import ClipVE
@@ -121,13 +121,14 @@ def bench_align(arguments: argparse.Namespace, out: Path) -> None:
     teacher = ClipVE.from_folder(out / "runs" / "clip-ve")
 
     def wanted(some: Pairs) -> Tensor:
-        features = sentence_embeddings(
+        sentences, index = distinct([english for english, _ in some])
+        vectors = sentence_embeddings(
             teacher.text,
-            [english for english, _ in some],
+            sentences,
             autocast=autocast("fp32", CPU),
             description="teacher",
         )
-        return features.vectors[torch.from_numpy(features.index)]
+        return vectors.rows(index)
 
     training_vectors, dev_vectors = wanted(training), wanted(held_out)
     print(f"{len(training)} pairs, {arguments.epochs} epochs, teacher variance "
