@@ -58,6 +58,8 @@ from clseave_cli.core.training.run import Run, is_complete, require_writable
 from clseave_cli.errors import DataError, TrainingError, UsageError
 from clseave_cli.labels import UNLABELLED
 
+#: Largest weight of a pair in a step, in multiples of the mean.
+_HEAVIEST = 5.0
 #: A student whose embeddings vary less than this share of the teacher's says the same to all.
 _COLLAPSED = 1e-3
 
@@ -113,6 +115,7 @@ class _Corpus:
         """Everything taken in, with the teacher's embeddings."""
         target_of_pair, source_of_pair = np.concatenate(self._pairs, axis=1)
         counts = np.concatenate(self._counts)
+        each, weights = _portions(counts)
         vectors = sentence_embeddings(
             teacher.text,
             list(self._sources),
@@ -121,9 +124,10 @@ class _Corpus:
             progress=progress,
         )
         return _TrainingPairs(
-            Sentences(TokenTable.concatenate(self._tokens), target_of_pair),
-            Features(vectors, source_of_pair),
-            torch.from_numpy(counts / counts.mean()).float(),
+            Sentences(TokenTable.concatenate(self._tokens), target_of_pair[each]),
+            Features(vectors, source_of_pair[each]),
+            torch.from_numpy(weights).float(),
+            len(counts),
         )
 
 
@@ -132,12 +136,15 @@ class _TrainingPairs:
     """Distinct (target sentence, source sentence) pairs of each language.
 
     Translations repeat as hypotheses do. A pair that stands n times in the data is trained on once
-    an epoch with weight n, which is the same expected gradient for less work.
+    an epoch with weight n, which is the same expected gradient for less work. Very frequent pairs
+    are trained on several times an epoch, in parts: rare steps with a huge gradient throw Adam off,
+    and what those sentences differ in was then never learnt (docs/experiments.md, 2026-11-21).
     """
 
     sentences: Sentences
     teacher: Features
     weights: Tensor
+    num_distinct: int
 
     def batch(self, rows: Rows, student: SentenceEncoder) -> _Batch:
         own = processes().share(rows)
@@ -146,6 +153,19 @@ class _TrainingPairs:
             self.teacher.vectors.rows(self.teacher.index[rows]),
             self.weights[torch.from_numpy(rows)],
         )
+
+
+def _portions(
+    counts: npt.NDArray[np.intp],
+) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
+    """Which pairs are trained on in an epoch, some of them several times, and with which weights.
+
+    A pair's weights add up to its count in multiples of the mean count.
+    """
+    weights = counts / counts.mean()
+    times = np.ceil(weights / _HEAVIEST).astype(np.intp)
+    pairs = np.repeat(np.arange(len(counts)), times)
+    return pairs, (weights / times)[pairs]
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,7 +251,7 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
         lambda aside: save_student(
             student, aside, languages=languages, teacher=teacher.fingerprint
         ),
-        _card(config, languages, len(pairs.weights), result),
+        _card(config, languages, pairs.num_distinct, result),
     )
     return AlignResult(out, languages, result)
 

@@ -321,7 +321,7 @@ class AlignConfig(TrainingConfig, DataConfig):
             "patience": 9,
             "select": "mse",
         },
-        "mini-ve": {"epochs": 10, "batch_size": 32, "learning_rate": 1.5e-3},
+        "mini-ve": {"epochs": 8, "batch_size": 32, "learning_rate": 1.5e-3},
     }
 
     lang: tuple[str, ...] = option(

@@ -292,6 +292,17 @@ def test_without_a_dev_file_sentences_are_held_out(data, tmp_path, trained, enco
         _align(data, tmp_path / "x", encoder, "de", teacher=trained / "clip-ve", dev_fraction=1.0)
 
 
+def test_a_pair_counts_as_often_as_it_stands_but_never_much_at_once():
+    counts = np.array([1, 3, 600, 1, 95, 2, 1, 1])
+    pairs, weights = alignment._portions(counts)
+    assert set(pairs) == set(range(len(counts)))
+    assert weights.max() <= alignment._HEAVIEST
+    np.testing.assert_allclose(
+        np.bincount(pairs, weights), counts / counts.mean(), err_msg="same expected gradient"
+    )
+    assert np.bincount(pairs)[[0, 1, 3, 5, 6, 7]].max() == 1  # ordinary pairs are not multiplied
+
+
 def test_one_student_of_several_languages(world, tmp_path, runs, encoder):
     result = _align(world, runs, encoder, "nl", "de", "nl", out=tmp_path / "runs" / "align-nl+de")
     assert result.languages == ("nl", "de")
