@@ -79,7 +79,7 @@ def _fill(folder: Path, num_rows: int) -> Path:
 
 
 _WRITE = """
-import json, resource, sys, time
+import json, os, resource, sys, time
 from pathlib import Path
 from clseave_cli.core.config import TranslateConfig
 from clseave_cli.core.translation.corpus import translate
@@ -90,10 +90,16 @@ summary = translate(TranslateConfig(
 ))
 file = summary.files[0]
 assert file.num_from_memory == file.num_rows
+peak = lambda whose: resource.getrusage(whose).ru_maxrss / 1024
 print(json.dumps({
     "rows": file.num_rows, "seconds": round(file.seconds, 2),
     "rows_per_second": round(file.num_rows / file.seconds),
-    "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+    "processes": len(os.sched_getaffinity(0)),
+    "peak_mib_of_one": round(peak(resource.RUSAGE_CHILDREN)),
+    "peak_mib": round(
+        peak(resource.RUSAGE_SELF)
+        + len(os.sched_getaffinity(0)) * peak(resource.RUSAGE_CHILDREN)
+    ),
 }))
 """
 

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
 import sqlite3
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from clseave_cli.core.config import TranslateConfig
 from clseave_cli.core.launch import is_first_process
 from clseave_cli.core.progress import Progress, Task
-from clseave_cli.core.translation.driver import MAX_ATTEMPTS, Driver, Outcome, Patience
+from clseave_cli.core.translation.driver import Driver, Outcome, Patience
 from clseave_cli.core.translation.engine import Engine
 from clseave_cli.core.translation.files import Row, open_text_file
-from clseave_cli.core.translation.memory import Entry, Memory
+from clseave_cli.core.translation.lookup import Lookup, Terms
+from clseave_cli.core.translation.memory import Memory
 from clseave_cli.core.translation.output import Output
+from clseave_cli.core.translation.parts import can_split, write_parts
 from clseave_cli.core.translation.quality import CHECKS, Checks
-from clseave_cli.core.translation.segments import needs_translation
 from clseave_cli.core.translation.work import Item, Work
-from clseave_cli.errors import DataError, TranslationError
-
-_ROWS_AT_ONCE = 10_000
+from clseave_cli.errors import TranslationError
 
 
 @dataclass(frozen=True)
@@ -81,10 +78,16 @@ class Job:
         self._memory = memory
         self._path = path
         self._output = output
-        self._identity = memory.identity_id(engine.identity)
-        self._checks = Checks(engine.identity.source, engine.identity.target)
-        self._exact = engine.limits.text_characters is None
-        self._retries_suspect = config.on_suspect == "retry" and not self._exact
+        exact = engine.limits.text_characters is None
+        self._terms = Terms(
+            identity=memory.identity_id(engine.identity),
+            source=engine.identity.source,
+            target=engine.identity.target,
+            by_pair_id=engine.limits.by_pair_id,
+            exact=exact,
+            retries_suspect=config.on_suspect == "retry" and not exact,
+        )
+        self._lookup = Lookup(memory, path, self._terms)
         self._file = open_text_file(path, config.field, engine.identity.source)
         self._num_hits: int | None = None
         self.outcome = Outcome()
@@ -112,45 +115,16 @@ class Job:
         finally:
             work.close()
 
-    def _chunks(self) -> Iterator[list[tuple[Row, Entry | None]]]:
-        """The rows in pieces, each row with what the memory holds for it."""
-        rows = self._file.rows()
-        while chunk := list(itertools.islice(rows, _ROWS_AT_ONCE)):
-            keys = [self.key(row) for row in chunk]
-            entries = self._memory.find(self._identity, {key for key in keys if key is not None})
-            yield [
-                (row, self._unchanged(row) if key is None else entries.get(key))
-                for row, key in zip(chunk, keys, strict=True)
-            ]
-
-    def key(self, row: Row) -> str | None:
-        """What the memory knows a row by; None for a text that needs no translation."""
-        if self._engine.limits.by_pair_id:
-            if row.pair_id is None:
-                raise DataError.at(
-                    self._path, row.line, "no pairID to find the translation by; try --match text."
-                )
-            return row.pair_id
-        return row.text if self._exact or needs_translation(row.text) else None
-
-    def _unchanged(self, row: Row) -> Entry:
-        suspicions = () if row.text.strip() else ("empty",)
-        return Entry(row.text, 0, self._checks.version, suspicions)
-
-    def _is_final(self, entry: Entry) -> bool:
-        asked_once = 0 < entry.attempts < MAX_ATTEMPTS
-        return not (self._retries_suspect and entry.suspicions and asked_once)
-
     def _gather(self, progress: Progress, work: Work) -> None:
         """Queues what the memory does not hold."""
         self._num_hits = 0
         with progress.task(f"reading {self._path.name}", unit="rows") as task:
-            for chunk in self._chunks():
+            for chunk in self._lookup.chunks(self._file):
                 missing = []
                 for row, entry in chunk:
                     if entry is None:
-                        missing.append(Item(self.key(row) or "", 0))
-                    elif not self._is_final(entry):
+                        missing.append(Item(self._lookup.key(row) or "", 0))
+                    elif not self._lookup.is_final(entry):
                         missing.append(Item(row.text, 1))
                     self._num_hits += entry is not None and entry.attempts > 0
                 work.add(missing)
@@ -161,10 +135,10 @@ class Job:
         driver = Driver(
             self._engine,
             self._memory,
-            self._identity,
-            self._checks,
+            self._terms.identity,
+            Checks(self._terms.source, self._terms.target),
             Patience.of(self._config, self._engine.limits),
-            self._retries_suspect,
+            self._terms.retries_suspect,
         )
         title = f"{self._path.name} into {self._engine.identity.target}"
         with progress.task(title, total=work.num_texts, unit="texts") as task:
@@ -178,15 +152,14 @@ class Job:
         """
         output = Output(self._file, self._path, self._output, self._config)
         with output, progress.task(f"writing {self._output.name}", unit="rows") as task:
-            for chunk in self._chunks():
-                for row, entry in self._checked(chunk):
-                    if work is None and (entry is None or not self._is_final(entry)):
-                        raise _Incomplete
-                    if entry is not None:
-                        output.put(row, entry)
-                    else:
-                        output.fail(row, self._reason(row, work))
-                task.advance(len(chunk))
+            file, path, config = self._file, self._path, self._config
+            if work is None and can_split(file, path, config):
+                if not write_parts(
+                    path, file, self._memory.path, self._terms, config, output, task
+                ):
+                    raise _Incomplete
+            else:
+                self._write_rows(output, task, work)
         counts = output.counts
         num_asked = counts["rows"] - counts["unchanged"] - counts["failed"]
         num_hits = num_asked if self._num_hits is None else min(self._num_hits, num_asked)
@@ -209,26 +182,19 @@ class Job:
             review=output.review,
         )
 
-    def _checked(self, chunk: list[tuple[Row, Entry | None]]) -> list[tuple[Row, Entry | None]]:
-        """The chunk, with the checks made where the memory holds none of this version."""
-        version = self._checks.version
-        if all(entry is None or entry.checked == version for _, entry in chunk):
-            return chunk
-        checked: list[tuple[Row, Entry | None]] = []
-        renewed: dict[str, Entry] = {}
-        for row, entry in chunk:
-            if entry is not None and entry.checked != version:
-                found = self._checks.find(row.text, entry.translation)
-                entry = entry._replace(checked=version, suspicions=found)
-                renewed[row.text] = entry
-            checked.append((row, entry))
-        # Known by its pairID, a translation may belong to rows of different texts.
-        if not self._engine.limits.by_pair_id:
-            self._memory.store(self._identity, renewed.items())
-        return checked
+    def _write_rows(self, output: Output, task: Task, work: Work | None) -> None:
+        for chunk in self._lookup.chunks(self._file):
+            if work is None and not self._lookup.is_complete(chunk):
+                raise _Incomplete
+            for row, entry in self._lookup.checked(chunk):
+                if entry is not None:
+                    output.put(row, entry)
+                else:
+                    output.fail(row, self._reason(row, work))
+            task.advance(len(chunk))
 
     def _reason(self, row: Row, work: Work | None) -> str:
-        noted = work.reason(self.key(row) or "") if work else None
+        noted = work.reason(self._lookup.key(row) or "") if work else None
         return noted or f"not asked: {self.outcome.stopped or 'another process gave it up'}"
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import orjson
 
@@ -18,6 +19,20 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
 
 
+class Span(NamedTuple):
+    """Some consecutive lines of a file.
+
+    Attributes:
+        start: where the first one begins, in bytes.
+        first_line: its number, from 1.
+        num_lines: how many there are.
+    """
+
+    start: int
+    first_line: int
+    num_lines: int
+
+
 class JsonLinesFile:
     """A `.jsonl` file, packed or not.
 
@@ -25,22 +40,38 @@ class JsonLinesFile:
         path: the file.
         field: the key to translate; None for the first known one in the first row.
         source: language of the text.
+        span: the part of an unpacked file that is meant; None for all of it.
     """
 
     marks_rows = True
 
-    def __init__(self, path: Path, field: str | None, source: str) -> None:
+    def __init__(
+        self, path: Path, field: str | None, source: str, span: Span | None = None
+    ) -> None:
         self._path = path
         self._field = field
         self._source = source
+        self._span = span
         if field is None:
             next(self.rows(), None)  # the first row tells
+
+    @property
+    def field(self) -> str:
+        """The key to translate; empty where no row has told it."""
+        return self._field or ""
+
+    def _lines(self, stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
+        """The lines with their numbers."""
+        if self._span is None:
+            return enumerate(stream, 1)
+        stream.seek(self._span.start)
+        return enumerate(itertools.islice(stream, self._span.num_lines), self._span.first_line)
 
     def rows(self) -> Iterator[Row]:
         """The rows; blank lines are passed over. A row's record is its line and its values."""
         field: Any = self._field  # None, which is no key, until the first row has told
         with reading(self._path) as stream:
-            for number, line in enumerate(stream, 1):
+            for number, line in self._lines(stream):
                 try:
                     values = orjson.loads(line)
                     text = values[field]
@@ -81,7 +112,7 @@ class JsonLinesFile:
 
     def writer(self, stream: BinaryIO) -> JsonLinesWriter:
         """Writes such a file."""
-        return JsonLinesWriter(stream, self._field or "", self._source)
+        return JsonLinesWriter(stream, self.field, self._source)
 
 
 class JsonLinesWriter:

@@ -91,12 +91,15 @@ class Memory:
     Args:
         path: the SQLite file, made with its folder where missing.
 
+    Attributes:
+        path: see above.
+
     Raises:
         TranslationError: the file is no translation memory, is damaged or cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._lock: IO[str] | None = None
         self._owner = uuid.uuid4().hex
         with self._errors():
@@ -119,7 +122,7 @@ class Memory:
         tables = execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         if version != _FORMAT and (version or tables):
             raise TranslationError(
-                f"{self._path}: not a translation memory of this version of clseave; "
+                f"{self.path}: not a translation memory of this version of clseave; "
                 "choose another file with --memory."
             )
         with self._writing():
@@ -257,13 +260,13 @@ class Memory:
     # when the process ends, and neither a reused process id nor a container can deceive it.
 
     def _owner_file(self, owner: str) -> Path:
-        return self._path.with_name(f"{self._path.name}-owner-{owner}")
+        return self.path.with_name(f"{self.path.name}-owner-{owner}")
 
     def _come_alive(self) -> None:
         if self._lock is not None:
             return
         with self._errors():
-            for path in self._path.parent.glob(f"{self._path.name}-owner-*"):
+            for path in self.path.parent.glob(f"{self.path.name}-owner-*"):
                 self._is_alive(path.name.rpartition("-")[2])  # sweeps up after killed processes
             while self._lock is None:
                 stream = self._owner_file(self._owner).open("w")
@@ -304,7 +307,7 @@ class Memory:
             raise self._explain(str(error)) from error
         except OSError as error:
             raise TranslationError(
-                f"{self._path}: cannot be opened ({error.strerror}); "
+                f"{self.path}: cannot be opened ({error.strerror}); "
                 "choose another file with --memory."
             ) from error
 
@@ -317,7 +320,7 @@ class Memory:
             advice = "choose another file with --memory."
         else:
             advice = "the file is damaged; move it away, or choose another with --memory."
-        return TranslationError(f"{self._path}: the translation memory fails ({said}): {advice}")
+        return TranslationError(f"{self.path}: the translation memory fails ({said}): {advice}")
 
 
 def _refuse_other_files(path: Path) -> None:

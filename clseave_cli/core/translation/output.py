@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
+import shutil
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +22,7 @@ from clseave_cli.core.translation.memory import Entry
 from clseave_cli.core.translation.review import Sample
 
 _SWEEP_AGE_SECONDS = 10.0
+_BLOCK_BYTES = 1 << 20
 
 
 @contextmanager
@@ -30,12 +34,34 @@ def replacing(target: Path) -> Iterator[BinaryIO]:
         yield stream
 
 
+@contextmanager
+def aside_folder(target: Path) -> Iterator[Path]:
+    """A folder for parts of `target`, gone after the block, or swept up by a later run."""
+    prefix = f".{target.name}."
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as name, _locked(Path(name)):
+        yield Path(name)
+
+
+@contextmanager
+def _locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Holds a lock on a file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, how)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _sweep(target: Path) -> None:
     for path in target.parent.glob(f".{target.name}.????????"):
         try:
-            with path.open("rb") as stream:
-                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                if time.time() - path.stat().st_mtime > _SWEEP_AGE_SECONDS:
+            with _locked(path, fcntl.LOCK_SH | fcntl.LOCK_NB):
+                if time.time() - path.stat().st_mtime <= _SWEEP_AGE_SECONDS:
+                    continue
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
                     path.unlink()
         except OSError:
             continue  # in use, or gone
@@ -58,13 +84,24 @@ class RowList:
 
     def add(self, row: Row, reason: str, **more: Any) -> None:
         """Lists a row with the reason why it is here."""
-        if self._stream is None:
-            self._stream = self._stack.enter_context(replacing(self.path))
         entry = {"line": row.line, "pairID": row.pair_id, "text": row.text, **more}
         entry = {key: value for key, value in entry.items() if value is not None}
         # Escaped, because a text may hold what UTF-8 cannot (lone surrogates).
-        self._stream.write((json.dumps({**entry, "reason": reason}) + "\n").encode())
+        self._open().write((json.dumps({**entry, "reason": reason}) + "\n").encode())
         self.num_rows += 1
+
+    def join(self, part: RowList) -> None:
+        """Takes over the rows of another list, which is finished."""
+        if part.path.exists():
+            with part.path.open("rb") as lines:
+                for line in lines:
+                    self._open().write(line)
+                    self.num_rows += 1
+
+    def _open(self) -> BinaryIO:
+        if self._stream is None:
+            self._stream = self._stack.enter_context(replacing(self.path))
+        return self._stream
 
     def __exit__(
         self,
@@ -87,6 +124,7 @@ class Output:
         config: says what happens to suspect rows, and how large the sample is.
 
     Attributes:
+        target: see above.
         counts: rows, unchanged, failed, dropped, and rows per suspicion.
         failed: the rows without a translation.
         rejected: the rows dropped because they are suspect.
@@ -96,7 +134,7 @@ class Output:
 
     def __init__(self, file: TextFile, source: Path, target: Path, config: TranslateConfig) -> None:
         stem, _ = split_name(target)
-        self._file, self._target = file, target
+        self._file, self.target = file, target
         self._drops = config.on_suspect == "drop"
         self._sample = Sample(config.review, config.seed, source.name) if config.review else None
         self._stack = ExitStack()
@@ -107,11 +145,11 @@ class Output:
         self.review = target.with_name(f"{stem}.review.md") if config.review else None
 
     def __enter__(self) -> Output:
-        stream = self._stack.enter_context(replacing(self._target))
+        stream = self._stack.enter_context(replacing(self.target))
         for rows in (self.failed, self.rejected, self.suspect):
             self._stack.enter_context(rows)
-        packed = self._stack.enter_context(packing(self._target, stream))
-        self._writer = self._stack.enter_context(closing(self._file.writer(packed)))
+        self._stream = self._stack.enter_context(packing(self.target, stream))
+        self._writer = self._stack.enter_context(closing(self._file.writer(self._stream)))
         return self
 
     def put(self, row: Row, entry: Entry) -> None:
@@ -132,6 +170,14 @@ class Output:
         self._writer.write(row, entry.translation, suspicions)
         if self._sample:
             self._sample.offer(row, entry.translation, suspicions)
+
+    def join(self, part: Output, counts: Mapping[str, int]) -> None:
+        """Takes over the next rows of the same file, which another process has written."""
+        with part.target.open("rb") as written:
+            shutil.copyfileobj(written, self._stream, _BLOCK_BYTES)
+        self.counts.update(counts)
+        self.rejected.join(part.rejected)
+        self.suspect.join(part.suspect)
 
     def fail(self, row: Row, reason: str) -> None:
         """Takes a row there is no translation for."""
