@@ -130,8 +130,8 @@ def _run(orders: list[_Order], task: Task) -> bool:
     """A process for each order; whether all of them did what they were told."""
     reading, writing = os.pipe()
     with os.fdopen(reading) as reports, contextlib.ExitStack() as stack:
-        with os.fdopen(writing, "w") as shared:
-            processes = [stack.enter_context(_started(order, shared)) for order in orders]
+        with os.fdopen(writing, "w"):
+            processes = [stack.enter_context(_started(order, writing)) for order in orders]
         for report in reports:
             if report == _FAILED:
                 return False
@@ -140,12 +140,16 @@ def _run(orders: list[_Order], task: Task) -> bool:
 
 
 @contextlib.contextmanager
-def _started(order: _Order, reports: TextIO) -> Iterator[subprocess.Popen[str]]:
+def _started(order: _Order, reports: int) -> Iterator[subprocess.Popen[str]]:
     """A process that works on an order, and is ended with the block at the latest."""
     process = subprocess.Popen(
-        [sys.executable, "-m", __spec__.name],
-        stdin=subprocess.PIPE, stdout=reports, stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
+        [sys.executable, "-m", __spec__.name, str(reports)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        pass_fds=[reports],
+    )
     try:
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError), process.stdin:
@@ -156,7 +160,7 @@ def _started(order: _Order, reports: TextIO) -> Iterator[subprocess.Popen[str]]:
         process.wait()
 
 
-def _write(order: _Order) -> None:
+def _write(order: _Order, reports: TextIO) -> None:
     """What each process does; reports how many rows are done as it goes."""
     path, target, terms = Path(order.path), Path(order.target), Terms(*order.terms)
     file = JsonLinesFile(path, order.field, terms.source, Span(*order.span))
@@ -170,18 +174,18 @@ def _write(order: _Order) -> None:
                 for row, entry in lookup.checked(chunk):
                     assert entry is not None
                     output.put(row, entry)
-                sys.stdout.write(f"{len(chunk)}\n")
-                sys.stdout.flush()
+                reports.write(f"{len(chunk)}\n")
         write_json(target.with_name(_COUNTS), output.counts)
 
 
 def _main() -> None:
     gc.disable()  # millions of small tuples, none of them in a cycle
-    try:
-        _write(_Order(*json.load(sys.stdin)))
-    except BaseException:
-        sys.stdout.write(_FAILED)
-        raise
+    with os.fdopen(int(sys.argv[1]), "w", buffering=1) as reports:
+        try:
+            _write(_Order(*json.load(sys.stdin)), reports)
+        except BaseException:
+            reports.write(_FAILED)
+            raise
 
 
 if __name__ == "__main__":
