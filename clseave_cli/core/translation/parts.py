@@ -140,20 +140,16 @@ def _run(orders: list[_Order], task: Task) -> bool:
 
 
 @contextlib.contextmanager
-def _started(order: _Order, reports: int) -> Iterator[subprocess.Popen[str]]:
+def _started(order: _Order, reports: int) -> Iterator[subprocess.Popen[bytes]]:
     """A process that works on an order, and is ended with the block at the latest."""
     process = subprocess.Popen(
-        [sys.executable, "-m", __spec__.name, str(reports)],
-        stdin=subprocess.PIPE,
+        [sys.executable, "-m", __spec__.name, str(reports), json.dumps(order)],
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        text=True,
         pass_fds=[reports],
     )
     try:
-        assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError), process.stdin:
-            json.dump(order, process.stdin)
         yield process
     finally:
         process.kill()
@@ -180,9 +176,10 @@ def _write(order: _Order, reports: TextIO) -> None:
 
 def _main() -> None:
     gc.disable()  # millions of small tuples, none of them in a cycle
-    with os.fdopen(int(sys.argv[1]), "w", buffering=1) as reports:
+    descriptor, order = sys.argv[1:]
+    with os.fdopen(int(descriptor), "w", buffering=1) as reports:
         try:
-            _write(_Order(*json.load(sys.stdin)), reports)
+            _write(_Order(*json.loads(order)), reports)
         except BaseException:
             reports.write(_FAILED)
             raise
