@@ -31,7 +31,7 @@ from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
 from clseave_cli.core.training.precision import Autocast, autocast, resolve_device
 from clseave_cli.core.training.run import Run, is_complete, require_writable
-from clseave_cli.errors import UsageError
+from clseave_cli.errors import DataError, UsageError
 from clseave_cli.labels import LABELS
 
 
@@ -98,6 +98,7 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> FinetuneRes
         check_leak(train_split, dev_split)
     images = ImageFolder.of(folder, config.images)
     _require_batch_statistics(config, train_split)
+    _require_two_labels(train_split)
 
     torch.manual_seed(config.seed)
     model = ClipVE.from_clip(config.clip).to(device)
@@ -143,6 +144,15 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> FinetuneRes
         result = train(stage, config, device=device, folder=run.folder, progress=progress)
     run.publish(model.save, _card(config, len(train_split), result))
     return FinetuneResult(out, result)
+
+
+def _require_two_labels(split: Split) -> None:
+    labels = np.unique(split.labels)
+    if len(labels) == 1:
+        raise DataError(
+            f"{split.path}: every row is {LABELS[labels[0]]!r}; expected rows of at least two "
+            "labels, or there is nothing to tell apart."
+        )
 
 
 def _require_batch_statistics(config: FinetuneConfig, split: Split) -> None:

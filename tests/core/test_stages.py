@@ -169,6 +169,14 @@ def test_too_few_examples_for_batch_statistics(data, tmp_path, clip):
     _finetune(data, tmp_path / "runs", clip, batch_size=4, accumulation=2)
 
 
+def test_rows_of_one_label_are_no_training_data(data, tmp_path, clip):
+    path = data / "snli_ve_train.jsonl"
+    rows = [{**row, "gold_label": "neutral"} for row in read_jsonl(path)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"snli_ve_train.jsonl: every row is 'neutral'; expected"):
+        _finetune(data, tmp_path / "runs", clip)
+
+
 # --- align ---
 
 
