@@ -164,9 +164,12 @@ class _Padded(nn.Module):
         """(B, D) embeddings of (B, T) ids; the mask is 1 on tokens and 0 on padding."""
         rows, width = input_ids.shape
         positions = torch.arange(width).expand(rows, width) * attention_mask
-        terminals = torch.arange(rows) * width + attention_mask.sum(1) - 1
+        numbers = torch.arange(rows)
+        segments = attention_mask * (numbers[:, None] + 1) - 1
+        starts = numbers * width
+        terminals = starts + attention_mask.sum(1) - 1
         embedding: Tensor = self.encoder(
-            PackedBatch(input_ids, positions, attention_mask - 1, terminals)
+            PackedBatch(input_ids, positions, segments, starts, terminals)
         )
         return embedding
 
