@@ -166,11 +166,8 @@ class _Padded(nn.Module):
         positions = torch.arange(width).expand(rows, width) * attention_mask
         numbers = torch.arange(rows)
         segments = attention_mask * (numbers[:, None] + 1) - 1
-        starts = numbers * width
-        terminals = starts + attention_mask.sum(1) - 1
-        embedding: Tensor = self.encoder(
-            PackedBatch(input_ids, positions, segments, starts, terminals)
-        )
+        terminals = numbers * width + attention_mask.sum(1) - 1
+        embedding: Tensor = self.encoder(PackedBatch(input_ids, positions, segments, terminals))
         return embedding
 
 

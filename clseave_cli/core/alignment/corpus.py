@@ -180,7 +180,8 @@ class _LanguagePairs:
     @property
     def weights(self) -> npt.NDArray[np.float64]:
         """Of the pairs in the loss: as often as each stands in the data, on average `weight`."""
-        return self.weight * self.counts / self.counts.mean()
+        weights: npt.NDArray[np.float64] = self.weight * self.counts / self.counts.mean()
+        return weights
 
 
 class Corpus:

@@ -88,8 +88,8 @@ class SentenceEncoder(nn.Module):
     @property
     def embedding_dim(self) -> int:
         """D."""
-        *_, last = self.projection.modules()
-        return int(last.out_features)
+        *_, last = self.projection.parameters()  # the last matrix, which has no bias
+        return len(last)
 
     @property
     def device(self) -> torch.device:
@@ -263,7 +263,7 @@ def pool(hidden: Tensor, batch: PackedBatch, pooling: Pooling) -> Tensor:
         return flat[batch.starts]
     # A product with zeros and ones: next to nothing beside the backbone, and the same bits every
     # time, which adding at indices on a GPU is not.
-    sentences = torch.arange(len(batch.starts), device=hidden.device)
+    sentences = torch.arange(len(batch.terminals), device=hidden.device)
     belongs = (sentences[:, None] == batch.segments.flatten()).float()  # (B, R · T)
     with torch.autocast(hidden.device.type, enabled=False):
         return belongs @ flat.float() / belongs.sum(dim=1, keepdim=True)

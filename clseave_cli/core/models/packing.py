@@ -30,14 +30,12 @@ class PackedBatch:
         input_ids: (R, T) int64.
         positions: (R, T) int64, counted from 0 within each sentence.
         segments: (R, T) int64, which of the B sentences a token belongs to; -1 unused.
-        starts: (B,) int64, where each sentence's first token stands in the flattened rows.
-        terminals: (B,) int64, where its last token stands.
+        terminals: (B,) int64, where each sentence's last token stands in the flattened rows.
     """
 
     input_ids: Tensor
     positions: Tensor
     segments: Tensor
-    starts: Tensor
     terminals: Tensor
 
     def to(self, device: torch.device) -> PackedBatch:
@@ -45,15 +43,14 @@ class PackedBatch:
         return PackedBatch(
             *(
                 part.to(device, non_blocking=True)
-                for part in (
-                    self.input_ids,
-                    self.positions,
-                    self.segments,
-                    self.starts,
-                    self.terminals,
-                )
+                for part in (self.input_ids, self.positions, self.segments, self.terminals)
             )
         )
+
+    @property
+    def starts(self) -> Tensor:
+        """(B,) int64, where each sentence's first token stands in the flattened rows."""
+        return self.terminals - self.positions.flatten()[self.terminals]
 
     def attention_mask(self, causal: bool) -> Tensor:
         """(R, 1, T, T) bool: True where a query token may look at a key token.
@@ -100,7 +97,6 @@ def pack(
         torch.from_numpy(input_ids.reshape(shape)),
         torch.from_numpy(positions.reshape(shape)),
         torch.from_numpy(segments.reshape(shape)),
-        torch.from_numpy(first),
         torch.from_numpy(first + lengths - 1),
     )
 

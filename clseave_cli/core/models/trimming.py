@@ -57,9 +57,7 @@ def trim_vocabulary(
         ModelError: its tokenizer is of a kind that cannot be trimmed, or it is trimmed already.
     """
     if encoder.trimmed is not None:
-        raise ModelError(
-            f"{name}: its vocabulary is trimmed already; start from the whole encoder."
-        )
+        raise ModelError(f"{name}: its vocabulary is trimmed already; start from the whole one.")
     whole = encoder.backbone.get_input_embeddings()
     content = json.loads(encoder.tokenizer.backend_tokenizer.to_str())
     kept = np.array(sorted(_closure(content, set(map(int, used)), name)), dtype=np.int64)
@@ -163,10 +161,8 @@ def _is_single(token: str, affixes: Iterable[str | None]) -> bool:
 
 def _merges(model: dict[str, Any]) -> list[tuple[str, str]]:
     """Merges in order; older files write a pair as one string."""
-    return [
-        tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge)
-        for merge in model["merges"]
-    ]
+    pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
+    return [(first, second) for first, second in pairs]
 
 
 def _joined(first: str, second: str, model: dict[str, Any]) -> str:
