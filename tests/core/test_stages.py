@@ -19,6 +19,7 @@ from tiny_world import (
 from clseave_cli import VisualEntailment
 from clseave_cli.core import alignment, prediction
 from clseave_cli.core.alignment import align, corpus
+from clseave_cli.core.alignment.dev import SpreadWatch
 from clseave_cli.core.config import AlignConfig, EvaluateConfig, FinetuneConfig, PredictConfig
 from clseave_cli.core.data.records import read_split
 from clseave_cli.core.evaluation import evaluate
@@ -235,7 +236,9 @@ def test_a_student_knows_its_teacher_and_language(trained):
 def test_dev_accuracy_chooses_where_there_are_images(data, tmp_path, trained, encoder):
     teacher = trained / "clip-ve"
     auto = _align(data, tmp_path / "a", encoder, "de", teacher=teacher)
-    assert set(auto.training.dev) == {"mse", "mae", "variance_ratio", "accuracy"}
+    assert set(auto.training.dev) == {
+        "mse", "mae", "cosine", "recall_at_10", "variance_ratio", "accuracy",
+    }  # fmt: skip
     # Recomputed with the saved student, on the dev rows.
     student = {auto.folder: load_student(auto.folder)}
     judged = TorchModel(ClipVE.from_folder(teacher), {"de": auto.folder}, student, "fp32")
@@ -302,11 +305,13 @@ def test_without_a_dev_file_sentences_are_held_out(data, tmp_path, trained, enco
 
 def test_a_pair_counts_as_often_as_it_stands_but_never_much_at_once():
     counts = np.array([1, 3, 600, 1, 95, 2, 1, 1])
-    pairs, weights = corpus._portions(counts)
+    rows = np.arange(len(counts))
+    part = corpus._LanguagePairs("de", None, rows, rows, counts, weight=0.5)
+    pairs, weights = part.portions()
     assert set(pairs) == set(range(len(counts)))
-    assert weights.max() <= corpus._HEAVIEST
+    assert weights.max() <= 0.5 * corpus._HEAVIEST
     np.testing.assert_allclose(
-        np.bincount(pairs, weights), counts / counts.mean(), err_msg="same expected gradient"
+        np.bincount(pairs, weights), 0.5 * counts / counts.mean(), err_msg="same expected gradient"
     )
     assert np.bincount(pairs)[[0, 1, 3, 5, 6, 7]].max() == 1  # ordinary pairs are not multiplied
 
@@ -365,14 +370,27 @@ def test_a_student_that_says_the_same_to_all_is_refused(
 ):
     new_student = alignment.new_student
 
-    def collapsed(name, embedding_dim):
-        student = new_student(name, embedding_dim)
+    def collapsed(*arguments):
+        student = new_student(*arguments)
         torch.nn.init.zeros_(student.projection.weight)
         return student
 
     monkeypatch.setattr(alignment, "new_student", collapsed)
     with pytest.raises(TrainingError, match=r"de: the student gives every sentence the same embe"):
         _align(world, tmp_path, encoder, "de", teacher=trained / "clip-ve", learning_rate=0.0)
+
+
+def test_a_student_may_start_without_spread_but_not_lose_it():
+    watch = SpreadWatch("de")
+    watch.during({"mse": 2.0, "variance_ratio": 1e-5})
+    watch.during({"mse": 1.0, "variance_ratio": 0.5})
+    with pytest.raises(TrainingError, match=r"^de: the student gives every sentence the same"):
+        watch.during({"mse": 2.0, "variance_ratio": 1e-5})
+    watch = SpreadWatch("de+nl")
+    several = {"variance_ratio": 0.3, "variance_ratio/de": 0.6, "variance_ratio/nl": 1e-5}
+    watch.during(several)
+    with pytest.raises(TrainingError, match=r"^nl: "):
+        watch.at_the_end(several)
 
 
 def test_a_resumed_student_must_see_the_same_english(data, tmp_path, trained, encoder):

@@ -123,14 +123,14 @@ class Parallel:
         )
 
 
-def require_language(lang: str) -> None:
+def require_language(lang: str, flag: str = "--lang") -> None:
     """Refuses what is no language code: it becomes part of file names.
 
     Raises:
         UsageError: not of the form `de`, `zh-Hant` or `pt-BR`.
     """
     if not _LANGUAGE.fullmatch(lang):
-        raise UsageError(f"--lang {lang}: not a language code; expected one such as de, ja or zh.")
+        raise UsageError(f"{flag} {lang}: not a language code; expected one such as de, ja or zh.")
 
 
 def split_path(folder: Path, split: str, lang: str) -> Path | None:
