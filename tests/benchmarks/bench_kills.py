@@ -34,7 +34,7 @@ _LATEST_KILL = 0.9
 
 def write_world(out: Path, scenes: int) -> None:
     """A small mini-VE with untrained models."""
-    generate(out / "data", sizes=Sizes(scenes, 40, 40))
+    generate(out / "data", sizes=Sizes(scenes, 100, 100))
     texts = sentences(out / "data")
     for name in ("clip", "encoder"):
         (out / name).mkdir()
