@@ -12,12 +12,12 @@ from clseave_cli.core.data.images import ImageFolder
 from clseave_cli.core.data.records import distinct, read_split
 from clseave_cli.core.features import (
     VectorCache,
-    cache_root,
     image_features,
     packed_keys,
     sentence_embeddings,
     tokenize_sentences,
 )
+from clseave_cli.core.files import cache_root
 from clseave_cli.core.models import backbones
 from clseave_cli.core.training.precision import autocast
 from clseave_cli.errors import ClseaveError, DataError

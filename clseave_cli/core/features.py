@@ -28,7 +28,7 @@ from torch import Tensor
 
 from clseave_cli.core.data.images import ImageFolder, open_image
 from clseave_cli.core.data.records import Split, distinct
-from clseave_cli.core.files import atomic_file, file_digest
+from clseave_cli.core.files import atomic_file, cache_root, file_digest
 from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
 from clseave_cli.core.models.tokens import TokenTable
 from clseave_cli.core.pipeline import ahead
@@ -49,11 +49,6 @@ _MISSING = -1
 
 #: (U,) records of 16 bytes.
 Keys = npt.NDArray[np.void]
-
-
-def cache_root() -> Path:
-    """Where caches live: `CLSEAVE_CACHE`, or `~/.cache/clseave`."""
-    return Path(os.environ.get("CLSEAVE_CACHE") or Path.home() / ".cache" / "clseave")
 
 
 @dataclass(frozen=True, eq=False)

@@ -155,6 +155,11 @@ def read_json(path: Path) -> Any:
         raise ModelError(f"{path}: damaged, not valid JSON ({error}); make it again.") from None
 
 
+def cache_root() -> Path:
+    """Where caches live: `CLSEAVE_CACHE`, or `~/.cache/clseave`."""
+    return Path(os.environ.get("CLSEAVE_CACHE") or Path.home() / ".cache" / "clseave")
+
+
 def file_digest(path: Path, num_bytes: int = 32) -> str:
     """BLAKE2b of a file's bytes, in hex (`b2sum -l 256`; twice SHA-256's speed without SHA-NI).
 

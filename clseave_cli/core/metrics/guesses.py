@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import sklearn
 
-from clseave_cli.core.features import cache_root
-from clseave_cli.core.files import file_digest, json_digest, read_json, write_json
+from clseave_cli.core.files import cache_root, file_digest, json_digest, read_json, write_json
 from clseave_cli.core.metrics.bootstrap import Ints
 from clseave_cli.errors import ModelError
 from clseave_cli.labels import LABELS

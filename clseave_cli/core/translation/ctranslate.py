@@ -10,9 +10,8 @@ import ctranslate2
 from ctranslate2.converters import TransformersConverter
 
 from clseave_cli.core.config import TranslateConfig
-from clseave_cli.core.files import atomic_folder, json_digest
+from clseave_cli.core.files import atomic_folder, cache_root, json_digest
 from clseave_cli.core.training.precision import resolve_device
-from clseave_cli.core.translation.memory import cache_root
 from clseave_cli.core.translation.seq2seq import GUARD, Codec, local_precision
 from clseave_cli.errors import ModelError
 

@@ -9,7 +9,6 @@ dies with its process, however that ends.
 from __future__ import annotations
 
 import fcntl
-import os
 import sqlite3
 import time
 import uuid
@@ -18,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from clseave_cli.core.files import cache_root
 from clseave_cli.core.translation.engine import Identity
 from clseave_cli.errors import ClseaveError, TranslationError
 
@@ -55,11 +55,6 @@ class Entry(NamedTuple):
     attempts: int
     checked: str
     suspicions: tuple[str, ...]
-
-
-def cache_root() -> Path:
-    """Where caches live: `CLSEAVE_CACHE`, or `~/.cache/clseave`."""
-    return Path(os.environ.get("CLSEAVE_CACHE") or Path.home() / ".cache" / "clseave")
 
 
 def default_path() -> Path:
