@@ -21,8 +21,8 @@ from clseave_cli.core.alignment.dev import (
     images_for_accuracy,
     selection,
 )
-from clseave_cli.core.alignment.objectives import SentenceObjective, comparison
-from clseave_cli.core.alignment.sampling import Sampler
+from clseave_cli.core.alignment.objectives import SentenceObjective, comparison, require_fitting
+from clseave_cli.core.alignment.sampling import Sampler, require_possible
 from clseave_cli.core.config import AlignConfig
 from clseave_cli.core.data.hub import data_folder
 from clseave_cli.core.data.images import ImageFolder
@@ -67,6 +67,7 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
         ClseaveError: bad data, an unusable model, a full disk, a collapse, or an interruption.
     """
     languages = _languages(config)
+    require_possible(config)
     out = config.out or config.runs / f"align-{'+'.join(languages)}"
     require_writable(out)
     if config.resume and is_complete(out):
@@ -81,6 +82,7 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
 
     teacher = ClipVE.from_folder(config.teacher or config.runs / "clip-ve").to(device)
     teacher.requires_grad_(False)
+    require_fitting(config, teacher)
     torch.manual_seed(config.seed)
     student = new_student(
         config.student, teacher.text.embedding_dim, config.pooling, config.projection
@@ -104,6 +106,7 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
         corpus.add(training, config.auxiliary_weight if lang in config.auxiliary else 1.0)
         dev_text[lang] = dev
     del reader, training, parallel
+    corpus.require_images()
     if config.include_english:
         corpus.add_english()
         dev_text[ENGLISH] = as_english(dev_text[languages[0]])
