@@ -23,7 +23,7 @@ from clseave_cli.core.alignment.dev import (
 )
 from clseave_cli.core.alignment.objectives import SentenceObjective, comparison, require_fitting
 from clseave_cli.core.alignment.sampling import Sampler, require_possible
-from clseave_cli.core.config import AlignConfig
+from clseave_cli.core.config import AlignConfig, StudentConfig
 from clseave_cli.core.data.hub import data_folder
 from clseave_cli.core.data.images import ImageFolder
 from clseave_cli.core.data.records import (
@@ -66,7 +66,7 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
     Raises:
         ClseaveError: bad data, an unusable model, a full disk, a collapse, or an interruption.
     """
-    languages = _languages(config)
+    languages = student_languages(config)
     require_possible(config)
     out = config.out or config.runs / f"align-{'+'.join(languages)}"
     require_writable(out)
@@ -154,8 +154,23 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
     return AlignResult(out, languages, result)
 
 
-def _languages(config: AlignConfig) -> tuple[str, ...]:
-    """The languages the student will read: English last, if it is asked for."""
+def count_sentences(config: StudentConfig, progress: Progress = SILENT) -> dict[str, int]:
+    """How many distinct English sentences there are to learn each `--lang` from.
+
+    Raises:
+        ClseaveError: bad data.
+    """
+    folder = data_folder(config.data, progress)
+    reader = ParallelReader(folder, config, progress)
+    return {lang: len(set(reader.read(lang)[0].sources)) for lang in config.lang}
+
+
+def student_languages(config: StudentConfig) -> tuple[str, ...]:
+    """The languages the student will read: English last, if it is asked for.
+
+    Raises:
+        UsageError: none is named, or one cannot be.
+    """
     if not config.lang:
         raise UsageError("--lang is missing; for example --lang de.")
     for lang in config.lang:
