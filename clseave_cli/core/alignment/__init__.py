@@ -22,9 +22,9 @@ from clseave_cli.core.alignment.dev import (
     images_for_accuracy,
     selection,
 )
-from clseave_cli.core.alignment.objectives import SentenceObjective, comparison
-from clseave_cli.core.alignment.sampling import Sampler
-from clseave_cli.core.config import AlignConfig
+from clseave_cli.core.alignment.objectives import SentenceObjective, comparison, require_fitting
+from clseave_cli.core.alignment.sampling import Sampler, require_possible
+from clseave_cli.core.config import AlignConfig, StudentConfig
 from clseave_cli.core.data.hub import data_folder
 from clseave_cli.core.data.images import ImageFolder
 from clseave_cli.core.data.records import (
@@ -67,7 +67,8 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
     Raises:
         ClseaveError: bad data, an unusable model, a full disk, a collapse, or an interruption.
     """
-    languages = _languages(config)
+    languages = student_languages(config)
+    require_possible(config)
     out = config.out or config.runs / f"align-{'+'.join(languages)}"
     require_writable(out)
     if config.resume and is_complete(out):
@@ -82,6 +83,7 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
 
     teacher = ClipVE.from_folder(config.teacher or config.runs / "clip-ve").to(device)
     teacher.requires_grad_(False)
+    require_fitting(config, teacher)
     torch.manual_seed(config.seed)
     student = new_student(
         config.student, teacher.text.embedding_dim, config.pooling, config.projection
@@ -105,6 +107,7 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
         corpus.add(training, config.auxiliary_weight if lang in config.auxiliary else 1.0)
         dev_text[lang] = dev
     del reader, training, parallel
+    corpus.require_images()
     if config.include_english:
         corpus.add_english()
         dev_text[ENGLISH] = as_english(dev_text[languages[0]])
@@ -153,8 +156,23 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
     return AlignResult(out, languages, result)
 
 
-def _languages(config: AlignConfig) -> tuple[str, ...]:
-    """The languages the student will read: English last, if it is asked for."""
+def count_sentences(config: StudentConfig, progress: Progress = SILENT) -> dict[str, int]:
+    """How many distinct English sentences there are to learn each `--lang` from.
+
+    Raises:
+        ClseaveError: bad data.
+    """
+    folder = data_folder(config.data, progress)
+    reader = ParallelReader(folder, config, progress)
+    return {lang: len(set(reader.read(lang)[0].sources)) for lang in config.lang}
+
+
+def student_languages(config: StudentConfig) -> tuple[str, ...]:
+    """The languages the student will read: English last, if it is asked for.
+
+    Raises:
+        UsageError: none is named, or one cannot be.
+    """
     if not config.lang:
         raise UsageError("--lang is missing; for example --lang de.")
     for lang in config.lang:
