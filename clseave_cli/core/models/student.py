@@ -53,6 +53,7 @@ def load_student(folder: Path, teacher: str | None = None) -> SentenceEncoder:
         model, tokenizer = backbones.load_encoder(folder / "encoder")
         student = _student(model, tokenizer, config["embedding_dim"])
         load_weights(_added_parts(student), folder / "projection.safetensors")
+        student.packs = config.get("packs", True)
     student.fingerprint = config["fingerprint"]
     return student.eval()
 
@@ -69,6 +70,7 @@ def save_student(
         {
             "languages": list(languages),
             "pooling": "terminal",
+            "packs": student.packs,
             "embedding_dim": student.embedding_dim,
             "teacher": teacher,
         },
@@ -103,7 +105,7 @@ def _student(model: Any, tokenizer: Any, embedding_dim: int) -> SentenceEncoder:
         nn.Linear(width, embedding_dim, bias=False),
         hub_model=model,
         causal=False,
-        max_tokens=backbones.max_tokens(model),
+        max_tokens=backbones.max_tokens(model, tokenizer),
         first_position=backbones.first_position(model),
         terminal_id=backbones.terminal_id(tokenizer),
     )
