@@ -246,7 +246,7 @@ def _distilbert(folder: Path, sentences: Iterable[str]) -> Path:
         dim=32, hidden_dim=64, dropout=0.0, attention_dropout=0.0,
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    return _save(folder, DistilBertModel(config))
+    return _save(folder, DistilBertModel(config), factor=9.0)
 
 
 def _labse(folder: Path, sentences: Iterable[str]) -> Path:
@@ -262,7 +262,7 @@ def _labse(folder: Path, sentences: Iterable[str]) -> Path:
         max_position_embeddings=MAX_TOKENS,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return _save(folder, BertModel(config))
+    return _save(folder, BertModel(config), factor=9.0)
 
 
 def _xlm_roberta(folder: Path, sentences: Iterable[str]) -> Path:
@@ -277,7 +277,7 @@ def _xlm_roberta(folder: Path, sentences: Iterable[str]) -> Path:
         max_position_embeddings=MAX_TOKENS + 2,
         type_vocab_size=1,
     )
-    return _save(folder, XLMRobertaModel(config, add_pooling_layer=False))
+    return _save(folder, XLMRobertaModel(config, add_pooling_layer=False), factor=9.0)
 
 
 def _mdeberta(folder: Path, sentences: Iterable[str]) -> Path:
@@ -306,7 +306,7 @@ def _mdeberta(folder: Path, sentences: Iterable[str]) -> Path:
         type_vocab_size=0,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return _save(folder, DebertaV2Model(config))
+    return _save(folder, DebertaV2Model(config), factor=9.0)
 
 
 def _mmbert(folder: Path, sentences: Iterable[str]) -> Path:
@@ -322,7 +322,7 @@ def _mmbert(folder: Path, sentences: Iterable[str]) -> Path:
         num_attention_heads=2, max_position_embeddings=MAX_TOKENS, local_attention=8,
         pad_token_id=0, eos_token_id=1, bos_token_id=2, cls_token_id=2, sep_token_id=1,
     )  # fmt: skip
-    return _save(folder, ModernBertModel(config))
+    return _save(folder, ModernBertModel(config), factor=9.0)
 
 
 #: Students by the name their likes are known by.

@@ -1,7 +1,7 @@
 """`align`: a multilingual student of the CLIP-VE text tower (thesis 3.3).
 
-The student learns to give a translated hypothesis the embedding that the frozen English teacher
-gives the original. The teacher is asked once per sentence; after that it is a look-up.
+The student learns to give a translated hypothesis the embedding that the frozen teacher gives the
+original. The teacher is asked once per sentence; after that it is a look-up.
 
 The flow is here; `corpus` reads what is learnt from, `objectives` says what the loss is, `dev` how
 good the student is.
@@ -19,9 +19,9 @@ from clseave_cli.core.alignment.dev import dev_set, evaluate_student, images_for
 from clseave_cli.core.alignment.objectives import SentenceObjective
 from clseave_cli.core.config import AlignConfig
 from clseave_cli.core.data.hub import data_folder
-from clseave_cli.core.data.records import ENGLISH, require_language, require_split_path
+from clseave_cli.core.data.records import require_language, require_split_path
 from clseave_cli.core.files import json_digest
-from clseave_cli.core.models.clip_ve import ClipVE
+from clseave_cli.core.models.clip_ve import ClipVE, source_language
 from clseave_cli.core.models.student import new_student, save_student
 from clseave_cli.core.models.vocabulary import reduced_vocabulary
 from clseave_cli.core.progress import SILENT, Progress
@@ -65,7 +65,11 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
     for lang in languages:
         require_split_path(folder, config.train_split, lang)
 
-    teacher = ClipVE.from_folder(config.teacher or config.runs / "clip-ve").to(device)
+    teacher_folder = config.teacher or config.runs / "clip-ve"
+    source_lang = source_language(teacher_folder)
+    if source_lang in languages:
+        raise UsageError(f"--lang {source_lang}: is the teacher's own language; name another.")
+    teacher = ClipVE.from_folder(teacher_folder).to(device)
     teacher.requires_grad_(False)
     torch.manual_seed(config.seed)
     student = new_student(config.student, teacher.text.embedding_dim).to(device)
@@ -73,12 +77,12 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
         progress.note(f"{config.student}: packing is not exact for this encoder; padding instead.")
     inputs = {"teacher": teacher.fingerprint, "student": student.digest()}
     corpus, dev_text = Corpus(student), []
-    reader = ParallelReader(folder, config, progress)
+    reader = ParallelReader(folder, source_lang, config, progress)
     for lang in languages:
         training, dev = reader.read(lang)
         for kind, parallel in (("train", training), ("dev", dev)):
             inputs[parallel.target.path.name] = parallel.target.digest
-            inputs[f"{kind}: English of {lang}"] = json_digest(parallel.sources)
+            inputs[f"{kind}: {source_lang} of {lang}"] = json_digest(parallel.sources)
         corpus.add(training, progress)
         dev_text.append(dev)
     del reader, training, parallel
@@ -111,7 +115,7 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
         lambda aside: save_student(
             student, aside, languages=languages, teacher=teacher.fingerprint
         ),
-        _card(config, languages, len(pairs), result),
+        _card(config, languages, source_lang, len(pairs), result),
     )
     return AlignResult(out, languages, result)
 
@@ -121,13 +125,15 @@ def _languages(config: AlignConfig) -> tuple[str, ...]:
         raise UsageError("--lang is missing; for example --lang de.")
     for lang in config.lang:
         require_language(lang)
-        if lang == ENGLISH:
-            raise UsageError(f"--lang {ENGLISH}: is the teacher's own language; name another.")
     return tuple(dict.fromkeys(config.lang))
 
 
 def _card(
-    config: AlignConfig, languages: tuple[str, ...], num_pairs: int, result: TrainingResult
+    config: AlignConfig,
+    languages: tuple[str, ...],
+    source_lang: str,
+    num_pairs: int,
+    result: TrainingResult,
 ) -> str:
     figures = ", ".join(f"{name} {value:.4g}" for name, value in result.dev.items())
     return f"""---
@@ -139,10 +145,10 @@ base_model: {config.student}
 
 # Student of CLIP-VE for {", ".join(languages)}
 
-Gives sentences in {", ".join(languages)} the embedding that the English CLIP-VE teacher gives
-their translation, so that the teacher's image tower and head work unchanged. `{config.student}`,
-trained on {num_pairs} distinct sentence pairs, {result.epochs} epochs, the weights of epoch
-{result.best_epoch} kept: {figures} on dev.
+Gives sentences in {", ".join(languages)} the embedding that the CLIP-VE teacher gives their
+translation in {source_lang}, so that the teacher's image tower and head work unchanged.
+`{config.student}`, trained on {num_pairs} distinct sentence pairs, {result.epochs} epochs, the
+weights of epoch {result.best_epoch} kept: {figures} on dev.
 
     clseave predict image.jpg "…" --lang {languages[0]} --runs {config.runs}
 

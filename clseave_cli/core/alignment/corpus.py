@@ -16,7 +16,6 @@ from torch import Tensor
 
 from clseave_cli.core.config import AlignConfig
 from clseave_cli.core.data.records import (
-    ENGLISH,
     Parallel,
     Split,
     check_leak,
@@ -35,20 +34,24 @@ from clseave_cli.errors import DataError
 
 
 class ParallelReader:
-    """Reads the parallel text of one language after another; the English side once for all."""
+    """Reads the parallel text of one language after another; the source side once for all."""
 
-    def __init__(self, folder: Path, config: AlignConfig, progress: Progress) -> None:
+    def __init__(
+        self, folder: Path, source_lang: str, config: AlignConfig, progress: Progress
+    ) -> None:
         """Reads nothing yet.
 
         Args:
             folder: the data folder.
+            source_lang: the teacher's language.
             config: names of the splits, what to do with bad rows.
             progress: told what was left out.
         """
         self._folder = folder
+        self._source_lang = source_lang
         self._config = config
         self._progress = progress
-        self._english = functools.cache(functools.partial(self._split, ENGLISH))
+        self._source = functools.cache(functools.partial(self._split, source_lang))
 
     def read(self, lang: str) -> tuple[Parallel, Parallel]:
         """The parallel training and dev text of a language.
@@ -70,12 +73,14 @@ class ParallelReader:
         return hold_out(training, config.dev_fraction, config.seed)
 
     def _joined(self, lang: str, split: str) -> Parallel:
-        english = self._english(split) if split_path(self._folder, split, ENGLISH) else None
-        parallel = join(self._split(lang, split), english)
+        source_lang = self._source_lang
+        source = self._source(split) if split_path(self._folder, split, source_lang) else None
+        parallel = join(self._split(lang, split), source, source_lang)
         if parallel.num_unmatched_target or parallel.num_unmatched_source:
             self._progress.note(
-                f"{parallel.target.path}: {parallel.num_unmatched_target} rows have no English row "
-                f"and {parallel.num_unmatched_source} English rows no {lang} row (such as "
+                f"{parallel.target.path}: {parallel.num_unmatched_target} rows have no "
+                f"{source_lang} row and {parallel.num_unmatched_source} {source_lang} rows no "
+                f"{lang} row (such as "
                 f"{', '.join(parallel.unmatched_examples)}); left out."
             )
         return parallel
@@ -88,13 +93,14 @@ class ParallelReader:
             lang,
             labelled=False,
             with_images=False,
+            source_lang=self._source_lang,
             skip_bad=self._config.skip_bad,
             progress=self._progress,
         )
 
 
 def hold_out(parallel: Parallel, fraction: float, seed: int) -> tuple[Parallel, Parallel]:
-    """Splits by English sentence, so that no held-out sentence is trained on in other words.
+    """Splits by source sentence, so that no held-out sentence is trained on in other words.
 
     Raises:
         DataError: there are too few sentences.

@@ -1,4 +1,4 @@
-"""The student: a multilingual encoder that writes into the English teacher's space (thesis 3.3)."""
+"""The student: a multilingual encoder that writes into the teacher's space (thesis 3.3)."""
 
 from __future__ import annotations
 
