@@ -302,7 +302,7 @@ def _systems(
             require_language(lang)
             require_split_path(folder, config.split, lang)
             if zero_shot and lang != source_lang and lang not in students:
-                known = ", ".join([source_lang, *students])
+                known = ", ".join(dict.fromkeys([source_lang, *students]))
                 raise ModelError(
                     f"{runs}: no student for {lang} (there are models for {known}); "
                     f"`clseave align --lang {lang}` makes one; --mode translate-test needs none."

@@ -130,19 +130,23 @@ def _write(model: TorchModel, folder: Path, int8: bool, progress: Progress) -> d
     fingerprints = {name: encoder.fingerprint for name, encoder in encoders.items()}
     return {
         "languages": names,
-        "encoders": {
-            name: {
-                "max_tokens": encoder.max_tokens,
-                "terminal_id": encoder.terminal_id,
-                "pad_id": encoder.pad_id,
-                "filling": encoder.filling and dataclasses.asdict(encoder.filling),
-            }
-            for name, encoder in encoders.items()
-        },
+        "encoders": {name: _reading(encoder) for name, encoder in encoders.items()},
         "preparation": dataclasses.asdict(pixels_of),
         "precision": "int8" if int8 else "fp32",
         "sources": fingerprints | {"clip-ve": clip_ve.fingerprint},
     }
+
+
+def _reading(encoder: SentenceEncoder) -> dict[str, Any]:
+    """How sentences become token ids."""
+    reading = {
+        "max_tokens": encoder.max_tokens,
+        "terminal_id": encoder.terminal_id,
+        "pad_id": encoder.pad_id,
+    }
+    if encoder.filling is not None:
+        reading["filling"] = dataclasses.asdict(encoder.filling)
+    return reading
 
 
 def _write_encoder(encoder: SentenceEncoder, folder: Path, int8: bool) -> None:
@@ -165,10 +169,10 @@ class _Padded(nn.Module):
         """(B, D) embeddings of (B, T) ids; the mask is 1 on tokens and 0 on padding."""
         rows, width = input_ids.shape
         positions = torch.arange(width).expand(rows, width) * attention_mask
-        terminals = torch.arange(rows) * width + attention_mask.sum(1) - 1
-        embedding: Tensor = self.encoder(
-            PackedBatch(input_ids, positions, attention_mask - 1, terminals)
-        )
+        numbers = torch.arange(rows)
+        segments = attention_mask * (numbers[:, None] + 1) - 1
+        terminals = numbers * width + attention_mask.sum(1) - 1
+        embedding: Tensor = self.encoder(PackedBatch(input_ids, positions, segments, terminals))
         return embedding
 
 

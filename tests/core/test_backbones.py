@@ -275,6 +275,14 @@ def test_the_teachers_own_language_cannot_be_aligned(chinese, chinese_world, ref
     assert "--lang zh: is the teacher's own language" in line
 
 
+def test_a_student_can_read_the_source_language_too(chinese, chinese_world, tmp_path, encoder):
+    config = AlignConfig(
+        data=str(chinese_world), runs=chinese, lang=("de",), student=str(encoder), epochs=1,
+        include_english=True, out=tmp_path / "out", **QUICK,
+    )  # fmt: skip
+    assert align(config).languages == ("de", "zh")
+
+
 def test_predict_names_the_languages_there_are(chinese, chinese_world, refused):
     image = chinese_world / "images" / "test0.png"
     line = refused("predict", image, "…", "--lang", "fr", "--runs", chinese)

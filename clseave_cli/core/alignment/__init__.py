@@ -3,8 +3,8 @@
 The student learns to give a translated hypothesis the embedding that the frozen teacher gives the
 original. The teacher is asked once per sentence; after that it is a look-up.
 
-The flow is here; `corpus` reads what is learnt from, `objectives` says what the loss is, `dev` how
-good the student is.
+The flow is here; `corpus` reads what is learnt from, `sampling` says what an epoch meets of it,
+`objectives` what the loss is, `dev` how good the student is.
 """
 
 from __future__ import annotations
@@ -14,19 +14,27 @@ from pathlib import Path
 
 import torch
 
-from clseave_cli.core.alignment.corpus import Corpus, ParallelReader
-from clseave_cli.core.alignment.dev import dev_set, evaluate_student, images_for_accuracy
-from clseave_cli.core.alignment.objectives import SentenceObjective
+from clseave_cli.core.alignment.corpus import Corpus, ParallelReader, as_source, limited
+from clseave_cli.core.alignment.dev import (
+    dev_set,
+    evaluate_student,
+    images_for_accuracy,
+    selection,
+)
+from clseave_cli.core.alignment.objectives import SentenceObjective, comparison
+from clseave_cli.core.alignment.sampling import Sampler
 from clseave_cli.core.config import AlignConfig
 from clseave_cli.core.data.hub import data_folder
-from clseave_cli.core.data.records import require_language, require_split_path
+from clseave_cli.core.data.images import ImageFolder
+from clseave_cli.core.data.records import Parallel, require_language, require_split_path
 from clseave_cli.core.files import json_digest
 from clseave_cli.core.models.clip_ve import ClipVE, source_language
 from clseave_cli.core.models.student import new_student, save_student
+from clseave_cli.core.models.trimming import trim_vocabulary
 from clseave_cli.core.models.vocabulary import reduced_vocabulary
 from clseave_cli.core.progress import SILENT, Progress
 from clseave_cli.core.training.distribution import processes
-from clseave_cli.core.training.loop import Selection, Stage, TrainingResult, train
+from clseave_cli.core.training.loop import Stage, TrainingResult, overall, train
 from clseave_cli.core.training.precision import autocast, resolve_device
 from clseave_cli.core.training.run import Run, is_complete, require_writable
 from clseave_cli.errors import UsageError
@@ -53,7 +61,10 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
     Raises:
         ClseaveError: bad data, an unusable model, a full disk, a collapse, or an interruption.
     """
-    languages = _languages(config)
+    _require_languages(config)
+    teacher_folder = config.teacher or config.runs / "clip-ve"
+    source_lang = source_language(teacher_folder)
+    languages = _languages(config, source_lang)
     out = config.out or config.runs / f"align-{'+'.join(languages)}"
     require_writable(out)
     if config.resume and is_complete(out):
@@ -62,51 +73,69 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
     device = resolve_device(config.device)
     with_autocast = autocast(config.precision, device)
     folder = processes().once(lambda: data_folder(config.data, progress))
-    for lang in languages:
+    translated = list(dict.fromkeys([*config.lang, *config.auxiliary]))
+    for lang in translated:
         require_split_path(folder, config.train_split, lang)
 
-    teacher_folder = config.teacher or config.runs / "clip-ve"
-    source_lang = source_language(teacher_folder)
-    if source_lang in languages:
-        raise UsageError(f"--lang {source_lang}: is the teacher's own language; name another.")
     teacher = ClipVE.from_folder(teacher_folder).to(device)
     teacher.requires_grad_(False)
     torch.manual_seed(config.seed)
-    student = new_student(config.student, teacher.text.embedding_dim).to(device)
+    student = new_student(
+        config.student, teacher.text.embedding_dim, config.pooling, config.projection
+    ).to(device)
     if not student.verify_packing():
         progress.note(f"{config.student}: packing is not exact for this encoder; padding instead.")
     inputs = {"teacher": teacher.fingerprint, "student": student.digest()}
-    corpus, dev_text = Corpus(student), []
+
+    seen_images = None
+    if config.objective == "head-aware":
+        seen_images = ImageFolder.of(folder, config.images)
+    corpus = Corpus(student, progress, with_images=seen_images is not None)
+    dev_text: dict[str, Parallel] = {}
     reader = ParallelReader(folder, source_lang, config, progress)
-    for lang in languages:
+    for lang in translated:
         training, dev = reader.read(lang)
+        training = limited(training, config.limit, config.seed, progress)
         for kind, parallel in (("train", training), ("dev", dev)):
             inputs[parallel.target.path.name] = parallel.target.digest
             inputs[f"{kind}: {source_lang} of {lang}"] = json_digest(parallel.sources)
-        corpus.add(training, progress)
-        dev_text.append(dev)
+        corpus.add(training, config.auxiliary_weight if lang in config.auxiliary else 1.0)
+        dev_text[lang] = dev
     del reader, training, parallel
-    images = images_for_accuracy(folder, config, dev_text)
+    if config.include_english:
+        corpus.add_source(source_lang)
+        dev_text[source_lang] = as_source(dev_text[languages[0]], source_lang)
+    images = images_for_accuracy(folder, config, dev_text.values())
     run = Run("align", out, config, inputs)
 
-    pairs = corpus.pairs(teacher, with_autocast, progress)
+    if config.trim_vocabulary:
+        corpus.renumber_tokens(trim_vocabulary(student, corpus.token_ids(), config.student))
+    pairs = corpus.pairs(teacher, seen_images, with_autocast, progress)
     del corpus
     dev_sets = [
-        dev_set(student, teacher, parallel, images, with_autocast, progress)
-        for parallel in dev_text
+        dev_set(
+            student,
+            teacher,
+            parallel,
+            images,
+            counts=lang in languages,
+            with_autocast=with_autocast,
+            progress=progress,
+        )
+        for lang, parallel in dev_text.items()
     ]
-    objective = SentenceObjective(student, pairs)
+    objective = SentenceObjective(student, pairs, comparison(config, teacher, pairs), config.seed)
+    sampler = Sampler(pairs, config)
     stage = Stage(
         name="align",
         title=f"align {'+'.join(languages)}",
         module=objective.module,
-        num_examples=len(pairs),
+        num_examples=sampler.num_examples,
         prepare=objective.prepare,
         loss=objective.loss,
         evaluate=lambda: evaluate_student(student, teacher, dev_sets),
-        selection=(
-            Selection("accuracy", "highest") if images is not None else Selection("mse", "lowest")
-        ),
+        selection=selection(config, images),
+        sample=sampler.batches,
     )
     tokens = [pairs.sentences.tokens, *(dev.sentences.tokens for dev in dev_sets)]
     with reduced_vocabulary(student, *tokens):
@@ -120,12 +149,31 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
     return AlignResult(out, languages, result)
 
 
-def _languages(config: AlignConfig) -> tuple[str, ...]:
+def _require_languages(config: AlignConfig) -> None:
     if not config.lang:
         raise UsageError("--lang is missing; for example --lang de.")
     for lang in config.lang:
         require_language(lang)
-    return tuple(dict.fromkeys(config.lang))
+    for lang in config.auxiliary:
+        require_language(lang, "--auxiliary")
+
+
+def _languages(config: AlignConfig, source_lang: str) -> tuple[str, ...]:
+    """The languages the student will read: the source language last, if it is asked for."""
+    if source_lang in config.lang:
+        raise UsageError(
+            f"--lang {source_lang}: is the teacher's own language; name another, and "
+            "--include-english for a student that reads it too."
+        )
+    for lang in config.auxiliary:
+        if lang == source_lang:
+            raise UsageError(f"--auxiliary {lang}: is what --include-english is for.")
+        if lang in config.lang:
+            raise UsageError(
+                f"--auxiliary {lang}: is a --lang already; an auxiliary language is only trained "
+                "along."
+            )
+    return tuple(dict.fromkeys([*config.lang, *([source_lang] if config.include_english else [])]))
 
 
 def _card(
@@ -135,7 +183,7 @@ def _card(
     num_pairs: int,
     result: TrainingResult,
 ) -> str:
-    figures = ", ".join(f"{name} {value:.4g}" for name, value in result.dev.items())
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in overall(result.dev).items())
     return f"""---
 library_name: clseave
 tags: [visual-entailment, multilingual, sentence-embeddings]
@@ -148,7 +196,8 @@ base_model: {config.student}
 Gives sentences in {", ".join(languages)} the embedding that the CLIP-VE teacher gives their
 translation in {source_lang}, so that the teacher's image tower and head work unchanged.
 `{config.student}`, trained on {num_pairs} distinct sentence pairs, {result.epochs} epochs, the
-weights of epoch {result.best_epoch} kept: {figures} on dev.
+weights of epoch {result.best_epoch} kept: {figures} on dev. Objective {config.objective}, pooling
+{config.pooling}, projection {config.projection}.
 
     clseave predict image.jpg "…" --lang {languages[0]} --runs {config.runs}
 

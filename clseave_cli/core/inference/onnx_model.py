@@ -129,7 +129,7 @@ class _Encoder:
             raise ModelError(f"{folder / 'tokenizer.json'}: cannot be loaded ({error}).") from None
         self._session = _session(folder / "encoder.onnx", lasting)
         self._max_tokens, self._terminal_id, self._pad_id = max_tokens, terminal_id, pad_id
-        self._filling = filling and Filling(**filling)
+        self._filling = None if filling is None else Filling(**filling)
 
     def __call__(self, sentences: Sequence[str]) -> tuple[Floats, npt.NDArray[np.bool_]]:
         tokens = tokenize(

@@ -75,8 +75,8 @@ class TorchModel:
         target = resolve_device(device)
         folder = runs / "clip-ve"
         source_lang = source_language(folder)
-        there = {source_lang: folder}
-        there |= {lang: own for lang, own in find_students(runs).items() if lang != source_lang}
+        # A student that reads the source language too leaves it to its teacher.
+        there = {source_lang: folder} | find_students(runs) | {source_lang: folder}
         for lang in languages or ():
             if lang not in there:
                 raise ModelError(

@@ -10,16 +10,17 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from clseave_cli.core.config import Pooling
 from clseave_cli.core.files import json_digest
 from clseave_cli.core.models.packing import PackedBatch, pack
-from clseave_cli.core.models.tokens import Filling, TokenTable, tokenize
+from clseave_cli.core.models.tokens import Filling, TokenTable, Trimmed, tokenize
 
 #: Row length of packed batches; an encoder that reads less is packed to what it reads. A GPU likes
 #: few shapes and large ones. On a CPU every masked place of the attention costs, and with dropout
@@ -36,16 +37,13 @@ _PROBES = (
     "two dogs run " * 60,
 )
 
-#: Which token's hidden state stands for the sentence.
-Pooling = Literal["terminal", "cls"]
-
 
 class SentenceEncoder(nn.Module):
     """A transformer, read at one token of each sentence and projected.
 
     Both text towers have this shape: the teacher's own, and the student that replaces it (thesis
     Figure 3.6). The projected vector is the embedding; what transformers calls the pooled output
-    is not.
+    is not. A student may be read otherwise (`pooling`).
     """
 
     def __init__(
@@ -53,7 +51,7 @@ class SentenceEncoder(nn.Module):
         backbone: Any,
         tokenizer: Any,
         norm: nn.Module,
-        projection: nn.Linear,
+        projection: nn.Linear | nn.Sequential,
         *,
         hub_model: Any,
         causal: bool,
@@ -78,7 +76,7 @@ class SentenceEncoder(nn.Module):
             max_tokens: longest sentence, terminal token included.
             first_position: position id of a sentence's first token.
             terminal_id: the token that ends every sentence.
-            pooling: which token is read: the last (`terminal`) or the first (`cls`).
+            pooling: which hidden state stands for a sentence.
             filling: padding that counts as part of the sentence (SigLIP); None: there is none.
         """
         super().__init__()
@@ -98,18 +96,21 @@ class SentenceEncoder(nn.Module):
         self.packs = True
         #: (V,) where each token's vector lies while the vocabulary is reduced.
         self.token_places: Tensor | None = None
+        #: What was taken out of the vocabulary for good.
+        self.trimmed: Trimmed | None = None
         #: Fingerprint of the folder it was loaded from; empty for a new one.
         self.fingerprint = ""
 
     @property
     def embedding_dim(self) -> int:
         """D."""
-        return self.projection.out_features
+        *_, last = self.projection.parameters()  # the last layer's bias or matrix: D rows
+        return len(last)
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.projection.weight.device
+        return next(self.projection.parameters()).device
 
     @property
     def row_tokens(self) -> int | None:
@@ -140,13 +141,19 @@ class SentenceEncoder(nn.Module):
             (B, D) embeddings, unnormalised, in the order the batch was packed in.
         """
         batch = batch.to(self.device)
+        return self.project(pool(self.hidden_states(batch), batch, self.pooling))
+
+    def hidden_states(self, batch: PackedBatch) -> Tensor:
+        """The backbone's last hidden states, (R, T, H), of a batch on its device."""
         inputs: dict[str, Any] = {"input_ids": batch.input_ids}
         inputs["attention_mask"] = self._attention_mask(batch)
         if self._takes_positions:
             inputs["position_ids"] = batch.positions + self.first_position
-        hidden = self.backbone(**inputs).last_hidden_state  # (R, T, H)
-        read = batch.starts if self.pooling == "cls" else batch.terminals
-        pooled = hidden.flatten(0, 1)[read]  # (B, H)
+        hidden: Tensor = self.backbone(**inputs).last_hidden_state
+        return hidden
+
+    def project(self, pooled: Tensor) -> Tensor:
+        """(B, D) embeddings from (B, H) pooled hidden states."""
         embedding: Tensor = self.projection(self.norm(pooled))
         return embedding
 
@@ -188,9 +195,16 @@ class SentenceEncoder(nn.Module):
 
     def digest(self) -> str:
         """One digest of everything that decides an embedding: weights, tokenizer, limits."""
-        reading = [self.max_tokens, self.pooling, repr(self.filling)]
-        tokenizer = self.tokenizer.backend_tokenizer.to_str()
-        return json_digest([module_digest(self), tokenizer, *reading])
+        # Caches of CLIP's own tower, which is read at its last token alone, keep their names.
+        plain = self.pooling == "terminal" and self.filling is None
+        return json_digest(
+            [
+                module_digest(self),
+                self.tokenizer.backend_tokenizer.to_str(),
+                self.max_tokens,
+                *([] if plain else [self.pooling, repr(self.filling)]),
+            ]
+        )
 
     def verify_packing(self) -> bool:
         """Checks that packing changes no embedding; otherwise turns to one sentence a row.
@@ -279,6 +293,30 @@ class ImageEncoder(nn.Module):
         """(B, D) projected embeddings, unnormalised."""
         embedding: Tensor = self.projection(self.backbone(pixel_values=pixels).pooler_output)
         return embedding
+
+
+def pool(hidden: Tensor, batch: PackedBatch, pooling: Pooling) -> Tensor:
+    """One hidden state for each sentence of packed rows.
+
+    Args:
+        hidden: (R, T, H) hidden states of the rows.
+        batch: how the sentences lie in them.
+        pooling: which state, or the mean of all of a sentence.
+
+    Returns:
+        (B, H), for the mean in float32.
+    """
+    flat = hidden.flatten(0, 1)  # (R · T, H)
+    if pooling == "terminal":
+        return flat[batch.terminals]
+    if pooling == "cls":
+        return flat[batch.starts]
+    # A product with zeros and ones: next to nothing beside the backbone, and the same bits every
+    # time, which adding at indices on a GPU is not.
+    sentences = torch.arange(len(batch.terminals), device=hidden.device)
+    belongs = (sentences[:, None] == batch.segments.flatten()).float()  # (B, R · T)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return belongs @ flat.float() / belongs.sum(dim=1, keepdim=True)
 
 
 def module_digest(module: nn.Module) -> str:

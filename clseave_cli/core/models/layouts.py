@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clseave_cli.core.models.encoders import Pooling
+from clseave_cli.core.config import Pooling
 from clseave_cli.core.models.weights import save_weights
 
 #: Beside a tower for which transformers has no class with its projection.
