@@ -15,6 +15,7 @@ from clseave_cli import __version__
 from clseave_cli.commands import (
     align,
     compare,
+    curve,
     demo,
     evaluate,
     export,
@@ -91,6 +92,7 @@ _COMMANDS: dict[str, tuple[type[config.StageConfig], Callable[..., None]]] = {
     "pretrain": (config.PretrainConfig, pretrain.run),
     "finetune-ve": (config.FinetuneConfig, finetune_ve.run),
     "align": (config.AlignConfig, align.run),
+    "curve": (config.CurveConfig, curve.run),
     "evaluate": (config.EvaluateConfig, evaluate.run),
     "predict": (config.PredictConfig, predict.run),
     "export": (config.ExportConfig, export.run),

@@ -21,9 +21,9 @@ from clseave_cli.core.alignment.dev import (
     images_for_accuracy,
     selection,
 )
-from clseave_cli.core.alignment.objectives import SentenceObjective, comparison
-from clseave_cli.core.alignment.sampling import Sampler
-from clseave_cli.core.config import AlignConfig
+from clseave_cli.core.alignment.objectives import SentenceObjective, comparison, require_fitting
+from clseave_cli.core.alignment.sampling import Sampler, require_possible
+from clseave_cli.core.config import AlignConfig, StudentConfig
 from clseave_cli.core.data.hub import data_folder
 from clseave_cli.core.data.images import ImageFolder
 from clseave_cli.core.data.records import Parallel, require_language, require_split_path
@@ -61,10 +61,10 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
     Raises:
         ClseaveError: bad data, an unusable model, a full disk, a collapse, or an interruption.
     """
-    _require_languages(config)
-    teacher_folder = config.teacher or config.runs / "clip-ve"
+    languages = student_languages(config)
+    require_possible(config)
+    teacher_folder = _teacher_folder(config)
     source_lang = source_language(teacher_folder)
-    languages = _languages(config, source_lang)
     out = config.out or config.runs / f"align-{'+'.join(languages)}"
     require_writable(out)
     if config.resume and is_complete(out):
@@ -79,6 +79,7 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
 
     teacher = ClipVE.from_folder(teacher_folder).to(device)
     teacher.requires_grad_(False)
+    require_fitting(config, teacher)
     torch.manual_seed(config.seed)
     student = new_student(
         config.student, teacher.text.embedding_dim, config.pooling, config.projection
@@ -92,7 +93,7 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
         seen_images = ImageFolder.of(folder, config.images)
     corpus = Corpus(student, progress, with_images=seen_images is not None)
     dev_text: dict[str, Parallel] = {}
-    reader = ParallelReader(folder, source_lang, config, progress)
+    reader = ParallelReader(folder, config, progress, source_lang)
     for lang in translated:
         training, dev = reader.read(lang)
         training = limited(training, config.limit, config.seed, progress)
@@ -102,6 +103,7 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
         corpus.add(training, config.auxiliary_weight if lang in config.auxiliary else 1.0)
         dev_text[lang] = dev
     del reader, training, parallel
+    corpus.require_images()
     if config.include_english:
         corpus.add_source(source_lang)
         dev_text[source_lang] = as_source(dev_text[languages[0]], source_lang)
@@ -149,17 +151,31 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
     return AlignResult(out, languages, result)
 
 
-def _require_languages(config: AlignConfig) -> None:
+def count_sentences(config: StudentConfig, progress: Progress = SILENT) -> dict[str, int]:
+    """How many distinct source sentences there are to learn each `--lang` from.
+
+    Raises:
+        ClseaveError: bad data, or no teacher.
+    """
+    folder = data_folder(config.data, progress)
+    reader = ParallelReader(folder, config, progress, source_language(_teacher_folder(config)))
+    return {lang: len(set(reader.read(lang)[0].sources)) for lang in config.lang}
+
+
+def student_languages(config: StudentConfig) -> tuple[str, ...]:
+    """The languages the student will read: the source language last, if it is asked for.
+
+    Raises:
+        UsageError: none is named, or one cannot be.
+        ModelError: there is no teacher.
+    """
     if not config.lang:
         raise UsageError("--lang is missing; for example --lang de.")
     for lang in config.lang:
         require_language(lang)
     for lang in config.auxiliary:
         require_language(lang, "--auxiliary")
-
-
-def _languages(config: AlignConfig, source_lang: str) -> tuple[str, ...]:
-    """The languages the student will read: the source language last, if it is asked for."""
+    source_lang = source_language(_teacher_folder(config))
     if source_lang in config.lang:
         raise UsageError(
             f"--lang {source_lang}: is the teacher's own language; name another, and "
@@ -174,6 +190,10 @@ def _languages(config: AlignConfig, source_lang: str) -> tuple[str, ...]:
                 "along."
             )
     return tuple(dict.fromkeys([*config.lang, *([source_lang] if config.include_english else [])]))
+
+
+def _teacher_folder(config: StudentConfig) -> Path:
+    return config.teacher or config.runs / "clip-ve"
 
 
 def _card(

@@ -21,6 +21,7 @@ from torch import Tensor
 from clseave_cli.core.config import StudentConfig
 from clseave_cli.core.data.images import ImageFolder
 from clseave_cli.core.data.records import (
+    ENGLISH,
     Parallel,
     Split,
     check_leak,
@@ -52,15 +53,19 @@ class ParallelReader:
     """Reads the parallel text of one language after another; the source side once for all."""
 
     def __init__(
-        self, folder: Path, source_lang: str, config: StudentConfig, progress: Progress
+        self,
+        folder: Path,
+        config: StudentConfig,
+        progress: Progress,
+        source_lang: str = ENGLISH,
     ) -> None:
         """Reads nothing yet.
 
         Args:
             folder: the data folder.
-            source_lang: the teacher's language.
             config: names of the splits, what to do with bad rows.
             progress: told what was left out.
+            source_lang: the teacher's language.
         """
         self._folder = folder
         self._source_lang = source_lang
@@ -246,6 +251,18 @@ class Corpus:
             _LanguagePairs(source_lang, sentences.tokens, everyone, everyone, counts)
         )
 
+    def require_images(self) -> None:
+        """Refuses text for an objective that looks at images.
+
+        Raises:
+            DataError: no row names one.
+        """
+        if self._paired is not None and not len(self._paired):
+            raise DataError(
+                "--objective head-aware: no training row names an image; "
+                "--objective mse needs only text."
+            )
+
     def token_ids(self) -> npt.NDArray[np.int32]:
         """The ids that occur, in order."""
         return np.unique(np.concatenate([part.tokens.ids for part in self._parts]))
@@ -272,7 +289,7 @@ class Corpus:
         """Everything taken in, with the teacher's embeddings, and those of the images if noted.
 
         Raises:
-            DataError: an image is missing or damaged, or no row names one.
+            DataError: an image is missing or damaged.
         """
         vectors = sentence_embeddings(
             teacher.text,
@@ -368,6 +385,9 @@ class _PairedNames:
         self._where: list[str] = []
         self._beside: list[npt.NDArray[np.int64]] = []
 
+    def __len__(self) -> int:
+        return len(self._names)
+
     def add(self, split: Split, sources: Rows) -> None:
         """Takes in the rows of a language; `sources` numbers their source sentences."""
         numbers = []
@@ -391,11 +411,6 @@ class _PairedNames:
         progress: Progress,
     ) -> PairedImages:
         """The embeddings of all these images, by source sentence."""
-        if not self._names:
-            raise DataError(
-                "--objective head-aware: no training row names an image; "
-                "--objective mse needs only text."
-            )
         features = image_vectors(
             teacher.image,
             self._names,

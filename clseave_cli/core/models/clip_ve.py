@@ -88,7 +88,10 @@ class ClipVE(nn.Module):
                 text = backbones.load_clip_text(folder / "text")
                 text.packs = config.get("packs", True)
             image = backbones.load_clip_image(folder / "image")
-            model = cls(text, image, head, config["languages"][0])
+            try:
+                model = cls(text, image, head, config["languages"][0])
+            except ModelError as error:
+                raise ModelError(f"{folder}: {error}") from None
         model.fingerprint = config["fingerprint"]
         return model.eval()
 
