@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -40,6 +40,14 @@ _WORDS = {
         "green": "groen",
         "blue": "blauw",
         "white": "wit",
+    },
+    "zh": {
+        "The square is {}.": "方块是{}的。",
+        "A dog waits outside.": "一只狗在外面等着。",
+        "red": "红色",
+        "green": "绿色",
+        "blue": "蓝色",
+        "white": "白色",
     },
 }
 
@@ -82,8 +90,10 @@ def edit_row(path: Path, line: int, **changes: object) -> None:
     write_jsonl(path, rows)
 
 
-def write_world(folder: Path, images_per_split: int = 4) -> Path:
-    """An SNLI-VE folder in English, German and Dutch; every image has three rows."""
+def write_world(
+    folder: Path, images_per_split: int = 4, languages: Sequence[str] = ("en", "de", "nl")
+) -> Path:
+    """An SNLI-VE folder in some languages; every image has three rows."""
     random = np.random.default_rng(7)
     (folder / "images").mkdir(parents=True)
     names = list(COLOURS)
@@ -105,7 +115,7 @@ def write_world(folder: Path, images_per_split: int = 4) -> Path:
                 rows.append((f"{name}#{kind[0]}", name, kind, sentence, word))
         # Two folders of images make one training split twice as large.
         target = split.rstrip("2")
-        for lang in ("en", "de", "nl"):
+        for lang in languages:
             suffix = "" if lang == "en" else f".{lang}"
             path = folder / f"snli_ve_{target}{suffix}.jsonl"
             words = _WORDS.get(lang, {})

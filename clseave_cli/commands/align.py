@@ -1,4 +1,4 @@
-"""`clseave align`: a multilingual student of the English model."""
+"""`clseave align`: a multilingual student of CLIP-VE."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from clseave_cli.core.config import AlignConfig
 
 
 def run(config: AlignConfig) -> None:
-    """Teach a multilingual encoder the English model's sentence embeddings.
+    """Teach a multilingual encoder CLIP-VE's sentence embeddings.
 
     Reads snli_ve_{train,dev}.jsonl and the same in LANG, as translate
     writes them. --preset thesis takes the thesis' hyper-parameters.

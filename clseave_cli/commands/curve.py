@@ -38,16 +38,16 @@ def run(
     """
     from clseave_cli.commands.tables import data_curves_table
     from clseave_cli.core.alignment import count_sentences, student_languages
-    from clseave_cli.core.data.records import ENGLISH
     from clseave_cli.core.files import file_digest
+    from clseave_cli.core.models.clip_ve import source_language
     from clseave_cli.core.reporting.data_curves import DataCurves
 
     progress = terminal.TerminalProgress()
+    if config.teacher is not None and config.teacher.name != "clip-ve":
+        raise UsageError(f"--teacher {config.teacher}: evaluate finds it as clip-ve only.")
     student_languages(config)
     if min(config.limits, default=1) < 1:
         raise UsageError(f"--limit {min(config.limits)}: expected at least 1.")
-    if config.teacher is not None and config.teacher.name != "clip-ve":
-        raise UsageError(f"--teacher {config.teacher}: evaluate finds it as clip-ve only.")
     sizes = count_sentences(config, progress)
     measured = _measured(config, progress)
     points: list[DataPoint] = []
@@ -56,14 +56,19 @@ def run(
         student = _Student(config, languages, limit, measured, digest, progress)
         points += student.points(sizes)
     points.sort(key=lambda point: (point.num_sentences, point.languages))
-    english = _accuracies(config, [ENGLISH], None, progress) if measured else {}
-    curves = DataCurves(tuple(points), config.split, english[ENGLISH].accuracy if english else None)
+    source_lang = source_language(_teacher(config))
+    own = _accuracies(config, [source_lang], None, progress) if measured else {}
+    curves = DataCurves(tuple(points), config.split, own[source_lang].accuracy if own else None)
     curves.write(_out(config))
     if json:
         terminal.print_json(curves.to_json())
         return
     terminal.stdout().print(data_curves_table(curves))
     terminal.stdout().print(f"figure: {_out(config) / 'curve.png'}", soft_wrap=True)
+
+
+def _teacher(config: CurveConfig) -> Path:
+    return config.teacher or config.runs / "clip-ve"
 
 
 def _out(config: CurveConfig) -> Path:
@@ -89,7 +94,8 @@ def _measured(config: CurveConfig, progress: Progress) -> list[str]:
     """The languages whose students can be measured on the split: those of text alone cannot."""
     from clseave_cli.core.data.hub import data_folder
     from clseave_cli.core.data.images import ImageFolder
-    from clseave_cli.core.data.records import ENGLISH, split_path
+    from clseave_cli.core.data.records import split_path
+    from clseave_cli.core.models.clip_ve import source_language
 
     folder = data_folder(config.data, progress)
     languages = [lang for lang in config.lang if split_path(folder, config.split, lang)]
@@ -97,7 +103,7 @@ def _measured(config: CurveConfig, progress: Progress) -> list[str]:
         ImageFolder.of(folder, config.images)
     except DataError:
         languages = []
-    if not languages or not split_path(folder, config.split, ENGLISH):
+    if not languages or not split_path(folder, config.split, source_language(_teacher(config))):
         progress.note(f"{folder}: no {config.split} rows with images; dev figures alone.")
         return []
     return languages
@@ -187,13 +193,14 @@ class _Student:
     def _inputs(self) -> dict[str, str]:
         """Fingerprints of what the point depends on."""
         from clseave_cli.core.data.hub import data_folder
-        from clseave_cli.core.data.records import ENGLISH, split_path
-        from clseave_cli.core.models.clip_ve import fingerprint
+        from clseave_cli.core.data.records import split_path
+        from clseave_cli.core.models.clip_ve import fingerprint, source_language
 
         config = self._options
         folder = data_folder(config.data, self._progress)
-        inputs = {"teacher": fingerprint(config.teacher or config.runs / "clip-ve")}
-        for lang in (ENGLISH, *config.lang, *config.auxiliary):
+        teacher = _teacher(self._config)
+        inputs = {"teacher": fingerprint(teacher)}
+        for lang in (source_language(teacher), *config.lang, *config.auxiliary):
             for split in (config.train_split, config.dev_split, self._config.split):
                 if (path := split_path(folder, split, lang)) is not None:
                     inputs[path.relative_to(folder).as_posix()] = self._digest(path)
@@ -216,12 +223,11 @@ def _accuracies(
 
     if not languages:
         return {}
-    teacher = config.teacher or config.runs / "clip-ve"
     evaluation = EvaluateConfig(
         data=config.data,
         images=config.images,
         skip_bad=config.skip_bad,
-        runs=(teacher.parent,),
+        runs=(_teacher(config).parent,),
         students=students,
         lang=tuple(languages),
         split=config.split,

@@ -1,4 +1,4 @@
-"""`clseave finetune-ve`: the English visual-entailment model."""
+"""`clseave finetune-ve`: the visual-entailment model of the source language."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from clseave_cli.core.config import FinetuneConfig
 
 
 def run(config: FinetuneConfig) -> None:
-    """Fine-tune CLIP for visual entailment in English (CLIP-VE).
+    """Fine-tune CLIP for visual entailment in one language (CLIP-VE).
 
     The image encoder is frozen and its features are computed once; text
     encoder, projection and head are trained. --preset thesis takes the

@@ -8,6 +8,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from clseave_cli.core.reporting.names import language_name
 from clseave_cli.core.reporting.numbers import DASH, mean_and_spread, p_value, percent, points
 
 if TYPE_CHECKING:
@@ -16,12 +17,9 @@ if TYPE_CHECKING:
     from clseave_cli.core.results import LanguageResult, Results
 
 
-#: Short, so that the table fits 80 columns.
-_TRANSLATED = " → en"
-
-
-def _name(result: LanguageResult) -> str:
-    return result.lang + (_TRANSLATED if result.mode == "translate-test" else "")
+def _name(result: LanguageResult, results: Results) -> str:
+    """The language, and if it was translated, into which: short, so that 80 columns will do."""
+    return result.lang + (f" → {results.source_lang}" if result.mode == "translate-test" else "")
 
 
 def _range(low: float | None, high: float | None) -> str:
@@ -43,17 +41,19 @@ def _table(title: str, caption: str) -> Table:
 
 def results_table(results: Results) -> Table:
     """The language table: accuracy, how sure that is, and what is reached without looking."""
+    source = results.source_lang
     caption = f"95 % intervals by bootstrap over photos · {escape(str(results.signature))}"
     if any(result.mode == "translate-test" for result in results.results):
-        caption = f"“{_TRANSLATED.strip()}”: translated into English first · {caption}"
+        name = language_name(source)
+        caption = f"“→ {source}”: translated into {name} first · {caption}"
     table = _table("Visual entailment by language, in %", caption)
     table.add_column("\nlang", no_wrap=True)
     table.add_column("\naccuracy", justify="right", style="bold", no_wrap=True)
     # Broken by hand, so that the table fits 80 columns: what a pipe or a small terminal has.
     for header in (
         "95 %\ninterval",
-        "ratio\nto en",
-        "agrees\nwith en",
+        f"ratio\nto {source}",
+        f"agrees\nwith {source}",
         "\nmajority",
         "hypothesis\nonly",
         "shuffled\nimage",
@@ -62,7 +62,7 @@ def results_table(results: Results) -> Table:
     for result in results.results:
         baselines = results.baselines.get(result.key)
         table.add_row(
-            _name(result),
+            _name(result, results),
             percent(result.accuracy),
             _range(result.accuracy_low, result.accuracy_high),
             percent(result.ratio_to_english),
@@ -82,13 +82,14 @@ def seeds_table(results: Results) -> Table:
         "bootstrap over photos, the trainings as they are",
     )
     table.add_column("lang", no_wrap=True)
-    for header in ("seeds", "accuracy", "95 % interval", "min – max", "ratio to en", "macro-F1"):
+    ratio = f"ratio to {results.source_lang}"
+    for header in ("seeds", "accuracy", "95 % interval", "min – max", ratio, "macro-F1"):
         table.add_column(header, justify="right", no_wrap=True)
     for result in results.results:
         figures = results.seeds.get(result.key, {})
         if accuracy := figures.get("accuracy"):
             table.add_row(
-                _name(result),
+                _name(result, results),
                 str(accuracy.num_seeds),
                 mean_and_spread(accuracy),
                 _range(accuracy.low, accuracy.high),

@@ -268,7 +268,7 @@ class PretrainConfig(TrainingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(TrainingConfig, DataConfig):
-    """`finetune-ve`: CLIP-VE, the English visual-entailment model (thesis 3.1.2)."""
+    """`finetune-ve`: CLIP-VE, the visual-entailment model of the source language (thesis 3.1.2)."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "thesis": {
@@ -295,8 +295,11 @@ class FinetuneConfig(TrainingConfig, DataConfig):
 
     clip: str = option(
         "openai/clip-vit-base-patch16",
-        "CLIP model to fine-tune (hub id or folder).",
+        "CLIP, SigLIP, Chinese-CLIP or AltCLIP model to fine-tune (hub id or folder).",
         metavar="NAME_OR_DIR",
+    )
+    source_lang: str = option(
+        "en", "Language the model reads; all others are aligned to it.", metavar="LANG"
     )
     out: Path | None = option(None, "Folder to write; unset: RUNS/clip-ve.", metavar="DIR")
     epochs: int = option(20, "Passes over the training data, early stopping apart.", least=1)
@@ -349,7 +352,7 @@ class StudentConfig(TrainingConfig, DataConfig):
     pooling: Pooling = option("terminal", "Which hidden state stands for the sentence.")
     projection: Projection = option("linear", "How it becomes the embedding.")
     include_english: bool = option(
-        False, "Train on the English sentences too, as their own translations."
+        False, "Train on the teacher's sentences too, as their own translations."
     )
     auxiliary: tuple[str, ...] = option(
         (),
@@ -364,7 +367,7 @@ class StudentConfig(TrainingConfig, DataConfig):
         5.0, "temperature: shares as the pairs to the power of 1/T; 1 is proportional.", least=1
     )
     parallel_batches: bool = option(
-        False, "Batches of English sentences, each with its translations into every language."
+        False, "Batches of source sentences, each with its translations into every language."
     )
     epoch_pairs: int | None = option(
         None, "Pairs in an epoch, repeats counted; unset: every pair once.", least=1
@@ -426,7 +429,7 @@ class EvaluateConfig(SeededConfig, DataConfig, EngineConfig):
     mode: Literal["zero-shot", "translate-test", "both"] = option(
         "zero-shot",
         "zero-shot: a student reads the language; translate-test: the hypotheses are translated "
-        "into English.",
+        "into the source model's language.",
     )
     split: str = option("test", "Name of the split to evaluate on.")
     batch_size: int = option(256, "Examples computed at once.", least=1)

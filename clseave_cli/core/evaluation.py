@@ -21,7 +21,6 @@ from clseave_cli.core.config import EvaluateConfig
 from clseave_cli.core.data.hub import data_folder
 from clseave_cli.core.data.images import ImageFolder
 from clseave_cli.core.data.records import (
-    ENGLISH,
     Split,
     check_leak,
     languages,
@@ -42,8 +41,7 @@ from clseave_cli.core.metrics.classification import agreement, probabilities, sc
 from clseave_cli.core.metrics.guesses import Guesses, kept_guesses
 from clseave_cli.core.metrics.seeds import mean_accuracy_interval
 from clseave_cli.core.metrics.transfer import measure_transfer
-from clseave_cli.core.models.clip_ve import ClipVE
-from clseave_cli.core.models.clip_ve import fingerprint as clip_ve_fingerprint
+from clseave_cli.core.models.clip_ve import ClipVE, source_language
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.student import find_students, load_student
 from clseave_cli.core.progress import SILENT, Progress
@@ -67,7 +65,7 @@ from clseave_cli.core.results import (
 from clseave_cli.core.rows import PredictedRows, write_predictions
 from clseave_cli.core.training.precision import autocast, resolve_device
 from clseave_cli.core.translation.hypotheses import translate_hypotheses
-from clseave_cli.errors import DataError, ModelError
+from clseave_cli.errors import DataError, ModelError, UsageError
 from clseave_cli.labels import LABELS
 
 _EXAMPLES = 8
@@ -82,8 +80,8 @@ class _System:
 
     Attributes:
         lang: language code.
-        mode: `zero-shot` for English, too.
-        student: folder of the student; None: the English model reads it.
+        mode: `zero-shot` for the source language, too.
+        student: folder of the student; None: CLIP-VE itself reads it.
     """
 
     lang: str
@@ -147,9 +145,10 @@ class _Evaluation:
 
 
 def evaluate(config: EvaluateConfig, progress: Progress = SILENT) -> Results:
-    """Evaluates the English model and the students under `config.runs`.
+    """Evaluates CLIP-VE and the students under `config.runs`.
 
-    Each language's rows are compared with the English model's on the rows that share a `pairID`.
+    Each language's rows are compared with those of the source language, which CLIP-VE itself reads,
+    where they share a `pairID`.
     Several folders of models are the same training with several seeds: the results are those of
     the first, with mean and spread over all of them in `seeds`. Where `config.report` is set, the
     report is written there.
@@ -159,12 +158,12 @@ def evaluate(config: EvaluateConfig, progress: Progress = SILENT) -> Results:
             hypotheses that cannot be translated, where they are to be.
     """
     folder = data_folder(config.data, progress)
-    systems = [_systems(config, runs, folder, progress) for runs in config.runs]
+    # A missing model is told before the first takes hours.
+    source_lang = _source_language(config)
+    systems = [_systems(config, runs, source_lang, folder, progress) for runs in config.runs]
     images = ImageFolder.of(folder, config.images)
-    for runs in config.runs:
-        clip_ve_fingerprint(runs / "clip-ve")  # a missing one is told before the first takes hours
 
-    # English, and the language at hand: half a million rows each.
+    # The source language, and the language at hand: half a million rows each.
     @functools.lru_cache(maxsize=2)
     def training_rows(lang: str) -> Split:
         return read_split(
@@ -184,6 +183,15 @@ def evaluate(config: EvaluateConfig, progress: Progress = SILENT) -> Results:
     if config.report is not None:
         _write(config, document, first.outputs, images)
     return document
+
+
+def _source_language(config: EvaluateConfig) -> str:
+    """The language that CLIP-VE reads in every folder of models."""
+    found = {runs: source_language(runs / "clip-ve") for runs in config.runs}
+    if len(set(found.values())) > 1:
+        named = ", ".join(f"{runs} {lang}" for runs, lang in found.items())
+        raise UsageError(f"--runs: models of several source languages ({named}).")
+    return next(iter(found.values()))
 
 
 def _write(
@@ -237,7 +245,8 @@ def _evaluate(
     results, baselines = [], {}
     for key, own in outputs.items():
         baselines[key], guesses = _baselines(config, folder, model, own, training_rows, progress)
-        results.append(_language_result(config, own, outputs, guesses))
+        source = outputs.get(model.source_lang)
+        results.append(_language_result(config, own, source, outputs, guesses))
     splits = [own.split for own in outputs.values()]
     document = Results(
         results=tuple(results),
@@ -254,8 +263,11 @@ def _evaluate(
                 for own in outputs.values()
                 if own.translator is not None
             },
+            source_lang=model.source_lang,
         ),
-        distances=analyse_distances({r.lang: r.accuracy for r in results if r.mode == "zero-shot"}),
+        distances=analyse_distances(
+            {r.lang: r.accuracy for r in results if r.mode == "zero-shot"}, model.source_lang
+        ),
     )
     return _Evaluation(document, {key: own.correct for key, own in outputs.items()}, outputs)
 
@@ -279,25 +291,27 @@ def _with_seeds(config: EvaluateConfig, first: _Evaluation, others: list[_Evalua
     )
 
 
-def _systems(config: EvaluateConfig, runs: Path, folder: Path, progress: Progress) -> list[_System]:
-    """What to evaluate of one folder of models: English first, then language by language."""
+def _systems(
+    config: EvaluateConfig, runs: Path, source_lang: str, folder: Path, progress: Progress
+) -> list[_System]:
+    """What to evaluate of one folder of models: the source language first, then the others."""
     students = find_students(config.students or runs)
     zero_shot = config.mode != "translate-test"
     if config.lang:
         for lang in config.lang:
             require_language(lang)
             require_split_path(folder, config.split, lang)
-            if zero_shot and lang != ENGLISH and lang not in students:
-                known = ", ".join(dict.fromkeys([ENGLISH, *students]))
+            if zero_shot and lang != source_lang and lang not in students:
+                known = ", ".join(dict.fromkeys([source_lang, *students]))
                 raise ModelError(
                     f"{runs}: no student for {lang} (there are models for {known}); "
                     f"`clseave align --lang {lang}` makes one; --mode translate-test needs none."
                 )
         wanted = list(dict.fromkeys(config.lang))
     else:
-        require_split_path(folder, config.split, ENGLISH)
-        wanted = languages(folder, config.split)
-        without = [lang for lang in wanted if lang != ENGLISH and lang not in students]
+        require_split_path(folder, config.split, source_lang)
+        wanted = sorted(languages(folder, config.split), key=lambda lang: lang != source_lang)
+        without = [lang for lang in wanted if lang != source_lang and lang not in students]
         if zero_shot and without:
             progress.note(
                 f"{runs}: no student for {', '.join(without)}; `clseave align --lang "
@@ -305,7 +319,7 @@ def _systems(config: EvaluateConfig, runs: Path, folder: Path, progress: Progres
             )
     systems = []
     for lang in wanted:
-        if lang == ENGLISH:
+        if lang == source_lang:
             systems.append(_System(lang, "zero-shot", None))
             continue
         if zero_shot and lang in students:
@@ -357,8 +371,8 @@ def _run(
     premises = premises_of.of(split).to(encoder.device)
     read, translator = split.hypotheses, None
     if system.mode == "translate-test":
-        english = translate_hypotheses(config, split, progress)
-        read, translator = english.sentences, english.translator
+        translated = translate_hypotheses(config, split, model.source_lang, progress)
+        read, translator = translated.sentences, translated.translator
     sentences = tokenize_sentences(encoder, read, split.where, progress)
     embedded = []
     with (
@@ -394,8 +408,8 @@ def _baselines(
 ) -> tuple[Baselines, npt.NDArray[np.int64] | None]:
     """What is reached without looking, and what the hypothesis-only classifier says.
 
-    That learns from the rows the model itself was given: English ones where the hypotheses are
-    translated into English.
+    That learns from the rows the model itself was given: those in the source language where the
+    hypotheses are translated into it.
     """
     labels = own.split.labels
     shuffled = own.premises[shuffled_rows(own.images, config.seed)]
@@ -405,7 +419,7 @@ def _baselines(
             torch.from_numpy(own.embeddings).to(device), torch.from_numpy(shuffled).to(device)
         )
     shuffled_accuracy = float((logits.argmax(dim=1).cpu().numpy() == labels).mean())
-    lang = ENGLISH if own.translator is not None else own.split.lang
+    lang = model.source_lang if own.translator is not None else own.split.lang
     path = split_path(folder, config.train_split, lang)
     if path is None:
         return Baselines(shuffled_image=shuffled_accuracy), None
@@ -435,6 +449,7 @@ def _baselines(
 def _language_result(
     config: EvaluateConfig,
     own: _Outputs,
+    source: _Outputs | None,
     outputs: dict[str, _Outputs],
     hypothesis_only: npt.NDArray[np.int64] | None,
 ) -> LanguageResult:
@@ -443,8 +458,8 @@ def _language_result(
         hard = hypothesis_only != own.split.labels
         more["num_hard"] = int(hard.sum())
         more["hard_accuracy"] = float(own.correct[hard].mean()) if hard.any() else None
-    if (english := outputs.get(ENGLISH)) is not None:
-        more |= _against_english(config, own, english)
+    if source is not None:
+        more |= _against_source(config, own, source)
     student = outputs.get(own.system.lang)
     if student is not None and student is not own:
         every = np.arange(len(own.split))
@@ -473,28 +488,28 @@ def _difference(
     )
 
 
-def _against_english(config: EvaluateConfig, own: _Outputs, english: _Outputs) -> dict[str, Any]:
+def _against_source(config: EvaluateConfig, own: _Outputs, source: _Outputs) -> dict[str, Any]:
     """Paired figures on the rows that both languages have."""
-    shared = [pair_id for pair_id in own.split.pair_ids if pair_id in english.row_of_pair]
+    shared = [pair_id for pair_id in own.split.pair_ids if pair_id in source.row_of_pair]
     if not shared:
         raise DataError(
-            f"{own.split.path}: none of its pairIDs occurs in {english.split.path}; "
+            f"{own.split.path}: none of its pairIDs occurs in {source.split.path}; "
             "rows of two languages belong together by pairID."
         )
     ours = np.array([own.row_of_pair[pair_id] for pair_id in shared])
-    theirs = np.array([english.row_of_pair[pair_id] for pair_id in shared])
-    accuracy, english_accuracy = own.correct[ours].mean(), english.correct[theirs].mean()
+    theirs = np.array([source.row_of_pair[pair_id] for pair_id in shared])
+    accuracy, source_accuracy = own.correct[ours].mean(), source.correct[theirs].mean()
     figures: dict[str, Any] = {
-        "ratio_to_english": float(accuracy / english_accuracy) if english_accuracy else None,
-        "agreement_with_english": agreement(own.logits[ours], english.logits[theirs]),
+        "ratio_to_english": float(accuracy / source_accuracy) if source_accuracy else None,
+        "agreement_with_english": agreement(own.logits[ours], source.logits[theirs]),
     }
-    if own is not english:
-        figures["difference_to_english"] = _difference(config, own, ours, english, theirs)
+    if own is not source:
+        figures["difference_to_english"] = _difference(config, own, ours, source, theirs)
     if own.system.student is not None:
         figures["transfer"] = measure_transfer(
             own.embeddings[ours],
-            english.embeddings[theirs],
-            np.array([english.split.hypotheses[row] for row in theirs]),
+            source.embeddings[theirs],
+            np.array([source.split.hypotheses[row] for row in theirs]),
         )
     return figures
 
@@ -544,7 +559,7 @@ def _examples(outputs: dict[str, _Outputs], images: ImageFolder) -> Gallery:
 
 
 def _errors(outputs: dict[str, _Outputs], images: ImageFolder) -> Gallery:
-    """The most confident errors of the first language, usually English."""
+    """The most confident errors of the first language, usually the source."""
     own = next(iter(outputs.values()))
     rows = most_confident_errors(own.split.labels, probabilities(own.logits), own.images)
     return Gallery(

@@ -130,18 +130,23 @@ def _write(model: TorchModel, folder: Path, int8: bool, progress: Progress) -> d
     fingerprints = {name: encoder.fingerprint for name, encoder in encoders.items()}
     return {
         "languages": names,
-        "encoders": {
-            name: {
-                "max_tokens": encoder.max_tokens,
-                "terminal_id": encoder.terminal_id,
-                "pad_id": encoder.pad_id,
-            }
-            for name, encoder in encoders.items()
-        },
+        "encoders": {name: _reading(encoder) for name, encoder in encoders.items()},
         "preparation": dataclasses.asdict(pixels_of),
         "precision": "int8" if int8 else "fp32",
         "sources": fingerprints | {"clip-ve": clip_ve.fingerprint},
     }
+
+
+def _reading(encoder: SentenceEncoder) -> dict[str, Any]:
+    """How sentences become token ids."""
+    reading = {
+        "max_tokens": encoder.max_tokens,
+        "terminal_id": encoder.terminal_id,
+        "pad_id": encoder.pad_id,
+    }
+    if encoder.filling is not None:
+        reading["filling"] = dataclasses.asdict(encoder.filling)
+    return reading
 
 
 def _write_encoder(encoder: SentenceEncoder, folder: Path, int8: bool) -> None:
@@ -257,22 +262,25 @@ def _quiet_logging() -> Iterator[None]:
 
 
 def preparation(processor: Any) -> Preparation:
-    """The numbers of CLIP's image processor.
+    """The numbers of an image processor of CLIP's kind.
 
     Raises:
         ModelError: it does something else as well, or less.
     """
-    size, crop = processor.size, processor.crop_size
-    steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+    size = processor.size
+    crop = processor.crop_size if getattr(processor, "do_center_crop", False) else size
+    steps = ("do_resize", "do_rescale", "do_normalize")
     plain = (
         all(getattr(processor, step) for step in steps)
-        and Image.Resampling(processor.resample) is Image.Resampling.BICUBIC
         and abs(processor.rescale_factor - 1 / 255) < 1e-9
+        and crop is not None
+        and crop["height"]
+        and crop["width"]
     )
     if not plain:
         raise ModelError(
-            "the image tower's preprocessing cannot be exported: expected resizing (bicubic), "
-            "cropping, scaling by 1/255 and normalising, as CLIP's does."
+            "the image tower's preprocessing cannot be exported: expected resizing or cropping to "
+            "one size, scaling by 1/255 and normalising, as CLIP's and SigLIP's do."
         )
     side = size["shortest_edge"]
     return Preparation(
@@ -280,6 +288,7 @@ def preparation(processor: Any) -> Preparation:
         crop=(crop["height"], crop["width"]),
         mean=tuple(processor.image_mean),
         std=tuple(processor.image_std),
+        resample=int(processor.resample),
     )
 
 

@@ -1,4 +1,4 @@
-"""`finetune-ve`: CLIP-VE, the English visual-entailment model (thesis 3.1.2)."""
+"""`finetune-ve`: CLIP-VE, the visual-entailment model of the source language (thesis 3.1.2)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn import functional
 from clseave_cli.core.config import FinetuneConfig
 from clseave_cli.core.data.hub import data_folder
 from clseave_cli.core.data.images import ImageFolder
-from clseave_cli.core.data.records import Split, check_leak, read_split
+from clseave_cli.core.data.records import Split, check_leak, read_split, require_language
 from clseave_cli.core.features import (
     Features,
     Sentences,
@@ -82,6 +82,7 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> FinetuneRes
     Raises:
         ClseaveError: bad data, an unusable CLIP model, a full disk, or an interruption.
     """
+    require_language(config.source_lang, "--source-lang")
     out = config.out or config.runs / "clip-ve"
     require_writable(out)
     if config.resume and is_complete(out):
@@ -90,10 +91,10 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> FinetuneRes
     device = resolve_device(config.device)
     team = processes()
     folder = team.once(lambda: data_folder(config.data, progress))
-    train_split = read_split(
-        folder, config.train_split, skip_bad=config.skip_bad, progress=progress
+    train_split, dev_split = (
+        read_split(folder, split, config.source_lang, skip_bad=config.skip_bad, progress=progress)
+        for split in (config.train_split, config.dev_split)
     )
-    dev_split = read_split(folder, config.dev_split, skip_bad=config.skip_bad, progress=progress)
     if not config.allow_leak:
         check_leak(train_split, dev_split)
     images = ImageFolder.of(folder, config.images)
@@ -101,7 +102,7 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> FinetuneRes
     _require_two_labels(train_split)
 
     torch.manual_seed(config.seed)
-    model = ClipVE.from_clip(config.clip).to(device)
+    model = ClipVE.from_clip(config.clip, config.source_lang).to(device)
     if not model.text.verify_packing():
         progress.note(f"{config.clip}: packing is not exact for this text tower; padding instead.")
     inputs = {split.path.name: split.digest for split in (train_split, dev_split)}
@@ -185,18 +186,18 @@ def _card(config: FinetuneConfig, num_train: int, result: TrainingResult) -> str
     return f"""---
 library_name: clseave
 tags: [visual-entailment, clip]
-language: [en]
+language: [{config.source_lang}]
 base_model: {config.clip}
 ---
 
 # CLIP-VE
 
-Says whether an image entails, contradicts or leaves open an English sentence
+Says whether an image entails, contradicts or leaves open a sentence in `{config.source_lang}`
 ({", ".join(LABELS)}). Image tower of `{config.clip}`, frozen; text tower, projection and
 head trained on {num_train} pairs, {result.epochs} epochs, the weights of epoch
 {result.best_epoch} kept: dev loss {dev["loss"]:.4f}, dev accuracy {dev["accuracy"]:.2%}.
 
-    clseave predict image.jpg "a sentence" --runs {config.runs}
+    clseave predict image.jpg "a sentence" --lang {config.source_lang} --runs {config.runs}
 
 `training/` records every option, version and figure.
 """

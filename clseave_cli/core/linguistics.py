@@ -1,4 +1,4 @@
-"""How far languages are from English, and whether transfer gets worse with the distance.
+"""How far languages are from the source language, and whether transfer gets worse with that.
 
 The distances of the thesis's languages are in the package; those of others come from the URIEL
 vectors of the `lang2vec` extra. One analysis never mixes the two: they are defined differently.
@@ -51,7 +51,7 @@ class Correlation:
     """One kind of distance against the loss in transfer, over languages.
 
     Attributes:
-        distances: distance to English by language; None where the source has none.
+        distances: distance to the source language by language; None where there is none.
         num_languages: n, languages with both figures.
         pearson: linear correlation; None where undefined (n < 3, or one side constant).
         pearson_p: two-sided p, over all orders of the points where n ≤ 8.
@@ -84,22 +84,26 @@ class DistanceAnalysis:
     note: str
 
 
-def analyse_distances(accuracies: Mapping[str, float]) -> DistanceAnalysis | None:
-    """Correlates what each language loses against English with each kind of distance.
+def analyse_distances(
+    accuracies: Mapping[str, float], source_lang: str = "en"
+) -> DistanceAnalysis | None:
+    """Correlates what each language loses against the source with each kind of distance.
 
-    The thesis's table is used where it has every language; otherwise lang2vec, where it is
-    installed; otherwise the table, with gaps.
+    The thesis's table, of distances to English, is used where it has every language; otherwise
+    lang2vec, where it is installed; otherwise the table, with gaps.
 
     Args:
-        accuracies: accuracy, a fraction, by language, English included.
+        accuracies: accuracy, a fraction, by language, the source language included.
+        source_lang: the language that the others lose against.
 
     Returns:
-        None without English or without another language.
+        None without the source language or without another; also where that is not English and
+        lang2vec is not installed.
     """
     losses = {
-        lang: accuracies["en"] - accuracy
+        lang: accuracies[source_lang] - accuracy
         for lang, accuracy in accuracies.items()
-        if lang != "en" and "en" in accuracies
+        if lang != source_lang and source_lang in accuracies
     }
     if not losses:
         return None
@@ -107,10 +111,12 @@ def analyse_distances(accuracies: Mapping[str, float]) -> DistanceAnalysis | Non
     missing = sorted(set(losses) - set(THESIS_DISTANCES["featural"]))
     distances: Mapping[str, Mapping[str, float | None]] = THESIS_DISTANCES
     source = THESIS_SOURCE
-    if missing:
+    if missing or source_lang != "en":
         try:
-            distances, source = lang2vec_distances(list(losses)), LANG2VEC_SOURCE
+            distances, source = lang2vec_distances(list(losses), source_lang), LANG2VEC_SOURCE
         except ExtraMissing as error:
+            if source_lang != "en":
+                return None
             note += f" No distances of {', '.join(missing)}: {error}"
         else:
             unknown = [lang for lang in losses if all(d[lang] is None for d in distances.values())]
@@ -153,10 +159,10 @@ def describe_power(num_languages: int) -> str:
     """What a correlation over so few languages can and cannot show.
 
     Args:
-        num_languages: n, English not counted.
+        num_languages: n, the source not counted.
     """
     if num_languages < 3:
-        return f"{num_languages} languages besides English: too few for any correlation."
+        return f"{num_languages} languages besides the source: too few for any correlation."
     if num_languages > _MOST_EXACT_POINTS:
         return (
             f"{num_languages} languages, some of them related to one another: read the "
@@ -175,31 +181,36 @@ def describe_power(num_languages: int) -> str:
     )
 
 
-def lang2vec_distances(languages: Sequence[str]) -> dict[str, dict[str, float | None]]:
-    """Distances to English from URIEL's vectors, for languages that the thesis's table lacks.
+def lang2vec_distances(
+    languages: Sequence[str], source_lang: str = "en"
+) -> dict[str, dict[str, float | None]]:
+    """Distances to a language from URIEL's vectors, for what the thesis's table lacks.
 
     The angle between the two languages' feature vectors as a share of a right angle, URIEL's own
     definition: 0 the same, 1 nothing in common.
 
     Args:
         languages: ISO 639-1 or 639-3 codes, a script or region after them or not.
+        source_lang: the code of the language to measure from.
 
     Returns:
-        By kind and language; None where URIEL does not know the language.
+        By kind and language; None where URIEL does not know one of the two.
 
     Raises:
         ExtraMissing: the `lang2vec` extra is not installed.
     """
     lang2vec = _lang2vec()
     # Script and region do not make another language of it: zh-Hant, pt-BR.
-    bare = {lang: lang.partition("-")[0] for lang in languages}
+    bare = {lang: lang.partition("-")[0] for lang in (*languages, source_lang)}
     codes = {lang: lang2vec.LETTER_CODES.get(code, code) for lang, code in bare.items()}
     known = {lang: code for lang, code in codes.items() if code in lang2vec.URIEL_LANGUAGES}
     result: dict[str, dict[str, float | None]] = {}
     for kind, feature_set in _LANG2VEC_SETS.items():
-        vectors = lang2vec.get_features(["eng", *known.values()], feature_set)
+        vectors = lang2vec.get_features(list(known.values()), feature_set)
         result[kind] = {
-            lang: _angular(vectors["eng"], vectors[known[lang]]) if lang in known else None
+            lang: _angular(vectors[known[source_lang]], vectors[known[lang]])
+            if lang in known and source_lang in known
+            else None
             for lang in languages
         }
     return result

@@ -27,7 +27,7 @@ from clseave_cli.core.config import PretrainConfig
 from clseave_cli.core.data.images import ImageFolder, open_image
 from clseave_cli.core.data.records import distinct
 from clseave_cli.core.files import file_digest, json_digest
-from clseave_cli.core.models.backbones import clip_image_encoder, clip_text_encoder, load_clip
+from clseave_cli.core.models.backbones import load_clip
 from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
 from clseave_cli.core.models.packing import PackedBatch
 from clseave_cli.core.models.scratch import ClipShape, new_clip
@@ -100,10 +100,8 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> PretrainRes
     dev_captions = _read_captions(config.data, config.dev_split, images)
     if not config.allow_leak:
         _check_leak(train_captions, dev_captions)
-    model, tokenizer, processor = _starting_model(config, train_captions)
+    model, text, image = _starting_model(config, train_captions)
     model = model.to(device)
-    text = clip_text_encoder(model, tokenizer)
-    image = clip_image_encoder(model, processor)
     if not text.verify_packing():
         progress.note("packing is not exact for this text tower; padding instead.")
     torch.manual_seed(config.seed)
@@ -148,8 +146,9 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> PretrainRes
     result = train(stage, config, device=device, folder=run.folder, progress=progress)
 
     def save(aside: Path) -> None:
-        text.save_pretrained(aside)
-        processor.save_pretrained(aside)
+        model.save_pretrained(aside)
+        text.tokenizer.save_pretrained(aside)
+        image.processor.save_pretrained(aside)
 
     run.publish(save, _card(config, len(train_captions.images), result))
     return PretrainResult(out, result)
@@ -282,7 +281,9 @@ def _caption_row(path: Path, line: int, raw: bytes) -> tuple[str, str]:
     return name, caption
 
 
-def _starting_model(config: PretrainConfig, captions: _Captions) -> tuple[Any, Any, Any]:
+def _starting_model(
+    config: PretrainConfig, captions: _Captions
+) -> tuple[Any, SentenceEncoder, ImageEncoder]:
     if config.clip is not None:
         return load_clip(config.clip)
     shape = ClipShape(
@@ -311,5 +312,5 @@ tags: [clip]
 
 Contrastive training from {start} on {num_images} images with captions, {result.epochs} epochs,
 the weights of epoch {result.best_epoch} kept (dev loss {result.dev["loss"]:.4f}). Load it with
-`transformers.CLIPModel`, or give it to `clseave finetune-ve --clip`.
+`transformers.AutoModel`, or give it to `clseave finetune-ve --clip`.
 """

@@ -40,8 +40,8 @@ class LanguageResult:
     Attributes:
         lang: language code.
         split: name of the split.
-        mode: `zero-shot` (a student reads the language; English: the English model) or
-            `translate-test` (the hypotheses are translated into English first).
+        mode: `zero-shot` (a student reads the language; the source language: the source model) or
+            `translate-test` (the hypotheses are translated into the source language first).
         num_examples: rows.
         num_images: photos that the rows share.
         accuracy: fraction right, with the ends of its 95 % interval (None: one photo only).
@@ -53,9 +53,10 @@ class LanguageResult:
         reliability: the non-empty bins behind `ece`.
         hard_accuracy: accuracy on the rows that the hypothesis-only baseline gets wrong.
         num_hard: how many those are.
-        ratio_to_english: accuracy divided by the English accuracy on the same rows.
-        agreement_with_english: share of rows given the same label as by the English model.
-        difference_to_english: paired difference in accuracy, this language minus English.
+        ratio_to_english: accuracy divided by the source language's on the same rows; English
+            unless `Signature.source_lang` says otherwise.
+        agreement_with_english: share of rows given the same label as by the source model.
+        difference_to_english: paired difference in accuracy, this language minus the source.
         difference_to_zero_shot: the same, translate-test minus this language's student.
         transfer: student against teacher embeddings.
     """
@@ -141,7 +142,8 @@ class Signature:
         seed: seed of the bootstrap and of the shuffling.
         resamples: bootstrap resamples.
         num_examples: rows of the largest result.
-        translators: by language, what translated its hypotheses into English.
+        translators: by language, what translated its hypotheses into the source language.
+        source_lang: the language CLIP-VE reads, with which the others are compared.
     """
 
     version: str
@@ -151,12 +153,15 @@ class Signature:
     resamples: int
     num_examples: int
     translators: dict[str, str] = field(default_factory=dict)
+    source_lang: str = "en"
 
     def __str__(self) -> str:
         """One line for the foot of a figure, fingerprints shortened to 8 digits."""
         parts = [f"clseave {self.version}", f"n {self.num_examples:,}"]
         parts += [f"{name} {digest[:8]}" for name, digest in self.data.items()]
         parts += [f"{name} {digest[:8]}" for name, digest in self.checkpoints.items()]
+        if self.source_lang != "en":
+            parts.append(f"source {self.source_lang}")
         parts += [f"{lang} translated by {name}" for lang, name in self.translators.items()]
         parts += [f"seed {self.seed}", f"{self.resamples:,} resamples by photo"]
         return " · ".join(parts)
@@ -185,7 +190,13 @@ class Results:
 
     def shows_mode(self, result: LanguageResult) -> bool:
         """Whether a table must say how a result came about: where some languages are translated."""
-        return result.lang != "en" and any(r.mode != "zero-shot" for r in self.results)
+        translated = any(r.mode != "zero-shot" for r in self.results)
+        return result.lang != self.source_lang and translated
+
+    @property
+    def source_lang(self) -> str:
+        """The language that the others are compared with."""
+        return self.signature.source_lang
 
     def to_json(self) -> dict[str, Any]:
         """The document as plain dicts, lists, strings, numbers and None."""

@@ -263,7 +263,7 @@ def test_the_english_pairs_are_those_of_every_language(world, encoder):
     reader = corpus.ParallelReader(world, AlignConfig(data=str(world)), SILENT)
     for lang in ("de", "nl"):
         taken.add(reader.read(lang)[0])
-    taken.add_english()
+    taken.add_source("en")
     *_, english = taken._parts
     rows = read_split(world, "train", "en").hypotheses
     counts = {s: rows.count(s) for s in rows}

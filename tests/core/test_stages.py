@@ -347,7 +347,7 @@ def test_rows_without_a_partner_are_counted_and_named(data, tmp_path, trained, e
     edit_row(data / "snli_ve_train.de.jsonl", 3, pairID="stray")
     notes = Notes()
     _align(data, tmp_path, encoder, "de", teacher=trained / "clip-ve", progress=notes)
-    assert "1 rows have no English row and 1 English rows no de row (such as stray, " in notes.text
+    assert "1 rows have no en row and 1 en rows no de row (such as stray, " in notes.text
 
 
 def test_a_dev_row_without_image_does_not_borrow_another(data, tmp_path, trained, encoder):
@@ -412,9 +412,9 @@ def test_a_resumed_student_must_see_the_same_english(data, tmp_path, trained, en
     ("languages", "said"),
     [((), "--lang is missing"), (("en",), "the teacher's own language"), (("../x",), "not a lang")],
 )
-def test_languages_that_cannot_be_aligned(world, tmp_path, encoder, languages, said):
+def test_languages_that_cannot_be_aligned(world, runs, encoder, languages, said):
     with pytest.raises(UsageError, match=said):
-        _align(world, tmp_path, encoder, *languages)
+        _align(world, runs, encoder, *languages)
 
 
 # --- evaluate and predict ---

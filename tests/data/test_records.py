@@ -276,7 +276,7 @@ def test_the_english_sentence_kept_beside_a_translation_will_do(write):
     folder = write([row(1, sentence2="Satz", sentence2_en="sentence")], "snli_ve_train.de.jsonl")
     assert join(read_split(folder, "train", "de"), None).sources == ["sentence"]
     write([row(1, sentence2="Satz", sentence2_en="x"), row(2)], "snli_ve_train.de.jsonl")
-    with pytest.raises(DataError, match="no English sentences"):
+    with pytest.raises(DataError, match="no sentences in the source language en"):
         join(read_split(folder, "train", "de"), None)
 
 

@@ -92,7 +92,7 @@ def test_many_languages_use_the_approximation(monkeypatch):
 def fake_lang2vec(monkeypatch):
     """A stand-in with lang2vec 1.1.2's interface and two-dimensional vectors."""
     module = ModuleType("lang2vec.lang2vec")
-    module.LETTER_CODES = {"fr": "fra", "de": "deu", "ar": "ara", "eo": "epo"}
+    module.LETTER_CODES = {"fr": "fra", "de": "deu", "ar": "ara", "eo": "epo", "en": "eng"}
     vectors = {"eng": [1.0, 0.0], "fra": [1.0, 1.0], "deu": [1.0, 0.0], "ara": [0.0, 1.0]}
     vectors["epo"] = [0.0, 0.0]
 
@@ -121,6 +121,18 @@ def test_one_source_for_all_languages(fake_lang2vec):
     assert analysis.source == LANG2VEC_SOURCE
     assert analysis.correlations["syntactic"].distances["de"] == pytest.approx(0)
     assert analysis.correlations["syntactic"].spearman == pytest.approx(1)
+
+
+def test_distances_are_to_the_source_language(fake_lang2vec, monkeypatch):
+    accuracies = {"fr": 0.8, "en": 0.7, "ar": 0.6}
+    analysis = analyse_distances(accuracies, "fr")
+    assert analysis.source == LANG2VEC_SOURCE
+    assert analysis.losses == pytest.approx({"en": 0.1, "ar": 0.2})
+    assert analysis.correlations["syntactic"].distances == pytest.approx({"en": 0.5, "ar": 0.5})
+    unknown = analyse_distances({"tlh": 0.8, "en": 0.7}, "tlh")
+    assert unknown.correlations["syntactic"].distances == {"en": None}
+    monkeypatch.setitem(sys.modules, "lang2vec.lang2vec", None)
+    assert analyse_distances(accuracies, "fr") is None  # the table has English alone
 
 
 def test_a_script_or_region_is_the_same_language(fake_lang2vec):

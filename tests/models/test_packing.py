@@ -3,8 +3,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_backbones import STUDENTS
 from tiny_world import CLIP_SHAPE
-from transformers import AutoModel, AutoTokenizer, CLIPModel, XLMRobertaConfig, XLMRobertaModel
+from transformers import AutoModel, AutoTokenizer, CLIPModel
 
 from clseave_cli.core.models import backbones
 from clseave_cli.core.models.packing import pack
@@ -24,29 +25,9 @@ SENTENCES = [
 
 
 @pytest.fixture(scope="module")
-def xlmr(tmp_path_factory, encoder):
+def xlmr(tmp_path_factory):
     """An XLM-RoBERTa, whose positions start at padding_idx + 1, with a tokenizer of words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("xlmr")
-    special = ["<s>", "<pad>", "</s>", "<unk>"]
-    words = sorted({word for text in SENTENCES for word in text.split()})
-    vocabulary = {word: number for number, word in enumerate(special + words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", sep_token="</s>",
-        cls_token="<s>", unk_token="<unk>", pad_token="<pad>", model_max_length=30,
-    ).save_pretrained(folder)  # fmt: skip
-    config = XLMRobertaConfig(
-        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=64, max_position_embeddings=32, type_vocab_size=1,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    XLMRobertaModel(config, add_pooling_layer=False).save_pretrained(folder)
-    return folder
+    return STUDENTS["XLM-R"](tmp_path_factory.mktemp("xlmr"), SENTENCES)
 
 
 @pytest.fixture(params=["clip", "bert", "xlmr"])

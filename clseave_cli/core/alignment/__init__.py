@@ -1,7 +1,7 @@
 """`align`: a multilingual student of the CLIP-VE text tower (thesis 3.3).
 
-The student learns to give a translated hypothesis the embedding that the frozen English teacher
-gives the original. The teacher is asked once per sentence; after that it is a look-up.
+The student learns to give a translated hypothesis the embedding that the frozen teacher gives the
+original. The teacher is asked once per sentence; after that it is a look-up.
 
 The flow is here; `corpus` reads what is learnt from, `sampling` says what an epoch meets of it,
 `objectives` what the loss is, `dev` how good the student is.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from clseave_cli.core.alignment.corpus import Corpus, ParallelReader, as_english, limited
+from clseave_cli.core.alignment.corpus import Corpus, ParallelReader, as_source, limited
 from clseave_cli.core.alignment.dev import (
     SpreadWatch,
     dev_set,
@@ -27,14 +27,9 @@ from clseave_cli.core.alignment.sampling import Sampler, require_possible
 from clseave_cli.core.config import AlignConfig, StudentConfig
 from clseave_cli.core.data.hub import data_folder
 from clseave_cli.core.data.images import ImageFolder
-from clseave_cli.core.data.records import (
-    ENGLISH,
-    Parallel,
-    require_language,
-    require_split_path,
-)
+from clseave_cli.core.data.records import Parallel, require_language, require_split_path
 from clseave_cli.core.files import json_digest
-from clseave_cli.core.models.clip_ve import ClipVE
+from clseave_cli.core.models.clip_ve import ClipVE, source_language
 from clseave_cli.core.models.student import new_student, save_student
 from clseave_cli.core.models.trimming import trim_vocabulary
 from clseave_cli.core.models.vocabulary import reduced_vocabulary
@@ -69,6 +64,8 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
     """
     languages = student_languages(config)
     require_possible(config)
+    teacher_folder = _teacher_folder(config)
+    source_lang = source_language(teacher_folder)
     out = config.out or config.runs / f"align-{'+'.join(languages)}"
     require_writable(out)
     if config.resume and is_complete(out):
@@ -81,7 +78,7 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
     for lang in translated:
         require_split_path(folder, config.train_split, lang)
 
-    teacher = ClipVE.from_folder(config.teacher or config.runs / "clip-ve").to(device)
+    teacher = ClipVE.from_folder(teacher_folder).to(device)
     teacher.requires_grad_(False)
     require_fitting(config, teacher)
     torch.manual_seed(config.seed)
@@ -97,20 +94,20 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
         seen_images = ImageFolder.of(folder, config.images)
     corpus = Corpus(student, progress, with_images=seen_images is not None)
     dev_text: dict[str, Parallel] = {}
-    reader = ParallelReader(folder, config, progress)
+    reader = ParallelReader(folder, config, progress, source_lang)
     for lang in translated:
         training, dev = reader.read(lang)
         training = limited(training, config.limit, config.seed, progress)
         for kind, parallel in (("train", training), ("dev", dev)):
             inputs[parallel.target.path.name] = parallel.target.digest
-            inputs[f"{kind}: English of {lang}"] = json_digest(parallel.sources)
+            inputs[f"{kind}: {source_lang} of {lang}"] = json_digest(parallel.sources)
         corpus.add(training, config.auxiliary_weight if lang in config.auxiliary else 1.0)
         dev_text[lang] = dev
     del reader, training, parallel
     corpus.require_images()
     if config.include_english:
-        corpus.add_english()
-        dev_text[ENGLISH] = as_english(dev_text[languages[0]])
+        corpus.add_source(source_lang)
+        dev_text[source_lang] = as_source(dev_text[languages[0]], source_lang)
     images = images_for_accuracy(folder, config, dev_text.values())
     run = Run("align", out, config, inputs)
 
@@ -151,51 +148,62 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
         lambda aside: save_student(
             student, aside, languages=languages, teacher=teacher.fingerprint
         ),
-        _card(config, languages, pairs.num_distinct, result),
+        _card(config, languages, source_lang, pairs.num_distinct, result),
     )
     return AlignResult(out, languages, result)
 
 
 def count_sentences(config: StudentConfig, progress: Progress = SILENT) -> dict[str, int]:
-    """How many distinct English sentences there are to learn each `--lang` from.
+    """How many distinct source sentences there are to learn each `--lang` from.
 
     Raises:
-        ClseaveError: bad data.
+        ClseaveError: bad data, or no teacher.
     """
     folder = data_folder(config.data, progress)
-    reader = ParallelReader(folder, config, progress)
+    reader = ParallelReader(folder, config, progress, source_language(_teacher_folder(config)))
     return {lang: len(set(reader.read(lang)[0].sources)) for lang in config.lang}
 
 
 def student_languages(config: StudentConfig) -> tuple[str, ...]:
-    """The languages the student will read: English last, if it is asked for.
+    """The languages the student will read: the source language last, if it is asked for.
 
     Raises:
         UsageError: none is named, or one cannot be.
+        ModelError: there is no teacher.
     """
     if not config.lang:
         raise UsageError("--lang is missing; for example --lang de.")
     for lang in config.lang:
         require_language(lang)
-        if lang == ENGLISH:
-            raise UsageError(
-                f"--lang {ENGLISH}: is the teacher's own language; name another, and "
-                "--include-english for a student that reads it too."
-            )
     for lang in config.auxiliary:
         require_language(lang, "--auxiliary")
-        if lang == ENGLISH:
-            raise UsageError(f"--auxiliary {ENGLISH}: is what --include-english is for.")
+    source_lang = source_language(_teacher_folder(config))
+    if source_lang in config.lang:
+        raise UsageError(
+            f"--lang {source_lang}: is the teacher's own language; name another, and "
+            "--include-english for a student that reads it too."
+        )
+    for lang in config.auxiliary:
+        if lang == source_lang:
+            raise UsageError(f"--auxiliary {lang}: is what --include-english is for.")
         if lang in config.lang:
             raise UsageError(
                 f"--auxiliary {lang}: is a --lang already; an auxiliary language is only trained "
                 "along."
             )
-    return tuple(dict.fromkeys([*config.lang, *([ENGLISH] if config.include_english else [])]))
+    return tuple(dict.fromkeys([*config.lang, *([source_lang] if config.include_english else [])]))
+
+
+def _teacher_folder(config: StudentConfig) -> Path:
+    return config.teacher or config.runs / "clip-ve"
 
 
 def _card(
-    config: AlignConfig, languages: tuple[str, ...], num_pairs: int, result: TrainingResult
+    config: AlignConfig,
+    languages: tuple[str, ...],
+    source_lang: str,
+    num_pairs: int,
+    result: TrainingResult,
 ) -> str:
     figures = ", ".join(f"{name} {value:.4g}" for name, value in overall(result.dev).items())
     return f"""---
@@ -207,11 +215,11 @@ base_model: {config.student}
 
 # Student of CLIP-VE for {", ".join(languages)}
 
-Gives sentences in {", ".join(languages)} the embedding that the English CLIP-VE teacher gives
-their translation, so that the teacher's image tower and head work unchanged. `{config.student}`,
-trained on {num_pairs} distinct sentence pairs, {result.epochs} epochs, the weights of epoch
-{result.best_epoch} kept: {figures} on dev. Objective {config.objective}, pooling {config.pooling},
-projection {config.projection}.
+Gives sentences in {", ".join(languages)} the embedding that the CLIP-VE teacher gives their
+translation in {source_lang}, so that the teacher's image tower and head work unchanged.
+`{config.student}`, trained on {num_pairs} distinct sentence pairs, {result.epochs} epochs, the
+weights of epoch {result.best_epoch} kept: {figures} on dev. Objective {config.objective}, pooling
+{config.pooling}, projection {config.projection}.
 
     clseave predict image.jpg "…" --lang {languages[0]} --runs {config.runs}
 

@@ -1,6 +1,6 @@
 """The parallel text a student learns from: read, joined by `pairID`, taken in as token rows.
 
-Legend: N parallel rows · U distinct sentence pairs · S distinct English sentences · D embedding
+Legend: N parallel rows · U distinct sentence pairs · S distinct source sentences · D embedding
 width.
 """
 
@@ -53,20 +53,28 @@ _HEAVIEST = 5.0
 
 
 class ParallelReader:
-    """Reads the parallel text of one language after another; the English side once for all."""
+    """Reads the parallel text of one language after another; the source side once for all."""
 
-    def __init__(self, folder: Path, config: StudentConfig, progress: Progress) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: StudentConfig,
+        progress: Progress,
+        source_lang: str = ENGLISH,
+    ) -> None:
         """Reads nothing yet.
 
         Args:
             folder: the data folder.
             config: names of the splits, what to do with bad rows.
             progress: told what was left out.
+            source_lang: the teacher's language.
         """
         self._folder = folder
+        self._source_lang = source_lang
         self._config = config
         self._progress = progress
-        self._english = functools.cache(functools.partial(self._split, ENGLISH))
+        self._source = functools.cache(functools.partial(self._split, source_lang))
 
     def read(self, lang: str) -> tuple[Parallel, Parallel]:
         """The parallel training and dev text of a language.
@@ -88,12 +96,14 @@ class ParallelReader:
         return hold_out(training, config.dev_fraction, config.seed)
 
     def _joined(self, lang: str, split: str) -> Parallel:
-        english = self._english(split) if split_path(self._folder, split, ENGLISH) else None
-        parallel = join(self._split(lang, split), english)
+        source_lang = self._source_lang
+        source = self._source(split) if split_path(self._folder, split, source_lang) else None
+        parallel = join(self._split(lang, split), source, source_lang)
         if parallel.num_unmatched_target or parallel.num_unmatched_source:
             self._progress.note(
-                f"{parallel.target.path}: {parallel.num_unmatched_target} rows have no English row "
-                f"and {parallel.num_unmatched_source} English rows no {lang} row (such as "
+                f"{parallel.target.path}: {parallel.num_unmatched_target} rows have no "
+                f"{source_lang} row and {parallel.num_unmatched_source} {source_lang} rows no "
+                f"{lang} row (such as "
                 f"{', '.join(parallel.unmatched_examples)}); left out."
             )
         return parallel
@@ -106,15 +116,16 @@ class ParallelReader:
             lang,
             labelled=False,
             with_images=False,
+            source_lang=self._source_lang,
             skip_bad=self._config.skip_bad,
             progress=self._progress,
         )
 
 
 def hold_out(parallel: Parallel, fraction: float, seed: int) -> tuple[Parallel, Parallel]:
-    """Splits by English sentence, so that no held-out sentence is trained on in other words.
+    """Splits by source sentence, so that no held-out sentence is trained on in other words.
 
-    Languages with the same English sentences hold the same ones out.
+    Languages with the same source sentences hold the same ones out.
 
     Raises:
         DataError: there are too few sentences.
@@ -131,7 +142,7 @@ def hold_out(parallel: Parallel, fraction: float, seed: int) -> tuple[Parallel, 
 
 
 def limited(parallel: Parallel, limit: int | None, seed: int, progress: Progress) -> Parallel:
-    """The rows of the first distinct English sentences, in a random order.
+    """The rows of the first distinct source sentences, in a random order.
 
     The order depends on the sentences and the seed alone: a smaller limit takes a part of what a
     larger one takes, and every language the translations of the same sentences.
@@ -163,15 +174,15 @@ def _is_among_first(sentences: Sequence[str], count: int, seed: int) -> npt.NDAr
     return first
 
 
-def as_english(parallel: Parallel) -> Parallel:
-    """The English side of some rows as their own translation."""
-    target = dataclasses.replace(parallel.target, lang=ENGLISH, hypotheses=parallel.sources)
+def as_source(parallel: Parallel, source_lang: str) -> Parallel:
+    """The source side of some rows as their own translation."""
+    target = dataclasses.replace(parallel.target, lang=source_lang, hypotheses=parallel.sources)
     return dataclasses.replace(parallel, target=target)
 
 
 @dataclass(frozen=True, eq=False)
 class _LanguagePairs:
-    """What a language brings: its sentences, and its distinct pairs with English ones."""
+    """What a language brings: its sentences, and its distinct pairs with source ones."""
 
     lang: str
     tokens: TokenTable
@@ -206,7 +217,7 @@ class Corpus:
         Args:
             student: whose tokens the sentences become.
             progress: told about sentences that are cut.
-            with_images: note which images stand beside each English sentence.
+            with_images: note which images stand beside each source sentence.
         """
         self._student = student
         self._progress = progress
@@ -232,15 +243,20 @@ class Corpus:
         if self._paired is not None:
             self._paired.add(target, sources)
 
-    def add_english(self) -> None:
-        """Takes in every English sentence so far as its own translation."""
+    def add_source(self, source_lang: str) -> None:
+        """Takes in every source sentence so far as its own translation."""
         everyone = np.arange(len(self._sources))
         standing = np.concatenate([np.repeat(p.source_of_pair, p.counts) for p in self._parts])
         sentences = tokenize_sentences(
-            self._student, list(self._sources), lambda _: "the English sentences", self._progress
+            self._student,
+            list(self._sources),
+            lambda _: f"the {source_lang} sentences",
+            self._progress,
         )
         counts = np.bincount(standing, minlength=len(everyone))
-        self._parts.append(_LanguagePairs(ENGLISH, sentences.tokens, everyone, everyone, counts))
+        self._parts.append(
+            _LanguagePairs(source_lang, sentences.tokens, everyone, everyone, counts)
+        )
 
     def require_images(self) -> None:
         """Refuses text for an objective that looks at images.
@@ -317,7 +333,7 @@ class Corpus:
 
 @dataclass(frozen=True, eq=False)
 class TrainingPairs:
-    """U (target sentence, English sentence) pairs of all languages, one language after another.
+    """U (target sentence, source sentence) pairs of all languages, one language after another.
 
     Translations repeat as hypotheses do. A pair that stands n times in the data is trained on once
     an epoch with weight n, which is the same expected gradient for less work. Only very frequent
@@ -327,13 +343,13 @@ class TrainingPairs:
 
     Attributes:
         sentences: of the targets, tokenised for the student.
-        teacher: (U, D) the teacher's embeddings of the English sentences.
+        teacher: (U, D) the teacher's embeddings of the source sentences.
         weights: (U,) how often each stands in the data, over its language's mean; those of an
             auxiliary language are lowered.
         languages: their codes.
         language: (U,) which of them each pair is of.
         num_distinct: how many different pairs there are.
-        images: what stands beside the English sentences, where the objective looks at images.
+        images: what stands beside the source sentences, where the objective looks at images.
     """
 
     sentences: Sentences
@@ -350,7 +366,7 @@ class TrainingPairs:
 
 @dataclass(frozen=True, eq=False)
 class PairedImages:
-    """The images that stand beside each English sentence in the training data.
+    """The images that stand beside each source sentence in the training data.
 
     Attributes:
         vectors: (U, D) embeddings of the distinct images.
@@ -363,7 +379,7 @@ class PairedImages:
     offsets: Rows
 
     def draw(self, sources: Rows, random: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """One image for each of B English sentences.
+        """One image for each of B source sentences.
 
         Returns:
             (B, D) embeddings, and (B,) bool: whether there is one; the others are of any image.
@@ -376,7 +392,7 @@ class PairedImages:
 
 
 class _PairedNames:
-    """Which images stand beside which English sentences, by name, over all languages."""
+    """Which images stand beside which source sentences, by name, over all languages."""
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
@@ -388,7 +404,7 @@ class _PairedNames:
         return len(self._names)
 
     def add(self, split: Split, sources: Rows) -> None:
-        """Takes in the rows of a language; `sources` numbers their English sentences."""
+        """Takes in the rows of a language; `sources` numbers their source sentences."""
         numbers = []
         for name, row in zip(split.image_names, first_rows(split), strict=True):
             stem = image_stem(name)
@@ -409,7 +425,7 @@ class _PairedNames:
         with_autocast: Autocast,
         progress: Progress,
     ) -> PairedImages:
-        """The embeddings of all these images, by English sentence."""
+        """The embeddings of all these images, by source sentence."""
         features = image_vectors(
             teacher.image,
             self._names,

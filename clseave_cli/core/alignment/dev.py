@@ -57,7 +57,7 @@ class DevSet:
         lang: the language.
         counts: whether it is one of the student's, so that its figures count in choosing.
         sentences: of the rows, tokenised for the student.
-        teacher: (N, D) the teacher's embeddings of the English sentences.
+        teacher: (N, D) the teacher's embeddings of the source sentences.
         premises: (N, D) image embeddings, where accuracy is measured.
         labels: (N,) int64 ids of `labels.LABELS`.
     """
@@ -154,7 +154,7 @@ def evaluate_student(
 ) -> dict[str, float]:
     """Dev figures, averaged over the student's languages; of several, also `figure/language`.
 
-    Errors are per dimension, and `recall_at_10` is retrieval of the English sentence among at most
+    Errors are per dimension, and `recall_at_10` is retrieval of the source sentence among at most
     a thousand, so that languages and sizes of data can be compared.
     """
     by_language = {dev.lang: _figures(student, teacher, dev) for dev in dev_sets}
@@ -186,8 +186,8 @@ def _figures(student: SentenceEncoder, teacher: ClipVE, dev: DevSet) -> dict[str
 
 
 def _recall(predicted: Tensor, wanted: Tensor, source_of_row: Rows) -> float:
-    """Share of sentences whose own English is among the nearest ten by cosine."""
-    # Each English sentence once: its repetitions would be equally near.
+    """Share of sentences whose own source is among the nearest ten by cosine."""
+    # Each source sentence once: its repetitions would be equally near.
     _, first = np.unique(source_of_row, return_index=True)
     rows = torch.from_numpy(first[:_RETRIEVED_AMONG]).to(predicted.device)
     ours = functional.normalize(predicted[rows].float(), dim=1)

@@ -1,6 +1,6 @@
 """What a student is pulled towards: the loss of a batch of training pairs.
 
-Legend: B pairs of a batch · S distinct English sentences among them · D embedding width · C labels.
+Legend: B pairs of a batch · S distinct source sentences among them · D embedding width · C labels.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class SentenceBatch:
 
     Attributes:
         sentences: this process's share of the targets, packed.
-        teacher: (S, D) the teacher's embeddings of the distinct English sentences.
+        teacher: (S, D) the teacher's embeddings of the distinct source sentences.
         source: (B,) int64, which of them each pair has.
         weights: (B,) of the pairs.
         premises: (B, D) embedding of an image that stands beside each pair, if the objective asks.
@@ -175,9 +175,9 @@ def cosine_distance(embeddings: Tensor, batch: SentenceBatch) -> Tensor:
 def contrastive(embeddings: Tensor, batch: SentenceBatch) -> Tensor:
     """(B,) InfoNCE in both directions over the whole batch.
 
-    Student → teacher: the cross-entropy of picking the pair's English sentence among those of the
+    Student → teacher: the cross-entropy of picking the pair's source sentence among those of the
     batch. Teacher → student: that of picking the pair among all of the batch. Translations of one
-    English sentence into several languages are all its positives, each a term of its own (Khosla
+    source sentence into several languages are all its positives, each a term of its own (Khosla
     et al. 2020, eq. 2).
     """
     source = batch.source.to(embeddings.device)

@@ -43,7 +43,7 @@ class Sampler:
       cross-lingual transfer, "Multilingual as Multitask", a).
 
     A language that is to be met more often than it has pairs repeats them, in a new order each
-    time. Parallel batches are put together from English sentences, each with all its translations.
+    time. Parallel batches are put together from source sentences, each with all its translations.
     """
 
     def __init__(self, pairs: TrainingPairs, config: StudentConfig) -> None:
@@ -54,7 +54,7 @@ class Sampler:
         self._firsts = np.cumsum(self._sizes) - self._sizes
         self.num_examples = config.epoch_pairs or len(pairs)
         if config.parallel_batches:
-            # The pairs of English sentence 0, then those of 1, and so on.
+            # The pairs of source sentence 0, then those of 1, and so on.
             self._by_source = np.argsort(pairs.teacher.index, kind="stable")
             counts = np.bincount(pairs.teacher.index)
             self._source_ends = np.cumsum(counts)
@@ -100,7 +100,7 @@ class Sampler:
         return shares
 
     def _parallel(self, num_batches: int, random: np.random.Generator) -> list[Rows]:
-        """Batches of about equally many English sentences, each with all its translations."""
+        """Batches of about equally many source sentences, each with all its translations."""
         num_sources = len(self._source_ends)
         wanted = max(num_batches, round(num_sources * self.num_examples / self._sizes.sum()))
         sources = _repeated(num_sources, wanted, random)

@@ -28,12 +28,11 @@ from clseave_cli.core.progress import SILENT, Progress
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.labels import LABEL_IDS, LABELS, UNLABELLED
 
-#: The source language: its file carries no language suffix.
+#: The language whose file may go without a suffix; the source language unless it is said.
 ENGLISH = "en"
 
 ID_KEYS = ("pairID", "pair_id")
 HYPOTHESIS_KEYS = ("sentence2", "hypothesis")
-SOURCE_KEYS = ("sentence2_en",)
 LABEL_KEYS = ("gold_label", "label")
 #: SNLI-VE, XVNLI and e-SNLI-VE spell it each in its own way.
 IMAGE_KEYS = ("Flickr30K_ID", "Flikr30kID", "Flickr30kID", "image")
@@ -53,7 +52,7 @@ class Split:
         path: the file they were read from.
         pair_ids: unique row ids.
         hypotheses: sentences in `lang`.
-        sources: the English sentence beside each translated one, where the file keeps it.
+        sources: the source sentence beside each translated one, where the file keeps it.
         labels: (N,) int8, an id of `labels.LABELS` or `UNLABELLED`.
         image_names: the distinct images, as the file names them.
         image_index: (N,) int32 into `image_names`; -1 where the row names no image.
@@ -103,10 +102,10 @@ class Parallel:
     """Sentences of two languages that belong together, joined by `pairID`.
 
     Attributes:
-        target: the rows of the target language that have an English counterpart, M of them.
-        sources: the M English sentences.
-        num_unmatched_target: rows of the target file without an English row.
-        num_unmatched_source: rows of the English file without a target row.
+        target: the rows of the target language that have a counterpart, M of them.
+        sources: the M sentences in the source language.
+        num_unmatched_target: rows of the target file without a row in the source language.
+        num_unmatched_source: rows of the source language's file without a target row.
         unmatched_examples: a few of those `pairID`s, to look at.
     """
 
@@ -127,7 +126,7 @@ def require_language(lang: str, flag: str = "--lang") -> None:
     """Refuses what is no language code: it becomes part of file names.
 
     Raises:
-        UsageError: not of the form `de`, `zh-Hant` or `pt-BR`.
+        UsageError: not of the form `de`, `zh-Hant` or `pt-BR`; names the flag.
     """
     if not _LANGUAGE.fullmatch(lang):
         raise UsageError(f"{flag} {lang}: not a language code; expected one such as de, ja or zh.")
@@ -188,6 +187,7 @@ def read_split(
     *,
     labelled: bool = True,
     with_images: bool = True,
+    source_lang: str = ENGLISH,
     skip_bad: bool = False,
     progress: Progress = SILENT,
 ) -> Split:
@@ -200,6 +200,7 @@ def read_split(
         labelled: rows need a label; those with SNLI's `-` are dropped and counted. Otherwise
             labels are taken where they are, and `-` rows stay.
         with_images: rows need an image name.
+        source_lang: language of the sentences kept beside translated ones (`sentence2_en`).
         skip_bad: set bad rows aside in `{file}.rejected.jsonl` instead of refusing the file.
         progress: told what was left out.
 
@@ -207,7 +208,7 @@ def read_split(
         DataError: a missing file, or the first bad row, named by file and line.
     """
     path = require_split_path(folder, split, lang)
-    columns = _Columns(labelled=labelled, with_images=with_images)
+    columns = _Columns(labelled, with_images, f"sentence2_{source_lang}")
     rejected: list[dict[str, Any]] = []
     for line, row in _rows(path):
         try:
@@ -242,39 +243,41 @@ def read_split(
     )
 
 
-def join(target: Split, english: Split | None) -> Parallel:
-    """Brings a translated split together with its English sentences, by `pairID` only.
+def join(target: Split, source: Split | None, source_lang: str = ENGLISH) -> Parallel:
+    """Brings a translated split together with its source sentences, by `pairID` only.
 
     Args:
         target: the translated rows.
-        english: the English rows; None takes the `sentence2_en` kept beside each translation.
+        source: the rows in the source language; None takes the sentence kept beside each
+            translation (`sentence2_en`).
+        source_lang: the source language.
 
     Raises:
         DataError: nothing matches.
     """
-    if english is None:
+    if source is None:
         if target.sources is None:
             raise DataError(
-                f"{target.path}: no English sentences: neither an English file of the split "
-                f"{target.name} beside it nor the key sentence2_en in its rows."
+                f"{target.path}: no sentences in the source language {source_lang}: neither a file "
+                f"of the split {target.name} in it nor the key sentence2_{source_lang} in the rows."
             )
         return Parallel(target, target.sources, 0, 0, ())
-    by_id = dict(zip(english.pair_ids, english.hypotheses, strict=True))
+    by_id = dict(zip(source.pair_ids, source.hypotheses, strict=True))
     rows = [i for i, pair_id in enumerate(target.pair_ids) if pair_id in by_id]
     if not rows:
         raise DataError(
-            f"{target.path}: none of its pairIDs occurs in {english.path} "
-            f"(first here {target.pair_ids[0]!r}, first there {english.pair_ids[0]!r})."
+            f"{target.path}: none of its pairIDs occurs in {source.path} "
+            f"(first here {target.pair_ids[0]!r}, first there {source.pair_ids[0]!r})."
         )
     matched = target if len(rows) == len(target) else target.take(np.array(rows))
     known = set(target.pair_ids)
     strays = [p for p in target.pair_ids if p not in by_id][:3]
-    strays += [p for p in english.pair_ids if p not in known][:3]
+    strays += [p for p in source.pair_ids if p not in known][:3]
     return Parallel(
         target=matched,
         sources=[by_id[pair_id] for pair_id in matched.pair_ids],
         num_unmatched_target=len(target) - len(matched),
-        num_unmatched_source=len(english) - len(matched),
+        num_unmatched_source=len(source) - len(matched),
         unmatched_examples=tuple(strays[:3]),
     )
 
@@ -320,6 +323,7 @@ class _BadRow(Exception):
 class _Columns:
     labelled: bool
     with_images: bool
+    source_key: str
     pair_ids: list[str] = field(default_factory=list)
     hypotheses: list[str] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
@@ -355,7 +359,7 @@ class _Columns:
         self.image_index.append(
             -1 if image is None else self.image_ids.setdefault(image, len(self.image_ids))
         )
-        source = _find(row, SOURCE_KEYS)
+        source = row.get(self.source_key)
         if isinstance(source, str):
             self.sources.append(source)
 

@@ -22,7 +22,7 @@ class InferenceModel(Protocol):
     """An image tower, a sentence encoder per language, and the head.
 
     Attributes:
-        sources: the folder of the model that reads each language, English first.
+        sources: the folder of the model that reads each language, CLIP-VE's own first.
     """
 
     sources: dict[str, str]

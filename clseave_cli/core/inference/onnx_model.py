@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from clseave_cli.core.inference import Floats
 from clseave_cli.core.inference.pixels import Preparation
 from clseave_cli.core.models.folder import peek, unsealed
-from clseave_cli.core.models.tokens import tokenize
+from clseave_cli.core.models.tokens import Filling, tokenize
 from clseave_cli.errors import ExtraMissing, ModelError
 
 FORMAT = "onnx"
@@ -114,7 +114,14 @@ class _Encoder:
     """A sentence encoder and its tokenizer."""
 
     def __init__(
-        self, folder: Path, lasting: bool, *, max_tokens: int, terminal_id: int, pad_id: int
+        self,
+        folder: Path,
+        lasting: bool,
+        *,
+        max_tokens: int,
+        terminal_id: int,
+        pad_id: int,
+        filling: dict[str, Any] | None = None,
     ) -> None:
         try:
             self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -122,10 +129,15 @@ class _Encoder:
             raise ModelError(f"{folder / 'tokenizer.json'}: cannot be loaded ({error}).") from None
         self._session = _session(folder / "encoder.onnx", lasting)
         self._max_tokens, self._terminal_id, self._pad_id = max_tokens, terminal_id, pad_id
+        self._filling = None if filling is None else Filling(**filling)
 
     def __call__(self, sentences: Sequence[str]) -> tuple[Floats, npt.NDArray[np.bool_]]:
         tokens = tokenize(
-            self._tokenizer, sentences, max_tokens=self._max_tokens, terminal_id=self._terminal_id
+            self._tokenizer,
+            sentences,
+            max_tokens=self._max_tokens,
+            terminal_id=self._terminal_id,
+            filling=self._filling,
         )
         lengths = np.diff(tokens.offsets)
         mask = np.arange(lengths.max()) < lengths[:, None]  # (B, T)

@@ -12,23 +12,25 @@ from clseave_cli.core.inference import Floats
 
 @dataclass(frozen=True)
 class Preparation:
-    """What CLIP's image processor does, as numbers that fit into a JSON file.
+    """What an image processor of CLIP's kind does, as numbers that fit into a JSON file.
 
     Attributes:
         resize: (height, width), or (shortest side,), which keeps the proportions.
         crop: (height, width) cut out of the middle; a smaller picture gets black edges.
         mean: of red, green and blue, on the scale from 0 to 1.
         std: likewise.
+        resample: Pillow's number of the filter.
     """
 
     resize: tuple[int, ...]
     crop: tuple[int, int]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    resample: int = Image.Resampling.BICUBIC
 
     def __call__(self, image: Image.Image) -> Floats:
         """(3, height, width) float32 pixels of an RGB image."""
-        resized = image.resize(self._size(image), Image.Resampling.BICUBIC)
+        resized = image.resize(self._size(image), Image.Resampling(self.resample))
         height, width = self.crop
         # Floor division and ceiling, as the processor rounds.
         left, top = (resized.width - width) // 2, (resized.height - height) // 2

@@ -15,9 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from clseave_cli.core.config import Precision
-from clseave_cli.core.data.records import ENGLISH
 from clseave_cli.core.inference import Floats
-from clseave_cli.core.models.clip_ve import ClipVE, fingerprint
+from clseave_cli.core.models.clip_ve import ClipVE, fingerprint, source_language
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.student import find_students, load_student
 from clseave_cli.core.training.precision import autocast, resolve_device
@@ -75,17 +74,17 @@ class TorchModel:
         """
         target = resolve_device(device)
         folder = runs / "clip-ve"
-        # A student that reads English too leaves it to its teacher.
-        there = {ENGLISH: folder} | find_students(runs) | {ENGLISH: folder}
+        source_lang = source_language(folder)
+        # A student that reads the source language too leaves it to its teacher.
+        there = {source_lang: folder} | find_students(runs) | {source_lang: folder}
         for lang in languages or ():
             if lang not in there:
-                known = ", ".join(there) if folder.is_dir() else "none"
                 raise ModelError(
-                    f"{runs}: no model for {lang}; languages there: {known}. "
+                    f"{runs}: no model for {lang}; languages there: {', '.join(there)}. "
                     f"`clseave align --lang {lang}` makes one."
                 )
         wanted = there if languages is None else {lang: there[lang] for lang in languages}
-        if ENGLISH in wanted:
+        if source_lang in wanted:
             clip_ve = ClipVE.from_folder(folder).to(target)
             return cls(clip_ve, wanted, {folder: clip_ve.text}, precision)
         first = next(iter(wanted.values()))

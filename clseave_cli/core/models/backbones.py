@@ -1,4 +1,4 @@
-"""Loading the pretrained towers: any CLIP-layout model, any encoder with a tokenizer.
+"""Loading the pretrained towers: image-text models of several layouts, encoders with a tokenizer.
 
 Names are hub ids or local folders in Hugging Face layout, alike. Code in a model's repository is
 never run, and only safetensors weights are read: pickled ones could run code.
@@ -9,23 +9,23 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch import nn
 from transformers import (
+    MODEL_MAPPING,
     AutoConfig,
     AutoModel,
     AutoTokenizer,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPTextModelWithProjection,
-    CLIPVisionModelWithProjection,
+    PreTrainedTokenizerFast,
 )
 
 from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
+from clseave_cli.core.models.layouts import LAYOUTS, PROJECTION, ImageTower, Layout, TextTower
+from clseave_cli.core.models.tokens import Filling
+from clseave_cli.core.models.weights import load_linear
 from clseave_cli.errors import ModelError
 
 # Loading and saving are told of by `core.progress`, not by transformers' own bars and warnings.
@@ -41,110 +41,179 @@ _LOADING = {
     "attn_implementation": "sdpa",
 }
 
+#: What a tokenizer is compared with another on.
+_PROBES = ("A dog's ball is red, isn't it?", "ZWEI  Hunde laufen.", "犬が公園を走っている。")
+
 
 def load_clip_text(name: str | Path) -> SentenceEncoder:
-    """The text tower of a CLIP model, or one saved by itself.
+    """The text tower of a CLIP-like model, or one saved by itself.
 
     Raises:
-        ModelError: it cannot be found or read, or is not of the CLIP layout.
+        ModelError: it cannot be found or read, or is of no layout that is known.
     """
-    _require_type(name, ("clip", "clip_text_model"))
-    model = _load(name, CLIPTextModelWithProjection.from_pretrained, **_LOADING)
-    return clip_text_encoder(model, _load(name, AutoTokenizer.from_pretrained))
-
-
-def clip_text_encoder(model: Any, tokenizer: Any) -> SentenceEncoder:
-    """A `CLIPTextModelWithProjection` (or a whole `CLIPModel`) as a sentence encoder."""
-    # CLIP's own tower normalises its last hidden state, so nothing is left to do here.
-    return SentenceEncoder(
-        model.text_model,
-        tokenizer,
-        nn.Identity(),
-        model.text_projection,
-        hub_model=model,
-        causal=True,
-        max_tokens=model.text_model.config.max_position_embeddings,
-        first_position=0,
-        terminal_id=tokenizer.eos_token_id,
-    )
+    layout, is_whole = _layout(name, "text")
+    tower = layout.text_parts(*_load_tower(name, layout, "text", is_whole))
+    return _text_encoder(tower, _load_tokenizer(name))
 
 
 def load_clip_image(name: str | Path) -> ImageEncoder:
-    """The image tower of a CLIP model, or one saved by itself, with its preprocessing.
+    """The image tower of a CLIP-like model, or one saved by itself, with its preprocessing.
 
     Raises:
-        ModelError: it cannot be found or read, or is not of the CLIP layout.
+        ModelError: it cannot be found or read, or is of no layout that is known.
     """
-    _require_type(name, ("clip", "clip_vision_model"))
-    model = _load(name, CLIPVisionModelWithProjection.from_pretrained, **_LOADING)
+    layout, is_whole = _layout(name, "vision")
+    tower = layout.image_parts(*_load_tower(name, layout, "image", is_whole))
     # Pillow's resampling, always: torchvision's differs, and so would every feature.
-    return clip_image_encoder(model, _load(name, CLIPImageProcessorPil.from_pretrained))
+    return _image_encoder(tower, _load(name, _of(layout.processor)))
 
 
-def clip_image_encoder(model: Any, processor: Any) -> ImageEncoder:
-    """A `CLIPVisionModelWithProjection` (or a whole `CLIPModel`) as an image encoder."""
-    return ImageEncoder(model.vision_model, model.visual_projection, processor, hub_model=model)
-
-
-def load_clip(name: str | Path) -> tuple[Any, Any, Any]:
-    """A whole CLIP model for contrastive training: model, tokenizer, image processor.
+def load_clip(name: str | Path) -> tuple[Any, SentenceEncoder, ImageEncoder]:
+    """A whole CLIP-like model for contrastive training, and its towers, which share its weights.
 
     Raises:
-        ModelError: it cannot be found or read, or is not of the CLIP layout.
+        ModelError: it cannot be found or read, or was not trained with a contrastive softmax.
     """
-    _require_type(name, ("clip",))
-    model = _load(name, CLIPModel.from_pretrained, **_LOADING)
-    tokenizer = _load(name, AutoTokenizer.from_pretrained)
-    return model, tokenizer, _load(name, CLIPImageProcessorPil.from_pretrained)
+    layout, _ = _layout(name, "whole")
+    if not layout.contrastive:
+        raise ModelError(
+            f"{name}: SigLIP was trained with another loss than CLIP's, by which `pretrain` would "
+            "spoil it; give it to finetune-ve as it is."
+        )
+    model = _load(name, _of(layout.whole), **_LOADING)
+    text, image = _split(model, layout, "text"), _split(model, layout, "image")
+    return (
+        model,
+        _text_encoder(layout.text_parts(*text), _load_tokenizer(name)),
+        _image_encoder(layout.image_parts(*image), _load(name, _of(layout.processor))),
+    )
 
 
 def load_encoder(name: str | Path) -> tuple[Any, Any]:
     """Any bidirectional text encoder and its fast tokenizer, without pooling layer.
 
     Raises:
-        ModelError: it cannot be found or read, or its tokenizer has no terminal token.
+        ModelError: it cannot be found or read, is something else, or its tokenizer is slow.
     """
     config = _load(name, AutoConfig.from_pretrained)
+    if config.is_encoder_decoder or not hasattr(config, "max_position_embeddings"):
+        raise ModelError(
+            f"{name}: a {config.model_type} model; expected a text encoder such as BERT."
+        )
     arguments = dict(_LOADING)
+    if not getattr(MODEL_MAPPING.get(type(config), None), "_supports_sdpa", False):
+        del arguments["attn_implementation"]  # DeBERTa's positions need an attention of its own
     if config.model_type in ("bert", "roberta", "xlm-roberta"):
         arguments["add_pooling_layer"] = False
-    model = _load(name, AutoModel.from_pretrained, **arguments)
-    tokenizer = _load(name, AutoTokenizer.from_pretrained)
-    if not tokenizer.is_fast:
-        raise ModelError(f"{name}: has no fast tokenizer (tokenizer.json); convert it first.")
-    return model, tokenizer
+    return _load(name, AutoModel.from_pretrained, **arguments), _load_tokenizer(name)
 
 
 def terminal_id(tokenizer: Any) -> int:
-    """The token that ends every sentence: [SEP], or </s> where there is no [SEP].
+    """The token that ends every sentence: [SEP], </s>, or what else the tokenizer puts there.
 
     Raises:
-        ModelError: the tokenizer has neither.
+        ModelError: the tokenizer has no such token, or does not append it.
     """
-    for token in (tokenizer.sep_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    raise ModelError(
-        f"{tokenizer.name_or_path}: its tokenizer has neither a [SEP] nor an end-of-sentence token."
-    )
+    known = {tokenizer.sep_token_id, tokenizer.eos_token_id} - {None}
+    if not known:
+        raise ModelError(
+            f"{tokenizer.name_or_path}: its tokenizer has neither a [SEP] nor an end-of-sentence "
+            "token."
+        )
+    last = tokenizer.backend_tokenizer.encode("a").ids[-1]
+    if last not in known:
+        raise ModelError(
+            f"{tokenizer.name_or_path}: its tokenizer does not end a text in its [SEP] or "
+            "end-of-sentence token."
+        )
+    return int(last)
 
 
 def first_position(model: Any) -> int:
     """Position id of a sentence's first token: RoBERTa's family counts from padding_idx + 1."""
-    if model.config.model_type in ("roberta", "xlm-roberta", "camembert"):
+    if model.config.model_type in ("roberta", "xlm-roberta", "camembert", "altclip_text_model"):
         return int(model.config.pad_token_id) + 1
     return 0
 
 
-def max_tokens(model: Any) -> int:
+def max_tokens(model: Any, tokenizer: Any) -> int:
     """The longest sentence an encoder reads, terminal token included."""
-    return int(model.config.max_position_embeddings) - first_position(model)
+    places = int(model.config.max_position_embeddings) - first_position(model)
+    return min(places, int(tokenizer.model_max_length))
 
 
-def _require_type(name: str | Path, accepted: tuple[str, ...]) -> None:
-    config = _load(name, AutoConfig.from_pretrained)
-    if config.model_type not in accepted:
-        raise ModelError(f"{name}: a {config.model_type} model; expected one of CLIP layout.")
+def _layout(name: str | Path, part: Literal["whole", "text", "vision"]) -> tuple[Layout, bool]:
+    """The layout of a model, and whether it is whole or one tower."""
+    model_type = _load(name, AutoConfig.from_pretrained).model_type
+    for family, layout in LAYOUTS.items():
+        if model_type in (family, f"{family}_{part}_model"):
+            return layout, model_type == family
+    raise ModelError(
+        f"{name}: a {model_type} model; expected one of CLIP layout, or of SigLIP's, "
+        "Chinese-CLIP's or AltCLIP's."
+    )
+
+
+def _load_tower(
+    name: str | Path, layout: Layout, part: Literal["text", "image"], is_whole: bool
+) -> tuple[Any, Any]:
+    """A tower, and its projection where that lies outside."""
+    if layout.projects_outside and is_whole:
+        return _split(_load(name, _of(layout.whole), **_LOADING), layout, part)
+    tower = _load(name, _of(getattr(layout, part)), **_LOADING)
+    return tower, load_linear(Path(name, PROJECTION)) if layout.projects_outside else None
+
+
+def _of(class_name: str) -> Callable[..., Any]:
+    loader: Callable[..., Any] = getattr(transformers, class_name).from_pretrained
+    return loader
+
+
+def _split(model: Any, layout: Layout, part: Literal["text", "image"]) -> tuple[Any, Any]:
+    """A tower of a whole model, as `_load_tower` gives it."""
+    if not layout.projects_outside:
+        return model, None
+    if part == "text":
+        return model.text_model, model.text_projection
+    return model.vision_model, model.visual_projection
+
+
+def _text_encoder(tower: TextTower, tokenizer: Any) -> SentenceEncoder:
+    filling = None
+    if tower.fills:
+        filling = Filling(tokenizer.pad_token_id, tokenizer.padding_side)
+    return SentenceEncoder(
+        tower.backbone,
+        tokenizer,
+        tower.norm,
+        tower.projection,
+        hub_model=tower.hub_model,
+        causal=tower.causal,
+        max_tokens=max_tokens(tower.backbone, tokenizer),
+        first_position=first_position(tower.backbone),
+        terminal_id=terminal_id(tokenizer),
+        pooling=tower.pooling,
+        filling=filling,
+    )
+
+
+def _image_encoder(tower: ImageTower, processor: Any) -> ImageEncoder:
+    return ImageEncoder(tower.backbone, tower.projection, processor, hub_model=tower.hub_model)
+
+
+def _load_tokenizer(name: str | Path) -> Any:
+    tokenizer = _load(name, AutoTokenizer.from_pretrained)
+    if tokenizer.is_fast:
+        return tokenizer
+    try:
+        fast = _load(name, PreTrainedTokenizerFast.from_pretrained)
+    except ModelError:
+        raise ModelError(
+            f"{name}: has no fast tokenizer (tokenizer.json); convert it first."
+        ) from None
+    if any(fast(text)["input_ids"] != tokenizer(text)["input_ids"] for text in _PROBES):
+        raise ModelError(f"{name}: its tokenizer.json gives other tokens than its own tokenizer.")
+    return fast
 
 
 def _load(name: str | Path, loader: Callable[..., Any], **arguments: Any) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from clseave_cli.core.data.records import ENGLISH
 from clseave_cli.core.models import backbones
 from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
 from clseave_cli.core.models.folder import peek, seal, unsealed
@@ -18,16 +19,23 @@ FORMAT = "clip-ve"
 
 
 class ClipVE(nn.Module):
-    """The English visual-entailment model.
+    """The visual-entailment model of one language, the source of all others.
 
     Attributes:
+        source_lang: the language that the text tower reads.
         text: trained, projects to the shared space.
         image: frozen and in eval mode, whatever mode the whole is in.
         head: trained.
         fingerprint: digest of the saved model; empty until it has been saved.
     """
 
-    def __init__(self, text: SentenceEncoder, image: ImageEncoder, head: EntailmentHead) -> None:
+    def __init__(
+        self,
+        text: SentenceEncoder,
+        image: ImageEncoder,
+        head: EntailmentHead,
+        source_lang: str = ENGLISH,
+    ) -> None:
         """Puts the parts together and freezes the image tower.
 
         Raises:
@@ -43,18 +51,24 @@ class ClipVE(nn.Module):
         self.text = text
         self.image = image
         self.head = head
+        self.source_lang = source_lang
         self.fingerprint = ""
         self.image.requires_grad_(False)
 
     @classmethod
-    def from_clip(cls, name: str | Path) -> ClipVE:
-        """A new CLIP-VE around a pretrained CLIP model; only the head is untrained.
+    def from_clip(cls, name: str | Path, source_lang: str = ENGLISH) -> ClipVE:
+        """A new CLIP-VE around a pretrained CLIP-like model; only the head is untrained.
+
+        Args:
+            name: hub id or folder of the model.
+            source_lang: the language it will be trained in.
 
         Raises:
-            ModelError: the model cannot be loaded or is not of the CLIP layout.
+            ModelError: the model cannot be loaded or is of no layout that is known.
         """
         text, image = backbones.load_clip_text(name), backbones.load_clip_image(name)
-        return cls(text, image, EntailmentHead(HeadConfig(embedding_dim=text.embedding_dim)))
+        head = EntailmentHead(HeadConfig(embedding_dim=text.embedding_dim))
+        return cls(text, image, head, source_lang)
 
     @classmethod
     def from_folder(cls, folder: Path, text: SentenceEncoder | None = None) -> ClipVE:
@@ -72,9 +86,10 @@ class ClipVE(nn.Module):
             load_weights(head, folder / "head.safetensors")
             if text is None:
                 text = backbones.load_clip_text(folder / "text")
+                text.packs = config.get("packs", True)
             image = backbones.load_clip_image(folder / "image")
             try:
-                model = cls(text, image, head)
+                model = cls(text, image, head, config["languages"][0])
             except ModelError as error:
                 raise ModelError(f"{folder}: {error}") from None
         model.fingerprint = config["fingerprint"]
@@ -91,9 +106,12 @@ class ClipVE(nn.Module):
         self.text.save_pretrained(folder / "text")
         self.image.save_pretrained(folder / "image")
         save_weights(self.head, folder / "head.safetensors")
-        self.fingerprint = seal(
-            folder, FORMAT, {"languages": ["en"], "head": dataclasses.asdict(self.head.config)}
-        )
+        config = {
+            "languages": [self.source_lang],
+            "packs": self.text.packs,
+            "head": dataclasses.asdict(self.head.config),
+        }
+        self.fingerprint = seal(folder, FORMAT, config)
 
     def forward(self, hypothesis: Tensor, premise: Tensor) -> Tensor:
         """(B, 3) logits from (B, D) sentence and image embeddings."""
@@ -108,3 +126,12 @@ def fingerprint(folder: Path) -> str:
         ModelError: not a CLIP-VE folder.
     """
     return str(peek(folder, FORMAT)["fingerprint"])
+
+
+def source_language(folder: Path) -> str:
+    """The language that a saved CLIP-VE reads, without loading it.
+
+    Raises:
+        ModelError: not a CLIP-VE folder.
+    """
+    return str(peek(folder, FORMAT)["languages"][0])

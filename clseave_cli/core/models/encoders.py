@@ -6,6 +6,7 @@ Legend: B sentences or images · R rows · T tokens in a row · H hidden width �
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from clseave_cli.core.config import Pooling
 from clseave_cli.core.files import json_digest
 from clseave_cli.core.models.packing import PackedBatch, pack
-from clseave_cli.core.models.tokens import TokenTable, Trimmed, tokenize
+from clseave_cli.core.models.tokens import Filling, TokenTable, Trimmed, tokenize
 
 #: Row length of packed batches; an encoder that reads less is packed to what it reads. A GPU likes
 #: few shapes and large ones. On a CPU every masked place of the attention costs, and with dropout
@@ -27,10 +28,20 @@ from clseave_cli.core.models.tokens import TokenTable, Trimmed, tokenize
 _ROW_TOKENS = {"cuda": 128, "cpu": 32}
 
 
-class SentenceEncoder(nn.Module):
-    """A transformer, read at each sentence's terminal token and projected.
+#: What packing is checked on; the long one reaches beyond the windows of local attention.
+_PROBES = (
+    "a",
+    "two dogs run",
+    "a man in a red shirt is sitting on a bench",
+    "yes .",
+    "two dogs run " * 60,
+)
 
-    Both text towers have this shape: CLIP's own, and the student that replaces it (thesis
+
+class SentenceEncoder(nn.Module):
+    """A transformer, read at one token of each sentence and projected.
+
+    Both text towers have this shape: the teacher's own, and the student that replaces it (thesis
     Figure 3.6). The projected vector is the embedding; what transformers calls the pooled output
     is not. A student may be read otherwise (`pooling`).
     """
@@ -48,22 +59,25 @@ class SentenceEncoder(nn.Module):
         first_position: int,
         terminal_id: int,
         pooling: Pooling = "terminal",
+        filling: Filling | None = None,
     ) -> None:
         """Puts the parts together.
 
         Args:
-            backbone: gives `last_hidden_state` for `input_ids`, `attention_mask`, `position_ids`.
+            backbone: gives `last_hidden_state` for `input_ids`, `attention_mask` and, if it takes
+                them, `position_ids`.
             tokenizer: its fast tokenizer.
             norm: applied to the pooled hidden state (identity where the backbone ends in a
                 normalisation of its own).
-            projection: H → D; the last layer without bias.
-            hub_model: the transformers model that saves itself in Hugging Face layout: the
-                backbone, or a model around it that shares its weights.
+            projection: H → D.
+            hub_model: what saves itself in Hugging Face layout (`save_pretrained`): the backbone,
+                or a model around it that shares its weights.
             causal: tokens look back only (CLIP).
             max_tokens: longest sentence, terminal token included.
             first_position: position id of a sentence's first token.
             terminal_id: the token that ends every sentence.
             pooling: which hidden state stands for a sentence.
+            filling: padding that counts as part of the sentence (SigLIP); None: there is none.
         """
         super().__init__()
         self.backbone = backbone
@@ -76,6 +90,8 @@ class SentenceEncoder(nn.Module):
         self.first_position = first_position
         self.terminal_id = terminal_id
         self.pooling = pooling
+        self.filling = filling
+        self._takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
         self.pad_id = tokenizer.pad_token_id or 0
         self.packs = True
         #: (V,) where each token's vector lies while the vocabulary is reduced.
@@ -88,7 +104,7 @@ class SentenceEncoder(nn.Module):
     @property
     def embedding_dim(self) -> int:
         """D."""
-        *_, last = self.projection.parameters()  # the last matrix, which has no bias
+        *_, last = self.projection.parameters()  # the last layer's bias or matrix: D rows
         return len(last)
 
     @property
@@ -108,6 +124,7 @@ class SentenceEncoder(nn.Module):
             sentences,
             max_tokens=self.max_tokens,
             terminal_id=self.terminal_id,
+            filling=self.filling,
         )
 
     def pack(self, tokens: TokenTable, sentences: npt.NDArray[np.intp]) -> PackedBatch:
@@ -128,17 +145,31 @@ class SentenceEncoder(nn.Module):
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """The backbone's last hidden states, (R, T, H), of a batch on its device."""
-        hidden: Tensor = self.backbone(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask(self.causal),
-            position_ids=batch.positions + self.first_position,
-        ).last_hidden_state
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids}
+        inputs["attention_mask"] = self._attention_mask(batch)
+        if self._takes_positions:
+            inputs["position_ids"] = batch.positions + self.first_position
+        hidden: Tensor = self.backbone(**inputs).last_hidden_state
         return hidden
 
     def project(self, pooled: Tensor) -> Tensor:
         """(B, D) embeddings from (B, H) pooled hidden states."""
         embedding: Tensor = self.projection(self.norm(pooled))
         return embedding
+
+    def _attention_mask(self, batch: PackedBatch) -> Tensor | dict[str, Tensor]:
+        """What the backbone may look at, as it wants to be told.
+
+        One sentence a row is the plain case, which every model masks by itself, each in its way.
+        """
+        if not self.packs:
+            return batch.padding_mask()
+        mask = batch.attention_mask(self.causal)
+        config = self.backbone.config
+        if "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
+            return mask
+        near = batch.attention_mask(self.causal, window=config.sliding_window)
+        return {"full_attention": mask, "sliding_attention": near}
 
     def embed(
         self,
@@ -164,13 +195,14 @@ class SentenceEncoder(nn.Module):
 
     def digest(self) -> str:
         """One digest of everything that decides an embedding: weights, tokenizer, limits."""
+        # Caches of CLIP's own tower, which is read at its last token alone, keep their names.
+        plain = self.pooling == "terminal" and self.filling is None
         return json_digest(
             [
                 module_digest(self),
                 self.tokenizer.backend_tokenizer.to_str(),
                 self.max_tokens,
-                # Caches of CLIP's own tower, which is always read so, keep their names.
-                *([] if self.pooling == "terminal" else [self.pooling]),
+                *([] if plain else [self.pooling, repr(self.filling)]),
             ]
         )
 
@@ -180,49 +212,59 @@ class SentenceEncoder(nn.Module):
         Returns:
             True if packed rows are exact for this backbone, within float tolerance.
         """
-        probe = ["a", "two dogs run", "a man in a red shirt is sitting on a bench", "yes ."]
-        tokens = self.tokenize(probe)
-        rows = np.arange(len(probe))
         was_training = self.training
         self.eval()
+        self.packs = False
+        tokens = self.tokenize(list(_PROBES))
+        rows = np.arange(len(_PROBES))
         with torch.no_grad():
-            packed = self(self.pack(tokens, rows))
-            self.packs = False
             alone = torch.cat([self(self.pack(tokens, rows[i : i + 1])) for i in rows])
+            self.packs = True
+            try:
+                packed = self(self.pack(tokens, rows))
+            # What a backbone raises that takes no mask of pairs of tokens (DeBERTa).
+            except (RuntimeError, ValueError, TypeError, IndexError):
+                packed = torch.full_like(alone, torch.nan)
         self.train(was_training)
         self.packs = torch.allclose(packed, alone, rtol=1e-3, atol=1e-4 * float(alone.abs().max()))
         return self.packs
 
 
 class ImageEncoder(nn.Module):
-    """CLIP's image tower with its preprocessing."""
+    """A teacher's image tower with its preprocessing."""
 
     def __init__(
-        self, backbone: Any, projection: nn.Linear, processor: Any, *, hub_model: Any
+        self,
+        backbone: Any,
+        projection: nn.Linear | None,
+        processor: Any,
+        *,
+        hub_model: Any,
     ) -> None:
         """Puts the parts together.
 
         Args:
             backbone: gives a `pooler_output` for `pixel_values`.
-            projection: H → D, no bias.
+            projection: H → D, no bias; None: the pooled output is the embedding (SigLIP).
             processor: its image processor.
-            hub_model: the transformers model around both, which saves itself.
+            hub_model: what saves itself in Hugging Face layout: the transformers model around both.
         """
         super().__init__()
         self.backbone = backbone
-        self.projection = projection
+        self.projection = nn.Identity() if projection is None else projection
         self.processor = processor
+        self._width = backbone.config.hidden_size if projection is None else projection.out_features
         self._hub_model = (hub_model,)  # a tuple, so that its weights are not registered twice
 
     @property
     def embedding_dim(self) -> int:
         """D."""
-        return self.projection.out_features
+        return int(self._width)
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.projection.weight.device
+        return next(self.parameters()).device
 
     def save_pretrained(self, folder: Path) -> None:
         """Writes model and image processor in Hugging Face layout."""
@@ -235,8 +277,16 @@ class ImageEncoder(nn.Module):
         return json_digest([module_digest(self), processing])
 
     def preprocess(self, images: list[Any]) -> Tensor:
-        """(B, 3, height, width) float32 pixels of decoded RGB images, on the CPU."""
-        pixels: Tensor = self.processor(images=images, return_tensors="pt")["pixel_values"]
+        """Float32 pixels of decoded RGB images, on the CPU: (B, 3, height, width).
+
+        For a tower that reads patches in the picture's own proportions (SigLIP 2 NaFlex) they are
+        (B, patches, values): each patch's pixels, then the grid's height and width.
+        """
+        prepared = self.processor(images=images, return_tensors="pt")
+        pixels: Tensor = prepared["pixel_values"]
+        if "spatial_shapes" in prepared:
+            grids = prepared["spatial_shapes"].float()[:, None].expand(-1, pixels.shape[1], -1)
+            pixels = torch.cat([pixels, grids], dim=2)
         return pixels
 
     def forward(self, pixels: Tensor) -> Tensor:

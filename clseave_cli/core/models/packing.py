@@ -52,13 +52,23 @@ class PackedBatch:
         """(B,) int64, where each sentence's first token stands in the flattened rows."""
         return self.terminals - self.positions.flatten()[self.terminals]
 
-    def attention_mask(self, causal: bool) -> Tensor:
+    def attention_mask(self, causal: bool, window: int | None = None) -> Tensor:
         """(R, 1, T, T) bool: True where a query token may look at a key token.
 
         Unused tokens look at each other, so that no row of the softmax is empty.
+
+        Args:
+            causal: tokens look back only.
+            window: how many tokens away they look at most; None: at all of their sentence.
         """
         mask = self.segments[:, None, :, None] == self.segments[:, None, None, :]
+        if window is not None:
+            mask = mask.tril(window).triu(-window)
         return mask.tril() if causal else mask
+
+    def padding_mask(self) -> Tensor:
+        """(R, T) int64: 1 on tokens, 0 on unused places, as transformers' models expect it."""
+        return (self.segments != _UNUSED).long()
 
 
 def pack(

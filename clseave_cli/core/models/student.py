@@ -1,4 +1,4 @@
-"""The student: a multilingual encoder that writes into the English teacher's space (thesis 3.3)."""
+"""The student: a multilingual encoder that writes into the teacher's space (thesis 3.3)."""
 
 from __future__ import annotations
 
@@ -76,6 +76,7 @@ def load_student(folder: Path, teacher: str | None = None) -> SentenceEncoder:
         if "vocabulary" in config:
             kept = load_file(folder / _VOCABULARY)["kept"].numpy()
             student.trimmed = Trimmed(kept, **config["vocabulary"])
+        student.packs = config.get("packs", True)  # not named by earlier versions either
     student.fingerprint = config["fingerprint"]
     return student.eval()
 
@@ -97,6 +98,7 @@ def save_student(
             **vocabulary,
             "languages": list(languages),
             "pooling": student.pooling,
+            "packs": student.packs,
             "projection": "mlp" if isinstance(student.projection, nn.Sequential) else "linear",
             "embedding_dim": student.embedding_dim,
             "teacher": teacher,
@@ -155,7 +157,7 @@ def _student(
         last if projection == "linear" else nn.Sequential(nn.Linear(width, width), nn.GELU(), last),
         hub_model=model,
         causal=False,
-        max_tokens=backbones.max_tokens(model),
+        max_tokens=backbones.max_tokens(model, tokenizer),
         first_position=backbones.first_position(model),
         terminal_id=backbones.terminal_id(tokenizer),
         pooling=pooling,

@@ -4,12 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from clseave_cli.errors import DataError
+
+
+@dataclass(frozen=True)
+class Filling:
+    """Padding that belongs to the sentence, because the encoder looks at it and ends in it.
+
+    SigLIP was trained on texts filled up to the limit, without a mask.
+
+    Attributes:
+        token_id: the padding token.
+        side: where it goes.
+    """
+
+    token_id: int
+    side: Literal["left", "right"]
+
+    def __call__(self, ids: list[int], num_tokens: int) -> list[int]:
+        """The ids with padding up to `num_tokens`."""
+        padding = [self.token_id] * (num_tokens - len(ids))
+        return padding + ids if self.side == "left" else ids + padding
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +88,12 @@ class Trimmed:
 
 
 def tokenize(
-    backend: Tokenizer, sentences: Sequence[str], *, max_tokens: int, terminal_id: int
+    backend: Tokenizer,
+    sentences: Sequence[str],
+    *,
+    max_tokens: int,
+    terminal_id: int,
+    filling: Filling | None = None,
 ) -> TokenTable:
     """Tokenises sentences, keeping the terminal token of those that are too long.
 
@@ -76,6 +102,7 @@ def tokenize(
         sentences: N texts. Special tokens spelled out in them are read as ordinary text.
         max_tokens: longest sentence the encoder reads, terminal token included.
         terminal_id: the token that every sentence must end in ([SEP], [EOS]).
+        filling: then fills each sentence up to `max_tokens`; None: it stays as long as it is.
 
     Raises:
         DataError: a sentence does not end in the terminal token.
@@ -99,6 +126,8 @@ def tokenize(
             if len(ids) > max_tokens:
                 ids = [*ids[: max_tokens - 1], terminal_id]
                 truncated[start + offset] = True
+            if filling is not None:
+                ids = filling(ids, max_tokens)
             flat.extend(ids)
             lengths[start + offset] = len(ids)
         parts.append(np.array(flat, dtype=np.int32))

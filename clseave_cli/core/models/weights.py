@@ -29,5 +29,20 @@ def load_weights(module: nn.Module, path: Path) -> None:
         raise ModelError(f"{path}: does not fit the model ({reason}).") from None
 
 
+def load_linear(path: Path) -> nn.Linear:
+    """A linear layer without bias from what `save_weights` wrote, of whatever size it has.
+
+    Raises:
+        ModelError: the file is missing, damaged, or holds something else.
+    """
+    try:
+        weight = load_file(path)["weight"]
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    except (SafetensorError, KeyError, IndexError, OSError) as error:
+        raise ModelError(f"{path}: no projection in it ({str(error).splitlines()[0]}).") from None
+    load_weights(linear, path)
+    return linear
+
+
 def _state(module: nn.Module) -> list[tuple[str, Tensor]]:
     return list(module.state_dict().items())

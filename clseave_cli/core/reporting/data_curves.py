@@ -22,7 +22,7 @@ class DataPoint:
     Attributes:
         lang: the language measured.
         languages: those the student was trained on.
-        num_sentences: distinct English sentences of each it learnt from.
+        num_sentences: distinct source sentences of each it learnt from.
         dev: dev figures of the weights that were kept, in this language.
         seconds: its training took.
         accuracy: on the test split, a fraction; None where there is no such split.
@@ -118,9 +118,7 @@ class DataCurves:
     def _markdown(self) -> str:
         lines = [["sentences", *self.series]]
         lines += [["---:"] * len(lines[0]), *self.rows()]
-        english = (
-            "" if self.english is None else f" The teacher in English: {percent(self.english)}."
-        )
+        english = "" if self.english is None else f" The teacher itself: {percent(self.english)}."
         details = [["student", "lang", "sentences", "dev MSE", "dev cosine", "seconds"]]
         details += [["---", "---", *["---:"] * 4]]
         details += [

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from clseave_cli.core.reporting.data_curves import DataCurves
 
 _INK, _MUTED, _GRID = "#1f2937", "#6b7280", "#e5e7eb"
-_ENGLISH, _OTHER, _ACCENT = "#334155", "#3b76d6", "#c2410c"
+_SOURCE, _OTHER, _ACCENT = "#334155", "#3b76d6", "#c2410c"
 _SERIES = ("#3b76d6", "#c2410c", "#0f8a6d", "#8b5cf6", "#b7791f", "#be185d", "#0e7490", "#4d7c0f")
 _BLUES = LinearSegmentedColormap.from_list("blues", ["#ffffff", "#bcd3f5", "#3b76d6", "#1e3a78"])
 _DOTS_PER_INCH = 160
@@ -156,7 +156,7 @@ def _languages(results: Results) -> Figure:
     positions = np.arange(len(results.results))
     for x, result in zip(positions, results.results, strict=True):
         value = 100 * result.accuracy
-        colour = _ENGLISH if result.lang == "en" else _OTHER
+        colour = _SOURCE if result.lang == results.source_lang else _OTHER
         axes.bar(x, value, width=0.56, color=colour, zorder=2)
         top = value
         if result.accuracy_low is not None and result.accuracy_high is not None:
@@ -313,7 +313,7 @@ def _distances(results: Results) -> Figure | None:
             note = f"ρ {found.spearman:+.2f} · r {found.pearson:+.2f} · {note}"
         _title(axes, kind)
         axes.text(1, 1.03, note, transform=axes.transAxes, size=6.5, color=_MUTED, ha="right")
-        _axis_names(axes, "distance to English", "points lost")
+        _axis_names(axes, f"distance to {results.source_lang}", "points lost")
     return figure
 
 

@@ -2,6 +2,7 @@ r"""The language table for a paper: LaTeX with the booktabs package."""
 
 from __future__ import annotations
 
+from clseave_cli.core.reporting.names import language_name
 from clseave_cli.core.results import Results
 
 _SPECIAL = {
@@ -26,6 +27,7 @@ def escape_latex(text: str) -> str:
 def latex_table(results: Results) -> str:
     r"""A `table` environment; it needs `\usepackage{booktabs}`."""
     rows = []
+    source = escape_latex(language_name(results.source_lang))
     for result in results.results:
         baselines = results.baselines.get(result.key)
         low, high = result.accuracy_low, result.accuracy_high
@@ -54,7 +56,8 @@ def latex_table(results: Results) -> str:
             r"  \centering",
             r"  \begin{tabular}{lrcrrrrrr}",
             r"    \toprule",
-            r"    & & & & \multicolumn{2}{c}{English} & \multicolumn{3}{c}{without looking} \\",
+            rf"    & & & & \multicolumn{{2}}{{c}}{{{source}}} "
+            r"& \multicolumn{3}{c}{without looking} \\",
             r"    \cmidrule(lr){5-6} \cmidrule(lr){7-9}",
             "    Language & Acc. & 95\\% interval & F1 & ratio & agrees & majority & hyp.~only "
             r"& shuffled \\",

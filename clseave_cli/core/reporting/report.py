@@ -13,12 +13,12 @@ from clseave_cli.core.reporting.figures import draw_figures
 from clseave_cli.core.reporting.gallery import Gallery, Thumbnail, thumbnail
 from clseave_cli.core.reporting.latex import latex_table
 from clseave_cli.core.reporting.markdown import markdown_report
+from clseave_cli.core.reporting.names import language_name
 from clseave_cli.core.reporting.sections import (
     Section,
     build_sections,
     headline,
     highlights,
-    language_name,
 )
 from clseave_cli.core.results import Results
 from clseave_cli.labels import LABELS

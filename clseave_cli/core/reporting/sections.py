@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from clseave_cli.core.metrics.bootstrap import Difference
 from clseave_cli.core.metrics.seeds import SeedSummary
 from clseave_cli.core.reporting.curves import LearningCurve
+from clseave_cli.core.reporting.names import language_name
 from clseave_cli.core.reporting.numbers import (
     DASH,
     decimal,
@@ -21,19 +22,6 @@ from clseave_cli.core.reporting.numbers import (
 )
 from clseave_cli.core.results import LanguageResult, Results
 from clseave_cli.labels import LABELS
-
-_NAMES = {
-    "ar": "Arabic",
-    "de": "German",
-    "en": "English",
-    "es": "Spanish",
-    "fr": "French",
-    "ja": "Japanese",
-    "ko": "Korean",
-    "nl": "Dutch",
-    "ru": "Russian",
-    "zh": "Chinese",
-}
 
 
 @dataclass(frozen=True)
@@ -71,11 +59,6 @@ class Highlight:
     note: str
 
 
-def language_name(lang: str) -> str:
-    """`German` for `de`; the code itself where the name is not known."""
-    return _NAMES.get(lang, lang)
-
-
 def verdict(difference: Difference | None) -> str:
     """`tie`, `higher` or `lower`: what the interval of a difference allows to say."""
     if difference is None:
@@ -105,16 +88,21 @@ def _joined(items: Iterable[str]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
+def _source_and_others(results: Results) -> tuple[LanguageResult | None, list[LanguageResult]]:
+    source = next((r for r in results.results if r.lang == results.source_lang), None)
+    return source, [r for r in results.results if r.lang != results.source_lang]
+
+
 def headline(results: Results) -> str:
     """The outcome in one or two sentences."""
-    english = next((r for r in results.results if r.lang == "en"), None)
-    others = [r for r in results.results if r.lang != "en"]
+    source, others = _source_and_others(results)
     if not results.results:
         return "Nothing was evaluated."
-    if english is None:
+    if source is None:
         best = max(others, key=lambda r: r.accuracy)
         return f"{_label(best, results)} is highest, with {percent(best.accuracy)} % right."
-    text = f"English reaches {percent(english.accuracy)} %."
+    name = language_name(source.lang)
+    text = f"{name} reaches {percent(source.accuracy)} %."
     tied = [r for r in others if r.difference_to_english and r.difference_to_english.is_tie]
     if tied:
         verb = "is" if len(tied) == 1 else "are"
@@ -124,7 +112,7 @@ def headline(results: Results) -> str:
         lowest = min(others, key=lambda r: r.accuracy)
         text += f" {_label(lowest, results)} is lowest, with {percent(lowest.accuracy)} %"
         if lowest.ratio_to_english is not None:
-            text += f", {percent(lowest.ratio_to_english)} % of the English accuracy"
+            text += f", {percent(lowest.ratio_to_english)} % of the {name} accuracy"
         text += "."
     return text
 
@@ -132,14 +120,14 @@ def headline(results: Results) -> str:
 def highlights(results: Results) -> tuple[Highlight, ...]:
     """The numbers to see first: as many of four as were measured."""
     found = []
-    english = next((r for r in results.results if r.lang == "en"), None)
-    others = [r for r in results.results if r.lang != "en"]
-    if english is not None:
+    name = language_name(results.source_lang)
+    source, others = _source_and_others(results)
+    if source is not None:
         found.append(
             Highlight(
-                "English",
-                f"{percent(english.accuracy)} %",
-                f"95 % interval {_interval(english.accuracy_low, english.accuracy_high)}",
+                name,
+                f"{percent(source.accuracy)} %",
+                f"95 % interval {_interval(source.accuracy_low, source.accuracy_high)}",
             )
         )
     if others:
@@ -151,7 +139,7 @@ def highlights(results: Results) -> tuple[Highlight, ...]:
     if compared:
         tied = sum(difference.is_tie for difference in compared)
         found.append(
-            Highlight("Level with English", f"{tied} of {len(compared)}", "zero in the interval")
+            Highlight(f"Level with {name}", f"{tied} of {len(compared)}", "zero in the interval")
         )
     without = [
         (value, name)
@@ -182,7 +170,7 @@ def build_sections(
     drawn = set(figures)
     sections = [_accuracy(results)]
     if any(r.difference_to_english or r.agreement_with_english for r in results.results):
-        sections.append(_against_english(results))
+        sections.append(_against_source(results))
     if any(r.difference_to_zero_shot for r in results.results):
         sections.append(_modes(results))
     sections.append(_baselines(results))
@@ -240,9 +228,9 @@ def _accuracy(results: Results) -> Section:
     )
 
 
-def _against_english(results: Results) -> Section:
+def _against_source(results: Results) -> Section:
     return Section(
-        "Against English",
+        f"Against {language_name(results.source_lang)}",
         "Differences are paired: both languages are scored on the same rows and the same resampled "
         "photos. Where the interval holds zero, the rows cannot tell the two apart: a tie. "
         "McNemar's p is given for comparison; it takes rows for independent, which they are not.",
@@ -270,7 +258,7 @@ def _against_english(results: Results) -> Section:
                         verdict(d),
                     )
                     for r in results.results
-                    if r.lang != "en"
+                    if r.lang != results.source_lang
                     for d in (r.difference_to_english,)
                 ),
             ),
@@ -279,9 +267,10 @@ def _against_english(results: Results) -> Section:
 
 
 def _modes(results: Results) -> Section:
+    name = language_name(results.source_lang)
     return Section(
         "Translate-test against zero-shot",
-        "Translate-test: the hypotheses are translated into English, and the English model reads "
+        f"Translate-test: the hypotheses are translated into {name}, and the {name} model reads "
         "the translation. Zero-shot: the student reads the language itself. Differences are paired "
         "(translate-test minus zero-shot) on the same rows and the same resampled photos.",
         (
@@ -447,9 +436,10 @@ def _distances(results: Results, drawn: bool) -> Section:
     analysis = results.distances
     assert analysis is not None
     languages = tuple(analysis.losses)
+    name = language_name(results.source_lang)
     return Section(
         "Linguistic distance",
-        f"Points lost to English against the distance to English. Source: {analysis.source}. "
+        f"Points lost to {name} against the distance to {name}. Source: {analysis.source}. "
         f"{analysis.note}",
         (
             Table(
@@ -471,7 +461,7 @@ def _distances(results: Results, drawn: bool) -> Section:
         (
             FigureReference(
                 "distances",
-                "Points lost to English by distance, one dot a language. ρ rank correlation, "
+                f"Points lost to {name} by distance, one dot a language. ρ rank correlation, "
                 "r linear correlation.",
             ),
         )

@@ -1,4 +1,6 @@
-"""A split's hypotheses in English, out of the translation memory or by an engine: translate-test.
+"""A split's hypotheses in the source model's language, for translate-test.
+
+They come out of the translation memory, or from an engine.
 
 Nothing is written but the memory: the translations are as lasting there as in a file, and the next
 evaluation asks for none of them again.
@@ -12,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clseave_cli.core.config import EngineConfig, EvaluateConfig, TranslateConfig
-from clseave_cli.core.data.records import ENGLISH, Split
+from clseave_cli.core.data.records import Split
 from clseave_cli.core.progress import SILENT, Progress
 from clseave_cli.core.translation.driver import Driver, Patience
 from clseave_cli.core.translation.engine import Engine, check_numbers, create_engine
@@ -25,8 +27,8 @@ from clseave_cli.errors import TranslationError
 
 
 @dataclass(frozen=True)
-class EnglishHypotheses:
-    """A split's hypotheses in English.
+class TranslatedHypotheses:
+    """A split's hypotheses in another language.
 
     Attributes:
         sentences: N of them, in the split's order.
@@ -38,15 +40,16 @@ class EnglishHypotheses:
 
 
 def translate_hypotheses(
-    config: EvaluateConfig, split: Split, progress: Progress = SILENT
-) -> EnglishHypotheses:
-    """Translates a split's hypotheses into English; each distinct one once, and never again.
+    config: EvaluateConfig, split: Split, into: str, progress: Progress = SILENT
+) -> TranslatedHypotheses:
+    """Translates a split's hypotheses; each distinct one once, and never again.
 
     `{lang}` in `--model` and `--translations` stands for the split's language.
 
     Args:
         config: names the engine and how it is asked.
-        split: rows of a language other than English.
+        split: rows of another language than `into`.
+        into: the source model's language.
         progress: told how far things are, and of translations that look suspect.
 
     Raises:
@@ -56,8 +59,8 @@ def translate_hypotheses(
     """
     asked = _translate_config(config, split.lang)
     check_numbers(asked)
-    engine = create_engine(asked, canonical(split.lang), ENGLISH)
-    progress.note(f"{split.path} into English, engine {asked.engine}: {engine.licence}")
+    engine = create_engine(asked, canonical(split.lang), canonical(into))
+    progress.note(f"{split.path} into {into}, engine {asked.engine}: {engine.licence}")
     with Memory(asked.memory or default_path()) as memory:
         try:
             entries = _Translation(asked, engine, memory, split).entries(progress)
@@ -68,7 +71,7 @@ def translate_hypotheses(
     parts = (identity.engine, identity.model, identity.revision[:12], identity.settings)
     # A file of translations may hold half a surrogate pair, which no tokenizer takes.
     sentences = [entry.translation.encode(errors="replace").decode() for entry in entries]
-    return EnglishHypotheses(sentences, " ".join(part for part in parts if part))
+    return TranslatedHypotheses(sentences, " ".join(part for part in parts if part))
 
 
 def _translate_config(config: EvaluateConfig, lang: str) -> TranslateConfig:
@@ -130,7 +133,7 @@ class _Translation:
             Patience.of(self._config, self._engine.limits),
             retry_suspect=False,
         )
-        title = f"{self._split.path.name} into English"
+        title = f"{self._split.path.name} into {self._engine.identity.target}"
         with progress.task(title, total=work.num_texts, unit="texts") as task:
             return driver.run(work, task).stopped
 

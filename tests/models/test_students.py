@@ -1,0 +1,124 @@
+"""Students around every kind of encoder: each sentence as transformers computes it alone."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_backbones import MAX_TOKENS, STUDENTS, save_word_tokenizer
+from tiny_world import sentences
+from transformers import AutoModel, AutoTokenizer, T5Config
+
+from clseave_cli.core.models.encoders import module_digest
+from clseave_cli.core.models.student import load_student, new_student, save_student
+from clseave_cli.errors import ModelError
+
+TEXTS = [
+    "Das Quadrat ist weiß.",
+    "x",
+    "Draußen wartet ein Hund.",
+    "Das Quadrat ist " + "rot. Das Quadrat ist blau. " * 20,
+    "Das Quadrat ist grün. Draußen wartet ein Hund.",
+]
+
+#: mDeBERTa takes no mask of pairs of tokens: one sentence a row.
+CANNOT_BE_PACKED = ("mDeBERTa",)
+
+
+@pytest.fixture(scope="module", params=list(STUDENTS))
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def backbone(name, tmp_path_factory, world):
+    return STUDENTS[name](tmp_path_factory.mktemp(name), sentences(world))
+
+
+@pytest.fixture
+def student(backbone):
+    torch.manual_seed(0)
+    student = new_student(backbone, 16).eval()
+    torch.nn.init.normal_(student.norm.weight)
+    torch.nn.init.normal_(student.norm.bias)
+    return student
+
+
+def _embed(student):
+    with torch.no_grad():
+        return torch.cat(list(student.embed(student.tokenize(TEXTS))))
+
+
+def _reference(backbone, student):
+    """One sentence at a time, unpadded: hidden state at the last token, normalised, projected."""
+    model, tokenizer = (
+        AutoModel.from_pretrained(backbone).eval(),
+        AutoTokenizer.from_pretrained(backbone),
+    )
+    wanted = []
+    for text in TEXTS:
+        inputs = tokenizer(text, truncation=True, return_tensors="pt")
+        assert inputs["input_ids"][0, -1] == student.terminal_id
+        with torch.no_grad():
+            state = model(**inputs).last_hidden_state[0, -1]
+            state = (state - state.mean()) / torch.sqrt(state.var(unbiased=False) + 1e-5)
+            state = state * student.norm.weight + student.norm.bias
+            wanted.append(state @ student.projection.weight.T)
+    return torch.stack(wanted)
+
+
+def test_sentence_embeddings_are_what_transformers_computes(name, backbone, student):
+    packs = student.verify_packing()
+    assert packs == (name not in CANNOT_BE_PACKED)
+    assert student.max_tokens == MAX_TOKENS
+    tokens = student.tokenize(TEXTS)
+    assert tokens.truncated.tolist() == [False, False, False, True, False]
+    wanted = _reference(backbone, student)
+    assert torch.pdist(wanted).min() > 1e-3
+    torch.testing.assert_close(_embed(student), wanted, rtol=1e-4, atol=1e-4)
+    if packs:
+        assert len(student.pack(tokens, np.arange(len(TEXTS))).input_ids) < len(TEXTS)
+    student.packs = False
+    torch.testing.assert_close(_embed(student), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_student_of_any_kind_is_the_same_after_save_and_load(student, tmp_path):
+    student.verify_packing()
+    save_student(student, tmp_path, languages=["de"], teacher="t" * 64)
+    again = load_student(tmp_path, "t" * 64)
+    assert module_digest(again) == module_digest(student)
+    assert again.packs == student.packs  # or evaluate and predict would pack what cannot be
+    assert torch.equal(_embed(again), _embed(student))
+    model = AutoModel.from_pretrained(tmp_path / "encoder")
+    saved, ours = model.state_dict(), student.backbone.state_dict()
+    assert all(torch.equal(saved[key], weight) for key, weight in ours.items())
+
+
+def test_packing_keeps_to_the_windows_of_local_attention(tmp_path, world):
+    student = new_student(STUDENTS["mmBERT"](tmp_path, sentences(world)), 16)
+    assert student.verify_packing()
+    student.backbone.config.local_attention = 2 * MAX_TOKENS  # what packing takes the window from
+    tokens = student.tokenize(TEXTS)
+    batch = student.pack(tokens, np.arange(len(TEXTS)))
+    wide = student._attention_mask(batch)["sliding_attention"]
+    assert torch.equal(wide, batch.attention_mask(causal=False))
+
+
+@pytest.mark.parametrize(
+    ("template", "more", "said"),
+    [
+        ("<s> $A", {"eos_token": "</s>"}, "does not end a text in its"),
+        ("<s> $A <unk>", {}, "has neither a"),
+    ],
+)
+def test_a_tokenizer_without_a_terminal_token_is_refused(tmp_path, world, template, more, said):
+    STUDENTS["XLM-R"](tmp_path, sentences(world))
+    special = {"bos_token": "<s>", "pad_token": "<pad>", "unk_token": "<unk>", **more}
+    save_word_tokenizer(tmp_path, sentences(world), special=special, template=template)
+    with pytest.raises(ModelError, match=f"its tokenizer {said}"):
+        new_student(tmp_path, 16)
+
+
+def test_what_is_no_text_encoder_is_refused(tmp_path, clip):
+    T5Config(num_layers=1, d_model=8, d_kv=4, num_heads=2, d_ff=8).save_pretrained(tmp_path)
+    for folder, kind in ((tmp_path, "t5"), (clip, "clip")):
+        with pytest.raises(ModelError, match=f"a {kind} model; expected a text encoder such as"):
+            new_student(folder, 16)

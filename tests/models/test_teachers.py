@@ -1,0 +1,217 @@
+"""Teachers of every layout: their embeddings are transformers' own, packed or alone."""
+
+import re
+import string
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tiny_backbones import EMBEDDING_DIM, MAX_TOKENS, TEACHERS, new_siglip
+from tiny_world import flip_byte, sentences
+
+from clseave_cli.core.data.images import open_image
+from clseave_cli.core.models import backbones
+from clseave_cli.core.models.clip_ve import ClipVE
+from clseave_cli.core.models.encoders import module_digest
+from clseave_cli.core.models.packing import pack
+from clseave_cli.errors import ModelError
+
+TEXTS = [
+    "The square is red.",
+    "x",
+    "A dog waits outside.",
+    "Das Quadrat ist weiß.",
+    "The square is " + "green. The square is blue. " * 30,
+    "The square is not red.",
+]
+
+
+@pytest.fixture(scope="module", params=list(TEACHERS))
+def teacher(request, tmp_path_factory, world):
+    return TEACHERS[request.param](tmp_path_factory.mktemp(request.param), sentences(world))
+
+
+def _whole(folder):
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    return model, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def _inputs(model, tokenizer, texts):
+    """A text's tokens as the model's authors prescribe them; SigLIP looks at its padding."""
+    if model.config.model_type.startswith("siglip"):
+        inputs = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+        assert inputs["input_ids"].shape[1] == MAX_TOKENS
+        return {"input_ids": inputs["input_ids"]}
+    return tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+
+
+def _reference(folder, texts):
+    model, tokenizer = _whole(folder)
+    with torch.no_grad():
+        return model.get_text_features(**_inputs(model, tokenizer, texts)).pooler_output
+
+
+def _embed(encoder, texts, row_tokens):
+    tokens = encoder.tokenize(texts)
+    rows = np.arange(len(texts))
+    with torch.no_grad():
+        return encoder(pack(tokens, rows, row_tokens=row_tokens, pad_id=encoder.pad_id))
+
+
+def test_text_embeddings_are_what_transformers_computes(teacher):
+    text = backbones.load_clip_text(teacher).eval()
+    wanted = _reference(teacher, TEXTS)
+    assert wanted.shape == (len(TEXTS), EMBEDDING_DIM)
+    assert torch.pdist(wanted).min() > 1e-3
+    assert text.tokenize(TEXTS).truncated.tolist() == [False] * 4 + [True, False]
+    alone = torch.cat([_reference(teacher, [sentence]) for sentence in TEXTS])
+    torch.testing.assert_close(wanted, alone, rtol=1e-4, atol=1e-4)
+    packed = _embed(text, TEXTS, text.row_tokens)
+    torch.testing.assert_close(packed, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(_embed(text, TEXTS, None), wanted, rtol=1e-4, atol=1e-4)
+    ours = torch.cat([_embed(text, [sentence], text.row_tokens) for sentence in TEXTS])
+    torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
+    assert text.verify_packing()
+    text.packs = False  # the plain, padded layout
+    torch.testing.assert_close(_embed(text, TEXTS, None), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_image_embeddings_are_what_transformers_computes(teacher, world):
+    image = backbones.load_clip_image(teacher).eval()
+    picture = open_image(world / "images" / "test0.png")
+    pictures = [picture, picture.rotate(90).resize((20, 70)), picture.resize((61, 33))]
+    processor = transformers.AutoImageProcessor.from_pretrained(teacher, backend="pil")
+    assert type(processor) is type(image.processor)
+    model, _ = _whole(teacher)
+    with torch.no_grad():
+        wanted = model.get_image_features(**processor(images=pictures, return_tensors="pt"))
+        ours = image(image.preprocess(pictures))
+    assert ours.shape == (3, EMBEDDING_DIM) and image.embedding_dim == EMBEDDING_DIM
+    torch.testing.assert_close(ours, wanted.pooler_output, rtol=1e-4, atol=1e-5)
+
+
+def test_a_clip_ve_of_any_layout_is_the_same_after_save_and_load(teacher, tmp_path):
+    torch.manual_seed(0)
+    model = ClipVE.from_clip(teacher).eval()
+    torch.nn.init.normal_(model.text.projection.weight)  # as training changes it
+    model.save(tmp_path)
+    again = ClipVE.from_folder(tmp_path)
+    assert module_digest(again) == module_digest(model)
+    assert again.text.digest() == model.text.digest()
+    assert again.image.digest() == model.image.digest()
+    assert torch.equal(
+        _embed(again.text, TEXTS, again.text.row_tokens),
+        _embed(model.text, TEXTS, model.text.row_tokens),
+    )
+    (tmp_path / "again").mkdir()
+    again.save(tmp_path / "again")
+    assert again.fingerprint == model.fingerprint
+
+
+#: Classes that read what stands in `text/` and `image/`.
+TOWERS = {
+    "clip": ("CLIPTextModelWithProjection", "CLIPVisionModelWithProjection"),
+    "siglip": ("SiglipTextModel", "SiglipVisionModel"),
+    "siglip2": ("Siglip2TextModel", "Siglip2VisionModel"),
+    "chinese_clip": ("ChineseCLIPTextModel", "ChineseCLIPVisionModel"),
+    "altclip": ("AltCLIPTextModel", "AltCLIPVisionModel"),
+}
+
+
+def test_the_towers_load_with_transformers_alone(teacher, tmp_path):
+    from safetensors.torch import load_file
+
+    ClipVE.from_clip(teacher).save(tmp_path)
+    whole, _ = _whole(teacher)
+    for part, class_name in zip(("text", "image"), TOWERS[whole.config.model_type], strict=True):
+        tower = getattr(transformers, class_name).from_pretrained(tmp_path / part)
+        kept = tower.state_dict()
+        if (tmp_path / part / "projection.safetensors").exists():
+            name = "visual_projection" if part == "image" else "text_projection"
+            wanted = whole.state_dict()[f"{name}.weight"]
+            file = load_file(tmp_path / part / "projection.safetensors")
+            assert torch.equal(file["weight"], wanted)
+        whole_tower = whole.text_model if part == "text" else whole.vision_model
+        for name, weight in whole_tower.state_dict().items():
+            own = kept[name] if name in kept else kept[f"{part}_model.{name}".replace(
+                "image_model", "vision_model"
+            )]  # fmt: skip
+            assert torch.equal(own, weight), name
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "text")
+    transformers.AutoImageProcessor.from_pretrained(tmp_path / "image", backend="pil")
+
+
+def test_a_damaged_or_missing_projection_is_noticed(teacher, tmp_path):
+    ClipVE.from_clip(teacher).save(tmp_path)
+    path = tmp_path / "text" / "projection.safetensors"
+    if not path.exists():
+        return
+    flip_byte(path, 0.9)
+    with pytest.raises(ModelError, match=r"projection.safetensors: damaged"):
+        ClipVE.from_folder(tmp_path)
+    path.write_bytes(b"nothing")
+    with pytest.raises(ModelError, match=r"projection.safetensors: no projection in it"):
+        backbones.load_clip_text(tmp_path / "text")
+    path.unlink()
+    with pytest.raises(ModelError, match=r"projection.safetensors: missing"):
+        ClipVE.from_folder(tmp_path)
+    with pytest.raises(ModelError, match=r"projection.safetensors: no projection in it"):
+        backbones.load_clip_text(tmp_path / "text")
+
+
+def test_the_digest_tells_how_a_sentence_is_read(teacher):
+    text = backbones.load_clip_text(teacher)
+    before = text.digest()
+    text.pooling = "cls" if text.pooling == "terminal" else "terminal"
+    assert text.digest() != before
+
+
+def test_a_siglip_that_projects_to_another_width_is_refused(tmp_path, world):
+    new_siglip(tmp_path, sentences(world), projection_size=24)
+    with pytest.raises(ModelError, match="text tower projects to 24, the image tower to 16"):
+        ClipVE.from_clip(tmp_path)
+
+
+def test_a_tokenizer_without_rust_is_taken_if_its_file_gives_the_same(tmp_path, world):
+    """SigLIP's own class calls sentencepiece; repositories have a `tokenizer.json` beside it."""
+    import sentencepiece
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    new_siglip(tmp_path, sentences(world))
+    (tmp_path / "tokenizer.json").unlink()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences(world)), model_prefix=str(tmp_path / "spiece"),
+        vocab_size=36, hard_vocab_limit=False, add_dummy_prefix=False, minloglevel=2,
+        unk_id=0, eos_id=1, bos_id=-1, pad_id=-1,
+    )  # fmt: skip
+    slow = transformers.SiglipTokenizer(str(tmp_path / "spiece.model"))
+    slow.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"no fast tokenizer \(tokenizer.json\)"):
+        backbones.load_clip_text(tmp_path)
+
+    pieces = [(slow.sp_model.id_to_piece(i), slow.sp_model.get_score(i)) for i in range(len(slow))]
+    fast = Tokenizer(models.Unigram(pieces, unk_id=0))
+    fast.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    fast.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    fast.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ModelError, match=r"its tokenizer.json gives other tokens than its own"):
+        backbones.load_clip_text(tmp_path)
+
+    fast.normalizer = normalizers.Sequence(
+        [
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex(f"[{re.escape(string.punctuation)}]"), ""),
+            normalizers.Replace(Regex(r"\s+"), " "),
+        ]
+    )
+    fast.save(str(tmp_path / "tokenizer.json"))
+    text = backbones.load_clip_text(tmp_path)
+    table = text.tokenize(["The square, is RED!"])
+    wanted = slow("The square, is RED!", padding="max_length", max_length=MAX_TOKENS)
+    assert table.ids.tolist() == wanted["input_ids"]
+    text.save_pretrained(tmp_path / "saved")
+    again = backbones.load_clip_text(tmp_path / "saved")
+    assert again.digest() == text.digest()

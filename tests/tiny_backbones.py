@@ -1,0 +1,336 @@
+"""Tiny models of every layout clseave reads, with random weights and tokenizers of their own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import tiny_world
+import torch
+
+#: Longest text of every model here, terminal token included.
+MAX_TOKENS = 24
+EMBEDDING_DIM = 16
+
+_TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "hidden_act": "gelu",
+}
+_NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_IMAGE = {"image_size": 32, "patch_size": 16}
+
+
+def save_word_tokenizer(
+    folder: Path,
+    sentences: Iterable[str],
+    *,
+    special: dict[str, str],
+    template: str,
+    max_tokens: int = MAX_TOKENS,
+    **options: Any,
+) -> Any:
+    """A tokenizer of words, with whatever special tokens and in whatever order a model has them.
+
+    Args:
+        folder: where to write it.
+        sentences: the words it knows.
+        special: token by the name transformers gives its role; numbered in this order.
+        template: how a text is framed, such as `<s> $A </s>`.
+        max_tokens: the longest text.
+        options: more arguments of the tokenizer.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = list(dict.fromkeys(special.values()))
+    words = sorted({word for text in sentences for word in text.split()})
+    vocabulary = {word: number for number, word in enumerate(tokens + words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=special["unk_token"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[(token, vocabulary[token]) for token in tokens]
+    )
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=max_tokens, **special, **options
+    )
+    made.save_pretrained(folder)
+    return made
+
+
+_ROBERTA_TOKENS = {
+    "bos_token": "<s>",
+    "cls_token": "<s>",
+    "pad_token": "<pad>",
+    "eos_token": "</s>",
+    "sep_token": "</s>",
+    "unk_token": "<unk>",
+}
+_GEMMA_TOKENS = {
+    "pad_token": "<pad>",
+    "eos_token": "<eos>",
+    "bos_token": "<bos>",
+    "unk_token": "<unk>",
+}
+
+
+def _save_roberta_tokenizer(folder: Path, sentences: Iterable[str]) -> Any:
+    return save_word_tokenizer(folder, sentences, special=_ROBERTA_TOKENS, template="<s> $A </s>")
+
+
+def _save_bert_tokenizer(folder: Path, sentences: Iterable[str]) -> Any:
+    from transformers import AutoTokenizer
+
+    from clseave_cli.core.models.scratch import new_encoder
+
+    new_encoder(folder, sentences, **{**tiny_world.ENCODER_SHAPE, "max_tokens": MAX_TOKENS})
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _save(folder: Path, model: Any, processor: Any = None, factor: float = 3.0) -> Path:
+    """Writes a model, its weights and biases large enough to tell sentences apart."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1 and "projection" not in name:
+                weight.mul_(factor)
+            elif name.endswith("bias"):
+                weight.normal_(std=0.3)  # as training leaves them
+    model.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    return folder
+
+
+def new_clip(folder: Path, sentences: Iterable[str]) -> Path:
+    from clseave_cli.core.models.scratch import ClipShape
+    from clseave_cli.core.models.scratch import new_clip as write_clip
+
+    shape = {**tiny_world.CLIP_SHAPE, "max_tokens": MAX_TOKENS, "embedding_dim": EMBEDDING_DIM}
+    write_clip(folder, sentences, ClipShape(**shape))
+    tiny_world.enlarge_weights(folder, 3.0)
+    return folder
+
+
+def _save_gemma_tokenizer(folder: Path, sentences: Iterable[str]) -> Any:
+    """SigLIP 2's: in lower case, no token in front; padded on the left, as the class would."""
+    from tokenizers import Tokenizer, models, normalizers, processors, trainers
+    from transformers import Siglip2Tokenizer
+
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), normalizers.Replace(" ", "▁")]
+    )
+    special = [*_GEMMA_TOKENS.values(), "<mask>"]
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=special, show_progress=False)
+    trained.train_from_iterator(sentences, trainer)
+    model = json.loads(trained.to_str())["model"]
+    tokenizer = Siglip2Tokenizer(
+        vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]]
+    )
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", tokenizer.eos_token_id)]
+    )
+    tokenizer.model_max_length = MAX_TOKENS
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def _siglip_text(tokenizer: Any) -> dict[str, Any]:
+    return {
+        **_TOWER,
+        "hidden_size": EMBEDDING_DIM,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": MAX_TOKENS,
+        "projection_size": EMBEDDING_DIM,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def new_siglip(folder: Path, sentences: Iterable[str], **text: Any) -> Path:
+    from transformers import SiglipConfig, SiglipImageProcessorPil, SiglipModel
+
+    tokenizer = save_word_tokenizer(folder, sentences, special=_GEMMA_TOKENS, template="$A <eos>")
+    torch.manual_seed(0)
+    config = SiglipConfig(
+        text_config=_siglip_text(tokenizer) | text,
+        vision_config={**_TOWER, **_IMAGE, "hidden_size": EMBEDDING_DIM},
+    )
+    processor = SiglipImageProcessorPil(size={"height": 32, "width": 32})
+    return _save(folder, SiglipModel(config), processor, factor=1.0)
+
+
+def new_siglip2(folder: Path, sentences: Iterable[str]) -> Path:
+    """SigLIP 2 with pictures in their own proportions (NaFlex)."""
+    from transformers import Siglip2Config, Siglip2ImageProcessorPil, Siglip2Model
+
+    tokenizer = _save_gemma_tokenizer(folder, sentences)
+    torch.manual_seed(0)
+    config = Siglip2Config(
+        text_config=_siglip_text(tokenizer),
+        vision_config={
+            **_TOWER, "hidden_size": EMBEDDING_DIM, "patch_size": 8, "num_patches": 16,
+        },
+    )  # fmt: skip
+    processor = Siglip2ImageProcessorPil(patch_size=8, max_num_patches=16)
+    return _save(folder, Siglip2Model(config), processor, factor=1.0)
+
+
+def new_chinese_clip(folder: Path, sentences: Iterable[str]) -> Path:
+    from transformers import ChineseCLIPConfig, ChineseCLIPImageProcessorPil, ChineseCLIPModel
+
+    tokenizer = _save_bert_tokenizer(folder, sentences)
+    torch.manual_seed(0)
+    config = ChineseCLIPConfig(
+        text_config={
+            **_TOWER,
+            **_NO_DROPOUT,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": MAX_TOKENS,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={**_TOWER, **_IMAGE},
+        projection_dim=EMBEDDING_DIM,
+    )
+    size = {"height": 32, "width": 32}
+    processor = ChineseCLIPImageProcessorPil(size=size, crop_size=size)
+    return _save(folder, ChineseCLIPModel(config), processor)
+
+
+def new_altclip(folder: Path, sentences: Iterable[str]) -> Path:
+    from transformers import AltCLIPConfig, AltCLIPModel, CLIPImageProcessorPil
+
+    tokenizer = _save_roberta_tokenizer(folder, sentences)
+    torch.manual_seed(0)
+    config = AltCLIPConfig(
+        text_config={
+            **_TOWER,
+            **_NO_DROPOUT,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": MAX_TOKENS + 2,
+            "project_dim": 24,
+        },
+        vision_config={**_TOWER, **_IMAGE},
+        projection_dim=EMBEDDING_DIM,
+    )
+    size = {"height": 32, "width": 32}
+    return _save(folder, AltCLIPModel(config), CLIPImageProcessorPil(size=size, crop_size=size))
+
+
+#: Teachers by the `model_type` of their configuration.
+TEACHERS: dict[str, Callable[[Path, Iterable[str]], Path]] = {
+    "clip": new_clip,
+    "siglip": new_siglip,
+    "siglip2": new_siglip2,
+    "chinese_clip": new_chinese_clip,
+    "altclip": new_altclip,
+}
+
+
+def _bert(folder: Path, sentences: Iterable[str]) -> Path:
+    _save_bert_tokenizer(folder, sentences)
+    return folder
+
+
+def _distilbert(folder: Path, sentences: Iterable[str]) -> Path:
+    from transformers import DistilBertConfig, DistilBertModel
+
+    tokenizer = _save_bert_tokenizer(folder, sentences)
+    torch.manual_seed(0)
+    config = DistilBertConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=MAX_TOKENS, n_layers=2, n_heads=2,
+        dim=32, hidden_dim=64, dropout=0.0, attention_dropout=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return _save(folder, DistilBertModel(config), factor=9.0)
+
+
+def _labse(folder: Path, sentences: Iterable[str]) -> Path:
+    """LaBSE is a BERT, saved with its pooling layer."""
+    from transformers import BertConfig, BertModel
+
+    tokenizer = _save_bert_tokenizer(folder, sentences)
+    torch.manual_seed(0)
+    config = BertConfig(
+        **_TOWER,
+        **_NO_DROPOUT,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=MAX_TOKENS,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return _save(folder, BertModel(config), factor=9.0)
+
+
+def _xlm_roberta(folder: Path, sentences: Iterable[str]) -> Path:
+    from transformers import XLMRobertaConfig, XLMRobertaModel
+
+    tokenizer = _save_roberta_tokenizer(folder, sentences)
+    torch.manual_seed(0)
+    config = XLMRobertaConfig(
+        **_TOWER,
+        **_NO_DROPOUT,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=MAX_TOKENS + 2,
+        type_vocab_size=1,
+    )
+    return _save(folder, XLMRobertaModel(config, add_pooling_layer=False), factor=9.0)
+
+
+def _mdeberta(folder: Path, sentences: Iterable[str]) -> Path:
+    """As mDeBERTa-v3: relative positions only, in buckets, shared with the content."""
+    from transformers import DebertaV2Config, DebertaV2Model
+
+    special = {
+        "pad_token": "[PAD]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "unk_token": "[UNK]",
+    }
+    tokenizer = save_word_tokenizer(folder, sentences, special=special, template="[CLS] $A [SEP]")
+    torch.manual_seed(0)
+    config = DebertaV2Config(
+        **_TOWER,
+        **_NO_DROPOUT,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=MAX_TOKENS,
+        relative_attention=True,
+        position_buckets=8,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        pos_att_type="p2c|c2p",
+        position_biased_input=False,
+        type_vocab_size=0,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return _save(folder, DebertaV2Model(config), factor=9.0)
+
+
+def _mmbert(folder: Path, sentences: Iterable[str]) -> Path:
+    """As mmBERT: a ModernBERT with Gemma's special tokens, and windows shorter than a text."""
+    from transformers import ModernBertConfig, ModernBertModel
+
+    tokenizer = save_word_tokenizer(
+        folder, sentences, special=_GEMMA_TOKENS, template="<bos> $A <eos>"
+    )
+    torch.manual_seed(0)
+    config = ModernBertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+        num_attention_heads=2, max_position_embeddings=MAX_TOKENS, local_attention=8,
+        pad_token_id=0, eos_token_id=1, bos_token_id=2, cls_token_id=2, sep_token_id=1,
+    )  # fmt: skip
+    return _save(folder, ModernBertModel(config), factor=9.0)
+
+
+#: Students by the name their likes are known by.
+STUDENTS: dict[str, Callable[[Path, Iterable[str]], Path]] = {
+    "mBERT": _bert,
+    "DistilmBERT": _distilbert,
+    "XLM-R": _xlm_roberta,
+    "LaBSE": _labse,
+    "mDeBERTa": _mdeberta,
+    "mmBERT": _mmbert,
+}
