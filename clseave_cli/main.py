@@ -24,6 +24,7 @@ from clseave_cli.commands import (
     pretrain,
     serve,
     translate,
+    word_align,
 )
 from clseave_cli.core import config, launch
 from clseave_cli.errors import ClseaveError, Interrupted, UsageError
@@ -91,6 +92,7 @@ _COMMANDS: dict[str, tuple[type[config.StageConfig], Callable[..., None]]] = {
     "pretrain": (config.PretrainConfig, pretrain.run),
     "finetune-ve": (config.FinetuneConfig, finetune_ve.run),
     "align": (config.AlignConfig, align.run),
+    "word-align": (config.WordAlignConfig, word_align.run),
     "evaluate": (config.EvaluateConfig, evaluate.run),
     "predict": (config.PredictConfig, predict.run),
     "export": (config.ExportConfig, export.run),

@@ -306,6 +306,24 @@ class FinetuneConfig(TrainingConfig, DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WordAlignerConfig:
+    """Which words translate each other: an encoder finds out, or another aligner did."""
+
+    aligner_layer: int | None = option(
+        None, "Layer whose states are compared; unset: 8, or the last there is.", least=1
+    )
+    aligner_threshold: float = option(
+        1e-3, "Least probability of a link, in both directions.", least=0
+    )
+    alignments: Path | None = option(
+        None,
+        "Pharaoh file of links (0-0 1-2 …) to take instead of finding them; {lang} stands for the "
+        "language.",
+        metavar="FILE",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class AlignConfig(TrainingConfig, DataConfig):
     """`align`: a multilingual student of the CLIP-VE text encoder (thesis 3.3)."""
 
@@ -343,6 +361,40 @@ class AlignConfig(TrainingConfig, DataConfig):
     )
     dev_fraction: float = option(
         0.05, "Share of the training sentences held out where there is no dev file."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordAlignConfig(StageConfig, WordAlignerConfig):
+    """`word-align`: which words of parallel sentences translate each other."""
+
+    data: str = option("data", "Data folder, or hf:ORG/NAME on the hub.", metavar="DIR")
+    lang: str | None = option(None, "Language of the translations in --data.", metavar="LANG")
+    split: str = option("train", "Name of the split to align.")
+    input: Path | None = option(
+        None,
+        "Align this file of source ||| target lines instead, words between spaces.",
+        metavar="FILE",
+    )
+    skip_bad: bool = option(
+        False, "Set bad rows aside in a .rejected.jsonl, leave bad links out, and go on."
+    )
+    aligner: str = option(
+        "google-bert/bert-base-multilingual-cased",
+        "Encoder whose states align words (hub id or folder).",
+        metavar="NAME_OR_DIR",
+    )
+    out: Path | None = option(None, "File for the links; unset: they are printed.", metavar="FILE")
+    words: Path | None = option(
+        None,
+        "Also write the sentences as words, source ||| target, for other aligners.",
+        metavar="FILE",
+    )
+    gold: Path | None = option(
+        None, "Score the links against those of this Pharaoh file.", metavar="FILE"
+    )
+    gold_base: Literal["auto", "0", "1"] = option(
+        "auto", "Number of a sentence's first word in --gold; auto: 1 where no word is 0."
     )
 
 

@@ -117,14 +117,29 @@ class SentenceEncoder(nn.Module):
             (B, D) embeddings, unnormalised, in the order the batch was packed in.
         """
         batch = batch.to(self.device)
-        hidden = self.backbone(
+        terminal = self.hidden_states(batch)[batch.terminals]  # (B, H)
+        embedding: Tensor = self.projection(self.norm(terminal))
+        return embedding
+
+    def hidden_states(self, batch: PackedBatch, layer: int | None = None) -> Tensor:
+        """The states of all tokens, one row behind the other.
+
+        Args:
+            batch: packed sentences.
+            layer: which layer's output, counted from 1; None: the backbone's last hidden state.
+
+        Returns:
+            (R * T, H) states.
+        """
+        batch = batch.to(self.device)
+        output = self.backbone(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask(self.causal),
             position_ids=batch.positions + self.first_position,
-        ).last_hidden_state  # (R, T, H)
-        terminal = hidden.flatten(0, 1)[batch.terminals]  # (B, H)
-        embedding: Tensor = self.projection(self.norm(terminal))
-        return embedding
+            output_hidden_states=layer is not None,
+        )
+        states: Tensor = output.last_hidden_state if layer is None else output.hidden_states[layer]
+        return states.flatten(0, 1)
 
     def embed(
         self,
