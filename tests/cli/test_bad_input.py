@@ -379,7 +379,7 @@ def _evaluated(commands, refused):
     ("command", "place"),
     [
         ("finetune-ve", "clseave_cli.core.finetuning.image_features"),
-        ("align", "clseave_cli.core.alignment.sentence_embeddings"),
+        ("align", "clseave_cli.core.alignment.corpus.sentence_embeddings"),
         ("evaluate", "clseave_cli.core.evaluation.image_features"),
         ("predict", "clseave_cli.core.prediction.open_image"),
     ],

@@ -18,7 +18,7 @@ from tiny_world import (
 
 from clseave_cli import VisualEntailment
 from clseave_cli.core import alignment, prediction
-from clseave_cli.core.alignment import align
+from clseave_cli.core.alignment import align, corpus
 from clseave_cli.core.config import AlignConfig, EvaluateConfig, FinetuneConfig, PredictConfig
 from clseave_cli.core.data.records import read_split
 from clseave_cli.core.evaluation import evaluate
@@ -202,13 +202,13 @@ def test_the_teacher_is_left_as_it_is(world, tmp_path, runs, encoder, monkeypatc
 
     monkeypatch.setattr(ClipVE, "from_folder", classmethod(keep))
     modes = []
-    evaluate_dev = alignment._evaluate
+    evaluate_dev = alignment.evaluate_student
 
     def watch(student, teacher, dev_sets):
         modes.append(any(m.training for m in teacher.modules()))
         return evaluate_dev(student, teacher, dev_sets)
 
-    monkeypatch.setattr(alignment, "_evaluate", watch)
+    monkeypatch.setattr(alignment, "evaluate_student", watch)
     _align(world, tmp_path, encoder, "de", teacher=runs / "clip-ve", epochs=2)
     assert tree(runs / "clip-ve") == before
     (teacher,) = teachers
@@ -270,13 +270,13 @@ def test_text_alone_is_enough(data, tmp_path, trained, encoder):
 def test_without_a_dev_file_sentences_are_held_out(data, tmp_path, trained, encoder, monkeypatch):
     (data / "snli_ve_dev.de.jsonl").unlink()
     notes, parts = Notes(), []
-    hold_out = alignment._hold_out
+    hold_out = corpus.hold_out
 
     def watch(parallel, fraction, seed):
         parts.append((parallel, *hold_out(parallel, fraction, seed)))
         return parts[-1][1:]
 
-    monkeypatch.setattr(alignment, "_hold_out", watch)
+    monkeypatch.setattr(corpus, "hold_out", watch)
     _align(
         data, tmp_path, encoder, "de", teacher=trained / "clip-ve", select="mse",
         dev_fraction=0.6, progress=notes,
