@@ -16,10 +16,10 @@ def _read(tmp_path, content, num_words, **options):
 
 
 def _pairs(links):
-    return [
-        [(i, j, bool(sure)) for (i, j), sure in zip(links.words[a:b].tolist(), links.sure[a:b])]
-        for a, b in zip(links.offsets, links.offsets[1:])
-    ]
+    found = [[] for _ in range(len(links))]
+    for pair, (i, j), sure in zip(links.pairs, links.words.tolist(), links.sure, strict=True):
+        found[pair].append((i, j, bool(sure)))
+    return found
 
 
 def test_what_is_written_is_read_again(tmp_path):

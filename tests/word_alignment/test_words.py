@@ -1,12 +1,14 @@
 """Words of sentences, with and without spaces, and the tokens they are made of."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from clseave_cli.core.models import backbones
 from clseave_cli.core.models.student import new_student
+from clseave_cli.core.models.tokens import tokenize
 from clseave_cli.core.word_alignment import words as words_module
 from clseave_cli.core.word_alignment.places import NONE, find_tokens
 from clseave_cli.core.word_alignment.words import split_words
@@ -27,7 +29,7 @@ def test_words_stand_between_spaces():
 @pytest.mark.parametrize(
     ("lang", "module", "text", "wanted"),
     [
-        ("ja", "fugashi", "犬が 公園を走る。", ["犬", "が", "公園", "を", "走る", "。"]),
+        ("ja", "sudachipy", "犬が 公園を走る。", ["犬", "が", "公園", "を", "走る", "。"]),
         ("zh", "rjieba", "有一个绿色的圆形。", ["有", "一个", "绿色", "的", "圆形", "。"]),
         ("zh-Hant", "rjieba", "我是學生", ["我", "是", "學生"]),
         ("ko", "mecab", "빨간 하트가 있습니다.", ["빨간", "하트", "가", "있", "습니다", "."]),
@@ -41,7 +43,7 @@ def test_segmented_languages(lang, module, text, wanted):
 
 @pytest.mark.parametrize(
     ("lang", "module"),
-    [("ja", "fugashi"), ("zh", "rjieba"), ("ko", "mecab"), ("th", "pythainlp")],
+    [("ja", "sudachipy"), ("zh", "rjieba"), ("ko", "mecab"), ("th", "pythainlp")],
 )
 def test_a_missing_segmenter_names_the_extra(monkeypatch, lang, module):
     monkeypatch.setitem(sys.modules, module, None)
@@ -59,7 +61,7 @@ def test_a_segmenter_that_changes_the_text(monkeypatch):
 
 def _words_of_tokens(encoder, text, lang=None):
     """(token, word) of every token of a sentence, and the first tokens of its words."""
-    found = find_tokens(encoder, split_words(["The dog", text], lang))
+    found = find_tokens(encoder, split_words(["", text], lang))
     own = slice(found.tokens.offsets[1], found.tokens.offsets[2])
     words = split_words([text], lang).of(0)
     named = [None if w == NONE else words[w] for w in found.word_of_token[own]]
@@ -94,14 +96,34 @@ def test_words_that_were_cut_off_have_no_token(encoder):
     assert len(first) == 80 and first[0] and first[-1] is None
 
 
-def test_tokens_that_do_not_respect_words(encoder):
-    """As a sentence-piece tokenizer of unsegmented text: a piece may reach over a word's end."""
-    model = new_student(encoder, 16)
-    backend = Tokenizer(
-        models.Unigram([("<unk>", 0), ("▁", -1), ("ab", -1), ("c", -2), ("▁d", -1)], 0)
+class _SentencePieces:
+    """An encoder's side that `find_tokens` needs, with pieces as of unsegmented text."""
+
+    def __init__(self):
+        pieces = ["<s>", "</s>", "▁", "ab", "c", "de", "▁f"]
+        backend = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0))
+        backend.pre_tokenizer = pre_tokenizers.Metaspace()
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+        )
+        self.tokenizer = SimpleNamespace(
+            backend_tokenizer=backend,
+            convert_ids_to_tokens=lambda ids: [pieces[number] for number in ids],
+        )
+
+    def tokenize(self, sentences):
+        backend = self.tokenizer.backend_tokenizer
+        return tokenize(backend, sentences, max_tokens=16, terminal_id=1)
+
+
+def test_a_piece_belongs_to_the_word_it_begins_in(monkeypatch):
+    # The words are a, bcd, e, f; the pieces ab and de reach over the end of one.
+    monkeypatch.setattr(
+        words_module, "_segmenter", lambda code: lambda text: ["a", "bcd", "e", " ", "f"]
     )
-    backend.normalizer = normalizers.Replace(" ", "▁")
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    encoding = backend.encode("abc d")
-    assert encoding.tokens == ["▁", "ab", "c", "▁d"]
-    assert model is not None
+    tokens, first = _words_of_tokens(_SentencePieces(), "abcde f", "ja")
+    assert tokens == [
+        ("<s>", None), ("▁", "a"), ("ab", "a"), ("c", "bcd"), ("de", "bcd"), ("▁f", "f"),
+        ("</s>", None),
+    ]  # fmt: skip
+    assert first == ["▁", "c", None, "▁f"]

@@ -136,7 +136,7 @@ class SentenceEncoder(nn.Module):
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask(self.causal),
             position_ids=batch.positions + self.first_position,
-            output_hidden_states=layer is not None,
+            **({} if layer is None else {"output_hidden_states": True}),
         )
         states: Tensor = output.last_hidden_state if layer is None else output.hidden_states[layer]
         return states.flatten(0, 1)

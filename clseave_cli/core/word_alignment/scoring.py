@@ -16,7 +16,7 @@ class AlignmentScore:
     """Agreement of found links A with the sure links S and the possible ones P, of which S is part.
 
     Attributes:
-        precision: |A ∩ P| / |A|, the share of found links that are possible; 0 where none are found.
+        precision: |A ∩ P| / |A|, the share of found links that are possible; 0 of none.
         recall: |A ∩ S| / |S|, the share of sure links that are found.
         error_rate: the alignment error rate, 1 − (|A ∩ S| + |A ∩ P|) / (|A| + |S|).
         num_pairs: sentence pairs.

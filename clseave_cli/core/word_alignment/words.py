@@ -102,32 +102,35 @@ def _segmenter(code: str) -> Segmenter:
 
 
 def _japanese() -> Segmenter:
-    from fugashi import Tagger
+    from sudachipy import Dictionary, SplitMode
 
-    tagger = Tagger("-O wakati")
-    return lambda text: tagger.parse(text).split()
+    tokenizer = Dictionary(dict="small").tokenizer(mode=SplitMode.A)  # the shortest units
+    return lambda text: [word.surface() for word in tokenizer.tokenize(text)]
 
 
 def _chinese() -> Segmenter:
     import rjieba
 
-    return rjieba.cut
+    cut: Segmenter = rjieba.cut
+    return cut
 
 
 def _korean() -> Segmenter:
     from mecab import MeCab
 
-    return MeCab().morphs
+    morphs: Segmenter = MeCab().morphs
+    return morphs
 
 
 def _thai() -> Segmenter:
     from pythainlp import word_tokenize
 
-    return word_tokenize
+    segmenter: Segmenter = word_tokenize
+    return segmenter
 
 
 _SEGMENTERS: dict[str, tuple[Callable[[], Segmenter], str]] = {
-    "ja": (_japanese, "fugashi"),
+    "ja": (_japanese, "sudachipy"),
     "zh": (_chinese, "rjieba"),
     "ko": (_korean, "python-mecab-ko"),
     "th": (_thai, "pythainlp"),
