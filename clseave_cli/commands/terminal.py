@@ -147,7 +147,9 @@ def print_training(folder: Path, training: TrainingResult | None) -> None:
     if training is None:
         stdout().print(f"{folder}: complete", soft_wrap=True, markup=False)
         return
-    dev = ", ".join(f"{name} {value:.4g}" for name, value in training.dev.items())
+    from clseave_cli.core.training.loop import overall
+
+    dev = ", ".join(f"{name} {value:.4g}" for name, value in overall(training.dev).items())
     stdout().print(
         f"{folder}: epoch {training.best_epoch} of {training.epochs} kept (dev {dev}) · "
         f"{training.wall_seconds:.0f} s, {training.pairs_per_second:.0f} pairs/s",

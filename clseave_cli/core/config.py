@@ -17,6 +17,20 @@ from clseave_cli.errors import UsageError
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Tracking = Literal["none", "tensorboard", "wandb", "trackio"]
 
+#: Which hidden state stands for a sentence: the last token's (thesis 3.3.1), the first token's
+#: (BERT's [CLS]), or the mean over all its tokens, special ones included (Sentence-BERT).
+Pooling = Literal["terminal", "cls", "mean"]
+#: From there to the embedding: one matrix (thesis 3.3.1), or two with a GELU between them.
+Projection = Literal["linear", "mlp"]
+#: What the student's sentence embedding is pulled towards (docs/methods.md).
+ObjectiveName = Literal["mse", "cosine", "mse+cosine", "contrastive", "head-aware"]
+#: What of a sentence is aligned: its embedding (thesis 3.3), its words (3.2), or both.
+Method = Literal["sentence", "token", "sentence+token"]
+#: How a state of the student becomes one of the teacher's width.
+Code = Literal["linear", "relu"]
+#: How often each language is met in an epoch.
+Sampling = Literal["proportional", "uniform", "temperature", "self-paced"]
+
 
 def option(
     default: Any,
@@ -324,8 +338,39 @@ class WordAlignerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlignConfig(TrainingConfig, DataConfig):
-    """`align`: a multilingual student of the CLIP-VE text encoder (thesis 3.3)."""
+class TokenConfig(WordAlignerConfig):
+    """The token method (CLTEAVE, thesis 3.2); its defaults mend the faults of the thesis's."""
+
+    token_weight: float = option(
+        1.0, "sentence+token: weight of the token pairs beside the sentences.", least=0
+    )
+    code: Code = option(
+        "linear", "How a student's state becomes one of the teacher's width; thesis: relu."
+    )
+    terminal_pair: bool = option(
+        True, "Pair the terminal tokens too, which the head reads; thesis: no."
+    )
+    final_norm: Literal["once", "twice"] = option(
+        "once",
+        "Whether the teacher's last normalisation, which is in its states already, is applied "
+        "again where the head reads; thesis: twice.",
+    )
+    pretrained_code: bool = option(
+        False, "Start from a trained autoencoder's encoder; thesis: yes."
+    )
+    autoencoder: Path | None = option(
+        None, "Autoencoder to start from; unset: RUNS/autoencoder.", metavar="DIR"
+    )
+    aligner: str | None = option(
+        None,
+        "Encoder whose states align words (hub id or folder); unset: --student, untrained.",
+        metavar="NAME_OR_DIR",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig(TrainingConfig, DataConfig, TokenConfig):
+    """How a student is trained, whatever it is for."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "thesis": {
@@ -338,10 +383,16 @@ class AlignConfig(TrainingConfig, DataConfig):
             "epochs": 22,
             "patience": 9,
             "select": "mse",
+            # Of the token method alone:
+            "code": "relu",
+            "terminal_pair": False,
+            "final_norm": "twice",
+            "pretrained_code": True,
         },
         "mini-ve": {"epochs": 10, "batch_size": 32, "learning_rate": 1.5e-3},
     }
 
+    method: Method = option("sentence", "What of a sentence is aligned (docs/methods.md).")
     lang: tuple[str, ...] = option(
         (), "Language to align; repeat for one student of several.", metavar="LANG"
     )
@@ -353,15 +404,69 @@ class AlignConfig(TrainingConfig, DataConfig):
     teacher: Path | None = option(
         None, "CLIP-VE folder to imitate; unset: RUNS/clip-ve.", metavar="DIR"
     )
-    out: Path | None = option(None, "Folder to write; unset: RUNS/align-LANG.", metavar="DIR")
+    objective: ObjectiveName = option("mse", "What the student is pulled towards.")
+    pooling: Pooling = option("terminal", "Which hidden state stands for the sentence.")
+    projection: Projection = option("linear", "How it becomes the embedding.")
+    include_english: bool = option(
+        False, "Train on the English sentences too, as their own translations."
+    )
+    auxiliary: tuple[str, ...] = option(
+        (),
+        "Language trained along as a regulariser: not read later, not counted; repeat.",
+        metavar="LANG",
+    )
+    auxiliary_weight: float = option(0.3, "Weight of its pairs in the loss.", least=0)
+    sampling: Sampling = option(
+        "proportional", "How often each language is met; self-paced: more where dev retrieval lags."
+    )
+    sampling_temperature: float = option(
+        5.0, "temperature: shares as the pairs to the power of 1/T; 1 is proportional.", least=1
+    )
+    parallel_batches: bool = option(
+        False, "Batches of English sentences, each with its translations into every language."
+    )
+    epoch_pairs: int | None = option(
+        None, "Pairs in an epoch, repeats counted; unset: every pair once.", least=1
+    )
+    trim_vocabulary: bool = option(
+        False, "Keep only the tokens of the training text, special ones and single characters."
+    )
     epochs: int = option(9, "Passes over the training data.", least=1)
     weight_decay: float = option(0.01, "Decoupled weight decay (AdamW).", least=0)
-    select: Literal["auto", "accuracy", "mse"] = option(
-        "auto", "Dev figure that chooses the checkpoint; auto: accuracy where images are there."
+    select: Literal["auto", "accuracy", "mse", "cosine", "recall_at_10"] = option(
+        "auto",
+        "Dev figure that chooses the checkpoint; auto: accuracy where images are there, otherwise "
+        "what the objective is about.",
     )
     dev_fraction: float = option(
         0.05, "Share of the training sentences held out where there is no dev file."
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignConfig(StudentConfig):
+    """`align`: a multilingual student of the CLIP-VE text encoder (thesis 3.3)."""
+
+    limit: int | None = option(
+        None, "Train on this many distinct sentences of each language; unset: on all.", least=1
+    )
+    out: Path | None = option(None, "Folder to write; unset: RUNS/align-LANG.", metavar="DIR")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurveConfig(StudentConfig):
+    """`curve`: how good a student gets from how many sentences."""
+
+    limits: tuple[int, ...] = option(
+        (100, 300, 1000, 3000),
+        "Distinct sentences of each language; repeat; all of them come last in any case.",
+        flag="--limit",
+    )
+    together: bool = option(False, "Also train one student of all the languages at every point.")
+    split: str = option("test", "Split to measure on; where it is missing, dev figures alone.")
+    resamples: int = option(2000, "Bootstrap resamples behind every interval.", least=1)
+    keep_models: bool = option(False, "Keep the student of every point.")
+    out: Path | None = option(None, "Folder to write; unset: RUNS/curve.", metavar="DIR")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -288,7 +288,7 @@ def _systems(config: EvaluateConfig, runs: Path, folder: Path, progress: Progres
             require_language(lang)
             require_split_path(folder, config.split, lang)
             if zero_shot and lang != ENGLISH and lang not in students:
-                known = ", ".join([ENGLISH, *students])
+                known = ", ".join(dict.fromkeys([ENGLISH, *students]))
                 raise ModelError(
                     f"{runs}: no student for {lang} (there are models for {known}); "
                     f"`clseave align --lang {lang}` makes one; --mode translate-test needs none."

@@ -164,10 +164,10 @@ class _Padded(nn.Module):
         """(B, D) embeddings of (B, T) ids; the mask is 1 on tokens and 0 on padding."""
         rows, width = input_ids.shape
         positions = torch.arange(width).expand(rows, width) * attention_mask
-        terminals = torch.arange(rows) * width + attention_mask.sum(1) - 1
-        embedding: Tensor = self.encoder(
-            PackedBatch(input_ids, positions, attention_mask - 1, terminals)
-        )
+        numbers = torch.arange(rows)
+        segments = attention_mask * (numbers[:, None] + 1) - 1
+        terminals = numbers * width + attention_mask.sum(1) - 1
+        embedding: Tensor = self.encoder(PackedBatch(input_ids, positions, segments, terminals))
         return embedding
 
 

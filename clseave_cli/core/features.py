@@ -135,11 +135,44 @@ def image_features(
     Raises:
         DataError: an image is missing or damaged; the line that names it is in the message.
     """
-    first_row = _first_rows(split)
-    paths = [
-        images.find(name, split.where(row))
-        for name, row in zip(split.image_names, first_row, strict=True)
-    ]
+    where = [split.where(row) for row in first_rows(split)]
+    features = image_vectors(
+        encoder,
+        split.image_names,
+        where,
+        images,
+        autocast=autocast,
+        description=f"{split.name}: image features",
+        progress=progress,
+    )
+    return Features(features.vectors, features.index[split.image_index])
+
+
+def image_vectors(
+    encoder: ImageEncoder,
+    names: Sequence[str],
+    where: Sequence[str],
+    images: ImageFolder,
+    *,
+    autocast: Autocast,
+    description: str,
+    progress: Progress = SILENT,
+) -> Features:
+    """The projected features of N named images, each picture once.
+
+    Args:
+        encoder: the frozen image tower.
+        names: N names, as the data spell them.
+        where: `file:line` that first names each.
+        images: where to find them.
+        autocast: the arithmetic.
+        description: what the progress bar says.
+        progress: told about what is computed.
+
+    Raises:
+        DataError: an image is missing or damaged; the line that names it is in the message.
+    """
+    paths = [images.find(name, place) for name, place in zip(names, where, strict=True)]
     with ThreadPoolExecutor() as pool:
         digests = packed_keys(bytes.fromhex(d)[:_KEY_BYTES] for d in pool.map(file_digest, paths))
     # Two names may stand for the same picture.
@@ -149,7 +182,7 @@ def image_features(
         try:
             return open_image(paths[item])
         except DataError as error:
-            raise DataError(f"{split.where(first_row[item])}: {error}") from None
+            raise DataError(f"{where[item]}: {error}") from None
 
     def pixels(items: list[int]) -> Tensor:
         # Preprocessed together: half the cost of one by one.
@@ -164,8 +197,7 @@ def image_features(
                     yield encoder(batch.to(encoder.device)).float().cpu()
 
     cache = VectorCache(_folder("image", encoder, autocast), encoder.embedding_dim)
-    vectors = cache.get(keys, compute, f"{split.name}: image features", progress)
-    return Features(vectors, key_of_path[split.image_index])
+    return Features(cache.get(keys, compute, description, progress), key_of_path)
 
 
 def sentence_embeddings(
@@ -362,7 +394,7 @@ def _as_keys(content: npt.NDArray[np.uint8]) -> Keys:
     return np.ascontiguousarray(content).reshape(-1).view(f"V{_KEY_BYTES}")
 
 
-def _first_rows(split: Split) -> npt.NDArray[np.intp]:
+def first_rows(split: Split) -> npt.NDArray[np.intp]:
     """For every image of a split, the first row that names it."""
     _, first = np.unique(split.image_index, return_index=True)
     return first[-len(split.image_names) :] if split.image_names else first[:0]

@@ -168,7 +168,7 @@ def _read_data(config: WordAlignConfig, progress: Progress) -> _Text:
         parallel.target.hypotheses,
         lang,
         parallel.target.lines,
-        int(target.lines[-1]),
+        target.num_lines,
     )
 
 

@@ -3,8 +3,9 @@
 The student learns to give a translated hypothesis the embedding that the frozen English teacher
 gives the original. The teacher is asked once per sentence; after that it is a look-up.
 
-The flow is here; `corpus` reads what is learnt from, `objectives` says what the loss is, `dev` how
-good the student is.
+The flow is here; `corpus` reads what is learnt from, `sampling` says what an epoch meets of it,
+`objectives` what the loss is, `token` what the token method makes of both, `dev` how good the
+student is.
 """
 
 from __future__ import annotations
@@ -14,19 +15,45 @@ from pathlib import Path
 
 import torch
 
-from clseave_cli.core.alignment.corpus import Corpus, ParallelReader
-from clseave_cli.core.alignment.dev import dev_set, evaluate_student, images_for_accuracy
-from clseave_cli.core.alignment.objectives import SentenceObjective
+from clseave_cli.core.alignment.corpus import (
+    Corpus,
+    ParallelReader,
+    TrainingPairs,
+    as_english,
+    limited,
+)
+from clseave_cli.core.alignment.dev import (
+    dev_set,
+    evaluate_student,
+    images_for_accuracy,
+    selection,
+)
+from clseave_cli.core.alignment.objectives import Objective, SentenceObjective, comparison
+from clseave_cli.core.alignment.sampling import Sampler
+from clseave_cli.core.alignment.token import (
+    TokenCorpus,
+    TokenObjective,
+    TokenPairs,
+    token_student,
+)
 from clseave_cli.core.config import AlignConfig
 from clseave_cli.core.data.hub import data_folder
-from clseave_cli.core.data.records import ENGLISH, require_language, require_split_path
+from clseave_cli.core.data.images import ImageFolder
+from clseave_cli.core.data.records import (
+    ENGLISH,
+    Parallel,
+    require_language,
+    require_split_path,
+)
 from clseave_cli.core.files import json_digest
 from clseave_cli.core.models.clip_ve import ClipVE
+from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.student import new_student, save_student
+from clseave_cli.core.models.trimming import trim_vocabulary
 from clseave_cli.core.models.vocabulary import reduced_vocabulary
 from clseave_cli.core.progress import SILENT, Progress
 from clseave_cli.core.training.distribution import processes
-from clseave_cli.core.training.loop import Selection, Stage, TrainingResult, train
+from clseave_cli.core.training.loop import Stage, TrainingResult, overall, train
 from clseave_cli.core.training.precision import autocast, resolve_device
 from clseave_cli.core.training.run import Run, is_complete, require_writable
 from clseave_cli.errors import UsageError
@@ -62,47 +89,83 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
     device = resolve_device(config.device)
     with_autocast = autocast(config.precision, device)
     folder = processes().once(lambda: data_folder(config.data, progress))
-    for lang in languages:
+    translated = list(dict.fromkeys([*config.lang, *config.auxiliary]))
+    for lang in translated:
         require_split_path(folder, config.train_split, lang)
 
     teacher = ClipVE.from_folder(config.teacher or config.runs / "clip-ve").to(device)
     teacher.requires_grad_(False)
     torch.manual_seed(config.seed)
-    student = new_student(config.student, teacher.text.embedding_dim).to(device)
+    inputs = {"teacher": teacher.fingerprint}
+    if config.method == "sentence":
+        student = new_student(
+            config.student, teacher.text.embedding_dim, config.pooling, config.projection
+        )
+    else:
+        student, begun_from = token_student(config, teacher.text)
+        inputs |= begun_from
+    student.to(device)
     if not student.verify_packing():
         progress.note(f"{config.student}: packing is not exact for this encoder; padding instead.")
-    inputs = {"teacher": teacher.fingerprint, "student": student.digest()}
-    corpus, dev_text = Corpus(student), []
+    inputs["student"] = student.digest()
+
+    seen_images = None
+    if config.objective == "head-aware":
+        seen_images = ImageFolder.of(folder, config.images)
+    corpus = Corpus(student, progress, with_images=seen_images is not None)
+    words = None
+    if config.method != "sentence":
+        words = TokenCorpus(student, teacher.text, config, progress)
+    dev_text: dict[str, Parallel] = {}
     reader = ParallelReader(folder, config, progress)
-    for lang in languages:
+    for lang in translated:
         training, dev = reader.read(lang)
+        training = limited(training, config.limit, config.seed, progress)
         for kind, parallel in (("train", training), ("dev", dev)):
             inputs[parallel.target.path.name] = parallel.target.digest
             inputs[f"{kind}: English of {lang}"] = json_digest(parallel.sources)
-        corpus.add(training, progress)
-        dev_text.append(dev)
+        part = corpus.add(training, config.auxiliary_weight if lang in config.auxiliary else 1.0)
+        if words is not None:
+            inputs |= words.add(training, part, corpus.english)
+        dev_text[lang] = dev
     del reader, training, parallel
-    images = images_for_accuracy(folder, config, dev_text)
+    if config.include_english:
+        part = corpus.add_english()
+        if words is not None:
+            words.add_english(part, corpus.english)
+        dev_text[ENGLISH] = as_english(dev_text[languages[0]])
+    images = images_for_accuracy(folder, config, dev_text.values())
     run = Run("align", out, config, inputs)
 
-    pairs = corpus.pairs(teacher, with_autocast, progress)
-    del corpus
+    token_pairs = None if words is None else words.pairs(corpus.english)
+    if config.trim_vocabulary:
+        corpus.renumber_tokens(trim_vocabulary(student, corpus.token_ids(), config.student))
+    pairs = corpus.pairs(teacher, seen_images, with_autocast, progress)
+    del corpus, words
     dev_sets = [
-        dev_set(student, teacher, parallel, images, with_autocast, progress)
-        for parallel in dev_text
+        dev_set(
+            student,
+            teacher,
+            parallel,
+            images,
+            counts=lang in languages,
+            with_autocast=with_autocast,
+            progress=progress,
+        )
+        for lang, parallel in dev_text.items()
     ]
-    objective = SentenceObjective(student, pairs)
+    objective = _objective(config, student, teacher, pairs, token_pairs)
+    sampler = Sampler(pairs, config)
     stage = Stage(
         name="align",
         title=f"align {'+'.join(languages)}",
         module=objective.module,
-        num_examples=len(pairs),
+        num_examples=sampler.num_examples,
         prepare=objective.prepare,
         loss=objective.loss,
         evaluate=lambda: evaluate_student(student, teacher, dev_sets),
-        selection=(
-            Selection("accuracy", "highest") if images is not None else Selection("mse", "lowest")
-        ),
+        selection=selection(config, images),
+        sample=sampler.batches,
     )
     tokens = [pairs.sentences.tokens, *(dev.sentences.tokens for dev in dev_sets)]
     with reduced_vocabulary(student, *tokens):
@@ -116,20 +179,54 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
     return AlignResult(out, languages, result)
 
 
+def _objective(
+    config: AlignConfig,
+    student: SentenceEncoder,
+    teacher: ClipVE,
+    pairs: TrainingPairs,
+    token_pairs: TokenPairs | None,
+) -> Objective:
+    compare = comparison(config, teacher, pairs)
+    sentences = SentenceObjective(student, pairs, compare, config.seed)
+    if token_pairs is None:
+        return sentences
+    return TokenObjective(
+        student,
+        teacher.text,
+        pairs,
+        token_pairs,
+        sentences=None if config.method == "token" else sentences,
+        token_weight=config.token_weight,
+    )
+
+
 def _languages(config: AlignConfig) -> tuple[str, ...]:
+    """The languages the student will read: English last, if it is asked for."""
     if not config.lang:
         raise UsageError("--lang is missing; for example --lang de.")
     for lang in config.lang:
         require_language(lang)
         if lang == ENGLISH:
-            raise UsageError(f"--lang {ENGLISH}: is the teacher's own language; name another.")
-    return tuple(dict.fromkeys(config.lang))
+            raise UsageError(
+                f"--lang {ENGLISH}: is the teacher's own language; name another, and "
+                "--include-english for a student that reads it too."
+            )
+    for lang in config.auxiliary:
+        require_language(lang, "--auxiliary")
+        if lang == ENGLISH:
+            raise UsageError(f"--auxiliary {ENGLISH}: is what --include-english is for.")
+        if lang in config.lang:
+            raise UsageError(
+                f"--auxiliary {lang}: is a --lang already; an auxiliary language is only trained "
+                "along."
+            )
+    return tuple(dict.fromkeys([*config.lang, *([ENGLISH] if config.include_english else [])]))
 
 
 def _card(
     config: AlignConfig, languages: tuple[str, ...], num_pairs: int, result: TrainingResult
 ) -> str:
-    figures = ", ".join(f"{name} {value:.4g}" for name, value in result.dev.items())
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in overall(result.dev).items())
     return f"""---
 library_name: clseave
 tags: [visual-entailment, multilingual, sentence-embeddings]
@@ -142,7 +239,8 @@ base_model: {config.student}
 Gives sentences in {", ".join(languages)} the embedding that the English CLIP-VE teacher gives
 their translation, so that the teacher's image tower and head work unchanged. `{config.student}`,
 trained on {num_pairs} distinct sentence pairs, {result.epochs} epochs, the weights of epoch
-{result.best_epoch} kept: {figures} on dev.
+{result.best_epoch} kept: {figures} on dev. Objective {config.objective}, pooling {config.pooling},
+projection {config.projection}.
 
     clseave predict image.jpg "…" --lang {languages[0]} --runs {config.runs}
 

@@ -1,11 +1,15 @@
 """The parallel text a student learns from: read, joined by `pairID`, taken in as token rows.
 
-Legend: N parallel rows · U distinct sentence pairs · D embedding width.
+Legend: N parallel rows · U distinct sentence pairs · S distinct English sentences · D embedding
+width.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,22 +18,33 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from clseave_cli.core.config import AlignConfig
+from clseave_cli.core.config import StudentConfig
+from clseave_cli.core.data.images import ImageFolder
 from clseave_cli.core.data.records import (
     ENGLISH,
     Parallel,
     Split,
     check_leak,
     distinct,
+    image_stem,
     join,
     read_split,
     split_path,
 )
-from clseave_cli.core.features import Features, Sentences, sentence_embeddings, tokenize_sentences
+from clseave_cli.core.features import (
+    Features,
+    Sentences,
+    Vectors,
+    first_rows,
+    image_vectors,
+    sentence_embeddings,
+    tokenize_sentences,
+)
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.tokens import TokenTable
 from clseave_cli.core.progress import Progress
+from clseave_cli.core.training.loop import Rows
 from clseave_cli.core.training.precision import Autocast
 from clseave_cli.errors import DataError
 
@@ -37,7 +52,7 @@ from clseave_cli.errors import DataError
 class ParallelReader:
     """Reads the parallel text of one language after another; the English side once for all."""
 
-    def __init__(self, folder: Path, config: AlignConfig, progress: Progress) -> None:
+    def __init__(self, folder: Path, config: StudentConfig, progress: Progress) -> None:
         """Reads nothing yet.
 
         Args:
@@ -96,6 +111,8 @@ class ParallelReader:
 def hold_out(parallel: Parallel, fraction: float, seed: int) -> tuple[Parallel, Parallel]:
     """Splits by English sentence, so that no held-out sentence is trained on in other words.
 
+    Languages with the same English sentences hold the same ones out.
+
     Raises:
         DataError: there are too few sentences.
     """
@@ -106,9 +123,65 @@ def hold_out(parallel: Parallel, fraction: float, seed: int) -> tuple[Parallel, 
             f"{parallel.target.path}: {len(sentences)} distinct sentences are too few to hold out "
             f"{fraction:.0%} of them; give a dev file or a smaller --dev-fraction."
         )
-    held = np.zeros(len(sentences), dtype=bool)
-    held[np.random.default_rng(seed).permutation(len(sentences))[:num_held]] = True
-    return parallel.take(np.flatnonzero(~held[index])), parallel.take(np.flatnonzero(held[index]))
+    held = _is_among_first(sentences, num_held, seed)[index]
+    return parallel.take(np.flatnonzero(~held)), parallel.take(np.flatnonzero(held))
+
+
+def limited(parallel: Parallel, limit: int | None, seed: int, progress: Progress) -> Parallel:
+    """The rows of the first distinct English sentences, in a random order.
+
+    The order depends on the sentences and the seed alone: a smaller limit takes a part of what a
+    larger one takes, and every language the translations of the same sentences.
+
+    Args:
+        parallel: the training text of a language.
+        limit: how many sentences; None: all.
+        seed: of the order.
+        progress: told where there are fewer.
+    """
+    if limit is None:
+        return parallel
+    sentences, index = distinct(parallel.sources)
+    if limit >= len(sentences):
+        if limit > len(sentences):
+            progress.note(
+                f"{parallel.target.path}: {len(sentences)} distinct sentences, fewer than "
+                f"--limit {limit}; all of them are used."
+            )
+        return parallel
+    return parallel.take(np.flatnonzero(_is_among_first(sentences, limit, seed)[index]))
+
+
+def _is_among_first(sentences: Sequence[str], count: int, seed: int) -> npt.NDArray[np.bool_]:
+    """Which sentences come first in a random order that is the same wherever they stand."""
+    keys = [hashlib.blake2b(f"{seed} {s}".encode(), digest_size=16).digest() for s in sentences]
+    first = np.zeros(len(sentences), dtype=bool)
+    first[sorted(range(len(keys)), key=keys.__getitem__)[:count]] = True
+    return first
+
+
+def as_english(parallel: Parallel) -> Parallel:
+    """The English side of some rows as their own translation."""
+    target = dataclasses.replace(parallel.target, lang=ENGLISH, hypotheses=parallel.sources)
+    return dataclasses.replace(parallel, target=target)
+
+
+@dataclass(frozen=True, eq=False)
+class LanguagePairs:
+    """What a language brings: its sentences, and its distinct pairs with English ones."""
+
+    lang: str
+    tokens: TokenTable
+    sentence_of_pair: Rows
+    source_of_pair: Rows
+    counts: Rows
+    weight: float = 1.0
+
+    @property
+    def weights(self) -> npt.NDArray[np.float64]:
+        """Of the pairs in the loss: as often as each stands in the data, on average `weight`."""
+        weights: npt.NDArray[np.float64] = self.weight * self.counts / self.counts.mean()
+        return weights
 
 
 class Corpus:
@@ -118,59 +191,222 @@ class Corpus:
     numbers, not its strings.
     """
 
-    def __init__(self, student: SentenceEncoder) -> None:
-        self._student = student
-        self._sources: dict[str, int] = {}
-        self._tokens: list[TokenTable] = []
-        self._pairs: list[npt.NDArray[np.intp]] = []
-        self._counts: list[npt.NDArray[np.intp]] = []
+    def __init__(
+        self, student: SentenceEncoder, progress: Progress, *, with_images: bool = False
+    ) -> None:
+        """An empty one.
 
-    def add(self, text: Parallel, progress: Progress) -> None:
-        """Takes in the text of a language."""
+        Args:
+            student: whose tokens the sentences become.
+            progress: told about sentences that are cut.
+            with_images: note which images stand beside each English sentence.
+        """
+        self._student = student
+        self._progress = progress
+        self._sources: dict[str, int] = {}
+        self._parts: list[LanguagePairs] = []
+        self._paired = _PairedNames() if with_images else None
+
+    @property
+    def english(self) -> list[str]:
+        """The distinct English sentences so far."""
+        return list(self._sources)
+
+    def add(self, text: Parallel, weight: float = 1.0) -> LanguagePairs:
+        """Takes in the text of a language, and returns what it made of it.
+
+        Args:
+            text: its rows.
+            weight: of its pairs in the loss, on average.
+        """
         target, known = text.target, self._sources
-        sentences = tokenize_sentences(self._student, target.hypotheses, target.where, progress)
+        sentences = tokenize_sentences(
+            self._student, target.hypotheses, target.where, self._progress
+        )
         sources = np.array([known.setdefault(s, len(known)) for s in text.sources], dtype=np.intp)
         pair_ids, counts = np.unique(sentences.index * len(known) + sources, return_counts=True)
-        of_pair = np.stack(np.divmod(pair_ids, len(known)))  # sentence, source
-        of_pair[0] += sum(len(tokens) for tokens in self._tokens)
-        self._tokens.append(sentences.tokens)
-        self._pairs.append(of_pair)
-        self._counts.append(counts)
+        of_pair = np.divmod(pair_ids, len(known))
+        part = LanguagePairs(target.lang, sentences.tokens, *of_pair, counts, weight)
+        self._parts.append(part)
+        if self._paired is not None:
+            self._paired.add(target, sources)
+        return part
 
-    def pairs(self, teacher: ClipVE, with_autocast: Autocast, progress: Progress) -> TrainingPairs:
-        """Everything taken in, with the teacher's embeddings."""
-        target_of_pair, source_of_pair = np.concatenate(self._pairs, axis=1)
-        counts = np.concatenate(self._counts)
+    def add_english(self) -> LanguagePairs:
+        """Takes in every English sentence so far as its own translation."""
+        everyone = np.arange(len(self._sources))
+        standing = np.concatenate([np.repeat(p.source_of_pair, p.counts) for p in self._parts])
+        sentences = tokenize_sentences(
+            self._student, self.english, lambda _: "the English sentences", self._progress
+        )
+        counts = np.bincount(standing, minlength=len(everyone))
+        part = LanguagePairs(ENGLISH, sentences.tokens, everyone, everyone, counts)
+        self._parts.append(part)
+        return part
+
+    def token_ids(self) -> npt.NDArray[np.int32]:
+        """The ids that occur, in order."""
+        return np.unique(np.concatenate([part.tokens.ids for part in self._parts]))
+
+    def renumber_tokens(self, places: npt.NDArray[np.intp]) -> None:
+        """Gives tokens new ids: `places` of the old ones."""
+        self._parts = [
+            dataclasses.replace(
+                part,
+                tokens=dataclasses.replace(
+                    part.tokens, ids=places[part.tokens.ids].astype(np.int32)
+                ),
+            )
+            for part in self._parts
+        ]
+
+    def pairs(
+        self,
+        teacher: ClipVE,
+        images: ImageFolder | None,
+        with_autocast: Autocast,
+        progress: Progress,
+    ) -> TrainingPairs:
+        """Everything taken in, with the teacher's embeddings, and those of the images if noted.
+
+        Raises:
+            DataError: an image is missing or damaged, or no row names one.
+        """
         vectors = sentence_embeddings(
             teacher.text,
-            list(self._sources),
+            self.english,
             autocast=with_autocast,
             description="teacher embeddings",
             progress=progress,
         )
+        paired = None
+        if self._paired is not None and images is not None:
+            paired = self._paired.look_up(
+                len(self._sources), teacher, images, with_autocast, progress
+            )
+        starts = np.cumsum([0, *(len(part.tokens) for part in self._parts)])
+        sentence_of_pair = [
+            part.sentence_of_pair + start for part, start in zip(self._parts, starts, strict=False)
+        ]
+        weights = np.concatenate([part.weights for part in self._parts])
         return TrainingPairs(
-            Sentences(TokenTable.concatenate(self._tokens), target_of_pair),
-            Features(vectors, source_of_pair),
-            torch.from_numpy(counts / counts.mean()).float(),
+            Sentences(
+                TokenTable.concatenate([part.tokens for part in self._parts]),
+                np.concatenate(sentence_of_pair),
+            ),
+            Features(vectors, np.concatenate([part.source_of_pair for part in self._parts])),
+            torch.from_numpy(weights).float(),
+            tuple(part.lang for part in self._parts),
+            np.repeat(np.arange(len(self._parts)), [len(part.counts) for part in self._parts]),
+            paired,
         )
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingPairs:
-    """U distinct (target sentence, source sentence) pairs of all languages.
+    """U distinct (target sentence, English sentence) pairs of all languages, one after another.
 
     Translations repeat as hypotheses do. A pair that stands n times in the data is trained on once
     an epoch with weight n, which is the same expected gradient for less work.
 
     Attributes:
         sentences: of the targets, tokenised for the student.
-        teacher: (U, D) the teacher's embeddings of the sources.
-        weights: (U,) how often each stands in the data, over the mean.
+        teacher: (U, D) the teacher's embeddings of the English sentences.
+        weights: (U,) how often each stands in the data, over its language's mean; those of an
+            auxiliary language are lowered.
+        languages: their codes.
+        language: (U,) which of them each pair is of.
+        images: what stands beside the English sentences, where the objective looks at images.
     """
 
     sentences: Sentences
     teacher: Features
     weights: Tensor
+    languages: tuple[str, ...]
+    language: Rows
+    images: PairedImages | None = None
 
     def __len__(self) -> int:
         return len(self.weights)
+
+
+@dataclass(frozen=True, eq=False)
+class PairedImages:
+    """The images that stand beside each English sentence in the training data.
+
+    Attributes:
+        vectors: (U, D) embeddings of the distinct images.
+        items: the images of sentence 0, then those of sentence 1, and so on.
+        offsets: (S + 1,) where those of each sentence begin; some have none.
+    """
+
+    vectors: Vectors
+    items: Rows
+    offsets: Rows
+
+    def draw(self, sources: Rows, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """One image for each of B English sentences.
+
+        Returns:
+            (B, D) embeddings, and (B,) bool: whether there is one; the others are of any image.
+        """
+        starts, counts = self.offsets[sources], np.diff(self.offsets)[sources]
+        drawn = starts + random.integers(np.maximum(counts, 1))
+        # A sentence without images at the very end points one past the last.
+        items = self.items[np.minimum(drawn, len(self.items) - 1)]
+        return self.vectors.rows(items), torch.from_numpy(counts > 0)
+
+
+class _PairedNames:
+    """Which images stand beside which English sentences, by name, over all languages."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+        self._names: list[str] = []
+        self._where: list[str] = []
+        self._beside: list[npt.NDArray[np.int64]] = []
+
+    def add(self, split: Split, sources: Rows) -> None:
+        """Takes in the rows of a language; `sources` numbers their English sentences."""
+        numbers = []
+        for name, row in zip(split.image_names, first_rows(split), strict=True):
+            stem = image_stem(name)
+            if stem not in self._numbers:
+                self._numbers[stem] = len(self._names)
+                self._names.append(name)
+                self._where.append(split.where(row))
+            numbers.append(self._numbers[stem])
+        rows = np.flatnonzero(split.image_index >= 0)
+        images = np.array(numbers, dtype=np.int64)[split.image_index[rows]]
+        self._beside.append(np.unique(sources[rows] << 32 | images))
+
+    def look_up(
+        self,
+        num_sources: int,
+        teacher: ClipVE,
+        images: ImageFolder,
+        with_autocast: Autocast,
+        progress: Progress,
+    ) -> PairedImages:
+        """The embeddings of all these images, by English sentence."""
+        if not self._names:
+            raise DataError(
+                "--objective head-aware: no training row names an image; "
+                "--objective mse needs only text."
+            )
+        features = image_vectors(
+            teacher.image,
+            self._names,
+            self._where,
+            images,
+            autocast=with_autocast,
+            description="image features",
+            progress=progress,
+        )
+        beside = np.unique(np.concatenate(self._beside))
+        counts = np.bincount(beside >> 32, minlength=num_sources)
+        return PairedImages(
+            features.vectors,
+            features.index[beside & 0xFFFFFFFF],
+            np.concatenate([[0], np.cumsum(counts)]),
+        )

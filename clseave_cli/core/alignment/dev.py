@@ -1,19 +1,20 @@
 """How good a student is on the dev rows, language by language.
 
-Legend: N dev rows · D embedding width.
+Legend: N dev rows · P sentences to retrieve among · D embedding width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from clseave_cli.core.config import AlignConfig
+from clseave_cli.core.config import StudentConfig
 from clseave_cli.core.data.images import ImageFolder
 from clseave_cli.core.data.records import Parallel, Split, distinct
 from clseave_cli.core.features import (
@@ -27,20 +28,42 @@ from clseave_cli.core.features import (
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.progress import Progress
-from clseave_cli.core.training.loop import Rows
+from clseave_cli.core.training.loop import Rows, Selection
 from clseave_cli.core.training.precision import Autocast
 from clseave_cli.errors import DataError, TrainingError
 from clseave_cli.labels import UNLABELLED
 
 #: A student whose embeddings vary less than this share of the teacher's says the same to all.
 _COLLAPSED = 1e-3
+#: Dev sentences that retrieval chooses among (P at most), and how many answers it may give.
+_RETRIEVED_AMONG, _ANSWERS = 1000, 10
+
+#: Without images: the figure an objective is about. Of embeddings that are only turned the right
+#: way, and not brought to the teacher's length, the squared error says nothing.
+_TEXT_SELECTION = {
+    "mse": Selection("mse", "lowest"),
+    "mse+cosine": Selection("mse", "lowest"),
+    "head-aware": Selection("mse", "lowest"),
+    "cosine": Selection("cosine", "highest"),
+    "contrastive": Selection("recall_at_10", "highest"),
+}
 
 
 @dataclass(frozen=True, eq=False)
 class DevSet:
-    """One language's dev rows: what the teacher says, and what the labels are where known."""
+    """One language's dev rows: what the teacher says, and what the labels are where known.
+
+    Attributes:
+        lang: the language.
+        counts: whether it is one of the student's, so that its figures count in choosing.
+        sentences: of the rows, tokenised for the student.
+        teacher: (N, D) the teacher's embeddings of the English sentences.
+        premises: (N, D) image embeddings, where accuracy is measured.
+        labels: (N,) int64 ids of `labels.LABELS`.
+    """
 
     lang: str
+    counts: bool
     sentences: Sentences
     teacher: Features
     premises: Features | None
@@ -48,14 +71,14 @@ class DevSet:
 
 
 def images_for_accuracy(
-    folder: Path, config: AlignConfig, dev_text: Sequence[Parallel]
+    folder: Path, config: StudentConfig, dev_text: Collection[Parallel]
 ) -> ImageFolder | None:
     """The image folder if dev accuracy shall choose the checkpoint, or can (`auto`).
 
     Raises:
         DataError: accuracy was asked for, and rows or images do not allow it.
     """
-    if config.select == "mse":
+    if config.select not in ("auto", "accuracy"):
         return None
     possible = all(_judged_rows(parallel.target).size > 0 for parallel in dev_text)
     if config.select == "accuracy":
@@ -75,11 +98,22 @@ def images_for_accuracy(
         return None
 
 
+def selection(config: StudentConfig, images: ImageFolder | None) -> Selection:
+    """The dev figure that chooses the checkpoint."""
+    if images is not None:
+        return Selection("accuracy", "highest")
+    if config.select == "auto":
+        return _TEXT_SELECTION[config.objective]
+    return Selection(config.select, "lowest" if config.select == "mse" else "highest")
+
+
 def dev_set(
     student: SentenceEncoder,
     teacher: ClipVE,
     parallel: Parallel,
     images: ImageFolder | None,
+    *,
+    counts: bool,
     with_autocast: Autocast,
     progress: Progress,
 ) -> DevSet:
@@ -103,6 +137,7 @@ def dev_set(
     )
     return DevSet(
         target.lang,
+        counts,
         tokenize_sentences(student, target.hypotheses, target.where, progress),
         Features(vectors, source_of_row),
         None
@@ -117,32 +152,59 @@ def dev_set(
 def evaluate_student(
     student: SentenceEncoder, teacher: ClipVE, dev_sets: Sequence[DevSet]
 ) -> dict[str, float]:
-    """Dev figures averaged over languages: mean squared error per dimension, and accuracy.
+    """Dev figures, averaged over the student's languages; of several, also `figure/language`.
+
+    Errors are per dimension, and `recall_at_10` is retrieval of the English sentence among at most
+    a thousand, so that languages and sizes of data can be compared.
 
     Raises:
         TrainingError: the student has collapsed.
     """
-    figures: dict[str, list[float]] = {}
-    for dev in dev_sets:
-        predicted = embed_rows(student, dev.sentences)  # (N, D)
-        device = predicted.device
-        wanted = dev.teacher.of_rows().to(device)
-        variance_ratio = predicted.var(dim=0).sum() / wanted.var(dim=0).sum()
-        figures.setdefault("mse", []).append((predicted - wanted).square().mean().item())
-        figures.setdefault("mae", []).append((predicted - wanted).abs().mean().item())
-        figures.setdefault("variance_ratio", []).append(variance_ratio.item())
-        if dev.premises is not None:
-            premises = dev.premises.of_rows().to(device)
-            labels = dev.labels.to(device)
-            right = teacher(predicted, premises).argmax(dim=1) == labels
-            figures.setdefault("accuracy", []).append(right.float().mean().item())
-        if variance_ratio < _COLLAPSED:
-            raise TrainingError(
-                f"{dev.lang}: the student gives every sentence the same embedding (variance "
-                f"{variance_ratio:.1e} of the teacher's); lower --learning-rate or raise "
-                "--warmup-fraction."
-            )
-    return {name: sum(values) / len(values) for name, values in figures.items()}
+    by_language = {dev.lang: _figures(student, teacher, dev) for dev in dev_sets}
+    counted = [by_language[dev.lang] for dev in dev_sets if dev.counts]
+    figures = {name: sum(own[name] for own in counted) / len(counted) for name in counted[0]}
+    if len(dev_sets) > 1:
+        for lang, own in by_language.items():
+            figures |= {f"{name}/{lang}": value for name, value in own.items()}
+    return figures
+
+
+def _figures(student: SentenceEncoder, teacher: ClipVE, dev: DevSet) -> dict[str, float]:
+    predicted = embed_rows(student, dev.sentences)  # (N, D)
+    device = predicted.device
+    wanted = dev.teacher.of_rows().to(device)
+    variance_ratio = (predicted.var(dim=0).sum() / wanted.var(dim=0).sum()).item()
+    if variance_ratio < _COLLAPSED:
+        raise TrainingError(
+            f"{dev.lang}: the student gives every sentence the same embedding (variance "
+            f"{variance_ratio:.1e} of the teacher's); lower --learning-rate or raise "
+            "--warmup-fraction."
+        )
+    figures = {
+        "mse": (predicted - wanted).square().mean().item(),
+        "mae": (predicted - wanted).abs().mean().item(),
+        "cosine": functional.cosine_similarity(predicted, wanted).mean().item(),
+        "recall_at_10": _recall(predicted, wanted, dev.teacher.index),
+        "variance_ratio": variance_ratio,
+    }
+    if dev.premises is not None:
+        premises = dev.premises.of_rows().to(device)
+        right = teacher(predicted, premises).argmax(dim=1) == dev.labels.to(device)
+        figures["accuracy"] = right.float().mean().item()
+    return figures
+
+
+def _recall(predicted: Tensor, wanted: Tensor, source_of_row: Rows) -> float:
+    """Share of sentences whose own English is among the nearest ten by cosine."""
+    # Each English sentence once: its repetitions would be equally near.
+    _, first = np.unique(source_of_row, return_index=True)
+    rows = torch.from_numpy(first[:_RETRIEVED_AMONG]).to(predicted.device)
+    ours = functional.normalize(predicted[rows].float(), dim=1)
+    theirs = functional.normalize(wanted[rows].float(), dim=1)
+    with torch.autocast(ours.device.type, enabled=False):
+        similarity = ours @ theirs.T  # (P, P)
+    nearer = (similarity > similarity.diagonal()[:, None]).sum(dim=1)
+    return (nearer < _ANSWERS).float().mean().item()
 
 
 def _judged_rows(split: Split) -> Rows:

@@ -1,20 +1,33 @@
 """What a student is pulled towards: the loss of a batch of training pairs.
 
-Legend: B pairs of a batch · D embedding width.
+Legend: B pairs of a batch · S distinct English sentences among them · D embedding width · C labels.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from clseave_cli.core.alignment.corpus import TrainingPairs
+from clseave_cli.core.config import StudentConfig
+from clseave_cli.core.features import Vectors
+from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.packing import PackedBatch
 from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.loop import Rows
+from clseave_cli.errors import UsageError
+
+#: Of the in-batch softmax over cosines: SimCSE's (Gao et al. 2021), half of CLIP's first one.
+_TEMPERATURE = 0.05
+#: Teacher embeddings whose variance stands for that of all.
+_VARIANCE_SAMPLE = 20_000
 
 
 class Objective(Protocol):
@@ -38,35 +51,72 @@ class Objective(Protocol):
         ...
 
 
-class SentenceBatch(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class SentenceBatch:
     """B training pairs, made ready.
 
     Attributes:
         sentences: this process's share of the targets, packed.
-        teacher: (B, D) the teacher's embeddings of the sources.
+        teacher: (S, D) the teacher's embeddings of the distinct English sentences.
+        source: (B,) int64, which of them each pair has.
         weights: (B,) of the pairs.
+        premises: (B, D) embedding of an image that stands beside each pair, if the objective asks.
+        is_seen: (B,) bool, whether there is one.
     """
 
     sentences: PackedBatch
     teacher: Tensor
+    source: Tensor
     weights: Tensor
+    premises: Tensor | None = None
+    is_seen: Tensor | None = None
+
+    def wanted(self, device: torch.device) -> Tensor:
+        """(B, D) the teacher's embedding of each pair, on a device."""
+        return self.teacher.to(device)[self.source.to(device)]
+
+
+#: From (B, D) embeddings in float32 and their batch to the loss of each pair, (B,).
+Comparison = Callable[[Tensor, SentenceBatch], Tensor]
 
 
 class SentenceObjective:
     """The student's sentence embedding against the teacher's (thesis 3.3)."""
 
-    def __init__(self, student: SentenceEncoder, pairs: TrainingPairs) -> None:
-        self.module = student
+    def __init__(
+        self, student: SentenceEncoder, pairs: TrainingPairs, compare: Comparison, seed: int
+    ) -> None:
+        """Puts the parts together.
+
+        Args:
+            student: what is trained.
+            pairs: what it is trained on.
+            compare: the loss of each pair.
+            seed: of the choice of images.
+        """
+        self.module: nn.Module = student
         self._student = student
         self._pairs = pairs
+        self._compare = compare
+        self._seed = seed
 
     def prepare(self, rows: Rows) -> SentenceBatch:
         """Packs this process's share; the teacher's side is that of all rows."""
         pairs, own = self._pairs, processes().share(rows)
+        sources, source = np.unique(pairs.teacher.index[rows], return_inverse=True)
+        premises = is_seen = None
+        if pairs.images is not None:
+            # The rows are the seed: another epoch's batch draws other images, a repeated one the
+            # same, and every process those of the whole batch.
+            random = np.random.default_rng([self._seed, *rows])
+            premises, is_seen = pairs.images.draw(pairs.teacher.index[rows], random)
         return SentenceBatch(
             self._student.pack(pairs.sentences.tokens, pairs.sentences.index[own]),
-            pairs.teacher.vectors.rows(pairs.teacher.index[rows]),
+            pairs.teacher.vectors.rows(sources),
+            torch.from_numpy(source),
             pairs.weights[torch.from_numpy(rows)],
+            premises,
+            is_seen,
         )
 
     def loss(self, batch: SentenceBatch) -> Tensor:
@@ -76,6 +126,88 @@ class SentenceObjective:
 
     def loss_of(self, embeddings: Tensor, batch: SentenceBatch) -> Tensor:
         """The loss of (B, D) embeddings that were computed already."""
-        wanted = batch.teacher.to(embeddings.device)  # (B, D)
-        per_pair = torch.mean((embeddings.float() - wanted) ** 2, dim=1)  # (B,)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            per_pair = self._compare(embeddings.float(), batch)  # (B,)
         return torch.mean(per_pair * batch.weights.to(embeddings.device))
+
+
+def comparison(config: StudentConfig, teacher: ClipVE, pairs: TrainingPairs) -> Comparison:
+    """The loss that `--objective` names (docs/methods.md, "Objectives").
+
+    Raises:
+        UsageError: it says nothing about the length of embeddings, which the head looks at.
+    """
+    name = config.objective
+    if name in ("cosine", "contrastive") and not teacher.head.config.normalize:
+        raise UsageError(
+            f"--objective {name}: leaves the length of embeddings open, and the head of "
+            f"{config.teacher or config.runs / 'clip-ve'} looks at it; take mse or mse+cosine."
+        )
+    if name == "mse":
+        return squared_error
+    if name == "cosine":
+        return cosine_distance
+    if name == "contrastive":
+        return contrastive
+    variance = _variance(pairs.teacher.vectors)
+    if name == "mse+cosine":
+        return lambda own, batch: squared_error(own, batch) / variance + cosine_distance(own, batch)
+    return lambda own, batch: (
+        squared_error(own, batch) / variance + head_divergence(own, batch, teacher.head)
+    )
+
+
+def squared_error(embeddings: Tensor, batch: SentenceBatch) -> Tensor:
+    """(B,) squared error, mean over dimensions (thesis 3.3.2)."""
+    return (embeddings - batch.wanted(embeddings.device)).square().mean(dim=1)
+
+
+def cosine_distance(embeddings: Tensor, batch: SentenceBatch) -> Tensor:
+    """(B,) one minus the cosine."""
+    return 1 - functional.cosine_similarity(embeddings, batch.wanted(embeddings.device))
+
+
+def contrastive(embeddings: Tensor, batch: SentenceBatch) -> Tensor:
+    """(B,) InfoNCE in both directions over the whole batch.
+
+    Student → teacher: the cross-entropy of picking the pair's English sentence among those of the
+    batch. Teacher → student: that of picking the pair among all of the batch. Translations of one
+    English sentence into several languages are all its positives, each a term of its own (Khosla
+    et al. 2020, eq. 2).
+    """
+    source = batch.source.to(embeddings.device)
+    ours = functional.normalize(embeddings, dim=1)
+    theirs = functional.normalize(batch.teacher.to(embeddings.device), dim=1)
+    logits = ours @ theirs.T / _TEMPERATURE  # (B, S)
+    to_teacher = functional.cross_entropy(logits, source, reduction="none")
+    to_student = -logits.log_softmax(dim=0).gather(1, source[:, None])[:, 0]
+    return (to_teacher + to_student) / 2
+
+
+def head_divergence(embeddings: Tensor, batch: SentenceBatch, head: nn.Module) -> Tensor:
+    """(B,) KL(head of teacher ‖ head of student) beside an image; 0 where there is none.
+
+    Args:
+        embeddings: (B, D) the student's.
+        batch: with premises.
+        head: frozen, in eval mode.
+    """
+    assert batch.premises is not None and batch.is_seen is not None
+    device = embeddings.device
+    premises = batch.premises.to(device)
+    with torch.no_grad():
+        expected = head(batch.wanted(device), premises).log_softmax(dim=1)  # (B, C)
+    found = head(embeddings, premises).log_softmax(dim=1)
+    divergence = functional.kl_div(found, expected, reduction="none", log_target=True).sum(dim=1)
+    return divergence * batch.is_seen.to(device)
+
+
+def _variance(vectors: Vectors) -> float:
+    """The teacher's variance over sentences, mean over dimensions: a squared error of 1 after it.
+
+    Divided by it, the squared error is the share of the variance that is not explained yet, which
+    can be added to a cosine or a KL whatever the scale of the teacher.
+    """
+    step = max(1, len(vectors) // _VARIANCE_SAMPLE)
+    variance = vectors.rows(np.arange(0, len(vectors), step)).var(dim=0, correction=0).mean()
+    return max(variance.item(), 1e-12)

@@ -58,6 +58,7 @@ class Split:
         image_names: the distinct images, as the file names them.
         image_index: (N,) int32 into `image_names`; -1 where the row names no image.
         lines: (N,) int32, 1-based line (or row) numbers in the file.
+        num_lines: how many lines the file has, to the last row.
         digest: BLAKE2b-256 of the file.
     """
 
@@ -71,6 +72,7 @@ class Split:
     image_names: list[str]
     image_index: npt.NDArray[np.int32]
     lines: npt.NDArray[np.int32]
+    num_lines: int
     digest: str
 
     def __len__(self) -> int:
@@ -123,14 +125,14 @@ class Parallel:
         )
 
 
-def require_language(lang: str) -> None:
+def require_language(lang: str, flag: str = "--lang") -> None:
     """Refuses what is no language code: it becomes part of file names.
 
     Raises:
         UsageError: not of the form `de`, `zh-Hant` or `pt-BR`.
     """
     if not _LANGUAGE.fullmatch(lang):
-        raise UsageError(f"--lang {lang}: not a language code; expected one such as de, ja or zh.")
+        raise UsageError(f"{flag} {lang}: not a language code; expected one such as de, ja or zh.")
 
 
 def split_path(folder: Path, split: str, lang: str) -> Path | None:
@@ -209,6 +211,7 @@ def read_split(
     path = require_split_path(folder, split, lang)
     columns = _Columns(labelled=labelled, with_images=with_images)
     rejected: list[dict[str, Any]] = []
+    line = 0
     for line, row in _rows(path):
         try:
             columns.add(line, row)
@@ -238,6 +241,7 @@ def read_split(
         image_names=list(columns.image_ids),
         image_index=np.array(columns.image_index, dtype=np.int32),
         lines=np.array(columns.lines, dtype=np.int32),
+        num_lines=line,
         digest=file_digest(path),
     )
 

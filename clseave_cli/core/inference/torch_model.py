@@ -75,7 +75,8 @@ class TorchModel:
         """
         target = resolve_device(device)
         folder = runs / "clip-ve"
-        there = {ENGLISH: folder, **find_students(runs)}
+        # A student that reads English too leaves it to its teacher.
+        there = {ENGLISH: folder} | find_students(runs) | {ENGLISH: folder}
         for lang in languages or ():
             if lang not in there:
                 known = ", ".join(there) if folder.is_dir() else "none"

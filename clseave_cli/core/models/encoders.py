@@ -16,9 +16,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from clseave_cli.core.config import Pooling
 from clseave_cli.core.files import json_digest
 from clseave_cli.core.models.packing import PackedBatch, pack
-from clseave_cli.core.models.tokens import TokenTable, tokenize
+from clseave_cli.core.models.tokens import TokenTable, Trimmed, tokenize
 
 #: Row length of packed batches; an encoder that reads less is packed to what it reads. A GPU likes
 #: few shapes and large ones. On a CPU every masked place of the attention costs, and with dropout
@@ -27,11 +28,11 @@ _ROW_TOKENS = {"cuda": 128, "cpu": 32}
 
 
 class SentenceEncoder(nn.Module):
-    """A transformer, read at each sentence's terminal token and projected without bias.
+    """A transformer, read at each sentence's terminal token and projected.
 
     Both text towers have this shape: CLIP's own, and the student that replaces it (thesis
     Figure 3.6). The projected vector is the embedding; what transformers calls the pooled output
-    is not.
+    is not. A student may be read otherwise (`pooling`).
     """
 
     def __init__(
@@ -39,28 +40,30 @@ class SentenceEncoder(nn.Module):
         backbone: Any,
         tokenizer: Any,
         norm: nn.Module,
-        projection: nn.Linear,
+        projection: nn.Linear | nn.Sequential,
         *,
         hub_model: Any,
         causal: bool,
         max_tokens: int,
         first_position: int,
         terminal_id: int,
+        pooling: Pooling = "terminal",
     ) -> None:
         """Puts the parts together.
 
         Args:
             backbone: gives `last_hidden_state` for `input_ids`, `attention_mask`, `position_ids`.
             tokenizer: its fast tokenizer.
-            norm: applied to the terminal token's hidden state (identity where the backbone ends
-                in a normalisation of its own).
-            projection: H → D, no bias.
+            norm: applied to the pooled hidden state (identity where the backbone ends in a
+                normalisation of its own).
+            projection: H → D; the last layer without bias.
             hub_model: the transformers model that saves itself in Hugging Face layout: the
                 backbone, or a model around it that shares its weights.
             causal: tokens look back only (CLIP).
             max_tokens: longest sentence, terminal token included.
             first_position: position id of a sentence's first token.
             terminal_id: the token that ends every sentence.
+            pooling: which hidden state stands for a sentence.
         """
         super().__init__()
         self.backbone = backbone
@@ -72,22 +75,26 @@ class SentenceEncoder(nn.Module):
         self.max_tokens = max_tokens
         self.first_position = first_position
         self.terminal_id = terminal_id
+        self.pooling = pooling
         self.pad_id = tokenizer.pad_token_id or 0
         self.packs = True
         #: (V,) where each token's vector lies while the vocabulary is reduced.
         self.token_places: Tensor | None = None
+        #: What was taken out of the vocabulary for good.
+        self.trimmed: Trimmed | None = None
         #: Fingerprint of the folder it was loaded from; empty for a new one.
         self.fingerprint = ""
 
     @property
     def embedding_dim(self) -> int:
         """D."""
-        return self.projection.out_features
+        *_, last = self.projection.parameters()  # the last matrix, which has no bias
+        return len(last)
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.projection.weight.device
+        return next(self.projection.parameters()).device
 
     @property
     def row_tokens(self) -> int | None:
@@ -117,29 +124,28 @@ class SentenceEncoder(nn.Module):
             (B, D) embeddings, unnormalised, in the order the batch was packed in.
         """
         batch = batch.to(self.device)
-        terminal = self.hidden_states(batch)[batch.terminals]  # (B, H)
-        embedding: Tensor = self.projection(self.norm(terminal))
-        return embedding
+        return self.project(pool(self.hidden_states(batch), batch, self.pooling))
 
     def hidden_states(self, batch: PackedBatch, layer: int | None = None) -> Tensor:
-        """The states of all tokens, one row behind the other.
+        """The hidden states, (R, T, H), of a batch on its device.
 
         Args:
             batch: packed sentences.
-            layer: which layer's output, counted from 1; None: the backbone's last hidden state.
-
-        Returns:
-            (R * T, H) states.
+            layer: whose output, counted from 1; None: the backbone's last hidden states.
         """
-        batch = batch.to(self.device)
         output = self.backbone(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask(self.causal),
             position_ids=batch.positions + self.first_position,
             **({} if layer is None else {"output_hidden_states": True}),
         )
-        states: Tensor = output.last_hidden_state if layer is None else output.hidden_states[layer]
-        return states.flatten(0, 1)
+        hidden: Tensor = output.last_hidden_state if layer is None else output.hidden_states[layer]
+        return hidden
+
+    def project(self, pooled: Tensor) -> Tensor:
+        """(B, D) embeddings from (B, H) pooled hidden states."""
+        embedding: Tensor = self.projection(self.norm(pooled))
+        return embedding
 
     def embed(
         self,
@@ -166,7 +172,13 @@ class SentenceEncoder(nn.Module):
     def digest(self) -> str:
         """One digest of everything that decides an embedding: weights, tokenizer, limits."""
         return json_digest(
-            [module_digest(self), self.tokenizer.backend_tokenizer.to_str(), self.max_tokens]
+            [
+                module_digest(self),
+                self.tokenizer.backend_tokenizer.to_str(),
+                self.max_tokens,
+                # Caches of CLIP's own tower, which is always read so, keep their names.
+                *([] if self.pooling == "terminal" else [self.pooling]),
+            ]
         )
 
     def verify_packing(self) -> bool:
@@ -238,6 +250,30 @@ class ImageEncoder(nn.Module):
         """(B, D) projected embeddings, unnormalised."""
         embedding: Tensor = self.projection(self.backbone(pixel_values=pixels).pooler_output)
         return embedding
+
+
+def pool(hidden: Tensor, batch: PackedBatch, pooling: Pooling) -> Tensor:
+    """One hidden state for each sentence of packed rows.
+
+    Args:
+        hidden: (R, T, H) hidden states of the rows.
+        batch: how the sentences lie in them.
+        pooling: which state, or the mean of all of a sentence.
+
+    Returns:
+        (B, H), for the mean in float32.
+    """
+    flat = hidden.flatten(0, 1)  # (R · T, H)
+    if pooling == "terminal":
+        return flat[batch.terminals]
+    if pooling == "cls":
+        return flat[batch.starts]
+    # A product with zeros and ones: next to nothing beside the backbone, and the same bits every
+    # time, which adding at indices on a GPU is not.
+    sentences = torch.arange(len(batch.terminals), device=hidden.device)
+    belongs = (sentences[:, None] == batch.segments.flatten()).float()  # (B, R · T)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return belongs @ flat.float() / belongs.sum(dim=1, keepdim=True)
 
 
 def module_digest(module: nn.Module) -> str:

@@ -29,7 +29,7 @@ class PackedBatch:
     Attributes:
         input_ids: (R, T) int64.
         positions: (R, T) int64, counted from 0 within each sentence.
-        segments: (R, T) int64, which sentence of its row a token belongs to; -1 unused.
+        segments: (R, T) int64, which of the B sentences a token belongs to; -1 unused.
         terminals: (B,) int64, where each sentence's last token stands in the flattened rows.
     """
 
@@ -46,6 +46,11 @@ class PackedBatch:
                 for part in (self.input_ids, self.positions, self.segments, self.terminals)
             )
         )
+
+    @property
+    def starts(self) -> Tensor:
+        """(B,) int64, where each sentence's first token stands in the flattened rows."""
+        return self.terminals - self.positions.flatten()[self.terminals]
 
     def attention_mask(self, causal: bool) -> Tensor:
         """(R, 1, T, T) bool: True where a query token may look at a key token.
@@ -74,10 +79,9 @@ def pack(
     if row_tokens is None:
         rows = np.arange(len(sentences))
         starts = np.zeros(len(sentences), dtype=np.int64)
-        segments_of = np.zeros(len(sentences), dtype=np.int64)
         num_rows = len(sentences)
     else:
-        rows, starts, segments_of, num_rows = _first_fit(lengths, width)
+        rows, starts, num_rows = _first_fit(lengths, width)
     input_ids = np.full(num_rows * width, pad_id, dtype=np.int64)
     positions = np.zeros(num_rows * width, dtype=np.int64)
     segments = np.full(num_rows * width, _UNUSED, dtype=np.int64)
@@ -87,7 +91,7 @@ def pack(
     places = np.repeat(first, lengths) + within
     input_ids[places] = tokens.ids[np.repeat(tokens.offsets[sentences], lengths) + within]
     positions[places] = within
-    segments[places] = np.repeat(segments_of, lengths)
+    segments[places] = np.repeat(np.arange(len(sentences)), lengths)
     shape = (num_rows, width)
     return PackedBatch(
         torch.from_numpy(input_ids.reshape(shape)),
@@ -99,13 +103,11 @@ def pack(
 
 def _first_fit(
     lengths: npt.NDArray[np.int64], width: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64], int]:
-    """First-fit decreasing: row, start within the row, and ordinal in the row of each sentence."""
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int]:
+    """First-fit decreasing: the row of each sentence, its start there, and the number of rows."""
     rows = np.empty(len(lengths), dtype=np.int64)
     starts = np.empty(len(lengths), dtype=np.int64)
-    ordinals = np.empty(len(lengths), dtype=np.int64)
     used: list[int] = []
-    count: list[int] = []
     first_open = 0
     shortest = int(lengths.min())
     for sentence in np.argsort(-lengths, kind="stable").tolist():
@@ -115,10 +117,8 @@ def _first_fit(
             row += 1
         if row == len(used):
             used.append(0)
-            count.append(0)
-        rows[sentence], starts[sentence], ordinals[sentence] = row, used[row], count[row]
+        rows[sentence], starts[sentence] = row, used[row]
         used[row] += length
-        count[row] += 1
         while first_open < len(used) and used[first_open] + shortest > width:
             first_open += 1
-    return rows, starts, ordinals, len(used)
+    return rows, starts, len(used)

@@ -2,35 +2,131 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
+from clseave_cli.core.config import Code, Pooling, Projection
 from clseave_cli.core.models import backbones
+from clseave_cli.core.models.autoencoder import coder
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.folder import is_of_format, peek, seal, unsealed
+from clseave_cli.core.models.tokens import Trimmed
+from clseave_cli.core.models.trimming import restore_vocabulary
 from clseave_cli.core.models.weights import load_weights, save_weights
 from clseave_cli.errors import ModelError
 
 FORMAT = "student"
+_VOCABULARY = "vocabulary.safetensors"
 
 
-def new_student(name: str | Path, embedding_dim: int) -> SentenceEncoder:
+@dataclass(frozen=True)
+class Coding:
+    """How a student of the token method makes its teacher's states of its own.
+
+    Attributes:
+        code: whether they can be negative.
+        width: of the teacher's states.
+        norm_eps: of the teacher's last normalisation, where it is applied behind; None: it is not.
+    """
+
+    code: Code
+    width: int
+    norm_eps: float | None
+
+
+class CodedState(nn.Module):
+    """What stands between a token student's state and its projection.
+
+    Attributes:
+        coder: makes the teacher's state of the student's; what the token pairs train.
+        final_norm: the teacher's last normalisation, or nothing.
+        coding: what the two are.
+    """
+
+    def __init__(self, state_width: int, coding: Coding) -> None:
+        super().__init__()
+        self.coder = coder(state_width, coding.width, coding.code)
+        self.final_norm: nn.Module = (
+            nn.Identity()
+            if coding.norm_eps is None
+            else nn.LayerNorm(coding.width, eps=coding.norm_eps)
+        )
+        self.coding = coding
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(B, K) from (B, H)."""
+        read: Tensor = self.final_norm(self.coder(states))
+        return read
+
+
+def new_student(
+    name: str | Path,
+    embedding_dim: int,
+    pooling: Pooling = "terminal",
+    projection: Projection = "linear",
+) -> SentenceEncoder:
     """A student around a pretrained encoder; LayerNorm and projection are untrained.
 
     Encoder → LayerNorm → terminal token → linear without bias (thesis 3.3.1; the [SEP] token, not
-    [CLS]). The normalisation is applied to the terminal token alone, which is the same and cheaper.
+    [CLS]). The normalisation is applied to the terminal token alone, which is the same and cheaper;
+    of a mean over tokens, to the mean.
 
     Args:
         name: hub id or folder of any bidirectional encoder with a fast tokenizer.
         embedding_dim: D, width of the teacher's embeddings.
+        pooling: which hidden state stands for a sentence.
+        projection: how it becomes the embedding.
 
     Raises:
         ModelError: the encoder cannot be loaded.
     """
-    return _student(*backbones.load_encoder(name), embedding_dim)
+    return _student(*backbones.load_encoder(name), embedding_dim, pooling, projection)
+
+
+def new_token_student(
+    name: str | Path, teacher: SentenceEncoder, code: Code, *, final_norm: bool = False
+) -> SentenceEncoder:
+    """A student of the token method (thesis 3.2): its states are coded as the teacher's are.
+
+    Encoder → code → (the teacher's last normalisation again →) the teacher's projection, which is
+    copied and stays as it is. Each token's code is to be the teacher's state.
+
+    Args:
+        name: hub id or folder of any bidirectional encoder with a fast tokenizer.
+        teacher: the text tower to imitate.
+        code: whether the code can be negative.
+        final_norm: whether the teacher's last normalisation is applied to the code.
+
+    Raises:
+        ModelError: the encoder cannot be loaded, or the teacher does not end as CLIP's text tower.
+    """
+    last = getattr(teacher.backbone, "final_layer_norm", None)
+    if not (
+        isinstance(last, nn.LayerNorm)
+        and isinstance(teacher.norm, nn.Identity)
+        and isinstance(teacher.projection, nn.Linear)
+        and teacher.projection.bias is None
+    ):
+        raise ModelError(
+            "the token method needs a teacher whose text tower ends in a normalisation of every "
+            "token and one projection, as CLIP's does; --method sentence does not."
+        )
+    coding = Coding(code, len(last.weight), last.eps if final_norm else None)
+    student = _student(*backbones.load_encoder(name), teacher.embedding_dim, coding=coding)
+    copied = {student.projection: teacher.projection}
+    if final_norm:
+        copied[student.norm.final_norm] = last
+    for own, theirs in copied.items():
+        own.load_state_dict(theirs.state_dict())
+        own.requires_grad_(False)
+    return student
 
 
 def load_student(folder: Path, teacher: str | None = None) -> SentenceEncoder:
@@ -51,8 +147,18 @@ def load_student(folder: Path, teacher: str | None = None) -> SentenceEncoder:
                 "this one. Align it again, or use the CLIP-VE it belongs to."
             )
         model, tokenizer = backbones.load_encoder(folder / "encoder")
-        student = _student(model, tokenizer, config["embedding_dim"])
+        student = _student(
+            model,
+            tokenizer,
+            config["embedding_dim"],
+            config["pooling"],
+            config.get("projection", "linear"),  # not named by earlier versions, which had no other
+            Coding(**config["coding"]) if "coding" in config else None,
+        )
         load_weights(_added_parts(student), folder / "projection.safetensors")
+        if "vocabulary" in config:
+            kept = load_file(folder / _VOCABULARY)["kept"].numpy()
+            student.trimmed = Trimmed(kept, **config["vocabulary"])
     student.fingerprint = config["fingerprint"]
     return student.eval()
 
@@ -63,16 +169,50 @@ def save_student(
     """Writes a student into an existing folder; returns its fingerprint."""
     student.save_pretrained(folder / "encoder")
     save_weights(_added_parts(student), folder / "projection.safetensors")
+    vocabulary = {}
+    if (trimmed := student.trimmed) is not None:
+        save_file({"kept": torch.from_numpy(trimmed.kept)}, folder / _VOCABULARY)
+        vocabulary = {"vocabulary": {"num_tokens": trimmed.num_tokens, "encoder": trimmed.encoder}}
+    coding = {}
+    if isinstance(student.norm, CodedState):
+        coding = {"coding": dataclasses.asdict(student.norm.coding)}
     return seal(
         folder,
         FORMAT,
         {
+            **vocabulary,
+            **coding,
             "languages": list(languages),
-            "pooling": "terminal",
+            "pooling": student.pooling,
+            "projection": "mlp" if isinstance(student.projection, nn.Sequential) else "linear",
             "embedding_dim": student.embedding_dim,
             "teacher": teacher,
         },
     )
+
+
+def restore_student(folder: Path, encoder: str | Path | None = None) -> SentenceEncoder:
+    """A student of a trimmed vocabulary as if it had been trained without trimming, in eval mode.
+
+    Args:
+        folder: the student's folder.
+        encoder: the encoder it was trained from; None: where it was then.
+
+    Raises:
+        ModelError: as `load_student`, or its vocabulary is whole, or that is another encoder.
+    """
+    student = load_student(folder)
+    if student.trimmed is None:
+        raise ModelError(f"{folder}: its vocabulary is whole already; nothing to restore.")
+    kind: Projection = "mlp" if isinstance(student.projection, nn.Sequential) else "linear"
+    whole = _student(
+        *backbones.load_encoder(encoder or student.trimmed.encoder),
+        student.embedding_dim,
+        student.pooling,
+        kind,
+        student.norm.coding if isinstance(student.norm, CodedState) else None,
+    )
+    return restore_vocabulary(student, whole).eval()
 
 
 def find_students(runs: Path) -> dict[str, Path]:
@@ -94,22 +234,32 @@ def find_students(runs: Path) -> dict[str, Path]:
     return {language: folder for language, (_, folder) in sorted(found.items())}
 
 
-def _student(model: Any, tokenizer: Any, embedding_dim: int) -> SentenceEncoder:
+def _student(
+    model: Any,
+    tokenizer: Any,
+    embedding_dim: int,
+    pooling: Pooling = "terminal",
+    projection: Projection = "linear",
+    coding: Coding | None = None,
+) -> SentenceEncoder:
     width = model.config.hidden_size
-    student = SentenceEncoder(
+    read = nn.LayerNorm(width) if coding is None else CodedState(width, coding)
+    last = nn.Linear(width if coding is None else coding.width, embedding_dim, bias=False)
+    return SentenceEncoder(
         model,
         tokenizer,
-        nn.LayerNorm(width),
-        nn.Linear(width, embedding_dim, bias=False),
+        read,
+        last if projection == "linear" else nn.Sequential(nn.Linear(width, width), nn.GELU(), last),
         hub_model=model,
         causal=False,
         max_tokens=backbones.max_tokens(model),
         first_position=backbones.first_position(model),
         terminal_id=backbones.terminal_id(tokenizer),
+        pooling=pooling,
     )
-    return student
 
 
 def _added_parts(student: SentenceEncoder) -> nn.ModuleDict:
     """What the student adds to its encoder."""
-    return nn.ModuleDict({"layer_norm": student.norm, "projection": student.projection})
+    name = "coded_state" if isinstance(student.norm, CodedState) else "layer_norm"
+    return nn.ModuleDict({name: student.norm, "projection": student.projection})

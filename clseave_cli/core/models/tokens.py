@@ -51,6 +51,21 @@ class TokenTable:
         return self.offsets[sentences + 1] - self.offsets[sentences]
 
 
+@dataclass(frozen=True, eq=False)
+class Trimmed:
+    """What of an encoder's vocabulary was kept when the rest was taken out.
+
+    Attributes:
+        kept: (K,) int64 ids in the whole vocabulary, ascending; the new ids count through them.
+        num_tokens: rows of the whole table.
+        encoder: name of the encoder that has it.
+    """
+
+    kept: npt.NDArray[np.int64]
+    num_tokens: int
+    encoder: str
+
+
 def tokenize(
     backend: Tokenizer, sentences: Sequence[str], *, max_tokens: int, terminal_id: int
 ) -> TokenTable:

@@ -1,7 +1,8 @@
 """Training state on disk: everything the next step depends on, as safetensors and JSON.
 
 A state is a folder `state-{step}`, written aside and renamed, with a digest per file. What is not
-stored is derived: the order of the examples from seed and epoch, the learning rate from the step.
+stored is derived: the order of the examples from seed, epoch and the dev figures of the last one,
+the learning rate from the step.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class LoopState:
         best: the dev figure of the best epoch so far.
         best_epoch: that epoch, counted from 1.
         dev: all dev figures of the best epoch.
+        last_dev: those of the last epoch done.
         epochs_without_gain: epochs since then.
         loss_sum: training loss summed over this epoch's examples.
         num_seen: examples seen this epoch.
@@ -54,6 +56,7 @@ class LoopState:
     best: float | None = None
     best_epoch: int = 0
     dev: dict[str, float] | None = None
+    last_dev: dict[str, float] | None = None
     epochs_without_gain: int = 0
     loss_sum: float = 0.0
     num_seen: int = 0

@@ -76,6 +76,8 @@ class Stage:
         evaluate: dev figures; called with the module in eval mode and gradients off.
         selection: which of them chooses the checkpoint.
         title: goes into progress and messages, such as `align de`; otherwise the name.
+        sample: the batches of an epoch, from its number and the dev figures after the one before
+            (none before the first); as many as `batches` makes of `num_examples`. None: `batches`.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Stage:
     evaluate: Callable[[], dict[str, float]]
     selection: Selection
     title: str = ""
+    sample: Callable[[int, dict[str, float]], list[Rows]] | None = None
 
     def __str__(self) -> str:
         return self.title or self.name
@@ -126,6 +129,11 @@ def batches(num_examples: int, batch_size: int, *, seed: int, epoch: int) -> lis
     """
     order = np.random.default_rng([seed, epoch]).permutation(num_examples)
     return np.array_split(order, math.ceil(num_examples / batch_size))
+
+
+def overall(dev: dict[str, float]) -> dict[str, float]:
+    """The dev figures that are of the whole; those of a part are named `figure/part`."""
+    return {name: value for name, value in dev.items() if "/" not in name}
 
 
 def train(
@@ -210,12 +218,7 @@ class _Run:
     def _epoch(self, stop_requested: Callable[[], bool]) -> None:
         """The rest of the current epoch."""
         state = self.state
-        todo = batches(
-            self.stage.num_examples,
-            self.config.batch_size,
-            seed=self.config.seed,
-            epoch=state.epoch,
-        )[state.batch : state.batch + self.total_steps - state.step]
+        todo = self._batches()[state.batch : state.batch + self.total_steps - state.step]
         self.stage.module.train()
         title = f"{self.stage}: epoch {state.epoch + 1}/{self.config.epochs}"
         with self.progress.task(title, self.stage.num_examples, "pairs") as task:
@@ -230,6 +233,15 @@ class _Run:
                 task.advance(len(rows), **figures)
                 self._save_if_due(stop_requested)
                 begin = time.monotonic()
+
+    def _batches(self) -> list[Rows]:
+        """All batches of the current epoch."""
+        state, config = self.state, self.config
+        if self.stage.sample is not None:
+            return self.stage.sample(state.epoch, state.last_dev or {})
+        return batches(
+            self.stage.num_examples, config.batch_size, seed=config.seed, epoch=state.epoch
+        )
 
     def _prepared(self, todo: list[Rows]) -> Iterator[tuple[Rows, list[_Part]]]:
         """Batches with their parts prepared, a few ahead of the step that uses them."""
@@ -319,6 +331,7 @@ class _Run:
             dev = self.processes.agree(self.stage.evaluate())
         value = dev[self.stage.selection.metric]
         state = self.state
+        state.last_dev = dev
         if self.stage.selection.better(value, state.best):
             state.best, state.best_epoch, state.dev = value, state.epoch + 1, dev
             state.epochs_without_gain = 0
@@ -326,7 +339,7 @@ class _Run:
         else:
             state.epochs_without_gain += 1
         self._record({"loss": loss, "dev": dev})
-        shown = " · ".join(f"{name} {figure:.4g}" for name, figure in dev.items())
+        shown = " · ".join(f"{name} {figure:.4g}" for name, figure in overall(dev).items())
         self.progress.note(
             f"{self.stage}: epoch {state.epoch + 1}: train loss {loss:.4f} · dev {shown}"
         )

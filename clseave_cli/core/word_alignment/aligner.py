@@ -103,16 +103,16 @@ class WordAligner:
 
     def _states(self, side: WordTokens, sentences: npt.NDArray[np.intp]) -> tuple[Tensor, Tensor]:
         """(B, T, H) float32 states and (B, T) words of the tokens of some sentences."""
-        batch = self._encoder.pack(side.tokens, sentences)
-        states = self._encoder.hidden_states(batch, self._layer)  # (rows * tokens, H)
+        batch = self._encoder.pack(side.tokens, sentences).to(self._encoder.device)
+        states = self._encoder.hidden_states(batch, self._layer).flatten(0, 1)
         lengths = torch.from_numpy(side.tokens.lengths(sentences))[:, None]  # (B, 1)
         token = torch.arange(-(-int(lengths.max()) // _STEP) * _STEP)
         inside = token < lengths  # (B, T)
         offsets = torch.from_numpy(side.tokens.offsets[sentences])[:, None]
         words = torch.from_numpy(side.word_of_token)[torch.where(inside, offsets + token, 0)]
-        words = words.masked_fill(~inside, NONE)
-        places = torch.where(inside, batch.terminals[:, None] - lengths + 1 + token, 0)
-        return states[places.to(states.device)].float(), words.to(states.device)
+        words = words.masked_fill(~inside, NONE).to(states.device)
+        within = torch.where(inside, token, 0).to(states.device)
+        return states[batch.starts[:, None] + within].float(), words
 
 
 def load_aligner(

@@ -1,0 +1,128 @@
+"""Which training pairs an epoch meets, and which of them share a batch.
+
+Legend: U distinct training pairs · N pairs met in an epoch · L languages.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from clseave_cli.core.alignment.corpus import TrainingPairs
+from clseave_cli.core.config import StudentConfig
+from clseave_cli.core.training.loop import Rows, batches
+from clseave_cli.errors import UsageError
+
+#: τ of self-paced sampling, as in its source.
+_SELF_PACED_TEMPERATURE = 0.1
+
+
+class Sampler:
+    """The batches of each epoch, from its number and the last dev figures alone.
+
+    - `proportional`: every pair once.
+    - `uniform`: every language equally often.
+    - `temperature`: as often as its pairs to the power of 1/T (Arivazhagan et al. 2019, §4.2).
+    - `self-paced`: language i with the share softmax(−r_i / 0.1), where r_i is its dev recall among
+      the nearest ten after the epoch before; in the first epoch, equally often (visually grounded
+      cross-lingual transfer, "Multilingual as Multitask", a).
+
+    A language that is to be met more often than it has pairs repeats them, in a new order each
+    time. Parallel batches are put together from English sentences, each with all its translations.
+    """
+
+    def __init__(self, pairs: TrainingPairs, config: StudentConfig) -> None:
+        """Looks at what there is.
+
+        Raises:
+            UsageError: options that exclude each other.
+        """
+        if config.parallel_batches and config.sampling != "proportional":
+            raise UsageError(
+                f"--parallel-batches: takes every language of a sentence, so --sampling "
+                f"{config.sampling} has nothing to choose; leave one of them out."
+            )
+        self._config = config
+        self._languages = pairs.languages
+        self._sizes = np.bincount(pairs.language, minlength=len(pairs.languages))
+        self._firsts = np.cumsum(self._sizes) - self._sizes
+        self.num_examples = config.epoch_pairs or len(pairs)
+        if config.parallel_batches:
+            # The pairs of English sentence 0, then those of 1, and so on.
+            self._by_source = np.argsort(pairs.teacher.index, kind="stable")
+            counts = np.bincount(pairs.teacher.index)
+            self._source_ends = np.cumsum(counts)
+            self._source_starts = self._source_ends - counts
+
+    def batches(self, epoch: int, dev: dict[str, float]) -> list[Rows]:
+        """The batches of an epoch.
+
+        Args:
+            epoch: its number, from 0.
+            dev: the figures after the epoch before; empty before the first.
+        """
+        config = self._config
+        plain = config.sampling == "proportional" and not config.parallel_batches
+        if plain and self.num_examples == self._sizes.sum():
+            return batches(self.num_examples, config.batch_size, seed=config.seed, epoch=epoch)
+        random = np.random.default_rng([config.seed, epoch])
+        num_batches = math.ceil(self.num_examples / config.batch_size)
+        if config.parallel_batches:
+            return self._parallel(num_batches, random)
+        counts = whole_parts(self.shares(dev), self.num_examples)
+        drawn = [
+            first + _repeated(size, count, random)
+            for first, size, count in zip(self._firsts, self._sizes, counts, strict=True)
+        ]
+        return np.array_split(random.permutation(np.concatenate(drawn)), num_batches)
+
+    def shares(self, dev: dict[str, float]) -> npt.NDArray[np.float64]:
+        """(L,) the languages' shares of an epoch, given the dev figures of the one before."""
+        sampling = self._config.sampling
+        if sampling == "self-paced":
+            # All alike where nothing is known yet.
+            recall = np.array([dev.get(f"recall_at_10/{lang}", 0.0) for lang in self._languages])
+            weights = np.exp(-(recall - recall.min()) / _SELF_PACED_TEMPERATURE)
+        else:
+            power = {
+                "proportional": 1.0,
+                "uniform": 0.0,
+                "temperature": 1 / self._config.sampling_temperature,
+            }[sampling]
+            weights = self._sizes.astype(np.float64) ** power
+        shares: npt.NDArray[np.float64] = weights / weights.sum()
+        return shares
+
+    def _parallel(self, num_batches: int, random: np.random.Generator) -> list[Rows]:
+        """Batches of about equally many English sentences, each with all its translations."""
+        num_sources = len(self._source_ends)
+        wanted = max(num_batches, round(num_sources * self.num_examples / self._sizes.sum()))
+        sources = _repeated(num_sources, wanted, random)
+        return [
+            np.concatenate(
+                [
+                    self._by_source[start:end]
+                    for start, end in zip(
+                        self._source_starts[some], self._source_ends[some], strict=True
+                    )
+                ]
+            )
+            for some in np.array_split(sources, num_batches)
+        ]
+
+
+def whole_parts(shares: npt.NDArray[np.float64], total: int) -> Rows:
+    """Whole numbers in the ratio of the shares that sum to `total` (largest remainders)."""
+    exact = shares * total
+    parts = np.floor(exact).astype(np.intp)
+    short = total - int(parts.sum())
+    parts[np.argsort(parts - exact, kind="stable")[:short]] += 1
+    return parts
+
+
+def _repeated(size: int, count: int, random: np.random.Generator) -> Rows:
+    """`count` of `size` items: each as often as any other, or once more or less."""
+    rounds = [random.permutation(size) for _ in range(math.ceil(count / size))]
+    return np.concatenate([np.empty(0, dtype=np.intp), *rounds])[:count]
