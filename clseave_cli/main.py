@@ -14,6 +14,7 @@ import typer.core
 from clseave_cli import __version__
 from clseave_cli.commands import (
     align,
+    autoencode,
     compare,
     demo,
     evaluate,
@@ -92,6 +93,7 @@ _COMMANDS: dict[str, tuple[type[config.StageConfig], Callable[..., None]]] = {
     "pretrain": (config.PretrainConfig, pretrain.run),
     "finetune-ve": (config.FinetuneConfig, finetune_ve.run),
     "align": (config.AlignConfig, align.run),
+    "autoencode": (config.AutoencodeConfig, autoencode.run),
     "word-align": (config.WordAlignConfig, word_align.run),
     "evaluate": (config.EvaluateConfig, evaluate.run),
     "predict": (config.PredictConfig, predict.run),

@@ -470,6 +470,45 @@ class CurveConfig(StudentConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AutoencodeConfig(TrainingConfig, DataConfig):
+    """`autoencode`: the autoencoder of the token method (thesis 3.2.2 and Table A.1)."""
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "thesis": {
+            "student": "google-bert/bert-base-multilingual-cased",
+            "code": "relu",
+            "epochs": 20,
+            "batch_size": 256,
+            "learning_rate": 1e-5,
+            "weight_decay": 1e-6,
+            "warmup_fraction": 0.0,
+            "schedule": "constant",
+        },
+        "mini-ve": {"learning_rate": 1e-3},
+    }
+
+    lang: tuple[str, ...] = option((), "Language to train on; repeat for several.", metavar="LANG")
+    student: str = option(
+        "google-bert/bert-base-multilingual-cased",
+        "Encoder whose states are coded (hub id or folder).",
+        metavar="NAME_OR_DIR",
+    )
+    teacher: Path | None = option(
+        None, "CLIP-VE folder whose width codes get; unset: RUNS/clip-ve.", metavar="DIR"
+    )
+    code: Code = option("relu", "Whether both layers end in a ReLU, as the thesis's do.")
+    out: Path | None = option(None, "Folder to write; unset: RUNS/autoencoder.", metavar="DIR")
+    epochs: int = option(20, "Passes over the training data.", least=1)
+    batch_size: int = option(256, "Sentences in one optimiser step.", least=1)
+    learning_rate: float = option(1e-5, "Peak learning rate.", least=0)
+    weight_decay: float = option(1e-6, "Decoupled weight decay (AdamW).", least=0)
+    warmup_fraction: float = option(0.0, "Share of the steps over which the rate rises.", least=0)
+    schedule: Literal["constant", "linear", "cosine"] = option(
+        "constant", "How the learning rate falls after the warm-up."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class WordAlignConfig(StageConfig, WordAlignerConfig):
     """`word-align`: which words of parallel sentences translate each other."""
 

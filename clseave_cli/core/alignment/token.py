@@ -65,10 +65,9 @@ def token_student(
     if not config.pretrained_code:
         return student, {}
     coded = _coded_state(student)
-    width = student.backbone.config.hidden_size
     autoencoder, fingerprint = load_autoencoder(
         config.autoencoder or config.runs / "autoencoder",
-        Autoencoder(width, coded.coding.width, config.code),
+        Autoencoder(student.state_width, coded.coding.width, config.code),
     )
     coded.coder.load_state_dict(autoencoder.encoder.state_dict())
     return student, {"autoencoder": fingerprint}

@@ -92,6 +92,11 @@ class SentenceEncoder(nn.Module):
         return len(last)
 
     @property
+    def state_width(self) -> int:
+        """H."""
+        return int(self.backbone.config.hidden_size)
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.projection.parameters()).device
