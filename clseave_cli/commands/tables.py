@@ -12,6 +12,7 @@ from clseave_cli.core.reporting.numbers import DASH, mean_and_spread, p_value, p
 
 if TYPE_CHECKING:
     from clseave_cli.core.comparison import Comparison
+    from clseave_cli.core.reporting.data_curves import DataCurves
     from clseave_cli.core.results import LanguageResult, Results
 
 
@@ -95,6 +96,18 @@ def seeds_table(results: Results) -> Table:
                 mean_and_spread(figures.get("ratio_to_english")),
                 mean_and_spread(figures.get("macro_f1")),
             )
+    return table
+
+
+def data_curves_table(curves: DataCurves) -> Table:
+    """What students reach by the number of sentences they learnt from."""
+    english = "" if curves.english is None else f"; the teacher: {percent(curves.english)}"
+    table = _table("Students by number of sentences", f"{curves.figure[1]}{english}")
+    table.add_column("sentences", justify="right", no_wrap=True)
+    for name in curves.series:
+        table.add_column(name, justify="right")
+    for row in curves.rows():
+        table.add_row(*row)
     return table
 
 

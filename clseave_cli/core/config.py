@@ -551,6 +551,7 @@ class EvaluateConfig(SeededConfig, DataConfig, EngineConfig):
         "Folder of the models; repeat for the same models of several seeds.",
         metavar="DIR",
     )
+    students: Path | None = option(None, "Folder of the students; unset: the same.", metavar="DIR")
     lang: tuple[str, ...] = option(
         (), "Language to evaluate; repeat; unset: all there are.", metavar="LANG"
     )

@@ -200,16 +200,16 @@ def _write(
         config.report,
         curves=[
             curve
-            for name in ("clip", *_model_names(outputs.values()))
-            if (curve := read_learning_curve(config.runs[0] / name)) is not None
+            for model in _model_folders(config.runs[0], outputs.values())
+            if (curve := read_learning_curve(model)) is not None
         ],
         galleries=[_examples(shown, images), _errors(shown, images)],
     )
 
 
-def _model_names(outputs: Iterable[_Outputs]) -> list[str]:
-    students = [own.system.student.name for own in outputs if own.system.student is not None]
-    return list(dict.fromkeys(["clip-ve", *students]))
+def _model_folders(runs: Path, outputs: Iterable[_Outputs]) -> list[Path]:
+    students = [own.system.student for own in outputs if own.system.student is not None]
+    return list(dict.fromkeys([runs / "clip", runs / "clip-ve", *students]))
 
 
 def _evaluate(
@@ -281,7 +281,7 @@ def _with_seeds(config: EvaluateConfig, first: _Evaluation, others: list[_Evalua
 
 def _systems(config: EvaluateConfig, runs: Path, folder: Path, progress: Progress) -> list[_System]:
     """What to evaluate of one folder of models: English first, then language by language."""
-    students = find_students(runs)
+    students = find_students(config.students or runs)
     zero_shot = config.mode != "translate-test"
     if config.lang:
         for lang in config.lang:

@@ -28,15 +28,20 @@ from clseave_cli.core.alignment.dev import (
     images_for_accuracy,
     selection,
 )
-from clseave_cli.core.alignment.objectives import Objective, SentenceObjective, comparison
-from clseave_cli.core.alignment.sampling import Sampler
+from clseave_cli.core.alignment.objectives import (
+    Objective,
+    SentenceObjective,
+    comparison,
+    require_fitting,
+)
+from clseave_cli.core.alignment.sampling import Sampler, require_possible
 from clseave_cli.core.alignment.token import (
     TokenCorpus,
     TokenObjective,
     TokenPairs,
     token_student,
 )
-from clseave_cli.core.config import AlignConfig
+from clseave_cli.core.config import AlignConfig, StudentConfig
 from clseave_cli.core.data.hub import data_folder
 from clseave_cli.core.data.images import ImageFolder
 from clseave_cli.core.data.records import (
@@ -80,7 +85,8 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
     Raises:
         ClseaveError: bad data, an unusable model, a full disk, a collapse, or an interruption.
     """
-    languages = _languages(config)
+    languages = student_languages(config)
+    require_possible(config)
     out = config.out or config.runs / f"align-{'+'.join(languages)}"
     require_writable(out)
     if config.resume and is_complete(out):
@@ -95,6 +101,7 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
 
     teacher = ClipVE.from_folder(config.teacher or config.runs / "clip-ve").to(device)
     teacher.requires_grad_(False)
+    require_fitting(config, teacher)
     torch.manual_seed(config.seed)
     inputs = {"teacher": teacher.fingerprint}
     if config.method == "sentence":
@@ -129,15 +136,16 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
             inputs |= words.add(training, part, corpus.english)
         dev_text[lang] = dev
     del reader, training, parallel
+    corpus.require_images()
     if config.include_english:
         part = corpus.add_english()
         if words is not None:
             words.add_english(part, corpus.english)
         dev_text[ENGLISH] = as_english(dev_text[languages[0]])
     images = images_for_accuracy(folder, config, dev_text.values())
+    token_pairs = None if words is None else words.pairs(corpus.english)
     run = Run("align", out, config, inputs)
 
-    token_pairs = None if words is None else words.pairs(corpus.english)
     if config.trim_vocabulary:
         corpus.renumber_tokens(trim_vocabulary(student, corpus.token_ids(), config.student))
     pairs = corpus.pairs(teacher, seen_images, with_autocast, progress)
@@ -200,8 +208,23 @@ def _objective(
     )
 
 
-def _languages(config: AlignConfig) -> tuple[str, ...]:
-    """The languages the student will read: English last, if it is asked for."""
+def count_sentences(config: StudentConfig, progress: Progress = SILENT) -> dict[str, int]:
+    """How many distinct English sentences there are to learn each `--lang` from.
+
+    Raises:
+        ClseaveError: bad data.
+    """
+    folder = data_folder(config.data, progress)
+    reader = ParallelReader(folder, config, progress)
+    return {lang: len(set(reader.read(lang)[0].sources)) for lang in config.lang}
+
+
+def student_languages(config: StudentConfig) -> tuple[str, ...]:
+    """The languages the student will read: English last, if it is asked for.
+
+    Raises:
+        UsageError: none is named, or one cannot be.
+    """
     if not config.lang:
         raise UsageError("--lang is missing; for example --lang de.")
     for lang in config.lang:

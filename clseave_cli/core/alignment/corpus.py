@@ -244,6 +244,18 @@ class Corpus:
         self._parts.append(part)
         return part
 
+    def require_images(self) -> None:
+        """Refuses text for an objective that looks at images.
+
+        Raises:
+            DataError: no row names one.
+        """
+        if self._paired is not None and not len(self._paired):
+            raise DataError(
+                "--objective head-aware: no training row names an image; "
+                "--objective mse needs only text."
+            )
+
     def token_ids(self) -> npt.NDArray[np.int32]:
         """The ids that occur, in order."""
         return np.unique(np.concatenate([part.tokens.ids for part in self._parts]))
@@ -270,7 +282,7 @@ class Corpus:
         """Everything taken in, with the teacher's embeddings, and those of the images if noted.
 
         Raises:
-            DataError: an image is missing or damaged, or no row names one.
+            DataError: an image is missing or damaged.
         """
         vectors = sentence_embeddings(
             teacher.text,
@@ -366,6 +378,9 @@ class _PairedNames:
         self._where: list[str] = []
         self._beside: list[npt.NDArray[np.int64]] = []
 
+    def __len__(self) -> int:
+        return len(self._names)
+
     def add(self, split: Split, sources: Rows) -> None:
         """Takes in the rows of a language; `sources` numbers their English sentences."""
         numbers = []
@@ -389,11 +404,6 @@ class _PairedNames:
         progress: Progress,
     ) -> PairedImages:
         """The embeddings of all these images, by English sentence."""
-        if not self._names:
-            raise DataError(
-                "--objective head-aware: no training row names an image; "
-                "--objective mse needs only text."
-            )
         features = image_vectors(
             teacher.image,
             self._names,

@@ -131,8 +131,8 @@ class SentenceObjective:
         return torch.mean(per_pair * batch.weights.to(embeddings.device))
 
 
-def comparison(config: StudentConfig, teacher: ClipVE, pairs: TrainingPairs) -> Comparison:
-    """The loss that `--objective` names (docs/methods.md, "Objectives").
+def require_fitting(config: StudentConfig, teacher: ClipVE) -> None:
+    """Refuses an objective that cannot work with a teacher.
 
     Raises:
         UsageError: it says nothing about the length of embeddings, which the head looks at.
@@ -143,6 +143,11 @@ def comparison(config: StudentConfig, teacher: ClipVE, pairs: TrainingPairs) -> 
             f"--objective {name}: leaves the length of embeddings open, and the head of "
             f"{config.teacher or config.runs / 'clip-ve'} looks at it; take mse or mse+cosine."
         )
+
+
+def comparison(config: StudentConfig, teacher: ClipVE, pairs: TrainingPairs) -> Comparison:
+    """The loss that `--objective` names (docs/methods.md, "Objectives")."""
+    name = config.objective
     if name == "mse":
         return squared_error
     if name == "cosine":

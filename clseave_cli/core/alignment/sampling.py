@@ -19,6 +19,19 @@ from clseave_cli.errors import UsageError
 _SELF_PACED_TEMPERATURE = 0.1
 
 
+def require_possible(config: StudentConfig) -> None:
+    """Refuses options that exclude each other.
+
+    Raises:
+        UsageError: they do.
+    """
+    if config.parallel_batches and config.sampling != "proportional":
+        raise UsageError(
+            f"--parallel-batches: takes every language of a sentence, so --sampling "
+            f"{config.sampling} has nothing to choose; leave one of them out."
+        )
+
+
 class Sampler:
     """The batches of each epoch, from its number and the last dev figures alone.
 
@@ -34,16 +47,7 @@ class Sampler:
     """
 
     def __init__(self, pairs: TrainingPairs, config: StudentConfig) -> None:
-        """Looks at what there is.
-
-        Raises:
-            UsageError: options that exclude each other.
-        """
-        if config.parallel_batches and config.sampling != "proportional":
-            raise UsageError(
-                f"--parallel-batches: takes every language of a sentence, so --sampling "
-                f"{config.sampling} has nothing to choose; leave one of them out."
-            )
+        """Looks at what there is."""
         self._config = config
         self._languages = pairs.languages
         self._sizes = np.bincount(pairs.language, minlength=len(pairs.languages))

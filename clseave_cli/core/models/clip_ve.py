@@ -70,11 +70,13 @@ class ClipVE(nn.Module):
         with unsealed(folder, FORMAT, without=None if text is None else "text") as config:
             head = EntailmentHead(HeadConfig(**config["head"]))
             load_weights(head, folder / "head.safetensors")
-            model = cls(
-                backbones.load_clip_text(folder / "text") if text is None else text,
-                backbones.load_clip_image(folder / "image"),
-                head,
-            )
+            if text is None:
+                text = backbones.load_clip_text(folder / "text")
+            image = backbones.load_clip_image(folder / "image")
+            try:
+                model = cls(text, image, head)
+            except ModelError as error:
+                raise ModelError(f"{folder}: {error}") from None
         model.fingerprint = config["fingerprint"]
         return model.eval()
 

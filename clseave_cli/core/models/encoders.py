@@ -275,7 +275,7 @@ def pool(hidden: Tensor, batch: PackedBatch, pooling: Pooling) -> Tensor:
         return flat[batch.starts]
     # A product with zeros and ones: next to nothing beside the backbone, and the same bits every
     # time, which adding at indices on a GPU is not.
-    sentences = torch.arange(len(batch.terminals), device=hidden.device)
+    sentences = torch.arange(batch.terminals.shape[0], device=hidden.device)
     belongs = (sentences[:, None] == batch.segments.flatten()).float()  # (B, R · T)
     with torch.autocast(hidden.device.type, enabled=False):
         return belongs @ flat.float() / belongs.sum(dim=1, keepdim=True)

@@ -10,7 +10,7 @@ import io
 import math
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -22,6 +22,9 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodF
 from clseave_cli.core.reporting.curves import LearningCurve
 from clseave_cli.core.results import LanguageResult, Results
 from clseave_cli.labels import LABELS
+
+if TYPE_CHECKING:
+    from clseave_cli.core.reporting.data_curves import DataCurves
 
 _INK, _MUTED, _GRID = "#1f2937", "#6b7280", "#e5e7eb"
 _ENGLISH, _OTHER, _ACCENT = "#334155", "#3b76d6", "#c2410c"
@@ -53,6 +56,42 @@ def draw_figures(results: Results, curves: Sequence[LearningCurve]) -> dict[str,
     for stage, runs in by_stage.items():
         figures[f"curves-{stage}"] = _alignment(runs) if _has_mse(runs) else _loss_accuracy(runs)
     return {name: _png(figure, str(results.signature)) for name, figure in figures.items()}
+
+
+def draw_data_curves(curves: DataCurves) -> bytes:
+    """The PNG of what students reach by the number of sentences they learnt from.
+
+    A language has one colour; students of several languages are dashed.
+    """
+    figure = _figure(3.4)
+    axes = figure.add_subplot()
+    _tidy(axes)
+    languages = sorted({point.lang for point in curves.points})
+    for name in curves.series:
+        points = [point for point in curves.points if point.series == name]
+        points.sort(key=lambda point: point.num_sentences)
+        colour = _SERIES[languages.index(points[0].lang) % len(_SERIES)]
+        x = [point.num_sentences for point in points]
+        style = "o-" if len(points[0].languages) == 1 else "s--"
+        y = [100 * curves.value(point) for point in points]
+        axes.plot(x, y, style, color=colour, markersize=3.5, linewidth=1.4, label=_plain(name))
+        if curves.figure[0] == "accuracy":
+            low, high = (
+                [100 * (getattr(point, end) or curves.value(point)) for point in points]
+                for end in ("accuracy_low", "accuracy_high")
+            )
+            axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+    if curves.english is not None and curves.figure[0] == "accuracy":
+        axes.axhline(
+            100 * curves.english, color=_MUTED, linewidth=0.8, linestyle=":", label="teacher"
+        )
+    axes.set_xscale("log")
+    numbers = sorted({point.num_sentences for point in curves.points})
+    axes.set_xticks(numbers, [f"{number:,}" for number in numbers])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    _axis_names(axes, "distinct sentences", curves.figure[1])
+    figure.legend(loc="outside upper left", ncols=6, frameon=False, fontsize=8, labelcolor=_MUTED)
+    return _png(figure, f"measured on {curves.split}")
 
 
 def _png(figure: Figure, signature: str) -> bytes:

@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from clseave_cli import __version__
-from clseave_cli.core.config import TrainingConfig
+from clseave_cli.core.config import StageConfig, TrainingConfig
 from clseave_cli.core.files import atomic_folder, read_json, write_json
 from clseave_cli.core.training import tracking
 from clseave_cli.core.training.distribution import processes
@@ -53,10 +53,7 @@ class Run:
         self.folder = self._partial / "training"
         record = {
             "stage": stage,
-            "options": {
-                field.name: _plain(getattr(config, field.name))
-                for field in dataclasses.fields(config)
-            },
+            "options": plain_options(config),
             "inputs": inputs,
             "versions": {
                 "clseave": __version__,
@@ -74,7 +71,7 @@ class Run:
                     f"{self._partial}: an unfinished run lies there; --resume continues it, "
                     "deleting that folder forgets it."
                 )
-            _require_same(read_json(self.folder / "run.json"), record, self._partial)
+            require_same(read_json(self.folder / "run.json"), record, self._partial)
         else:
             with atomic_folder(self._partial) as aside:
                 (aside / "training").mkdir()
@@ -124,17 +121,32 @@ def require_writable(out: Path) -> None:
             raise ClseaveError(f"{path}: is a file; expected a folder to write models into.")
 
 
+def plain_options(config: StageConfig) -> dict[str, Any]:
+    """Every resolved option, as JSON keeps it."""
+    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return list(value) if isinstance(value, tuple) else value
 
 
-def _require_same(old: dict[str, Any], new: dict[str, Any], partial: Path) -> None:
+def require_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
+    """Refuses to go on with what was made in another way.
+
+    Args:
+        old: `options` and `inputs` of the record that lies there.
+        new: those of this run.
+        folder: where it lies.
+
+    Raises:
+        UsageError: they differ; names the first.
+    """
     for group in ("options", "inputs"):
         for name, value in new[group].items():
             if name not in _FREE_OPTIONS and old[group].get(name) != value:
                 raise UsageError(
-                    f"{partial}: was run with {name} = {old[group].get(name)!r}, not {value!r}; "
+                    f"{folder}: was run with {name} = {old[group].get(name)!r}, not {value!r}; "
                     "resume with the same options and data, or delete that folder."
                 )

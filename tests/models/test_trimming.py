@@ -1,0 +1,308 @@
+"""A trimmed vocabulary: the same tokens and vectors on its text, and the way back."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tiny_world import QUICK, flip_byte, read_jsonl, sentences
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    PreTrainedTokenizerFast,
+    XLMRobertaConfig,
+    XLMRobertaModel,
+)
+
+from clseave_cli import VisualEntailment
+from clseave_cli.core.alignment import align
+from clseave_cli.core.config import AlignConfig
+from clseave_cli.core.models import trimming
+from clseave_cli.core.models.encoders import module_digest
+from clseave_cli.core.models.student import (
+    load_student,
+    new_student,
+    restore_student,
+    save_student,
+)
+from clseave_cli.core.models.trimming import trim_vocabulary
+from clseave_cli.errors import ModelError
+
+#: What the whole vocabulary is learnt from; the languages in use are the first two sentences.
+CORPUS = [
+    "Das Quadrat ist rot und das andere Quadrat ist blau.",
+    "Draußen wartet ein Hund auf den anderen Hund.",
+    "The square is red and the other square is blue.",
+    "A dog waits outside for another dog.",
+    "Le carré est rouge et un autre carré est bleu.",
+    "赤い四角があります。犬が待っています。",
+] * 4
+USED = CORPUS[:2]
+OTHERS = [*CORPUS[2:6], "Quadratisch, rotblau!", "🙂 x", ""]
+
+SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
+
+
+def _unigram():
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=200, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.add_special_tokens(["<mask>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return tokenizer
+
+
+def _bpe():
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, special_tokens=SPECIAL, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.RobertaProcessing(("</s>", 2), ("<s>", 0)),
+        ]
+    )
+    return tokenizer
+
+
+def _wordpiece_bpe():
+    """BPE that marks continuations, as WordPiece does."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", continuing_subword_prefix="##"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=220, special_tokens=SPECIAL, continuing_subword_prefix="##",
+        show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    return tokenizer
+
+
+def _write_xlmr(folder, tokenizer):
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", sep_token="</s>",
+        cls_token="<s>", unk_token="<unk>", pad_token="<pad>",
+    ).save_pretrained(folder)  # fmt: skip
+    config = XLMRobertaConfig(
+        # More rows than tokens, as some models have.
+        vocab_size=tokenizer.get_vocab_size() + 5, hidden_size=32, num_hidden_layers=1,
+        num_attention_heads=2, intermediate_size=32, max_position_embeddings=130,
+        type_vocab_size=1, bos_token_id=0, pad_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    XLMRobertaModel(config, add_pooling_layer=False).save_pretrained(folder)
+
+
+def _write_bert(folder):
+    empty = BertTokenizer(do_lower_case=False)
+    trained, special = empty.backend_tokenizer, empty.get_vocab()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=250, special_tokens=sorted(special, key=special.__getitem__),
+        show_progress=False,
+    )  # fmt: skip
+    trained.train_from_iterator(CORPUS, trainer)
+    BertTokenizer(vocab=trained.get_vocab(), do_lower_case=False).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(trained.get_vocab()), hidden_size=32, num_hidden_layers=1,
+        num_attention_heads=2, intermediate_size=32, max_position_embeddings=130,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module", params=["wordpiece", "unigram", "bpe", "bpe with prefix"])
+def whole(request, tmp_path_factory):
+    """An untrained encoder of each kind of tokenizer; read only."""
+    folder = tmp_path_factory.mktemp("whole")
+    if request.param == "wordpiece":
+        _write_bert(folder)
+    else:
+        make = {"unigram": _unigram, "bpe": _bpe, "bpe with prefix": _wordpiece_bpe}
+        _write_xlmr(folder, make[request.param]())
+    return folder
+
+
+def _student(folder):
+    torch.manual_seed(1)
+    return new_student(folder, 8).eval()
+
+
+def _embed(student, texts):
+    with torch.no_grad():
+        return torch.cat(list(student.embed(student.tokenize(texts))))
+
+
+def _trimmed(folder, texts=USED):
+    student = _student(folder)
+    tokens = student.tokenize(texts)
+    places = trim_vocabulary(student, np.unique(tokens.ids), str(folder))
+    return student, tokens, places
+
+
+def test_the_text_in_use_has_the_same_tokens_and_vectors(whole):
+    before = _student(whole)
+    student, tokens, places = _trimmed(whole)
+    assert len(student.trimmed.kept) < 0.8 * student.trimmed.num_tokens
+    again = student.tokenize(USED)
+    assert again.ids.tolist() == places[tokens.ids].tolist()
+    assert torch.equal(_embed(student, USED), _embed(before, USED))
+    # Pieces of the text are text too.
+    words = [word for text in USED for word in text.split()]
+    kept_words = [w for w in words if (places[before.tokenize([w]).ids] >= 0).all()]
+    assert kept_words
+    assert torch.equal(_embed(student, kept_words), _embed(before, kept_words))
+
+
+def test_other_text_is_still_tokenised(whole):
+    before = _student(whole)
+    student, _, _ = _trimmed(whole)
+    unknown = before.tokenizer.unk_token_id
+    for text in OTHERS:
+        old = before.tokenizer.backend_tokenizer.encode(text).ids
+        new = student.tokenizer.backend_tokenizer.encode(text).ids
+        assert len(new) >= len(old) and new[-1] == student.terminal_id
+        # Nothing becomes unknown that was known.
+        assert new.count(student.tokenizer.unk_token_id) <= old.count(unknown)
+        decoded = [t.tokenizer.decode(ids, skip_special_tokens=True).split()
+                   for t, ids in ((before, old), (student, new))]  # fmt: skip
+        plain = ["".join(words).replace("##", "") for words in decoded]
+        assert plain[0] == plain[1]
+
+
+def test_transformers_alone_loads_it(whole, tmp_path):
+    before = _student(whole)
+    student, _, _ = _trimmed(whole)
+    save_student(student, tmp_path, languages=["de"], teacher="t" * 64)
+    model = AutoModel.from_pretrained(tmp_path / "encoder").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "encoder")
+    kept = len(student.trimmed.kept)
+    assert model.config.vocab_size == kept == len(tokenizer)
+    assert model.get_input_embeddings().num_embeddings == kept
+    reference = AutoModel.from_pretrained(whole).eval()
+    old = AutoTokenizer.from_pretrained(whole)
+    for text in USED:
+        with torch.no_grad():
+            ours = model(**tokenizer(text, return_tensors="pt")).last_hidden_state
+            theirs = reference(**old(text, return_tensors="pt")).last_hidden_state
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    loaded = load_student(tmp_path)
+    assert torch.equal(_embed(loaded, USED), _embed(before, USED))
+    assert np.array_equal(loaded.trimmed.kept, student.trimmed.kept)
+
+
+def test_it_can_be_undone(whole, tmp_path):
+    before = _student(whole)
+    student, _, _ = _trimmed(whole)
+    # As training would change them.
+    with torch.no_grad():
+        for own in (before, student):
+            own.projection.weight.mul_(2)
+            own.backbone.encoder.layer[0].output.dense.weight.add_(0.1)
+        table = student.backbone.get_input_embeddings().weight
+        table.add_(1.0)
+        before.backbone.get_input_embeddings().weight[torch.from_numpy(student.trimmed.kept)] += 1.0
+    save_student(student, tmp_path, languages=["de"], teacher="t" * 64)
+    restored = restore_student(tmp_path)
+    assert module_digest(restored) == module_digest(before)
+    assert torch.equal(_embed(restored, OTHERS), _embed(before, OTHERS))
+    assert restored.tokenizer.get_vocab() == before.tokenizer.get_vocab()
+
+
+def test_what_cannot_be_undone_is_told(whole, tmp_path, encoder):
+    student, _, _ = _trimmed(whole)
+    save_student(student, tmp_path, languages=["de"], teacher="t" * 64)
+    with pytest.raises(ModelError, match="not the encoder that was trimmed"):
+        restore_student(tmp_path, encoder)
+    with pytest.raises(ModelError, match="trimmed already"):
+        trim_vocabulary(student, np.arange(4), "x")
+    flip_byte(tmp_path / "vocabulary.safetensors", 0.9)
+    with pytest.raises(ModelError, match=r"vocabulary\.safetensors: damaged"):
+        load_student(tmp_path)
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    save_student(_student(whole), plain, languages=["de"], teacher="t" * 64)
+    with pytest.raises(ModelError, match="whole already"):
+        restore_student(plain)
+
+
+def test_a_tokenizer_of_words_is_refused(tmp_path):
+    words = dict.fromkeys([*SPECIAL, *" ".join(CORPUS).split()])
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    _write_xlmr(tmp_path, tokenizer)
+    with pytest.raises(ModelError, match=r"knows WordPiece, Unigram and BPE .*, not WordLevel"):
+        _trimmed(tmp_path)
+
+
+def test_the_least_probable_piece_stays(tmp_path):
+    """The penalty of an unknown character hangs on it."""
+    _write_xlmr(tmp_path, _unigram())
+    student, _, _ = _trimmed(tmp_path)
+    before = json.loads(_student(tmp_path).tokenizer.backend_tokenizer.to_str())
+    after = json.loads(student.tokenizer.backend_tokenizer.to_str())
+    lowest = [min(score for _, score in c["model"]["vocab"]) for c in (before, after)]
+    assert lowest[0] == lowest[1]
+
+
+def test_single_characters_by_kind():
+    marks = ("Ġ", "▁", "##", "</w>")
+    for token in ("a", "##a", "▁a", "Ġ", "a</w>", "<0x0A>", "▁", "犬", "##犬"):
+        assert trimming._is_single(token, marks), token
+    for token in ("ab", "##ab", "<s>", "##", "▁ab"):
+        assert not trimming._is_single(token, marks), token
+
+
+# --- through align ---
+
+
+def _align(world, runs, trained, encoder, **options):
+    config = AlignConfig(
+        data=str(world), runs=runs, lang=("de",), student=str(encoder), epochs=2,
+        teacher=trained / "clip-ve", **(QUICK | options),
+    )  # fmt: skip
+    return align(config)
+
+
+def test_a_trimmed_student_is_the_untrimmed_one_on_its_text(world, tmp_path, trained, encoder):
+    plain = _align(world, tmp_path / "plain", trained, encoder)
+    short = _align(world, tmp_path / "short", trained, encoder, trim_vocabulary=True)
+    texts = [row["sentence2"] for row in read_jsonl(world / "snli_ve_train.de.jsonl")]
+    whole, trimmed = load_student(plain.folder), load_student(short.folder)
+    assert torch.equal(_embed(trimmed, texts), _embed(whole, texts))
+    assert short.training.dev == plain.training.dev
+    size = [(r.folder / "encoder" / "model.safetensors").stat().st_size for r in (plain, short)]
+    assert size[1] < size[0]
+    kept = trimmed.trimmed
+    assert kept.encoder == str(encoder) and kept.num_tokens == len(whole.tokenizer)
+    restored = restore_student(short.folder)
+    assert module_digest(restored) == module_digest(whole)
+    # Text of other languages still gets an answer.
+    (tmp_path / "short" / "clip-ve").symlink_to(trained / "clip-ve")
+    model = VisualEntailment.from_pretrained(tmp_path / "short", "de", "cpu", "fp32")
+    answer = model(world / "images" / "test0.png", sentences(world)[-1] + " 犬 xyz")
+    assert sum(answer.probabilities.values()) == pytest.approx(1)
+
+
+def test_english_keeps_its_tokens_too(world, tmp_path, trained, encoder):
+    result = _align(world, tmp_path, trained, encoder, trim_vocabulary=True, include_english=True)
+    student = load_student(result.folder)
+    whole = new_student(encoder, 16)
+    texts = [row["sentence2"] for row in read_jsonl(world / "snli_ve_train.jsonl")]
+    kept = student.trimmed.kept[student.tokenize(texts).ids]
+    assert kept.tolist() == whole.tokenize(texts).ids.tolist()
