@@ -350,6 +350,9 @@ class TokenConfig(WordAlignerConfig):
     terminal_pair: bool = option(
         True, "Pair the terminal tokens too, which the head reads; thesis: no."
     )
+    sentence_token: Literal["terminal", "cls"] = option(
+        "terminal", "Token whose code stands for the sentence; thesis: cls."
+    )
     final_norm: Literal["once", "twice"] = option(
         "once",
         "Whether the teacher's last normalisation, which is in its states already, is applied "
@@ -386,6 +389,7 @@ class StudentConfig(TrainingConfig, DataConfig, TokenConfig):
             # Of the token method alone:
             "code": "relu",
             "terminal_pair": False,
+            "sentence_token": "cls",
             "final_norm": "twice",
             "pretrained_code": True,
         },

@@ -171,7 +171,10 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
         num_examples=sampler.num_examples,
         prepare=objective.prepare,
         loss=objective.loss,
-        evaluate=lambda: evaluate_student(student, teacher, dev_sets),
+        # The thesis's token method never trains what the head reads; it shall show that, and end.
+        evaluate=lambda: evaluate_student(
+            student, teacher, dev_sets, may_collapse=config.method == "token"
+        ),
         selection=selection(config, images),
         sample=sampler.batches,
     )

@@ -150,17 +150,35 @@ def dev_set(
 
 
 def evaluate_student(
-    student: SentenceEncoder, teacher: ClipVE, dev_sets: Sequence[DevSet]
+    student: SentenceEncoder,
+    teacher: ClipVE,
+    dev_sets: Sequence[DevSet],
+    *,
+    may_collapse: bool = False,
 ) -> dict[str, float]:
     """Dev figures, averaged over the student's languages; of several, also `figure/language`.
 
     Errors are per dimension, and `recall_at_10` is retrieval of the English sentence among at most
     a thousand, so that languages and sizes of data can be compared.
 
+    Args:
+        student: as it is now.
+        teacher: what it imitates.
+        dev_sets: the rows.
+        may_collapse: whether its embeddings may be all the same, as they are where the loss never
+            sees them.
+
     Raises:
-        TrainingError: the student has collapsed.
+        TrainingError: the student has collapsed and may not.
     """
     by_language = {dev.lang: _figures(student, teacher, dev) for dev in dev_sets}
+    for lang, own in by_language.items():
+        if own["variance_ratio"] < _COLLAPSED and not may_collapse:
+            raise TrainingError(
+                f"{lang}: the student gives every sentence the same embedding (variance "
+                f"{own['variance_ratio']:.1e} of the teacher's); lower --learning-rate or raise "
+                "--warmup-fraction."
+            )
     counted = [by_language[dev.lang] for dev in dev_sets if dev.counts]
     figures = {name: sum(own[name] for own in counted) / len(counted) for name in counted[0]}
     if len(dev_sets) > 1:
@@ -174,12 +192,6 @@ def _figures(student: SentenceEncoder, teacher: ClipVE, dev: DevSet) -> dict[str
     device = predicted.device
     wanted = dev.teacher.of_rows().to(device)
     variance_ratio = (predicted.var(dim=0).sum() / wanted.var(dim=0).sum()).item()
-    if variance_ratio < _COLLAPSED:
-        raise TrainingError(
-            f"{dev.lang}: the student gives every sentence the same embedding (variance "
-            f"{variance_ratio:.1e} of the teacher's); lower --learning-rate or raise "
-            "--warmup-fraction."
-        )
     figures = {
         "mse": (predicted - wanted).square().mean().item(),
         "mae": (predicted - wanted).abs().mean().item(),

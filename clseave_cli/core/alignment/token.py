@@ -51,7 +51,7 @@ def token_student(
     """
     if config.pooling != "terminal" or config.projection != "linear":
         raise UsageError(
-            f"--method {config.method}: reads the terminal token through the teacher's projection; "
+            f"--method {config.method}: reads --sentence-token and takes the teacher's projection; "
             "--pooling and --projection are those of --method sentence."
         )
     if config.method == "token" and config.objective != "mse":
@@ -60,7 +60,11 @@ def token_student(
             f"{config.objective} needs --method sentence or sentence+token."
         )
     student = new_token_student(
-        config.student, teacher, config.code, final_norm=config.final_norm == "twice"
+        config.student,
+        teacher,
+        config.code,
+        final_norm=config.final_norm == "twice",
+        pooling=config.sentence_token,
     )
     if not config.pretrained_code:
         return student, {}

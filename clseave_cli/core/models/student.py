@@ -91,7 +91,12 @@ def new_student(
 
 
 def new_token_student(
-    name: str | Path, teacher: SentenceEncoder, code: Code, *, final_norm: bool = False
+    name: str | Path,
+    teacher: SentenceEncoder,
+    code: Code,
+    *,
+    final_norm: bool = False,
+    pooling: Pooling = "terminal",
 ) -> SentenceEncoder:
     """A student of the token method (thesis 3.2): its states are coded as the teacher's are.
 
@@ -103,6 +108,7 @@ def new_token_student(
         teacher: the text tower to imitate.
         code: whether the code can be negative.
         final_norm: whether the teacher's last normalisation is applied to the code.
+        pooling: whose code stands for a sentence.
 
     Raises:
         ModelError: the encoder cannot be loaded, or the teacher does not end as CLIP's text tower.
@@ -119,7 +125,7 @@ def new_token_student(
             "token and one projection, as CLIP's does; --method sentence does not."
         )
     coding = Coding(code, len(last.weight), last.eps if final_norm else None)
-    student = _student(*backbones.load_encoder(name), teacher.embedding_dim, coding=coding)
+    student = _student(*backbones.load_encoder(name), teacher.embedding_dim, pooling, coding=coding)
     copied = {student.projection: teacher.projection}
     if final_norm:
         copied[student.norm.final_norm] = last
