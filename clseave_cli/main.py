@@ -14,6 +14,7 @@ import typer.core
 from clseave_cli import __version__
 from clseave_cli.commands import (
     align,
+    autoencode,
     compare,
     curve,
     demo,
@@ -25,6 +26,7 @@ from clseave_cli.commands import (
     pretrain,
     serve,
     translate,
+    word_align,
 )
 from clseave_cli.core import config, launch
 from clseave_cli.errors import ClseaveError, Interrupted, UsageError
@@ -93,6 +95,8 @@ _COMMANDS: dict[str, tuple[type[config.StageConfig], Callable[..., None]]] = {
     "finetune-ve": (config.FinetuneConfig, finetune_ve.run),
     "align": (config.AlignConfig, align.run),
     "curve": (config.CurveConfig, curve.run),
+    "autoencode": (config.AutoencodeConfig, autoencode.run),
+    "word-align": (config.WordAlignConfig, word_align.run),
     "evaluate": (config.EvaluateConfig, evaluate.run),
     "predict": (config.PredictConfig, predict.run),
     "export": (config.ExportConfig, export.run),

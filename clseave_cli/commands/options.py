@@ -20,6 +20,7 @@ from clseave_cli.core.config import (
     SeededConfig,
     StageConfig,
     TrainingConfig,
+    WordAlignerConfig,
 )
 from clseave_cli.errors import UsageError
 
@@ -35,6 +36,7 @@ ConfigFile = Annotated[
 _PANELS: dict[type, str] = {
     DataConfig: "Data",
     EngineConfig: "Translation",
+    WordAlignerConfig: "Word alignment",
     TrainingConfig: "Training",
     ModelsConfig: "General",
     SeededConfig: "General",

@@ -24,6 +24,10 @@ Pooling = Literal["terminal", "cls", "mean"]
 Projection = Literal["linear", "mlp"]
 #: What the student's sentence embedding is pulled towards (docs/methods.md).
 ObjectiveName = Literal["mse", "cosine", "mse+cosine", "contrastive", "head-aware"]
+#: What of a sentence is aligned: its embedding (thesis 3.3), its words (3.2), or both.
+Method = Literal["sentence", "token", "sentence+token"]
+#: How a state of the student becomes one of the teacher's width.
+Code = Literal["linear", "relu"]
 #: How often each language is met in an epoch.
 Sampling = Literal["proportional", "uniform", "temperature", "self-paced"]
 
@@ -319,7 +323,59 @@ class FinetuneConfig(TrainingConfig, DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudentConfig(TrainingConfig, DataConfig):
+class WordAlignerConfig:
+    """Which words translate each other: an encoder finds out, or another aligner did."""
+
+    aligner_layer: int | None = option(
+        None, "Layer whose states are compared; unset: 8, or the last there is.", least=1
+    )
+    aligner_threshold: float = option(
+        1e-3, "Least probability of a link, in both directions.", least=0
+    )
+    alignments: Path | None = option(
+        None,
+        "Pharaoh file of links (0-0 1-2 …) to take instead of finding them; {lang} stands for the "
+        "language.",
+        metavar="FILE",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenConfig(WordAlignerConfig):
+    """The token method (CLTEAVE, thesis 3.2); its defaults mend the faults of the thesis's."""
+
+    token_weight: float = option(
+        1.0, "sentence+token: weight of the token pairs beside the sentences.", least=0
+    )
+    code: Code = option(
+        "linear", "How a student's state becomes one of the teacher's width; thesis: relu."
+    )
+    terminal_pair: bool = option(
+        True, "Pair the terminal tokens too, which the head reads; thesis: no."
+    )
+    sentence_token: Literal["terminal", "cls"] = option(
+        "terminal", "Token whose code stands for the sentence; thesis: cls."
+    )
+    final_norm: Literal["once", "twice"] = option(
+        "once",
+        "Whether the teacher's last normalisation, which is in its states already, is applied "
+        "again where the head reads; thesis: twice.",
+    )
+    pretrained_code: bool = option(
+        False, "Start from a trained autoencoder's encoder; thesis: yes."
+    )
+    autoencoder: Path | None = option(
+        None, "Autoencoder to start from; unset: RUNS/autoencoder.", metavar="DIR"
+    )
+    aligner: str | None = option(
+        None,
+        "Encoder whose states align words (hub id or folder); unset: --student, untrained.",
+        metavar="NAME_OR_DIR",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig(TrainingConfig, DataConfig, TokenConfig):
     """How a student is trained, whatever it is for."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -333,10 +389,17 @@ class StudentConfig(TrainingConfig, DataConfig):
             "epochs": 22,
             "patience": 9,
             "select": "mse",
+            # Of the token method alone:
+            "code": "relu",
+            "terminal_pair": False,
+            "sentence_token": "cls",
+            "final_norm": "twice",
+            "pretrained_code": True,
         },
         "mini-ve": {"epochs": 8, "batch_size": 32, "learning_rate": 1.5e-3},
     }
 
+    method: Method = option("sentence", "What of a sentence is aligned (docs/methods.md).")
     lang: tuple[str, ...] = option(
         (), "Language to align; repeat for one student of several.", metavar="LANG"
     )
@@ -411,6 +474,79 @@ class CurveConfig(StudentConfig):
     resamples: int = option(2000, "Bootstrap resamples behind every interval.", least=1)
     keep_models: bool = option(False, "Keep the student of every point.")
     out: Path | None = option(None, "Folder to write; unset: RUNS/curve.", metavar="DIR")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencodeConfig(TrainingConfig, DataConfig):
+    """`autoencode`: the autoencoder of the token method (thesis 3.2.2 and Table A.1)."""
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "thesis": {
+            "student": "google-bert/bert-base-multilingual-cased",
+            "code": "relu",
+            "epochs": 20,
+            "batch_size": 256,
+            "learning_rate": 1e-5,
+            "weight_decay": 1e-6,
+            "warmup_fraction": 0.0,
+            "schedule": "constant",
+        },
+        "mini-ve": {"learning_rate": 1e-3},
+    }
+
+    lang: tuple[str, ...] = option((), "Language to train on; repeat for several.", metavar="LANG")
+    student: str = option(
+        "google-bert/bert-base-multilingual-cased",
+        "Encoder whose states are coded (hub id or folder).",
+        metavar="NAME_OR_DIR",
+    )
+    teacher: Path | None = option(
+        None, "CLIP-VE folder whose width codes get; unset: RUNS/clip-ve.", metavar="DIR"
+    )
+    code: Code = option("relu", "Whether both layers end in a ReLU, as the thesis's do.")
+    out: Path | None = option(None, "Folder to write; unset: RUNS/autoencoder.", metavar="DIR")
+    epochs: int = option(20, "Passes over the training data.", least=1)
+    batch_size: int = option(256, "Sentences in one optimiser step.", least=1)
+    learning_rate: float = option(1e-5, "Peak learning rate.", least=0)
+    weight_decay: float = option(1e-6, "Decoupled weight decay (AdamW).", least=0)
+    warmup_fraction: float = option(0.0, "Share of the steps over which the rate rises.", least=0)
+    schedule: Literal["constant", "linear", "cosine"] = option(
+        "constant", "How the learning rate falls after the warm-up."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordAlignConfig(StageConfig, WordAlignerConfig):
+    """`word-align`: which words of parallel sentences translate each other."""
+
+    data: str = option("data", "Data folder, or hf:ORG/NAME on the hub.", metavar="DIR")
+    lang: str | None = option(None, "Language of the translations in --data.", metavar="LANG")
+    split: str = option("train", "Name of the split to align.")
+    input: Path | None = option(
+        None,
+        "Align this file of source ||| target lines instead, words between spaces.",
+        metavar="FILE",
+    )
+    skip_bad: bool = option(
+        False, "Set bad rows aside in a .rejected.jsonl, leave bad links out, and go on."
+    )
+    aligner: str = option(
+        "google-bert/bert-base-multilingual-cased",
+        "Encoder whose states align words (hub id or folder).",
+        metavar="NAME_OR_DIR",
+    )
+    out: Path | None = option(None, "File for the links; unset: they are printed.", metavar="FILE")
+    words: Path | None = option(
+        None,
+        "Also write the sentences as words, source ||| target, for other aligners.",
+        metavar="FILE",
+    )
+    gold: Path | None = option(
+        None, "Score the links against those of this Pharaoh file.", metavar="FILE"
+    )
+    gold_base: Literal["auto", "0", "1"] = option(
+        "auto", "Number of a sentence's first word in --gold; auto: 1 where no word is 0."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -306,7 +306,7 @@ def test_without_a_dev_file_sentences_are_held_out(data, tmp_path, trained, enco
 def test_a_pair_counts_as_often_as_it_stands_but_never_much_at_once():
     counts = np.array([1, 3, 600, 1, 95, 2, 1, 1])
     rows = np.arange(len(counts))
-    part = corpus._LanguagePairs("de", None, rows, rows, counts, weight=0.5)
+    part = corpus.LanguagePairs("de", None, rows, rows, counts, weight=0.5)
     pairs, weights = part.portions()
     assert set(pairs) == set(range(len(counts)))
     assert weights.max() <= 0.5 * corpus._HEAVIEST

@@ -18,7 +18,7 @@ LAYERS = ("main", "commands", "use cases", "machinery", "models and data", "grou
 #: Modules directly in core/ that are no use case, by layer.
 _MACHINERY = {
     "training", "features", "translation", "metrics", "reporting", "results", "rows", "linguistics",
-    "identification", "inference", "serving",
+    "identification", "inference", "serving", "word_alignment",
 }  # fmt: skip
 _GROUND = {"files", "progress", "pipeline", "config", "launch"}
 

@@ -4,7 +4,8 @@ The student learns to give a translated hypothesis the embedding that the frozen
 original. The teacher is asked once per sentence; after that it is a look-up.
 
 The flow is here; `corpus` reads what is learnt from, `sampling` says what an epoch meets of it,
-`objectives` what the loss is, `dev` how good the student is.
+`objectives` what the loss is, `token` what the token method makes of both, `dev` how good the
+student is.
 """
 
 from __future__ import annotations
@@ -14,7 +15,13 @@ from pathlib import Path
 
 import torch
 
-from clseave_cli.core.alignment.corpus import Corpus, ParallelReader, as_source, limited
+from clseave_cli.core.alignment.corpus import (
+    Corpus,
+    ParallelReader,
+    TrainingPairs,
+    as_source,
+    limited,
+)
 from clseave_cli.core.alignment.dev import (
     SpreadWatch,
     dev_set,
@@ -22,14 +29,26 @@ from clseave_cli.core.alignment.dev import (
     images_for_accuracy,
     selection,
 )
-from clseave_cli.core.alignment.objectives import SentenceObjective, comparison, require_fitting
+from clseave_cli.core.alignment.objectives import (
+    Objective,
+    SentenceObjective,
+    comparison,
+    require_fitting,
+)
 from clseave_cli.core.alignment.sampling import Sampler, require_possible
+from clseave_cli.core.alignment.token import (
+    TokenCorpus,
+    TokenObjective,
+    TokenPairs,
+    token_student,
+)
 from clseave_cli.core.config import AlignConfig, StudentConfig
 from clseave_cli.core.data.hub import data_folder
 from clseave_cli.core.data.images import ImageFolder
 from clseave_cli.core.data.records import Parallel, require_language, require_split_path
 from clseave_cli.core.files import json_digest
 from clseave_cli.core.models.clip_ve import ClipVE, source_language
+from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.student import new_student, save_student
 from clseave_cli.core.models.trimming import trim_vocabulary
 from clseave_cli.core.models.vocabulary import reduced_vocabulary
@@ -82,17 +101,26 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
     teacher.requires_grad_(False)
     require_fitting(config, teacher)
     torch.manual_seed(config.seed)
-    student = new_student(
-        config.student, teacher.text.embedding_dim, config.pooling, config.projection
-    ).to(device)
+    inputs = {"teacher": teacher.fingerprint}
+    if config.method == "sentence":
+        student = new_student(
+            config.student, teacher.text.embedding_dim, config.pooling, config.projection
+        )
+    else:
+        student, begun_from = token_student(config, teacher.text)
+        inputs |= begun_from
+    student.to(device)
     if not student.verify_packing():
         progress.note(f"{config.student}: packing is not exact for this encoder; padding instead.")
-    inputs = {"teacher": teacher.fingerprint, "student": student.digest()}
+    inputs["student"] = student.digest()
 
     seen_images = None
     if config.objective == "head-aware":
         seen_images = ImageFolder.of(folder, config.images)
     corpus = Corpus(student, progress, with_images=seen_images is not None)
+    words = None
+    if config.method != "sentence":
+        words = TokenCorpus(student, teacher.text, source_lang, config, progress)
     dev_text: dict[str, Parallel] = {}
     reader = ParallelReader(folder, config, progress, source_lang)
     for lang in translated:
@@ -101,20 +129,25 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
         for kind, parallel in (("train", training), ("dev", dev)):
             inputs[parallel.target.path.name] = parallel.target.digest
             inputs[f"{kind}: {source_lang} of {lang}"] = json_digest(parallel.sources)
-        corpus.add(training, config.auxiliary_weight if lang in config.auxiliary else 1.0)
+        part = corpus.add(training, config.auxiliary_weight if lang in config.auxiliary else 1.0)
+        if words is not None:
+            inputs |= words.add(training, part, corpus.sources)
         dev_text[lang] = dev
     del reader, training, parallel
     corpus.require_images()
     if config.include_english:
-        corpus.add_source(source_lang)
+        part = corpus.add_source(source_lang)
+        if words is not None:
+            words.add_source(part, corpus.sources)
         dev_text[source_lang] = as_source(dev_text[languages[0]], source_lang)
     images = images_for_accuracy(folder, config, dev_text.values())
+    token_pairs = None if words is None else words.pairs(corpus.sources)
     run = Run("align", out, config, inputs)
 
     if config.trim_vocabulary:
         corpus.renumber_tokens(trim_vocabulary(student, corpus.token_ids(), config.student))
     pairs = corpus.pairs(teacher, seen_images, with_autocast, progress)
-    del corpus
+    del corpus, words
     dev_sets = [
         dev_set(
             student,
@@ -127,8 +160,15 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
         )
         for lang, parallel in dev_text.items()
     ]
-    objective = SentenceObjective(student, pairs, comparison(config, teacher, pairs), config.seed)
-    sampler, watch = Sampler(pairs, config), SpreadWatch("+".join(languages))
+    objective = _objective(config, student, teacher, pairs, token_pairs)
+    sampler = Sampler(pairs, config)
+    # The thesis's token method never trains what the head reads; it shall show that, and end.
+    may_collapse = config.method == "token" and not config.terminal_pair
+    watch = SpreadWatch("+".join(languages), may_collapse=may_collapse)
+
+    def evaluate() -> dict[str, float]:
+        return watch.during(evaluate_student(student, teacher, dev_sets))
+
     stage = Stage(
         name="align",
         title=f"align {'+'.join(languages)}",
@@ -136,7 +176,7 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
         num_examples=sampler.num_examples,
         prepare=objective.prepare,
         loss=objective.loss,
-        evaluate=lambda: watch.during(evaluate_student(student, teacher, dev_sets)),
+        evaluate=evaluate,
         selection=selection(config, images),
         sample=sampler.batches,
     )
@@ -151,6 +191,27 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
         _card(config, languages, source_lang, pairs.num_distinct, result),
     )
     return AlignResult(out, languages, result)
+
+
+def _objective(
+    config: AlignConfig,
+    student: SentenceEncoder,
+    teacher: ClipVE,
+    pairs: TrainingPairs,
+    token_pairs: TokenPairs | None,
+) -> Objective:
+    compare = comparison(config, teacher, pairs)
+    sentences = SentenceObjective(student, pairs, compare, config.seed)
+    if token_pairs is None:
+        return sentences
+    return TokenObjective(
+        student,
+        teacher.text,
+        pairs,
+        token_pairs,
+        sentences=None if config.method == "token" else sentences,
+        token_weight=config.token_weight,
+    )
 
 
 def count_sentences(config: StudentConfig, progress: Progress = SILENT) -> dict[str, int]:

@@ -181,7 +181,7 @@ def as_source(parallel: Parallel, source_lang: str) -> Parallel:
 
 
 @dataclass(frozen=True, eq=False)
-class _LanguagePairs:
+class LanguagePairs:
     """What a language brings: its sentences, and its distinct pairs with source ones."""
 
     lang: str
@@ -222,11 +222,16 @@ class Corpus:
         self._student = student
         self._progress = progress
         self._sources: dict[str, int] = {}
-        self._parts: list[_LanguagePairs] = []
+        self._parts: list[LanguagePairs] = []
         self._paired = _PairedNames() if with_images else None
 
-    def add(self, text: Parallel, weight: float = 1.0) -> None:
-        """Takes in the text of a language.
+    @property
+    def sources(self) -> list[str]:
+        """The distinct source sentences so far."""
+        return list(self._sources)
+
+    def add(self, text: Parallel, weight: float = 1.0) -> LanguagePairs:
+        """Takes in the text of a language, and returns what it made of it.
 
         Args:
             text: its rows.
@@ -239,24 +244,26 @@ class Corpus:
         sources = np.array([known.setdefault(s, len(known)) for s in text.sources], dtype=np.intp)
         pair_ids, counts = np.unique(sentences.index * len(known) + sources, return_counts=True)
         of_pair = np.divmod(pair_ids, len(known))
-        self._parts.append(_LanguagePairs(target.lang, sentences.tokens, *of_pair, counts, weight))
+        part = LanguagePairs(target.lang, sentences.tokens, *of_pair, counts, weight)
+        self._parts.append(part)
         if self._paired is not None:
             self._paired.add(target, sources)
+        return part
 
-    def add_source(self, source_lang: str) -> None:
+    def add_source(self, source_lang: str) -> LanguagePairs:
         """Takes in every source sentence so far as its own translation."""
         everyone = np.arange(len(self._sources))
         standing = np.concatenate([np.repeat(p.source_of_pair, p.counts) for p in self._parts])
         sentences = tokenize_sentences(
             self._student,
-            list(self._sources),
+            self.sources,
             lambda _: f"the {source_lang} sentences",
             self._progress,
         )
         counts = np.bincount(standing, minlength=len(everyone))
-        self._parts.append(
-            _LanguagePairs(source_lang, sentences.tokens, everyone, everyone, counts)
-        )
+        part = LanguagePairs(source_lang, sentences.tokens, everyone, everyone, counts)
+        self._parts.append(part)
+        return part
 
     def require_images(self) -> None:
         """Refuses text for an objective that looks at images.
@@ -300,7 +307,7 @@ class Corpus:
         """
         vectors = sentence_embeddings(
             teacher.text,
-            list(self._sources),
+            self.sources,
             autocast=with_autocast,
             description="teacher embeddings",
             progress=progress,
@@ -311,9 +318,12 @@ class Corpus:
                 len(self._sources), teacher, images, with_autocast, progress
             )
         starts = np.cumsum([0, *(len(part.tokens) for part in self._parts)])
-        sentences, sources, weights = [], [], []
+        sentences, sources, weights, distinct_pairs = [], [], [], []
+        num_distinct = 0
         for part, start in zip(self._parts, starts, strict=False):
             pairs, weights_of_pairs = part.portions()
+            distinct_pairs.append(num_distinct + pairs)
+            num_distinct += len(part.counts)
             sentences.append(part.sentence_of_pair[pairs] + start)
             sources.append(part.source_of_pair[pairs])
             weights.append(weights_of_pairs)
@@ -326,7 +336,7 @@ class Corpus:
             torch.from_numpy(np.concatenate(weights)).float(),
             tuple(part.lang for part in self._parts),
             np.repeat(np.arange(len(self._parts)), [len(some) for some in sources]),
-            sum(len(part.counts) for part in self._parts),
+            np.concatenate(distinct_pairs),
             paired,
         )
 
@@ -348,7 +358,7 @@ class TrainingPairs:
             auxiliary language are lowered.
         languages: their codes.
         language: (U,) which of them each pair is of.
-        num_distinct: how many different pairs there are.
+        distinct: (U,) which of the different pairs each is, in the order they were taken in.
         images: what stands beside the source sentences, where the objective looks at images.
     """
 
@@ -357,11 +367,16 @@ class TrainingPairs:
     weights: Tensor
     languages: tuple[str, ...]
     language: Rows
-    num_distinct: int
+    distinct: Rows
     images: PairedImages | None = None
 
     def __len__(self) -> int:
         return len(self.weights)
+
+    @property
+    def num_distinct(self) -> int:
+        """How many different pairs there are."""
+        return int(self.distinct[-1]) + 1
 
 
 @dataclass(frozen=True, eq=False)

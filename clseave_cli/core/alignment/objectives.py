@@ -94,7 +94,7 @@ class SentenceObjective:
             compare: the loss of each pair.
             seed: of the choice of images.
         """
-        self.module = student
+        self.module: nn.Module = student
         self._student = student
         self._pairs = pairs
         self._compare = compare

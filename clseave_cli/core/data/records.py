@@ -57,6 +57,7 @@ class Split:
         image_names: the distinct images, as the file names them.
         image_index: (N,) int32 into `image_names`; -1 where the row names no image.
         lines: (N,) int32, 1-based line (or row) numbers in the file.
+        num_lines: how many lines the file has, to the last row.
         digest: BLAKE2b-256 of the file.
     """
 
@@ -70,6 +71,7 @@ class Split:
     image_names: list[str]
     image_index: npt.NDArray[np.int32]
     lines: npt.NDArray[np.int32]
+    num_lines: int
     digest: str
 
     def __len__(self) -> int:
@@ -210,6 +212,7 @@ def read_split(
     path = require_split_path(folder, split, lang)
     columns = _Columns(labelled, with_images, f"sentence2_{source_lang}")
     rejected: list[dict[str, Any]] = []
+    line = 0
     for line, row in _rows(path):
         try:
             columns.add(line, row)
@@ -239,6 +242,7 @@ def read_split(
         image_names=list(columns.image_ids),
         image_index=np.array(columns.image_index, dtype=np.int32),
         lines=np.array(columns.lines, dtype=np.int32),
+        num_lines=line,
         digest=file_digest(path),
     )
 

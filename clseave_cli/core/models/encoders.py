@@ -108,6 +108,11 @@ class SentenceEncoder(nn.Module):
         return len(last)
 
     @property
+    def state_width(self) -> int:
+        """H."""
+        return int(self.backbone.config.hidden_size)
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.projection.parameters()).device
@@ -143,13 +148,21 @@ class SentenceEncoder(nn.Module):
         batch = batch.to(self.device)
         return self.project(pool(self.hidden_states(batch), batch, self.pooling))
 
-    def hidden_states(self, batch: PackedBatch) -> Tensor:
-        """The backbone's last hidden states, (R, T, H), of a batch on its device."""
+    def hidden_states(self, batch: PackedBatch, layer: int | None = None) -> Tensor:
+        """The hidden states, (R, T, H), of a batch on its device.
+
+        Args:
+            batch: packed sentences.
+            layer: whose output, counted from 1; None: the backbone's last hidden states.
+        """
         inputs: dict[str, Any] = {"input_ids": batch.input_ids}
         inputs["attention_mask"] = self._attention_mask(batch)
         if self._takes_positions:
             inputs["position_ids"] = batch.positions + self.first_position
-        hidden: Tensor = self.backbone(**inputs).last_hidden_state
+        if layer is not None:
+            inputs["output_hidden_states"] = True
+        output = self.backbone(**inputs)
+        hidden: Tensor = output.last_hidden_state if layer is None else output.hidden_states[layer]
         return hidden
 
     def project(self, pooled: Tensor) -> Tensor:

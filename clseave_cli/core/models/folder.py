@@ -104,6 +104,7 @@ def peek(folder: Path, format_name: str) -> dict[str, Any]:
             "clip-ve": "finetune-ve",
             "student": "align --lang LANG",
             "onnx": "export --out DIR",
+            "autoencoder": "autoencode --lang LANG",
         }[format_name]
         raise ModelError(f"{folder}: no such model folder; `clseave {stage}` makes it.")
     config = read_json(folder / _CONFIG)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
-from clseave_cli.core.config import Pooling, Projection
+from clseave_cli.core.config import Code, Pooling, Projection
 from clseave_cli.core.models import backbones
+from clseave_cli.core.models.autoencoder import coder
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.folder import is_of_format, peek, seal, unsealed
 from clseave_cli.core.models.tokens import Trimmed
@@ -21,6 +24,46 @@ from clseave_cli.errors import ModelError
 
 FORMAT = "student"
 _VOCABULARY = "vocabulary.safetensors"
+
+
+@dataclass(frozen=True)
+class Coding:
+    """How a student of the token method makes its teacher's states of its own.
+
+    Attributes:
+        code: whether they can be negative.
+        width: of the teacher's states.
+        norm_eps: of the teacher's last normalisation, where it is applied behind; None: it is not.
+    """
+
+    code: Code
+    width: int
+    norm_eps: float | None
+
+
+class CodedState(nn.Module):
+    """What stands between a token student's state and its projection.
+
+    Attributes:
+        coder: makes the teacher's state of the student's; what the token pairs train.
+        final_norm: the teacher's last normalisation, or nothing.
+        coding: what the two are.
+    """
+
+    def __init__(self, state_width: int, coding: Coding) -> None:
+        super().__init__()
+        self.coder = coder(state_width, coding.width, coding.code)
+        self.final_norm: nn.Module = (
+            nn.Identity()
+            if coding.norm_eps is None
+            else nn.LayerNorm(coding.width, eps=coding.norm_eps)
+        )
+        self.coding = coding
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(B, K) from (B, H)."""
+        read: Tensor = self.final_norm(self.coder(states))
+        return read
 
 
 def new_student(
@@ -47,6 +90,51 @@ def new_student(
     return _student(*backbones.load_encoder(name), embedding_dim, pooling, projection)
 
 
+def new_token_student(
+    name: str | Path,
+    teacher: SentenceEncoder,
+    code: Code,
+    *,
+    final_norm: bool = False,
+    pooling: Pooling = "terminal",
+) -> SentenceEncoder:
+    """A student of the token method (thesis 3.2): its states are coded as the teacher's are.
+
+    Encoder → code → (the teacher's last normalisation again →) the teacher's projection, which is
+    copied and stays as it is. Each token's code is to be the teacher's state.
+
+    Args:
+        name: hub id or folder of any bidirectional encoder with a fast tokenizer.
+        teacher: the text tower to imitate.
+        code: whether the code can be negative.
+        final_norm: whether the teacher's last normalisation is applied to the code.
+        pooling: whose code stands for a sentence.
+
+    Raises:
+        ModelError: the encoder cannot be loaded, or the teacher does not end as CLIP's text tower.
+    """
+    last = getattr(teacher.backbone, "final_layer_norm", None)
+    if not (
+        isinstance(last, nn.LayerNorm)
+        and isinstance(teacher.norm, nn.Identity)
+        and isinstance(teacher.projection, nn.Linear)
+        and teacher.projection.bias is None
+    ):
+        raise ModelError(
+            "the token method needs a teacher whose text tower ends in a normalisation of every "
+            "token and one projection, as CLIP's does; --method sentence does not."
+        )
+    coding = Coding(code, len(last.weight), last.eps if final_norm else None)
+    student = _student(*backbones.load_encoder(name), teacher.embedding_dim, pooling, coding=coding)
+    copied = {student.projection: teacher.projection}
+    if final_norm:
+        copied[student.norm.final_norm] = last
+    for own, theirs in copied.items():
+        own.load_state_dict(theirs.state_dict())
+        own.requires_grad_(False)
+    return student
+
+
 def load_student(folder: Path, teacher: str | None = None) -> SentenceEncoder:
     """Loads a folder that `save_student` wrote, in eval mode.
 
@@ -71,6 +159,7 @@ def load_student(folder: Path, teacher: str | None = None) -> SentenceEncoder:
             config["embedding_dim"],
             config["pooling"],
             config.get("projection", "linear"),  # not named by earlier versions, which had no other
+            Coding(**config["coding"]) if "coding" in config else None,
         )
         load_weights(_added_parts(student), folder / "projection.safetensors")
         if "vocabulary" in config:
@@ -91,11 +180,15 @@ def save_student(
     if (trimmed := student.trimmed) is not None:
         save_file({"kept": torch.from_numpy(trimmed.kept)}, folder / _VOCABULARY)
         vocabulary = {"vocabulary": {"num_tokens": trimmed.num_tokens, "encoder": trimmed.encoder}}
+    coding = {}
+    if isinstance(student.norm, CodedState):
+        coding = {"coding": dataclasses.asdict(student.norm.coding)}
     return seal(
         folder,
         FORMAT,
         {
             **vocabulary,
+            **coding,
             "languages": list(languages),
             "pooling": student.pooling,
             "packs": student.packs,
@@ -120,8 +213,12 @@ def restore_student(folder: Path, encoder: str | Path | None = None) -> Sentence
     if student.trimmed is None:
         raise ModelError(f"{folder}: its vocabulary is whole already; nothing to restore.")
     kind: Projection = "mlp" if isinstance(student.projection, nn.Sequential) else "linear"
-    whole = new_student(
-        encoder or student.trimmed.encoder, student.embedding_dim, student.pooling, kind
+    whole = _student(
+        *backbones.load_encoder(encoder or student.trimmed.encoder),
+        student.embedding_dim,
+        student.pooling,
+        kind,
+        student.norm.coding if isinstance(student.norm, CodedState) else None,
     )
     return restore_vocabulary(student, whole).eval()
 
@@ -146,14 +243,20 @@ def find_students(runs: Path) -> dict[str, Path]:
 
 
 def _student(
-    model: Any, tokenizer: Any, embedding_dim: int, pooling: Pooling, projection: Projection
+    model: Any,
+    tokenizer: Any,
+    embedding_dim: int,
+    pooling: Pooling = "terminal",
+    projection: Projection = "linear",
+    coding: Coding | None = None,
 ) -> SentenceEncoder:
     width = model.config.hidden_size
-    last = nn.Linear(width, embedding_dim, bias=False)
+    read = nn.LayerNorm(width) if coding is None else CodedState(width, coding)
+    last = nn.Linear(width if coding is None else coding.width, embedding_dim, bias=False)
     return SentenceEncoder(
         model,
         tokenizer,
-        nn.LayerNorm(width),
+        read,
         last if projection == "linear" else nn.Sequential(nn.Linear(width, width), nn.GELU(), last),
         hub_model=model,
         causal=False,
@@ -166,4 +269,5 @@ def _student(
 
 def _added_parts(student: SentenceEncoder) -> nn.ModuleDict:
     """What the student adds to its encoder."""
-    return nn.ModuleDict({"layer_norm": student.norm, "projection": student.projection})
+    name = "coded_state" if isinstance(student.norm, CodedState) else "layer_norm"
+    return nn.ModuleDict({name: student.norm, "projection": student.projection})

@@ -1,0 +1,381 @@
+"""CLTEAVE, the token method (thesis 3.2): a student's words against the teacher's.
+
+Words that translate each other are paired, each word stands for its first sub-token, and the
+student's state there, coded to the teacher's width, is to be the teacher's state. The thesis's
+faults are switches here; docs/methods.md says what each one costs.
+
+Legend: U training pairs, P different ones · B pairs of a batch · L token pairs · H width of the
+student's states · K of the teacher's · D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from clseave_cli.core.alignment.corpus import LanguagePairs, TrainingPairs
+from clseave_cli.core.alignment.objectives import SentenceBatch, SentenceObjective
+from clseave_cli.core.config import StudentConfig
+from clseave_cli.core.data.records import Parallel, distinct
+from clseave_cli.core.files import file_digest
+from clseave_cli.core.models.autoencoder import Autoencoder, load_autoencoder
+from clseave_cli.core.models.encoders import SentenceEncoder, pool
+from clseave_cli.core.models.packing import PackedBatch
+from clseave_cli.core.models.student import CodedState, new_token_student
+from clseave_cli.core.models.tokens import TokenTable
+from clseave_cli.core.progress import Progress
+from clseave_cli.core.training.distribution import processes
+from clseave_cli.core.training.loop import Rows
+from clseave_cli.core.word_alignment.aligner import WordAligner, load_aligner
+from clseave_cli.core.word_alignment.links import Links, read_links
+from clseave_cli.core.word_alignment.places import NONE, WordTokens, find_tokens
+from clseave_cli.core.word_alignment.words import Words, split_words
+from clseave_cli.errors import DataError, UsageError
+
+
+def token_student(
+    config: StudentConfig, teacher: SentenceEncoder
+) -> tuple[SentenceEncoder, dict[str, str]]:
+    """The student that `--method token` trains, and fingerprints of what it starts from.
+
+    Raises:
+        UsageError: the options ask for another kind of student.
+        ModelError: the encoder or the autoencoder is unusable.
+    """
+    if config.pooling != "terminal" or config.projection != "linear":
+        raise UsageError(
+            f"--method {config.method}: reads --sentence-token and takes the teacher's projection; "
+            "--pooling and --projection are those of --method sentence."
+        )
+    if config.method == "token" and config.objective != "mse":
+        raise UsageError(
+            f"--method token: compares token pairs by squared error; --objective "
+            f"{config.objective} needs --method sentence or sentence+token."
+        )
+    student = new_token_student(
+        config.student,
+        teacher,
+        config.code,
+        final_norm=config.final_norm == "twice",
+        pooling=config.sentence_token,
+    )
+    if not config.pretrained_code:
+        return student, {}
+    coded = _coded_state(student)
+    autoencoder, fingerprint = load_autoencoder(
+        config.autoencoder or config.runs / "autoencoder",
+        Autoencoder(student.state_width, coded.coding.width, config.code),
+    )
+    coded.coder.load_state_dict(autoencoder.encoder.state_dict())
+    return student, {"autoencoder": fingerprint}
+
+
+@dataclass(frozen=True, eq=False)
+class TokenPairs:
+    """The paired tokens of P different training pairs, stored flat as `Links` are.
+
+    Attributes:
+        sources: tokens of the distinct source sentences, for the teacher.
+        target: (L,) int64, which token of the target sentence.
+        source: (L,) int64, which token of the source sentence.
+        offsets: (P + 1,) int64.
+    """
+
+    sources: TokenTable
+    target: npt.NDArray[np.int64]
+    source: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.int64]
+
+
+class TokenCorpus:
+    """Finds or reads word pairs, language by language, beside `Corpus`."""
+
+    def __init__(
+        self,
+        student: SentenceEncoder,
+        teacher: SentenceEncoder,
+        source_lang: str,
+        config: StudentConfig,
+        progress: Progress,
+    ) -> None:
+        """An empty one.
+
+        Args:
+            student: as it is before training; unless `--aligner` names another, it aligns words.
+            teacher: the text tower to imitate.
+            source_lang: its language.
+            config: where word pairs come from.
+            progress: told how far the alignment is.
+        """
+        self._student = student
+        self._teacher = teacher
+        self._source_lang = source_lang
+        self._config = config
+        self._progress = progress
+        self._found_aligner: WordAligner | None = None
+        self._parts: list[_Linked] = []
+
+    def add(self, text: Parallel, part: LanguagePairs, sources: Sequence[str]) -> dict[str, str]:
+        """Takes in the text of a language.
+
+        Args:
+            text: its rows.
+            part: what `Corpus` made of them.
+            sources: every source sentence that `part` counts through.
+
+        Returns:
+            Fingerprints of the files that were read.
+
+        Raises:
+            DataError: the file of links is bad.
+            ExtraMissing: the language needs a segmenter that is not installed.
+        """
+        lang = text.target.lang
+        inputs = {}
+        targets, target_of_row = distinct(text.target.hypotheses)
+        own, source_of_pair = np.unique(part.source_of_pair, return_inverse=True)
+        own_sources = split_words([sources[number] for number in own], self._source_lang)
+        words = split_words(targets, lang)
+        pairs = np.stack([source_of_pair, part.sentence_of_pair])
+        if self._config.alignments is not None:
+            path = Path(str(self._config.alignments).replace("{lang}", lang))
+            inputs[f"alignments: {lang}"] = file_digest(path)
+            numbers = {source: number for number, source in enumerate(own_sources.sentences)}
+            source_of_row = np.array([numbers[source] for source in text.sources])
+            # A pair that stands in several rows has the links of the first.
+            _, row = np.unique(target_of_row * len(own) + source_of_row, return_index=True)
+            links = read_links(
+                path,
+                np.stack([own_sources.counts[pairs[0]], words.counts[pairs[1]]], axis=1),
+                text=str(text.target.path),
+                lines=text.target.lines[row],
+                num_lines=text.target.num_lines,
+                skip_bad=self._config.skip_bad,
+                progress=self._progress,
+            )
+        else:
+            links = self._aligner().align(
+                own_sources,
+                words,
+                pairs,
+                description=f"{lang}: word alignment",
+                progress=self._progress,
+            )
+        self._take(links, words, part)
+        return inputs
+
+    def add_source(self, part: LanguagePairs, sources: Sequence[str]) -> None:
+        """Takes in source sentences as their own translations: every word pairs with itself."""
+        words = split_words(sources, self._source_lang)
+        word = np.arange(len(words.starts)) - np.repeat(words.offsets[:-1], words.counts)
+        every = np.ones(len(word), dtype=bool)
+        self._take(Links(np.stack([word, word], axis=1), every, words.offsets), words, part)
+
+    def pairs(self, sources: Sequence[str]) -> TokenPairs:
+        """Everything taken in, in the order of `Corpus`'s pairs.
+
+        Raises:
+            DataError: there is not one token pair.
+        """
+        places = find_tokens(self._teacher, split_words(sources, self._source_lang))
+        pair, target, source = (
+            np.concatenate(column) for column in zip(*self._columns(places), strict=True)
+        )
+        kept = np.flatnonzero((target != NONE) & (source != NONE))
+        if not len(kept):
+            raise DataError("no words are linked; there is nothing for --method token to learn.")
+        order = kept[np.argsort(pair[kept], kind="stable")]
+        offsets = np.searchsorted(pair[order], np.arange(self._num_pairs() + 1))
+        return TokenPairs(places.tokens, target[order], source[order], offsets)
+
+    def _aligner(self) -> WordAligner:
+        config = self._config
+        if self._found_aligner is None:
+            self._found_aligner = (
+                WordAligner(
+                    self._student,
+                    config.student,
+                    layer=config.aligner_layer,
+                    threshold=config.aligner_threshold,
+                )
+                if config.aligner is None
+                else load_aligner(config, config.aligner, self._student.device, self._progress)
+            )
+        return self._found_aligner
+
+    def _take(self, links: Links, words: Words, part: LanguagePairs) -> None:
+        sentence = part.sentence_of_pair[links.pairs]
+        self._parts.append(
+            _Linked(
+                part,
+                links.pairs,
+                find_tokens(self._student, words).first_token[
+                    words.offsets[sentence] + links.words[:, 1]
+                ],
+                links.words[:, 0],
+            )
+        )
+
+    def _num_pairs(self) -> int:
+        return sum(len(linked.part.counts) for linked in self._parts)
+
+    def _columns(self, sources: WordTokens) -> Iterator[tuple[Rows, Rows, Rows]]:
+        """Training pair, token of the target and token of the source of all token pairs."""
+        begin = 0
+        for linked in self._parts:
+            part = linked.part
+            source = part.source_of_pair[linked.pair]
+            word = sources.words.offsets[source] + linked.source_word
+            yield begin + linked.pair, linked.target_token, sources.first_token[word]
+            num_pairs = len(part.counts)
+            if self._config.terminal_pair:
+                yield (
+                    begin + np.arange(num_pairs),
+                    part.tokens.lengths(part.sentence_of_pair) - 1,
+                    sources.tokens.lengths(part.source_of_pair) - 1,
+                )
+            begin += num_pairs
+
+
+@dataclass(frozen=True, eq=False)
+class _Linked:
+    """The linked words of a language.
+
+    Attributes:
+        part: the training pairs they stand in.
+        pair: (L,) which of them.
+        target_token: (L,) the first token of the word of the target sentence; -1 if it has none.
+        source_word: (L,) the word of the source sentence.
+    """
+
+    part: LanguagePairs
+    pair: Rows
+    target_token: Rows
+    source_word: Rows
+
+
+class TokenBatch(NamedTuple):
+    """B training pairs, made ready.
+
+    Attributes:
+        target: this process's share of the target sentences, packed.
+        source: the distinct source sentences of that share, packed.
+        target_place: (L,) int64 where in the flattened rows of `target` each paired token stands.
+        source_place: (L,) the same in those of `source`.
+        owner: (L,) int64, which sentence of the share it belongs to.
+        num_tokens: (B,) paired tokens of every pair of the batch.
+        weights: (B,) of the pairs.
+        sentences: what the sentences' own loss needs, if they have one.
+    """
+
+    target: PackedBatch
+    source: PackedBatch
+    target_place: Tensor
+    source_place: Tensor
+    owner: Tensor
+    num_tokens: Tensor
+    weights: Tensor
+    sentences: SentenceBatch | None
+
+
+class TokenObjective:
+    """The codes of the student's paired tokens against the teacher's states (thesis 3.2.1)."""
+
+    def __init__(
+        self,
+        student: SentenceEncoder,
+        teacher: SentenceEncoder,
+        pairs: TrainingPairs,
+        tokens: TokenPairs,
+        *,
+        sentences: SentenceObjective | None = None,
+        token_weight: float = 1.0,
+    ) -> None:
+        """Puts the parts together.
+
+        Args:
+            student: what is trained; of `token_student`.
+            teacher: the frozen text tower.
+            pairs: the sentences.
+            tokens: their paired tokens.
+            sentences: a loss on the sentences' embeddings, to be added.
+            token_weight: of the token pairs' loss beside that one.
+        """
+        self.module: nn.Module = student
+        self._student = student
+        self._coder = _coded_state(student).coder
+        self._teacher = teacher
+        self._pairs = pairs
+        self._tokens = tokens
+        self._sentences = sentences
+        self._token_weight = token_weight if sentences is not None else 1.0
+
+    def prepare(self, rows: Rows) -> TokenBatch:
+        """Packs this process's share of both sides; every source sentence once."""
+        pairs, tokens, own = self._pairs, self._tokens, processes().share(rows)
+        sources, source_of_own = np.unique(pairs.teacher.index[own], return_inverse=True)
+        target = self._student.pack(pairs.sentences.tokens, pairs.sentences.index[own])
+        source = self._teacher.pack(tokens.sources, sources)
+        counts, linked = np.diff(tokens.offsets), pairs.distinct[own]
+        owner = np.repeat(np.arange(len(own)), counts[linked])
+        within = np.arange(len(owner)) - np.repeat(
+            np.cumsum(counts[linked]) - counts[linked], counts[linked]
+        )
+        at = tokens.offsets[linked][owner] + within
+        return TokenBatch(
+            target,
+            source,
+            target.starts[owner] + torch.from_numpy(tokens.target[at]),
+            source.starts[source_of_own[owner]] + torch.from_numpy(tokens.source[at]),
+            torch.from_numpy(owner),
+            torch.from_numpy(counts[pairs.distinct[rows]]),
+            pairs.weights[torch.from_numpy(rows)],
+            None if self._sentences is None else self._sentences.prepare(rows),
+        )
+
+    def loss(self, batch: TokenBatch) -> Tensor:
+        """Mean squared error of all token pairs of the batch, those of repeated pairs repeated."""
+        found = processes().spread(lambda: self._errors(batch), len(batch.weights))
+        device = found.device
+        weights = batch.weights.to(device)
+        num_tokens = (weights * batch.num_tokens.to(device)).sum()
+        loss = (weights * found[:, 0].float()).sum() / num_tokens.clamp(min=1e-9)
+        if self._sentences is None or batch.sentences is None:
+            return loss
+        return self._sentences.loss_of(found[:, 1:], batch.sentences) + self._token_weight * loss
+
+    def _errors(self, batch: TokenBatch) -> Tensor:
+        """For each pair of the share the summed error of its tokens and, if asked, its embedding.
+
+        Returns:
+            (share, 1) or (share, 1 + D).
+        """
+        target = batch.target.to(self._student.device)
+        hidden = self._student.hidden_states(target)
+        device = hidden.device
+        codes = self._coder(hidden.flatten(0, 1)[batch.target_place.to(device)])  # (L, K)
+        with torch.no_grad():
+            states = self._teacher.hidden_states(batch.source.to(device)).flatten(0, 1)
+        wanted = states[batch.source_place.to(device)]  # (L, K)
+        errors = (codes.float() - wanted.float()).square().mean(dim=1)
+        # A product with zeros and ones: adding at indices on a GPU gives other bits every time.
+        sentences = torch.arange(len(target.terminals), device=device)
+        belongs = (sentences[:, None] == batch.owner.to(device)).float()  # (share, L)
+        with torch.autocast(device.type, enabled=False):
+            summed: Tensor = belongs @ errors[:, None]
+        if self._sentences is None:
+            return summed
+        embeddings = self._student.project(pool(hidden, target, self._student.pooling))
+        return torch.cat([summed, embeddings.float()], dim=1)
+
+
+def _coded_state(student: SentenceEncoder) -> CodedState:
+    assert isinstance(student.norm, CodedState)
+    return student.norm

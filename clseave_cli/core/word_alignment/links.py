@@ -1,0 +1,141 @@
+"""Links between words, and the Pharaoh format that aligners exchange them in.
+
+A line is a sentence pair, `i-j` a link from word i of the source to word j of the target, counted
+from 0. Gold files may hold possible links beside the sure ones, written `ipj` (Och and Ney 2003,
+section 2.2), and may count from 1.
+
+Legend: P sentence pairs · L links.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from clseave_cli.core.progress import SILENT, Progress
+from clseave_cli.errors import DataError
+
+_LINK = re.compile(r"(\d+)([-p])(\d+)")
+_LINK_OF_WORD_0 = re.compile(r"\b0[-p]|[-p]0\b")
+
+
+@dataclass(frozen=True, eq=False)
+class Links:
+    """The links of sentence pairs, stored flat: pair p has `words[offsets[p]:offsets[p + 1]]`.
+
+    Attributes:
+        words: (L, 2) int64, word of the source and word of the target, counted from 0.
+        sure: (L,) bool; False for the possible links of a gold file.
+        offsets: (P + 1,) int64.
+    """
+
+    words: npt.NDArray[np.int64]
+    sure: npt.NDArray[np.bool_]
+    offsets: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def pairs(self) -> npt.NDArray[np.int64]:
+        """(L,) the sentence pair that each link belongs to."""
+        return np.repeat(np.arange(len(self)), np.diff(self.offsets))
+
+    def lines(self) -> Iterator[str]:
+        """Each pair's line of the Pharaoh format."""
+        for start, end in zip(self.offsets[:-1], self.offsets[1:], strict=True):
+            own = zip(self.words[start:end].tolist(), self.sure[start:end], strict=True)
+            yield " ".join(f"{i}{'-' if sure else 'p'}{j}" for (i, j), sure in own)
+
+
+def read_links(
+    path: Path,
+    num_words: npt.NDArray[np.int64],
+    *,
+    text: str,
+    lines: npt.NDArray[np.integer[Any]] | None = None,
+    num_lines: int | None = None,
+    first_word: int | None = 0,
+    skip_bad: bool = False,
+    progress: Progress = SILENT,
+) -> Links:
+    """Reads a Pharaoh file.
+
+    Args:
+        path: the file.
+        num_words: (P, 2) how many words the sentences of each pair have, source and target.
+        text: the file whose lines these belong to, for messages.
+        lines: (P,) the line of each pair, counted from 1; None: all in order. Other lines belong to
+            sentences that are not used, and are not looked at.
+        num_lines: how many lines the text has; None: P.
+        first_word: the number of a sentence's first word; None finds out: 1 where no word is 0.
+        skip_bad: leave bad links out instead of refusing the file.
+        progress: told how words are counted where that was found out, and what was left out.
+
+    Raises:
+        DataError: the file cannot be read, has more or fewer lines than there are pairs, or a link
+            is malformed or names a word that is not there.
+    """
+    numbers = np.arange(1, len(num_words) + 1) if lines is None else lines
+    last = len(num_words) if num_lines is None else num_lines
+    content = _lines(path)
+    if len(content) > last:
+        raise DataError.at(path, last + 1, f"more lines than sentences; {text} has {last}.")
+    if len(content) < last:
+        raise DataError(f"{path}: {len(content)} lines; expected {last}, as in {text}.")
+    if first_word is None:
+        first_word = 0 if any(map(_LINK_OF_WORD_0.search, content)) else 1
+        progress.note(f"{path}: words are counted from {first_word}.")
+    words: list[tuple[int, int]] = []
+    sure: list[bool] = []
+    offsets = [0]
+    bad: list[str] = []
+    for number, sizes in zip(numbers.tolist(), num_words.tolist(), strict=True):
+        for item in content[number - 1].split():
+            try:
+                link, is_sure = _parse(item, first_word, sizes)
+            except ValueError as error:
+                if not skip_bad:
+                    raise DataError.at(path, number, str(error)) from None
+                bad.append(f"line {number}: {error}")
+                continue
+            words.append(link)
+            sure.append(is_sure)
+        offsets.append(len(words))
+    if bad:
+        progress.note(f"{path}: {len(bad)} bad links left out, the first in {bad[0]}")
+    return Links(
+        np.array(words, dtype=np.int64).reshape(-1, 2),
+        np.array(sure, dtype=bool),
+        np.array(offsets, dtype=np.int64),
+    )
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        content = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: not UTF-8 text; expected links such as 0-0 1-2.") from None
+    return content.removesuffix("\n").split("\n") if content else []
+
+
+def _parse(item: str, first_word: int, sizes: list[int]) -> tuple[tuple[int, int], bool]:
+    match = _LINK.fullmatch(item)
+    if match is None:
+        raise ValueError(f"{item[:40]!r} is no link; expected two word numbers such as 0-2.")
+    link = int(match[1]) - first_word, int(match[3]) - first_word
+    for side, word, size in zip(("source", "target"), link, sizes, strict=True):
+        if not 0 <= word < size:
+            raise ValueError(
+                f"{item} names a word that is not there; the {side} sentence has {size}, "
+                f"counted from {first_word}."
+            )
+    return link, match[2] == "-"

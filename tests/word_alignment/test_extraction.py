@@ -1,0 +1,139 @@
+"""Word alignment against a reference that takes one pair at a time."""
+
+import numpy as np
+import pytest
+import reference_aligner
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from clseave_cli.core.models.student import new_student
+from clseave_cli.core.word_alignment.aligner import WordAligner
+from clseave_cli.core.word_alignment.extraction import link_words
+from clseave_cli.core.word_alignment.words import split_words
+from clseave_cli.errors import UsageError
+
+ENGLISH = [
+    "The square is red.",
+    "A dog waits outside.",
+    "The square is blue.",
+    "red",
+    "  The   dog ",
+]
+GERMAN = [
+    "Das Quadrat ist rot.",
+    "Draußen wartet ein Hund.",
+    "Das Quadrat ist blau.",
+    "rot",
+    "Der Hund",
+]
+
+PAIRS = np.stack([np.arange(5), np.arange(5)])
+
+
+def _random_pairs(count, width=16, scale=1.0):
+    """States and words of pairs of any lengths, several sub-words a word."""
+    random = np.random.default_rng(3)
+    for _ in range(count):
+        sides = []
+        for _ in range(2):
+            words = np.repeat(np.arange(random.integers(1, 9)), 1)
+            words = np.repeat(words, random.integers(1, 4, len(words)))
+            states = torch.from_numpy(scale * random.standard_normal((len(words), width))).float()
+            sides.append((states, words.tolist()))
+        yield sides
+
+
+def _batched(pairs, threshold, longest=40):
+    sides = []
+    for side in range(2):
+        states = torch.full((len(pairs), longest, pairs[0][0][0].shape[1]), torch.pi)
+        words = torch.full((len(pairs), longest), -1)
+        for number, pair in enumerate(pairs):
+            # Special tokens stand before and behind, padding after them.
+            length = len(pair[side][1])
+            states[number, 1 : 1 + length] = pair[side][0]
+            words[number, 1 : 1 + length] = torch.tensor(pair[side][1])
+        sides.append((states, words))
+    (source, source_words), (target, target_words) = sides
+    return link_words(source, target, source_words, target_words, threshold).tolist()
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1e-3, 0.1, 0.5])
+def test_batched_extraction_equals_the_reference(threshold):
+    pairs = list(_random_pairs(60))
+    wanted = [
+        [number, *link]
+        for number, ((source, source_words), (target, target_words)) in enumerate(pairs)
+        for link in sorted(
+            reference_aligner.link_words(source, target, source_words, target_words, threshold)
+        )
+    ]
+    assert _batched(pairs, threshold) == wanted
+    assert threshold == 0.5 or len(wanted) > 60
+
+
+def test_one_pair_by_hand():
+    # Two words each; the second source word has two sub-words, one like each target word.
+    source = torch.tensor([[[4.0, 0.0], [0.0, 4.0], [4.0, 0.0]]])
+    target = torch.tensor([[[4.0, 0.0], [0.0, 4.0]]])
+    words = torch.tensor([[0, 1, 1]])
+    links = link_words(source, target, words, torch.tensor([[0, 1]]), 1e-3)
+    # Sub-word 2 shares target 0 with sub-word 0: half the probability each, far over 0.001.
+    assert links.tolist() == [[0, 0, 0], [0, 1, 0], [0, 1, 1]]
+    links = link_words(source, target, words, torch.tensor([[0, 1]]), 0.6)
+    assert links.tolist() == [[0, 1, 1]]
+
+
+def test_a_pair_without_words_links_nothing():
+    states, words = torch.ones(2, 3, 4), torch.tensor([[-1, 0, -1], [-1, -1, -1]])
+    assert link_words(states, states, words, words, 0.0).tolist() == [[0, 0, 0]]
+
+
+@pytest.fixture(scope="module")
+def student(encoder):
+    torch.manual_seed(0)
+    return new_student(encoder, 16).eval()
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_the_aligner_equals_the_reference_on_transformers_own_states(student, encoder, packs):
+    student.packs = packs
+    aligner = WordAligner(student, "encoder", threshold=0.04)
+    links = aligner.align(split_words(ENGLISH), split_words(GERMAN), PAIRS)
+    model = AutoModel.from_pretrained(encoder, add_pooling_layer=False).eval()
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    for number, (english, german) in enumerate(zip(ENGLISH, GERMAN, strict=True)):
+        source, target = (
+            reference_aligner.sentence_states(model, tokenizer, text.split(), 1)
+            for text in (english, german)
+        )
+        wanted = reference_aligner.link_words(source[0], target[0], source[1], target[1], 0.04)
+        own = slice(links.offsets[number], links.offsets[number + 1])
+        assert list(map(tuple, links.words[own].tolist())) == sorted(wanted)
+    assert (
+        0
+        < len(links.words)
+        < sum(len(e.split()) * len(g.split()) for e, g in zip(ENGLISH, GERMAN, strict=True))
+    )
+
+
+def test_the_layer_is_the_eighth_or_the_last(student, encoder):
+    aligner = WordAligner(student, "encoder")
+    assert aligner._layer == 1
+    with pytest.raises(UsageError, match=r"--aligner-layer 8: encoder has 1; choose from 1 to 1"):
+        WordAligner(student, "encoder", layer=8)
+
+
+def test_the_encoder_is_left_as_it_is(student):
+    student.train()
+    before = [parameter.detach().clone() for parameter in student.parameters()]
+    words = split_words(ENGLISH)
+    WordAligner(student, "encoder").align(words, words, PAIRS)
+    assert student.training and all(map(torch.equal, before, student.parameters()))
+    student.eval()
+
+
+def test_no_sentences_no_links(student):
+    words = split_words([])
+    links = WordAligner(student, "encoder").align(words, words, PAIRS[:, :0])
+    assert len(links) == 0 and list(links.lines()) == []

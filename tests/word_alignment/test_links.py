@@ -1,0 +1,117 @@
+"""Pharaoh files, and the score of links against gold ones."""
+
+import numpy as np
+import pytest
+from tiny_world import Notes
+
+from clseave_cli.core.word_alignment.links import Links, read_links
+from clseave_cli.core.word_alignment.scoring import AlignmentScore, score
+from clseave_cli.errors import DataError
+
+
+def _read(tmp_path, content, num_words, **options):
+    path = tmp_path / "links.txt"
+    path.write_text(content)
+    return read_links(path, np.array(num_words), text="pairs.txt", **options)
+
+
+def _pairs(links):
+    found = [[] for _ in range(len(links))]
+    for pair, (i, j), sure in zip(links.pairs, links.words.tolist(), links.sure, strict=True):
+        found[pair].append((i, j, bool(sure)))
+    return found
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    links = Links(
+        np.array([[0, 0], [1, 2], [2, 0]]), np.array([True, False, True]), np.array([0, 2, 2, 3])
+    )
+    assert list(links.lines()) == ["0-0 1p2", "", "2-0"]
+    again = _read(tmp_path, "".join(f"{line}\n" for line in links.lines()), [[3, 3]] * 3)
+    assert _pairs(again) == [[(0, 0, True), (1, 2, False)], [], [(2, 0, True)]]
+    assert again.pairs.tolist() == [0, 0, 2]
+
+
+def test_a_last_line_needs_no_end(tmp_path):
+    assert _pairs(_read(tmp_path, "0-0\n1-1", [[2, 2]] * 2)) == [[(0, 0, True)], [(1, 1, True)]]
+    assert _pairs(_read(tmp_path, "0-0\n\n", [[2, 2]] * 2)) == [[(0, 0, True)], []]
+
+
+def test_lines_of_sentences_that_are_not_used(tmp_path):
+    # Line 2 belongs to a row that was left out; its words are not known.
+    links = _read(
+        tmp_path, "0-0\n7-9 what?\n1-1\n", [[2, 2]] * 2, lines=np.array([1, 3]), num_lines=3
+    )
+    assert _pairs(links) == [[(0, 0, True)], [(1, 1, True)]]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("0-0\n0-0\n0-0\n", r"links.txt:3: more lines than sentences; pairs.txt has 2"),
+        ("0-0\n", r"links.txt: 1 lines; expected 2, as in pairs.txt"),
+        ("", r"links.txt: 0 lines; expected 2"),
+        ("0-0\n0-3\n", r"links.txt:2: 0-3 names a word that is not there; the target sentence has "
+         r"3, counted from 0"),
+        ("2-0\n0-0\n", r"links.txt:1: 2-0 .* the source sentence has 2"),
+        ("0-0 1:2\n0-0\n", r"links.txt:1: '1:2' is no link; expected two word numbers such as 0-2"),
+        ("0-0\n-1-0\n", r"links.txt:2: '-1-0' is no link"),
+        ("0-0\n1- 2\n", r"links.txt:2: '1-' is no link"),
+    ],
+)  # fmt: skip
+def test_bad_files(tmp_path, content, message):
+    with pytest.raises(DataError, match=message):
+        _read(tmp_path, content, [[2, 3]] * 2)
+
+
+def test_files_that_are_no_text(tmp_path):
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match="binary: not UTF-8 text"):
+        read_links(tmp_path / "binary", np.array([[1, 1]]), text="pairs.txt")
+    with pytest.raises(DataError, match="nowhere: cannot be read"):
+        read_links(tmp_path / "nowhere", np.array([[1, 1]]), text="pairs.txt")
+
+
+def test_bad_links_are_left_out_and_told(tmp_path):
+    notes = Notes()
+    links = _read(tmp_path, "0-0 5-5\nx 1-1\n", [[2, 2]] * 2, skip_bad=True, progress=notes)
+    assert _pairs(links) == [[(0, 0, True)], [(1, 1, True)]]
+    assert "2 bad links left out, the first in line 1: 5-5 names a word" in notes.text
+
+
+@pytest.mark.parametrize(
+    ("content", "first"), [("1-1 2p2\n", 1), ("0-1 1-1\n", 0), ("1-0\n", 0), ("10-1 2-10\n", 1)]
+)
+def test_how_words_are_counted_is_found_out(tmp_path, content, first):
+    notes = Notes()
+    links = _read(tmp_path, content, [[11, 11]], first_word=None, progress=notes)
+    assert f"words are counted from {first}" in notes.text
+    told = _read(tmp_path, content, [[11, 11]], first_word=first)
+    assert (links.words == told.words).all()
+
+
+def test_a_score_worked_by_hand(tmp_path):
+    # Pair 1: found 0-0 1-1 2-1; sure 0-0 1-1, possible also 2-2. Two of three found are possible,
+    # both sure ones are found. Pair 2: found 0-1; sure 0-0, possible also 0-1.
+    # In all |A| = 4, |S| = 3, |A ∩ S| = 2, |A ∩ P| = 3.
+    gold = _read(tmp_path, "0-0 1-1 2p2\n0-0 0p1\n", [[3, 3]] * 2)
+    found = _read(tmp_path, "0-0 1-1 2-1 0-0\n0-1\n", [[3, 3]] * 2)
+    assert score(found, gold) == AlignmentScore(
+        precision=3 / 4,
+        recall=2 / 3,
+        error_rate=pytest.approx(1 - (2 + 3) / (4 + 3)),
+        num_pairs=2,
+        num_found=4,
+        num_sure=3,
+        num_possible=5,
+    )
+
+
+def test_the_gold_itself_has_no_errors_and_nothing_found_has_only_errors(tmp_path):
+    gold = _read(tmp_path, "0-0 1-1\n2-2\n", [[3, 3]] * 2)
+    perfect = score(gold, gold)
+    assert (perfect.precision, perfect.recall, perfect.error_rate) == (1, 1, 0)
+    nothing = score(_read(tmp_path, "\n\n", [[3, 3]] * 2), gold)
+    assert (nothing.precision, nothing.recall, nothing.error_rate) == (0, 0, 1)
+    with pytest.raises(DataError, match="no sure link"):
+        score(gold, _read(tmp_path, "0p0\n\n", [[3, 3]] * 2))
