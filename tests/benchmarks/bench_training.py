@@ -491,7 +491,7 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
     parser.add_argument("--pairs", type=int, default=4000)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--hypotheses", type=int, default=18)
     parser.add_argument("--batch-size", type=int, default=36)
