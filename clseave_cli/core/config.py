@@ -409,6 +409,9 @@ class StudentConfig(TrainingConfig, DataConfig, TokenConfig):
         None, "CLIP-VE folder to imitate; unset: RUNS/clip-ve.", metavar="DIR"
     )
     objective: ObjectiveName = option("mse", "What the student is pulled towards.")
+    head_weight: float = option(
+        0.02, "head-aware: weight of what the head would answer, beside the squared error.", least=0
+    )
     pooling: Pooling = option("terminal", "Which hidden state stands for the sentence.")
     projection: Projection = option("linear", "How it becomes the embedding.")
     include_english: bool = option(

@@ -158,7 +158,8 @@ def comparison(config: StudentConfig, teacher: ClipVE, pairs: TrainingPairs) -> 
     if name == "mse+cosine":
         return lambda own, batch: squared_error(own, batch) / variance + cosine_distance(own, batch)
     return lambda own, batch: (
-        squared_error(own, batch) / variance + head_divergence(own, batch, teacher.head)
+        squared_error(own, batch) / variance
+        + config.head_weight * head_divergence(own, batch, teacher.head)
     )
 
 
