@@ -1,27 +1,56 @@
 """Word alignment one sentence pair at a time: what the batched extraction must equal.
 
-Written after section 2 of Dou and Neubig (2021), in its order and with nothing but its operations.
+Written after section 2 of Dou and Neubig (2021): once number by number, and once with the tensor
+operations that its authors' tool applies to each pair.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 
 def link_words(
+    source: list[list[float]],
+    target: list[list[float]],
+    source_words: list[int],
+    target_words: list[int],
+    threshold: float,
+) -> set[tuple[int, int]]:
+    """The linked words of one pair, number by number.
+
+    Args:
+        source: states of the source's sub-words, special tokens left out.
+        target: the same of the target.
+        source_words: the word of each sub-word of the source.
+        target_words: the same of the target.
+        threshold: least probability in both directions.
+    """
+    similarity = [[sum(a * b for a, b in zip(s, t, strict=True)) for t in target] for s in source]
+    forward = [softmax(row) for row in similarity]
+    backward = [softmax(list(column)) for column in zip(*similarity, strict=True)]
+    return {
+        (source_words[i], target_words[j])
+        for i in range(len(source))
+        for j in range(len(target))
+        if forward[i][j] > threshold and backward[j][i] > threshold
+    }
+
+
+def softmax(scores: list[float]) -> list[float]:
+    """Probabilities from scores."""
+    highest = max(scores)
+    parts = [math.exp(score - highest) for score in scores]
+    return [part / sum(parts) for part in parts]
+
+
+def link_words_with_tensors(
     source: Tensor, target: Tensor, source_words: list[int], target_words: list[int],
     threshold: float,
 ) -> set[tuple[int, int]]:  # fmt: skip
-    """The linked words of one pair.
-
-    Args:
-        source: (S, H) states of the source's sub-words, special tokens left out.
-        target: (T, H) the same of the target.
-        source_words: S, the word of each sub-word.
-        target_words: T, the same of the target.
-        threshold: least probability in both directions.
-    """
+    """The same with tensors: (S, H) and (T, H) states of one pair."""
     similarity = torch.matmul(source, target.transpose(-1, -2))
     forward = torch.nn.Softmax(dim=-1)(similarity)
     backward = torch.nn.Softmax(dim=-2)(similarity)
@@ -40,6 +69,6 @@ def sentence_states(model, tokenizer, words: list[str], layer: int) -> tuple[Ten
         layer: whose output, counted from 1.
     """
     inputs = tokenizer(words, is_split_into_words=True, return_tensors="pt")
-    states = model(**inputs, output_hidden_states=True).hidden_states[layer][0]
+    states = model(**inputs.to(model.device), output_hidden_states=True).hidden_states[layer][0]
     places = [place for place, word in enumerate(inputs.word_ids(0)) if word is not None]
     return states[places], [inputs.word_ids(0)[place] for place in places]

@@ -25,12 +25,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from clseave_cli.core.alignment import align
 from clseave_cli.core.autoencoding import autoencode
 from clseave_cli.core.config import AlignConfig, AutoencodeConfig, EvaluateConfig
+from clseave_cli.core.data.images import ImageFolder
 from clseave_cli.core.data.records import ENGLISH, join, read_split
 from clseave_cli.core.evaluation import evaluate
+from clseave_cli.core.features import embed_rows, image_features, tokenize_sentences
+from clseave_cli.core.models.clip_ve import ClipVE
+from clseave_cli.core.training.precision import autocast
 from clseave_cli.core.word_alignment.links import Links
 from clseave_cli.core.word_alignment.words import split_words
 
@@ -82,14 +87,11 @@ def ibm_model_1(sources: Sequence[list[int]], targets: Sequence[list[int]]) -> n
 
     Expectation maximisation of t(target word | source word), without a null word.
     """
-    pair = np.repeat(
-        np.arange(len(sources)), [len(s) * len(t) for s, t in zip(sources, targets, strict=False)]
-    )
-    source = np.concatenate([np.repeat(s, len(t)) for s, t in zip(sources, targets, strict=False)])
-    target = np.concatenate([np.tile(t, len(s)) for s, t in zip(sources, targets, strict=False)])
-    place = np.concatenate(
-        [np.tile(np.arange(len(t)), len(s)) for s, t in zip(sources, targets, strict=False)]
-    )
+    both = list(zip(sources, targets, strict=True))
+    pair = np.repeat(np.arange(len(both)), [len(s) * len(t) for s, t in both])
+    source = np.concatenate([np.repeat(s, len(t)) for s, t in both])
+    target = np.concatenate([np.tile(t, len(s)) for s, t in both])
+    place = np.concatenate([np.tile(np.arange(len(t)), len(s)) for s, t in both])
     _, together = np.unique(source << 32 | target, return_inverse=True)
     _, explained = np.unique(pair << 32 | place, return_inverse=True)
     probability = np.ones(together.max() + 1)
@@ -162,7 +164,8 @@ def train_and_measure(
         device="cpu",
         resume=True,
         **AlignConfig.PRESETS["mini-ve"]
-        | {"alignments": out / "{lang}.links", "autoencoder": out / f"seed{seed}" / "autoencoder"}
+        | {"alignments": out / f"seed{seed}" / "{lang}.links"}
+        | {"autoencoder": out / f"seed{seed}" / "autoencoder"}
         | options,
     )
     begin = time.monotonic()
@@ -180,6 +183,26 @@ def train_and_measure(
     return result
 
 
+@torch.no_grad()
+def unread_accuracy(demo: Path, seed: int) -> float:
+    """English accuracy on test where every image stands beside another row's sentence.
+
+    It is what chance is here, and more than a third: the image alone tells whether a part is
+    hidden, without which nothing is neutral.
+    """
+    model = ClipVE.from_folder(demo / "runs" / "clip-ve")
+    split = read_split(demo / "data", "test", ENGLISH)
+    fp32 = autocast("fp32", torch.device("cpu"))
+    images = ImageFolder.of(demo / "data", None)
+    premises = image_features(model.image, split, images, autocast=fp32).of_rows()
+    hypotheses = embed_rows(
+        model.text, tokenize_sentences(model.text, split.hypotheses, split.where)
+    )
+    others = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
+    labels = torch.from_numpy(split.labels.astype(np.int64))
+    return (model(hypotheses[others], premises).argmax(dim=1) == labels).float().mean().item()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--demo", type=Path, nargs="+", required=True, help="one for each seed")
@@ -192,9 +215,11 @@ def main() -> None:
     demos = given.demo if len(given.demo) > 1 else given.demo * len(given.seed)
     languages = tuple(given.lang)
     for demo, seed in zip(demos, given.seed, strict=True):
+        (given.out / f"seed{seed}").mkdir(exist_ok=True)
         for lang in languages:
-            if not (given.out / f"{lang}.links").exists():
-                write_links(demo / "data", lang, given.out / f"{lang}.links")
+            links = given.out / f"seed{seed}" / f"{lang}.links"
+            if not links.exists():
+                write_links(demo / "data", lang, links)
         autoencode(
             AutoencodeConfig(
                 data=str(demo / "data"),
@@ -208,6 +233,8 @@ def main() -> None:
                 **AutoencodeConfig.PRESETS["mini-ve"],
             )
         )
+    unread = [unread_accuracy(demo, seed) for demo, seed in zip(demos, given.seed, strict=True)]
+    print(f"Chance (English, each image with another's sentence): {spread(unread)}\n")
     print(f"| | {' | '.join(languages)} | ratio to English | seconds |")
     print("|---|" + "---|" * (len(languages) + 2))
     for name, options in variants().items():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import reference_aligner
 import torch
+from tiny_world import flip_byte
 from transformers import AutoModel, AutoTokenizer
 
 from clseave_cli.core.models.student import new_student
@@ -58,14 +59,24 @@ def _batched(pairs, threshold, longest=40):
     return link_words(source, target, source_words, target_words, threshold).tolist()
 
 
+def _by_reference(how, source, target, source_words, target_words, threshold):
+    if how == "numbers":
+        states = source.tolist(), target.tolist()
+        return reference_aligner.link_words(*states, source_words, target_words, threshold)
+    return reference_aligner.link_words_with_tensors(
+        source, target, source_words, target_words, threshold
+    )
+
+
+@pytest.mark.parametrize("how", ["numbers", "tensors"])
 @pytest.mark.parametrize("threshold", [0.0, 1e-3, 0.1, 0.5])
-def test_batched_extraction_equals_the_reference(threshold):
+def test_batched_extraction_equals_the_reference(threshold, how):
     pairs = list(_random_pairs(60))
     wanted = [
         [number, *link]
         for number, ((source, source_words), (target, target_words)) in enumerate(pairs)
         for link in sorted(
-            reference_aligner.link_words(source, target, source_words, target_words, threshold)
+            _by_reference(how, source, target, source_words, target_words, threshold)
         )
     ]
     assert _batched(pairs, threshold) == wanted
@@ -107,7 +118,9 @@ def test_the_aligner_equals_the_reference_on_transformers_own_states(student, en
             reference_aligner.sentence_states(model, tokenizer, text.split(), 1)
             for text in (english, german)
         )
-        wanted = reference_aligner.link_words(source[0], target[0], source[1], target[1], 0.04)
+        wanted = reference_aligner.link_words(
+            source[0].tolist(), target[0].tolist(), source[1], target[1], 0.04
+        )
         own = slice(links.offsets[number], links.offsets[number + 1])
         assert list(map(tuple, links.words[own].tolist())) == sorted(wanted)
     assert (
@@ -137,3 +150,24 @@ def test_no_sentences_no_links(student):
     words = split_words([])
     links = WordAligner(student, "encoder").align(words, words, PAIRS[:, :0])
     assert len(links) == 0 and list(links.lines()) == []
+
+
+def test_links_found_before_are_not_looked_for_again(student, cache, monkeypatch):
+    source, target = split_words(ENGLISH), split_words(GERMAN)
+
+    def align(threshold=0.04):
+        links = WordAligner(student, "encoder", threshold=threshold).align(source, target, PAIRS)
+        return list(links.lines())
+
+    first = align()
+    (kept,) = (cache / "words").iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(WordAligner, "_align", None)
+        assert align() == first
+    assert align(0.5) != first and len(list((cache / "words").iterdir())) == 2
+    flip_byte(kept)
+    assert align() == first  # damaged, so found anew
+    with torch.no_grad():
+        next(student.backbone.parameters()).add_(0.01)
+    align()
+    assert len(list((cache / "words").iterdir())) == 3

@@ -30,6 +30,9 @@ def test_what_is_written_is_read_again(tmp_path):
     again = _read(tmp_path, "".join(f"{line}\n" for line in links.lines()), [[3, 3]] * 3)
     assert _pairs(again) == [[(0, 0, True), (1, 2, False)], [], [(2, 0, True)]]
     assert again.pairs.tolist() == [0, 0, 2]
+    taken = again.take(np.array([2, 1, 0, 2]))
+    first, second, third = _pairs(again)
+    assert _pairs(taken) == [third, second, first, third]
 
 
 def test_a_last_line_needs_no_end(tmp_path):

@@ -149,17 +149,18 @@ class TokenCorpus:
             inputs[f"alignments: {lang}"] = file_digest(path)
             numbers = {source: number for number, source in enumerate(own_sources.sentences)}
             source_of_row = np.array([numbers[source] for source in text.sources])
-            # A pair that stands in several rows has the links of the first.
-            _, row = np.unique(target_of_row * len(own) + source_of_row, return_index=True)
             links = read_links(
                 path,
-                np.stack([own_sources.counts[pairs[0]], words.counts[pairs[1]]], axis=1),
+                np.stack([own_sources.counts[source_of_row], words.counts[target_of_row]], axis=1),
                 text=str(text.target.path),
-                lines=text.target.lines[row],
+                lines=text.target.lines,
                 num_lines=text.target.num_lines,
                 skip_bad=self._config.skip_bad,
                 progress=self._progress,
             )
+            # A pair that stands in several rows has the links of the first.
+            _, row = np.unique(target_of_row * len(own) + source_of_row, return_index=True)
+            links = links.take(row)
         else:
             links = self._aligner().align(
                 own_sources,

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from clseave_cli.core.config import WordAlignerConfig
+from clseave_cli.core.files import json_digest
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.student import new_student
 from clseave_cli.core.progress import SILENT, Progress
-from clseave_cli.core.word_alignment.extraction import link_words
+from clseave_cli.core.word_alignment.cache import cached_links
+from clseave_cli.core.word_alignment.extraction import link_words, take_states
 from clseave_cli.core.word_alignment.links import Links
 from clseave_cli.core.word_alignment.places import NONE, WordTokens, find_tokens
 from clseave_cli.core.word_alignment.words import Words
@@ -81,7 +83,23 @@ class WordAligner:
             pairs: (2, P) which sentence of the source and of the target.
             description: what the progress bar says.
             progress: told how far it is.
+
+        Returns:
+            The links, from the cache where the same was asked before.
         """
+        encoder = self._encoder.digest(), self._layer, self._threshold
+        spans = [[w.sentences, w.starts.tolist(), w.offsets.tolist()] for w in (source, target)]
+        key = json_digest([*encoder, *spans, pairs.tolist()])
+        return cached_links(key, lambda: self._align(source, target, pairs, description, progress))
+
+    def _align(
+        self,
+        source: Words,
+        target: Words,
+        pairs: npt.NDArray[np.intp],
+        description: str,
+        progress: Progress,
+    ) -> Links:
         sides = find_tokens(self._encoder, source), find_tokens(self._encoder, target)
         was_training = self._encoder.training
         self._encoder.eval()
@@ -111,8 +129,8 @@ class WordAligner:
         offsets = torch.from_numpy(side.tokens.offsets[sentences])[:, None]
         words = torch.from_numpy(side.word_of_token)[torch.where(inside, offsets + token, 0)]
         words = words.masked_fill(~inside, NONE).to(states.device)
-        within = torch.where(inside, token, 0).to(states.device)
-        return states[batch.starts[:, None] + within].float(), words
+        places = batch.starts[:, None] + torch.where(inside, token, 0).to(states.device)
+        return take_states(states, places).float(), words
 
 
 def load_aligner(

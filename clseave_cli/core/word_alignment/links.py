@@ -47,6 +47,13 @@ class Links:
         """(L,) the sentence pair that each link belongs to."""
         return np.repeat(np.arange(len(self)), np.diff(self.offsets))
 
+    def take(self, pairs: npt.NDArray[np.intp]) -> Links:
+        """The links of the given pairs, in the given order."""
+        counts = np.diff(self.offsets)[pairs]
+        offsets = np.cumsum([0, *counts])
+        at = np.arange(offsets[-1]) + np.repeat(self.offsets[pairs] - offsets[:-1], counts)
+        return Links(self.words[at], self.sure[at], offsets)
+
     def lines(self) -> Iterator[str]:
         """Each pair's line of the Pharaoh format."""
         for start, end in zip(self.offsets[:-1], self.offsets[1:], strict=True):

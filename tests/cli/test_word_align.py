@@ -1,0 +1,139 @@
+"""`clseave word-align`: from text to links to a score, and what bad input gets."""
+
+import json
+
+import pytest
+from tiny_world import edit_row, read_jsonl
+
+SOURCE_TARGET = """The square is red . ||| Das Quadrat ist rot .
+A dog waits . ||| Ein Hund wartet .
+"""
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text"
+    path.write_text(SOURCE_TARGET)
+    return path
+
+
+def _links(clseave, *arguments):
+    code, out, err = clseave("word-align", *arguments, "--device", "cpu")
+    assert code == 0, err
+    return out.splitlines()
+
+
+def test_a_file_of_sentence_pairs(clseave, text, encoder, tmp_path):
+    printed = _links(clseave, "--input", text, "--aligner", encoder)
+    assert len(printed) == 2
+    assert all("-" in link for line in printed for link in line.split())
+    links = tmp_path / "links"
+    assert _links(clseave, "--input", text, "--aligner", encoder, "--out", links) == []
+    assert links.read_text().splitlines() == printed
+
+
+def test_the_languages_of_a_data_folder(clseave, data, encoder, tmp_path):
+    # The German file is in another order, and has a row that English has not.
+    edit_row(data / "snli_ve_train.de.jsonl", 2, pairID="stray")
+    words = tmp_path / "words"
+    links = _links(clseave, "--data", data, "--lang", "de", "--aligner", encoder, "--words", words)
+    german = [row["sentence2"] for row in read_jsonl(data / "snli_ve_train.de.jsonl")]
+    shown = words.read_text().splitlines()
+    assert len(links) == len(shown) == len(german) == 24
+    assert (links[1], shown[1]) == ("", "")
+    for line, sentence in zip(shown, german, strict=True):
+        assert not line or line.endswith(f"||| {sentence}")
+    assert [line for line in shown if line.startswith("A dog waits outside. ||| Draußen")]
+
+
+def test_scoring_without_a_model(clseave, text, tmp_path):
+    # Worked by hand: 4 links, 3 of them possible; 3 sure ones, 2 of them found.
+    (tmp_path / "found").write_text("0-0 1-1 2-3\n1-1\n")
+    (tmp_path / "gold").write_text("1-1 2-2 3p4\n1-1 2p2\n")
+    arguments = ["--input", text, "--alignments", tmp_path / "found", "--gold", tmp_path / "gold"]
+    code, out, err = clseave("word-align", *arguments, "--json")
+    assert code == 0 and "words are counted from 1" in err
+    score = json.loads(out)
+    assert score == {
+        "precision": 1.0, "recall": 2 / 3, "error_rate": pytest.approx(1 - 6 / 7),
+        "num_pairs": 2, "num_found": 4, "num_sure": 3, "num_possible": 5,
+    }  # fmt: skip
+    code, out, _ = clseave("word-align", *arguments)
+    assert "alignment error rate 14.29% · precision 100.00% · recall 66.67%" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "base_only_bad"), [("enfr", False), ("zhen", False), ("jaen", True)]
+)
+def test_real_gold_files(clseave, assets, tmp_path, name, base_only_bad):
+    """Human links are read, and scored against themselves as found ones: nothing is wrong."""
+    text, gold = (assets / "alignment" / f"{name}.{kind}" for kind in ("src-tgt", "gold"))
+    # As an aligner would write them: sure links alone, counted from 0.
+    found = tmp_path / "found"
+    lines = []
+    sizes = [
+        [len(side.split()) for side in line.split("|||")] for line in text.read_text().splitlines()
+    ]
+    for line, (source, target) in zip(gold.read_text().splitlines(), sizes, strict=True):
+        pairs = [tuple(map(int, link.split("-"))) for link in line.split() if "-" in link]
+        kept = [(i, j) for i, j in pairs if i <= source and j <= target]
+        lines.append(" ".join(f"{i - 1}-{j - 1}" for i, j in kept))
+    found.write_text("\n".join(lines) + "\n")
+    arguments = ["word-align", "--input", text, "--alignments", found, "--gold", gold, "--json"]
+    if base_only_bad:
+        # Six of its links name words that the sentences do not have.
+        code, _, err = clseave(*arguments)
+        assert code == 1 and "names a word that is not there" in err
+        arguments.append("--skip-bad")
+    code, out, err = clseave(*arguments)
+    assert code == 0 and "words are counted from 1" in err
+    score = json.loads(out)
+    assert (score["precision"], score["recall"], score["error_rate"]) == (1, 1, 0)
+    assert score["num_pairs"] == len(lines) and score["num_possible"] >= score["num_sure"]
+
+
+def test_real_text_goes_through_an_encoder(clseave, assets, encoder, tmp_path):
+    text = tmp_path / "text"
+    lines = (assets / "alignment" / "jaen.src-tgt").read_text().splitlines(keepends=True)
+    text.write_text("".join(lines[:20]))
+    assert len(_links(clseave, "--input", text, "--aligner", encoder)) == 20
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a b c\n", "text:1: 0 times |||; expected source ||| target"),
+        ("a ||| b\na ||| b ||| c\n", "text:2: 2 times |||"),
+    ],
+)
+def test_bad_text(refused, text, encoder, content, message):
+    text.write_text(content)
+    assert message in refused("word-align", "--input", text, "--aligner", encoder)
+
+
+@pytest.mark.parametrize(
+    ("links", "message"),
+    [
+        ("0-0\n0-0\n0-0\n", "links:3: more lines than sentences"),
+        ("0-0\n0-9\n", "links:2: 0-9 names a word that is not there; the target sentence has 4"),
+        ("0-0\nnone\n", "links:2: 'none' is no link"),
+    ],
+)
+def test_bad_links(refused, text, tmp_path, links, message):
+    (tmp_path / "links").write_text(links)
+    for option in ("--alignments", "--gold"):
+        more = ["--gold-base", "0", "--alignments", tmp_path / "links"]
+        error = refused("word-align", "--input", text, *more, option, tmp_path / "links")
+        assert message in error
+
+
+def test_other_refusals(refused, text, encoder, data, tmp_path):
+    assert "--lang is missing" in refused("word-align", "--data", data, code=2)
+    assert "no snli_ve_train.ko.jsonl" in refused("word-align", "--data", data, "--lang", "ko")
+    error = refused(
+        "word-align", "--input", text, "--aligner", encoder, "--aligner-layer", 9, code=2
+    )
+    assert "--aligner-layer 9" in error and "choose from 1 to 1" in error
+    assert "no such model folder" in refused("word-align", "--input", text, "--aligner", "a/b/c")
+    missing = refused("word-align", "--input", tmp_path / "nowhere", "--aligner", encoder)
+    assert "nowhere: cannot be read" in missing

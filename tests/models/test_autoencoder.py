@@ -1,0 +1,113 @@
+"""The multilingual autoencoder: its formula, its folder, its training."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_world import QUICK, flip_byte, read_jsonl, tree
+
+from clseave_cli.core.autoencoding import autoencode
+from clseave_cli.core.config import AutoencodeConfig
+from clseave_cli.core.models.autoencoder import Autoencoder, load_autoencoder, save_autoencoder
+from clseave_cli.errors import DataError, ModelError, UsageError
+
+
+@pytest.mark.parametrize("code", ["relu", "linear"])
+def test_it_is_two_layers(code):
+    torch.manual_seed(0)
+    autoencoder = Autoencoder(6, 4, code)
+    states = torch.randn(5, 6)
+    encode, decode = autoencoder.encoder[0], autoencoder.decoder[0]
+    codes = states @ encode.weight.T + encode.bias
+    codes = codes.clamp(min=0) if code == "relu" else codes
+    restored = codes @ decode.weight.T + decode.bias
+    restored = restored.clamp(min=0) if code == "relu" else restored
+    assert torch.allclose(autoencoder(states), restored, atol=1e-6)
+    assert torch.allclose(autoencoder.encoder(states), codes, atol=1e-6)
+    assert (autoencoder(states).min() < 0) == (code == "linear")
+
+
+def test_what_is_saved_is_loaded_again(tmp_path):
+    saved = Autoencoder(6, 4)
+    fingerprint = save_autoencoder(saved, tmp_path, languages=["de"])
+    loaded, found = load_autoencoder(tmp_path, Autoencoder(6, 4))
+    assert found == fingerprint
+    for name, value in saved.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [((8, 4, "relu"), "of 6 to 4, code relu; needed here: 8 to 4, code relu"),
+     ((6, 4, "linear"), "needed here: 6 to 4, code linear")],
+)  # fmt: skip
+def test_one_of_another_shape_is_refused(tmp_path, wanted, message):
+    save_autoencoder(Autoencoder(6, 4), tmp_path, languages=["de"])
+    with pytest.raises(ModelError, match=message):
+        load_autoencoder(tmp_path, Autoencoder(*wanted))
+
+
+def test_a_damaged_or_missing_one_is_refused(tmp_path):
+    save_autoencoder(Autoencoder(6, 4), tmp_path, languages=["de"])
+    flip_byte(tmp_path / "autoencoder.safetensors")
+    with pytest.raises(ModelError, match="damaged"):
+        load_autoencoder(tmp_path, Autoencoder(6, 4))
+    with pytest.raises(ModelError, match="no such model folder; `clseave autoencode"):
+        load_autoencoder(tmp_path / "nowhere", Autoencoder(6, 4))
+
+
+def _autoencode(world, trained, encoder, out, **options):
+    defaults = {"lang": ("de", "nl"), "epochs": 2, **QUICK, "learning_rate": 1e-2}
+    return autoencode(
+        AutoencodeConfig(
+            data=str(world), runs=trained, student=str(encoder), out=out, **(defaults | options)
+        )
+    )
+
+
+def test_training_brings_the_states_back(world, trained, encoder, tmp_path):
+    before = tree(encoder)
+    result = _autoencode(world, trained, encoder, tmp_path / "a", code="linear", epochs=60)
+    records = read_jsonl(result.folder / "training" / "metrics.jsonl")
+    errors = [record["dev"]["mse"] for record in records if "dev" in record]
+    assert errors[-1] < 0.5 * errors[0]
+    assert result.training.dev["unexplained"] < 0.6
+    assert result.languages == ("de", "nl") and tree(encoder) == before
+    loaded, _ = load_autoencoder(result.folder, Autoencoder(32, 32, "linear"))
+    assert not any(parameter.isnan().any() for parameter in loaded.parameters())
+
+
+def test_the_loss_is_that_of_the_words_first_tokens(world, trained, encoder, tmp_path):
+    """The last dev figure, computed anew with transformers alone."""
+    from transformers import AutoModel, AutoTokenizer
+
+    result = _autoencode(world, trained, encoder, tmp_path / "a")
+    autoencoder, _ = load_autoencoder(result.folder, Autoencoder(32, 32))
+    model = AutoModel.from_pretrained(encoder, add_pooling_layer=False).eval()
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    states = []
+    for lang in ("de", "nl"):
+        rows = read_jsonl(world / f"snli_ve_dev.{lang}.jsonl")
+        for sentence in dict.fromkeys(row["sentence2"] for row in rows):
+            inputs = tokenizer(sentence.split(), is_split_into_words=True, return_tensors="pt")
+            words = inputs.word_ids(0)
+            with torch.no_grad():
+                hidden = model(**inputs).last_hidden_state[0]
+            states += [hidden[words.index(word)] for word in range(len(sentence.split()))]
+    states = torch.stack(states)
+    error = (autoencoder(states) - states).square().mean().item()
+    assert result.training.dev["mse"] == pytest.approx(error, rel=1e-4)
+
+
+def test_a_finished_one_is_not_trained_again(world, trained, encoder, tmp_path):
+    first = _autoencode(world, trained, encoder, tmp_path / "a")
+    before = tree(first.folder)
+    again = _autoencode(world, trained, encoder, tmp_path / "a", resume=True)
+    assert again.training is None and tree(first.folder) == before
+
+
+def test_refusals(world, trained, encoder, tmp_path):
+    with pytest.raises(UsageError, match="--lang is missing"):
+        _autoencode(world, trained, encoder, tmp_path / "a", lang=())
+    with pytest.raises(DataError, match=r"no snli_ve_train.ko.jsonl"):
+        _autoencode(world, trained, encoder, tmp_path / "a", lang=("ko",))
+    assert np.all([not (tmp_path / "a").exists(), not (tmp_path / "a.partial").exists()])
