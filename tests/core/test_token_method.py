@@ -79,7 +79,7 @@ def _by_hand(student, encoder, clip_ve, terminal):
 def _objective(student, teacher, terminal, sentences=None, weights=(1.0, 1.0)):
     """The objective of the two sentences, their tokens found by the corpus' own means."""
     corpus = token.TokenCorpus(
-        student, teacher.text, AlignConfig(terminal_pair=terminal), progress=None
+        student, teacher.text, "en", AlignConfig(terminal_pair=terminal), progress=None
     )
     words = token.split_words(GERMAN, "de")
     flat = np.array([(j, i) for pair in WORDS for i, j in pair])
@@ -92,6 +92,7 @@ def _objective(student, teacher, terminal, sentences=None, weights=(1.0, 1.0)):
     pairs = SimpleNamespace(
         sentences=Sentences(part.tokens, np.arange(2)),
         teacher=SimpleNamespace(index=np.arange(2)),
+        distinct=np.arange(2),
         weights=torch.tensor(weights),
     )
     return TokenObjective(student, teacher.text, pairs, corpus.pairs(ENGLISH), sentences=sentences)
@@ -237,9 +238,9 @@ def test_with_english_and_with_a_trimmed_vocabulary(world, trained, encoder, tmp
 def test_english_words_pair_with_themselves(teacher, encoder):
     student = new_token_student(encoder, teacher.text, "linear")
     config = AlignConfig(terminal_pair=False)
-    corpus = token.TokenCorpus(student, teacher.text, config, progress=None)
+    corpus = token.TokenCorpus(student, teacher.text, "en", config, progress=None)
     everyone = np.arange(2)
-    corpus.add_english(
+    corpus.add_source(
         SimpleNamespace(
             tokens=student.tokenize(ENGLISH), sentence_of_pair=everyone, source_of_pair=everyone,
             counts=np.ones(2),

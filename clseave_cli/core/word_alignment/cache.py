@@ -8,8 +8,7 @@ from collections.abc import Callable
 import numpy as np
 from safetensors.numpy import load_file, save
 
-from clseave_cli.core.features import cache_root
-from clseave_cli.core.files import atomic_file, file_digest
+from clseave_cli.core.files import atomic_file, cache_root, file_digest
 from clseave_cli.core.word_alignment.links import Links
 
 _DIGEST_BYTES = 16
