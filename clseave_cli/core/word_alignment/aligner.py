@@ -90,9 +90,7 @@ class WordAligner:
         encoder = self._encoder.digest(), self._layer, self._threshold
         spans = [[w.sentences, w.starts.tolist(), w.offsets.tolist()] for w in (source, target)]
         key = json_digest([*encoder, *spans, pairs.tolist()])
-        return cached_links(
-            key, lambda: self._align(source, target, pairs, description, progress)
-        )
+        return cached_links(key, lambda: self._align(source, target, pairs, description, progress))
 
     def _align(
         self,
