@@ -165,7 +165,7 @@ def train_and_measure(
         resume=True,
         **AlignConfig.PRESETS["mini-ve"]
         | {"alignments": out / f"seed{seed}" / "{lang}.links"}
-        | {"autoencoder": out / f"seed{seed}" / "autoencoder"}
+        | {"autoencoder": out / f"seed{seed}" / f"autoencoder-{options.get('code')}"}
         | options,
     )
     begin = time.monotonic()
@@ -220,19 +220,21 @@ def main() -> None:
             links = given.out / f"seed{seed}" / f"{lang}.links"
             if not links.exists():
                 write_links(demo / "data", lang, links)
-        autoencode(
-            AutoencodeConfig(
-                data=str(demo / "data"),
-                runs=demo / "runs",
-                lang=languages,
-                student=str(demo / "runs" / "encoder"),
-                out=given.out / f"seed{seed}" / "autoencoder",
-                seed=seed,
-                device="cpu",
-                resume=True,
-                **AutoencodeConfig.PRESETS["mini-ve"],
+        for code in ("relu", "linear"):
+            autoencode(
+                AutoencodeConfig(
+                    data=str(demo / "data"),
+                    runs=demo / "runs",
+                    lang=languages,
+                    student=str(demo / "runs" / "encoder"),
+                    out=given.out / f"seed{seed}" / f"autoencoder-{code}",
+                    code=code,
+                    seed=seed,
+                    device="cpu",
+                    resume=True,
+                    **AutoencodeConfig.PRESETS["mini-ve"],
+                )
             )
-        )
     unread = [unread_accuracy(demo, seed) for demo, seed in zip(demos, given.seed, strict=True)]
     print(f"Chance (English, each image with another's sentence): {spread(unread)}\n")
     print(f"| | {' | '.join(languages)} | ratio to English | seconds |")

@@ -2,7 +2,7 @@
 
 Words that translate each other are paired, each word stands for its first sub-token, and the
 student's state there, coded to the teacher's width, is to be the teacher's state. The thesis's
-faults are switches here; docs/methods.md says what each one costs.
+faults are switches here (docs/methods.md, "Token alignment").
 
 Legend: U training pairs, P different ones · B pairs of a batch · L token pairs · H width of the
 student's states · K of the teacher's · D embedding width.
