@@ -213,9 +213,9 @@ def test_the_teacher_is_left_as_it_is(world, tmp_path, runs, encoder, monkeypatc
     modes = []
     evaluate_dev = alignment.evaluate_student
 
-    def watch(student, teacher, dev_sets):
+    def watch(student, teacher, dev_sets, **more):
         modes.append(any(m.training for m in teacher.modules()))
-        return evaluate_dev(student, teacher, dev_sets)
+        return evaluate_dev(student, teacher, dev_sets, **more)
 
     monkeypatch.setattr(alignment, "evaluate_student", watch)
     _align(world, tmp_path, encoder, "de", teacher=runs / "clip-ve", epochs=2)
