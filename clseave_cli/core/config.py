@@ -169,6 +169,9 @@ class EngineConfig:
         "auto", "nmt: what computes; auto: ctranslate2 where it is installed and fits."
     )
     beams: int = option(4, "nmt: width of the beam search.")
+    int8: bool = option(
+        False, "nmt, ctranslate2: matrices in 8 bits: faster, and not quite the same words."
+    )
     url: str | None = option(None, "google, libre: address of the service.")
     translations: Path | None = option(
         None,

@@ -212,9 +212,11 @@ def nmt(num_rows: int = 64, batch_size: int = 16, beams: int = 2, rounds: int = 
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / "snli_ve_dev.jsonl").write_text(lines)
         texts = sorted(dict.fromkeys(texts), key=len, reverse=True)
-        for backend in ("transformers", "ctranslate2"):
+        for backend, int8 in (
+            ("transformers", False), ("ctranslate2", False), ("ctranslate2", True),
+        ):  # fmt: skip
             config = TranslateConfig(
-                data=folder, lang=("de",), model=str(model), backend=backend, beams=beams,
+                data=folder, lang=("de",), model=str(model), backend=backend, beams=beams, int8=int8,
                 batch_size=batch_size, memory=folder / f"{backend}.sqlite",
             )  # fmt: skip
             engine = create_engine(config, "en", "de")
@@ -238,7 +240,7 @@ def nmt(num_rows: int = 64, batch_size: int = 16, beams: int = 2, rounds: int = 
                     rate = counted[0] / (time.perf_counter() - start)
                     best[side] = max(rate, best.get(side, 0.0))
             _say(
-                benchmark="nmt", backend=backend, batch_size=batch_size, beams=beams,
+                benchmark="nmt", backend=backend, int8=int8, batch_size=batch_size, beams=beams,
                 threads=torch.get_num_threads(), tokens=counted[0], rounds=rounds,
                 raw_tokens_per_second=round(best["raw"], 1),
                 translate_tokens_per_second=round(best["translate"], 1),

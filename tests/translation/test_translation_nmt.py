@@ -111,6 +111,18 @@ def test_both_backends_agree(models: dict[str, Path], name: str) -> None:
     assert all(outputs[0])
 
 
+@pytest.mark.skipif(not _HAS_CTRANSLATE2, reason="needs the ctranslate2 extra")
+def test_translations_in_8_bits_are_kept_apart(models: dict[str, Path]) -> None:
+    exact, small = (
+        _engine(models["marian"], backend="ctranslate2", beams=1, int8=int8)
+        for int8 in (False, True)
+    )
+    assert exact.identity != small.identity and small.identity.settings == "beams=1 int8"
+    codec, decoder = small._load()
+    assert decoder._translator.compute_type.startswith("int8")
+    assert all(codec.decode(decoder.generate(codec.encode(_TEXTS), 18, True)))
+
+
 @pytest.mark.parametrize("backend", _BACKENDS)
 def test_translates_a_folder_and_remembers(
     models: dict[str, Path], tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
@@ -225,6 +237,8 @@ def test_missing_extra(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "ctranslate2", None)
     with pytest.raises(UsageError, match=r'pip install "clseave-cli\[ctranslate2\]"'):
         _engine(models["marian"], backend="ctranslate2")
+    with pytest.raises(UsageError, match=r"--int8: .* would run in transformers"):
+        _engine(models["marian"], int8=True).translate(["one"], 0)
     assert _engine(models["marian"], backend="auto").translate(["A man."], 0)
 
 

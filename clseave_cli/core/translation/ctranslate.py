@@ -85,7 +85,9 @@ def load_ctranslate_decoder(
             str(folder),
             device=device.type,
             device_index=device.index or 0,
-            compute_type=_COMPUTE_TYPES[local_precision(config.precision, device)],
+            compute_type=(
+                "int8" if config.int8 else _COMPUTE_TYPES[local_precision(config.precision, device)]
+            ),
             intra_threads=max(1, len(os.sched_getaffinity(0)) // num_processes),
         )
     except (RuntimeError, ValueError) as error:

@@ -47,7 +47,8 @@ class NmtEngine:
         self._name = name
         self._loaded: tuple[Codec, Decoder] | None = None
         revision = _revision(name)
-        self.identity = Identity("nmt", name, revision, f"beams={config.beams}", source, target)
+        settings = f"beams={config.beams}" + (" int8" if config.int8 else "")
+        self.identity = Identity("nmt", name, revision, settings, source, target)
         self.licence = f"model {name} ({_licence(name)})"
         self.limits = Limits(
             batch_size=config.batch_size or _BATCH_SIZE,
@@ -124,7 +125,13 @@ class NmtEngine:
                 f"{self._name}: CTranslate2 does not know {model_config.model_type} models; "
                 "use --backend transformers."
             )
-        return self._config.backend != "transformers" and fits and _has_ctranslate2()
+        uses = self._config.backend != "transformers" and fits and _has_ctranslate2()
+        if self._config.int8 and not uses:
+            raise UsageError(
+                f"--int8: {self._name} would run in transformers, which does not have it; it needs "
+                'CTranslate2 (pip install "clseave-cli[ctranslate2]") and a model that it knows.'
+            )
+        return uses
 
     def close(self) -> None:
         """Frees the model."""
