@@ -216,8 +216,8 @@ def nmt(num_rows: int = 64, batch_size: int = 16, beams: int = 2, rounds: int = 
             ("transformers", False), ("ctranslate2", False), ("ctranslate2", True),
         ):  # fmt: skip
             config = TranslateConfig(
-                data=folder, lang=("de",), model=str(model), backend=backend, beams=beams, int8=int8,
-                batch_size=batch_size, memory=folder / f"{backend}.sqlite",
+                data=folder, lang=("de",), model=str(model), backend=backend, beams=beams,
+                int8=int8, batch_size=batch_size, memory=folder / f"{backend}.sqlite",
             )  # fmt: skip
             engine = create_engine(config, "en", "de")
             codec, decoder = engine._load()
