@@ -186,7 +186,7 @@ def faults() -> None:
             )  # fmt: skip
 
 
-def nmt(num_rows: int = 64, batch_size: int = 16, beams: int = 2, rounds: int = 4) -> None:
+def nmt(num_rows: int = 32, batch_size: int = 16, beams: int = 2, rounds: int = 2) -> None:
     """The local engine against its own decoder, and CTranslate2 against transformers.
 
     The model has the size of OPUS-MT's (6 + 6 layers, width 512, 58,101 words), random weights,
