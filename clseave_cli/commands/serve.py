@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from contextlib import suppress
 
@@ -31,6 +32,8 @@ def run(config: ServeConfig) -> None:
     )
     for lang in model.sources:  # loads every encoder now, not with its first request
         model.embed_sentences(lang, ["."])
+    # What the form's parser says of each bad request: whoever sends many would fill the log.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
     server = uvicorn.Server(
         uvicorn.Config(
             create_app(model, config),

@@ -113,8 +113,7 @@ def autoencode(config: AutoencodeConfig, progress: Progress = SILENT) -> Autoenc
     torch.manual_seed(config.seed)
     encoder = new_student(config.student, embedding_dim=1).to(device).eval()
     encoder.requires_grad_(False)
-    if not encoder.verify_packing():
-        progress.note(f"{config.student}: packing is not exact for this encoder; padding instead.")
+    encoder.verify_packing(config.student, progress)
     inputs = {"teacher": teacher.fingerprint, "student": encoder.digest()}
     parts: dict[str, list[WordTokens]] = {"train": [], "dev": []}
     for lang in languages:

@@ -103,8 +103,7 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> FinetuneRes
 
     torch.manual_seed(config.seed)
     model = ClipVE.from_clip(config.clip, config.source_lang).to(device)
-    if not model.text.verify_packing():
-        progress.note(f"{config.clip}: packing is not exact for this text tower; padding instead.")
+    model.text.verify_packing(config.clip, progress)
     inputs = {split.path.name: split.digest for split in (train_split, dev_split)}
     inputs["clip"] = model.text.digest()
     run = Run("finetune-ve", out, config, inputs)

@@ -102,8 +102,7 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> PretrainRes
         _check_leak(train_captions, dev_captions)
     model, text, image = _starting_model(config, train_captions)
     model = model.to(device)
-    if not text.verify_packing():
-        progress.note("packing is not exact for this text tower; padding instead.")
+    text.verify_packing("the text tower", progress)
     torch.manual_seed(config.seed)
     inputs = {path.name: file_digest(path) for path in (train_captions.path, dev_captions.path)} | {
         "clip": json_digest([text.digest(), image.digest()])

@@ -37,8 +37,8 @@ from torch.nn import functional
 
 from clseave_cli.core.alignment import align
 from clseave_cli.core.config import AlignConfig, FinetuneConfig, TrainingConfig
-from clseave_cli.core.data.images import open_image
-from clseave_cli.core.data.records import distinct, join, read_split
+from clseave_cli.core.data.images import ImageFolder, open_image
+from clseave_cli.core.data.records import Split, distinct, join, read_split
 from clseave_cli.core.features import sentence_embeddings
 from clseave_cli.core.finetuning import finetune
 from clseave_cli.core.models.clip_ve import ClipVE
@@ -48,6 +48,7 @@ from clseave_cli.core.models.vocabulary import reduced_vocabulary
 from clseave_cli.core.progress import SILENT
 from clseave_cli.core.training.loop import Selection, Stage, batches, train
 from clseave_cli.core.training.precision import autocast
+from clseave_cli.core.training.schedule import learning_rate_factor
 
 CPU = torch.device("cpu")
 LABELS = ("entailment", "neutral", "contradiction")
@@ -89,12 +90,13 @@ def write_teacher(folder: Path, english: list[str], width: int) -> None:
     clip = folder.with_name("clip")
     new_clip(clip, english, ClipShape(num_layers=2, embedding_dim=width, vocab_size=2000))
     teacher = ClipVE.from_clip(clip).eval()
+    # Untrained, it says nearly the same to every sentence; what is common is taken away.
+    projection = teacher.text.projection.weight
     with torch.no_grad():
-        for parameter in teacher.text.backbone.parameters():
-            if parameter.ndim > 1:
-                parameter *= 3.0
         (embeddings,) = teacher.text.embed(teacher.text.tokenize(english[:256]))
-        teacher.text.projection.weight *= 0.5 / embeddings.std(dim=0).mean()
+        common = torch.linalg.lstsq(projection, embeddings.mean(dim=0)[:, None]).solution[:, 0]
+        teacher.text.norm.bias -= common
+        projection *= 0.5 / embeddings.std(dim=0).mean()
     folder.mkdir(parents=True)
     teacher.save(folder)
 
@@ -275,19 +277,15 @@ class Clock:
         return
 
 
-def bench_finetune(arguments: argparse.Namespace, out: Path) -> None:
-    """`finetune-ve` against a loop that encodes each pair's image at every step."""
-    write_clip(out / "clip", arguments.clip_vocabulary)
-    sentences = [english for english, _ in parallel_pairs(arguments)]
+def write_photos(arguments: argparse.Namespace, data: Path) -> None:
+    """`--images` pictures, each with `--hypotheses` sentences and labels; one more for dev."""
+    hypotheses = itertools.cycle(dict.fromkeys(english for english, _ in parallel_pairs(arguments)))
     pictures = sorted(p for p in arguments.pictures.rglob("*") if p.suffix in (".jpg", ".png"))
-    data = out / "data"
     (data / "images").mkdir(parents=True)
-    hypotheses = iter(itertools.cycle(dict.fromkeys(sentences)))
     rows: dict[str, list[dict[str, str]]] = {"train": [], "dev": []}
     for number, picture in enumerate(pictures[: arguments.images + 1]):
-        split = "train" if number < arguments.images else "dev"
         (data / "images" / picture.name).symlink_to(picture)
-        rows[split] += [
+        rows["train" if number < arguments.images else "dev"] += [
             {
                 "pairID": f"{number}-{place}",
                 "Flickr30K_ID": picture.name,
@@ -299,18 +297,29 @@ def bench_finetune(arguments: argparse.Namespace, out: Path) -> None:
     for split, own in rows.items():
         text = "".join(json.dumps(row) + "\n" for row in own)
         (data / f"snli_ve_{split}.jsonl").write_text(text, encoding="utf-8")
+
+
+def bench_finetune(arguments: argparse.Namespace, out: Path) -> None:
+    """`finetune-ve` against a loop that encodes each pair's image at every step."""
+    if arguments.demo is not None:
+        data, clip = arguments.demo / "data", arguments.demo / "runs" / "clip"
+        options = FinetuneConfig.PRESETS["mini-ve"]
+    else:
+        data, clip = out / "data", out / "clip"
+        write_clip(clip, arguments.clip_vocabulary)
+        write_photos(arguments, data)
+        options = {"learning_rate": 1e-5}
     config = FinetuneConfig(
         data=str(data),
-        clip=str(out / "clip"),
+        clip=str(clip),
         runs=out / "runs",
         device="cpu",
         precision=arguments.precision,
-        epochs=arguments.epochs,
-        batch_size=arguments.batch_size,
-        learning_rate=1e-5,
-        patience=0,
+        **options | {"epochs": arguments.epochs, "patience": None},
     )
-    num_pairs = len(rows["train"]) * config.epochs
+    training, dev = (read_split(data, split) for split in ("train", "dev"))
+    folder = ImageFolder.of(data, None)
+    num_pairs = len(training) * config.epochs
     clock = Clock()
     result = finetune(config, clock)
     assert result.training is not None
@@ -319,40 +328,80 @@ def bench_finetune(arguments: argparse.Namespace, out: Path) -> None:
     ours = num_pairs / (features + steps)
     print(
         f"clseave finetune-ve  {ours:7.2f} pairs/s: {features:.1f} s features of "
-        f"{arguments.images} images, {steps:.1f} s in {config.epochs} epochs of "
-        f"{len(rows['train'])} pairs · dev loss {result.training.dev['loss']:.4f} · "
+        f"{len(training.image_names)} images, {steps:.1f} s in {config.epochs} epochs of "
+        f"{len(training)} pairs · {_figures(ClipVE.from_folder(result.folder), dev, folder)} · "
         f"{peak_gib():.2f} GiB",
         flush=True,
     )
-    seconds = _plain_loop(config, data, rows["train"])
+    model, seconds = _plain_loop(config, folder, training)
     theirs = num_pairs / seconds
-    print(f"plain loop           {theirs:7.2f} pairs/s: {seconds:.1f} s · {peak_gib():.2f} GiB · "
-          f"ratio {ours / theirs:.1f}")  # fmt: skip
+    print(
+        f"plain loop           {theirs:7.2f} pairs/s: {seconds:.1f} s · "
+        f"{_figures(model, dev, folder)} · {peak_gib():.2f} GiB · ratio {ours / theirs:.1f}"
+    )
 
 
-def _plain_loop(config: FinetuneConfig, data: Path, rows: list[dict[str, str]]) -> float:
-    """Seconds of the textbook loop: one padded sentence and one encoded image a pair."""
+def _premises(model: ClipVE, split: Split, rows: Any, folder: ImageFolder) -> Tensor:
+    """(B, D) image embeddings of some rows, decoded and encoded for each."""
+    names = [split.image_names[split.image_index[row]] for row in rows]
+    pictures = [open_image(folder.find(name, str(split.path))) for name in names]
+    with torch.no_grad():
+        return model.image(model.image.preprocess(pictures))
+
+
+def _figures(model: ClipVE, dev: Split, folder: ImageFolder) -> str:
+    """Loss and accuracy on dev."""
+    model.eval()
+    tokens = model.text.tokenize(dev.hypotheses)
+    logits = []
+    with torch.no_grad():
+        for start in range(0, len(dev), 256):
+            rows = np.arange(start, min(start + 256, len(dev)))
+            hypotheses = model.text(model.text.pack(tokens, rows))
+            logits.append(model(hypotheses, _premises(model, dev, rows, folder)))
+    labels = torch.from_numpy(dev.labels.astype(np.int64))
+    loss = functional.cross_entropy(torch.cat(logits), labels).item()
+    accuracy = (torch.cat(logits).argmax(dim=1) == labels).float().mean().item()
+    return f"dev loss {loss:.4f}, accuracy {accuracy:.2%} of {len(dev)}"
+
+
+def _plain_loop(
+    config: FinetuneConfig, folder: ImageFolder, training: Split
+) -> tuple[ClipVE, float]:
+    """The textbook loop: one padded sentence and one encoded image a pair.
+
+    Returns:
+        The model it trained, and the seconds.
+    """
     torch.manual_seed(config.seed)
     model = ClipVE.from_clip(config.clip).train()
     model.text.packs = False
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0, fused=True)
-    tokens = model.text.tokenize([row["sentence2"] for row in rows])
-    labels = torch.tensor([LABELS.index(row["gold_label"]) for row in rows])
+    tokens = model.text.tokenize(training.hypotheses)
+    labels = torch.from_numpy(training.labels.astype(np.int64))
     precision = autocast(config.precision, CPU)
+    orders = [
+        list(batches(len(training), config.batch_size, seed=config.seed, epoch=epoch))
+        for epoch in range(config.epochs)
+    ]
+    total = sum(map(len, orders))
     begin = time.perf_counter()
-    for epoch in range(config.epochs):
-        for batch in batches(len(rows), config.batch_size, seed=config.seed, epoch=epoch):
-            pictures = [open_image(data / "images" / rows[i]["Flickr30K_ID"]) for i in batch]
-            with precision():
-                with torch.no_grad():
-                    premises = model.image(model.image.preprocess(pictures))
-                logits = model(model.text(model.text.pack(tokens, batch)), premises)
-                loss = functional.cross_entropy(logits, labels[torch.from_numpy(batch)])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return time.perf_counter() - begin
+    for step, batch in enumerate(itertools.chain.from_iterable(orders)):
+        optimizer.param_groups[0]["lr"] = config.learning_rate * learning_rate_factor(
+            step,
+            total=total,
+            warmup=round(config.warmup_fraction * total),
+            schedule=config.schedule,
+        )
+        with precision():
+            premises = _premises(model, training, batch, folder)
+            logits = model(model.text(model.text.pack(tokens, batch)), premises)
+            loss = functional.cross_entropy(logits, labels[torch.from_numpy(batch)])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model, time.perf_counter() - begin
 
 
 # --- the loop itself ---
@@ -485,16 +534,16 @@ def main() -> None:
     parser.add_argument("--bert-vocabulary", type=Path)
     parser.add_argument("--clip-vocabulary", type=Path)
     parser.add_argument("--pictures", type=Path)
-    parser.add_argument("--sentences", type=Path, required=True)
+    parser.add_argument("--sentences", type=Path)
     parser.add_argument("--split", default="sick")
     parser.add_argument("--lang", default="nl")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
     parser.add_argument("--pairs", type=int, default=4000)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
-    parser.add_argument("--images", type=int, default=4)
+    parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--hypotheses", type=int, default=18)
-    parser.add_argument("--batch-size", type=int, default=36)
+    parser.add_argument("--demo", type=Path, help="Of finetune-ve: train on a demo's folder.")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import BertConfig, BertModel, BertTokenizer
+from bench_full_size import write_bert
 
 from clseave_cli.core.data.records import read_split
 from clseave_cli.core.models.student import (
@@ -30,21 +30,6 @@ from clseave_cli.core.models.student import (
     save_student,
 )
 from clseave_cli.core.models.trimming import trim_vocabulary
-
-
-def write_encoder(folder: Path, vocabulary: Path, layers: int, width: int) -> None:
-    """mBERT's architecture and vocabulary with random weights."""
-    words = vocabulary.read_text(encoding="utf-8").splitlines()
-    tokenizer = BertTokenizer(
-        vocab={word: number for number, word in enumerate(words)}, do_lower_case=False
-    )
-    config = BertConfig(
-        vocab_size=len(words), hidden_size=width, num_hidden_layers=layers,
-        num_attention_heads=width // 64, intermediate_size=4 * width,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def embed(student, sentences: list[str]) -> torch.Tensor:
@@ -83,7 +68,14 @@ def main() -> None:
     ]
     encoder = options.out / "encoder"
     if not encoder.is_dir():
-        write_encoder(encoder, options.vocabulary, options.layers, options.width)
+        write_bert(
+            encoder,
+            options.vocabulary,
+            num_hidden_layers=options.layers,
+            hidden_size=options.width,
+            num_attention_heads=options.width // 64,
+            intermediate_size=4 * options.width,
+        )
     student = new_student(encoder, 512).eval()
     folders = {"whole": options.out / "whole", "trimmed": options.out / "trimmed"}
     tokens = student.tokenize(texts)

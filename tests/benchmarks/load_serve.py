@@ -19,6 +19,7 @@ import statistics
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from collections import Counter, defaultdict
@@ -104,7 +105,10 @@ class Load:
             ),
             "32 megapixels in 93 kB": (request(multipart(flat, **text)), {200}),
             "oversized, announced": (request(b"", length=50 * _MEGABYTE), {413}),
-            "oversized, chunked": (request(bytes(12 * _MEGABYTE), chunked=True), {413}),
+            "oversized, chunked": (
+                request(multipart(bytes(12 * _MEGABYTE), **text), chunked=True),
+                {413},
+            ),
             "empty sentence": (request(multipart(known[0], hypothesis=" ", lang=lang)), {422}),
             "long sentence": (
                 request(multipart(known[0], hypothesis="x" * 5000, lang=lang)),
@@ -227,23 +231,27 @@ def main() -> int:
     if arguments.minutes > 5:
         parser.error("--minutes: at most 5")
     command = [sys.executable, "-m", "clseave_cli", "serve", "--port", "0"]
-    server = subprocess.Popen(
-        [*command, "--runs", str(arguments.runs)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert server.stdout is not None and server.stderr is not None
-        line = server.stdout.readline()
-        port = int(line.split(" ")[0].rpartition(":")[2])
-        process = psutil.Process(server.pid)
-        start = process.memory_info().rss / 2**20
-        load, memory = asyncio.run(attack(port, process, arguments))
-        alive = server.poll() is None
-    finally:
-        server.terminate()
-        _, errors = server.communicate(timeout=30)
+    # A pipe that nobody reads would stop a server that writes much.
+    with tempfile.TemporaryFile() as said:
+        server = subprocess.Popen(
+            [*command, "--runs", str(arguments.runs)],
+            stdout=subprocess.PIPE,
+            stderr=said,
+            text=True,
+        )
+        try:
+            assert server.stdout is not None
+            line = server.stdout.readline()
+            port = int(line.split(" ")[0].rpartition(":")[2])
+            process = psutil.Process(server.pid)
+            start = process.memory_info().rss / 2**20
+            load, memory = asyncio.run(attack(port, process, arguments))
+            alive = server.poll() is None
+        finally:
+            server.terminate()
+            server.communicate(timeout=30)
+        said.seek(0)
+        errors = said.read().decode()
     for name, statuses in sorted(load.answers.items()):
         print(f"{name:<34} {json.dumps(dict(sorted(statuses.items())))}")
     cuts = statistics.quantiles(load.seconds, n=100)

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_backbones import STUDENTS
-from tiny_world import CLIP_SHAPE
+from tiny_world import CLIP_SHAPE, Notes
 from transformers import AutoModel, AutoTokenizer, CLIPModel
 
 from clseave_cli.core.models import backbones
@@ -69,8 +69,10 @@ def test_an_encoder_that_cannot_be_packed_is_padded(encoder):
         return forward(input_ids=input_ids, position_ids=position_ids)
 
     student.backbone.forward = deaf
-    assert not student.verify_packing()
+    notes = Notes()
+    assert not student.verify_packing("deaf", notes)
     assert student.row_tokens is None
+    assert notes.lines == ["deaf: packing is not exact for this encoder; padding instead."]
 
 
 def test_clip_embeddings_are_what_transformers_computes(clip):

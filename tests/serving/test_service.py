@@ -14,6 +14,8 @@ pytest.importorskip("python_multipart")
 
 from starlette.testclient import TestClient
 
+from clseave_cli.commands import serve as serve_command
+from clseave_cli.core import inference
 from clseave_cli.core.config import ServeConfig
 from clseave_cli.core.serving import app as service
 from clseave_cli.core.serving.app import create_app
@@ -230,6 +232,23 @@ def test_a_body_that_never_ends_arriving_is_given_up(model, monkeypatch):
     }  # fmt: skip
     asyncio.run(app(scope, receive, send))
     assert sent[0]["status"] == 408
+
+
+def test_bad_requests_leave_no_line_in_the_log(model, monkeypatch, caplog):
+    uvicorn = pytest.importorskip("uvicorn")
+    monkeypatch.setattr(inference, "load_model", lambda *_, **__: model)
+    codes = []
+
+    def run(server, sockets):
+        headers = {"Content-Type": "multipart/form-data; boundary=x"}
+        with TestClient(server.config.app) as client:
+            codes.append(client.post("/predict", content=bytes(300), headers=headers).status_code)
+        sockets[0].close()
+
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    serve_command.run(ServeConfig(port=0))
+    assert codes == [400]
+    assert [record for record in caplog.records if "multipart" in record.name] == []
 
 
 def test_health_and_openapi(serve):

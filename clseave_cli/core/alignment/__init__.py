@@ -84,7 +84,6 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
     languages = student_languages(config)
     require_possible(config)
     teacher_folder = _teacher_folder(config)
-    source_lang = source_language(teacher_folder)
     out = config.out or config.runs / f"align-{'+'.join(languages)}"
     require_writable(out)
     if config.resume and is_complete(out):
@@ -93,61 +92,20 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
     device = resolve_device(config.device)
     with_autocast = autocast(config.precision, device)
     folder = processes().once(lambda: data_folder(config.data, progress))
-    translated = list(dict.fromkeys([*config.lang, *config.auxiliary]))
-    for lang in translated:
+    for lang in _translated(config):
         require_split_path(folder, config.train_split, lang)
-
     teacher = ClipVE.from_folder(teacher_folder).to(device)
     teacher.requires_grad_(False)
     require_fitting(config, teacher)
-    torch.manual_seed(config.seed)
-    inputs = {"teacher": teacher.fingerprint}
-    if config.method == "sentence":
-        student = new_student(
-            config.student, teacher.text.embedding_dim, config.pooling, config.projection
-        )
-    else:
-        student, begun_from = token_student(config, teacher.text)
-        inputs |= begun_from
-    student.to(device)
-    if not student.verify_packing():
-        progress.note(f"{config.student}: packing is not exact for this encoder; padding instead.")
-    inputs["student"] = student.digest()
 
-    seen_images = None
-    if config.objective == "head-aware":
-        seen_images = ImageFolder.of(folder, config.images)
-    corpus = Corpus(student, progress, with_images=seen_images is not None)
-    words = None
-    if config.method != "sentence":
-        words = TokenCorpus(student, teacher.text, source_lang, config, progress)
-    dev_text: dict[str, Parallel] = {}
-    reader = ParallelReader(folder, config, progress, source_lang)
-    for lang in translated:
-        training, dev = reader.read(lang)
-        training = limited(training, config.limit, config.seed, progress)
-        for kind, parallel in (("train", training), ("dev", dev)):
-            inputs[parallel.target.path.name] = parallel.target.digest
-            inputs[f"{kind}: {source_lang} of {lang}"] = json_digest(parallel.sources)
-        part = corpus.add(training, config.auxiliary_weight if lang in config.auxiliary else 1.0)
-        if words is not None:
-            inputs |= words.add(training, part, corpus.sources)
-        dev_text[lang] = dev
-    del reader, training, parallel
-    corpus.require_images()
-    if config.include_english:
-        part = corpus.add_source(source_lang)
-        if words is not None:
-            words.add_source(part, corpus.sources)
-        dev_text[source_lang] = as_source(dev_text[languages[0]], source_lang)
-    images = images_for_accuracy(folder, config, dev_text.values())
-    token_pairs = None if words is None else words.pairs(corpus.sources)
-    run = Run("align", out, config, inputs)
-
+    student, inputs = _new_student(config, teacher, progress)
+    text = _read(config, folder, student, teacher, progress)
+    images = images_for_accuracy(folder, config, text.dev.values())
+    run = Run("align", out, config, inputs | text.inputs)
     if config.trim_vocabulary:
+        corpus = text.corpus
         corpus.renumber_tokens(trim_vocabulary(student, corpus.token_ids(), config.student))
-    pairs = corpus.pairs(teacher, seen_images, with_autocast, progress)
-    del corpus, words
+    pairs = text.corpus.pairs(teacher, text.images, with_autocast, progress)
     dev_sets = [
         dev_set(
             student,
@@ -158,17 +116,15 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
             with_autocast=with_autocast,
             progress=progress,
         )
-        for lang, parallel in dev_text.items()
+        for lang, parallel in text.dev.items()
     ]
-    objective = _objective(config, student, teacher, pairs, token_pairs)
+    objective = _objective(config, student, teacher, pairs, text.token_pairs)
+    del text
+
     sampler = Sampler(pairs, config)
     # The token method need not train what the head reads (the thesis does not); it shall show that.
     may_collapse = config.method == "token"
     watch = SpreadWatch("+".join(languages), may_collapse=may_collapse)
-
-    def evaluate() -> dict[str, float]:
-        return watch.during(evaluate_student(student, teacher, dev_sets))
-
     stage = Stage(
         name="align",
         title=f"align {'+'.join(languages)}",
@@ -176,7 +132,7 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
         num_examples=sampler.num_examples,
         prepare=objective.prepare,
         loss=objective.loss,
-        evaluate=evaluate,
+        evaluate=lambda: watch.during(evaluate_student(student, teacher, dev_sets)),
         selection=selection(config, images),
         sample=sampler.batches,
     )
@@ -188,9 +144,90 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
         lambda aside: save_student(
             student, aside, languages=languages, teacher=teacher.fingerprint
         ),
-        _card(config, languages, source_lang, pairs.num_distinct, result),
+        _card(config, languages, teacher.source_lang, pairs.num_distinct, result),
     )
     return AlignResult(out, languages, result)
+
+
+def _new_student(
+    config: AlignConfig, teacher: ClipVE, progress: Progress
+) -> tuple[SentenceEncoder, dict[str, str]]:
+    """The untrained student beside the teacher, and fingerprints of what it comes from."""
+    torch.manual_seed(config.seed)
+    inputs = {"teacher": teacher.fingerprint}
+    if config.method == "sentence":
+        student = new_student(
+            config.student, teacher.text.embedding_dim, config.pooling, config.projection
+        )
+    else:
+        student, begun_from = token_student(config, teacher.text)
+        inputs |= begun_from
+    student.to(teacher.text.device)
+    student.verify_packing(config.student, progress)
+    return student, inputs | {"student": student.digest()}
+
+
+@dataclass(frozen=True, eq=False)
+class _Text:
+    """What a student is trained and judged on.
+
+    Attributes:
+        corpus: the training text of all languages.
+        images: what stands beside it, where the objective looks at images.
+        token_pairs: its paired words, where the method needs them.
+        dev: the dev text of each language.
+        inputs: fingerprints of all of it.
+    """
+
+    corpus: Corpus
+    images: ImageFolder | None
+    token_pairs: TokenPairs | None
+    dev: dict[str, Parallel]
+    inputs: dict[str, str]
+
+
+def _read(
+    config: AlignConfig,
+    folder: Path,
+    student: SentenceEncoder,
+    teacher: ClipVE,
+    progress: Progress,
+) -> _Text:
+    """Reads language after language; of a language's training rows only tokens stay."""
+    source_lang = teacher.source_lang
+    images = None
+    if config.objective == "head-aware":
+        images = ImageFolder.of(folder, config.images)
+    corpus = Corpus(student, progress, with_images=images is not None)
+    words = None
+    if config.method != "sentence":
+        words = TokenCorpus(student, teacher.text, source_lang, config, progress)
+    reader = ParallelReader(folder, config, progress, source_lang)
+    dev_text: dict[str, Parallel] = {}
+    inputs: dict[str, str] = {}
+    for lang in _translated(config):
+        training, dev = reader.read(lang)
+        training = limited(training, config.limit, config.seed, progress)
+        for kind, parallel in (("train", training), ("dev", dev)):
+            inputs[parallel.target.path.name] = parallel.target.digest
+            inputs[f"{kind}: {source_lang} of {lang}"] = json_digest(parallel.sources)
+        part = corpus.add(training, config.auxiliary_weight if lang in config.auxiliary else 1.0)
+        if words is not None:
+            inputs |= words.add(training, part, corpus.sources)
+        dev_text[lang] = dev
+    corpus.require_images()
+    if config.include_english:
+        part = corpus.add_source(source_lang)
+        if words is not None:
+            words.add_source(part, corpus.sources)
+        dev_text[source_lang] = as_source(dev_text[config.lang[0]], source_lang)
+    token_pairs = None if words is None else words.pairs(corpus.sources)
+    return _Text(corpus, images, token_pairs, dev_text, inputs)
+
+
+def _translated(config: AlignConfig) -> tuple[str, ...]:
+    """The languages whose text is read: those of the student, then the auxiliary ones."""
+    return tuple(dict.fromkeys([*config.lang, *config.auxiliary]))
 
 
 def _objective(

@@ -21,6 +21,7 @@ from clseave_cli.core.config import Pooling
 from clseave_cli.core.files import json_digest
 from clseave_cli.core.models.packing import PackedBatch, pack
 from clseave_cli.core.models.tokens import Filling, TokenTable, Trimmed, tokenize
+from clseave_cli.core.progress import SILENT, Progress
 
 #: Row length of packed batches; an encoder that reads less is packed to what it reads. A GPU likes
 #: few shapes and large ones. On a CPU every masked place of the attention costs, and with dropout
@@ -219,8 +220,12 @@ class SentenceEncoder(nn.Module):
             ]
         )
 
-    def verify_packing(self) -> bool:
+    def verify_packing(self, name: str = "", progress: Progress = SILENT) -> bool:
         """Checks that packing changes no embedding; otherwise turns to one sentence a row.
+
+        Args:
+            name: the encoder's, for the note.
+            progress: told if it pads.
 
         Returns:
             True if packed rows are exact for this backbone, within float tolerance.
@@ -240,6 +245,8 @@ class SentenceEncoder(nn.Module):
                 packed = torch.full_like(alone, torch.nan)
         self.train(was_training)
         self.packs = torch.allclose(packed, alone, rtol=1e-3, atol=1e-4 * float(alone.abs().max()))
+        if not self.packs:
+            progress.note(f"{name}: packing is not exact for this encoder; padding instead.")
         return self.packs
 
 

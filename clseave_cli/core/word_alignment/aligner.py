@@ -144,8 +144,7 @@ def load_aligner(
     """
     # A student's projection is the one part that is not needed: any width will do.
     encoder = new_student(name, embedding_dim=1).to(device)
-    if not encoder.verify_packing():
-        progress.note(f"{name}: packing is not exact for this encoder; padding instead.")
+    encoder.verify_packing(name, progress)
     return WordAligner(
         encoder, name, layer=config.aligner_layer, threshold=config.aligner_threshold
     )
