@@ -56,7 +56,7 @@ def run(
     from clseave_cli.core.prediction import VisualEntailment
 
     model = VisualEntailment.from_pretrained(
-        config.runs, config.lang, config.device, config.precision
+        config.runs, config.lang, config.device, config.precision, lasting=False
     )
     start = time.perf_counter()
     result = model(image, hypothesis)

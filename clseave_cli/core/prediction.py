@@ -107,6 +107,8 @@ class VisualEntailment:
         lang: str = ENGLISH,
         device: str = "auto",
         precision: Precision = "auto",
+        *,
+        lasting: bool = True,
     ) -> VisualEntailment:
         """Loads the models under `runs` that read a language.
 
@@ -116,6 +118,7 @@ class VisualEntailment:
                 (needs the extra `langid`).
             device: `auto`, `cpu`, `cuda` or `cuda:N`; an exported model computes on the CPU.
             precision: arithmetic of the matrix products; an exported model has its own.
+            lasting: as for `load_model`; False for one answer, soon and in little memory.
 
         Raises:
             ClseaveError: no model for the language, a damaged one, or an unknown device.
@@ -123,8 +126,9 @@ class VisualEntailment:
         if lang != AUTO:
             require_language(lang)
         languages = None if lang == AUTO else (lang,)
-        # Comparing an exported folder with its digests takes longer than one prediction with it.
-        model = load_model(Path(runs), languages, device=device, precision=precision, lasting=False)
+        model = load_model(
+            Path(runs), languages, device=device, precision=precision, lasting=lasting
+        )
         return cls(model, lang, LanguageIdentifier(model.sources) if lang == AUTO else None)
 
     def __call__(self, image: str | Path, hypothesis: str) -> Prediction:

@@ -61,6 +61,18 @@ def test_the_exported_folder_answers_as_the_models_do(world, trained, exported, 
     assert any(answer.truncated for answer in ours)
 
 
+def test_a_model_for_one_answer_gives_others_too(world, exported):
+    first, second = _pairs(world, "de")[0], _pairs(world, "de")[-1]
+    assert first[0] != second[0]
+    model = VisualEntailment.from_pretrained(exported, "de", lasting=False)
+    answers = [model(*first), model(*second)]
+    wanted = VisualEntailment.from_pretrained(exported, "de").predict([first, second])
+    for answer, other in zip(answers, wanted, strict=True):
+        assert list(answer.probabilities.values()) == pytest.approx(
+            list(other.probabilities.values()), abs=1e-5
+        )
+
+
 def test_embeddings_do_not_depend_on_their_batch(trained, exported):
     model, reference = load_model(exported), load_model(trained, device="cpu", precision="fp32")
     together, cut = model.embed_sentences("de", SENTENCES)
@@ -128,8 +140,10 @@ def test_a_damaged_folder_is_refused(exported, tmp_path, world):
     with pytest.raises(ModelError, match=r"image\.onnx\.data: damaged"):
         load_model(copy)
     (copy / "image.onnx.data").unlink()
-    with pytest.raises(ModelError, match=r"image\.onnx.*export it again"):
+    with pytest.raises(ModelError, match=r"image\.onnx\.data: missing"):
         VisualEntailment.from_pretrained(copy)
+    with pytest.raises(ModelError, match=r"image\.onnx.*export it again"):
+        VisualEntailment.from_pretrained(copy, lasting=False)
     with pytest.raises(ModelError, match=r"no model for fr; languages there: en, de, nl"):
         VisualEntailment.from_pretrained(exported, "fr")
 

@@ -63,9 +63,10 @@ def load_model(
         languages: that will be asked for; None: every one there is a model for.
         device: where torch computes.
         precision: how torch computes.
-        lasting: for a process that stays. An exported folder is then compared with its digests,
-            and its weights are arranged for this processor: seconds at the start, and a copy in
-            memory, for faster answers. Torch's models do both anyway.
+        lasting: for many answers. An exported folder is then compared with its digests, and its
+            weights are arranged for this processor: seconds at the start, and a copy in memory,
+            for faster answers. Otherwise only its manifest is checked, and a tower's weights leave
+            memory when it has answered. Torch's models are always loaded to last.
 
     Raises:
         ClseaveError: no model for a language, a damaged one, a missing extra, no such device.

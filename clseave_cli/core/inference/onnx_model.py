@@ -51,7 +51,7 @@ class OnnxModel:
         first = self._encoder_of[languages[0]]
         # Side by side: half of the time of a single prediction is spent here.
         with ThreadPoolExecutor() as pool:
-            image = pool.submit(_session, folder / "image.onnx", lasting)
+            image = pool.submit(self._open_image)
             encoder = pool.submit(self._open_encoder, first)
             self._head = _session(folder / "head.onnx", lasting)
             self._image = image.result()
@@ -90,7 +90,10 @@ class OnnxModel:
 
     def embed_images(self, pixels: Floats) -> Floats:
         """(B, D) embeddings of (B, 3, height, width) pixels."""
-        return _run(self._image, pixels=pixels)
+        session = self._image or self._open_image()
+        # Its weights, mapped into memory, would stand there beside the sentence encoder's.
+        self._image = session if self._lasting else None
+        return _run(session, pixels=pixels)
 
     def embed_sentences(
         self, lang: str, sentences: Sequence[str]
@@ -100,6 +103,9 @@ class OnnxModel:
         if name not in self._encoders:
             self._encoders[name] = self._open_encoder(name)
         return self._encoders[name](sentences)
+
+    def _open_image(self) -> Any:
+        return _session(self._folder / "image.onnx", self._lasting)
 
     def _open_encoder(self, name: str) -> _Encoder:
         settings = self.config["encoders"][name]
@@ -157,8 +163,11 @@ def _session(path: Path, lasting: bool) -> Any:
         ) from None
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    if not lasting:  # the weights are used as they lie in the file, which is mapped into memory
+    if not lasting:
+        # The weights are used as they lie in the file, which is mapped into memory.
         options.add_session_config_entry("session.disable_prepacking", "1")
+        # Threads that wait busily for more work would take the other session's processor.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
