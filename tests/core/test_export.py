@@ -143,7 +143,7 @@ def test_a_damaged_folder_is_refused(exported, tmp_path, world):
     with pytest.raises(ModelError, match=r"image\.onnx\.data: missing"):
         VisualEntailment.from_pretrained(copy)
     with pytest.raises(ModelError, match=r"image\.onnx.*export it again"):
-        VisualEntailment.from_pretrained(copy, lasting=False)
+        VisualEntailment.from_pretrained(copy, lasting=False)(*_pairs(world, "en")[0])
     with pytest.raises(ModelError, match=r"no model for fr; languages there: en, de, nl"):
         VisualEntailment.from_pretrained(exported, "fr")
 

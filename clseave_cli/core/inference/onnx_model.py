@@ -6,7 +6,7 @@ Legend: B images or sentences · T tokens · D embedding width · C labels (3).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -49,13 +49,15 @@ class OnnxModel:
         self.sources = {lang: str(folder / name) for lang, name in self._encoder_of.items()}
         self._preparation = Preparation(**config["preparation"])
         first = self._encoder_of[languages[0]]
-        # Side by side: half of the time of a single prediction is spent here.
-        with ThreadPoolExecutor() as pool:
-            image = pool.submit(self._open_image)
-            encoder = pool.submit(self._open_encoder, first)
-            self._head = _session(folder / "head.onnx", lasting)
-            self._image = image.result()
-            self._encoders = {first: encoder.result()}
+        # Side by side, and while the photo is decoded and encoded: opening them is a large part of
+        # the time of a single prediction.
+        self._pool = ThreadPoolExecutor()
+        self._image: Future[Any] | None = self._pool.submit(self._open_image)
+        self._encoders = {first: self._pool.submit(self._open_encoder, first)}
+        self._head = self._pool.submit(_session, folder / "head.onnx", lasting)
+        if lasting:  # what cannot be opened is told now, not to the first who asks
+            for opened in (self._image, self._encoders[first], self._head):
+                opened.result()
 
     @classmethod
     def from_folder(
@@ -90,9 +92,9 @@ class OnnxModel:
 
     def embed_images(self, pixels: Floats) -> Floats:
         """(B, D) embeddings of (B, 3, height, width) pixels."""
-        session = self._image or self._open_image()
-        # Its weights, mapped into memory, would stand there beside the sentence encoder's.
-        self._image = session if self._lasting else None
+        session = self._image.result() if self._image else self._open_image()
+        if not self._lasting:  # its weights would stand in memory beside the sentence encoder's
+            self._image = None
         return _run(session, pixels=pixels)
 
     def embed_sentences(
@@ -101,8 +103,8 @@ class OnnxModel:
         """(B, D) embeddings of B sentences, and (B,) which of them were cut at the limit."""
         name = self._encoder_of[lang]
         if name not in self._encoders:
-            self._encoders[name] = self._open_encoder(name)
-        return self._encoders[name](sentences)
+            self._encoders[name] = self._pool.submit(self._open_encoder, name)
+        return self._encoders[name].result()(sentences)
 
     def _open_image(self) -> Any:
         return _session(self._folder / "image.onnx", self._lasting)
@@ -113,7 +115,7 @@ class OnnxModel:
 
     def probabilities(self, hypotheses: Floats, premises: Floats) -> Floats:
         """(B, C) probabilities of the labels, from (B, D) sentence and image embeddings."""
-        return _run(self._head, hypothesis=hypotheses, premise=premises)
+        return _run(self._head.result(), hypothesis=hypotheses, premise=premises)
 
 
 class _Encoder:
