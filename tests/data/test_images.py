@@ -1,12 +1,14 @@
 import io
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from clseave_cli.core.data.images import ImageFolder, open_image
+from clseave_cli.core.data.images import FORMATS, ImageFolder, open_image
 from clseave_cli.errors import DataError
 
 
@@ -126,3 +128,19 @@ def test_every_mode_becomes_rgb(mode):
 def test_the_image_from_bytes_goes_by_the_name_given():
     with pytest.raises(DataError, match=r"^upload 3: damaged"):
         open_image(b"nothing", "upload 3")
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_reading_a_format_loads_no_other(kind):
+    content = io.BytesIO()
+    Image.new("RGB", (9, 8)).save(content, kind)
+    script = """
+import sys
+from clseave_cli.core.data.images import open_image
+open_image(sys.stdin.buffer.read())
+assert "PIL.TgaImagePlugin" not in sys.modules
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], input=content.getvalue(), capture_output=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr.decode()

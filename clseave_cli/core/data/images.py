@@ -7,7 +7,11 @@ import os
 import warnings
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import (
+    Image,
+    ImageOps,
+    WebPImagePlugin,  # noqa: F401  the one format of ours that Pillow would load all others for
+)
 
 from clseave_cli.core.data.records import image_stem
 from clseave_cli.errors import DataError
