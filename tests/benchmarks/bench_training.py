@@ -92,10 +92,11 @@ def write_teacher(folder: Path, english: list[str], width: int) -> None:
     teacher = ClipVE.from_clip(clip).eval()
     # Untrained, it says nearly the same to every sentence; what is common is taken away.
     projection = teacher.text.projection.weight
+    *_, last = (m for m in teacher.text.backbone.modules() if isinstance(m, torch.nn.LayerNorm))
     with torch.no_grad():
         (embeddings,) = teacher.text.embed(teacher.text.tokenize(english[:256]))
         common = torch.linalg.lstsq(projection, embeddings.mean(dim=0)[:, None]).solution[:, 0]
-        teacher.text.norm.bias -= common
+        last.bias -= common
         projection *= 0.5 / embeddings.std(dim=0).mean()
     folder.mkdir(parents=True)
     teacher.save(folder)

@@ -255,12 +255,12 @@ def main() -> int:
     for name, statuses in sorted(load.answers.items()):
         print(f"{name:<34} {json.dumps(dict(sorted(statuses.items())))}")
     cuts = statistics.quantiles(load.seconds, n=100)
-    quarters = [part.max() for part in np.array_split(memory, 4) if len(part)]
+    quarters = [part for part in np.array_split(memory, 4) if len(part)]
     print(
         f"good requests: {len(load.seconds)}, {len(load.seconds) / 60 / arguments.minutes:.1f} a "
         f"second · p50 {cuts[49]:.2f} s · p95 {cuts[94]:.2f} s · p99 {cuts[98]:.2f} s\n"
-        f"memory: {start:.0f} MiB at the start; largest in each quarter of the time: "
-        + ", ".join(f"{largest:.0f}" for largest in quarters)
+        f"memory: {start:.0f} MiB at the start; median and largest of each quarter of the time: "
+        + ", ".join(f"{np.median(part):.0f} and {part.max():.0f}" for part in quarters)
         + f" MiB\nserver still up: {alive} · stderr: {errors.strip()[-300:]!r}"
     )
     for problem, count in Counter(load.unexpected).items():
