@@ -8,7 +8,9 @@
 
 `--bert-vocabulary` is mBERT's vocab.txt, `--clip-vocabulary` a folder with CLIP's vocab.json and
 merges.txt, `--sentences` a folder of parallel text (`--split`, `--lang`), `--pictures` a folder of
-images. `align` needs sentence-transformers. Weights are random: speed does not depend on them.
+images. `align` needs sentence-transformers. Weights are random: speed does not depend on them. But
+random weights stay for long where every sentence has the same embedding, so to compare what `align`
+has learnt, give it `--student`, a folder with a trained BERT of that size (all-MiniLM-L6-v2).
 """
 
 from __future__ import annotations
@@ -120,7 +122,10 @@ def bench_align(arguments: argparse.Namespace, out: Path) -> None:
     write_pairs(out / "data", "train", arguments.lang, training)
     write_pairs(out / "data", "dev", arguments.lang, held_out)
     write_teacher(out / "runs" / "clip-ve", [english for english, _ in training], 512)
-    write_bert(out / "bert", arguments.bert_vocabulary, **SMALL_BERT)
+    if arguments.student is not None:
+        (out / "bert").symlink_to(arguments.student.resolve())
+    else:
+        write_bert(out / "bert", arguments.bert_vocabulary, **SMALL_BERT)
     teacher = ClipVE.from_folder(out / "runs" / "clip-ve")
 
     def wanted(some: Pairs) -> Tensor:
@@ -254,7 +259,8 @@ def _sentence_transformers(
     metrics = trainer.train().metrics
     embeddings = student.encode([target for _, target in held_out], convert_to_tensor=True)
     if loss.projection is not None:
-        embeddings = loss.projection(embeddings)
+        with torch.no_grad():
+            embeddings = loss.projection(embeddings)
     return metrics["train_samples_per_second"], functional.mse_loss(embeddings, dev_vectors).item()
 
 
@@ -536,6 +542,7 @@ def main() -> None:
     parser.add_argument("--clip-vocabulary", type=Path)
     parser.add_argument("--pictures", type=Path)
     parser.add_argument("--sentences", type=Path)
+    parser.add_argument("--student", type=Path, help="Of align: a BERT that has learnt something.")
     parser.add_argument("--split", default="sick")
     parser.add_argument("--lang", default="nl")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])

@@ -1,10 +1,13 @@
 """Students around every kind of encoder: each sentence as transformers computes it alone."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from tiny_backbones import MAX_TOKENS, STUDENTS, save_word_tokenizer
 from tiny_world import sentences
+from tokenizers import Tokenizer
 from transformers import AutoModel, AutoTokenizer, T5Config
 
 from clseave_cli.core.models.encoders import module_digest
@@ -90,6 +93,18 @@ def test_a_student_of_any_kind_is_the_same_after_save_and_load(student, tmp_path
     model = AutoModel.from_pretrained(tmp_path / "encoder")
     saved, ours = model.state_dict(), student.backbone.state_dict()
     assert all(torch.equal(saved[key], weight) for key, weight in ours.items())
+
+
+def test_padding_saved_with_a_tokenizer_is_not_read(encoder, tmp_path):
+    folder = shutil.copytree(encoder, tmp_path / "padded")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_padding(length=16)
+    tokenizer.enable_truncation(4)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert len(Tokenizer.from_file(str(folder / "tokenizer.json")).encode("x").ids) == 16
+    ours, wanted = (new_student(path, 16).tokenize(TEXTS) for path in (folder, encoder))
+    np.testing.assert_array_equal(ours.ids, wanted.ids)
+    np.testing.assert_array_equal(ours.offsets, wanted.offsets)
 
 
 def test_packing_keeps_to_the_windows_of_local_attention(tmp_path, world):

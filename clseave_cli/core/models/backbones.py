@@ -202,6 +202,14 @@ def _image_encoder(tower: ImageTower, processor: Any) -> ImageEncoder:
 
 
 def _load_tokenizer(name: str | Path) -> Any:
+    tokenizer = _fast_tokenizer(name)
+    # Some were saved filling every text up to 128 tokens (sentence-transformers' models).
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
+    return tokenizer
+
+
+def _fast_tokenizer(name: str | Path) -> Any:
     tokenizer = _load(name, AutoTokenizer.from_pretrained)
     if tokenizer.is_fast:
         return tokenizer
