@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from clseave_cli.core.alignment import align
-from clseave_cli.core.config import AlignConfig, FinetuneConfig, TrainingConfig
+from clseave_cli.core.config import AlignConfig, FinetuneConfig, Precision, TrainingConfig
 from clseave_cli.core.data.images import ImageFolder, open_image
 from clseave_cli.core.data.records import Split, distinct, join, read_split
 from clseave_cli.core.features import sentence_embeddings
@@ -49,7 +49,7 @@ from clseave_cli.core.models.student import new_student
 from clseave_cli.core.models.vocabulary import reduced_vocabulary
 from clseave_cli.core.progress import SILENT
 from clseave_cli.core.training.loop import Selection, Stage, batches, train
-from clseave_cli.core.training.precision import autocast
+from clseave_cli.core.training.precision import autocast, resolve_precision
 from clseave_cli.core.training.schedule import learning_rate_factor
 
 CPU = torch.device("cpu")
@@ -159,17 +159,23 @@ def bench_align(arguments: argparse.Namespace, out: Path) -> None:
     seconds = time.perf_counter() - begin
     assert result.training is not None
     ours = result.training.pairs_per_second
+    own = resolve_precision(arguments.precision, CPU)
     print(
-        f"clseave align                         {ours:7.1f} pairs/s · dev MSE "
+        f"clseave align                     {own} {ours:6.1f} pairs/s · dev MSE "
         f"{result.training.dev['mse']:.4f} · everything {seconds:.0f} s · {peak_gib():.2f} GiB",
         flush=True,
     )
-    for title, recipe in (("equal", _equal_student), ("as shipped", _shipped_student)):
+    # Its trainer computes in float32 unless told otherwise, and the recipe does not tell it.
+    for title, recipe, precision in (
+        ("equal", _equal_student, own),
+        ("as shipped", _shipped_student, "fp32"),
+    ):
         rate, mse = _sentence_transformers(
-            recipe, arguments, out, training, training_vectors, held_out, dev_vectors
+            recipe, precision, arguments, out, training, training_vectors, held_out, dev_vectors
         )
         print(
-            f"sentence-transformers, {title:<14} {rate:7.1f} pairs/s · dev MSE {mse:.4f} · "
+            f"sentence-transformers, {title:<10} {precision} {rate:6.1f} pairs/s · "
+            f"dev MSE {mse:.4f} · "
             f"{peak_gib():.2f} GiB · ratio {ours / rate:.2f}",
             flush=True,
         )
@@ -218,6 +224,7 @@ def _shipped_student(encoder: Path) -> tuple[Any, dict[str, Any], Any, dict[str,
 
 def _sentence_transformers(
     recipe: Any,
+    precision: Precision,
     arguments: argparse.Namespace,
     out: Path,
     training: Pairs,
@@ -251,7 +258,7 @@ def _sentence_transformers(
                 "report_to": "none",
                 "disable_tqdm": True,
                 "use_cpu": True,
-                "bf16": arguments.precision == "bf16",
+                "bf16": precision == "bf16",
             }
             | options,
         ),
