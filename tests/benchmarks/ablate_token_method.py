@@ -48,6 +48,7 @@ FAITHFUL: dict[str, Any] = {
     "sentence_token": "cls",
     "final_norm": "twice",
     "pretrained_code": True,
+    "select": "mse",
 }
 REPAIRED: dict[str, Any] = {
     "method": "token",
@@ -56,6 +57,7 @@ REPAIRED: dict[str, Any] = {
     "sentence_token": "terminal",
     "final_norm": "once",
     "pretrained_code": False,
+    "select": "accuracy",
 }
 FAULTS = {
     "ReLU code": "code",
@@ -63,6 +65,7 @@ FAULTS = {
     "read at [CLS]": "sentence_token",
     "normalised twice": "final_norm",
     "code from the autoencoder": "pretrained_code",
+    "chosen by dev error": "select",
 }
 
 

@@ -121,8 +121,8 @@ class ClipVE(nn.Module):
         """(B, 3) logits from (B, D) sentence and image embeddings."""
         # A batch that is trained on is normalised as one; otherwise rows do not see each other.
         rows = len(hypothesis) if self.training else _HEAD_ROWS
-        blocks = [slice(start, start + rows) for start in range(0, len(hypothesis), rows)]
-        return torch.cat([self.head(hypothesis[block], premise[block]) for block in blocks])
+        blocks = zip(hypothesis.split(rows), premise.split(rows), strict=True)
+        return torch.cat([self.head(*block) for block in blocks])
 
 
 def fingerprint(folder: Path) -> str:
