@@ -63,7 +63,7 @@ def run(config: DemoConfig) -> None:
         align(_stage(AlignConfig, config, data=str(data), runs=runs, **student), progress)
 
     stage("5/5  evaluate: six languages, and did it look?")
-    evaluation = EvaluateConfig(data=str(data), runs=(runs,), report=report, seed=config.seed)
+    evaluation = EvaluateConfig(data=str(data), runs=(runs,), report=report, **_told(config))
     results = evaluate(evaluation, progress)
 
     terminal.stdout().print()
@@ -73,9 +73,13 @@ def run(config: DemoConfig) -> None:
 
 def _stage(config_class: type[C], config: DemoConfig, **fields: Any) -> C:
     """A stage's config: the preset for this world, and what the demo was told."""
-    told = {"seed": config.seed, "device": config.device, "precision": config.precision}
     # A stage that was finished or interrupted before goes on from there.
-    return config_class(**(config_class.PRESETS[_PRESET] | told | {"resume": True} | fields))
+    preset = config_class.PRESETS[_PRESET] | _told(config) | {"resume": True}
+    return config_class(**(preset | fields))
+
+
+def _told(config: DemoConfig) -> dict[str, Any]:
+    return {"seed": config.seed, "device": config.device, "precision": config.precision}
 
 
 def _world(data: Path, encoder: Path, seed: int, progress: Progress) -> None:

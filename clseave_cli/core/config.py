@@ -152,6 +152,8 @@ class DemoConfig(SeededConfig):
     """`demo`: the whole method on the built-in mini-VE world."""
 
     out: Path = option(Path("demo"), "Folder for data, models and report.", metavar="DIR")
+    # Its matrices are so small that converting them to bfloat16 takes longer than multiplying them.
+    precision: Precision = option("fp32", "Arithmetic of the matrix products.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +243,7 @@ class PretrainConfig(TrainingConfig):
             "batch_size": 64,
             "learning_rate": 2e-3,
             "weight_decay": 0.05,
+            "precision": "fp32",
         },
     }
 
@@ -297,6 +300,7 @@ class FinetuneConfig(TrainingConfig, DataConfig):
             "schedule": "cosine",
             "patience": None,
             "select": "accuracy",
+            "precision": "fp32",
         },
     }
 
@@ -399,7 +403,12 @@ class StudentConfig(TrainingConfig, DataConfig, TokenConfig):
             "final_norm": "twice",
             "pretrained_code": True,
         },
-        "mini-ve": {"epochs": 8, "batch_size": 32, "learning_rate": 1.5e-3},
+        "mini-ve": {
+            "epochs": 8,
+            "batch_size": 32,
+            "learning_rate": 1.5e-3,
+            "precision": "fp32",
+        },
     }
 
     method: Method = option("sentence", "What of a sentence is aligned (docs/methods.md).")
@@ -497,7 +506,7 @@ class AutoencodeConfig(TrainingConfig, DataConfig):
             "warmup_fraction": 0.0,
             "schedule": "constant",
         },
-        "mini-ve": {"learning_rate": 1e-3},
+        "mini-ve": {"learning_rate": 1e-3, "precision": "fp32"},
     }
 
     lang: tuple[str, ...] = option((), "Language to train on; repeat for several.", metavar="LANG")
