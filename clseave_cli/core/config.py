@@ -28,6 +28,8 @@ ObjectiveName = Literal["mse", "cosine", "mse+cosine", "contrastive", "head-awar
 Method = Literal["sentence", "token", "sentence+token"]
 #: How a state of the student becomes one of the teacher's width.
 Code = Literal["linear", "relu"]
+#: The token whose code stands for the sentence; `pooler` is [CLS] through the pooling layer.
+SentenceToken = Literal["terminal", "cls", "pooler"]
 #: How often each language is met in an epoch.
 Sampling = Literal["proportional", "uniform", "temperature", "self-paced"]
 
@@ -360,8 +362,10 @@ class TokenConfig(WordAlignerConfig):
     terminal_pair: bool = option(
         True, "Pair the terminal tokens too, which the head reads; thesis: no."
     )
-    sentence_token: Literal["terminal", "cls"] = option(
-        "terminal", "Token whose code stands for the sentence; thesis: cls."
+    sentence_token: SentenceToken = option(
+        "terminal",
+        "Token whose code stands for the sentence; pooler: [CLS] through the encoder's pooling "
+        "layer; thesis: pooler.",
     )
     final_norm: Literal["once", "twice"] = option(
         "once",
@@ -399,7 +403,7 @@ class StudentConfig(TrainingConfig, DataConfig, TokenConfig):
             # Of the token method alone:
             "code": "relu",
             "terminal_pair": False,
-            "sentence_token": "cls",
+            "sentence_token": "pooler",
             "final_norm": "twice",
             "pretrained_code": True,
         },

@@ -45,7 +45,7 @@ FAITHFUL: dict[str, Any] = {
     "method": "token",
     "code": "relu",
     "terminal_pair": False,
-    "sentence_token": "cls",
+    "sentence_token": "pooler",
     "final_norm": "twice",
     "pretrained_code": True,
     "select": "mse",
@@ -62,7 +62,7 @@ REPAIRED: dict[str, Any] = {
 FAULTS = {
     "ReLU code": "code",
     "no terminal pair": "terminal_pair",
-    "read at [CLS]": "sentence_token",
+    "read at the pooling layer": "sentence_token",
     "normalised twice": "final_norm",
     "code from the autoencoder": "pretrained_code",
     "chosen by dev error": "select",
@@ -74,6 +74,7 @@ def variants() -> dict[str, dict[str, Any]]:
     rows = {"token, faithful": FAITHFUL}
     for fault, option in FAULTS.items():
         rows[f"faithful without: {fault}"] = FAITHFUL | {option: REPAIRED[option]}
+    rows["faithful, read at [CLS] itself"] = FAITHFUL | {"sentence_token": "cls"}
     rows["token, repaired"] = REPAIRED
     for fault, option in FAULTS.items():
         rows[f"repaired with: {fault}"] = REPAIRED | {option: FAITHFUL[option]}

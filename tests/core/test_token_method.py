@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny_backbones
+import tiny_world
 import torch
 from tiny_world import QUICK, read_jsonl, tree
 from transformers import AutoModel, AutoTokenizer, CLIPTextModelWithProjection
@@ -257,7 +259,7 @@ def test_english_words_pair_with_themselves(teacher, encoder):
 
 def test_the_thesis_preset_is_the_failing_method(world, trained, encoder, tmp_path):
     config = resolve(AlignConfig, {"method": "token"}, preset="thesis")
-    faults = {"code": "relu", "terminal_pair": False, "sentence_token": "cls",
+    faults = {"code": "relu", "terminal_pair": False, "sentence_token": "pooler",
               "final_norm": "twice", "pretrained_code": True}  # fmt: skip
     assert {name: getattr(config, name) for name in faults} == faults
     made = autoencode(
@@ -284,11 +286,29 @@ def test_the_thesis_preset_is_the_failing_method(world, trained, encoder, tmp_pa
     for name, value in autoencoder.encoder.state_dict().items():
         assert torch.equal(student.norm.coder.state_dict()[name], value)
     assert student.pooling == "cls"
+    assert torch.equal(student.norm.pooler[0].weight, started["student"].norm.pooler[0].weight)
     assert fingerprint in (result.folder / "training" / "run.json").read_text()
 
 
+def test_the_sentence_is_read_through_the_encoders_own_pooling_layer(teacher, world, tmp_path):
+    encoder = tiny_backbones.STUDENTS["LaBSE"](tmp_path, tiny_world.sentences(world))
+    student = new_token_student(encoder, teacher.text, "linear", sentence_token="pooler").eval()
+    inputs = AutoTokenizer.from_pretrained(encoder)(GERMAN, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        pooled = AutoModel.from_pretrained(encoder).eval()(**inputs).pooler_output
+        wanted = teacher.text.projection(student.norm.coder(pooled))
+        found = student(student.pack(student.tokenize(GERMAN), np.arange(len(GERMAN))))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_an_encoder_without_pooling_layer_is_refused(teacher, world, tmp_path):
+    encoder = tiny_backbones.STUDENTS["DistilmBERT"](tmp_path, tiny_world.sentences(world))
+    with pytest.raises(ModelError, match=r"a distilbert model has no pooling layer; use .* cls"):
+        new_token_student(encoder, teacher.text, "linear", sentence_token="pooler")
+
+
 def test_a_token_student_predicts_and_is_exported(clseave, world, runs, encoder, tmp_path):
-    _align(world, runs, runs, encoder, code="relu", final_norm="twice")
+    _align(world, runs, runs, encoder, code="relu", final_norm="twice", sentence_token="pooler")
     image = world / "images" / "test0.png"
     code, _, err = clseave("predict", image, GERMAN[0], "--lang", "de", "--runs", runs, "--json")
     assert code == 0, err

@@ -64,7 +64,7 @@ def token_student(
         teacher,
         config.code,
         final_norm=config.final_norm == "twice",
-        pooling=config.sentence_token,
+        sentence_token=config.sentence_token,
     )
     if not config.pretrained_code:
         return student, {}

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 import transformers
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     MODEL_MAPPING,
     AutoConfig,
@@ -40,6 +41,9 @@ _LOADING = {
     "use_safetensors": True,
     "attn_implementation": "sdpa",
 }
+
+#: Encoders that transformers gives a pooling layer behind [CLS].
+_POOLED = ("bert", "roberta", "xlm-roberta")
 
 #: What a tokenizer is compared with another on.
 _PROBES = ("A dog's ball is red, isn't it?", "ZWEI  Hunde laufen.", "犬が公園を走っている。")
@@ -96,6 +100,29 @@ def load_encoder(name: str | Path) -> tuple[Any, Any]:
         ModelError: it cannot be found or read, is something else, or its tokenizer is slow.
     """
     config = _load(name, AutoConfig.from_pretrained)
+    arguments = _encoder_arguments(name, config)
+    if config.model_type in _POOLED:
+        arguments["add_pooling_layer"] = False
+    return _load(name, AutoModel.from_pretrained, **arguments), _load_tokenizer(name)
+
+
+def load_pooler(name: str | Path) -> nn.Linear:
+    """The matrix of an encoder's pooling layer; untrained where its weights are not saved.
+
+    Raises:
+        ModelError: the encoder cannot be found or read, or has none.
+    """
+    config = _load(name, AutoConfig.from_pretrained)
+    if config.model_type not in _POOLED:
+        raise ModelError(
+            f"{name}: a {config.model_type} model has no pooling layer; use --sentence-token cls."
+        )
+    model = _load(name, AutoModel.from_pretrained, **_encoder_arguments(name, config))
+    dense: nn.Linear = model.pooler.dense
+    return dense
+
+
+def _encoder_arguments(name: str | Path, config: Any) -> dict[str, Any]:
     if config.is_encoder_decoder or not hasattr(config, "max_position_embeddings"):
         raise ModelError(
             f"{name}: a {config.model_type} model; expected a text encoder such as BERT."
@@ -103,9 +130,7 @@ def load_encoder(name: str | Path) -> tuple[Any, Any]:
     arguments = dict(_LOADING)
     if not getattr(MODEL_MAPPING.get(type(config), None), "_supports_sdpa", False):
         del arguments["attn_implementation"]  # DeBERTa's positions need an attention of its own
-    if config.model_type in ("bert", "roberta", "xlm-roberta"):
-        arguments["add_pooling_layer"] = False
-    return _load(name, AutoModel.from_pretrained, **arguments), _load_tokenizer(name)
+    return arguments
 
 
 def terminal_id(tokenizer: Any) -> int:

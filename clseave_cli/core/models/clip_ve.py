@@ -121,7 +121,7 @@ class ClipVE(nn.Module):
         """(B, 3) logits from (B, D) sentence and image embeddings."""
         # A batch that is trained on is normalised as one; otherwise rows do not see each other.
         rows = len(hypothesis) if self.training else _HEAD_ROWS
-        blocks = zip(hypothesis.split(rows), premise.split(rows), strict=True)
+        blocks = zip(torch.split(hypothesis, rows), torch.split(premise, rows), strict=True)
         return torch.cat([self.head(*block) for block in blocks])
 
 

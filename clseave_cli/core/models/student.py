@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from clseave_cli.core.config import Code, Pooling, Projection
+from clseave_cli.core.config import Code, Pooling, Projection, SentenceToken
 from clseave_cli.core.models import backbones
 from clseave_cli.core.models.autoencoder import coder
 from clseave_cli.core.models.encoders import SentenceEncoder
@@ -34,17 +34,20 @@ class Coding:
         code: whether they can be negative.
         width: of the teacher's states.
         norm_eps: of the teacher's last normalisation, where it is applied behind; None: it is not.
+        pools: whether the sentence's state goes through BERT's pooling layer before.
     """
 
     code: Code
     width: int
     norm_eps: float | None
+    pools: bool = False  # not named by earlier versions
 
 
 class CodedState(nn.Module):
     """What stands between a token student's state and its projection.
 
     Attributes:
+        pooler: the encoder's pooling layer, or nothing; token pairs go round it.
         coder: makes the teacher's state of the student's; what the token pairs train.
         final_norm: the teacher's last normalisation, or nothing.
         coding: what the two are.
@@ -52,6 +55,9 @@ class CodedState(nn.Module):
 
     def __init__(self, state_width: int, coding: Coding) -> None:
         super().__init__()
+        self.pooler: nn.Module = nn.Identity()
+        if coding.pools:
+            self.pooler = nn.Sequential(nn.Linear(state_width, state_width), nn.Tanh())
         self.coder = coder(state_width, coding.width, coding.code)
         self.final_norm: nn.Module = (
             nn.Identity()
@@ -62,7 +68,7 @@ class CodedState(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """(B, K) from (B, H)."""
-        read: Tensor = self.final_norm(self.coder(states))
+        read: Tensor = self.final_norm(self.coder(self.pooler(states)))
         return read
 
 
@@ -96,7 +102,7 @@ def new_token_student(
     code: Code,
     *,
     final_norm: bool = False,
-    pooling: Pooling = "terminal",
+    sentence_token: SentenceToken = "terminal",
 ) -> SentenceEncoder:
     """A student of the token method (thesis 3.2): its states are coded as the teacher's are.
 
@@ -108,10 +114,11 @@ def new_token_student(
         teacher: the text tower to imitate.
         code: whether the code can be negative.
         final_norm: whether the teacher's last normalisation is applied to the code.
-        pooling: whose code stands for a sentence.
+        sentence_token: whose code stands for a sentence.
 
     Raises:
-        ModelError: the encoder cannot be loaded, or the teacher does not end as CLIP's text tower.
+        ModelError: the encoder cannot be loaded or has no pooling layer, or the teacher does not
+            end as CLIP's text tower.
     """
     last = getattr(teacher.backbone, "final_layer_norm", None)
     if not (
@@ -124,8 +131,12 @@ def new_token_student(
             "the token method needs a teacher whose text tower ends in a normalisation of every "
             "token and one projection, as CLIP's does; --method sentence does not."
         )
-    coding = Coding(code, len(last.weight), last.eps if final_norm else None)
+    pools = sentence_token == "pooler"
+    coding = Coding(code, len(last.weight), last.eps if final_norm else None, pools)
+    pooling: Pooling = "terminal" if sentence_token == "terminal" else "cls"
     student = _student(*backbones.load_encoder(name), teacher.embedding_dim, pooling, coding=coding)
+    if pools:
+        student.norm.pooler[0].load_state_dict(backbones.load_pooler(name).state_dict())
     copied = {student.projection: teacher.projection}
     if final_norm:
         copied[student.norm.final_norm] = last
