@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -81,7 +80,7 @@ def rows(arguments: argparse.Namespace, num_images: int, num_sentences: int) -> 
 
 
 def cold(arguments: argparse.Namespace) -> None:
-    """Prints the seconds from start to exit, and the peak memory."""
+    """Prints the seconds from start to exit; for the memory see bench_cold.py."""
     runs = models(arguments)
     (row,) = rows(arguments, 1, 1)
     image = runs / "clip-ve" / "image" / "model.safetensors"
@@ -97,22 +96,17 @@ def cold(arguments: argparse.Namespace) -> None:
             ],
         }  # fmt: skip
         seconds: dict[str, list[float]] = {name: [] for name in commands}
-        memory: dict[str, list[float]] = {name: [] for name in commands}
         for repeat in range(arguments.repeats + 1):
             for name, command in commands.items():
                 begin = time.perf_counter()
-                process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL)
-                _, status, usage = os.wait4(process.pid, 0)
-                assert status == 0, name
+                subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL, check=True)
                 if repeat:
                     seconds[name].append(time.perf_counter() - begin)
-                    memory[name].append(usage.ru_maxrss / 2**20)
         middle = {name: statistics.median(values) for name, values in seconds.items()}
         for name in commands:
             print(
                 f"{lang} {name:<8} {middle[name]:6.2f} s "
                 f"({min(seconds[name]):.2f} to {max(seconds[name]):.2f}, {arguments.repeats} runs)"
-                f" · peak {max(memory[name]):.2f} GiB"
             )
         print(f"{lang} predict / bare: {middle['predict'] / middle['bare']:.2f}", flush=True)
 

@@ -322,13 +322,12 @@ def bench_finetune(arguments: argparse.Namespace, out: Path) -> None:
         data, clip = out / "data", out / "clip"
         write_clip(clip, arguments.clip_vocabulary)
         write_photos(arguments, data)
-        options = {"learning_rate": 1e-5}
+        options = {"learning_rate": 1e-5, "precision": arguments.precision}
     config = FinetuneConfig(
         data=str(data),
         clip=str(clip),
         runs=out / "runs",
         device="cpu",
-        precision=arguments.precision,
         **options | {"epochs": arguments.epochs, "patience": None},
     )
     training, dev = (read_split(data, split) for split in ("train", "dev"))
