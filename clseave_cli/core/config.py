@@ -455,7 +455,7 @@ class StudentConfig(TrainingConfig, DataConfig, TokenConfig):
         None, "Pairs in an epoch, repeats counted; unset: every pair once.", least=1
     )
     trim_vocabulary: bool = option(
-        False, "Keep only the tokens of the training text, special ones and single characters."
+        False, "Keep only the tokens of the text, special ones and single characters."
     )
     epochs: int = option(9, "Passes over the training data.", least=1)
     weight_decay: float = option(0.01, "Decoupled weight decay (AdamW).", least=0)

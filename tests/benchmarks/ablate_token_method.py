@@ -81,7 +81,7 @@ def variants() -> dict[str, dict[str, Any]]:
     # Without pairs of terminal tokens the untrained encoder's links are all there is to learn from.
     rows["faithful, words aligned by chance"] = FAITHFUL | {"alignments": None}
     rows["repaired, words aligned by chance"] = REPAIRED | {"alignments": None}
-    rows["sentence"] = {"method": "sentence"}
+    rows["sentence"] = {"method": "sentence", "alignments": None}
     rows["sentence+token"] = REPAIRED | {"method": "sentence+token"}
     return rows
 

@@ -132,6 +132,8 @@ def main() -> None:
     figures = dict(_TEXT_FIGURES) if given.text else {"accuracy": "{:.2%}", "ratio": "{:.4f}"}
     students = [tuple(given.lang)] if given.together else [(lang,) for lang in given.lang]
     chosen = [getattr(given, factor) or values for factor, values in _FACTORS.items()]
+    if given.text:  # without images the head has nothing to say
+        chosen[0] = [objective for objective in chosen[0] if objective != "head-aware"]
 
     header = [*_FACTORS, *(f"{lang} {name}" for lang in given.lang for name in figures), "seconds"]
     print("| " + " | ".join(header) + " |")

@@ -1,5 +1,6 @@
 """What an epoch of `align` meets: shares by language, repeats, parallel batches, limits."""
 
+import dataclasses
 import json
 import math
 import time
@@ -139,6 +140,20 @@ def test_a_parallel_batch_has_every_translation_of_its_sentences():
         assert set(np.flatnonzero(np.isin(source_of, list(sources))).tolist()) == set(batch)
     longer = Sampler(pairs, _config(parallel_batches=True, batch_size=4, epoch_pairs=36))
     assert np.bincount(np.concatenate(longer.batches(0, {}))).tolist() == [3] * 12
+
+
+def test_the_parts_of_a_frequent_pair_are_spread_over_parallel_batches():
+    # Sentence 0 of languages a and b stands so often that it is trained on in 12 and 3 parts.
+    languages = [np.array([0] * 12 + list(range(1, 40))), np.array([0] * 3 + list(range(1, 40)))]
+    pairs = _pairs(languages)
+    distinct = np.concatenate([languages[0], 40 + languages[1]])
+    pairs = dataclasses.replace(pairs, distinct=distinct)
+    sampler = Sampler(pairs, _config(parallel_batches=True, batch_size=8))
+    for epoch in range(20):
+        batches = sampler.batches(epoch, {})
+        assert sorted(np.concatenate(batches).tolist()) == list(range(len(pairs)))
+        assert max(np.bincount(distinct[batch]).max() for batch in batches) <= 5
+    assert any({0, 51} <= set(batch.tolist()) for batch in batches)  # still side by side
 
 
 def test_one_teacher_vector_serves_all_languages(world, tmp_path, trained, encoder, monkeypatch):

@@ -237,6 +237,17 @@ def test_with_english_and_with_a_trimmed_vocabulary(world, trained, encoder, tmp
     assert np.isfinite(result.training.dev["mse"])
 
 
+def test_a_limit_takes_no_tokens_from_a_trimmed_vocabulary(world, trained, encoder, tmp_path):
+    kept = []
+    for limit in (1, None):
+        result = _align(
+            world, tmp_path / str(limit), trained, encoder, method="sentence", limit=limit,
+            trim_vocabulary=True,
+        )  # fmt: skip
+        kept.append(load_student(result.folder).trimmed.kept)
+    assert np.array_equal(*kept)
+
+
 def test_english_words_pair_with_themselves(teacher, encoder):
     student = new_token_student(encoder, teacher.text, "linear")
     config = AlignConfig(terminal_pair=False)
@@ -326,8 +337,16 @@ def test_a_token_student_predicts_and_is_exported(clseave, world, runs, encoder,
         ({"aligner": "nowhere/at/all"}, ModelError, "nowhere/at/all: no such model folder"),
         ({"pretrained_code": True}, ModelError, "autoencoder: no such model folder; .*autoencode"),
         ({"aligner_threshold": 1.0, "terminal_pair": False}, DataError, "no words are linked"),
+        (
+            {"method": "sentence", "alignments": "links.{lang}"}, UsageError,
+            "--alignments: --method sentence compares no words",
+        ),
+        (
+            {"auxiliary": ("nl",), "alignments": "links"}, UsageError,
+            r"--alignments links: one file for several languages; put \{lang\} in its name",
+        ),
     ],
-)
+)  # fmt: skip
 def test_refusals(world, trained, encoder, tmp_path, options, error, message):
     with pytest.raises(error, match=message):
         _align(world, tmp_path / "runs", trained, encoder, **options)
@@ -356,10 +375,23 @@ def test_bad_files_of_links(refused, world, runs, encoder, tmp_path, content, me
     assert tree(runs) == before
 
 
-def test_a_teacher_that_ends_otherwise_is_refused(teacher, encoder):
-    teacher.text.norm = torch.nn.LayerNorm(32)
+@pytest.mark.parametrize("name", sorted(set(tiny_backbones.TEACHERS) - {"clip"}))
+def test_a_teacher_that_ends_otherwise_is_refused(name, world, encoder, tmp_path):
+    folder = tiny_backbones.TEACHERS[name](tmp_path, tiny_world.sentences(world))
     with pytest.raises(ModelError, match="the token method needs a teacher whose text tower ends"):
-        new_token_student(encoder, teacher.text, "linear")
+        new_token_student(encoder, ClipVE.from_clip(folder).text, "linear")
+
+
+@pytest.mark.parametrize("method", ["token", "sentence+token"])
+@pytest.mark.parametrize("name", sorted(tiny_backbones.STUDENTS))
+def test_any_encoder_can_be_the_student(name, method, world, trained, tmp_path):
+    encoder = tiny_backbones.STUDENTS[name](tmp_path / "encoder", tiny_world.sentences(world))
+    result = _align(world, tmp_path, trained, encoder, method=method, max_steps=2)
+    assert np.isfinite(result.training.dev["mse"])
+    before = new_token_student(
+        encoder, ClipVE.from_folder(trained / "clip-ve").text, "linear"
+    ).backbone  # fmt: skip
+    assert module_digest(load_student(result.folder).backbone) != module_digest(before)
 
 
 def test_token_pairs_are_stored_flat(teacher, encoder):

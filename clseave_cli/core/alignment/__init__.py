@@ -40,6 +40,7 @@ from clseave_cli.core.alignment.token import (
     TokenCorpus,
     TokenObjective,
     TokenPairs,
+    require_links_fit,
     token_student,
 )
 from clseave_cli.core.config import AlignConfig, StudentConfig
@@ -83,6 +84,7 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
     """
     languages = student_languages(config)
     require_possible(config)
+    require_links_fit(config)
     teacher_folder = _teacher_folder(config)
     out = config.out or config.runs / f"align-{'+'.join(languages)}"
     require_writable(out)
@@ -206,8 +208,12 @@ def _read(
     dev_text: dict[str, Parallel] = {}
     inputs: dict[str, str] = {}
     for lang in _translated(config):
-        training, dev = reader.read(lang)
-        training = limited(training, config.limit, config.seed, progress)
+        whole, dev = reader.read(lang)
+        training = limited(whole, config.limit, config.seed, progress)
+        if config.trim_vocabulary:
+            corpus.keep_tokens(dev.target.hypotheses)
+            if training is not whole:  # sentences are taken away, not words of the language
+                corpus.keep_tokens(whole.target.hypotheses)
         for kind, parallel in (("train", training), ("dev", dev)):
             inputs[parallel.target.path.name] = parallel.target.digest
             inputs[f"{kind}: {source_lang} of {lang}"] = json_digest(parallel.sources)

@@ -224,6 +224,7 @@ class Corpus:
         self._sources: dict[str, int] = {}
         self._parts: list[LanguagePairs] = []
         self._paired = _PairedNames() if with_images else None
+        self._kept = np.empty(0, dtype=np.int32)
 
     @property
     def sources(self) -> list[str]:
@@ -277,9 +278,14 @@ class Corpus:
                 "--objective mse needs only text."
             )
 
+    def keep_tokens(self, sentences: Sequence[str]) -> None:
+        """Counts the tokens of sentences among those that occur, though nothing trains on them."""
+        tokens = self._student.tokenize(list(dict.fromkeys(sentences)))
+        self._kept = np.union1d(self._kept, tokens.ids)
+
     def token_ids(self) -> npt.NDArray[np.int32]:
         """The ids that occur, in order."""
-        return np.unique(np.concatenate([part.tokens.ids for part in self._parts]))
+        return np.unique(np.concatenate([self._kept, *(part.tokens.ids for part in self._parts)]))
 
     def renumber_tokens(self, places: npt.NDArray[np.intp]) -> None:
         """Gives tokens new ids: `places` of the old ones."""

@@ -43,7 +43,8 @@ class Sampler:
       cross-lingual transfer, "Multilingual as Multitask", a).
 
     A language that is to be met more often than it has pairs repeats them, in a new order each
-    time. Parallel batches are put together from source sentences, each with all its translations.
+    time. Parallel batches are put together from source sentences, each with all its translations;
+    what is trained on in parts (`TrainingPairs`) comes part by part.
     """
 
     def __init__(self, pairs: TrainingPairs, config: StudentConfig) -> None:
@@ -54,9 +55,12 @@ class Sampler:
         self._firsts = np.cumsum(self._sizes) - self._sizes
         self.num_examples = config.epoch_pairs or len(pairs)
         if config.parallel_batches:
-            # The pairs of source sentence 0, then those of 1, and so on.
-            self._by_source = np.argsort(pairs.teacher.index, kind="stable")
-            counts = np.bincount(pairs.teacher.index)
+            # The first part of each pair of source sentence 0, then the second parts, then those
+            # of sentence 1, and so on: all parts in one batch would be one huge step after all.
+            part = np.arange(len(pairs)) - np.searchsorted(pairs.distinct, pairs.distinct)
+            group = pairs.teacher.index * (part.max() + 1) + part
+            self._by_source = np.argsort(group, kind="stable")
+            _, counts = np.unique(group, return_counts=True)
             self._source_ends = np.cumsum(counts)
             self._source_starts = self._source_ends - counts
 

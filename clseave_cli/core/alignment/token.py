@@ -40,6 +40,26 @@ from clseave_cli.core.word_alignment.words import Words, split_words
 from clseave_cli.errors import DataError, UsageError
 
 
+def require_links_fit(config: StudentConfig) -> None:
+    """Refuses a file of links that nothing would read, or the wrong language would.
+
+    Raises:
+        UsageError: it is one.
+    """
+    if config.alignments is None:
+        return
+    if config.method == "sentence":
+        raise UsageError(
+            "--alignments: --method sentence compares no words; add --method token, or leave it "
+            "out."
+        )
+    if len({*config.lang, *config.auxiliary}) > 1 and "{lang}" not in str(config.alignments):
+        raise UsageError(
+            f"--alignments {config.alignments}: one file for several languages; put {{lang}} in "
+            "its name, which stands for the language."
+        )
+
+
 def token_student(
     config: StudentConfig, teacher: SentenceEncoder
 ) -> tuple[SentenceEncoder, dict[str, str]]:
