@@ -30,6 +30,7 @@ from clseave_cli.core.data.records import (
     split_path,
 )
 from clseave_cli.core.features import image_features, tokenize_sentences
+from clseave_cli.core.files import file_digest
 from clseave_cli.core.linguistics import analyse_distances
 from clseave_cli.core.metrics.baselines import (
     majority_label,
@@ -264,6 +265,13 @@ def _evaluate(
                 if own.translator is not None
             },
             source_lang=model.source_lang,
+            training={
+                path.relative_to(folder).as_posix(): file_digest(path)
+                for lang in dict.fromkeys(
+                    _training_language(model, own) for own in outputs.values()
+                )
+                if (path := split_path(folder, config.train_split, lang)) is not None
+            },
         ),
         distances=analyse_distances(
             {r.lang: r.accuracy for r in results if r.mode == "zero-shot"}, model.source_lang
@@ -406,11 +414,7 @@ def _baselines(
     training_rows: _TrainingRows,
     progress: Progress,
 ) -> tuple[Baselines, npt.NDArray[np.int64] | None]:
-    """What is reached without looking, and what the hypothesis-only classifier says.
-
-    That learns from the rows the model itself was given: those in the source language where the
-    hypotheses are translated into it.
-    """
+    """What is reached without looking, and what the hypothesis-only classifier says."""
     labels = own.split.labels
     shuffled = own.premises[shuffled_rows(own.images, config.seed)]
     device = model.text.device
@@ -419,7 +423,7 @@ def _baselines(
             torch.from_numpy(own.embeddings).to(device), torch.from_numpy(shuffled).to(device)
         )
     shuffled_accuracy = float((logits.argmax(dim=1).cpu().numpy() == labels).mean())
-    lang = model.source_lang if own.translator is not None else own.split.lang
+    lang = _training_language(model, own)
     path = split_path(folder, config.train_split, lang)
     if path is None:
         return Baselines(shuffled_image=shuffled_accuracy), None
@@ -444,6 +448,14 @@ def _baselines(
         ),
         guesses.labels,
     )
+
+
+def _training_language(model: ClipVE, own: _Outputs) -> str:
+    """Whose rows the baselines learn from: those the model itself was given.
+
+    They are the source language's where the hypotheses are translated into it.
+    """
+    return model.source_lang if own.translator is not None else own.split.lang
 
 
 def _language_result(

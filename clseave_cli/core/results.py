@@ -144,6 +144,8 @@ class Signature:
         num_examples: rows of the largest result.
         translators: by language, what translated its hypotheses into the source language.
         source_lang: the language CLIP-VE reads, with which the others are compared.
+        training: fingerprint (hex) by file of the rows that the baselines learnt from. With `data`
+            it fills a page, so figures do without it.
     """
 
     version: str
@@ -154,6 +156,7 @@ class Signature:
     num_examples: int
     translators: dict[str, str] = field(default_factory=dict)
     source_lang: str = "en"
+    training: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """One line for the foot of a figure, fingerprints shortened to 8 digits."""

@@ -15,6 +15,7 @@ from clseave_cli.core.comparison import compare_reports
 from clseave_cli.core.config import EvaluateConfig
 from clseave_cli.core.data.records import read_split
 from clseave_cli.core.evaluation import evaluate
+from clseave_cli.core.files import file_digest
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.student import new_student, save_student
 from clseave_cli.core.results import Results
@@ -112,6 +113,9 @@ def test_translate_test_needs_no_student(data, trained, tmp_path, glossary):
     (german,) = document.results
     assert (german.lang, german.mode) == ("de", "translate-test")
     assert document.signature.checkpoints.keys() == {"clip-ve"} and document.distances is None
+    # Both models read English, the classifier without pictures too.
+    training = data / "snli_ve_train.jsonl"
+    assert document.signature.training == {training.name: file_digest(training)}
 
 
 def test_rows_that_cannot_be_translated_are_an_error(data, trained, glossary):

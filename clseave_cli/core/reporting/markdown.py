@@ -80,6 +80,7 @@ def _signature(results: Results) -> str:
         ("seed", str(signature.seed)),
         ("resamples", str(signature.resamples)),
         *signature.data.items(),
+        *signature.training.items(),
         *signature.checkpoints.items(),
         *((f"{lang} translated by", name) for lang, name in signature.translators.items()),
     ]
