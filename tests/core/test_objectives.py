@@ -1,6 +1,7 @@
 """The losses of `align`, against values worked by hand and against independent formulas."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from clseave_cli.core.alignment import align, corpus, objectives
 from clseave_cli.core.alignment.objectives import SentenceBatch
 from clseave_cli.core.config import AlignConfig
 from clseave_cli.core.export import export
+from clseave_cli.core.features import Vectors
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.head import EntailmentHead, HeadConfig
 from clseave_cli.errors import DataError, UsageError
@@ -67,6 +69,25 @@ def test_head_divergence_is_the_kl_of_the_heads_predictions():
     assert found[1] == 0 and found[0] > 0
     same = objectives.head_divergence(teacher[source], batch, head)
     torch.testing.assert_close(same, torch.zeros(3))
+
+
+def test_head_aware_is_the_squared_error_and_the_heads_divergence_on_its_scale():
+    torch.manual_seed(0)
+    head = EntailmentHead(HeadConfig(embedding_dim=4, hidden_dim=8)).eval()
+    teacher, own, premises = 3 * torch.randn(2, 4), torch.randn(2, 4), torch.randn(2, 4)
+    batch = SentenceBatch(
+        None, teacher, torch.arange(2), torch.ones(2), premises, torch.tensor([True, True])
+    )
+    vectors = Vectors(2, 4)
+    vectors.add(teacher, np.arange(2), np.arange(2))
+    pairs = SimpleNamespace(teacher=SimpleNamespace(vectors=vectors))
+    error = objectives.squared_error(own, batch)
+    for weight in (0.0, 0.5):
+        config = AlignConfig(objective="head-aware", head_weight=weight)
+        compare = objectives.comparison(config, SimpleNamespace(head=head), pairs)
+        scale = teacher.var(dim=0, correction=0).mean()
+        wanted = error + weight * scale * objectives.head_divergence(own, batch, head)
+        torch.testing.assert_close(compare(own, batch), wanted)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -157,9 +157,10 @@ def comparison(config: StudentConfig, teacher: ClipVE, pairs: TrainingPairs) -> 
     variance = _variance(pairs.teacher.vectors)
     if name == "mse+cosine":
         return lambda own, batch: squared_error(own, batch) / variance + cosine_distance(own, batch)
+    # The error as `mse` has it, so that the same gradients are clipped, and the KL on its scale.
+    weight = config.head_weight * variance
     return lambda own, batch: (
-        squared_error(own, batch) / variance
-        + config.head_weight * head_divergence(own, batch, teacher.head)
+        squared_error(own, batch) + weight * head_divergence(own, batch, teacher.head)
     )
 
 
