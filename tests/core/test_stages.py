@@ -393,6 +393,20 @@ def test_a_student_may_start_without_spread_but_not_lose_it():
         watch.at_the_end(several)
 
 
+def test_a_spread_that_is_not_a_number_is_no_spread():
+    with pytest.raises(TrainingError, match=r"^de: "):
+        SpreadWatch("de").during({"variance_ratio": math.nan})
+    with pytest.raises(TrainingError, match=r"^de: "):
+        SpreadWatch("de").at_the_end({"variance_ratio": math.nan})
+
+
+def test_one_dev_row_has_no_spread_that_could_be_lost(data, tmp_path, trained, encoder):
+    path = data / "snli_ve_dev.de.jsonl"
+    write_jsonl(path, read_jsonl(path)[:1])
+    result = _align(data, tmp_path, encoder, "de", teacher=trained / "clip-ve", epochs=1)
+    assert result.training.dev["variance_ratio"] == 1
+
+
 def test_a_resumed_student_must_see_the_same_english(data, tmp_path, trained, encoder):
     options = {"teacher": trained / "clip-ve", "select": "mse"}
     with pytest.MonkeyPatch.context() as patch:

@@ -205,6 +205,39 @@ def test_a_state_that_is_lost_is_never_saved(tmp_path):
     assert tensors.isfinite().all()
 
 
+def test_weights_that_are_not_finite_end_the_run(tmp_path):
+    # One step an epoch: no loss is computed from the weights that this step leaves.
+    task = _Task()
+    with pytest.raises(TrainingError, match=r"^task: a weight is not finite at step 1; lower"):
+        task.run(tmp_path, epochs=1, batch_size=20, learning_rate=1e39)
+    assert not (tmp_path / "summary.json").exists()
+
+
+@pytest.mark.parametrize("figure", [float("nan"), float("inf")])
+def test_a_dev_figure_that_is_not_finite_ends_the_run(tmp_path, figure):
+    task = _Task()
+    task.dev = [0.6, figure, 0.4]
+    with pytest.raises(TrainingError, match=r"^task: the dev figure loss is not finite at step 8;"):
+        task.run(tmp_path)
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_weights_lost_in_the_step_before_a_save_leave_the_last_good_state(tmp_path):
+    task = _Task()
+
+    def lose(step):
+        if step == 4:
+            next(task.module.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+
+    task.steps.append(lose)
+    with pytest.raises(TrainingError, match=r"^task: a weight is not finite at step 5; lower"):
+        task.run(tmp_path, checkpoint_minutes=0)
+    (state,) = tmp_path.glob("state-*")
+    assert state.name == "state-00000004"
+    weights = checkpoint.load_file(state / "module.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
+
+
 def test_records_and_summary_have_the_documented_keys(tmp_path):
     result = _Task().run(tmp_path)
     records = read_jsonl(tmp_path / "metrics.jsonl")

@@ -149,7 +149,7 @@ def train(
     Writes `metrics.jsonl`, `summary.json` and, while under way, `state-*` into `folder`.
 
     Raises:
-        TrainingError: the loss is no longer finite.
+        TrainingError: the loss, a weight, or the dev figure that chooses is no longer finite.
         Interrupted: Ctrl-C or SIGTERM; the state was saved first.
         ClseaveError: the disk is full; the last good state is kept.
     """
@@ -283,12 +283,20 @@ class _Run:
 
     def _mean_loss(self) -> float:
         loss = self.loss_sum.item() / self.state.num_seen
-        if not math.isfinite(loss):
+        self._require_finite("the loss", loss)
+        return loss
+
+    def _require_finite_weights(self) -> None:
+        # The loss is that of the weights before the step. The largest one says it of all, at once.
+        largest = nn.utils.get_total_norm(self.parameters, norm_type=math.inf)
+        self._require_finite("a weight", largest.item())
+
+    def _require_finite(self, name: str, value: float) -> None:
+        if not math.isfinite(value):
             raise TrainingError(
-                f"{self.stage}: the loss is not finite at step {self.state.step}; lower "
+                f"{self.stage}: {name} is not finite at step {self.state.step}; lower "
                 "--learning-rate, or use --precision fp32."
             )
-        return loss
 
     def _record_step(self, learning_rate: float) -> dict[str, float]:
         figures = {
@@ -326,10 +334,13 @@ class _Run:
     def _end_epoch(self) -> bool:
         """Dev figures, the best weights, the books of the epoch; True when patience is out."""
         loss = self._mean_loss()
+        self._require_finite_weights()
         self.stage.module.eval()
         with torch.no_grad(), self.autocast():
             dev = self.processes.agree(self.stage.evaluate())
-        value = dev[self.stage.selection.metric]
+        metric = self.stage.selection.metric
+        value = dev[metric]
+        self._require_finite(f"the dev figure {metric}", value)
         state = self.state
         state.last_dev = dev
         if self.stage.selection.better(value, state.best):
@@ -360,7 +371,9 @@ class _Run:
         )
         if not (stopping or due):
             return
-        self._mean_loss()  # never keep a state that is already lost
+        # Never keep a state that is already lost.
+        self._mean_loss()
+        self._require_finite_weights()
         self.processes.once(self._save)
         self.saved_at = time.monotonic()
         if stopping:
