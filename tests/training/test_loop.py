@@ -367,6 +367,39 @@ def test_resuming_after_a_kill_in_the_last_dev_evaluation(tmp_path, max_steps):
     assert torch.equal(task.weights, reference.weights)
 
 
+class _Gpus:
+    """Stands for the random numbers of two GPUs, as one process sees them."""
+
+    def __init__(self, monkeypatch, *states):
+        self.states = [torch.tensor([state], dtype=torch.uint8) for state in states]
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(states))
+        monkeypatch.setattr(torch.cuda, "get_rng_state", lambda gpu: self.states[_number(gpu)])
+        monkeypatch.setattr(torch.cuda, "set_rng_state", self._set)
+
+    def _set(self, state, gpu):
+        self.states[_number(gpu)] = state
+
+
+def _number(gpu):
+    return gpu if isinstance(gpu, int) else torch.device(gpu).index
+
+
+def test_every_process_goes_on_with_the_random_numbers_of_the_first_ones_gpu(tmp_path, monkeypatch):
+    # The first process has used its GPU, number 0, and never that of the second.
+    module = nn.Linear(2, 2)
+    optimizer, scaler = torch.optim.AdamW(module.parameters()), torch.amp.GradScaler("cpu")
+    _Gpus(monkeypatch, 7, 0)
+    run = (module, optimizer, scaler)
+    checkpoint.save_state(
+        tmp_path, checkpoint.LoopState(step=1), *run, None, torch.device("cuda:0")
+    )
+    for own in (0, 1):
+        gpus = _Gpus(monkeypatch, 1, 2)
+        checkpoint.load_state(tmp_path, *run, torch.device("cuda", own))
+        restored = [int(state) for state in gpus.states]
+        assert restored[own] == 7 and restored[1 - own] == (1, 2)[1 - own]
+
+
 def test_a_stop_signal_saves_and_says_how_to_go_on(tmp_path, uninterrupted):
     task = _Task(dropout=0.3)
     task.steps.append(lambda step: signal.raise_signal(signal.SIGTERM) if step == 4 else None)

@@ -393,13 +393,16 @@ class _Run:
             self.optimizer,
             self.scaler,
             self.best_weights,
+            self.device,
         )
 
     def _seconds(self) -> float:
         return self.earlier_seconds + time.monotonic() - self.started
 
     def _resume(self) -> None:
-        loaded = load_state(self.folder, self.stage.module, self.optimizer, self.scaler)
+        loaded = load_state(
+            self.folder, self.stage.module, self.optimizer, self.scaler, self.device
+        )
         if loaded is None:
             self.progress.note(f"{self.stage}: no saved state to resume; starting afresh.")
             return
