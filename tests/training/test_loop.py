@@ -367,6 +367,28 @@ def test_resuming_after_a_kill_in_the_last_dev_evaluation(tmp_path, max_steps):
     assert torch.equal(task.weights, reference.weights)
 
 
+def test_records_that_were_lost_are_not_replaced_by_anything(tmp_path, uninterrupted):
+    killed = _Task(dropout=0.3)
+    _kill_at(killed, 5)
+    with _killed():
+        killed.run(tmp_path, checkpoint_minutes=0)
+    metrics = tmp_path / "metrics.jsonl"
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    metrics.write_bytes(b"".join(lines[:3]) + lines[3][:20])  # as a power cut may leave it
+    _Task(dropout=0.3).run(tmp_path, resume=True)
+    records = uninterrupted[2]
+    assert _records(tmp_path) == records[:3] + records[6:]
+
+
+def test_the_records_are_on_the_disk_before_the_state_is(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_ino))
+    monkeypatch.setattr(checkpoint, "save_file", _full)
+    with pytest.raises(ClseaveError, match="the disk is full"):
+        _Task().run(tmp_path, checkpoint_minutes=0)
+    assert synced == [(tmp_path / "metrics.jsonl").stat().st_ino]
+
+
 class _Gpus:
     """Stands for the random numbers of two GPUs, as one process sees them."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import signal
 import sys
@@ -385,7 +386,10 @@ class _Run:
     def _save(self) -> None:
         self.state.loss_sum = self.loss_sum.item()
         self.state.seconds = self._seconds()
-        self.state.metrics_bytes = self.metrics.stat().st_size if self.metrics.exists() else 0
+        with writing(self.metrics), self.metrics.open("ab") as stream:
+            # The state counts on these records: they must be on the disk before it is.
+            os.fsync(stream.fileno())
+            self.state.metrics_bytes = stream.tell()
         save_state(
             self.folder,
             self.state,
@@ -412,9 +416,11 @@ class _Run:
         self.progress.note(f"{self.stage}: resuming at step {self.state.step}.")
 
     def _truncate_metrics(self) -> None:
-        """Forgets records written after the state that the run continues from."""
-        with self.metrics.open("ab") as stream:
-            stream.truncate(self.state.metrics_bytes)
+        """Forgets records written after the state that the run continues from, and a torn one."""
+        with writing(self.metrics), self.metrics.open("a+b") as stream:
+            stream.seek(0)
+            kept = stream.read(self.state.metrics_bytes)
+            stream.truncate(kept.rfind(b"\n") + 1)
 
     def _finish(self, stopped_early: bool) -> TrainingResult:
         result = TrainingResult(
