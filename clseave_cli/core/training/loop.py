@@ -79,6 +79,8 @@ class Stage:
         title: goes into progress and messages, such as `align de`; otherwise the name.
         sample: the batches of an epoch, from its number and the dev figures after the one before
             (none before the first); as many as `batches` makes of `num_examples`. None: `batches`.
+        resumed: told the last dev figures when a saved state is gone on with, for an `evaluate`
+            that looks at the epoch before.
     """
 
     name: str
@@ -90,6 +92,7 @@ class Stage:
     selection: Selection
     title: str = ""
     sample: Callable[[int, dict[str, float]], list[Rows]] | None = None
+    resumed: Callable[[dict[str, float]], object] | None = None
 
     def __str__(self) -> str:
         return self.title or self.name
@@ -413,6 +416,8 @@ class _Run:
         self.state, self.best_weights = loaded
         self.loss_sum.fill_(self.state.loss_sum)
         self.earlier_seconds = self.state.seconds
+        if self.stage.resumed is not None and self.state.last_dev is not None:
+            self.stage.resumed(self.state.last_dev)
         self.progress.note(f"{self.stage}: resuming at step {self.state.step}.")
 
     def _truncate_metrics(self) -> None:
