@@ -422,6 +422,44 @@ def test_every_process_goes_on_with_the_random_numbers_of_the_first_ones_gpu(tmp
         assert restored[own] == 7 and restored[1 - own] == (1, 2)[1 - own]
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_resuming_in_mixed_precision(tmp_path, precision):
+    def task(kill_at=None):
+        task = _Task(dropout=0.3)
+        weight = task.module[0].weight
+
+        def overflow(gradient):
+            # Once, in step 3: the step is left out, and fp16's scale goes down for good.
+            return gradient * float("inf") if len(task.seen) == 3 and precision == "fp16" else None
+
+        weight.register_hook(overflow)
+        task.module[3].register_forward_hook(lambda module, inputs, output: types.add(output.dtype))
+        if kill_at is not None:
+            _kill_at(task, kill_at)
+        return task
+
+    def scaler(folder):
+        return json.loads((folder / "state-00000012" / "state.json").read_text())["scaler"]
+
+    types = set()
+    options = {"precision": precision, "checkpoint_minutes": 0}
+    whole = task()
+    whole.run(tmp_path / "whole", **options)
+    with _killed():
+        task(kill_at=5).run(tmp_path / "killed", **options)
+    resumed = task()
+    resumed.seen = whole.seen[:5]
+    resumed.run(tmp_path / "killed", resume=True, **options)
+    assert types == {torch.bfloat16 if precision == "bf16" else torch.float16}
+    assert torch.equal(resumed.weights, whole.weights)
+    assert _records(tmp_path / "killed") == _records(tmp_path / "whole")
+    assert scaler(tmp_path / "killed") == scaler(tmp_path / "whole")
+    if precision == "fp16":
+        assert scaler(tmp_path / "whole")["scale"] == 2.0**15
+        assert scaler(tmp_path / "whole")["_growth_tracker"] == 9
+        assert whole.weights.isfinite().all()
+
+
 def test_a_stop_signal_saves_and_says_how_to_go_on(tmp_path, uninterrupted):
     task = _Task(dropout=0.3)
     task.steps.append(lambda step: signal.raise_signal(signal.SIGTERM) if step == 4 else None)
