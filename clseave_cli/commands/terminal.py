@@ -78,8 +78,11 @@ class _LineTask:
         self._description, self._total, self._unit = description, total, unit
         self._done, self._fields = 0, ""
         self._start = self._last = time.monotonic()
+        # When the first report came, and what it counted: maybe work of an earlier sitting.
+        self._first: tuple[float, int] | None = None
 
     def advance(self, amount: int = 1, **fields: float | int | str) -> None:
+        self._first = self._first or (time.monotonic(), amount)
         self._done += amount
         self._fields = _figures(fields) or self._fields
         if time.monotonic() - self._last >= _LINE_SECONDS:
@@ -88,11 +91,31 @@ class _LineTask:
 
     def line(self) -> None:
         of = f"/{self._total}" if self._total is not None else ""
-        seconds = time.monotonic() - self._start
-        parts = [f"{self._done}{of} {self._unit}".strip(), f"{seconds:.0f} s"]
+        parts = [
+            f"{self._done}{of} {self._unit}".strip(),
+            _clock(time.monotonic() - self._start),
+        ]
+        if (seconds_left := self._seconds_left()) is not None:
+            parts.append(f"{_clock(seconds_left)} left")
         if self._fields:
             parts.append(self._fields)
         stderr().print(f"{self._description}: " + " · ".join(parts), soft_wrap=True, markup=False)
+
+    def _seconds_left(self) -> float | None:
+        """None where nothing is left, or too little is known."""
+        if self._first is None or self._total is None or self._done >= self._total:
+            return None
+        begun, before = self._first
+        if self._done == before:
+            return None
+        return (self._total - self._done) * (time.monotonic() - begun) / (self._done - before)
+
+
+def _clock(seconds: float) -> str:
+    """As the bars show times: 0:01:23."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
 class TerminalProgress:

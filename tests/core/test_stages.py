@@ -393,6 +393,45 @@ def test_a_student_may_start_without_spread_but_not_lose_it():
         watch.at_the_end(several)
 
 
+def test_a_spread_that_is_not_a_number_is_no_spread():
+    with pytest.raises(TrainingError, match=r"^de: "):
+        SpreadWatch("de").during({"variance_ratio": math.nan})
+    with pytest.raises(TrainingError, match=r"^de: "):
+        SpreadWatch("de").at_the_end({"variance_ratio": math.nan})
+
+
+def test_a_resumed_student_may_not_lose_its_spread_either(
+    world, tmp_path, trained, encoder, monkeypatch
+):
+    def evaluated(*outcomes):
+        """Figures of the epochs to come; None kills the run."""
+        ratios = iter(outcomes)
+
+        def evaluate_student(*_):
+            if (ratio := next(ratios)) is None:
+                raise KeyboardInterrupt
+            return {"mse": 1 / ratio, "variance_ratio": ratio}
+
+        monkeypatch.setattr(alignment, "evaluate_student", evaluate_student)
+
+    options = {
+        "teacher": trained / "clip-ve", "select": "mse", "epochs": 2, "checkpoint_minutes": 0,
+    }  # fmt: skip
+    evaluated(0.5, None)
+    with pytest.raises(KeyboardInterrupt):
+        _align(world, tmp_path, encoder, "de", **options)
+    evaluated(1e-6)
+    with pytest.raises(TrainingError, match=r"^de: the student gives every sentence the same"):
+        _align(world, tmp_path, encoder, "de", resume=True, **options)
+
+
+def test_one_dev_row_has_no_spread_that_could_be_lost(data, tmp_path, trained, encoder):
+    path = data / "snli_ve_dev.de.jsonl"
+    write_jsonl(path, read_jsonl(path)[:1])
+    result = _align(data, tmp_path, encoder, "de", teacher=trained / "clip-ve", epochs=1)
+    assert result.training.dev["variance_ratio"] == 1
+
+
 def test_a_resumed_student_must_see_the_same_english(data, tmp_path, trained, encoder):
     options = {"teacher": trained / "clip-ve", "select": "mse"}
     with pytest.MonkeyPatch.context() as patch:

@@ -205,6 +205,39 @@ def test_a_state_that_is_lost_is_never_saved(tmp_path):
     assert tensors.isfinite().all()
 
 
+def test_weights_that_are_not_finite_end_the_run(tmp_path):
+    # One step an epoch: no loss is computed from the weights that this step leaves.
+    task = _Task()
+    with pytest.raises(TrainingError, match=r"^task: a weight is not finite at step 1; lower"):
+        task.run(tmp_path, epochs=1, batch_size=20, learning_rate=1e39)
+    assert not (tmp_path / "summary.json").exists()
+
+
+@pytest.mark.parametrize("figure", [float("nan"), float("inf")])
+def test_a_dev_figure_that_is_not_finite_ends_the_run(tmp_path, figure):
+    task = _Task()
+    task.dev = [0.6, figure, 0.4]
+    with pytest.raises(TrainingError, match=r"^task: the dev figure loss is not finite at step 8;"):
+        task.run(tmp_path)
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_weights_lost_in_the_step_before_a_save_leave_the_last_good_state(tmp_path):
+    task = _Task()
+
+    def lose(step):
+        if step == 4:
+            next(task.module.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+
+    task.steps.append(lose)
+    with pytest.raises(TrainingError, match=r"^task: a weight is not finite at step 5; lower"):
+        task.run(tmp_path, checkpoint_minutes=0)
+    (state,) = tmp_path.glob("state-*")
+    assert state.name == "state-00000004"
+    weights = checkpoint.load_file(state / "module.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
+
+
 def test_records_and_summary_have_the_documented_keys(tmp_path):
     result = _Task().run(tmp_path)
     records = read_jsonl(tmp_path / "metrics.jsonl")
@@ -332,6 +365,99 @@ def test_resuming_after_a_kill_in_the_last_dev_evaluation(tmp_path, max_steps):
     assert (resumed.epochs, resumed.best_epoch) == (result.epochs, result.best_epoch)
     assert resumed.dev == result.dev
     assert torch.equal(task.weights, reference.weights)
+
+
+def test_records_that_were_lost_are_not_replaced_by_anything(tmp_path, uninterrupted):
+    killed = _Task(dropout=0.3)
+    _kill_at(killed, 5)
+    with _killed():
+        killed.run(tmp_path, checkpoint_minutes=0)
+    metrics = tmp_path / "metrics.jsonl"
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    metrics.write_bytes(b"".join(lines[:3]) + lines[3][:20])  # as a power cut may leave it
+    _Task(dropout=0.3).run(tmp_path, resume=True)
+    records = uninterrupted[2]
+    assert _records(tmp_path) == records[:3] + records[6:]
+
+
+def test_the_records_are_on_the_disk_before_the_state_is(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_ino))
+    monkeypatch.setattr(checkpoint, "save_file", _full)
+    with pytest.raises(ClseaveError, match="the disk is full"):
+        _Task().run(tmp_path, checkpoint_minutes=0)
+    assert synced == [(tmp_path / "metrics.jsonl").stat().st_ino]
+
+
+class _Gpus:
+    """Stands for the random numbers of two GPUs, as one process sees them."""
+
+    def __init__(self, monkeypatch, *states):
+        self.states = [torch.tensor([state], dtype=torch.uint8) for state in states]
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(states))
+        monkeypatch.setattr(torch.cuda, "get_rng_state", lambda gpu: self.states[_number(gpu)])
+        monkeypatch.setattr(torch.cuda, "set_rng_state", self._set)
+
+    def _set(self, state, gpu):
+        self.states[_number(gpu)] = state
+
+
+def _number(gpu):
+    return gpu if isinstance(gpu, int) else torch.device(gpu).index
+
+
+def test_every_process_goes_on_with_the_random_numbers_of_the_first_ones_gpu(tmp_path, monkeypatch):
+    # The first process has used its GPU, number 0, and never that of the second.
+    module = nn.Linear(2, 2)
+    optimizer, scaler = torch.optim.AdamW(module.parameters()), torch.amp.GradScaler("cpu")
+    _Gpus(monkeypatch, 7, 0)
+    run = (module, optimizer, scaler)
+    checkpoint.save_state(
+        tmp_path, checkpoint.LoopState(step=1), *run, None, torch.device("cuda:0")
+    )
+    for own in (0, 1):
+        gpus = _Gpus(monkeypatch, 1, 2)
+        checkpoint.load_state(tmp_path, *run, torch.device("cuda", own))
+        restored = [int(state) for state in gpus.states]
+        assert restored[own] == 7 and restored[1 - own] == (1, 2)[1 - own]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_resuming_in_mixed_precision(tmp_path, precision):
+    def task(kill_at=None):
+        task = _Task(dropout=0.3)
+        weight = task.module[0].weight
+
+        def overflow(gradient):
+            # Once, in step 3: the step is left out, and fp16's scale goes down for good.
+            return gradient * float("inf") if len(task.seen) == 3 and precision == "fp16" else None
+
+        weight.register_hook(overflow)
+        task.module[3].register_forward_hook(lambda module, inputs, output: types.add(output.dtype))
+        if kill_at is not None:
+            _kill_at(task, kill_at)
+        return task
+
+    def scaler(folder):
+        return json.loads((folder / "state-00000012" / "state.json").read_text())["scaler"]
+
+    types = set()
+    options = {"precision": precision, "checkpoint_minutes": 0}
+    whole = task()
+    whole.run(tmp_path / "whole", **options)
+    with _killed():
+        task(kill_at=5).run(tmp_path / "killed", **options)
+    resumed = task()
+    resumed.seen = whole.seen[:5]
+    resumed.run(tmp_path / "killed", resume=True, **options)
+    assert types == {torch.bfloat16 if precision == "bf16" else torch.float16}
+    assert torch.equal(resumed.weights, whole.weights)
+    assert _records(tmp_path / "killed") == _records(tmp_path / "whole")
+    assert scaler(tmp_path / "killed") == scaler(tmp_path / "whole")
+    if precision == "fp16":
+        assert scaler(tmp_path / "whole")["scale"] == 2.0**15
+        assert scaler(tmp_path / "whole")["_growth_tracker"] == 9
+        assert whole.weights.isfinite().all()
 
 
 def test_a_stop_signal_saves_and_says_how_to_go_on(tmp_path, uninterrupted):

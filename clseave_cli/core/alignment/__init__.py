@@ -137,6 +137,8 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
         evaluate=lambda: watch.during(evaluate_student(student, teacher, dev_sets)),
         selection=selection(config, images),
         sample=sampler.batches,
+        # The last epoch shows all that ever spread: had some of it been lost, the run had ended.
+        resumed=watch.during,
     )
     tokens = [pairs.sentences.tokens, *(dev.sentences.tokens for dev in dev_sets)]
     with reduced_vocabulary(student, *tokens):

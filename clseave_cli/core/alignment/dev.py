@@ -5,6 +5,7 @@ Legend: N dev rows · P sentences to retrieve among · D embedding width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,13 +173,14 @@ def _figures(student: SentenceEncoder, teacher: ClipVE, dev: DevSet) -> dict[str
     predicted = embed_rows(student, dev.sentences)  # (N, D)
     device = predicted.device
     wanted = dev.teacher.of_rows().to(device)
-    variance_ratio = (predicted.var(dim=0).sum() / wanted.var(dim=0).sum()).item()
+    ours, theirs = (v.var(dim=0, correction=0).sum().item() for v in (predicted, wanted))
     figures = {
         "mse": (predicted - wanted).square().mean().item(),
         "mae": (predicted - wanted).abs().mean().item(),
         "cosine": functional.cosine_similarity(predicted, wanted).mean().item(),
         "recall_at_10": _recall(predicted, wanted, dev.teacher.index),
-        "variance_ratio": variance_ratio,
+        # Of a single sentence the teacher has no spread either, so there is none to lose.
+        "variance_ratio": ours / theirs if theirs else 1.0,
     }
     if dev.premises is not None:
         premises = dev.premises.of_rows().to(device)
@@ -220,12 +222,13 @@ class SpreadWatch:
         """Passes the figures of an epoch on.
 
         Raises:
-            TrainingError: the student says the same to all sentences now, and did not before.
+            TrainingError: the student says the same to all sentences now, and did not before, or
+                nothing that is a number.
         """
         for lang, ratio in self._variance_ratios(figures):
             if ratio >= _COLLAPSED:
                 self._spread.add(lang)
-            elif lang in self._spread:
+            elif lang in self._spread or math.isnan(ratio):
                 raise _collapse(lang, ratio)
         return figures
 
@@ -236,7 +239,7 @@ class SpreadWatch:
             TrainingError: the student says the same to all sentences.
         """
         for lang, ratio in self._variance_ratios(figures):
-            if ratio < _COLLAPSED:
+            if not ratio >= _COLLAPSED:  # nan is not
                 raise _collapse(lang, ratio)
 
     def _variance_ratios(self, figures: dict[str, float]) -> Iterator[tuple[str, float]]:

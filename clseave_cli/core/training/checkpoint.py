@@ -71,13 +71,18 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     best: dict[str, Tensor] | None,
+    device: torch.device,
 ) -> None:
-    """Writes `state-{step}` into `folder`, then removes older ones."""
+    """Writes `state-{step}` into `folder`, then removes older ones.
+
+    Of random numbers, those of the CPU and of `device` are kept. Every process goes on from them,
+    each on its own device, since between steps they are the same for all.
+    """
     target = folder / f"state-{state.step:08d}"
     with atomic_folder(target) as aside:
         save_file(snapshot(module), aside / "module.safetensors")
         save_file(_optimizer_tensors(optimizer), aside / "optimizer.safetensors")
-        save_file(_random_tensors(), aside / "random.safetensors")
+        save_file(_random_tensors(device), aside / "random.safetensors")
         if best is not None:
             save_file(best, aside / "best.safetensors")
         files = {path.name: file_digest(path) for path in sorted(aside.iterdir())}
@@ -93,8 +98,9 @@ def load_state(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
+    device: torch.device,
 ) -> tuple[LoopState, dict[str, Tensor] | None] | None:
-    """Restores the newest sound state into the given objects.
+    """Restores the newest sound state into the given objects, and the random numbers of `device`.
 
     Returns:
         Where the loop stands and the best weights so far; None if there is no state.
@@ -113,7 +119,7 @@ def load_state(
         stored.pop("files")
         best_path = path / "best.safetensors"
         best = load_file(best_path) if best_path.exists() else None
-        _restore_random(load_file(path / "random.safetensors"))
+        _restore_random(load_file(path / "random.safetensors"), device)
         return LoopState(**stored), best
     if states:
         raise ModelError(
@@ -171,15 +177,15 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tens
     )
 
 
-def _random_tensors() -> dict[str, Tensor]:
+def _random_tensors(device: torch.device) -> dict[str, Tensor]:
     tensors = {"cpu": torch.random.get_rng_state()}
-    for number in range(torch.cuda.device_count()):
-        tensors[f"cuda.{number}"] = torch.cuda.get_rng_state(number)
+    if device.type == "cuda":
+        tensors["cuda"] = torch.cuda.get_rng_state(device)
     return tensors
 
 
-def _restore_random(tensors: dict[str, Tensor]) -> None:
+def _restore_random(tensors: dict[str, Tensor], device: torch.device) -> None:
     torch.random.set_rng_state(tensors["cpu"])
-    for number in range(torch.cuda.device_count()):
-        if f"cuda.{number}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"cuda.{number}"], number)
+    # A run may go on on another device; one that was on the CPU keeps the GPU's seed.
+    if device.type == "cuda" and "cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["cuda"], device)

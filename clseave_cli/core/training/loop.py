@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import signal
 import sys
@@ -78,6 +79,8 @@ class Stage:
         title: goes into progress and messages, such as `align de`; otherwise the name.
         sample: the batches of an epoch, from its number and the dev figures after the one before
             (none before the first); as many as `batches` makes of `num_examples`. None: `batches`.
+        resumed: told the last dev figures when a saved state is gone on with, for an `evaluate`
+            that looks at the epoch before.
     """
 
     name: str
@@ -89,6 +92,7 @@ class Stage:
     selection: Selection
     title: str = ""
     sample: Callable[[int, dict[str, float]], list[Rows]] | None = None
+    resumed: Callable[[dict[str, float]], object] | None = None
 
     def __str__(self) -> str:
         return self.title or self.name
@@ -149,7 +153,7 @@ def train(
     Writes `metrics.jsonl`, `summary.json` and, while under way, `state-*` into `folder`.
 
     Raises:
-        TrainingError: the loss is no longer finite.
+        TrainingError: the loss, a weight, or the dev figure that chooses is no longer finite.
         Interrupted: Ctrl-C or SIGTERM; the state was saved first.
         ClseaveError: the disk is full; the last good state is kept.
     """
@@ -283,12 +287,20 @@ class _Run:
 
     def _mean_loss(self) -> float:
         loss = self.loss_sum.item() / self.state.num_seen
-        if not math.isfinite(loss):
+        self._require_finite("the loss", loss)
+        return loss
+
+    def _require_finite_weights(self) -> None:
+        # The loss is that of the weights before the step. The largest one says it of all, at once.
+        largest = nn.utils.get_total_norm(self.parameters, norm_type=math.inf)
+        self._require_finite("a weight", largest.item())
+
+    def _require_finite(self, name: str, value: float) -> None:
+        if not math.isfinite(value):
             raise TrainingError(
-                f"{self.stage}: the loss is not finite at step {self.state.step}; lower "
+                f"{self.stage}: {name} is not finite at step {self.state.step}; lower "
                 "--learning-rate, or use --precision fp32."
             )
-        return loss
 
     def _record_step(self, learning_rate: float) -> dict[str, float]:
         figures = {
@@ -326,10 +338,13 @@ class _Run:
     def _end_epoch(self) -> bool:
         """Dev figures, the best weights, the books of the epoch; True when patience is out."""
         loss = self._mean_loss()
+        self._require_finite_weights()
         self.stage.module.eval()
         with torch.no_grad(), self.autocast():
             dev = self.processes.agree(self.stage.evaluate())
-        value = dev[self.stage.selection.metric]
+        metric = self.stage.selection.metric
+        value = dev[metric]
+        self._require_finite(f"the dev figure {metric}", value)
         state = self.state
         state.last_dev = dev
         if self.stage.selection.better(value, state.best):
@@ -360,7 +375,9 @@ class _Run:
         )
         if not (stopping or due):
             return
-        self._mean_loss()  # never keep a state that is already lost
+        # Never keep a state that is already lost.
+        self._mean_loss()
+        self._require_finite_weights()
         self.processes.once(self._save)
         self.saved_at = time.monotonic()
         if stopping:
@@ -372,7 +389,10 @@ class _Run:
     def _save(self) -> None:
         self.state.loss_sum = self.loss_sum.item()
         self.state.seconds = self._seconds()
-        self.state.metrics_bytes = self.metrics.stat().st_size if self.metrics.exists() else 0
+        with writing(self.metrics), self.metrics.open("ab") as stream:
+            # The state counts on these records: they must be on the disk before it is.
+            os.fsync(stream.fileno())
+            self.state.metrics_bytes = stream.tell()
         save_state(
             self.folder,
             self.state,
@@ -380,25 +400,32 @@ class _Run:
             self.optimizer,
             self.scaler,
             self.best_weights,
+            self.device,
         )
 
     def _seconds(self) -> float:
         return self.earlier_seconds + time.monotonic() - self.started
 
     def _resume(self) -> None:
-        loaded = load_state(self.folder, self.stage.module, self.optimizer, self.scaler)
+        loaded = load_state(
+            self.folder, self.stage.module, self.optimizer, self.scaler, self.device
+        )
         if loaded is None:
             self.progress.note(f"{self.stage}: no saved state to resume; starting afresh.")
             return
         self.state, self.best_weights = loaded
         self.loss_sum.fill_(self.state.loss_sum)
         self.earlier_seconds = self.state.seconds
+        if self.stage.resumed is not None and self.state.last_dev is not None:
+            self.stage.resumed(self.state.last_dev)
         self.progress.note(f"{self.stage}: resuming at step {self.state.step}.")
 
     def _truncate_metrics(self) -> None:
-        """Forgets records written after the state that the run continues from."""
-        with self.metrics.open("ab") as stream:
-            stream.truncate(self.state.metrics_bytes)
+        """Forgets records written after the state that the run continues from, and a torn one."""
+        with writing(self.metrics), self.metrics.open("a+b") as stream:
+            stream.seek(0)
+            kept = stream.read(self.state.metrics_bytes)
+            stream.truncate(kept.rfind(b"\n") + 1)
 
     def _finish(self, stopped_early: bool) -> TrainingResult:
         result = TrainingResult(

@@ -1,0 +1,50 @@
+"""What `--precision` means on machines that are not this one."""
+
+import pytest
+import torch
+
+from clseave_cli.core.training.precision import autocast, resolve_precision
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, "bf16"),
+        ({"amx_bf16": True}, "bf16"),
+        ({"avx512_bf16": False, "amx_bf16": False, "avx2": True}, "fp32"),
+        ({}, "fp32"),
+    ],
+)
+def test_auto_takes_bf16_on_processors_that_multiply_it(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert resolve_precision("auto", CPU) == expected
+
+
+@pytest.mark.parametrize(("multiplied", "expected"), [(True, "bf16"), (False, "fp16")])
+def test_auto_takes_what_the_gpu_multiplies_and_not_what_it_emulates(
+    monkeypatch, multiplied, expected
+):
+    def is_bf16_supported(including_emulation=True):
+        return including_emulation or multiplied
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    assert resolve_precision("auto", GPU) == expected
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_precision_that_is_named_is_taken(monkeypatch, precision):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    for device in (CPU, GPU):
+        assert resolve_precision(precision, device) == precision
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected"),
+    [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)],
+)
+def test_matrix_products_are_computed_in_it(precision, expected):
+    with autocast(precision, CPU)():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == expected
