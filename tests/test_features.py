@@ -17,7 +17,7 @@ from clseave_cli.core.features import (
     sentence_embeddings,
     tokenize_sentences,
 )
-from clseave_cli.core.files import cache_root
+from clseave_cli.core.files import cache_root, file_digest
 from clseave_cli.core.models import backbones
 from clseave_cli.core.training.precision import autocast
 from clseave_cli.errors import ClseaveError, DataError
@@ -207,16 +207,58 @@ def test_vectors_lie_in_several_shards(tmp_path, monkeypatch):
     assert vectors.rows(np.array([9, 0, 5])).tolist() == [[9, -9], [0, 0], [5, -5]]
 
 
-def test_nothing_is_kept_of_a_computation_that_failed(tmp_path):
+def _vectors_of(items):
+    return torch.from_numpy(items).float()[:, None] * torch.tensor([1.0, -1.0])
+
+
+@pytest.mark.parametrize("reason", [DataError("the third is damaged"), KeyboardInterrupt()])
+def test_what_was_computed_before_an_interruption_is_kept(tmp_path, reason):
     cache = VectorCache(tmp_path / "new", 2)
 
     def fail(items):
-        yield torch.ones(1, 2)
-        raise DataError("the second is damaged")
+        yield _vectors_of(items[:1])
+        yield _vectors_of(items[1:2])
+        raise reason
+
+    with pytest.raises(type(reason)):
+        cache.get(_keys(range(3)), fail, "x")
+    # Nothing but the one shard, whole: no half-written file beside it.
+    (shard,) = (tmp_path / "new").iterdir()
+    assert file_digest(shard, 16) == shard.stem
+    asked = []
+
+    def rest(items):
+        asked.extend(items)
+        yield _vectors_of(items)
+
+    vectors = cache.get(_keys(range(3)), rest, "x")
+    assert asked == [2]
+    assert vectors.all().tolist() == [[0, 0], [1, -1], [2, -2]]
+
+
+def test_nothing_is_written_of_a_computation_that_failed_at_once(tmp_path):
+    def fail(items):
+        raise DataError("the first is damaged")
+        yield
 
     with pytest.raises(DataError):
-        cache.get(_keys(range(2)), fail, "x")
+        VectorCache(tmp_path / "new", 2).get(_keys(range(2)), fail, "x")
     assert not list((tmp_path / "new").glob("*"))
+
+
+def test_what_is_computed_is_written_from_time_to_time(tmp_path, monkeypatch):
+    now = iter(range(0, 1000, 25))
+    monkeypatch.setattr("clseave_cli.core.features.time.monotonic", lambda: float(next(now)))
+    written = []
+
+    def compute(items):
+        for item in items:
+            yield _vectors_of(np.array([item]))
+            written.append(len(list(tmp_path.iterdir())))
+
+    vectors = VectorCache(tmp_path, 2).get(_keys(range(6)), compute, "x")
+    assert written == [0, 0, 1, 1, 1, 2]  # a minute is over after three
+    assert vectors.all()[:, 0].tolist() == list(range(6))
 
 
 def _fill(folder, start, barrier):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,8 +38,10 @@ from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.precision import Autocast
 from clseave_cli.errors import ClseaveError, DataError
 
-#: Vectors per shard: small enough to lose little at a crash, large enough to make few files.
+#: A shard is written when so many vectors wait for it, or when the last one is so old: what a crash
+#: costs is little, and the files are few.
 _SHARD_VECTORS = 65_536
+_SHARD_SECONDS = 60.0
 _IMAGE_BATCH = 64
 #: Batches of images decoded while one is encoded.
 _BATCHES_AHEAD = 4
@@ -290,7 +293,8 @@ class VectorCache:
     ) -> Vectors:
         """The vectors of U distinct keys; what is not there is computed and kept.
 
-        Several processes (`torchrun`) share the work out.
+        Several processes (`torchrun`) share the work out. An error or an interruption in between
+        loses nothing of what was computed before it.
 
         Args:
             keys: (U,) see `packed_keys`.
@@ -332,15 +336,29 @@ class VectorCache:
         compute: Callable[[npt.NDArray[np.intp]], Iterator[Tensor]],
         task: Task,
     ) -> None:
-        done, kept = 0, 0
-        waiting: list[Tensor] = []
-        for batch in compute(todo):
-            waiting.append(batch)
-            done += len(batch)
-            task.advance(len(batch))
-            if done - kept >= _SHARD_VECTORS or done == len(todo):
-                self._write(keys[todo[kept:done]], torch.cat(waiting))
-                waiting, kept = [], done
+        done = 0
+        # Vectors wait together with their items: an interruption may come between any two lines.
+        waiting: list[tuple[npt.NDArray[np.intp], Tensor]] = []
+        written_at = time.monotonic()
+
+        def write() -> None:
+            if waiting:
+                items, vectors = zip(*waiting, strict=True)
+                self._write(keys[np.concatenate(items)], torch.cat(vectors))
+                waiting.clear()
+
+        try:
+            for batch in compute(todo):
+                waiting.append((todo[done : done + len(batch)], batch))
+                done += len(batch)
+                task.advance(len(batch))
+                full = sum(len(vectors) for _, vectors in waiting) >= _SHARD_VECTORS
+                if full or time.monotonic() - written_at >= _SHARD_SECONDS:
+                    write()
+                    written_at = time.monotonic()
+        finally:
+            # At the end, and at Ctrl-C or a damaged image too: what is computed stays computed.
+            write()
 
     def _find(
         self, vectors: Vectors, keys: Keys, order: npt.NDArray[np.intp], known: set[Path]
