@@ -142,6 +142,17 @@ def test_a_damaged_shard_is_computed_again(text, monkeypatch, damage):
     assert counter.take() == 0
 
 
+def test_a_shard_of_another_width_is_computed_again(tmp_path):
+    def ones(width):
+        return lambda items: iter([torch.ones(len(items), width)])
+
+    VectorCache(tmp_path, 3).get(_keys(range(2)), ones(3), "x")
+    (wide,) = tmp_path.iterdir()
+    vectors = VectorCache(tmp_path, 2).get(_keys(range(2)), ones(2), "x")
+    assert torch.equal(vectors.all(), torch.ones(2, 2))
+    assert not wide.exists() and len(list(tmp_path.iterdir())) == 1
+
+
 def test_encoders_of_other_weights_do_not_meet(text, clip, monkeypatch):
     counter = _Counter(text, monkeypatch)
     before = _embed(text)

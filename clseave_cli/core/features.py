@@ -374,6 +374,9 @@ class VectorCache:
                 shard = load_file(path)
             except (DataError, OSError):
                 continue  # another process removed it
+            if shard["vectors"].shape != (len(shard["keys"]), self._width):
+                path.unlink(missing_ok=True)
+                continue
             known.add(path)
             shard_keys = _as_keys(shard["keys"].numpy())
             places = np.searchsorted(keys, shard_keys, sorter=order)
