@@ -19,6 +19,7 @@ from clseave_cli.core.features import (
 )
 from clseave_cli.core.files import cache_root, file_digest
 from clseave_cli.core.models import backbones
+from clseave_cli.core.pipeline import ahead
 from clseave_cli.core.training.precision import autocast
 from clseave_cli.errors import ClseaveError, DataError
 
@@ -102,6 +103,20 @@ def test_images_are_computed_once_and_by_content(image, data, monkeypatch):
     (data / "images").rename(data / "Images")
     assert torch.equal(_look(image, data), changed)
     assert counter.take() == 0
+
+
+@pytest.mark.parametrize(("cores", "wanted"), [(1, 4), (16, 16), (200, 32)])
+def test_every_core_has_images_to_decode(image, data, monkeypatch, cores, wanted):
+    begun = []
+
+    def recorded(decoders, function, items, num_ahead):
+        begun.append((decoders._max_workers, num_ahead))
+        return ahead(decoders, function, items, num_ahead)
+
+    monkeypatch.setattr("clseave_cli.core.features.usable_cores", lambda: cores)
+    monkeypatch.setattr("clseave_cli.core.features.ahead", recorded)
+    _look(image, data)
+    assert begun == [(min(cores, wanted), wanted)]
 
 
 def test_image_features_are_what_the_encoder_gives(image, data):

@@ -12,7 +12,6 @@ Legend: N rows · U distinct items · D width of a vector.
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +31,7 @@ from clseave_cli.core.data.records import Split, distinct
 from clseave_cli.core.files import atomic_file, cache_root, file_digest
 from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
 from clseave_cli.core.models.tokens import TokenTable
-from clseave_cli.core.pipeline import ahead
+from clseave_cli.core.pipeline import ahead, usable_cores
 from clseave_cli.core.progress import SILENT, Progress, Task
 from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.precision import Autocast
@@ -43,8 +42,10 @@ from clseave_cli.errors import ClseaveError, DataError
 _SHARD_VECTORS = 65_536
 _SHARD_SECONDS = 60.0
 _IMAGE_BATCH = 64
-#: Batches of images decoded while one is encoded.
-_BATCHES_AHEAD = 4
+#: Batches of images decoded while one is encoded: one for each core, within these bounds. A batch
+#: is 39 MB of pixels at 224 × 224, and about as much again for its photos while it is decoded, so
+#: they take at most some 2.5 GB, and 1.3 GB on 16 cores.
+_FEWEST_AHEAD, _MOST_AHEAD = 4, 32
 #: Sentences tokenised at a time.
 _SENTENCES_AT_ONCE = 65_536
 _KEY_BYTES = 16
@@ -189,8 +190,9 @@ def image_vectors(
     def compute(missing: npt.NDArray[np.intp]) -> Iterator[Tensor]:
         items = path_of_key[missing].tolist()
         batches = [items[i : i + _IMAGE_BATCH] for i in range(0, len(items), _IMAGE_BATCH)]
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as decoders:
-            for batch in ahead(decoders, pixels, batches, _BATCHES_AHEAD):
+        num_ahead = min(max(_FEWEST_AHEAD, usable_cores()), _MOST_AHEAD)
+        with ThreadPoolExecutor(max_workers=min(usable_cores(), num_ahead)) as decoders:
+            for batch in ahead(decoders, pixels, batches, num_ahead):
                 with torch.no_grad(), autocast():
                     yield encoder(batch.to(encoder.device)).float().cpu()
 
