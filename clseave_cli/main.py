@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -73,15 +76,29 @@ def _root(
     _debug = debug
 
 
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Lets SIGTERM end a command as Ctrl-C does; a training's own handlers come before it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may say what a signal does
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _guarded(name: str, function: Callable[..., None]) -> Callable[..., None]:
-    """The command, with Ctrl-C as an error, refused in several processes where that is no use."""
+    """The command, with Ctrl-C and SIGTERM as an error, in one process where more are no use."""
 
     @functools.wraps(function)
     def call(**arguments: Any) -> None:
         if launch.process_count() > 1 and name not in _SHARED:
             raise UsageError(f"{name}: works in one process; start it without a launcher.")
         try:
-            function(**arguments)
+            with _sigterm_as_ctrl_c():
+                function(**arguments)
         except KeyboardInterrupt:
             raise Interrupted("interrupted; everything finished so far is on disk.") from None
 

@@ -17,8 +17,9 @@ from clseave_cli.core.features import (
     sentence_embeddings,
     tokenize_sentences,
 )
-from clseave_cli.core.files import cache_root
+from clseave_cli.core.files import cache_root, file_digest
 from clseave_cli.core.models import backbones
+from clseave_cli.core.pipeline import ahead
 from clseave_cli.core.training.precision import autocast
 from clseave_cli.errors import ClseaveError, DataError
 
@@ -104,6 +105,20 @@ def test_images_are_computed_once_and_by_content(image, data, monkeypatch):
     assert counter.take() == 0
 
 
+@pytest.mark.parametrize(("cores", "wanted"), [(1, 4), (16, 16), (200, 32)])
+def test_every_core_has_images_to_decode(image, data, monkeypatch, cores, wanted):
+    begun = []
+
+    def recorded(decoders, function, items, num_ahead):
+        begun.append((decoders._max_workers, num_ahead))
+        return ahead(decoders, function, items, num_ahead)
+
+    monkeypatch.setattr("clseave_cli.core.features.usable_cores", lambda: cores)
+    monkeypatch.setattr("clseave_cli.core.features.ahead", recorded)
+    _look(image, data)
+    assert begun == [(min(cores, wanted), wanted)]
+
+
 def test_image_features_are_what_the_encoder_gives(image, data):
     from clseave_cli.core.data.images import open_image
 
@@ -140,6 +155,17 @@ def test_a_damaged_shard_is_computed_again(text, monkeypatch, damage):
     assert len(_shards()) == 1
     assert torch.equal(_embed(text), sound)
     assert counter.take() == 0
+
+
+def test_a_shard_of_another_width_is_computed_again(tmp_path):
+    def ones(width):
+        return lambda items: iter([torch.ones(len(items), width)])
+
+    VectorCache(tmp_path, 3).get(_keys(range(2)), ones(3), "x")
+    (wide,) = tmp_path.iterdir()
+    vectors = VectorCache(tmp_path, 2).get(_keys(range(2)), ones(2), "x")
+    assert torch.equal(vectors.all(), torch.ones(2, 2))
+    assert not wide.exists() and len(list(tmp_path.iterdir())) == 1
 
 
 def test_encoders_of_other_weights_do_not_meet(text, clip, monkeypatch):
@@ -207,16 +233,58 @@ def test_vectors_lie_in_several_shards(tmp_path, monkeypatch):
     assert vectors.rows(np.array([9, 0, 5])).tolist() == [[9, -9], [0, 0], [5, -5]]
 
 
-def test_nothing_is_kept_of_a_computation_that_failed(tmp_path):
+def _vectors_of(items):
+    return torch.from_numpy(items).float()[:, None] * torch.tensor([1.0, -1.0])
+
+
+@pytest.mark.parametrize("reason", [DataError("the third is damaged"), KeyboardInterrupt()])
+def test_what_was_computed_before_an_interruption_is_kept(tmp_path, reason):
     cache = VectorCache(tmp_path / "new", 2)
 
     def fail(items):
-        yield torch.ones(1, 2)
-        raise DataError("the second is damaged")
+        yield _vectors_of(items[:1])
+        yield _vectors_of(items[1:2])
+        raise reason
+
+    with pytest.raises(type(reason)):
+        cache.get(_keys(range(3)), fail, "x")
+    # Nothing but the one shard, whole: no half-written file beside it.
+    (shard,) = (tmp_path / "new").iterdir()
+    assert file_digest(shard, 16) == shard.stem
+    asked = []
+
+    def rest(items):
+        asked.extend(items)
+        yield _vectors_of(items)
+
+    vectors = cache.get(_keys(range(3)), rest, "x")
+    assert asked == [2]
+    assert vectors.all().tolist() == [[0, 0], [1, -1], [2, -2]]
+
+
+def test_nothing_is_written_of_a_computation_that_failed_at_once(tmp_path):
+    def fail(items):
+        raise DataError("the first is damaged")
+        yield
 
     with pytest.raises(DataError):
-        cache.get(_keys(range(2)), fail, "x")
+        VectorCache(tmp_path / "new", 2).get(_keys(range(2)), fail, "x")
     assert not list((tmp_path / "new").glob("*"))
+
+
+def test_what_is_computed_is_written_from_time_to_time(tmp_path, monkeypatch):
+    now = iter(range(0, 1000, 25))
+    monkeypatch.setattr("clseave_cli.core.features.time.monotonic", lambda: float(next(now)))
+    written = []
+
+    def compute(items):
+        for item in items:
+            yield _vectors_of(np.array([item]))
+            written.append(len(list(tmp_path.iterdir())))
+
+    vectors = VectorCache(tmp_path, 2).get(_keys(range(6)), compute, "x")
+    assert written == [0, 0, 1, 1, 1, 2]  # a minute is over after three
+    assert vectors.all()[:, 0].tolist() == list(range(6))
 
 
 def _fill(folder, start, barrier):

@@ -12,7 +12,7 @@ Legend: N rows · U distinct items · D width of a vector.
 from __future__ import annotations
 
 import hashlib
-import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,17 +31,21 @@ from clseave_cli.core.data.records import Split, distinct
 from clseave_cli.core.files import atomic_file, cache_root, file_digest
 from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
 from clseave_cli.core.models.tokens import TokenTable
-from clseave_cli.core.pipeline import ahead
+from clseave_cli.core.pipeline import ahead, usable_cores
 from clseave_cli.core.progress import SILENT, Progress, Task
 from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.precision import Autocast
 from clseave_cli.errors import ClseaveError, DataError
 
-#: Vectors per shard: small enough to lose little at a crash, large enough to make few files.
+#: A shard is written when so many vectors wait for it, or when the last one is so old: what a crash
+#: costs is little, and the files are few.
 _SHARD_VECTORS = 65_536
+_SHARD_SECONDS = 60.0
 _IMAGE_BATCH = 64
-#: Batches of images decoded while one is encoded.
-_BATCHES_AHEAD = 4
+#: Batches of images decoded while one is encoded: one for each core, within these bounds. A batch
+#: is 39 MB of pixels at 224 × 224, and about as much again for its photos while it is decoded, so
+#: they take at most some 2.5 GB, and 1.3 GB on 16 cores.
+_FEWEST_AHEAD, _MOST_AHEAD = 4, 32
 #: Sentences tokenised at a time.
 _SENTENCES_AT_ONCE = 65_536
 _KEY_BYTES = 16
@@ -186,8 +190,9 @@ def image_vectors(
     def compute(missing: npt.NDArray[np.intp]) -> Iterator[Tensor]:
         items = path_of_key[missing].tolist()
         batches = [items[i : i + _IMAGE_BATCH] for i in range(0, len(items), _IMAGE_BATCH)]
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as decoders:
-            for batch in ahead(decoders, pixels, batches, _BATCHES_AHEAD):
+        num_ahead = min(max(_FEWEST_AHEAD, usable_cores()), _MOST_AHEAD)
+        with ThreadPoolExecutor(max_workers=min(usable_cores(), num_ahead)) as decoders:
+            for batch in ahead(decoders, pixels, batches, num_ahead):
                 with torch.no_grad(), autocast():
                     yield encoder(batch.to(encoder.device)).float().cpu()
 
@@ -290,7 +295,8 @@ class VectorCache:
     ) -> Vectors:
         """The vectors of U distinct keys; what is not there is computed and kept.
 
-        Several processes (`torchrun`) share the work out.
+        Several processes (`torchrun`) share the work out. An error or an interruption in between
+        loses nothing of what was computed before it.
 
         Args:
             keys: (U,) see `packed_keys`.
@@ -332,15 +338,29 @@ class VectorCache:
         compute: Callable[[npt.NDArray[np.intp]], Iterator[Tensor]],
         task: Task,
     ) -> None:
-        done, kept = 0, 0
-        waiting: list[Tensor] = []
-        for batch in compute(todo):
-            waiting.append(batch)
-            done += len(batch)
-            task.advance(len(batch))
-            if done - kept >= _SHARD_VECTORS or done == len(todo):
-                self._write(keys[todo[kept:done]], torch.cat(waiting))
-                waiting, kept = [], done
+        done = 0
+        # Vectors wait together with their items: an interruption may come between any two lines.
+        waiting: list[tuple[npt.NDArray[np.intp], Tensor]] = []
+        written_at = time.monotonic()
+
+        def write() -> None:
+            if waiting:
+                items, vectors = zip(*waiting, strict=True)
+                self._write(keys[np.concatenate(items)], torch.cat(vectors))
+                waiting.clear()
+
+        try:
+            for batch in compute(todo):
+                waiting.append((todo[done : done + len(batch)], batch))
+                done += len(batch)
+                task.advance(len(batch))
+                full = sum(len(vectors) for _, vectors in waiting) >= _SHARD_VECTORS
+                if full or time.monotonic() - written_at >= _SHARD_SECONDS:
+                    write()
+                    written_at = time.monotonic()
+        finally:
+            # At the end, and at Ctrl-C or a damaged image too: what is computed stays computed.
+            write()
 
     def _find(
         self, vectors: Vectors, keys: Keys, order: npt.NDArray[np.intp], known: set[Path]
@@ -356,6 +376,9 @@ class VectorCache:
                 shard = load_file(path)
             except (DataError, OSError):
                 continue  # another process removed it
+            if shard["vectors"].shape != (len(shard["keys"]), self._width):
+                path.unlink(missing_ok=True)
+                continue
             known.add(path)
             shard_keys = _as_keys(shard["keys"].numpy())
             places = np.searchsorted(keys, shard_keys, sorter=order)

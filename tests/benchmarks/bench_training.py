@@ -44,6 +44,7 @@ from clseave_cli.core.data.records import Split, distinct, join, read_split
 from clseave_cli.core.features import sentence_embeddings
 from clseave_cli.core.finetuning import finetune
 from clseave_cli.core.models.clip_ve import ClipVE
+from clseave_cli.core.models.packing import pack
 from clseave_cli.core.models.scratch import ClipShape, new_clip, new_encoder
 from clseave_cli.core.models.student import new_student
 from clseave_cli.core.models.vocabulary import reduced_vocabulary
@@ -409,7 +410,8 @@ def _plain_loop(
         )
         with precision():
             premises = _premises(model, training, batch, folder)
-            logits = model(model.text(model.text.pack(tokens, batch)), premises)
+            padded = pack(tokens, batch, row_tokens=None, pad_id=model.text.pad_id)
+            logits = model(model.text(padded), premises)
             loss = functional.cross_entropy(logits, labels[torch.from_numpy(batch)])
         optimizer.zero_grad()
         loss.backward()

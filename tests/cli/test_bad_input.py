@@ -5,7 +5,11 @@ import shutil
 import signal
 
 import pytest
+from safetensors.torch import load_file
 from tiny_world import edit_row, flip_byte, read_jsonl, tree, write_jsonl
+
+from clseave_cli.core.files import cache_root
+from clseave_cli.core.models.encoders import ImageEncoder
 
 
 @pytest.fixture
@@ -384,13 +388,36 @@ def _evaluated(commands, refused):
         ("predict", "clseave_cli.core.prediction.open_image"),
     ],
 )
-def test_ctrl_c_outside_of_training(commands, refused, keep, monkeypatch, command, place):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_outside_of_training(commands, refused, keep, monkeypatch, command, place, number):
     def interrupt(*_arguments, **_more):
-        signal.raise_signal(signal.SIGINT)
+        # Outside of a command SIGTERM would end the whole test run.
+        assert signal.getsignal(number) == signal.default_int_handler
+        signal.raise_signal(number)
 
     monkeypatch.setattr(place, interrupt)
+    before = signal.getsignal(signal.SIGTERM)
     error = refused(*commands[command], code=130)
     assert error == "clseave: interrupted; everything finished so far is on disk."
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_image_features_outlive_an_interruption(commands, refused, monkeypatch, number):
+    monkeypatch.setattr("clseave_cli.core.features._IMAGE_BATCH", 1)
+    forward, computed = ImageEncoder.forward, []
+
+    def interrupted(encoder, pixels):
+        if len(computed) == 3:
+            assert signal.getsignal(number) == signal.default_int_handler
+            signal.raise_signal(number)
+        computed.append(len(pixels))
+        return forward(encoder, pixels)
+
+    monkeypatch.setattr(ImageEncoder, "forward", interrupted)
+    refused(*commands["finetune-ve"], code=130)
+    (shard,) = (cache_root() / "image").rglob("*.safetensors")
+    assert len(load_file(shard)["keys"]) == 3
 
 
 def test_what_nobody_thought_of_is_one_line_too(commands, clseave, monkeypatch):

@@ -75,6 +75,52 @@ def test_an_encoder_that_cannot_be_packed_is_padded(encoder):
     assert notes.lines == ["deaf: packing is not exact for this encoder; padding instead."]
 
 
+@pytest.mark.parametrize(("kind", "longest"), [("BERT", 48), ("mDeBERTa", 60)])
+def test_what_is_padded_is_computed_in_groups_of_like_length(encoder, tmp_path, kind, longest):
+    torch.manual_seed(0)
+    folder = encoder if kind == "BERT" else STUDENTS[kind](tmp_path, SENTENCES)
+    student = new_student(folder, 16).eval()
+    student.packs = False
+    lengths = np.random.default_rng(0).integers(3, longest + 1, 128)
+    tokens = _words(student, lengths)
+    forward, computed, layer = student.backbone.forward, [], 1
+
+    def counted(input_ids, **more):
+        computed.append(input_ids.numel())
+        return forward(input_ids=input_ids, **more)
+
+    student.backbone.forward = counted
+    rows = np.arange(len(lengths))
+    batch = student.pack(tokens, rows)
+    together = student(batch)
+    num_computed = sum(computed)
+    assert lengths.sum() < num_computed < 1.1 * lengths.sum() < batch.input_ids.numel() / 1.5
+    assert torch.equal(torch.cat(list(student.embed(tokens))), together)
+
+    singles = [student.pack(tokens, rows[i : i + 1]) for i in rows]
+    alone = torch.cat([student(single) for single in singles])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    # Every state lies where the batch says, and gradients are those of the sentences alone.
+    states = student.hidden_states(batch, layer).flatten(0, 1)
+    for sentence in (0, 64, 127):
+        own = student.hidden_states(singles[sentence], layer)[0]
+        place = batch.starts[sentence] + torch.arange(lengths[sentence])
+        torch.testing.assert_close(states[place], own, rtol=1e-4, atol=1e-5)
+    weight = next(student.backbone.parameters())
+    ours, theirs = (torch.autograd.grad(e.square().sum(), weight)[0] for e in (together, alone))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def _words(student, lengths):
+    """Sentences of so many tokens: arbitrary words between the first token and the terminal one."""
+    frame = student.tokenize(["x"]).ids
+    known = student.tokenize(SENTENCES).ids
+    random = np.random.default_rng(1)
+    rows = [[frame[0], *random.choice(known, n - 2), frame[-1]] for n in lengths]
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return TokenTable(np.concatenate(rows).astype(np.int32), offsets, np.zeros(len(rows), bool))
+
+
 def test_clip_embeddings_are_what_transformers_computes(clip):
     text = backbones.load_clip_text(clip)
     model, tokenizer = CLIPModel.from_pretrained(clip).eval(), AutoTokenizer.from_pretrained(clip)
@@ -214,6 +260,24 @@ def test_every_token_is_laid_out_once(lengths, width, data):
             if s >= 0
         }
         assert len(pairs) == len({s for s, _ in pairs}) == len({i for _, i in pairs})
+
+
+@pytest.mark.parametrize(
+    ("lengths", "call_tokens", "wanted"),
+    [
+        ([9, 3, 3, 4], 0, ((1, 9), (1, 4), (2, 3))),
+        ([9, 3, 3, 4], 14, ((1, 9), (3, 4))),  # a cut after 9 saves 15, the other one 2
+        ([9, 3, 3, 4], 15, ()),
+        ([5, 5], 0, ()),
+    ],
+)
+def test_groups_by_hand(lengths, call_tokens, wanted):
+    rows = np.arange(len(lengths))
+    batch = pack(_table(lengths), rows, row_tokens=None, pad_id=0, call_tokens=call_tokens)
+    assert batch.groups == wanted
+    for part, (num_rows, width) in zip(batch.parts(), wanted, strict=True):
+        assert part.input_ids.shape == part.segments.shape == (num_rows, width)
+        assert int((part.segments >= 0).sum(1).max()) == width
 
 
 def test_the_attention_mask_by_hand():

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from clseave_cli.core.config import Pooling
 from clseave_cli.core.files import json_digest
@@ -27,7 +28,10 @@ from clseave_cli.core.progress import SILENT, Progress
 #: few shapes and large ones. On a CPU every masked place of the attention costs, and with dropout
 #: much, so rows are about as long as the longest sentences (docs/experiments.md, 2026-11-21).
 _ROW_TOKENS = {"cuda": 128, "cpu": 32}
-
+#: What a call of the backbone costs beside its tokens, in tokens: where it cannot be packed, rows
+#: are computed apart if that saves more padding. Estimates for 12 layers; a GPU computes thousands
+#: of tokens in the time that starting all its kernels takes.
+_CALL_TOKENS = {"cuda": 4096, "cpu": 32}
 
 #: What packing is checked on; the long one reaches beyond the windows of local attention.
 _PROBES = (
@@ -135,7 +139,13 @@ class SentenceEncoder(nn.Module):
 
     def pack(self, tokens: TokenTable, sentences: npt.NDArray[np.intp]) -> PackedBatch:
         """Lays some tokenised sentences out for `forward`."""
-        batch = pack(tokens, sentences, row_tokens=self.row_tokens, pad_id=self.pad_id)
+        batch = pack(
+            tokens,
+            sentences,
+            row_tokens=self.row_tokens,
+            pad_id=self.pad_id,
+            call_tokens=_CALL_TOKENS[self.device.type],
+        )
         if self.token_places is None:
             return batch
         return replace(batch, input_ids=self.token_places[batch.input_ids])
@@ -150,12 +160,20 @@ class SentenceEncoder(nn.Module):
         return self.project(pool(self.hidden_states(batch), batch, self.pooling))
 
     def hidden_states(self, batch: PackedBatch, layer: int | None = None) -> Tensor:
-        """The hidden states, (R, T, H), of a batch on its device.
+        """The hidden states, (R, T, H), of a batch on its device; of no use at unused places.
 
         Args:
             batch: packed sentences.
             layer: whose output, counted from 1; None: the backbone's last hidden states.
         """
+        if not batch.groups:
+            return self._states(batch, layer)
+        width = batch.input_ids.shape[1]
+        states = [self._states(part, layer) for part in batch.parts()]
+        return torch.cat([functional.pad(own, (0, 0, 0, width - own.shape[1])) for own in states])
+
+    def _states(self, batch: PackedBatch, layer: int | None) -> Tensor:
+        """(R, T, H) hidden states of rows that are computed together."""
         inputs: dict[str, Any] = {"input_ids": batch.input_ids}
         inputs["attention_mask"] = self._attention_mask(batch)
         if self._takes_positions:

@@ -1,14 +1,18 @@
-"""Sentences as token rows of fixed shape: many short ones in a row, or one a row.
+"""Sentences as token rows: many short ones in a row, or one a row in groups of like length.
 
 Hypotheses average a dozen tokens; padded batches and small matrices waste most of the machine.
 Packing lays several sentences side by side in a row, restarts positions at each, and masks
 attention to within a sentence, so that every embedding is the one the sentence alone would get.
+Where an encoder cannot do that, sentences of like length are computed together, so that little of
+what is computed is padding.
 
 Legend: B sentences · R rows · T tokens in a row.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,21 +35,42 @@ class PackedBatch:
         positions: (R, T) int64, counted from 0 within each sentence.
         segments: (R, T) int64, which of the B sentences a token belongs to; -1 unused.
         terminals: (B,) int64, where each sentence's last token stands in the flattened rows.
+        groups: of the rows in turn, how many are computed together and how many of their T places
+            they use; empty: all rows are, with all places.
     """
 
     input_ids: Tensor
     positions: Tensor
     segments: Tensor
     terminals: Tensor
+    groups: tuple[tuple[int, int], ...] = ()
 
     def to(self, device: torch.device) -> PackedBatch:
         """The batch on another device."""
+
+        def move(part: Tensor) -> Tensor:
+            return part.to(device, non_blocking=True)
+
         return PackedBatch(
-            *(
-                part.to(device, non_blocking=True)
-                for part in (self.input_ids, self.positions, self.segments, self.terminals)
-            )
+            move(self.input_ids),
+            move(self.positions),
+            move(self.segments),
+            move(self.terminals),
+            self.groups,
         )
+
+    def parts(self) -> Iterator[PackedBatch]:
+        """Each group of rows by itself, cut to the places it uses; it knows no terminals."""
+        start = 0
+        for num_rows, width in self.groups:
+            places = slice(start, start + num_rows), slice(0, width)
+            yield PackedBatch(
+                self.input_ids[places],
+                self.positions[places],
+                self.segments[places],
+                self.terminals[:0],
+            )
+            start += num_rows
 
     @property
     def starts(self) -> Tensor:
@@ -72,7 +97,12 @@ class PackedBatch:
 
 
 def pack(
-    tokens: TokenTable, sentences: npt.NDArray[np.intp], *, row_tokens: int | None, pad_id: int
+    tokens: TokenTable,
+    sentences: npt.NDArray[np.intp],
+    *,
+    row_tokens: int | None,
+    pad_id: int,
+    call_tokens: float = math.inf,
 ) -> PackedBatch:
     """Lays sentences into rows: longest first, each into the first row with room.
 
@@ -80,16 +110,21 @@ def pack(
         tokens: the tokenised sentences.
         sentences: (B,) which of them, in the order their embeddings shall have.
         row_tokens: T; a longer sentence widens the rows to its length. None: one sentence a row,
-            the plain padded layout.
+            the plain padded layout, in groups of like length.
         pad_id: token id of unused places.
+        call_tokens: how much padding a group must save to be worth a call of the encoder.
     """
     lengths = tokens.lengths(sentences)
     longest = int(lengths.max())
     width = longest if row_tokens is None else max(row_tokens, longest)
+    groups: list[tuple[int, int]] = []
     if row_tokens is None:
-        rows = np.arange(len(sentences))
+        order = np.argsort(-lengths, kind="stable")
+        rows = np.empty(len(sentences), dtype=np.int64)
+        rows[order] = np.arange(len(sentences))
         starts = np.zeros(len(sentences), dtype=np.int64)
         num_rows = len(sentences)
+        groups = _groups(lengths[order], call_tokens)
     else:
         rows, starts, num_rows = _first_fit(lengths, width)
     input_ids = np.full(num_rows * width, pad_id, dtype=np.int64)
@@ -108,7 +143,23 @@ def pack(
         torch.from_numpy(positions.reshape(shape)),
         torch.from_numpy(segments.reshape(shape)),
         torch.from_numpy(first + lengths - 1),
+        tuple(groups) if len(groups) > 1 else (),
     )
+
+
+def _groups(lengths: npt.NDArray[np.int64], call_tokens: float) -> list[tuple[int, int]]:
+    """Rows to compute together, and their width: cut in two wherever that saves enough padding.
+
+    Args:
+        lengths: of the rows, the longest first.
+        call_tokens: how much is enough.
+    """
+    # A cut before a row makes it and all that follow as narrow as it is.
+    saved = (lengths[0] - lengths) * np.arange(len(lengths), 0, -1)
+    cut = int(saved.argmax())
+    if saved[cut] <= call_tokens:
+        return [(len(lengths), int(lengths[0]))]
+    return _groups(lengths[:cut], call_tokens) + _groups(lengths[cut:], call_tokens)
 
 
 def _first_fit(

@@ -11,6 +11,7 @@ from ctranslate2.converters import TransformersConverter
 
 from clseave_cli.core.config import TranslateConfig
 from clseave_cli.core.files import atomic_folder, cache_root, json_digest
+from clseave_cli.core.pipeline import usable_cores
 from clseave_cli.core.training.precision import resolve_device
 from clseave_cli.core.translation.seq2seq import GUARD, Codec, local_precision
 from clseave_cli.errors import ModelError
@@ -88,7 +89,7 @@ def load_ctranslate_decoder(
             compute_type=(
                 "int8" if config.int8 else _COMPUTE_TYPES[local_precision(config.precision, device)]
             ),
-            intra_threads=max(1, len(os.sched_getaffinity(0)) // num_processes),
+            intra_threads=max(1, usable_cores() // num_processes),
         )
     except (RuntimeError, ValueError) as error:
         raise ModelError(

@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple, TextIO, TypeGuard
 
 from clseave_cli.core.config import TranslateConfig
 from clseave_cli.core.files import read_json, write_json
+from clseave_cli.core.pipeline import usable_cores
 from clseave_cli.core.progress import Task
 from clseave_cli.core.translation.files import TextFile
 from clseave_cli.core.translation.jsonl import JsonLinesFile, Span
@@ -82,7 +83,7 @@ def can_split(file: TextFile, path: Path, config: TranslateConfig) -> TypeGuard[
 
 
 def _num_processes() -> int:
-    return len(os.sched_getaffinity(0))
+    return usable_cores()
 
 
 def write_parts(
