@@ -162,6 +162,13 @@ def test_little_was_measured(results, tmp_path):
     assert "de & " in read(tmp_path / "table.tex")
 
 
+def test_a_report_without_pictures_leaves_none_of_an_older_one(results, galleries, tmp_path):
+    write_report(results, tmp_path, galleries=galleries)
+    assert (tmp_path / "images" / "001.png").is_file()
+    write_report(results, tmp_path)
+    assert not (tmp_path / "images").exists()
+
+
 def test_names_from_outside_cannot_break_a_figure(results):
     signature = replace(results.signature, data={"$\\frac{ 円.jsonl": "ab" * 32})
     result = replace(results.results[1], lang="$^$")

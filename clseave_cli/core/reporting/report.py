@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from clseave_cli.core.files import atomic_file, atomic_folder
+from clseave_cli.core.files import atomic_file, atomic_folder, writing
 from clseave_cli.core.reporting.curves import LearningCurve
 from clseave_cli.core.reporting.figures import draw_figures
 from clseave_cli.core.reporting.gallery import Gallery, Thumbnail, thumbnail
@@ -97,6 +98,9 @@ def _write_pictures(folder: Path, thumbnails: dict[int, Thumbnail]) -> dict[int,
         with atomic_folder(folder) as aside:
             for key, name in names.items():
                 (aside / name).write_bytes(thumbnails[key].encoded)
+    elif folder.exists():
+        with writing(folder):
+            shutil.rmtree(folder)
     return {key: f"{folder.name}/{name}" for key, name in names.items()}
 
 
