@@ -163,6 +163,40 @@ def test_all_right_is_not_certainty():
     assert wrong.high == pytest.approx(1 - 0.025**0.1)
 
 
+def test_a_statistic_that_is_the_same_in_all_resamples_has_no_interval():
+    cells = np.tile(np.eye(9)[[0, 4, 8]].sum(axis=0), (20, 1))  # one row of each label a photo
+    found = interval(cells, macro_f1, resamples=100, seed=0)
+    assert (found.value, found.low, found.high) == (1.0, None, None)
+    # Two of three rows right in every photo, of one size or another.
+    sums = np.array([[2.0, 3.0], [4.0, 6.0], [6.0, 9.0]])
+    found = interval(sums, lambda s: s[:, 0] / s[:, 1], resamples=100, seed=0)
+    assert (found.value, found.low, found.high) == (pytest.approx(2 / 3), None, None)
+
+
+@pytest.mark.parametrize("num_photos", [2, 3, 4, 5, 6, 7, 50])
+def test_one_all_right_the_other_all_wrong_is_the_sign_test(num_photos):
+    ones, images = np.ones(2 * num_photos), np.arange(2 * num_photos) // 2
+    found = compare_predictions(ones, 1 - ones, images, resamples=2000, seed=0)
+    # By hand: the share of photos where the first wins is at least 0.025 to the power of 1/G.
+    assert (found.low, found.high) == (pytest.approx(2 * 0.025 ** (1 / num_photos) - 1), 1.0)
+    assert found.p == pytest.approx(2 * 0.5**num_photos)
+    assert (found.p < 0.05) == (not found.is_tie) == (num_photos >= 6)
+    swapped = compare_predictions(1 - ones, ones, images, resamples=2000, seed=0)
+    assert (swapped.low, swapped.high, swapped.p) == (-1.0, -found.low, found.p)
+
+
+@pytest.mark.parametrize("num_photos", [2, 3, 4])
+def test_few_photos_that_all_gain_are_no_proof(num_photos):
+    images = np.arange(4 * num_photos) // 4
+    first = np.ones(len(images), dtype=bool)
+    second = np.arange(len(images)) % 5 == 0
+    found = compare_predictions(first, second, images, resamples=2000, seed=0)
+    assert found.value > 0.7 and found.p > 0.05
+    assert (found.low, found.high) == (None, None) and found.is_tie
+    # What holds zero stays.
+    assert compare_predictions(first, first, images, resamples=2000, seed=0).low == 0
+
+
 def test_one_photo_gives_no_interval():
     right = np.array([True, False])
     found = accuracy_interval(right, ["a", "a"], resamples=100, seed=0)
