@@ -163,6 +163,15 @@ def test_all_right_is_not_certainty():
     assert wrong.high == pytest.approx(1 - 0.025**0.1)
 
 
+def test_photos_that_are_all_alike_are_not_certainty():
+    # One of three rows right in each of ten photos; others could be all wrong, or all right.
+    found = accuracy_interval(np.arange(30) % 3 == 0, np.arange(30) // 3, resamples=100, seed=0)
+    alike = 0.025**0.1
+    assert found.value == pytest.approx(1 / 3)
+    assert found.low == pytest.approx(alike / 3)
+    assert found.high == pytest.approx(alike / 3 + 1 - alike)
+
+
 def test_a_statistic_that_is_the_same_in_all_resamples_has_no_interval():
     cells = np.tile(np.eye(9)[[0, 4, 8]].sum(axis=0), (20, 1))  # one row of each label a photo
     found = interval(cells, macro_f1, resamples=100, seed=0)

@@ -160,7 +160,7 @@ def _percentiles(resampled: Floats, num_clusters: int) -> tuple[float, float]:
 
 
 def _smallest_share(num_clusters: int) -> float:
-    """Lower end of the exact interval where every photo is a success (Clopper and Pearson)."""
+    """The share of all photos that is at least of a kind, where all G seen are: the exact bound."""
     return float((ALPHA / 2) ** (1 / num_clusters))
 
 
@@ -177,9 +177,10 @@ def accuracy_interval(
 ) -> Interval:
     """Accuracy with its 95 % interval.
 
-    Where every row is right, or every row wrong, all resamples agree and the bootstrap would claim
-    certainty; there the exact binomial interval (Clopper and Pearson, 1934) is given, with photos
-    for trials.
+    Where the photos are all alike (every row right, say), all resamples agree and the bootstrap
+    would claim certainty. There the exact binomial interval (Clopper and Pearson, 1934) is given,
+    with photos for trials: how many of all photos could be of another kind, at worst all wrong or
+    all right.
 
     Args:
         correct: (N,) bool, or the share of several trainings that get the row right.
@@ -189,11 +190,11 @@ def accuracy_interval(
     """
     right = np.asarray(correct, dtype=np.float64)
     sums = cluster_sums(np.stack([right, np.ones_like(right)], axis=1), images)
-    if len(sums) > 1 and (right == 1).all():
-        return Interval(1.0, _smallest_share(len(sums)), 1.0)
-    if len(sums) > 1 and (right == 0).all():
-        return Interval(0.0, 0.0, 1 - _smallest_share(len(sums)))
-    return interval(sums, lambda s: s[:, 0] / s[:, 1], resamples=resamples, seed=seed)
+    found = interval(sums, lambda s: s[:, 0] / s[:, 1], resamples=resamples, seed=seed)
+    if found.low is not None or len(sums) < 2:
+        return found
+    alike = _smallest_share(len(sums))
+    return Interval(found.value, alike * found.value, 1 - alike * (1 - found.value))
 
 
 def compare_predictions(
