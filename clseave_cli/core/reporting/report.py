@@ -46,7 +46,7 @@ def write_report(
         results: the document.
         folder: where to write; made if it is not there.
         curves: learning curves of the models, see `curves.read_learning_curve`.
-        galleries: sections of pictures with sentences.
+        galleries: sections of pictures with sentences; empty ones are left out.
         title: heading of the report.
 
     Returns:
@@ -55,6 +55,7 @@ def write_report(
     Raises:
         ClseaveError: the disk is full or read-only.
     """
+    galleries = [gallery for gallery in galleries if gallery.items]
     drawn = draw_figures(results, curves)
     sections = build_sections(results, tuple(curves), drawn)
     thumbnails = {
