@@ -129,6 +129,18 @@ def test_p_and_interval_say_the_same():
             assert (difference.p < 0.05) == (not difference.is_tie)
 
 
+@pytest.mark.parametrize("resamples", [20, 200, 2000])
+def test_p_and_interval_say_the_same_of_few_photos(resamples):
+    generator = np.random.default_rng(6)
+    for seed in range(150):
+        num_images = generator.integers(2, 13)
+        images = np.repeat(np.arange(num_images), generator.integers(1, 5, size=num_images))
+        first = generator.random(len(images)) < 0.9
+        second = generator.random(len(images)) < generator.choice([0.0, 0.1, 0.4])
+        found = compare_predictions(first, second, images, resamples=resamples, seed=seed)
+        assert (found.p < 0.05) == (not found.is_tie)
+
+
 def test_a_clear_difference_is_no_tie():
     first, images = np.ones(300, dtype=bool), np.arange(300) // 3
     second = np.arange(300) % 5 > 0

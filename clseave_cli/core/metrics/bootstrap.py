@@ -147,16 +147,17 @@ def interval(
     return Interval(value, low, high)
 
 
-def _tail(num_clusters: int) -> float:
-    """The share of resamples that a 95 % interval leaves out at each end."""
+def _rank(resamples: int, num_clusters: int) -> int:
+    """Which resample, counted from either end, ends a 95 % interval; 0: there are too few."""
     widened = np.sqrt(num_clusters / (num_clusters - 1)) * stats.t.ppf(ALPHA / 2, num_clusters - 1)
-    return float(stats.norm.cdf(widened))
+    return int((resamples + 1) * stats.norm.cdf(widened))
 
 
 def _percentiles(resampled: Floats, num_clusters: int) -> tuple[float, float]:
-    tail = _tail(num_clusters)
-    low, high = np.quantile(resampled, [tail, 1 - tail])
-    return float(low), float(high)
+    # Resamples themselves, nothing between them: zero is then outside exactly where p is small.
+    rank = max(1, _rank(len(resampled), num_clusters))
+    ordered = np.sort(resampled)
+    return float(ordered[rank - 1]), float(ordered[-rank])
 
 
 def _smallest_share(num_clusters: int) -> float:
@@ -239,8 +240,7 @@ def compare_predictions(
         resampled = totals[:, 0] / totals[:, 1]
         low, high = _percentiles(resampled, len(sums))
         p = _two_sided_p(resampled, len(sums))
-        resolved = _tail(len(sums)) * (resamples + 1) >= 1
-        if not resolved and not low <= 0 <= high:
+        if not _rank(resamples, len(sums)) and not low <= 0 <= high:
             low = high = None
     only_first, only_second = int(np.sum(gain > 0)), int(np.sum(gain < 0))
     return Difference(
