@@ -114,11 +114,15 @@ def data_curves_table(curves: DataCurves) -> Table:
 
 def comparison_table(comparison: Comparison) -> Table:
     """Two evaluations side by side: the paired difference, and whether it is one."""
-    table = _table(
-        escape(f"A: {comparison.first}\nB: {comparison.second}"),
-        f"A minus B on the same rows, in points; 95 % intervals by paired bootstrap over "
-        f"photos ({comparison.resamples:,} resamples, seed {comparison.seed})",
+    caption = (
+        "A minus B on the same rows, in points; 95 % intervals by paired bootstrap over "
+        f"photos ({comparison.resamples:,} resamples, seed {comparison.seed})"
     )
+    signatures = {"A": comparison.signature_first, "B": comparison.signature_second}
+    for name, signature in signatures.items():
+        if signature is not None:
+            caption += f"\n{name}: {escape(str(signature))}"
+    table = _table(escape(f"A: {comparison.first}\nB: {comparison.second}"), caption)
     table.add_column("lang", no_wrap=True)
     for header in ("n", "A, %", "B, %", "A − B", "95 % interval", "p", "McNemar p"):
         table.add_column(header, justify="right", no_wrap=True)

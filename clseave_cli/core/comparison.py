@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from clseave_cli.core.metrics.bootstrap import Difference, compare_predictions
+from clseave_cli.core.results import RESULTS_FILE, Results, Signature
 from clseave_cli.core.rows import PredictedRows, predicted_languages, read_predicted_rows
 from clseave_cli.errors import DataError
 
@@ -56,6 +57,9 @@ class Comparison:
         missing_in_second: languages that only the first has.
         resamples: bootstrap resamples.
         seed: their seed.
+        signature_first: where the first evaluation's figures come from; None: its folder has
+            predictions alone.
+        signature_second: the same for the second.
     """
 
     first: str
@@ -65,6 +69,8 @@ class Comparison:
     missing_in_second: tuple[str, ...]
     resamples: int
     seed: int
+    signature_first: Signature | None
+    signature_second: Signature | None
 
     def to_json(self) -> dict[str, Any]:
         """The comparison as plain dicts, lists, strings, numbers and None."""
@@ -90,7 +96,7 @@ def compare_reports(
 
     Raises:
         DataError: a folder has no predictions, they have no language or no row in common, or they
-            disagree about a row's label or photo.
+            disagree about a row's label or photo; or a `results.json` is of another format.
     """
     ours, theirs = predicted_languages(first), predicted_languages(second)
     common = [lang for lang in ours if lang in theirs]
@@ -115,7 +121,13 @@ def compare_reports(
         missing_in_second=tuple(lang for lang in ours if lang not in theirs),
         resamples=resamples,
         seed=seed,
+        signature_first=_signature(first),
+        signature_second=_signature(second),
     )
+
+
+def _signature(folder: Path) -> Signature | None:
+    return Results.read(folder).signature if (folder / RESULTS_FILE).is_file() else None
 
 
 def compare_rows(

@@ -53,6 +53,7 @@ from clseave_cli.core.reporting.gallery import (
     GalleryItem,
     most_confident_errors,
 )
+from clseave_cli.core.reporting.names import language_name
 from clseave_cli.core.reporting.report import write_report
 from clseave_cli.core.results import (
     Baselines,
@@ -70,6 +71,10 @@ from clseave_cli.errors import DataError, ModelError, UsageError
 from clseave_cli.labels import LABELS
 
 _EXAMPLES = 8
+
+# Pictures of errors: of a language alone, or of each of several.
+_ERRORS_ALONE = 12
+_ERRORS_EACH = 3
 
 #: Gives the training rows of a language.
 _TrainingRows = Callable[[str], Split]
@@ -571,20 +576,24 @@ def _examples(outputs: dict[str, _Outputs], images: ImageFolder) -> Gallery:
 
 
 def _errors(outputs: dict[str, _Outputs], images: ImageFolder) -> Gallery:
-    """The most confident errors of the first language, usually the source."""
-    own = next(iter(outputs.values()))
-    rows = most_confident_errors(own.split.labels, probabilities(own.logits), own.images)
-    return Gallery(
-        "The most confident errors",
-        f"Where the {own.split.lang} model is wrong and surest of it; one a picture.",
-        tuple(
+    """The most confident errors of every language."""
+    count = _ERRORS_ALONE if len(outputs) == 1 else _ERRORS_EACH
+    items = []
+    for own in outputs.values():
+        rows = most_confident_errors(own.split.labels, probabilities(own.logits), own.images, count)
+        items += [
             GalleryItem(
-                str(own.images[row]),
+                f"{language_name(own.split.lang)} · {own.images[row]}",
                 images.find(str(own.images[row]), own.split.where(row)),
                 (_entry(own, row),),
             )
             for row in rows.tolist()
-        ),
+        ]
+    return Gallery(
+        "The most confident errors",
+        f"Where the model of each language is wrong and surest of it: at most {count} a language, "
+        "one a picture.",
+        tuple(items),
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from os.path import samestat
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from clseave_cli.core.config import Precision, PredictConfig
-from clseave_cli.core.data.answers import AnswerFile, answer_line, read_answers
+from clseave_cli.core.data.answers import AnswerFile, answer_line
 from clseave_cli.core.data.images import open_image
 from clseave_cli.core.data.pairs import Pair, read_pairs
 from clseave_cli.core.data.records import ENGLISH, require_language
@@ -250,32 +250,37 @@ def predict_file(
 
     A row names `image` (a file's relative paths are looked up beside it) and `hypothesis`. A row
     that cannot be judged gets an object with `error` instead of `label`. A target file appears when
-    it is complete; until then, `TARGET.partial` holds the answers so far, for `config.resume`.
+    it is complete; until then, `TARGET.partial` holds the answers so far, for `config.resume`. With
+    it, a complete target is compared with the input in the same way, and gets the rows it lacks.
 
     Args:
-        config: models, language, and whether to go on with a run that was interrupted.
+        config: models, language, and whether to go on with what an earlier run wrote.
         source: JSON Lines or CSV, as `data.pairs.read_pairs` takes them.
         target: where the answers go, as JSON Lines.
         progress: told how many rows are done, and of sentences that were cut.
 
     Raises:
-        ClseaveError: the input cannot be read, a model is missing, or an interrupted run lies there
-            that is not this one.
+        ClseaveError: the input cannot be read, a model is missing, or the answers to go on with are
+            damaged or of another run.
     """
     tally: Counter[str] = Counter()
     name = str(source) if isinstance(source, Path) else "stdin"
     base = source.parent if isinstance(source, Path) else Path()
     with _reading(source) as stream:
         answers = _answer_file(config, target, stream)
-        if answers is not None and answers.complete:
-            _count(read_answers(answers.target), tally)
-            return _result(tally)
-        model = VisualEntailment.from_pretrained(
-            config.runs, config.lang, config.device, config.precision
-        )
         batches = read_pairs(stream, name, config.batch_size)
         if answers is not None:
             batches = _unanswered(batches, answers, config.lang, tally)
+        if answers is not None and answers.finished:
+            # The first rows left to do come after all answers were compared with theirs.
+            first = next(batches, None)
+            if first is None:
+                return _result(tally)
+            answers.reopen()
+            batches = chain([first], batches)
+        model = VisualEntailment.from_pretrained(
+            config.runs, config.lang, config.device, config.precision
+        )
         with _writing(answers, target) as out, progress.task("predict", unit="pairs") as task:
             for batch in batches:
                 outcomes = list(_judge_rows(model, base, batch, tally))
@@ -333,10 +338,10 @@ def _unanswered(
     lang: str,
     tally: Counter[str],
 ) -> Iterator[list[Pair | DataError]]:
-    """The rows that an interrupted run left to do.
+    """The rows that an earlier run left to do.
 
     Raises:
-        UsageError: what it left answers other rows.
+        ClseaveError: its answers are damaged, or those of other rows.
     """
     earlier = answers.earlier()
     number = 0
@@ -361,10 +366,18 @@ def _answers(answer: dict[str, Any], row: Pair | DataError, lang: str) -> bool:
     if isinstance(row, DataError):
         return "error" in answer and "image" not in answer
     same_language = lang == AUTO or answer.get("lang") == lang
-    return same_language and (answer.get("image"), answer.get("hypothesis")) == row
+    answered = "label" in answer or "error" in answer
+    return answered and same_language and (answer.get("image"), answer.get("hypothesis")) == row
 
 
-def _another_run(answers: AnswerFile, number: int) -> UsageError:
+def _another_run(answers: AnswerFile, number: int) -> ClseaveError:
+    if answers.finished:
+        return DataError.at(
+            answers.target,
+            number,
+            "answers another row than the input has there, or in another language; choose another "
+            "--output, or leave out --resume to replace that file.",
+        )
     return UsageError(
         f"{answers.partial}:{number}: answers another row than the input has there, or in another "
         "language; resume with what it was started with, or delete that file."

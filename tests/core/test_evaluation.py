@@ -200,6 +200,40 @@ def test_both_modes_are_in_table_and_report(clseave, data, trained, tmp_path):
     assert [path.name for path in report.glob("predictions.*")] == ["predictions.de.jsonl"]
 
 
+# --- pictures ---
+
+
+def test_errors_of_every_language_are_shown(world, trained, tmp_path, monkeypatch):
+    written = {}
+    write = evaluation.write_report
+
+    def watched(document, folder, *, curves, galleries):
+        written[folder.name] = galleries[-1].items
+        return write(document, folder, curves=curves, galleries=galleries)
+
+    monkeypatch.setattr(evaluation, "write_report", watched)
+    several = evaluate(_config(world, trained, report=tmp_path / "several"))
+    alone = evaluate(_config(world, trained, lang=("de",), report=tmp_path / "alone"))
+
+    def num_wrong_pictures(folder, lang):
+        rows = read_jsonl(tmp_path / folder / f"predictions.{lang}.jsonl")
+        return len({row["image"] for row in rows if row["label"] != row["predicted"]})
+
+    for folder, document, most in (("several", several, 3), ("alone", alone, 12)):
+        shown = [item.entries[0] for item in written[folder]]
+        assert all(entry.predicted != entry.label for entry in shown)
+        expected = [
+            result.lang
+            for result in document.results
+            for _ in range(min(most, num_wrong_pictures(folder, result.lang)))
+        ]
+        assert expected and [entry.lang for entry in shown] == expected
+    assert len({entry.entries[0].lang for entry in written["several"]}) > 1
+    page = (tmp_path / "several" / "report.html").read_text()
+    assert "German · test" in page and "Dutch · test" in page
+    assert "at most 3 a language" in page
+
+
 # --- several seeds ---
 
 

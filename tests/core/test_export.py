@@ -18,7 +18,7 @@ from clseave_cli import VisualEntailment
 from clseave_cli.core import export as exporting
 from clseave_cli.core.config import ExportConfig
 from clseave_cli.core.export import export
-from clseave_cli.core.inference import load_model
+from clseave_cli.core.inference import load_model, onnx_model
 from clseave_cli.core.inference.pixels import Preparation
 from clseave_cli.errors import ModelError
 
@@ -84,12 +84,56 @@ def test_embeddings_do_not_depend_on_their_batch(trained, exported):
     assert cut.tolist() == torchs_cut.tolist()
 
 
+def test_sentences_are_computed_in_parts_of_bounded_size(exported, monkeypatch):
+    shapes = []
+    compute = onnx_model._run
+
+    def watched(session, **inputs):
+        shapes.append(inputs["input_ids"].shape)
+        return compute(session, **inputs)
+
+    monkeypatch.setattr(onnx_model, "_run", watched)
+    model = load_model(exported, ["de"])
+    sentences = [*SENTENCES, *(f"Das Quadrat {number} ist rot." for number in range(600))] * 2
+    together, cut = model.embed_sentences("de", sentences)
+    assert len(shapes) > 1 and all(rows * tokens <= 8192 for rows, tokens in shapes)
+    assert sum(rows for rows, _ in shapes) == len(sentences)
+    # Short sentences are not padded to the longest of the call.
+    assert sum(rows * tokens for rows, tokens in shapes) < len(sentences) * shapes[0][1] / 2
+    for row in (0, 1, 2, 3, 300, 604, 605, 608, 1209):
+        alone, alone_cut = model.embed_sentences("de", sentences[row : row + 1])
+        assert alone[0] == pytest.approx(together[row], abs=1e-4)
+        assert alone_cut[0] == cut[row]
+    shapes.clear()
+    monkeypatch.setattr(onnx_model, "_MOST_TOKENS", 3)
+    assert model.embed_sentences("de", SENTENCES)[0] == pytest.approx(together[:5], abs=1e-4)
+    assert [rows for rows, _ in shapes] == [1] * 5
+
+
 def test_eight_bits_are_within_their_tolerance(tmp_path, trained):
     result = export(ExportConfig(runs=trained, out=tmp_path / "onnx", lang=("de",), int8=True))
     assert 0 < result.difference <= exporting.TOLERANCE["int8"]
     config = json.loads((tmp_path / "onnx" / "config.json").read_text())
     assert config["precision"] == "int8" and config["languages"] == {"de": "align-de"}
     assert (config["difference"], config["tolerance"]) == (result.difference, 0.1)
+
+
+def test_predictions_in_eight_bits_are_within_the_tolerance_of_torchs(world, tmp_path, trained):
+    export(ExportConfig(runs=trained, out=tmp_path / "onnx", int8=True))
+    tolerance = json.loads((tmp_path / "onnx" / "config.json").read_text())["tolerance"]
+    differences = []
+    for lang in ("en", "de", "nl"):
+        pairs = _pairs(world, lang)
+        ours = VisualEntailment.from_pretrained(trained, lang, "cpu", "fp32").predict(pairs)
+        theirs = VisualEntailment.from_pretrained(tmp_path / "onnx", lang).predict(pairs)
+        for first, second in zip(ours, theirs, strict=True):
+            assert list(second.probabilities) == list(first.probabilities)
+            differences += [
+                abs(second.probabilities[label] - first.probabilities[label])
+                for label in first.probabilities
+            ]
+    # It is in 8 bits: not what float32 gives.
+    assert 1e-6 < max(differences) <= tolerance
 
 
 def test_predicting_with_it_imports_neither_torch_nor_transformers(world, exported, tmp_path):

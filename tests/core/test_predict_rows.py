@@ -18,7 +18,7 @@ from clseave_cli.core.config import PredictConfig
 from clseave_cli.core.inference import torch_model
 from clseave_cli.core.models.student import find_students
 from clseave_cli.core.prediction import predict_file
-from clseave_cli.errors import ExtraMissing, UsageError
+from clseave_cli.errors import DataError, ExtraMissing, UsageError
 from clseave_cli.labels import LABELS
 
 needs_lingua = pytest.mark.skipif(
@@ -112,6 +112,75 @@ def test_the_answers_of_another_run_are_not_continued(source, trained, tmp_path)
     refused(31)
     source.write_text("".join(rows[:3] + rows[4:]))
     refused(4)
+
+
+def test_a_finished_file_gets_the_answers_of_added_rows(source, trained, tmp_path, monkeypatch):
+    whole, target = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
+    done = predict_file(_config(trained), source, whole)
+    rows = source.read_text().splitlines(keepends=True)
+    source.write_text("".join(rows[:13]))
+    predict_file(_config(trained), source, target)
+    source.write_text("".join(rows))
+    before = target.read_bytes()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VisualEntailment, "predict", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            predict_file(_config(trained, resume=True), source, target)
+    assert target.read_bytes() == before
+    assert predict_file(_config(trained, resume=True), source, target) == done
+    assert target.read_bytes().startswith(before)
+    assert not (tmp_path / "answers.jsonl.partial").exists()
+    _same(target, whole)
+
+
+@pytest.mark.parametrize(
+    "line", [b"{", b"[1]\n", b"\0\0\n", b"\xff\n", b'{"a": 1}', b"[" * 100_000 + b"\n"]
+)
+def test_a_damaged_finished_file_is_refused_and_left_alone(source, trained, tmp_path, line):
+    target = tmp_path / "answers.jsonl"
+    predict_file(_config(trained), source, target)
+    answers = target.read_bytes().splitlines(keepends=True)
+    damaged = b"".join([*answers[:5], line])
+    target.write_bytes(damaged)
+    with pytest.raises(DataError, match=r"answers\.jsonl:6: damaged, not a whole answer; choose"):
+        predict_file(_config(trained, resume=True), source, target)
+    assert target.read_bytes() == damaged
+    assert not (tmp_path / "answers.jsonl.partial").exists()
+
+
+def test_a_finished_file_of_another_run_is_refused_and_left_alone(
+    source, trained, tmp_path, clseave
+):
+    target = tmp_path / "answers.jsonl"
+    predict_file(_config(trained), source, target)
+    before = target.read_bytes()
+
+    def refused(number, lang="de"):
+        code, _, err = clseave(
+            "predict", "--input", source, "--output", target, "--runs", trained,
+            "--lang", lang, "--resume",
+        )  # fmt: skip
+        assert code == 1 and f"answers.jsonl:{number}: answers another row" in err
+        assert target.read_bytes() == before
+        assert not (tmp_path / "answers.jsonl.partial").exists()
+
+    refused(1, lang="nl")
+    rows = source.read_text().splitlines(keepends=True)
+    source.write_text("".join(rows[:30]))
+    refused(31)
+    source.write_text("".join(rows[:3] + rows[4:]))
+    refused(4)
+
+
+def test_rows_without_an_answer_are_no_answers(source, trained, tmp_path):
+    target = tmp_path / "answers.jsonl"
+    write_jsonl(target, [row | {"lang": "de"} for row in read_jsonl(source)[:5]])
+    with pytest.raises(DataError, match=r"answers\.jsonl:1: answers another row"):
+        predict_file(_config(trained, resume=True), source, target)
 
 
 def test_after_a_kill_no_line_is_torn_and_none_is_lost(source, trained, tmp_path, cache, clseave):

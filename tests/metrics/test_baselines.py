@@ -114,3 +114,11 @@ def test_the_interval_of_one_training_is_that_of_its_accuracy():
     # The same training three times is no more than the one.
     again = mean_accuracy_interval([right] * 3, images, **options)
     assert (again.low, again.high) == (pytest.approx(one.low), pytest.approx(one.high))
+
+
+def test_several_trainings_that_are_all_right_are_not_certain():
+    images = np.arange(40) % 10
+    for all_right, low, high in ((True, 0.025**0.1, 1.0), (False, 0.0, 1 - 0.025**0.1)):
+        right = np.full(40, all_right)
+        found = mean_accuracy_interval([right] * 3, images, resamples=100, seed=0)
+        assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))

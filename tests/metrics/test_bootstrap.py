@@ -129,6 +129,18 @@ def test_p_and_interval_say_the_same():
             assert (difference.p < 0.05) == (not difference.is_tie)
 
 
+@pytest.mark.parametrize("resamples", [20, 200, 2000])
+def test_p_and_interval_say_the_same_of_few_photos(resamples):
+    generator = np.random.default_rng(6)
+    for seed in range(150):
+        num_images = generator.integers(2, 13)
+        images = np.repeat(np.arange(num_images), generator.integers(1, 5, size=num_images))
+        first = generator.random(len(images)) < 0.9
+        second = generator.random(len(images)) < generator.choice([0.0, 0.1, 0.4])
+        found = compare_predictions(first, second, images, resamples=resamples, seed=seed)
+        assert (found.p < 0.05) == (not found.is_tie)
+
+
 def test_a_clear_difference_is_no_tie():
     first, images = np.ones(300, dtype=bool), np.arange(300) // 3
     second = np.arange(300) % 5 > 0
@@ -161,6 +173,49 @@ def test_all_right_is_not_certainty():
     wrong = accuracy_interval(np.zeros(40), np.arange(40) % 10, resamples=100, seed=0)
     assert (wrong.value, wrong.low) == (0.0, 0.0)
     assert wrong.high == pytest.approx(1 - 0.025**0.1)
+
+
+def test_photos_that_are_all_alike_are_not_certainty():
+    # One of three rows right in each of ten photos; others could be all wrong, or all right.
+    found = accuracy_interval(np.arange(30) % 3 == 0, np.arange(30) // 3, resamples=100, seed=0)
+    alike = 0.025**0.1
+    assert found.value == pytest.approx(1 / 3)
+    assert found.low == pytest.approx(alike / 3)
+    assert found.high == pytest.approx(alike / 3 + 1 - alike)
+
+
+def test_a_statistic_that_is_the_same_in_all_resamples_has_no_interval():
+    cells = np.tile(np.eye(9)[[0, 4, 8]].sum(axis=0), (20, 1))  # one row of each label a photo
+    found = interval(cells, macro_f1, resamples=100, seed=0)
+    assert (found.value, found.low, found.high) == (1.0, None, None)
+    # Two of three rows right in every photo, of one size or another.
+    sums = np.array([[2.0, 3.0], [4.0, 6.0], [6.0, 9.0]])
+    found = interval(sums, lambda s: s[:, 0] / s[:, 1], resamples=100, seed=0)
+    assert (found.value, found.low, found.high) == (pytest.approx(2 / 3), None, None)
+
+
+@pytest.mark.parametrize("num_photos", [2, 3, 4, 5, 6, 7, 50])
+def test_one_all_right_the_other_all_wrong_is_the_sign_test(num_photos):
+    ones, images = np.ones(2 * num_photos), np.arange(2 * num_photos) // 2
+    found = compare_predictions(ones, 1 - ones, images, resamples=2000, seed=0)
+    # By hand: the share of photos where the first wins is at least 0.025 to the power of 1/G.
+    assert (found.low, found.high) == (pytest.approx(2 * 0.025 ** (1 / num_photos) - 1), 1.0)
+    assert found.p == pytest.approx(2 * 0.5**num_photos)
+    assert (found.p < 0.05) == (not found.is_tie) == (num_photos >= 6)
+    swapped = compare_predictions(1 - ones, ones, images, resamples=2000, seed=0)
+    assert (swapped.low, swapped.high, swapped.p) == (-1.0, -found.low, found.p)
+
+
+@pytest.mark.parametrize("num_photos", [2, 3, 4])
+def test_few_photos_that_all_gain_are_no_proof(num_photos):
+    images = np.arange(4 * num_photos) // 4
+    first = np.ones(len(images), dtype=bool)
+    second = np.arange(len(images)) % 5 == 0
+    found = compare_predictions(first, second, images, resamples=2000, seed=0)
+    assert found.value > 0.7 and found.p > 0.05
+    assert (found.low, found.high) == (None, None) and found.is_tie
+    # What holds zero stays.
+    assert compare_predictions(first, first, images, resamples=2000, seed=0).low == 0
 
 
 def test_one_photo_gives_no_interval():

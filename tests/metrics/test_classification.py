@@ -62,6 +62,13 @@ def test_a_label_that_is_neither_there_nor_predicted_has_f1_zero():
     assert scores.per_class["contradiction"].support == 0
 
 
+def test_all_right_is_not_certainty():
+    labels = np.arange(30) % 3
+    scores = score(labels, np.eye(3)[labels], np.arange(30) // 3, resamples=50)
+    assert scores.accuracy.low == pytest.approx(0.025**0.1)
+    assert (scores.macro_f1.value, scores.macro_f1.low, scores.macro_f1.high) == (1.0, None, None)
+
+
 def test_calibration_worked_by_hand():
     # 2 bins: (0, 0.5] holds confidences 0.4 and 0.5, one of them right; (0.5, 1] holds 0.8, 0.9,
     # 1.0, two right. ECE = 2/5 · |0.5 − 0.45| + 3/5 · |2/3 − 0.9| = 0.02 + 0.14 = 0.16.

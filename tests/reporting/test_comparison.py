@@ -1,5 +1,6 @@
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -130,6 +131,27 @@ def test_the_table_calls_a_tie_a_tie(reports):
     assert by_language["de"].rstrip().endswith("A better")
     assert by_language["nl"].rstrip().endswith("B better")
     assert "…" not in text
+
+
+def test_both_signatures_are_told(reports, results):
+    first, second = reports
+    bare = compare_reports(first, second, resamples=10)
+    assert (bare.signature_first, bare.signature_second) == (None, None)
+    results.write(first)
+    other = replace(results.signature, checkpoints={"[clip-ve]": "0123456789abcdef"})
+    replace(results, signature=other).write(second)
+    comparison = compare_reports(first, second, resamples=10)
+    document = comparison.to_json()
+    assert document["signature_first"] == results.to_json()["signature"]
+    assert document["signature_second"]["checkpoints"] == {"[clip-ve]": "0123456789abcdef"}
+    assert json.loads(json.dumps(document)) == document
+    console = Console(width=400, file=io.StringIO())
+    console.print(comparison_table(comparison))
+    text = " ".join(console.file.getvalue().split())
+    assert f"A: {results.signature} B: {other}" in text
+    (second / "results.json").write_text('{"format": 0}')
+    with pytest.raises(DataError, match=r"results\.json: not a results document"):
+        compare_reports(first, second, resamples=10)
 
 
 def test_refuses_what_cannot_be_compared(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from clseave_cli.core.reporting.figures import draw_figures
+from clseave_cli.core.reporting.gallery import Gallery
 from clseave_cli.core.reporting.latex import escape_latex, latex_table
 from clseave_cli.core.reporting.report import write_report
 from clseave_cli.core.results import Baselines, Results
@@ -160,6 +161,19 @@ def test_little_was_measured(results, tmp_path):
     assert "Learning curves" not in page.text and "Against English" not in page.text
     assert not (tmp_path / "images").exists()
     assert "de & " in read(tmp_path / "table.tex")
+
+
+def test_a_report_without_pictures_leaves_none_of_an_older_one(results, galleries, tmp_path):
+    write_report(results, tmp_path, galleries=galleries)
+    assert (tmp_path / "images" / "001.png").is_file()
+    write_report(results, tmp_path)
+    assert not (tmp_path / "images").exists()
+
+
+def test_an_empty_gallery_is_left_out(results, tmp_path):
+    write_report(results, tmp_path, galleries=[Gallery("No errors", "Nothing here.", ())])
+    for name in ("report.html", "report.md"):
+        assert "No errors" not in read(tmp_path / name)
 
 
 def test_names_from_outside_cannot_break_a_figure(results):

@@ -6,6 +6,7 @@ import shutil
 import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from fake_model import FakeModel
@@ -20,7 +21,18 @@ from playwright.sync_api import sync_playwright
 from clseave_cli.core.config import ServeConfig
 from clseave_cli.core.serving.app import create_app
 
-_BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
+
+def _find_browser():
+    """One on the path, or the one that `playwright install chromium` has put away."""
+    for name in ("chromium", "google-chrome", "chrome"):
+        if found := shutil.which(name):
+            return found
+    with sync_playwright() as starter:
+        own = Path(starter.chromium.executable_path)
+    return own if own.is_file() else None
+
+
+_BROWSER = _find_browser()
 pytestmark = pytest.mark.skipif(_BROWSER is None, reason="no Chromium here")
 
 _DROP = """([target, bytes]) => {

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from clseave_cli.core.files import fsync_folder, writing
-from clseave_cli.errors import UsageError
+from clseave_cli.core.files import atomic_file, fsync_folder, writing
+from clseave_cli.errors import DataError, UsageError
 
 
 def answer_line(answer: dict[str, Any]) -> bytes:
@@ -18,21 +19,15 @@ def answer_line(answer: dict[str, Any]) -> bytes:
     return (json.dumps(answer, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
-def read_answers(path: Path) -> Iterator[dict[str, Any]]:
-    """The answers of a finished file."""
-    with path.open("rb") as stream:
-        yield from map(json.loads, stream)
-
-
 class AnswerFile:
     """Collects answers in `TARGET.partial`, which takes the target's name when all are there.
 
     Args:
         target: the file that will hold the answers; an older one stays until then.
-        resume: go on with what an interrupted run left.
+        resume: go on with what an interrupted run left, or after what a finished one wrote.
 
     Attributes:
-        complete: there is nothing to go on with: the run ended.
+        finished: the earlier answers are those of a run that ended, in the target.
 
     Raises:
         UsageError: an interrupted run left answers, and `resume` is not set.
@@ -46,21 +41,43 @@ class AnswerFile:
                 f"{self.partial}: an unfinished run lies there; --resume continues it, "
                 "deleting that file forgets it."
             )
-        self.complete = resume and target.exists() and not self.partial.exists()
+        self.finished = resume and target.exists() and not self.partial.exists()
 
     def earlier(self) -> Iterator[dict[str, Any]]:
-        """The answers of the interrupted run; at their end, what it tore is cut off the file."""
-        if not self.partial.exists():
-            return
-        with writing(self.partial), self.partial.open("r+b") as stream:
-            whole = 0
-            for line in stream:
-                answer = _whole_answer(line)
-                if answer is None:
-                    break
-                whole += len(line)
-                yield answer
-            stream.truncate(whole)
+        """The answers to go on after; at the end, what an interruption tore is cut off the file.
+
+        Raises:
+            DataError: a finished file is damaged; nothing is cut off it.
+        """
+        if self.finished:
+            with writing(self.target), self.target.open("rb") as stream:
+                for number, line in enumerate(stream, start=1):
+                    answer = _whole_answer(line)
+                    if answer is None:
+                        raise DataError.at(
+                            self.target,
+                            number,
+                            "damaged, not a whole answer; choose another --output, or leave out "
+                            "--resume to replace that file.",
+                        )
+                    yield answer
+        elif self.partial.exists():
+            with writing(self.partial), self.partial.open("r+b") as stream:
+                whole = 0
+                for line in stream:
+                    answer = _whole_answer(line)
+                    if answer is None:
+                        break
+                    whole += len(line)
+                    yield answer
+                stream.truncate(whole)
+
+    def reopen(self) -> None:
+        """Takes a finished file's answers over, to write further ones after them."""
+        # A copy: the finished file stays whole until there is a longer one.
+        with self.target.open("rb") as answers, atomic_file(self.partial) as stream:
+            shutil.copyfileobj(answers, stream)
+        self.finished = False
 
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:
@@ -84,6 +101,6 @@ def _whole_answer(line: bytes) -> dict[str, Any] | None:
     # After a power cut, a line may be there in length only.
     try:
         answer = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return answer if isinstance(answer, dict) else None

@@ -19,10 +19,14 @@ from tokenizers import Tokenizer
 from clseave_cli.core.inference import Floats
 from clseave_cli.core.inference.pixels import Preparation
 from clseave_cli.core.models.folder import peek, unsealed
-from clseave_cli.core.models.tokens import Filling, tokenize
+from clseave_cli.core.models.tokens import Filling, TokenTable, tokenize
 from clseave_cli.errors import ExtraMissing, ModelError
 
 FORMAT = "onnx"
+
+# Tokens computed at once, padding included, unless a single sentence has more. Memory grows with
+# them, and one long sentence would pad all that stand beside it to its length.
+_MOST_TOKENS = 8192
 
 
 def is_exported(folder: Path) -> bool:
@@ -148,11 +152,26 @@ class _Encoder:
             filling=self._filling,
         )
         lengths = np.diff(tokens.offsets)
-        mask = np.arange(lengths.max()) < lengths[:, None]  # (B, T)
-        input_ids = np.full(mask.shape, self._pad_id, dtype=np.int64)
-        input_ids[mask] = tokens.ids
-        embeddings = _run(self._session, input_ids=input_ids, attention_mask=mask.astype(np.int64))
+        longest_first = np.argsort(-lengths, kind="stable")
+        parts, start = [], 0
+        while start < len(longest_first):
+            end = start + max(1, _MOST_TOKENS // int(lengths[longest_first[start]]))
+            parts.append(self._embed(tokens, longest_first[start:end]))
+            start = end
+        together = np.concatenate(parts)
+        embeddings = np.empty_like(together)
+        embeddings[longest_first] = together
         return embeddings, tokens.truncated
+
+    def _embed(self, tokens: TokenTable, sentences: npt.NDArray[np.intp]) -> Floats:
+        """(B, D) embeddings of some tokenised sentences, padded to the longest of them."""
+        lengths = tokens.lengths(sentences)
+        within = np.arange(lengths.max())
+        mask = within < lengths[:, None]  # (B, T)
+        places = tokens.offsets[sentences, None] + within
+        input_ids = np.full(mask.shape, self._pad_id, dtype=np.int64)
+        input_ids[mask] = tokens.ids[places[mask]]
+        return _run(self._session, input_ids=input_ids, attention_mask=mask.astype(np.int64))
 
 
 def _session(path: Path, lasting: bool) -> Any:

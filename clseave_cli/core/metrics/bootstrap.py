@@ -22,13 +22,16 @@ Ints = npt.NDArray[np.int64]
 #: Share of the resamples an interval leaves out, both ends together.
 ALPHA = 0.05
 
+# Quotients that are equal but for their last bits.
+_ROUNDING = 1e-12
+
 # Weights held at once: 4 million counts are 32 MB, whatever the number of photos.
 _WEIGHTS_AT_ONCE = 4_000_000
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A statistic on the sample and its 95 % interval (None: a single photo tells nothing)."""
+    """A statistic on the sample and its 95 % interval (None: the photos do not tell one)."""
 
     value: float
     low: float | None
@@ -41,9 +44,10 @@ class Difference:
 
     Attributes:
         value: the difference of the accuracies, a fraction.
-        low: lower end of its 95 % interval (paired, clustered by photo).
+        low: lower end of its 95 % interval (paired, clustered by photo). None: too few photos or
+            resamples to tell one.
         high: upper end.
-        p: two-sided p of the same bootstrap: below 0.05 where the interval leaves out zero.
+        p: two-sided p of the same test: below 0.05 where the interval leaves out zero.
         mcnemar_p: exact McNemar p, which takes rows for independent: too small where they are not.
         only_first: rows that only the first predictions get right.
         only_second: rows that only the second predictions get right.
@@ -128,19 +132,37 @@ def interval(
         statistic: maps (…, S) totals to (…) values.
         resamples: number of resamples.
         seed: seed of the resampling.
+
+    Returns:
+        The value, without an interval where there is a single photo, or where all resamples agree:
+        the bootstrap would claim certainty there.
     """
     value = float(statistic(sums.sum(axis=0, keepdims=True))[0])
     if len(sums) < 2:
         return Interval(value, None, None)
-    low, high = _percentiles(statistic(resampled_sums(sums, resamples, seed)), len(sums))
+    resampled = statistic(resampled_sums(sums, resamples, seed))
+    if np.ptp(resampled) < _ROUNDING:
+        return Interval(value, None, None)
+    low, high = _percentiles(resampled, len(sums))
     return Interval(value, low, high)
 
 
-def _percentiles(resampled: Floats, num_clusters: int) -> tuple[float, float]:
+def _rank(resamples: int, num_clusters: int) -> int:
+    """Which resample, counted from either end, ends a 95 % interval; 0: there are too few."""
     widened = np.sqrt(num_clusters / (num_clusters - 1)) * stats.t.ppf(ALPHA / 2, num_clusters - 1)
-    tail = float(stats.norm.cdf(widened))
-    low, high = np.quantile(resampled, [tail, 1 - tail])
-    return float(low), float(high)
+    return int((resamples + 1) * stats.norm.cdf(widened))
+
+
+def _percentiles(resampled: Floats, num_clusters: int) -> tuple[float, float]:
+    # Resamples themselves, nothing between them: zero is then outside exactly where p is small.
+    rank = max(1, _rank(len(resampled), num_clusters))
+    ordered = np.sort(resampled)
+    return float(ordered[rank - 1]), float(ordered[-rank])
+
+
+def _smallest_share(num_clusters: int) -> float:
+    """The share of all photos that is at least of a kind, where all G seen are: the exact bound."""
+    return float((ALPHA / 2) ** (1 / num_clusters))
 
 
 def _two_sided_p(resampled: Floats, num_clusters: int) -> float:
@@ -156,23 +178,24 @@ def accuracy_interval(
 ) -> Interval:
     """Accuracy with its 95 % interval.
 
-    Where every row is right, or every row wrong, all resamples agree and the bootstrap would claim
-    certainty; there the exact binomial interval (Clopper and Pearson, 1934) is given, with photos
-    for trials.
+    Where the photos are all alike (every row right, say), all resamples agree and the bootstrap
+    would claim certainty. There the exact binomial interval (Clopper and Pearson, 1934) is given,
+    with photos for trials: how many of all photos could be of another kind, at worst all wrong or
+    all right.
 
     Args:
-        correct: (N,) bool.
+        correct: (N,) bool, or the share of several trainings that get the row right.
         images: (N,) photo of each row.
         resamples: number of resamples.
         seed: seed of the resampling.
     """
-    right = np.asarray(correct, dtype=bool)
+    right = np.asarray(correct, dtype=np.float64)
     sums = cluster_sums(np.stack([right, np.ones_like(right)], axis=1), images)
-    if len(sums) > 1 and (right.all() or not right.any()):
-        trials = len(sums)
-        exact = stats.binomtest(trials if right.all() else 0, trials).proportion_ci(1 - ALPHA)
-        return Interval(float(right[0]), float(exact.low), float(exact.high))
-    return interval(sums, lambda s: s[:, 0] / s[:, 1], resamples=resamples, seed=seed)
+    found = interval(sums, lambda s: s[:, 0] / s[:, 1], resamples=resamples, seed=seed)
+    if found.low is not None or len(sums) < 2:
+        return found
+    alike = _smallest_share(len(sums))
+    return Interval(found.value, alike * found.value, 1 - alike * (1 - found.value))
 
 
 def compare_predictions(
@@ -186,7 +209,10 @@ def compare_predictions(
     """The paired difference in accuracy of two models on the same rows.
 
     Both models are scored on the same resamples of photos, so what a hard photo takes from both
-    cancels out.
+    cancels out. Interval and p agree where resamples cannot tell them: if one model gets every row
+    right and the other none, both are those of the sign test over photos, which is exact. If the
+    resamples are too few for the interval's tail (very few photos need one far out) and would leave
+    out zero, there is no interval.
 
     Args:
         correct_first: (N,) bool.
@@ -201,12 +227,21 @@ def compare_predictions(
         raise ValueError(f"need two equal, non-empty rows, not {first.shape} and {second.shape}")
     gain = first.astype(np.int64) - second.astype(np.int64)
     sums = cluster_sums(np.stack([gain, np.ones_like(gain)], axis=1), images)
-    low = high = p = None
-    if len(sums) > 1:
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    if len(sums) > 1 and abs(gain.sum()) == len(gain):
+        # A photo that was not seen could at worst be the other model's alone.
+        worst = 2 * _smallest_share(len(sums)) - 1
+        low, high = (worst, 1.0) if gain[0] > 0 else (-1.0, -worst)
+        p = mcnemar(len(sums), 0)
+    elif len(sums) > 1:
         totals = resampled_sums(sums, resamples, seed)
         resampled = totals[:, 0] / totals[:, 1]
         low, high = _percentiles(resampled, len(sums))
         p = _two_sided_p(resampled, len(sums))
+        if not _rank(resamples, len(sums)) and not low <= 0 <= high:
+            low = high = None
     only_first, only_second = int(np.sum(gain > 0)), int(np.sum(gain < 0))
     return Difference(
         value=float(gain.mean()),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from clseave_cli.core.metrics.bootstrap import Interval, cluster_sums, interval
+from clseave_cli.core.metrics.bootstrap import Interval, accuracy_interval
 
 
 @dataclass(frozen=True)
@@ -66,5 +66,4 @@ def mean_accuracy_interval(
         seed: seed of the resampling.
     """
     share = np.mean([np.asarray(right, dtype=bool) for right in correct], axis=0)
-    sums = cluster_sums(np.stack([share, np.ones_like(share)], axis=1), images)
-    return interval(sums, lambda s: s[:, 0] / s[:, 1], resamples=resamples, seed=seed)
+    return accuracy_interval(share, images, resamples=resamples, seed=seed)

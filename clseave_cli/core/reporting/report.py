@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from clseave_cli.core.files import atomic_file, atomic_folder
+from clseave_cli.core.files import atomic_file, atomic_folder, writing
 from clseave_cli.core.reporting.curves import LearningCurve
 from clseave_cli.core.reporting.figures import draw_figures
 from clseave_cli.core.reporting.gallery import Gallery, Thumbnail, thumbnail
@@ -45,7 +46,7 @@ def write_report(
         results: the document.
         folder: where to write; made if it is not there.
         curves: learning curves of the models, see `curves.read_learning_curve`.
-        galleries: sections of pictures with sentences.
+        galleries: sections of pictures with sentences; empty ones are left out.
         title: heading of the report.
 
     Returns:
@@ -54,6 +55,7 @@ def write_report(
     Raises:
         ClseaveError: the disk is full or read-only.
     """
+    galleries = [gallery for gallery in galleries if gallery.items]
     drawn = draw_figures(results, curves)
     sections = build_sections(results, tuple(curves), drawn)
     thumbnails = {
@@ -97,6 +99,9 @@ def _write_pictures(folder: Path, thumbnails: dict[int, Thumbnail]) -> dict[int,
         with atomic_folder(folder) as aside:
             for key, name in names.items():
                 (aside / name).write_bytes(thumbnails[key].encoded)
+    elif folder.exists():
+        with writing(folder):
+            shutil.rmtree(folder)
     return {key: f"{folder.name}/{name}" for key, name in names.items()}
 
 
