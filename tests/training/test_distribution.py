@@ -54,10 +54,10 @@ def _assert_close(folder, reference):
     ours, theirs = _records(folder), _records(reference)
     assert len(ours) == len(theirs)
     for own, other in zip(ours, theirs, strict=True):
-        # The first steps agree to rounding; thirty of Adam and BatchNorm make more of it, how much
-        # depends on the processor.
-        tolerance = 1e-5 if own["epoch"] == 1 and own["step"] <= 3 else 4e-3
-        assert own.pop("dev", {}) == pytest.approx(other.pop("dev", {}), rel=4e-3)
+        # An epoch agrees to rounding; then Adam and BatchNorm make more of it, as much as the
+        # processor's rounding gives them to begin with.
+        tolerance = {1: 1e-5, 2: 1e-4}.get(own["epoch"], 0.03)
+        assert own.pop("dev", {}) == pytest.approx(other.pop("dev", {}), rel=tolerance)
         assert own.pop("loss") == pytest.approx(other.pop("loss"), rel=tolerance)
         assert own == other
     for path in sorted(reference.rglob("*.safetensors")):
@@ -66,9 +66,10 @@ def _assert_close(folder, reference):
                 continue  # a softmax does not see it: its gradient is nothing but rounding
             got = load_file(folder / path.relative_to(reference))[name]
             # Adam divides by the gradient's size: where that is next to nothing, rounding decides.
-            # A weight moves by up to 3e-3 in this run.
-            assert (got - wanted).abs().max() < 1e-3, name
-            assert (got - wanted).abs().float().mean() < 3e-5, name
+            # A weight moves by up to 3e-3 in this run; what BatchNorm counts, by the features' size.
+            most = 5e-3 if "running" in name else 1e-3
+            assert (got - wanted).abs().max() < most, name
+            assert (got - wanted).abs().float().mean() < most / 10, name
 
 
 def _wait_for_state(process, out, step):
