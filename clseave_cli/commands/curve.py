@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from clseave_cli import __version__
 from clseave_cli.commands import terminal
 from clseave_cli.core.config import AlignConfig, CurveConfig, EvaluateConfig, StudentConfig
 from clseave_cli.core.progress import Progress
@@ -51,20 +52,34 @@ def run(
     sizes = count_sentences(config, progress)
     measured = _measured(config, progress)
     points: list[DataPoint] = []
+    inputs: dict[str, str] = {}
     digest = functools.cache(file_digest)
     for languages, limit in _planned(config, sizes):
         student = _Student(config, languages, limit, measured, digest, progress)
         points += student.points(sizes)
+        inputs |= student.inputs()
     points.sort(key=lambda point: (point.num_sentences, point.languages))
     source_lang = source_language(_teacher(config))
     own = _accuracies(config, [source_lang], None, progress) if measured else {}
-    curves = DataCurves(tuple(points), config.split, own[source_lang].accuracy if own else None)
+    curves = DataCurves(
+        tuple(points),
+        config.split,
+        own[source_lang].accuracy if own else None,
+        _signature(config, inputs),
+    )
     curves.write(_out(config))
     if json:
         terminal.print_json(curves.to_json())
         return
     terminal.stdout().print(data_curves_table(curves))
     terminal.stdout().print(f"figure: {_out(config) / 'curve.png'}", soft_wrap=True)
+
+
+def _signature(config: CurveConfig, inputs: dict[str, str]) -> str:
+    """One line for the foot of the figure."""
+    files = (f"{name} {digest[:8]}" for name, digest in inputs.items())
+    resamples = f"{config.resamples:,} resamples by photo"
+    return " · ".join([f"clseave {__version__}", *files, f"seed {config.seed}", resamples])
 
 
 def _teacher(config: CurveConfig) -> Path:
@@ -151,7 +166,7 @@ class _Student:
         path = self._folder / "point.json"
         options = plain_options(self._options)
         measuring = {"split": self._config.split, "resamples": self._config.resamples}
-        record = {"options": options | measuring, "inputs": self._inputs()}
+        record = {"options": options | measuring, "inputs": self.inputs()}
         if path.is_file():
             kept = read_json(path)
             require_same(kept, record, self._folder)
@@ -190,7 +205,7 @@ class _Student:
             )
         return points
 
-    def _inputs(self) -> dict[str, str]:
+    def inputs(self) -> dict[str, str]:
         """Fingerprints of what the point depends on."""
         from clseave_cli.core.data.hub import data_folder
         from clseave_cli.core.data.records import split_path

@@ -1,8 +1,10 @@
 """`clseave curve`: its points are ordinary students, kept once measured, and told in three ways."""
 
 import json
+import re
 
 import pytest
+from PIL import Image
 from tiny_world import read_jsonl, write_jsonl
 
 from clseave_cli.core.config import AlignConfig, EvaluateConfig
@@ -32,6 +34,12 @@ def test_points_are_those_of_align_and_evaluate(world, runs, encoder, arguments,
         for languages in (lang, "de+nl")
         for number in (2, 5)
     }
+    assert re.search(
+        r"clseave \S+ · teacher \w{8} · snli_ve_train.jsonl \w{8} · .*snli_ve_test.nl.jsonl \w{8}"
+        r" · seed 0 · 20 resamples by photo$", document["signature"],
+    )  # fmt: skip
+    with Image.open(runs / "curve" / "curve.png") as figure:
+        assert figure.info["Description"] == document["signature"]
     # The same by hand.
     from clseave_cli.core.alignment import align
 
@@ -108,10 +116,12 @@ def test_the_table_is_of_the_figure_every_point_has():
         figures = {"recall_at_10": 0.25, **dev}
         return DataPoint("de", languages or ("de",), number, figures, 1.0, test)
 
-    curves = DataCurves((point(100, 0.5), point(20, 0.4), point(100, 0.6, "de", "nl")), "test", 0.9)
+    curves = DataCurves(
+        (point(100, 0.5), point(20, 0.4), point(100, 0.6, "de", "nl")), "test", 0.9, "s"
+    )
     assert curves.series == ["de", "de of de+nl"]
     assert curves.rows() == [["20", "40.0", "–"], ["100", "50.0", "60.0"]]
-    partly = DataCurves((point(100, 0.5), point(20, None)), "test", None)
+    partly = DataCurves((point(100, 0.5), point(20, None)), "test", None, "s")
     assert partly.rows() == [["20", "25.0"], ["100", "25.0"]]
-    on_dev = DataCurves((point(100, None, accuracy=0.7),), "test", None)
+    on_dev = DataCurves((point(100, None, accuracy=0.7),), "test", None, "s")
     assert on_dev.rows() == [["100", "70.0"]]

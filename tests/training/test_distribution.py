@@ -66,7 +66,7 @@ def _assert_close(folder, reference):
                 continue  # a softmax does not see it: its gradient is nothing but rounding
             got = load_file(folder / path.relative_to(reference))[name]
             # Adam divides by the gradient's size: where that is next to nothing, rounding decides.
-            # A weight moves by up to 3e-3 in this run; what BatchNorm counts, by the features' size.
+            # A weight moves by up to 3e-3 in this run; BatchNorm's means are of the features' size.
             most = 5e-3 if "running" in name else 1e-3
             assert (got - wanted).abs().max() < most, name
             assert (got - wanted).abs().float().mean() < most / 10, name

@@ -59,11 +59,13 @@ class DataCurves:
         points: by number of sentences.
         split: that accuracy was measured on.
         english: accuracy of the teacher there, in its own language.
+        signature: version, fingerprints of data and teacher, seed and resamples, in one line.
     """
 
     points: tuple[DataPoint, ...]
     split: str
     english: float | None
+    signature: str
 
     @property
     def series(self) -> list[str]:
@@ -101,7 +103,12 @@ class DataCurves:
     def to_json(self) -> dict[str, Any]:
         """The document `curve --json` prints."""
         points = [dataclasses.asdict(point) for point in self.points]
-        return {"split": self.split, "english": self.english, "points": points}
+        return {
+            "split": self.split,
+            "english": self.english,
+            "points": points,
+            "signature": self.signature,
+        }
 
     def write(self, folder: Path) -> None:
         """Writes JSON, Markdown and the figure.
@@ -140,6 +147,7 @@ class DataCurves:
                     _table(lines),
                     f"![{self.figure[1]}]({FIGURE_FILE})",
                     _table(details),
+                    self.signature,
                 ]
             )
             + "\n"

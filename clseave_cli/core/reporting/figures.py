@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
-from clseave_cli import __version__
 from clseave_cli.core.reporting.curves import LearningCurve
 from clseave_cli.core.results import LanguageResult, Results
 from clseave_cli.labels import LABELS
@@ -92,7 +91,7 @@ def draw_data_curves(curves: DataCurves) -> bytes:
     axes.xaxis.set_minor_formatter(NullFormatter())
     _axis_names(axes, "distinct sentences", curves.figure[1])
     figure.legend(loc="outside upper left", ncols=6, frameon=False, fontsize=8, labelcolor=_MUTED)
-    return _png(figure, f"{curves.figure[1]} · clseave {__version__}")
+    return _png(figure, curves.signature)
 
 
 def _png(figure: Figure, signature: str) -> bytes:
