@@ -598,7 +598,11 @@ class EvaluateConfig(SeededConfig, DataConfig, EngineConfig):
 class PredictConfig(ModelsConfig):
     """`predict`: the label of one image and sentence, or of a file of them."""
 
-    lang: str = option("en", "Language of the hypothesis; auto: identified.", metavar="LANG")
+    lang: str | None = option(
+        None,
+        "Language of the hypothesis; auto: identified; unset: CLIP-VE's own.",
+        metavar="LANG",
+    )
     batch_size: int = option(256, "Pairs computed at once.", least=1)
     resume: bool = option(False, "Continue an interrupted --output where it stopped.")
 

@@ -23,9 +23,9 @@ from clseave_cli.core.config import Precision, PredictConfig
 from clseave_cli.core.data.answers import AnswerFile, answer_line
 from clseave_cli.core.data.images import open_image
 from clseave_cli.core.data.pairs import Pair, read_pairs
-from clseave_cli.core.data.records import ENGLISH, require_language
+from clseave_cli.core.data.records import require_language
 from clseave_cli.core.identification import LanguageIdentifier
-from clseave_cli.core.inference import Floats, InferenceModel, load_model
+from clseave_cli.core.inference import Floats, InferenceModel, load_model, own_language
 from clseave_cli.core.pipeline import ahead
 from clseave_cli.core.progress import SILENT, Progress
 from clseave_cli.errors import ClseaveError, DataError, UsageError
@@ -104,7 +104,7 @@ class VisualEntailment:
     def from_pretrained(
         cls,
         runs: str | Path = "runs",
-        lang: str = ENGLISH,
+        lang: str | None = None,
         device: str = "auto",
         precision: Precision = "auto",
         *,
@@ -115,7 +115,7 @@ class VisualEntailment:
         Args:
             runs: folder of the models, or one that `clseave export` wrote.
             lang: language of the sentences; `auto` identifies it among those there is a model for
-                (needs the extra `langid`).
+                (needs the extra `langid`); None: the one CLIP-VE itself reads.
             device: `auto`, `cpu`, `cuda` or `cuda:N`; an exported model computes on the CPU.
             precision: arithmetic of the matrix products; an exported model has its own.
             lasting: as for `load_model`; False for one answer, soon and in little memory.
@@ -123,7 +123,9 @@ class VisualEntailment:
         Raises:
             ClseaveError: no model for the language, a damaged one, or an unknown device.
         """
-        if lang != AUTO:
+        if lang is None:
+            lang = own_language(Path(runs))
+        elif lang != AUTO:
             require_language(lang)
         languages = None if lang == AUTO else (lang,)
         model = load_model(
@@ -264,13 +266,14 @@ def predict_file(
             damaged or of another run.
     """
     tally: Counter[str] = Counter()
+    lang = config.lang or own_language(config.runs)
     name = str(source) if isinstance(source, Path) else "stdin"
     base = source.parent if isinstance(source, Path) else Path()
     with _reading(source) as stream:
         answers = _answer_file(config, target, stream)
         batches = read_pairs(stream, name, config.batch_size)
         if answers is not None:
-            batches = _unanswered(batches, answers, config.lang, tally)
+            batches = _unanswered(batches, answers, lang, tally)
         if answers is not None and answers.finished:
             # The first rows left to do come after all answers were compared with theirs.
             first = next(batches, None)
@@ -278,9 +281,7 @@ def predict_file(
                 return _result(tally)
             answers.reopen()
             batches = chain([first], batches)
-        model = VisualEntailment.from_pretrained(
-            config.runs, config.lang, config.device, config.precision
-        )
+        model = VisualEntailment.from_pretrained(config.runs, lang, config.device, config.precision)
         with _writing(answers, target) as out, progress.task("predict", unit="pairs") as task:
             for batch in batches:
                 outcomes = list(_judge_rows(model, base, batch, tally))

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from tiny_backbones import STUDENTS, TEACHERS, new_siglip, save_word_tokenizer
-from tiny_world import QUICK, read_jsonl, sentences, write_world
+from tiny_world import QUICK, read_jsonl, sentences, write_jsonl, write_world
 
 from clseave_cli import VisualEntailment
 from clseave_cli.core.alignment import align
@@ -14,6 +14,7 @@ from clseave_cli.core.config import (
     EvaluateConfig,
     ExportConfig,
     FinetuneConfig,
+    PredictConfig,
     PretrainConfig,
 )
 from clseave_cli.core.evaluation import evaluate
@@ -23,6 +24,7 @@ from clseave_cli.core.inference.torch_model import TorchModel
 from clseave_cli.core.models.clip_ve import ClipVE, source_language
 from clseave_cli.core.models.encoders import module_digest
 from clseave_cli.core.models.student import load_student
+from clseave_cli.core.prediction import predict_file
 from clseave_cli.core.pretraining import pretrain
 from clseave_cli.core.results import Results
 from clseave_cli.errors import ModelError
@@ -222,6 +224,20 @@ def test_students_imitate_the_chinese_original(chinese, chinese_world):
         figures.append(float(((found - wanted) ** 2).mean()))
     summary = json.loads((chinese / "align-en+de" / "training" / "summary.json").read_text())
     assert summary["dev"]["mse"] == pytest.approx(np.mean(figures), rel=1e-3)
+
+
+def test_without_a_language_sentences_are_in_the_source_models(chinese, chinese_world, tmp_path):
+    image = chinese_world / "images" / "test0.png"
+    answer = VisualEntailment.from_pretrained(chinese)(image, "红色的圆。")
+    assert answer.lang == "zh" and answer.model == str(chinese / "clip-ve")
+    for languages, own in ((("de", "zh"), "zh"), (("de",), "de")):
+        out = tmp_path / own
+        export(ExportConfig(runs=chinese, out=out, lang=languages, device="cpu"))
+        assert VisualEntailment.from_pretrained(out)(image, "红色的圆。").lang == own
+    rows, answers = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
+    write_jsonl(rows, [{"image": str(image), "hypothesis": "红色的圆。"}])
+    predict_file(PredictConfig(runs=chinese), rows, answers)
+    assert read_jsonl(answers)[0]["lang"] == "zh"
 
 
 def test_evaluate_compares_with_the_source_language(chinese, chinese_world, clseave, tmp_path):

@@ -46,6 +46,24 @@ class InferenceModel(Protocol):
         ...
 
 
+def own_language(runs: Path) -> str:
+    """The language CLIP-VE itself reads; of an exported folder without it, the first there is.
+
+    Args:
+        runs: as for `load_model`.
+
+    Raises:
+        ModelError: neither folder, or a damaged one.
+    """
+    from clseave_cli.core.inference import onnx_model
+
+    if onnx_model.is_exported(runs):
+        return onnx_model.own_language(runs)
+    from clseave_cli.core.models.clip_ve import source_language
+
+    return source_language(runs / "clip-ve")
+
+
 def load_model(
     runs: Path,
     languages: Sequence[str] | None = None,

@@ -34,6 +34,12 @@ def is_exported(folder: Path) -> bool:
     return (folder / "head.onnx").is_file()
 
 
+def own_language(folder: Path) -> str:
+    """The language CLIP-VE itself reads; where it was not exported, the first there is."""
+    encoders: dict[str, str] = peek(folder, FORMAT)["languages"]
+    return min(encoders, key=lambda lang: encoders[lang] != "clip-ve")
+
+
 class OnnxModel:
     """An exported folder, as an `InferenceModel`.
 
