@@ -119,7 +119,8 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> FinetuneRes
         sentences = team.spread(lambda: model.text(batch.sentences), batch.num_sentences)
         hypotheses = sentences[batch.sentence_of_row.to(device)]
         logits = model(hypotheses, train_vectors[batch.image_of_row.to(device)])
-        return functional.cross_entropy(logits, batch.labels.to(device))
+        labels = batch.labels.to(device)
+        return torch.stack([functional.cross_entropy(logits, labels), _accuracy(logits, labels)])
 
     def evaluate() -> dict[str, float]:
         hypotheses = embed_rows(model.text, dev_pairs.sentences)
@@ -127,7 +128,7 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> FinetuneRes
         labels = dev_pairs.labels.to(device)
         return {
             "loss": functional.cross_entropy(logits, labels).item(),
-            "accuracy": (logits.argmax(1) == labels).float().mean().item(),
+            "accuracy": _accuracy(logits, labels).item(),
         }
 
     stage = Stage(
@@ -138,12 +139,17 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> FinetuneRes
         loss=loss,
         evaluate=evaluate,
         selection=Selection(config.select, "lowest" if config.select == "loss" else "highest"),
+        figures=("accuracy",),
     )
     tokens = [pairs.sentences.tokens for pairs in (train_pairs, dev_pairs)]
     with reduced_vocabulary(model.text, *tokens):
         result = train(stage, config, device=device, folder=run.folder, progress=progress)
     run.publish(model.save, _card(config, len(train_split), result))
     return FinetuneResult(out, result)
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.argmax(dim=1) == labels).float().mean()
 
 
 def _require_two_labels(split: Split) -> None:

@@ -24,8 +24,9 @@ def write_model(folder, lines, summary=None):
 
 RECORDS = [
     '{"stage": "align", "step": 5, "epoch": 1, "loss": 0.9, "learning_rate": 1e-4}',
-    '{"stage": "align", "epoch": 1, "loss": 0.8, "dev": {"mse": 0.02, "accuracy": 0.6}}',
-    '{"stage": "align", "epoch": 2, "loss": 0.5, "dev": {"mse": 0.01, "accuracy": 0.7}}',
+    '{"stage": "align", "step": 10, "epoch": 1, "loss": 0.8, "accuracy": 0.5,'
+    ' "dev": {"mse": 0.02, "accuracy": 0.6}}',
+    '{"stage": "align", "step": 20, "epoch": 2, "loss": 0.5, "dev": {"mse": 0.01}}',
 ]
 
 
@@ -35,10 +36,11 @@ def test_reads_the_epochs_of_a_run(tmp_path):
         "align",
         "align-de",
         (
-            CurvePoint(1, 0.8, {"mse": 0.02, "accuracy": 0.6}),
-            CurvePoint(2, 0.5, {"mse": 0.01, "accuracy": 0.7}),
+            CurvePoint(1, 0.8, {"mse": 0.02, "accuracy": 0.6}, 0.5),
+            CurvePoint(2, 0.5, {"mse": 0.01}),
         ),
         2,
+        ((0.5, 1e-4),),
     )
 
 

@@ -354,16 +354,21 @@ def _loss_accuracy(runs: Sequence[LearningCurve]) -> Figure:
         if all("accuracy" in point.dev for point in run.points):
             right = axes.twinx()
             _tidy(right, None)
-            handles += right.plot(
-                epochs,
-                [100 * p.dev["accuracy"] for p in run.points],
-                "^--",
-                color="#0f8a6d",
-                markersize=3.5,
-                linewidth=1.4,
-                label="dev accuracy",
-            )
-            right.set_ylabel("dev accuracy, %", size=8, color=_MUTED)
+            trained = [p.train_accuracy for p in run.points if p.train_accuracy is not None]
+            lines = [("dev accuracy", "^--", _SERIES[2], [p.dev["accuracy"] for p in run.points])]
+            if len(trained) == len(epochs):
+                lines.insert(0, ("train accuracy", "v:", _SERIES[4], trained))
+            for label, style, colour, values in lines:
+                handles += right.plot(
+                    epochs,
+                    [100 * value for value in values],
+                    style,
+                    color=colour,
+                    markersize=3.5,
+                    linewidth=1.4,
+                    label=label,
+                )
+            right.set_ylabel("accuracy, %", size=8, color=_MUTED)
         if run.best_epoch is not None:
             handles.append(
                 axes.axvline(
@@ -374,7 +379,7 @@ def _loss_accuracy(runs: Sequence[LearningCurve]) -> Figure:
             handles=handles,
             loc="lower right",
             bbox_to_anchor=(1, 1),
-            ncols=4,
+            ncols=5,
             frameon=False,
             fontsize=7.5,
             labelcolor=_MUTED,
@@ -383,35 +388,47 @@ def _loss_accuracy(runs: Sequence[LearningCurve]) -> Figure:
     return figure
 
 
+def _dev(run: LearningCurve, name: str) -> list[tuple[float, float]]:
+    """A dev figure by epoch."""
+    return [(point.epoch, point.dev[name]) for point in run.points if name in point.dev]
+
+
 def _alignment(runs: Sequence[LearningCurve]) -> Figure:
-    """Dev MSE of every run by epoch, log scale: the thesis's Figure 4.1; accuracy beside it."""
-    with_accuracy = any("accuracy" in point.dev for run in runs for point in run.points)
-    figure = _figure(3.1)
-    panels = [("mse", 1.0, "dev MSE per dimension")]
-    if with_accuracy:
-        panels.append(("accuracy", 100.0, "dev accuracy, %"))
-    for index, (name, scale, title) in enumerate(panels, start=1):
-        axes = figure.add_subplot(1, len(panels), index)
+    """Errors and learning rate of every run: the thesis's Figure 4.1; accuracy beside them.
+
+    The training loss is the objective's: the mean squared error for `mse`.
+    """
+    panels: dict[str, Callable[[LearningCurve], list[tuple[float, float]]]] = {
+        "training loss": lambda run: [(p.epoch, p.train_loss) for p in run.points],
+        "dev MSE per dimension": lambda run: _dev(run, "mse"),
+        "dev MAE per dimension": lambda run: _dev(run, "mae"),
+        "dev accuracy, %": lambda run: [(x, 100 * y) for x, y in _dev(run, "accuracy")],
+        "learning rate": lambda run: list(run.rates),
+    }
+    drawn = [(title, read) for title, read in panels.items() if any(map(read, runs))]
+    num_rows = math.ceil(len(drawn) / 2)
+    figure = _figure(0.5 + 2.4 * num_rows)
+    for index, (title, read) in enumerate(drawn, start=1):
+        axes = figure.add_subplot(num_rows, 2, index)
         _tidy(axes)
         _title(axes, title)
+        by_epoch = title != "learning rate"
         for number, run in enumerate(runs):
-            points = [point for point in run.points if name in point.dev]
             colour = _SERIES[number % len(_SERIES)]
-            epochs = [point.epoch for point in points]
-            values = [scale * point.dev[name] for point in points]
+            points = read(run)
             axes.plot(
-                epochs,
-                values,
-                "o-",
+                [x for x, _ in points],
+                [y for _, y in points],
+                "o-" if by_epoch else "-",
                 color=colour,
                 markersize=3,
                 linewidth=1.3,
                 label=_plain(run.name.removeprefix("align-")),
             )
-            kept = [(e, v) for e, v in zip(epochs, values, strict=True) if e == run.best_epoch]
+            kept = [point for point in points if by_epoch and point[0] == run.best_epoch]
             if kept:
                 axes.plot(*kept[0], "o", color="white", markeredgecolor=colour, markersize=6)
-        if name == "mse":
+        if title in ("training loss", "dev MSE per dimension"):
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))

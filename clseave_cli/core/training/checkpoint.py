@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class LoopState:
         dev: all dev figures of the best epoch.
         last_dev: those of the last epoch done.
         epochs_without_gain: epochs since then.
-        loss_sum: training loss summed over this epoch's examples.
+        sums: of the training loss and the stage's figures over this epoch's examples.
         num_seen: examples seen this epoch.
         seconds: wall time of earlier sittings and this one.
         metrics_bytes: length of metrics.jsonl at this point.
@@ -58,7 +58,7 @@ class LoopState:
     dev: dict[str, float] | None = None
     last_dev: dict[str, float] | None = None
     epochs_without_gain: int = 0
-    loss_sum: float = 0.0
+    sums: list[float] = field(default_factory=list)
     num_seen: int = 0
     seconds: float = 0.0
     metrics_bytes: int = 0

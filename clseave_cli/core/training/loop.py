@@ -73,7 +73,8 @@ class Stage:
         prepare: gathers what some examples need, ahead of time in another thread; it depends on
             their numbers alone.
         loss: the mean loss of prepared examples, a scalar that can be differentiated; of several
-            processes, each gives that of all examples (`distribution`).
+            processes, each gives that of all examples (`distribution`). Where `figures` are named,
+            their means stand behind it: (1 + figures,).
         evaluate: dev figures; called with the module in eval mode and gradients off.
         selection: which of them chooses the checkpoint.
         title: goes into progress and messages, such as `align de`; otherwise the name.
@@ -81,6 +82,7 @@ class Stage:
             (none before the first); as many as `batches` makes of `num_examples`. None: `batches`.
         resumed: told the last dev figures when a saved state is gone on with, for an `evaluate`
             that looks at the epoch before.
+        figures: what else is recorded of the training examples, averaged as the loss is.
     """
 
     name: str
@@ -93,6 +95,7 @@ class Stage:
     title: str = ""
     sample: Callable[[int, dict[str, float]], list[Rows]] | None = None
     resumed: Callable[[dict[str, float]], object] | None = None
+    figures: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.title or self.name
@@ -193,7 +196,7 @@ class _Run:
         self.state = LoopState()
         self.best_weights: dict[str, Tensor] | None = None
         # Summed on the device in float64: exact enough, and reading it is the only wait.
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.sums = torch.zeros(1 + len(stage.figures), dtype=torch.float64, device=device)
         self.step_seconds = 0.0
         self.pairs_stepped = 0
         self.earlier_seconds = 0.0
@@ -270,9 +273,9 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         for part in parts:
             with self.autocast():
-                loss = self.stage.loss(part.examples)
-            self.scaler.scale(loss * part.share).backward()  # type: ignore[no-untyped-call]
-            self.loss_sum += loss.detach().double() * (part.share * len(rows))
+                means = self.stage.loss(part.examples).reshape(-1)
+            self.scaler.scale(means[0] * part.share).backward()  # type: ignore[no-untyped-call]
+            self.sums += means.detach().double() * (part.share * len(rows))
         self.processes.average_gradients(self.parameters)
         if self.config.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
@@ -285,10 +288,11 @@ class _Run:
         self.state.pairs += len(rows)
         return learning_rate
 
-    def _mean_loss(self) -> float:
-        loss = self.loss_sum.item() / self.state.num_seen
-        self._require_finite("the loss", loss)
-        return loss
+    def _means(self) -> dict[str, float]:
+        """The loss and the stage's figures, of this epoch's examples so far."""
+        means = (self.sums / self.state.num_seen).tolist()
+        self._require_finite("the loss", means[0])
+        return dict(zip(("loss", *self.stage.figures), means, strict=True))
 
     def _require_finite_weights(self) -> None:
         # The loss is that of the weights before the step. The largest one says it of all, at once.
@@ -304,7 +308,7 @@ class _Run:
 
     def _record_step(self, learning_rate: float) -> dict[str, float]:
         figures = {
-            "loss": self._mean_loss(),
+            **self._means(),
             "learning_rate": learning_rate,
             "pairs_per_second": self.pairs_stepped / max(self.step_seconds, 1e-9),
         }
@@ -337,7 +341,7 @@ class _Run:
 
     def _end_epoch(self) -> bool:
         """Dev figures, the best weights, the books of the epoch; True when patience is out."""
-        loss = self._mean_loss()
+        means = self._means()
         self._require_finite_weights()
         self.stage.module.eval()
         with torch.no_grad(), self.autocast():
@@ -353,14 +357,14 @@ class _Run:
             self.best_weights = snapshot(self.stage.module)
         else:
             state.epochs_without_gain += 1
-        self._record({"loss": loss, "dev": dev})
+        self._record({**means, "dev": dev})
         shown = " · ".join(f"{name} {figure:.4g}" for name, figure in overall(dev).items())
         self.progress.note(
-            f"{self.stage}: epoch {state.epoch + 1}: train loss {loss:.4f} · dev {shown}"
+            f"{self.stage}: epoch {state.epoch + 1}: train loss {means['loss']:.4f} · dev {shown}"
         )
         state.epoch += 1
         state.batch = state.num_seen = 0
-        self.loss_sum.zero_()
+        self.sums.zero_()
         patience = self.config.patience
         return (
             patience is not None
@@ -376,7 +380,7 @@ class _Run:
         if not (stopping or due):
             return
         # Never keep a state that is already lost.
-        self._mean_loss()
+        self._means()
         self._require_finite_weights()
         self.processes.once(self._save)
         self.saved_at = time.monotonic()
@@ -387,7 +391,7 @@ class _Run:
             )
 
     def _save(self) -> None:
-        self.state.loss_sum = self.loss_sum.item()
+        self.state.sums = self.sums.tolist()
         self.state.seconds = self._seconds()
         with writing(self.metrics), self.metrics.open("ab") as stream:
             # The state counts on these records: they must be on the disk before it is.
@@ -414,7 +418,7 @@ class _Run:
             self.progress.note(f"{self.stage}: no saved state to resume; starting afresh.")
             return
         self.state, self.best_weights = loaded
-        self.loss_sum.fill_(self.state.loss_sum)
+        self.sums.copy_(torch.tensor(self.state.sums, dtype=torch.float64))
         self.earlier_seconds = self.state.seconds
         if self.stage.resumed is not None and self.state.last_dev is not None:
             self.stage.resumed(self.state.last_dev)
