@@ -18,13 +18,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,8 +107,20 @@ def write_teacher(folder: Path, english: list[str], width: int) -> None:
 
 
 def peak_gib() -> float:
-    """Largest memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    """Largest memory of this process so far, without what getrusage inherits at a fork."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (peak,) = (line.split()[1] for line in lines if line.startswith("VmHWM:"))
+    return int(peak) / 2**20
+
+
+def apart(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+    """What a function gives in a process of its own, and the largest memory of that, GiB."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_with_peak, function, *arguments).result()
+
+
+def _with_peak(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+    return function(*arguments), peak_gib()
 
 
 # --- align ---
@@ -144,7 +157,8 @@ def bench_align(arguments: argparse.Namespace, out: Path) -> None:
           f"{dev_vectors.var(dim=0).mean():.3f}", flush=True)  # fmt: skip
 
     begin = time.perf_counter()
-    result = align(
+    result, peak = apart(
+        align,
         AlignConfig(
             data=str(out / "data"),
             lang=(arguments.lang,),
@@ -155,7 +169,7 @@ def bench_align(arguments: argparse.Namespace, out: Path) -> None:
             epochs=arguments.epochs,
             learning_rate=arguments.learning_rate,
             select="mse",
-        )
+        ),
     )
     seconds = time.perf_counter() - begin
     assert result.training is not None
@@ -163,7 +177,7 @@ def bench_align(arguments: argparse.Namespace, out: Path) -> None:
     own = resolve_precision(arguments.precision, CPU)
     print(
         f"clseave align                     {own} {ours:6.1f} pairs/s · dev MSE "
-        f"{result.training.dev['mse']:.4f} · everything {seconds:.0f} s · {peak_gib():.2f} GiB",
+        f"{result.training.dev['mse']:.4f} · everything {seconds:.0f} s · {peak:.2f} GiB",
         flush=True,
     )
     # Its trainer computes in float32 unless told otherwise, and the recipe does not tell it.
@@ -171,13 +185,14 @@ def bench_align(arguments: argparse.Namespace, out: Path) -> None:
         ("equal", _equal_student, own),
         ("as shipped", _shipped_student, "fp32"),
     ):
-        rate, mse = _sentence_transformers(
-            recipe, precision, arguments, out, training, training_vectors, held_out, dev_vectors
+        (rate, mse), peak = apart(
+            _sentence_transformers,
+            *(recipe, precision, arguments, out, training, training_vectors, held_out, dev_vectors),
         )
         print(
             f"sentence-transformers, {title:<10} {precision} {rate:6.1f} pairs/s · "
             f"dev MSE {mse:.4f} · "
-            f"{peak_gib():.2f} GiB · ratio {ours / rate:.2f}",
+            f"{peak:.2f} GiB · ratio {ours / rate:.2f}",
             flush=True,
         )
 
@@ -334,25 +349,29 @@ def bench_finetune(arguments: argparse.Namespace, out: Path) -> None:
     training, dev = (read_split(data, split) for split in ("train", "dev"))
     folder = ImageFolder.of(data, None)
     num_pairs = len(training) * config.epochs
-    clock = Clock()
-    result = finetune(config, clock)
-    assert result.training is not None
-    features = clock.seconds["train: image features"]
-    steps = sum(seconds for title, seconds in clock.seconds.items() if "epoch" in title)
+    (trained, clock), peak = apart(_timed, config)
+    features = clock["train: image features"]
+    steps = sum(seconds for title, seconds in clock.items() if "epoch" in title)
     ours = num_pairs / (features + steps)
     print(
         f"clseave finetune-ve  {ours:7.2f} pairs/s: {features:.1f} s features of "
         f"{len(training.image_names)} images, {steps:.1f} s in {config.epochs} epochs of "
-        f"{len(training)} pairs · {_figures(ClipVE.from_folder(result.folder), dev, folder)} · "
-        f"{peak_gib():.2f} GiB",
+        f"{len(training)} pairs · {_figures(ClipVE.from_folder(trained), dev, folder)} · "
+        f"{peak:.2f} GiB",
         flush=True,
     )
-    model, seconds = _plain_loop(config, folder, training)
+    (model, seconds), peak = apart(_plain_loop, config, folder, training)
     theirs = num_pairs / seconds
     print(
         f"plain loop           {theirs:7.2f} pairs/s: {seconds:.1f} s · "
-        f"{_figures(model, dev, folder)} · {peak_gib():.2f} GiB · ratio {ours / theirs:.1f}"
+        f"{_figures(model, dev, folder)} · {peak:.2f} GiB · ratio {ours / theirs:.1f}"
     )
+
+
+def _timed(config: FinetuneConfig) -> tuple[Path, dict[str, float]]:
+    """The folder of the model that `finetune-ve` trains, and the seconds of its parts."""
+    clock = Clock()
+    return finetune(config, clock).folder, clock.seconds
 
 
 def _premises(model: ClipVE, split: Split, rows: Any, folder: ImageFolder) -> Tensor:
