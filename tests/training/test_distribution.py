@@ -1,6 +1,8 @@
 """Two processes train together: the run of one process, written once, safe to kill."""
 
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -179,3 +181,27 @@ def test_commands_for_one_process_say_so(monkeypatch, refused, command):
     more = {"predict": ["x.jpg", "x"], "compare": ["a", "b"]}.get(command, [])
     error = refused(command, *more, code=2)
     assert error == f"clseave: {command}: works in one process; start it without a launcher."
+
+
+@pytest.mark.parametrize("stage", ["align"], indirect=True)
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+        # --multi_gpu is what makes it start several; without a GPU they compute on the CPU.
+        ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+         "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"],
+    ],
+    ids=["torchrun", "accelerate"],
+)  # fmt: skip
+def test_the_launchers_start_it(stage, launcher, tmp_path):
+    pytest.importorskip(launcher[0].partition(".")[0])
+    _, arguments = stage
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, "-m", "clseave_cli", *arguments, "--max-steps", "2"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    # One of the two writes and speaks; the teacher's sentences were shared out.
+    assert done.stderr.count("align de+nl: epoch 1: train loss") == 1
+    assert load_file(tmp_path / "runs" / "align-de+nl" / "projection.safetensors")
