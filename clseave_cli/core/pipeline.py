@@ -14,7 +14,9 @@ Result = TypeVar("Result")
 
 def usable_cores() -> int:
     """How many cores this process may use, which may be fewer than the machine has."""
-    return len(os.sched_getaffinity(0))
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def ahead(

@@ -26,7 +26,7 @@ from clseave_cli.core.data.pairs import Pair, read_pairs
 from clseave_cli.core.data.records import require_language
 from clseave_cli.core.identification import LanguageIdentifier
 from clseave_cli.core.inference import Floats, InferenceModel, load_model, own_language
-from clseave_cli.core.pipeline import ahead
+from clseave_cli.core.pipeline import ahead, usable_cores
 from clseave_cli.core.progress import SILENT, Progress
 from clseave_cli.errors import ClseaveError, DataError, UsageError
 from clseave_cli.labels import LABELS, Label
@@ -182,7 +182,7 @@ class VisualEntailment:
                 found[name] = self._images[stamp]
             else:
                 new.append((name, stamp))
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        with ThreadPoolExecutor(max_workers=usable_cores()) as pool:
             decoded = ahead(pool, self._decode, [name for name, _ in new], _IMAGES_AHEAD)
             items = zip(new, decoded, strict=True)
             while batch := list(islice(items, _IMAGE_BATCH)):

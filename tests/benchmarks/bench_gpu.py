@@ -6,7 +6,9 @@
 Architectures are those of mBERT and CLIP ViT-B/16 with random weights, sentences real ones varied
 until there are as many as SNLI-VE has, pictures noise of 500 × 375 pixels. Without `--steps` it
 runs the thesis's nine epochs of `align` and six of `finetune-ve` on 529,527 pairs; with it so many
-steps of each. `--shape small --device cpu --steps 3` is a dry run for a machine without GPU.
+steps of each. Last come bare steps of the student, as it is, compiled, and compiled into CUDA
+graphs: if either pays there, `align` should have it. `--shape small --device cpu --steps 3` is a
+dry run for a machine without GPU.
 
 Written for one H200 and not run on one yet. To be reached there: 20,000 pairs/s and four minutes
 in `align`, one minute for the features and five for the six epochs in `finetune-ve`.
@@ -23,7 +25,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +36,27 @@ from bench_full_size import write_bert, write_clip
 from bench_training import LABELS, SMALL_BERT, Clock, parallel_pairs, write_pairs
 from PIL import Image
 from torch import nn
+from torch.nn import functional
 
 from clseave_cli.core.alignment import align
 from clseave_cli.core.config import AlignConfig, FinetuneConfig
 from clseave_cli.core.finetuning import finetune
 from clseave_cli.core.models import backbones
+from clseave_cli.core.models.encoders import SentenceEncoder
+from clseave_cli.core.models.packing import PackedBatch
 from clseave_cli.core.models.student import new_student
+from clseave_cli.core.models.vocabulary import reduced_vocabulary
 from clseave_cli.core.training.loop import TrainingResult
+from clseave_cli.core.training.precision import autocast, resolve_device
 
 #: Dense bf16 peak of an H200 (SXM) in the vendor's data sheet, FLOP/s.
 H200_PEAK = 989e12
 
 #: SNLI-VE's size: pairs and photos of the training split.
 SNLI_VE_PAIRS, SNLI_VE_PHOTOS = 529_527, 29_783
+
+#: Bare steps of the student: sentences a step, and how many steps come first and do not count.
+BATCH_SIZE, WARM_UP = 128, 5
 
 
 @dataclass(frozen=True)
@@ -131,6 +141,72 @@ def report(title: str, training: TrainingResult, encoder: Any, sentences: list[s
     )
 
 
+def bare_steps(
+    folder: Path, embedding_dim: int, sentences: list[str], device: torch.device, steps: int
+) -> None:
+    """Prints the rate of forward, backward and optimiser alone, eager and compiled.
+
+    Every batch has the same number of rows, so that there is one shape to compile for.
+    """
+    modes = {"eager": None, "compiled": "default"}
+    if device.type == "cuda":
+        modes["compiled, CUDA graphs"] = "reduce-overhead"
+    for title, mode in modes.items():
+        torch.manual_seed(0)
+        torch.compiler.reset()
+        student = new_student(folder, embedding_dim).to(device).train()
+        student.verify_packing()
+        tokens = student.tokenize(sentences[: BATCH_SIZE * (WARM_UP + steps)])
+        parts = np.array_split(np.arange(len(tokens)), WARM_UP + steps)
+        with reduced_vocabulary(student, tokens):
+            batches = [student.pack(tokens, part).to(device) for part in parts]
+            rows = max(len(batch.input_ids) for batch in batches)
+            batches = [with_rows(batch, rows) for batch in batches]
+            if mode is not None:
+                student.backbone.compile(mode=mode)
+            optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
+            first = train_on(student, optimizer, batches[:WARM_UP])
+            seconds = train_on(student, optimizer, batches[WARM_UP:])
+        print(
+            f"bare steps   {title:<22} {sum(map(len, parts[WARM_UP:])) / seconds:,.0f} pairs/s · "
+            f"first {WARM_UP} steps {first:.1f} s",
+            flush=True,
+        )
+
+
+def train_on(
+    student: SentenceEncoder, optimizer: torch.optim.Optimizer, batches: list[PackedBatch]
+) -> float:
+    """One step on each batch; returns the seconds."""
+    with_autocast = autocast("auto", student.device)
+    begin = time.perf_counter()
+    for batch in batches:
+        optimizer.zero_grad(set_to_none=True)
+        with with_autocast():
+            embeddings = student(batch).float()
+        functional.mse_loss(embeddings, torch.zeros_like(embeddings)).backward()
+        optimizer.step()
+    if student.device.type == "cuda":
+        torch.cuda.synchronize(student.device)
+    return time.perf_counter() - begin
+
+
+def with_rows(batch: PackedBatch, rows: int) -> PackedBatch:
+    """A batch with unused rows below, so that there are `rows`."""
+    missing = rows - len(batch.input_ids)
+
+    def below(part: torch.Tensor, value: int) -> torch.Tensor:
+        return functional.pad(part, (0, 0, 0, missing), value=value)
+
+    return replace(
+        batch,
+        input_ids=below(batch.input_ids, 0),
+        positions=below(batch.positions, 0),
+        segments=below(batch.segments, -1),
+        groups=(),
+    )
+
+
 @contextmanager
 def timed(title: str) -> Iterator[None]:
     """Prints how long a block took."""
@@ -209,7 +285,10 @@ def run(arguments: argparse.Namespace, out: Path, sizes: Sizes) -> None:
     print(f"teacher      {clock.seconds['teacher embeddings']:.1f} s", flush=True)
     assert aligned.training is not None
     student = new_student(out / "bert", teacher.embedding_dim)
-    report("align", aligned.training, student, [target for _, target in training])
+    targets = [target for _, target in training]
+    report("align", aligned.training, student, targets)
+    device = resolve_device(arguments.device)
+    bare_steps(out / "bert", teacher.embedding_dim, targets, device, arguments.steps or 50)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Two ways to train students for several languages, side by side on the same rows and seeds.
 
     python tests/benchmarks/compare_students.py --demo DIR … --out DIR [--only NAME …]
+        [--student-seed N …]
 
 Each DIR is what `clseave demo --out DIR` left, one for each seed; the students take the demo's
-seed. Every question compares two sets of students on the test split: accuracy by language, the
-paired difference with its 95 % interval (resampled by photo), and whether it is a tie. What is
-finished is not trained again.
+seed, or there is a set of them for each seed named. Every question compares two sets of students on
+the test split: accuracy by language, the paired difference with its 95 % interval (resampled by
+photo), and whether it is a tie. What is finished is not trained again.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
 
 from clseave_cli.commands.terminal import TerminalProgress
 from clseave_cli.core.alignment import align
@@ -50,12 +54,18 @@ QUESTIONS = {
 }
 
 
-def report(demo: Path, out: Path, wanted: Students) -> Path:
+def seed_of(demo: Path) -> int:
+    """The seed a demo was made with."""
+    seed: int = read_json(demo / "runs" / "clip-ve" / "training" / "run.json")["options"]["seed"]
+    return seed
+
+
+def report(demo: Path, out: Path, wanted: Students, seed: int) -> Path:
     """Trains a set of students, unless they are there, and evaluates them; returns the report."""
-    seed = read_json(demo / "runs" / "clip-ve" / "training" / "run.json")["options"]["seed"]
     langs = [lang for lang in languages(demo / "data", "train") if lang != ENGLISH]
     name = "-".join(str(value) for value in wanted.options.values())
-    students = out / f"seed{seed}" / ("together" if wanted.together else "single") / (name or "all")
+    group_name = f"seed{seed_of(demo)}" + ("" if seed == seed_of(demo) else f"-students{seed}")
+    students = out / group_name / ("together" if wanted.together else "single") / (name or "all")
     if (students / "report" / "results.json").is_file():
         return students / "report"
     for group in [tuple(langs)] if wanted.together else [(lang,) for lang in langs]:
@@ -97,30 +107,44 @@ def cell(found: LanguageComparison) -> str:
     )
 
 
+def mean_cell(differences: tuple[float, ...]) -> str:
+    """The mean difference over the runs, in points, with its 95 % interval by Student's t."""
+    points = 100 * np.array(differences)
+    mean, spread = points.mean(), stats.sem(points)
+    low, high = stats.t.interval(0.95, len(points) - 1, mean, spread)
+    return f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
 def main() -> None:
     """Prints a Markdown table for each question; a star marks what is no tie."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--demo", type=Path, nargs="+", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="*", choices=QUESTIONS, default=list(QUESTIONS))
+    parser.add_argument("--student-seed", type=int, nargs="*", default=[])
     given = parser.parse_args()
+    runs = [(demo, seed) for demo in given.demo for seed in given.student_seed or [seed_of(demo)]]
     for question in given.only:
         first, second = QUESTIONS[question]
         print(f"\n{question} (as against: {second})\n")
-        for number, demo in enumerate(given.demo):
+        differences = []
+        for number, (demo, seed) in enumerate(runs):
             compared = [
                 found
                 for found in compare_reports(
-                    report(demo, given.out, first), report(demo, given.out, second)
+                    report(demo, given.out, first, seed), report(demo, given.out, second, seed)
                 ).languages
                 if found.lang != ENGLISH
             ]
             if number == 0:
-                print(f"| demo | {' | '.join(found.lang for found in compared)} | wins |")
+                print(f"| demo, seed | {' | '.join(found.lang for found in compared)} | wins |")
                 print("|---|" + "---|" * (len(compared) + 1))
-            wins = sum(found.difference.value > 0 for found in compared)
+            differences.append([found.difference.value for found in compared])
+            wins = sum(value > 0 for value in differences[-1])
             cells = " | ".join(cell(found) for found in compared)
-            print(f"| {demo.name} | {cells} | {wins} of {len(compared)} |", flush=True)
+            print(f"| {demo.name}, {seed} | {cells} | {wins} of {len(compared)} |", flush=True)
+        if len(runs) > 1:
+            print(f"| mean | {' | '.join(map(mean_cell, zip(*differences, strict=True)))} | |")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from clseave_cli.core.inference import Floats, InferenceModel
+from clseave_cli.core.pipeline import usable_cores
 
 #: Image embeddings kept, so that asking again about a photo costs only the sentence.
 _KEPT_IMAGES = 1024
@@ -63,7 +63,7 @@ class Batcher:
         self._queue: asyncio.Queue[_Request] = asyncio.Queue()
         self._embeddings: OrderedDict[bytes, Floats] = OrderedDict()
         # As many as there are cores: a decoded photo is large, and more would only take memory.
-        self._decoding = ThreadPoolExecutor(os.cpu_count() or 1, "decode")
+        self._decoding = ThreadPoolExecutor(usable_cores(), "decode")
         self._computing = ThreadPoolExecutor(1, "compute")
 
     async def judge(
