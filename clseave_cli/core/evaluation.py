@@ -37,7 +37,12 @@ from clseave_cli.core.metrics.baselines import (
     predict_from_hypotheses,
     shuffled_rows,
 )
-from clseave_cli.core.metrics.bootstrap import Difference, Interval, compare_predictions
+from clseave_cli.core.metrics.bootstrap import (
+    Difference,
+    Interval,
+    accuracy_interval,
+    compare_predictions,
+)
 from clseave_cli.core.metrics.classification import agreement, probabilities, score
 from clseave_cli.core.metrics.guesses import Guesses, kept_guesses
 from clseave_cli.core.metrics.seeds import mean_accuracy_interval
@@ -474,7 +479,12 @@ def _language_result(
     if hypothesis_only is not None:
         hard = hypothesis_only != own.split.labels
         more["num_hard"] = int(hard.sum())
-        more["hard_accuracy"] = float(own.correct[hard].mean()) if hard.any() else None
+        if hard.any():
+            found = accuracy_interval(
+                own.correct[hard], own.images[hard], resamples=config.resamples, seed=config.seed
+            )
+            more["hard_accuracy"] = found.value
+            more["hard_accuracy_low"], more["hard_accuracy_high"] = found.low, found.high
     if source is not None:
         more |= _against_source(config, own, source)
     student = outputs.get(own.system.lang)

@@ -45,13 +45,14 @@ class LanguageResult:
         num_examples: rows.
         num_images: photos that the rows share.
         accuracy: fraction right, with the ends of its 95 % interval (None: one photo only).
-        loss: mean cross-entropy in nats.
+        loss: mean cross-entropy in nats, with its 95 % interval.
         macro_f1: unweighted mean of the labels' F1, with its 95 % interval.
         per_class: precision, recall, F1 and support by label name.
         confusion: counts; row: gold label, column: predicted, in the order of `LABELS`.
         ece: expected calibration error, 15 bins.
         reliability: the non-empty bins behind `ece`.
-        hard_accuracy: accuracy on the rows that the hypothesis-only baseline gets wrong.
+        hard_accuracy: accuracy on the rows that the hypothesis-only baseline gets wrong, with its
+            95 % interval.
         num_hard: how many those are.
         ratio_to_english: accuracy divided by the source language's on the same rows; English
             unless `Signature.source_lang` says otherwise.
@@ -77,7 +78,11 @@ class LanguageResult:
     confusion: tuple[tuple[int, ...], ...]
     ece: float
     reliability: tuple[ReliabilityPoint, ...]
+    loss_low: float | None = None
+    loss_high: float | None = None
     hard_accuracy: float | None = None
+    hard_accuracy_low: float | None = None
+    hard_accuracy_high: float | None = None
     num_hard: int | None = None
     ratio_to_english: float | None = None
     agreement_with_english: float | None = None
@@ -104,7 +109,9 @@ class LanguageResult:
             accuracy=scores.accuracy.value,
             accuracy_low=scores.accuracy.low,
             accuracy_high=scores.accuracy.high,
-            loss=scores.loss,
+            loss=scores.loss.value,
+            loss_low=scores.loss.low,
+            loss_high=scores.loss.high,
             macro_f1=scores.macro_f1.value,
             macro_f1_low=scores.macro_f1.low,
             macro_f1_high=scores.macro_f1.high,

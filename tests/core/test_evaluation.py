@@ -16,12 +16,14 @@ from clseave_cli.core.config import EvaluateConfig
 from clseave_cli.core.data.records import read_split
 from clseave_cli.core.evaluation import evaluate
 from clseave_cli.core.files import file_digest
+from clseave_cli.core.metrics.bootstrap import accuracy_interval
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.student import new_student, save_student
 from clseave_cli.core.results import Results
 from clseave_cli.core.translation import engine as engines
 from clseave_cli.core.translation.engine import Identity, Limits, Rejection
 from clseave_cli.errors import DataError, TranslationError, UsageError
+from clseave_cli.labels import LABELS
 
 
 class Glossary:
@@ -415,6 +417,29 @@ def test_nlvr_as_it_is(assets, trained):
     assert english.per_class["neutral"].support == 0
     assert sum(map(sum, english.confusion)) == 199
     assert document.baselines["en"].hypothesis_only is not None
+
+
+def test_hard_rows_are_those_that_the_wording_does_not_give_away(
+    data, trained, tmp_path, monkeypatch
+):
+    always = LABELS.index("neutral")
+    monkeypatch.setattr(
+        "clseave_cli.core.evaluation.predict_from_hypotheses",
+        lambda _, __, hypotheses: np.full(len(hypotheses), always),
+    )
+    config = _config(data, trained, lang=("en",), report=tmp_path / "report", resamples=200)
+    (english,) = evaluate(config).results
+    rows = read_jsonl(tmp_path / "report" / "predictions.en.jsonl")
+    hard = [row for row in rows if row["label"] != "neutral"]
+    right = [row["predicted"] == row["label"] for row in hard]
+    assert english.num_hard == len(hard) < english.num_examples
+    found = accuracy_interval(right, [row["image"] for row in hard], resamples=200, seed=0)
+    assert (found.value, found.low, found.high) == (
+        english.hard_accuracy,
+        english.hard_accuracy_low,
+        english.hard_accuracy_high,
+    )
+    assert english.loss_low <= english.loss <= english.loss_high
 
 
 def test_one_folder_of_images_may_serve_rows_in_any_order(data, trained):

@@ -7,6 +7,7 @@ from clseave_cli.core.metrics.bootstrap import (
     compare_predictions,
     interval,
     mcnemar,
+    mean_interval,
     resampled_sums,
 )
 from clseave_cli.core.metrics.classification import macro_f1
@@ -64,6 +65,20 @@ def test_independent_rows_give_the_textbook_standard_error():
     half = 1.96 * np.sqrt(0.7 * 0.3 / 2000)
     assert found.low == pytest.approx(0.7 - half, abs=0.0015)
     assert found.high == pytest.approx(0.7 + half, abs=0.0015)
+
+
+def test_a_mean_of_independent_rows_has_the_textbook_standard_error():
+    losses = np.random.default_rng(4).exponential(2.0, size=2000)
+    found = mean_interval(losses, np.arange(2000), resamples=4000, seed=0)
+    half = 1.96 * losses.std() / np.sqrt(2000)
+    assert found.value == pytest.approx(losses.mean())
+    assert found.low == pytest.approx(losses.mean() - half, abs=0.01)
+    assert found.high == pytest.approx(losses.mean() + half, abs=0.01)
+
+
+def test_a_mean_whose_photos_are_all_alike_has_no_interval():
+    found = mean_interval([1.0, 3.0, 1.0, 3.0], ["a", "a", "b", "b"], resamples=50, seed=0)
+    assert (found.value, found.low, found.high) == (2.0, None, None)
 
 
 def test_the_thesis_size_gives_plus_minus_two_thirds_of_a_point():

@@ -30,7 +30,9 @@ def test_equals_scikit_learn_on_random_tables(seed):
     predicted = logits.argmax(axis=1)
     assert scores.accuracy.value == pytest.approx(accuracy_score(labels, predicted))
     assert scores.macro_f1.value == pytest.approx(f1_score(labels, predicted, average="macro"))
-    assert scores.loss == pytest.approx(log_loss(labels, probabilities(logits), labels=[0, 1, 2]))
+    assert scores.loss.value == pytest.approx(
+        log_loss(labels, probabilities(logits), labels=[0, 1, 2])
+    )
     assert np.array_equal(scores.confusion, confusion_matrix(labels, predicted, labels=[0, 1, 2]))
     expected = sklearn_report(labels, predicted, target_names=LABELS, output_dict=True)
     for name in LABELS:
@@ -91,13 +93,15 @@ def test_a_model_that_is_always_sure_and_always_right_is_calibrated():
 
 def test_logits_far_apart_have_a_finite_loss():
     scores = score([0, 1], [[0.0, 1000.0, 0.0], [0.0, 1000.0, 0.0]], ["a", "b"], resamples=10)
-    assert scores.loss == pytest.approx(500)
+    assert scores.loss.value == pytest.approx(500)
 
 
 def test_loss_does_not_change_with_a_constant_added_to_the_logits():
     labels, logits, images = random_table(1)
     shifted = score(labels, logits + 7, images, resamples=10)
-    assert shifted.loss == pytest.approx(score(labels, logits, images, resamples=10).loss)
+    assert shifted.loss.value == pytest.approx(
+        score(labels, logits, images, resamples=10).loss.value
+    )
 
 
 def test_agreement_counts_equal_labels_right_or_wrong():

@@ -173,6 +173,22 @@ def _two_sided_p(resampled: Floats, num_clusters: int) -> float:
     return float(2 * stats.t.cdf(narrowed, num_clusters - 1))
 
 
+def mean_interval(
+    values: npt.ArrayLike, images: npt.ArrayLike, *, resamples: int, seed: int
+) -> Interval:
+    """A mean over rows with its 95 % interval.
+
+    Args:
+        values: (N,) numbers.
+        images: (N,) photo of each row.
+        resamples: number of resamples.
+        seed: seed of the resampling.
+    """
+    column = np.asarray(values, dtype=np.float64)
+    sums = cluster_sums(np.stack([column, np.ones_like(column)], axis=1), images)
+    return interval(sums, lambda s: s[:, 0] / s[:, 1], resamples=resamples, seed=seed)
+
+
 def accuracy_interval(
     correct: npt.ArrayLike, images: npt.ArrayLike, *, resamples: int, seed: int
 ) -> Interval:
@@ -189,12 +205,11 @@ def accuracy_interval(
         resamples: number of resamples.
         seed: seed of the resampling.
     """
-    right = np.asarray(correct, dtype=np.float64)
-    sums = cluster_sums(np.stack([right, np.ones_like(right)], axis=1), images)
-    found = interval(sums, lambda s: s[:, 0] / s[:, 1], resamples=resamples, seed=seed)
-    if found.low is not None or len(sums) < 2:
+    found = mean_interval(correct, images, resamples=resamples, seed=seed)
+    num_photos = len(np.unique(np.asarray(images)))
+    if found.low is not None or num_photos < 2:
         return found
-    alike = _smallest_share(len(sums))
+    alike = _smallest_share(num_photos)
     return Interval(found.value, alike * found.value, 1 - alike * (1 - found.value))
 
 

@@ -19,6 +19,7 @@ from clseave_cli.core.metrics.bootstrap import (
     accuracy_interval,
     cluster_sums,
     interval,
+    mean_interval,
 )
 from clseave_cli.labels import LABELS
 
@@ -54,7 +55,7 @@ class Scores:
         num_images: photos the rows share.
         accuracy: share of rows whose largest logit is the gold label's, with its 95 % interval.
         macro_f1: unweighted mean of the three F1, with its 95 % interval.
-        loss: mean cross-entropy in nats.
+        loss: mean cross-entropy in nats, with its 95 % interval.
         confusion: (C, C) counts; row: gold label, column: predicted.
         per_class: by label name.
         ece: expected calibration error, a fraction.
@@ -65,7 +66,7 @@ class Scores:
     num_images: int
     accuracy: Interval
     macro_f1: Interval
-    loss: float
+    loss: Interval
     confusion: tuple[tuple[int, ...], ...]
     per_class: dict[str, ClassScores]
     ece: float
@@ -118,7 +119,9 @@ def score(
         num_images=len(sums),
         accuracy=accuracy_interval(gold == predicted, images, resamples=resamples, seed=seed),
         macro_f1=interval(sums, macro_f1, resamples=resamples, seed=seed),
-        loss=float(-log_p[np.arange(len(gold)), gold].mean()),
+        loss=mean_interval(
+            -log_p[np.arange(len(gold)), gold], images, resamples=resamples, seed=seed
+        ),
         confusion=tuple(tuple(int(count) for count in row) for row in confusion),
         per_class={
             name: ClassScores(

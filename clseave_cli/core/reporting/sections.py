@@ -72,6 +72,10 @@ def _interval(low: float | None, high: float | None) -> str:
     return DASH if low is None else f"{percent(low)} – {percent(high)}"
 
 
+def _decimal_interval(low: float | None, high: float | None) -> str:
+    return DASH if low is None else f"{decimal(low)} – {decimal(high)}"
+
+
 def _difference_interval(difference: Difference | None) -> str:
     if difference is None or difference.low is None:
         return DASH
@@ -202,6 +206,7 @@ def _accuracy(results: Results) -> Section:
                     "macro-F1, %",
                     "95 % interval",
                     "loss",
+                    "95 % interval",
                 ),
                 tuple(
                     (
@@ -213,6 +218,7 @@ def _accuracy(results: Results) -> Section:
                         percent(r.macro_f1),
                         _interval(r.macro_f1_low, r.macro_f1_high),
                         decimal(r.loss),
+                        _decimal_interval(r.loss_low, r.loss_high),
                     )
                     for r in results.results
                 ),
@@ -306,6 +312,7 @@ def _baselines(results: Results) -> Section:
                 *(percent(value) for value in values),
                 points(r.accuracy - max(known)) if known else DASH,
                 percent(r.hard_accuracy),
+                _interval(r.hard_accuracy_low, r.hard_accuracy_high),
                 DASH if r.num_hard is None else f"{r.num_hard:,}",
             )
         )
@@ -325,6 +332,7 @@ def _baselines(results: Results) -> Section:
                     "shuffled image, %",
                     "gain over best, points",
                     "on hard rows, %",
+                    "95 % interval",
                     "hard rows",
                 ),
                 tuple(rows),
