@@ -28,6 +28,7 @@ from clseave_cli.core.models.student import new_student
 from clseave_cli.core.models.tokens import TokenTable
 from clseave_cli.core.progress import SILENT, Progress
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
+from clseave_cli.core.training.placement import on_device
 from clseave_cli.core.training.precision import resolve_device
 from clseave_cli.core.training.run import Run, is_complete, require_writable
 from clseave_cli.core.word_alignment.places import NONE, WordTokens, find_tokens
@@ -87,8 +88,8 @@ class _States:
     def compute(self, batch: _Batch) -> Tensor:
         """(L, H) the states."""
         with torch.no_grad():
-            hidden = self._encoder.hidden_states(batch.sentences.to(self._encoder.device))
-        return hidden.flatten(0, 1)[batch.places.to(hidden.device)]
+            hidden = self._encoder.hidden_states(batch.sentences)
+        return hidden.flatten(0, 1)[batch.places]
 
 
 def autoencode(config: AutoencodeConfig, progress: Progress = SILENT) -> AutoencodeResult:
@@ -136,7 +137,7 @@ def autoencode(config: AutoencodeConfig, progress: Progress = SILENT) -> Autoenc
         num_examples=len(training),
         prepare=training.prepare,
         loss=loss,
-        evaluate=lambda: _evaluate(autoencoder, dev),
+        evaluate=lambda: _evaluate(autoencoder, dev, device),
         selection=Selection("mse", "lowest"),
     )
     result = train(stage, config, device=device, folder=run.folder, progress=progress)
@@ -177,12 +178,12 @@ def _kept_counts(sentences: WordTokens) -> Rows:
     return np.diff(has_token[sentences.words.offsets])
 
 
-def _evaluate(autoencoder: Autoencoder, dev: _States) -> dict[str, float]:
+def _evaluate(autoencoder: Autoencoder, dev: _States, device: torch.device) -> dict[str, float]:
     """Squared error per dimension, and the share of the states' variance it is."""
     rows = np.arange(len(dev))
     states = torch.cat(
         [
-            dev.compute(dev.prepare(rows[start : start + _BATCH])).float()
+            dev.compute(on_device(dev.prepare(rows[start : start + _BATCH]), device)).float()
             for start in range(0, len(rows), _BATCH)
         ]
     )

@@ -117,10 +117,10 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> FinetuneRes
 
     def loss(batch: _Batch) -> Tensor:
         sentences = team.spread(lambda: model.text(batch.sentences), batch.num_sentences)
-        hypotheses = sentences[batch.sentence_of_row.to(device)]
-        logits = model(hypotheses, train_vectors[batch.image_of_row.to(device)])
-        labels = batch.labels.to(device)
-        return torch.stack([functional.cross_entropy(logits, labels), _accuracy(logits, labels)])
+        logits = model(sentences[batch.sentence_of_row], train_vectors[batch.image_of_row])
+        return torch.stack(
+            [functional.cross_entropy(logits, batch.labels), _accuracy(logits, batch.labels)]
+        )
 
     def evaluate() -> dict[str, float]:
         hypotheses = embed_rows(model.text, dev_pairs.sentences)

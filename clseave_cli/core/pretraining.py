@@ -35,6 +35,7 @@ from clseave_cli.core.models.tokens import TokenTable
 from clseave_cli.core.progress import SILENT, Progress
 from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
+from clseave_cli.core.training.placement import on_device
 from clseave_cli.core.training.precision import resolve_device
 from clseave_cli.core.training.run import Run, is_complete, require_writable
 from clseave_cli.errors import DataError
@@ -115,15 +116,14 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> PretrainRes
     )
 
     def loss(batch: _Batch) -> Tensor:
-        images = team.spread(lambda: image(batch.pixels.to(device)), batch.num_images)
+        images = team.spread(lambda: image(batch.pixels), batch.num_images)
         captions = team.spread(lambda: text(batch.captions), batch.num_captions)
         image_embeddings = functional.normalize(images.float(), dim=1)
         text_embeddings = functional.normalize(captions.float(), dim=1)
-        per_slot = text_embeddings[batch.caption_of_slot.to(device)]  # (K, B, D)
-        ids = batch.caption_ids.to(device)
+        per_slot = text_embeddings[batch.caption_of_slot]  # (K, B, D)
         scale = model.logit_scale.clamp(max=_LARGEST_LOGIT_SCALE).exp()
         losses = [
-            contrastive_loss(image_embeddings, own_captions, ids[slot], scale)
+            contrastive_loss(image_embeddings, own_captions, batch.caption_ids[slot], scale)
             for slot, own_captions in enumerate(per_slot)
         ]
         return torch.stack(losses).mean()
@@ -131,7 +131,11 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> PretrainRes
     def evaluate() -> dict[str, float]:
         rows = np.arange(len(dev.captions.images))
         parts = np.array_split(rows, max(1, len(rows) // config.batch_size))
-        return {"loss": float(np.mean([loss(dev.batch(part)).item() for part in parts]))}
+        return {
+            "loss": float(
+                np.mean([loss(on_device(dev.batch(part), device)).item() for part in parts])
+            )
+        }
 
     stage = Stage(
         name="pretrain",

@@ -422,6 +422,45 @@ def test_every_process_goes_on_with_the_random_numbers_of_the_first_ones_gpu(tmp
         assert restored[own] == 7 and restored[1 - own] == (1, 2)[1 - own]
 
 
+@contextmanager
+def _strict(device):
+    """What `deterministic` is on a GPU."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield lambda: torch.use_deterministic_algorithms(False)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_where_no_algorithm_is_deterministic_the_run_says_so_and_goes_on(
+    tmp_path, monkeypatch, uninterrupted
+):
+    monkeypatch.setattr("clseave_cli.core.training.loop.deterministic", _strict)
+    task, notes = _Task(dropout=0.3), Notes()
+
+    def fail(_):
+        if torch.are_deterministic_algorithms_enabled():
+            raise RuntimeError("task_backward does not have a deterministic implementation")
+
+    task.steps.append(fail)
+    task.run(tmp_path, notes)
+    assert sum("no deterministic algorithm" in line for line in notes.lines) == 1
+    assert torch.equal(task.weights, uninterrupted[0].weights)
+
+
+def test_another_error_of_a_step_is_not_swallowed(tmp_path, monkeypatch):
+    monkeypatch.setattr("clseave_cli.core.training.loop.deterministic", _strict)
+    task = _Task()
+
+    def fail(_):
+        raise RuntimeError("shapes do not match")
+
+    task.steps.append(fail)
+    with pytest.raises(RuntimeError, match="shapes"):
+        task.run(tmp_path)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_resuming_in_mixed_precision(tmp_path, precision):
     def task(kill_at=None):

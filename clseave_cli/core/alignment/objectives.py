@@ -5,6 +5,7 @@ Legend: B pairs of a batch · S distinct source sentences among them · D embedd
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -71,9 +72,10 @@ class SentenceBatch:
     premises: Tensor | None = None
     is_seen: Tensor | None = None
 
-    def wanted(self, device: torch.device) -> Tensor:
-        """(B, D) the teacher's embedding of each pair, on a device."""
-        return self.teacher.to(device)[self.source.to(device)]
+    @functools.cached_property
+    def wanted(self) -> Tensor:
+        """(B, D) the teacher's embedding of each pair."""
+        return self.teacher[self.source]
 
 
 #: From (B, D) embeddings in float32 and their batch to the loss of each pair, (B,).
@@ -128,7 +130,7 @@ class SentenceObjective:
         """The loss of (B, D) embeddings that were computed already."""
         with torch.autocast(embeddings.device.type, enabled=False):
             per_pair = self._compare(embeddings.float(), batch)  # (B,)
-        return torch.mean(per_pair * batch.weights.to(embeddings.device))
+        return torch.mean(per_pair * batch.weights)
 
 
 def require_fitting(config: StudentConfig, teacher: ClipVE) -> None:
@@ -166,12 +168,12 @@ def comparison(config: StudentConfig, teacher: ClipVE, pairs: TrainingPairs) -> 
 
 def squared_error(embeddings: Tensor, batch: SentenceBatch) -> Tensor:
     """(B,) squared error, mean over dimensions (thesis 3.3.2)."""
-    return (embeddings - batch.wanted(embeddings.device)).square().mean(dim=1)
+    return (embeddings - batch.wanted).square().mean(dim=1)
 
 
 def cosine_distance(embeddings: Tensor, batch: SentenceBatch) -> Tensor:
     """(B,) one minus the cosine."""
-    return 1 - functional.cosine_similarity(embeddings, batch.wanted(embeddings.device))
+    return 1 - functional.cosine_similarity(embeddings, batch.wanted)
 
 
 def contrastive(embeddings: Tensor, batch: SentenceBatch) -> Tensor:
@@ -182,12 +184,11 @@ def contrastive(embeddings: Tensor, batch: SentenceBatch) -> Tensor:
     source sentence into several languages are all its positives, each a term of its own (Khosla
     et al. 2020, eq. 2).
     """
-    source = batch.source.to(embeddings.device)
     ours = functional.normalize(embeddings, dim=1)
-    theirs = functional.normalize(batch.teacher.to(embeddings.device), dim=1)
+    theirs = functional.normalize(batch.teacher, dim=1)
     logits = ours @ theirs.T / _TEMPERATURE  # (B, S)
-    to_teacher = functional.cross_entropy(logits, source, reduction="none")
-    to_student = -logits.log_softmax(dim=0).gather(1, source[:, None])[:, 0]
+    to_teacher = functional.cross_entropy(logits, batch.source, reduction="none")
+    to_student = -logits.log_softmax(dim=0).gather(1, batch.source[:, None])[:, 0]
     return (to_teacher + to_student) / 2
 
 
@@ -200,13 +201,11 @@ def head_divergence(embeddings: Tensor, batch: SentenceBatch, head: nn.Module) -
         head: frozen, in eval mode.
     """
     assert batch.premises is not None and batch.is_seen is not None
-    device = embeddings.device
-    premises = batch.premises.to(device)
     with torch.no_grad():
-        expected = head(batch.wanted(device), premises).log_softmax(dim=1)  # (B, C)
-    found = head(embeddings, premises).log_softmax(dim=1)
+        expected = head(batch.wanted, batch.premises).log_softmax(dim=1)  # (B, C)
+    found = head(embeddings, batch.premises).log_softmax(dim=1)
     divergence = functional.kl_div(found, expected, reduction="none", log_target=True).sum(dim=1)
-    return divergence * batch.is_seen.to(device)
+    return divergence * batch.is_seen
 
 
 def _variance(vectors: Vectors) -> float:

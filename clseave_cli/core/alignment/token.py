@@ -364,10 +364,8 @@ class TokenObjective:
     def loss(self, batch: TokenBatch) -> Tensor:
         """Mean squared error of all token pairs of the batch, those of repeated pairs repeated."""
         found = processes().spread(lambda: self._errors(batch), len(batch.weights))
-        device = found.device
-        weights = batch.weights.to(device)
-        num_tokens = (weights * batch.num_tokens.to(device)).sum()
-        loss = (weights * found[:, 0].float()).sum() / num_tokens.clamp(min=1e-9)
+        num_tokens = (batch.weights * batch.num_tokens).sum()
+        loss = (batch.weights * found[:, 0].float()).sum() / num_tokens.clamp(min=1e-9)
         if self._sentences is None or batch.sentences is None:
             return loss
         return self._sentences.loss_of(found[:, 1:], batch.sentences) + self._token_weight * loss
@@ -378,22 +376,20 @@ class TokenObjective:
         Returns:
             (share, 1) or (share, 1 + D).
         """
-        target = batch.target.to(self._student.device)
-        hidden = self._student.hidden_states(target)
-        device = hidden.device
-        codes = self._coder(hidden.flatten(0, 1)[batch.target_place.to(device)])  # (L, K)
+        hidden = self._student.hidden_states(batch.target)
+        codes = self._coder(hidden.flatten(0, 1)[batch.target_place])  # (L, K)
         with torch.no_grad():
-            states = self._teacher.hidden_states(batch.source.to(device)).flatten(0, 1)
-        wanted = states[batch.source_place.to(device)]  # (L, K)
+            states = self._teacher.hidden_states(batch.source).flatten(0, 1)
+        wanted = states[batch.source_place]  # (L, K)
         errors = (codes.float() - wanted.float()).square().mean(dim=1)
         # A product with zeros and ones: adding at indices on a GPU gives other bits every time.
-        sentences = torch.arange(len(target.terminals), device=device)
-        belongs = (sentences[:, None] == batch.owner.to(device)).float()  # (share, L)
-        with torch.autocast(device.type, enabled=False):
+        sentences = torch.arange(len(batch.target.terminals), device=hidden.device)
+        belongs = (sentences[:, None] == batch.owner).float()  # (share, L)
+        with torch.autocast(hidden.device.type, enabled=False):
             summed: Tensor = belongs @ errors[:, None]
         if self._sentences is None:
             return summed
-        embeddings = self._student.project(pool(hidden, target, self._student.pooling))
+        embeddings = self._student.project(pool(hidden, batch.target, self._student.pooling))
         return torch.cat([summed, embeddings.float()], dim=1)
 
 

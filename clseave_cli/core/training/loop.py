@@ -34,7 +34,8 @@ from clseave_cli.core.pipeline import ahead
 from clseave_cli.core.progress import SILENT, Progress
 from clseave_cli.core.training.checkpoint import LoopState, load_state, save_state, snapshot
 from clseave_cli.core.training.distribution import processes
-from clseave_cli.core.training.precision import autocast
+from clseave_cli.core.training.placement import on_device, page_locked
+from clseave_cli.core.training.precision import autocast, deterministic
 from clseave_cli.core.training.schedule import learning_rate_factor
 from clseave_cli.core.training.tracking import Tracker, tracker
 from clseave_cli.errors import Interrupted, TrainingError
@@ -70,8 +71,9 @@ class Stage:
         name: goes into records, such as `align`.
         module: its parameters with `requires_grad` are trained; it is left with the best weights.
         num_examples: N; examples are numbered 0 to N − 1.
-        prepare: gathers what some examples need, ahead of time in another thread; it depends on
-            their numbers alone.
+        prepare: gathers what some examples need, on the CPU, ahead of time in another thread; it
+            depends on their numbers alone. Tensors, or data classes and tuples of them: the loop
+            brings them to the device.
         loss: the mean loss of prepared examples, a scalar that can be differentiated; of several
             processes, each gives that of all examples (`distribution`). Where `figures` are named,
             their means stand behind it: (1 + figures,).
@@ -212,7 +214,11 @@ class _Run:
             self._resume()
         self.processes.once(self._truncate_metrics)
         stopped_early = False
-        with self._tracker() as self.tracker, _stop_signals() as stop_requested:
+        with (
+            deterministic(self.device) as self.relax,
+            self._tracker() as self.tracker,
+            _stop_signals() as stop_requested,
+        ):
             # A state saved after the very last step has an epoch that is still to be ended.
             while (self.state.step < self.total_steps or self.state.batch) and not stopped_early:
                 self._epoch(stop_requested)
@@ -255,7 +261,10 @@ class _Run:
 
         def prepare(rows: Rows) -> list[_Part]:
             parts = np.array_split(rows, min(self.config.accumulation, len(rows)))
-            return [_Part(len(part) / len(rows), self.stage.prepare(part)) for part in parts]
+            return [
+                _Part(len(part) / len(rows), page_locked(self.stage.prepare(part), self.device))
+                for part in parts
+            ]
 
         with ThreadPoolExecutor(max_workers=1) as worker:
             yield from zip(todo, ahead(worker, prepare, todo, _BATCHES_AHEAD), strict=True)
@@ -270,12 +279,18 @@ class _Run:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.optimizer.zero_grad(set_to_none=True)
-        for part in parts:
-            with self.autocast():
-                means = self.stage.loss(part.examples).reshape(-1)
-            self.scaler.scale(means[0] * part.share).backward()  # type: ignore[no-untyped-call]
-            self.sums += means.detach().double() * (part.share * len(rows))
+        try:
+            means = self._backward(parts)
+        except RuntimeError as error:
+            if self.relax is None or "deterministic" not in str(error):
+                raise
+            self.relax()
+            self.progress.note(
+                f"{self.stage}: something in this model has no deterministic algorithm on "
+                f"{self.device}; a run that was resumed ends in the same weights up to rounding."
+            )
+            means = self._backward(parts)
+        self.sums += means * len(rows)
         self.processes.average_gradients(self.parameters)
         if self.config.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
@@ -287,6 +302,17 @@ class _Run:
         self.state.num_seen += len(rows)
         self.state.pairs += len(rows)
         return learning_rate
+
+    def _backward(self, parts: list[_Part]) -> Tensor:
+        """The gradient of a batch; returns the means of its loss and the stage's figures."""
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = torch.zeros_like(self.sums)
+        for part in parts:
+            with self.autocast():
+                means = self.stage.loss(on_device(part.examples, self.device)).reshape(-1)
+            self.scaler.scale(means[0] * part.share).backward()  # type: ignore[no-untyped-call]
+            sums += means.detach().double() * part.share
+        return sums
 
     def _means(self) -> dict[str, float]:
         """The loss and the stage's figures, of this epoch's examples so far."""

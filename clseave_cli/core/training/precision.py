@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -23,6 +27,7 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
+        _fix_workspaces()
         rank = local_rank()
         return torch.device("cuda" if rank is None else f"cuda:{rank % torch.cuda.device_count()}")
     try:
@@ -32,12 +37,37 @@ def resolve_device(name: str) -> torch.device:
     if device is None or device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {name}: unknown; expected auto, cpu, cuda or cuda:N.")
     if device.type == "cuda":
+        _fix_workspaces()
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
             raise ClseaveError(
                 f"--device {name}: torch sees {count} CUDA devices here; use --device cpu or auto."
             )
     return device
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[Callable[[], None] | None]:
+    """Within the block, a GPU uses only algorithms that give the same bits every time.
+
+    PyTorch raises a RuntimeError where it has none. A CPU's give them anyway.
+
+    Yields:
+        What allows the others again; None where nothing was forbidden.
+    """
+    if device.type == "cpu" or torch.are_deterministic_algorithms_enabled():
+        yield None
+        return
+    settings: Any = torch.utils.deterministic  # whose type does not know what it holds
+    filled = settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    # Meant to show who reads memory that nobody wrote; it costs time in every operation.
+    settings.fill_uninitialized_memory = False
+    try:
+        yield lambda: torch.use_deterministic_algorithms(False)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        settings.fill_uninitialized_memory = filled
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> Precision:
@@ -73,6 +103,11 @@ class Autocast:
 def autocast(precision: Precision, device: torch.device) -> Autocast:
     """What `--precision` means on a device."""
     return Autocast(resolve_precision(precision, device), device.type)
+
+
+def _fix_workspaces() -> None:
+    # cuBLAS repeats itself to the bit only with a fixed workspace, and asks for it at its start.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def _cpu_multiplies_bf16() -> bool:
