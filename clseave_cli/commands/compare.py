@@ -33,3 +33,7 @@ def run(
         terminal.print_json(comparison.to_json())
     else:
         terminal.stdout().print(comparison_table(comparison))
+        alone = {"A": comparison.missing_in_second, "B": comparison.missing_in_first}
+        for name, languages in alone.items():
+            if languages:
+                terminal.stdout().print(f"only in {name}: {', '.join(languages)}", markup=False)

@@ -145,7 +145,8 @@ class _Student:
         self._folder = _out(config) / f"{'+'.join(languages)}-{limit or 'all'}"
         own = {name: getattr(config, name) for name in _SHARED}
         self._options = AlignConfig(
-            **own | {"lang": languages, "resume": True},
+            # Whatever was begun of it is gone on with.
+            **own | {"lang": languages, "resume": self._folder.exists()},
             limit=limit,
             out=self._folder / f"align-{'+'.join(languages)}",
         )

@@ -43,6 +43,8 @@ def run(config: DemoConfig) -> None:
     started = time.monotonic()
     data, runs, report = config.out / "data", config.out / "runs", config.out / "report"
     encoder = runs / "encoder"
+    # A stage that was finished or interrupted before goes on from there.
+    shared = {"runs": runs, "resume": runs.exists()}
 
     def stage(title: str) -> None:
         terminal.stderr().print(f"\n[bold]{title}[/bold]")
@@ -51,16 +53,16 @@ def run(config: DemoConfig) -> None:
     _world(data, encoder, config.seed, progress)
 
     stage("2/5  pretrain: a CLIP model from captions")
-    pretrain(_stage(PretrainConfig, config, data=data, runs=runs), progress)
+    pretrain(_stage(PretrainConfig, config, data=data, **shared), progress)
 
     stage("3/5  finetune-ve: visual entailment in English")
     clip = str(runs / "clip")
-    finetune(_stage(FinetuneConfig, config, data=str(data), runs=runs, clip=clip), progress)
+    finetune(_stage(FinetuneConfig, config, data=str(data), clip=clip, **shared), progress)
 
     stage("4/5  align: five languages, from parallel sentences")
     for lang in LANGUAGES[1:]:
         student = {"lang": (lang,), "student": str(encoder)}
-        align(_stage(AlignConfig, config, data=str(data), runs=runs, **student), progress)
+        align(_stage(AlignConfig, config, data=str(data), **student, **shared), progress)
 
     stage("5/5  evaluate: six languages, and did it look?")
     evaluation = EvaluateConfig(data=str(data), runs=(runs,), report=report, **_told(config))
@@ -73,8 +75,7 @@ def run(config: DemoConfig) -> None:
 
 def _stage(config_class: type[C], config: DemoConfig, **fields: Any) -> C:
     """A stage's config: the preset for this world, and what the demo was told."""
-    # A stage that was finished or interrupted before goes on from there.
-    preset = config_class.PRESETS[_PRESET] | _told(config) | {"resume": True}
+    preset = config_class.PRESETS[_PRESET] | _told(config)
     return config_class(**(preset | fields))
 
 

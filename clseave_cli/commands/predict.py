@@ -11,7 +11,7 @@ import typer
 
 from clseave_cli.commands import terminal
 from clseave_cli.core.config import PredictConfig
-from clseave_cli.errors import UsageError
+from clseave_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from clseave_cli.core.prediction import Prediction
@@ -85,15 +85,17 @@ def _predict_file(config: PredictConfig, source: Path, target: Path, json: bool)
         terminal.print_json(
             {"predicted": done.num_predicted, "errors": done.num_errors, "output": str(target)}
         )
-        return
-    # Only answers go to a stdout that others read.
-    console = terminal.stderr() if target == _STREAM else terminal.stdout()
-    console.print(
-        f"{'stdout' if target == _STREAM else target}: {done.num_predicted} predicted, "
-        f"{done.num_errors} with an error",
-        soft_wrap=True,
-        markup=False,
-    )
+    else:
+        # Only answers go to a stdout that others read.
+        console = terminal.stderr() if target == _STREAM else terminal.stdout()
+        console.print(
+            f"{'stdout' if target == _STREAM else target}: {done.num_predicted} predicted, "
+            f"{done.num_errors} with an error",
+            soft_wrap=True,
+            markup=False,
+        )
+    if done.num_errors and not done.num_predicted:
+        raise DataError(f"no row could be judged; the first: {done.first_error}")
 
 
 def _show(result: Prediction, seconds: float) -> None:

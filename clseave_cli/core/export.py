@@ -83,7 +83,7 @@ def export(config: ExportConfig, progress: Progress = SILENT) -> ExportResult:
         )
     for lang in config.lang:
         require_language(lang)
-    _require_replaceable(config.out)
+    before = _replaced(config.out)
     model = TorchModel.from_runs(config.runs, config.lang or None, "cpu", "fp32")
     precision = "int8" if config.int8 else "fp32"
     with atomic_folder(config.out) as folder:
@@ -99,15 +99,19 @@ def export(config: ExportConfig, progress: Progress = SILENT) -> ExportResult:
         manifest |= {"tolerance": TOLERANCE[precision], "difference": difference}
         seal(folder, onnx_model.FORMAT, manifest)
         num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    gone = [lang for lang in before if lang not in model.sources]
+    if gone:
+        progress.note(f"{config.out}: an export that also read {', '.join(gone)} was replaced.")
     return ExportResult(config.out, tuple(model.sources), num_bytes, difference)
 
 
-def _require_replaceable(out: Path) -> None:
-    """Refuses to take the place of what `export` did not write."""
-    if out.is_dir() and (onnx_model.is_exported(out) or not any(out.iterdir())):
-        return
-    if out.exists():
+def _replaced(out: Path) -> list[str]:
+    """The languages of the export whose place is taken; refuses to take that of anything else."""
+    if out.is_dir() and onnx_model.is_exported(out):
+        return onnx_model.languages(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UsageError(f"--out {out}: is there already and no exported model; choose another.")
+    return []
 
 
 def _write(model: TorchModel, folder: Path, int8: bool, progress: Progress) -> dict[str, Any]:
@@ -129,6 +133,7 @@ def _write(model: TorchModel, folder: Path, int8: bool, progress: Progress) -> d
             task.advance()
     fingerprints = {name: encoder.fingerprint for name, encoder in encoders.items()}
     return {
+        "source_lang": clip_ve.source_lang,
         "languages": names,
         "encoders": {name: _reading(encoder) for name, encoder in encoders.items()},
         "preparation": dataclasses.asdict(pixels_of),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import stat
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -63,7 +62,7 @@ class Prediction:
     truncated: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """The object that `predict --json` prints."""
+        """The object that `predict --json` prints; `truncated` only where it is true."""
         return {
             "image": self.image,
             "hypothesis": self.hypothesis,
@@ -71,7 +70,7 @@ class Prediction:
             "label": self.label,
             "probabilities": self.probabilities,
             "model": self.model,
-        }
+        } | ({"truncated": True} if self.truncated else {})
 
 
 class VisualEntailment:
@@ -236,10 +235,11 @@ class VisualEntailment:
 
 @dataclass(frozen=True)
 class BatchResult:
-    """What became of an input: rows judged, and rows with an error."""
+    """What became of an input: rows judged, rows with an error, and the first of the errors."""
 
     num_predicted: int
     num_errors: int
+    first_error: str | None
 
 
 def predict_file(
@@ -265,7 +265,7 @@ def predict_file(
         ClseaveError: the input cannot be read, a model is missing, or the answers to go on with are
             damaged or of another run.
     """
-    tally: Counter[str] = Counter()
+    tally = _Tally()
     lang = config.lang or own_language(config.runs)
     name = str(source) if isinstance(source, Path) else "stdin"
     base = source.parent if isinstance(source, Path) else Path()
@@ -278,23 +278,41 @@ def predict_file(
             # The first rows left to do come after all answers were compared with theirs.
             first = next(batches, None)
             if first is None:
-                return _result(tally)
+                return tally.result()
             answers.reopen()
             batches = chain([first], batches)
         model = VisualEntailment.from_pretrained(config.runs, lang, config.device, config.precision)
         with _writing(answers, target) as out, progress.task("predict", unit="pairs") as task:
             for batch in batches:
-                outcomes = list(_judge_rows(model, base, batch, tally))
+                outcomes = list(_judge_rows(model, base, batch))
                 out.write(b"".join(map(answer_line, outcomes)))
                 out.flush()
-                _count(outcomes, tally)
+                tally.count(outcomes)
                 task.advance(len(outcomes))
-    if tally["truncated"]:
+    if tally.num_truncated:
         progress.note(
-            f"{name}: {tally['truncated']} hypotheses were too long and were cut at the encoder's "
-            "limit."
+            f"{name}: {tally.num_truncated} hypotheses were too long and were cut at the encoder's "
+            "limit (`truncated`)."
         )
-    return _result(tally)
+    return tally.result()
+
+
+@dataclass
+class _Tally:
+    num_predicted: int = 0
+    num_errors: int = 0
+    num_truncated: int = 0
+    first_error: str | None = None
+
+    def count(self, answers: Iterable[dict[str, Any]]) -> None:
+        for answer in answers:
+            self.num_predicted += "error" not in answer
+            self.num_errors += "error" in answer
+            self.num_truncated += answer.get("truncated", False)
+            self.first_error = self.first_error or answer.get("error")
+
+    def result(self) -> BatchResult:
+        return BatchResult(self.num_predicted, self.num_errors, self.first_error)
 
 
 def _reading(source: Path | BinaryIO) -> AbstractContextManager[BinaryIO]:
@@ -337,7 +355,7 @@ def _unanswered(
     batches: Iterable[list[Pair | DataError]],
     answers: AnswerFile,
     lang: str,
-    tally: Counter[str],
+    tally: _Tally,
 ) -> Iterator[list[Pair | DataError]]:
     """The rows that an earlier run left to do.
 
@@ -354,7 +372,7 @@ def _unanswered(
             if answer is None:
                 todo.append(row)
             elif _answers(answer, row, lang):
-                _count([answer], tally)
+                tally.count([answer])
             else:
                 raise _another_run(answers, number)
         if todo:
@@ -386,7 +404,7 @@ def _another_run(answers: AnswerFile, number: int) -> ClseaveError:
 
 
 def _judge_rows(
-    model: VisualEntailment, base: Path, rows: list[Pair | DataError], tally: Counter[str]
+    model: VisualEntailment, base: Path, rows: list[Pair | DataError]
 ) -> Iterator[dict[str, Any]]:
     pairs = [(base / row.image, row.hypothesis) for row in rows if isinstance(row, Pair)]
     results = iter(model.predict(pairs))
@@ -398,16 +416,7 @@ def _judge_rows(
         if isinstance(result, DataError):
             yield {**row._asdict(), "lang": model.lang, "error": str(result)}
         else:
-            tally["truncated"] += result.truncated
             yield {**result.to_json(), "image": row.image}
-
-
-def _count(answers: Iterable[dict[str, Any]], tally: Counter[str]) -> None:
-    tally.update("error" if "error" in answer else "predicted" for answer in answers)
-
-
-def _result(tally: Counter[str]) -> BatchResult:
-    return BatchResult(num_predicted=tally["predicted"], num_errors=tally["error"])
 
 
 #: What tells one state of an image file from another: path, time of change, size.

@@ -178,6 +178,27 @@ def test_predict_on_files(clseave, world, trained, tmp_path):
     assert out == f"{answers}: 1 predicted, 1 with an error\n"
 
 
+def test_a_file_of_which_nothing_can_be_judged_is_an_error(clseave, trained, tmp_path):
+    """Such as SNLI-VE's own rows; the answers are there all the same."""
+    pairs, answers = tmp_path / "pairs.jsonl", tmp_path / "answers.jsonl"
+    write_jsonl(pairs, [{"Flickr30K_ID": "test0", "sentence2": "red"}] * 2)
+    code, out, err = clseave("predict", "--input", pairs, "--output", answers, "--runs", trained)
+    assert code == 1 and out == f"{answers}: 0 predicted, 2 with an error\n"
+    said = "expected an object with texts for image and hypothesis"
+    keys = "(keys ['Flickr30K_ID', 'sentence2'])"
+    assert f"no row could be judged; the first: {pairs}:1: {said} {keys}." in " ".join(err.split())
+    assert len(read_jsonl(answers)) == 2
+
+
+def test_an_answer_says_that_its_sentence_was_cut(clseave, world, trained, tmp_path):
+    image = str(world / "images" / "test0.png")
+    pairs, answers = tmp_path / "pairs.jsonl", tmp_path / "answers.jsonl"
+    write_jsonl(pairs, [{"image": image, "hypothesis": s} for s in ("red", "red " * 300)])
+    code, _, err = clseave("predict", "--input", pairs, "--output", answers, "--runs", trained)
+    assert code == 0 and "1 hypotheses were too long" in err
+    assert [answer.get("truncated") for answer in read_jsonl(answers)] == [None, True]
+
+
 def test_evaluate_json_is_the_document_of_its_report(clseave, world, trained, tmp_path):
     arguments = ["evaluate", "--data", world, "--runs", trained, "--resamples", "20"]
     code, out, err = clseave(*arguments, "--json", "--report", tmp_path / "report")

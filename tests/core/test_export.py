@@ -192,6 +192,14 @@ def test_a_damaged_folder_is_refused(exported, tmp_path, world):
         VisualEntailment.from_pretrained(exported, "fr")
 
 
+def test_the_teachers_language_is_not_taken_for_another(tmp_path, trained, world, refused):
+    """Exported without English, it reads none; a student would answer, and wrongly."""
+    out = tmp_path / "onnx"
+    export(ExportConfig(runs=trained, out=out, lang=("de",)))
+    image = world / "images" / "test0.png"
+    assert "no model for en" in refused("predict", image, "red", "--runs", out)
+
+
 def test_what_differs_too_much_is_not_written(tmp_path, trained, monkeypatch):
     monkeypatch.setitem(exporting.TOLERANCE, "fp32", 0.0)
     with pytest.raises(ModelError, match=r"onnx: not written: a probability differs"):
@@ -206,7 +214,10 @@ def test_the_command_says_what_it_wrote(tmp_path, trained, clseave, refused):
     document = json.loads(text)
     assert document["languages"] == ["nl"] and document["folder"] == str(out)
     assert document["bytes"] == sum(len(content) for content in tree(out).values())
-    assert clseave("export", "--runs", trained, "--out", out, "--lang", "nl")[0] == 0
+    code, _, said = clseave("export", "--runs", trained, "--out", out, "--lang", "nl")
+    assert code == 0 and "replaced" not in said
+    code, _, said = clseave("export", "--runs", trained, "--out", out, "--lang", "de")
+    assert code == 0 and f"{out}: an export that also read nl was replaced." in said
     assert "no exported model" in refused(
         "export", "--runs", trained, "--out", trained / "clip-ve", code=2
     )

@@ -122,6 +122,12 @@ def test_the_order_of_the_rows_does_not_matter(reports, tmp_path):
     assert compare_reports(first, second, resamples=100) == before
 
 
+def test_the_command_names_what_only_one_of_them_has(reports, clseave):
+    code, text, _ = clseave("compare", *reports, "--resamples", 20)
+    assert code == 0
+    assert text.splitlines()[-2:] == ["only in A: ja", "only in B: ko"]
+
+
 def test_the_table_calls_a_tie_a_tie(reports):
     console = Console(width=80, file=io.StringIO())
     console.print(comparison_table(compare_reports(*reports, resamples=400)))

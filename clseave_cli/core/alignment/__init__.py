@@ -129,7 +129,8 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
     watch = SpreadWatch("+".join(languages), may_collapse=may_collapse)
     stage = Stage(
         name="align",
-        title=f"align {'+'.join(languages)}",
+        title=f"align {'+'.join(languages)}"
+        + (f", {config.limit:,} sentences" if config.limit else ""),
         module=objective.module,
         num_examples=sampler.num_examples,
         prepare=objective.prepare,

@@ -169,5 +169,8 @@ def _json_row(line: bytes, name: str, number: int) -> Pair | DataError:
     image = row.get("image") if isinstance(row, dict) else None
     hypothesis = row.get("hypothesis") if isinstance(row, dict) else None
     if not isinstance(image, str) or not isinstance(hypothesis, str):
-        return DataError.at(name, number, "expected an object with texts for image and hypothesis.")
+        found = f"keys {list(row)!r}" if isinstance(row, dict) else type(row).__name__
+        return DataError.at(
+            name, number, f"expected an object with texts for image and hypothesis ({found[:200]})."
+        )
     return Pair(image, hypothesis)

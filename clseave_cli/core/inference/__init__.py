@@ -47,7 +47,7 @@ class InferenceModel(Protocol):
 
 
 def own_language(runs: Path) -> str:
-    """The language CLIP-VE itself reads; of an exported folder without it, the first there is.
+    """The language CLIP-VE itself reads; an exported folder may lack it.
 
     Args:
         runs: as for `load_model`.

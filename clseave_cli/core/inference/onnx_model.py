@@ -35,9 +35,14 @@ def is_exported(folder: Path) -> bool:
 
 
 def own_language(folder: Path) -> str:
-    """The language CLIP-VE itself reads; where it was not exported, the first there is."""
-    encoders: dict[str, str] = peek(folder, FORMAT)["languages"]
-    return min(encoders, key=lambda lang: encoders[lang] != "clip-ve")
+    """The language CLIP-VE itself reads, exported or not."""
+    source_lang: str = peek(folder, FORMAT)["source_lang"]
+    return source_lang
+
+
+def languages(folder: Path) -> list[str]:
+    """The languages an exported folder reads."""
+    return list(peek(folder, FORMAT)["languages"])
 
 
 class OnnxModel:
