@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import time
 
 import numpy as np
@@ -385,12 +386,103 @@ def test_a_teacher_whose_parts_do_not_fit_is_told(runs, world, encoder, refused,
     assert str(folder) in error and not list(tmp_path.glob("align*"))
 
 
-def test_held_out_sentences_are_held_out_in_every_language(data, tmp_path):
+def _texts(data, progress=SILENT, lang=("de", "nl"), **options):
+    """What a run trains on and holds out."""
+    config = AlignConfig(data=str(data), lang=lang, dev_fraction=0.4, **options)
+    reader = corpus.ParallelReader(data, config, progress)
+    return {lang: reader.read(lang) for lang in (*config.lang, *config.auxiliary)}
+
+
+def _keep_sentences(path, kept):
+    """Leaves the rows of the English file's given sentences alone."""
+    english = {r["pairID"]: r["sentence2"] for r in read_jsonl(path.parent / "snli_ve_train.jsonl")}
+    write_jsonl(path, [row for row in read_jsonl(path) if english[row["pairID"]] in kept])
+
+
+def test_held_out_sentences_are_held_out_in_every_language(data):
     for lang in ("de", "nl"):
         (data / f"snli_ve_dev.{lang}.jsonl").unlink()
-    reader = corpus.ParallelReader(data, AlignConfig(data=str(data), dev_fraction=0.4), SILENT)
-    held = {lang: set(reader.read(lang)[1].sources) for lang in ("de", "nl")}
+    notes = Notes()
+    texts = _texts(data, notes)
+    held = {lang: set(dev.sources) for lang, (_, dev) in texts.items()}
     assert held["de"] == held["nl"] and len(held["de"]) == 2
+    # As if each were alone: nothing more is taken from any, and nothing said twice.
+    for lang, (training, _) in texts.items():
+        ((alone, _),) = _texts(data, lang=(lang,)).values()
+        assert alone.target.pair_ids == training.target.pair_ids
+        assert notes.text.count(f"no dev file for {lang}") == 1
+    assert "held out for other languages" not in notes.text
+
+
+def test_a_sentence_held_out_for_one_language_is_trained_on_in_none(data):
+    (data / "snli_ve_dev.nl.jsonl").unlink()
+    every = set(read_split(data, "train").hypotheses)
+    # Dutch has fewer sentences, so the two it holds out need not be those German would.
+    for missing in every:
+        shutil.copy(data / "snli_ve_train.nl.jsonl", data / "whole.jsonl")
+        _keep_sentences(data / "snli_ve_train.nl.jsonl", every - {missing})
+        notes = Notes()
+        (german, german_dev), (dutch, dutch_dev) = _texts(data, notes).values()
+        held = set(dutch_dev.sources)
+        assert len(held) == 2 and not held & {*german.sources, *dutch.sources}
+        assert set(german.sources) == every - held
+        left_out = 24 - len(german.sources)
+        assert (
+            f"snli_ve_train.de.jsonl: {left_out} pairs left out; their en sentences are held out "
+            "for other languages."
+        ) in notes.text
+        # The file German has stays whole, though its sentences are in the training file as well.
+        assert len(german_dev.sources) == len(read_jsonl(data / "snli_ve_dev.de.jsonl"))
+        as_auxiliary = _texts(data, lang=("de",), auxiliary=("nl",))
+        assert as_auxiliary["de"][0].target.pair_ids == german.target.pair_ids
+        (data / "whole.jsonl").rename(data / "snli_ve_train.nl.jsonl")
+
+
+def test_languages_without_dev_files_spare_what_the_others_hold_out(data):
+    for lang in ("de", "nl"):
+        (data / f"snli_ve_dev.{lang}.jsonl").unlink()
+    every = set(read_split(data, "train").hypotheses)
+    (held,) = ({*dev.sources} for _, dev in _texts(data, lang=("de",)).values())
+    # Dutch lacks one of the two sentences that German holds out, and holds out another.
+    _keep_sentences(data / "snli_ve_train.nl.jsonl", every - {min(held)})
+    (german, german_dev), (dutch, dutch_dev) = _texts(data).values()
+    both = {*german_dev.sources, *dutch_dev.sources}
+    assert set(german_dev.sources) == held and len(both) == 3
+    assert set(german.sources) == every - both == set(dutch.sources)
+
+
+def test_held_out_sentences_are_not_trained_on_as_english(
+    data, tmp_path, trained, encoder, monkeypatch
+):
+    (data / "snli_ve_dev.nl.jsonl").unlink()
+    taken = []
+    add_source = corpus.Corpus.add_source
+
+    def watch(self, source_lang):
+        taken.append(set(self.sources))
+        return add_source(self, source_lang)
+
+    monkeypatch.setattr(corpus.Corpus, "add_source", watch)
+    result = _align(
+        data, tmp_path, trained, encoder, "de", "nl", include_english=True, dev_fraction=0.4,
+        limit=3,
+    )  # fmt: skip
+    held = set(_texts(data)["nl"][1].sources)
+    assert taken == [set(read_split(data, "train").hypotheses) - held]
+    assert result.training.pairs == 9  # the limit counts what is left
+    config = AlignConfig(
+        data=str(data), lang=("de", "nl"), dev_fraction=0.4, teacher=trained / "clip-ve"
+    )
+    assert alignment.count_sentences(config) == {"de": 3, "nl": 3}
+    assert alignment.count_sentences(dataclasses.replace(config, lang=("de",))) == {"de": 5}
+
+
+def test_a_language_with_nothing_but_held_out_sentences_is_told(data):
+    (data / "snli_ve_dev.nl.jsonl").unlink()
+    held = set(_texts(data)["nl"][1].sources)
+    _keep_sentences(data / "snli_ve_train.de.jsonl", held)
+    with pytest.raises(DataError, match=r"train\.de\.jsonl: nothing is left to train on"):
+        _texts(data, allow_leak=True)
 
 
 def test_too_little_text_to_hold_out(data, tmp_path, trained, encoder):
