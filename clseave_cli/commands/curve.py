@@ -49,14 +49,17 @@ def run(
     student_languages(config)
     if min(config.limits, default=1) < 1:
         raise UsageError(f"--limit {min(config.limits)}: expected at least 1.")
-    sizes = count_sentences(config, progress)
+    sizes = {
+        languages: count_sentences(dataclasses.replace(config, lang=languages), progress)
+        for languages in _students(config)
+    }
     measured = _measured(config, progress)
     points: list[DataPoint] = []
     inputs: dict[str, str] = {}
     digest = functools.cache(file_digest)
     for languages, limit in _planned(config, sizes):
         student = _Student(config, languages, limit, measured, digest, progress)
-        points += student.points(sizes)
+        points += student.points(sizes[languages])
         inputs |= student.inputs()
     points.sort(key=lambda point: (point.num_sentences, point.languages))
     source_lang = source_language(_teacher(config))
@@ -90,17 +93,20 @@ def _out(config: CurveConfig) -> Path:
     return config.out or config.runs / "curve"
 
 
+def _students(config: CurveConfig) -> list[tuple[str, ...]]:
+    """The languages of each student."""
+    languages = tuple(dict.fromkeys(config.lang))
+    together = [languages] if config.together and len(languages) > 1 else []
+    return [*((lang,) for lang in languages), *together]
+
+
 def _planned(
-    config: CurveConfig, sizes: dict[str, int]
+    config: CurveConfig, sizes: dict[tuple[str, ...], dict[str, int]]
 ) -> Iterator[tuple[tuple[str, ...], int | None]]:
     """The students to train: languages, and how many sentences of each; None: all."""
-    students: list[tuple[str, ...]] = [(lang,) for lang in sizes]
-    if config.together and len(sizes) > 1:
-        students.append(tuple(sizes))
-    for languages in students:
-        most = max(sizes[lang] for lang in languages)
+    for languages, own in sizes.items():
         for limit in sorted(set(config.limits)):
-            if limit < most:
+            if limit < max(own.values()):
                 yield languages, limit
         yield languages, None
 

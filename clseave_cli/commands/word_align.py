@@ -22,7 +22,7 @@ def run(
 ) -> None:
     """Find out which words of parallel sentences translate each other.
 
-    Reads a split in English and LANG, or a file of source ||| target lines;
+    Reads a split in two languages, or a file of source ||| target lines;
     prints or writes a line of links a pair, 0-0 1-2 …, words counted from 0.
     --gold scores them; with --alignments, those of another aligner.
     """

@@ -540,6 +540,7 @@ class WordAlignConfig(StageConfig, WordAlignerConfig):
 
     data: str = option("data", "Data folder, or hf:ORG/NAME on the hub.", metavar="DIR")
     lang: str | None = option(None, "Language of the translations in --data.", metavar="LANG")
+    source_lang: str = option("en", "Language they were translated from.", metavar="LANG")
     split: str = option("train", "Name of the split to align.")
     input: Path | None = option(
         None,

@@ -16,7 +16,6 @@ import numpy.typing as npt
 from clseave_cli.core.config import WordAlignConfig
 from clseave_cli.core.data.hub import data_folder
 from clseave_cli.core.data.records import (
-    ENGLISH,
     distinct,
     join,
     read_split,
@@ -60,7 +59,8 @@ class _Text:
         path: the file they come from; of two, that of the target.
         sources: P sentences.
         targets: their translations.
-        lang: language of the targets; None: words stand between spaces on both sides.
+        source_lang: their language; None: words stand between spaces.
+        lang: likewise of the targets.
         lines: (P,) the line of each pair in the file, counted from 1.
         num_lines: how many lines the file has.
     """
@@ -68,6 +68,7 @@ class _Text:
     path: Path
     sources: list[str]
     targets: list[str]
+    source_lang: str | None
     lang: str | None
     lines: npt.NDArray[np.integer]
     num_lines: int
@@ -82,7 +83,7 @@ def align_words(config: WordAlignConfig, progress: Progress = SILENT) -> WordAli
     text = _read_file(config.input) if config.input is not None else _read_data(config, progress)
     sources, source_of_pair = distinct(text.sources)
     targets, target_of_pair = distinct(text.targets)
-    source_words = split_words(sources, text.lang and ENGLISH)
+    source_words = split_words(sources, text.source_lang)
     target_words = split_words(targets, text.lang)
     pairs = np.stack([source_of_pair, target_of_pair])
     num_words = np.stack([source_words.counts[pairs[0]], target_words.counts[pairs[1]]], axis=1)
@@ -136,15 +137,20 @@ def _read_file(path: Path) -> _Text:
                 path, number, f"{len(row) - 1} times |||; expected source ||| target."
             )
     sources, targets = ([side.strip() for side in column] for column in zip(*rows, strict=True))
-    return _Text(path, sources, targets, None, np.arange(1, len(rows) + 1), len(rows))
+    return _Text(path, sources, targets, None, None, np.arange(1, len(rows) + 1), len(rows))
 
 
 def _read_data(config: WordAlignConfig, progress: Progress) -> _Text:
-    """The English sentences of a split and their translations."""
-    lang = config.lang
+    """The source sentences of a split and their translations."""
+    lang, source_lang = config.lang, config.source_lang
     if lang is None:
         raise UsageError("--lang is missing; for example --lang de, or --input FILE.")
     require_language(lang)
+    require_language(source_lang, "--source-lang")
+    if lang == source_lang:
+        raise UsageError(
+            f"--lang {lang}: is --source-lang too; name the language of the translations."
+        )
     folder = data_folder(config.data, progress)
     read = functools.partial(
         read_split,
@@ -152,20 +158,23 @@ def _read_data(config: WordAlignConfig, progress: Progress) -> _Text:
         config.split,
         labelled=False,
         with_images=False,
+        source_lang=source_lang,
         skip_bad=config.skip_bad,
         progress=progress,
     )
     target = read(lang)
-    parallel = join(target, read(ENGLISH) if split_path(folder, config.split, ENGLISH) else None)
+    source = read(source_lang) if split_path(folder, config.split, source_lang) else None
+    parallel = join(target, source, source_lang)
     if parallel.num_unmatched_target:
         progress.note(
-            f"{target.path}: {parallel.num_unmatched_target} rows have no English row; "
-            "their lines stay empty."
+            f"{target.path}: {parallel.num_unmatched_target} rows have no {source_lang} "
+            "row; their lines stay empty."
         )
     return _Text(
         target.path,
         parallel.sources,
         parallel.target.hypotheses,
+        source_lang,
         lang,
         parallel.target.lines,
         target.num_lines,

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tiny_world import edit_row, read_jsonl
+from tiny_world import edit_row, read_jsonl, write_jsonl, write_world
 
 SOURCE_TARGET = """The square is red . ||| Das Quadrat ist rot .
 A dog waits . ||| Ein Hund wartet .
@@ -44,6 +44,46 @@ def test_the_languages_of_a_data_folder(clseave, data, encoder, tmp_path):
     for line, sentence in zip(shown, german, strict=True):
         assert not line or line.endswith(f"||| {sentence}")
     assert [line for line in shown if line.startswith("A dog waits outside. ||| Draußen")]
+
+
+def test_another_source_language(clseave, refused, encoder, tmp_path):
+    pytest.importorskip("rjieba")
+    data = write_world(tmp_path / "data", languages=("en", "de", "zh"))
+    edit_row(data / "snli_ve_train.de.jsonl", 2, pairID="stray")
+    chinese = {r["pairID"]: r["sentence2"] for r in read_jsonl(data / "snli_ve_train.zh.jsonl")}
+    rows = read_jsonl(data / "snli_ve_train.de.jsonl")
+    words = tmp_path / "words"
+    command = ["--data", data, "--source-lang", "zh", "--lang", "de", "--aligner", encoder]
+    links = _links(clseave, *command, "--words", words)
+    shown = words.read_text().splitlines()
+    assert (links[1], shown[1]) == ("", "")
+    for row, line in zip(rows, shown, strict=True):
+        if line:
+            source, target = line.split(" ||| ")
+            assert source.replace(" ", "") == chinese[row["pairID"]]
+            assert target == row["sentence2"]
+    # A segmenter found them: no spaces stand between them.
+    assert any(line.startswith("方块 是 ") for line in shown)
+    # Other aligners count the same words.
+    text = ["--input", words, "--aligner", encoder]
+    words.write_text("".join(f"{line}\n" for line in shown if line))
+    assert _links(clseave, *text) == [line for line in links if line]
+    # Kept beside the translations, in place of a file.
+    write_jsonl(
+        data / "snli_ve_train.de.jsonl",
+        [r | {"sentence2_zh": chinese.get(r["pairID"], "是")} for r in rows],
+    )
+    (data / "snli_ve_train.zh.jsonl").unlink()
+    beside = _links(clseave, *command)
+    assert beside[1] and [*beside[:1], *beside[2:]] == [*links[:1], *links[2:]]
+    # English is a language like any other.
+    english = ["--data", data, "--source-lang", "de", "--lang", "en", "--aligner", encoder]
+    assert len(_links(clseave, *english)) == 24
+    for source in ([], ["--source-lang", "en"]):
+        error = refused("word-align", "--data", data, "--lang", "en", *source, code=2)
+        assert "--lang en: is --source-lang too" in error
+    error = refused("word-align", "--data", data, "--lang", "de", "--source-lang", "../x", code=2)
+    assert "--source-lang ../x: not a language code" in error
 
 
 def test_scoring_without_a_model(clseave, text, tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import time
 
 import numpy as np
@@ -86,6 +87,7 @@ def test_shares_by_hand():
 
 @pytest.mark.parametrize("sampling", ["uniform", "temperature", "self-paced"])
 def test_an_epoch_is_as_long_as_ever_and_repeats_evenly(sampling):
+    """That of a fixed sampling may begin within a round: then once more and once less, at most."""
     sizes = [50, 7, 3]
     sampler = _sampler(sizes, sampling=sampling)
     dev = {"recall_at_10/a": 0.5, "recall_at_10/b": 0.6, "recall_at_10/c": 0.55}
@@ -97,7 +99,7 @@ def test_an_epoch_is_as_long_as_ever_and_repeats_evenly(sampling):
     counts = np.bincount(drawn, minlength=60)
     for first, size in zip((0, 50, 57), sizes, strict=True):
         own = counts[first : first + size]
-        assert own.max() - own.min() <= 1
+        assert own.max() - own.min() <= (1 if sampling == "self-paced" else 2)
     again = _sampler(sizes, sampling=sampling).batches(3, dev)
     assert all(map(np.array_equal, batches, again))
     assert not np.array_equal(np.concatenate(sampler.batches(4, dev)), drawn)
@@ -110,6 +112,56 @@ def test_an_epoch_can_be_of_any_length(length):
     counts = np.bincount(np.concatenate(batches), minlength=40)
     assert counts.sum() == length == sampler.num_examples
     assert counts.max() - counts.min() <= 1 and len(batches) == math.ceil(length / 4)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=4),
+    epoch_pairs=st.none() | st.integers(1, 150),
+    sampling=st.sampled_from(["proportional", "uniform", "temperature"]),
+    seed=st.integers(0, 5),
+)
+def test_no_pair_is_met_twice_before_all_were_met_once(sizes, epoch_pairs, sampling, seed):
+    sampler = _sampler(sizes, sampling=sampling, epoch_pairs=epoch_pairs, seed=seed)
+    counts = np.zeros(sum(sizes), dtype=int)
+    for epoch in range(8):
+        counts += np.bincount(np.concatenate(sampler.batches(epoch, {})), minlength=len(counts))
+        for own in np.split(counts, np.cumsum(sizes)[:-1]):
+            assert own.max() - own.min() <= 1
+
+
+def test_short_epochs_meet_everything_in_turn():
+    sampler = _sampler([1000], epoch_pairs=100, batch_size=10)
+    epochs = [np.concatenate(sampler.batches(epoch, {})) for epoch in range(20)]
+    for round_ in (epochs[:10], epochs[10:]):
+        assert sorted(np.concatenate(round_).tolist()) == list(range(1000))
+    assert set(epochs[0]) != set(epochs[10])
+    # Nothing is remembered: a resumed run meets the same.
+    again = _sampler([1000], epoch_pairs=100, batch_size=10).batches(13, {})
+    assert np.array_equal(np.concatenate(again), epochs[13])
+    # Languages of one size are not met in step.
+    drawn = np.concatenate(_sampler([100, 100], epoch_pairs=100).batches(0, {}))
+    assert set(drawn[drawn < 100]) != set(drawn[drawn >= 100] - 100)
+
+
+def test_whole_epochs_keep_their_order():
+    """That of the versions before `--epoch-pairs` went on from epoch to epoch."""
+    sources = [np.arange(30), np.arange(30)]
+    for epoch in range(3):
+        order = np.random.default_rng([5, epoch])
+        plain = Sampler(_pairs(sources), _config(seed=5)).batches(epoch, {})
+        assert np.array_equal(np.concatenate(plain), order.permutation(60))
+        order = np.random.default_rng([5, epoch])
+        parallel = Sampler(_pairs(sources), _config(seed=5, parallel_batches=True))
+        drawn = order.permutation(30)
+        expected = np.stack([drawn, drawn + 30], axis=1)
+        assert np.array_equal(np.concatenate(parallel.batches(epoch, {})), expected.ravel())
+        order = np.random.default_rng([5, epoch])
+        paced = _sampler([30, 10], seed=5, sampling="self-paced").batches(epoch, {})
+        first = order.permutation(30)[:20]
+        second = [order.permutation(10) for _ in range(2)]
+        drawn = np.concatenate([first, *(30 + part for part in second)])
+        assert np.array_equal(np.concatenate(paced), order.permutation(drawn))
 
 
 @settings(max_examples=100, deadline=None)
@@ -140,6 +192,13 @@ def test_a_parallel_batch_has_every_translation_of_its_sentences():
         assert set(np.flatnonzero(np.isin(source_of, list(sources))).tolist()) == set(batch)
     longer = Sampler(pairs, _config(parallel_batches=True, batch_size=4, epoch_pairs=36))
     assert np.bincount(np.concatenate(longer.batches(0, {}))).tolist() == [3] * 12
+    # Two thirds of the sentences an epoch: after three, each was met twice.
+    shorter = Sampler(pairs, _config(parallel_batches=True, batch_size=4, epoch_pairs=8))
+    counts = np.zeros(12, dtype=int)
+    for epoch in range(3):
+        counts += np.bincount(np.concatenate(shorter.batches(epoch, {})), minlength=12)
+        assert counts.max() - counts.min() <= 1
+    assert counts.tolist() == [2] * 12
 
 
 def test_the_parts_of_a_frequent_pair_are_spread_over_parallel_batches():
@@ -385,12 +444,103 @@ def test_a_teacher_whose_parts_do_not_fit_is_told(runs, world, encoder, refused,
     assert str(folder) in error and not list(tmp_path.glob("align*"))
 
 
-def test_held_out_sentences_are_held_out_in_every_language(data, tmp_path):
+def _texts(data, progress=SILENT, lang=("de", "nl"), **options):
+    """What a run trains on and holds out."""
+    config = AlignConfig(data=str(data), lang=lang, dev_fraction=0.4, **options)
+    reader = corpus.ParallelReader(data, config, progress)
+    return {lang: reader.read(lang) for lang in (*config.lang, *config.auxiliary)}
+
+
+def _keep_sentences(path, kept):
+    """Leaves the rows of the English file's given sentences alone."""
+    english = {r["pairID"]: r["sentence2"] for r in read_jsonl(path.parent / "snli_ve_train.jsonl")}
+    write_jsonl(path, [row for row in read_jsonl(path) if english[row["pairID"]] in kept])
+
+
+def test_held_out_sentences_are_held_out_in_every_language(data):
     for lang in ("de", "nl"):
         (data / f"snli_ve_dev.{lang}.jsonl").unlink()
-    reader = corpus.ParallelReader(data, AlignConfig(data=str(data), dev_fraction=0.4), SILENT)
-    held = {lang: set(reader.read(lang)[1].sources) for lang in ("de", "nl")}
+    notes = Notes()
+    texts = _texts(data, notes)
+    held = {lang: set(dev.sources) for lang, (_, dev) in texts.items()}
     assert held["de"] == held["nl"] and len(held["de"]) == 2
+    # As if each were alone: nothing more is taken from any, and nothing said twice.
+    for lang, (training, _) in texts.items():
+        ((alone, _),) = _texts(data, lang=(lang,)).values()
+        assert alone.target.pair_ids == training.target.pair_ids
+        assert notes.text.count(f"no dev file for {lang}") == 1
+    assert "held out for other languages" not in notes.text
+
+
+def test_a_sentence_held_out_for_one_language_is_trained_on_in_none(data):
+    (data / "snli_ve_dev.nl.jsonl").unlink()
+    every = set(read_split(data, "train").hypotheses)
+    # Dutch has fewer sentences, so the two it holds out need not be those German would.
+    for missing in every:
+        shutil.copy(data / "snli_ve_train.nl.jsonl", data / "whole.jsonl")
+        _keep_sentences(data / "snli_ve_train.nl.jsonl", every - {missing})
+        notes = Notes()
+        (german, german_dev), (dutch, dutch_dev) = _texts(data, notes).values()
+        held = set(dutch_dev.sources)
+        assert len(held) == 2 and not held & {*german.sources, *dutch.sources}
+        assert set(german.sources) == every - held
+        left_out = 24 - len(german.sources)
+        assert (
+            f"snli_ve_train.de.jsonl: {left_out} pairs left out; their en sentences are held out "
+            "for other languages."
+        ) in notes.text
+        # The file German has stays whole, though its sentences are in the training file as well.
+        assert len(german_dev.sources) == len(read_jsonl(data / "snli_ve_dev.de.jsonl"))
+        as_auxiliary = _texts(data, lang=("de",), auxiliary=("nl",))
+        assert as_auxiliary["de"][0].target.pair_ids == german.target.pair_ids
+        (data / "whole.jsonl").rename(data / "snli_ve_train.nl.jsonl")
+
+
+def test_languages_without_dev_files_spare_what_the_others_hold_out(data):
+    for lang in ("de", "nl"):
+        (data / f"snli_ve_dev.{lang}.jsonl").unlink()
+    every = set(read_split(data, "train").hypotheses)
+    (held,) = ({*dev.sources} for _, dev in _texts(data, lang=("de",)).values())
+    # Dutch lacks one of the two sentences that German holds out, and holds out another.
+    _keep_sentences(data / "snli_ve_train.nl.jsonl", every - {min(held)})
+    (german, german_dev), (dutch, dutch_dev) = _texts(data).values()
+    both = {*german_dev.sources, *dutch_dev.sources}
+    assert set(german_dev.sources) == held and len(both) == 3
+    assert set(german.sources) == every - both == set(dutch.sources)
+
+
+def test_held_out_sentences_are_not_trained_on_as_english(
+    data, tmp_path, trained, encoder, monkeypatch
+):
+    (data / "snli_ve_dev.nl.jsonl").unlink()
+    taken = []
+    add_source = corpus.Corpus.add_source
+
+    def watch(self, source_lang):
+        taken.append(set(self.sources))
+        return add_source(self, source_lang)
+
+    monkeypatch.setattr(corpus.Corpus, "add_source", watch)
+    result = _align(
+        data, tmp_path, trained, encoder, "de", "nl", include_english=True, dev_fraction=0.4,
+        limit=3,
+    )  # fmt: skip
+    held = set(_texts(data)["nl"][1].sources)
+    assert taken == [set(read_split(data, "train").hypotheses) - held]
+    assert result.training.pairs == 9  # the limit counts what is left
+    config = AlignConfig(
+        data=str(data), lang=("de", "nl"), dev_fraction=0.4, teacher=trained / "clip-ve"
+    )
+    assert alignment.count_sentences(config) == {"de": 3, "nl": 3}
+    assert alignment.count_sentences(dataclasses.replace(config, lang=("de",))) == {"de": 5}
+
+
+def test_a_language_with_nothing_but_held_out_sentences_is_told(data):
+    (data / "snli_ve_dev.nl.jsonl").unlink()
+    held = set(_texts(data)["nl"][1].sources)
+    _keep_sentences(data / "snli_ve_train.de.jsonl", held)
+    with pytest.raises(DataError, match=r"train\.de\.jsonl: nothing is left to train on"):
+        _texts(data, allow_leak=True)
 
 
 def test_too_little_text_to_hold_out(data, tmp_path, trained, encoder):

@@ -281,23 +281,24 @@ def test_text_alone_is_enough(data, tmp_path, trained, encoder):
 def test_without_a_dev_file_sentences_are_held_out(data, tmp_path, trained, encoder, monkeypatch):
     (data / "snli_ve_dev.de.jsonl").unlink()
     notes, parts = Notes(), []
-    hold_out = corpus.hold_out
+    read = corpus.ParallelReader.read
 
-    def watch(parallel, fraction, seed):
-        parts.append((parallel, *hold_out(parallel, fraction, seed)))
-        return parts[-1][1:]
+    def watch(self, lang):
+        parts.append(read(self, lang))
+        return parts[-1]
 
-    monkeypatch.setattr(corpus, "hold_out", watch)
+    monkeypatch.setattr(corpus.ParallelReader, "read", watch)
     _align(
         data, tmp_path, encoder, "de", teacher=trained / "clip-ve", select="mse",
         dev_fraction=0.6, progress=notes,
     )  # fmt: skip
     assert "no dev file for de; holding out 60% of the train sentences instead" in notes.text
-    ((everything, training, dev),) = parts
+    ((training, dev),) = parts
     assert not set(training.sources) & set(dev.sources)
     assert len(set(dev.sources)) == 3  # of five
+    rows = read_jsonl(data / "snli_ve_train.de.jsonl")
     assert sorted(training.target.pair_ids + dev.target.pair_ids) == sorted(
-        everything.target.pair_ids
+        row["pairID"] for row in rows
     )
     with pytest.raises(DataError, match="too few to hold out 100%"):
         _align(data, tmp_path / "x", encoder, "de", teacher=trained / "clip-ve", dev_fraction=1.0)

@@ -1,5 +1,6 @@
 """`align --method token`: the loss against one computed pair by pair, and what is kept of it."""
 
+import json
 import re
 from types import SimpleNamespace
 
@@ -8,7 +9,9 @@ import pytest
 import tiny_backbones
 import tiny_world
 import torch
+from safetensors.torch import load_file
 from tiny_world import QUICK, read_jsonl, tree
+from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer, CLIPTextModelWithProjection
 
 from clseave_cli.commands.options import resolve
@@ -22,7 +25,7 @@ from clseave_cli.core.features import Sentences
 from clseave_cli.core.models.autoencoder import Autoencoder, load_autoencoder
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import module_digest
-from clseave_cli.core.models.student import load_student, new_token_student
+from clseave_cli.core.models.student import load_student, new_token_student, save_student
 from clseave_cli.errors import DataError, ModelError, UsageError
 
 ENGLISH = ["The square is red.", "A dog waits outside."]
@@ -310,6 +313,36 @@ def test_the_sentence_is_read_through_the_encoders_own_pooling_layer(teacher, wo
         wanted = teacher.text.projection(student.norm.coder(pooled))
         found = student(student.pack(student.tokenize(GERMAN), np.arange(len(GERMAN))))
     torch.testing.assert_close(found, wanted)
+
+
+def test_an_embedding_can_be_made_from_the_folder_alone(teacher, encoder, tmp_path):
+    """As docs/checkpoints.md says, from files and with torch's own functions."""
+    student = new_token_student(
+        encoder, teacher.text, "relu", final_norm=True, sentence_token="pooler"
+    ).eval()
+    save_student(student, tmp_path, languages=["de"], teacher=teacher.fingerprint)
+    coding = json.loads((tmp_path / "config.json").read_text())["coding"]
+    weights = load_file(tmp_path / "projection.safetensors")
+    inputs = AutoTokenizer.from_pretrained(tmp_path / "encoder")(
+        GERMAN, return_tensors="pt", padding=True
+    )
+
+    def linear(name, states):
+        weight = weights.pop(f"{name}.weight")
+        return functional.linear(states, weight, weights.pop(f"{name}.bias", None))
+
+    with torch.no_grad():
+        states = AutoModel.from_pretrained(tmp_path / "encoder").eval()(**inputs).last_hidden_state
+        assert coding["pools"] and coding["code"] == "relu"
+        code = linear("coded_state.coder.0", linear("coded_state.pooler.0", states[:, 0]).tanh())
+        normal = functional.layer_norm(
+            code.relu(), [coding["width"]], weights.pop("coded_state.final_norm.weight"),
+            weights.pop("coded_state.final_norm.bias"), coding["norm_eps"],
+        )  # fmt: skip
+        found = linear("projection", normal)
+        wanted = student(student.pack(student.tokenize(GERMAN), np.arange(len(GERMAN))))
+    torch.testing.assert_close(found, wanted)
+    assert not weights
 
 
 def test_an_encoder_without_pooling_layer_is_refused(teacher, world, tmp_path):

@@ -261,7 +261,7 @@ def _objective(
 
 
 def count_sentences(config: StudentConfig, progress: Progress = SILENT) -> dict[str, int]:
-    """How many distinct source sentences there are to learn each `--lang` from.
+    """How many distinct source sentences a student of all `--lang` has to learn each from.
 
     Raises:
         ClseaveError: bad data, or no teacher.

@@ -43,7 +43,7 @@ from clseave_cli.core.features import (
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.tokens import TokenTable
-from clseave_cli.core.progress import Progress
+from clseave_cli.core.progress import SILENT, Progress
 from clseave_cli.core.training.loop import Rows
 from clseave_cli.core.training.precision import Autocast
 from clseave_cli.errors import DataError
@@ -66,7 +66,7 @@ class ParallelReader:
 
         Args:
             folder: the data folder.
-            config: names of the splits, what to do with bad rows.
+            config: the languages of the run, names of the splits, what to do with bad rows.
             progress: told what was left out.
             source_lang: the teacher's language.
         """
@@ -74,33 +74,70 @@ class ParallelReader:
         self._source_lang = source_lang
         self._config = config
         self._progress = progress
-        self._source = functools.cache(functools.partial(self._split, source_lang))
+        self._source = functools.cache(
+            functools.partial(self._split, source_lang, progress=progress)
+        )
+        self._held_out: dict[str, set[str]] = {}
 
     def read(self, lang: str) -> tuple[Parallel, Parallel]:
         """The parallel training and dev text of a language.
 
+        Sentences that are held out for any language of the run are in none of its training texts.
+
         Raises:
-            DataError: a file is missing, bad, or shares images with another split.
+            DataError: a file is missing, bad, or shares images with another split, or there is too
+                little text to hold some of it out.
         """
         config = self._config
-        training = self._joined(lang, config.train_split)
-        if split_path(self._folder, config.dev_split, lang) is not None:
-            dev = self._joined(lang, config.dev_split)
+        training = self._joined(lang, config.train_split, self._progress)
+        if self._has_dev_file(lang):
+            dev = self._joined(lang, config.dev_split, self._progress)
             if not config.allow_leak and config.dev_split != config.train_split:
                 check_leak(training.target, dev.target)
-            return training, dev
-        self._progress.note(
-            f"{self._folder}: no {config.dev_split} file for {lang}; holding out "
-            f"{config.dev_fraction:.0%} of the {config.train_split} sentences instead."
-        )
-        return hold_out(training, config.dev_fraction, config.seed)
+        else:
+            self._progress.note(
+                f"{self._folder}: no {config.dev_split} file for {lang}; holding out "
+                f"{config.dev_fraction:.0%} of the {config.train_split} sentences instead."
+            )
+            self._held_out[lang] = held_out(training, config.dev_fraction, config.seed)
+            training, dev = _divided(training, self._held_out[lang])
+        return self._without_those_of_others(training), dev
 
-    def _joined(self, lang: str, split: str) -> Parallel:
+    def _without_those_of_others(self, training: Parallel) -> Parallel:
+        """Leaves out what is held out for the other languages of the run."""
+        config, lang, path = self._config, training.target.lang, training.target.path
+        sentences: set[str] = set()
+        for other in (*config.lang, *config.auxiliary):
+            if other == lang or self._has_dev_file(other):
+                continue
+            if other not in self._held_out:
+                # Kept are its sentences alone: `read` reads it once more, and tells about it.
+                whole = self._joined(other, config.train_split, SILENT)
+                self._held_out[other] = held_out(whole, config.dev_fraction, config.seed)
+            sentences |= self._held_out[other]
+        if sentences.isdisjoint(training.sources):
+            return training
+        kept, left_out = _divided(training, sentences)
+        if not len(kept.target):
+            raise DataError(
+                f"{path}: nothing is left to train on; all its sentences are held out for other "
+                "languages. Give them a dev file, or a smaller --dev-fraction."
+            )
+        self._progress.note(
+            f"{path}: {len(left_out.target)} pairs left out; their {self._source_lang} sentences "
+            "are held out for other languages."
+        )
+        return kept
+
+    def _has_dev_file(self, lang: str) -> bool:
+        return split_path(self._folder, self._config.dev_split, lang) is not None
+
+    def _joined(self, lang: str, split: str, progress: Progress) -> Parallel:
         source_lang = self._source_lang
         source = self._source(split) if split_path(self._folder, split, source_lang) else None
-        parallel = join(self._split(lang, split), source, source_lang)
+        parallel = join(self._split(lang, split, progress=progress), source, source_lang)
         if parallel.num_unmatched_target or parallel.num_unmatched_source:
-            self._progress.note(
+            progress.note(
                 f"{parallel.target.path}: {parallel.num_unmatched_target} rows have no "
                 f"{source_lang} row and {parallel.num_unmatched_source} {source_lang} rows no "
                 f"{lang} row (such as "
@@ -108,7 +145,7 @@ class ParallelReader:
             )
         return parallel
 
-    def _split(self, lang: str, split: str) -> Split:
+    def _split(self, lang: str, split: str, *, progress: Progress) -> Split:
         """A split in one language: sentences count, labels and images only where they are."""
         return read_split(
             self._folder,
@@ -118,27 +155,31 @@ class ParallelReader:
             with_images=False,
             source_lang=self._source_lang,
             skip_bad=self._config.skip_bad,
-            progress=self._progress,
+            progress=progress,
         )
 
 
-def hold_out(parallel: Parallel, fraction: float, seed: int) -> tuple[Parallel, Parallel]:
-    """Splits by source sentence, so that no held-out sentence is trained on in other words.
-
-    Languages with the same source sentences hold the same ones out.
+def held_out(parallel: Parallel, fraction: float, seed: int) -> set[str]:
+    """The source sentences that stand in for a dev file; of the same sentences, the same ones.
 
     Raises:
         DataError: there are too few sentences.
     """
-    sentences, index = distinct(parallel.sources)
+    sentences, _ = distinct(parallel.sources)
     num_held = max(1, round(fraction * len(sentences)))
     if num_held >= len(sentences):
         raise DataError(
             f"{parallel.target.path}: {len(sentences)} distinct sentences are too few to hold out "
             f"{fraction:.0%} of them; give a dev file or a smaller --dev-fraction."
         )
-    held = _is_among_first(sentences, num_held, seed)[index]
-    return parallel.take(np.flatnonzero(~held)), parallel.take(np.flatnonzero(held))
+    first = np.flatnonzero(_is_among_first(sentences, num_held, seed))
+    return {sentences[i] for i in first}
+
+
+def _divided(parallel: Parallel, sentences: set[str]) -> tuple[Parallel, Parallel]:
+    """The rows whose source sentence is not one of some, and those where it is."""
+    among = np.array([source in sentences for source in parallel.sources])
+    return parallel.take(np.flatnonzero(~among)), parallel.take(np.flatnonzero(among))
 
 
 def limited(parallel: Parallel, limit: int | None, seed: int, progress: Progress) -> Parallel:

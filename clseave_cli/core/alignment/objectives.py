@@ -211,8 +211,9 @@ def head_divergence(embeddings: Tensor, batch: SentenceBatch, head: nn.Module) -
 def _variance(vectors: Vectors) -> float:
     """The teacher's variance over sentences, mean over dimensions: a squared error of 1 after it.
 
-    Divided by it, the squared error is the share of the variance that is not explained yet, which
-    can be added to a cosine or a KL whatever the scale of the teacher.
+    Divided by it, the squared error is the share of the variance that is not explained yet, to
+    which a cosine can be added whatever the scale of the teacher; and so can a KL times it to the
+    error as it is.
     """
     step = max(1, len(vectors) // _VARIANCE_SAMPLE)
     variance = vectors.rows(np.arange(0, len(vectors), step)).var(dim=0, correction=0).mean()

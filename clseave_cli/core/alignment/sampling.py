@@ -6,6 +6,7 @@ Legend: U distinct training pairs · N pairs met in an epoch · L languages.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -42,9 +43,11 @@ class Sampler:
       the nearest ten after the epoch before; in the first epoch, equally often (visually grounded
       cross-lingual transfer, "Multilingual as Multitask", a).
 
-    A language that is to be met more often than it has pairs repeats them, in a new order each
-    time. Parallel batches are put together from source sentences, each with all its translations;
-    what is trained on in parts (`TrainingPairs`) comes part by part.
+    A language's pairs are gone through in round after round, each in an order of its own, and an
+    epoch goes on where the one before stopped: none is met twice before all were met once. Not so
+    if self-paced, where no epoch knows how far the others came: each begins its rounds anew.
+    Parallel batches are put together from source sentences, each with all its translations, and go
+    through those; what is trained on in parts (`TrainingPairs`) comes part by part.
     """
 
     def __init__(self, pairs: TrainingPairs, config: StudentConfig) -> None:
@@ -75,16 +78,31 @@ class Sampler:
         plain = config.sampling == "proportional" and not config.parallel_batches
         if plain and self.num_examples == self._sizes.sum():
             return batches(self.num_examples, config.batch_size, seed=config.seed, epoch=epoch)
-        random = np.random.default_rng([config.seed, epoch])
         num_batches = math.ceil(self.num_examples / config.batch_size)
         if config.parallel_batches:
-            return self._parallel(num_batches, random)
+            return self._parallel(num_batches, epoch)
+        random = np.random.default_rng([config.seed, epoch])
         counts = whole_parts(self.shares(dev), self.num_examples)
         drawn = [
-            first + _repeated(size, count, random)
-            for first, size, count in zip(self._firsts, self._sizes, counts, strict=True)
+            first + self._drawn(language, count, epoch, random)
+            for language, (first, count) in enumerate(
+                zip(self._firsts, counts.tolist(), strict=True)
+            )
         ]
         return np.array_split(random.permutation(np.concatenate(drawn)), num_batches)
+
+    def _drawn(self, language: int, count: int, epoch: int, random: np.random.Generator) -> Rows:
+        """What an epoch meets of a language, by number within it."""
+        size = int(self._sizes[language])
+        if self._config.sampling == "self-paced":
+            return _stretch(size, 0, count, lambda _: random)
+        # From 1: a 0 at the end is nothing to numpy, and the epoch's own generator has none.
+        return _stretch(
+            size,
+            epoch * count,
+            count,
+            lambda number: np.random.default_rng([self._config.seed, number, language + 1]),
+        )
 
     def shares(self, dev: dict[str, float]) -> npt.NDArray[np.float64]:
         """(L,) the languages' shares of an epoch, given the dev figures of the one before."""
@@ -103,11 +121,16 @@ class Sampler:
         shares: npt.NDArray[np.float64] = weights / weights.sum()
         return shares
 
-    def _parallel(self, num_batches: int, random: np.random.Generator) -> list[Rows]:
+    def _parallel(self, num_batches: int, epoch: int) -> list[Rows]:
         """Batches of about equally many source sentences, each with all its translations."""
         num_sources = len(self._source_ends)
         wanted = max(num_batches, round(num_sources * self.num_examples / self._sizes.sum()))
-        sources = _repeated(num_sources, wanted, random)
+        sources = _stretch(
+            num_sources,
+            epoch * wanted,
+            wanted,
+            lambda number: np.random.default_rng([self._config.seed, number]),
+        )
         return [
             np.concatenate(
                 [
@@ -130,7 +153,18 @@ def whole_parts(shares: npt.NDArray[np.float64], total: int) -> Rows:
     return parts
 
 
-def _repeated(size: int, count: int, random: np.random.Generator) -> Rows:
-    """`count` of `size` items: each as often as any other, or once more or less."""
-    rounds = [random.permutation(size) for _ in range(math.ceil(count / size))]
-    return np.concatenate([np.empty(0, dtype=np.intp), *rounds])[:count]
+def _stretch(
+    size: int, start: int, count: int, generator: Callable[[int], np.random.Generator]
+) -> Rows:
+    """A part of an endless row of permutations of `size` items.
+
+    Args:
+        size: how many items there are.
+        start: where the part begins.
+        count: how long it is.
+        generator: gives what draws the permutation of a round, from the round's number.
+    """
+    first, skipped = divmod(start, size)
+    rounds = range(first, first + math.ceil((skipped + count) / size))
+    drawn = [generator(number).permutation(size) for number in rounds]
+    return np.concatenate([np.empty(0, dtype=np.intp), *drawn])[skipped : skipped + count]
