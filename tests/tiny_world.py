@@ -6,6 +6,7 @@ import functools
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -226,6 +227,24 @@ def small_files() -> None:
     import resource
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+
+
+def killed_while_saving() -> None:
+    """Kills this process when it has written most of its first state."""
+    from clseave_cli.core.training import checkpoint
+
+    checkpoint.write_json = _kill_myself
+
+
+def killed_while_publishing() -> None:
+    """Kills this process when it has written most of its model."""
+    from clseave_cli.core.training import run
+
+    run.shutil.copyfile = _kill_myself
+
+
+def _kill_myself(*_arguments) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 class CommandProcess:

@@ -30,7 +30,7 @@ from clseave_cli.core.progress import SILENT, Progress
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
 from clseave_cli.core.training.placement import on_device
 from clseave_cli.core.training.precision import resolve_device
-from clseave_cli.core.training.run import Run, is_complete, require_writable
+from clseave_cli.core.training.run import Run, finished_before, require_writable
 from clseave_cli.core.word_alignment.places import NONE, WordTokens, find_tokens
 from clseave_cli.core.word_alignment.words import split_words
 from clseave_cli.errors import UsageError
@@ -105,8 +105,7 @@ def autoencode(config: AutoencodeConfig, progress: Progress = SILENT) -> Autoenc
         require_language(lang)
     out = config.out or config.runs / "autoencoder"
     require_writable(out)
-    if config.resume and is_complete(out):
-        progress.note(f"{out}: already complete.")
+    if config.resume and finished_before(out, progress):
         return AutoencodeResult(out, languages, None)
     device = resolve_device(config.device)
     folder = data_folder(config.data, progress)
@@ -121,31 +120,32 @@ def autoencode(config: AutoencodeConfig, progress: Progress = SILENT) -> Autoenc
         for kind, sentences in _read(folder, lang, config, inputs, progress).items():
             parts[kind].append(find_tokens(encoder, split_words(sentences, lang)))
     training, dev = (_States(encoder, own) for own in parts.values())
-    run = Run("autoencode", out, config, inputs)
+    with Run("autoencode", out, config, inputs) as run:
+        torch.manual_seed(config.seed)
+        autoencoder = Autoencoder(encoder.state_width, teacher.text.state_width, config.code).to(
+            device
+        )
 
-    torch.manual_seed(config.seed)
-    autoencoder = Autoencoder(encoder.state_width, teacher.text.state_width, config.code).to(device)
+        def loss(batch: _Batch) -> Tensor:
+            states = training.compute(batch)
+            return functional.mse_loss(autoencoder(states).float(), states.float())
 
-    def loss(batch: _Batch) -> Tensor:
-        states = training.compute(batch)
-        return functional.mse_loss(autoencoder(states).float(), states.float())
-
-    stage = Stage(
-        name="autoencode",
-        title=f"autoencode {'+'.join(languages)}",
-        module=autoencoder,
-        num_examples=len(training),
-        prepare=training.prepare,
-        loss=loss,
-        evaluate=lambda: _evaluate(autoencoder, dev, device),
-        selection=Selection("mse", "lowest"),
-    )
-    result = train(stage, config, device=device, folder=run.folder, progress=progress)
-    run.publish(
-        lambda aside: save_autoencoder(autoencoder, aside, languages=languages),
-        _card(config, languages, len(training), result),
-    )
-    return AutoencodeResult(out, languages, result)
+        stage = Stage(
+            name="autoencode",
+            title=f"autoencode {'+'.join(languages)}",
+            module=autoencoder,
+            num_examples=len(training),
+            prepare=training.prepare,
+            loss=loss,
+            evaluate=lambda: _evaluate(autoencoder, dev, device),
+            selection=Selection("mse", "lowest"),
+        )
+        result = train(stage, config, device=device, folder=run.folder, progress=progress)
+        run.publish(
+            lambda aside: save_autoencoder(autoencoder, aside, languages=languages),
+            _card(config, languages, len(training), result),
+        )
+        return AutoencodeResult(out, languages, result)
 
 
 def _read(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -88,23 +89,30 @@ def atomic_file(target: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path, aside_in: Path | None = None) -> Iterator[Path]:
     """A folder to fill, which takes `target`'s place when the block ends well.
 
     An older `target` is replaced as a whole; until the last rename it stays readable.
+
+    Args:
+        target: see above.
+        aside_in: where it is filled, and an older one put to be deleted; in the file system of
+            `target`, beside which both are done otherwise.
 
     Raises:
         ClseaveError: the disk is full or read-only; an older `target` is left as it was.
     """
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        folder = aside_in or target.parent
+        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=folder))
         try:
             yield aside
             _sync_files([path for path in aside.rglob("*") if path.is_file()])
             aside.chmod(0o777 & ~_umask())
             if target.exists():
-                old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+                # Not a name of `asides`: a kill now leaves the only copy of an older one in it.
+                old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=folder))
                 target.rename(old / target.name)
                 try:
                     aside.rename(target)
@@ -118,6 +126,34 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             fsync_folder(target.parent)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def asides(folder: Path, name: str) -> list[Path]:
+    """What is being written in `folder` to be renamed at its end, or was when a kill came.
+
+    Args:
+        folder: where `atomic_file` and `atomic_folder` write.
+        name: a regular expression of their targets' names.
+    """
+    # The last eight are what tempfile makes.
+    pattern = re.compile(rf"\.(?:{name})\.[a-z0-9_]{{8}}")
+    return [path for path in folder.iterdir() if pattern.fullmatch(path.name)]
+
+
+@contextmanager
+def locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Holds a lock on a file or folder; however the process ends, the kernel lets go of it.
+
+    Raises:
+        BlockingIOError: `how` says not to wait, and somebody else holds one.
+    """
+    # NFS grants an exclusive lock only on what is open for writing, which a folder cannot be.
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, how)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _sync_files(paths: list[Path]) -> None:

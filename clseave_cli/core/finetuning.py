@@ -30,7 +30,7 @@ from clseave_cli.core.progress import SILENT, Progress
 from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
 from clseave_cli.core.training.precision import Autocast, autocast, resolve_device
-from clseave_cli.core.training.run import Run, is_complete, require_writable
+from clseave_cli.core.training.run import Run, finished_before, require_writable
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.labels import LABELS
 
@@ -85,8 +85,7 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> FinetuneRes
     require_language(config.source_lang, "--source-lang")
     out = config.out or config.runs / "clip-ve"
     require_writable(out)
-    if config.resume and is_complete(out):
-        progress.note(f"{out}: already complete.")
+    if config.resume and finished_before(out, progress):
         return FinetuneResult(out, None)
     device = resolve_device(config.device)
     team = processes()
@@ -106,46 +105,46 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> FinetuneRes
     model.text.verify_packing(config.clip, progress)
     inputs = {split.path.name: split.digest for split in (train_split, dev_split)}
     inputs["clip"] = model.text.digest()
-    run = Run("finetune-ve", out, config, inputs)
-    with_autocast = autocast(config.precision, device)
-    train_pairs, dev_pairs = (
-        _prepare(model, split, images, with_autocast, progress)
-        for split in (train_split, dev_split)
-    )
-    train_vectors = train_pairs.images.vectors.all().to(device)
-    dev_premises = dev_pairs.images.of_rows().to(device)
-
-    def loss(batch: _Batch) -> Tensor:
-        sentences = team.spread(lambda: model.text(batch.sentences), batch.num_sentences)
-        logits = model(sentences[batch.sentence_of_row], train_vectors[batch.image_of_row])
-        return torch.stack(
-            [functional.cross_entropy(logits, batch.labels), _accuracy(logits, batch.labels)]
+    with Run("finetune-ve", out, config, inputs) as run:
+        with_autocast = autocast(config.precision, device)
+        train_pairs, dev_pairs = (
+            _prepare(model, split, images, with_autocast, progress)
+            for split in (train_split, dev_split)
         )
+        train_vectors = train_pairs.images.vectors.all().to(device)
+        dev_premises = dev_pairs.images.of_rows().to(device)
 
-    def evaluate() -> dict[str, float]:
-        hypotheses = embed_rows(model.text, dev_pairs.sentences)
-        logits = model(hypotheses, dev_premises)
-        labels = dev_pairs.labels.to(device)
-        return {
-            "loss": functional.cross_entropy(logits, labels).item(),
-            "accuracy": _accuracy(logits, labels).item(),
-        }
+        def loss(batch: _Batch) -> Tensor:
+            sentences = team.spread(lambda: model.text(batch.sentences), batch.num_sentences)
+            logits = model(sentences[batch.sentence_of_row], train_vectors[batch.image_of_row])
+            return torch.stack(
+                [functional.cross_entropy(logits, batch.labels), _accuracy(logits, batch.labels)]
+            )
 
-    stage = Stage(
-        name="finetune-ve",
-        module=model,
-        num_examples=len(train_split),
-        prepare=lambda rows: train_pairs.batch(rows, model),
-        loss=loss,
-        evaluate=evaluate,
-        selection=Selection(config.select, "lowest" if config.select == "loss" else "highest"),
-        figures=("accuracy",),
-    )
-    tokens = [pairs.sentences.tokens for pairs in (train_pairs, dev_pairs)]
-    with reduced_vocabulary(model.text, *tokens):
-        result = train(stage, config, device=device, folder=run.folder, progress=progress)
-    run.publish(model.save, _card(config, len(train_split), result))
-    return FinetuneResult(out, result)
+        def evaluate() -> dict[str, float]:
+            hypotheses = embed_rows(model.text, dev_pairs.sentences)
+            logits = model(hypotheses, dev_premises)
+            labels = dev_pairs.labels.to(device)
+            return {
+                "loss": functional.cross_entropy(logits, labels).item(),
+                "accuracy": _accuracy(logits, labels).item(),
+            }
+
+        stage = Stage(
+            name="finetune-ve",
+            module=model,
+            num_examples=len(train_split),
+            prepare=lambda rows: train_pairs.batch(rows, model),
+            loss=loss,
+            evaluate=evaluate,
+            selection=Selection(config.select, "lowest" if config.select == "loss" else "highest"),
+            figures=("accuracy",),
+        )
+        tokens = [pairs.sentences.tokens for pairs in (train_pairs, dev_pairs)]
+        with reduced_vocabulary(model.text, *tokens):
+            result = train(stage, config, device=device, folder=run.folder, progress=progress)
+        run.publish(model.save, _card(config, len(train_split), result))
+        return FinetuneResult(out, result)
 
 
 def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:

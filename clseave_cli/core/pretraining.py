@@ -37,7 +37,7 @@ from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
 from clseave_cli.core.training.placement import on_device
 from clseave_cli.core.training.precision import resolve_device
-from clseave_cli.core.training.run import Run, is_complete, require_writable
+from clseave_cli.core.training.run import Run, finished_before, require_writable
 from clseave_cli.errors import DataError
 
 #: CLIP's bound on the learned temperature: logits are scaled by at most 100.
@@ -91,8 +91,7 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> PretrainRes
     """
     out = config.out or config.runs / "clip"
     require_writable(out)
-    if config.resume and is_complete(out):
-        progress.note(f"{out}: already complete.")
+    if config.resume and finished_before(out, progress):
         return PretrainResult(out, None)
     device = resolve_device(config.device)
     team = processes()
@@ -108,53 +107,52 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> PretrainRes
     inputs = {path.name: file_digest(path) for path in (train_captions.path, dev_captions.path)} | {
         "clip": json_digest([text.digest(), image.digest()])
     }
-    run = Run("pretrain", out, config, inputs)
+    with Run("pretrain", out, config, inputs) as run:
+        training = _Examples(config, train_captions, text, image)
+        dev = _Examples(
+            config,
+            dev_captions.take(range(min(_DEV_IMAGES, len(dev_captions.images)))),
+            text,
+            image,
+        )
 
-    training = _Examples(config, train_captions, text, image)
-    dev = _Examples(
-        config, dev_captions.take(range(min(_DEV_IMAGES, len(dev_captions.images)))), text, image
-    )
+        def loss(batch: _Batch) -> Tensor:
+            images = team.spread(lambda: image(batch.pixels), batch.num_images)
+            captions = team.spread(lambda: text(batch.captions), batch.num_captions)
+            image_embeddings = functional.normalize(images.float(), dim=1)
+            text_embeddings = functional.normalize(captions.float(), dim=1)
+            per_slot = text_embeddings[batch.caption_of_slot]  # (K, B, D)
+            scale = model.logit_scale.clamp(max=_LARGEST_LOGIT_SCALE).exp()
+            losses = [
+                contrastive_loss(image_embeddings, own_captions, batch.caption_ids[slot], scale)
+                for slot, own_captions in enumerate(per_slot)
+            ]
+            return torch.stack(losses).mean()
 
-    def loss(batch: _Batch) -> Tensor:
-        images = team.spread(lambda: image(batch.pixels), batch.num_images)
-        captions = team.spread(lambda: text(batch.captions), batch.num_captions)
-        image_embeddings = functional.normalize(images.float(), dim=1)
-        text_embeddings = functional.normalize(captions.float(), dim=1)
-        per_slot = text_embeddings[batch.caption_of_slot]  # (K, B, D)
-        scale = model.logit_scale.clamp(max=_LARGEST_LOGIT_SCALE).exp()
-        losses = [
-            contrastive_loss(image_embeddings, own_captions, batch.caption_ids[slot], scale)
-            for slot, own_captions in enumerate(per_slot)
-        ]
-        return torch.stack(losses).mean()
+        def evaluate() -> dict[str, float]:
+            rows = np.arange(len(dev.captions.images))
+            parts = np.array_split(rows, max(1, len(rows) // config.batch_size))
+            losses = [loss(on_device(dev.batch(part), device)).item() for part in parts]
+            return {"loss": float(np.mean(losses))}
 
-    def evaluate() -> dict[str, float]:
-        rows = np.arange(len(dev.captions.images))
-        parts = np.array_split(rows, max(1, len(rows) // config.batch_size))
-        return {
-            "loss": float(
-                np.mean([loss(on_device(dev.batch(part), device)).item() for part in parts])
-            )
-        }
+        stage = Stage(
+            name="pretrain",
+            module=model,
+            num_examples=len(train_captions.images),
+            prepare=training.batch,
+            loss=loss,
+            evaluate=evaluate,
+            selection=Selection("loss", "lowest"),
+        )
+        result = train(stage, config, device=device, folder=run.folder, progress=progress)
 
-    stage = Stage(
-        name="pretrain",
-        module=model,
-        num_examples=len(train_captions.images),
-        prepare=training.batch,
-        loss=loss,
-        evaluate=evaluate,
-        selection=Selection("loss", "lowest"),
-    )
-    result = train(stage, config, device=device, folder=run.folder, progress=progress)
+        def save(aside: Path) -> None:
+            model.save_pretrained(aside)
+            text.tokenizer.save_pretrained(aside)
+            image.processor.save_pretrained(aside)
 
-    def save(aside: Path) -> None:
-        model.save_pretrained(aside)
-        text.tokenizer.save_pretrained(aside)
-        image.processor.save_pretrained(aside)
-
-    run.publish(save, _card(config, len(train_captions.images), result))
-    return PretrainResult(out, result)
+        run.publish(save, _card(config, len(train_captions.images), result))
+        return PretrainResult(out, result)
 
 
 def contrastive_loss(

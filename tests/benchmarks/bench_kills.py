@@ -6,7 +6,8 @@ A run is started with `--resume`, killed with SIGKILL after a random time, start
 until it ends; then its weights are compared, byte for byte, with those of a run that nobody
 disturbed, and the next run begins, until all kills are spent. A kill can hit the reading of data,
 a training step, the writing of a state, the publication of the model, or a run that is over (which
-is not counted). Prints one line a run and a summary; the exit status is 1 if any weights differ.
+is not counted). Prints one line a run and a summary, with what was left hidden: after a kill in the
+partial folder, and beside the models after a run. The exit status is 1 if any weights differ.
 """
 
 from __future__ import annotations
@@ -65,20 +66,27 @@ def run_to_end(command: list[str], said: Path) -> float:
 
 
 def run_with_kills(
-    command: list[str], said: Path, latest: float, most: int, generator: random.Random
-) -> int:
-    """Runs a command to its end, killing it up to `most` times; returns how often."""
+    command: list[str], model: Path, said: Path, latest: float, most: int, generator: random.Random
+) -> tuple[int, int]:
+    """Runs a command that writes `model` to its end, killing it up to `most` times.
+
+    Returns:
+        how often, and how much at most lay hidden in the partial folder after a kill.
+    """
+    partial, most_hidden = model.with_name(f"{model.name}.partial"), 0
     for number in range(most):
         process = CommandProcess(*command, folder=said)
         process.process.join(generator.uniform(0, latest))
         process.process.kill()
         code = process.wait()
         if code == 0:
-            return number
+            return number, most_hidden
         if code != -9:
             raise SystemExit(process.stderr)
+        hidden = [*partial.glob(".*"), *(partial / "training").glob(".*")]
+        most_hidden = max(most_hidden, len(hidden))
     run_to_end(command, said)
-    return most
+    return most, most_hidden
 
 
 def main() -> None:
@@ -104,21 +112,27 @@ def main() -> None:
     expected = weights(reference)
     generator = random.Random(options.seed)
     begin, left, num_runs, num_different, num_leftovers = time.monotonic(), options.kills, 0, 0, 0
+    most_hidden = 0
     while left:
         runs = out / "killed"
-        command = arguments(options.stage, out, runs / _NAMES[options.stage])
+        model = runs / _NAMES[options.stage]
+        command = arguments(options.stage, out, model)
         most = min(left, options.kills_a_run)
-        kills = run_with_kills(command, out / "said", _LATEST_KILL * seconds, most, generator)
-        same = weights(runs / _NAMES[options.stage]) == expected
-        leftovers = [path for path in runs.iterdir() if path.name != _NAMES[options.stage]]
+        kills, hidden = run_with_kills(
+            command, model, out / "said", _LATEST_KILL * seconds, most, generator
+        )
+        most_hidden = max(most_hidden, hidden)
+        same = weights(model) == expected
+        leftovers = [path for path in runs.iterdir() if path != model]
         left, num_runs = left - kills, num_runs + 1
         num_different, num_leftovers = num_different + (not same), num_leftovers + len(leftovers)
         print(f"run {num_runs}: {kills} kills, {'same weights' if same else 'OTHER WEIGHTS'}")
         shutil.rmtree(runs)
     print(
         f"{options.stage}: {options.kills} kills over {num_runs} runs of {seconds:.1f} s "
-        f"undisturbed, {num_different} with other weights, {num_leftovers} hidden folders left "
-        f"behind; {time.monotonic() - begin:.0f} s"
+        f"undisturbed, {num_different} with other weights, at most {most_hidden} hidden in a "
+        f"partial folder after a kill, {num_leftovers} left behind; "
+        f"{time.monotonic() - begin:.0f} s"
     )
     sys.exit(num_different > 0)
 

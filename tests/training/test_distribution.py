@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_world import read_jsonl, start_team, tree
 
+from clseave_cli.core.files import locked
 from clseave_cli.core.training.distribution import Processes, processes
 
 NAMES = {"finetune-ve": "clip-ve", "align": "align-de+nl", "pretrain": "clip"}
@@ -132,6 +133,18 @@ def test_two_processes_train_as_one_and_survive_each_others_end(stage, tmp_path,
     assert codes == [0, 0], said
     assert "resuming at step" in said[0]
     assert (_model(out), _records(out)) == reference
+
+
+@pytest.mark.parametrize("stage", ["align"], indirect=True)
+def test_a_folder_in_use_is_told_to_all(stage, tmp_path):
+    name, arguments = stage
+    lock = tmp_path / "runs" / f"{NAMES[name]}.partial" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    with locked(lock):
+        codes, said = _finish(start_team(*arguments, "--resume", folder=tmp_path / "said"))
+    assert codes == [1, 1], said
+    assert all("another process is training there" in own.splitlines()[-1] for own in said), said
 
 
 @pytest.mark.parametrize("stage", ["pretrain"], indirect=True)

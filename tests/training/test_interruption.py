@@ -7,7 +7,15 @@ import time
 from contextlib import suppress
 
 import pytest
-from tiny_world import CommandProcess, read_jsonl, slow_steps, small_files, tree
+from tiny_world import (
+    CommandProcess,
+    killed_while_publishing,
+    killed_while_saving,
+    read_jsonl,
+    slow_steps,
+    small_files,
+    tree,
+)
 
 
 def _arguments(stage, world, runs, trained, clip, encoder):
@@ -115,6 +123,49 @@ def test_a_run_killed_again_and_again_ends_in_the_same_weights(stage, tmp_path, 
         assert process.wait() in (-signal.SIGKILL, 0), process.stderr
     code, _, err = clseave(*command)
     assert code == 0, err
+    _assert_same(reference, out)
+
+
+def _hidden(runs):
+    """What lies hidden in a runs folder, however deep; not what is in there again."""
+    return [
+        path.relative_to(runs).as_posix()
+        for path in runs.rglob(".*")
+        if not any(parent.name.startswith(".") for parent in path.relative_to(runs).parents)
+    ]
+
+
+@pytest.mark.parametrize("stage", ["align"], indirect=True)
+def test_kills_while_something_is_written_do_not_fill_the_disk(stage, tmp_path, clseave):
+    name, arguments, reference = stage
+    out = tmp_path / "runs" / _NAMES[name]
+    command = [*arguments(tmp_path / "runs"), "--checkpoint-minutes", "0", "--resume"]
+    for kill in (killed_while_saving, killed_while_publishing):
+        process = CommandProcess(*command, folder=tmp_path / kill.__name__, before=kill)
+        assert process.wait() == -signal.SIGKILL, process.stderr
+        (left,) = _hidden(out.parent)
+        assert left.startswith(f"{out.name}.partial/")
+    code, _, err = clseave(*command)
+    assert code == 0, err
+    _assert_same(reference, out)
+    assert list(out.parent.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("stage", ["align"], indirect=True)
+def test_a_run_under_way_is_left_alone(stage, tmp_path, refused):
+    name, arguments, reference = stage
+    out = tmp_path / "runs" / _NAMES[name]
+    command = [*arguments(tmp_path / "runs"), "--checkpoint-minutes", "0"]
+    process = CommandProcess(*command, folder=tmp_path / "said", before=slow_steps)
+    _wait_for_steps(process, out, 5)
+    process.signal(signal.SIGSTOP)
+    for more in ([], ["--resume"]):
+        before = tree(out.parent)
+        error = refused(*command, *more)
+        assert f"{out}.partial: another process is training there; let it end or stop" in error
+        assert tree(out.parent) == before
+    process.signal(signal.SIGCONT)
+    assert process.wait() == 0, process.stderr
     _assert_same(reference, out)
 
 

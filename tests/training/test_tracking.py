@@ -140,19 +140,20 @@ def test_a_missing_package_is_told_before_the_work(tmp_path, monkeypatch, name):
 
 def test_another_tracker_is_no_other_run(tmp_path, monkeypatch):
     _installed(monkeypatch, "trackio")
-    Run("task", tmp_path / "model", TrainingConfig(), {})
-    Run("task", tmp_path / "model", TrainingConfig(resume=True, tracker="trackio"), {})
+    for options in ({}, {"resume": True, "tracker": "trackio"}):
+        with Run("task", tmp_path / "model", TrainingConfig(**options), {}):
+            pass
 
 
 def test_tensorboard_events_are_kept_with_the_model(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run = Run("task", tmp_path / "model", TrainingConfig(tracker="tensorboard"), {})
     notes = Notes()
-    _train(run.folder, notes, tracker="tensorboard")
-    assert not [line for line in notes.lines if "--tracker" in line]
-    run.publish(lambda aside: None, "# card\n")
+    with Run("task", tmp_path / "model", TrainingConfig(tracker="tensorboard"), {}) as run:
+        _train(run.folder, notes, tracker="tensorboard")
+        assert not [line for line in notes.lines if "--tracker" in line]
+        run.publish(lambda aside: None, "# card\n")
     training = tmp_path / "model" / "training"
     events = EventAccumulator(str(training / tracking.TENSORBOARD_FOLDER))
     events.Reload()

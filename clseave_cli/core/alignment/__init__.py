@@ -57,7 +57,7 @@ from clseave_cli.core.progress import SILENT, Progress
 from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.loop import Stage, TrainingResult, overall, train
 from clseave_cli.core.training.precision import autocast, resolve_device
-from clseave_cli.core.training.run import Run, is_complete, require_writable
+from clseave_cli.core.training.run import Run, finished_before, require_writable
 from clseave_cli.errors import UsageError
 
 
@@ -88,8 +88,7 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
     teacher_folder = _teacher_folder(config)
     out = config.out or config.runs / f"align-{'+'.join(languages)}"
     require_writable(out)
-    if config.resume and is_complete(out):
-        progress.note(f"{out}: already complete.")
+    if config.resume and finished_before(out, progress):
         return AlignResult(out, languages, None)
     device = resolve_device(config.device)
     with_autocast = autocast(config.precision, device)
@@ -103,55 +102,56 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
     student, inputs = _new_student(config, teacher, progress)
     text = _read(config, folder, student, teacher, progress)
     images = images_for_accuracy(folder, config, text.dev.values())
-    run = Run("align", out, config, inputs | text.inputs)
-    if config.trim_vocabulary:
-        corpus = text.corpus
-        corpus.renumber_tokens(trim_vocabulary(student, corpus.token_ids(), config.student))
-    pairs = text.corpus.pairs(teacher, text.images, with_autocast, progress)
-    dev_sets = [
-        dev_set(
-            student,
-            teacher,
-            parallel,
-            images,
-            counts=lang in languages,
-            with_autocast=with_autocast,
-            progress=progress,
-        )
-        for lang, parallel in text.dev.items()
-    ]
-    objective = _objective(config, student, teacher, pairs, text.token_pairs)
-    del text
+    with Run("align", out, config, inputs | text.inputs) as run:
+        if config.trim_vocabulary:
+            corpus = text.corpus
+            corpus.renumber_tokens(trim_vocabulary(student, corpus.token_ids(), config.student))
+        pairs = text.corpus.pairs(teacher, text.images, with_autocast, progress)
+        dev_sets = [
+            dev_set(
+                student,
+                teacher,
+                parallel,
+                images,
+                counts=lang in languages,
+                with_autocast=with_autocast,
+                progress=progress,
+            )
+            for lang, parallel in text.dev.items()
+        ]
+        objective = _objective(config, student, teacher, pairs, text.token_pairs)
+        del text
 
-    sampler = Sampler(pairs, config)
-    # The token method need not train what the head reads (the thesis does not); it shall show that.
-    may_collapse = config.method == "token"
-    watch = SpreadWatch("+".join(languages), may_collapse=may_collapse)
-    stage = Stage(
-        name="align",
-        title=f"align {'+'.join(languages)}"
-        + (f", {config.limit:,} sentences" if config.limit else ""),
-        module=objective.module,
-        num_examples=sampler.num_examples,
-        prepare=objective.prepare,
-        loss=objective.loss,
-        evaluate=lambda: watch.during(evaluate_student(student, teacher, dev_sets)),
-        selection=selection(config, images),
-        sample=sampler.batches,
-        # The last epoch shows all that ever spread: had some of it been lost, the run had ended.
-        resumed=watch.during,
-    )
-    tokens = [pairs.sentences.tokens, *(dev.sentences.tokens for dev in dev_sets)]
-    with reduced_vocabulary(student, *tokens):
-        result = train(stage, config, device=device, folder=run.folder, progress=progress)
-    watch.at_the_end(result.dev)
-    run.publish(
-        lambda aside: save_student(
-            student, aside, languages=languages, teacher=teacher.fingerprint
-        ),
-        _card(config, languages, teacher.source_lang, pairs.num_distinct, result),
-    )
-    return AlignResult(out, languages, result)
+        sampler = Sampler(pairs, config)
+        # The token method need not train what the head reads (the thesis does not); it shall show
+        # that.
+        may_collapse = config.method == "token"
+        watch = SpreadWatch("+".join(languages), may_collapse=may_collapse)
+        stage = Stage(
+            name="align",
+            title=f"align {'+'.join(languages)}"
+            + (f", {config.limit:,} sentences" if config.limit else ""),
+            module=objective.module,
+            num_examples=sampler.num_examples,
+            prepare=objective.prepare,
+            loss=objective.loss,
+            evaluate=lambda: watch.during(evaluate_student(student, teacher, dev_sets)),
+            selection=selection(config, images),
+            sample=sampler.batches,
+            # The last epoch shows all that ever spread: had some been lost, the run had ended.
+            resumed=watch.during,
+        )
+        tokens = [pairs.sentences.tokens, *(dev.sentences.tokens for dev in dev_sets)]
+        with reduced_vocabulary(student, *tokens):
+            result = train(stage, config, device=device, folder=run.folder, progress=progress)
+        watch.at_the_end(result.dev)
+        run.publish(
+            lambda aside: save_student(
+                student, aside, languages=languages, teacher=teacher.fingerprint
+            ),
+            _card(config, languages, teacher.source_lang, pairs.num_distinct, result),
+        )
+        return AlignResult(out, languages, result)
 
 
 def _new_student(

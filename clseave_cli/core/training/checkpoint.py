@@ -26,7 +26,8 @@ from clseave_cli.core.files import (
 )
 from clseave_cli.errors import ModelError
 
-_STATE = re.compile(r"state-(\d+)")
+#: Name of a state's folder.
+STATE = re.compile(r"state-\d+")
 
 
 @dataclass
@@ -140,7 +141,7 @@ def snapshot(module: nn.Module) -> dict[str, Tensor]:
 def _states(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return [path for path in folder.iterdir() if _STATE.fullmatch(path.name)]
+    return [path for path in folder.iterdir() if STATE.fullmatch(path.name)]
 
 
 def _sound(path: Path) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -16,7 +15,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from clseave_cli.core.config import TranslateConfig
-from clseave_cli.core.files import atomic_file
+from clseave_cli.core.files import atomic_file, locked
 from clseave_cli.core.translation.files import Row, TextFile, packing, split_name
 from clseave_cli.core.translation.memory import Entry
 from clseave_cli.core.translation.review import Sample
@@ -38,25 +37,14 @@ def replacing(target: Path) -> Iterator[BinaryIO]:
 def aside_folder(target: Path) -> Iterator[Path]:
     """A folder for parts of `target`, gone after the block, or swept up by a later run."""
     prefix = f".{target.name}."
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as name, _locked(Path(name)):
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as name, locked(Path(name)):
         yield Path(name)
-
-
-@contextmanager
-def _locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
-    """Holds a lock on a file or folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, how)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _sweep(target: Path) -> None:
     for path in target.parent.glob(f".{target.name}.????????"):
         try:
-            with _locked(path, fcntl.LOCK_SH | fcntl.LOCK_NB):
+            with locked(path, fcntl.LOCK_SH | fcntl.LOCK_NB):
                 if time.time() - path.stat().st_mtime <= _SWEEP_AGE_SECONDS:
                     continue
                 if path.is_dir():
