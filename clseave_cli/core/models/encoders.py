@@ -6,7 +6,6 @@ Legend: B sentences or images · R rows · T tokens in a row · H hidden width �
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -61,16 +60,17 @@ class SentenceEncoder(nn.Module):
         hub_model: Any,
         causal: bool,
         max_tokens: int,
-        first_position: int,
+        first_position: int | None,
         terminal_id: int,
+        packs: bool = True,
         pooling: Pooling = "terminal",
         filling: Filling | None = None,
     ) -> None:
         """Puts the parts together.
 
         Args:
-            backbone: gives `last_hidden_state` for `input_ids`, `attention_mask` and, if it takes
-                them, `position_ids`.
+            backbone: gives `last_hidden_state` for `input_ids`, `attention_mask` and, if there is a
+                `first_position`, `position_ids`.
             tokenizer: its fast tokenizer.
             norm: applied to the pooled hidden state (identity where the backbone ends in a
                 normalisation of its own).
@@ -79,8 +79,10 @@ class SentenceEncoder(nn.Module):
                 or a model around it that shares its weights.
             causal: tokens look back only (CLIP).
             max_tokens: longest sentence, terminal token included.
-            first_position: position id of a sentence's first token.
+            first_position: position id of a sentence's first token; None: the backbone is never
+                told positions.
             terminal_id: the token that ends every sentence.
+            packs: several sentences may lie in a row.
             pooling: which hidden state stands for a sentence.
             filling: padding that counts as part of the sentence (SigLIP); None: there is none.
         """
@@ -96,9 +98,8 @@ class SentenceEncoder(nn.Module):
         self.terminal_id = terminal_id
         self.pooling = pooling
         self.filling = filling
-        self._takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
         self.pad_id = tokenizer.pad_token_id or 0
-        self.packs = True
+        self.packs = packs
         #: (V,) where each token's vector lies while the vocabulary is reduced.
         self.token_places: Tensor | None = None
         #: What was taken out of the vocabulary for good.
@@ -121,6 +122,11 @@ class SentenceEncoder(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.projection.parameters()).device
+
+    @property
+    def packing(self) -> dict[str, Any]:
+        """What was found out about packing, for `config.json`; `backbones.reading` reads it."""
+        return {"packs": self.packs, "first_position": self.first_position}
 
     @property
     def row_tokens(self) -> int | None:
@@ -176,7 +182,8 @@ class SentenceEncoder(nn.Module):
         """(R, T, H) hidden states of rows that are computed together."""
         inputs: dict[str, Any] = {"input_ids": batch.input_ids}
         inputs["attention_mask"] = self._attention_mask(batch)
-        if self._takes_positions:
+        # A sentence alone in its row is the plain case: the model counts by itself.
+        if self.packs and self.first_position is not None:
             inputs["position_ids"] = batch.positions + self.first_position
         if layer is not None:
             inputs["output_hidden_states"] = True
@@ -258,8 +265,8 @@ class SentenceEncoder(nn.Module):
             self.packs = True
             try:
                 packed = self(self.pack(tokens, rows))
-            # What a backbone raises that takes no mask of pairs of tokens (DeBERTa).
-            except (RuntimeError, ValueError, TypeError, IndexError):
+            # What a backbone raises that takes no mask of pairs of tokens (DeBERTa, XLM).
+            except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
                 packed = torch.full_like(alone, torch.nan)
         self.train(was_training)
         self.packs = torch.allclose(packed, alone, rtol=1e-3, atol=1e-4 * float(alone.abs().max()))
