@@ -32,6 +32,9 @@ _ROW_TOKENS = {"cuda": 128, "cpu": 32}
 #: of tokens in the time that starting all its kernels takes.
 _CALL_TOKENS = {"cuda": 4096, "cpu": 32}
 
+#: What a configuration says of how it was saved, not of what the model computes.
+_OF_SAVING = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+
 #: What packing is checked on; the long one reaches beyond the windows of local attention.
 _PROBES = (
     "a",
@@ -233,20 +236,29 @@ class SentenceEncoder(nn.Module):
         self.tokenizer.save_pretrained(folder)
 
     def digest(self) -> str:
-        """One digest of everything that decides an embedding: weights, tokenizer, limits."""
-        # Caches of CLIP's own tower, which is read at its last token alone, keep their names.
-        plain = self.pooling == "terminal" and self.filling is None
+        """One digest of everything that decides an embedding: hidden states and their reading."""
+        # An activation is in no weight, but in what a module says of itself.
+        added = [[module_digest(part), repr(part)] for part in (self.norm, self.projection)]
+        return json_digest([self.states_digest(), self.pooling, added])
+
+    def states_digest(self) -> str:
+        """One digest of everything that decides hidden states: backbone, tokenizer, limits."""
         return json_digest(
             [
-                module_digest(self),
+                _backbone_digest(self.backbone),
                 self.tokenizer.backend_tokenizer.to_str(),
+                repr(self.filling),
                 self.max_tokens,
-                *([] if plain else [self.pooling, repr(self.filling)]),
+                self.first_position,
+                self.causal,
             ]
         )
 
     def verify_packing(self, name: str = "", progress: Progress = SILENT) -> bool:
         """Checks that packing changes no embedding; otherwise turns to one sentence a row.
+
+        The embeddings it is compared with are the backbone's own of each sentence by itself, which
+        is told nothing of positions.
 
         Args:
             name: the encoder's, for the note.
@@ -317,9 +329,10 @@ class ImageEncoder(nn.Module):
         self.processor.save_pretrained(folder)
 
     def digest(self) -> str:
-        """One digest of everything that decides an embedding: weights and preprocessing."""
+        """One digest of everything that decides an embedding: model and preprocessing."""
         processing = [type(self.processor).__name__, self.processor.to_dict()]
-        return json_digest([module_digest(self), processing])
+        backbone = _backbone_digest(self.backbone)
+        return json_digest([backbone, module_digest(self.projection), processing])
 
     def preprocess(self, images: list[Any]) -> Tensor:
         """Float32 pixels of decoded RGB images, on the CPU: (B, 3, height, width).
@@ -362,6 +375,13 @@ def pool(hidden: Tensor, batch: PackedBatch, pooling: Pooling) -> Tensor:
     belongs = (sentences[:, None] == batch.segments.flatten()).float()  # (B, R · T)
     with torch.autocast(hidden.device.type, enabled=False):
         return belongs @ flat.float() / belongs.sum(dim=1, keepdim=True)
+
+
+def _backbone_digest(backbone: Any) -> str:
+    """One digest of weights and configuration, the same for a model made, saved or loaded."""
+    config = backbone.config.to_dict()
+    said = {key: value for key, value in config.items() if key not in _OF_SAVING}
+    return json_digest([module_digest(backbone), said])
 
 
 def module_digest(module: nn.Module) -> str:
