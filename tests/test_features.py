@@ -12,6 +12,7 @@ from tiny_world import Notes, edit_row, flip_byte, warm_processes
 from clseave_cli.core.data.images import ImageFolder
 from clseave_cli.core.data.records import distinct, read_split
 from clseave_cli.core.features import (
+    Photos,
     VectorCache,
     image_features,
     packed_keys,
@@ -70,10 +71,9 @@ def _embed(encoder, sentences=SENTENCES):
 
 def _look(encoder, folder):
     split = read_split(folder, "train")
-    features = image_features(
-        encoder, split, ImageFolder.of(folder, None), autocast=autocast("fp32", torch.device("cpu"))
-    )
-    return features.of_rows()
+    photos = Photos.of(split, ImageFolder.of(folder, None))
+    with_autocast = autocast("fp32", torch.device("cpu"))
+    return image_features(encoder, split, photos, autocast=with_autocast).of_rows()
 
 
 def test_a_hit_is_a_miss_bit_for_bit(text, monkeypatch):
