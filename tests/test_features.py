@@ -1,5 +1,6 @@
 """The caches of image features and teacher embeddings: a hit is a miss, bit for bit."""
 
+import json
 import os
 import shutil
 
@@ -11,6 +12,7 @@ from tiny_world import Notes, edit_row, flip_byte, warm_processes
 from clseave_cli.core.data.images import ImageFolder
 from clseave_cli.core.data.records import distinct, read_split
 from clseave_cli.core.features import (
+    Photos,
     VectorCache,
     image_features,
     packed_keys,
@@ -69,10 +71,9 @@ def _embed(encoder, sentences=SENTENCES):
 
 def _look(encoder, folder):
     split = read_split(folder, "train")
-    features = image_features(
-        encoder, split, ImageFolder.of(folder, None), autocast=autocast("fp32", torch.device("cpu"))
-    )
-    return features.of_rows()
+    photos = Photos.of(split, ImageFolder.of(folder, None))
+    with_autocast = autocast("fp32", torch.device("cpu"))
+    return image_features(encoder, split, photos, autocast=with_autocast).of_rows()
 
 
 def test_a_hit_is_a_miss_bit_for_bit(text, monkeypatch):
@@ -191,6 +192,19 @@ def test_a_tokenizer_is_part_of_its_encoder(text):
     before = text.digest()
     text.tokenizer.backend_tokenizer.add_tokens(["square"])
     assert text.digest() != before
+
+
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_a_configuration_is_part_of_its_encoder(clip, tmp_path, kind):
+    """An activation is in no weight."""
+    load = {"text": backbones.load_clip_text, "image": backbones.load_clip_image}[kind]
+    load(clip).save_pretrained(tmp_path)
+    assert load(tmp_path).digest() == load(clip).digest()
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    assert config["hidden_act"] == "quick_gelu"
+    path.write_text(json.dumps(config | {"hidden_act": "gelu"}))
+    assert load(tmp_path).digest() != load(clip).digest()
 
 
 def test_vectors_come_in_the_order_of_the_keys(tmp_path):

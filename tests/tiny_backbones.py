@@ -280,6 +280,40 @@ def _xlm_roberta(folder: Path, sentences: Iterable[str]) -> Path:
     return _save(folder, XLMRobertaModel(config, add_pooling_layer=False), factor=9.0)
 
 
+def _data2vec(folder: Path, sentences: Iterable[str]) -> Path:
+    """Its positions start where RoBERTa's do; saved with its pooling layer."""
+    from transformers import Data2VecTextConfig, Data2VecTextModel
+
+    tokenizer = _save_roberta_tokenizer(folder, sentences)
+    torch.manual_seed(0)
+    config = Data2VecTextConfig(
+        **_TOWER,
+        **_NO_DROPOUT,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=MAX_TOKENS + 2,
+        type_vocab_size=1,
+    )
+    return _save(folder, Data2VecTextModel(config), factor=9.0)
+
+
+def new_mpnet(
+    folder: Path, sentences: Iterable[str], special: dict[str, str] = _ROBERTA_TOKENS
+) -> Path:
+    """Its positions start where RoBERTa's do; a bias hangs on places in the row besides."""
+    from transformers import MPNetConfig, MPNetModel
+
+    tokenizer = save_word_tokenizer(folder, sentences, special=special, template="<s> $A </s>")
+    torch.manual_seed(0)
+    config = MPNetConfig(
+        **_TOWER,
+        **_NO_DROPOUT,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=MAX_TOKENS + tokenizer.pad_token_id + 1,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return _save(folder, MPNetModel(config, add_pooling_layer=False), factor=9.0)
+
+
 def _mdeberta(folder: Path, sentences: Iterable[str]) -> Path:
     """As mDeBERTa-v3: relative positions only, in buckets, shared with the content."""
     from transformers import DebertaV2Config, DebertaV2Model
@@ -325,12 +359,17 @@ def _mmbert(folder: Path, sentences: Iterable[str]) -> Path:
     return _save(folder, ModernBertModel(config), factor=9.0)
 
 
+#: mDeBERTa takes no mask of pairs of tokens, MPNet's bias looks across sentences.
+CANNOT_BE_PACKED = ("mDeBERTa", "MPNet")
+
 #: Students by the name their likes are known by.
 STUDENTS: dict[str, Callable[[Path, Iterable[str]], Path]] = {
     "mBERT": _bert,
     "DistilmBERT": _distilbert,
     "XLM-R": _xlm_roberta,
+    "data2vec": _data2vec,
     "LaBSE": _labse,
+    "MPNet": new_mpnet,
     "mDeBERTa": _mdeberta,
     "mmBERT": _mmbert,
 }

@@ -29,7 +29,7 @@ from clseave_cli.core.data.records import (
     require_split_path,
     split_path,
 )
-from clseave_cli.core.features import image_features, tokenize_sentences
+from clseave_cli.core.features import Photos, image_features, tokenize_sentences
 from clseave_cli.core.files import file_digest
 from clseave_cli.core.linguistics import analyse_distances
 from clseave_cli.core.metrics.baselines import (
@@ -364,7 +364,7 @@ class _Premises:
             features = image_features(
                 self._encoder,
                 split,
-                self._images,
+                Photos.of(split, self._images),
                 autocast=self._autocast,
                 progress=self._progress,
             )

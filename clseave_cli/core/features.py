@@ -121,25 +121,75 @@ def embed_rows(encoder: SentenceEncoder, sentences: Sentences) -> Tensor:
     return embeddings[torch.from_numpy(sentences.index)]
 
 
+@dataclass(frozen=True, eq=False)
+class Photos:
+    """The files of N named images.
+
+    Attributes:
+        paths: where they are.
+        where: `file:line` that first names each.
+        keys: (N,) digests of their content.
+    """
+
+    paths: list[Path]
+    where: list[str]
+    keys: Keys
+
+    @classmethod
+    def named(cls, names: Sequence[str], where: list[str], images: ImageFolder) -> Photos:
+        """Finds and reads images, and decodes none.
+
+        Args:
+            names: N names, as the data spell them.
+            where: `file:line` that first names each.
+            images: where to find them.
+
+        Raises:
+            DataError: an image is missing; the line that names it is in the message.
+        """
+        paths = [images.find(name, place) for name, place in zip(names, where, strict=True)]
+        with ThreadPoolExecutor() as pool:
+            digests = (bytes.fromhex(d)[:_KEY_BYTES] for d in pool.map(file_digest, paths))
+            return cls(paths, where, packed_keys(digests))
+
+    @classmethod
+    def of(cls, split: Split, images: ImageFolder) -> Photos:
+        """Every image that a split names, in the split's order.
+
+        Raises:
+            DataError: as `named`.
+        """
+        where = [split.where(row) for row in first_rows(split)]
+        return cls.named(split.image_names, where, images)
+
+    def digest(self) -> str:
+        """One digest of what all of them show; their order counts."""
+        return hashlib.blake2b(self.keys.tobytes(), digest_size=32).hexdigest()
+
+
 def image_features(
     encoder: ImageEncoder,
     split: Split,
-    images: ImageFolder,
+    photos: Photos,
     *,
     autocast: Autocast,
     progress: Progress = SILENT,
 ) -> Features:
-    """The projected features of every image a split names, from the cache where they are there.
+    """The projected features of every row's image, from the cache where they are there.
+
+    Args:
+        encoder: the frozen image tower.
+        split: N rows.
+        photos: `Photos.of` the split.
+        autocast: the arithmetic.
+        progress: told about what is computed.
 
     Raises:
-        DataError: an image is missing or damaged; the line that names it is in the message.
+        DataError: an image is damaged; the line that names it is in the message.
     """
-    where = [split.where(row) for row in first_rows(split)]
     features = image_vectors(
         encoder,
-        split.image_names,
-        where,
-        images,
+        photos,
         autocast=autocast,
         description=f"{split.name}: image features",
         progress=progress,
@@ -149,9 +199,7 @@ def image_features(
 
 def image_vectors(
     encoder: ImageEncoder,
-    names: Sequence[str],
-    where: Sequence[str],
-    images: ImageFolder,
+    photos: Photos,
     *,
     autocast: Autocast,
     description: str,
@@ -161,27 +209,22 @@ def image_vectors(
 
     Args:
         encoder: the frozen image tower.
-        names: N names, as the data spell them.
-        where: `file:line` that first names each.
-        images: where to find them.
+        photos: N of them.
         autocast: the arithmetic.
         description: what the progress bar says.
         progress: told about what is computed.
 
     Raises:
-        DataError: an image is missing or damaged; the line that names it is in the message.
+        DataError: an image is damaged; the line that names it is in the message.
     """
-    paths = [images.find(name, place) for name, place in zip(names, where, strict=True)]
-    with ThreadPoolExecutor() as pool:
-        digests = packed_keys(bytes.fromhex(d)[:_KEY_BYTES] for d in pool.map(file_digest, paths))
     # Two names may stand for the same picture.
-    keys, path_of_key, key_of_path = np.unique(digests, return_index=True, return_inverse=True)
+    keys, path_of_key, key_of_path = np.unique(photos.keys, return_index=True, return_inverse=True)
 
     def decode(item: int) -> Image:
         try:
-            return open_image(paths[item])
+            return open_image(photos.paths[item])
         except DataError as error:
-            raise DataError(f"{where[item]}: {error}") from None
+            raise DataError(f"{photos.where[item]}: {error}") from None
 
     def pixels(items: list[int]) -> Tensor:
         # Preprocessed together: half the cost of one by one.

@@ -18,11 +18,13 @@ from clseave_cli.core.data.images import ImageFolder
 from clseave_cli.core.data.records import Split, check_leak, read_split, require_language
 from clseave_cli.core.features import (
     Features,
+    Photos,
     Sentences,
     embed_rows,
     image_features,
     tokenize_sentences,
 )
+from clseave_cli.core.files import json_digest
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.packing import PackedBatch
 from clseave_cli.core.models.vocabulary import reduced_vocabulary
@@ -99,17 +101,18 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> FinetuneRes
     images = ImageFolder.of(folder, config.images)
     _require_batch_statistics(config, train_split)
     _require_two_labels(train_split)
+    splits = [(split, Photos.of(split, images)) for split in (train_split, dev_split)]
 
     torch.manual_seed(config.seed)
     model = ClipVE.from_clip(config.clip, config.source_lang).to(device)
     model.text.verify_packing(config.clip, progress)
-    inputs = {split.path.name: split.digest for split in (train_split, dev_split)}
-    inputs["clip"] = model.text.digest()
+    inputs = {"clip": json_digest([model.text.digest(), model.image.digest()])}
+    for split, photos in splits:
+        inputs |= {split.path.name: split.digest, f"photos: {split.name}": photos.digest()}
     with Run("finetune-ve", out, config, inputs) as run:
         with_autocast = autocast(config.precision, device)
         train_pairs, dev_pairs = (
-            _prepare(model, split, images, with_autocast, progress)
-            for split in (train_split, dev_split)
+            _prepare(model, split, photos, with_autocast, progress) for split, photos in splits
         )
         train_vectors = train_pairs.images.vectors.all().to(device)
         dev_premises = dev_pairs.images.of_rows().to(device)
@@ -174,13 +177,13 @@ def _require_batch_statistics(config: FinetuneConfig, split: Split) -> None:
 def _prepare(
     model: ClipVE,
     split: Split,
-    images: ImageFolder,
+    photos: Photos,
     with_autocast: Autocast,
     progress: Progress,
 ) -> _Pairs:
     return _Pairs(
         tokenize_sentences(model.text, split.hypotheses, split.where, progress),
-        image_features(model.image, split, images, autocast=with_autocast, progress=progress),
+        image_features(model.image, split, photos, autocast=with_autocast, progress=progress),
         torch.from_numpy(split.labels.astype(np.int64)),
     )
 

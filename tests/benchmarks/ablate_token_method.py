@@ -33,7 +33,7 @@ from clseave_cli.core.config import AlignConfig, AutoencodeConfig, EvaluateConfi
 from clseave_cli.core.data.images import ImageFolder
 from clseave_cli.core.data.records import ENGLISH, join, read_split
 from clseave_cli.core.evaluation import evaluate
-from clseave_cli.core.features import embed_rows, image_features, tokenize_sentences
+from clseave_cli.core.features import Photos, embed_rows, image_features, tokenize_sentences
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.training.precision import autocast
 from clseave_cli.core.word_alignment.links import Links
@@ -198,7 +198,7 @@ def unread_accuracy(demo: Path, seed: int) -> float:
     split = read_split(demo / "data", "test", ENGLISH)
     fp32 = autocast("fp32", torch.device("cpu"))
     images = ImageFolder.of(demo / "data", None)
-    premises = image_features(model.image, split, images, autocast=fp32).of_rows()
+    premises = image_features(model.image, split, Photos.of(split, images), autocast=fp32).of_rows()
     hypotheses = embed_rows(
         model.text, tokenize_sentences(model.text, split.hypotheses, split.where)
     )

@@ -147,8 +147,8 @@ def test_the_images_of_a_sentence_are_those_of_its_rows(world, trained, encoder)
         for source, image in zip(training.sources, index, strict=True):
             expected.setdefault(source, set()).add(names[image])
     exact = autocast("fp32", torch.device("cpu"))
-    folder = ImageFolder.of(world, None)
-    pairs = taken.pairs(teacher, folder, exact, SILENT)
+    photos = taken.photos(ImageFolder.of(world, None))
+    pairs = taken.pairs(teacher, photos, exact, SILENT)
     images = pairs.images
     for number, names in enumerate(expected.values()):  # sources are numbered as they come
         items = images.items[images.offsets[number] : images.offsets[number + 1]]

@@ -2,22 +2,26 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_world import (
     CAPTION,
     QUICK,
     Notes,
     edit_row,
+    enlarge_weights,
     read_jsonl,
     tree,
     write_jsonl,
 )
 
 from clseave_cli import VisualEntailment
-from clseave_cli.core import alignment, prediction
+from clseave_cli.core import alignment, finetuning, prediction
 from clseave_cli.core.alignment import align, corpus
 from clseave_cli.core.alignment.dev import SpreadWatch
 from clseave_cli.core.config import AlignConfig, EvaluateConfig, FinetuneConfig, PredictConfig
@@ -433,18 +437,70 @@ def test_one_dev_row_has_no_spread_that_could_be_lost(data, tmp_path, trained, e
     assert result.training.dev["variance_ratio"] == 1
 
 
+def _killed_in_training(module, stage, *arguments, **options):
+    """Leaves an unfinished run behind."""
+
+    def killed(*_arguments, **_more):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "train", killed)
+        with pytest.raises(KeyboardInterrupt):
+            stage(*arguments, **options)
+
+
 def test_a_resumed_student_must_see_the_same_english(data, tmp_path, trained, encoder):
     options = {"teacher": trained / "clip-ve", "select": "mse"}
-    with pytest.MonkeyPatch.context() as patch:
-
-        def killed(*_arguments, **_more):
-            raise KeyboardInterrupt
-
-        patch.setattr(alignment, "train", killed)
-        with pytest.raises(KeyboardInterrupt):
-            _align(data, tmp_path, encoder, "de", **options)
+    _killed_in_training(alignment, _align, data, tmp_path, encoder, "de", **options)
     edit_row(data / "snli_ve_train.jsonl", 1, sentence2="The square is black.")
     with pytest.raises(UsageError, match="resume with the same options and data"):
+        _align(data, tmp_path, encoder, "de", resume=True, **options)
+
+
+def _repaint(data, name):
+    Image.new("RGB", (32, 32), "purple").save(data / "images" / name)
+
+
+def test_fine_tuning_resumes_with_the_same_towers_and_photos_only(data, tmp_path, clip):
+    clip = shutil.copytree(clip, tmp_path / "clip")
+    run = data, tmp_path / "runs", clip
+    _killed_in_training(finetuning, _finetune, *run)
+    weights = load_file(clip / "model.safetensors")
+    changed = dict(weights)
+    changed["visual_projection.weight"] = 2 * weights["visual_projection.weight"]
+    save_file(changed, clip / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match=r"was run with clip = .*; resume with the same"):
+        _finetune(*run, resume=True)
+    save_file(weights, clip / "model.safetensors", {"format": "pt"})
+    for split in ("dev", "train"):
+        _repaint(data, f"{split}0.png")
+        with pytest.raises(UsageError, match=f"was run with photos: {split} = "):
+            _finetune(*run, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "split"),
+    [({}, "dev of de"), ({"objective": "head-aware", "select": "mse"}, "train")],
+)
+def test_an_alignment_resumes_with_the_same_photos_only(
+    data, tmp_path, trained, encoder, options, split
+):
+    options = {"teacher": trained / "clip-ve", **options}
+    _killed_in_training(alignment, _align, data, tmp_path, encoder, "de", **options)
+    # A photo that is not looked at may change.
+    _repaint(data, "train0.png" if split == "dev of de" else "dev0.png")
+    _killed_in_training(alignment, _align, data, tmp_path, encoder, "de", resume=True, **options)
+    _repaint(data, "dev0.png" if split == "dev of de" else "train0.png")
+    with pytest.raises(UsageError, match=f"was run with photos: {split} = "):
+        _align(data, tmp_path, encoder, "de", resume=True, **options)
+
+
+def test_an_alignment_resumes_with_the_same_aligner_only(data, tmp_path, trained, encoder):
+    aligner = shutil.copytree(encoder, tmp_path / "aligner")
+    options = {"teacher": trained / "clip-ve", "method": "token", "aligner": str(aligner)}
+    _killed_in_training(alignment, _align, data, tmp_path, encoder, "de", **options)
+    enlarge_weights(aligner, 2.0)
+    with pytest.raises(UsageError, match="was run with aligner = "):
         _align(data, tmp_path, encoder, "de", resume=True, **options)
 
 

@@ -1,15 +1,18 @@
 """Students around every kind of encoder: each sentence as transformers computes it alone."""
 
+import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from tiny_backbones import MAX_TOKENS, STUDENTS, save_word_tokenizer
+from tiny_backbones import CANNOT_BE_PACKED, MAX_TOKENS, STUDENTS, save_word_tokenizer
 from tiny_world import sentences
 from tokenizers import Tokenizer
 from transformers import AutoModel, AutoTokenizer, T5Config
 
+from clseave_cli.core.files import json_digest
+from clseave_cli.core.models import backbones
 from clseave_cli.core.models.encoders import module_digest
 from clseave_cli.core.models.student import load_student, new_student, save_student
 from clseave_cli.errors import ModelError
@@ -21,9 +24,6 @@ TEXTS = [
     "Das Quadrat ist " + "rot. Das Quadrat ist blau. " * 20,
     "Das Quadrat ist grün. Draußen wartet ein Hund.",
 ]
-
-#: mDeBERTa takes no mask of pairs of tokens: one sentence a row.
-CANNOT_BE_PACKED = ("mDeBERTa",)
 
 
 @pytest.fixture(scope="module", params=list(STUDENTS))
@@ -88,11 +88,46 @@ def test_a_student_of_any_kind_is_the_same_after_save_and_load(student, tmp_path
     save_student(student, tmp_path, languages=["de"], teacher="t" * 64)
     again = load_student(tmp_path, "t" * 64)
     assert module_digest(again) == module_digest(student)
-    assert again.packs == student.packs  # or evaluate and predict would pack what cannot be
+    assert again.packing == student.packing  # or evaluate and predict would pack what cannot be
+    assert again.digest() == student.digest()
     assert torch.equal(_embed(again), _embed(student))
     model = AutoModel.from_pretrained(tmp_path / "encoder")
     saved, ours = model.state_dict(), student.backbone.state_dict()
     assert all(torch.equal(saved[key], weight) for key, weight in ours.items())
+
+
+def test_what_was_found_out_about_packing_is_saved(name, backbone, student, tmp_path, monkeypatch):
+    student.verify_packing()
+    assert student.first_position == (2 if name in ("XLM-R", "data2vec", "MPNet") else 0)
+    save_student(student, tmp_path, languages=["de"], teacher="t" * 64)
+    with monkeypatch.context() as patch:
+        patch.setattr(backbones, "_first", None)  # not found out again
+        assert load_student(tmp_path).packing == student.packing
+    path = tmp_path / "config.json"
+    content = json.loads(path.read_text())
+    # A folder of an earlier version: positions were not in it.
+    assert content.pop("first_position") == student.first_position
+    del content["fingerprint"], content["clseave_version"]
+    path.write_text(json.dumps(content | {"fingerprint": json_digest(content)}))
+    again = load_student(tmp_path)
+    assert again.packing == student.packing
+    assert torch.equal(_embed(again), _embed(student))
+
+
+def test_positions_that_are_not_found_are_never_given(tmp_path, world, monkeypatch):
+    monkeypatch.setattr(backbones, "_possible_firsts", lambda model: [0])  # its own is not there
+    folder = STUDENTS["XLM-R"](tmp_path, sentences(world))
+    student = new_student(folder, 16).eval()
+    assert student.first_position is None and not student.verify_packing()
+    torch.testing.assert_close(_embed(student), _reference(folder, student), rtol=1e-4, atol=1e-4)
+
+
+def test_the_position_table_is_a_limit_of_its_own(name, backbone, student, tmp_path):
+    folder = shutil.copytree(backbone, tmp_path / "unlimited")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.model_max_length = 10**9
+    tokenizer.save_pretrained(folder)
+    assert new_student(folder, 16).max_tokens == MAX_TOKENS
 
 
 def test_padding_saved_with_a_tokenizer_is_not_read(encoder, tmp_path):

@@ -162,9 +162,13 @@ def test_a_damaged_or_missing_projection_is_noticed(teacher, tmp_path):
 
 def test_the_digest_tells_how_a_sentence_is_read(teacher):
     text = backbones.load_clip_text(teacher)
-    before = text.digest()
+    digests = {text.digest()}
     text.pooling = "cls" if text.pooling == "terminal" else "terminal"
-    assert text.digest() != before
+    digests.add(text.digest())
+    text.causal = not text.causal
+    digests.add(text.digest())
+    text.first_position += 1
+    assert len(digests | {text.digest()}) == 4
 
 
 def test_a_siglip_that_projects_to_another_width_is_refused(tmp_path, world):

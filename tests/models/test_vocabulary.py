@@ -3,6 +3,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from tiny_backbones import new_mpnet
 from torch import nn
 
 from clseave_cli.core.models import backbones
@@ -79,6 +80,20 @@ def test_embeddings_are_the_same_inside_and_outside(sentence_encoder):
         after = _embed(sentence_encoder, trained), _embed(sentence_encoder, others)
     for one, two, three in zip(wanted, inside, after, strict=True):
         assert torch.equal(one, two) and torch.equal(one, three)
+
+
+def test_no_other_token_takes_the_id_that_positions_are_counted_by(tmp_path):
+    """MPNet counts tokens that are not padding, whose id stands here behind an unused one."""
+    special = {
+        "unk_token": "<unk>", "pad_token": "<pad>", "cls_token": "<s>", "sep_token": "</s>",
+    }  # fmt: skip
+    student = new_student(new_mpnet(tmp_path, TRAINED, special), 16).eval()
+    assert not student.verify_packing() and student.pad_id == 1
+    tokens = student.tokenize(TRAINED)
+    with torch.no_grad():
+        wanted = _embed(student, tokens)
+        with reduced_vocabulary(student, tokens):
+            assert torch.equal(_embed(student, tokens), wanted)
 
 
 def test_an_encoder_is_whole_again_after_a_failure(sentence_encoder):

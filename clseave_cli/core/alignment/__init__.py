@@ -23,10 +23,11 @@ from clseave_cli.core.alignment.corpus import (
     limited,
 )
 from clseave_cli.core.alignment.dev import (
+    DevText,
     SpreadWatch,
     dev_set,
+    dev_text,
     evaluate_student,
-    images_for_accuracy,
     selection,
 )
 from clseave_cli.core.alignment.objectives import (
@@ -47,6 +48,7 @@ from clseave_cli.core.config import AlignConfig, StudentConfig
 from clseave_cli.core.data.hub import data_folder
 from clseave_cli.core.data.images import ImageFolder
 from clseave_cli.core.data.records import Parallel, require_language, require_split_path
+from clseave_cli.core.features import Photos
 from clseave_cli.core.files import json_digest
 from clseave_cli.core.models.clip_ve import ClipVE, source_language
 from clseave_cli.core.models.encoders import SentenceEncoder
@@ -101,24 +103,24 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
 
     student, inputs = _new_student(config, teacher, progress)
     text = _read(config, folder, student, teacher, progress)
-    images = images_for_accuracy(folder, config, text.dev.values())
     with Run("align", out, config, inputs | text.inputs) as run:
         if config.trim_vocabulary:
             corpus = text.corpus
             corpus.renumber_tokens(trim_vocabulary(student, corpus.token_ids(), config.student))
-        pairs = text.corpus.pairs(teacher, text.images, with_autocast, progress)
+        pairs = text.corpus.pairs(teacher, text.photos, with_autocast, progress)
         dev_sets = [
             dev_set(
                 student,
                 teacher,
                 parallel,
-                images,
+                None if text.dev.photos is None else text.dev.photos[lang],
                 counts=lang in languages,
                 with_autocast=with_autocast,
                 progress=progress,
             )
-            for lang, parallel in text.dev.items()
+            for lang, parallel in text.dev.rows.items()
         ]
+        select = selection(config, text.dev)
         objective = _objective(config, student, teacher, pairs, text.token_pairs)
         del text
 
@@ -136,7 +138,7 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
             prepare=objective.prepare,
             loss=objective.loss,
             evaluate=lambda: watch.during(evaluate_student(student, teacher, dev_sets)),
-            selection=selection(config, images),
+            selection=select,
             sample=sampler.batches,
             # The last epoch shows all that ever spread: had some been lost, the run had ended.
             resumed=watch.during,
@@ -178,16 +180,16 @@ class _Text:
 
     Attributes:
         corpus: the training text of all languages.
-        images: what stands beside it, where the objective looks at images.
+        photos: what stands beside it, where the objective looks at images.
         token_pairs: its paired words, where the method needs them.
-        dev: the dev text of each language.
+        dev: the dev text of each language, and its photos.
         inputs: fingerprints of all of it.
     """
 
     corpus: Corpus
-    images: ImageFolder | None
+    photos: Photos | None
     token_pairs: TokenPairs | None
-    dev: dict[str, Parallel]
+    dev: DevText
     inputs: dict[str, str]
 
 
@@ -208,7 +210,7 @@ def _read(
     if config.method != "sentence":
         words = TokenCorpus(student, teacher.text, source_lang, config, progress)
     reader = ParallelReader(folder, config, progress, source_lang)
-    dev_text: dict[str, Parallel] = {}
+    dev_rows: dict[str, Parallel] = {}
     inputs: dict[str, str] = {}
     for lang in _translated(config):
         whole, dev = reader.read(lang)
@@ -223,15 +225,20 @@ def _read(
         part = corpus.add(training, config.auxiliary_weight if lang in config.auxiliary else 1.0)
         if words is not None:
             inputs |= words.add(training, part, corpus.sources)
-        dev_text[lang] = dev
-    corpus.require_images()
+        dev_rows[lang] = dev
+    photos = None if images is None else corpus.photos(images)
     if config.include_english:
         part = corpus.add_source(source_lang)
         if words is not None:
             words.add_source(part, corpus.sources)
-        dev_text[source_lang] = as_source(dev_text[config.lang[0]], source_lang)
+        dev_rows[source_lang] = as_source(dev_rows[config.lang[0]], source_lang)
     token_pairs = None if words is None else words.pairs(corpus.sources)
-    return _Text(corpus, images, token_pairs, dev_text, inputs)
+    judged = dev_text(folder, config, dev_rows, progress)
+    used = {f"dev of {lang}": own for lang, own in (judged.photos or {}).items()}
+    if photos is not None:
+        used["train"] = photos
+    inputs |= {f"photos: {what}": own.digest() for what, own in used.items()}
+    return _Text(corpus, photos, token_pairs, judged, inputs)
 
 
 def _translated(config: AlignConfig) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ from clseave_cli.core.data.records import (
 )
 from clseave_cli.core.features import (
     Features,
+    Photos,
     Sentences,
     Vectors,
     first_rows,
@@ -307,17 +308,19 @@ class Corpus:
         self._parts.append(part)
         return part
 
-    def require_images(self) -> None:
-        """Refuses text for an objective that looks at images.
+    def photos(self, images: ImageFolder) -> Photos:
+        """The images noted, for an objective that looks at them.
 
         Raises:
-            DataError: no row names one.
+            DataError: no row names one, or one is missing.
         """
-        if self._paired is not None and not len(self._paired):
+        assert self._paired is not None
+        if not len(self._paired):
             raise DataError(
                 "--objective head-aware: no training row names an image; "
                 "--objective mse needs only text."
             )
+        return self._paired.photos(images)
 
     def keep_tokens(self, sentences: Sequence[str]) -> None:
         """Counts the tokens of sentences among those that occur, though nothing trains on them."""
@@ -343,14 +346,14 @@ class Corpus:
     def pairs(
         self,
         teacher: ClipVE,
-        images: ImageFolder | None,
+        photos: Photos | None,
         with_autocast: Autocast,
         progress: Progress,
     ) -> TrainingPairs:
-        """Everything taken in, with the teacher's embeddings, and those of the images if noted.
+        """Everything taken in, with the teacher's embeddings, and those of the photos, if any.
 
         Raises:
-            DataError: an image is missing or damaged.
+            DataError: an image is damaged.
         """
         vectors = sentence_embeddings(
             teacher.text,
@@ -360,9 +363,9 @@ class Corpus:
             progress=progress,
         )
         paired = None
-        if self._paired is not None and images is not None:
+        if self._paired is not None and photos is not None:
             paired = self._paired.look_up(
-                len(self._sources), teacher, images, with_autocast, progress
+                len(self._sources), teacher, photos, with_autocast, progress
             )
         starts = np.cumsum([0, *(len(part.tokens) for part in self._parts)])
         sentences, sources, weights, distinct_pairs = [], [], [], []
@@ -479,20 +482,22 @@ class _PairedNames:
         images = np.array(numbers, dtype=np.int64)[split.image_index[rows]]
         self._beside.append(np.unique(sources[rows] << 32 | images))
 
+    def photos(self, images: ImageFolder) -> Photos:
+        """All these images."""
+        return Photos.named(self._names, self._where, images)
+
     def look_up(
         self,
         num_sources: int,
         teacher: ClipVE,
-        images: ImageFolder,
+        photos: Photos,
         with_autocast: Autocast,
         progress: Progress,
     ) -> PairedImages:
         """The embeddings of all these images, by source sentence."""
         features = image_vectors(
             teacher.image,
-            self._names,
-            self._where,
-            images,
+            photos,
             autocast=with_autocast,
             description="image features",
             progress=progress,

@@ -6,7 +6,7 @@ Legend: N dev rows · P sentences to retrieve among · D embedding width.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from clseave_cli.core.data.images import ImageFolder
 from clseave_cli.core.data.records import Parallel, Split, distinct
 from clseave_cli.core.features import (
     Features,
+    Photos,
     Sentences,
     embed_rows,
     image_features,
@@ -71,17 +72,42 @@ class DevSet:
     labels: Tensor
 
 
-def images_for_accuracy(
-    folder: Path, config: StudentConfig, dev_text: Collection[Parallel]
-) -> ImageFolder | None:
-    """The image folder if dev accuracy shall choose the checkpoint, or can (`auto`).
+@dataclass(frozen=True, eq=False)
+class DevText:
+    """The dev rows of each language.
+
+    Attributes:
+        rows: by language; with photos, only those that can be judged.
+        photos: of the rows, by language; None: accuracy is not measured.
+    """
+
+    rows: dict[str, Parallel]
+    photos: dict[str, Photos] | None
+
+
+def dev_text(
+    folder: Path, config: StudentConfig, rows: dict[str, Parallel], progress: Progress
+) -> DevText:
+    """The rows to judge a student on, with photos if dev accuracy shall choose, or can (`auto`).
 
     Raises:
-        DataError: accuracy was asked for, and rows or images do not allow it.
+        DataError: accuracy was asked for, and rows or images do not allow it; or an image is
+            missing.
     """
+    images = _images_for_accuracy(folder, config, rows)
+    if images is None:
+        return DevText(rows, None)
+    judged = {lang: _judged(parallel, progress) for lang, parallel in rows.items()}
+    photos = {lang: Photos.of(parallel.target, images) for lang, parallel in judged.items()}
+    return DevText(judged, photos)
+
+
+def _images_for_accuracy(
+    folder: Path, config: StudentConfig, rows: Mapping[str, Parallel]
+) -> ImageFolder | None:
     if config.select not in ("auto", "accuracy"):
         return None
-    possible = all(_judged_rows(parallel.target).size > 0 for parallel in dev_text)
+    possible = all(_judged_rows(parallel.target).size > 0 for parallel in rows.values())
     if config.select == "accuracy":
         if not possible:
             raise DataError(
@@ -99,9 +125,9 @@ def images_for_accuracy(
         return None
 
 
-def selection(config: StudentConfig, images: ImageFolder | None) -> Selection:
+def selection(config: StudentConfig, dev: DevText) -> Selection:
     """The dev figure that chooses the checkpoint."""
-    if images is not None:
+    if dev.photos is not None:
         return Selection("accuracy", "highest")
     if config.select == "auto":
         return _TEXT_SELECTION[config.objective]
@@ -112,21 +138,13 @@ def dev_set(
     student: SentenceEncoder,
     teacher: ClipVE,
     parallel: Parallel,
-    images: ImageFolder | None,
+    photos: Photos | None,
     *,
     counts: bool,
     with_autocast: Autocast,
     progress: Progress,
 ) -> DevSet:
-    """Prepares the dev rows of a language; with images, only those that can be judged."""
-    if images is not None:
-        rows = _judged_rows(parallel.target)
-        if len(rows) < len(parallel.target):
-            progress.note(
-                f"{parallel.target.path}: {len(parallel.target) - len(rows)} rows without label or "
-                "image; the dev figures leave them out."
-            )
-            parallel = parallel.take(rows)
+    """Prepares the dev rows of a language."""
     target = parallel.target
     sources, source_of_row = distinct(parallel.sources)
     vectors = sentence_embeddings(
@@ -142,9 +160,9 @@ def dev_set(
         tokenize_sentences(student, target.hypotheses, target.where, progress),
         Features(vectors, source_of_row),
         None
-        if images is None
+        if photos is None
         else image_features(
-            teacher.image, target, images, autocast=with_autocast, progress=progress
+            teacher.image, target, photos, autocast=with_autocast, progress=progress
         ),
         torch.from_numpy(target.labels.astype(np.int64)),
     )
@@ -254,6 +272,19 @@ def _collapse(lang: str, ratio: float) -> TrainingError:
         f"{lang}: the student gives every sentence the same embedding (variance {ratio:.1e} of the "
         "teacher's); lower --learning-rate or raise --warmup-fraction."
     )
+
+
+def _judged(parallel: Parallel, progress: Progress) -> Parallel:
+    """Only the rows that can be judged."""
+    rows = _judged_rows(parallel.target)
+    num_others = len(parallel.target) - len(rows)
+    if not num_others:
+        return parallel
+    progress.note(
+        f"{parallel.target.path}: {num_others} rows without label or image; the dev figures leave "
+        "them out."
+    )
+    return parallel.take(rows)
 
 
 def _judged_rows(split: Split) -> Rows:

@@ -151,7 +151,7 @@ class TokenCorpus:
             sources: every source sentence that `part` counts through.
 
         Returns:
-            Fingerprints of the files that were read.
+            Fingerprints of the file that was read, or of what aligned the words.
 
         Raises:
             DataError: the file of links is bad.
@@ -182,7 +182,9 @@ class TokenCorpus:
             _, row = np.unique(target_of_row * len(own) + source_of_row, return_index=True)
             links = links.take(row)
         else:
-            links = self._aligner().align(
+            aligner = self._aligner()
+            inputs["aligner"] = aligner.digest
+            links = aligner.align(
                 own_sources,
                 words,
                 pairs,

@@ -6,8 +6,9 @@ never run, and only safetensors weights are read: pickled ones could run code.
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,22 +43,26 @@ _LOADING = {
     "attn_implementation": "sdpa",
 }
 
-#: Encoders that transformers gives a pooling layer behind [CLS].
+#: Encoders whose pooling layer is BERT's.
 _POOLED = ("bert", "roberta", "xlm-roberta")
 
 #: What a tokenizer is compared with another on.
 _PROBES = ("A dog's ball is red, isn't it?", "ZWEI  Hunde laufen.", "犬が公園を走っている。")
 
 
-def load_clip_text(name: str | Path) -> SentenceEncoder:
+def load_clip_text(name: str | Path, saved: Mapping[str, Any] | None = None) -> SentenceEncoder:
     """The text tower of a CLIP-like model, or one saved by itself.
+
+    Args:
+        name: hub id or folder.
+        saved: as for `reading`.
 
     Raises:
         ModelError: it cannot be found or read, or is of no layout that is known.
     """
     layout, is_whole = _layout(name, "text")
     tower = layout.text_parts(*_load_tower(name, layout, "text", is_whole))
-    return _text_encoder(tower, _load_tokenizer(name))
+    return _text_encoder(tower, _load_tokenizer(name), saved or {})
 
 
 def load_clip_image(name: str | Path) -> ImageEncoder:
@@ -88,7 +93,7 @@ def load_clip(name: str | Path) -> tuple[Any, SentenceEncoder, ImageEncoder]:
     text, image = _split(model, layout, "text"), _split(model, layout, "image")
     return (
         model,
-        _text_encoder(layout.text_parts(*text), _load_tokenizer(name)),
+        _text_encoder(layout.text_parts(*text), _load_tokenizer(name), {}),
         _image_encoder(layout.image_parts(*image), _load(name, _of(layout.processor))),
     )
 
@@ -101,7 +106,8 @@ def load_encoder(name: str | Path) -> tuple[Any, Any]:
     """
     config = _load(name, AutoConfig.from_pretrained)
     arguments = _encoder_arguments(name, config)
-    if config.model_type in _POOLED:
+    # Made up at random where it was not saved: the same encoder would be another each time.
+    if _takes(MODEL_MAPPING.get(type(config), None), "add_pooling_layer"):
         arguments["add_pooling_layer"] = False
     return _load(name, AutoModel.from_pretrained, **arguments), _load_tokenizer(name)
 
@@ -154,17 +160,62 @@ def terminal_id(tokenizer: Any) -> int:
     return int(last)
 
 
-def first_position(model: Any) -> int:
-    """Position id of a sentence's first token: RoBERTa's family counts from padding_idx + 1."""
-    if model.config.model_type in ("roberta", "xlm-roberta", "camembert", "altclip_text_model"):
-        return int(model.config.pad_token_id) + 1
-    return 0
+def reading(model: Any, tokenizer: Any, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """How an encoder is given its sentences: arguments of `SentenceEncoder`.
+
+    Args:
+        model: the encoder.
+        tokenizer: its tokenizer.
+        saved: `SentenceEncoder.packing` of a saved one, among other things; empty for a new one.
+            Folders of earlier versions lack some of it.
+
+    Raises:
+        ModelError: as `terminal_id`.
+    """
+    first = saved["first_position"] if "first_position" in saved else _first(model, tokenizer)
+    # Where it is not known, as many places as there are in any case.
+    before = max(_possible_firsts(model)) if first is None else first
+    places = int(model.config.max_position_embeddings) - before
+    return {
+        "max_tokens": min(places, int(tokenizer.model_max_length)),
+        "first_position": first,
+        "terminal_id": terminal_id(tokenizer),
+        "packs": saved.get("packs", True),
+    }
 
 
-def max_tokens(model: Any, tokenizer: Any) -> int:
-    """The longest sentence an encoder reads, terminal token included."""
-    places = int(model.config.max_position_embeddings) - first_position(model)
-    return min(places, int(tokenizer.model_max_length))
+def _first(model: Any, tokenizer: Any) -> int | None:
+    """Position id of a sentence's first token: what gives the states that the model has unasked.
+
+    Returns:
+        None if the model takes no positions, or counts them in another way.
+    """
+    if not _takes(model.forward, "position_ids"):
+        return None
+    ids = torch.tensor([tokenizer.backend_tokenizer.encode("a").ids])  # (1, T)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        wanted = model(**inputs).last_hidden_state
+        for first in _possible_firsts(model):
+            positions = torch.arange(first, first + ids.shape[1])[None]
+            found = model(**inputs, position_ids=positions).last_hidden_state
+            # The same computation, or another one: there is next to nothing between them.
+            if torch.allclose(found, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max())):
+                return first
+    return None
+
+
+def _possible_firsts(model: Any) -> list[int]:
+    """Most models count from 0, RoBERTa's relatives from behind their padding token."""
+    padding = model.config.pad_token_id
+    # No table of positions would lose half its places to that.
+    if padding is None or padding >= model.config.max_position_embeddings // 2:
+        return [0]
+    return [0, padding + 1]
+
+
+def _takes(function: Any, argument: str) -> bool:
+    return callable(function) and argument in inspect.signature(function).parameters
 
 
 def _layout(name: str | Path, part: Literal["whole", "text", "vision"]) -> tuple[Layout, bool]:
@@ -203,7 +254,7 @@ def _split(model: Any, layout: Layout, part: Literal["text", "image"]) -> tuple[
     return model.vision_model, model.visual_projection
 
 
-def _text_encoder(tower: TextTower, tokenizer: Any) -> SentenceEncoder:
+def _text_encoder(tower: TextTower, tokenizer: Any, saved: Mapping[str, Any]) -> SentenceEncoder:
     filling = None
     if tower.fills:
         filling = Filling(tokenizer.pad_token_id, tokenizer.padding_side)
@@ -214,11 +265,9 @@ def _text_encoder(tower: TextTower, tokenizer: Any) -> SentenceEncoder:
         tower.projection,
         hub_model=tower.hub_model,
         causal=tower.causal,
-        max_tokens=max_tokens(tower.backbone, tokenizer),
-        first_position=first_position(tower.backbone),
-        terminal_id=terminal_id(tokenizer),
         pooling=tower.pooling,
         filling=filling,
+        **reading(tower.backbone, tokenizer, saved),
     )
 
 

@@ -89,8 +89,7 @@ class ClipVE(nn.Module):
             head = EntailmentHead(HeadConfig(**config["head"]))
             load_weights(head, folder / "head.safetensors")
             if text is None:
-                text = backbones.load_clip_text(folder / "text")
-                text.packs = config.get("packs", True)
+                text = backbones.load_clip_text(folder / "text", config)
             image = backbones.load_clip_image(folder / "image")
             try:
                 model = cls(text, image, head, config["languages"][0])
@@ -112,7 +111,7 @@ class ClipVE(nn.Module):
         save_weights(self.head, folder / "head.safetensors")
         config = {
             "languages": [self.source_lang],
-            "packs": self.text.packs,
+            **self.text.packing,
             "head": dataclasses.asdict(self.head.config),
         }
         self.fingerprint = seal(folder, FORMAT, config)

@@ -6,7 +6,6 @@ Legend: B sentences or images · R rows · T tokens in a row · H hidden width �
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +31,9 @@ _ROW_TOKENS = {"cuda": 128, "cpu": 32}
 #: are computed apart if that saves more padding. Estimates for 12 layers; a GPU computes thousands
 #: of tokens in the time that starting all its kernels takes.
 _CALL_TOKENS = {"cuda": 4096, "cpu": 32}
+
+#: What a configuration says of how it was saved, not of what the model computes.
+_OF_SAVING = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 
 #: What packing is checked on; the long one reaches beyond the windows of local attention.
 _PROBES = (
@@ -61,16 +63,17 @@ class SentenceEncoder(nn.Module):
         hub_model: Any,
         causal: bool,
         max_tokens: int,
-        first_position: int,
+        first_position: int | None,
         terminal_id: int,
+        packs: bool = True,
         pooling: Pooling = "terminal",
         filling: Filling | None = None,
     ) -> None:
         """Puts the parts together.
 
         Args:
-            backbone: gives `last_hidden_state` for `input_ids`, `attention_mask` and, if it takes
-                them, `position_ids`.
+            backbone: gives `last_hidden_state` for `input_ids`, `attention_mask` and, if there is a
+                `first_position`, `position_ids`.
             tokenizer: its fast tokenizer.
             norm: applied to the pooled hidden state (identity where the backbone ends in a
                 normalisation of its own).
@@ -79,8 +82,10 @@ class SentenceEncoder(nn.Module):
                 or a model around it that shares its weights.
             causal: tokens look back only (CLIP).
             max_tokens: longest sentence, terminal token included.
-            first_position: position id of a sentence's first token.
+            first_position: position id of a sentence's first token; None: the backbone is never
+                told positions.
             terminal_id: the token that ends every sentence.
+            packs: several sentences may lie in a row.
             pooling: which hidden state stands for a sentence.
             filling: padding that counts as part of the sentence (SigLIP); None: there is none.
         """
@@ -96,9 +101,8 @@ class SentenceEncoder(nn.Module):
         self.terminal_id = terminal_id
         self.pooling = pooling
         self.filling = filling
-        self._takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
         self.pad_id = tokenizer.pad_token_id or 0
-        self.packs = True
+        self.packs = packs
         #: (V,) where each token's vector lies while the vocabulary is reduced.
         self.token_places: Tensor | None = None
         #: What was taken out of the vocabulary for good.
@@ -121,6 +125,11 @@ class SentenceEncoder(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.projection.parameters()).device
+
+    @property
+    def packing(self) -> dict[str, Any]:
+        """What was found out about packing, for `config.json`; `backbones.reading` reads it."""
+        return {"packs": self.packs, "first_position": self.first_position}
 
     @property
     def row_tokens(self) -> int | None:
@@ -176,7 +185,8 @@ class SentenceEncoder(nn.Module):
         """(R, T, H) hidden states of rows that are computed together."""
         inputs: dict[str, Any] = {"input_ids": batch.input_ids}
         inputs["attention_mask"] = self._attention_mask(batch)
-        if self._takes_positions:
+        # A sentence alone in its row is the plain case: the model counts by itself.
+        if self.packs and self.first_position is not None:
             inputs["position_ids"] = batch.positions + self.first_position
         if layer is not None:
             inputs["output_hidden_states"] = True
@@ -226,20 +236,29 @@ class SentenceEncoder(nn.Module):
         self.tokenizer.save_pretrained(folder)
 
     def digest(self) -> str:
-        """One digest of everything that decides an embedding: weights, tokenizer, limits."""
-        # Caches of CLIP's own tower, which is read at its last token alone, keep their names.
-        plain = self.pooling == "terminal" and self.filling is None
+        """One digest of everything that decides an embedding: hidden states and their reading."""
+        # An activation is in no weight, but in what a module says of itself.
+        added = [[module_digest(part), repr(part)] for part in (self.norm, self.projection)]
+        return json_digest([self.states_digest(), self.pooling, added])
+
+    def states_digest(self) -> str:
+        """One digest of everything that decides hidden states: backbone, tokenizer, limits."""
         return json_digest(
             [
-                module_digest(self),
+                _backbone_digest(self.backbone),
                 self.tokenizer.backend_tokenizer.to_str(),
+                repr(self.filling),
                 self.max_tokens,
-                *([] if plain else [self.pooling, repr(self.filling)]),
+                self.first_position,
+                self.causal,
             ]
         )
 
     def verify_packing(self, name: str = "", progress: Progress = SILENT) -> bool:
         """Checks that packing changes no embedding; otherwise turns to one sentence a row.
+
+        The embeddings it is compared with are the backbone's own of each sentence by itself, which
+        is told nothing of positions.
 
         Args:
             name: the encoder's, for the note.
@@ -258,8 +277,8 @@ class SentenceEncoder(nn.Module):
             self.packs = True
             try:
                 packed = self(self.pack(tokens, rows))
-            # What a backbone raises that takes no mask of pairs of tokens (DeBERTa).
-            except (RuntimeError, ValueError, TypeError, IndexError):
+            # What a backbone raises that takes no mask of pairs of tokens (DeBERTa, XLM).
+            except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
                 packed = torch.full_like(alone, torch.nan)
         self.train(was_training)
         self.packs = torch.allclose(packed, alone, rtol=1e-3, atol=1e-4 * float(alone.abs().max()))
@@ -310,9 +329,10 @@ class ImageEncoder(nn.Module):
         self.processor.save_pretrained(folder)
 
     def digest(self) -> str:
-        """One digest of everything that decides an embedding: weights and preprocessing."""
+        """One digest of everything that decides an embedding: model and preprocessing."""
         processing = [type(self.processor).__name__, self.processor.to_dict()]
-        return json_digest([module_digest(self), processing])
+        backbone = _backbone_digest(self.backbone)
+        return json_digest([backbone, module_digest(self.projection), processing])
 
     def preprocess(self, images: list[Any]) -> Tensor:
         """Float32 pixels of decoded RGB images, on the CPU: (B, 3, height, width).
@@ -355,6 +375,13 @@ def pool(hidden: Tensor, batch: PackedBatch, pooling: Pooling) -> Tensor:
     belongs = (sentences[:, None] == batch.segments.flatten()).float()  # (B, R · T)
     with torch.autocast(hidden.device.type, enabled=False):
         return belongs @ flat.float() / belongs.sum(dim=1, keepdim=True)
+
+
+def _backbone_digest(backbone: Any) -> str:
+    """One digest of weights and configuration, the same for a model made, saved or loaded."""
+    config = backbone.config.to_dict()
+    said = {key: value for key, value in config.items() if key not in _OF_SAVING}
+    return json_digest([module_digest(backbone), said])
 
 
 def module_digest(module: nn.Module) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,12 +171,12 @@ def load_student(folder: Path, teacher: str | None = None) -> SentenceEncoder:
             config["pooling"],
             config.get("projection", "linear"),  # not named by earlier versions, which had no other
             Coding(**config["coding"]) if "coding" in config else None,
+            config,
         )
         load_weights(_added_parts(student), folder / "projection.safetensors")
         if "vocabulary" in config:
             kept = load_file(folder / _VOCABULARY)["kept"].numpy()
             student.trimmed = Trimmed(kept, **config["vocabulary"])
-        student.packs = config.get("packs", True)  # not named by earlier versions either
     student.fingerprint = config["fingerprint"]
     return student.eval()
 
@@ -202,7 +202,7 @@ def save_student(
             **coding,
             "languages": list(languages),
             "pooling": student.pooling,
-            "packs": student.packs,
+            **student.packing,
             "projection": "mlp" if isinstance(student.projection, nn.Sequential) else "linear",
             "embedding_dim": student.embedding_dim,
             "teacher": teacher,
@@ -230,6 +230,7 @@ def restore_student(folder: Path, encoder: str | Path | None = None) -> Sentence
         student.pooling,
         kind,
         student.norm.coding if isinstance(student.norm, CodedState) else None,
+        student.packing,
     )
     return restore_vocabulary(student, whole).eval()
 
@@ -260,6 +261,7 @@ def _student(
     pooling: Pooling = "terminal",
     projection: Projection = "linear",
     coding: Coding | None = None,
+    saved: Mapping[str, Any] | None = None,
 ) -> SentenceEncoder:
     width = model.config.hidden_size
     read = nn.LayerNorm(width) if coding is None else CodedState(width, coding)
@@ -271,10 +273,8 @@ def _student(
         last if projection == "linear" else nn.Sequential(nn.Linear(width, width), nn.GELU(), last),
         hub_model=model,
         causal=False,
-        max_tokens=backbones.max_tokens(model, tokenizer),
-        first_position=backbones.first_position(model),
-        terminal_id=backbones.terminal_id(tokenizer),
         pooling=pooling,
+        **backbones.reading(model, tokenizer, saved or {}),
     )
 
 

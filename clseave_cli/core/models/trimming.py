@@ -29,7 +29,6 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
-from clseave_cli.core.models import backbones
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.tokens import Trimmed
 from clseave_cli.errors import ModelError
@@ -77,7 +76,7 @@ def trim_vocabulary(
     for key in (f"{kind}_token_id" for kind in _CONFIG_IDS):
         if getattr(config, key, None) in new_id:
             setattr(config, key, new_id[getattr(config, key)])
-    if backbones.first_position(encoder.backbone) != encoder.first_position:
+    if encoder.first_position != 0 and new_id[encoder.pad_id] != encoder.pad_id:
         raise ModelError(f"{name}: its positions count from its padding id, which would change.")
     encoder.tokenizer = tokenizer
     encoder.pad_id = new_id[encoder.pad_id]

@@ -38,6 +38,9 @@ def reduced_vocabulary(encoder: SentenceEncoder, *tables: TokenTable) -> Iterato
         yield
         return
     always = [encoder.pad_id] + ([] if whole.padding_idx is None else [whole.padding_idx])
+    if not encoder.packs:
+        # Some count positions over the ids that are not padding's: no other token may take its id.
+        always = list(range(max(always) + 1))
     kept = np.unique(np.concatenate([always, *(table.ids for table in tables)]))
     places = np.full(whole.num_embeddings, -1)
     places[kept] = np.arange(len(kept))

@@ -6,6 +6,7 @@ width · L links.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -66,6 +67,11 @@ class WordAligner:
         self._layer = min(BEST_LAYER, num_layers) if layer is None else layer
         self._threshold = threshold
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """Stands for everything but the text that decides links; of the weights as they are now."""
+        return json_digest([self._encoder.states_digest(), self._layer, self._threshold])
+
     def align(
         self,
         source: Words,
@@ -87,9 +93,8 @@ class WordAligner:
         Returns:
             The links, from the cache where the same was asked before.
         """
-        encoder = self._encoder.digest(), self._layer, self._threshold
         spans = [[w.sentences, w.starts.tolist(), w.offsets.tolist()] for w in (source, target)]
-        key = json_digest([*encoder, *spans, pairs.tolist()])
+        key = json_digest([self.digest, *spans, pairs.tolist()])
         return cached_links(key, lambda: self._align(source, target, pairs, description, progress))
 
     def _align(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file, save
 
 from clseave_cli.core.files import atomic_file, cache_root, file_digest
+from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.word_alignment.links import Links
 
 _DIGEST_BYTES = 16
@@ -17,7 +19,8 @@ _DIGEST_BYTES = 16
 def cached_links(key: str, compute: Callable[[], Links]) -> Links:
     """The links kept under a key, or else computed and kept.
 
-    A damaged file is not believed: it is computed and written anew.
+    A damaged file is not believed: it is computed and written anew. Of several processes the first
+    one does all this, and tells the others.
 
     Args:
         key: stands for everything that decides them.
@@ -26,7 +29,10 @@ def cached_links(key: str, compute: Callable[[], Links]) -> Links:
     Raises:
         ClseaveError: the disk is full.
     """
-    folder = cache_root() / "words"
+    return processes().once(lambda: _find(cache_root() / "words", key, compute))
+
+
+def _find(folder: Path, key: str, compute: Callable[[], Links]) -> Links:
     for path in folder.glob(f"{key}.*.safetensors"):
         if path.suffixes[0] == f".{file_digest(path, _DIGEST_BYTES)}":
             kept = load_file(path)
