@@ -154,9 +154,7 @@ def _rank(resamples: int, num_clusters: int) -> int:
     return int((resamples + 1) * stats.norm.cdf(widened))
 
 
-def _percentiles(
-    resampled: Floats, num_clusters: int
-) -> tuple[float, float] | tuple[None, None]:
+def _percentiles(resampled: Floats, num_clusters: int) -> tuple[float, float] | tuple[None, None]:
     rank = _rank(len(resampled), num_clusters)
     if not rank:
         return None, None

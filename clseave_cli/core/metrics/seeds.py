@@ -67,3 +67,31 @@ def mean_accuracy_interval(
     """
     share = np.mean([np.asarray(right, dtype=bool) for right in correct], axis=0)
     return accuracy_interval(share, images, resamples=resamples, seed=seed)
+
+
+def mean_difference_interval(
+    first: Sequence[npt.ArrayLike],
+    second: Sequence[npt.ArrayLike],
+    images: npt.ArrayLike,
+    *,
+    resamples: int,
+    seed: int,
+) -> Interval:
+    """The mean over trainings of a paired difference in accuracy, with its 95 % interval.
+
+    Args:
+        first: (N,) bool a training.
+        second: (N,) bool a training, the same rows in the same order.
+        images: (N,) photo of each row.
+        resamples: number of resamples.
+        seed: seed of the resampling.
+    """
+    # From −1 … 1 to a share, for which photos that are all alike are no certainty.
+    shares = [
+        (np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64) + 1) / 2
+        for ours, theirs in zip(first, second, strict=True)
+    ]
+    found = accuracy_interval(np.mean(shares, axis=0), images, resamples=resamples, seed=seed)
+    if found.low is None or found.high is None:
+        return Interval(2 * found.value - 1, None, None)
+    return Interval(2 * found.value - 1, 2 * found.low - 1, 2 * found.high - 1)
