@@ -1,3 +1,4 @@
+import io
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -188,6 +189,17 @@ def test_every_panel_of_the_alignment_says_its_scale(curves):
         rings = [line for line in panel.get_lines() if line.get_fillstyle() == "none"]
         sizes = [ring.get_markersize() for ring in rings]
         assert len(set(sizes)) == len(sizes)
+
+
+def test_small_print_takes_no_room_from_the_plot(results):
+    def pixels(document):
+        with Image.open(io.BytesIO(draw_figures(document, [])["languages"])) as image:
+            return image.size
+
+    checkpoints = {f"{number}-{'model' * 9}": "ab" * 32 for number in range(8)}
+    more = replace(results, signature=replace(results.signature, checkpoints=checkpoints))
+    (width, height), (same, higher) = pixels(results), pixels(more)
+    assert width == same and higher > height + 30
 
 
 def test_one_language_fills_its_figures(results):

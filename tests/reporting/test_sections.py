@@ -60,6 +60,9 @@ def test_the_headline_ranks_no_ties(figures):
         "English reaches 73.2 %. German is level with it, within the uncertainty. "
         "Dutch and Chinese are lower, by 1.8 and 3.2 points. Korean is higher, by 1.1 points."
     )
+    many = [replace(level[0], lang=f"x{number}") for number in range(9)]
+    found = headline(replace(figures, results=(english, *many, others[0])))
+    assert "9 of 10 others are level with it, within the uncertainty. Dutch is lower" in found
     assert headline(replace(figures, results=())) == "Nothing was evaluated."
 
 

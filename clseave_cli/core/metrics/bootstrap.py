@@ -252,30 +252,46 @@ def compare_predictions(
     second = np.asarray(correct_second, dtype=bool)
     if first.shape != second.shape or first.ndim != 1 or not len(first):
         raise ValueError(f"need two equal, non-empty rows, not {first.shape} and {second.shape}")
-    gain = first.astype(np.int64) - second.astype(np.int64)
-    sums = _counted(gain, images)
-    low: float | None = None
-    high: float | None = None
-    p: float | None = None
-    if len(sums) > 1 and abs(gain.sum()) == len(gain):
-        # A photo that was not seen could at worst be the other model's alone.
-        worst = 2 * _smallest_share(len(sums)) - 1
-        low, high = (worst, 1.0) if gain[0] > 0 else (-1.0, -worst)
-        p = mcnemar(len(sums), 0)
-    elif len(sums) > 1:
-        resampled = _mean(resampled_sums(sums, resamples, seed))
-        low, high = _percentiles(resampled, len(sums))
-        p = _two_sided_p(resampled, len(sums))
+    gain = first.astype(np.float64) - second
+    found, p = gain_interval(gain, images, resamples=resamples, seed=seed)
     only_first, only_second = int(np.sum(gain > 0)), int(np.sum(gain < 0))
     return Difference(
-        value=float(gain.mean()),
-        low=low,
-        high=high,
+        value=found.value,
+        low=found.low,
+        high=found.high,
         p=p,
         mcnemar_p=mcnemar(only_first, only_second),
         only_first=only_first,
         only_second=only_second,
         num_examples=len(gain),
+    )
+
+
+def gain_interval(
+    gain: Floats, images: npt.ArrayLike, *, resamples: int, seed: int
+) -> tuple[Interval, float | None]:
+    """The mean of a paired difference with its 95 % interval and p, as in `compare_predictions`.
+
+    Args:
+        gain: (N,) right or not (1 or 0) by the first model minus that by the second; or its mean
+            over several trainings.
+        images: (N,) photo of each row.
+        resamples: number of resamples.
+        seed: seed of the resampling.
+    """
+    sums = _counted(gain, images)
+    value = float(gain.mean())
+    if len(sums) < 2:
+        return Interval(value, None, None), None
+    if abs(gain.sum()) == len(gain):
+        # A photo that was not seen could at worst be the other model's alone.
+        worst = 2 * _smallest_share(len(sums)) - 1
+        low, high = (worst, 1.0) if gain[0] > 0 else (-1.0, -worst)
+        return Interval(value, low, high), mcnemar(len(sums), 0)
+    resampled = _mean(resampled_sums(sums, resamples, seed))
+    return (
+        Interval(value, *_percentiles(resampled, len(sums))),
+        _two_sided_p(resampled, len(sums)),
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from clseave_cli.core.metrics.bootstrap import Interval, accuracy_interval
+from clseave_cli.core.metrics.bootstrap import Interval, accuracy_interval, gain_interval
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,9 @@ def mean_difference_interval(
         resamples: number of resamples.
         seed: seed of the resampling.
     """
-    # From −1 … 1 to a share, for which photos that are all alike are no certainty.
-    shares = [
-        (np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64) + 1) / 2
+    gains = [
+        np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
         for ours, theirs in zip(first, second, strict=True)
     ]
-    found = accuracy_interval(np.mean(shares, axis=0), images, resamples=resamples, seed=seed)
-    if found.low is None or found.high is None:
-        return Interval(2 * found.value - 1, None, None)
-    return Interval(2 * found.value - 1, 2 * found.low - 1, 2 * found.high - 1)
+    mean = np.mean(gains, axis=0)
+    return gain_interval(mean, images, resamples=resamples, seed=seed)[0]

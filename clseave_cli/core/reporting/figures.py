@@ -100,12 +100,20 @@ def _png(figure: Figure, signature: str) -> bytes:
     """The figure with its signature under it, in small print."""
     width, height = figure.get_size_inches()
     lines = textwrap.wrap(_plain(signature), width=int(20 * width), break_on_hyphens=False)
-    foot = (0.13 * len(lines) + 0.08) / height
+    # Room of its own: the small print takes none from the plot.
+    foot = 0.13 * len(lines) + 0.08
+    height += foot
+    figure.set_size_inches(width, height)
     engine = figure.get_layout_engine()
     assert engine is not None
     # A margin all around, so that nothing touches the edge.
     margin = 0.07
-    rect = (margin / width, foot, 1 - 2 * margin / width, 1 - foot - margin / height)
+    rect = (
+        margin / width,
+        foot / height,
+        1 - 2 * margin / width,
+        1 - (foot + margin) / height,
+    )
     engine.set(rect=rect)  # type: ignore[call-arg]
     figure.text(
         0.012, 0.05 / height, "\n".join(lines), size=6, color=_MUTED, va="bottom", linespacing=1.4
@@ -185,8 +193,10 @@ def _languages(document: Results) -> Figure:
                 color=_INK,
             )
     handles = _baseline_marks(axes, results)
-    axes.set_xticks(positions, [_shown_name(result, results) for result in results.results])
-    axes.tick_params(axis="x", labelsize=10, labelcolor=_INK)
+    names = [_shown_name(result, results) for result in results.results]
+    many = len(names) > 6
+    axes.set_xticks(positions, [name.replace("-", "-\n") if many else name for name in names])
+    axes.tick_params(axis="x", labelsize=7 if many else 10, labelcolor=_INK)
     aside = 0.6 if len(positions) > 1 else 1.0
     axes.set_xlim(-aside, len(positions) - 1 + aside)
     axes.set_ylim(0, 112 if document.seeds else 106)
@@ -445,7 +455,7 @@ def _alignment(runs: Sequence[LearningCurve]) -> Figure:
             kept = [point for point in points if by_epoch and point[0] == run.best_epoch]
             if kept:
                 # Rings of growing size: where several runs meet, none hides another.
-                size = 5 + 1.6 * (number % len(_SERIES))
+                size = 6 + 1.6 * (number % len(_SERIES))
                 (ring,) = axes.plot(*kept[0], "o", color=colour, fillstyle="none", markersize=size)
                 ring.set_clip_on(False)
         logarithmic = title in ("training loss", "dev MSE per dimension")

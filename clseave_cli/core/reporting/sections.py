@@ -77,6 +77,10 @@ class Highlight:
     note: str
 
 
+# Languages that are level; of more the headline tells the number.
+_MOST_NAMED = 6
+
+
 def verdict(difference: Difference | None) -> str:
     """`tie`, `higher` or `lower`: what the interval of a difference allows to say."""
     if difference is None:
@@ -156,7 +160,8 @@ def _verdicts(compared: list[tuple[str, Difference | None]], level: str, before:
     known = [(name, d) for name, d in compared if d is not None]
     sentences = []
     if tied := [name for name, d in known if d.is_tie]:
-        sentences.append(f"{_joined(tied)} {_is(tied)} {level}, within the uncertainty.")
+        named = _joined(tied) if len(tied) <= _MOST_NAMED else f"{len(tied)} of {len(known)} others"
+        sentences.append(f"{named} {_is(tied)} {level}, within the uncertainty.")
     for word in ("lower", "higher"):
         if found := [(name, d) for name, d in known if verdict(d) == word]:
             names, amounts = zip(*found, strict=True)
