@@ -175,11 +175,15 @@ def _is(several: Sequence[object]) -> str:
 
 
 def _not_above(mean: Results) -> list[str]:
-    """A sentence where an accuracy may be no more than what needs no look at the photo."""
+    """A sentence where an accuracy may be no more than what needs no look at the photo.
+
+    Its interval's lower end decides; where there is no interval, the accuracy itself.
+    """
     found = [
         (r, *best)
         for r in mean.results
-        if (best := _best_baseline(mean, r)) is not None and (r.accuracy_low or 0.0) <= best[0]
+        if (best := _best_baseline(mean, r)) is not None
+        and (r.accuracy if r.accuracy_low is None else r.accuracy_low) <= best[0]
     ]
     if not found:
         return []
