@@ -20,7 +20,8 @@ def run(
     Beside every accuracy stands what is reached without looking at the
     photo. --report DIR writes Markdown, HTML, figures and a LaTeX table.
     Several --runs are the same training with several seeds: the table is
-    that of the first, and a second one shows mean and spread.
+    that of the first, and a second one shows mean and spread. So does the
+    report in its headline, its chart of languages and its LaTeX table.
     """
     from clseave_cli.commands.tables import results_table, seeds_table
     from clseave_cli.core.evaluation import evaluate

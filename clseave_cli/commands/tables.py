@@ -46,7 +46,8 @@ def results_table(results: Results) -> Table:
     if any(result.mode == "translate-test" for result in results.results):
         name = language_name(source)
         caption = f"“→ {source}”: translated into {name} first · {caption}"
-    table = _table("Visual entailment by language, in %", caption)
+    of = " (the first training)" if results.seeds else ""
+    table = _table(f"Visual entailment by language, in %{of}", caption)
     table.add_column("\nlang", no_wrap=True)
     table.add_column("\naccuracy", justify="right", style="bold", no_wrap=True)
     # Broken by hand, so that the table fits 80 columns: what a pipe or a small terminal has.

@@ -6,7 +6,7 @@ Legend: N rows · D embedding width · C labels.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,11 @@ from clseave_cli.core.metrics.bootstrap import (
 )
 from clseave_cli.core.metrics.classification import agreement, probabilities, score
 from clseave_cli.core.metrics.guesses import Guesses, kept_guesses
-from clseave_cli.core.metrics.seeds import mean_accuracy_interval
+from clseave_cli.core.metrics.seeds import mean_accuracy_interval, mean_difference_interval
 from clseave_cli.core.metrics.transfer import measure_transfer
-from clseave_cli.core.models.clip_ve import ClipVE, source_language
+from clseave_cli.core.models.clip_ve import ClipVE, fingerprint, source_language
 from clseave_cli.core.models.encoders import SentenceEncoder
-from clseave_cli.core.models.student import find_students, load_student
+from clseave_cli.core.models.student import find_students, load_student, student_fingerprint
 from clseave_cli.core.progress import SILENT, Progress
 from clseave_cli.core.reporting.curves import read_learning_curve
 from clseave_cli.core.reporting.gallery import (
@@ -61,6 +61,7 @@ from clseave_cli.core.reporting.gallery import (
 from clseave_cli.core.reporting.names import language_name
 from clseave_cli.core.reporting.report import write_report
 from clseave_cli.core.results import (
+    TRAINING_ROWS,
     Baselines,
     LanguageResult,
     Mode,
@@ -70,7 +71,7 @@ from clseave_cli.core.results import (
     result_key,
 )
 from clseave_cli.core.rows import PredictedRows, write_predictions
-from clseave_cli.core.training.precision import autocast, resolve_device
+from clseave_cli.core.training.precision import autocast, resolve_device, resolve_precision
 from clseave_cli.core.translation.hypotheses import translate_hypotheses
 from clseave_cli.errors import DataError, ModelError, UsageError
 from clseave_cli.labels import LABELS
@@ -172,6 +173,8 @@ def evaluate(config: EvaluateConfig, progress: Progress = SILENT) -> Results:
     # A missing model is told before the first takes hours.
     source_lang = _source_language(config)
     systems = [_systems(config, runs, source_lang, folder, progress) for runs in config.runs]
+    _check_distinct(config.runs, systems)
+    names = _training_names(config.runs)
     images = ImageFolder.of(folder, config.images)
 
     # The source language, and the language at hand: half a million rows each.
@@ -182,11 +185,13 @@ def evaluate(config: EvaluateConfig, progress: Progress = SILENT) -> Results:
         )
 
     def evaluate_models(number: int) -> _Evaluation:
-        runs, wanted = config.runs[number], systems[number]
-        return _evaluate(config, runs, wanted, folder, images, training_rows, progress)
+        runs, wanted, name = config.runs[number], systems[number], names[number]
+        return _evaluate(config, runs, wanted, name, folder, images, training_rows, progress)
 
     first = evaluate_models(0)
     document = first.document
+    if document.of_training_rows:
+        progress.note(TRAINING_ROWS)
     if len(config.runs) > 1:
         # Of the others only figures are needed: embeddings take a lot of memory.
         others = [replace(evaluate_models(i), outputs={}) for i in range(1, len(config.runs))]
@@ -194,6 +199,30 @@ def evaluate(config: EvaluateConfig, progress: Progress = SILENT) -> Results:
     if config.report is not None:
         _write(config, document, first.outputs, images)
     return document
+
+
+def _check_distinct(runs: Sequence[Path], systems: Sequence[list[_System]]) -> None:
+    """Refuses the same models twice: they would pass for two trainings that agree."""
+    known: dict[tuple[str, ...], Path] = {}
+    for folder, wanted in zip(runs, systems, strict=True):
+        students = [system.student for system in wanted if system.student is not None]
+        models = fingerprint(folder / "clip-ve"), *map(student_fingerprint, students)
+        if models in known:
+            raise UsageError(
+                f"--runs {known[models]} and --runs {folder} hold the same models: one training, "
+                "not two seeds."
+            )
+        known[models] = folder
+
+
+def _training_names(runs: Sequence[Path]) -> list[str]:
+    """What distinguishes the checkpoints of several trainings, without anybody's home folder."""
+    if len(runs) == 1:
+        return [""]
+    names = [folder.resolve().name for folder in runs]
+    if len(set(names)) < len(names):
+        names = [str(number) for number in range(1, len(names) + 1)]
+    return [f"{name}/" for name in names]
 
 
 def _source_language(config: EvaluateConfig) -> str:
@@ -235,22 +264,23 @@ def _evaluate(
     config: EvaluateConfig,
     runs: Path,
     systems: list[_System],
+    name: str,
     folder: Path,
     images: ImageFolder,
     training_rows: _TrainingRows,
     progress: Progress,
 ) -> _Evaluation:
-    """Evaluates one folder of models."""
-    model = ClipVE.from_folder(runs / "clip-ve").to(resolve_device(config.device))
+    """Evaluates one folder of models; `name` stands before those of its checkpoints."""
+    device = resolve_device(config.device)
+    model = ClipVE.from_folder(runs / "clip-ve").to(device)
     premises = _Premises(config, model, images, progress)
-    prefix = f"{runs}/" if len(config.runs) > 1 else ""
-    checkpoints = {f"{prefix}clip-ve": model.fingerprint}
+    checkpoints = {f"{name}clip-ve": model.fingerprint}
     outputs: dict[str, _Outputs] = {}
     for system in systems:
         encoder = model.text
         if system.student is not None:
             encoder = load_student(system.student, model.fingerprint).to(model.text.device)
-            checkpoints[prefix + system.student.name] = encoder.fingerprint
+            checkpoints[name + system.student.name] = encoder.fingerprint
         outputs[system.key] = _run(config, model, encoder, system, folder, premises, progress)
 
     results, baselines = [], {}
@@ -282,6 +312,8 @@ def _evaluate(
                 )
                 if (path := split_path(folder, config.train_split, lang)) is not None
             },
+            precision=resolve_precision(config.precision, device),
+            device=device.type,
         ),
         distances=analyse_distances(
             {r.lang: r.accuracy for r in results if r.mode == "zero-shot"}, model.source_lang
@@ -293,12 +325,11 @@ def _evaluate(
 def _with_seeds(config: EvaluateConfig, first: _Evaluation, others: list[_Evaluation]) -> Results:
     """The first document, with what all of them say together."""
     runs = [first, *others]
-    intervals: dict[str, Interval] = {}
-    for key, own in first.outputs.items():
-        correct = [run.correct[key] for run in runs if key in run.correct]
-        intervals[key] = mean_accuracy_interval(
-            correct, own.images, resamples=config.resamples, seed=config.seed
-        )
+    intervals = {
+        key: _mean_intervals(config, own, first.outputs, runs)
+        for key, own in first.outputs.items()
+        if all(key in run.correct for run in runs)
+    }
     checkpoints: dict[str, str] = {}
     for run in runs:
         checkpoints |= run.document.signature.checkpoints
@@ -307,6 +338,34 @@ def _with_seeds(config: EvaluateConfig, first: _Evaluation, others: list[_Evalua
         signature=replace(first.document.signature, checkpoints=checkpoints),
         seeds=across_seeds([run.document for run in runs], intervals),
     )
+
+
+def _mean_intervals(
+    config: EvaluateConfig, own: _Outputs, outputs: dict[str, _Outputs], runs: list[_Evaluation]
+) -> dict[str, Interval]:
+    """Intervals of one language's means over trainings, by figure."""
+    correct = [run.correct[own.system.key] for run in runs]
+    found = {
+        "accuracy": mean_accuracy_interval(
+            correct, own.images, resamples=config.resamples, seed=config.seed
+        )
+    }
+    compared = {
+        "difference_to_english": outputs.get(runs[0].document.source_lang),
+        "difference_to_zero_shot": outputs.get(own.system.lang),
+    }
+    for name, other in compared.items():
+        if other is None or other is own or any(other.system.key not in r.correct for r in runs):
+            continue
+        ours, theirs = _shared_rows(own, other)
+        found[name] = mean_difference_interval(
+            [right[ours] for right in correct],
+            [run.correct[other.system.key][theirs] for run in runs],
+            own.images[ours],
+            resamples=config.resamples,
+            seed=config.seed,
+        )
+    return found
 
 
 def _systems(
@@ -517,14 +576,7 @@ def _difference(
 
 def _against_source(config: EvaluateConfig, own: _Outputs, source: _Outputs) -> dict[str, Any]:
     """Paired figures on the rows that both languages have."""
-    shared = [pair_id for pair_id in own.split.pair_ids if pair_id in source.row_of_pair]
-    if not shared:
-        raise DataError(
-            f"{own.split.path}: none of its pairIDs occurs in {source.split.path}; "
-            "rows of two languages belong together by pairID."
-        )
-    ours = np.array([own.row_of_pair[pair_id] for pair_id in shared])
-    theirs = np.array([source.row_of_pair[pair_id] for pair_id in shared])
+    ours, theirs = _shared_rows(own, source)
     accuracy, source_accuracy = own.correct[ours].mean(), source.correct[theirs].mean()
     figures: dict[str, Any] = {
         "ratio_to_english": float(accuracy / source_accuracy) if source_accuracy else None,
@@ -539,6 +591,22 @@ def _against_source(config: EvaluateConfig, own: _Outputs, source: _Outputs) -> 
             np.array([source.split.hypotheses[row] for row in theirs]),
         )
     return figures
+
+
+def _shared_rows(
+    own: _Outputs, other: _Outputs
+) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """The rows that both have, by number in the one and in the other."""
+    shared = [pair_id for pair_id in own.split.pair_ids if pair_id in other.row_of_pair]
+    if not shared:
+        raise DataError(
+            f"{own.split.path}: none of its pairIDs occurs in {other.split.path}; "
+            "rows of two languages belong together by pairID."
+        )
+    return (
+        np.array([own.row_of_pair[pair_id] for pair_id in shared]),
+        np.array([other.row_of_pair[pair_id] for pair_id in shared]),
+    )
 
 
 def _predicted_rows(own: _Outputs) -> PredictedRows:

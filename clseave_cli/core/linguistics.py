@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import permutations
-from math import acos, factorial, pi
+from math import acos, pi
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,8 @@ class Correlation:
         pearson_p: two-sided p, over all orders of the points where n ≤ 8.
         spearman: rank correlation; None where undefined.
         spearman_p: as `pearson_p`.
+        smallest_p: what `spearman_p` would be if the languages lost in the order of this distance:
+            equal distances (or losses) let more orders be as good. None where n > 8, too.
     """
 
     distances: dict[str, float | None]
@@ -65,6 +67,7 @@ class Correlation:
     pearson_p: float | None
     spearman: float | None
     spearman_p: float | None
+    smallest_p: float | None = None
 
 
 @dataclass(frozen=True)
@@ -107,27 +110,27 @@ def analyse_distances(
     }
     if not losses:
         return None
-    note = describe_power(len(losses))
     missing = sorted(set(losses) - set(THESIS_DISTANCES["featural"]))
     distances: Mapping[str, Mapping[str, float | None]] = THESIS_DISTANCES
-    source = THESIS_SOURCE
+    source, gaps = THESIS_SOURCE, ""
     if missing or source_lang != "en":
         try:
             distances, source = lang2vec_distances(list(losses), source_lang), LANG2VEC_SOURCE
         except ExtraMissing as error:
             if source_lang != "en":
                 return None
-            note += f" No distances of {', '.join(missing)}: {error}"
+            gaps = f" No distances of {', '.join(missing)}: {error}"
         else:
             unknown = [lang for lang in losses if all(d[lang] is None for d in distances.values())]
             if unknown:
-                note += f" lang2vec does not know {', '.join(unknown)}."
+                gaps = f" lang2vec does not know {', '.join(unknown)}."
     correlations = {}
     for kind, by_language in distances.items():
         known = {lang: by_language.get(lang) for lang in losses}
         pairs = [(value, losses[lang]) for lang, value in known.items() if value is not None]
         correlations[kind] = _correlate(known, [x for x, _ in pairs], [y for _, y in pairs])
-    return DistanceAnalysis(source, losses, correlations, note)
+    note = describe_power(len(losses), {k: c.smallest_p for k, c in correlations.items()})
+    return DistanceAnalysis(source, losses, correlations, note + gaps)
 
 
 def _correlate(
@@ -136,30 +139,35 @@ def _correlate(
     x, y = np.asarray(distances, dtype=np.float64), np.asarray(losses, dtype=np.float64)
     if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return Correlation(known, len(x), None, None, None, None)
-    pearson, pearson_p = _with_p(x, y)
-    spearman, spearman_p = _with_p(stats.rankdata(x), stats.rankdata(y))
-    return Correlation(known, len(x), pearson, pearson_p, spearman, spearman_p)
+    pearson, pearson_p, _ = _with_p(x, y)
+    spearman, spearman_p, smallest_p = _with_p(stats.rankdata(x), stats.rankdata(y))
+    return Correlation(known, len(x), pearson, pearson_p, spearman, spearman_p, smallest_p)
 
 
-def _with_p(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> tuple[float, float]:
-    """Pearson's r, and how often a random order of `y` gives one as far from zero."""
+def _with_p(
+    x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]
+) -> tuple[float, float, float | None]:
+    """Pearson's r, how often a random order of `y` gives one as far from zero, and the same p of
+    the best order of `y`."""
     if len(x) > _MOST_EXACT_POINTS:
         result = stats.pearsonr(x, y)
-        return float(result.statistic), float(result.pvalue)
+        return float(result.statistic), float(result.pvalue), None
     x_centred, y_centred = x - x.mean(), y - y.mean()
     scale = np.sqrt((x_centred @ x_centred) * (y_centred @ y_centred))
     orders = np.array(list(permutations(range(len(y)))))
     r = float(x_centred @ y_centred / scale)
-    by_chance = y_centred[orders] @ x_centred / scale
+    by_chance = np.abs(y_centred[orders] @ x_centred / scale)
     # A hair's width of slack: equal values of r may differ by rounding.
-    return r, float(np.mean(np.abs(by_chance) >= abs(r) - 1e-12))
+    p, smallest = (float(np.mean(by_chance >= at - 1e-12)) for at in (abs(r), by_chance.max()))
+    return r, p, smallest
 
 
-def describe_power(num_languages: int) -> str:
+def describe_power(num_languages: int, smallest: Mapping[str, float | None]) -> str:
     """What a correlation over so few languages can and cannot show.
 
     Args:
         num_languages: n, the source not counted.
+        smallest: `Correlation.smallest_p` by kind of distance.
     """
     if num_languages < 3:
         return f"{num_languages} languages besides the source: too few for any correlation."
@@ -168,16 +176,13 @@ def describe_power(num_languages: int) -> str:
             f"{num_languages} languages, some of them related to one another: read the "
             "correlations as description, not as proof of a cause."
         )
-    smallest = 2 / factorial(num_languages)
-    verdict = (
-        f"a perfect ranking has p = {smallest:.3g}"
-        if smallest < 0.05
-        else f"even a perfect ranking has p = {smallest:.2g}, which is not significant"
-    )
+    able = [kind for kind, p in smallest.items() if p is not None and p < 0.05]
     return (
-        f"Only {num_languages} languages: {verdict}. Several kinds of distance are tried, so one "
-        "high correlation is to be expected by chance, and related languages are not independent "
-        "points. This can suggest an order; it cannot show a cause, nor tell the distances apart."
+        f"Only {num_languages} languages: a perfect ranking by a distance has its smallest p, "
+        f"larger where distances are equal and below 0.05 for {', '.join(able) or 'none'}. "
+        "Several kinds of distance are tried, so one high correlation is to be expected by chance, "
+        "and related languages are not independent points. This can suggest an order; it cannot "
+        "show a cause, nor tell the distances apart."
     )
 
 

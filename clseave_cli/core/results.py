@@ -12,7 +12,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass,
 from pathlib import Path
 from typing import Any, Literal
 
-from clseave_cli.core.files import read_json, write_json
+from clseave_cli.core.files import json_digest, read_json, write_json
 from clseave_cli.core.linguistics import DistanceAnalysis
 from clseave_cli.core.metrics.bootstrap import Difference, Interval
 from clseave_cli.core.metrics.classification import ClassScores, ReliabilityPoint, Scores
@@ -24,6 +24,12 @@ from clseave_cli.errors import DataError
 FORMAT = 1
 
 RESULTS_FILE = "results.json"
+
+#: What to say where `Results.of_training_rows`.
+TRAINING_ROWS = (
+    "The rows evaluated are those of the training split: the figures say what the models remember, "
+    "not how good they are."
+)
 
 Mode = Literal["zero-shot", "translate-test"]
 
@@ -145,7 +151,8 @@ class Signature:
     Attributes:
         version: clseave's version.
         data: fingerprint (hex) by data file.
-        checkpoints: fingerprint (hex) by model folder.
+        checkpoints: fingerprint (hex) by model folder: `align-de`; of several trainings
+            `runs-1/align-de`.
         seed: seed of the bootstrap and of the shuffling.
         resamples: bootstrap resamples.
         num_examples: rows of the largest result.
@@ -153,6 +160,9 @@ class Signature:
         source_lang: the language CLIP-VE reads, with which the others are compared.
         training: fingerprint (hex) by file of the rows that the baselines learnt from. With `data`
             it fills a page, so figures do without it.
+        precision: what the matrix products ran in: `fp32`, `bf16` or `fp16`; None: an older
+            document.
+        device: `cpu` or `cuda`; None: an older document.
     """
 
     version: str
@@ -164,17 +174,43 @@ class Signature:
     translators: dict[str, str] = field(default_factory=dict)
     source_lang: str = "en"
     training: dict[str, str] = field(default_factory=dict)
+    precision: str | None = None
+    device: str | None = None
 
     def __str__(self) -> str:
-        """One line for the foot of a figure, fingerprints shortened to 8 digits."""
+        """One line for the foot of a figure: fingerprints shortened to 8 digits, many made one."""
         parts = [f"clseave {self.version}", f"n {self.num_examples:,}"]
-        parts += [f"{name} {digest[:8]}" for name, digest in self.data.items()]
-        parts += [f"{name} {digest[:8]}" for name, digest in self.checkpoints.items()]
+        parts += _digests(self.data, "files")
+        parts += self._models()
+        if self.precision is not None:
+            parts.append(f"{self.precision} on {self.device}")
         if self.source_lang != "en":
             parts.append(f"source {self.source_lang}")
         parts += [f"{lang} translated by {name}" for lang, name in self.translators.items()]
         parts += [f"seed {self.seed}", f"{self.resamples:,} resamples by photo"]
         return " · ".join(parts)
+
+    def _models(self) -> list[str]:
+        """The checkpoints; of several trainings one digest each, whatever its folder is called."""
+        trainings: dict[str, dict[str, str]] = {}
+        for name, digest in self.checkpoints.items():
+            training, _, model = name.rpartition("/")
+            trainings.setdefault(training, {})[model] = digest
+        if len(trainings) < 2:
+            return _digests(self.checkpoints, "models")
+        digests = {f"training {name}": json_digest(own) for name, own in trainings.items()}
+        return _digests(digests, "trainings")
+
+
+# Names that a line lists: more would take a figure's place.
+_MOST_LISTED = 8
+
+
+def _digests(digests: dict[str, str], kind: str) -> list[str]:
+    """Each name with its digest's first 8 digits; where there are many, one digest over all."""
+    if len(digests) > _MOST_LISTED:
+        return [f"{len(digests)} {kind} {json_digest(digests)[:8]}"]
+    return [f"{name} {digest[:8]}" for name, digest in digests.items()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,8 +222,8 @@ class Results:
         baselines: by `LanguageResult.key`.
         signature: where the figures come from.
         distances: transfer loss against linguistic distance, where measured.
-        seeds: figures over several training seeds, by `LanguageResult.key` and figure, where there
-            are several; all other figures are those of the first.
+        seeds: figures over several trainings, by `LanguageResult.key` and figure (`SEED_FIGURES`),
+            where there are several; all other figures are those of the first.
         format: version of the document's shape.
     """
 
@@ -207,6 +243,11 @@ class Results:
     def source_lang(self) -> str:
         """The language that the others are compared with."""
         return self.signature.source_lang
+
+    @property
+    def of_training_rows(self) -> bool:
+        """Whether the rows evaluated are, in some language, those of the training split."""
+        return not set(self.signature.data.values()).isdisjoint(self.signature.training.values())
 
     def to_json(self) -> dict[str, Any]:
         """The document as plain dicts, lists, strings, numbers and None."""
@@ -252,38 +293,58 @@ class Results:
             raise DataError(f"{path}: {error}") from None
 
 
-#: The figures that `across_seeds` summarises.
-SEED_FIGURES = ("accuracy", "macro_f1", "loss", "ratio_to_english", "agreement_with_english")
+#: The figures that `across_seeds` summarises: keys of a result, and one of its baselines.
+SEED_FIGURES = (
+    "accuracy",
+    "macro_f1",
+    "loss",
+    "ratio_to_english",
+    "agreement_with_english",
+    "difference_to_english",
+    "difference_to_zero_shot",
+    "shuffled_image",
+)
 
 
 def across_seeds(
-    runs: Sequence[Results], accuracy_intervals: Mapping[str, Interval] | None = None
+    runs: Sequence[Results], intervals: Mapping[str, Mapping[str, Interval]] | None = None
 ) -> dict[str, dict[str, SeedSummary]]:
     """Summarises the same evaluation of several training seeds.
 
     Args:
         runs: one document a seed.
-        accuracy_intervals: of the mean accuracy, by `LanguageResult.key`, where known.
+        intervals: of the means, by `LanguageResult.key` and figure, where known.
 
     Returns:
         By `LanguageResult.key` and name of the figure (`SEED_FIGURES`); results and figures that
         some run lacks are left out.
     """
     summary: dict[str, dict[str, SeedSummary]] = {}
-    by_key = [{result.key: result for result in run.results} for run in runs]
+    by_key = [{result.key: _seed_figures(result, run) for result in run.results} for run in runs]
     for key in by_key[0] if by_key else ():
         if not all(key in results for results in by_key):
             continue
         figures = {}
         for name in SEED_FIGURES:
-            values = [getattr(results[key], name) for results in by_key]
-            if all(value is not None for value in values):
+            values = [results[key][name] for results in by_key if name in results[key]]
+            if len(values) == len(runs):
                 figures[name] = summarise_seeds(values)
-        known = (accuracy_intervals or {}).get(key)
-        if known is not None:
-            figures["accuracy"] = replace(figures["accuracy"], low=known.low, high=known.high)
+        for name, known in (intervals or {}).get(key, {}).items():
+            figures[name] = replace(figures[name], low=known.low, high=known.high)
         summary[key] = figures
     return summary
+
+
+def _seed_figures(result: LanguageResult, run: Results) -> dict[str, float]:
+    """Those of `SEED_FIGURES` that were measured."""
+    baselines = run.baselines.get(result.key)
+    found = {name: getattr(result, name, None) for name in SEED_FIGURES}
+    found["shuffled_image"] = baselines.shuffled_image if baselines else None
+    return {
+        name: value.value if isinstance(value, Difference) else value
+        for name, value in found.items()
+        if value is not None
+    }
 
 
 def _encode(value: Any) -> Any:

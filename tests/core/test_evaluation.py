@@ -18,7 +18,7 @@ from clseave_cli.core.evaluation import evaluate
 from clseave_cli.core.files import file_digest
 from clseave_cli.core.metrics.bootstrap import accuracy_interval
 from clseave_cli.core.models.clip_ve import ClipVE
-from clseave_cli.core.models.student import new_student, save_student
+from clseave_cli.core.models.student import load_student, new_student, save_student
 from clseave_cli.core.results import Results
 from clseave_cli.core.translation import engine as engines
 from clseave_cli.core.translation.engine import Identity, Limits, Rejection
@@ -260,20 +260,24 @@ def seeds(trained, tmp_path):
 
 
 def _rewrite_teacher(folder, fingerprint, lang):
-    from clseave_cli.core.models.student import load_student
-
     student = load_student(folder)
     save_student(student, folder, languages=[lang], teacher=fingerprint)
 
 
 def test_several_seeds(world, seeds, clseave):
-    alone = [evaluate(_config(world, folder)) for folder in seeds]
+    alone = [evaluate(_config(world, folder, resamples=10_000)) for folder in seeds]
     code, out, err = clseave(
-        "evaluate", "--data", world, "--device", "cpu", "--precision", "fp32", "--resamples", "20",
-        "--json", *(f"--runs={folder}" for folder in seeds),
+        "evaluate", "--data", world, "--device", "cpu", "--precision", "fp32", "--resamples",
+        "10000", "--json", *(f"--runs={folder}" for folder in seeds),
     )  # fmt: skip
     assert code == 0, err
     document = Results.from_json(json.loads(out))
+    german = document.seeds["de"]["difference_to_english"]
+    differences = [run.results[1].difference_to_english.value for run in alone]
+    assert german.mean == pytest.approx(np.mean(differences))
+    assert german.low - 1e-9 <= german.mean <= german.high + 1e-9
+    shuffled = [run.baselines["nl"].shuffled_image for run in alone]
+    assert document.seeds["nl"]["shuffled_image"].mean == pytest.approx(np.mean(shuffled))
     assert document.results == alone[0].results and document.baselines == alone[0].baselines
     assert document.seeds.keys() == {"en", "de", "nl"}
     for number, lang in enumerate(("en", "de", "nl")):
@@ -285,7 +289,52 @@ def test_several_seeds(world, seeds, clseave):
         assert found.low - 1e-9 <= found.mean <= found.high + 1e-9
     checkpoints = document.signature.checkpoints
     assert len(checkpoints) == 9
-    assert checkpoints[f"{seeds[1]}/clip-ve"] == alone[1].signature.checkpoints["clip-ve"]
+    assert checkpoints["runs-1/clip-ve"] == alone[1].signature.checkpoints["clip-ve"]
+
+
+def test_trainings_have_short_names(world, seeds, tmp_path):
+    """No path of this machine in what a report prints; equal names become numbers."""
+    (tmp_path / "other").mkdir()
+    same = shutil.copytree(seeds[1], tmp_path / "other" / seeds[0].name)
+    document = evaluate(_config(world, seeds[0], same, lang=("de",)))
+    assert set(document.signature.checkpoints) == {
+        "1/clip-ve", "1/align-de", "2/clip-ve", "2/align-de",
+    }  # fmt: skip
+    assert str(tmp_path) not in json.dumps(document.to_json())
+
+
+def test_one_training_is_not_two_seeds(world, seeds, refused, tmp_path):
+    copy = shutil.copytree(seeds[1], tmp_path / "copy")
+    said = refused("evaluate", "--data", world, *(f"--runs={f}" for f in (*seeds, copy)), code=2)
+    assert f"--runs {seeds[1]} and --runs {copy} hold the same models" in said
+    # Another student of the same teacher is another training, where a student is asked.
+    student = copy / "align-de"
+    teacher = ClipVE.from_folder(copy / "clip-ve").fingerprint
+    encoder = load_student(student)
+    encoder.projection.weight.data += 0.1
+    save_student(encoder, student, languages=["de"], teacher=teacher)
+    assert evaluate(_config(world, seeds[1], copy, lang=("de",))).seeds["de"]
+    with pytest.raises(UsageError, match="hold the same models"):
+        evaluate(_config(world, seeds[1], copy, lang=("en",)))
+
+
+def test_rows_of_training_are_told(world, trained, tmp_path):
+    notes = Notes()
+    evaluate(_config(world, trained, split="train", report=tmp_path / "report"), notes)
+    assert notes.text.count("those of the training split") == 1
+    for name in ("report.html", "report.md"):
+        assert "those of the training split" in (tmp_path / "report" / name).read_text()
+    evaluate(_config(world, trained, report=tmp_path / "report"), quiet := Notes())
+    assert "training split" not in quiet.text
+    assert "training split" not in (tmp_path / "report" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_signature_tells_precision_and_device(world, trained, precision):
+    signature = evaluate(_config(world, trained, lang=("en",), precision=precision)).signature
+    assert (signature.precision, signature.device) == (precision, "cpu")
+    unset = evaluate(_config(world, trained, lang=("en",), precision="auto")).signature
+    assert unset.precision in ("fp32", "bf16")
 
 
 def test_several_seeds_as_table_and_report(world, seeds, clseave, tmp_path):
@@ -297,6 +346,11 @@ def test_several_seeds_as_table_and_report(world, seeds, clseave, tmp_path):
     assert "Over several seeds" in out and "±" in out and "…" not in out
     page = (tmp_path / "report" / "report.html").read_text()
     assert "Over seeds" in page and "±" in page
+    assert page.count("those of the first training") == 1
+    # The folder that holds them all is nobody's business.
+    for path in (tmp_path / "report").rglob("*"):
+        if path.is_file() and path.name != "results.json":
+            assert str(tmp_path).encode() not in path.read_bytes(), path
 
 
 # --- the hypothesis-only classifier ---
@@ -427,13 +481,13 @@ def test_hard_rows_are_those_that_the_wording_does_not_give_away(
         "clseave_cli.core.evaluation.predict_from_hypotheses",
         lambda _, __, hypotheses: np.full(len(hypotheses), always),
     )
-    config = _config(data, trained, lang=("en",), report=tmp_path / "report", resamples=200)
+    config = _config(data, trained, lang=("en",), report=tmp_path / "report", resamples=10_000)
     (english,) = evaluate(config).results
     rows = read_jsonl(tmp_path / "report" / "predictions.en.jsonl")
     hard = [row for row in rows if row["label"] != "neutral"]
     right = [row["predicted"] == row["label"] for row in hard]
     assert english.num_hard == len(hard) < english.num_examples
-    found = accuracy_interval(right, [row["image"] for row in hard], resamples=200, seed=0)
+    found = accuracy_interval(right, [row["image"] for row in hard], resamples=10_000, seed=0)
     assert (found.value, found.low, found.high) == (
         english.hard_accuracy,
         english.hard_accuracy_low,

@@ -10,8 +10,13 @@ from clseave_cli.core.metrics.baselines import (
     predict_from_hypotheses,
     shuffled_rows,
 )
-from clseave_cli.core.metrics.bootstrap import accuracy_interval
-from clseave_cli.core.metrics.seeds import SeedSummary, mean_accuracy_interval, summarise_seeds
+from clseave_cli.core.metrics.bootstrap import accuracy_interval, compare_predictions
+from clseave_cli.core.metrics.seeds import (
+    SeedSummary,
+    mean_accuracy_interval,
+    mean_difference_interval,
+    summarise_seeds,
+)
 
 
 def test_majority_takes_the_first_of_equals():
@@ -114,6 +119,21 @@ def test_the_interval_of_one_training_is_that_of_its_accuracy():
     # The same training three times is no more than the one.
     again = mean_accuracy_interval([right] * 3, images, **options)
     assert (again.low, again.high) == (pytest.approx(one.low), pytest.approx(one.high))
+
+
+def test_the_interval_of_one_difference_is_that_of_the_comparison():
+    generator = np.random.default_rng(0)
+    images = np.arange(400) // 8
+    options = {"resamples": 300, "seed": 3}
+    first, second = ([generator.random(400) < p for _ in range(3)] for p in (0.8, 0.7))
+    alone = mean_difference_interval(first[:1], second[:1], images, **options)
+    compared = compare_predictions(first[0], second[0], images, **options)
+    assert (alone.value, alone.low, alone.high) == (compared.value, compared.low, compared.high)
+    mean = mean_difference_interval(first, second, images, **options)
+    assert mean.value == pytest.approx(np.mean(first) - np.mean(second))
+    assert mean.high - mean.low < alone.high - alone.low
+    equal = mean_difference_interval(first, first, images, **options)
+    assert (equal.value, equal.low, equal.high) == (0, 0, 0)
 
 
 def test_several_trainings_that_are_all_right_are_not_certain():

@@ -174,7 +174,7 @@ def test_a_clear_difference_is_no_tie():
 
 def test_equal_predictions_are_a_tie_with_p_one():
     right = np.arange(30) % 3 > 0
-    difference = compare_predictions(right, right, np.arange(30) // 3, resamples=100, seed=0)
+    difference = compare_predictions(right, right, np.arange(30) // 3, resamples=200, seed=0)
     assert (difference.value, difference.low, difference.high) == (0, 0, 0)
     assert difference.p == difference.mcnemar_p == 1.0
     assert difference.is_tie
@@ -229,8 +229,19 @@ def test_few_photos_that_all_gain_are_no_proof(num_photos):
     found = compare_predictions(first, second, images, resamples=2000, seed=0)
     assert found.value > 0.7 and found.p > 0.05
     assert (found.low, found.high) == (None, None) and found.is_tie
-    # What holds zero stays.
-    assert compare_predictions(first, first, images, resamples=2000, seed=0).low == 0
+
+
+def test_resamples_that_do_not_reach_the_tail_tell_no_interval():
+    # 39 resamples of many photos: the first and the last leave out 2.5 % each.
+    right, images = np.arange(20_000) % 3 == 0, np.arange(20_000)
+    for resamples, told in ((1, False), (38, False), (40, True)):
+        found = accuracy_interval(right, images, resamples=resamples, seed=0)
+        assert found.value == pytest.approx(1 / 3, abs=1e-4)
+        assert (found.low is not None) == (found.high is not None) == told
+        difference = compare_predictions(right, ~right, images, resamples=resamples, seed=0)
+        assert (difference.low is not None) == told and (difference.p < 0.05) == told
+    # Four photos need a tail further out than 2,000 resamples reach.
+    assert accuracy_interval([1, 1, 1, 0], list("abcd"), resamples=2000, seed=0).low is None
 
 
 def test_one_photo_gives_no_interval():

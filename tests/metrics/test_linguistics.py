@@ -70,11 +70,25 @@ def test_without_english_or_another_language_there_is_nothing_to_analyse():
 
 
 def test_the_note_says_what_n_points_can_show():
-    assert "too few" in describe_power(2)
-    assert "0.083, which is not significant" in describe_power(4)
-    assert "p = 0.0167" in describe_power(5)
-    assert "cannot show a cause" in describe_power(5)
-    assert describe_power(12).startswith("12 languages")
+    assert "too few" in describe_power(2, {})
+    assert "below 0.05 for none" in describe_power(4, {"syntactic": 2 / 24, "genetic": None})
+    five = describe_power(5, {"syntactic": 4 / 120, "featural": 8 / 120, "inventory": 4 / 120})
+    assert "below 0.05 for syntactic, inventory." in five and "cannot show a cause" in five
+    assert describe_power(12, {}).startswith("12 languages")
+
+
+def test_the_smallest_p_counts_ties_of_distances():
+    found = analyse_distances(THESIS).correlations
+    # By hand: 5! orders; two equal distances may swap, three in six ways; and all that reversed.
+    assert found["syntactic"].smallest_p == pytest.approx(2 * 2 / 120)
+    assert found["inventory"].smallest_p == pytest.approx(2 * 2 / 120)
+    assert found["featural"].smallest_p == pytest.approx(2 * 2 * 2 / 120)
+    assert found["phonological"].smallest_p == pytest.approx(2 * 6 / 120)
+    assert found["genetic"].smallest_p is None
+    # As good a ranking as there can be has that p.
+    perfect = {"en": 0.9, "de": 0.8, "nl": 0.7, "ja": 0.6, "zh": 0.5, "ko": 0.4}
+    syntactic = analyse_distances(perfect).correlations["syntactic"]
+    assert syntactic.spearman_p == syntactic.smallest_p
 
 
 def test_many_languages_use_the_approximation(monkeypatch):
@@ -86,6 +100,7 @@ def test_many_languages_use_the_approximation(monkeypatch):
     accuracies = {"en": 1.0, **dict(zip(languages, (1 - losses).tolist(), strict=True))}
     found = analyse_distances(accuracies).correlations["featural"]
     assert found.pearson_p == pytest.approx(stats.pearsonr(list(distances.values()), losses).pvalue)
+    assert found.smallest_p is None
 
 
 @pytest.fixture

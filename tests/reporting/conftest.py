@@ -63,6 +63,8 @@ def make_results(languages=LANGUAGES, seed=0, num_rows=600):
             seed=0,
             resamples=200,
             num_examples=num_rows,
+            precision="fp32",
+            device="cpu",
         ),
         distances=analyse_distances({result.lang: result.accuracy for result in results}),
     )

@@ -1,15 +1,18 @@
+import io
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 from PIL import Image
 
-from clseave_cli.core.reporting.figures import draw_figures
+from clseave_cli.core.metrics.bootstrap import Interval
+from clseave_cli.core.reporting.figures import _alignment, _confusion, _languages, draw_figures
 from clseave_cli.core.reporting.gallery import Gallery
 from clseave_cli.core.reporting.latex import escape_latex, latex_table
 from clseave_cli.core.reporting.report import write_report
-from clseave_cli.core.results import Baselines, Results
+from clseave_cli.core.results import Baselines, Results, across_seeds
 
 HOSTILE = "<script>alert('1')</script> | $x_1$ & 100 % 円 \\ `code` [a](b)"
 VOID = {"meta", "img"}
@@ -138,6 +141,83 @@ def test_latex_is_escaped_and_aligned(results):
     assert {line.count("&") for line in rows if "multicolumn" not in line} == {8}
     columns = "lrcrrrrrr"
     assert len(columns) == 9 and columns in table
+
+
+def test_latex_of_several_trainings_is_of_their_means(results):
+    first, other = (
+        replace(results, results=(replace(results.results[0], accuracy=accuracy),))
+        for accuracy in (0.7, 0.8)
+    )
+    intervals = {"en": {"accuracy": Interval(0.75, 0.72, 0.78)}}
+    several = replace(first, seeds=across_seeds([first, other], intervals))
+    table = latex_table(several)
+    assert r"en & 75.0 $\pm$ 7.1 & [72.0, 78.0] & " in table
+    assert r"Means over 2 trainings, $\pm$ sample standard deviation. Intervals" in table
+    assert "trainings" not in latex_table(first)
+    more = replace(several, results=(*several.results, results.results[1]))
+    assert "(rows without it: the first training)" in latex_table(more)
+
+
+def test_the_languages_figure_of_several_trainings_is_another(results):
+    def drawn(document):
+        return draw_figures(replace(document, distances=None), [])["languages"]
+
+    assert drawn(replace(results, seeds=across_seeds([results, results]))) != drawn(results)
+
+
+def test_baselines_that_are_equal_do_not_hide_each_other(results):
+    equal = dict.fromkeys(
+        results.baselines, Baselines(majority=0.33, hypothesis_only=0.33, shuffled_image=0.33)
+    )
+    axes = _languages(replace(results, baselines=equal)).axes[0]
+    spans = sorted(
+        (min(line.get_xdata()), max(line.get_xdata()))
+        for line in axes.get_lines()
+        if set(line.get_ydata()) == {33.0}
+    )
+    assert len(spans) == 3 * len(results.results)
+    assert all(end < start for (_, end), (start, _) in pairwise(spans))
+
+
+def test_every_panel_of_the_alignment_says_its_scale(curves):
+    align = [curve for curve in curves if curve.stage == "align"]
+    panels = _alignment(align).axes
+    assert {panel.get_yscale() for panel in panels} == {"log", "linear"}
+    for panel in panels:
+        scale = {"log": "logarithmic scale", "linear": "linear scale"}[panel.get_yscale()]
+        assert panel.get_ylabel() == scale
+        rings = [line for line in panel.get_lines() if line.get_fillstyle() == "none"]
+        sizes = [ring.get_markersize() for ring in rings]
+        assert len(set(sizes)) == len(sizes)
+
+
+def test_small_print_takes_no_room_from_the_plot(results):
+    def pixels(document):
+        with Image.open(io.BytesIO(draw_figures(document, [])["languages"])) as image:
+            return image.size
+
+    checkpoints = {f"{number}-{'model' * 9}": "ab" * 32 for number in range(8)}
+    more = replace(results, signature=replace(results.signature, checkpoints=checkpoints))
+    (width, height), (same, higher) = pixels(results), pixels(more)
+    assert width == same and higher > height + 30
+
+
+def test_one_language_fills_its_figures(results):
+    alone = replace(results, results=results.results[:1])
+    (axes,) = _confusion(alone).axes
+    assert axes.get_subplotspec().get_gridspec().ncols == 1
+    empty = replace(results.results[0], confusion=((3, 1, 0), (0, 0, 0), (1, 0, 4)))
+    texts = [t.get_text() for t in _confusion(replace(alone, results=(empty,))).axes[0].texts]
+    assert texts[6:12:2] == ["–", "–", "–"] and texts[:2] == ["75 %", "3"]
+
+
+def test_the_page_fits_what_it_is_shown_on(folder):
+    html = read(folder / "report.html")
+    # Groups of labels over P, R and F1; a shadow where a table goes on; cards that stack; print.
+    assert html.count('scope="colgroup" colspan="3"') == 3
+    assert "background:" in html.split(".scroll {")[1].split("}")[0]
+    assert "article { flex-direction: column" in html.split("@media (max-width: 40rem)")[1]
+    assert ".scroll { overflow: visible" in html.split("@media print")[1]
 
 
 def test_little_was_measured(results, tmp_path):

@@ -1,6 +1,7 @@
 import copy
 import io
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -79,8 +80,44 @@ def test_what_is_no_document_is_refused(tmp_path):
 def test_the_signature_is_one_line(results):
     assert str(results.signature) == (
         "clseave 0.1.0 · n 600 · snli_ve_test.jsonl 3f2a9c1b · clip-ve 91ab44e0 · "
-        "align-de 77de01c2 · seed 0 · 200 resamples by photo"
+        "align-de 77de01c2 · fp32 on cpu · seed 0 · 200 resamples by photo"
     )
+
+
+def test_a_signature_without_precision_is_of_an_older_version(results):
+    document = results.to_json()
+    del document["signature"]["precision"], document["signature"]["device"]
+    older = Results.from_json(document).signature
+    assert (older.precision, older.device) == (None, None)
+    assert str(older) == str(results.signature).replace(" · fp32 on cpu", "")
+
+
+def test_many_models_are_few_words(results):
+    def line(checkpoints):
+        return str(replace(results.signature, checkpoints=checkpoints))
+
+    one = {"clip-ve": "ab" * 32, "align-de": "cd" * 32}
+    twice = {f"{name}/{model}": d for name in ("a", "b") for model, d in one.items()}
+    first, second = re.search(
+        r" · training a (\w{8}) · training b (\w{8}) · fp32", line(twice)
+    ).groups()
+    assert first == second  # whatever the folders are called
+    other = line(twice | {"b/clip-ve": "ef" * 32})
+    assert first in other and other.count(first) == 1
+    many = {f"align-{number}": f"{number:064x}" for number in range(20)}
+    assert re.search(r"3f2a9c1b · 20 models \w{8} · fp32", line(many))
+    assert line(many) != line(many | {"align-3": "00" * 32})
+    trainings = {f"{number}/clip-ve": f"{number:064x}" for number in range(20)}
+    assert re.search(r"3f2a9c1b · 20 trainings \w{8} · fp32", line(trainings))
+
+
+def test_training_rows_are_known_by_their_file(results):
+    assert not results.of_training_rows
+    training = {"snli_ve_train.jsonl": "ab" * 32}
+    other = replace(results, signature=replace(results.signature, training=training))
+    assert not other.of_training_rows
+    data = {"copied.jsonl": "ab" * 32}
+    assert replace(other, signature=replace(other.signature, data=data)).of_training_rows
 
 
 def test_several_seeds_are_summarised(results):
@@ -94,6 +131,11 @@ def test_several_seeds_are_summarised(results):
     assert summary["de"]["accuracy"].mean == pytest.approx(0.8)
     assert summary["de"]["accuracy"].std == pytest.approx(0.1)
     assert "ratio_to_english" not in summary["de"]
+    # The same in all three, and paired.
+    assert summary["de"]["shuffled_image"].mean == pytest.approx(0.371)
+    assert summary["de"]["difference_to_english"].mean == pytest.approx(
+        german.difference_to_english.value
+    )
     both = replace(results, seeds=summary)
     assert Results.from_json(both.to_json()) == both
     assert across_seeds([]) == {}

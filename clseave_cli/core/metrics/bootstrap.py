@@ -31,7 +31,7 @@ _WEIGHTS_AT_ONCE = 4_000_000
 
 @dataclass(frozen=True)
 class Interval:
-    """A statistic on the sample and its 95 % interval (None: the photos do not tell one)."""
+    """A statistic and its 95 % interval (None: photos or resamples are too few to tell one)."""
 
     value: float
     low: float | None
@@ -134,8 +134,9 @@ def interval(
         seed: seed of the resampling.
 
     Returns:
-        The value, without an interval where there is a single photo, or where all resamples agree:
-        the bootstrap would claim certainty there.
+        The value, without an interval where there is a single photo, where the resamples do not
+        reach the interval's tail, or where all of them agree: the bootstrap would claim certainty
+        there.
     """
     value = float(statistic(sums.sum(axis=0, keepdims=True))[0])
     if len(sums) < 2:
@@ -153,9 +154,11 @@ def _rank(resamples: int, num_clusters: int) -> int:
     return int((resamples + 1) * stats.norm.cdf(widened))
 
 
-def _percentiles(resampled: Floats, num_clusters: int) -> tuple[float, float]:
+def _percentiles(resampled: Floats, num_clusters: int) -> tuple[float, float] | tuple[None, None]:
+    rank = _rank(len(resampled), num_clusters)
+    if not rank:
+        return None, None
     # Resamples themselves, nothing between them: zero is then outside exactly where p is small.
-    rank = max(1, _rank(len(resampled), num_clusters))
     ordered = np.sort(resampled)
     return float(ordered[rank - 1]), float(ordered[-rank])
 
@@ -184,9 +187,19 @@ def mean_interval(
         resamples: number of resamples.
         seed: seed of the resampling.
     """
+    return interval(_counted(values, images), _mean, resamples=resamples, seed=seed)
+
+
+def _counted(values: npt.ArrayLike, images: npt.ArrayLike) -> Floats:
+    """(G, 2) sum of the values of each photo's rows, and how many they are."""
     column = np.asarray(values, dtype=np.float64)
-    sums = cluster_sums(np.stack([column, np.ones_like(column)], axis=1), images)
-    return interval(sums, lambda s: s[:, 0] / s[:, 1], resamples=resamples, seed=seed)
+    return cluster_sums(np.stack([column, np.ones_like(column)], axis=1), images)
+
+
+def _mean(sums: Floats) -> Floats:
+    """(…, 2) sums and counts to (…) means."""
+    mean: Floats = sums[..., 0] / sums[..., 1]
+    return mean
 
 
 def accuracy_interval(
@@ -205,12 +218,11 @@ def accuracy_interval(
         resamples: number of resamples.
         seed: seed of the resampling.
     """
-    found = mean_interval(correct, images, resamples=resamples, seed=seed)
-    num_photos = len(np.unique(np.asarray(images)))
-    if found.low is not None or num_photos < 2:
-        return found
-    alike = _smallest_share(num_photos)
-    return Interval(found.value, alike * found.value, 1 - alike * (1 - found.value))
+    sums = _counted(correct, images)
+    if len(sums) < 2 or np.ptp(_mean(sums)) > _ROUNDING:
+        return interval(sums, _mean, resamples=resamples, seed=seed)
+    value, alike = float(_mean(sums.sum(axis=0))), _smallest_share(len(sums))
+    return Interval(value, alike * value, 1 - alike * (1 - value))
 
 
 def compare_predictions(
@@ -226,8 +238,8 @@ def compare_predictions(
     Both models are scored on the same resamples of photos, so what a hard photo takes from both
     cancels out. Interval and p agree where resamples cannot tell them: if one model gets every row
     right and the other none, both are those of the sign test over photos, which is exact. If the
-    resamples are too few for the interval's tail (very few photos need one far out) and would leave
-    out zero, there is no interval.
+    resamples are too few for the interval's tail (very few photos need one far out), there is no
+    interval.
 
     Args:
         correct_first: (N,) bool.
@@ -240,33 +252,46 @@ def compare_predictions(
     second = np.asarray(correct_second, dtype=bool)
     if first.shape != second.shape or first.ndim != 1 or not len(first):
         raise ValueError(f"need two equal, non-empty rows, not {first.shape} and {second.shape}")
-    gain = first.astype(np.int64) - second.astype(np.int64)
-    sums = cluster_sums(np.stack([gain, np.ones_like(gain)], axis=1), images)
-    low: float | None = None
-    high: float | None = None
-    p: float | None = None
-    if len(sums) > 1 and abs(gain.sum()) == len(gain):
-        # A photo that was not seen could at worst be the other model's alone.
-        worst = 2 * _smallest_share(len(sums)) - 1
-        low, high = (worst, 1.0) if gain[0] > 0 else (-1.0, -worst)
-        p = mcnemar(len(sums), 0)
-    elif len(sums) > 1:
-        totals = resampled_sums(sums, resamples, seed)
-        resampled = totals[:, 0] / totals[:, 1]
-        low, high = _percentiles(resampled, len(sums))
-        p = _two_sided_p(resampled, len(sums))
-        if not _rank(resamples, len(sums)) and not low <= 0 <= high:
-            low = high = None
+    gain = first.astype(np.float64) - second
+    found, p = gain_interval(gain, images, resamples=resamples, seed=seed)
     only_first, only_second = int(np.sum(gain > 0)), int(np.sum(gain < 0))
     return Difference(
-        value=float(gain.mean()),
-        low=low,
-        high=high,
+        value=found.value,
+        low=found.low,
+        high=found.high,
         p=p,
         mcnemar_p=mcnemar(only_first, only_second),
         only_first=only_first,
         only_second=only_second,
         num_examples=len(gain),
+    )
+
+
+def gain_interval(
+    gain: Floats, images: npt.ArrayLike, *, resamples: int, seed: int
+) -> tuple[Interval, float | None]:
+    """The mean of a paired difference with its 95 % interval and p, as in `compare_predictions`.
+
+    Args:
+        gain: (N,) right or not (1 or 0) by the first model minus that by the second; or its mean
+            over several trainings.
+        images: (N,) photo of each row.
+        resamples: number of resamples.
+        seed: seed of the resampling.
+    """
+    sums = _counted(gain, images)
+    value = float(gain.mean())
+    if len(sums) < 2:
+        return Interval(value, None, None), None
+    if abs(gain.sum()) == len(gain):
+        # A photo that was not seen could at worst be the other model's alone.
+        worst = 2 * _smallest_share(len(sums)) - 1
+        low, high = (worst, 1.0) if gain[0] > 0 else (-1.0, -worst)
+        return Interval(value, low, high), mcnemar(len(sums), 0)
+    resampled = _mean(resampled_sums(sums, resamples, seed))
+    return (
+        Interval(value, *_percentiles(resampled, len(sums))),
+        _two_sided_p(resampled, len(sums)),
     )
 
 

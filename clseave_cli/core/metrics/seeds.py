@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from clseave_cli.core.metrics.bootstrap import Interval, accuracy_interval
+from clseave_cli.core.metrics.bootstrap import Interval, accuracy_interval, gain_interval
 
 
 @dataclass(frozen=True)
@@ -67,3 +67,28 @@ def mean_accuracy_interval(
     """
     share = np.mean([np.asarray(right, dtype=bool) for right in correct], axis=0)
     return accuracy_interval(share, images, resamples=resamples, seed=seed)
+
+
+def mean_difference_interval(
+    first: Sequence[npt.ArrayLike],
+    second: Sequence[npt.ArrayLike],
+    images: npt.ArrayLike,
+    *,
+    resamples: int,
+    seed: int,
+) -> Interval:
+    """The mean over trainings of a paired difference in accuracy, with its 95 % interval.
+
+    Args:
+        first: (N,) bool a training.
+        second: (N,) bool a training, the same rows in the same order.
+        images: (N,) photo of each row.
+        resamples: number of resamples.
+        seed: seed of the resampling.
+    """
+    gains = [
+        np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
+        for ours, theirs in zip(first, second, strict=True)
+    ]
+    mean = np.mean(gains, axis=0)
+    return gain_interval(mean, images, resamples=resamples, seed=seed)[0]

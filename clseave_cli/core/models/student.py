@@ -235,6 +235,15 @@ def restore_student(folder: Path, encoder: str | Path | None = None) -> Sentence
     return restore_vocabulary(student, whole).eval()
 
 
+def student_fingerprint(folder: Path) -> str:
+    """The fingerprint of a saved student, without loading it.
+
+    Raises:
+        ModelError: not a student's folder.
+    """
+    return str(peek(folder, FORMAT)["fingerprint"])
+
+
 def find_students(runs: Path) -> dict[str, Path]:
     """The student folders under `runs`, by language; one of a single language goes first.
 

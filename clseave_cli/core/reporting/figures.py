@@ -10,7 +10,7 @@ import io
 import math
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -20,6 +20,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from clseave_cli.core.reporting.curves import LearningCurve
+from clseave_cli.core.reporting.numbers import DASH
+from clseave_cli.core.reporting.trainings import means, num_trainings, spread
 from clseave_cli.core.results import LanguageResult, Results
 from clseave_cli.labels import LABELS
 
@@ -98,12 +100,20 @@ def _png(figure: Figure, signature: str) -> bytes:
     """The figure with its signature under it, in small print."""
     width, height = figure.get_size_inches()
     lines = textwrap.wrap(_plain(signature), width=int(20 * width), break_on_hyphens=False)
-    foot = (0.13 * len(lines) + 0.08) / height
+    # Room of its own: the small print takes none from the plot.
+    foot = 0.13 * len(lines) + 0.08
+    height += foot
+    figure.set_size_inches(width, height)
     engine = figure.get_layout_engine()
     assert engine is not None
     # A margin all around, so that nothing touches the edge.
     margin = 0.07
-    rect = (margin / width, foot, 1 - 2 * margin / width, 1 - foot - margin / height)
+    rect = (
+        margin / width,
+        foot / height,
+        1 - 2 * margin / width,
+        1 - (foot + margin) / height,
+    )
     engine.set(rect=rect)  # type: ignore[call-arg]
     figure.text(
         0.012, 0.05 / height, "\n".join(lines), size=6, color=_MUTED, va="bottom", linespacing=1.4
@@ -148,8 +158,9 @@ def _shown_name(result: LanguageResult, results: Results) -> str:
     return _plain(f"{result.lang}\n{result.mode}" if shown else result.lang)
 
 
-def _languages(results: Results) -> Figure:
-    """Accuracy by language with its interval, and across each bar what needs no looking."""
+def _languages(document: Results) -> Figure:
+    """Accuracy by language with its interval, and on each bar what needs no looking."""
+    results = means(document)
     figure = _figure(3.4)
     axes = figure.add_subplot()
     _tidy(axes)
@@ -163,23 +174,35 @@ def _languages(results: Results) -> Figure:
             top = 100 * result.accuracy_high
             ends = [[value - 100 * result.accuracy_low], [top - value]]
             axes.errorbar(x, value, yerr=ends, color=_INK, capsize=4, linewidth=1.1, zorder=4)
-        axes.annotate(
-            f"{value:.1f}",
-            (x, top),
-            xytext=(0, 3),
-            textcoords="offset points",
-            ha="center",
-            size=9,
-            weight="bold",
-            color=_INK,
-        )
+        beside = ""
+        if document.seeds:
+            own = spread(document, result)
+            beside = "first alone" if own is None else f"± {100 * own.std:.1f}"
+        for text, size, weight, height in (
+            (f"{value:.1f}", 9, "bold", 11 if beside else 3),
+            (beside, 7, "normal", 3),
+        ):
+            axes.annotate(
+                text,
+                (x, top),
+                xytext=(0, height),
+                textcoords="offset points",
+                ha="center",
+                size=size,
+                weight=weight,
+                color=_INK,
+            )
     handles = _baseline_marks(axes, results)
-    axes.set_xticks(positions, [_shown_name(result, results) for result in results.results])
-    axes.tick_params(axis="x", labelsize=10, labelcolor=_INK)
-    axes.set_xlim(-0.6, max(len(positions), 2) - 0.4)
-    axes.set_ylim(0, 106)
+    names = [_shown_name(result, results) for result in results.results]
+    many = len(names) > 6
+    axes.set_xticks(positions, [name.replace("-", "-\n") if many else name for name in names])
+    axes.tick_params(axis="x", labelsize=7 if many else 10, labelcolor=_INK)
+    aside = 0.6 if len(positions) > 1 else 1.0
+    axes.set_xlim(-aside, len(positions) - 1 + aside)
+    axes.set_ylim(0, 112 if document.seeds else 106)
     axes.set_yticks(range(0, 101, 20))
-    _axis_names(axes, "", "accuracy, %")
+    of = f", mean ± sd of {num_trainings(document)} trainings" if document.seeds else ""
+    _axis_names(axes, "", f"accuracy, %{of}")
     if handles:
         figure.legend(
             handles=handles,
@@ -193,29 +216,32 @@ def _languages(results: Results) -> Figure:
 
 
 def _baseline_marks(axes: Axes, results: Results) -> list[Line2D]:
-    kinds: tuple[tuple[str, str, Literal[":", "-", "--"], str], ...] = (
-        ("majority", "majority label", ":", "#f3b27a"),
-        ("hypothesis_only", "hypothesis only", "-", "#f08a3c"),
-        ("shuffled_image", "shuffled image", "--", "#f7c948"),
+    # Side by side, a third of the bar each: they are often equal.
+    kinds = (
+        ("majority", "majority label", "s", "#fcd9b6", -0.24),
+        ("hypothesis_only", "hypothesis only", "o", "#f08a3c", 0.0),
+        ("shuffled_image", "shuffled image", "^", "#f7c948", 0.24),
     )
     handles = []
-    for field, name, style, colour in kinds:
+    for field, name, marker, colour, aside in kinds:
+        style: dict[str, Any] = {"color": colour, "linewidth": 1.8, "marker": marker}
+        style |= {"markersize": 4.5, "markeredgecolor": _INK, "markeredgewidth": 0.5}
         drawn = False
         for x, result in enumerate(results.results):
             baselines = results.baselines.get(result.key)
             value = getattr(baselines, field) if baselines else None
             if value is not None:
-                ends = [x - 0.36, x + 0.36]
-                axes.plot(ends, [100 * value] * 2, style, color=colour, linewidth=1.8, zorder=3)
+                places = [x + aside + place for place in (-0.11, 0, 0.11)]
+                axes.plot(places, [100 * value] * 3, markevery=[1], zorder=3, **style)
                 drawn = True
         if drawn:
-            handles.append(Line2D([], [], linestyle=style, color=colour, linewidth=1.8, label=name))
+            handles.append(Line2D([], [], label=name, **style))
     return handles
 
 
 def _grid(results: Results, draw: Callable[[Axes, LanguageResult], None], height: float) -> Figure:
-    """One small panel a language, three in a row."""
-    columns = min(3, max(2, len(results.results)))
+    """One small panel a language, at most three in a row."""
+    columns = min(3, len(results.results))
     rows = math.ceil(len(results.results) / columns)
     figure = _figure(height * rows + 0.2)
     for index, result in enumerate(results.results, start=1):
@@ -228,13 +254,14 @@ def _grid(results: Results, draw: Callable[[Axes, LanguageResult], None], height
 def _confusion(results: Results) -> Figure:
     def draw(axes: Axes, result: LanguageResult) -> None:
         counts = np.array(result.confusion, dtype=np.float64)
-        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        rows = counts.sum(axis=1, keepdims=True)
+        shares = counts / np.maximum(rows, 1)
         axes.imshow(shares, cmap=_BLUES, vmin=0, vmax=1, aspect="auto")
         for row, column in np.ndindex(*counts.shape):
             share = shares[row, column]
             ink = "white" if share > 0.55 else _INK
             texts = (
-                (row - 0.08, f"{100 * share:.0f} %", 9.0, 1.0),
+                (row - 0.08, f"{100 * share:.0f} %" if rows[row, 0] else DASH, 9.0, 1.0),
                 (row + 0.24, f"{counts[row, column]:,.0f}", 6.5, 0.75),
             )
             for y, text, size, alpha in texts:
@@ -288,7 +315,7 @@ def _distances(results: Results) -> Figure | None:
     kinds = {k: c for k, c in analysis.correlations.items() if c.num_languages > 1}
     if not kinds:
         return None
-    columns = min(3, max(2, len(kinds)))
+    columns = min(3, len(kinds))
     rows = math.ceil(len(kinds) / columns)
     figure = _figure(2.1 * rows + 0.2)
     for index, (kind, found) in enumerate(kinds.items(), start=1):
@@ -427,13 +454,17 @@ def _alignment(runs: Sequence[LearningCurve]) -> Figure:
             )
             kept = [point for point in points if by_epoch and point[0] == run.best_epoch]
             if kept:
-                axes.plot(*kept[0], "o", color="white", markeredgecolor=colour, markersize=6)
-        if title in ("training loss", "dev MSE per dimension"):
+                # Rings of growing size: where several runs meet, none hides another.
+                size = 6 + 1.6 * (number % len(_SERIES))
+                (ring,) = axes.plot(*kept[0], "o", color=colour, fillstyle="none", markersize=size)
+                ring.set_clip_on(False)
+        logarithmic = title in ("training loss", "dev MSE per dimension")
+        if logarithmic:
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.yaxis.set_minor_formatter(NullFormatter())
-        _axis_names(axes, "epoch", "")
+        _axis_names(axes, "epoch", "logarithmic scale" if logarithmic else "linear scale")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(

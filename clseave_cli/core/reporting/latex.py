@@ -2,7 +2,9 @@ r"""The language table for a paper: LaTeX with the booktabs package."""
 
 from __future__ import annotations
 
+from clseave_cli.core.metrics.seeds import SeedSummary
 from clseave_cli.core.reporting.names import language_name
+from clseave_cli.core.reporting.trainings import means, num_trainings, spread
 from clseave_cli.core.results import Results
 
 _SPECIAL = {
@@ -24,8 +26,9 @@ def escape_latex(text: str) -> str:
     return "".join(_SPECIAL.get(character, character) for character in text)
 
 
-def latex_table(results: Results) -> str:
-    r"""A `table` environment; it needs `\usepackage{booktabs}`."""
+def latex_table(document: Results) -> str:
+    r"""A `table` environment; it needs `\usepackage{booktabs}`. Several trainings: their means."""
+    results = means(document)
     rows = []
     source = escape_latex(language_name(results.source_lang))
     for result in results.results:
@@ -35,7 +38,7 @@ def latex_table(results: Results) -> str:
             escape_latex(
                 f"{result.lang} ({result.mode})" if results.shows_mode(result) else result.lang
             ),
-            _percent(result.accuracy),
+            _percent(result.accuracy) + _deviation(spread(document, result)),
             "--" if low is None else f"[{_percent(low)}, {_percent(high)}]",
             _percent(result.macro_f1),
             _percent(result.ratio_to_english),
@@ -46,6 +49,11 @@ def latex_table(results: Results) -> str:
         ]
         rows.append("    " + " & ".join(cells) + r" \\")
     split = escape_latex(results.results[0].split) if results.results else ""
+    of = ""
+    if document.seeds:
+        of = f"Means over {num_trainings(document)} trainings, $\\pm$ sample standard deviation"
+        alone = any(spread(document, result) is None for result in document.results)
+        of += " (rows without it: the first training). " if alone else ". "
     count = f"{results.signature.num_examples:,}".replace(",", "{,}")
     resamples = f"{results.signature.resamples:,}".replace(",", "{,}")
     return "\n".join(
@@ -65,13 +73,17 @@ def latex_table(results: Results) -> str:
             *rows,
             r"    \bottomrule",
             r"  \end{tabular}",
-            rf"  \caption{{Visual entailment on the {split} split ($n = {count}$), in \%. "
+            rf"  \caption{{Visual entailment on the {split} split ($n = {count}$), in \%. {of}"
             rf"Intervals: bootstrap over photos, {resamples} resamples. F1: macro-averaged.}}",
             r"  \label{tab:languages}",
             r"\end{table}",
             "",
         ]
     )
+
+
+def _deviation(own: SeedSummary | None) -> str:
+    return "" if own is None else rf" $\pm$ {_percent(own.std)}"
 
 
 def _percent(value: float | None) -> str:

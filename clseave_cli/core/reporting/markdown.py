@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 
 from clseave_cli.core.reporting.gallery import Gallery, GalleryItem
-from clseave_cli.core.reporting.sections import Section, Table, headline
+from clseave_cli.core.reporting.numbers import DASH
+from clseave_cli.core.reporting.sections import Section, Table, headline, notes
 from clseave_cli.core.results import Results
 from clseave_cli.labels import LABELS
 
@@ -37,6 +38,7 @@ def markdown_report(
         pictures: the same of each gallery item's picture, by `id` of the item.
     """
     parts = [f"# {escape_markdown(title)}", escape_markdown(headline(results))]
+    parts += [f"**{escape_markdown(note)}**" for note in notes(results)]
     for section in sections:
         parts += [f"## {section.title}", escape_markdown(section.text)]
         parts += [_table(table) for table in section.tables]
@@ -51,7 +53,7 @@ def markdown_report(
 
 
 def _table(table: Table) -> str:
-    lines = [table.columns, ("---", *["---:"] * (len(table.columns) - 1))]
+    lines = [table.full_columns, ("---", *["---:"] * (len(table.columns) - 1))]
     lines += [tuple(escape_markdown(cell) for cell in row) for row in table.rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -77,6 +79,7 @@ def _signature(results: Results) -> str:
     signature = results.signature
     rows = [
         ("clseave", signature.version),
+        ("precision", f"{signature.precision or DASH} on {signature.device or DASH}"),
         ("seed", str(signature.seed)),
         ("resamples", str(signature.resamples)),
         *signature.data.items(),

@@ -15,11 +15,13 @@ from clseave_cli.core.reporting.gallery import Gallery, Thumbnail, thumbnail
 from clseave_cli.core.reporting.latex import latex_table
 from clseave_cli.core.reporting.markdown import markdown_report
 from clseave_cli.core.reporting.names import language_name
+from clseave_cli.core.reporting.numbers import DASH
 from clseave_cli.core.reporting.sections import (
     Section,
     build_sections,
     headline,
     highlights,
+    notes,
 )
 from clseave_cli.core.results import Results
 from clseave_cli.labels import LABELS
@@ -124,11 +126,13 @@ def _page(
         title=title,
         headline=headline(results),
         highlights=highlights(results),
+        notes=notes(results),
         results=results,
         sections=sections,
         galleries=galleries,
         figures={name: Thumbnail(encoded, "png", 0, 0).data_uri for name, encoded in drawn.items()},
         thumbnail_of=lambda item: thumbnails.get(id(item)),
         labels=LABELS,
+        dash=DASH,
         language_name=language_name,
     )

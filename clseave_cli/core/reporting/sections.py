@@ -5,7 +5,7 @@ Every figure is formatted here, once, so that the two cannot differ.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from clseave_cli.core.metrics.bootstrap import Difference
@@ -20,16 +20,34 @@ from clseave_cli.core.reporting.numbers import (
     percent,
     points,
 )
-from clseave_cli.core.results import LanguageResult, Results
+from clseave_cli.core.reporting.trainings import means, num_trainings, spread
+from clseave_cli.core.results import TRAINING_ROWS, Baselines, LanguageResult, Results
 from clseave_cli.labels import LABELS
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as they are shown; the first column names the row, the others are figures."""
+    """Cells as they are shown; the first column names the row, the others are figures.
+
+    Attributes:
+        columns: heads of the columns.
+        rows: cells.
+        groups: heads over several columns each, and how many; empty: none.
+    """
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    groups: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def full_columns(self) -> tuple[str, ...]:
+        """Heads that say everything in one line: with their group's before them."""
+        groups = [name for name, width in self.groups for _ in range(width)]
+        if not groups:
+            return self.columns
+        return tuple(
+            f"{group} {column}".strip() for group, column in zip(groups, self.columns, strict=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -57,6 +75,10 @@ class Highlight:
     label: str
     value: str
     note: str
+
+
+# Languages that are level; of more the headline tells the number.
+_MOST_NAMED = 6
 
 
 def verdict(difference: Difference | None) -> str:
@@ -98,56 +120,88 @@ def _source_and_others(results: Results) -> tuple[LanguageResult | None, list[La
 
 
 def headline(results: Results) -> str:
-    """The outcome in one or two sentences."""
-    source, others = _source_and_others(results)
+    """The outcome in a few sentences; of several trainings, of their means."""
     if not results.results:
         return "Nothing was evaluated."
-    if source is None:
-        best = max(others, key=lambda r: r.accuracy)
-        return f"{_label(best, results)} is highest, with {percent(best.accuracy)} % right."
-    name = language_name(source.lang)
-    text = f"{name} reaches {percent(source.accuracy)} %."
-    tied = [r for r in others if r.difference_to_english and r.difference_to_english.is_tie]
-    if tied:
-        verb = "is" if len(tied) == 1 else "are"
-        text += f" {_joined(_label(r, results) for r in tied)} {verb} level with it, within the"
-        text += " uncertainty."
-    if others:
-        lowest = min(others, key=lambda r: r.accuracy)
-        text += f" {_label(lowest, results)} is lowest, with {percent(lowest.accuracy)} %"
-        if lowest.ratio_to_english is not None:
-            text += f", {percent(lowest.ratio_to_english)} % of the {name} accuracy"
-        text += "."
-    return text
-
-
-def highlights(results: Results) -> tuple[Highlight, ...]:
-    """The numbers to see first: as many of four as were measured."""
-    found = []
-    name = language_name(results.source_lang)
-    source, others = _source_and_others(results)
+    mean = means(results)
+    source, others = _source_and_others(mean)
+    sentences = [_reached(results, mean, source, others)]
     if source is not None:
-        found.append(
-            Highlight(
-                name,
-                f"{percent(source.accuracy)} %",
-                f"95 % interval {_interval(source.accuracy_low, source.accuracy_high)}",
-            )
-        )
-    if others:
-        low, high = (percent(f(r.accuracy for r in others)) for f in (min, max))
-        names = ", ".join(dict.fromkeys(r.lang for r in others))
-        value = f"{low} – {high} %" if low != high else f"{low} %"
-        found.append(Highlight("Other languages", value, names))
-    compared = [r.difference_to_english for r in others if r.difference_to_english is not None]
-    if compared:
-        tied = sum(difference.is_tie for difference in compared)
-        found.append(
-            Highlight(f"Level with {name}", f"{tied} of {len(compared)}", "zero in the interval")
-        )
-    without = [
+        compared = [(_label(r, mean), r.difference_to_english) for r in others]
+        sentences += _verdicts(compared, "level with it", "")
+    else:
+        compared = [(language_name(r.lang), r.difference_to_zero_shot) for r in others]
+        sentences += _verdicts(compared, "level", "Translate-test against zero-shot: ")
+    sentences += _not_above(mean)
+    return " ".join(sentences)
+
+
+def _reached(
+    results: Results, mean: Results, source: LanguageResult | None, others: list[LanguageResult]
+) -> str:
+    """The accuracy of the source language, or of all where it was not evaluated."""
+    shown = [source] if source is not None else others
+    if len(shown) > 3:
+        low, high = (percent(f(r.accuracy for r in shown)) for f in (min, max))
+        text = f"{len(shown)} results lie between {low} and {high} %"
+    else:
+        names = [_label(r, mean) for r in shown]
+        accuracies = [f"{percent(r.accuracy)} %" for r in shown]
+        text = f"{_joined(names)} {'reaches' if len(names) == 1 else 'reach'} {_joined(accuracies)}"
+    if results.seeds:
+        text += f", the mean of {num_trainings(results)} trainings"
+        own = spread(results, source) if source is not None else None
+        text += f" (± {percent(own.std)})" if own is not None else ""
+    return f"{text}."
+
+
+def _verdicts(compared: list[tuple[str, Difference | None]], level: str, before: str) -> list[str]:
+    """Who is level, who is lower or higher and by how much; a sentence each."""
+    known = [(name, d) for name, d in compared if d is not None]
+    sentences = []
+    if tied := [name for name, d in known if d.is_tie]:
+        named = _joined(tied) if len(tied) <= _MOST_NAMED else f"{len(tied)} of {len(known)} others"
+        sentences.append(f"{named} {_is(tied)} {level}, within the uncertainty.")
+    for word in ("lower", "higher"):
+        if found := [(name, d) for name, d in known if verdict(d) == word]:
+            names, amounts = zip(*found, strict=True)
+            by = _joined(percent(abs(d.value)) for d in amounts)
+            sentences.append(f"{_joined(names)} {_is(names)} {word}, by {by} points.")
+    return [before + sentences[0], *sentences[1:]] if sentences else []
+
+
+def _is(several: Sequence[object]) -> str:
+    return "is" if len(several) == 1 else "are"
+
+
+def _not_above(mean: Results) -> list[str]:
+    """A sentence where an accuracy may be no more than what needs no look at the photo.
+
+    Its interval's lower end decides; where there is no interval, the accuracy itself.
+    """
+    found = [
+        (r, *best)
+        for r in mean.results
+        if (best := _best_baseline(mean, r)) is not None
+        and (r.accuracy if r.accuracy_low is None else r.accuracy_low) <= best[0]
+    ]
+    if not found:
+        return []
+    names = _joined(_label(r, mean) for r, _, _ in found)
+    close = any(r.accuracy > most for r, most, _ in found)
+    most, by = max((most, by) for _, most, by in found)
+    return [
+        f"{names} {_is(found)}{', within the uncertainty,' if close else ''} no better than what "
+        f"is reached without looking at the photo: {'up to ' if len(found) > 1 else ''}"
+        f"{percent(most)} % ({by})."
+    ]
+
+
+def _best_baseline(results: Results, result: LanguageResult) -> tuple[float, str] | None:
+    """The most that is reached without looking, and by what."""
+    baselines = results.baselines.get(result.key) or Baselines()
+    known = [
         (value, name)
-        for baselines in results.baselines.values()
         for name, value in (
             ("majority label", baselines.majority),
             ("hypothesis only", baselines.hypothesis_only),
@@ -155,9 +209,55 @@ def highlights(results: Results) -> tuple[Highlight, ...]:
         )
         if value is not None
     ]
+    return max(known, default=None)
+
+
+def highlights(results: Results) -> tuple[Highlight, ...]:
+    """The numbers to see first: as many of four as were measured, means of several trainings."""
+    found = []
+    name = language_name(results.source_lang)
+    mean = means(results)
+    source, others = _source_and_others(mean)
+    of = f"mean of {num_trainings(results)} trainings" if results.seeds else ""
+    if source is not None:
+        note = f"95 % interval {_interval(source.accuracy_low, source.accuracy_high)}"
+        if own := spread(results, source):
+            note = f"± {percent(own.std)}, {of}; {note}"
+        found.append(Highlight(name, f"{percent(source.accuracy)} %", note))
+    if others:
+        low, high = (percent(f(r.accuracy for r in others)) for f in (min, max))
+        names = ", ".join(dict.fromkeys(r.lang for r in others))
+        value = f"{low} – {high} %" if low != high else f"{low} %"
+        note = f"{names}; {of}" if of else names
+        found.append(Highlight("Other languages", value, note))
+    compared = [r.difference_to_english for r in others if r.difference_to_english is not None]
+    if compared:
+        tied = sum(difference.is_tie for difference in compared)
+        note = f"zero in the interval{f' of the {of}' if of else ''}"
+        found.append(Highlight(f"Level with {name}", f"{tied} of {len(compared)}", note))
+    without = [best for r in mean.results if (best := _best_baseline(mean, r)) is not None]
     if without:
-        best, name = max(without)
-        found.append(Highlight("Without looking", f"{percent(best)} %", f"at most, by {name}"))
+        most, by = max(without)
+        found.append(Highlight("Without looking", f"{percent(most)} %", f"at most, by {by}"))
+    return tuple(found)
+
+
+def notes(results: Results) -> tuple[str, ...]:
+    """What a reader must know before the figures; mostly nothing."""
+    found = []
+    if results.of_training_rows:
+        found.append(TRAINING_ROWS)
+    if results.seeds:
+        found.append(
+            f"Of {num_trainings(results)} trainings: the figures above, the section Over seeds and "
+            "table.tex show means over all of them (± sample standard deviation). All other "
+            "figures, tables and pictures are those of the first training."
+        )
+        alone = [_label(r, results) for r in results.results if spread(results, r) is None]
+        if alone:
+            found.append(
+                f"Not every training has {_joined(alone)}: figures of the first throughout."
+            )
     return tuple(found)
 
 
@@ -172,8 +272,9 @@ def build_sections(
         figures: names of the figures there are.
     """
     drawn = set(figures)
-    sections = [_accuracy(results)]
-    if any(r.difference_to_english or r.agreement_with_english for r in results.results):
+    sections = [_seeds(results)] if results.seeds else []
+    sections.append(_accuracy(results))
+    if any(r.agreement_with_english is not None for r in _source_and_others(results)[1]):
         sections.append(_against_source(results))
     if any(r.difference_to_zero_shot for r in results.results):
         sections.append(_modes(results))
@@ -183,18 +284,34 @@ def build_sections(
         sections.append(_transfer(results))
     if results.distances is not None:
         sections.append(_distances(results, "distances" in drawn))
-    if results.seeds:
-        sections.append(_seeds(results))
     if curves:
         sections.append(_curves(curves, drawn))
     return tuple(sections)
 
 
+def _absent_labels(results: Results) -> list[str]:
+    """Labels that no row has as its gold label, in any language."""
+    return [name for name in LABELS if not any(r.per_class[name].support for r in results.results)]
+
+
+def _languages_figure(of: str) -> FigureReference:
+    return FigureReference(
+        "languages",
+        f"Accuracy{of} with 95 % intervals; the marks on each bar are what is reached without "
+        "looking at the photo.",
+    )
+
+
 def _accuracy(results: Results) -> Section:
-    return Section(
-        "Accuracy by language",
+    text = (
         "Share of rows whose most probable label is the gold label. Rows that share a photo are "
-        "not independent, so the 95 % intervals come from resampling photos, not rows.",
+        "not independent, so the 95 % intervals come from resampling photos, not rows."
+    )
+    if absent := _absent_labels(results):
+        text += f" No row has the gold label {_joined(absent)}: macro-F1 counts a 0 for it."
+    return Section(
+        "Accuracy by language" + (", first training" if results.seeds else ""),
+        text,
         (
             Table(
                 (
@@ -224,13 +341,7 @@ def _accuracy(results: Results) -> Section:
                 ),
             ),
         ),
-        (
-            FigureReference(
-                "languages",
-                "Accuracy with 95 % intervals; the lines across each bar are what is reached "
-                "without looking at the photo.",
-            ),
-        ),
+        () if results.seeds else (_languages_figure(""),),
     )
 
 
@@ -302,15 +413,16 @@ def _modes(results: Results) -> Section:
 def _baselines(results: Results) -> Section:
     rows = []
     for r in results.results:
-        b = results.baselines.get(r.key)
-        values = (b.majority, b.hypothesis_only, b.shuffled_image) if b else (None,) * 3
-        known = [value for value in values if value is not None]
+        b = results.baselines.get(r.key) or Baselines()
+        best = _best_baseline(results, r)
         rows.append(
             (
                 _label(r, results),
                 percent(r.accuracy),
-                *(percent(value) for value in values),
-                points(r.accuracy - max(known)) if known else DASH,
+                percent(b.majority),
+                percent(b.hypothesis_only),
+                percent(b.shuffled_image),
+                points(r.accuracy - best[0]) if best else DASH,
                 percent(r.hard_accuracy),
                 _interval(r.hard_accuracy_low, r.hard_accuracy_high),
                 DASH if r.num_hard is None else f"{r.num_hard:,}",
@@ -342,15 +454,18 @@ def _baselines(results: Results) -> Section:
 
 
 def _labels(results: Results) -> Section:
+    text = "Precision (P), recall (R) and F1 of each label, in %, and where the predictions go."
+    if absent := _absent_labels(results):
+        text += (
+            f" No row has the gold label {_joined(absent)}: there is no recall, F1 counts as 0, "
+            "and its row of the matrix is empty."
+        )
     return Section(
         "By label",
-        "Precision (P), recall (R) and F1 of each label, in %, and where the predictions go.",
+        text,
         (
             Table(
-                (
-                    "language",
-                    *(f"{name} {figure}" for name in LABELS for figure in ("P", "R", "F1")),
-                ),
+                ("language", *(("P", "R", "F1") * len(LABELS))),
                 tuple(
                     (
                         _label(r, results),
@@ -358,11 +473,16 @@ def _labels(results: Results) -> Section:
                             percent(value)
                             for name in LABELS
                             for scores in (r.per_class[name],)
-                            for value in (scores.precision, scores.recall, scores.f1)
+                            for value in (
+                                scores.precision,
+                                scores.recall if scores.support else None,
+                                scores.f1,
+                            )
                         ),
                     )
                     for r in results.results
                 ),
+                (("", 1), *((name, 3) for name in LABELS)),
             ),
         ),
         (
@@ -451,13 +571,23 @@ def _distances(results: Results, drawn: bool) -> Section:
         f"{analysis.note}",
         (
             Table(
-                ("distance", *languages, "rank correlation", "p", "linear correlation", "p", "n"),
+                (
+                    "distance",
+                    *languages,
+                    "rank correlation",
+                    "p",
+                    "smallest p",
+                    "linear correlation",
+                    "p",
+                    "n",
+                ),
                 tuple(
                     (
                         kind,
                         *(decimal(found.distances.get(lang), 2) for lang in languages),
                         decimal(found.spearman, 2),
                         p_value(found.spearman_p),
+                        p_value(found.smallest_p),
                         decimal(found.pearson, 2),
                         p_value(found.pearson_p),
                         str(found.num_languages),
@@ -494,7 +624,7 @@ def _seeds(results: Results) -> Section:
         "Over seeds",
         "The same training with several seeds: mean ± sample standard deviation, the spread "
         "between trainings. The interval is that of the mean accuracy over the choice of photos, "
-        "the trainings as they are. All other sections show the first seed.",
+        "the trainings as they are.",
         (
             Table(
                 (
@@ -524,8 +654,33 @@ def _seeds(results: Results) -> Section:
                     if figures
                 ),
             ),
+            *_mean_differences(results),
         ),
+        figures=(_languages_figure(f", the mean of {num_trainings(results)} trainings,"),),
     )
+
+
+def _mean_differences(results: Results) -> tuple[Table, ...]:
+    """What the paired differences are on average over trainings; nothing where there are none."""
+    rows = []
+    for mean in means(results).results:
+        for name, other in (
+            ("difference_to_english", language_name(results.source_lang)),
+            ("difference_to_zero_shot", f"{language_name(mean.lang)} (zero-shot)"),
+        ):
+            if own := results.seeds.get(mean.key, {}).get(name):
+                difference = getattr(mean, name)
+                rows.append(
+                    (
+                        _label(mean, results),
+                        other,
+                        f"{points(own.mean)} ± {percent(own.std)}",
+                        _difference_interval(difference),
+                        verdict(difference),
+                    )
+                )
+    columns = ("language", "against", "difference, points", "95 % interval", "verdict")
+    return (Table(columns, tuple(rows)),) if rows else ()
 
 
 def _curves(curves: tuple[LearningCurve, ...], drawn: set[str]) -> Section:
@@ -533,8 +688,8 @@ def _curves(curves: tuple[LearningCurve, ...], drawn: set[str]) -> Section:
         "pretrain": "Contrastive pre-training from captions.",
         "finetune-ve": "Fine-tuning on visual entailment: losses (left) and dev accuracy (right). "
         "The dotted line marks the epoch that was kept.",
-        "align": "Alignment of the students: dev error by epoch, on a logarithmic scale. A hollow "
-        "dot marks the epoch that was kept.",
+        "align": "Alignment of the students: loss, dev errors and learning rate by epoch; each "
+        "axis says whether its scale is logarithmic. A ring marks the epoch that was kept.",
     }
     return Section(
         "Learning curves",
