@@ -20,6 +20,7 @@ from clseave_cli.core.config import ExportConfig
 from clseave_cli.core.export import export
 from clseave_cli.core.inference import load_model, onnx_model
 from clseave_cli.core.inference.pixels import Preparation
+from clseave_cli.core.models.folder import peek, seal
 from clseave_cli.errors import ModelError
 
 _REPOSITORY = Path(__file__).parents[2]
@@ -198,6 +199,12 @@ def test_the_teachers_language_is_not_taken_for_another(tmp_path, trained, world
     export(ExportConfig(runs=trained, out=out, lang=("de",)))
     image = world / "images" / "test0.png"
     assert "no model for en" in refused("predict", image, "red", "--runs", out)
+    config = peek(out, onnx_model.FORMAT)
+    written = ("format", "format_version", "files", "fingerprint", "clseave_version")
+    earlier = {key: config[key] for key in config.keys() - {"source_lang", *written}}
+    (out / "config.json").unlink()
+    seal(out, onnx_model.FORMAT, earlier)
+    assert "give --lang, or export it again" in refused("predict", image, "red", "--runs", out)
 
 
 def test_what_differs_too_much_is_not_written(tmp_path, trained, monkeypatch):

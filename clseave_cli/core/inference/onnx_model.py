@@ -35,8 +35,18 @@ def is_exported(folder: Path) -> bool:
 
 
 def own_language(folder: Path) -> str:
-    """The language CLIP-VE itself reads, exported or not."""
-    source_lang: str = peek(folder, FORMAT)["source_lang"]
+    """The language CLIP-VE itself reads, exported or not.
+
+    Raises:
+        ModelError: no exported folder, a damaged one, or one of an earlier version.
+    """
+    config = peek(folder, FORMAT)
+    if "source_lang" not in config:
+        raise ModelError(
+            f"{folder}: exported by an earlier version, which did not note CLIP-VE's language; "
+            "give --lang, or export it again."
+        )
+    source_lang: str = config["source_lang"]
     return source_lang
 
 
