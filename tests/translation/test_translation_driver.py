@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections import Counter
@@ -233,10 +232,11 @@ def test_retry_after_and_rate_are_kept(memory: Memory) -> None:
 
     engine.misbehave = misbehave
     _drive(engine, memory, [f"text {index}" for index in range(12)], per_second=50)
-    gaps = [later - earlier for earlier, later in itertools.pairwise(times[4:])]
-    # Requests already timed when the refusal came may follow at once; then all wait.
-    assert sum(moment - times[0] < 0.29 for moment in times) <= 4
-    assert all(gap > 0.01 for gap in gaps[1:])
+    # Requests already timed when the refusal came may follow at once; then all wait, and have a
+    # fiftieth of a second each. A busy machine makes them late, never early.
+    waited = [moment - times[0] for moment in sorted(times)[4:]]
+    assert len(waited) == 9
+    assert all(moment > 0.299 + 0.02 * turn for turn, moment in enumerate(waited))
 
 
 def test_suspect_answers_get_a_second_chance_once(memory: Memory) -> None:
