@@ -80,9 +80,13 @@ def run(
 
 def _signature(config: CurveConfig, inputs: dict[str, str]) -> str:
     """One line for the foot of the figure."""
-    files = (f"{name} {digest[:8]}" for name, digest in inputs.items())
-    resamples = f"{config.resamples:,} resamples by photo"
-    return " · ".join([f"clseave {__version__}", *files, f"seed {config.seed}", resamples])
+    from clseave_cli.core.training.precision import resolve_device, resolve_precision
+
+    device = resolve_device(config.device)
+    parts = [f"{name} {digest[:8]}" for name, digest in inputs.items()]
+    parts.append(f"{resolve_precision(config.precision, device)} on {device.type}")
+    parts += [f"seed {config.seed}", f"{config.resamples:,} resamples by photo"]
+    return " · ".join([f"clseave {__version__}", *parts])
 
 
 def _teacher(config: CurveConfig) -> Path:

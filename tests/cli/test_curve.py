@@ -36,7 +36,7 @@ def test_points_are_those_of_align_and_evaluate(world, runs, encoder, arguments,
     }
     assert re.search(
         r"clseave \S+ · teacher \w{8} · snli_ve_train.jsonl \w{8} · .*snli_ve_test.nl.jsonl \w{8}"
-        r" · seed 0 · 20 resamples by photo$", document["signature"],
+        r" · fp32 on cpu · seed 0 · 20 resamples by photo$", document["signature"],
     )  # fmt: skip
     with Image.open(runs / "curve" / "curve.png") as figure:
         assert figure.info["Description"] == document["signature"]
