@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import multiprocessing
 import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -220,6 +221,31 @@ def slow_steps() -> None:
         return step(*arguments, **more)
 
     torch.optim.AdamW.step = slow
+
+
+class Killed(BaseException):
+    """What nothing in the package catches."""
+
+
+@contextmanager
+def killed_at_step(number: int) -> Iterator[None]:
+    """Ends a training in the block at an optimiser step, counted from 1, as a kill would."""
+    import torch
+
+    step, calls = torch.optim.AdamW.step, itertools.count(1)
+
+    def dying(*arguments, **more):
+        if next(calls) == number:
+            raise Killed
+        return step(*arguments, **more)
+
+    torch.optim.AdamW.step = dying
+    try:
+        with suppress(Killed):
+            yield
+            raise AssertionError("the training ended before the step")
+    finally:
+        torch.optim.AdamW.step = step
 
 
 def small_files() -> None:

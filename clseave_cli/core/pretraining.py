@@ -14,7 +14,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from torch.nn import functional
 from clseave_cli.core.config import PretrainConfig
 from clseave_cli.core.data.images import ImageFolder, open_image
 from clseave_cli.core.data.records import distinct
+from clseave_cli.core.features import Photos
 from clseave_cli.core.files import file_digest, json_digest
 from clseave_cli.core.models.backbones import load_clip
 from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
@@ -62,15 +63,18 @@ class PretrainResult:
 
 @dataclass(frozen=True)
 class _Captions:
-    """Images with their captions, in the order of first mention."""
+    """Images with their captions, in the order of first mention; `photos` is their digest."""
 
     path: Path
+    photos: str
     images: list[Path]
     captions: list[list[str]]
 
     def take(self, rows: Sequence[int]) -> _Captions:
-        return _Captions(
-            self.path, [self.images[i] for i in rows], [self.captions[i] for i in rows]
+        return replace(
+            self,
+            images=[self.images[i] for i in rows],
+            captions=[self.captions[i] for i in rows],
         )
 
 
@@ -104,9 +108,9 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> PretrainRes
     model = model.to(device)
     text.verify_packing("the text tower", progress)
     torch.manual_seed(config.seed)
-    inputs = {path.name: file_digest(path) for path in (train_captions.path, dev_captions.path)} | {
-        "clip": json_digest([text.digest(), image.digest()])
-    }
+    inputs = {"clip": json_digest([text.digest(), image.digest()])}
+    for split, own in ((config.train_split, train_captions), (config.dev_split, dev_captions)):
+        inputs |= {own.path.name: file_digest(own.path), f"photos: {split}": own.photos}
     with Run("pretrain", out, config, inputs) as run:
         training = _Examples(config, train_captions, text, image)
         dev = _Examples(
@@ -253,8 +257,9 @@ def _read_captions(folder: Path, split: str, images: ImageFolder) -> _Captions:
             first_line.setdefault(name, line)
     if not captions:
         raise DataError(f"{path}: no captions in it.")
-    paths = [images.find(name, f"{path}:{first_line[name]}") for name in captions]
-    return _Captions(path, paths, list(captions.values()))
+    where = [f"{path}:{first_line[name]}" for name in captions]
+    photos = Photos.named(list(captions), where, images)
+    return _Captions(path, photos.digest(), photos.paths, list(captions.values()))
 
 
 def _check_leak(training: _Captions, dev: _Captions) -> None:

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from tiny_world import CLIP_SHAPE, QUICK, read_jsonl, tree, write_jsonl
+from tiny_world import CLIP_SHAPE, QUICK, killed_at_step, read_jsonl, tree, weights, write_jsonl
 from torch.nn import functional
 
 from clseave_cli.core import pretraining
 from clseave_cli.core.config import FinetuneConfig, PretrainConfig
 from clseave_cli.core.finetuning import finetune
 from clseave_cli.core.pretraining import contrastive_loss, pretrain
-from clseave_cli.errors import DataError
+from clseave_cli.errors import DataError, UsageError
 
 SHAPE = {
     "image_size": CLIP_SHAPE["image_size"],
@@ -104,6 +104,24 @@ def test_the_same_seed_gives_the_same_model(captioned, tmp_path):
         for name, seed in (("a", 0), ("b", 0), ("c", 1))
     ]
     assert models[0] == models[1] != models[2]
+
+
+def test_a_killed_run_ends_in_the_same_model_and_sees_the_same_photos(captioned, tmp_path):
+    options = {"epochs": 4, "batch_size": 4, "checkpoint_minutes": 0}
+    whole = _pretrain(captioned, tmp_path / "whole", **options)
+    with killed_at_step(6):
+        _pretrain(captioned, tmp_path / "killed", **options)
+    (state,) = (tmp_path / "killed" / "clip.partial" / "training").glob("state-*")
+    assert state.name == "state-00000005"
+    photo = captioned / "images" / "train0.png"
+    shown = photo.read_bytes()
+    photo.write_bytes((captioned / "images" / "train1.png").read_bytes())
+    with pytest.raises(UsageError, match="was run with photos: train = "):
+        _pretrain(captioned, tmp_path / "killed", resume=True, **options)
+    photo.write_bytes(shown)
+    resumed = _pretrain(captioned, tmp_path / "killed", resume=True, **options)
+    assert weights(resumed.folder) == weights(whole.folder)
+    assert resumed.training.steps == whole.training.steps == 8
 
 
 def test_training_goes_on_from_a_given_model(captioned, clip, tmp_path):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny_world import QUICK, flip_byte, read_jsonl, tree
+from tiny_world import QUICK, flip_byte, killed_at_step, read_jsonl, tree, weights
 
 from clseave_cli.core.autoencoding import autoencode
 from clseave_cli.core.config import AutoencodeConfig
@@ -103,6 +103,18 @@ def test_a_finished_one_is_not_trained_again(world, trained, encoder, tmp_path):
     before = tree(first.folder)
     again = _autoencode(world, trained, encoder, tmp_path / "a", resume=True)
     assert again.training is None and tree(first.folder) == before
+
+
+def test_a_killed_run_ends_in_the_same_autoencoder(world, trained, encoder, tmp_path):
+    options = {"epochs": 6, "batch_size": 4, "checkpoint_minutes": 0}
+    whole = _autoencode(world, trained, encoder, tmp_path / "whole", **options)
+    with killed_at_step(7):
+        _autoencode(world, trained, encoder, tmp_path / "killed", **options)
+    (state,) = (tmp_path / "killed.partial" / "training").glob("state-*")
+    assert state.name == "state-00000006"
+    resumed = _autoencode(world, trained, encoder, tmp_path / "killed", resume=True, **options)
+    assert weights(resumed.folder) == weights(whole.folder)
+    assert resumed.training.steps == whole.training.steps > 7
 
 
 def test_refusals(world, trained, encoder, tmp_path):
