@@ -146,7 +146,7 @@ def bare_steps(
 ) -> None:
     """Prints the rate of forward, backward and optimiser alone, eager and compiled.
 
-    Every batch has the same number of rows, so that there is one shape to compile for.
+    Every batch has the same shape, so that there is one to compile for.
     """
     modes = {"eager": None, "compiled": "default"}
     if device.type == "cuda":
@@ -160,8 +160,8 @@ def bare_steps(
         parts = np.array_split(np.arange(len(tokens)), WARM_UP + steps)
         with reduced_vocabulary(student, tokens):
             batches = [student.pack(tokens, part).to(device) for part in parts]
-            rows = max(len(batch.input_ids) for batch in batches)
-            batches = [with_rows(batch, rows) for batch in batches]
+            rows, width = np.max([batch.input_ids.shape for batch in batches], axis=0).tolist()
+            batches = [with_shape(batch, rows, width) for batch in batches]
             if mode is not None:
                 student.backbone.compile(mode=mode)
             optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
@@ -191,18 +191,19 @@ def train_on(
     return time.perf_counter() - begin
 
 
-def with_rows(batch: PackedBatch, rows: int) -> PackedBatch:
-    """A batch with unused rows below, so that there are `rows`."""
-    missing = rows - len(batch.input_ids)
+def with_shape(batch: PackedBatch, rows: int, width: int) -> PackedBatch:
+    """A batch with unused places beside and below, so that it has that many rows and tokens."""
+    before, narrow = batch.input_ids.shape
 
-    def below(part: torch.Tensor, value: int) -> torch.Tensor:
-        return functional.pad(part, (0, 0, 0, missing), value=value)
+    def larger(part: torch.Tensor, value: int) -> torch.Tensor:
+        return functional.pad(part, (0, width - narrow, 0, rows - before), value=value)
 
     return replace(
         batch,
-        input_ids=below(batch.input_ids, 0),
-        positions=below(batch.positions, 0),
-        segments=below(batch.segments, -1),
+        input_ids=larger(batch.input_ids, 0),
+        positions=larger(batch.positions, 0),
+        segments=larger(batch.segments, -1),
+        terminals=batch.terminals // narrow * width + batch.terminals % narrow,
         groups=(),
     )
 
