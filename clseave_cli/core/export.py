@@ -108,7 +108,10 @@ def export(config: ExportConfig, progress: Progress = SILENT) -> ExportResult:
 def _replaced(out: Path) -> list[str]:
     """The languages of the export whose place is taken; refuses to take that of anything else."""
     if out.is_dir() and onnx_model.is_exported(out):
-        return onnx_model.languages(out)
+        try:
+            return onnx_model.languages(out)
+        except ModelError:  # a damaged one, or of another version
+            return []
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UsageError(f"--out {out}: is there already and no exported model; choose another.")
     return []

@@ -176,13 +176,17 @@ def describe_power(num_languages: int, smallest: Mapping[str, float | None]) -> 
             f"{num_languages} languages, some of them related to one another: read the "
             "correlations as description, not as proof of a cause."
         )
-    able = [kind for kind, p in smallest.items() if p is not None and p < 0.05]
+    known = {kind: p for kind, p in smallest.items() if p is not None}
+    able = ", ".join(kind for kind, p in known.items() if p < 0.05) or "none"
+    limit = (
+        ": a perfect ranking by a distance has its smallest p, larger where distances are equal "
+        f"and below 0.05 for {able}"
+    )
     return (
-        f"Only {num_languages} languages: a perfect ranking by a distance has its smallest p, "
-        f"larger where distances are equal and below 0.05 for {', '.join(able) or 'none'}. "
-        "Several kinds of distance are tried, so one high correlation is to be expected by chance, "
-        "and related languages are not independent points. This can suggest an order; it cannot "
-        "show a cause, nor tell the distances apart."
+        f"Only {num_languages} languages{limit if known else ''}. Several kinds of distance are "
+        "tried, so one high correlation is to be expected by chance, and related languages are "
+        "not independent points. This can suggest an order; it cannot show a cause, nor tell the "
+        "distances apart."
     )
 
 

@@ -448,6 +448,33 @@ def test_where_no_algorithm_is_deterministic_the_run_says_so_and_goes_on(
     assert torch.equal(task.weights, uninterrupted[0].weights)
 
 
+@pytest.mark.parametrize("step", [1, 4, 5])
+def test_a_resumed_run_knows_that_nothing_is_deterministic(tmp_path, monkeypatch, step):
+    """The attempt draws random numbers, so there is one in a run, resumed or not."""
+    monkeypatch.setattr("clseave_cli.core.training.loop.deterministic", _strict)
+
+    def task(kill_at=None):
+        made = _Task(dropout=0.3)
+        if kill_at is not None:
+            _kill_at(made, kill_at)
+
+        def fail(module, inputs, output):
+            if torch.are_deterministic_algorithms_enabled():
+                raise RuntimeError("task does not have a deterministic implementation")
+
+        made.module.register_forward_hook(fail)
+        return made
+
+    whole = task()
+    whole.run(tmp_path / "whole")
+    with _killed():
+        task(step + 1).run(tmp_path / "killed", checkpoint_minutes=0)
+    notes, resumed = Notes(), task()
+    resumed.run(tmp_path / "killed", notes, resume=True, checkpoint_minutes=0)
+    assert "resuming at step" in notes.text and "no deterministic" not in notes.text
+    assert torch.equal(resumed.weights, whole.weights)
+
+
 def test_another_error_of_a_step_is_not_swallowed(tmp_path, monkeypatch):
     monkeypatch.setattr("clseave_cli.core.training.loop.deterministic", _strict)
     task = _Task()

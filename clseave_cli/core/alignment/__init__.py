@@ -217,6 +217,7 @@ def _read(
         training = limited(whole, config.limit, config.seed, progress)
         if config.trim_vocabulary:
             corpus.keep_tokens(dev.target.hypotheses)
+            corpus.keep_tokens(reader.left_out.get(lang, []))
             if training is not whole:  # sentences are taken away, not words of the language
                 corpus.keep_tokens(whole.target.hypotheses)
         for kind, parallel in (("train", training), ("dev", dev)):

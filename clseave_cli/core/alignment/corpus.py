@@ -79,6 +79,8 @@ class ParallelReader:
             functools.partial(self._split, source_lang, progress=progress)
         )
         self._held_out: dict[str, set[str]] = {}
+        #: By language, the translations left out because others hold their sources out.
+        self.left_out: dict[str, list[str]] = {}
 
     def read(self, lang: str) -> tuple[Parallel, Parallel]:
         """The parallel training and dev text of a language.
@@ -124,6 +126,7 @@ class ParallelReader:
                 f"{path}: nothing is left to train on; all its sentences are held out for other "
                 "languages. Give them a dev file, or a smaller --dev-fraction."
             )
+        self.left_out[lang] = left_out.target.hypotheses
         self._progress.note(
             f"{path}: {len(left_out.target)} pairs left out; their {self._source_lang} sentences "
             "are held out for other languages."

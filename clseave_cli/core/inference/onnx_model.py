@@ -41,13 +41,16 @@ def own_language(folder: Path) -> str:
         ModelError: no exported folder, a damaged one, or one of an earlier version.
     """
     config = peek(folder, FORMAT)
-    if "source_lang" not in config:
-        raise ModelError(
-            f"{folder}: exported by an earlier version, which did not note CLIP-VE's language; "
-            "give --lang, or export it again."
-        )
-    source_lang: str = config["source_lang"]
-    return source_lang
+    if "source_lang" in config:
+        return str(config["source_lang"])
+    # Earlier versions named it only where it was exported.
+    for lang, encoder in config["languages"].items():
+        if encoder == "clip-ve":
+            return str(lang)
+    raise ModelError(
+        f"{folder}: exported by an earlier version, without CLIP-VE's own language and its name; "
+        "give --lang, or export it again."
+    )
 
 
 def languages(folder: Path) -> list[str]:

@@ -77,7 +77,9 @@ def trim_vocabulary(
         if getattr(config, key, None) in new_id:
             setattr(config, key, new_id[getattr(config, key)])
     if encoder.first_position != 0 and new_id[encoder.pad_id] != encoder.pad_id:
-        raise ModelError(f"{name}: its positions count from its padding id, which would change.")
+        raise ModelError(
+            f"{name}: its positions count, or may count, from its padding id, which would change."
+        )
     encoder.tokenizer = tokenizer
     encoder.pad_id = new_id[encoder.pad_id]
     encoder.terminal_id = new_id[encoder.terminal_id]

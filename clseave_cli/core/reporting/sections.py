@@ -148,11 +148,18 @@ def _reached(
         names = [_label(r, mean) for r in shown]
         accuracies = [f"{percent(r.accuracy)} %" for r in shown]
         text = f"{_joined(names)} {'reaches' if len(names) == 1 else 'reach'} {_joined(accuracies)}"
-    if results.seeds:
-        text += f", the mean of {num_trainings(results)} trainings"
+    if of := _mean_of(results, shown):
+        text += f", the {of}"
         own = spread(results, source) if source is not None else None
         text += f" (± {percent(own.std)})" if own is not None else ""
     return f"{text}."
+
+
+def _mean_of(results: Results, shown: Iterable[LanguageResult]) -> str:
+    """Says of how many trainings some figures are the mean; empty where some of them are not."""
+    if not results.seeds or any(spread(results, r) is None for r in shown):
+        return ""
+    return f"mean of {num_trainings(results)} trainings"
 
 
 def _verdicts(compared: list[tuple[str, Difference | None]], level: str, before: str) -> list[str]:
@@ -218,21 +225,21 @@ def highlights(results: Results) -> tuple[Highlight, ...]:
     name = language_name(results.source_lang)
     mean = means(results)
     source, others = _source_and_others(mean)
-    of = f"mean of {num_trainings(results)} trainings" if results.seeds else ""
     if source is not None:
         note = f"95 % interval {_interval(source.accuracy_low, source.accuracy_high)}"
         if own := spread(results, source):
-            note = f"± {percent(own.std)}, {of}; {note}"
+            note = f"± {percent(own.std)}, {_mean_of(results, [source])}; {note}"
         found.append(Highlight(name, f"{percent(source.accuracy)} %", note))
     if others:
         low, high = (percent(f(r.accuracy for r in others)) for f in (min, max))
         names = ", ".join(dict.fromkeys(r.lang for r in others))
         value = f"{low} – {high} %" if low != high else f"{low} %"
-        note = f"{names}; {of}" if of else names
+        note = f"{names}; {of}" if (of := _mean_of(results, others)) else names
         found.append(Highlight("Other languages", value, note))
     compared = [r.difference_to_english for r in others if r.difference_to_english is not None]
     if compared:
         tied = sum(difference.is_tie for difference in compared)
+        of = _mean_of(results, others)
         note = f"zero in the interval{f' of the {of}' if of else ''}"
         found.append(Highlight(f"Level with {name}", f"{tied} of {len(compared)}", note))
     without = [best for r in mean.results if (best := _best_baseline(mean, r)) is not None]

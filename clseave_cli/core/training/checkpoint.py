@@ -48,6 +48,7 @@ class LoopState:
         num_seen: examples seen this epoch.
         seconds: wall time of earlier sittings and this one.
         metrics_bytes: length of metrics.jsonl at this point.
+        relaxed: whether something had no deterministic algorithm on the device.
     """
 
     step: int = 0
@@ -63,6 +64,7 @@ class LoopState:
     num_seen: int = 0
     seconds: float = 0.0
     metrics_bytes: int = 0
+    relaxed: bool = False
 
 
 def save_state(

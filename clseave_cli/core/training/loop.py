@@ -21,7 +21,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,7 @@ _RECORDS_PER_EPOCH = 20
 _BATCHES_AHEAD = 3
 
 Rows = npt.NDArray[np.intp]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -219,6 +220,8 @@ class _Run:
             self._tracker() as self.tracker,
             _stop_signals() as stop_requested,
         ):
+            if self.relax is not None and self.state.relaxed:
+                self.relax()
             # A state saved after the very last step has an epoch that is still to be ended.
             while (self.state.step < self.total_steps or self.state.batch) and not stopped_early:
                 self._epoch(stop_requested)
@@ -279,18 +282,7 @@ class _Run:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        try:
-            means = self._backward(parts)
-        except RuntimeError as error:
-            if self.relax is None or "deterministic" not in str(error):
-                raise
-            self.relax()
-            self.progress.note(
-                f"{self.stage}: something in this model has no deterministic algorithm on "
-                f"{self.device}; a run that was resumed ends in the same weights up to rounding."
-            )
-            means = self._backward(parts)
-        self.sums += means * len(rows)
+        self.sums += self._repeatable(lambda: self._backward(parts)) * len(rows)
         self.processes.average_gradients(self.parameters)
         if self.config.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
@@ -302,6 +294,21 @@ class _Run:
         self.state.num_seen += len(rows)
         self.state.pairs += len(rows)
         return learning_rate
+
+    def _repeatable(self, compute: Callable[[], Result]) -> Result:
+        """What a function computes, by deterministic algorithms unless there are none for it."""
+        try:
+            return compute()
+        except RuntimeError as error:
+            if self.relax is None or self.state.relaxed or "deterministic" not in str(error):
+                raise
+        self.relax()
+        self.state.relaxed = True
+        self.progress.note(
+            f"{self.stage}: something in this model has no deterministic algorithm on "
+            f"{self.device}; a run that was resumed ends in the same weights up to rounding."
+        )
+        return compute()
 
     def _backward(self, parts: list[_Part]) -> Tensor:
         """The gradient of a batch; returns the means of its loss and the stage's figures."""
@@ -371,7 +378,7 @@ class _Run:
         self._require_finite_weights()
         self.stage.module.eval()
         with torch.no_grad(), self.autocast():
-            dev = self.processes.agree(self.stage.evaluate())
+            dev = self.processes.agree(self._repeatable(self.stage.evaluate))
         metric = self.stage.selection.metric
         value = dev[metric]
         self._require_finite(f"the dev figure {metric}", value)
