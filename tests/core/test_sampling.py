@@ -472,6 +472,18 @@ def test_held_out_sentences_are_held_out_in_every_language(data):
     assert "held out for other languages" not in notes.text
 
 
+def test_the_translations_left_out_are_known_for_the_vocabulary(data):
+    (data / "snli_ve_dev.nl.jsonl").unlink()
+    config = AlignConfig(data=str(data), lang=("de", "nl"), dev_fraction=0.4)
+    reader = corpus.ParallelReader(data, config, SILENT)
+    german, held = reader.read("de")[0], set(reader.read("nl")[1].sources)
+    english = {row["pairID"]: row["sentence2"] for row in read_jsonl(data / "snli_ve_train.jsonl")}
+    rows = read_jsonl(data / "snli_ve_train.de.jsonl")
+    expected = [row["sentence2"] for row in rows if english[row["pairID"]] in held]
+    assert sorted(reader.left_out["de"]) == sorted(expected) and "nl" not in reader.left_out
+    assert len(expected) + len(german.target) == len(rows)
+
+
 def test_a_sentence_held_out_for_one_language_is_trained_on_in_none(data):
     (data / "snli_ve_dev.nl.jsonl").unlink()
     every = set(read_split(data, "train").hypotheses)

@@ -74,6 +74,7 @@ def test_the_note_says_what_n_points_can_show():
     assert "below 0.05 for none" in describe_power(4, {"syntactic": 2 / 24, "genetic": None})
     five = describe_power(5, {"syntactic": 4 / 120, "featural": 8 / 120, "inventory": 4 / 120})
     assert "below 0.05 for syntactic, inventory." in five and "cannot show a cause" in five
+    assert "smallest p" not in describe_power(3, {"syntactic": None, "genetic": None})
     assert describe_power(12, {}).startswith("12 languages")
 
 
