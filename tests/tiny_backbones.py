@@ -268,15 +268,7 @@ def _labse(folder: Path, sentences: Iterable[str]) -> Path:
 def _xlm_roberta(folder: Path, sentences: Iterable[str]) -> Path:
     from transformers import XLMRobertaConfig, XLMRobertaModel
 
-    tokenizer = _save_roberta_tokenizer(folder, sentences)
-    torch.manual_seed(0)
-    config = XLMRobertaConfig(
-        **_TOWER,
-        **_NO_DROPOUT,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=MAX_TOKENS + 2,
-        type_vocab_size=1,
-    )
+    config = _roberta_config(folder, sentences, XLMRobertaConfig)
     return _save(folder, XLMRobertaModel(config, add_pooling_layer=False), factor=9.0)
 
 
@@ -284,16 +276,21 @@ def _data2vec(folder: Path, sentences: Iterable[str]) -> Path:
     """Its positions start where RoBERTa's do; saved with its pooling layer."""
     from transformers import Data2VecTextConfig, Data2VecTextModel
 
+    config = _roberta_config(folder, sentences, Data2VecTextConfig)
+    return _save(folder, Data2VecTextModel(config), factor=9.0)
+
+
+def _roberta_config(folder: Path, sentences: Iterable[str], config_class: Any) -> Any:
+    """Writes RoBERTa's tokenizer; the shape of a model to go with it, whose weights are seeded."""
     tokenizer = _save_roberta_tokenizer(folder, sentences)
     torch.manual_seed(0)
-    config = Data2VecTextConfig(
+    return config_class(
         **_TOWER,
         **_NO_DROPOUT,
         vocab_size=len(tokenizer),
         max_position_embeddings=MAX_TOKENS + 2,
         type_vocab_size=1,
     )
-    return _save(folder, Data2VecTextModel(config), factor=9.0)
 
 
 def new_mpnet(

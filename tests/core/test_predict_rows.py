@@ -95,6 +95,21 @@ def test_what_is_complete_is_left_alone(source, trained, tmp_path, monkeypatch):
     assert target.read_bytes() == before
 
 
+def _ask_for_other_rows(source, refused):
+    """In another language, with rows gone at the end, and with one gone in the middle.
+
+    Args:
+        source: the rows that were answered.
+        refused: resumes, and asserts that the row of a number is refused.
+    """
+    refused(1, lang="nl")
+    rows = source.read_text().splitlines(keepends=True)
+    source.write_text("".join(rows[:30]))
+    refused(31)
+    source.write_text("".join(rows[:3] + rows[4:]))
+    refused(4)
+
+
 def test_the_answers_of_another_run_are_not_continued(source, trained, tmp_path):
     target, partial = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.partial"
     predict_file(_config(trained), source, target)
@@ -106,12 +121,7 @@ def test_the_answers_of_another_run_are_not_continued(source, trained, tmp_path)
             predict_file(_config(trained, resume=True, **options), source, target)
         assert partial.read_bytes() == b"".join(answers)
 
-    refused(1, lang="nl")
-    rows = source.read_text().splitlines(keepends=True)
-    source.write_text("".join(rows[:30]))
-    refused(31)
-    source.write_text("".join(rows[:3] + rows[4:]))
-    refused(4)
+    _ask_for_other_rows(source, refused)
 
 
 def test_a_finished_file_gets_the_answers_of_added_rows(source, trained, tmp_path, monkeypatch):
@@ -168,12 +178,7 @@ def test_a_finished_file_of_another_run_is_refused_and_left_alone(
         assert target.read_bytes() == before
         assert not (tmp_path / "answers.jsonl.partial").exists()
 
-    refused(1, lang="nl")
-    rows = source.read_text().splitlines(keepends=True)
-    source.write_text("".join(rows[:30]))
-    refused(31)
-    source.write_text("".join(rows[:3] + rows[4:]))
-    refused(4)
+    _ask_for_other_rows(source, refused)
 
 
 def test_rows_without_an_answer_are_no_answers(source, trained, tmp_path):
