@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from clseave_cli.core.prediction import Prediction, VisualEntailment
+from clseave_cli.version import __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from clseave_cli.core.prediction.predictor import Prediction, VisualEntailment
+
 __all__ = ["Prediction", "VisualEntailment", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
     # Loaded on first use: importing the package must not pull torch in.
     if name in ("Prediction", "VisualEntailment"):
-        from clseave_cli.core import prediction
+        from clseave_cli.core.prediction import predictor
 
-        return getattr(prediction, name)
+        return getattr(predictor, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 import typer.core
 
-from clseave_cli import __version__
+from clseave_cli import processes
 from clseave_cli.commands import (
     align,
     autoencode,
@@ -31,8 +31,9 @@ from clseave_cli.commands import (
     translate,
     word_align,
 )
-from clseave_cli.core import config, launch
+from clseave_cli.core import config
 from clseave_cli.errors import ClseaveError, Interrupted, UsageError
+from clseave_cli.version import __version__
 
 app = typer.Typer(
     name="clseave",
@@ -94,7 +95,7 @@ def _guarded(name: str, function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def call(**arguments: Any) -> None:
-        if launch.process_count() > 1 and name not in _SHARED:
+        if processes.process_count() > 1 and name not in _SHARED:
             raise UsageError(f"{name}: works in one process; start it without a launcher.")
         try:
             with _sigterm_as_ctrl_c():
@@ -127,7 +128,7 @@ app.command("compare", cls=_Subcommand)(_guarded("compare", compare.run))
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
-    rank = launch.process_rank()
+    rank = processes.process_rank()
     speaker = "clseave" if rank == 0 else f"clseave (process {rank})"
     sys.stderr.write(f"{speaker}: {' '.join(message.splitlines())}\n")
     sys.exit(exit_code)

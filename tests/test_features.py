@@ -21,9 +21,9 @@ from clseave_cli.core.features import (
 )
 from clseave_cli.core.files import cache_root, file_digest
 from clseave_cli.core.models import backbones
-from clseave_cli.core.pipeline import ahead
 from clseave_cli.core.training.precision import autocast
 from clseave_cli.errors import ClseaveError, DataError
+from clseave_cli.processes import ahead
 
 SENTENCES = ["red", "The square is blue.", "red", "A dog waits outside."]
 

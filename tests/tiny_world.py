@@ -185,7 +185,7 @@ class Notes:
     """A `Progress` that remembers what it was told."""
 
     def __init__(self) -> None:
-        from clseave_cli.core.progress import SILENT
+        from clseave_cli.progress import SILENT
 
         self.lines: list[str] = []
         self.task = SILENT.task

@@ -13,7 +13,7 @@ def run(config: AutoencodeConfig) -> None:
     --pretrained-code needs it. --preset thesis takes the thesis'
     hyper-parameters, as the defaults do.
     """
-    from clseave_cli.core.autoencoding import autoencode
+    from clseave_cli.core.alignment.autoencoding import autoencode
 
     result = autoencode(config, terminal.TerminalProgress())
     terminal.print_training(result.folder, result.training)

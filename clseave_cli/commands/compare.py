@@ -26,7 +26,7 @@ def run(
     paired, their intervals resampled by photo.
     """
     from clseave_cli.commands.tables import comparison_table
-    from clseave_cli.core.comparison import compare_reports
+    from clseave_cli.core.evaluation.comparison import compare_reports
 
     comparison = compare_reports(first, second, resamples=resamples, seed=seed)
     if json:

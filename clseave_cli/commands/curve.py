@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clseave_cli import __version__
 from clseave_cli.commands import terminal
 from clseave_cli.core.config import AlignConfig, CurveConfig, EvaluateConfig, StudentConfig
-from clseave_cli.core.progress import Progress
 from clseave_cli.errors import DataError, UsageError
+from clseave_cli.progress import Progress
+from clseave_cli.version import __version__
 
 if TYPE_CHECKING:
-    from clseave_cli.core.reporting.data_curves import DataPoint
-    from clseave_cli.core.results import LanguageResult
+    from clseave_cli.core.evaluation.report.data_curves import DataPoint
+    from clseave_cli.core.evaluation.results import LanguageResult
 
 #: Options that `curve` passes on to the training of every student.
 _SHARED = [field.name for field in dataclasses.fields(StudentConfig)]
@@ -39,9 +39,9 @@ def run(
     """
     from clseave_cli.commands.tables import data_curves_table
     from clseave_cli.core.alignment import count_sentences, student_languages
+    from clseave_cli.core.evaluation.report.data_curves import DataCurves
     from clseave_cli.core.files import file_digest
     from clseave_cli.core.models.clip_ve import source_language
-    from clseave_cli.core.reporting.data_curves import DataCurves
 
     progress = terminal.TerminalProgress()
     if config.teacher is not None and config.teacher.name != "clip-ve":
@@ -170,8 +170,8 @@ class _Student:
         Raises:
             UsageError: what is kept was made with other options or data.
         """
+        from clseave_cli.core.evaluation.report.data_curves import DataPoint
         from clseave_cli.core.files import read_json, write_json
-        from clseave_cli.core.reporting.data_curves import DataPoint
         from clseave_cli.core.training.run import plain_options, require_same
 
         path = self._folder / "point.json"
@@ -191,8 +191,8 @@ class _Student:
 
     def _train_and_measure(self, options: dict[str, Any], sizes: dict[str, int]) -> list[DataPoint]:
         from clseave_cli.core.alignment import align
+        from clseave_cli.core.evaluation.report.data_curves import DataPoint
         from clseave_cli.core.files import read_json
-        from clseave_cli.core.reporting.data_curves import DataPoint
         from clseave_cli.core.training.run import require_same
 
         result = align(self._options, self._progress)
@@ -245,7 +245,7 @@ def _accuracies(
     config: CurveConfig, languages: list[str], students: Path | None, progress: Progress
 ) -> dict[str, LanguageResult]:
     """What the students in a folder reach on the split."""
-    from clseave_cli.core.evaluation import evaluate
+    from clseave_cli.core.evaluation.run import evaluate
 
     if not languages:
         return {}

@@ -16,8 +16,8 @@ from clseave_cli.core.config import (
     PretrainConfig,
     StageConfig,
 )
-from clseave_cli.core.progress import Progress
 from clseave_cli.errors import UsageError
+from clseave_cli.progress import Progress
 
 _PRESET = "mini-ve"
 
@@ -35,7 +35,7 @@ def run(config: DemoConfig) -> None:
     from clseave_cli.commands.tables import results_table
     from clseave_cli.core.alignment import align
     from clseave_cli.core.data.mini_ve.grammar import LANGUAGES
-    from clseave_cli.core.evaluation import evaluate
+    from clseave_cli.core.evaluation.run import evaluate
     from clseave_cli.core.finetuning import finetune
     from clseave_cli.core.pretraining import pretrain
 

@@ -24,7 +24,7 @@ def run(
     report in its headline, its chart of languages and its LaTeX table.
     """
     from clseave_cli.commands.tables import results_table, seeds_table
-    from clseave_cli.core.evaluation import evaluate
+    from clseave_cli.core.evaluation.run import evaluate
 
     results = evaluate(config, terminal.TerminalProgress())
     if json:

@@ -20,7 +20,7 @@ def run(
     `clseave predict --runs DIR` and `clseave serve --runs DIR` read it; they start sooner and need
     less memory. It is compared with the original models before it appears.
     """
-    from clseave_cli.core.export import TOLERANCE, export
+    from clseave_cli.core.prediction.export import TOLERANCE, export
 
     result = export(config, terminal.TerminalProgress())
     if json:

@@ -14,7 +14,7 @@ from clseave_cli.core.config import PredictConfig
 from clseave_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from clseave_cli.core.prediction import Prediction
+    from clseave_cli.core.prediction.predictor import Prediction
 
 _BAR_WIDTH = 30
 _STREAM = Path("-")
@@ -53,7 +53,7 @@ def run(
     if config.resume:
         raise UsageError("--resume goes with --input and --output.")
 
-    from clseave_cli.core.prediction import VisualEntailment
+    from clseave_cli.core.prediction.predictor import VisualEntailment
 
     model = VisualEntailment.from_pretrained(
         config.runs, config.lang, config.device, config.precision, lasting=False
@@ -73,7 +73,7 @@ def _predict_file(config: PredictConfig, source: Path, target: Path, json: bool)
     if json and target == _STREAM:
         raise UsageError("--json and --output - both write to stdout; choose one.")
 
-    from clseave_cli.core.prediction import predict_file
+    from clseave_cli.core.prediction.predictor import predict_file
 
     done = predict_file(
         config,

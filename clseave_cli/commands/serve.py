@@ -21,10 +21,10 @@ def run(config: ServeConfig) -> None:
     try:
         import uvicorn
 
-        from clseave_cli.core.serving.app import create_app
+        from clseave_cli.core.prediction.serving.app import create_app
     except ImportError as error:
         raise ExtraMissing(f"serve needs {error.name}: pip install 'clseave-cli[serve]'.") from None
-    from clseave_cli.core.inference import load_model
+    from clseave_cli.core.prediction.inference import load_model
 
     listening = _listen(config.host, config.port)
     model = load_model(

@@ -8,13 +8,19 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from clseave_cli.core.reporting.names import language_name
-from clseave_cli.core.reporting.numbers import DASH, mean_and_spread, p_value, percent, points
+from clseave_cli.core.evaluation.report.names import language_name
+from clseave_cli.core.evaluation.report.numbers import (
+    DASH,
+    mean_and_spread,
+    p_value,
+    percent,
+    points,
+)
 
 if TYPE_CHECKING:
-    from clseave_cli.core.comparison import Comparison
-    from clseave_cli.core.reporting.data_curves import DataCurves
-    from clseave_cli.core.results import LanguageResult, Results
+    from clseave_cli.core.evaluation.comparison import Comparison
+    from clseave_cli.core.evaluation.report.data_curves import DataCurves
+    from clseave_cli.core.evaluation.results import LanguageResult, Results
 
 
 def _name(result: LanguageResult, results: Results) -> str:

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clseave_cli.core.launch import is_first_process
-from clseave_cli.core.progress import Task
+from clseave_cli.processes import is_first_process
+from clseave_cli.progress import Task
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -119,7 +119,7 @@ def _clock(seconds: float) -> str:
 
 
 class TerminalProgress:
-    """A `core.progress.Progress`: bars on a terminal, plain lines otherwise."""
+    """A `progress.Progress`: bars on a terminal, plain lines otherwise."""
 
     def __init__(self) -> None:
         self._bars: Progress | None = None

@@ -10,8 +10,8 @@ import typer
 
 from clseave_cli.commands import terminal
 from clseave_cli.core.config import TranslateConfig
-from clseave_cli.core.launch import is_first_process
 from clseave_cli.errors import TranslationError
+from clseave_cli.processes import is_first_process
 
 
 def run(

@@ -31,11 +31,11 @@ from clseave_cli.core.data.records import Split, distinct
 from clseave_cli.core.files import atomic_file, cache_root, file_digest
 from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
 from clseave_cli.core.models.tokens import TokenTable
-from clseave_cli.core.pipeline import ahead, usable_cores
-from clseave_cli.core.progress import SILENT, Progress, Task
 from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.precision import Autocast
 from clseave_cli.errors import ClseaveError, DataError
+from clseave_cli.processes import ahead, usable_cores
+from clseave_cli.progress import SILENT, Progress, Task
 
 #: A shard is written when so many vectors wait for it, or when the last one is so old: what a crash
 #: costs is little, and the files are few.

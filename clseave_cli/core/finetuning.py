@@ -28,13 +28,13 @@ from clseave_cli.core.files import json_digest
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.packing import PackedBatch
 from clseave_cli.core.models.vocabulary import reduced_vocabulary
-from clseave_cli.core.progress import SILENT, Progress
 from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
 from clseave_cli.core.training.precision import Autocast, autocast, resolve_device
 from clseave_cli.core.training.run import Run, finished_before, require_writable
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.labels import LABELS
+from clseave_cli.progress import SILENT, Progress
 
 
 @dataclass(frozen=True)

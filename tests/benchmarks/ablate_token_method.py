@@ -28,11 +28,11 @@ import numpy as np
 import torch
 
 from clseave_cli.core.alignment import align
-from clseave_cli.core.autoencoding import autoencode
+from clseave_cli.core.alignment.autoencoding import autoencode
 from clseave_cli.core.config import AlignConfig, AutoencodeConfig, EvaluateConfig
 from clseave_cli.core.data.images import ImageFolder
 from clseave_cli.core.data.records import ENGLISH, join, read_split
-from clseave_cli.core.evaluation import evaluate
+from clseave_cli.core.evaluation.run import evaluate
 from clseave_cli.core.features import Photos, embed_rows, image_features, tokenize_sentences
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.training.precision import autocast

@@ -70,7 +70,7 @@ def prepare(out: Path) -> None:
     """Data, an English model, a student, and full caches."""
     from PIL import Image
 
-    from clseave_cli.core.evaluation import evaluate
+    from clseave_cli.core.evaluation.run import evaluate
     from clseave_cli.core.models.clip_ve import ClipVE
     from clseave_cli.core.models.scratch import ClipShape, new_clip, new_encoder
     from clseave_cli.core.models.student import new_student, save_student
@@ -117,9 +117,9 @@ def throughput(out: Path, rounds: int) -> None:
     """The whole of `evaluate` against forward passes over the same packed batches, in turns."""
     import torch
 
-    from clseave_cli.core import evaluation
     from clseave_cli.core.data.records import distinct, read_split
-    from clseave_cli.core.metrics.guesses import Guesses
+    from clseave_cli.core.evaluation import run as evaluation
+    from clseave_cli.core.evaluation.metrics.guesses import Guesses
     from clseave_cli.core.models.student import load_student
     from clseave_cli.core.training.precision import autocast
 
@@ -170,7 +170,7 @@ def throughput(out: Path, rounds: int) -> None:
 
 def classifier(num_rows: int) -> None:
     """How long the hypothesis-only classifier learns, and what it needs."""
-    from clseave_cli.core.metrics.baselines import predict_from_hypotheses
+    from clseave_cli.core.evaluation.metrics.baselines import predict_from_hypotheses
 
     training, labels = sentences(num_rows, seed=2)
     asked, gold = sentences(NUM_ROWS, seed=1)

@@ -121,7 +121,7 @@ def batch(arguments: argparse.Namespace) -> None:
     from clseave_cli.core.data.images import open_image
     from clseave_cli.core.models.clip_ve import ClipVE
     from clseave_cli.core.models.student import load_student
-    from clseave_cli.core.prediction import predict_file
+    from clseave_cli.core.prediction.predictor import predict_file
 
     runs = models(arguments)
     print(f"torch {torch.__version__} · transformers {transformers.__version__}")

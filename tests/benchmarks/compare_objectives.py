@@ -27,7 +27,7 @@ from clseave_cli.core import config as options_of
 from clseave_cli.core.alignment import align
 from clseave_cli.core.config import AlignConfig, EvaluateConfig
 from clseave_cli.core.data.records import languages, read_split
-from clseave_cli.core.evaluation import evaluate
+from clseave_cli.core.evaluation.run import evaluate
 from clseave_cli.core.models.scratch import new_encoder
 
 _FACTORS = {

@@ -20,10 +20,10 @@ from scipy import stats
 
 from clseave_cli.commands.terminal import TerminalProgress
 from clseave_cli.core.alignment import align
-from clseave_cli.core.comparison import LanguageComparison, compare_reports
 from clseave_cli.core.config import AlignConfig, EvaluateConfig
 from clseave_cli.core.data.records import ENGLISH, languages
-from clseave_cli.core.evaluation import evaluate
+from clseave_cli.core.evaluation.comparison import LanguageComparison, compare_reports
+from clseave_cli.core.evaluation.run import evaluate
 from clseave_cli.core.files import read_json
 
 

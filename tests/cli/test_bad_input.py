@@ -372,7 +372,7 @@ def test_a_full_disk_under_a_report(commands, refused, tmp_path, monkeypatch):
 
 def _evaluated(commands, refused):
     from clseave_cli.core.config import EvaluateConfig
-    from clseave_cli.core.evaluation import evaluate
+    from clseave_cli.core.evaluation.run import evaluate
 
     options = dict(zip(commands["evaluate"][1::2], commands["evaluate"][2::2], strict=True))
     config = EvaluateConfig(data=str(options["--data"]), runs=(options["--runs"],), resamples=10)
@@ -384,8 +384,8 @@ def _evaluated(commands, refused):
     [
         ("finetune-ve", "clseave_cli.core.finetuning.image_features"),
         ("align", "clseave_cli.core.alignment.corpus.sentence_embeddings"),
-        ("evaluate", "clseave_cli.core.evaluation.image_features"),
-        ("predict", "clseave_cli.core.prediction.open_image"),
+        ("evaluate", "clseave_cli.core.evaluation.run.image_features"),
+        ("predict", "clseave_cli.core.prediction.predictor.open_image"),
     ],
 )
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -8,8 +8,8 @@ from PIL import Image
 from tiny_world import read_jsonl, write_jsonl
 
 from clseave_cli.core.config import AlignConfig, EvaluateConfig
-from clseave_cli.core.evaluation import evaluate
-from clseave_cli.core.reporting.data_curves import DataCurves, DataPoint
+from clseave_cli.core.evaluation.report.data_curves import DataCurves, DataPoint
+from clseave_cli.core.evaluation.run import evaluate
 
 
 @pytest.fixture

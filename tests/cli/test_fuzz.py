@@ -16,8 +16,8 @@ from tiny_world import COLOURS
 
 from clseave_cli import Prediction, VisualEntailment
 from clseave_cli.core.config import EvaluateConfig, PredictConfig
-from clseave_cli.core.evaluation import evaluate
-from clseave_cli.core.prediction import predict_file
+from clseave_cli.core.evaluation.run import evaluate
+from clseave_cli.core.prediction.predictor import predict_file
 from clseave_cli.errors import ClseaveError, DataError
 
 _TEXTS = st.text(max_size=30)

@@ -20,9 +20,9 @@ from sklearn.linear_model import LogisticRegression
 from clseave_cli.core.data.mini_ve import MiniVE, Sizes, generate
 from clseave_cli.core.data.mini_ve.generation import sample_scenes
 from clseave_cli.core.data.mini_ve.world import COLORS, SHAPES
-from clseave_cli.core.progress import Task
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.labels import LABELS
+from clseave_cli.progress import Task
 
 SPLITS = ("train", "dev", "test")
 TRANSLATIONS = ("de", "nl", "ja", "zh", "ko")

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from clseave_cli.core.progress import SILENT
 from clseave_cli.core.translation import driver as driver_module
 from clseave_cli.core.translation.driver import Driver, Outcome, Patience
 from clseave_cli.core.translation.engine import Fault, Identity, Limits, Refusal, Rejection
@@ -18,6 +17,7 @@ from clseave_cli.core.translation.memory import Entry, Memory
 from clseave_cli.core.translation.quality import Checks
 from clseave_cli.core.translation.work import Item, Work
 from clseave_cli.errors import Interrupted, TranslationError
+from clseave_cli.progress import SILENT
 
 
 class FakeEngine:

@@ -55,12 +55,12 @@ from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.student import new_student, save_student
 from clseave_cli.core.models.trimming import trim_vocabulary
 from clseave_cli.core.models.vocabulary import reduced_vocabulary
-from clseave_cli.core.progress import SILENT, Progress
 from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.loop import Stage, TrainingResult, overall, train
 from clseave_cli.core.training.precision import autocast, resolve_device
 from clseave_cli.core.training.run import Run, finished_before, require_writable
 from clseave_cli.errors import UsageError
+from clseave_cli.progress import SILENT, Progress
 
 
 @dataclass(frozen=True)

@@ -44,10 +44,10 @@ from clseave_cli.core.features import (
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.tokens import TokenTable
-from clseave_cli.core.progress import SILENT, Progress
 from clseave_cli.core.training.loop import Rows
 from clseave_cli.core.training.precision import Autocast
 from clseave_cli.errors import DataError
+from clseave_cli.progress import SILENT, Progress
 
 #: Largest weight of a pair in a step, in multiples of the mean.
 _HEAVIEST = 5.0

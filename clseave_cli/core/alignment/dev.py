@@ -29,11 +29,11 @@ from clseave_cli.core.features import (
 )
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
-from clseave_cli.core.progress import Progress
 from clseave_cli.core.training.loop import Rows, Selection
 from clseave_cli.core.training.precision import Autocast
 from clseave_cli.errors import DataError, TrainingError
 from clseave_cli.labels import UNLABELLED
+from clseave_cli.progress import Progress
 
 #: A student whose embeddings vary less than this share of the teacher's says the same to all.
 _COLLAPSED = 1e-3

@@ -30,7 +30,6 @@ from clseave_cli.core.models.encoders import SentenceEncoder, pool
 from clseave_cli.core.models.packing import PackedBatch
 from clseave_cli.core.models.student import CodedState, new_token_student
 from clseave_cli.core.models.tokens import TokenTable
-from clseave_cli.core.progress import Progress
 from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.loop import Rows
 from clseave_cli.core.word_alignment.aligner import WordAligner, load_aligner
@@ -38,6 +37,7 @@ from clseave_cli.core.word_alignment.links import Links, read_links
 from clseave_cli.core.word_alignment.places import NONE, WordTokens, find_tokens
 from clseave_cli.core.word_alignment.words import Words, split_words
 from clseave_cli.errors import DataError, UsageError
+from clseave_cli.progress import Progress
 
 
 def require_links_fit(config: StudentConfig) -> None:

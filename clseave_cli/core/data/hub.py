@@ -10,9 +10,9 @@ from typing import Any
 
 from clseave_cli.core.data.records import IMAGE_KEYS, LABEL_KEYS
 from clseave_cli.core.files import atomic_folder
-from clseave_cli.core.progress import SILENT, Progress
 from clseave_cli.errors import DataError
 from clseave_cli.labels import LABELS
+from clseave_cli.progress import SILENT, Progress
 
 _PREFIX = "hf:"
 #: Names under which the hub knows our splits.

@@ -24,9 +24,9 @@ import numpy.typing as npt
 import orjson
 
 from clseave_cli.core.files import atomic_file, file_digest
-from clseave_cli.core.progress import SILENT, Progress
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.labels import LABEL_IDS, LABELS, UNLABELLED
+from clseave_cli.progress import SILENT, Progress
 
 #: The language whose file may go without a suffix; the source language unless it is said.
 ENGLISH = "en"

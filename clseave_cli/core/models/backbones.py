@@ -30,7 +30,7 @@ from clseave_cli.core.models.tokens import Filling
 from clseave_cli.core.models.weights import load_linear
 from clseave_cli.errors import ModelError
 
-# Loading and saving are told of by `core.progress`, not by transformers' own bars and warnings.
+# Loading and saving are told of by `progress.Progress`, not by transformers' own bars and warnings.
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 

@@ -21,7 +21,7 @@ from clseave_cli.core.config import Pooling
 from clseave_cli.core.files import json_digest
 from clseave_cli.core.models.packing import PackedBatch, pack
 from clseave_cli.core.models.tokens import Filling, TokenTable, Trimmed, tokenize
-from clseave_cli.core.progress import SILENT, Progress
+from clseave_cli.progress import SILENT, Progress
 
 #: Row length of packed batches; an encoder that reads less is packed to what it reads. A GPU likes
 #: few shapes and large ones. On a CPU every masked place of the attention costs, and with dropout

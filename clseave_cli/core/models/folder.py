@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from clseave_cli import __version__
 from clseave_cli.core.files import file_digest, json_digest, read_json, write_json
 from clseave_cli.errors import ModelError
+from clseave_cli.version import __version__
 
 FORMAT_VERSION = 1
 _CONFIG = "config.json"

@@ -24,8 +24,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, distributed
 
-from clseave_cli.core.launch import local_rank, process_count, process_rank
 from clseave_cli.errors import ClseaveError, TrainingError
+from clseave_cli.processes import local_rank, process_count, process_rank
 
 #: Others may wait this long for one that downloads or writes; a dead one is noticed at once.
 _PATIENCE = timedelta(hours=2)

@@ -30,8 +30,6 @@ from torch import Tensor, nn
 
 from clseave_cli.core.config import TrainingConfig
 from clseave_cli.core.files import write_json, writing
-from clseave_cli.core.pipeline import ahead
-from clseave_cli.core.progress import SILENT, Progress
 from clseave_cli.core.training.checkpoint import LoopState, load_state, save_state, snapshot
 from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.placement import on_device, page_locked
@@ -39,6 +37,8 @@ from clseave_cli.core.training.precision import autocast, deterministic
 from clseave_cli.core.training.schedule import learning_rate_factor
 from clseave_cli.core.training.tracking import Tracker, tracker
 from clseave_cli.errors import Interrupted, TrainingError
+from clseave_cli.processes import ahead
+from clseave_cli.progress import SILENT, Progress
 
 #: Records in metrics.jsonl per epoch, the one with the dev figures apart.
 _RECORDS_PER_EPOCH = 20

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from clseave_cli.core.config import Precision
-from clseave_cli.core.launch import local_rank
 from clseave_cli.errors import ClseaveError, UsageError
+from clseave_cli.processes import local_rank
 
 _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

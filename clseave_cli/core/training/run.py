@@ -23,7 +23,6 @@ from typing import Any
 import torch
 import transformers
 
-from clseave_cli import __version__
 from clseave_cli.core.config import StageConfig, TrainingConfig
 from clseave_cli.core.files import (
     asides,
@@ -34,11 +33,12 @@ from clseave_cli.core.files import (
     write_json,
     writing,
 )
-from clseave_cli.core.progress import Progress
 from clseave_cli.core.training import tracking
 from clseave_cli.core.training.checkpoint import STATE
 from clseave_cli.core.training.distribution import processes
 from clseave_cli.errors import ClseaveError, UsageError
+from clseave_cli.progress import Progress
+from clseave_cli.version import __version__
 
 #: Options that may differ between a run and its continuation.
 _FREE_OPTIONS = ("resume", "device", "checkpoint_minutes", "runs", "out", "tracker")

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from clseave_cli.core.config import TrainingConfig
-from clseave_cli.core.progress import Progress
 from clseave_cli.errors import ClseaveError
+from clseave_cli.progress import Progress
 
 #: Beside metrics.jsonl.
 TENSORBOARD_FOLDER = "tensorboard"

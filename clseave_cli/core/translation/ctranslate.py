@@ -11,10 +11,10 @@ from ctranslate2.converters import TransformersConverter
 
 from clseave_cli.core.config import TranslateConfig
 from clseave_cli.core.files import atomic_folder, cache_root, json_digest
-from clseave_cli.core.pipeline import usable_cores
 from clseave_cli.core.training.precision import resolve_device
 from clseave_cli.core.translation.seq2seq import GUARD, Codec, local_precision
 from clseave_cli.errors import ModelError
+from clseave_cli.processes import usable_cores
 
 _COMPUTE_TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 

@@ -15,13 +15,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from clseave_cli.core.config import TranslateConfig
-from clseave_cli.core.progress import Task
 from clseave_cli.core.translation.engine import Engine, Fault, Limits, Refusal, Rejection
 from clseave_cli.core.translation.memory import Entry, Memory
 from clseave_cli.core.translation.quality import Checks
 from clseave_cli.core.translation.segments import Segmented
 from clseave_cli.core.translation.work import Item, Work
 from clseave_cli.errors import ClseaveError, Interrupted, TranslationError
+from clseave_cli.progress import Task
 
 #: Rounds of refusals with no answer between them before the service counts as closed to us.
 REFUSAL_ROUNDS = 8

@@ -11,9 +11,9 @@ from urllib.parse import urlsplit
 
 import requests
 
-from clseave_cli import __version__
 from clseave_cli.core.translation.engine import Fault, Refusal, Rejection
 from clseave_cli.errors import TranslationError, UsageError
+from clseave_cli.version import __version__
 
 USER_AGENT = f"clseave/{__version__} (research translation; python-requests)"
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from clseave_cli.core.config import EngineConfig, EvaluateConfig, TranslateConfig
 from clseave_cli.core.data.records import Split
-from clseave_cli.core.progress import SILENT, Progress
 from clseave_cli.core.translation.driver import Driver, Patience
 from clseave_cli.core.translation.engine import Engine, check_numbers, create_engine
 from clseave_cli.core.translation.languages import canonical
@@ -24,6 +23,7 @@ from clseave_cli.core.translation.quality import CHECKS, Checks
 from clseave_cli.core.translation.segments import needs_translation
 from clseave_cli.core.translation.work import Item, Work
 from clseave_cli.errors import TranslationError
+from clseave_cli.progress import SILENT, Progress
 
 
 @dataclass(frozen=True)

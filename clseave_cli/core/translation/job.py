@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clseave_cli.core.config import TranslateConfig
-from clseave_cli.core.launch import is_first_process
-from clseave_cli.core.progress import Progress, Task
 from clseave_cli.core.translation.driver import Driver, Outcome, Patience
 from clseave_cli.core.translation.engine import Engine
 from clseave_cli.core.translation.files import Row, open_text_file
@@ -20,6 +18,8 @@ from clseave_cli.core.translation.parts import can_split, write_parts
 from clseave_cli.core.translation.quality import CHECKS, Checks
 from clseave_cli.core.translation.work import Item, Work
 from clseave_cli.errors import TranslationError
+from clseave_cli.processes import is_first_process
+from clseave_cli.progress import Progress, Task
 
 
 @dataclass(frozen=True)

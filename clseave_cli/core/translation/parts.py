@@ -19,14 +19,14 @@ from typing import Literal, NamedTuple, TextIO, TypeGuard
 
 from clseave_cli.core.config import TranslateConfig
 from clseave_cli.core.files import read_json, write_json
-from clseave_cli.core.pipeline import usable_cores
-from clseave_cli.core.progress import Task
 from clseave_cli.core.translation.files import TextFile
 from clseave_cli.core.translation.jsonl import JsonLinesFile, Span
 from clseave_cli.core.translation.lookup import Lookup, Terms
 from clseave_cli.core.translation.memory import Memory
 from clseave_cli.core.translation.output import Output, aside_folder
 from clseave_cli.errors import ClseaveError
+from clseave_cli.processes import usable_cores
+from clseave_cli.progress import Task
 
 #: Smaller files are written before another process has started.
 _LEAST_BYTES = 32 << 20

@@ -18,13 +18,13 @@ from clseave_cli.core.config import WordAlignerConfig
 from clseave_cli.core.files import json_digest
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.student import new_student
-from clseave_cli.core.progress import SILENT, Progress
 from clseave_cli.core.word_alignment.cache import cached_links
 from clseave_cli.core.word_alignment.extraction import link_words, take_states
 from clseave_cli.core.word_alignment.links import Links
 from clseave_cli.core.word_alignment.places import NONE, WordTokens, find_tokens
 from clseave_cli.core.word_alignment.words import Words
 from clseave_cli.errors import UsageError
+from clseave_cli.progress import SILENT, Progress
 
 #: The layer that aligns best in mBERT (Dou and Neubig 2021, section 4.2), and the thesis's.
 BEST_LAYER = 8

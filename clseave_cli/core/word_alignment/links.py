@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clseave_cli.core.progress import SILENT, Progress
 from clseave_cli.errors import DataError
+from clseave_cli.progress import SILENT, Progress
 
 _LINK = re.compile(r"(\d+)([-p])(\d+)")
 _LINK_OF_WORD_0 = re.compile(r"\b0[-p]|[-p]0\b")

@@ -30,9 +30,9 @@ from clseave_cli.core.data.mini_ve.world import (
     item_pairs,
 )
 from clseave_cli.core.files import atomic_folder
-from clseave_cli.core.progress import SILENT, Progress
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.labels import LABELS, Label
+from clseave_cli.progress import SILENT, Progress
 
 #: Changes whenever the same seed gives another world.
 VERSION = 2

@@ -1,0 +1,211 @@
+"""`autoencode`: the multilingual autoencoder of the token method (thesis 3.2.2).
+
+It learns to bring back the last hidden states that a frozen multilingual encoder has at the first
+sub-token of every word, in all its languages together.
+
+Legend: L words of some sentences · H width of a state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from clseave_cli.core.config import AutoencodeConfig
+from clseave_cli.core.data.hub import data_folder
+from clseave_cli.core.data.records import distinct, read_split, require_language
+from clseave_cli.core.models.autoencoder import Autoencoder, save_autoencoder
+from clseave_cli.core.models.clip_ve import ClipVE
+from clseave_cli.core.models.encoders import SentenceEncoder
+from clseave_cli.core.models.packing import PackedBatch
+from clseave_cli.core.models.student import new_student
+from clseave_cli.core.models.tokens import TokenTable
+from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
+from clseave_cli.core.training.placement import on_device
+from clseave_cli.core.training.precision import resolve_device
+from clseave_cli.core.training.run import Run, finished_before, require_writable
+from clseave_cli.core.word_alignment.places import NONE, WordTokens, find_tokens
+from clseave_cli.core.word_alignment.words import split_words
+from clseave_cli.errors import UsageError
+from clseave_cli.progress import SILENT, Progress
+
+#: Dev sentences encoded at once.
+_BATCH = 512
+
+
+@dataclass(frozen=True)
+class AutoencodeResult:
+    """A finished autoencoder.
+
+    Attributes:
+        folder: the model.
+        languages: whose states it was trained on.
+        training: how the run went; None if it had been finished before.
+    """
+
+    folder: Path
+    languages: tuple[str, ...]
+    training: TrainingResult | None
+
+
+class _Batch(NamedTuple):
+    """Sentences, and where in their flattened rows the L first tokens of their words stand."""
+
+    sentences: PackedBatch
+    places: Tensor
+
+
+class _States:
+    """The states that a frozen encoder has at the first token of every word."""
+
+    def __init__(self, encoder: SentenceEncoder, sentences: list[WordTokens]) -> None:
+        self._encoder = encoder
+        self._tokens = TokenTable.concatenate([part.tokens for part in sentences])
+        first = [part.first_token for part in sentences]
+        counts = [_kept_counts(part) for part in sentences]
+        self._first_token = np.concatenate([own[own != NONE] for own in first])
+        self._offsets = np.cumsum([0, *np.concatenate(counts)])
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def prepare(self, sentences: Rows) -> _Batch:
+        """Packs some sentences."""
+        batch = self._encoder.pack(self._tokens, sentences)
+        words = [
+            self._first_token[self._offsets[number] : self._offsets[number + 1]]
+            for number in sentences
+        ]
+        owner = np.repeat(np.arange(len(sentences)), list(map(len, words)))
+        return _Batch(batch, batch.starts[owner] + torch.from_numpy(np.concatenate(words)))
+
+    def compute(self, batch: _Batch) -> Tensor:
+        """(L, H) the states."""
+        with torch.no_grad():
+            hidden = self._encoder.hidden_states(batch.sentences)
+        return hidden.flatten(0, 1)[batch.places]
+
+
+def autoencode(config: AutoencodeConfig, progress: Progress = SILENT) -> AutoencodeResult:
+    """Trains the autoencoder on the text of one or several languages.
+
+    Raises:
+        ClseaveError: bad data, an unusable model, a full disk, or an interruption.
+    """
+    if not config.lang:
+        raise UsageError("--lang is missing; for example --lang de --lang nl.")
+    languages = tuple(dict.fromkeys(config.lang))
+    for lang in languages:
+        require_language(lang)
+    out = config.out or config.runs / "autoencoder"
+    require_writable(out)
+    if config.resume and finished_before(out, progress):
+        return AutoencodeResult(out, languages, None)
+    device = resolve_device(config.device)
+    folder = data_folder(config.data, progress)
+    teacher = ClipVE.from_folder(config.teacher or config.runs / "clip-ve")
+    torch.manual_seed(config.seed)
+    encoder = new_student(config.student, embedding_dim=1).to(device).eval()
+    encoder.requires_grad_(False)
+    encoder.verify_packing(config.student, progress)
+    inputs = {"teacher": teacher.fingerprint, "student": encoder.digest()}
+    parts: dict[str, list[WordTokens]] = {"train": [], "dev": []}
+    for lang in languages:
+        for kind, sentences in _read(folder, lang, config, inputs, progress).items():
+            parts[kind].append(find_tokens(encoder, split_words(sentences, lang)))
+    training, dev = (_States(encoder, own) for own in parts.values())
+    with Run("autoencode", out, config, inputs) as run:
+        torch.manual_seed(config.seed)
+        autoencoder = Autoencoder(encoder.state_width, teacher.text.state_width, config.code).to(
+            device
+        )
+
+        def loss(batch: _Batch) -> Tensor:
+            states = training.compute(batch)
+            return functional.mse_loss(autoencoder(states).float(), states.float())
+
+        stage = Stage(
+            name="autoencode",
+            title=f"autoencode {'+'.join(languages)}",
+            module=autoencoder,
+            num_examples=len(training),
+            prepare=training.prepare,
+            loss=loss,
+            evaluate=lambda: _evaluate(autoencoder, dev, device),
+            selection=Selection("mse", "lowest"),
+        )
+        result = train(stage, config, device=device, folder=run.folder, progress=progress)
+        run.publish(
+            lambda aside: save_autoencoder(autoencoder, aside, languages=languages),
+            _card(config, languages, len(training), result),
+        )
+        return AutoencodeResult(out, languages, result)
+
+
+def _read(
+    folder: Path,
+    lang: str,
+    config: AutoencodeConfig,
+    inputs: dict[str, str],
+    progress: Progress,
+) -> dict[str, list[str]]:
+    """The distinct training and dev sentences of a language; notes the digests of the files."""
+    found = {}
+    for kind, name in (("train", config.train_split), ("dev", config.dev_split)):
+        split = read_split(
+            folder,
+            name,
+            lang,
+            labelled=False,
+            with_images=False,
+            skip_bad=config.skip_bad,
+            progress=progress,
+        )
+        inputs[split.path.name] = split.digest
+        found[kind] = distinct(split.hypotheses)[0]
+    return found
+
+
+def _kept_counts(sentences: WordTokens) -> Rows:
+    """How many words of each sentence have a token of their own."""
+    has_token = np.concatenate([[0], np.cumsum(sentences.first_token != NONE)])
+    return np.diff(has_token[sentences.words.offsets])
+
+
+def _evaluate(autoencoder: Autoencoder, dev: _States, device: torch.device) -> dict[str, float]:
+    """Squared error per dimension, and the share of the states' variance it is."""
+    rows = np.arange(len(dev))
+    states = torch.cat(
+        [
+            dev.compute(on_device(dev.prepare(rows[start : start + _BATCH]), device)).float()
+            for start in range(0, len(rows), _BATCH)
+        ]
+    )
+    error = functional.mse_loss(autoencoder(states).float(), states)
+    return {"mse": error.item(), "unexplained": (error / states.var(dim=0).mean()).item()}
+
+
+def _card(
+    config: AutoencodeConfig, languages: tuple[str, ...], count: int, result: TrainingResult
+) -> str:
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in result.dev.items())
+    return f"""---
+library_name: clseave
+tags: [autoencoder, multilingual]
+language: [{", ".join(languages)}]
+base_model: {config.student}
+---
+
+# Multilingual autoencoder
+
+Brings the last hidden states of `{config.student}` to the width of the teacher's, and back. The
+start of students of `clseave align --method token --pretrained-code`. Trained on {count} distinct
+sentences in {", ".join(languages)}, {result.epochs} epochs, the weights of epoch
+{result.best_epoch} kept: {figures} on dev. `training/` records every option, version and figure.
+"""

@@ -1,0 +1,1 @@
+"""Scoring models: the run, metrics, results, comparison, distances between languages, report."""

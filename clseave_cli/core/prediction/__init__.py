@@ -1,0 +1,1 @@
+"""Answering: one pair or many, with torch or an exported folder; exporting; serving."""

@@ -1,0 +1,328 @@
+"""`export`: the models as ONNX graphs that run without torch, checked against torch.
+
+Legend: B images or sentences · T tokens · D embedding width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from clseave_cli.core.config import ExportConfig
+from clseave_cli.core.data.records import require_language
+from clseave_cli.core.files import atomic_folder
+from clseave_cli.core.models.clip_ve import ClipVE
+from clseave_cli.core.models.encoders import SentenceEncoder
+from clseave_cli.core.models.folder import seal
+from clseave_cli.core.models.packing import PackedBatch
+from clseave_cli.core.prediction import onnx_model
+from clseave_cli.core.prediction.inference import InferenceModel
+from clseave_cli.core.prediction.pixels import Preparation
+from clseave_cli.core.prediction.torch_model import TorchModel
+from clseave_cli.errors import ExtraMissing, ModelError, UsageError
+from clseave_cli.progress import SILENT, Progress
+
+#: Largest difference of a probability from torch's that an exported folder may have.
+TOLERANCE = {"fp32": 1e-3, "int8": 0.1}
+
+_OPSET = 18
+_NEEDED = ("onnx", "onnxruntime")
+_PROBE_SENTENCES = (
+    "A dog runs.",
+    "Two people in red shirts are sitting on a bench, and one of them reads a newspaper.",
+    "Das Quadrat ist rot.",
+    "犬が公園を走っている。",
+    "word " * 600,  # longer than any encoder reads
+)
+_PROBE_SIZES = ((224, 224), (320, 200), (90, 333))
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What was written.
+
+    Attributes:
+        folder: where.
+        languages: that it reads.
+        num_bytes: of all its files.
+        difference: largest difference of a probability from torch's, over the probes.
+    """
+
+    folder: Path
+    languages: tuple[str, ...]
+    num_bytes: int
+    difference: float
+
+
+def export(config: ExportConfig, progress: Progress = SILENT) -> ExportResult:
+    """Writes the models under `runs` as one folder of ONNX graphs.
+
+    The folder appears only if its probabilities agree with torch's on a few probes.
+
+    Raises:
+        ClseaveError: a model is missing or of an unknown kind, an extra is not installed, `out` is
+            a folder of something else, or the graphs differ from the models by more than
+            `TOLERANCE`.
+    """
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExtraMissing(
+            f"export needs {' and '.join(missing)}: pip install 'clseave-cli[onnx]'."
+        )
+    for lang in config.lang:
+        require_language(lang)
+    before = _replaced(config.out)
+    model = TorchModel.from_runs(config.runs, config.lang or None, "cpu", "fp32")
+    precision = "int8" if config.int8 else "fp32"
+    with atomic_folder(config.out) as folder:
+        manifest = _write(model, folder, config.int8, progress)
+        exported = onnx_model.OnnxModel(folder, manifest, list(model.sources), lasting=False)
+        difference = _difference(model, exported)
+        if not difference <= TOLERANCE[precision]:
+            raise ModelError(
+                f"{config.out}: not written: a probability differs from torch's by "
+                f"{difference:.2g}, more than {TOLERANCE[precision]:g} for {precision}."
+                + (" Export without --int8." if config.int8 else "")
+            )
+        manifest |= {"tolerance": TOLERANCE[precision], "difference": difference}
+        seal(folder, onnx_model.FORMAT, manifest)
+        num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    gone = [lang for lang in before if lang not in model.sources]
+    if gone:
+        progress.note(f"{config.out}: an export that also read {', '.join(gone)} was replaced.")
+    return ExportResult(config.out, tuple(model.sources), num_bytes, difference)
+
+
+def _replaced(out: Path) -> list[str]:
+    """The languages of the export whose place is taken; refuses to take that of anything else."""
+    if out.is_dir() and onnx_model.is_exported(out):
+        try:
+            return onnx_model.languages(out)
+        except ModelError:  # a damaged one, or of another version
+            return []
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UsageError(f"--out {out}: is there already and no exported model; choose another.")
+    return []
+
+
+def _write(model: TorchModel, folder: Path, int8: bool, progress: Progress) -> dict[str, Any]:
+    """Writes graphs and tokenizers; returns what the manifest says of them."""
+    clip_ve = model.clip_ve
+    names = {lang: Path(source).name for lang, source in model.sources.items()}
+    encoders = {name: model.encoder(lang) for lang, name in names.items()}
+    pixels_of = preparation(clip_ve.image.processor)
+    with progress.task("export", total=len(encoders) + 2, unit="graphs") as task:
+        pixels = torch.zeros(2, 3, *pixels_of.crop)
+        _write_graph(clip_ve.image, {"pixels": pixels}, {}, folder / "image.onnx", int8)
+        task.advance()
+        vector = torch.zeros(2, clip_ve.image.embedding_dim)
+        inputs = {"hypothesis": vector, "premise": vector}
+        _write_graph(_Probabilities(clip_ve), inputs, {}, folder / "head.onnx", int8=False)
+        task.advance()
+        for name, encoder in encoders.items():
+            _write_encoder(encoder, folder / name, int8)
+            task.advance()
+    fingerprints = {name: encoder.fingerprint for name, encoder in encoders.items()}
+    return {
+        "source_lang": clip_ve.source_lang,
+        "languages": names,
+        "encoders": {name: _reading(encoder) for name, encoder in encoders.items()},
+        "preparation": dataclasses.asdict(pixels_of),
+        "precision": "int8" if int8 else "fp32",
+        "sources": fingerprints | {"clip-ve": clip_ve.fingerprint},
+    }
+
+
+def _reading(encoder: SentenceEncoder) -> dict[str, Any]:
+    """How sentences become token ids."""
+    reading = {
+        "max_tokens": encoder.max_tokens,
+        "terminal_id": encoder.terminal_id,
+        "pad_id": encoder.pad_id,
+    }
+    if encoder.filling is not None:
+        reading["filling"] = dataclasses.asdict(encoder.filling)
+    return reading
+
+
+def _write_encoder(encoder: SentenceEncoder, folder: Path, int8: bool) -> None:
+    folder.mkdir()
+    ids = torch.full((2, 5), encoder.terminal_id)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    _write_graph(_Padded(encoder), inputs, {1: "tokens"}, folder / "encoder.onnx", int8)
+    encoder.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+
+
+class _Padded(nn.Module):
+    """A sentence encoder that reads one sentence a row, as other ONNX programs expect."""
+
+    def __init__(self, encoder: SentenceEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, D) embeddings of (B, T) ids; the mask is 1 on tokens and 0 on padding."""
+        rows, width = input_ids.shape
+        positions = torch.arange(width).expand(rows, width) * attention_mask
+        numbers = torch.arange(rows)
+        segments = attention_mask * (numbers[:, None] + 1) - 1
+        terminals = numbers * width + attention_mask.sum(1) - 1
+        embedding: Tensor = self.encoder(PackedBatch(input_ids, positions, segments, terminals))
+        return embedding
+
+
+class _Probabilities(nn.Module):
+    """The head and its softmax."""
+
+    def __init__(self, clip_ve: ClipVE) -> None:
+        super().__init__()
+        self.head = clip_ve.head
+
+    def forward(self, hypothesis: Tensor, premise: Tensor) -> Tensor:
+        """(B, C) probabilities."""
+        probabilities: Tensor = self.head(hypothesis, premise).softmax(dim=1)
+        return probabilities
+
+
+def _write_graph(
+    module: nn.Module, inputs: dict[str, Tensor], more_axes: dict[int, str], path: Path, int8: bool
+) -> None:
+    """Traces a module for any batch size, and writes it optimised, its weights beside it."""
+    axes = {0: "batch"}
+    with tempfile.TemporaryDirectory(dir=path.parent) as aside:
+        raw = Path(aside, "raw.onnx")
+        with warnings.catch_warnings(), torch.no_grad():
+            # The tracer warns of shape checks, which it cannot follow, and of being the old one;
+            # the new one (torch 2.13) writes graphs that onnxruntime refuses: two outputs of one
+            # name.
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                module.eval(),
+                tuple(inputs.values()),
+                str(raw),
+                input_names=list(inputs),
+                output_names=["output"],
+                dynamic_axes={**{name: axes | more_axes for name in inputs}, "output": axes},
+                opset_version=_OPSET,
+                dynamo=False,
+            )
+        if int8:
+            raw = _quantised(raw)
+        _optimise(raw, path)
+
+
+def _quantised(path: Path) -> Path:
+    """The graph with 8-bit weights in its matrix products; embeddings stay as they are."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    target = path.with_name("int8.onnx")
+    with _quiet_logging():
+        quantize_dynamic(
+            path,
+            target,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            per_channel=True,
+            # Signed weights overflow in the 16-bit sums of processors without VNNI.
+            weight_type=QuantType.QUInt8,
+            use_external_data_format=True,
+        )
+    return target
+
+
+def _optimise(source: Path, target: Path) -> None:
+    """Fuses what can be fused, once and not at every start; weights go into a file to be mapped."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(target)
+    options.log_severity_level = 3
+    for key, value in {
+        "session.optimized_model_external_initializers_file_name": f"{target.name}.data",
+        "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
+        "session.disable_prepacking": "1",
+    }.items():
+        options.add_session_config_entry(key, value)
+    onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+@contextmanager
+def _quiet_logging() -> Iterator[None]:
+    """Keeps the quantiser's advice, given on the root logger, off the terminal."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def preparation(processor: Any) -> Preparation:
+    """The numbers of an image processor of CLIP's kind.
+
+    Raises:
+        ModelError: it does something else as well, or less.
+    """
+    size = processor.size
+    crop = processor.crop_size if getattr(processor, "do_center_crop", False) else size
+    steps = ("do_resize", "do_rescale", "do_normalize")
+    plain = (
+        all(getattr(processor, step) for step in steps)
+        and abs(processor.rescale_factor - 1 / 255) < 1e-9
+        and crop is not None
+        and crop["height"]
+        and crop["width"]
+    )
+    if not plain:
+        raise ModelError(
+            "the image tower's preprocessing cannot be exported: expected resizing or cropping to "
+            "one size, scaling by 1/255 and normalising, as CLIP's and SigLIP's do."
+        )
+    side = size["shortest_edge"]
+    return Preparation(
+        resize=(side,) if side else (size["height"], size["width"]),
+        crop=(crop["height"], crop["width"]),
+        mean=tuple(processor.image_mean),
+        std=tuple(processor.image_std),
+        resample=int(processor.resample),
+    )
+
+
+def _difference(reference: TorchModel, exported: InferenceModel) -> float:
+    """The largest difference of a probability, over every language, probe picture and sentence."""
+    pictures = _probe_pictures()
+    worst = 0.0
+    for lang in reference.sources:
+        first, second = (_probe(model, lang, pictures) for model in (reference, exported))
+        worst = max(worst, float(np.abs(first - second).max()))
+    return worst
+
+
+def _probe(model: InferenceModel, lang: str, pictures: list[Image.Image]) -> np.ndarray[Any, Any]:
+    premises = model.embed_images(np.stack([model.prepare(picture) for picture in pictures]))
+    hypotheses, _ = model.embed_sentences(lang, _PROBE_SENTENCES)
+    return model.probabilities(
+        np.repeat(hypotheses, len(premises), axis=0), np.tile(premises, (len(hypotheses), 1))
+    )
+
+
+def _probe_pictures() -> list[Image.Image]:
+    """Coarse random colours, blown up to several shapes."""
+    random = np.random.default_rng(0)
+    return [
+        Image.fromarray(random.integers(0, 256, (6, 5, 3), dtype=np.uint8)).resize(size)
+        for size in _PROBE_SIZES
+    ]

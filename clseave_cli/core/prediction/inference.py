@@ -1,0 +1,97 @@
+"""Models as `predict` and `serve` see them: arrays in, arrays out, whatever computes.
+
+Legend: B images or sentences · D embedding width · C labels (3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from clseave_cli.core.config import Precision
+from clseave_cli.core.prediction.pixels import Floats
+
+
+class InferenceModel(Protocol):
+    """An image tower, a sentence encoder per language, and the head.
+
+    Attributes:
+        sources: the folder of the model that reads each language, CLIP-VE's own first.
+    """
+
+    sources: dict[str, str]
+
+    def prepare(self, image: Image.Image) -> Floats:
+        """(3, height, width) pixels of a decoded RGB image. May be called from any thread."""
+        ...
+
+    def embed_images(self, pixels: Floats) -> Floats:
+        """(B, D) embeddings of (B, 3, height, width) pixels."""
+        ...
+
+    def embed_sentences(
+        self, lang: str, sentences: Sequence[str]
+    ) -> tuple[Floats, npt.NDArray[np.bool_]]:
+        """(B, D) embeddings of B sentences, and (B,) which of them were cut at the limit."""
+        ...
+
+    def probabilities(self, hypotheses: Floats, premises: Floats) -> Floats:
+        """(B, C) probabilities of the labels, from (B, D) sentence and image embeddings."""
+        ...
+
+
+def own_language(runs: Path) -> str:
+    """The language CLIP-VE itself reads; an exported folder may lack it.
+
+    Args:
+        runs: as for `load_model`.
+
+    Raises:
+        ModelError: neither folder, or a damaged one.
+    """
+    from clseave_cli.core.prediction import onnx_model
+
+    if onnx_model.is_exported(runs):
+        return onnx_model.own_language(runs)
+    from clseave_cli.core.models.clip_ve import source_language
+
+    return source_language(runs / "clip-ve")
+
+
+def load_model(
+    runs: Path,
+    languages: Sequence[str] | None = None,
+    *,
+    device: str = "auto",
+    precision: Precision = "auto",
+    lasting: bool = True,
+) -> InferenceModel:
+    """Loads the models under `runs`, or a folder that `clseave export` wrote.
+
+    A sentence encoder may be loaded only when its language is first asked for.
+
+    Args:
+        runs: either folder. For an exported one, torch is not imported.
+        languages: that will be asked for; None: every one there is a model for.
+        device: where torch computes.
+        precision: how torch computes.
+        lasting: for many answers. An exported folder is then compared with its digests, and its
+            weights are arranged for this processor: seconds at the start, and a copy in memory,
+            for faster answers. Otherwise only its manifest is checked, and a tower's weights leave
+            memory when it has answered. Torch's models are always loaded to last.
+
+    Raises:
+        ClseaveError: no model for a language, a damaged one, a missing extra, no such device.
+    """
+    from clseave_cli.core.prediction import onnx_model
+
+    if onnx_model.is_exported(runs):
+        return onnx_model.OnnxModel.from_folder(runs, languages, lasting=lasting)
+    from clseave_cli.core.prediction.torch_model import TorchModel
+
+    return TorchModel.from_runs(runs, languages, device, precision)

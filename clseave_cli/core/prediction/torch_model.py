@@ -1,0 +1,135 @@
+"""The trained models, computed by torch.
+
+Legend: B images or sentences · D embedding width · C labels (3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from clseave_cli.core.config import Precision
+from clseave_cli.core.models.clip_ve import ClipVE, fingerprint, source_language
+from clseave_cli.core.models.encoders import SentenceEncoder
+from clseave_cli.core.models.student import find_students, load_student
+from clseave_cli.core.prediction.pixels import Floats
+from clseave_cli.core.training.precision import autocast, resolve_device
+from clseave_cli.errors import ModelError
+
+
+class TorchModel:
+    """CLIP-VE and its students, as an `InferenceModel`.
+
+    Attributes:
+        clip_ve: image tower and head; its text tower may be a student.
+        sources: the folder each language's encoder comes from.
+    """
+
+    def __init__(
+        self,
+        clip_ve: ClipVE,
+        folders: dict[str, Path],
+        loaded: dict[Path, SentenceEncoder],
+        precision: Precision = "auto",
+    ) -> None:
+        """Puts loaded models together; `from_runs` does so from folders.
+
+        Args:
+            clip_ve: image tower and head.
+            folders: of the encoder that reads each language.
+            loaded: the encoders of some of these folders; the others are loaded when needed.
+            precision: arithmetic of the matrix products.
+        """
+        self.clip_ve = clip_ve.eval()
+        self.sources = {lang: str(folder) for lang, folder in folders.items()}
+        self._folders = folders
+        self._loaded = {folder: encoder.eval() for folder, encoder in loaded.items()}
+        self._device = clip_ve.image.device
+        self._autocast = autocast(precision, self._device)
+
+    @classmethod
+    def from_runs(
+        cls,
+        runs: Path,
+        languages: Sequence[str] | None = None,
+        device: str = "auto",
+        precision: Precision = "auto",
+    ) -> TorchModel:
+        """Loads CLIP-VE and the first student needed; further ones when they are.
+
+        Args:
+            runs: folder of the models.
+            languages: that will be asked for; None: every one there is a model for.
+            device: `auto`, `cpu`, `cuda` or `cuda:N`.
+            precision: arithmetic of the matrix products.
+
+        Raises:
+            ClseaveError: no model for a language, a damaged one, or an unknown device.
+        """
+        target = resolve_device(device)
+        folder = runs / "clip-ve"
+        source_lang = source_language(folder)
+        # A student that reads the source language too leaves it to its teacher.
+        there = {source_lang: folder} | find_students(runs) | {source_lang: folder}
+        for lang in languages or ():
+            if lang not in there:
+                raise ModelError(
+                    f"{runs}: no model for {lang}; languages there: {', '.join(there)}. "
+                    f"`clseave align --lang {lang}` makes one."
+                )
+        wanted = there if languages is None else {lang: there[lang] for lang in languages}
+        if source_lang in wanted:
+            clip_ve = ClipVE.from_folder(folder).to(target)
+            return cls(clip_ve, wanted, {folder: clip_ve.text}, precision)
+        first = next(iter(wanted.values()))
+        student = load_student(first, fingerprint(folder))
+        clip_ve = ClipVE.from_folder(folder, text=student).to(target)
+        return cls(clip_ve, wanted, {first: student}, precision)
+
+    def encoder(self, lang: str) -> SentenceEncoder:
+        """The encoder that reads a language.
+
+        Raises:
+            ModelError: it is loaded now, and damaged or of another teacher.
+        """
+        folder = self._folders[lang]
+        if folder not in self._loaded:
+            student = load_student(folder, self.clip_ve.fingerprint)
+            self._loaded[folder] = student.to(self._device)
+        return self._loaded[folder]
+
+    def prepare(self, image: Image.Image) -> Floats:
+        """(3, height, width) pixels of a decoded RGB image. May be called from any thread."""
+        return _array(self.clip_ve.image.preprocess([image])[0])
+
+    def embed_images(self, pixels: Floats) -> Floats:
+        """(B, D) embeddings of (B, 3, height, width) pixels."""
+        with torch.no_grad(), self._autocast():
+            return _array(self.clip_ve.image(torch.from_numpy(pixels).to(self._device)))
+
+    def embed_sentences(
+        self, lang: str, sentences: Sequence[str]
+    ) -> tuple[Floats, npt.NDArray[np.bool_]]:
+        """(B, D) embeddings of B sentences, and (B,) which of them were cut at the limit."""
+        encoder = self.encoder(lang)
+        tokens = encoder.tokenize(list(sentences))
+        with torch.no_grad(), self._autocast():
+            embeddings = torch.cat([part.float() for part in encoder.embed(tokens)])
+        return _array(embeddings), tokens.truncated
+
+    def probabilities(self, hypotheses: Floats, premises: Floats) -> Floats:
+        """(B, C) probabilities of the labels, from (B, D) sentence and image embeddings."""
+        both = (torch.from_numpy(part).to(self._device) for part in (hypotheses, premises))
+        with torch.no_grad():
+            return _array(self.clip_ve(*both).softmax(dim=1))
+
+
+def _array(tensor: Tensor) -> Floats:
+    array: Floats = tensor.float().cpu().numpy()
+    return array

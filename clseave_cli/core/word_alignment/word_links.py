@@ -1,0 +1,194 @@
+"""`word-align`: which words of parallel sentences translate each other, and how right that is.
+
+Legend: P sentence pairs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from clseave_cli.core.config import WordAlignConfig
+from clseave_cli.core.data.hub import data_folder
+from clseave_cli.core.data.records import (
+    distinct,
+    join,
+    read_split,
+    require_language,
+    split_path,
+)
+from clseave_cli.core.files import atomic_file
+from clseave_cli.core.training.precision import resolve_device
+from clseave_cli.core.word_alignment.aligner import load_aligner
+from clseave_cli.core.word_alignment.links import Links, read_links
+from clseave_cli.core.word_alignment.scoring import AlignmentScore, score
+from clseave_cli.core.word_alignment.words import split_words
+from clseave_cli.errors import DataError, UsageError
+from clseave_cli.progress import SILENT, Progress
+
+_SEPARATOR = "|||"
+
+
+@dataclass(frozen=True)
+class WordAlignResult:
+    """Links of a text.
+
+    Attributes:
+        lines: of the Pharaoh format, one for each line of the text.
+        num_pairs: P, lines that are a sentence pair.
+        num_links: of all pairs.
+        score: against the gold links, where they were given.
+    """
+
+    lines: list[str]
+    num_pairs: int
+    num_links: int
+    score: AlignmentScore | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Text:
+    """Parallel sentences.
+
+    Attributes:
+        path: the file they come from; of two, that of the target.
+        sources: P sentences.
+        targets: their translations.
+        source_lang: their language; None: words stand between spaces.
+        lang: likewise of the targets.
+        lines: (P,) the line of each pair in the file, counted from 1.
+        num_lines: how many lines the file has.
+    """
+
+    path: Path
+    sources: list[str]
+    targets: list[str]
+    source_lang: str | None
+    lang: str | None
+    lines: npt.NDArray[np.integer]
+    num_lines: int
+
+
+def align_words(config: WordAlignConfig, progress: Progress = SILENT) -> WordAlignResult:
+    """Aligns the words of a text, or reads their links, writes them and scores them.
+
+    Raises:
+        ClseaveError: bad text, bad links, an unusable model, or a missing segmenter.
+    """
+    text = _read_file(config.input) if config.input is not None else _read_data(config, progress)
+    sources, source_of_pair = distinct(text.sources)
+    targets, target_of_pair = distinct(text.targets)
+    source_words = split_words(sources, text.source_lang)
+    target_words = split_words(targets, text.lang)
+    pairs = np.stack([source_of_pair, target_of_pair])
+    num_words = np.stack([source_words.counts[pairs[0]], target_words.counts[pairs[1]]], axis=1)
+
+    def read(path: Path, first_word: int | None) -> Links:
+        return read_links(
+            path,
+            num_words,
+            text=str(text.path),
+            lines=text.lines,
+            num_lines=text.num_lines,
+            first_word=first_word,
+            skip_bad=config.skip_bad,
+            progress=progress,
+        )
+
+    gold = None
+    if config.gold is not None:
+        gold = read(config.gold, None if config.gold_base == "auto" else int(config.gold_base))
+    if config.words is not None:
+        shown = (
+            f"{' '.join(source_words.of(source))} {_SEPARATOR} {' '.join(target_words.of(target))}"
+            for source, target in pairs.T
+        )
+        _write(config.words, _placed(shown, text))
+    if config.alignments is not None:
+        links = read(config.alignments, 0)
+    else:
+        aligner = load_aligner(config, config.aligner, resolve_device(config.device), progress)
+        links = aligner.align(source_words, target_words, pairs, progress=progress)
+    lines = _placed(links.lines(), text)
+    if config.out is not None:
+        _write(config.out, lines)
+    return WordAlignResult(
+        lines, len(links), len(links.words), None if gold is None else score(links, gold)
+    )
+
+
+def _read_file(path: Path) -> _Text:
+    """A text of `source ||| target` lines, as aligners read it: words stand between spaces."""
+    try:
+        content = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: not UTF-8 text; expected lines of source ||| target.") from None
+    rows = [line.split(_SEPARATOR) for line in content]
+    for number, row in enumerate(rows, start=1):
+        if len(row) != 2:
+            raise DataError.at(
+                path, number, f"{len(row) - 1} times |||; expected source ||| target."
+            )
+    sources, targets = ([side.strip() for side in column] for column in zip(*rows, strict=True))
+    return _Text(path, sources, targets, None, None, np.arange(1, len(rows) + 1), len(rows))
+
+
+def _read_data(config: WordAlignConfig, progress: Progress) -> _Text:
+    """The source sentences of a split and their translations."""
+    lang, source_lang = config.lang, config.source_lang
+    if lang is None:
+        raise UsageError("--lang is missing; for example --lang de, or --input FILE.")
+    require_language(lang)
+    require_language(source_lang, "--source-lang")
+    if lang == source_lang:
+        raise UsageError(
+            f"--lang {lang}: is --source-lang too; name the language of the translations."
+        )
+    folder = data_folder(config.data, progress)
+    read = functools.partial(
+        read_split,
+        folder,
+        config.split,
+        labelled=False,
+        with_images=False,
+        source_lang=source_lang,
+        skip_bad=config.skip_bad,
+        progress=progress,
+    )
+    target = read(lang)
+    source = read(source_lang) if split_path(folder, config.split, source_lang) else None
+    parallel = join(target, source, source_lang)
+    if parallel.num_unmatched_target:
+        progress.note(
+            f"{target.path}: {parallel.num_unmatched_target} rows have no {source_lang} "
+            "row; their lines stay empty."
+        )
+    return _Text(
+        target.path,
+        parallel.sources,
+        parallel.target.hypotheses,
+        source_lang,
+        lang,
+        parallel.target.lines,
+        target.num_lines,
+    )
+
+
+def _placed(of_pairs: Iterable[str], text: _Text) -> list[str]:
+    """What belongs to the pairs, in the lines where they stand."""
+    lines = [""] * text.num_lines
+    for line, content in zip(text.lines.tolist(), of_pairs, strict=True):
+        lines[line - 1] = content
+    return lines
+
+
+def _write(path: Path, lines: Iterable[str]) -> None:
+    with atomic_file(path) as stream:
+        stream.writelines(f"{line}\n".encode() for line in lines)

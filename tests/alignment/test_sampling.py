@@ -1,0 +1,565 @@
+"""What an epoch of `align` meets: shares by language, repeats, parallel batches, limits."""
+
+import dataclasses
+import json
+import math
+import shutil
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_world import (
+    QUICK,
+    CommandProcess,
+    Notes,
+    edit_row,
+    read_jsonl,
+    slow_steps,
+    start_team,
+    tree,
+    write_jsonl,
+)
+
+from clseave_cli import VisualEntailment
+from clseave_cli.core import alignment
+from clseave_cli.core.alignment import align, corpus
+from clseave_cli.core.alignment.sampling import Sampler, whole_parts
+from clseave_cli.core.config import AlignConfig, EvaluateConfig
+from clseave_cli.core.data.records import read_split
+from clseave_cli.core.evaluation.run import evaluate
+from clseave_cli.core.features import Features, Vectors
+from clseave_cli.errors import DataError, UsageError
+from clseave_cli.progress import SILENT
+
+
+def _config(**options):
+    return AlignConfig(**({"batch_size": 4} | options))
+
+
+def _pairs(sources_of_language):
+    """Pairs of languages a, b, …, given the English sentence of each."""
+    languages = tuple("abcdef"[: len(sources_of_language)])
+    sources = np.concatenate(sources_of_language)
+    vectors = Vectors(int(sources.max()) + 1, 1)
+    return corpus.TrainingPairs(
+        None,
+        Features(vectors, sources),
+        torch.ones(len(sources)),
+        languages,
+        np.repeat(np.arange(len(languages)), [len(own) for own in sources_of_language]),
+        np.arange(len(sources)),
+    )
+
+
+def _sampler(sizes, **options):
+    return Sampler(_pairs([np.arange(size) for size in sizes]), _config(**options))
+
+
+def _shares(batches, sizes):
+    ends = np.cumsum(sizes)
+    return np.bincount(np.searchsorted(ends, np.concatenate(batches), "right")) / sum(sizes)
+
+
+# --- shares ---
+
+
+def test_proportional_is_every_pair_once():
+    batches = _sampler([7, 3]).batches(0, {})
+    assert sorted(np.concatenate(batches).tolist()) == list(range(10))
+
+
+def test_shares_by_hand():
+    sizes = [80, 20]
+    assert _sampler(sizes, sampling="uniform").shares({}).tolist() == [0.5, 0.5]
+    assert _sampler(sizes).shares({}).tolist() == [0.8, 0.2]
+    half = _sampler(sizes, sampling="temperature", sampling_temperature=2.0).shares({})
+    assert half.tolist() == pytest.approx([2 / 3, 1 / 3])
+    paced = _sampler(sizes, sampling="self-paced")
+    assert paced.shares({}).tolist() == [0.5, 0.5]
+    recall = {"recall_at_10": 0.8, "recall_at_10/a": 0.9, "recall_at_10/b": 0.7}
+    assert paced.shares(recall).tolist() == pytest.approx(
+        [math.exp(-9) / (math.exp(-9) + math.exp(-7)), math.exp(-7) / (math.exp(-9) + math.exp(-7))]
+    )
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "temperature", "self-paced"])
+def test_an_epoch_is_as_long_as_ever_and_repeats_evenly(sampling):
+    """That of a fixed sampling may begin within a round: then once more and once less, at most."""
+    sizes = [50, 7, 3]
+    sampler = _sampler(sizes, sampling=sampling)
+    dev = {"recall_at_10/a": 0.5, "recall_at_10/b": 0.6, "recall_at_10/c": 0.55}
+    batches = sampler.batches(3, dev)
+    assert sampler.num_examples == 60 and len(batches) == 15
+    drawn = np.concatenate(batches)
+    assert len(drawn) == 60
+    np.testing.assert_allclose(_shares(batches, sizes), sampler.shares(dev), atol=1 / 60)
+    counts = np.bincount(drawn, minlength=60)
+    for first, size in zip((0, 50, 57), sizes, strict=True):
+        own = counts[first : first + size]
+        assert own.max() - own.min() <= (1 if sampling == "self-paced" else 2)
+    again = _sampler(sizes, sampling=sampling).batches(3, dev)
+    assert all(map(np.array_equal, batches, again))
+    assert not np.array_equal(np.concatenate(sampler.batches(4, dev)), drawn)
+
+
+@pytest.mark.parametrize("length", [9, 40, 100])
+def test_an_epoch_can_be_of_any_length(length):
+    sampler = _sampler([30, 10], epoch_pairs=length)
+    batches = sampler.batches(0, {})
+    counts = np.bincount(np.concatenate(batches), minlength=40)
+    assert counts.sum() == length == sampler.num_examples
+    assert counts.max() - counts.min() <= 1 and len(batches) == math.ceil(length / 4)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=4),
+    epoch_pairs=st.none() | st.integers(1, 150),
+    sampling=st.sampled_from(["proportional", "uniform", "temperature"]),
+    seed=st.integers(0, 5),
+)
+def test_no_pair_is_met_twice_before_all_were_met_once(sizes, epoch_pairs, sampling, seed):
+    sampler = _sampler(sizes, sampling=sampling, epoch_pairs=epoch_pairs, seed=seed)
+    counts = np.zeros(sum(sizes), dtype=int)
+    for epoch in range(8):
+        counts += np.bincount(np.concatenate(sampler.batches(epoch, {})), minlength=len(counts))
+        for own in np.split(counts, np.cumsum(sizes)[:-1]):
+            assert own.max() - own.min() <= 1
+
+
+def test_short_epochs_meet_everything_in_turn():
+    sampler = _sampler([1000], epoch_pairs=100, batch_size=10)
+    epochs = [np.concatenate(sampler.batches(epoch, {})) for epoch in range(20)]
+    for round_ in (epochs[:10], epochs[10:]):
+        assert sorted(np.concatenate(round_).tolist()) == list(range(1000))
+    assert set(epochs[0]) != set(epochs[10])
+    # Nothing is remembered: a resumed run meets the same.
+    again = _sampler([1000], epoch_pairs=100, batch_size=10).batches(13, {})
+    assert np.array_equal(np.concatenate(again), epochs[13])
+    # Languages of one size are not met in step.
+    drawn = np.concatenate(_sampler([100, 100], epoch_pairs=100).batches(0, {}))
+    assert set(drawn[drawn < 100]) != set(drawn[drawn >= 100] - 100)
+
+
+def test_whole_epochs_keep_their_order():
+    """That of the versions before `--epoch-pairs` went on from epoch to epoch."""
+    sources = [np.arange(30), np.arange(30)]
+    for epoch in range(3):
+        order = np.random.default_rng([5, epoch])
+        plain = Sampler(_pairs(sources), _config(seed=5)).batches(epoch, {})
+        assert np.array_equal(np.concatenate(plain), order.permutation(60))
+        order = np.random.default_rng([5, epoch])
+        parallel = Sampler(_pairs(sources), _config(seed=5, parallel_batches=True))
+        drawn = order.permutation(30)
+        expected = np.stack([drawn, drawn + 30], axis=1)
+        assert np.array_equal(np.concatenate(parallel.batches(epoch, {})), expected.ravel())
+        order = np.random.default_rng([5, epoch])
+        paced = _sampler([30, 10], seed=5, sampling="self-paced").batches(epoch, {})
+        first = order.permutation(30)[:20]
+        second = [order.permutation(10) for _ in range(2)]
+        drawn = np.concatenate([first, *(30 + part for part in second)])
+        assert np.array_equal(np.concatenate(paced), order.permutation(drawn))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    weights=st.lists(st.floats(0, 1e6), min_size=1, max_size=8).filter(lambda w: sum(w) > 0),
+    total=st.integers(0, 10_000),
+)
+def test_parts_are_whole_and_sum_up(weights, total):
+    shares = np.array(weights) / sum(weights)
+    parts = whole_parts(shares, total)
+    assert parts.sum() == total and (parts >= 0).all()
+    assert np.abs(parts - shares * total).max() < 1 + 1e-6
+
+
+# --- parallel batches ---
+
+
+def test_a_parallel_batch_has_every_translation_of_its_sentences():
+    # Language a has two translations of sentence 3; b lacks sentence 0.
+    pairs = _pairs([np.array([0, 1, 2, 3, 3, 4, 5]), np.array([1, 2, 3, 4, 5])])
+    sampler = Sampler(pairs, _config(parallel_batches=True, batch_size=4))
+    source_of = pairs.teacher.index
+    batches = sampler.batches(0, {})
+    assert len(batches) == 3
+    assert sorted(np.concatenate(batches).tolist()) == list(range(12))
+    for batch in batches:
+        sources = set(source_of[batch].tolist())
+        assert set(np.flatnonzero(np.isin(source_of, list(sources))).tolist()) == set(batch)
+    longer = Sampler(pairs, _config(parallel_batches=True, batch_size=4, epoch_pairs=36))
+    assert np.bincount(np.concatenate(longer.batches(0, {}))).tolist() == [3] * 12
+    # Two thirds of the sentences an epoch: after three, each was met twice.
+    shorter = Sampler(pairs, _config(parallel_batches=True, batch_size=4, epoch_pairs=8))
+    counts = np.zeros(12, dtype=int)
+    for epoch in range(3):
+        counts += np.bincount(np.concatenate(shorter.batches(epoch, {})), minlength=12)
+        assert counts.max() - counts.min() <= 1
+    assert counts.tolist() == [2] * 12
+
+
+def test_the_parts_of_a_frequent_pair_are_spread_over_parallel_batches():
+    # Sentence 0 of languages a and b stands so often that it is trained on in 12 and 3 parts.
+    languages = [np.array([0] * 12 + list(range(1, 40))), np.array([0] * 3 + list(range(1, 40)))]
+    pairs = _pairs(languages)
+    distinct = np.concatenate([languages[0], 40 + languages[1]])
+    pairs = dataclasses.replace(pairs, distinct=distinct)
+    sampler = Sampler(pairs, _config(parallel_batches=True, batch_size=8))
+    for epoch in range(20):
+        batches = sampler.batches(epoch, {})
+        assert sorted(np.concatenate(batches).tolist()) == list(range(len(pairs)))
+        assert max(np.bincount(distinct[batch]).max() for batch in batches) <= 5
+    assert any({0, 51} <= set(batch.tolist()) for batch in batches)  # still side by side
+
+
+def test_one_teacher_vector_serves_all_languages(world, tmp_path, trained, encoder, monkeypatch):
+    sizes = []
+    prepare = alignment.SentenceObjective.prepare
+
+    def watch(self, rows):
+        batch = prepare(self, rows)
+        sizes.append((len(batch.teacher), len(batch.source)))
+        assert torch.equal(batch.wanted, batch.teacher[batch.source])
+        return batch
+
+    monkeypatch.setattr(alignment.SentenceObjective, "prepare", watch)
+    _align(world, tmp_path, trained, encoder, "de", "nl", parallel_batches=True, batch_size=4)
+    assert sizes and all(pairs == 2 * vectors for vectors, pairs in sizes)
+
+
+def test_parallel_batches_leave_nothing_to_sample(world, tmp_path, trained, encoder):
+    with pytest.raises(UsageError, match="--sampling uniform has nothing to choose"):
+        _align(world, tmp_path, trained, encoder, "de", parallel_batches=True, sampling="uniform")
+
+
+# --- through the command ---
+
+
+def _align(data, runs, trained, encoder, *languages, progress=SILENT, **options):
+    defaults = {"epochs": 1, "teacher": trained / "clip-ve", **QUICK}
+    return align(
+        AlignConfig(
+            data=str(data), runs=runs, lang=languages, student=str(encoder), **(defaults | options)
+        ),
+        progress,
+    )
+
+
+def _figures(folder):
+    return [
+        {key: value for key, value in record.items() if key != "pairs_per_second"}
+        for record in read_jsonl(folder / "training" / "metrics.jsonl")
+    ]
+
+
+def test_dev_figures_are_told_by_language(world, tmp_path, trained, encoder):
+    result = _align(world, tmp_path, trained, encoder, "de", "nl", epochs=2)
+    dev = json.loads((result.folder / "training" / "summary.json").read_text())["dev"]
+    assert {name.partition("/")[2] for name in dev} == {"", "de", "nl"}
+    for name in ("mse", "accuracy", "recall_at_10", "cosine"):
+        assert dev[name] == pytest.approx((dev[f"{name}/de"] + dev[f"{name}/nl"]) / 2)
+    assert "accuracy/de" not in (result.folder / "README.md").read_text()
+    single = _align(world, tmp_path / "one", trained, encoder, "de")
+    assert not any("/" in name for name in single.training.dev)
+
+
+def test_self_paced_sampling_and_drawn_images_resume_to_the_bit(
+    world, tmp_path, trained, encoder, clseave
+):
+    arguments = [
+        "align", "--lang", "de", "--lang", "nl", "--student", encoder, "--data", world,
+        "--teacher", trained / "clip-ve", "--sampling", "self-paced", "--objective", "head-aware",
+        "--epochs", "4", "--batch-size", "2", "--device", "cpu", "--precision", "fp32",
+        "--learning-rate", "2e-3", "--select", "recall_at_10",
+    ]  # fmt: skip
+    arguments = [str(argument) for argument in arguments]
+    assert clseave(*arguments, "--runs", tmp_path / "whole")[0] == 0
+    out = tmp_path / "parts" / "align-de+nl"
+    command = [*arguments, "--runs", str(tmp_path / "parts")]
+    process = CommandProcess(*command, folder=tmp_path / "said", before=slow_steps)
+    metrics = out.with_name(out.name + ".partial") / "training" / "metrics.jsonl"
+    while process.alive and not (metrics.exists() and metrics.read_text().count('"dev"') >= 2):
+        time.sleep(0.01)
+    process.signal(15)
+    assert process.wait() == 130
+    code, _, err = clseave(*command, "--resume")
+    assert code == 0 and "resuming at step" in err
+    reference = tmp_path / "whole" / "align-de+nl"
+    assert _figures(out) == _figures(reference)
+    for name, content in tree(reference).items():
+        if name.endswith(".safetensors"):
+            assert (out / name).read_bytes() == content
+
+
+def test_contrastive_batches_span_processes(world, tmp_path, trained, encoder, clseave):
+    arguments = [
+        "align", "--lang", "de", "--lang", "nl", "--student", encoder, "--data", world,
+        "--teacher", trained / "clip-ve", "--objective", "contrastive", "--parallel-batches",
+        "--include-english", "--pooling", "mean", "--epochs", "1", "--batch-size", "6",
+        "--device", "cpu", "--precision", "fp32", "--learning-rate", "1e-3",
+    ]  # fmt: skip
+    arguments = [str(argument) for argument in arguments]
+    assert clseave(*arguments, "--out", tmp_path / "alone")[0] == 0
+    team = start_team(*arguments, "--out", str(tmp_path / "team"), folder=tmp_path / "said")
+    assert [process.wait() for process in team] == [0, 0], team[0].stderr
+    for own, other in zip(_figures(tmp_path / "team"), _figures(tmp_path / "alone"), strict=True):
+        assert own["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert own.get("dev", {}) == pytest.approx(other.get("dev", {}), rel=1e-3, abs=1e-4)
+
+
+def test_english_is_its_own_translation(world, tmp_path, runs, encoder):
+    result = _align(
+        world, runs, runs, encoder, "de", "nl", include_english=True, epochs=60,
+        learning_rate=2e-3, weight_decay=0.0, out=runs / "many", select="mse",
+    )  # fmt: skip
+    assert result.languages == ("de", "nl", "en")
+    assert json.loads((runs / "many" / "config.json").read_text())["languages"] == [
+        "de", "nl", "en",
+    ]  # fmt: skip
+    dev = result.training.dev
+    assert dev["cosine/en"] > 0.8
+    assert dev["mse"] == pytest.approx(np.mean([dev[f"mse/{lang}"] for lang in ("de", "nl", "en")]))
+    # The teacher goes on reading English: for predict, and for evaluate.
+    model = VisualEntailment.from_pretrained(runs, "en")
+    answer = model(world / "images" / "test0.png", "The square is red.")
+    assert answer.model == str(runs / "clip-ve")
+    document = evaluate(EvaluateConfig(data=str(world), runs=(runs,), resamples=10))
+    assert [r.lang for r in document.results] == ["en", "de", "nl"]
+    assert "many" not in document.signature.checkpoints
+
+
+def test_the_english_pairs_are_those_of_every_language(world, encoder):
+    from clseave_cli.core.models.student import new_student
+
+    taken = corpus.Corpus(new_student(encoder, 16), SILENT)
+    reader = corpus.ParallelReader(world, AlignConfig(data=str(world)), SILENT)
+    for lang in ("de", "nl"):
+        taken.add(reader.read(lang)[0])
+    taken.add_source("en")
+    *_, english = taken._parts
+    rows = read_split(world, "train", "en").hypotheses
+    counts = {s: rows.count(s) for s in rows}
+    assert dict(zip(taken._sources, english.counts // 2, strict=True)) == counts
+    assert english.portions()[1].sum() == pytest.approx(len(counts))
+
+
+def test_an_auxiliary_language_is_trained_along_and_does_not_count(
+    world, tmp_path, trained, encoder
+):
+    result = _align(
+        world, tmp_path, trained, encoder, "de", auxiliary=("nl",), auxiliary_weight=0.25
+    )
+    assert result.languages == ("de",) and result.folder.name == "align-de"
+    assert json.loads((result.folder / "config.json").read_text())["languages"] == ["de"]
+    dev = result.training.dev
+    assert dev["accuracy"] == dev["accuracy/de"] and "accuracy/nl" in dev
+    assert result.training.pairs == 10
+    reader = corpus.ParallelReader(world, AlignConfig(data=str(world)), SILENT)
+    from clseave_cli.core.models.student import new_student
+
+    taken = corpus.Corpus(new_student(encoder, 16), SILENT)
+    taken.add(reader.read("de")[0])
+    taken.add(reader.read("nl")[0], 0.25)
+    weights = [part.portions()[1].mean() for part in taken._parts]
+    assert weights == pytest.approx([1, 0.25])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"auxiliary": ("de",)}, "--auxiliary de: is a --lang already"),
+        ({"auxiliary": ("en",)}, "--auxiliary en: is what --include-english is for"),
+        ({"auxiliary": ("../x",)}, "--auxiliary ../x: not a language code"),
+    ],
+)
+def test_auxiliary_languages_that_are_none(world, tmp_path, trained, encoder, options, said):
+    with pytest.raises(UsageError, match=said.replace(".", r"\.")):
+        _align(world, tmp_path, trained, encoder, "de", **options)
+
+
+# --- low resource ---
+
+
+def test_a_smaller_limit_is_a_part_of_a_larger_one_and_languages_share_it(world):
+    reader = corpus.ParallelReader(world, AlignConfig(data=str(world)), SILENT)
+    texts = {lang: reader.read(lang)[0] for lang in ("de", "nl")}
+
+    def sources(lang, limit, seed=0):
+        return set(corpus.limited(texts[lang], limit, seed, SILENT).sources)
+
+    before = set()
+    for limit in range(1, 6):
+        chosen = sources("de", limit)
+        assert len(chosen) == limit and before < chosen and chosen == sources("nl", limit)
+        before = chosen
+    assert len({tuple(sorted(sources("de", 2, seed))) for seed in range(8)}) > 1
+    part = corpus.limited(texts["de"], 2, 0, SILENT)
+    # Every row of a chosen sentence is there.
+    assert len(part.sources) == sum(s in set(part.sources) for s in texts["de"].sources)
+
+
+def test_the_student_learns_from_so_many_sentences(world, tmp_path, trained, encoder):
+    result = _align(world, tmp_path, trained, encoder, "de", "nl", limit=2)
+    assert result.training.pairs == 4
+    notes = Notes()
+    result = _align(world, tmp_path / "b", trained, encoder, "de", limit=99, progress=notes)
+    assert result.training.pairs == 5
+    assert "5 distinct sentences, fewer than --limit 99; all of them are used." in notes.text
+
+
+def test_a_language_with_no_rows_is_told(data, tmp_path, trained, encoder, refused):
+    (data / "snli_ve_train.nl.jsonl").write_text("")
+    arguments = [
+        "align", "--lang", "de", "--lang", "nl", "--data", data, "--runs", tmp_path,
+        "--student", encoder, "--teacher", trained / "clip-ve",
+    ]  # fmt: skip
+    error = refused(*arguments)
+    assert "snli_ve_train.nl.jsonl: no usable rows" in error
+    assert not list(tmp_path.glob("align*"))
+    rows = read_jsonl(data / "snli_ve_train.de.jsonl")
+    write_jsonl(
+        data / "snli_ve_train.nl.jsonl", [row | {"pairID": row["pairID"] + "x"} for row in rows]
+    )
+    assert "none of its pairIDs occurs in" in refused(*arguments)
+
+
+def test_a_teacher_whose_parts_do_not_fit_is_told(runs, world, encoder, refused, tmp_path):
+    from clseave_cli.core.models.folder import seal
+    from clseave_cli.core.models.head import EntailmentHead, HeadConfig
+    from clseave_cli.core.models.weights import save_weights
+
+    folder = runs / "clip-ve"
+    head = EntailmentHead(HeadConfig(embedding_dim=24))
+    save_weights(head, folder / "head.safetensors")
+    (folder / "config.json").unlink()
+    seal(folder, "clip-ve", {"languages": ["en"], "head": {"embedding_dim": 24}})
+    error = refused(
+        "align", "--lang", "de", "--data", world, "--runs", tmp_path, "--student", encoder,
+        "--teacher", folder,
+    )  # fmt: skip
+    assert "text tower projects to 16" in error and "head reads 24" in error
+    assert str(folder) in error and not list(tmp_path.glob("align*"))
+
+
+def _texts(data, progress=SILENT, lang=("de", "nl"), **options):
+    """What a run trains on and holds out."""
+    config = AlignConfig(data=str(data), lang=lang, dev_fraction=0.4, **options)
+    reader = corpus.ParallelReader(data, config, progress)
+    return {lang: reader.read(lang) for lang in (*config.lang, *config.auxiliary)}
+
+
+def _keep_sentences(path, kept):
+    """Leaves the rows of the English file's given sentences alone."""
+    english = {r["pairID"]: r["sentence2"] for r in read_jsonl(path.parent / "snli_ve_train.jsonl")}
+    write_jsonl(path, [row for row in read_jsonl(path) if english[row["pairID"]] in kept])
+
+
+def test_held_out_sentences_are_held_out_in_every_language(data):
+    for lang in ("de", "nl"):
+        (data / f"snli_ve_dev.{lang}.jsonl").unlink()
+    notes = Notes()
+    texts = _texts(data, notes)
+    held = {lang: set(dev.sources) for lang, (_, dev) in texts.items()}
+    assert held["de"] == held["nl"] and len(held["de"]) == 2
+    # As if each were alone: nothing more is taken from any, and nothing said twice.
+    for lang, (training, _) in texts.items():
+        ((alone, _),) = _texts(data, lang=(lang,)).values()
+        assert alone.target.pair_ids == training.target.pair_ids
+        assert notes.text.count(f"no dev file for {lang}") == 1
+    assert "held out for other languages" not in notes.text
+
+
+def test_the_translations_left_out_are_known_for_the_vocabulary(data):
+    (data / "snli_ve_dev.nl.jsonl").unlink()
+    config = AlignConfig(data=str(data), lang=("de", "nl"), dev_fraction=0.4)
+    reader = corpus.ParallelReader(data, config, SILENT)
+    german, held = reader.read("de")[0], set(reader.read("nl")[1].sources)
+    english = {row["pairID"]: row["sentence2"] for row in read_jsonl(data / "snli_ve_train.jsonl")}
+    rows = read_jsonl(data / "snli_ve_train.de.jsonl")
+    expected = [row["sentence2"] for row in rows if english[row["pairID"]] in held]
+    assert sorted(reader.left_out["de"]) == sorted(expected) and "nl" not in reader.left_out
+    assert len(expected) + len(german.target) == len(rows)
+
+
+def test_a_sentence_held_out_for_one_language_is_trained_on_in_none(data):
+    (data / "snli_ve_dev.nl.jsonl").unlink()
+    every = set(read_split(data, "train").hypotheses)
+    # Dutch has fewer sentences, so the two it holds out need not be those German would.
+    for missing in every:
+        shutil.copy(data / "snli_ve_train.nl.jsonl", data / "whole.jsonl")
+        _keep_sentences(data / "snli_ve_train.nl.jsonl", every - {missing})
+        notes = Notes()
+        (german, german_dev), (dutch, dutch_dev) = _texts(data, notes).values()
+        held = set(dutch_dev.sources)
+        assert len(held) == 2 and not held & {*german.sources, *dutch.sources}
+        assert set(german.sources) == every - held
+        left_out = 24 - len(german.sources)
+        assert (
+            f"snli_ve_train.de.jsonl: {left_out} pairs left out; their en sentences are held out "
+            "for other languages."
+        ) in notes.text
+        # The file German has stays whole, though its sentences are in the training file as well.
+        assert len(german_dev.sources) == len(read_jsonl(data / "snli_ve_dev.de.jsonl"))
+        as_auxiliary = _texts(data, lang=("de",), auxiliary=("nl",))
+        assert as_auxiliary["de"][0].target.pair_ids == german.target.pair_ids
+        (data / "whole.jsonl").rename(data / "snli_ve_train.nl.jsonl")
+
+
+def test_languages_without_dev_files_spare_what_the_others_hold_out(data):
+    for lang in ("de", "nl"):
+        (data / f"snli_ve_dev.{lang}.jsonl").unlink()
+    every = set(read_split(data, "train").hypotheses)
+    (held,) = ({*dev.sources} for _, dev in _texts(data, lang=("de",)).values())
+    # Dutch lacks one of the two sentences that German holds out, and holds out another.
+    _keep_sentences(data / "snli_ve_train.nl.jsonl", every - {min(held)})
+    (german, german_dev), (dutch, dutch_dev) = _texts(data).values()
+    both = {*german_dev.sources, *dutch_dev.sources}
+    assert set(german_dev.sources) == held and len(both) == 3
+    assert set(german.sources) == every - both == set(dutch.sources)
+
+
+def test_held_out_sentences_are_not_trained_on_as_english(
+    data, tmp_path, trained, encoder, monkeypatch
+):
+    (data / "snli_ve_dev.nl.jsonl").unlink()
+    taken = []
+    add_source = corpus.Corpus.add_source
+
+    def watch(self, source_lang):
+        taken.append(set(self.sources))
+        return add_source(self, source_lang)
+
+    monkeypatch.setattr(corpus.Corpus, "add_source", watch)
+    result = _align(
+        data, tmp_path, trained, encoder, "de", "nl", include_english=True, dev_fraction=0.4,
+        limit=3,
+    )  # fmt: skip
+    held = set(_texts(data)["nl"][1].sources)
+    assert taken == [set(read_split(data, "train").hypotheses) - held]
+    assert result.training.pairs == 9  # the limit counts what is left
+    config = AlignConfig(
+        data=str(data), lang=("de", "nl"), dev_fraction=0.4, teacher=trained / "clip-ve"
+    )
+    assert alignment.count_sentences(config) == {"de": 3, "nl": 3}
+    assert alignment.count_sentences(dataclasses.replace(config, lang=("de",))) == {"de": 5}
+
+
+def test_a_language_with_nothing_but_held_out_sentences_is_told(data):
+    (data / "snli_ve_dev.nl.jsonl").unlink()
+    held = set(_texts(data)["nl"][1].sources)
+    _keep_sentences(data / "snli_ve_train.de.jsonl", held)
+    with pytest.raises(DataError, match=r"train\.de\.jsonl: nothing is left to train on"):
+        _texts(data, allow_leak=True)
+
+
+def test_too_little_text_to_hold_out(data, tmp_path, trained, encoder):
+    (data / "snli_ve_dev.de.jsonl").unlink()
+    for line in range(1, 25):
+        edit_row(data / "snli_ve_train.de.jsonl", line, sentence2="Gleich.")
+    rows = read_jsonl(data / "snli_ve_train.jsonl")
+    write_jsonl(data / "snli_ve_train.jsonl", [row | {"sentence2": "Same."} for row in rows])
+    with pytest.raises(DataError, match="too few to hold out"):
+        _align(data, tmp_path, trained, encoder, "de")

@@ -1,0 +1,435 @@
+"""`align --method token`: the loss against one computed pair by pair, and what is kept of it."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny_backbones
+import tiny_world
+import torch
+from safetensors.torch import load_file
+from tiny_world import QUICK, read_jsonl, tree
+from torch.nn import functional
+from transformers import AutoModel, AutoTokenizer, CLIPTextModelWithProjection
+
+from clseave_cli.commands.options import resolve
+from clseave_cli.core.alignment import align, token
+from clseave_cli.core.alignment.autoencoding import autoencode
+from clseave_cli.core.alignment.objectives import SentenceObjective, squared_error
+from clseave_cli.core.alignment.token import TokenObjective, TokenPairs
+from clseave_cli.core.config import AlignConfig, AutoencodeConfig, ExportConfig
+from clseave_cli.core.features import Sentences
+from clseave_cli.core.models.autoencoder import Autoencoder, load_autoencoder
+from clseave_cli.core.models.clip_ve import ClipVE
+from clseave_cli.core.models.encoders import module_digest
+from clseave_cli.core.models.student import load_student, new_token_student, save_student
+from clseave_cli.core.prediction.export import export
+from clseave_cli.errors import DataError, ModelError, UsageError
+
+ENGLISH = ["The square is red.", "A dog waits outside."]
+GERMAN = ["Das Quadrat ist rot.", "Draußen wartet ein Hund."]
+#: Word of the German sentence, word of the English one.
+WORDS = [[(0, 0), (1, 1), (3, 3)], [(0, 3), (3, 1), (2, 0)]]
+
+
+def _align(data, runs, trained, encoder, *languages, **options):
+    defaults = {"epochs": 1, "teacher": trained / "clip-ve", "method": "token", **QUICK}
+    return align(
+        AlignConfig(
+            data=str(data), runs=runs, lang=languages or ("de",), student=str(encoder),
+            **(defaults | options),
+        )
+    )  # fmt: skip
+
+
+@pytest.fixture
+def teacher(trained):
+    return ClipVE.from_folder(trained / "clip-ve")
+
+
+def _states(model, tokenizer, sentence):
+    """transformers' own last hidden states of a sentence, and each word's first token."""
+    inputs = tokenizer(sentence.split(), is_split_into_words=True, return_tensors="pt")
+    words = inputs.word_ids(0)
+    first = [words.index(word) for word in range(len(sentence.split()))]
+    return model(**inputs).last_hidden_state[0], first
+
+
+def _by_hand(student, encoder, clip_ve, terminal):
+    """The mean squared error of all token pairs, one sentence and one pair at a time."""
+    model = AutoModel.from_pretrained(encoder, add_pooling_layer=False).eval()
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    clip = CLIPTextModelWithProjection.from_pretrained(clip_ve / "text").text_model.eval()
+    clip_tokenizer = AutoTokenizer.from_pretrained(clip_ve / "text")
+    errors = []
+    with torch.no_grad():
+        for german, english, words in zip(GERMAN, ENGLISH, WORDS, strict=True):
+            own, own_first = _states(model, tokenizer, german)
+            # A byte-level tokenizer knows no words: they are found by reading the sentence so far.
+            inputs = clip_tokenizer(english, return_tensors="pt")
+            theirs = clip(**inputs).last_hidden_state[0]
+            firsts = [
+                len(clip_tokenizer(" ".join(english.split()[:word])).input_ids) - 1
+                for word in range(len(english.split()))
+            ]
+            places = [(own_first[i], firsts[j]) for i, j in words]
+            places += [(len(own) - 1, len(theirs) - 1)] if terminal else []
+            for i, j in places:
+                errors.append((student.norm.coder(own[i]) - theirs[j]).square().mean().item())
+    return float(np.mean(errors)), len(errors)
+
+
+def _objective(student, teacher, terminal, sentences=None, weights=(1.0, 1.0)):
+    """The objective of the two sentences, their tokens found by the corpus' own means."""
+    corpus = token.TokenCorpus(
+        student, teacher.text, "en", AlignConfig(terminal_pair=terminal), progress=None
+    )
+    words = token.split_words(GERMAN, "de")
+    flat = np.array([(j, i) for pair in WORDS for i, j in pair])
+    links = token.Links(flat, np.ones(len(flat), dtype=bool), np.array([0, 3, 6]))
+    part = SimpleNamespace(
+        tokens=student.tokenize(GERMAN), sentence_of_pair=np.arange(2),
+        source_of_pair=np.arange(2), counts=np.ones(2),
+    )  # fmt: skip
+    corpus._take(links, words, part)
+    pairs = SimpleNamespace(
+        sentences=Sentences(part.tokens, np.arange(2)),
+        teacher=SimpleNamespace(index=np.arange(2)),
+        distinct=np.arange(2),
+        weights=torch.tensor(weights),
+    )
+    return TokenObjective(student, teacher.text, pairs, corpus.pairs(ENGLISH), sentences=sentences)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("code", ["linear", "relu"])
+def test_the_loss_equals_one_computed_pair_by_pair(teacher, trained, encoder, code, terminal):
+    torch.manual_seed(0)
+    student = new_token_student(encoder, teacher.text, code).eval()
+    objective = _objective(student, teacher, terminal)
+    batch = objective.prepare(np.array([1, 0]))
+    wanted, count = _by_hand(student, encoder, trained / "clip-ve", terminal)
+    assert objective.loss(batch).item() == pytest.approx(wanted, rel=1e-4)
+    assert batch.num_tokens.sum() == count == (8 if terminal else 6)
+
+
+def test_a_repeated_pair_counts_as_often_as_it_stands(teacher, encoder):
+    torch.manual_seed(0)
+    student = new_token_student(encoder, teacher.text, "linear").eval()
+    first, second = (
+        _objective(student, teacher, True).prepare(np.array([row])) for row in range(2)
+    )
+    both = _objective(student, teacher, True, weights=(3.0, 1.0))
+    sums = [both.loss(batch).item() * batch.num_tokens.item() for batch in (first, second)]
+    wanted = (3 * sums[0] + sums[1]) / (3 * 4 + 4)
+    assert both.loss(both.prepare(np.arange(2))).item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_shares_of_several_processes_add_up(teacher, encoder, monkeypatch):
+    torch.manual_seed(0)
+    student = new_token_student(encoder, teacher.text, "linear").eval()
+    objective = _objective(student, teacher, True)
+    whole = objective.loss(objective.prepare(np.arange(2)))
+    shares = []
+    for rank in range(2):
+        team = SimpleNamespace(share=lambda rows, rank=rank: np.array_split(rows, 2)[rank])
+        monkeypatch.setattr(token, "processes", lambda team=team: team)
+        shares.append(objective._errors(objective.prepare(np.arange(2))))
+    gathered = torch.cat(shares)
+    team = SimpleNamespace(share=lambda rows: rows, spread=lambda encode, count: gathered)
+    monkeypatch.setattr(token, "processes", lambda: team)
+    assert objective.loss(objective.prepare(np.arange(2))).item() == pytest.approx(
+        whole.item(), rel=1e-5
+    )
+
+
+def test_each_distinct_english_sentence_is_encoded_once(teacher, encoder):
+    student = new_token_student(encoder, teacher.text, "linear").eval()
+    objective = _objective(student, teacher, True)
+    objective._pairs.teacher.index = np.array([1, 1])
+    assert len(objective.prepare(np.arange(2)).source.terminals) == 1
+
+
+def test_a_student_reads_its_terminal_token_through_the_teachers_projection(
+    world, trained, encoder, tmp_path
+):
+    result = _align(world, tmp_path, trained, encoder, code="relu", final_norm="twice")
+    student = load_student(result.folder)
+    clip = CLIPTextModelWithProjection.from_pretrained(trained / "clip-ve" / "text")
+    model = AutoModel.from_pretrained(result.folder / "encoder", add_pooling_layer=False).eval()
+    tokenizer = AutoTokenizer.from_pretrained(result.folder / "encoder")
+    with torch.no_grad():
+        (found,) = student.embed(student.tokenize(GERMAN))
+        for sentence, embedding in zip(GERMAN, found, strict=True):
+            state = model(**tokenizer(sentence, return_tensors="pt")).last_hidden_state[0, -1]
+            code = student.norm.coder[0](state).relu()
+            wanted = clip.text_projection(clip.text_model.final_layer_norm(code))
+            assert torch.allclose(embedding, wanted, atol=1e-5)
+
+
+def test_only_encoder_and_code_are_trained(world, trained, encoder, tmp_path, teacher):
+    before = tree(trained / "clip-ve")
+    result = _align(world, tmp_path, trained, encoder, final_norm="twice", method="sentence+token")
+    student = load_student(result.folder)
+    assert tree(trained / "clip-ve") == before
+    assert torch.equal(student.projection.weight, teacher.text.projection.weight)
+    last = teacher.text.backbone.final_layer_norm
+    assert module_digest(student.norm.final_norm) == module_digest(last)
+    fresh = new_token_student(encoder, teacher.text, "linear")
+    assert module_digest(student.backbone) != module_digest(fresh.backbone)
+
+
+@pytest.mark.parametrize("method", ["token", "sentence+token"])
+def test_a_student_learns(world, trained, encoder, tmp_path, method):
+    result = _align(
+        world, tmp_path, trained, encoder, method=method, epochs=100, weight_decay=0.0,
+        select="mse",
+    )  # fmt: skip
+    records = read_jsonl(result.folder / "training" / "metrics.jsonl")
+    errors = [record["dev"]["mse"] for record in records if "dev" in record]
+    losses = [record["loss"] for record in records if "dev" in record]
+    # Not by heart: an untrained encoder aligns some words wrongly, and differently each time.
+    assert min(errors) < 0.4 * errors[0] and losses[-1] < 0.4 * losses[0]
+
+
+def test_both_losses_add_up(teacher, encoder):
+    torch.manual_seed(0)
+    student = new_token_student(encoder, teacher.text, "linear").eval()
+    tokens = _objective(student, teacher, True)
+    vectors = torch.randn(2, teacher.text.embedding_dim)
+    pairs = SimpleNamespace(
+        sentences=tokens._pairs.sentences,
+        teacher=SimpleNamespace(
+            index=np.arange(2), vectors=SimpleNamespace(rows=lambda rows: vectors[rows])
+        ),
+        weights=torch.ones(2),
+        images=None,
+    )
+    sentences = SentenceObjective(student, pairs, squared_error, seed=0)
+    both = TokenObjective(
+        student, teacher.text, tokens._pairs, tokens._tokens, sentences=sentences, token_weight=0.5
+    )
+    rows = np.array([1, 0])
+    wanted = sentences.loss(sentences.prepare(rows)) + 0.5 * tokens.loss(tokens.prepare(rows))
+    assert both.loss(both.prepare(rows)).item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_links_of_a_file_are_those_of_the_aligner(clseave, world, trained, encoder, tmp_path):
+    """What word-align writes, read by align, makes the same student to the bit."""
+    path = tmp_path / "links.de"
+    code, _, err = clseave(
+        "word-align", "--data", world, "--lang", "de", "--aligner", encoder, "--out", path,
+        "--aligner-threshold", 0.05, "--device", "cpu",
+    )  # fmt: skip
+    assert code == 0 and "24 sentence pairs" in err
+    found = _align(world, tmp_path / "a", trained, encoder, aligner_threshold=0.05)
+    read = _align(world, tmp_path / "b", trained, encoder, alignments=tmp_path / "links.{lang}")
+    for name in ("encoder/model.safetensors", "projection.safetensors"):
+        assert (found.folder / name).read_bytes() == (read.folder / name).read_bytes()
+    (tmp_path / "links.de").write_text("0-0\n" * 24)
+    other = _align(world, tmp_path / "c", trained, encoder, alignments=tmp_path / "links.{lang}")
+    name = "encoder/model.safetensors"
+    assert (other.folder / name).read_bytes() != (read.folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("options", [{"include_english": True}, {"trim_vocabulary": True}])
+def test_with_english_and_with_a_trimmed_vocabulary(world, trained, encoder, tmp_path, options):
+    result = _align(world, tmp_path, trained, encoder, "de", "nl", **options)
+    assert np.isfinite(result.training.dev["mse"])
+
+
+def test_a_limit_takes_no_tokens_from_a_trimmed_vocabulary(world, trained, encoder, tmp_path):
+    kept = []
+    for limit in (1, None):
+        result = _align(
+            world, tmp_path / str(limit), trained, encoder, method="sentence", limit=limit,
+            trim_vocabulary=True,
+        )  # fmt: skip
+        kept.append(load_student(result.folder).trimmed.kept)
+    assert np.array_equal(*kept)
+
+
+def test_english_words_pair_with_themselves(teacher, encoder):
+    student = new_token_student(encoder, teacher.text, "linear")
+    config = AlignConfig(terminal_pair=False)
+    corpus = token.TokenCorpus(student, teacher.text, "en", config, progress=None)
+    everyone = np.arange(2)
+    corpus.add_source(
+        SimpleNamespace(
+            tokens=student.tokenize(ENGLISH), sentence_of_pair=everyone, source_of_pair=everyone,
+            counts=np.ones(2),
+        ),
+        ENGLISH,
+    )  # fmt: skip
+    found = corpus.pairs(ENGLISH)
+    assert np.diff(found.offsets).tolist() == [4, 4]
+    names = teacher.text.tokenizer.convert_ids_to_tokens(found.sources.ids[found.source[:4]])
+    own = student.tokenizer.convert_ids_to_tokens(student.tokenize(ENGLISH).ids[found.target[:4]])
+    for english, theirs in zip(own, names, strict=True):
+        assert english.lower()[0] == theirs[0]
+
+
+def test_the_thesis_preset_is_the_failing_method(world, trained, encoder, tmp_path):
+    config = resolve(AlignConfig, {"method": "token"}, preset="thesis")
+    faults = {"code": "relu", "terminal_pair": False, "sentence_token": "pooler",
+              "final_norm": "twice", "pretrained_code": True}  # fmt: skip
+    assert {name: getattr(config, name) for name in faults} == faults
+    made = autoencode(
+        AutoencodeConfig(
+            data=str(world), runs=trained, lang=("de", "nl"), student=str(encoder),
+            out=tmp_path / "autoencoder", epochs=1, **QUICK,
+        )
+    )  # fmt: skip
+    started = {}
+    with pytest.MonkeyPatch.context() as patch:
+        make = token.new_token_student
+
+        def watch(*arguments, **more):
+            started["student"] = make(*arguments, **more)
+            return started["student"]
+
+        patch.setattr(token, "new_token_student", watch)
+        result = _align(
+            world, tmp_path, trained, encoder, autoencoder=made.folder, max_steps=1,
+            learning_rate=0.0, **faults,
+        )  # fmt: skip
+    autoencoder, fingerprint = load_autoencoder(made.folder, Autoencoder(32, 32))
+    student = load_student(result.folder)
+    for name, value in autoencoder.encoder.state_dict().items():
+        assert torch.equal(student.norm.coder.state_dict()[name], value)
+    assert student.pooling == "cls"
+    assert torch.equal(student.norm.pooler[0].weight, started["student"].norm.pooler[0].weight)
+    assert fingerprint in (result.folder / "training" / "run.json").read_text()
+
+
+def test_the_sentence_is_read_through_the_encoders_own_pooling_layer(teacher, world, tmp_path):
+    encoder = tiny_backbones.STUDENTS["LaBSE"](tmp_path, tiny_world.sentences(world))
+    student = new_token_student(encoder, teacher.text, "linear", sentence_token="pooler").eval()
+    inputs = AutoTokenizer.from_pretrained(encoder)(GERMAN, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        pooled = AutoModel.from_pretrained(encoder).eval()(**inputs).pooler_output
+        wanted = teacher.text.projection(student.norm.coder(pooled))
+        found = student(student.pack(student.tokenize(GERMAN), np.arange(len(GERMAN))))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_an_embedding_can_be_made_from_the_folder_alone(teacher, encoder, tmp_path):
+    """As docs/checkpoints.md says, from files and with torch's own functions."""
+    student = new_token_student(
+        encoder, teacher.text, "relu", final_norm=True, sentence_token="pooler"
+    ).eval()
+    save_student(student, tmp_path, languages=["de"], teacher=teacher.fingerprint)
+    coding = json.loads((tmp_path / "config.json").read_text())["coding"]
+    weights = load_file(tmp_path / "projection.safetensors")
+    inputs = AutoTokenizer.from_pretrained(tmp_path / "encoder")(
+        GERMAN, return_tensors="pt", padding=True
+    )
+
+    def linear(name, states):
+        weight = weights.pop(f"{name}.weight")
+        return functional.linear(states, weight, weights.pop(f"{name}.bias", None))
+
+    with torch.no_grad():
+        states = AutoModel.from_pretrained(tmp_path / "encoder").eval()(**inputs).last_hidden_state
+        assert coding["pools"] and coding["code"] == "relu"
+        code = linear("coded_state.coder.0", linear("coded_state.pooler.0", states[:, 0]).tanh())
+        normal = functional.layer_norm(
+            code.relu(), [coding["width"]], weights.pop("coded_state.final_norm.weight"),
+            weights.pop("coded_state.final_norm.bias"), coding["norm_eps"],
+        )  # fmt: skip
+        found = linear("projection", normal)
+        wanted = student(student.pack(student.tokenize(GERMAN), np.arange(len(GERMAN))))
+    torch.testing.assert_close(found, wanted)
+    assert not weights
+
+
+def test_an_encoder_without_pooling_layer_is_refused(teacher, world, tmp_path):
+    encoder = tiny_backbones.STUDENTS["DistilmBERT"](tmp_path, tiny_world.sentences(world))
+    with pytest.raises(ModelError, match=r"a distilbert model has no pooling layer; use .* cls"):
+        new_token_student(encoder, teacher.text, "linear", sentence_token="pooler")
+
+
+def test_a_token_student_predicts_and_is_exported(clseave, world, runs, encoder, tmp_path):
+    _align(world, runs, runs, encoder, code="relu", final_norm="twice", sentence_token="pooler")
+    image = world / "images" / "test0.png"
+    code, _, err = clseave("predict", image, GERMAN[0], "--lang", "de", "--runs", runs, "--json")
+    assert code == 0, err
+    exported = export(ExportConfig(runs=runs, out=tmp_path / "onnx", lang=("de",), device="cpu"))
+    assert exported.difference < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"pooling": "mean"}, UsageError, "--method token: reads --sentence-token"),
+        ({"projection": "mlp"}, UsageError, "those of --method sentence"),
+        ({"objective": "cosine"}, UsageError, "--objective cosine needs --method sentence"),
+        ({"aligner_layer": 8}, UsageError, "--aligner-layer 8: .* has 1"),
+        ({"aligner": "nowhere/at/all"}, ModelError, "nowhere/at/all: no such model folder"),
+        ({"pretrained_code": True}, ModelError, "autoencoder: no such model folder; .*autoencode"),
+        ({"aligner_threshold": 1.0, "terminal_pair": False}, DataError, "no words are linked"),
+        (
+            {"method": "sentence", "alignments": "links.{lang}"}, UsageError,
+            "--alignments: --method sentence compares no words",
+        ),
+        (
+            {"auxiliary": ("nl",), "alignments": "links"}, UsageError,
+            r"--alignments links: one file for several languages; put \{lang\} in its name",
+        ),
+    ],
+)  # fmt: skip
+def test_refusals(world, trained, encoder, tmp_path, options, error, message):
+    with pytest.raises(error, match=message):
+        _align(world, tmp_path / "runs", trained, encoder, **options)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("0-0\n" * 25, r"links.de:25: more lines than sentences; .*train.de.jsonl has 24"),
+        ("0-0\n" * 23, r"links.de: 23 lines; expected 24"),
+        ("0-0\n" * 3 + "0-4\n" + "0-0\n" * 20, r"links.de:\d+: 0-4 names a word that is not there"),
+        ("0-0\n" * 3 + "0;4\n" + "0-0\n" * 20, r"links.de:\d+: '0;4' is no link"),
+        (None, r"links.de: cannot be read"),
+    ],
+)
+def test_bad_files_of_links(refused, world, runs, encoder, tmp_path, content, message):
+    before = tree(runs)
+    if content is not None:
+        (tmp_path / "links.de").write_text(content)
+    error = refused(
+        "align", "--method", "token", "--lang", "de", "--student", encoder, "--data", world,
+        "--runs", runs, "--alignments", tmp_path / "links.{lang}", "--device", "cpu",
+    )  # fmt: skip
+    assert re.search(message, error), error
+    assert tree(runs) == before
+
+
+@pytest.mark.parametrize("name", sorted(set(tiny_backbones.TEACHERS) - {"clip"}))
+def test_a_teacher_that_ends_otherwise_is_refused(name, world, encoder, tmp_path):
+    folder = tiny_backbones.TEACHERS[name](tmp_path, tiny_world.sentences(world))
+    with pytest.raises(ModelError, match="the token method needs a teacher whose text tower ends"):
+        new_token_student(encoder, ClipVE.from_clip(folder).text, "linear")
+
+
+@pytest.mark.parametrize("method", ["token", "sentence+token"])
+@pytest.mark.parametrize("name", sorted(tiny_backbones.STUDENTS))
+def test_any_encoder_can_be_the_student(name, method, world, trained, tmp_path):
+    encoder = tiny_backbones.STUDENTS[name](tmp_path / "encoder", tiny_world.sentences(world))
+    result = _align(world, tmp_path, trained, encoder, method=method, max_steps=2)
+    assert np.isfinite(result.training.dev["mse"])
+    before = new_token_student(
+        encoder, ClipVE.from_folder(trained / "clip-ve").text, "linear"
+    ).backbone  # fmt: skip
+    assert module_digest(load_student(result.folder).backbone) != module_digest(before)
+
+
+def test_token_pairs_are_stored_flat(teacher, encoder):
+    student = new_token_student(encoder, teacher.text, "linear")
+    found = _objective(student, teacher, True)._tokens
+    assert isinstance(found, TokenPairs) and found.offsets.tolist() == [0, 4, 8]
+    lengths = student.tokenize(GERMAN).lengths(np.arange(2))
+    assert found.target[[3, 7]].tolist() == (lengths - 1).tolist()

@@ -1,0 +1,129 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clseave_cli.core.evaluation.distances import analyse_distances
+from clseave_cli.core.evaluation.metrics.bootstrap import compare_predictions
+from clseave_cli.core.evaluation.metrics.classification import agreement, score
+from clseave_cli.core.evaluation.metrics.transfer import measure_transfer
+from clseave_cli.core.evaluation.report.curves import CurvePoint, LearningCurve
+from clseave_cli.core.evaluation.report.gallery import Gallery, GalleryEntry, GalleryItem
+from clseave_cli.core.evaluation.results import Baselines, LanguageResult, Results, Signature
+
+LANGUAGES = ("en", "de", "nl", "ja", "zh", "ko")
+
+
+def make_results(languages=LANGUAGES, seed=0, num_rows=600):
+    """Simulated figures, computed by the real functions: worse from language to language."""
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(3, size=num_rows)
+    images = np.array([f"{index:05d}.jpg" for index in generator.integers(60, size=num_rows)])
+    english = generator.normal(size=(num_rows, 3))
+    english[np.arange(num_rows), labels] += 2.4
+    teacher = generator.normal(size=(num_rows, 32))
+    results = []
+    for index, lang in enumerate(languages):
+        logits = english + 0.35 * index * generator.normal(size=english.shape)
+        scores = score(labels, logits, images, resamples=200, seed=0)
+        right = logits.argmax(axis=1) == labels
+        more = {}
+        if index:
+            student = teacher + 0.2 * index * generator.normal(size=teacher.shape)
+            more = {
+                "difference_to_english": compare_predictions(
+                    right, english.argmax(axis=1) == labels, images, resamples=200, seed=0
+                ),
+                "transfer": measure_transfer(student, teacher, np.arange(num_rows)),
+            }
+        results.append(
+            LanguageResult.from_scores(
+                scores,
+                lang=lang,
+                split="test",
+                hard_accuracy=float(right[::2].mean()),
+                num_hard=num_rows // 2,
+                ratio_to_english=scores.accuracy.value
+                / float((english.argmax(axis=1) == labels).mean()),
+                agreement_with_english=agreement(logits, english),
+                **more,
+            )
+        )
+    return Results(
+        results=tuple(results),
+        baselines={
+            lang: Baselines(majority=0.334, hypothesis_only=0.412, shuffled_image=0.371)
+            for lang in languages
+        },
+        signature=Signature(
+            version="0.1.0",
+            data={"snli_ve_test.jsonl": "3f2a9c1b" * 8},
+            checkpoints={"clip-ve": "91ab44e0" * 8, "align-de": "77de01c2" * 8},
+            seed=0,
+            resamples=200,
+            num_examples=num_rows,
+            precision="fp32",
+            device="cpu",
+        ),
+        distances=analyse_distances({result.lang: result.accuracy for result in results}),
+    )
+
+
+@pytest.fixture(scope="session")
+def results():
+    return make_results()
+
+
+HOSTILE = "<script>alert('1')</script> | $x_1$ & 100 % 円 \\ `code` [a](b)"
+
+
+def encoded_image(width, height, *, noise):
+    """A PNG drawing of two colours, or a JPEG photo of noise."""
+    stream = io.BytesIO()
+    if noise:
+        pixels = np.random.default_rng(0).integers(256, size=(height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(stream, "JPEG")
+    else:
+        image = Image.new("RGB", (width, height), "white")
+        image.paste("red", (2, 2, width // 2, height // 2))
+        image.save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="session")
+def curves():
+    def points(figures):
+        return tuple(
+            CurvePoint(epoch, 1 / epoch, {name: value / epoch for name, value in figures.items()})
+            for epoch in range(1, 5)
+        )
+
+    return [
+        LearningCurve("pretrain", "clip", points({"loss": 2.0}), 4),
+        LearningCurve("finetune-ve", "clip-ve", points({"loss": 1.1, "accuracy": 0.8}), 3),
+        LearningCurve("align", "align-de", points({"mse": 0.03, "accuracy": 0.8}), None),
+        LearningCurve("align", "align-$ja$-円", points({"mse": 0.04, "accuracy": 0.7}), 4),
+    ]
+
+
+@pytest.fixture(scope="session")
+def galleries():
+    sentences = {"en": "There is a red circle.", "ja": "赤い円があります。", "de": HOSTILE}
+    entries = tuple(
+        GalleryEntry(lang, text, "entailment", predicted, (0.7, 0.2, 0.1))
+        for (lang, text), predicted in zip(
+            sentences.items(), ("entailment", "neutral", "entailment"), strict=True
+        )
+    )
+    return [
+        Gallery(
+            "Scenes",
+            "One scene, every language.",
+            (
+                GalleryItem("scene.png", encoded_image(64, 64, noise=False), entries),
+                GalleryItem("photo.jpg", encoded_image(900, 600, noise=True), entries),
+            ),
+        ),
+        Gallery("Errors", HOSTILE, (GalleryItem(HOSTILE, b"not an image", entries[:1]),)),
+    ]

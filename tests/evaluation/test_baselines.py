@@ -1,0 +1,144 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+
+from clseave_cli.core.evaluation.metrics.baselines import (
+    majority_label,
+    predict_from_hypotheses,
+    shuffled_rows,
+)
+from clseave_cli.core.evaluation.metrics.bootstrap import accuracy_interval, compare_predictions
+from clseave_cli.core.evaluation.metrics.seeds import (
+    SeedSummary,
+    mean_accuracy_interval,
+    mean_difference_interval,
+    summarise_seeds,
+)
+
+
+def test_majority_takes_the_first_of_equals():
+    assert majority_label([2, 2, 0]) == 2
+    assert majority_label([2, 1, 1, 2]) == 1
+
+
+@pytest.mark.parametrize(
+    ("telling", "sentences"),
+    [
+        ({"nobody": 2, "outside": 0, "tall": 1}, "{} people are {} here"),
+        ({"誰も": 2, "外に": 0, "背の高い": 1}, "{}人が{}います"),
+        ({"没有人": 2, "户外": 0, "高个子": 1}, "{}个人在{}这里"),
+        ({"아무도": 2, "밖에서": 0, "키가": 1}, "{}명이{}있습니다"),
+    ],
+    ids=["en", "ja", "zh", "ko"],
+)
+def test_finds_what_the_wording_gives_away(telling, sentences):
+    train = [(sentences.format(n, word), label) for word, label in telling.items() for n in "123"]
+    test = [(sentences.format(9, word), label) for word, label in telling.items()]
+    predicted = predict_from_hypotheses(
+        [text for text, _ in train], [label for _, label in train], [text for text, _ in test]
+    )
+    assert predicted.tolist() == [label for _, label in test]
+
+
+def test_counting_equal_rows_is_training_on_every_row():
+    generator = np.random.default_rng(0)
+    words = ["red", "blue", "dog", "cat", "no", "two"]
+    pool = [" ".join(generator.choice(words, 3)) for _ in range(40)]
+    drawn = generator.integers(40, size=600)
+    labels = (drawn + (generator.random(600) < 0.4)) % 3
+    train = [pool[index] for index in drawn]
+    ours = predict_from_hypotheses(train, labels, pool)
+    # TF-IDF weights come from the distinct rows, so the reference takes them from those too.
+    distinct = sorted(set(zip(train, labels.tolist(), strict=True)))
+    vectors = TfidfVectorizer(ngram_range=(1, 3), sublinear_tf=True)
+    vectors.fit([text for text, _ in distinct])
+    reference = LogisticRegression(max_iter=1000, tol=1e-3).fit(vectors.transform(train), labels)
+    assert (ours == reference.predict(vectors.transform(pool))).mean() >= 0.95
+
+
+def test_sentences_without_anything_to_read_get_the_majority():
+    assert predict_from_hypotheses(["", " "], [1, 1], ["x", ""]).tolist() == [1, 1]
+    assert predict_from_hypotheses(["", " ", ""], [1, 2, 2], ["x"]).tolist() == [2]
+    assert predict_from_hypotheses(["a b", "!"], [0, 0], ["zzz"]).tolist() == [0]
+
+
+def test_punctuation_alone_is_something_to_read():
+    assert predict_from_hypotheses(["?", "?", "!"], [2, 2, 0], ["?", "!"])[0] == 2
+
+
+def test_no_training_rows_are_refused():
+    with pytest.raises(ValueError, match="needs training rows"):
+        predict_from_hypotheses([], [], ["a"])
+
+
+@given(st.lists(st.integers(0, 6), max_size=60), st.integers(0, 2**32 - 1))
+def test_shuffling_keeps_as_few_photos_as_possible(images, seed):
+    rows = shuffled_rows(images, seed)
+    assert sorted(rows.tolist()) == list(range(len(images)))
+    kept = sum(images[row] == image for row, image in zip(rows, images, strict=True))
+    largest = max((images.count(image) for image in images), default=0)
+    assert kept == max(0, 2 * largest - len(images))
+
+
+def test_shuffling_depends_on_the_seed_only():
+    images = np.arange(300) // 3
+    assert np.array_equal(shuffled_rows(images, 1), shuffled_rows(images, 1))
+    assert not np.array_equal(shuffled_rows(images, 1), shuffled_rows(images, 2))
+
+
+def test_shuffling_mixes_rows_of_one_photo_apart():
+    images = np.arange(900) // 9
+    photos = images[shuffled_rows(images, 0)].reshape(100, 9)
+    assert np.mean([len(set(row)) for row in photos.tolist()]) > 8
+
+
+def test_seeds_worked_by_hand():
+    assert summarise_seeds([0.7, 0.8, 0.9]) == SeedSummary(
+        3, pytest.approx(0.8), pytest.approx(0.1), 0.7, 0.9
+    )
+    assert summarise_seeds([0.7]) == SeedSummary(1, 0.7, 0.0, 0.7, 0.7)
+    with pytest.raises(ValueError, match="nothing"):
+        summarise_seeds([])
+
+
+def test_the_interval_of_one_training_is_that_of_its_accuracy():
+    generator = np.random.default_rng(0)
+    images = np.arange(400) // 8
+    right = generator.random(400) < 0.7
+    options = {"resamples": 300, "seed": 3}
+    one = mean_accuracy_interval([right], images, **options)
+    assert one == accuracy_interval(right, images, **options)
+    # Three trainings that err on different rows: the mean is surer than any of them.
+    several = [generator.random(400) < 0.7 for _ in range(3)]
+    mean = mean_accuracy_interval(several, images, **options)
+    assert mean.value == pytest.approx(np.mean(several))
+    assert mean.high - mean.low < one.high - one.low
+    # The same training three times is no more than the one.
+    again = mean_accuracy_interval([right] * 3, images, **options)
+    assert (again.low, again.high) == (pytest.approx(one.low), pytest.approx(one.high))
+
+
+def test_the_interval_of_one_difference_is_that_of_the_comparison():
+    generator = np.random.default_rng(0)
+    images = np.arange(400) // 8
+    options = {"resamples": 300, "seed": 3}
+    first, second = ([generator.random(400) < p for _ in range(3)] for p in (0.8, 0.7))
+    alone = mean_difference_interval(first[:1], second[:1], images, **options)
+    compared = compare_predictions(first[0], second[0], images, **options)
+    assert (alone.value, alone.low, alone.high) == (compared.value, compared.low, compared.high)
+    mean = mean_difference_interval(first, second, images, **options)
+    assert mean.value == pytest.approx(np.mean(first) - np.mean(second))
+    assert mean.high - mean.low < alone.high - alone.low
+    equal = mean_difference_interval(first, first, images, **options)
+    assert (equal.value, equal.low, equal.high) == (0, 0, 0)
+
+
+def test_several_trainings_that_are_all_right_are_not_certain():
+    images = np.arange(40) % 10
+    for all_right, low, high in ((True, 0.025**0.1, 1.0), (False, 0.0, 1 - 0.025**0.1)):
+        right = np.full(40, all_right)
+        found = mean_accuracy_interval([right] * 3, images, resamples=100, seed=0)
+        assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))

@@ -1,0 +1,505 @@
+"""`evaluate`: its two modes, several seeds, real files, and what it keeps."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_world import Notes, edit_row, read_jsonl, write_jsonl
+
+from clseave_cli.core.config import EvaluateConfig
+from clseave_cli.core.data.records import read_split
+from clseave_cli.core.evaluation import run as evaluation
+from clseave_cli.core.evaluation.comparison import compare_reports
+from clseave_cli.core.evaluation.metrics.bootstrap import accuracy_interval
+from clseave_cli.core.evaluation.results import Results
+from clseave_cli.core.evaluation.run import evaluate
+from clseave_cli.core.files import file_digest
+from clseave_cli.core.models.clip_ve import ClipVE
+from clseave_cli.core.models.student import load_student, new_student, save_student
+from clseave_cli.core.translation import engine as engines
+from clseave_cli.core.translation.engine import Identity, Limits, Rejection
+from clseave_cli.errors import DataError, TranslationError, UsageError
+from clseave_cli.labels import LABELS
+
+
+class Glossary:
+    """An engine that knows the tiny world's sentences, and notes what it was asked."""
+
+    licence = "public domain"
+    limits = Limits(batch_size=2, batch_characters=4000, text_characters=500, concurrency=1)
+
+    def __init__(self, known, source, target):
+        self.identity = Identity("glossary", "", "1", "", source, target)
+        self.known, self.asked = known, []
+
+    def translate(self, texts, attempt):
+        self.asked += texts
+        for text in texts:
+            if text not in self.known:
+                raise Rejection(f"no entry for {text!r}")
+        return [self.known[text] for text in texts]
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def glossary(world, monkeypatch):
+    """The engine `glossary`, which gives the English sentences of the world back."""
+    known = {}
+    for lang in ("de", "nl"):
+        english = {row["pairID"]: row["sentence2"] for row in read_jsonl(_test_file(world, "en"))}
+        for row in read_jsonl(_test_file(world, lang)):
+            known[row["sentence2"]] = english[row["pairID"]]
+    made = []
+
+    def create(config, source, target):
+        made.append(Glossary(known, source, target))
+        return made[-1]
+
+    monkeypatch.setattr(engines, "find_engine", lambda name: create)
+    return known, made
+
+
+def _test_file(data, lang):
+    return data / f"snli_ve_test{'' if lang == 'en' else f'.{lang}'}.jsonl"
+
+
+def _config(data, *runs, **options):
+    defaults = {"resamples": 20, "device": "cpu", "precision": "fp32"}
+    return EvaluateConfig(data=str(data), runs=runs, **(defaults | options))
+
+
+# --- translate-test ---
+
+
+def test_a_perfect_translation_gives_the_english_figures(world, trained, glossary):
+    _, made = glossary
+    config = _config(world, trained, mode="both", engine="glossary")
+    document = evaluate(config)
+    english, *others = document.results
+    assert [r.key for r in others] == ["de", "de.translate-test", "nl", "nl.translate-test"]
+    for result in others[1::2]:
+        assert result.accuracy == english.accuracy and result.confusion == english.confusion
+        assert result.loss == pytest.approx(english.loss, rel=1e-4)
+        assert result.agreement_with_english == 1 and result.transfer is None
+        # Its hypothesis-only classifier reads English, as the model does.
+        assert document.baselines[result.key].hypothesis_only == pytest.approx(
+            document.baselines["en"].hypothesis_only
+        )
+        assert result.difference_to_zero_shot.num_examples == 12
+        student = next(r for r in others if r.key == result.lang)
+        assert result.difference_to_zero_shot.value == pytest.approx(
+            result.accuracy - student.accuracy
+        )
+        assert student.difference_to_zero_shot is None and student.transfer is not None
+    assert document.baselines.keys() == {"en", "de", "de.translate-test", "nl", "nl.translate-test"}
+    assert document.signature.translators == {"de": "glossary 1", "nl": "glossary 1"}
+    assert document.distances.losses.keys() == {"de", "nl"}
+    # Each distinct sentence once, and never again.
+    sentences = {row["sentence2"] for row in read_jsonl(_test_file(world, "de"))}
+    assert sorted(made[0].asked) == sorted(sentences)
+    again = evaluate(config)
+    assert [engine.asked for engine in made[2:]] == [[], []] and again == document
+
+
+def test_translate_test_needs_no_student(data, trained, tmp_path, glossary):
+    shutil.copytree(trained / "clip-ve", tmp_path / "runs" / "clip-ve")
+    document = evaluate(
+        _config(data, tmp_path / "runs", mode="translate-test", engine="glossary", lang=("de",))
+    )
+    (german,) = document.results
+    assert (german.lang, german.mode) == ("de", "translate-test")
+    assert document.signature.checkpoints.keys() == {"clip-ve"} and document.distances is None
+    # Both models read English, the classifier without pictures too.
+    training = data / "snli_ve_train.jsonl"
+    assert document.signature.training == {training.name: file_digest(training)}
+
+
+def test_rows_that_cannot_be_translated_are_an_error(data, trained, glossary):
+    known, _ = glossary
+    edit_row(_test_file(data, "de"), 3, sentence2="Ein neuer Satz.")
+    config = _config(data, trained, mode="translate-test", engine="glossary", lang=("de",))
+    with pytest.raises(
+        TranslationError, match=r"test.de.jsonl:3: 1 of 12 hypotheses .*no entry for 'Ein neuer Sa"
+    ):
+        evaluate(config)
+    known["Ein neuer Satz."] = "A new sentence."
+    assert evaluate(config).results[0].num_examples == 12
+
+
+def test_suspect_translations_are_told(data, trained, glossary):
+    known, _ = glossary
+    for text in known:
+        known[text] = "Das ist gar nicht übersetzt worden. Und noch ein Satz. Und noch einer."
+    notes = Notes()
+    evaluate(_config(data, trained, mode="both", engine="glossary", lang=("de",)), notes)
+    assert "12 of 12 translations look suspect (" in notes.text
+
+
+def test_translations_of_a_file_by_pair_id(data, trained, tmp_path):
+    """IGLUE's machine translations: a folder a language, rows of the same shape, in English."""
+    for lang in ("de", "nl"):
+        (tmp_path / lang).mkdir()
+        shutil.copy(_test_file(data, "en"), tmp_path / lang / "test.jsonl")
+    document = evaluate(
+        _config(
+            data, trained, mode="translate-test", engine="file",
+            translations=tmp_path / "{lang}" / "test.jsonl",
+        )
+    )  # fmt: skip
+    assert [r.key for r in document.results] == ["en", "de.translate-test", "nl.translate-test"]
+    assert len({r.accuracy for r in document.results}) == 1
+    with pytest.raises(DataError, match=r"no such file; --translations"):
+        evaluate(
+            _config(data, trained, mode="both", engine="file", translations=tmp_path / "{lang}.tsv")
+        )
+    with pytest.raises(UsageError, match=r"--beams 0: expected a number above 0"):
+        evaluate(_config(data, trained, mode="both", engine="file", beams=0))
+
+
+def test_images_are_looked_for_before_anything_is_translated(data, trained, glossary):
+    _, made = glossary
+    (data / "images" / "test1.png").unlink()
+    with pytest.raises(DataError, match=r"image 'test1.png' is not in"):
+        evaluate(_config(data, trained, mode="translate-test", engine="glossary", lang=("de",)))
+    assert not made
+    shutil.rmtree(data / "images")
+    with pytest.raises(DataError, match=r"no image folder in it .*--images DIR says where"):
+        evaluate(_config(data, trained))
+
+
+def test_both_modes_are_in_table_and_report(clseave, data, trained, tmp_path):
+    for lang in ("de", "nl"):
+        (tmp_path / lang).mkdir()
+        shutil.copy(_test_file(data, "en"), tmp_path / lang / "test.jsonl")
+    report = tmp_path / "report"
+    arguments = ["evaluate", "--data", data, "--runs", trained, "--resamples", "20", "--mode"]
+    arguments += ["both", "--engine", "file", "--translations", tmp_path / "{lang}" / "test.jsonl"]
+    code, out, err = clseave(*arguments, "--report", report)
+    assert code == 0, err
+    shown = [line.split()[:3] for line in out.splitlines()]
+    assert [line for line in shown if line[1:] == ["→", "en"]] == [
+        ["de", "→", "en"],
+        ["nl", "→", "en"],
+    ]
+    page = (report / "report.html").read_text()
+    assert "German (translate-test)" in page and "German (zero-shot)" in page
+    assert "English (zero-shot)" not in page
+    assert "Translate-test against zero-shot" in page
+    assert "de (translate-test)" in (report / "table.tex").read_text()
+    assert Results.read(report).signature.translators["de"].startswith("file test.jsonl ")
+    names = {path.name for path in report.glob("predictions.*")}
+    assert "predictions.de.translate-test.jsonl" in names and len(names) == 5
+    comparison = compare_reports(report, report, resamples=10)
+    assert [entry.lang for entry in comparison.languages][:3] == ["en", "de", "de.translate-test"]
+    # An evaluation without translations leaves none of the older ones behind.
+    evaluate(_config(data, trained, lang=("de",), report=report))
+    assert [path.name for path in report.glob("predictions.*")] == ["predictions.de.jsonl"]
+
+
+# --- pictures ---
+
+
+def test_errors_of_every_language_are_shown(world, trained, tmp_path, monkeypatch):
+    written = {}
+    write = evaluation.write_report
+
+    def watched(document, folder, *, curves, galleries):
+        written[folder.name] = galleries[-1].items
+        return write(document, folder, curves=curves, galleries=galleries)
+
+    monkeypatch.setattr(evaluation, "write_report", watched)
+    several = evaluate(_config(world, trained, report=tmp_path / "several"))
+    alone = evaluate(_config(world, trained, lang=("de",), report=tmp_path / "alone"))
+
+    def num_wrong_pictures(folder, lang):
+        rows = read_jsonl(tmp_path / folder / f"predictions.{lang}.jsonl")
+        return len({row["image"] for row in rows if row["label"] != row["predicted"]})
+
+    for folder, document, most in (("several", several, 3), ("alone", alone, 12)):
+        shown = [item.entries[0] for item in written[folder]]
+        assert all(entry.predicted != entry.label for entry in shown)
+        expected = [
+            result.lang
+            for result in document.results
+            for _ in range(min(most, num_wrong_pictures(folder, result.lang)))
+        ]
+        assert expected and [entry.lang for entry in shown] == expected
+    assert len({entry.entries[0].lang for entry in written["several"]}) > 1
+    page = (tmp_path / "several" / "report.html").read_text()
+    assert "German · test" in page and "Dutch · test" in page
+    assert "at most 3 a language" in page
+
+
+# --- several seeds ---
+
+
+@pytest.fixture
+def seeds(trained, tmp_path):
+    """Three folders of models; the others' heads differ."""
+    folders = []
+    for number in range(3):
+        folder = tmp_path / f"runs-{number}"
+        shutil.copytree(trained, folder)
+        folders.append(folder)
+        if number:
+            model = ClipVE.from_folder(folder / "clip-ve")
+            for parameter in model.head.parameters():
+                parameter.data += 0.5 * number * np.random.default_rng(number).standard_normal()
+            shutil.rmtree(folder / "clip-ve")
+            (folder / "clip-ve").mkdir()
+            model.save(folder / "clip-ve")
+            for lang in ("de", "nl"):
+                _rewrite_teacher(folder / f"align-{lang}", model.fingerprint, lang)
+    return folders
+
+
+def _rewrite_teacher(folder, fingerprint, lang):
+    student = load_student(folder)
+    save_student(student, folder, languages=[lang], teacher=fingerprint)
+
+
+def test_several_seeds(world, seeds, clseave):
+    alone = [evaluate(_config(world, folder, resamples=10_000)) for folder in seeds]
+    code, out, err = clseave(
+        "evaluate", "--data", world, "--device", "cpu", "--precision", "fp32", "--resamples",
+        "10000", "--json", *(f"--runs={folder}" for folder in seeds),
+    )  # fmt: skip
+    assert code == 0, err
+    document = Results.from_json(json.loads(out))
+    german = document.seeds["de"]["difference_to_english"]
+    differences = [run.results[1].difference_to_english.value for run in alone]
+    assert german.mean == pytest.approx(np.mean(differences))
+    assert german.low - 1e-9 <= german.mean <= german.high + 1e-9
+    shuffled = [run.baselines["nl"].shuffled_image for run in alone]
+    assert document.seeds["nl"]["shuffled_image"].mean == pytest.approx(np.mean(shuffled))
+    assert document.results == alone[0].results and document.baselines == alone[0].baselines
+    assert document.seeds.keys() == {"en", "de", "nl"}
+    for number, lang in enumerate(("en", "de", "nl")):
+        values = [run.results[number].accuracy for run in alone]
+        found = document.seeds[lang]["accuracy"]
+        assert found.num_seeds == 3 and found.mean == pytest.approx(np.mean(values))
+        assert found.std == pytest.approx(np.std(values, ddof=1))
+        assert (found.min, found.max) == (min(values), max(values))
+        assert found.low - 1e-9 <= found.mean <= found.high + 1e-9
+    checkpoints = document.signature.checkpoints
+    assert len(checkpoints) == 9
+    assert checkpoints["runs-1/clip-ve"] == alone[1].signature.checkpoints["clip-ve"]
+
+
+def test_trainings_have_short_names(world, seeds, tmp_path):
+    """No path of this machine in what a report prints; equal names become numbers."""
+    (tmp_path / "other").mkdir()
+    same = shutil.copytree(seeds[1], tmp_path / "other" / seeds[0].name)
+    document = evaluate(_config(world, seeds[0], same, lang=("de",)))
+    assert set(document.signature.checkpoints) == {
+        "1/clip-ve", "1/align-de", "2/clip-ve", "2/align-de",
+    }  # fmt: skip
+    assert str(tmp_path) not in json.dumps(document.to_json())
+
+
+def test_one_training_is_not_two_seeds(world, seeds, refused, tmp_path):
+    copy = shutil.copytree(seeds[1], tmp_path / "copy")
+    said = refused("evaluate", "--data", world, *(f"--runs={f}" for f in (*seeds, copy)), code=2)
+    assert f"--runs {seeds[1]} and --runs {copy} hold the same models" in said
+    # Another student of the same teacher is another training, where a student is asked.
+    student = copy / "align-de"
+    teacher = ClipVE.from_folder(copy / "clip-ve").fingerprint
+    encoder = load_student(student)
+    encoder.projection.weight.data += 0.1
+    save_student(encoder, student, languages=["de"], teacher=teacher)
+    assert evaluate(_config(world, seeds[1], copy, lang=("de",))).seeds["de"]
+    with pytest.raises(UsageError, match="hold the same models"):
+        evaluate(_config(world, seeds[1], copy, lang=("en",)))
+
+
+def test_rows_of_training_are_told(world, trained, tmp_path):
+    notes = Notes()
+    evaluate(_config(world, trained, split="train", report=tmp_path / "report"), notes)
+    assert notes.text.count("those of the training split") == 1
+    for name in ("report.html", "report.md"):
+        assert "those of the training split" in (tmp_path / "report" / name).read_text()
+    evaluate(_config(world, trained, report=tmp_path / "report"), quiet := Notes())
+    assert "training split" not in quiet.text
+    assert "training split" not in (tmp_path / "report" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_signature_tells_precision_and_device(world, trained, precision):
+    signature = evaluate(_config(world, trained, lang=("en",), precision=precision)).signature
+    assert (signature.precision, signature.device) == (precision, "cpu")
+    unset = evaluate(_config(world, trained, lang=("en",), precision="auto")).signature
+    assert unset.precision in ("fp32", "bf16")
+
+
+def test_several_seeds_as_table_and_report(world, seeds, clseave, tmp_path):
+    code, out, err = clseave(
+        "evaluate", "--data", world, "--lang", "de", "--resamples", "20", "--report",
+        tmp_path / "report", *(f"--runs={folder}" for folder in seeds),
+    )  # fmt: skip
+    assert code == 0, err
+    assert "Over several seeds" in out and "±" in out and "…" not in out
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "Over seeds" in page and "±" in page
+    assert page.count("those of the first training") == 1
+    # The folder that holds them all is nobody's business.
+    for path in (tmp_path / "report").rglob("*"):
+        if path.is_file() and path.name != "results.json":
+            assert str(tmp_path).encode() not in path.read_bytes(), path
+
+
+# --- the hypothesis-only classifier ---
+
+
+@pytest.fixture
+def learned(monkeypatch):
+    """How many rows the classifier was given, each time it learned."""
+    counts = []
+    learn = evaluation.predict_from_hypotheses
+
+    def spy(*arguments):
+        counts.append(len(arguments[0]))
+        return learn(*arguments)
+
+    monkeypatch.setattr(evaluation, "predict_from_hypotheses", spy)
+    return counts
+
+
+def test_the_classifier_learns_once(world, trained, cache, learned):
+    config = _config(world, trained, lang=("en",))
+    first = evaluate(config)
+    assert evaluate(config) == first and learned == [24]
+    (kept,) = (cache / "hypothesis-only").iterdir()
+    whole = json.loads(kept.read_text())
+    for damaged in ([0, 1], {"majority": 0}, whole | {"labels": [0]}, whole | {"majority": 3}):
+        kept.write_text(json.dumps(damaged))
+        assert evaluate(config) == first
+    assert learned == [24] * 5 and json.loads(kept.read_text()) == whole
+
+
+def test_it_learns_anew_where_anything_changed(data, trained, learned):
+    evaluate(_config(data, trained, lang=("en",)))
+    edit_row(data / "snli_ve_train.jsonl", 1, sentence2="Something else.")
+    evaluate(_config(data, trained, lang=("en",)))
+    edit_row(_test_file(data, "en"), 1, sentence2="Something else.")
+    evaluate(_config(data, trained, lang=("en",)))
+    assert learned == [24] * 3
+    edit_row(_test_file(data, "en"), 1, Flickr30K_ID="train0")
+    with pytest.raises(DataError, match="also in"):
+        evaluate(_config(data, trained, lang=("en",)))
+    evaluate(_config(data, trained, lang=("en",), allow_leak=True))
+    with pytest.raises(DataError, match="also in"):
+        evaluate(_config(data, trained, lang=("en",)))
+
+
+# --- real files ---
+
+
+@pytest.fixture
+def xvnli(assets, tmp_path, trained, encoder):
+    """XVNLI's files as they are, made-up photos for every name, and an untrained student."""
+    runs = tmp_path / "runs"
+    shutil.copytree(trained / "clip-ve", runs / "clip-ve")
+    model = ClipVE.from_folder(runs / "clip-ve")
+    (runs / "european and arabic").mkdir()
+    save_student(
+        new_student(encoder, model.text.embedding_dim),
+        runs / "european and arabic",
+        languages=["ar", "es", "fr", "ru"],
+        teacher=model.fingerprint,
+    )
+    images = tmp_path / "photos"
+    images.mkdir()
+    data = assets / "text" / "xvnli"
+    for number, name in enumerate(read_split(data, "test").image_names):
+        Image.new("RGB", (8, 8), (number % 256, 90, 120)).save(images / f"{name}.jpg")
+    return data, images, runs
+
+
+def test_xvnli_as_it_is_in_both_modes(xvnli, assets, tmp_path):
+    data, images, runs = xvnli
+    # The English file stands in for a translation: the same rows by pairID.
+    notes = Notes()
+    document = evaluate(
+        _config(
+            data, runs, images=images, mode="both", engine="file",
+            translations=data / "test.en.jsonl", resamples=50,
+        ),
+        notes,
+    )  # fmt: skip
+    assert [r.lang for r in document.results] == [
+        "en", "ar", "ar", "es", "es", "fr", "fr", "ru", "ru",
+    ]  # fmt: skip
+    unlabelled = sum(row["gold_label"] == "-" for row in read_jsonl(data / "test.en.jsonl"))
+    assert unlabelled > 0
+    for result in document.results:
+        assert result.num_examples == 1164 - unlabelled
+        if result.mode == "translate-test":
+            assert result.accuracy == document.results[0].accuracy
+            assert result.agreement_with_english == 1
+    assert f"{unlabelled} rows without a majority label (-) left out" in notes.text
+    # As IGLUE lays them out.
+    for lang in ("en", "fr"):
+        (tmp_path / "annotations" / lang).mkdir(parents=True)
+        shutil.copy(data / f"test.{lang}.jsonl", tmp_path / "annotations" / lang / "test.jsonl")
+    laid_out = evaluate(_config(tmp_path / "annotations", runs, images=images, resamples=50))
+    assert laid_out.results[0] == document.results[0]
+    assert laid_out.results[1] == document.results[5]
+    assert laid_out.signature.data.keys() == {"en/test.jsonl", "fr/test.jsonl"}
+
+
+def test_xvnli_without_photos_is_one_clear_line(xvnli, refused, tmp_path):
+    data, _, runs = xvnli
+    said = refused("evaluate", "--data", data, "--runs", runs)
+    assert "no image folder in it" in said and "--images DIR says where" in said
+    (tmp_path / "empty").mkdir()
+    said = refused("evaluate", "--data", data, "--runs", runs, "--images", tmp_path / "empty")
+    assert "test.en.jsonl:1: image '759822302' is not in" in said
+
+
+def test_nlvr_as_it_is(assets, trained):
+    """Real pictures and sentences; of the three labels two occur."""
+    data = assets / "nlvr_ve"
+    document = evaluate(_config(data, trained, split="dev", resamples=50))
+    (english,) = document.results
+    assert english.num_examples == 199
+    assert english.per_class["neutral"].support == 0
+    assert sum(map(sum, english.confusion)) == 199
+    assert document.baselines["en"].hypothesis_only is not None
+
+
+def test_hard_rows_are_those_that_the_wording_does_not_give_away(
+    data, trained, tmp_path, monkeypatch
+):
+    always = LABELS.index("neutral")
+    monkeypatch.setattr(
+        "clseave_cli.core.evaluation.run.predict_from_hypotheses",
+        lambda _, __, hypotheses: np.full(len(hypotheses), always),
+    )
+    config = _config(data, trained, lang=("en",), report=tmp_path / "report", resamples=10_000)
+    (english,) = evaluate(config).results
+    rows = read_jsonl(tmp_path / "report" / "predictions.en.jsonl")
+    hard = [row for row in rows if row["label"] != "neutral"]
+    right = [row["predicted"] == row["label"] for row in hard]
+    assert english.num_hard == len(hard) < english.num_examples
+    found = accuracy_interval(right, [row["image"] for row in hard], resamples=10_000, seed=0)
+    assert (found.value, found.low, found.high) == (
+        english.hard_accuracy,
+        english.hard_accuracy_low,
+        english.hard_accuracy_high,
+    )
+    assert english.loss_low <= english.loss <= english.loss_high
+
+
+def test_one_folder_of_images_may_serve_rows_in_any_order(data, trained):
+    """Languages list their images in different orders; every row keeps its own."""
+    before = evaluate(_config(data, trained))
+    path = _test_file(data, "nl")
+    write_jsonl(path, list(reversed(read_jsonl(path))))
+    after = evaluate(_config(data, trained))
+    assert [r.confusion for r in after.results] == [r.confusion for r in before.results]

@@ -1,0 +1,271 @@
+import io
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from itertools import pairwise
+
+import pytest
+from PIL import Image
+
+from clseave_cli.core.evaluation.metrics.bootstrap import Interval
+from clseave_cli.core.evaluation.report.figures import (
+    _alignment,
+    _confusion,
+    _languages,
+    draw_figures,
+)
+from clseave_cli.core.evaluation.report.gallery import Gallery
+from clseave_cli.core.evaluation.report.latex import escape_latex, latex_table
+from clseave_cli.core.evaluation.report.report import write_report
+from clseave_cli.core.evaluation.results import Baselines, Results, across_seeds
+
+HOSTILE = "<script>alert('1')</script> | $x_1$ & 100 % 円 \\ `code` [a](b)"
+VOID = {"meta", "img"}
+
+
+class Page(HTMLParser):
+    """Collects tags, addresses and text, and checks that tags close in order."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.addresses, self.hypotheses = set(), [], {}
+        self._open, self._texts = [], []
+        self.feed(html)
+        self.close()
+        assert not self._open
+        self.text = "".join(self._texts)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        found = dict(attributes)
+        self.addresses += [found[name] for name in ("src", "href") if name in found]
+        if tag not in VOID:
+            self._open.append((tag, found))
+
+    def handle_endtag(self, tag):
+        assert self._open.pop()[0] == tag
+
+    def handle_data(self, data):
+        self._texts.append(data)
+        if self._open and self._open[-1][1].get("class") == "hypothesis":
+            self.hypotheses.setdefault(self._open[-1][1]["lang"], set()).add(data)
+
+
+@pytest.fixture(scope="session")
+def folder(results, curves, galleries, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    (folder / "figures").mkdir()
+    (folder / "figures" / "old.png").write_bytes(b"of an older report")
+    path = write_report(results, folder, curves=curves, galleries=galleries, title=HOSTILE)
+    assert path == folder / "report.html"
+    return folder
+
+
+def read(path):
+    return path.read_text(encoding="utf-8")
+
+
+def test_writes_every_part_and_replaces_what_was_there(folder, results):
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    figures = ("languages", "confusion", "reliability", "distances")
+    curves = ("curves-pretrain", "curves-finetune-ve", "curves-align")
+    assert names == {
+        "results.json",
+        "report.html",
+        "report.md",
+        "table.tex",
+        "images/001.png",
+        "images/002.jpg",
+        *(f"figures/{name}.png" for name in figures + curves),
+    }
+    assert Results.read(folder) == results
+
+
+def test_the_page_needs_nothing_but_itself(folder):
+    html = read(folder / "report.html")
+    page = Page(html)
+    assert not page.tags & {"script", "link", "iframe", "object"}
+    assert all(address.startswith(("data:image/", "#")) for address in page.addresses)
+    assert not re.search(r"url\(|@import|https?:", html)
+    # Seven figures and two readable pictures.
+    assert sum(address.startswith("data:") for address in page.addresses) == 9
+
+
+def test_text_from_data_is_text(folder):
+    html = read(folder / "report.html")
+    assert "<script" not in html
+    page = Page(html)
+    assert page.hypotheses["de"] == {HOSTILE}
+    assert page.hypotheses["ja"] == {"赤い円があります。"}
+    assert HOSTILE in page.text
+
+
+def test_the_page_shows_the_figures_of_the_results(folder, results):
+    text = Page(read(folder / "report.html")).text
+    for result in results.results:
+        assert f"{100 * result.accuracy:.1f}" in text
+    assert "German" in text and "Korean" in text
+    assert "cannot be read" in text
+    for digest in results.signature.checkpoints.values():
+        assert digest in text
+
+
+def test_every_figure_carries_the_signature_in_small_print(folder, results):
+    for path in (folder / "figures").iterdir():
+        with Image.open(path) as image:
+            assert image.info["Description"] == str(results.signature)
+            assert image.width > 1000
+            foot = image.convert("L").crop((0, image.height - 30, image.width, image.height))
+            assert foot.getextrema()[0] < 160
+
+
+def test_the_same_results_give_the_same_figures(results):
+    few = replace(results, results=results.results[:1], distances=None)
+    assert draw_figures(few, []) == draw_figures(few, [])
+
+
+def test_markdown_links_its_figures_and_keeps_its_tables_straight(folder):
+    markdown = read(folder / "report.md")
+    for link in re.findall(r"^!\[.*\]\((\S+)\)$", markdown, flags=re.MULTILINE):
+        assert (folder / link).is_file()
+    assert "<script" not in markdown.replace("\\<", "")
+    for block in re.findall(r"(?:^\|.*\n)+", markdown, flags=re.MULTILINE):
+        widths = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
+        assert len(widths) == 1
+    assert "赤い円があります。" in markdown
+
+
+def test_latex_is_escaped_and_aligned(results):
+    table = latex_table(replace(results, results=(replace(results.results[0], split="a_b & c%"),)))
+    assert r"a\_b \& c\%" in table
+    assert table.count(r"\begin{") == table.count(r"\end{") == 2
+    assert escape_latex("\\{x}^~$#") == (
+        r"\textbackslash{}\{x\}\textasciicircum{}\textasciitilde{}\$\#"
+    )
+    rows = [line for line in latex_table(results).splitlines() if line.endswith(r" \\")]
+    assert {line.count("&") for line in rows if "multicolumn" not in line} == {8}
+    columns = "lrcrrrrrr"
+    assert len(columns) == 9 and columns in table
+
+
+def test_latex_of_several_trainings_is_of_their_means(results):
+    first, other = (
+        replace(results, results=(replace(results.results[0], accuracy=accuracy),))
+        for accuracy in (0.7, 0.8)
+    )
+    intervals = {"en": {"accuracy": Interval(0.75, 0.72, 0.78)}}
+    several = replace(first, seeds=across_seeds([first, other], intervals))
+    table = latex_table(several)
+    assert r"en & 75.0 $\pm$ 7.1 & [72.0, 78.0] & " in table
+    assert r"Means over 2 trainings, $\pm$ sample standard deviation. Intervals" in table
+    assert "trainings" not in latex_table(first)
+    more = replace(several, results=(*several.results, results.results[1]))
+    assert "(rows without it: the first training)" in latex_table(more)
+
+
+def test_the_languages_figure_of_several_trainings_is_another(results):
+    def drawn(document):
+        return draw_figures(replace(document, distances=None), [])["languages"]
+
+    assert drawn(replace(results, seeds=across_seeds([results, results]))) != drawn(results)
+
+
+def test_baselines_that_are_equal_do_not_hide_each_other(results):
+    equal = dict.fromkeys(
+        results.baselines, Baselines(majority=0.33, hypothesis_only=0.33, shuffled_image=0.33)
+    )
+    axes = _languages(replace(results, baselines=equal)).axes[0]
+    spans = sorted(
+        (min(line.get_xdata()), max(line.get_xdata()))
+        for line in axes.get_lines()
+        if set(line.get_ydata()) == {33.0}
+    )
+    assert len(spans) == 3 * len(results.results)
+    assert all(end < start for (_, end), (start, _) in pairwise(spans))
+
+
+def test_every_panel_of_the_alignment_says_its_scale(curves):
+    align = [curve for curve in curves if curve.stage == "align"]
+    panels = _alignment(align).axes
+    assert {panel.get_yscale() for panel in panels} == {"log", "linear"}
+    for panel in panels:
+        scale = {"log": "logarithmic scale", "linear": "linear scale"}[panel.get_yscale()]
+        assert panel.get_ylabel() == scale
+        rings = [line for line in panel.get_lines() if line.get_fillstyle() == "none"]
+        sizes = [ring.get_markersize() for ring in rings]
+        assert len(set(sizes)) == len(sizes)
+
+
+def test_small_print_takes_no_room_from_the_plot(results):
+    def pixels(document):
+        with Image.open(io.BytesIO(draw_figures(document, [])["languages"])) as image:
+            return image.size
+
+    checkpoints = {f"{number}-{'model' * 9}": "ab" * 32 for number in range(8)}
+    more = replace(results, signature=replace(results.signature, checkpoints=checkpoints))
+    (width, height), (same, higher) = pixels(results), pixels(more)
+    assert width == same and higher > height + 30
+
+
+def test_one_language_fills_its_figures(results):
+    alone = replace(results, results=results.results[:1])
+    (axes,) = _confusion(alone).axes
+    assert axes.get_subplotspec().get_gridspec().ncols == 1
+    empty = replace(results.results[0], confusion=((3, 1, 0), (0, 0, 0), (1, 0, 4)))
+    texts = [t.get_text() for t in _confusion(replace(alone, results=(empty,))).axes[0].texts]
+    assert texts[6:12:2] == ["–", "–", "–"] and texts[:2] == ["75 %", "3"]
+
+
+def test_the_page_fits_what_it_is_shown_on(folder):
+    html = read(folder / "report.html")
+    # Groups of labels over P, R and F1; a shadow where a table goes on; cards that stack; print.
+    assert html.count('scope="colgroup" colspan="3"') == 3
+    assert "background:" in html.split(".scroll {")[1].split("}")[0]
+    assert "article { flex-direction: column" in html.split("@media (max-width: 40rem)")[1]
+    assert ".scroll { overflow: visible" in html.split("@media print")[1]
+
+
+def test_little_was_measured(results, tmp_path):
+    bare = replace(
+        results.results[1],
+        accuracy_low=None,
+        accuracy_high=None,
+        macro_f1_low=None,
+        macro_f1_high=None,
+        hard_accuracy=None,
+        num_hard=None,
+        ratio_to_english=None,
+        agreement_with_english=None,
+        difference_to_english=None,
+        transfer=None,
+    )
+    small = replace(results, results=(bare,), baselines={}, distances=None)
+    write_report(small, tmp_path)
+    page = Page(read(tmp_path / "report.html"))
+    assert "Transfer" not in page.text and "Linguistic distance" not in page.text
+    assert "Learning curves" not in page.text and "Against English" not in page.text
+    assert not (tmp_path / "images").exists()
+    assert "de & " in read(tmp_path / "table.tex")
+
+
+def test_a_report_without_pictures_leaves_none_of_an_older_one(results, galleries, tmp_path):
+    write_report(results, tmp_path, galleries=galleries)
+    assert (tmp_path / "images" / "001.png").is_file()
+    write_report(results, tmp_path)
+    assert not (tmp_path / "images").exists()
+
+
+def test_an_empty_gallery_is_left_out(results, tmp_path):
+    write_report(results, tmp_path, galleries=[Gallery("No errors", "Nothing here.", ())])
+    for name in ("report.html", "report.md"):
+        assert "No errors" not in read(tmp_path / name)
+
+
+def test_names_from_outside_cannot_break_a_figure(results):
+    signature = replace(results.signature, data={"$\\frac{ 円.jsonl": "ab" * 32})
+    result = replace(results.results[1], lang="$^$")
+    hostile = replace(
+        results, results=(result,), baselines={"$^$": Baselines(majority=0.3)}, signature=signature
+    )
+    figures = draw_figures(replace(hostile, distances=None), [])
+    assert set(figures) == {"languages", "confusion", "reliability"}

@@ -1,0 +1,180 @@
+import copy
+import io
+import json
+import re
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from clseave_cli.commands.tables import results_table
+from clseave_cli.core.evaluation.results import Results, across_seeds
+from clseave_cli.errors import DataError
+
+
+def rendered(results, width=80):
+    """What a terminal of `width` columns shows."""
+    console = Console(width=width, file=io.StringIO())
+    console.print(results_table(results))
+    return console.file.getvalue()
+
+
+def test_the_contract_of_the_document(results):
+    document = results.to_json()
+    assert {"results", "baselines", "signature"} <= document.keys()
+    first = document["results"][0]
+    contract = {"lang", "split", "num_examples", "accuracy", "accuracy_low", "accuracy_high"}
+    assert contract | {"loss", "macro_f1", "confusion"} <= first.keys()
+    assert 0 < first["accuracy_low"] < first["accuracy"] < first["accuracy_high"] < 1
+    assert sum(map(sum, first["confusion"])) == first["num_examples"]
+
+
+def test_json_and_back_is_the_same(results):
+    text = json.dumps(results.to_json(), allow_nan=False)
+    assert Results.from_json(json.loads(text)) == results
+    assert json.loads(text) == results.to_json()
+
+
+def test_file_and_back_is_the_same(results, tmp_path):
+    assert results.write(tmp_path / "report") == tmp_path / "report" / "results.json"
+    assert Results.read(tmp_path / "report") == results
+
+
+def test_keys_of_a_later_version_are_left_alone(results):
+    document = results.to_json()
+    document["results"][0]["brier"] = 0.3
+    assert Results.from_json(document) == results
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: d.update(format=2), "format: 2"),
+        (lambda d: d["results"][1].pop("loss"), r"results\[1\]: the key 'loss' is missing"),
+        (lambda d: d["results"][0].update(accuracy="high"), r"results\[0\].accuracy.*'high'"),
+        (lambda d: d["results"][0].update(mode="guess"), r"results\[0\].mode.*'guess'"),
+        (lambda d: d.update(results={}), r"results: unexpected"),
+        (lambda d: d["signature"].update(seed=True), r"signature.seed"),
+        (lambda d: d["results"][0].update(confusion=[1]), r"confusion\[0\]"),
+        (lambda d: d.update(baselines=[]), "baselines"),
+        (lambda d: d.update(signature=None), "signature"),
+    ],
+)
+def test_a_damaged_document_names_the_key(results, damage, message):
+    document = copy.deepcopy(results.to_json())
+    damage(document)
+    with pytest.raises(DataError, match=message):
+        Results.from_json(document)
+
+
+def test_what_is_no_document_is_refused(tmp_path):
+    with pytest.raises(DataError, match="not a results document"):
+        Results.from_json([])
+    with pytest.raises(DataError, match=r"no such file; write one with: clseave evaluate"):
+        Results.read(tmp_path)
+    (tmp_path / "results.json").write_text('{"format": 1}')
+    with pytest.raises(DataError, match=r"results\.json: .*'results' is missing"):
+        Results.read(tmp_path)
+
+
+def test_the_signature_is_one_line(results):
+    assert str(results.signature) == (
+        "clseave 0.1.0 · n 600 · snli_ve_test.jsonl 3f2a9c1b · clip-ve 91ab44e0 · "
+        "align-de 77de01c2 · fp32 on cpu · seed 0 · 200 resamples by photo"
+    )
+
+
+def test_a_signature_without_precision_is_of_an_older_version(results):
+    document = results.to_json()
+    del document["signature"]["precision"], document["signature"]["device"]
+    older = Results.from_json(document).signature
+    assert (older.precision, older.device) == (None, None)
+    assert str(older) == str(results.signature).replace(" · fp32 on cpu", "")
+
+
+def test_many_models_are_few_words(results):
+    def line(checkpoints):
+        return str(replace(results.signature, checkpoints=checkpoints))
+
+    one = {"clip-ve": "ab" * 32, "align-de": "cd" * 32}
+    twice = {f"{name}/{model}": d for name in ("a", "b") for model, d in one.items()}
+    first, second = re.search(
+        r" · training a (\w{8}) · training b (\w{8}) · fp32", line(twice)
+    ).groups()
+    assert first == second  # whatever the folders are called
+    other = line(twice | {"b/clip-ve": "ef" * 32})
+    assert first in other and other.count(first) == 1
+    many = {f"align-{number}": f"{number:064x}" for number in range(20)}
+    assert re.search(r"3f2a9c1b · 20 models \w{8} · fp32", line(many))
+    assert line(many) != line(many | {"align-3": "00" * 32})
+    trainings = {f"{number}/clip-ve": f"{number:064x}" for number in range(20)}
+    assert re.search(r"3f2a9c1b · 20 trainings \w{8} · fp32", line(trainings))
+
+
+def test_training_rows_are_known_by_their_file(results):
+    assert not results.of_training_rows
+    training = {"snli_ve_train.jsonl": "ab" * 32}
+    other = replace(results, signature=replace(results.signature, training=training))
+    assert not other.of_training_rows
+    data = {"copied.jsonl": "ab" * 32}
+    assert replace(other, signature=replace(other.signature, data=data)).of_training_rows
+
+
+def test_several_seeds_are_summarised(results):
+    german = results.results[1]
+    others = [
+        replace(results, results=(replace(german, accuracy=value, ratio_to_english=None),))
+        for value in (0.7, 0.8, 0.9)
+    ]
+    summary = across_seeds(others)
+    assert summary.keys() == {"de"}
+    assert summary["de"]["accuracy"].mean == pytest.approx(0.8)
+    assert summary["de"]["accuracy"].std == pytest.approx(0.1)
+    assert "ratio_to_english" not in summary["de"]
+    # The same in all three, and paired.
+    assert summary["de"]["shuffled_image"].mean == pytest.approx(0.371)
+    assert summary["de"]["difference_to_english"].mean == pytest.approx(
+        german.difference_to_english.value
+    )
+    both = replace(results, seeds=summary)
+    assert Results.from_json(both.to_json()) == both
+    assert across_seeds([]) == {}
+
+
+def test_the_table_shows_percentages_with_one_decimal(results):
+    german = replace(
+        results.results[1],
+        accuracy=0.7319,
+        accuracy_low=0.7254,
+        accuracy_high=0.7384,
+        ratio_to_english=1.0003,
+        agreement_with_english=0.875,
+    )
+    text = rendered(replace(results, results=(results.results[0], german)))
+    (line,) = (line for line in text.splitlines() if line.split()[:1] == ["de"])
+    assert line.split()[1:] == ["73.2", "72.5–73.8", "100.0", "87.5", "33.4", "41.2", "37.1"]
+    assert "seed 0" in text
+    assert "…" not in text
+
+
+def test_the_table_has_dashes_for_what_was_not_measured(results):
+    english = replace(
+        results.results[0],
+        accuracy_low=None,
+        accuracy_high=None,
+        ratio_to_english=None,
+        agreement_with_english=None,
+    )
+    text = rendered(replace(results, results=(english,), baselines={}))
+    (line,) = (line for line in text.splitlines() if line.split()[:1] == ["en"])
+    assert line.split()[2:] == ["–"] * 6
+
+
+def test_the_table_tells_the_modes_apart(results):
+    german = results.results[1]
+    both = (german, replace(german, mode="translate-test"))
+    text = rendered(replace(results, results=both))
+    lines = [line.strip() for line in text.splitlines()]
+    names = [line.split("  ")[0] for line in lines if line.startswith("de")]
+    assert names == ["de", "de → en"]
+    assert "“→ en”: translated into English first" in text and "…" not in text

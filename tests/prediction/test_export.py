@@ -1,0 +1,271 @@
+"""export: an ONNX folder answers as the models do, and without torch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_world import flip_byte, read_jsonl, tree
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+from clseave_cli import VisualEntailment
+from clseave_cli.core.config import ExportConfig
+from clseave_cli.core.models.folder import peek, seal
+from clseave_cli.core.prediction import export as exporting
+from clseave_cli.core.prediction import onnx_model
+from clseave_cli.core.prediction.export import export
+from clseave_cli.core.prediction.inference import load_model
+from clseave_cli.core.prediction.pixels import Preparation
+from clseave_cli.errors import ModelError
+
+_REPOSITORY = Path(__file__).parents[2]
+SENTENCES = [
+    "Das Quadrat ist rot.",
+    "Draußen wartet ein Hund.",
+    "日本語 🙂",
+    "rot " * 200,
+    "[SEP] x",
+]
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory, trained):
+    """The trained models as an exported folder; read only."""
+    folder = tmp_path_factory.mktemp("exported") / "onnx"
+    export(ExportConfig(runs=trained, out=folder))
+    return folder
+
+
+def _pairs(world, lang):
+    suffix = "" if lang == "en" else f".{lang}"
+    rows = read_jsonl(world / f"snli_ve_test{suffix}.jsonl")
+    return [(world / "images" / row["Flickr30K_ID"], row["sentence2"]) for row in rows]
+
+
+@pytest.mark.parametrize("lang", ["en", "de", "nl"])
+def test_the_exported_folder_answers_as_the_models_do(world, trained, exported, lang):
+    pairs = _pairs(world, lang)
+    pairs += [(pairs[0][0], sentence) for sentence in SENTENCES]
+    ours = VisualEntailment.from_pretrained(trained, lang, "cpu", "fp32").predict(pairs)
+    theirs = VisualEntailment.from_pretrained(exported, lang).predict(pairs)
+    for first, second in zip(ours, theirs, strict=True):
+        assert list(second.probabilities.values()) == pytest.approx(
+            list(first.probabilities.values()), abs=1e-4
+        )
+        assert second.truncated == first.truncated
+        assert Path(second.model).name == Path(first.model).name
+    assert any(answer.truncated for answer in ours)
+
+
+def test_a_model_for_one_answer_gives_others_too(world, exported):
+    first, second = _pairs(world, "de")[0], _pairs(world, "de")[-1]
+    assert first[0] != second[0]
+    model = VisualEntailment.from_pretrained(exported, "de", lasting=False)
+    answers = [model(*first), model(*second)]
+    wanted = VisualEntailment.from_pretrained(exported, "de").predict([first, second])
+    for answer, other in zip(answers, wanted, strict=True):
+        assert list(answer.probabilities.values()) == pytest.approx(
+            list(other.probabilities.values()), abs=1e-5
+        )
+
+
+def test_embeddings_do_not_depend_on_their_batch(trained, exported):
+    model, reference = load_model(exported), load_model(trained, device="cpu", precision="fp32")
+    together, cut = model.embed_sentences("de", SENTENCES)
+    for sentence, vector in zip(SENTENCES, together, strict=True):
+        alone, _ = model.embed_sentences("de", [sentence])
+        assert alone[0] == pytest.approx(vector, abs=1e-4)
+    torchs, torchs_cut = reference.embed_sentences("de", SENTENCES)
+    assert together == pytest.approx(torchs, abs=1e-4)
+    assert cut.tolist() == torchs_cut.tolist()
+
+
+def test_sentences_are_computed_in_parts_of_bounded_size(exported, monkeypatch):
+    shapes = []
+    compute = onnx_model._run
+
+    def watched(session, **inputs):
+        shapes.append(inputs["input_ids"].shape)
+        return compute(session, **inputs)
+
+    monkeypatch.setattr(onnx_model, "_run", watched)
+    model = load_model(exported, ["de"])
+    sentences = [*SENTENCES, *(f"Das Quadrat {number} ist rot." for number in range(600))] * 2
+    together, cut = model.embed_sentences("de", sentences)
+    assert len(shapes) > 1 and all(rows * tokens <= 8192 for rows, tokens in shapes)
+    assert sum(rows for rows, _ in shapes) == len(sentences)
+    # Short sentences are not padded to the longest of the call.
+    assert sum(rows * tokens for rows, tokens in shapes) < len(sentences) * shapes[0][1] / 2
+    for row in (0, 1, 2, 3, 300, 604, 605, 608, 1209):
+        alone, alone_cut = model.embed_sentences("de", sentences[row : row + 1])
+        assert alone[0] == pytest.approx(together[row], abs=1e-4)
+        assert alone_cut[0] == cut[row]
+    shapes.clear()
+    monkeypatch.setattr(onnx_model, "_MOST_TOKENS", 3)
+    assert model.embed_sentences("de", SENTENCES)[0] == pytest.approx(together[:5], abs=1e-4)
+    assert [rows for rows, _ in shapes] == [1] * 5
+
+
+def test_eight_bits_are_within_their_tolerance(tmp_path, trained):
+    result = export(ExportConfig(runs=trained, out=tmp_path / "onnx", lang=("de",), int8=True))
+    assert 0 < result.difference <= exporting.TOLERANCE["int8"]
+    config = json.loads((tmp_path / "onnx" / "config.json").read_text())
+    assert config["precision"] == "int8" and config["languages"] == {"de": "align-de"}
+    assert (config["difference"], config["tolerance"]) == (result.difference, 0.1)
+
+
+def test_predictions_in_eight_bits_are_within_the_tolerance_of_torchs(world, tmp_path, trained):
+    export(ExportConfig(runs=trained, out=tmp_path / "onnx", int8=True))
+    tolerance = json.loads((tmp_path / "onnx" / "config.json").read_text())["tolerance"]
+    differences = []
+    for lang in ("en", "de", "nl"):
+        pairs = _pairs(world, lang)
+        ours = VisualEntailment.from_pretrained(trained, lang, "cpu", "fp32").predict(pairs)
+        theirs = VisualEntailment.from_pretrained(tmp_path / "onnx", lang).predict(pairs)
+        for first, second in zip(ours, theirs, strict=True):
+            assert list(second.probabilities) == list(first.probabilities)
+            differences += [
+                abs(second.probabilities[label] - first.probabilities[label])
+                for label in first.probabilities
+            ]
+    # It is in 8 bits: not what float32 gives.
+    assert 1e-6 < max(differences) <= tolerance
+
+
+def test_predicting_with_it_imports_neither_torch_nor_transformers(world, exported, tmp_path):
+    image, hypothesis = _pairs(world, "de")[0]
+    (tmp_path / "rows.jsonl").write_text(
+        json.dumps({"image": str(image), "hypothesis": hypothesis})
+    )
+    script = """
+import json, sys
+for name in ("torch", "transformers", "safetensors"):
+    sys.modules[name] = None  # importing it fails
+from clseave_cli.main import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
+"""
+    for arguments in (
+        [image, hypothesis, "--json"],
+        ["--input", tmp_path / "rows.jsonl", "--output", tmp_path / "out.jsonl"],
+    ):
+        command = ["-c", script, "predict", *arguments, "--runs", exported, "--lang", "de"]
+        done = subprocess.run(
+            [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=60,
+            env={**os.environ, "PYTHONPATH": str(_REPOSITORY)},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out.jsonl").read_text())["label"]
+
+
+def test_the_manifest_names_what_it_was_made_from(trained, exported):
+    config = json.loads((exported / "config.json").read_text())
+    made_from = {
+        name: json.loads((trained / name / "config.json").read_text())["fingerprint"]
+        for name in ("clip-ve", "align-de", "align-nl")
+    }
+    assert config["sources"] == made_from
+    assert config["languages"] == {"en": "clip-ve", "de": "align-de", "nl": "align-nl"}
+    assert set(config["files"]) == set(tree(exported)) - {"config.json"}
+
+
+def test_a_damaged_folder_is_refused(exported, tmp_path, world):
+    import shutil
+
+    copy = tmp_path / "onnx"
+    shutil.copytree(exported, copy)
+    flip_byte(copy / "image.onnx.data")
+    with pytest.raises(ModelError, match=r"image\.onnx\.data: damaged"):
+        load_model(copy)
+    (copy / "image.onnx.data").unlink()
+    with pytest.raises(ModelError, match=r"image\.onnx\.data: missing"):
+        VisualEntailment.from_pretrained(copy)
+    with pytest.raises(ModelError, match=r"image\.onnx.*export it again"):
+        VisualEntailment.from_pretrained(copy, lasting=False)(*_pairs(world, "en")[0])
+    with pytest.raises(ModelError, match=r"no model for fr; languages there: en, de, nl"):
+        VisualEntailment.from_pretrained(exported, "fr")
+
+
+def test_the_teachers_language_is_not_taken_for_another(tmp_path, trained, world, refused):
+    """Exported without English, it reads none; a student would answer, and wrongly."""
+    out = tmp_path / "onnx"
+    export(ExportConfig(runs=trained, out=out, lang=("de",)))
+    image = world / "images" / "test0.png"
+    assert "no model for en" in refused("predict", image, "red", "--runs", out)
+    config = peek(out, onnx_model.FORMAT)
+    written = ("format", "format_version", "files", "fingerprint", "clseave_version")
+    earlier = {key: config[key] for key in config.keys() - {"source_lang", *written}}
+    (out / "config.json").unlink()
+    seal(out, onnx_model.FORMAT, earlier)
+    assert "give --lang, or export it again" in refused("predict", image, "red", "--runs", out)
+
+
+def test_what_differs_too_much_is_not_written(tmp_path, trained, monkeypatch):
+    monkeypatch.setitem(exporting.TOLERANCE, "fp32", 0.0)
+    with pytest.raises(ModelError, match=r"onnx: not written: a probability differs"):
+        export(ExportConfig(runs=trained, out=tmp_path / "onnx", lang=("de",)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_says_what_it_wrote(tmp_path, trained, clseave, refused):
+    out = tmp_path / "onnx"
+    code, text, _ = clseave("export", "--runs", trained, "--out", out, "--lang", "nl", "--json")
+    assert code == 0
+    document = json.loads(text)
+    assert document["languages"] == ["nl"] and document["folder"] == str(out)
+    assert document["bytes"] == sum(len(content) for content in tree(out).values())
+    code, _, said = clseave("export", "--runs", trained, "--out", out, "--lang", "nl")
+    assert code == 0 and "replaced" not in said
+    code, _, said = clseave("export", "--runs", trained, "--out", out, "--lang", "de")
+    assert code == 0 and f"{out}: an export that also read nl was replaced." in said
+    (out / "config.json").write_text("{")
+    code, _, said = clseave("export", "--runs", trained, "--out", out, "--lang", "nl")
+    assert code == 0 and "replaced" not in said  # nothing is known of a damaged one
+    assert "no exported model" in refused(
+        "export", "--runs", trained, "--out", trained / "clip-ve", code=2
+    )
+    assert "no model for xx" in refused("export", "--runs", trained, "--out", out, "--lang", "xx")
+
+
+@pytest.mark.parametrize(
+    "size", [(224, 224), (500, 375), (375, 500), (31, 200), (7, 5), (225, 225)]
+)
+@pytest.mark.parametrize("square", [False, True])
+def test_pixels_are_those_of_transformers(size, square):
+    from transformers import CLIPImageProcessorPil
+
+    sides = {"height": 96, "width": 96}
+    options = {"size": sides, "crop_size": sides} if square else {}
+    processor = CLIPImageProcessorPil(**options)
+    random = np.random.default_rng(1)
+    image = Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8))
+    expected = processor(images=[image], return_tensors="np")["pixel_values"][0]
+    found = exporting.preparation(processor)(image)
+    assert found.dtype == np.float32
+    assert np.abs(found - expected).max() < 1e-6
+
+
+def test_a_crop_larger_than_the_picture_has_black_edges():
+    from transformers import CLIPImageProcessorPil
+
+    sides = {"size": {"height": 20, "width": 31}, "crop_size": {"height": 27, "width": 40}}
+    processor = CLIPImageProcessorPil(**sides)
+    image = Image.fromarray(np.full((9, 9, 3), 77, dtype=np.uint8))
+    expected = processor(images=[image], return_tensors="np")["pixel_values"][0]
+    assert np.abs(exporting.preparation(processor)(image) - expected).max() < 1e-6
+
+
+def test_other_preprocessing_is_refused():
+    from transformers import CLIPImageProcessorPil
+
+    with pytest.raises(ModelError, match="preprocessing cannot be exported"):
+        exporting.preparation(CLIPImageProcessorPil(do_center_crop=False))
+    assert isinstance(exporting.preparation(CLIPImageProcessorPil()), Preparation)

@@ -1,0 +1,132 @@
+"""The page in a real browser: drop a photo, write a sentence, read three probabilities."""
+
+import io
+import os
+import shutil
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from fake_model import FakeModel
+from PIL import Image
+
+pytest.importorskip("fastapi")
+pytest.importorskip("playwright.sync_api")
+
+import uvicorn
+from playwright.sync_api import sync_playwright
+
+from clseave_cli.core.config import ServeConfig
+from clseave_cli.core.prediction.serving.app import create_app
+
+
+def _find_browser():
+    """One on the path, or the one that `playwright install chromium` has put away."""
+    for name in ("chromium", "google-chrome", "chrome"):
+        if found := shutil.which(name):
+            return found
+    with sync_playwright() as starter:
+        own = Path(starter.chromium.executable_path)
+    return own if own.is_file() else None
+
+
+_BROWSER = _find_browser()
+pytestmark = pytest.mark.skipif(_BROWSER is None, reason="no Chromium here")
+
+_DROP = """([target, bytes]) => {
+    const transfer = new DataTransfer();
+    transfer.items.add(new File([new Uint8Array(bytes)], "photo.png", {type: "image/png"}));
+    document.querySelector(target).dispatchEvent(
+        new DragEvent("drop", {dataTransfer: transfer, bubbles: true, cancelable: true}));
+}"""
+
+
+@pytest.fixture(scope="module")
+def address():
+    listening = socket.create_server(("127.0.0.1", 0))
+    app = create_app(FakeModel(), ServeConfig(max_megapixels=1))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as starter:
+        options = ["--no-sandbox"] if os.geteuid() == 0 else []
+        browser = starter.chromium.launch(executable_path=_BROWSER, args=options)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, address):
+    """The page, opened; a script error or a request to elsewhere fails the test."""
+    page = browser.new_page()
+    problems = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda said: said.type == "error" and problems.append(said.text))
+    page.on("request", lambda sent: problems.append(sent.url) if _elsewhere(sent, address) else 0)
+    page.goto(address)
+    page.wait_for_function("document.querySelectorAll('#lang option').length > 0")
+    yield page
+    page.close()
+    assert [each for each in problems if "413" not in each] == []
+
+
+def _elsewhere(request, address):
+    return not request.url.startswith((address, "blob:", "data:"))
+
+
+def _png(colour, size=(32, 32)):
+    stream = io.BytesIO()
+    Image.new("RGB", size, colour).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def _percents(page):
+    page.wait_for_selector("#answer .percent")
+    return [float(text.removesuffix(" %")) for text in page.locator(".percent").all_inner_texts()]
+
+
+def test_a_dropped_photo_and_a_sentence_give_three_probabilities(page):
+    assert page.locator("#ask").is_disabled()
+    page.evaluate(_DROP, ["#drop", list(_png((0, 255, 0)))])
+    page.fill("#hypothesis", "Das ist grün.")
+    page.select_option("#lang", "de")
+    page.click("#ask")
+    percents = _percents(page)
+    assert page.locator(".row span:first-child").all_inner_texts() == [
+        "entailment", "neutral", "contradiction",
+    ]  # fmt: skip
+    assert sum(percents) == pytest.approx(100, abs=0.2) and percents[1] == max(percents)
+    assert page.locator("#answer h2").inner_text().startswith("Neutral")
+    assert page.locator("#answer .note").inner_text().startswith("align-de · ")
+
+
+def test_a_chosen_photo_works_as_well_and_enter_asks(page):
+    photo = {"name": "p.png", "mimeType": "image/png", "buffer": _png((255, 0, 0))}
+    page.set_input_files("#image", photo)
+    assert page.locator("#photo").is_visible() and not page.locator("#hint").is_visible()
+    page.fill("#hypothesis", "It is red.")
+    page.press("#hypothesis", "Enter")
+    assert _percents(page)[0] == max(_percents(page))
+
+
+def test_languages_are_named(page):
+    assert page.locator("#lang option").all_inner_texts() == ["English (en)", "German (de)"]
+
+
+def test_a_refusal_is_shown_in_words(page):
+    page.evaluate(_DROP, ["body", list(_png((1, 2, 3), (1200, 1000)))])
+    page.fill("#hypothesis", "x")
+    page.click("#ask")
+    page.wait_for_selector("#answer .problem")
+    assert "more than 1 megapixels" in page.locator("#answer .problem").inner_text()

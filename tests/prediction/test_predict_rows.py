@@ -1,0 +1,382 @@
+"""`predict` on many rows: resuming, changing pictures, languages."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+
+import pytest
+from PIL import Image
+from tiny_world import CommandProcess, flip_byte, read_jsonl, tree, write_jsonl
+
+from clseave_cli import VisualEntailment
+from clseave_cli.core.config import PredictConfig
+from clseave_cli.core.models.student import find_students
+from clseave_cli.core.prediction import torch_model
+from clseave_cli.core.prediction.predictor import predict_file
+from clseave_cli.errors import DataError, ExtraMissing, UsageError
+from clseave_cli.labels import LABELS
+
+needs_lingua = pytest.mark.skipif(
+    importlib.util.find_spec("lingua") is None, reason="needs the langid extra"
+)
+
+
+@pytest.fixture
+def source(tmp_path, world):
+    """Forty German rows on four pictures, a few of them bad."""
+    rows = []
+    for number in range(40):
+        words = ("rot", "blau", "grün", "weiß")[number // 4 % 4]
+        image = world / "images" / f"test{number % 4}.png"
+        rows.append({"image": str(image), "hypothesis": f"Das Quadrat ist {words}."})
+    rows[7]["image"] = "nowhere.png"
+    rows[11] = {"nothing": 1}
+    rows[13]["hypothesis"] = "halb \ud83d"
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def _config(trained, **options):
+    defaults = {"lang": "de", "device": "cpu", "precision": "fp32", "batch_size": 3}
+    return PredictConfig(runs=trained, **(defaults | options))
+
+
+def _same(first, second):
+    for one, other in zip(read_jsonl(first), read_jsonl(second), strict=True):
+        scores = one.pop("probabilities", {}), other.pop("probabilities", {})
+        assert scores[0] == pytest.approx(scores[1], rel=1e-4)
+        assert one == other
+
+
+# --- resuming ---
+
+
+@pytest.mark.parametrize("left", [0, 1, 5, 12, 14, 40])
+def test_a_resumed_run_continues_exactly_where_it_stopped(source, trained, tmp_path, left):
+    whole, target = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
+    done = predict_file(_config(trained), source, whole)
+    assert (done.num_predicted, done.num_errors) == (37, 3)
+    lines = whole.read_bytes().splitlines(keepends=True)
+    earlier = b"".join(lines[:left])
+    torn = b"".join(lines[left : left + 1])[:-5] or b"{"
+    partial = tmp_path / "answers.jsonl.partial"
+    partial.write_bytes(earlier + torn)
+    target.write_text("older answers\n")
+    with pytest.raises(UsageError, match=r"partial: an unfinished run lies there; --resume"):
+        predict_file(_config(trained), source, target)
+    again = predict_file(_config(trained, resume=True), source, target)
+    assert again == done and not partial.exists()
+    assert target.read_bytes().startswith(earlier)
+    _same(target, whole)
+
+
+def test_a_line_lost_in_a_power_cut_is_done_again(source, trained, tmp_path):
+    whole, target = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
+    predict_file(_config(trained), source, whole)
+    lines = whole.read_bytes().splitlines(keepends=True)
+    lines[4] = b"\0" * (len(lines[4]) - 1) + b"\n"
+    (tmp_path / "answers.jsonl.partial").write_bytes(b"".join(lines[:9]))
+    predict_file(_config(trained, resume=True), source, target)
+    _same(target, whole)
+
+
+def test_what_is_complete_is_left_alone(source, trained, tmp_path, monkeypatch):
+    target = tmp_path / "answers.jsonl"
+    done = predict_file(_config(trained, resume=True), source, target)  # nothing to resume: begins
+    monkeypatch.setattr(VisualEntailment, "from_pretrained", None)
+    before = target.read_bytes()
+    assert predict_file(_config(trained, resume=True), source, target) == done
+    assert target.read_bytes() == before
+
+
+def _ask_for_other_rows(source, refused):
+    """In another language, with rows gone at the end, and with one gone in the middle.
+
+    Args:
+        source: the rows that were answered.
+        refused: resumes, and asserts that the row of a number is refused.
+    """
+    refused(1, lang="nl")
+    rows = source.read_text().splitlines(keepends=True)
+    source.write_text("".join(rows[:30]))
+    refused(31)
+    source.write_text("".join(rows[:3] + rows[4:]))
+    refused(4)
+
+
+def test_the_answers_of_another_run_are_not_continued(source, trained, tmp_path):
+    target, partial = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.partial"
+    predict_file(_config(trained), source, target)
+    answers = target.read_bytes().splitlines(keepends=True)
+
+    def refused(number, **options):
+        partial.write_bytes(b"".join(answers))
+        with pytest.raises(UsageError, match=rf"partial:{number}: answers another row"):
+            predict_file(_config(trained, resume=True, **options), source, target)
+        assert partial.read_bytes() == b"".join(answers)
+
+    _ask_for_other_rows(source, refused)
+
+
+def test_a_finished_file_gets_the_answers_of_added_rows(source, trained, tmp_path, monkeypatch):
+    whole, target = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
+    done = predict_file(_config(trained), source, whole)
+    rows = source.read_text().splitlines(keepends=True)
+    source.write_text("".join(rows[:13]))
+    predict_file(_config(trained), source, target)
+    source.write_text("".join(rows))
+    before = target.read_bytes()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VisualEntailment, "predict", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            predict_file(_config(trained, resume=True), source, target)
+    assert target.read_bytes() == before
+    assert predict_file(_config(trained, resume=True), source, target) == done
+    assert target.read_bytes().startswith(before)
+    assert not (tmp_path / "answers.jsonl.partial").exists()
+    _same(target, whole)
+
+
+@pytest.mark.parametrize(
+    "line", [b"{", b"[1]\n", b"\0\0\n", b"\xff\n", b'{"a": 1}', b"[" * 100_000 + b"\n"]
+)
+def test_a_damaged_finished_file_is_refused_and_left_alone(source, trained, tmp_path, line):
+    target = tmp_path / "answers.jsonl"
+    predict_file(_config(trained), source, target)
+    answers = target.read_bytes().splitlines(keepends=True)
+    damaged = b"".join([*answers[:5], line])
+    target.write_bytes(damaged)
+    with pytest.raises(DataError, match=r"answers\.jsonl:6: damaged, not a whole answer; choose"):
+        predict_file(_config(trained, resume=True), source, target)
+    assert target.read_bytes() == damaged
+    assert not (tmp_path / "answers.jsonl.partial").exists()
+
+
+def test_a_finished_file_of_another_run_is_refused_and_left_alone(
+    source, trained, tmp_path, clseave
+):
+    target = tmp_path / "answers.jsonl"
+    predict_file(_config(trained), source, target)
+    before = target.read_bytes()
+
+    def refused(number, lang="de"):
+        code, _, err = clseave(
+            "predict", "--input", source, "--output", target, "--runs", trained,
+            "--lang", lang, "--resume",
+        )  # fmt: skip
+        assert code == 1 and f"answers.jsonl:{number}: answers another row" in err
+        assert target.read_bytes() == before
+        assert not (tmp_path / "answers.jsonl.partial").exists()
+
+    _ask_for_other_rows(source, refused)
+
+
+def test_rows_without_an_answer_are_no_answers(source, trained, tmp_path):
+    target = tmp_path / "answers.jsonl"
+    write_jsonl(target, [row | {"lang": "de"} for row in read_jsonl(source)[:5]])
+    with pytest.raises(DataError, match=r"answers\.jsonl:1: answers another row"):
+        predict_file(_config(trained, resume=True), source, target)
+
+
+def test_after_a_kill_no_line_is_torn_and_none_is_lost(source, trained, tmp_path, cache, clseave):
+    whole, target = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
+    arguments = ["predict", "--input", source, "--runs", trained, "--lang", "de",
+                 "--batch-size", "1", "--device", "cpu", "--precision", "fp32"]  # fmt: skip
+    assert clseave(*arguments, "--output", whole)[0] == 0
+    partial = tmp_path / "answers.jsonl.partial"
+    for number, wanted in enumerate((3, 9, 20)):
+        more = ["--resume"] if number else []
+        running = CommandProcess(
+            *map(str, [*arguments, "--output", target, *more]),
+            folder=tmp_path / f"run{number}", before=_slow_answers,
+        )  # fmt: skip
+        while running.alive and (
+            not partial.exists() or partial.read_bytes().count(b"\n") < wanted
+        ):
+            time.sleep(0.01)
+        running.signal(signal.SIGKILL if number < 2 else signal.SIGINT)
+        assert running.wait() == (-signal.SIGKILL if number < 2 else 130), running.stderr
+        assert not target.exists()
+    assert "interrupted; everything finished so far is on disk" in running.stderr
+    code, _, err = clseave(*arguments, "--output", target, "--resume")
+    assert code == 0, err
+    _same(target, whole)
+
+
+def _slow_answers():
+    judge = VisualEntailment.predict
+
+    def slow(*arguments):
+        time.sleep(0.03)
+        return judge(*arguments)
+
+    VisualEntailment.predict = slow
+
+
+# --- where answers go ---
+
+
+def test_input_and_output_are_not_the_same_file(source, trained, tmp_path):
+    before = source.read_bytes()
+    (tmp_path / "link.jsonl").symlink_to(source)
+    for target in (source, tmp_path / "link.jsonl"):
+        with pytest.raises(UsageError, match="is both input and output"):
+            predict_file(_config(trained), source, target)
+    with pytest.raises(UsageError, match="is a folder; expected a file"):
+        predict_file(_config(trained), source, tmp_path)
+    assert source.read_bytes() == before
+
+
+def test_a_pipe_is_written_to_and_stays(source, trained, tmp_path):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    got = []
+    reader = threading.Thread(target=lambda: got.append(fifo.read_bytes()))
+    reader.start()
+    predict_file(_config(trained), source, fifo)
+    reader.join(20)
+    assert fifo.is_fifo() and got[0].count(b"\n") == 40
+    with pytest.raises(UsageError, match="--resume needs a file"):
+        predict_file(_config(trained, resume=True), source, fifo)
+
+
+def test_stdin_to_stdout(clseave, source, trained, monkeypatch, tmp_path):
+    arguments = ["predict", "--runs", trained, "--lang", "de", "--input", "-", "--output"]
+    with source.open() as stream:
+        monkeypatch.setattr(sys, "stdin", stream)
+        code, out, err = clseave(*arguments, "-")
+    assert code == 0 and "stdout: 37 predicted, 3 with an error" in err
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert len(answers) == 40 and answers[11]["error"].startswith("stdin:12: expected an object")
+    assert answers[0]["label"] in LABELS
+    code, out, err = clseave(*arguments, "-", "--json")
+    assert code == 2 and out == "" and "--json and --output - both write to stdout" in err
+    code, out, err = clseave(*arguments, tmp_path / "file" / "a", "--input", tmp_path / "no")
+    assert code == 1 and f"{tmp_path / 'no'}: cannot be read" in err
+
+
+def test_csv_gets_the_answers_that_json_lines_get(trained, data, tmp_path):
+    rows = [(f"images/test{n}.png", "Das Quadrat ist rot.") for n in range(3)]
+    cells = [("image", "hypothesis"), *rows]
+    (data / "pairs.csv").write_text("".join(f"{a},{b}\n" for a, b in cells))
+    write_jsonl(data / "pairs.jsonl", [{"image": a, "hypothesis": b} for a, b in rows])
+    for kind in ("csv", "jsonl"):
+        predict_file(_config(trained), data / f"pairs.{kind}", tmp_path / kind)
+    assert (tmp_path / "csv").read_bytes() == (tmp_path / "jsonl").read_bytes()
+    assert all("label" in answer for answer in read_jsonl(tmp_path / "csv"))
+
+
+def test_sentences_that_were_cut_are_told(trained, world, tmp_path, clseave):
+    row = {"image": str(world / "images" / "test0.png"), "hypothesis": "rot " * 1000}
+    write_jsonl(tmp_path / "pairs.jsonl", [row, row])
+    code, _, err = clseave(
+        "predict", "--input", tmp_path / "pairs.jsonl", "--output", tmp_path / "answers.jsonl",
+        "--runs", trained, "--lang", "de",
+    )  # fmt: skip
+    assert code == 0 and "2 hypotheses were too long and were cut" in err
+
+
+# --- pictures ---
+
+
+def test_a_picture_that_changed_is_looked_at_again(trained, world, tmp_path):
+    model = VisualEntailment.from_pretrained(trained, device="cpu", precision="fp32")
+    path, sentence = tmp_path / "now.png", "The square is red."
+    assert "no such image" in str(model.predict([(path, sentence)])[0])
+    seen = []
+    for name in ("test0.png", "test1.png"):
+        shutil.copy(world / "images" / name, path)
+        os.utime(path, ns=(len(seen), len(seen)))
+        seen.append(model(path, sentence).probabilities)
+        assert seen[-1] == pytest.approx(
+            model(world / "images" / name, sentence).probabilities, rel=1e-4
+        )
+    assert seen[0] != pytest.approx(seen[1], rel=1e-4)
+
+
+def test_what_is_no_file_is_not_waited_for(trained, tmp_path):
+    os.mkfifo(tmp_path / "fifo.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
+    model = VisualEntailment.from_pretrained(trained, device="cpu", precision="fp32")
+    names = ["fifo.png", ".", "a.eps", "no\0where", "x" * 5000, "\ud83d"]
+    answers = model.predict([(tmp_path / name, "The square is red.") for name in names])
+    said = ["not a regular file", "not a regular file", "damaged or not an image", "null byte",
+            "too long", "surrogates not allowed"]  # fmt: skip
+    for answer, part in zip(answers, said, strict=True):
+        assert part in str(answer)
+
+
+# --- languages and students ---
+
+
+def test_a_student_is_known_by_its_config_not_its_folder(runs, world, refused):
+    (runs / "align-de").rename(runs / "my-german")
+    (runs / ".align-de.x1").symlink_to(runs / "my-german")
+    (runs / "encoder").mkdir()
+    (runs / "encoder" / "config.json").write_text('{"model_type": "bert"}')
+    (runs / "rubbish").mkdir()
+    (runs / "rubbish" / "config.json").write_bytes(b"\xff{")
+    assert find_students(runs) == {"de": runs / "my-german", "nl": runs / "align-nl"}
+    answer = VisualEntailment.from_pretrained(runs, "de")(
+        world / "images" / "test0.png", "Das Quadrat ist rot."
+    )
+    assert answer.model == str(runs / "my-german")
+    error = refused("predict", "a.png", "x", "--lang", "ja", "--runs", runs)
+    assert "no model for ja; languages there: en, de, nl" in error
+    (runs / "align-x").mkdir()
+    (runs / "align-x" / "config.json").write_text("{}")
+    assert "align-x: not a student folder" in refused(
+        "predict", "a.png", "x", "--lang", "de", "--runs", runs
+    )
+
+
+def test_a_student_needs_no_english_text_tower(runs, world):
+    flip_byte(runs / "clip-ve" / "text" / "model.safetensors")
+    before = tree(runs)
+    pair = (world / "images" / "test0.png", "Das Quadrat ist rot.")
+    assert VisualEntailment.from_pretrained(runs, "de")(*pair).lang == "de"
+    with pytest.raises(Exception, match=r"text/model\.safetensors: damaged"):
+        VisualEntailment.from_pretrained(runs)
+    assert tree(runs) == before
+
+
+@needs_lingua
+def test_the_language_is_identified_among_those_there_are(trained, world, tmp_path, monkeypatch):
+    loaded = []
+    load = torch_model.load_student
+    monkeypatch.setattr(
+        torch_model, "load_student", lambda *a: loaded.append(a[0].name) or load(*a)
+    )
+    model = VisualEntailment.from_pretrained(trained, "auto", "cpu", "fp32")
+    assert (model.lang, loaded) == ("auto", [])
+    image = world / "images" / "test0.png"
+    sentences = {
+        "A dog waits outside in the rain.": "en",
+        "Draußen wartet ein Hund auf die Kinder.": "de",
+        "The square is not red.": "en",
+        "Das Viereck ist nicht sehr rot.": "de",
+    }
+    answers = model.predict([(image, sentence) for sentence in sentences])
+    assert [answer.lang for answer in answers] == list(sentences.values())
+    assert loaded == ["align-de"]
+    for answer, sentence in zip(answers, sentences, strict=True):
+        alone = VisualEntailment.from_pretrained(trained, answer.lang, "cpu", "fp32")
+        assert alone(image, sentence).probabilities == pytest.approx(answer.probabilities, rel=1e-4)
+    french = model(image, "Un chien attend dehors sous la pluie.")
+    assert french.lang in ("en", "de", "nl")
+
+
+def test_without_the_extra_auto_says_what_to_install(trained, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lingua", None)
+    with pytest.raises(ExtraMissing, match=r"pip install 'clseave-cli\[langid\]'"):
+        VisualEntailment.from_pretrained(trained, "auto")

@@ -1,0 +1,276 @@
+"""The HTTP service through Starlette's test client, with a model that watches what it is given."""
+
+import io
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from fake_model import FakeModel
+from PIL import Image
+
+pytest.importorskip("fastapi")
+pytest.importorskip("python_multipart")
+
+from starlette.testclient import TestClient
+
+from clseave_cli.commands import serve as serve_command
+from clseave_cli.core.config import ServeConfig
+from clseave_cli.core.prediction import inference
+from clseave_cli.core.prediction.serving import app as service
+from clseave_cli.core.prediction.serving.app import create_app
+
+
+def picture(colour=(200, 20, 20), size=(40, 30), kind="PNG"):
+    stream = io.BytesIO()
+    Image.new("RGB", size, colour).save(stream, kind)
+    return stream.getvalue()
+
+
+@pytest.fixture
+def model():
+    return FakeModel()
+
+
+@pytest.fixture
+def serve(model):
+    """Opens a client to a service with some options; closes it at the end."""
+    clients = []
+
+    def start(**options):
+        client = TestClient(
+            create_app(model, ServeConfig(**options)), raise_server_exceptions=False
+        )
+        clients.append(client.__enter__())
+        return client
+
+    yield start
+    for client in clients:
+        client.__exit__(None, None, None)
+
+
+def ask(client, image=None, hypothesis="A sentence.", **form):
+    image = picture() if image is None else image
+    return client.post("/predict", files={"image": image}, data={"hypothesis": hypothesis, **form})
+
+
+def test_an_answer_is_the_label_and_three_probabilities(serve):
+    answer = ask(serve(), picture((10, 240, 30)), "Das ist grün.", lang="de")
+    assert answer.status_code == 200
+    body = answer.json()
+    assert body["label"] == "neutral"
+    assert list(body["probabilities"]) == ["entailment", "neutral", "contradiction"]
+    assert sum(body["probabilities"].values()) == pytest.approx(1)
+    assert body | {"probabilities": None} == {
+        "hypothesis": "Das ist grün.", "lang": "de", "label": "neutral", "probabilities": None,
+        "model": "align-de", "truncated": False,
+    }  # fmt: skip
+    assert ask(serve(), hypothesis="x" * 51).json()["truncated"] is True
+
+
+def test_english_is_what_is_asked_where_no_language_is_named(serve, model):
+    assert ask(serve()).json()["lang"] == "en"
+    assert model.sentence_batches == [("en", ["A sentence."])]
+
+
+def test_requests_that_come_while_one_is_computed_go_together(serve, model):
+    client = serve(batch_size=4)
+    model.gate.clear()
+    with ThreadPoolExecutor(9) as pool:
+        colours = [(number * 20, 0, 0) for number in range(9)]
+        first = pool.submit(ask, client, picture(colours[0]))
+        _wait_until(lambda: model.num_prepared == 1)
+        time.sleep(0.05)
+        rest = [
+            pool.submit(ask, client, picture(colour), lang=("en", "de")[number % 2])
+            for number, colour in enumerate(colours[1:])
+        ]
+        _wait_until(lambda: model.num_prepared == 9)
+        time.sleep(0.05)
+        model.gate.set()
+        answers = [each.result().json() for each in (first, *rest)]
+    assert model.image_batches == [1, 4, 4]
+    assert {lang for lang, _ in model.sentence_batches} == {"en", "de"}
+    # Every client gets its own answer: the redder the picture, the likelier the first label.
+    likelihoods = [answer["probabilities"]["entailment"] for answer in answers]
+    assert likelihoods == sorted(likelihoods) and len(set(likelihoods)) == 9
+    assert [answer["lang"] for answer in answers] == ["en", *("en", "de") * 4]
+
+
+def test_a_photo_asked_about_again_is_neither_decoded_nor_encoded(serve, model):
+    client = serve()
+    first, second = ask(client), ask(client, hypothesis="Another one.")
+    assert first.json()["probabilities"] == second.json()["probabilities"]
+    assert (model.num_prepared, model.image_batches) == (1, [1])
+
+
+def test_the_oldest_photos_are_forgotten(serve, model, monkeypatch):
+    from clseave_cli.core.prediction.serving import batching
+
+    monkeypatch.setattr(batching, "_KEPT_IMAGES", 2)
+    client = serve()
+    for red in (0, 100, 200, 0):
+        ask(client, picture((red, 0, 0)))
+    assert model.num_prepared == 4
+
+
+def test_more_requests_than_may_wait_are_turned_away(serve, model):
+    client = serve(max_waiting=2)
+    model.gate.clear()
+    with ThreadPoolExecutor(2) as pool:
+        inside = [pool.submit(ask, client, picture((red, 0, 0))) for red in (1, 2)]
+        _wait_until(lambda: model.num_prepared == 2)
+        refused = ask(client)
+        model.gate.set()
+        assert [each.result().status_code for each in inside] == [200, 200]
+    assert refused.status_code == 503 and refused.headers["Retry-After"] == "1"
+    assert ask(client).status_code == 200
+
+
+def test_a_failure_of_the_model_hits_its_batch_only(serve, model):
+    client = serve()
+    model.fail = RuntimeError("out of memory")
+    assert ask(client).status_code == 500
+    model.fail = None
+    assert ask(client).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("image", "code", "message"),
+    [
+        (b"", 400, "damaged or not an image"),
+        (b"not an image", 400, "damaged or not an image"),
+        (picture()[:60], 400, "damaged"),
+        (picture(size=(1000, 1001)), 413, "more than 1 megapixels"),
+        (picture(kind="TIFF"), 400, "expected one of JPEG, PNG, WEBP, GIF, BMP"),
+    ],
+    ids=["empty", "text", "cut", "large", "format"],
+)
+def test_bad_images_are_refused(serve, model, image, code, message):
+    answer = ask(serve(max_megapixels=1), image)
+    assert answer.status_code == code
+    assert message in answer.json()["detail"]
+    assert model.image_batches == []
+
+
+def test_a_decompression_bomb_is_refused_unopened(serve, model):
+    """A PNG of 60,000 × 60,000 pixels in a few bytes: its header is enough."""
+    import struct
+    import zlib
+
+    def chunk(kind, body):
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    bomb = (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(10**6)))
+    )
+    answer = ask(serve(), bomb)
+    assert answer.status_code == 413 and "megapixels" in answer.json()["detail"]
+    assert model.num_prepared == 0
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ({"hypothesis": " \n"}, "empty"),
+        ({"hypothesis": "x" * 1001}, "longer than 1000 characters"),
+        ({"lang": "fr"}, "there are: en, de"),
+        ({"lang": "../en"}, "there are: en, de"),
+    ],
+    ids=["empty", "long", "language", "path"],
+)
+def test_bad_sentences_are_refused(serve, form, message):
+    answer = ask(serve(), **form)
+    assert answer.status_code == 422 and message in answer.json()["detail"]
+
+
+def test_forms_without_a_part_are_refused(serve):
+    client = serve()
+    assert client.post("/predict", data={"hypothesis": "x"}).status_code == 422
+    assert client.post("/predict", files={"image": picture()}).status_code == 422
+    assert client.post("/predict", json={"hypothesis": "x"}).status_code == 422
+    for kind, code in {"multipart/form-data; boundary=x": 422, "multipart/form-data": 400}.items():
+        headers = {"Content-Type": kind}
+        broken = client.post("/predict", content=b"--x\r\nnonsense", headers=headers)
+        assert broken.status_code == code
+    assert client.get("/predict").status_code == 405
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_body_over_the_limit_is_refused(serve, announced):
+    client = serve(max_megabytes=0.01)
+    body = b"x" * 20_000
+    content = body if announced else iter([body[:8000], body[8000:16000], body[16000:]])
+    answer = client.post(
+        "/predict", content=content,
+        headers={"Content-Type": "multipart/form-data; boundary=x"},
+    )  # fmt: skip
+    assert answer.status_code == 413
+    assert "larger than 0.01 MB" in answer.json()["detail"]
+
+
+def test_a_body_that_never_ends_arriving_is_given_up(model, monkeypatch):
+    import asyncio
+
+    monkeypatch.setattr(service, "_BODY_SECONDS", 0.05)
+    app = create_app(model, ServeConfig())
+    sent = []
+
+    async def receive():
+        await asyncio.sleep(30)
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {
+        "type": "http", "method": "POST", "path": "/predict", "query_string": b"",
+        "headers": [(b"content-type", b"multipart/form-data; boundary=x")],
+        "asgi": {"version": "3.0"}, "http_version": "1.1",
+    }  # fmt: skip
+    asyncio.run(app(scope, receive, send))
+    assert sent[0]["status"] == 408
+
+
+def test_bad_requests_leave_no_line_in_the_log(model, monkeypatch, caplog):
+    uvicorn = pytest.importorskip("uvicorn")
+    monkeypatch.setattr(inference, "load_model", lambda *_, **__: model)
+    codes = []
+
+    def run(server, sockets):
+        headers = {"Content-Type": "multipart/form-data; boundary=x"}
+        with TestClient(server.config.app) as client:
+            codes.append(client.post("/predict", content=bytes(300), headers=headers).status_code)
+        sockets[0].close()
+
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    serve_command.run(ServeConfig(port=0))
+    assert codes == [400]
+    assert [record for record in caplog.records if "multipart" in record.name] == []
+
+
+def test_health_and_openapi(serve):
+    client = serve()
+    health = client.get("/health").json()
+    assert (health["status"], health["languages"]) == ("ok", ["en", "de"])
+    schema = client.get("/openapi.json").json()
+    assert set(schema["paths"]) == {"/health", "/predict"}
+    responses = schema["paths"]["/predict"]["post"]["responses"]
+    assert set(responses) == {"200", "400", "408", "413", "422", "503"}
+    assert client.get("/docs").status_code == 404
+
+
+def test_the_page_brings_all_it_needs(serve):
+    answer = serve().get("/")
+    assert answer.headers["Content-Type"].startswith("text/html")
+    assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+    assert "://" not in answer.text
+
+
+def _wait_until(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.005)

@@ -1,0 +1,381 @@
+"""Every layout of teacher and kind of student through the stages, and a source that is Chinese."""
+
+import json
+
+import numpy as np
+import pytest
+from tiny_backbones import CANNOT_BE_PACKED, STUDENTS, TEACHERS, new_siglip, save_word_tokenizer
+from tiny_world import QUICK, read_jsonl, sentences, write_jsonl, write_world
+
+from clseave_cli import VisualEntailment
+from clseave_cli.core.alignment import align
+from clseave_cli.core.config import (
+    AlignConfig,
+    EvaluateConfig,
+    ExportConfig,
+    FinetuneConfig,
+    PredictConfig,
+    PretrainConfig,
+)
+from clseave_cli.core.evaluation.results import Results
+from clseave_cli.core.evaluation.run import evaluate
+from clseave_cli.core.finetuning import finetune
+from clseave_cli.core.models.clip_ve import ClipVE, source_language
+from clseave_cli.core.models.encoders import module_digest
+from clseave_cli.core.models.student import load_student
+from clseave_cli.core.prediction.export import export
+from clseave_cli.core.prediction.predictor import predict_file
+from clseave_cli.core.prediction.torch_model import TorchModel
+from clseave_cli.core.pretraining import pretrain
+from clseave_cli.errors import ModelError
+
+
+def _train(data, runs, clip, encoder, *languages, **more):
+    shared = {"data": str(data), "runs": runs, "epochs": 1, **QUICK}
+    finetune(FinetuneConfig(clip=str(clip), **shared, **more))
+    align(AlignConfig(lang=languages, student=str(encoder), **shared))
+
+
+def _evaluate(data, runs, *languages, **more):
+    shared = {"resamples": 50, "device": "cpu", "precision": "fp32", **more}
+    return evaluate(EvaluateConfig(data=str(data), runs=(runs,), lang=languages, **shared))
+
+
+def _predict_right(data, runs, lang):
+    """The share of test rows that `predict` gets right, one by one through its own way."""
+    suffix = "" if lang == "en" else f".{lang}"
+    rows = read_jsonl(data / f"snli_ve_test{suffix}.jsonl")
+    model = VisualEntailment.from_pretrained(runs, lang, "cpu", "fp32")
+    answers = model.predict(
+        [(data / "images" / row["Flickr30K_ID"], row["sentence2"]) for row in rows]
+    )
+    right = [a.label == row["gold_label"] for a, row in zip(answers, rows, strict=True)]
+    return sum(right) / len(right)
+
+
+@pytest.mark.parametrize("layout", list(TEACHERS))
+def test_a_teacher_of_any_layout_goes_through_all_stages(layout, world, tmp_path, encoder):
+    clip = TEACHERS[layout](tmp_path / "clip", sentences(world))
+    before = ClipVE.from_clip(clip)
+    _train(world, tmp_path, clip, encoder, "de")
+    after = ClipVE.from_folder(tmp_path / "clip-ve")
+    assert module_digest(after.image) == module_digest(before.image)
+    assert module_digest(after.text) != module_digest(before.text)
+    results = _evaluate(world, tmp_path)
+    assert [result.lang for result in results.results] == ["en", "de"]
+    for result in results.results:
+        assert result.accuracy == pytest.approx(_predict_right(world, tmp_path, result.lang))
+
+
+@pytest.mark.parametrize("layout", list(TEACHERS))
+def test_a_teacher_of_any_layout_is_exported_or_refused(layout, world, tmp_path):
+    pytest.importorskip("onnxruntime")
+    clip = TEACHERS[layout](tmp_path / "clip", sentences(world))
+    ClipVE.from_clip(clip).save(_made(tmp_path / "clip-ve"))
+    config = ExportConfig(runs=tmp_path, out=tmp_path / "onnx", lang=("en",))
+    if layout == "siglip2":
+        with pytest.raises(ModelError, match="preprocessing cannot be exported"):
+            export(config)
+        assert not (tmp_path / "onnx").exists()
+        return
+    assert export(config).difference < 1e-4
+    ours = TorchModel.from_runs(tmp_path, ["en"], "cpu", "fp32")
+    from clseave_cli.core.prediction.inference import load_model
+
+    theirs = load_model(tmp_path / "onnx")
+    texts = ["The square is red.", "x", "The square is " + "green. The square is blue. " * 30]
+    wanted, cut = ours.embed_sentences("en", texts)
+    found, found_cut = theirs.embed_sentences("en", texts)
+    assert found == pytest.approx(wanted, abs=1e-3) and found_cut.tolist() == cut.tolist()
+    picture = _picture(world)
+    pixels = ours.prepare(picture)
+    assert theirs.prepare(picture) == pytest.approx(pixels, abs=1e-5)
+    batch = np.stack([pixels, pixels[:, ::-1].copy()])
+    assert theirs.embed_images(batch) == pytest.approx(ours.embed_images(batch), abs=1e-3)
+
+
+@pytest.mark.parametrize("name", [name for name in STUDENTS if name != "mBERT"])
+def test_a_student_of_any_kind_goes_through_all_stages(name, world, tmp_path, runs):
+    backbone = STUDENTS[name](tmp_path / "encoder", sentences(world))
+    shared = {"data": str(world), "runs": runs, "epochs": 1, **QUICK}
+    folder = align(AlignConfig(lang=("nl",), student=str(backbone), **shared)).folder
+    results = _evaluate(world, runs, "en", "nl", batch_size=5)
+    assert results.results[1].accuracy == pytest.approx(_predict_right(world, runs, "nl"))
+    student = load_student(folder)
+    assert student.packs == (name not in CANNOT_BE_PACKED)
+    assert module_digest(student.backbone) != module_digest(_backbone(backbone))
+
+
+@pytest.mark.parametrize("name", list(STUDENTS))
+def test_a_student_of_any_kind_is_exported(name, world, tmp_path, runs):
+    pytest.importorskip("onnxruntime")
+    from clseave_cli.core.models.student import new_student, save_student
+
+    teacher = ClipVE.from_folder(runs / "clip-ve")
+    student = new_student(STUDENTS[name](tmp_path / "encoder", sentences(world)), 16)
+    student.verify_packing()
+    save_student(student, _made(runs / "it"), languages=["it"], teacher=teacher.fingerprint)
+    config = ExportConfig(runs=runs, out=tmp_path / "onnx", lang=("it",))
+    assert export(config).difference < 1e-3
+
+
+# --- pretrain ---
+
+
+@pytest.mark.parametrize("layout", ["chinese_clip", "altclip"])
+def test_pretraining_goes_on_from_other_layouts(layout, world, tmp_path):
+    clip = TEACHERS[layout](tmp_path / "clip", sentences(world))
+    data = _captions(world, tmp_path / "captions")
+    config = PretrainConfig(
+        data=data, images=world / "images", clip=str(clip), runs=tmp_path / "runs", epochs=1,
+        **QUICK,
+    )  # fmt: skip
+    folder = pretrain(config).folder
+    before, after = ClipVE.from_clip(clip), ClipVE.from_clip(folder)
+    assert module_digest(after.text) != module_digest(before.text)
+    assert module_digest(after.image) != module_digest(before.image)
+
+
+def test_pretraining_refuses_siglip(world, tmp_path, refused):
+    new_siglip(tmp_path / "clip", sentences(world))
+    data = _captions(world, tmp_path / "captions")
+    line = refused(
+        "pretrain", "--clip", tmp_path / "clip", "--data", data, "--images", world / "images",
+        "--runs", tmp_path,
+    )  # fmt: skip
+    assert "SigLIP was trained with another loss than CLIP's" in line
+
+
+# --- bad models ---
+
+
+def test_bad_teachers_and_students_get_one_line(world, tmp_path, runs, refused):
+    siglip = new_siglip(tmp_path / "wide", sentences(world), projection_size=24)
+    finetuning = ("finetune-ve", "--data", world, "--runs", tmp_path / "new", "--clip")
+    line = refused(*finetuning, siglip)
+    assert "text tower projects to 24, the image tower to 16" in line
+    other = STUDENTS["XLM-R"](tmp_path / "encoder", sentences(world))
+    assert "a xlm-roberta model; expected one of CLIP layout, or of SigLIP's" in refused(
+        *finetuning, other
+    )
+    assert not (tmp_path / "new").exists() or not any((tmp_path / "new").iterdir())
+    aligning = ("align", "--data", world, "--runs", runs, "--lang", "de", "--student")
+    assert "a siglip model; expected a text encoder" in refused(*aligning, siglip)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    save_word_tokenizer(other, sentences(world), special=special, template="<s> $A")
+    assert "its tokenizer does not end a text in its [SEP]" in refused(*aligning, other)
+
+
+def test_a_head_of_another_width_is_refused(world, tmp_path, runs, refused):
+    from clseave_cli.core.models.folder import seal
+    from clseave_cli.core.models.head import EntailmentHead, HeadConfig
+    from clseave_cli.core.models.weights import save_weights
+
+    folder = runs / "clip-ve"
+    save_weights(EntailmentHead(HeadConfig(embedding_dim=20)), folder / "head.safetensors")
+    seal(folder, "clip-ve", {"languages": ["en"], "head": {"embedding_dim": 20}})
+    line = refused("align", "--lang", "de", "--data", world, "--runs", runs)
+    assert "the text tower projects to 16, the image tower to 16, the head reads 20" in line
+
+
+# --- a source language other than English ---
+
+
+@pytest.fixture(scope="module")
+def chinese_world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("zh") / "data", languages=("en", "de", "zh"))
+
+
+@pytest.fixture(scope="module")
+def chinese(tmp_path_factory, chinese_world, encoder):
+    """Models with Chinese as their source, aligned to English and German; read only."""
+    base = tmp_path_factory.mktemp("chinese")
+    clip = TEACHERS["chinese_clip"](base / "clip", sentences(chinese_world))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLSEAVE_CACHE", str(base / "cache"))
+        _train(chinese_world, base / "runs", clip, encoder, "en", "de", source_lang="zh")
+    return base / "runs"
+
+
+def test_the_source_language_is_a_property_of_the_teacher(chinese):
+    assert source_language(chinese / "clip-ve") == "zh"
+    assert ClipVE.from_folder(chinese / "clip-ve").source_lang == "zh"
+    card = (chinese / "clip-ve" / "README.md").read_text()
+    assert "language: [zh]" in card and "--lang zh" in card
+    run = json.loads((chinese / "clip-ve" / "training" / "run.json").read_text())
+    assert set(run["inputs"]) >= {"snli_ve_train.zh.jsonl", "snli_ve_dev.zh.jsonl"}
+    run = json.loads((chinese / "align-en+de" / "training" / "run.json").read_text())
+    assert {"train: zh of en", "dev: zh of de", "snli_ve_train.jsonl"} <= set(run["inputs"])
+    assert "translation in zh" in (chinese / "align-en+de" / "README.md").read_text()
+
+
+def test_students_imitate_the_chinese_original(chinese, chinese_world):
+    """The mean squared error on dev, computed anew from the rows that belong together."""
+    teacher = ClipVE.from_folder(chinese / "clip-ve").text
+    student = load_student(chinese / "align-en+de")
+    figures = []
+    for suffix in ("", ".de"):
+        target, source = (
+            {row["pairID"]: row["sentence2"] for row in read_jsonl(chinese_world / name)}
+            for name in (f"snli_ve_dev{suffix}.jsonl", "snli_ve_dev.zh.jsonl")
+        )
+        wanted = _embed(teacher, [source[pair] for pair in target])
+        found = _embed(student, list(target.values()))
+        figures.append(float(((found - wanted) ** 2).mean()))
+    summary = json.loads((chinese / "align-en+de" / "training" / "summary.json").read_text())
+    assert summary["dev"]["mse"] == pytest.approx(np.mean(figures), rel=1e-3)
+
+
+def test_without_a_language_sentences_are_in_the_source_models(chinese, chinese_world, tmp_path):
+    image = chinese_world / "images" / "test0.png"
+    answer = VisualEntailment.from_pretrained(chinese)(image, "红色的圆。")
+    assert answer.lang == "zh" and answer.model == str(chinese / "clip-ve")
+    both, german = tmp_path / "both", tmp_path / "german"
+    export(ExportConfig(runs=chinese, out=both, lang=("de", "zh"), device="cpu"))
+    assert VisualEntailment.from_pretrained(both)(image, "红色的圆。").lang == "zh"
+    export(ExportConfig(runs=chinese, out=german, lang=("de",), device="cpu"))
+    with pytest.raises(ModelError, match="no model for zh; languages there: de"):
+        VisualEntailment.from_pretrained(german)
+    rows, answers = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
+    write_jsonl(rows, [{"image": str(image), "hypothesis": "红色的圆。"}])
+    predict_file(PredictConfig(runs=chinese), rows, answers)
+    assert read_jsonl(answers)[0]["lang"] == "zh"
+
+
+def test_evaluate_compares_with_the_source_language(chinese, chinese_world, clseave, tmp_path):
+    results = _evaluate(chinese_world, chinese)
+    assert [result.lang for result in results.results] == ["zh", "en", "de"]
+    source, *others = results.results
+    assert results.signature.source_lang == "zh" and source.ratio_to_english == 1
+    assert source.transfer is None and source.difference_to_english is None
+    for result in others:
+        assert result.ratio_to_english == pytest.approx(result.accuracy / source.accuracy)
+        assert result.difference_to_english.value == pytest.approx(
+            result.accuracy - source.accuracy
+        )
+        assert result.transfer is not None
+        assert result.accuracy == pytest.approx(_predict_right(chinese_world, chinese, result.lang))
+    assert source.accuracy == pytest.approx(_predict_right(chinese_world, chinese, "zh"))
+    assert Results.from_json(results.to_json()) == results
+    older = results.to_json()
+    del older["signature"]["source_lang"]
+    assert Results.from_json(older).source_lang == "en"
+
+    code, out, _ = clseave(
+        "evaluate", "--data", chinese_world, "--runs", chinese, "--device", "cpu",
+        "--report", tmp_path / "report", "--resamples", 50,
+    )  # fmt: skip
+    assert code == 0 and "to zh" in out and "with zh" in out and "to en" not in out
+    assert "source zh" in out
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert "Chinese reaches" in page and "Against Chinese" in page
+    assert "Against English" not in page and "the English" not in page
+    assert "{Chinese}" in (tmp_path / "report" / "table.tex").read_text()
+
+
+def test_translations_go_into_the_source_language(chinese, chinese_world, tmp_path):
+    rows = read_jsonl(chinese_world / "snli_ve_test.zh.jsonl")
+    translations = tmp_path / "de.jsonl"
+    translations.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    results = _evaluate(
+        chinese_world, chinese, "zh", "de", mode="translate-test", engine="file",
+        translations=translations, memory=tmp_path / "memory.sqlite",
+    )  # fmt: skip
+    source, translated = results.results
+    assert translated.mode == "translate-test"
+    assert translated.accuracy == source.accuracy and translated.agreement_with_english == 1
+    first, second = results.baselines["zh"], results.baselines["de.translate-test"]
+    assert (first.hypothesis_only, first.majority) == (second.hypothesis_only, second.majority)
+
+
+def test_the_teachers_own_language_cannot_be_aligned(chinese, chinese_world, refused):
+    line = refused("align", "--lang", "zh", "--data", chinese_world, "--runs", chinese, code=2)
+    assert "--lang zh: is the teacher's own language" in line
+
+
+def test_a_student_can_read_the_source_language_too(chinese, chinese_world, tmp_path, encoder):
+    config = AlignConfig(
+        data=str(chinese_world), runs=chinese, lang=("de",), student=str(encoder), epochs=1,
+        include_english=True, out=tmp_path / "out", **QUICK,
+    )  # fmt: skip
+    assert align(config).languages == ("de", "zh")
+
+
+def test_predict_names_the_languages_there_are(chinese, chinese_world, refused):
+    image = chinese_world / "images" / "test0.png"
+    line = refused("predict", image, "…", "--lang", "fr", "--runs", chinese)
+    assert "no model for fr; languages there: zh, de, en." in line
+
+
+def test_a_source_file_is_needed(chinese, chinese_world, tmp_path, refused, encoder):
+    folder = write_world(tmp_path / "data", languages=("en", "de"))
+    line = refused(
+        "align", "--lang", "de", "--data", folder, "--runs", chinese, "--student", encoder,
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert "no sentences in the source language zh" in line and "sentence2_zh" in line
+    line = refused("finetune-ve", "--source-lang", "zh", "--data", folder, "--runs", tmp_path)
+    assert "no snli_ve_train.zh.jsonl (languages of the split train there: en, de)" in line
+    line = refused("finetune-ve", "--source-lang", "../x", "--data", folder, code=2)
+    assert "--source-lang ../x: not a language code" in line
+
+
+def test_source_sentences_kept_beside_translations_are_taken(chinese, tmp_path, encoder):
+    folder = write_world(tmp_path / "data", languages=("de", "zh"))
+    for split in ("train", "dev"):
+        originals = folder / f"snli_ve_{split}.zh.jsonl"
+        source = {row["pairID"]: row["sentence2"] for row in read_jsonl(originals)}
+        path = folder / f"snli_ve_{split}.de.jsonl"
+        rows = [row | {"sentence2_zh": source[row["pairID"]]} for row in read_jsonl(path)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        originals.unlink()
+    config = AlignConfig(
+        data=str(folder), runs=chinese, lang=("de",), student=str(encoder), epochs=1,
+        out=tmp_path / "out", **QUICK,
+    )  # fmt: skip
+    assert align(config).folder == tmp_path / "out"
+
+
+def test_models_of_several_sources_are_not_averaged(chinese, chinese_world, trained, refused):
+    line = refused(
+        "evaluate", "--runs", chinese, "--runs", trained, "--data", chinese_world, code=2
+    )
+    assert "models of several source languages" in line
+
+
+# --- helpers ---
+
+
+def _made(folder):
+    folder.mkdir()
+    return folder
+
+
+def _backbone(folder):
+    from clseave_cli.core.models.backbones import load_encoder
+
+    return load_encoder(folder)[0]
+
+
+def _embed(encoder, texts):
+    import torch
+
+    with torch.no_grad():
+        return torch.cat(list(encoder.embed(encoder.tokenize(texts)))).numpy()
+
+
+def _picture(world):
+    from clseave_cli.core.data.images import open_image
+
+    return open_image(world / "images" / "test0.png").resize((50, 35))
+
+
+def _captions(world, folder):
+    folder.mkdir()
+    for split in ("train", "dev"):
+        rows = read_jsonl(world / f"snli_ve_{split}.jsonl")
+        lines = [{"image": row["Flickr30K_ID"], "caption": row["sentence2"]} for row in rows]
+        (folder / f"captions_{split}.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines)
+        )
+    return folder

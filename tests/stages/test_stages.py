@@ -1,0 +1,672 @@
+"""finetune-ve, align, evaluate and predict on a tiny world, against figures computed anew."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_world import (
+    CAPTION,
+    QUICK,
+    Notes,
+    edit_row,
+    enlarge_weights,
+    read_jsonl,
+    tree,
+    write_jsonl,
+)
+
+from clseave_cli import VisualEntailment
+from clseave_cli.core import alignment, finetuning
+from clseave_cli.core.alignment import align, corpus
+from clseave_cli.core.alignment.dev import SpreadWatch
+from clseave_cli.core.config import AlignConfig, EvaluateConfig, FinetuneConfig, PredictConfig
+from clseave_cli.core.data.records import read_split
+from clseave_cli.core.evaluation.run import evaluate
+from clseave_cli.core.finetuning import finetune
+from clseave_cli.core.models import tokens
+from clseave_cli.core.models.clip_ve import ClipVE
+from clseave_cli.core.models.encoders import module_digest
+from clseave_cli.core.models.student import load_student
+from clseave_cli.core.prediction import predictor as prediction
+from clseave_cli.core.prediction.torch_model import TorchModel
+from clseave_cli.errors import DataError, ModelError, TrainingError, UsageError
+from clseave_cli.labels import LABELS
+
+
+def _finetune(data, runs, clip, **options):
+    defaults = {"epochs": 1, **QUICK}
+    config = FinetuneConfig(data=str(data), runs=runs, clip=str(clip), **(defaults | options))
+    return finetune(config)
+
+
+def _align(data, runs, encoder, *languages, progress=None, **options):
+    defaults = {"epochs": 1, **QUICK}
+    config = AlignConfig(
+        data=str(data), runs=runs, lang=languages, student=str(encoder), **(defaults | options)
+    )
+    return align(config, *([progress] if progress else []))
+
+
+# --- finetune-ve ---
+
+
+def test_fine_tuning_learns_a_tiny_world_by_heart(data, tmp_path, clip):
+    # The dev rows are the training rows. Whoever does not look gets two thirds of them at most.
+    for lang in ("", ".de", ".nl"):
+        train, dev = (data / f"snli_ve_{split}{lang}.jsonl" for split in ("train", "dev"))
+        dev.write_text(train.read_text())
+    result = _finetune(
+        data, tmp_path / "runs", clip, epochs=60, batch_size=24, learning_rate=1e-3,
+        allow_leak=True, patience=None, select="accuracy",
+    )  # fmt: skip
+    assert result.training.dev["accuracy"] > 0.85
+
+
+def test_the_image_tower_is_the_one_it_started_from(world, tmp_path, clip):
+    before = ClipVE.from_clip(clip)
+    folder = _finetune(world, tmp_path, clip, epochs=2).folder
+    after = ClipVE.from_folder(folder)
+    assert module_digest(after.image) == module_digest(before.image)
+    assert after.image.digest() == before.image.digest()
+    assert module_digest(after.text) != module_digest(before.text)
+    for parameter_before, parameter_after in zip(
+        before.text.parameters(), after.text.parameters(), strict=True
+    ):
+        if parameter_before.ndim > 1 and len(parameter_before) != len(before.text.tokenizer):
+            assert not torch.equal(parameter_before, parameter_after)
+
+
+def test_the_image_tower_stays_in_eval_mode_throughout(world, tmp_path, clip, monkeypatch):
+    modes = []
+    forward = ClipVE.forward
+
+    def watch(model, hypothesis, premise):
+        modes.append((model.training, model.image.training, model.image.backbone.training))
+        return forward(model, hypothesis, premise)
+
+    monkeypatch.setattr(ClipVE, "forward", watch)
+    _finetune(world, tmp_path, clip, epochs=2)
+    assert {mode[0] for mode in modes} == {True, False}
+    assert not any(mode[1] or mode[2] for mode in modes)
+
+
+def test_the_dev_figures_are_those_of_the_saved_model(world, trained):
+    summary = json.loads((trained / "clip-ve" / "training" / "summary.json").read_text())
+    logits, labels = _english_logits(world, trained, "dev")
+    loss = torch.nn.functional.cross_entropy(logits, labels).item()
+    assert summary["dev"]["loss"] == pytest.approx(loss, rel=1e-4)
+    assert summary["dev"]["accuracy"] == pytest.approx(
+        (logits.argmax(1) == labels).float().mean().item()
+    )
+
+
+def _english_logits(world, runs, split):
+    """Row by row, with transformers' own forward for the text and the image."""
+    from PIL import Image
+    from transformers import (
+        AutoTokenizer,
+        CLIPImageProcessorPil,
+        CLIPTextModelWithProjection,
+        CLIPVisionModelWithProjection,
+    )
+
+    folder = runs / "clip-ve"
+    head = ClipVE.from_folder(folder).head
+    text = CLIPTextModelWithProjection.from_pretrained(folder / "text").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "text")
+    vision = CLIPVisionModelWithProjection.from_pretrained(folder / "image").eval()
+    processor = CLIPImageProcessorPil.from_pretrained(folder / "image")
+    rows = read_jsonl(world / f"snli_ve_{split}.jsonl")
+    logits = []
+    with torch.no_grad():
+        for row in rows:
+            h = text(**tokenizer(row["sentence2"], return_tensors="pt")).text_embeds
+            picture = Image.open(world / "images" / row["Flickr30K_ID"]).convert("RGB")
+            p = vision(**processor(images=picture, return_tensors="pt")).image_embeds
+            logits.append(head(h, p)[0])
+    labels = torch.tensor([LABELS.index(row["gold_label"]) for row in rows])
+    return torch.stack(logits), labels
+
+
+def test_captions_never_reach_a_tokenizer(world, tmp_path, clip, encoder, monkeypatch):
+    read = []
+    tokenize = tokens.tokenize
+
+    def spy(tokenizer, sentences, **more):
+        read.extend(sentences)
+        return tokenize(tokenizer, sentences, **more)
+
+    monkeypatch.setattr("clseave_cli.core.models.encoders.tokenize", spy)
+    assert CAPTION in (world / "snli_ve_train.jsonl").read_text()
+    _finetune(world, tmp_path, clip)
+    _align(world, tmp_path, encoder, "de")
+    evaluate(EvaluateConfig(data=str(world), runs=(tmp_path,), resamples=10))
+    assert "The square is red." in read and "Das Quadrat ist rot." in read
+    assert not [sentence for sentence in read if CAPTION in sentence]
+
+
+def test_a_finished_stage_is_not_run_again_on_resume(world, trained, clip):
+    before = tree(trained / "clip-ve")
+    result = _finetune(world, trained, clip, resume=True, epochs=7)
+    assert result.training is None and tree(trained / "clip-ve") == before
+
+
+def test_an_image_in_train_and_dev_is_refused(data, tmp_path, clip, encoder):
+    edit_row(data / "snli_ve_dev.jsonl", 1, Flickr30K_ID="train0")
+    edit_row(data / "snli_ve_dev.de.jsonl", 1, Flickr30K_ID="train0")
+    with pytest.raises(DataError, match=r"1 of its images are also in .*--allow-leak"):
+        _finetune(data, tmp_path / "runs", clip)
+    assert not (tmp_path / "runs").exists()
+    _finetune(data, tmp_path / "runs", clip, allow_leak=True)
+    with pytest.raises(DataError, match=r"1 of its images are also in"):
+        _align(data, tmp_path / "runs", encoder, "de")
+
+
+def test_too_few_examples_for_batch_statistics(data, tmp_path, clip):
+    with pytest.raises(UsageError, match=r"24 rows with --batch-size 1 .*Raise --batch-size"):
+        _finetune(data, tmp_path / "runs", clip, batch_size=1)
+    with pytest.raises(UsageError, match="--accumulation 4 leave parts of one example"):
+        _finetune(data, tmp_path / "runs", clip, batch_size=4, accumulation=4)
+    _finetune(data, tmp_path / "runs", clip, batch_size=4, accumulation=2)
+
+
+def test_rows_of_one_label_are_no_training_data(data, tmp_path, clip):
+    path = data / "snli_ve_train.jsonl"
+    rows = [{**row, "gold_label": "neutral"} for row in read_jsonl(path)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"snli_ve_train.jsonl: every row is 'neutral'; expected"):
+        _finetune(data, tmp_path / "runs", clip)
+
+
+# --- align ---
+
+
+def test_a_student_learns_its_teacher_by_heart(world, tmp_path, trained, encoder):
+    result = _align(
+        world, tmp_path, encoder, "de", teacher=trained / "clip-ve", epochs=120,
+        learning_rate=2e-3, weight_decay=0.0, select="mse",
+    )  # fmt: skip
+    records = read_jsonl(result.folder / "training" / "metrics.jsonl")
+    errors = [record["dev"]["mse"] for record in records if "dev" in record]
+    assert min(errors) == result.training.dev["mse"] < 0.2 * errors[0]
+    model, student = ClipVE.from_folder(trained / "clip-ve"), load_student(result.folder)
+    rows = {r["pairID"]: r["sentence2"] for r in read_jsonl(world / "snli_ve_test.jsonl")}
+    german = read_jsonl(world / "snli_ve_test.de.jsonl")
+    with torch.no_grad():
+        ours = torch.cat(list(student.embed(student.tokenize([r["sentence2"] for r in german]))))
+        wanted = model.text.tokenize([rows[r["pairID"]] for r in german])
+        theirs = torch.cat(list(model.text.embed(wanted)))
+    # A constant answer would have an error of the variance.
+    assert (ours - theirs).square().mean() < 0.6 * theirs.var(dim=0).mean()
+
+
+def test_the_teacher_is_left_as_it_is(world, tmp_path, runs, encoder, monkeypatch):
+    before = tree(runs / "clip-ve")
+    teachers = []
+    load = ClipVE.from_folder.__func__
+
+    def keep(cls, folder):
+        teachers.append(load(cls, folder))
+        return teachers[-1]
+
+    monkeypatch.setattr(ClipVE, "from_folder", classmethod(keep))
+    modes = []
+    evaluate_dev = alignment.evaluate_student
+
+    def watch(student, teacher, dev_sets, **more):
+        modes.append(any(m.training for m in teacher.modules()))
+        return evaluate_dev(student, teacher, dev_sets, **more)
+
+    monkeypatch.setattr(alignment, "evaluate_student", watch)
+    _align(world, tmp_path, encoder, "de", teacher=runs / "clip-ve", epochs=2)
+    assert tree(runs / "clip-ve") == before
+    (teacher,) = teachers
+    assert modes == [False, False] and not any(m.training for m in teacher.modules())
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    monkeypatch.undo()
+    assert module_digest(teacher) == module_digest(ClipVE.from_folder(runs / "clip-ve"))
+
+
+def test_a_student_knows_its_teacher_and_language(trained):
+    config = json.loads((trained / "align-de" / "config.json").read_text())
+    teacher = json.loads((trained / "clip-ve" / "config.json").read_text())
+    assert config["languages"] == ["de"] and config["teacher"] == teacher["fingerprint"]
+
+
+def test_dev_accuracy_chooses_where_there_are_images(data, tmp_path, trained, encoder):
+    teacher = trained / "clip-ve"
+    auto = _align(data, tmp_path / "a", encoder, "de", teacher=teacher)
+    assert set(auto.training.dev) == {
+        "mse", "mae", "cosine", "recall_at_10", "variance_ratio", "accuracy",
+    }  # fmt: skip
+    # Recomputed with the saved student, on the dev rows.
+    student = {auto.folder: load_student(auto.folder)}
+    judged = TorchModel(ClipVE.from_folder(teacher), {"de": auto.folder}, student, "fp32")
+    model = VisualEntailment(judged, "de")
+    rows = read_jsonl(data / "snli_ve_dev.de.jsonl")
+    answers = model.predict([(data / "images" / r["Flickr30K_ID"], r["sentence2"]) for r in rows])
+    right = [a.label == r["gold_label"] for a, r in zip(answers, rows, strict=True)]
+    assert auto.training.dev["accuracy"] == pytest.approx(np.mean(right))
+    by_mse = _align(data, tmp_path / "b", encoder, "de", teacher=teacher, select="mse")
+    assert "accuracy" not in by_mse.training.dev
+
+
+def test_text_alone_is_enough(data, tmp_path, trained, encoder):
+    """No images, no labels, English only beside the translation: SICK's and OPUS's shape."""
+    text = tmp_path / "text"
+    text.mkdir()
+    for split in ("train", "dev"):
+        english = {r["pairID"]: r["sentence2"] for r in read_jsonl(data / f"snli_ve_{split}.jsonl")}
+        rows = [
+            {
+                "pairID": r["pairID"],
+                "sentence2": r["sentence2"],
+                "sentence2_en": english[r["pairID"]],
+            }
+            for r in read_jsonl(data / f"snli_ve_{split}.de.jsonl")
+        ]
+        write_jsonl(text / f"{split}.de.jsonl", rows)
+    options = {"teacher": trained / "clip-ve", "select": "mse"}
+    from_text = _align(text, tmp_path / "a", encoder, "de", **options)
+    from_ve = _align(data, tmp_path / "b", encoder, "de", **options)
+    names = ["projection.safetensors", "encoder/model.safetensors"]
+    for name in names:
+        assert (from_text.folder / name).read_bytes() == (from_ve.folder / name).read_bytes()
+    auto = _align(text, tmp_path / "c", encoder, "de", teacher=trained / "clip-ve")
+    assert "accuracy" not in auto.training.dev
+    with pytest.raises(DataError, match=r"--select accuracy needs dev rows with labels and images"):
+        _align(text, tmp_path / "d", encoder, "de", **(options | {"select": "accuracy"}))
+
+
+def test_without_a_dev_file_sentences_are_held_out(data, tmp_path, trained, encoder, monkeypatch):
+    (data / "snli_ve_dev.de.jsonl").unlink()
+    notes, parts = Notes(), []
+    read = corpus.ParallelReader.read
+
+    def watch(self, lang):
+        parts.append(read(self, lang))
+        return parts[-1]
+
+    monkeypatch.setattr(corpus.ParallelReader, "read", watch)
+    _align(
+        data, tmp_path, encoder, "de", teacher=trained / "clip-ve", select="mse",
+        dev_fraction=0.6, progress=notes,
+    )  # fmt: skip
+    assert "no dev file for de; holding out 60% of the train sentences instead" in notes.text
+    ((training, dev),) = parts
+    assert not set(training.sources) & set(dev.sources)
+    assert len(set(dev.sources)) == 3  # of five
+    rows = read_jsonl(data / "snli_ve_train.de.jsonl")
+    assert sorted(training.target.pair_ids + dev.target.pair_ids) == sorted(
+        row["pairID"] for row in rows
+    )
+    with pytest.raises(DataError, match="too few to hold out 100%"):
+        _align(data, tmp_path / "x", encoder, "de", teacher=trained / "clip-ve", dev_fraction=1.0)
+
+
+def test_a_pair_counts_as_often_as_it_stands_but_never_much_at_once():
+    counts = np.array([1, 3, 600, 1, 95, 2, 1, 1])
+    rows = np.arange(len(counts))
+    part = corpus.LanguagePairs("de", None, rows, rows, counts, weight=0.5)
+    pairs, weights = part.portions()
+    assert set(pairs) == set(range(len(counts)))
+    assert weights.max() <= 0.5 * corpus._HEAVIEST
+    np.testing.assert_allclose(
+        np.bincount(pairs, weights), 0.5 * counts / counts.mean(), err_msg="same expected gradient"
+    )
+    assert np.bincount(pairs)[[0, 1, 3, 5, 6, 7]].max() == 1  # ordinary pairs are not multiplied
+
+
+def test_one_student_of_several_languages(world, tmp_path, runs, encoder):
+    result = _align(world, runs, encoder, "nl", "de", "nl", out=tmp_path / "runs" / "align-nl+de")
+    assert result.languages == ("nl", "de")
+    assert json.loads((result.folder / "config.json").read_text())["languages"] == ["nl", "de"]
+    default = _align(world, tmp_path / "r", encoder, "nl", "de", teacher=runs / "clip-ve")
+    assert default.folder == tmp_path / "r" / "align-nl+de"
+    (tmp_path / "r" / "clip-ve").symlink_to(runs / "clip-ve")
+    for lang, sentence in (("de", "Das Quadrat ist rot."), ("nl", "Het vierkant is rood.")):
+        model = VisualEntailment.from_pretrained(tmp_path / "r", lang)
+        answer = model(world / "images" / "test0.png", sentence)
+        assert answer.lang == lang and answer.model.endswith("align-nl+de")
+
+
+def test_a_repeated_pair_is_weighed_not_repeated(data, tmp_path, trained, encoder):
+    """Twice the same rows under other ids: the same student, bit for bit."""
+    options = {"teacher": trained / "clip-ve", "epochs": 3, "select": "mse"}
+    once = _align(data, tmp_path / "once", encoder, "de", **options)
+    for lang in ("", ".de"):
+        path = data / f"snli_ve_train{lang}.jsonl"
+        rows = read_jsonl(path)
+        write_jsonl(path, rows + [row | {"pairID": row["pairID"] + "'"} for row in rows])
+    twice = _align(data, tmp_path / "twice", encoder, "de", **options)
+    for name in ("projection.safetensors", "encoder/model.safetensors"):
+        assert (once.folder / name).read_bytes() == (twice.folder / name).read_bytes()
+    assert once.training.pairs == twice.training.pairs == 3 * 5
+
+
+def test_rows_without_a_partner_are_counted_and_named(data, tmp_path, trained, encoder):
+    edit_row(data / "snli_ve_train.de.jsonl", 3, pairID="stray")
+    notes = Notes()
+    _align(data, tmp_path, encoder, "de", teacher=trained / "clip-ve", progress=notes)
+    assert "1 rows have no en row and 1 en rows no de row (such as stray, " in notes.text
+
+
+def test_a_dev_row_without_image_does_not_borrow_another(data, tmp_path, trained, encoder):
+    options = {"teacher": trained / "clip-ve"}
+    path = data / "snli_ve_dev.de.jsonl"
+    rows = read_jsonl(path)
+    write_jsonl(path, rows[1:])
+    without = _align(data, tmp_path / "a", encoder, "de", **options).training.dev
+    # The same dev set, plus a row that no accuracy can be measured on.
+    write_jsonl(path, rows)
+    edit_row(path, 1, Flickr30K_ID=None)
+    notes = Notes()
+    nameless = _align(data, tmp_path / "b", encoder, "de", progress=notes, **options).training.dev
+    assert nameless == without
+    assert f"{path}: 1 rows without label or image; the dev figures leave them out." in notes.text
+
+
+def test_a_student_that_says_the_same_to_all_is_refused(
+    world, tmp_path, trained, encoder, monkeypatch
+):
+    new_student = alignment.new_student
+
+    def collapsed(*arguments):
+        student = new_student(*arguments)
+        torch.nn.init.zeros_(student.projection.weight)
+        return student
+
+    monkeypatch.setattr(alignment, "new_student", collapsed)
+    with pytest.raises(TrainingError, match=r"de: the student gives every sentence the same embe"):
+        _align(world, tmp_path, encoder, "de", teacher=trained / "clip-ve", learning_rate=0.0)
+
+
+def test_a_student_may_start_without_spread_but_not_lose_it():
+    watch = SpreadWatch("de")
+    watch.during({"mse": 2.0, "variance_ratio": 1e-5})
+    watch.during({"mse": 1.0, "variance_ratio": 0.5})
+    with pytest.raises(TrainingError, match=r"^de: the student gives every sentence the same"):
+        watch.during({"mse": 2.0, "variance_ratio": 1e-5})
+    watch = SpreadWatch("de+nl")
+    several = {"variance_ratio": 0.3, "variance_ratio/de": 0.6, "variance_ratio/nl": 1e-5}
+    watch.during(several)
+    with pytest.raises(TrainingError, match=r"^nl: "):
+        watch.at_the_end(several)
+
+
+def test_a_spread_that_is_not_a_number_is_no_spread():
+    with pytest.raises(TrainingError, match=r"^de: "):
+        SpreadWatch("de").during({"variance_ratio": math.nan})
+    with pytest.raises(TrainingError, match=r"^de: "):
+        SpreadWatch("de").at_the_end({"variance_ratio": math.nan})
+
+
+def test_a_resumed_student_may_not_lose_its_spread_either(
+    world, tmp_path, trained, encoder, monkeypatch
+):
+    def evaluated(*outcomes):
+        """Figures of the epochs to come; None kills the run."""
+        ratios = iter(outcomes)
+
+        def evaluate_student(*_):
+            if (ratio := next(ratios)) is None:
+                raise KeyboardInterrupt
+            return {"mse": 1 / ratio, "variance_ratio": ratio}
+
+        monkeypatch.setattr(alignment, "evaluate_student", evaluate_student)
+
+    options = {
+        "teacher": trained / "clip-ve", "select": "mse", "epochs": 2, "checkpoint_minutes": 0,
+    }  # fmt: skip
+    evaluated(0.5, None)
+    with pytest.raises(KeyboardInterrupt):
+        _align(world, tmp_path, encoder, "de", **options)
+    evaluated(1e-6)
+    with pytest.raises(TrainingError, match=r"^de: the student gives every sentence the same"):
+        _align(world, tmp_path, encoder, "de", resume=True, **options)
+
+
+def test_one_dev_row_has_no_spread_that_could_be_lost(data, tmp_path, trained, encoder):
+    path = data / "snli_ve_dev.de.jsonl"
+    write_jsonl(path, read_jsonl(path)[:1])
+    result = _align(data, tmp_path, encoder, "de", teacher=trained / "clip-ve", epochs=1)
+    assert result.training.dev["variance_ratio"] == 1
+
+
+def _killed_in_training(module, stage, *arguments, **options):
+    """Leaves an unfinished run behind."""
+
+    def killed(*_arguments, **_more):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "train", killed)
+        with pytest.raises(KeyboardInterrupt):
+            stage(*arguments, **options)
+
+
+def test_a_resumed_student_must_see_the_same_english(data, tmp_path, trained, encoder):
+    options = {"teacher": trained / "clip-ve", "select": "mse"}
+    _killed_in_training(alignment, _align, data, tmp_path, encoder, "de", **options)
+    edit_row(data / "snli_ve_train.jsonl", 1, sentence2="The square is black.")
+    with pytest.raises(UsageError, match="resume with the same options and data"):
+        _align(data, tmp_path, encoder, "de", resume=True, **options)
+
+
+def _repaint(data, name):
+    Image.new("RGB", (32, 32), "purple").save(data / "images" / name)
+
+
+def test_fine_tuning_resumes_with_the_same_towers_and_photos_only(data, tmp_path, clip):
+    clip = shutil.copytree(clip, tmp_path / "clip")
+    run = data, tmp_path / "runs", clip
+    _killed_in_training(finetuning, _finetune, *run)
+    weights = load_file(clip / "model.safetensors")
+    changed = dict(weights)
+    changed["visual_projection.weight"] = 2 * weights["visual_projection.weight"]
+    save_file(changed, clip / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match=r"was run with clip = .*; resume with the same"):
+        _finetune(*run, resume=True)
+    save_file(weights, clip / "model.safetensors", {"format": "pt"})
+    for split in ("dev", "train"):
+        _repaint(data, f"{split}0.png")
+        with pytest.raises(UsageError, match=f"was run with photos: {split} = "):
+            _finetune(*run, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "split"),
+    [({}, "dev of de"), ({"objective": "head-aware", "select": "mse"}, "train")],
+)
+def test_an_alignment_resumes_with_the_same_photos_only(
+    data, tmp_path, trained, encoder, options, split
+):
+    options = {"teacher": trained / "clip-ve", **options}
+    _killed_in_training(alignment, _align, data, tmp_path, encoder, "de", **options)
+    # A photo that is not looked at may change.
+    _repaint(data, "train0.png" if split == "dev of de" else "dev0.png")
+    _killed_in_training(alignment, _align, data, tmp_path, encoder, "de", resume=True, **options)
+    _repaint(data, "dev0.png" if split == "dev of de" else "train0.png")
+    with pytest.raises(UsageError, match=f"was run with photos: {split} = "):
+        _align(data, tmp_path, encoder, "de", resume=True, **options)
+
+
+def test_an_alignment_resumes_with_the_same_aligner_only(data, tmp_path, trained, encoder):
+    aligner = shutil.copytree(encoder, tmp_path / "aligner")
+    options = {"teacher": trained / "clip-ve", "method": "token", "aligner": str(aligner)}
+    _killed_in_training(alignment, _align, data, tmp_path, encoder, "de", **options)
+    enlarge_weights(aligner, 2.0)
+    with pytest.raises(UsageError, match="was run with aligner = "):
+        _align(data, tmp_path, encoder, "de", resume=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("languages", "said"),
+    [((), "--lang is missing"), (("en",), "the teacher's own language"), (("../x",), "not a lang")],
+)
+def test_languages_that_cannot_be_aligned(world, runs, encoder, languages, said):
+    with pytest.raises(UsageError, match=said):
+        _align(world, runs, encoder, *languages)
+
+
+# --- evaluate and predict ---
+
+
+def test_the_figures_of_evaluate_are_those_of_predict(world, trained):
+    config = EvaluateConfig(
+        data=str(world), runs=(trained,), resamples=50, device="cpu", precision="fp32"
+    )
+    document = evaluate(config)
+    assert [result.lang for result in document.results] == ["en", "de", "nl"]
+    right = {}
+    for result in document.results:
+        suffix = "" if result.lang == "en" else f".{result.lang}"
+        rows = read_jsonl(world / f"snli_ve_test{suffix}.jsonl")
+        model = VisualEntailment.from_pretrained(trained, result.lang, "cpu", "fp32")
+        answers = model.predict(
+            [(world / "images" / row["Flickr30K_ID"], row["sentence2"]) for row in rows]
+        )
+        confusion = np.zeros((3, 3), dtype=int)
+        losses = []
+        right[result.lang] = {}
+        for row, answer in zip(rows, answers, strict=True):
+            gold, guess = LABELS.index(row["gold_label"]), LABELS.index(answer.label)
+            confusion[gold, guess] += 1
+            losses.append(-math.log(answer.probabilities[row["gold_label"]]))
+            right[result.lang][row["pairID"]] = (answer.label, gold == guess)
+        assert result.num_examples == len(rows) == 12 and result.num_images == 4
+        assert [list(row) for row in result.confusion] == confusion.tolist()
+        assert result.accuracy == pytest.approx(confusion.trace() / len(rows))
+        assert result.loss == pytest.approx(np.mean(losses), rel=1e-3)
+        f1 = [
+            2 * confusion[c, c] / max(1, confusion[c].sum() + confusion[:, c].sum())
+            for c in range(3)
+        ]
+        assert result.macro_f1 == pytest.approx(np.mean(f1))
+        same = [right["en"][p][0] == label for p, (label, _) in right[result.lang].items()]
+        assert result.agreement_with_english == pytest.approx(np.mean(same))
+        english = np.mean([hit for _, hit in right["en"].values()])
+        if english:
+            assert result.ratio_to_english == pytest.approx(result.accuracy / english)
+        assert document.baselines[result.lang].majority == pytest.approx(1 / 3)
+
+
+def test_the_results_can_be_traced(world, trained):
+    document = evaluate(
+        EvaluateConfig(data=str(world), runs=(trained,), lang=("de",), resamples=10)
+    )
+    signature = document.signature
+    config = json.loads((trained / "align-de" / "config.json").read_text())
+    assert signature.checkpoints["align-de"] == config["fingerprint"]
+    assert signature.checkpoints["clip-ve"] == config["teacher"]
+    split = read_split(world, "test", "de")
+    assert signature.data["snli_ve_test.de.jsonl"] == split.digest
+    assert (signature.seed, signature.num_examples) == (0, 12)
+
+
+def test_languages_without_a_student_are_told_not_dropped(data, trained):
+    rows = read_jsonl(data / "snli_ve_test.jsonl")
+    write_jsonl(data / "snli_ve_test.ja.jsonl", rows)
+    notes = Notes()
+    document = evaluate(EvaluateConfig(data=str(data), runs=(trained,), resamples=10), notes)
+    assert [result.lang for result in document.results] == ["en", "de", "nl"]
+    assert "no student for ja; `clseave align --lang ja` makes one" in notes.text
+    with pytest.raises(ModelError, match=r"no student for ja \(there are models for en, de, nl\)"):
+        evaluate(EvaluateConfig(data=str(data), runs=(trained,), lang=("ja",)))
+
+
+def test_one_prediction(world, trained):
+    model = VisualEntailment.from_pretrained(trained, "de", "cpu", "fp32")
+    answer = model(world / "images" / "test1.png", "Das Quadrat ist grün.")
+    assert sum(answer.probabilities.values()) == pytest.approx(1)
+    assert answer.label == max(answer.probabilities, key=answer.probabilities.get)
+    assert list(answer.probabilities) == list(LABELS) and not answer.truncated
+    assert answer.model == str(trained / "align-de")
+    logits, _ = _english_logits(world, trained, "test")
+    english = VisualEntailment.from_pretrained(trained, device="cpu", precision="fp32")
+    row = read_jsonl(world / "snli_ve_test.jsonl")[4]
+    answer = english(world / "images" / row["Flickr30K_ID"], row["sentence2"])
+    assert list(answer.probabilities.values()) == pytest.approx(
+        logits[4].softmax(0).tolist(), rel=1e-3
+    )
+
+
+def test_many_predictions_keep_their_order_and_their_errors(world, trained):
+    model = VisualEntailment.from_pretrained(trained, device="cpu", precision="fp32")
+    images = world / "images"
+    pairs = [
+        (images / "test0.png", "The square is red."),
+        (images / "nowhere.png", "The square is red."),
+        (images / "test1.png", "  "),
+        (images / "test1.png", "half \ud83d pair"),
+        (images / "test0.png", "red " * 10_000),
+        (str(images / "test1.png"), "A dog waits outside."),
+    ]
+    answers = model.predict(pairs)
+    kinds = [type(answer).__name__ for answer in answers]
+    assert kinds == ["Prediction", *["DataError"] * 3, "Prediction", "Prediction"]
+    assert "nowhere.png: no such image" in str(answers[1])
+    assert "hypothesis is empty" in str(answers[2]) and "not valid Unicode" in str(answers[3])
+    assert [getattr(answer, "truncated", None) for answer in answers][-2:] == [True, False]
+    for number in (0, 5):
+        alone = model(*pairs[number])
+        assert alone.probabilities == pytest.approx(answers[number].probabilities, rel=1e-4)
+    with pytest.raises(DataError, match="hypothesis is empty"):
+        model(images / "test0.png", "")
+
+
+def test_an_image_used_often_is_encoded_once_and_few_are_kept(world, trained, monkeypatch):
+    model = VisualEntailment.from_pretrained(trained, device="cpu", precision="fp32")
+    opened = []
+    open_image = prediction.open_image
+    monkeypatch.setattr(
+        prediction, "open_image", lambda path: opened.append(path.name) or open_image(path)
+    )
+    monkeypatch.setattr(prediction, "_KEPT_IMAGES", 2)
+    names = ["test0.png", "test1.png", "test0.png", "test2.png", "test0.png"]
+    many = model.predict([(world / "images" / name, "The square is red.") for name in names])
+    assert opened == ["test0.png", "test1.png", "test2.png"]
+    one = model(world / "images" / "test2.png", "The square is red.")
+    assert len(opened) == 3  # still known
+    assert one.probabilities == pytest.approx(many[3].probabilities, rel=1e-5)
+    model(world / "images" / "test0.png", "The square is red.")
+    assert len(opened) == 4  # forgotten
+
+
+def test_a_file_of_pairs(world, trained, tmp_path):
+    rows = [
+        {"image": "test0.png", "hypothesis": "Das Quadrat ist rot."},
+        {"image": str(world / "images" / "test1.png"), "hypothesis": "Das Quadrat ist blau."},
+        {"image": "none.png", "hypothesis": "x"},
+        {"image": "test0.png", "hypothesis": ""},
+        {"image": 3},
+    ]
+    source = world / "images" / "pairs.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n")
+    try:
+        config = PredictConfig(runs=trained, lang="de", batch_size=2)
+        counts = prediction.predict_file(config, source, tmp_path / "out" / "answers.jsonl")
+    finally:
+        source.unlink()
+    answers = read_jsonl(tmp_path / "out" / "answers.jsonl")
+    assert (counts.num_predicted, counts.num_errors) == (2, 4)
+    assert [("label" in answer, "error" in answer) for answer in answers] == [
+        (True, False), (True, False), *[(False, True)] * 4,
+    ]  # fmt: skip
+    assert [answer.get("image") for answer in answers][:4] == [row["image"] for row in rows[:4]]
+    assert "pairs.jsonl:5: expected an object" in answers[4]["error"]
+    assert "pairs.jsonl:6: not valid JSON" in answers[5]["error"]
+
+
+def test_the_package_says_what_it_offers():
+    import clseave_cli
+
+    assert clseave_cli.VisualEntailment is VisualEntailment
+    assert clseave_cli.Prediction is prediction.Prediction
+    with pytest.raises(AttributeError):
+        _ = clseave_cli.nothing
