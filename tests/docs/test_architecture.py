@@ -101,7 +101,7 @@ def test_imports_go_downward_only(module: str) -> None:
 _MUTUAL = {
     ("core.evaluation.report.data_curves", "core.evaluation.report.figures"),
     *(
-        (f"core.translation.{name}", "core.translation.files")
+        (f"core.translation.{name}", "core.data.text_files")
         for name in ("delimited", "jsonl", "parquet", "plain")
     ),
 }

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clseave_cli.core.translation.files import open_text_file, packing, split_name
+from clseave_cli.core.data.text_files import open_text_file, packing, split_name
 from clseave_cli.errors import DataError, UsageError
 
 _JSON = st.recursive(

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clseave_cli.core.config import TranslateConfig
+from clseave_cli.core.data.languages import canonical
+from clseave_cli.core.data.text_files import split_name
 from clseave_cli.core.translation.engine import check_numbers, create_engine, find_engine
-from clseave_cli.core.translation.files import split_name
 from clseave_cli.core.translation.job import FileSummary, Job
-from clseave_cli.core.translation.languages import canonical
 from clseave_cli.core.translation.memory import Memory, default_path
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.progress import SILENT, Progress

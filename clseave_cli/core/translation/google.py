@@ -17,9 +17,9 @@ from deep_translator.constants import BASE_URLS, GOOGLE_LANGUAGES_TO_CODES
 from deep_translator.exceptions import TranslationNotFound
 
 from clseave_cli.core.config import TranslateConfig
+from clseave_cli.core.data.languages import canonical
 from clseave_cli.core.translation import http
 from clseave_cli.core.translation.engine import Fault, Identity, Limits, language_code
-from clseave_cli.core.translation.languages import canonical
 
 # The text travels in the address, percent-encoded, and addresses over 8 kB are often refused;
 # deep-translator itself stops at 5,000 characters.

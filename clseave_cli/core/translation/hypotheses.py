@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clseave_cli.core.config import EngineConfig, EvaluateConfig, TranslateConfig
+from clseave_cli.core.data.languages import canonical
 from clseave_cli.core.data.records import Split
 from clseave_cli.core.translation.driver import Driver, Patience
 from clseave_cli.core.translation.engine import Engine, check_numbers, create_engine
-from clseave_cli.core.translation.languages import canonical
 from clseave_cli.core.translation.memory import Entry, Memory, default_path
 from clseave_cli.core.translation.quality import CHECKS, Checks
 from clseave_cli.core.translation.segments import needs_translation

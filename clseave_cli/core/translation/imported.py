@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from clseave_cli.core.config import TranslateConfig
+from clseave_cli.core.data.text_files import FIELDS, reading, split_name
 from clseave_cli.core.files import file_digest
 from clseave_cli.core.translation.engine import Identity, Limits, Rejection
-from clseave_cli.core.translation.files import FIELDS, reading, split_name
 from clseave_cli.core.translation.memory import decode, encode
 from clseave_cli.errors import DataError, UsageError
 

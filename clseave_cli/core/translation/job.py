@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clseave_cli.core.config import TranslateConfig
+from clseave_cli.core.data.text_files import Row, open_text_file
 from clseave_cli.core.translation.driver import Driver, Outcome, Patience
 from clseave_cli.core.translation.engine import Engine
-from clseave_cli.core.translation.files import Row, open_text_file
 from clseave_cli.core.translation.lookup import Lookup, Terms
 from clseave_cli.core.translation.memory import Memory
 from clseave_cli.core.translation.output import Output

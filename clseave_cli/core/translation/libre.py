@@ -9,9 +9,9 @@ from typing import Any
 import requests
 
 from clseave_cli.core.config import TranslateConfig
+from clseave_cli.core.data.languages import spellings
 from clseave_cli.core.translation import http
 from clseave_cli.core.translation.engine import Fault, Identity, Limits
-from clseave_cli.core.translation.languages import spellings
 from clseave_cli.errors import TranslationError, UsageError
 
 #: Where the key is taken from: command lines can be read by every user of a machine.

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from clseave_cli.core.data.text_files import Row, TextFile
 from clseave_cli.core.translation.driver import MAX_ATTEMPTS
-from clseave_cli.core.translation.files import Row, TextFile
 from clseave_cli.core.translation.memory import Entry, Memory
 from clseave_cli.core.translation.quality import Checks
 from clseave_cli.core.translation.segments import needs_translation

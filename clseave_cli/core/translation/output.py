@@ -15,8 +15,8 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from clseave_cli.core.config import TranslateConfig
+from clseave_cli.core.data.text_files import Row, TextFile, packing, split_name
 from clseave_cli.core.files import atomic_file, locked
-from clseave_cli.core.translation.files import Row, TextFile, packing, split_name
 from clseave_cli.core.translation.memory import Entry
 from clseave_cli.core.translation.review import Sample
 

@@ -6,8 +6,8 @@ import random
 from pathlib import Path
 from typing import NamedTuple
 
+from clseave_cli.core.data.text_files import Row
 from clseave_cli.core.files import atomic_file
-from clseave_cli.core.translation.files import Row
 
 
 class _Pick(NamedTuple):

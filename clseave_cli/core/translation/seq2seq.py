@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from clseave_cli.core.config import Precision, TranslateConfig
+from clseave_cli.core.data.languages import canonical, spellings
 from clseave_cli.core.training.precision import resolve_device, resolve_precision
-from clseave_cli.core.translation.languages import canonical, spellings
 from clseave_cli.errors import ModelError, UsageError
 
 transformers.logging.set_verbosity_error()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from clseave_cli.core.translation.files import Row, reading
+from clseave_cli.core.data.text_files import Row, reading
 from clseave_cli.errors import DataError
 
 

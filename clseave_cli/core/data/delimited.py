@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from clseave_cli.core.translation.files import SUSPECT_FIELD, Row, choose_field, reading
+from clseave_cli.core.data.text_files import SUSPECT_FIELD, Row, choose_field, reading
 from clseave_cli.errors import DataError
 
 # The longest cell; csv's own limit, 128 KiB, is lower than some explanations are long.

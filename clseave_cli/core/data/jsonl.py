@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import orjson
 
-from clseave_cli.core.translation.files import SUSPECT_FIELD, Row, choose_field, reading
+from clseave_cli.core.data.text_files import SUSPECT_FIELD, Row, choose_field, reading
 from clseave_cli.errors import DataError
 
 _BOM = b"\xef\xbb\xbf"

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
+from clseave_cli.core.data.languages import LANGUAGES, canonical, letters_of, spellings
 from clseave_cli.core.translation.google import LANGUAGES as GOOGLE
-from clseave_cli.core.translation.languages import LANGUAGES, canonical, letters_of, spellings
 from clseave_cli.errors import UsageError
 
 

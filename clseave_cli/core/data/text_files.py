@@ -99,18 +99,18 @@ def open_text_file(path: Path, field: str | None, source: str) -> TextFile:
     if not path.is_file():
         raise DataError(f"{path}: no such file.")
     if kind == "jsonl":
-        from clseave_cli.core.translation.jsonl import JsonLinesFile
+        from clseave_cli.core.data.jsonl import JsonLinesFile
 
         return JsonLinesFile(path, field, source)
     if kind == "csv":
-        from clseave_cli.core.translation.delimited import DelimitedFile
+        from clseave_cli.core.data.delimited import DelimitedFile
 
         return DelimitedFile(path, field, source)
     if kind == "plain":
-        from clseave_cli.core.translation.plain import PlainFile
+        from clseave_cli.core.data.plain import PlainFile
 
         return PlainFile(path)
-    from clseave_cli.core.translation.parquet import ParquetFile
+    from clseave_cli.core.data.parquet import ParquetFile
 
     return ParquetFile(path, field, source)
 

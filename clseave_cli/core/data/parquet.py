@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clseave_cli.core.translation.files import SUSPECT_FIELD, Row, choose_field
+from clseave_cli.core.data.text_files import SUSPECT_FIELD, Row, choose_field
 from clseave_cli.errors import DataError
 
 _ROWS_AT_ONCE = 2_000
