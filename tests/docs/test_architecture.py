@@ -97,11 +97,11 @@ def test_imports_go_downward_only(module: str) -> None:
             )
 
 
-#: Not yet mended.
+#: Pairs still to be untied; none may be added.
 _MUTUAL = {
     ("core.evaluation.report.data_curves", "core.evaluation.report.figures"),
     *(
-        (f"core.translation.{name}", "core.data.text_files")
+        (f"core.data.{name}", "core.data.text_files")
         for name in ("delimited", "jsonl", "parquet", "plain")
     ),
 }
@@ -115,7 +115,7 @@ def test_no_two_modules_import_each_other() -> None:
         for other in others
         if module and module != other and module in below[other]
     }
-    assert {tuple(sorted(pair)) for pair in _MUTUAL} == mutual
+    assert not mutual - {tuple(sorted(pair)) for pair in _MUTUAL}
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("core")])
