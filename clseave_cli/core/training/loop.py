@@ -30,9 +30,10 @@ from torch import Tensor, nn
 
 from clseave_cli.core.config import TrainingConfig
 from clseave_cli.core.files import write_json, writing
+from clseave_cli.core.training.capture import Captured, CudaRecorder, Gradients, Recorder
 from clseave_cli.core.training.checkpoint import LoopState, load_state, save_state, snapshot
 from clseave_cli.core.training.distribution import processes
-from clseave_cli.core.training.placement import on_device, page_locked
+from clseave_cli.core.training.placement import page_locked
 from clseave_cli.core.training.precision import autocast, deterministic
 from clseave_cli.core.training.schedule import learning_rate_factor
 from clseave_cli.core.training.tracking import Tracker, tracker
@@ -168,9 +169,16 @@ def train(
 
 @dataclass(frozen=True)
 class _Part:
-    """Some examples of a batch, prepared, and their share of it."""
+    """Some examples of a batch, prepared.
+
+    Attributes:
+        share: how much of the batch they are.
+        is_first: no part of the batch comes before.
+        examples: what the stage's `prepare` made of them.
+    """
 
     share: float
+    is_first: bool
     examples: Any
 
 
@@ -187,9 +195,13 @@ class _Run:
         self.folder, self.progress = folder, progress
         self.processes = processes()
         self.parameters = [p for p in stage.module.parameters() if p.requires_grad]
-        self.optimizer = _optimizer(self.parameters, config)
+        self.optimizer = _optimizer(self.parameters, config, device)
         self.autocast = autocast(config.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast.precision == "fp16")
+        recorder = self._recorder()
+        self.gradients = None if recorder is None else Gradients(self.parameters)
+        self.gradient = Captured(self._gradient, device, recorder, self._note)
+        self.update = Captured(self._update, device, recorder, self._note)
         self.steps_per_epoch = math.ceil(stage.num_examples / config.batch_size)
         self.total_steps = self.steps_per_epoch * config.epochs
         if config.max_steps is not None:
@@ -265,8 +277,10 @@ class _Run:
         def prepare(rows: Rows) -> list[_Part]:
             parts = np.array_split(rows, min(self.config.accumulation, len(rows)))
             return [
-                _Part(len(part) / len(rows), page_locked(self.stage.prepare(part), self.device))
-                for part in parts
+                page_locked(
+                    _Part(len(part) / len(rows), number == 0, self.stage.prepare(part)), self.device
+                )
+                for number, part in enumerate(parts)
             ]
 
         with ThreadPoolExecutor(max_workers=1) as worker:
@@ -280,15 +294,17 @@ class _Run:
             warmup=self.warmup_steps,
             schedule=self.config.schedule,
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.sums += self._repeatable(lambda: self._backward(parts)) * len(rows)
-        self.processes.average_gradients(self.parameters)
-        if self.config.clip_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        try:
+            self.sums += self._repeatable(lambda: self._backward(parts)) * len(rows)
+            self.processes.average_gradients(self.parameters)
+            rate = torch.tensor(learning_rate, dtype=torch.float64)
+            self.update(page_locked(rate, self.device))
+        except torch.OutOfMemoryError:
+            raise TrainingError(
+                f"{self.stage}: the memory of {self.device} is too small for batches of "
+                f"{self.config.batch_size}; lower --batch-size, or raise --accumulation "
+                f"(now {self.config.accumulation}) to compute a batch in parts."
+            ) from None
         self.state.step += 1
         self.state.batch += 1
         self.state.num_seen += len(rows)
@@ -312,14 +328,54 @@ class _Run:
 
     def _backward(self, parts: list[_Part]) -> Tensor:
         """The gradient of a batch; returns the means of its loss and the stage's figures."""
-        self.optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros_like(self.sums)
         for part in parts:
-            with self.autocast():
-                means = self.stage.loss(on_device(part.examples, self.device)).reshape(-1)
-            self.scaler.scale(means[0] * part.share).backward()  # type: ignore[no-untyped-call]
-            sums += means.detach().double() * part.share
+            sums += self.gradient(part)
         return sums
+
+    def _gradient(self, part: _Part) -> Tensor:
+        """Adds a part's gradient to that of the parts before; its share of the batch's means."""
+        if self.gradients is not None:
+            self.gradients.release()
+        elif part.is_first:
+            self.optimizer.zero_grad(set_to_none=True)
+        with self.autocast():
+            means = self.stage.loss(part.examples).reshape(-1)
+        self.scaler.scale(means[0] * part.share).backward()  # type: ignore[no-untyped-call]
+        if self.gradients is not None:
+            self.gradients.collect(add=not part.is_first)
+        return means.detach().double() * part.share
+
+    def _update(self, learning_rate: Tensor) -> Tensor:
+        """The optimiser's step, from the gradients that lie there."""
+        for group in self.optimizer.param_groups:
+            # On a GPU a tensor, whose number a captured step reads anew each time.
+            if isinstance(group["lr"], Tensor):
+                group["lr"].copy_(learning_rate)
+            else:
+                group["lr"] = learning_rate.item()
+        if self.config.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return learning_rate
+
+    def _recorder(self) -> Recorder | None:
+        """What captures steps, where they can be captured."""
+        if self.device.type != "cuda":
+            return None
+        if self.scaler.is_enabled():
+            self._note("fp16 steps are not captured as CUDA graphs: the loss is scaled by what "
+                       "earlier gradients were; bf16 steps are.")  # fmt: skip
+            return None
+        if self.processes.count > 1:
+            self._note("steps shared by several processes are not captured as CUDA graphs.")
+            return None
+        return CudaRecorder(self.device)
+
+    def _note(self, message: str) -> None:
+        self.progress.note(f"{self.stage}: {message}")
 
     def _means(self) -> dict[str, float]:
         """The loss and the stage's figures, of this epoch's examples so far."""
@@ -480,8 +536,11 @@ class _Run:
         return result
 
 
-def _optimizer(parameters: list[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
+def _optimizer(
+    parameters: list[nn.Parameter], config: TrainingConfig, device: torch.device
+) -> torch.optim.Optimizer:
     # Weight decay pulls matrices; biases and normalisation gains are left alone, as in CLIP.
+    on_gpu = device.type == "cuda"
     matrices = [p for p in parameters if p.ndim > 1]
     vectors = [p for p in parameters if p.ndim <= 1]
     return torch.optim.AdamW(
@@ -489,8 +548,9 @@ def _optimizer(parameters: list[nn.Parameter], config: TrainingConfig) -> torch.
             {"params": matrices, "weight_decay": config.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ],
-        lr=config.learning_rate,
+        lr=torch.tensor(config.learning_rate, device=device) if on_gpu else config.learning_rate,
         fused=True,
+        capturable=on_gpu,
     )
 
 

@@ -29,16 +29,29 @@ def page_locked(batch: Batch, device: torch.device) -> Batch:
         return _with_tensors(batch, Tensor.pin_memory)
 
 
-def on_device(batch: Batch, device: torch.device) -> Batch:
+def on_device(batch: Batch, device: torch.device, *, copy: bool = False) -> Batch:
     """A batch on the device that computes with it.
 
     Args:
         batch: as for `page_locked`, which should have been there before.
         device: where to.
+        copy: new tensors, even if the batch is there already.
     """
-    if device.type == "cpu":
+    if device.type == "cpu" and not copy:
         return batch
-    return _with_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
+    return _with_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True, copy=copy))
+
+
+def tensors_of(batch: object) -> list[Tensor]:
+    """All tensors of a batch, in an order that is the same for batches of one kind."""
+    tensors: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        tensors.append(tensor)
+        return tensor
+
+    _with_tensors(batch, note)
+    return tensors
 
 
 def _with_tensors(value: Batch, change: Callable[[Tensor], Tensor]) -> Batch:

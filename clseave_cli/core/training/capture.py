@@ -1,0 +1,234 @@
+"""A step as a CUDA graph: captured once for each shape of batch, then replayed.
+
+A training step on short sentences is a few thousand kernels of some microseconds each, and starting
+them one by one from Python takes several times as long as running them. A graph starts them all at
+once. It repeats what was captured to the letter: the same kernels on the same addresses. So a
+batch is copied into the graph's tensors first, and what the step changes (weights, optimiser state,
+running statistics, gradients) must stay where it is. Random numbers move on from replay to replay
+as they would without a graph, so a state saved in between holds all that the next step needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from clseave_cli.core.training.placement import on_device, tensors_of
+
+#: Shapes that are captured. Each graph takes some seconds' worth of plain steps to pay for itself,
+#: and a few megabytes of driver memory.
+_MOST_GRAPHS = 48
+#: So many shapes of which none came twice, and no more is expected of this kind of batch.
+_MOST_SINGLE_SHAPES = 256
+
+Batch = TypeVar("Batch")
+
+
+class Recorder(Protocol):
+    """What captures the work of a function and repeats it; on a GPU, a CUDA graph."""
+
+    def capture(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """Records `work` without running it.
+
+        Returns:
+            What runs it again, and the tensor its result is written to each time.
+        """
+        ...
+
+    def beside(self) -> AbstractContextManager[Any]:
+        """Where recorded and plain work both run, in order with what comes before and after."""
+        ...
+
+
+class CudaRecorder:
+    """CUDA graphs that share one pool of memory: at any time only one of them is being run.
+
+    Args:
+        device: of the work.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def capture(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """See `Recorder`."""
+        graph = torch.cuda.CUDAGraph()
+        # Another thread is locking pages for the next batches meanwhile, which is no part of this.
+        mode = "thread_local"
+        try:
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode=mode):
+                result = work()
+        except RuntimeError:
+            # The generator still takes itself for a part of the recording; a copy does not.
+            generator = torch.cuda.default_generators[self._stream.device_index]
+            generator.graphsafe_set_state(generator.clone_state())
+            raise
+        return graph.replay, result
+
+    def beside(self) -> AbstractContextManager[Any]:
+        """See `Recorder`."""
+        return _Beside(self._stream)
+
+
+class _Beside:
+    """A stream that waits for the current one when entered, and is waited for when left."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream = stream
+        self._context = torch.cuda.stream(stream)
+
+    def __enter__(self) -> None:
+        self._before = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(self._before)
+        self._context.__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: object) -> None:
+        self._context.__exit__(*error)
+        self._before.wait_stream(self._stream)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Graph:
+    inputs: list[Tensor]
+    replay: Callable[[], None]
+    result: Tensor
+
+
+class Captured(Generic[Batch]):
+    """A function of a batch, replayed for batches of a shape that it has met before.
+
+    A shape's first batch is computed plainly, which also sets up what libraries set up once; its
+    second one is captured. The function must work on the device alone: no number may come back to
+    Python, and what it changes must be changed in place.
+
+    Args:
+        function: of a batch on the device, to a tensor.
+        device: where it computes.
+        recorder: what captures; None: every batch is computed plainly.
+        note: told, in one line, when the function turns out not to be capturable.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Batch], Tensor],
+        device: torch.device,
+        recorder: Recorder | None,
+        note: Callable[[str], None],
+    ) -> None:
+        self._function = function
+        self._device = device
+        self._recorder = recorder
+        self._note = note
+        self._met: set[Hashable] = set()
+        self._graphs: dict[Hashable, _Graph] = {}
+
+    @property
+    def num_graphs(self) -> int:
+        """How many shapes were captured."""
+        return len(self._graphs)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """What the function makes of a batch, which may lie in page-locked memory.
+
+        The result is overwritten by the next call.
+        """
+        recorder = self._recorder
+        with nullcontext() if recorder is None else recorder.beside():
+            if recorder is None:
+                return self._function(on_device(batch, self._device))
+            shape = _shape(batch)
+            graph = self._graphs.get(shape)
+            if graph is None and shape in self._met and len(self._graphs) < _MOST_GRAPHS:
+                graph = self._capture(recorder, batch)
+                if graph is not None:
+                    self._graphs[shape] = graph
+            if graph is None:
+                self._remember(shape)
+                return self._function(on_device(batch, self._device))
+            for own, given in zip(graph.inputs, tensors_of(batch), strict=True):
+                own.copy_(given, non_blocking=True)
+            graph.replay()
+            return graph.result
+
+    def _capture(self, recorder: Recorder, batch: Batch) -> _Graph | None:
+        # Outside of the recording, so that the copies are no part of it.
+        own = on_device(batch, self._device, copy=True)
+        try:
+            replay, result = recorder.capture(lambda: self._function(own))
+        except RuntimeError as error:
+            self._give_up(str(error).splitlines()[0])
+            return None
+        return _Graph(tensors_of(own), replay, result)
+
+    def _remember(self, shape: Hashable) -> None:
+        self._met.add(shape)
+        if not self._graphs and len(self._met) > _MOST_SINGLE_SHAPES:
+            self._give_up("hardly two batches have the same shape")
+
+    def _give_up(self, reason: str) -> None:
+        self._recorder = None
+        self._graphs.clear()
+        self._note(f"steps are not captured as CUDA graphs ({reason}); they run one by one.")
+
+
+class Gradients:
+    """The gradients of some parameters, at addresses that stay.
+
+    Autograd makes new tensors for every batch. They are moved here, which costs less than having
+    it add to what is here already.
+
+    Args:
+        parameters: those that are trained.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = list(parameters)
+        self._sums: list[Tensor | None] | None = None
+
+    def release(self) -> None:
+        """Before a backward pass: autograd is to make new ones."""
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def collect(self, *, add: bool) -> None:
+        """After a backward pass: the gradients are here, and the parameters' `grad` again.
+
+        Args:
+            add: to what an earlier part of the batch left here.
+
+        Raises:
+            RuntimeError: other parameters have a gradient than the first time; an optimiser would
+                treat those without one in another way.
+        """
+        fresh = [parameter.grad for parameter in self._parameters]
+        if self._sums is None:
+            self._sums = [None if new is None else torch.empty_like(new) for new in fresh]
+        if [new is None for new in fresh] != [own is None for own in self._sums]:
+            raise RuntimeError("a part of the model has no gradient in one batch of several")
+        own, new = (
+            [tensor for tensor in tensors if tensor is not None] for tensors in (self._sums, fresh)
+        )
+        if add:
+            torch._foreach_add_(own, new)
+        else:
+            torch._foreach_copy_(own, new)
+        for parameter, gradient in zip(self._parameters, self._sums, strict=True):
+            parameter.grad = gradient
+
+
+def _shape(batch: Any) -> Hashable:
+    """What two batches have in common that one graph serves: all but the numbers in tensors."""
+    if isinstance(batch, Tensor):
+        return tuple(batch.shape), batch.dtype
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        parts = [getattr(batch, field.name) for field in dataclasses.fields(batch)]
+        return type(batch), *map(_shape, parts)
+    if isinstance(batch, tuple):
+        return type(batch), *map(_shape, batch)
+    return batch  # type: ignore[no-any-return]
