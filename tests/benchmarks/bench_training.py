@@ -182,11 +182,11 @@ def bench_align(arguments: argparse.Namespace, out: Path) -> None:
     )
     # Its trainer computes in float32 unless told otherwise, and the recipe does not tell it.
     for title, recipe, precision in (
-        ("equal", _equal_student, own),
-        ("as shipped", _shipped_student, "fp32"),
+        ("equal", equal_student, own),
+        ("as shipped", shipped_student, "fp32"),
     ):
         (rate, mse), peak = apart(
-            _sentence_transformers,
+            sentence_transformers,
             *(recipe, precision, arguments, out, training, training_vectors, held_out, dev_vectors),
         )
         print(
@@ -197,7 +197,7 @@ def bench_align(arguments: argparse.Namespace, out: Path) -> None:
         )
 
 
-def _equal_student(encoder: Path) -> tuple[Any, dict[str, Any], Any, dict[str, Any]]:
+def equal_student(encoder: Path, device: str) -> tuple[Any, dict[str, Any], Any, dict[str, Any]]:
     """The same student from the same weights, trained on the same column with the same options."""
     from sentence_transformers import SentenceTransformer, losses
     from sentence_transformers.base.modules import Dense, Transformer
@@ -217,7 +217,7 @@ def _equal_student(encoder: Path) -> tuple[Any, dict[str, Any], Any, dict[str, A
     )
     student = SentenceTransformer(
         modules=[Transformer(str(encoder)), Pooling(width, "lasttoken"), norm, dense],
-        device="cpu",
+        device=device,
     )
     columns = {"non_english": 1}
     options = {
@@ -227,18 +227,18 @@ def _equal_student(encoder: Path) -> tuple[Any, dict[str, Any], Any, dict[str, A
     return student, columns, losses.MSELoss(student), options
 
 
-def _shipped_student(encoder: Path) -> tuple[Any, dict[str, Any], Any, dict[str, Any]]:
+def shipped_student(encoder: Path, device: str) -> tuple[Any, dict[str, Any], Any, dict[str, Any]]:
     """The documented multilingual recipe: mean pooling, both languages, batches of 64."""
     from sentence_transformers import SentenceTransformer, losses
 
-    student = SentenceTransformer(str(encoder), device="cpu")
+    student = SentenceTransformer(str(encoder), device=device)
     student.max_seq_length = 128
     columns = {"english": 0, "non_english": 1}
     options = {"per_device_train_batch_size": 64, "learning_rate": 2e-5, "num_train_epochs": 1}
     return student, columns, losses.MSELoss(student, projection_dim=512), options
 
 
-def _sentence_transformers(
+def sentence_transformers(
     recipe: Any,
     precision: Precision,
     arguments: argparse.Namespace,
@@ -247,6 +247,7 @@ def _sentence_transformers(
     vectors: Tensor,
     held_out: Pairs,
     dev_vectors: Tensor,
+    device: str = "cpu",
 ) -> tuple[float, float]:
     """Pairs a second in its trainer, and the dev MSE afterwards."""
     from datasets import Dataset
@@ -255,7 +256,7 @@ def _sentence_transformers(
         SentenceTransformerTrainingArguments,
     )
 
-    student, columns, loss, options = recipe(out / "bert")
+    student, columns, loss, options = recipe(out / "bert", device)
     dataset = Dataset.from_dict(
         {name: [pair[side] for pair in training] for name, side in columns.items()}
         | {"label": list(vectors.numpy())}
@@ -273,7 +274,7 @@ def _sentence_transformers(
                 "save_strategy": "no",
                 "report_to": "none",
                 "disable_tqdm": True,
-                "use_cpu": True,
+                "use_cpu": device == "cpu",
                 "bf16": precision == "bf16",
             }
             | options,
@@ -284,7 +285,9 @@ def _sentence_transformers(
     if loss.projection is not None:
         with torch.no_grad():
             embeddings = loss.projection(embeddings)
-    return metrics["train_samples_per_second"], functional.mse_loss(embeddings, dev_vectors).item()
+    return metrics["train_samples_per_second"], functional.mse_loss(
+        embeddings.cpu(), dev_vectors
+    ).item()
 
 
 # --- finetune-ve ---

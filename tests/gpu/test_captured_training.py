@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_world import QUICK, Notes, killed_at_step, read_jsonl, weights
+from tiny_world import QUICK, Killed, Notes, read_jsonl, weights
 from torch import nn
 from torch.nn import functional
 
@@ -12,6 +12,7 @@ from clseave_cli.core.alignment import align
 from clseave_cli.core.config import AlignConfig, FinetuneConfig, TrainingConfig
 from clseave_cli.core.finetuning import finetune
 from clseave_cli.core.models.head import EntailmentHead, HeadConfig
+from clseave_cli.core.training import loop
 from clseave_cli.core.training.capture import Captured, CudaRecorder
 from clseave_cli.core.training.loop import Selection, Stage, train
 
@@ -87,10 +88,20 @@ def test_dropout_differs_from_replay_to_replay_and_repeats_from_a_saved_state():
     assert not torch.equal(first[0], first[1])
 
 
-@pytest.mark.parametrize("killed_at", [2, 5])
-def test_a_killed_run_resumes_to_the_same_bits(tmp_path, world, trained, encoder, killed_at):
+@pytest.mark.parametrize("killed_at", [1, 5])  # before and after the first replay
+def test_a_killed_run_resumes_to_the_same_bits(
+    tmp_path, world, trained, encoder, killed_at, monkeypatch
+):
     whole = aligned(tmp_path / "whole", world, trained, encoder)
-    with killed_at_step(killed_at):
+    step = loop._Run._step
+
+    def dying(run, *arguments):
+        if run.state.step == killed_at:
+            raise Killed
+        return step(run, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(loop._Run, "_step", dying)
         aligned(tmp_path / "killed", world, trained, encoder, checkpoint_minutes=0)
     assert aligned(tmp_path / "killed", world, trained, encoder, resume=True) == whole
 
