@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 import shutil
 import tempfile
 import time
@@ -42,7 +43,9 @@ def aside_folder(target: Path) -> Iterator[Path]:
 
 
 def _sweep(target: Path) -> None:
-    for path in target.parent.glob(f".{target.name}.????????"):
+    for path in target.parent.glob(f".{target.name}.*[a-z0-9_]"):
+        if not re.fullmatch(r"(clseave-[0-9a-f]{8}|[a-z0-9_]{8})", path.suffix[1:]):
+            continue
         try:
             with locked(path, fcntl.LOCK_SH | fcntl.LOCK_NB):
                 if time.time() - path.stat().st_mtime <= _SWEEP_AGE_SECONDS:

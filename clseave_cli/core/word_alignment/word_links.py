@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from clseave_cli.core.data.records import (
     require_language,
     split_path,
 )
-from clseave_cli.core.files import atomic_file
+from clseave_cli.core.files import atomic_file, locked_target
 from clseave_cli.core.training.precision import resolve_device
 from clseave_cli.core.word_alignment.aligner import load_aligner
 from clseave_cli.core.word_alignment.links import Links, read_links
@@ -80,6 +81,18 @@ def align_words(config: WordAlignConfig, progress: Progress = SILENT) -> WordAli
     Raises:
         ClseaveError: bad text, bad links, an unusable model, or a missing segmenter.
     """
+    inputs = [path for path in (config.input, config.alignments, config.gold) if path is not None]
+    with ExitStack() as stack:
+        for target in (config.out, config.words):
+            if target is None:
+                continue
+            if any(target.resolve() == path.resolve() for path in inputs):
+                raise UsageError(f"{target}: is both input and output; choose another file.")
+            stack.enter_context(locked_target(target))
+        return _align_words(config, progress)
+
+
+def _align_words(config: WordAlignConfig, progress: Progress) -> WordAlignResult:
     text = _read_file(config.input) if config.input is not None else _read_data(config, progress)
     sources, source_of_pair = distinct(text.sources)
     targets, target_of_pair = distinct(text.targets)
