@@ -352,14 +352,16 @@ def _open_locked(path: Path, target: Path) -> tuple[BinaryIO, bool]:
         except FileNotFoundError:
             pass  # its holder removed it just before we got it
         except BlockingIOError:
+            lock.close()
             raise ClseaveError(
                 f"{target}: another process is writing it; let it end or stop it, or choose "
                 "another place."
             ) from None
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            return lock, False
+            if error.errno in _NO_LOCKS:
+                return lock, False
+            lock.close()
+            raise
         lock.close()
 
 

@@ -50,7 +50,7 @@ _HUGGING_FACE = (
     r"(\w*config|tokenizer|vocab|added_tokens|special_tokens_map|model\.safetensors\.index)\.json"
     r"|(vocab|merges)\.txt|[\w.]+\.model|chat_template\.jinja|model[\w-]*\.safetensors"
 )
-_UNFINISHED = Kind(
+UNFINISHED = Kind(
     "an unfinished run",
     rf"lock|(.*/)?\.[^/]+\.clseave-[0-9a-f]{{8}}(/.*)?|training/{STATE.pattern}/.+|{_TRAINING}",
 )
@@ -133,7 +133,7 @@ class Run:
 
     def _require_replaceable(self) -> None:
         require_replaceable(self.out, model_kind(self._stage), self._config)
-        require_replaceable(self._partial, _UNFINISHED)
+        require_replaceable(self._partial, UNFINISHED)
 
     def publish(self, save: Callable[[Path], Any], card: str) -> None:
         """Makes the finished model appear.
