@@ -19,14 +19,10 @@ from typing import Any, BinaryIO
 
 from clseave_cli.errors import ClseaveError, DataError, ModelError, UsageError
 
-_CHUNK_BYTES = 1 << 20
 #: Above this many files one sync of everything is faster than one each (thousands of pictures).
 _MOST_SINGLE_SYNCS = 100
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NOT_WRITABLE = (
-    *(errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST),
-    *(errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
-)
+_DISK_FULL = ("ENOSPC", "EDQUOT", "EFBIG")
+_NOT_WRITABLE = ("EACCES", "EROFS", "EPERM", "ENOTDIR", "EEXIST", "EISDIR", "ELOOP", "ENAMETOOLONG")
 #: Errors of file systems without locks (Lustre without `flock`, NFS without its daemon).
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 #: renameat2(2): paths as for rename(2), and the flag that swaps two of them.
@@ -38,38 +34,26 @@ _INPUTS = ("data", "images", "runs", "teacher", "clip", "student", "students", "
 _LITTER = r"(.*/)?(\.DS_Store|\.nfs[0-9a-f]+)"
 
 
-def _disk_error(error: Exception, target: Path) -> ClseaveError | None:
-    number = _error_number(error)
-    if number in _DISK_FULL:
-        return ClseaveError(
-            f"{target}: the disk is full; what was there before is untouched. "
-            "Free some space and run the same command again."
-        )
-    if number in _NOT_WRITABLE:
-        return ClseaveError(
-            f"{target}: cannot be written ({os.strerror(number)}); choose another folder."
-        )
-    return None
-
-
-def _error_number(error: Exception) -> int | None:
-    if isinstance(error, OSError):
-        return error.errno
-    # safetensors and tokenizers write from Rust, and give the system's error only in words.
-    words = re.search(r"\(os error (\d+)\)", str(error))
-    return int(words[1]) if words else None
-
-
 @contextmanager
 def writing(target: Path) -> Iterator[None]:
     """Turns a full or read-only disk met inside the block into a `ClseaveError` naming `target`."""
     try:
         yield
     except Exception as error:
-        translated = _disk_error(error, target)
-        if translated is None:
-            raise
-        raise translated from error
+        # safetensors and tokenizers write from Rust, and give the system's error only in words.
+        words = re.search(r"\(os error (\d+)\)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(words[1]) if words else 0
+        name = errno.errorcode.get(number or 0, "")
+        if name in _DISK_FULL:
+            raise ClseaveError(
+                f"{target}: the disk is full; what was there before is untouched. "
+                "Free some space and run the same command again."
+            ) from error
+        if name in _NOT_WRITABLE:
+            raise ClseaveError(
+                f"{target}: cannot be written ({os.strerror(number or 0)}); choose another folder."
+            ) from error
+        raise
 
 
 @dataclass(frozen=True)
@@ -87,7 +71,7 @@ class Kind:
     name: str
     members: str
     marker: str = ""
-    marks: Callable[[dict[str, Any]], bool] = bool
+    marks: Callable[[dict[str, Any]], bool] = lambda content: True
 
 
 def require_replaceable(out: Path, kind: Kind | None, config: object = None) -> None:
@@ -122,7 +106,7 @@ def require_replaceable(out: Path, kind: Kind | None, config: object = None) -> 
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         if not place.exists() or not (names := sorted(path.name for path in place.iterdir())):
             pass
-        elif kind is None or not _is_of(kind, place):
+        elif kind is None or not kind.marks(_object(place / kind.marker)):
             more = f" and {len(names) - 2} more" if len(names) > 2 else ""
             raise UsageError(
                 f"{out}: is there already (with {', '.join(names[:2])}{more}) and is not "
@@ -130,8 +114,8 @@ def require_replaceable(out: Path, kind: Kind | None, config: object = None) -> 
             )
         elif stranger := next(_strangers(kind, place), None):
             raise UsageError(
-                f"{out / stranger}: clseave did not write it, and replacing {out} would delete "
-                "it; move it elsewhere, or choose another folder."
+                f"{out / stranger}: clseave did not write it, and {out} is replaced as a whole; "
+                "move it elsewhere, or choose another folder."
             )
         if os.path.ismount(place):
             raise UsageError(f"{out}: is a mount point; choose a folder inside it.")
@@ -150,17 +134,10 @@ def _protected(config: object) -> Iterator[tuple[str, Path]]:
                     yield f"--{name} {path}", Path(path)
 
 
-def _is_of(kind: Kind, folder: Path) -> bool:
-    if not kind.marker:
-        return True
-    content = _object(folder / kind.marker)
-    return content is not None and kind.marks(content)
-
-
 def _strangers(kind: Kind, folder: Path) -> Iterator[str]:
     """Files of a folder that are no members of its kind, by their paths in it."""
     members = re.compile(f"{kind.members}|{_LITTER}")
-    listed = set((_object(folder / "config.json") or {}).get("files", ()))
+    listed = set(_object(folder / "config.json").get("files", ()))
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         is_folder = path.is_dir() and not path.is_symlink()
@@ -168,13 +145,13 @@ def _strangers(kind: Kind, folder: Path) -> Iterator[str]:
             yield name
 
 
-def _object(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None where there is none."""
+def _object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is none."""
     try:
         content = json.loads(path.read_bytes()) if path.is_file() else None
     except (OSError, ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
+        content = None
+    return content if isinstance(content, dict) else {}
 
 
 def fsync_folder(folder: Path) -> None:
@@ -200,15 +177,10 @@ def sweep(folder: Path, name: str = ".*") -> None:
     """
     pattern = re.compile(rf"\.(?:{name})\.clseave-[0-9a-f]{{8}}")
     for path in folder.iterdir():
-        if pattern.fullmatch(path.name):
-            _remove(path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+        if pattern.fullmatch(path.name) and path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif pattern.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -300,28 +272,11 @@ def _finish(folder: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
-    """Holds a lock on a file or folder; however the process ends, the kernel lets go of it.
-
-    Raises:
-        BlockingIOError: `how` says not to wait, and somebody else holds one.
-    """
-    # NFS grants an exclusive lock only on what is open for writing, which a folder cannot be.
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        fcntl.flock(descriptor, how)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
 def locked_target(target: Path) -> Iterator[None]:
     """Keeps a file or folder to this process, and removes what killed ones left unfinished of it.
 
-    The lock is `.NAME.lock` beside `target`. It goes at the end of the block; after a kill it
-    stays, held by nobody, and the next run takes and removes it. File systems without locks are
-    no obstacle; what was left unfinished stays there then, since it may be somebody's.
+    The lock is the file `.NAME.lock` beside `target`, removed at the end of the block; after a kill
+    nobody holds it. File systems without locks are no obstacle, and nothing is removed there.
 
     Raises:
         ClseaveError: another process is writing `target`, or its folder cannot be written.
@@ -391,14 +346,9 @@ def cache_root() -> Path:
     Raises:
         ClseaveError: neither is there.
     """
-    if folder := os.environ.get("CLSEAVE_CACHE"):
-        return Path(folder)
-    try:
-        return Path.home() / ".cache" / "clseave"
-    except RuntimeError:
-        raise ClseaveError(
-            "this user has no home directory for caches; set CLSEAVE_CACHE to a folder."
-        ) from None
+    with suppress(RuntimeError):
+        return Path(os.environ.get("CLSEAVE_CACHE") or Path.home() / ".cache" / "clseave")
+    raise ClseaveError("this user has no home directory for caches; set CLSEAVE_CACHE to a folder.")
 
 
 def file_digest(path: Path, num_bytes: int = 32) -> str:
@@ -411,11 +361,9 @@ def file_digest(path: Path, num_bytes: int = 32) -> str:
     Raises:
         DataError: the file cannot be read.
     """
-    digest = hashlib.blake2b(digest_size=num_bytes)
     try:
         with path.open("rb") as stream:
-            while chunk := stream.read(_CHUNK_BYTES):
-                digest.update(chunk)
+            digest = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=num_bytes))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
     return digest.hexdigest()

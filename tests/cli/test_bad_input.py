@@ -326,7 +326,7 @@ def test_an_input_file_that_is_not_there(refused, runs, tmp_path):
 def test_a_model_cannot_lie_where_a_file_is(commands, refused, tmp_path, command):
     (tmp_path / "file").write_text("precious")
     error = refused(*commands[command], "--out", tmp_path / "file")
-    assert f"{tmp_path / 'file'}: is a file; expected a folder" in error
+    assert f"{tmp_path / 'file'}: is not a folder; choose another place" in error
     assert (tmp_path / "file").read_text() == "precious"
 
 

@@ -229,7 +229,7 @@ def test_the_command_says_what_it_wrote(tmp_path, trained, clseave, refused):
     (out / "config.json").write_text("{")
     code, _, said = clseave("export", "--runs", trained, "--out", out, "--lang", "nl")
     assert code == 0 and "replaced" not in said  # nothing is known of a damaged one
-    assert "no exported model" in refused(
+    assert "is not an exported model" in refused(
         "export", "--runs", trained, "--out", trained / "clip-ve", code=2
     )
     assert "no model for xx" in refused("export", "--runs", trained, "--out", out, "--lang", "xx")

@@ -143,8 +143,8 @@ class Run:
             card: text of the model card.
 
         Raises:
-            ClseaveError: the disk is full, or something of the user's has come to lie where the
-                model goes; the partial folder is kept.
+            ClseaveError: the disk is full, or a file of the user's is in the way; the partial
+                folder is kept.
         """
         processes().once(lambda: self._publish(save, card))
 
