@@ -147,6 +147,7 @@ def test_two_rows_with_one_pair_id(commands, refused, data, keep, command):
 
 @pytest.mark.parametrize("command", READERS)
 def test_bad_rows_are_set_aside_when_asked(commands, clseave, data, command):
+    """G9."""
     path = data / FILES[command]
     edit_row(path, 2, sentence2="")
     before = path.read_bytes()

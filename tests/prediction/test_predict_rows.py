@@ -189,6 +189,7 @@ def test_rows_without_an_answer_are_no_answers(source, trained, tmp_path):
 
 
 def test_after_a_kill_no_line_is_torn_and_none_is_lost(source, trained, tmp_path, cache, clseave):
+    """G7."""
     whole, target = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
     arguments = ["predict", "--input", source, "--runs", trained, "--lang", "de",
                  "--batch-size", "1", "--device", "cpu", "--precision", "fp32"]  # fmt: skip

@@ -90,6 +90,7 @@ def _assert_same(reference, out):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_goes_on_as_if_uninterrupted(stage, number, tmp_path, clseave):
+    """G6."""
     name, arguments, reference = stage
     out = tmp_path / "runs" / _NAMES[name]
     command = arguments(tmp_path / "runs")
@@ -111,6 +112,7 @@ def test_a_stopped_run_goes_on_as_if_uninterrupted(stage, number, tmp_path, clse
 
 
 def test_a_run_killed_again_and_again_ends_in_the_same_weights(stage, tmp_path, clseave):
+    """G6."""
     name, arguments, reference = stage
     out = tmp_path / "runs" / _NAMES[name]
     command = [*arguments(tmp_path / "runs"), "--checkpoint-minutes", "0", "--resume"]
@@ -138,6 +140,7 @@ def _hidden(runs):
 
 @pytest.mark.parametrize("stage", ["align"], indirect=True)
 def test_kills_while_something_is_written_do_not_fill_the_disk(stage, tmp_path, clseave):
+    """G4."""
     name, arguments, reference = stage
     out = tmp_path / "runs" / _NAMES[name]
     command = [*arguments(tmp_path / "runs"), "--checkpoint-minutes", "0", "--resume"]
@@ -154,6 +157,7 @@ def test_kills_while_something_is_written_do_not_fill_the_disk(stage, tmp_path, 
 
 @pytest.mark.parametrize("stage", ["align"], indirect=True)
 def test_a_run_under_way_is_left_alone(stage, tmp_path, refused):
+    """G3."""
     name, arguments, reference = stage
     out = tmp_path / "runs" / _NAMES[name]
     command = [*arguments(tmp_path / "runs"), "--checkpoint-minutes", "0"]

@@ -74,6 +74,7 @@ def test_a_run_appears_whole_and_leaves_nothing_beside_it(tmp_path):
 
 
 def test_an_unfinished_run_is_neither_overwritten_nor_mixed(tmp_path):
+    """G6."""
     out = tmp_path / "model"
     _open(out)
     with pytest.raises(UsageError, match=r"unfinished run lies there; --resume continues"):
@@ -87,6 +88,7 @@ def test_an_unfinished_run_is_neither_overwritten_nor_mixed(tmp_path):
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_two_runs_never_train_into_one_folder(tmp_path, resume):
+    """G3."""
     out = tmp_path / "model"
     with _run(out) as run:
         (run.folder / "state-00000001").mkdir()
@@ -204,6 +206,7 @@ def test_a_folder_by_another_name_is_the_same_folder(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_keeps_the_old_model_and_the_unfinished_run(tmp_path, monkeypatch):
+    """G4."""
     out = tmp_path / "model"
     _publish(_run(out), "old")
     _open(out)
