@@ -21,7 +21,6 @@ from clseave_cli.errors import ClseaveError, DataError, ModelError, UsageError
 
 #: Above this many files one sync of everything is faster than one each (thousands of pictures).
 _MOST_SINGLE_SYNCS = 100
-_DISK_FULL = ("ENOSPC", "EDQUOT", "EFBIG")
 _NOT_WRITABLE = ("EACCES", "EROFS", "EPERM", "ENOTDIR", "EEXIST", "EISDIR", "ELOOP", "ENAMETOOLONG")
 #: Errors of file systems without locks (Lustre without `flock`, NFS without its daemon).
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
@@ -44,7 +43,7 @@ def writing(target: Path) -> Iterator[None]:
         words = re.search(r"\(os error (\d+)\)", str(error))
         number = error.errno if isinstance(error, OSError) else int(words[1]) if words else 0
         name = errno.errorcode.get(number or 0, "")
-        if name in _DISK_FULL:
+        if name in ("ENOSPC", "EDQUOT", "EFBIG"):
             raise ClseaveError(
                 f"{target}: the disk is full; what was there before is untouched. "
                 "Free some space and run the same command again."
@@ -101,18 +100,16 @@ def require_replaceable(out: Path, kind: Kind | None, config: object = None) -> 
                     f"{out}: is {name}, or contains it, and would be replaced as a whole; "
                     "choose another folder."
                 )
-        standing = next(path for path in place.parents if path.exists())
-        if not os.access(standing, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        if not place.exists() or not (names := sorted(path.name for path in place.iterdir())):
-            pass
-        elif kind is None or not kind.marks(_object(place / kind.marker)):
+        if not os.access(next(path for path in place.parents if path.exists()), os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "no write permission")
+        names = sorted(path.name for path in place.iterdir()) if place.exists() else []
+        if names and (kind is None or not kind.marks(_object(place / kind.marker))):
             more = f" and {len(names) - 2} more" if len(names) > 2 else ""
             raise UsageError(
                 f"{out}: is there already (with {', '.join(names[:2])}{more}) and is not "
                 f"{kind.name if kind else 'empty'}; choose another folder, or move that one away."
             )
-        elif stranger := next(_strangers(kind, place), None):
+        if kind is not None and (stranger := next(_strangers(kind, place), None)):
             raise UsageError(
                 f"{out / stranger}: clseave did not write it, and {out} is replaced as a whole; "
                 "move it elsewhere, or choose another folder."
@@ -263,12 +260,11 @@ def _finish(folder: Path) -> None:
     files = [path for path in folder.rglob("*") if path.is_file()]
     for path in files:
         path.chmod(mode)  # some writers (safetensors) make files for the owner's eyes only
+        if len(files) <= _MOST_SINGLE_SYNCS:
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
     if len(files) > _MOST_SINGLE_SYNCS:
         os.sync()
-        return
-    for path in files:
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
 
 
 @contextmanager

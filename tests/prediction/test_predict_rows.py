@@ -67,7 +67,7 @@ def test_a_resumed_run_continues_exactly_where_it_stopped(source, trained, tmp_p
     torn = b"".join(lines[left : left + 1])[:-5] or b"{"
     partial = tmp_path / "answers.jsonl.partial"
     partial.write_bytes(earlier + torn)
-    target.write_text("older answers\n")
+    target.write_text('{"error": "older"}\n')
     with pytest.raises(UsageError, match=r"partial: an unfinished run lies there; --resume"):
         predict_file(_config(trained), source, target)
     again = predict_file(_config(trained, resume=True), source, target)

@@ -9,6 +9,7 @@ in the partial folder was left by a process that was killed.
 from __future__ import annotations
 
 import dataclasses
+import json
 import platform
 import re
 import shutil
@@ -165,8 +166,8 @@ class Run:
 
 def is_complete(out: Path) -> bool:
     """Whether a run published this folder and no newer one is under way."""
-    under_way = (_partial(out) / "training").exists()
-    return (out / "training" / "summary.json").is_file() and not under_way
+    complete = (out / "training" / "summary.json").is_file()
+    return complete and not (_partial(out) / "training").exists()
 
 
 def finished_before(out: Path, progress: Progress) -> bool:
@@ -197,13 +198,8 @@ def model_kind(stage: str) -> Kind:
 
 def plain_options(config: StageConfig) -> dict[str, Any]:
     """Every resolved option, as JSON keeps it."""
-    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    return list(value) if isinstance(value, tuple) else value
+    options: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return options
 
 
 def require_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
