@@ -165,14 +165,20 @@ def test_one_process_a_file(refused, tmp_path, trained, world, clseave):
     assert photo.read_bytes() == b"\x89PNG\r\n\x1a\n"
 
 
-def test_links_do_not_replace_the_text_they_are_of(refused, tmp_path):
-    """G1."""
-    text = tmp_path / "text"
+def test_links_replace_neither_their_text_nor_anything_else(refused, data):
+    """G2."""
+    text = data / "text"
     text.write_text("a ||| b\n")
+    before = tree(data)
     for option in ("--out", "--words"):
-        error = refused("word-align", "--input", text, option, text, code=2)
-        assert f"{text}: is both input and output" in error
-    assert text.read_text() == "a ||| b\n"
+        for target, words in (
+            (text, "is both input and output"),
+            (data / "snli_ve_train.jsonl", "is there already, with something else in it"),
+            (data / "images" / "train0.png", "is there already, with something else in it"),
+        ):
+            error = refused("word-align", "--input", text, option, target, code=2)
+            assert f"{target}: {words}" in error
+    assert tree(data) == before
 
 
 def _without_privileges():
@@ -311,6 +317,14 @@ def test_a_failed_write_leaves_nothing(tmp_path):
         with pytest.raises(KeyboardInterrupt), write(tmp_path / "x"):
             raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_no_folder_to_be_replaced(tmp_path):
+    """G2."""
+    (tmp_path / "x").write_text("the user's")
+    with pytest.raises(ClseaveError, match="x: cannot be written"):
+        _write(tmp_path / "x", "new")
+    assert tree(tmp_path) == {"x": b"the user's"}
 
 
 def test_a_link_to_a_folder_stays_one(tmp_path):

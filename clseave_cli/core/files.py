@@ -222,8 +222,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             unfinished.mkdir()
             yield unfinished
             _finish(unfinished)
-            if not _swapped(unfinished, target):
-                if target.exists():
+            if not (target.is_dir() and _swapped(unfinished, target)):
+                if target.is_dir():
                     target.rename(_old(target))
                 unfinished.rename(target)
             fsync_folder(target.parent)
