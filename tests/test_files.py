@@ -63,7 +63,7 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(
     shutil.copytree(trained, models)
     monkeypatch.setenv("HOME", str(home))
     other = "align-de" if command == "finetune-ve" else "clip-ve"
-    before = tree(tmp_path)
+    before = tree(photos), tree(models), (home / "thesis.tex").read_text()
     for out, words, code in (
         (photos, "is there already (with images, rows.jsonl) and is not", 2),
         (models, "is there already (with align-de, align-nl and 1 more) and is not", 2),
@@ -77,7 +77,7 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(
             assert error.startswith(f"clseave: {out}/") and "clseave did not write it" in error
         else:
             assert error.startswith(f"clseave: {out}: {words}")
-        assert tree(tmp_path) == before
+        assert (tree(photos), tree(models), (home / "thesis.tex").read_text()) == before
 
 
 @pytest.mark.parametrize("command", WRITERS)
