@@ -22,7 +22,7 @@ from clseave_cli.errors import ClseaveError, DataError, ModelError, UsageError
 #: Above this many files one sync of everything is faster than one each (thousands of pictures).
 _MOST_SINGLE_SYNCS = 100
 _NOT_WRITABLE = ("EACCES", "EROFS", "EPERM", "ENOTDIR", "EEXIST", "EISDIR", "ELOOP", "ENAMETOOLONG")
-#: Errors of file systems without locks (Lustre without `flock`, NFS without its daemon).
+#: Of file systems without locks (Lustre without `flock`, NFS without its daemon).
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 #: renameat2(2): paths as for rename(2), and the flag that swaps two of them.
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -39,19 +39,21 @@ def writing(target: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        # Of blocks inside one another the outer one has the name that the user knows.
+        cause = (error.__cause__ if type(error) is ClseaveError else None) or error
         # safetensors and tokenizers write from Rust, and give the system's error only in words.
-        words = re.search(r"\(os error (\d+)\)", str(error))
-        number = error.errno if isinstance(error, OSError) else int(words[1]) if words else 0
+        words = re.search(r"\(os error (\d+)\)", str(cause))
+        number = cause.errno if isinstance(cause, OSError) else int(words[1]) if words else 0
         name = errno.errorcode.get(number or 0, "")
         if name in ("ENOSPC", "EDQUOT", "EFBIG"):
             raise ClseaveError(
                 f"{target}: the disk is full; what was there before is untouched. "
                 "Free some space and run the same command again."
-            ) from error
+            ) from cause
         if name in _NOT_WRITABLE:
             raise ClseaveError(
                 f"{target}: cannot be written ({os.strerror(number or 0)}); choose another folder."
-            ) from error
+            ) from cause
         raise
 
 

@@ -316,11 +316,12 @@ def test_predict_needs_a_pair_or_files(refused, keep):
 
 def test_an_input_file_that_is_not_there(refused, runs, tmp_path):
     target = tmp_path / "answers.jsonl"
-    target.write_text("older answers\n")
+    older = '{"error": "older"}\n'
+    target.write_text(older)
     for source in (tmp_path / "nowhere.jsonl", tmp_path):
         error = refused("predict", "--input", source, "--output", target, "--runs", runs)
         assert f"{source}: cannot be read" in error
-    assert target.read_text() == "older answers\n"
+    assert target.read_text() == older
 
 
 @pytest.mark.parametrize("command", ["finetune-ve", "align"])
@@ -340,7 +341,8 @@ def test_a_full_disk_under_predict_keeps_the_older_answers(
     from clseave_cli.core import files
 
     target, source = tmp_path / "answers.jsonl", tmp_path / "pairs.jsonl"
-    target.write_text("older answers\n")
+    older = '{"error": "older"}\n'
+    target.write_text(older)
     write_jsonl(source, [{"image": "data/images/test0.png", "hypothesis": "The square is red."}])
 
     def full(*_arguments):
@@ -349,7 +351,7 @@ def test_a_full_disk_under_predict_keeps_the_older_answers(
     monkeypatch.setattr(files.os, "fsync", full)
     error = refused("predict", "--input", source, "--output", target, "--runs", runs)
     assert f"{target}: the disk is full; what was there before is untouched" in error
-    assert target.read_text() == "older answers\n"
+    assert target.read_text() == older
     assert not list(tmp_path.glob(".answers*"))
 
 
@@ -368,7 +370,7 @@ def test_a_full_disk_under_a_report(commands, refused, tmp_path, monkeypatch):
     assert "accuracy" in json.dumps(_evaluated(commands, refused))
     monkeypatch.setattr(files.os, "fsync", full)
     error = refused(*commands["evaluate"], "--report", report)
-    assert "the disk is full" in error and str(report) in error
+    assert f"{report}: the disk is full" in error and list(tmp_path.glob(".report*")) == []
 
 
 def _evaluated(commands, refused):

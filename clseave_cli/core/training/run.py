@@ -74,8 +74,7 @@ class Run:
     Raises:
         UsageError: an unfinished run lies there and `--resume` was not given, or the options or
             inputs differ from those of the run to be resumed.
-        ClseaveError: another process is training there, or the package of the tracker is not
-            installed.
+        ClseaveError: another process is training there, or the tracker's package is missing.
     """
 
     def __init__(
@@ -144,8 +143,7 @@ class Run:
             card: text of the model card.
 
         Raises:
-            ClseaveError: the disk is full, or a file of the user's is in the way; the partial
-                folder is kept.
+            ClseaveError: the disk is full, or a file is in the way; the partial folder is kept.
         """
         processes().once(lambda: self._publish(save, card))
 
