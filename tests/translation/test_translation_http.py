@@ -10,7 +10,6 @@ from email.utils import format_datetime
 from typing import Any
 
 import pytest
-from deep_translator import GoogleTranslator
 from loopback import CAPTCHA, Loopback, translated
 
 from clseave_cli.core.config import TranslateConfig
@@ -22,7 +21,7 @@ from clseave_cli.core.translation.engine import (
     create_engine,
     engine_names,
 )
-from clseave_cli.core.translation.http import address, retry_after
+from clseave_cli.core.translation.web import address, retry_after
 from clseave_cli.errors import TranslationError, UsageError
 
 
@@ -71,13 +70,6 @@ def test_google_answers_without_charset_are_utf8(google: Loopback) -> None:
     page = '<div class="t0">Grüße, 犬</div>'.encode()
     _always(google, lambda h, body, texts: h.send(200, page, "text/html"))
     assert _engine(google, "google").translate(["Hello"], 0) == ["Grüße, 犬"]
-
-
-def test_deep_translator_itself_is_left_as_it_was(google: Loopback) -> None:
-    before = GoogleTranslator.translate
-    _engine(google, "google").translate(["A man."], 0)
-    assert GoogleTranslator.translate is before
-    assert before.__globals__["requests"].__name__ == "requests"
 
 
 def test_libre_batches_and_the_servers_own_codes(libre: Loopback) -> None:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clseave_cli.core.translation.segments import Segmented, needs_translation
+from clseave_cli.core.translation.driver import Segmented
+from clseave_cli.core.translation.quality import needs_translation
 
 _ANY_TEXT = st.text(st.characters(codec=None), max_size=200)
 
