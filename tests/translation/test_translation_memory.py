@@ -78,7 +78,7 @@ def test_a_flipped_bit_is_never_read(tmp_path: Path) -> None:
         memory.store(number, [(text, _entry(answer)) for text, answer in texts.items()])
     content = path.read_bytes()
     draw = random.Random(0)
-    in_text = content.index("Ein Mann 7,".encode())
+    in_text = content.index(b"Ein Mann 7,")
     places = [in_text, *(draw.randrange(len(content)) for _ in range(100))]
     for place in places:
         damaged = bytearray(content)
@@ -147,7 +147,7 @@ def test_a_damaged_page_is_reported(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(TranslationError, match="choose another file with --memory"):
+    with pytest.raises(TranslationError, match="choose another with --memory"):
         Memory(tmp_path / "file" / "m")
 
 

@@ -127,6 +127,11 @@ def test_translations_in_8_bits_are_kept_apart(models: dict[str, Path]) -> None:
     assert all(codec.decode(decoder(codec.encode(_TEXTS), 18, True)))
 
 
+def test_translations_in_another_precision_are_kept_apart(models: dict[str, Path]) -> None:
+    identities = [_engine(models["marian"], precision=p).identity for p in ("auto", "fp32", "bf16")]
+    assert identities[0] == identities[1] != identities[2]  # on a CPU
+
+
 @pytest.mark.parametrize("backend", _BACKENDS)
 def test_translates_a_folder_and_remembers(
     models: dict[str, Path], tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch

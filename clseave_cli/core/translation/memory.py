@@ -7,7 +7,9 @@ also records which files `translate` has written, so that none of the user's is 
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
 import sqlite3
 import time
 import zlib
@@ -53,6 +55,12 @@ _FROM_FORMAT_1 = (
     "DROP TABLE IF EXISTS claims",
 )
 _IDENTITY = "engine, model, revision, settings, source, target"
+# By what SQLite says.
+_ADVICE = {
+    "full": "free some space there and in TMPDIR and run the same command again.",
+    "locked|busy": f"another process has kept it locked for {_BUSY_SECONDS:.0f} s; try again.",
+    "readonly|unable to open": "choose another file with --memory.",
+}
 
 
 class Entry(NamedTuple):
@@ -98,9 +106,9 @@ def _decode(data: str | bytes) -> str:
 
 
 class Memory:
-    """One process's connection to the memory; a context manager.
+    """A connection to the memory, for one thread; a context manager.
 
-    Used by one thread. The process may die at any moment: what was stored stays.
+    The process may die at any moment: what was stored stays.
 
     Args:
         path: the SQLite file, created with its folder if it does not exist.
@@ -171,10 +179,7 @@ class Memory:
 
     def identity_id(self, identity: Identity) -> int:
         """The number under which the memory keeps an identity."""
-        values = (
-            identity.engine, identity.model, identity.revision, identity.settings,
-            identity.source, identity.target,
-        )  # fmt: skip
+        values = dataclasses.astuple(identity)
         with self._writing():
             self._connection.execute(
                 f"INSERT OR IGNORE INTO identities ({_IDENTITY}) VALUES (?, ?, ?, ?, ?, ?)", values
@@ -190,35 +195,26 @@ class Memory:
         rows = self._connection.execute(f"SELECT id, {_IDENTITY} FROM identities").fetchall()
         self._seeds = {number: _seed(values) for number, *values in rows}
 
-    def _checksum(self, identity: int, *values: str | bytes | int) -> int:
-        text = "\0".join(_decode(v) if isinstance(v, bytes) else str(v) for v in values)
-        return zlib.crc32(text.encode("utf-8", "surrogatepass"), self._seeds.get(identity, 0))
+    def _checksum(self, identity: int, *values: object) -> int:
+        return _checksum(self._seeds.get(identity, 0), *values)
 
     def find(self, identity: int, texts: Iterable[str]) -> dict[str, Entry]:
         """What the memory holds for `texts`; a damaged entry counts as missing."""
         entries: dict[str, Entry] = {}
         seed = self._seeds.get(identity, 0)
         columns = "text, translation, attempts, checked, suspicions, checksum"
-        for row in self._select(columns, "translations", identity, texts):
-            text, translation, attempts, checked, suspicions, checksum = row
-            if type(text) is bytes:
-                text = _decode(text)
-            if type(translation) is bytes:
-                translation = _decode(translation)
-            content = f"{text}\0{translation}\0{attempts}\0{checked}\0{suspicions}"
-            if zlib.crc32(content.encode("utf-8", "surrogatepass"), seed) == checksum:
+        for *values, checksum in self._select(columns, "translations", identity, texts):
+            if _checksum(seed, *values) == checksum:
+                text, translation, attempts, checked, suspicions = values
                 marks = tuple(suspicions.split()) if suspicions else ()
-                entries[text] = Entry(translation, attempts, checked, marks)
+                entries[_decode(text)] = Entry(_decode(translation), attempts, checked, marks)
         return entries
 
     def store(self, identity: int, entries: Iterable[tuple[str, Entry]]) -> None:
         """Keeps translations, replacing older ones."""
         rows = []
-        for text, entry in entries:
-            values = (
-                _encode(text), _encode(entry.translation), entry.attempts, entry.checked,
-                " ".join(entry.suspicions),
-            )  # fmt: skip
+        for text, (translation, attempts, checked, suspicions) in entries:
+            values = _encode(text), _encode(translation), attempts, checked, " ".join(suspicions)
             rows.append((identity, *values, self._checksum(identity, *values)))
         with self._writing():
             self._connection.executemany(
@@ -245,12 +241,9 @@ class Memory:
 
     def has_output(self, path: Path, digest: str) -> bool:
         """Whether `translate` has written these contents to this path."""
+        query = "SELECT count(*) FROM outputs WHERE path = ? AND digest = ?"
         with self._errors():
-            return bool(
-                self._connection.execute(
-                    "SELECT 1 FROM outputs WHERE path = ? AND digest = ?", (_path_key(path), digest)
-                ).fetchone()
-            )
+            return bool(self._connection.execute(query, (_path_key(path), digest)).fetchone()[0])
 
     def _select(
         self, columns: str, table: str, identity: int, texts: Iterable[str]
@@ -284,28 +277,28 @@ class Memory:
             raise self._explain(str(error)) from error
         except OSError as error:
             raise TranslationError(
-                f"{self.path}: cannot be opened ({error.strerror}); "
-                "choose another file with --memory."
+                f"{self.path}: cannot be opened ({error.strerror}); choose another with --memory."
             ) from error
 
     def _explain(self, message: str) -> ClseaveError:
-        if "full" in message:
-            advice = "free some space there and in TMPDIR and run the same command again."
-        elif "locked" in message or "busy" in message:
-            advice = f"another process has kept it locked for {_BUSY_SECONDS:.0f} s; try again."
-        elif "readonly" in message or "unable to open" in message:
-            advice = "choose another file with --memory."
-        else:
-            advice = "the file is damaged; move it away, or choose another with --memory."
+        advice = "the file is damaged; move it away, or choose another with --memory."
+        for pattern, other in _ADVICE.items():
+            if re.search(pattern, message):
+                advice = other
         return TranslationError(f"{self.path}: the translation memory fails ({message}): {advice}")
 
 
-def _seed(identity: Iterable[str]) -> int:
-    return zlib.crc32("\0".join(identity).encode("utf-8", "surrogatepass"))
+def _seed(identity: Iterable[object]) -> int:
+    return _checksum(0, *identity)
+
+
+def _checksum(seed: int, *values: object) -> int:
+    data = b"\0".join(v if type(v) is bytes else str(v).encode() for v in values)
+    return zlib.crc32(data, seed)
 
 
 def _path_key(path: Path) -> bytes:
-    return os.fsencode(path.resolve())
+    return os.fsencode(path.parent.resolve() / path.name)
 
 
 def _refuse_other_files(path: Path) -> None:
