@@ -1,8 +1,7 @@
 """The two use cases: files of a data set in other languages, and a split's hypotheses.
 
-Both make the same two passes. The first has translated what the memory lacks, straight into the
-memory; the second reads the translations from it. So a run may end at any moment, and the next one
-goes on from there.
+Both make the same two passes: the first has translated what the memory lacks, straight into the
+memory; the second reads the translations from it. So a run may end at any moment.
 """
 
 from __future__ import annotations
@@ -105,16 +104,12 @@ class TranslationSummary:
     stopped: str | None
 
 
-class _Passes:
-    """The two passes over some rows.
+#: A row and what the memory holds for it.
+_Held = tuple[Row, Entry | None]
 
-    Args:
-        config: says whether suspect translations are asked for again.
-        engine: translates what is missing.
-        memory: where translations go, and come from.
-        pace: how the engine is asked.
-        path: where the rows are from, for messages.
-        rows: starts a pass over the rows.
+
+class _Passes:
+    """The two passes over rows, which `rows` starts; `path` is for messages.
 
     Attributes:
         num_from_memory: rows whose translation was in the memory before `fill`.
@@ -159,10 +154,9 @@ class _Passes:
             self._retries_suspect,
         )  # fmt: skip
         title = f"{self._path.name} into {self._engine.identity.target}"
-        with progress.task(title, total=total, unit="texts") as shown:
-            timed = _Timed(shown, total, self.num_from_memory)
+        with progress.task(title, total=total, unit="texts") as task:
             for texts in self._missing():
-                driver.run(texts, timed)
+                driver.run(texts, task)
                 if self._pace.stopped:
                     break
 
@@ -177,14 +171,14 @@ class _Passes:
             if task:
                 task.advance(len(chunk))
 
-    def _chunks(self) -> Iterator[list[tuple[Row, Entry | None]]]:
+    def _chunks(self) -> Iterator[list[_Held]]:
         """The rows in pieces, each row with what the memory holds for it."""
         rows = iter(self._rows())
         while chunk := list(itertools.islice(rows, _ROWS_AT_ONCE)):
             keys = [self._key(row) for row in chunk]
             entries = self._memory.find(self._identity, {key for key in keys if key is not None})
             yield [
-                (row, self._unchanged(row) if key is None else entries.get(key))
+                (row, Entry(row.text, 0, "", ()) if key is None else entries.get(key))
                 for row, key in zip(chunk, keys, strict=True)
             ]
 
@@ -211,10 +205,6 @@ class _Passes:
             return row.pair_id
         return row.text if self._is_exact or needs_translation(row.text) else None
 
-    def _unchanged(self, row: Row) -> Entry:
-        suspicions = () if row.text.strip() else ("empty",)
-        return Entry(row.text, 0, self._checks.version, suspicions)
-
     def _is_final(self, entry: Entry | None) -> bool:
         """Whether an entry is to be written as it is rather than asked for (once more)."""
         if entry is None:
@@ -222,52 +212,22 @@ class _Passes:
         asked_once = 0 < entry.attempts < MAX_ATTEMPTS
         return not (self._retries_suspect and entry.suspicions and asked_once)
 
-    def _checked(self, chunk: list[tuple[Row, Entry | None]]) -> list[tuple[Row, Entry | None]]:
+    def _checked(self, chunk: list[_Held]) -> list[_Held]:
         """The chunk, with the checks made where the memory holds none of this version."""
         version = self._checks.version
-        if all(entry is None or entry.checked == version for _, entry in chunk):
-            return chunk
-        checked: list[tuple[Row, Entry | None]] = []
+        checked: list[_Held] = []
         renewed: dict[str, Entry] = {}
         for row, entry in chunk:
             if entry is not None and entry.checked != version:
                 suspicions = self._checks.find(row.text, entry.translation)
                 entry = entry._replace(checked=version, suspicions=suspicions)
-                renewed[row.text] = entry
+                if entry.attempts:
+                    renewed[row.text] = entry
             checked.append((row, entry))
         # Known by its pairID, a translation may belong to rows of different texts.
-        if not self._engine.limits.by_pair_id:
+        if renewed and not self._engine.limits.by_pair_id:
             self._memory.store(self._identity, renewed.items())
         return checked
-
-
-class _Timed:
-    """A task that also shows rate, hits, failures and time left."""
-
-    def __init__(self, task: Task, total: int, num_hits: int) -> None:
-        self._task, self._total, self._num_hits = task, total, num_hits
-        self._start, self._done = time.monotonic(), 0
-
-    def advance(self, amount: int = 1, **fields: float | int | str) -> None:
-        self._done += amount
-        rate = self._done / max(1e-9, time.monotonic() - self._start)
-        left = (self._total - self._done) / rate if self._done else 0.0
-        self._task.advance(
-            amount,
-            per_second=rate,
-            from_memory=self._num_hits,
-            **fields,
-            left=_duration(left) if self._done else "?",
-        )
-
-
-def _duration(seconds: float) -> str:
-    minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86_400
-    if days >= 2:
-        return f"{days:.1f} days"
-    if hours >= 2:
-        return f"{hours:.1f} h"
-    return f"{minutes:.0f} min" if minutes >= 2 else f"{seconds:.0f} s"
 
 
 def translate(config: TranslateConfig, progress: Progress = SILENT) -> TranslationSummary:
@@ -476,19 +436,17 @@ def translate_hypotheses(
         )
     entries = [entry for _, entry in results if isinstance(entry, Entry)]
     _note_suspect(split, entries, progress)
-    identity = engine.identity
-    parts = (identity.engine, identity.model, identity.revision[:12], identity.settings)
-    return TranslatedHypotheses(
-        [entry.translation for entry in entries], " ".join(part for part in parts if part)
-    )
+    name = engine.identity
+    parts = (name.engine, name.model, name.revision[:12], name.settings)
+    sentences = [entry.translation for entry in entries]
+    return TranslatedHypotheses(sentences, " ".join(part for part in parts if part))
 
 
 def _translate_config(config: EvaluateConfig, lang: str) -> TranslateConfig:
     shared = {part.name: getattr(config, part.name) for part in dataclasses.fields(EngineConfig)}
-    if config.model is not None:
-        shared["model"] = config.model.replace("{lang}", lang)
-    if config.translations is not None:
-        shared["translations"] = Path(str(config.translations).replace("{lang}", lang))
+    for name in ("model", "translations"):  # engines put in the language translated into
+        if shared[name] is not None:
+            shared[name] = type(shared[name])(str(shared[name]).replace("{lang}", lang))
     return TranslateConfig(
         seed=config.seed, device=config.device, precision=config.precision, **shared
     )

@@ -249,11 +249,11 @@ class Driver:
 
     Args:
         engine: translates.
-        memory: where answers and failures go.
+        memory: where answers and failures go, under `identity`.
         identity: the engine's number in the memory.
         checks: made on every answer.
         pace: how the service is treated.
-        retry_suspect: ask a second time for what the checks find suspect.
+        retry_suspect: ask a second time for what fails a check.
 
     Attributes:
         num_translated: texts translated so far.
@@ -278,6 +278,7 @@ class Driver:
         self._queue: queue.SimpleQueue[list[_Item] | None] = queue.SimpleQueue()
         # What workers tell the main thread: answers, or the end of a batch with its error if any.
         self._reports: queue.SimpleQueue[list[_Answer] | BaseException | None] = queue.SimpleQueue()
+        self._start = time.monotonic()
         self.num_translated = self.num_failed = 0
 
     def run(self, texts: Mapping[str, int], task: Task) -> None:
@@ -324,14 +325,14 @@ class Driver:
 
     def _work(self) -> None:
         while (batch := self._queue.get()) is not None:
+            end = None
             try:
                 self._translate(batch)
             except _Stopped:
-                self._reports.put(None)
+                pass
             except BaseException as error:
-                self._reports.put(error)
-            else:
-                self._reports.put(None)
+                end = error
+            self._reports.put(end)
 
     def _translate(self, batch: list[_Item]) -> None:
         """Has a batch translated, in a worker; reports answers as soon as they are there."""
@@ -391,7 +392,8 @@ class Driver:
                     )
             except Fault as fault:
                 refused = isinstance(fault, Refusal)
-                refusals, tries = refusals + refused, tries + (not refused)
+                refusals += refused
+                tries += not refused
                 if tries > self._pace.retries or refusals > CALL_REFUSALS:
                     raise
                 self._pace.back_off(fault, tries - 1)
@@ -442,8 +444,11 @@ class Driver:
     def _keep(self, batches: list[list[_Item]], task: Task, timeout: float | None = None) -> int:
         """Stores what one report brings, and returns how many batches it ends."""
         report = self._reports.get(timeout=timeout)
+        if isinstance(report, ClseaveError):
+            raise report
         if isinstance(report, BaseException):
-            raise self._explain(report) from report
+            name = self._engine.identity.engine
+            raise TranslationError(f"engine {name}: {type(report).__name__}: {report}") from report
         if not report:
             return int(report is None)
         entries = {
@@ -463,7 +468,8 @@ class Driver:
         self.num_failed += len(failures)
         if again:
             batches.append(again)
-        task.advance(len(report) - len(again), failed=self.num_failed)
+        rate = self.num_translated / (time.monotonic() - self._start)
+        task.advance(len(report) - len(again), per_second=rate, failed=self.num_failed)
         return 0
 
     def _entry(self, item: _Item, translation: str) -> Entry:
@@ -485,9 +491,3 @@ class Driver:
                 under_way -= self._keep(batches, task, left)
             except (queue.Empty, ClseaveError):
                 return
-
-    def _explain(self, error: BaseException) -> BaseException:
-        if isinstance(error, ClseaveError):
-            return error
-        name = self._engine.identity.engine
-        return TranslationError(f"engine {name}: {type(error).__name__}: {error}")

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from clseave_cli.core.config import TranslateConfig
 from clseave_cli.core.data.text_files import Row, TextFile, packing, split_name
@@ -31,14 +31,14 @@ class Outputs:
 
     def check(self, target: Path) -> None:
         """Raises a DataError if `target` must not be replaced."""
-        if not self._overwrite and not self._is_replaceable(target):
+        if not self._overwrite and target.exists() and not self._is_from_here(target):
             raise DataError(
                 f"{target}: exists already, and `translate` did not write it or it was changed "
                 "since; move it away, or replace it with --overwrite."
             )
 
-    def _is_replaceable(self, target: Path) -> bool:
-        return not target.exists() or self._memory.has_output(target, file_digest(target))
+    def _is_from_here(self, target: Path) -> bool:
+        return self._memory.has_output(target, file_digest(target))
 
     @contextmanager
     def replacing(self, target: Path) -> Iterator[BinaryIO]:
@@ -52,7 +52,7 @@ class Outputs:
 
     def remove(self, target: Path) -> None:
         """Removes what an earlier run wrote; leaves other files alone."""
-        if target.exists() and self._is_replaceable(target):
+        if target.exists() and self._is_from_here(target):
             target.unlink()
 
 
@@ -167,19 +167,11 @@ def write_file(
     return counts, paths
 
 
-class _Pick(NamedTuple):
-    line: int
-    name: str
-    text: str
-    translation: str
-    suspicions: tuple[str, ...]
-
-
 class Sample:
     """Rows drawn at random as they are written, half of them from the suspect ones.
 
     Args:
-        size: how many rows; 0 for no sample.
+        size: how many rows.
         seed: of the draw.
         title: name of the file they come from.
     """
@@ -188,46 +180,41 @@ class Sample:
         self._size = size
         self._title = title
         self._random = random.Random(seed)
-        self._picks: dict[bool, list[_Pick]] = {True: [], False: []}
+        # By whether they are suspect: the line of each row drawn, with its row of the table.
+        self._picks: dict[bool, list[tuple[int, str]]] = {True: [], False: []}
         self._seen = {True: 0, False: 0}
 
     def offer(self, row: Row, translation: str, suspicions: tuple[str, ...]) -> None:
         """Takes a row into the sample, or does not (reservoir sampling, algorithm R)."""
-        if not self._size:
-            return
-        group = bool(suspicions)
-        picks = self._picks[group]
-        self._seen[group] += 1
+        picks = self._picks[bool(suspicions)]
+        self._seen[bool(suspicions)] += 1
         place = len(picks)
         if place == self._size:
-            place = self._random.randrange(self._seen[group])
+            place = self._random.randrange(self._seen[bool(suspicions)])
             if place >= self._size:
                 return
             picks.pop(place)
         name = row.pair_id or f"line {row.line}"
-        picks.insert(place, _Pick(row.line, name, row.text, translation, suspicions))
+        cells = (name, row.text, translation, ", ".join(suspicions), "")
+        picks.insert(place, (row.line, "| " + " | ".join(map(_cell, cells)) + " |"))
 
     def markdown(self) -> str:
         """The sample as a table, source beside translation."""
-        num_suspect = min(
-            len(self._picks[True]), max(self._size // 2, self._size - len(self._picks[False]))
-        )
-        suspect = sorted(self._picks[True][:num_suspect])
-        others = sorted(self._picks[False][: self._size - num_suspect])
-        lines = [
+        suspect, others = self._picks[True], self._picks[False]
+        suspect = sorted(suspect[: max(self._size // 2, self._size - len(others))])
+        picks = suspect + sorted(others[: self._size - len(suspect)])
+        return "\n".join((
             f"# {self._title}: translations to review",
             "",
-            f"{len(suspect) + len(others)} of {sum(self._seen.values())} rows, drawn at random; "
+            f"{len(picks)} of {sum(self._seen.values())} rows, drawn at random; "
             f"the first {len(suspect)} are from the {self._seen[True]} that a check marked.",
             "Put an x into the last column where a translation is wrong.",
             "",
             "| row | source | translation | marked by | wrong |",
             "|---|---|---|---|---|",
-        ]
-        for pick in [*suspect, *others]:
-            cells = (pick.name, pick.text, pick.translation, ", ".join(pick.suspicions), "")
-            lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
-        return "\n".join(lines) + "\n"
+            *(row for _, row in picks),
+            "",
+        ))  # fmt: skip
 
 
 def _cell(text: str) -> str:
