@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from clseave_cli.core.config import TranslateConfig
 from clseave_cli.core.translation.driver import Driver, Pace
 from clseave_cli.core.translation.engine import (
     Fault,
@@ -74,7 +75,8 @@ def _drive(
 ) -> tuple[Driver, Pace, dict[str, str], dict[str, str]]:
     """Drives; returns driver and pace, what the memory holds, and why the rest is missing."""
     number = memory.identity_id(engine.identity)
-    pace = Pace(per_second, retries, 0.001, engine.limits.concurrency)
+    config = TranslateConfig(requests_per_second=per_second, retries=retries, retry_seconds=0.001)
+    pace = Pace(config, engine.limits)
     driver = Driver(engine, memory, number, Checks("en", "de"), pace, retry_suspect)
     with SILENT.task("") as task:
         driver.run(dict.fromkeys(texts, 0), task)

@@ -268,7 +268,7 @@ def translate(config: TranslateConfig, progress: Progress = SILENT) -> Translati
             engine = create_engine(config, source, lang)
             if pace is None:
                 progress.note(f"engine {config.engine}: {engine.licence}")
-                pace = Pace.of(config, engine.limits)  # one for all files and languages
+                pace = Pace(config, engine.limits)  # one for all files and languages
             try:
                 for path in inputs:
                     summary = _translate_file(config, engine, memory, outputs, pace, path, progress)
@@ -420,7 +420,7 @@ def translate_hypotheses(
     ]
     try:
         with Memory(request.memory or default_path()) as memory:
-            pace = Pace.of(request, engine.limits)
+            pace = Pace(request, engine.limits)
             passes = _Passes(request, engine, memory, pace, split.path, lambda: rows)
             passes.fill(progress)
             results = list(passes.translations())

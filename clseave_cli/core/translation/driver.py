@@ -53,47 +53,29 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _SENTENCE_END = re.compile(r"[.!?…]+[\"'”’)\]]*\s+|[。！？]+[」』”’]*")
 
 
-class Segmented:
-    """One text cut into the parts to ask about and what stands between them.
+def segments(text: str, max_characters: int | None) -> list[str]:
+    """A text cut into what stays as it is and, at the odd places, the parts to ask about.
 
-    Engines translate sentences. They never see line breaks and control characters, which are put
-    back in their places; a text over an engine's limit is cut at sentence ends; and pieces without
-    a letter (`…`, `42`, an emoji) are the same in every language and never asked about.
+    Engines translate sentences. They never see line breaks and control characters; a text over an
+    engine's limit is cut at sentence ends; and pieces without a letter (`…`, `42`, an emoji) are
+    the same in every language and never asked about.
 
     Args:
         text: any string.
         max_characters: the longest part an engine takes; None: the whole text as it is.
-
-    Attributes:
-        parts: what to translate: no line breaks, no white space around, valid Unicode.
     """
-
-    def __init__(self, text: str, max_characters: int | None) -> None:
-        self.parts: list[str] = []
-        self._pieces: list[str | None] = []
-        if max_characters is None:
-            self.parts.append(text)
-            self._pieces.append(None)
-            return
-        for index, piece in enumerate(_SEPARATOR.split(text)):
-            if index % 2:
-                self._pieces.append(piece)
-            else:
-                self._add_line(_SURROGATE.sub("\N{REPLACEMENT CHARACTER}", piece), max_characters)
-
-    def _add_line(self, line: str, max_characters: int) -> None:
+    if max_characters is None:
+        return ["", text, ""]
+    pieces = [""]
+    for line in _SEPARATOR.split(_SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)):
         for chunk in _cut(line, max_characters):
             before, inner, after = _EDGES.fullmatch(chunk).groups()  # type: ignore[union-attr]
             if needs_translation(inner):
-                self.parts.append(inner)
-                self._pieces += [before, None, after]
+                pieces[-1] += before
+                pieces += [inner, after]
             else:
-                self._pieces.append(chunk)
-
-    def join(self, translations: Sequence[str]) -> str:
-        """The whole text, with each part replaced by its translation."""
-        remaining = iter(translations)
-        return "".join(next(remaining) if piece is None else piece for piece in self._pieces)
+                pieces[-1] += chunk
+    return pieces
 
 
 def _cut(line: str, max_characters: int) -> list[str]:
@@ -116,42 +98,28 @@ class Pace:
     """When the next request may leave, whichever worker sends it, and when to stop altogether.
 
     Args:
-        requests_per_second: at most so many; None for as many as the service takes.
-        retries: further tries of a call that failed.
-        retry_seconds: the wait before the first of them; doubles, with jitter.
-        concurrency: number of workers.
+        config: rate and retries that the user asks for.
+        limits: concurrency, and the rate that suits the engine otherwise.
 
     Attributes:
-        retries: see above.
+        retries: further tries of a call that failed.
         num_requests: calls made, failed ones included.
         stopped: why the run is over before the work is, None while it is not.
     """
 
-    def __init__(
-        self,
-        requests_per_second: float | None,
-        retries: int,
-        retry_seconds: float,
-        concurrency: int,
-    ) -> None:
-        self._interval = 1 / requests_per_second if requests_per_second else 0.0
-        self._retry_seconds = retry_seconds
-        self._concurrency = concurrency
+    def __init__(self, config: TranslateConfig, limits: Limits) -> None:
+        rate = config.requests_per_second or limits.requests_per_second
+        self._interval = 1 / rate if rate else 0.0
+        self._retry_seconds = config.retry_seconds
+        self._concurrency = limits.concurrency
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._next = 0.0
-        self._refusals = 0
-        self._failures = 0
+        self._refusals = self._failures = 0
         self._has_answers = False
-        self.retries = retries
+        self.retries = config.retries
         self.num_requests = 0
         self.stopped: str | None = None
-
-    @classmethod
-    def of(cls, config: TranslateConfig, limits: Limits) -> Pace:
-        """The pace that the user asks for, or else the one that suits the engine."""
-        rate = config.requests_per_second or limits.requests_per_second
-        return cls(rate, config.retries, config.retry_seconds, limits.concurrency)
 
     def stop(self, reason: str | None = None) -> None:
         """Ends every wait; the first reason given is kept."""
@@ -193,27 +161,22 @@ class Pace:
             _Stopped: the service refuses for good, or another worker learnt so.
         """
         wait = fault.retry_after
-        unreachable = isinstance(fault, Unreachable)
+        if not isinstance(fault, Refusal) and (wait or 0) <= LONGEST_WAIT_SECONDS:
+            self._sleep(self._backoff(tries) if wait is None else wait)
+            return
+        with self._lock:
+            self._refusals += 1
+            rounds = self._refusals // self._concurrency
+            pause = self._backoff(rounds) if wait is None else wait
+            self._next = max(self._next, time.monotonic() + pause)
         if wait is not None and wait > LONGEST_WAIT_SECONDS:
             self.stop(f"{fault}; it asks to wait {wait:.0f} s")
-            raise _Stopped
-        if unreachable and not self._has_answers:
-            self.stop(str(fault))
-            raise _Stopped
-        if isinstance(fault, Refusal):
-            with self._lock:
-                self._refusals += 1
-                rounds, _ = divmod(self._refusals, self._concurrency)
-                pause = self._backoff(rounds) if wait is None else wait
-                self._next = max(self._next, time.monotonic() + pause)
-            if rounds >= REFUSAL_ROUNDS:
-                said = str(fault)
-                self.stop(
-                    said if unreachable else f"the service has evidently shut us out ({said})"
-                )
-                raise _Stopped
-        else:
-            self._sleep(self._backoff(tries) if wait is None else wait)
+        elif isinstance(fault, Unreachable):
+            if rounds >= REFUSAL_ROUNDS or not self._has_answers:
+                self.stop(str(fault))
+        elif rounds >= REFUSAL_ROUNDS:
+            self.stop(f"the service has evidently shut us out ({fault})")
+        self._sleep(0)
 
     def _backoff(self, doublings: int) -> float:
         longest = min(self._retry_seconds * 2.0**doublings, _LONGEST_BACKOFF_SECONDS)
@@ -336,9 +299,9 @@ class Driver:
 
     def _translate(self, batch: list[_Item]) -> None:
         """Has a batch translated, in a worker; reports answers as soon as they are there."""
-        texts = [Segmented(item.text, self._engine.limits.text_characters) for item in batch]
+        texts = [segments(item.text, self._engine.limits.text_characters) for item in batch]
         try:
-            answers = iter(self._ask([part for text in texts for part in text.parts], batch))
+            answers = iter(self._ask([part for text in texts for part in text[1::2]], batch))
         except (Fault, Rejection) as error:
             if len(batch) == 1:
                 self._reports.put([_Answer(batch[0], None, self._reason(error))])
@@ -348,9 +311,9 @@ class Driver:
             return
         done, again = [], []
         for item, text in zip(batch, texts, strict=True):
-            of_text = list(itertools.islice(answers, len(text.parts)))
-            if all(map(_is_usable, of_text)):
-                done.append(_Answer(item, text.join(of_text)))
+            text[1::2] = itertools.islice(answers, len(text) // 2)
+            if all(map(_is_usable, text[1::2])):
+                done.append(_Answer(item, "".join(text)))
             elif item.attempt + 1 < MAX_ATTEMPTS:  # an engine that can decodes differently then
                 again.append(item._replace(attempt=item.attempt + 1))
             else:

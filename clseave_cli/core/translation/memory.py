@@ -11,11 +11,9 @@ import dataclasses
 import os
 import re
 import sqlite3
-import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,10 +26,10 @@ _BUSY_SECONDS = 60.0
 _CACHE_KIB = 64 * 1024
 _MAX_VARIABLES = 10_000
 
-# Texts are TEXT, or BLOBs where lone surrogates forbid that: the columns have no type. `attempts`:
-# how often the engine was asked. `checked`: version of the checks that were made, '' for none.
-# `suspicions`: names of the checks that failed, separated by spaces. `checksum`: of all of these
-# and the identity, because SQLite itself does not notice a flipped bit.
+# Texts are BLOBs, for there may be lone surrogates in them. `attempts`: how often the engine was
+# asked. `checked`: version of the checks that were made, '' for none. `suspicions`: names of the
+# checks that failed, separated by spaces. `checksum`: of all of these and the identity, because
+# SQLite itself does not notice a flipped bit.
 _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS identities (id INTEGER PRIMARY KEY, engine TEXT NOT NULL,"
     " model TEXT NOT NULL, revision TEXT NOT NULL, settings TEXT NOT NULL, source TEXT NOT NULL,"
@@ -46,12 +44,12 @@ _SCHEMA = (
     "CREATE TEMP TABLE failures (identity INTEGER NOT NULL, text NOT NULL, reason TEXT NOT NULL,"
     " PRIMARY KEY (identity, text)) WITHOUT ROWID",
 )
-# Format 1 had no checksums, kept answers that no reader takes, and had a table of claims.
+# Format 1 had no checksums, held answers that no reader takes, texts as TEXT, and claims.
 _FROM_FORMAT_1 = (
     "ALTER TABLE translations ADD COLUMN checksum INTEGER NOT NULL DEFAULT 0",
     "DELETE FROM translations WHERE typeof(translation) = 'blob' OR trim(translation) = ''",
-    "UPDATE translations SET checksum ="
-    " checksum_of(identity, text, translation, attempts, checked, suspicions)",
+    "UPDATE translations SET text = CAST(text AS BLOB), translation = CAST(translation AS BLOB),"
+    " checksum = checksum_of(identity, text, translation, attempts, checked, suspicions)",
     "DROP TABLE IF EXISTS claims",
 )
 _IDENTITY = "engine, model, revision, settings, source, target"
@@ -84,25 +82,12 @@ def default_path() -> Path:
     return cache_root() / "translation" / "memory.sqlite"
 
 
-def _encode(text: str) -> str | bytes:
-    """A text as SQLite can keep it: itself, or bytes where it has lone surrogates."""
-    if text.isascii():
-        return text
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-8", "surrogatepass")
-    return text
+def _encode(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
 
 
-def _decode(data: str | bytes) -> str:
-    """The inverse of `_encode`; damaged bytes become U+FFFD."""
-    if isinstance(data, str):
-        return data
-    try:
-        return data.decode("utf-8", "surrogatepass")
-    except UnicodeDecodeError:
-        return data.decode("utf-8", "replace")
+def _decode(data: bytes) -> str:
+    return data.decode("utf-8", "surrogatepass")
 
 
 class Memory:
@@ -125,7 +110,7 @@ class Memory:
             _refuse_other_files(path)
             self._connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
             # Damaged bytes must reach the checksum instead of failing the whole query.
-            self._connection.text_factory = partial(str, encoding="utf-8", errors="replace")
+            self._connection.text_factory = bytes
             try:
                 self._open()
             except BaseException:
@@ -134,7 +119,10 @@ class Memory:
 
     def _open(self) -> None:
         execute = self._connection.execute
-        self._switch_to_wal()
+        with suppress(sqlite3.OperationalError):
+            # Busy while another process opens the file; then this one goes without, or that one
+            # has made the switch for both.
+            execute("PRAGMA journal_mode = WAL")
         # A killed process loses nothing in NORMAL mode; a power cut may lose the last moments.
         execute("PRAGMA synchronous = NORMAL")
         execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
@@ -148,33 +136,19 @@ class Memory:
                 )
             if version == 1:
                 self._read_seeds()
-                self._connection.create_function("checksum_of", 6, self._checksum)
+                self._connection.create_function(
+                    "checksum_of", 6, lambda number, *v: _checksum(self._seeds.get(number, 0), *v)
+                )
                 for statement in _FROM_FORMAT_1:
                     execute(statement)
             for statement in _SCHEMA:
                 execute(statement)
             execute(f"PRAGMA user_version = {_FORMAT}")
 
-    def _switch_to_wal(self) -> None:
-        deadline = time.monotonic() + _BUSY_SECONDS
-        while True:
-            try:
-                self._connection.execute("PRAGMA journal_mode = WAL")
-                return
-            except sqlite3.OperationalError as error:
-                # While another process makes the switch, SQLite does not wait but fails.
-                if "locked" not in str(error) or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.05)
-
     def __enter__(self) -> Memory:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Closes the file."""
         self._connection.close()
 
     def identity_id(self, identity: Identity) -> int:
@@ -195,9 +169,6 @@ class Memory:
         rows = self._connection.execute(f"SELECT id, {_IDENTITY} FROM identities").fetchall()
         self._seeds = {number: _seed(values) for number, *values in rows}
 
-    def _checksum(self, identity: int, *values: object) -> int:
-        return _checksum(self._seeds.get(identity, 0), *values)
-
     def find(self, identity: int, texts: Iterable[str]) -> dict[str, Entry]:
         """What the memory holds for `texts`; a damaged entry counts as missing."""
         entries: dict[str, Entry] = {}
@@ -206,16 +177,18 @@ class Memory:
         for *values, checksum in self._select(columns, "translations", identity, texts):
             if _checksum(seed, *values) == checksum:
                 text, translation, attempts, checked, suspicions = values
-                marks = tuple(suspicions.split()) if suspicions else ()
-                entries[_decode(text)] = Entry(_decode(translation), attempts, checked, marks)
+                marks = tuple(suspicions.decode().split()) if suspicions else ()
+                entries[_decode(text)] = Entry(
+                    _decode(translation), attempts, checked.decode(), marks
+                )
         return entries
 
     def store(self, identity: int, entries: Iterable[tuple[str, Entry]]) -> None:
         """Keeps translations, replacing older ones."""
-        rows = []
+        rows, seed = [], self._seeds.get(identity, 0)
         for text, (translation, attempts, checked, suspicions) in entries:
             values = _encode(text), _encode(translation), attempts, checked, " ".join(suspicions)
-            rows.append((identity, *values, self._checksum(identity, *values)))
+            rows.append((identity, *values, _checksum(seed, *values)))
         with self._writing():
             self._connection.executemany(
                 "INSERT OR REPLACE INTO translations VALUES (?, ?, ?, ?, ?, ?, ?)", rows
@@ -230,7 +203,7 @@ class Memory:
     def reasons(self, identity: int, texts: Iterable[str]) -> dict[str, str]:
         """Those of `texts` that failed in this run, with the reason."""
         rows = self._select("text, reason", "failures", identity, texts)
-        return {_decode(text): reason for text, reason in rows}
+        return {_decode(text): reason.decode() for text, reason in rows}
 
     def record_output(self, path: Path, digest: str) -> None:
         """Records that `translate` writes these contents to this path."""
