@@ -77,7 +77,7 @@ def _drive(
     number = memory.identity_id(engine.identity)
     config = TranslateConfig(requests_per_second=per_second, retries=retries, retry_seconds=0.001)
     pace = Pace(config, engine.limits)
-    driver = Driver(engine, memory, number, Checks("en", "de"), pace, retry_suspect)
+    driver = Driver(engine, memory, Checks("en", "de"), pace, retry_suspect)
     with SILENT.task("") as task:
         driver.run(dict.fromkeys(texts, 0), task)
     held = {text: entry.translation for text, entry in memory.find(number, texts).items()}

@@ -40,26 +40,21 @@ _MASK = (1 << 64) - 1
 
 @dataclass(frozen=True)
 class FileSummary:
-    """What became of one file in one language.
+    """What became of one file in one language; numbers are of rows.
 
     Attributes:
         input: the file read.
-        output: the file written.
+        output: the file written, if `is_written`: it is not if no row of it would be translated.
         lang: canonical code of the language.
-        is_written: whether `output` was written; not if no row of it would be translated.
-        num_rows: rows read.
-        num_from_memory: rows whose translation was in the memory before.
-        num_translated: rows translated in this run.
+        num_from_memory: rows whose translation was in the memory before this run.
         num_unchanged: rows without a letter, the same in every language.
-        num_failed: rows left out because there is no translation; listed in `failed`.
-        num_dropped: rows left out because they are suspect; listed in `rejected`.
+        num_failed: rows left out because there is no translation.
+        num_dropped: rows left out because they are suspect.
         num_suspect: rows that at least one check marked, the dropped ones included.
         suspicions: how many rows each check marked, by its name.
         num_requests: calls made to the engine.
-        seconds: how long it took.
-        failed: list of the rows without a translation, None if there are none.
-        rejected: list of the rows dropped, None if there are none.
-        suspect: list of the suspect rows, where the file itself cannot mark them (plain text).
+        failed, rejected, suspect: lists of the rows that failed, were dropped, or are suspect in a
+            file that cannot mark them (plain text); None if there are none.
         review: the side-by-side sample, None if none was asked for.
     """
 
@@ -88,9 +83,7 @@ class TranslationSummary:
     """What became of a whole call.
 
     Attributes:
-        engine: name of the engine.
-        model: model or service behind it.
-        revision: of the model.
+        engine: name of the engine; `model`, `revision`: of what is behind it.
         licence: what the translations may be used for.
         files: one summary per file and language.
         stopped: why the run ended early, None if it did not.
@@ -149,10 +142,7 @@ class _Passes:
         import numpy as np
 
         total = len(np.unique(np.frombuffer(missing, np.uint64)))
-        driver = Driver(
-            self._engine, self._memory, self._identity, self._checks, self._pace,
-            self._retries_suspect,
-        )  # fmt: skip
+        driver = Driver(self._engine, self._memory, self._checks, self._pace, self._retries_suspect)
         title = f"{self._path.name} into {self._engine.identity.target}"
         with progress.task(title, total=total, unit="texts") as task:
             for texts in self._missing():
@@ -235,13 +225,6 @@ def translate(config: TranslateConfig, progress: Progress = SILENT) -> Translati
 
     Under `torchrun` every process translates, through one memory; rank 0 writes.
 
-    Args:
-        config: what to translate, into what, by which engine.
-        progress: told how far things are.
-
-    Returns:
-        what became of each file, in the order they were written.
-
     Raises:
         UsageError: the configuration makes no sense.
         DataError: an input is missing or has a bad row, or an output is a file of the user's.
@@ -250,7 +233,11 @@ def translate(config: TranslateConfig, progress: Progress = SILENT) -> Translati
     """
     find_engine(config.engine)  # refused before anything else is looked at
     source = canonical(config.source)
-    langs = _languages(config, source)
+    langs = list(dict.fromkeys(canonical(lang) for lang in config.lang))
+    if not langs:
+        raise UsageError("--lang is missing: choose a language, for example --lang de.")
+    if source in langs:
+        raise UsageError(f"--lang {source}: that is the language of the input (--source).")
     inputs = _inputs(config)
     is_first = is_first_process()
     summaries: list[FileSummary] = []
@@ -279,13 +266,10 @@ def translate(config: TranslateConfig, progress: Progress = SILENT) -> Translati
                 engine.close()
             if pace.stopped:
                 break
+    name = engine.identity
+    stopped = pace.stopped if pace else None
     return TranslationSummary(
-        engine=engine.identity.engine,
-        model=engine.identity.model,
-        revision=engine.identity.revision,
-        licence=engine.licence,
-        files=tuple(summaries),
-        stopped=pace.stopped if pace else None,
+        name.engine, name.model, name.revision, engine.licence, tuple(summaries), stopped
     )
 
 
@@ -333,44 +317,25 @@ def _translate_file(
     )
 
 
-def _languages(config: TranslateConfig, source: str) -> list[str]:
-    langs = list(dict.fromkeys(canonical(lang) for lang in config.lang))
-    if not langs:
-        raise UsageError("--lang is missing: choose a language, for example --lang de.")
-    if source in langs:
-        raise UsageError(f"--lang {source}: that is the language of the input (--source).")
-    return langs
-
-
 def _inputs(config: TranslateConfig) -> list[Path]:
-    if config.input:
-        paths = list(config.input)
-    else:
-        paths = [path for split in config.split or _SPLITS if (path := _split_file(config, split))]
-        if not paths:
-            raise DataError(
-                f"{config.data}: no snli_ve_train.jsonl, snli_ve_dev.jsonl or snli_ve_test.jsonl "
-                "there; name the folder with --data, or files with --input."
-            )
-    outputs = Counter(output_path(config, path, "xx") for path in paths)
-    for output, count in outputs.items():
-        if count > 1:
-            raise UsageError(
-                f"two inputs would be written to {output.name}; translate them one by one."
-            )
-    return paths
-
-
-def _split_file(config: TranslateConfig, split: str) -> Path | None:
-    for ending in _ENDINGS:
-        path = config.data / f"snli_ve_{split}{ending}"
-        if path.is_file():
-            return path
-    if config.split:
+    paths = list(config.input)
+    for split in () if paths else config.split or _SPLITS:
+        names = [f"snli_ve_{split}{ending}" for ending in _ENDINGS]
+        found = [config.data / name for name in names if (config.data / name).is_file()]
+        if config.split and not found:
+            raise DataError(f"{config.data / names[0]}: no such file; is --data the right folder?")
+        paths += found[:1]
+    if not paths:
         raise DataError(
-            f"{config.data / f'snli_ve_{split}.jsonl'}: no such file; is --data the right folder?"
+            f"{config.data}: no snli_ve_train.jsonl, snli_ve_dev.jsonl or snli_ve_test.jsonl "
+            "there; name the folder with --data, or files with --input."
         )
-    return None
+    (output, count), *_ = Counter(output_path(config, path, "xx") for path in paths).most_common(1)
+    if count > 1:
+        raise UsageError(
+            f"two inputs would be written to {output.name}; translate them one by one."
+        )
+    return paths
 
 
 def output_path(config: TranslateConfig, path: Path, lang: str) -> Path:
@@ -395,16 +360,10 @@ class TranslatedHypotheses:
 def translate_hypotheses(
     config: EvaluateConfig, split: Split, into: str, progress: Progress = SILENT
 ) -> TranslatedHypotheses:
-    """Translates a split's hypotheses for translate-test; each distinct one once.
+    """Translates a split's hypotheses into another language for translate-test.
 
     Nothing is written but the memory. `{lang}` in `--model` and `--translations` stands for the
     split's language.
-
-    Args:
-        config: names the engine and how it is asked.
-        split: rows of another language than `into`.
-        into: the source model's language.
-        progress: told how far things are, and of translations that look suspect.
 
     Raises:
         UsageError: the configuration makes no sense.

@@ -15,8 +15,8 @@ import re
 import threading
 import time
 import zlib
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple, TypeVar
 
 from clseave_cli.core.config import TranslateConfig
 from clseave_cli.core.translation.engine import (
@@ -43,6 +43,8 @@ FAILURE_ROUNDS = 5
 LONGEST_WAIT_SECONDS = 300.0
 #: The first request for a text, and a second one if the first answer is suspect or unusable.
 MAX_ATTEMPTS = 2
+
+_T = TypeVar("_T")
 
 _LONGEST_BACKOFF_SECONDS = 60.0
 _FAREWELL_SECONDS = 5.0
@@ -202,6 +204,20 @@ class _Answer(NamedTuple):
     reason: str = ""
 
 
+def _calls(items: Iterable[_T], length: Callable[[_T], int], limits: Limits) -> list[list[_T]]:
+    """Items in as few calls as an engine's limits allow, in their order."""
+    calls: list[list[_T]] = []
+    characters = 0
+    for item in items:
+        characters += length(item)
+        full = not calls or len(calls[-1]) == limits.batch_size
+        if full or characters > limits.batch_characters:
+            calls.append([])
+            characters = length(item)
+        calls[-1].append(item)
+    return calls
+
+
 def _is_usable(answer: str) -> bool:
     """Whether a reader of the file would take it."""
     return bool(answer.strip()) and not _SURROGATE.search(answer)
@@ -212,32 +228,18 @@ class Driver:
 
     Args:
         engine: translates.
-        memory: where answers and failures go, under `identity`.
-        identity: the engine's number in the memory.
+        memory: where answers and failures go.
         checks: made on every answer.
         pace: how the service is treated.
-        retry_suspect: ask a second time for what fails a check.
-
-    Attributes:
-        num_translated: texts translated so far.
-        num_failed: texts given up so far.
+        retries_suspect: ask a second time for what fails a check.
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        memory: Memory,
-        identity: int,
-        checks: Checks,
-        pace: Pace,
-        retry_suspect: bool,
+        self, engine: Engine, memory: Memory, checks: Checks, pace: Pace, retries_suspect: bool
     ) -> None:
-        self._engine = engine
-        self._memory = memory
-        self._identity = identity
-        self._checks = checks
-        self._pace = pace
-        self._retry_suspect = retry_suspect
+        self._engine, self._memory, self._checks, self._pace = engine, memory, checks, pace
+        self._identity = memory.identity_id(engine.identity)
+        self._retries_suspect = retries_suspect
         self._queue: queue.SimpleQueue[list[_Item] | None] = queue.SimpleQueue()
         # What workers tell the main thread: answers, or the end of a batch with its error if any.
         self._reports: queue.SimpleQueue[list[_Answer] | BaseException | None] = queue.SimpleQueue()
@@ -299,15 +301,21 @@ class Driver:
 
     def _translate(self, batch: list[_Item]) -> None:
         """Has a batch translated, in a worker; reports answers as soon as they are there."""
-        texts = [segments(item.text, self._engine.limits.text_characters) for item in batch]
+        limits, attempt = self._engine.limits, batch[0].attempt
+        texts = [segments(item.text, limits.text_characters) for item in batch]
+        calls = _calls([part for text in texts for part in text[1::2]], len, limits)
         try:
-            answers = iter(self._ask([part for text in texts for part in text[1::2]], batch))
+            answers = iter([answer for parts in calls for answer in self._call(parts, attempt)])
         except (Fault, Rejection) as error:
-            if len(batch) == 1:
-                self._reports.put([_Answer(batch[0], None, self._reason(error))])
+            if len(batch) > 1:  # one may have spoilt it for the others: now each on its own
+                for item in batch:
+                    self._translate([item])
                 return
-            for item in batch:  # one may have spoilt it for the others: now each on its own
-                self._translate([item])
+            reason = str(error)
+            if isinstance(error, Fault):
+                self._pace.gave_up(reason)
+                reason += f", {self._pace.retries + 1} times"
+            self._reports.put([_Answer(batch[0], None, reason)])
             return
         done, again = [], []
         for item, text in zip(batch, texts, strict=True):
@@ -322,25 +330,6 @@ class Driver:
         self._reports.put(done)
         for item in again:
             self._translate([item])
-
-    def _reason(self, error: Exception) -> str:
-        if isinstance(error, Rejection):
-            return str(error)
-        self._pace.gave_up(str(error))
-        return f"{error}, {self._pace.retries + 1} times"
-
-    def _ask(self, parts: list[str], batch: list[_Item]) -> list[str]:
-        """Has parts translated in as few calls as the engine's limits allow."""
-        calls: list[list[str]] = []
-        for part in parts:
-            if not calls or not self._fits([*calls[-1], part]):
-                calls.append([])
-            calls[-1].append(part)
-        return [answer for call in calls for answer in self._call(call, batch[0].attempt)]
-
-    def _fits(self, parts: Sequence[str]) -> bool:
-        limits = self._engine.limits
-        return len(parts) <= limits.batch_size and sum(map(len, parts)) <= limits.batch_characters
 
     def _call(self, parts: list[str], attempt: int) -> list[str]:
         tries = refusals = 0
@@ -370,27 +359,19 @@ class Driver:
         Processes that a launcher started begin with different shares. Others begin anywhere, so
         that two at once seldom have the same text under way.
         """
-        limits, count, rank = self._engine.limits, process_count(), process_rank()
+        count, rank = process_count(), process_rank()
         groups: dict[tuple[bool, int], list[_Item]] = {}
         for text, attempt in texts.items():
             share = zlib.crc32(text.encode("utf-8", "surrogatepass")) % count
             groups.setdefault((share == rank, attempt), []).append(_Item(text, attempt))
-        calls: list[list[_Item]] = []
+        batches: list[list[_Item]] = []
         for _, items in sorted(groups.items()):
-            if limits.by_length:
+            if self._engine.limits.by_length:
                 items.sort(key=lambda item: len(item.text))
-            batches: list[list[_Item]] = []
-            characters = 0
-            for item in items:
-                characters += len(item.text)
-                full = not batches or len(batches[-1]) == limits.batch_size
-                if full or characters > limits.batch_characters:
-                    batches.append([])
-                    characters = len(item.text)
-                batches[-1].append(item)
-            random.shuffle(batches)
-            calls += batches
-        return calls
+            calls = _calls(items, lambda item: len(item.text), self._engine.limits)
+            random.shuffle(calls)
+            batches += calls
+        return batches
 
     def _still_missing(self, batch: list[_Item], task: Task) -> list[_Item]:
         """A batch without what another process has had translated in the meantime."""
@@ -422,7 +403,7 @@ class Driver:
         again = [
             item._replace(attempt=1)
             for item, entry in entries.items()
-            if self._retry_suspect and entry.suspicions and entry.attempts < MAX_ATTEMPTS
+            if self._retries_suspect and entry.suspicions and entry.attempts < MAX_ATTEMPTS
         ]
         failures = {a.item.text: a.reason for a in report if a.translation is None}
         self._memory.store(self._identity, [(item.text, e) for item, e in entries.items()])

@@ -169,38 +169,32 @@ def find_engine(name: str) -> Create:
 
 
 def create_engine(config: TranslateConfig, source: str, target: str) -> Engine:
-    """The engine `config.engine` names, for canonical `source` and `target` languages.
-
-    Raises:
-        UsageError: no engine has that name.
-        TranslationError: it does not know a language, or something it needs is missing.
-    """
+    """The engine that `config` names, for canonical `source` and `target` languages."""
     return find_engine(config.engine)(config, source, target)
 
 
 class ImportedEngine:
     """A file of translations, indexed on disk.
 
-    A `.tsv` has two columns, what a row is known by and its translation, under a header
-    (`pairID`, `source` or `text` first) or none. A `.jsonl` has `pairID`, or the source text as
-    `source`, `text` or `sentence2_en`; and the translation as `translation`, or under the name of
-    the translated field.
+    A `.tsv` has two columns, what identifies a row and its translation, under a header (`pairID`,
+    `source` or `text` first) or none. A `.jsonl` has `pairID`, or the source text as `source`,
+    `text` or `sentence2_en`; and the translation as `translation`, or under the name of the
+    translated field.
     """
 
     def __init__(self, config: TranslateConfig, source: str, target: str) -> None:
         if config.translations is None:
             raise UsageError("--translations is missing: in which file are the translations?")
-        path = Path(str(config.translations).replace("{lang}", target))
+        self._path = path = Path(str(config.translations).replace("{lang}", target))
         if not path.is_file():
             raise DataError(f"{path}: no such file; --translations names the translations.")
-        self._path = path
-        self._config = config
-        self._source = source
+        if split_name(path)[1].removesuffix(".gz") not in (".tsv", ".jsonl"):
+            raise UsageError(f"--translations {path}: expected a .tsv or .jsonl file.")
         self._match: str | None = None if config.match == "auto" else config.match
         self._index = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._index.execute("CREATE TABLE translations (key BLOB PRIMARY KEY, translation BLOB)")
         try:
-            self._read()
+            self._read((config.field,) if config.field else FIELDS, source)
         except BaseException:
             self._index.close()
             raise
@@ -214,80 +208,75 @@ class ImportedEngine:
 
     def translate(self, texts: Sequence[str], attempt: int) -> list[str]:
         """Looks each text, or pairID, up."""
-        answers = []
-        for text in texts:
-            row = self._index.execute(
-                "SELECT translation FROM translations WHERE key = ?", (_encode(text),)
-            ).fetchone()
-            if row is None:
-                raise Rejection(f"{self._path} has no translation for it")
-            answers.append(row[0].decode("utf-8", "surrogatepass"))
-        return answers
+        answers = [self._find(_encode(text)) for text in texts]
+        if None in answers:
+            raise Rejection(f"{self._path} has no translation for it")
+        return [answer.decode("utf-8", "surrogatepass") for answer in answers if answer is not None]
+
+    def _find(self, key: bytes) -> bytes | None:
+        query = "SELECT translation FROM translations WHERE key = ?"
+        row = self._index.execute(query, (key,)).fetchone()
+        return row[0] if row else None
 
     def close(self) -> None:
         """Gives the index's disk space back."""
         self._index.close()
 
-    def _read(self) -> None:
-        ending = split_name(self._path)[1].removesuffix(".gz")
-        if ending not in (".tsv", ".jsonl"):
-            raise UsageError(f"--translations {self._path}: expected a .tsv or .jsonl file.")
-        pairs = self._tsv() if ending == ".tsv" else self._jsonl()
-        execute = self._index.execute
-        execute("BEGIN")
-        for line, key, translation in pairs:
-            data = (_encode(key), _encode(translation))
-            if execute("INSERT OR IGNORE INTO translations VALUES (?, ?)", data).rowcount:
-                continue
+    def _read(self, fields: Sequence[str], source: str) -> None:
+        sources = (*(f"{name}_{source}" for name in fields), *_SOURCE_NAMES)
+        self._index.execute("BEGIN")
+        for line, values in self._rows():
+            keys = (_PAIR_ID,) if self._match == _PAIR_ID else sources
+            key = _encode(self._value(line, values, keys))
+            translation = _encode(self._value(line, values, ("translation", *fields)))
+            first = self._find(key)
+            if first is None:
+                self._index.execute("INSERT INTO translations VALUES (?, ?)", (key, translation))
             # A sentence may have two translations, and the first is as good; a row may not.
-            query = "SELECT translation FROM translations WHERE key = ?"
-            (first,) = execute(query, data[:1]).fetchone()
-            if self._match == _PAIR_ID and first != data[1]:
+            elif self._match == _PAIR_ID and first != translation:
                 raise DataError.at(
-                    self._path, line, f"a second, different translation for pairID {key}."
-                )
-        execute("COMMIT")
+                    self._path, line,
+                    f"a second, different translation for pairID {key.decode(errors='replace')}.",
+                )  # fmt: skip
+        self._index.execute("COMMIT")
 
-    def _lines(self) -> Iterator[tuple[int, str]]:
+    def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The rows; the first one decides how rows are matched, unless the user did."""
+        is_tsv = split_name(self._path)[1].startswith(".tsv")
         with reading(self._path) as stream:
             for number, data in enumerate(stream, 1):
                 try:
                     line = data.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
                 except UnicodeDecodeError:
                     raise DataError.at(self._path, number, "not UTF-8; convert the file.") from None
-                if line:
-                    yield number, line
+                if not line:
+                    continue
+                if not is_tsv:
+                    values = self._object(number, line)
+                    self._match = self._match or (_PAIR_ID if _PAIR_ID in values else "text")
+                    yield number, values
+                    continue
+                cells = line.split("\t")
+                if len(cells) != 2:
+                    raise DataError.at(
+                        self._path, number,
+                        f"{len(cells)} columns; expected two: pairID or source text, and "
+                        "translation.",
+                    )  # fmt: skip
+                is_header = number == 1 and cells[0] in (_PAIR_ID, *_SOURCE_NAMES)
+                by_pair_id = is_header and cells[0] == _PAIR_ID
+                self._match = self._match or (_PAIR_ID if by_pair_id else "text")
+                if not is_header:
+                    yield number, {self._match: cells[0], "translation": cells[1]}
 
-    def _tsv(self) -> Iterator[tuple[int, str, str]]:
-        for number, line in self._lines():
-            cells = line.split("\t")
-            if len(cells) != 2:
-                raise DataError.at(
-                    self._path, number,
-                    f"{len(cells)} columns; expected two: pairID or source text, and translation.",
-                )  # fmt: skip
-            if number == 1 and cells[0] in (_PAIR_ID, *_SOURCE_NAMES):
-                if self._match is None:
-                    self._match = _PAIR_ID if cells[0] == _PAIR_ID else "text"
-                continue
-            self._match = self._match or "text"
-            yield number, cells[0], cells[1]
-
-    def _jsonl(self) -> Iterator[tuple[int, str, str]]:
-        for number, line in self._lines():
-            try:
-                values = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise DataError.at(self._path, number, f"not valid JSON ({error}).") from None
-            if not isinstance(values, dict):
-                raise DataError.at(self._path, number, "expected an object a line.")
-            if self._match is None:
-                self._match = _PAIR_ID if _PAIR_ID in values else "text"
-            fields = (self._config.field,) if self._config.field else FIELDS
-            sources = (*(f"{name}_{self._source}" for name in fields), *_SOURCE_NAMES)
-            keys = (_PAIR_ID,) if self._match == _PAIR_ID else sources
-            key = self._value(number, values, keys)
-            yield number, key, self._value(number, values, ("translation", *fields))
+    def _object(self, number: int, line: str) -> dict[str, Any]:
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError.at(self._path, number, f"not valid JSON ({error}).") from None
+        if not isinstance(values, dict):
+            raise DataError.at(self._path, number, "expected an object a line.")
+        return values
 
     def _value(self, number: int, values: dict[str, Any], names: Sequence[str]) -> str:
         for name in names:

@@ -68,7 +68,9 @@ class NmtEngine:
         precision = "int8" if config.int8 else _precision(config)
         settings = f"beams={config.beams} {precision}"
         self.identity = Identity("nmt", name, revision, settings, source, target)
-        self.licence = f"model {name} ({_licence(name)})"
+        licences = (text for start, text in LICENCES.items() if name.startswith(start))
+        licence = next(licences, "see its model card for the licence")
+        self.licence = f"model {name} ({licence})"
         self.limits = Limits(
             batch_size=config.batch_size or _BATCH_SIZE,
             batch_characters=_BATCH_CHARACTERS,
@@ -92,16 +94,12 @@ class NmtEngine:
                     f"the model takes {codec.max_tokens}"
                 )
         translations = self._decode(codec, decoder, ids, guarded=attempt > 0)
-        if attempt == 0:
-            loops = [
-                index
-                for index, translation in enumerate(translations)
-                if has_loop(translation) and not has_loop(texts[index])
-            ]
-            again = [ids[index] for index in loops]
-            guarded = self._decode(codec, decoder, again, guarded=True) if again else []
-            for index, translation in zip(loops, guarded, strict=True):
-                translations[index] = translation
+        answers = enumerate(translations)
+        loops = [n for n, text in answers if has_loop(text) and not has_loop(texts[n])]
+        if loops and attempt == 0:
+            guarded = self._decode(codec, decoder, [ids[n] for n in loops], guarded=True)
+            for n, text in zip(loops, guarded, strict=True):
+                translations[n] = text
         return translations
 
     def _decode(
@@ -155,12 +153,6 @@ class NmtEngine:
 class Codec:
     """Between texts and token ids, with the languages marked the way the model wants it.
 
-    Args:
-        name: model folder or hub id.
-        config: the model's configuration.
-        source: canonical code of the language translated from.
-        target: canonical code of the language translated into.
-
     Attributes:
         tokenizer: the model's own.
         prefix_id: the token every translation starts with, None where there is none.
@@ -209,10 +201,17 @@ class Codec:
             self.prefix_id = vocabulary[self._code(target, vocabulary)]
             self._marks = {self.prefix_id}
         elif getattr(tokenizer, "supported_language_codes", None):  # multilingual Marian: >>deu<<
-            known = {code.strip("<>"): code for code in tokenizer.supported_language_codes}
-            self._text_prefix = known[self._code(target, known)] + " "
+            marks = {code.strip("<>"): code for code in tokenizer.supported_language_codes}
+            self._text_prefix = marks[self._code(target, marks)] + " "
         elif config.model_type == "t5":
-            self._text_prefix = self._t5_prefix(config, source, target)
+            tasks = getattr(config, "task_specific_params", None) or {}
+            if task := tasks.get(f"translation_{source}_to_{target}"):
+                self._text_prefix = task["prefix"]
+            else:  # MADLAD-400: <2de>
+                marks = {
+                    f"{mark[2:-1]}": mark for mark in tokenizer.get_vocab() if mark[:2] == "<2"
+                }
+                self._text_prefix = marks[self._code(target, marks)] + " "
         else:  # a model of one pair; its card may say which
             pair = (getattr(tokenizer, f"{side}_lang", None) for side in ("source", "target"))
             for wanted, given in zip((source, target), pair, strict=True):
@@ -222,24 +221,10 @@ class Codec:
                         f"{tokenizer.target_lang}, not {source} into {target}; choose with --model."
                     )
 
-    def _t5_prefix(self, config: Any, source: str, target: str) -> str:
-        vocabulary = self.tokenizer.get_vocab()
-        for spelling in spellings(target):  # MADLAD-400: <2de>
-            if f"<2{spelling}>" in vocabulary:
-                return f"<2{spelling}> "
-        tasks = config.task_specific_params or {}
-        task = tasks.get(f"translation_{source}_to_{target}")
-        if task is None:
-            raise ModelError(
-                f"{self._name}: does not know how to translate {source} into {target}; "
-                "choose another model with --model."
-            )
-        return str(task["prefix"])
-
-    def _code(self, language: str, known: Any) -> str:
-        """The model's spelling of a language, out of those it knows."""
+    def _code(self, language: str, names: Any) -> str:
+        """The model's spelling of a language, out of `names`."""
         for spelling in spellings(language):
-            if spelling in known:
+            if spelling in names:
                 return spelling
         raise ModelError(
             f"{self._name}: does not know the language {language} "
@@ -248,11 +233,7 @@ class Codec:
 
 
 def _torch_decoder(name: str, codec: Codec, config: TranslateConfig) -> Decoder:
-    """The model in torch, on the device and in the precision of `config`.
-
-    Raises:
-        ModelError: it cannot be loaded.
-    """
+    """The model in torch, on the device and in the precision of `config`."""
     import torch
     from transformers import AutoModelForSeq2SeqLM
 
@@ -288,11 +269,7 @@ def _torch_decoder(name: str, codec: Codec, config: TranslateConfig) -> Decoder:
 
 
 def _ctranslate_decoder(name: str, revision: str, codec: Codec, config: TranslateConfig) -> Decoder:
-    """The model in CTranslate2; the first time, it is converted into the cache.
-
-    Raises:
-        ModelError: it cannot be converted or loaded.
-    """
+    """The model in CTranslate2; the first time, it is converted into the cache."""
     import ctranslate2
 
     from clseave_cli.core.training.precision import resolve_device
@@ -430,19 +407,8 @@ def _has_ctranslate2() -> bool:
     return importlib.util.find_spec("ctranslate2") is not None
 
 
-def _licence(name: str) -> str:
-    for beginning, licence in LICENCES.items():
-        if name.startswith(beginning):
-            return licence
-    return "see its model card for the licence"
-
-
 def _revision(name: str) -> str:
-    """What tells one version of the model from the next: a commit, or a digest of the folder.
-
-    Raises:
-        ModelError: there is no such model, here or on the hub.
-    """
+    """What tells one version of the model from the next: a commit, or a digest of the folder."""
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():

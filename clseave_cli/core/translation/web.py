@@ -43,15 +43,17 @@ _MAX_ANSWER_BYTES = 8 << 20
 _CHUNK_BYTES = 1 << 10
 _CAPTCHA_SIGNS = ("captcha", "unusual traffic", "/sorry/", "are you a robot", "cf-challenge")
 
-# The first that an exception of requests is an instance of.
-_PROBLEMS: tuple[tuple[type[Exception], type[Fault], str], ...] = (
-    (requests.ConnectTimeout, Unreachable, "cannot be reached within {seconds:g} s"),
-    (requests.Timeout, Fault, "no answer within {seconds:g} s"),
-    (requests.exceptions.ChunkedEncodingError, Fault, "the answer broke off"),
-    (requests.exceptions.ContentDecodingError, Fault, "the answer is damaged (compression)"),
-    (requests.exceptions.ProxyError, Unreachable, "the proxy cannot be reached"),
-    (requests.exceptions.SSLError, Unreachable, "no TLS connection; is the certificate valid?"),
-    (requests.ConnectionError, Fault, "the connection broke off"),
+_NOBODY_THERE = "cannot be reached; is the address right, and the server running?"
+# What each exception of requests means, the first that fits: its class, what is in its text, ours.
+_PROBLEMS: tuple[tuple[type[Exception], str, type[Fault], str], ...] = (
+    (requests.ConnectTimeout, "", Unreachable, "cannot be reached within {seconds:g} s"),
+    (requests.Timeout, "", Fault, "no answer within {seconds:g} s"),
+    (requests.exceptions.ChunkedEncodingError, "", Fault, "the answer broke off"),
+    (requests.exceptions.ContentDecodingError, "", Fault, "the answer is damaged (compression)"),
+    (requests.exceptions.ProxyError, "", Unreachable, "the proxy cannot be reached"),
+    (requests.exceptions.SSLError, "", Unreachable, "no TLS connection; is the certificate valid?"),
+    (requests.ConnectionError, "NewConnection|NameResolution", Unreachable, _NOBODY_THERE),
+    (requests.ConnectionError, "", Fault, "the connection broke off"),
 )
 
 _LIBRE_BATCH_SIZE = 32
@@ -66,14 +68,14 @@ _GOOGLE_RESULT = re.compile(r'class="(?:t0|result-container)"[^>]*>(.*?)</div>',
 _TAG = re.compile(r"<[^>]*>")
 
 
+_Outcome = queue.SimpleQueue[requests.Response | Exception]
+
+
 class Client:
     """Requests with a deadline for the whole exchange, and errors that say what to do.
 
     Safe to use from several threads. Redirects are never followed: they would carry an API key to
-    whatever address they name.
-
-    Args:
-        timeout_seconds: from looking up the name to the last byte of the answer.
+    whatever address they name. The deadline runs from looking up the name to the last byte.
     """
 
     def __init__(self, timeout_seconds: float) -> None:
@@ -84,14 +86,10 @@ class Client:
         """Sends one request and reads the whole answer, which is then in `content`.
 
         Raises:
-            Fault: worth asking again (time-out, broken connection, 408, 5xx).
-            Refusal: the service does not want us (429, 403, captcha).
-            Unreachable: nothing answers at this address.
-            Rejection: the service does not take this text (400, 413, 414, 422).
-            TranslationError: no use asking at all (401, 404, a redirect, …).
+            Fault, Rejection or TranslationError: as in `Engine.translate`.
         """
         where = address(url)
-        outcome: queue.SimpleQueue[requests.Response | Exception] = queue.SimpleQueue()
+        outcome: _Outcome = queue.SimpleQueue()
         # In a thread of its own, which is left behind at the deadline: the time-out of a socket
         # starts anew with every byte that a server lets drip, and looking up a name has none.
         threading.Thread(
@@ -106,23 +104,15 @@ class Client:
         _judge(response, where)
         return response
 
-    def _exchange(
-        self,
-        outcome: queue.SimpleQueue[requests.Response | Exception],
-        method: str,
-        url: str,
-        arguments: dict[str, Any],
-    ) -> None:
+    def _exchange(self, outcome: _Outcome, method: str, url: str, more: dict[str, Any]) -> None:
         try:
             session = self._idle.get_nowait()
         except queue.Empty:
             session = requests.Session()
             session.headers["User-Agent"] = USER_AGENT
         try:
-            with session.request(
-                method, url, timeout=self._timeout_seconds, stream=True, allow_redirects=False,
-                **arguments,
-            ) as response:  # fmt: skip
+            more |= {"timeout": self._timeout_seconds, "stream": True, "allow_redirects": False}
+            with session.request(method, url, **more) as response:
                 content = bytearray()
                 for chunk in response.iter_content(_CHUNK_BYTES):
                     content += chunk
@@ -137,14 +127,8 @@ class Client:
             outcome.put(response)
 
     def _explain(self, error: Exception, where: str) -> Exception:
-        if isinstance(error, requests.ConnectionError):
-            text = repr(error)
-            if "NewConnectionError" in text or "NameResolutionError" in text:
-                return Unreachable(
-                    f"{where}: cannot be reached; is the address right, and the server running?"
-                )
-        for kind, fault, problem in _PROBLEMS:
-            if isinstance(error, kind):
+        for kind, words, fault, problem in _PROBLEMS:
+            if isinstance(error, kind) and re.search(words, repr(error)):
                 return fault(f"{where}: {problem.format(seconds=self._timeout_seconds)}")
         if isinstance(error, requests.RequestException):
             return TranslationError(f"{where}: {type(error).__name__}; check --url.")
@@ -185,11 +169,7 @@ def address(url: str) -> str:
 
 
 def check_url(url: str) -> str:
-    """`url` itself, when it is an http(s) address.
-
-    Raises:
-        UsageError: it is not.
-    """
+    """`url` itself; raises a UsageError if it is no http(s) address."""
     try:
         parts = urlsplit(url)
         is_address = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -224,7 +204,21 @@ def is_captcha(response: requests.Response) -> bool:
     return "result-container" not in page and any(sign in page for sign in _CAPTCHA_SIGNS)
 
 
-class LibreEngine:
+class _WebEngine:
+    """What the two engines share."""
+
+    def __init__(
+        self, name: str, config: TranslateConfig, url: str, source: str, target: str
+    ) -> None:
+        self._url = check_url(url)
+        self._client = Client(config.timeout_seconds)
+        self.identity = Identity(name, address(url), "", "", source, target)
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+class LibreEngine(_WebEngine):
     """Texts in batches, as arrays; the server's own list of languages is asked for first."""
 
     licence = (
@@ -235,12 +229,10 @@ class LibreEngine:
     def __init__(self, config: TranslateConfig, source: str, target: str) -> None:
         if config.url is None:
             raise UsageError("--url is missing: where is the LibreTranslate server?")
-        self._url = check_url(config.url).rstrip("/").removesuffix("/translate")
-        self._client = Client(config.timeout_seconds)
-        self._pair = (source, target)
-        self._codes: tuple[str, str] | None = None
+        url = config.url.rstrip("/").removesuffix("/translate")
+        super().__init__("libre", config, url, source, target)
+        self._codes: list[str] = []
         self._key = os.environ.get(API_KEY_VARIABLE)
-        self.identity = Identity("libre", address(self._url), "", "", source, target)
         self.limits = Limits(
             batch_size=config.batch_size or _LIBRE_BATCH_SIZE,
             batch_characters=4 * _LIBRE_TEXT_CHARACTERS,
@@ -250,14 +242,10 @@ class LibreEngine:
 
     def translate(self, texts: Sequence[str], attempt: int) -> list[str]:
         """Sends one batch."""
-        if self._codes is None:
+        if not self._codes:
             self._codes = self._language_codes()
-        request: dict[str, Any] = {
-            "q": list(texts),
-            "source": self._codes[0],
-            "target": self._codes[1],
-            "format": "text",
-        }
+        source, target = self._codes
+        request = {"q": list(texts), "source": source, "target": target, "format": "text"}
         if self._key:
             request["api_key"] = self._key
         answer = self._ask("POST", "translate", json=request)
@@ -265,45 +253,39 @@ class LibreEngine:
         if isinstance(translations, str) and len(texts) == 1:
             translations = [translations]
         if not isinstance(translations, list) or not all(isinstance(t, str) for t in translations):
-            raise Fault(f"{self._address('translate')}: an answer without translations")
+            raise Fault(f"{address(self._url)}/translate: an answer without translations")
         return translations
 
-    def _language_codes(self) -> tuple[str, str]:
+    def _language_codes(self) -> list[str]:
         """The server's codes for the two languages (`zh` or `zh-Hans`, as it is)."""
         answer = self._ask("GET", "languages")
-        if not isinstance(answer, list) or not answer:
-            raise Fault(f"{self._address('languages')}: an answer without languages")
-        table = {
-            str(entry["code"]).replace("-", "_").lower(): str(entry["code"])
-            for entry in answer
-            if isinstance(entry, dict) and "code" in entry
-        }
-        codes = []
-        for language in self._pair:
-            names = [name.replace("-", "_").lower() for name in spellings(language)]
-            supported = [table[name] for name in names if name in table]
-            if not supported:
+        entries = answer if isinstance(answer, list) else ()
+        codes = [
+            str(entry["code"]) for entry in entries if isinstance(entry, dict) and "code" in entry
+        ]
+        if not codes:
+            raise Fault(f"{address(self._url)}/languages: an answer without languages")
+        table = {code.replace("-", "_").lower(): code for code in codes}
+        pair = []
+        for language in (self.identity.source, self.identity.target):
+            names = (name.replace("-", "_").lower() for name in spellings(language))
+            code = next((table[name] for name in names if name in table), None)
+            if code is None:
                 raise TranslationError(
                     f"{address(self._url)}: does not know the language {language}; "
-                    f"it knows: {' '.join(sorted(table.values()))}."
+                    f"it knows: {' '.join(sorted(codes))}."
                 )
-            codes.append(supported[0])
-        return codes[0], codes[1]
+            pair.append(code)
+        return pair
 
     def _ask(self, method: str, path: str, **arguments: Any) -> Any:
         response = self._client.request(method, f"{self._url}/{path}", **arguments)
         if not response.content.strip():
-            raise Fault(f"{self._address(path)}: an empty answer")
+            raise Fault(f"{address(self._url)}/{path}: an empty answer")
         try:
             return json.loads(response.content)
         except (ValueError, RecursionError):
-            raise Fault(f"{self._address(path)}: the answer is not (whole) JSON") from None
-
-    def _address(self, path: str) -> str:
-        return address(f"{self._url}/{path}")
-
-    def close(self) -> None:
-        """Nothing to free."""
+            raise Fault(f"{address(self._url)}/{path}: the answer is not (whole) JSON") from None
 
 
 def google_languages() -> dict[str, str]:
@@ -313,7 +295,7 @@ def google_languages() -> dict[str, str]:
     return {canonical(code): code for code in GOOGLE_LANGUAGES_TO_CODES.values()}
 
 
-class GoogleEngine:
+class GoogleEngine(_WebEngine):
     """One request per text; alignment cannot slip.
 
     deep-translator's own request has neither a time-out nor headers and takes none; so the page is
@@ -328,7 +310,8 @@ class GoogleEngine:
     def __init__(self, config: TranslateConfig, source: str, target: str) -> None:
         from deep_translator.constants import BASE_URLS
 
-        self._url = check_url(config.url or BASE_URLS["GOOGLE_TRANSLATE"])
+        url = config.url or BASE_URLS["GOOGLE_TRANSLATE"]
+        super().__init__("google", config, url, source, target)
         languages = google_languages()
         for language in (source, target):
             if language not in languages:
@@ -337,8 +320,6 @@ class GoogleEngine:
                     f"it knows: {' '.join(sorted(languages))}."
                 )
         self._codes = {"sl": languages[source], "tl": languages[target]}
-        self._client = Client(config.timeout_seconds)
-        self.identity = Identity("google", address(self._url), "", "", source, target)
         self.limits = Limits(
             batch_size=1,
             batch_characters=_GOOGLE_TEXT_CHARACTERS,
@@ -356,10 +337,6 @@ class GoogleEngine:
         # Without a charset in the header, requests would read German umlauts as Latin-1.
         result = _GOOGLE_RESULT.search(response.content.decode("utf-8", "replace"))
         if result is None:
-            empty = not response.content.strip()
-            problem = "an empty answer" if empty else "a page without a (whole) translation in it"
-            raise Fault(f"{address(self._url)}: {problem}")
+            page = "a page without a (whole) translation in it" if response.content.strip() else ""
+            raise Fault(f"{address(self._url)}: {page or 'an empty answer'}")
         return html.unescape(_TAG.sub(" ", result[1])).strip()
-
-    def close(self) -> None:
-        """Nothing to free."""
