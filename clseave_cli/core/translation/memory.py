@@ -178,9 +178,8 @@ class Memory:
             if _checksum(seed, *values) == checksum:
                 text, translation, attempts, checked, suspicions = values
                 marks = tuple(suspicions.decode().split()) if suspicions else ()
-                entries[_decode(text)] = Entry(
-                    _decode(translation), attempts, checked.decode(), marks
-                )
+                text, checked = _decode(text), checked.decode()
+                entries[text] = Entry(_decode(translation), attempts, checked, marks)
         return entries
 
     def store(self, identity: int, entries: Iterable[tuple[str, Entry]]) -> None:
@@ -196,14 +195,14 @@ class Memory:
 
     def fail(self, identity: int, reasons: Mapping[str, str]) -> None:
         """Records, for as long as this connection lasts, why texts were not translated."""
-        rows = [(identity, _encode(text), reason) for text, reason in reasons.items()]
+        rows = [(identity, _encode(text), _encode(why)) for text, why in reasons.items()]
         with self._errors():
             self._connection.executemany("INSERT OR REPLACE INTO failures VALUES (?, ?, ?)", rows)
 
     def reasons(self, identity: int, texts: Iterable[str]) -> dict[str, str]:
         """Those of `texts` that failed in this run, with the reason."""
         rows = self._select("text, reason", "failures", identity, texts)
-        return {_decode(text): reason.decode() for text, reason in rows}
+        return {_decode(text): _decode(reason) for text, reason in rows}
 
     def record_output(self, path: Path, digest: str) -> None:
         """Records that `translate` writes these contents to this path."""

@@ -41,6 +41,9 @@ _TEXT_CHARACTERS = 400
 _LENGTH_FACTOR, _LENGTH_EXTRA = 2, 16
 _CONVERTIBLE = {"marian", "m2m_100", "mbart", "t5", "bart", "pegasus"}
 _WEIGHTS_AND_WORDS = ("*.safetensors", "*.json", "*.spm", "*.model", "*.txt")
+_LOADING_ERRORS = (
+    ImportError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, OSError,
+)  # fmt: skip
 _UNLIMITED = 1 << 20
 # T5's relative positions have no end; what its family was trained on has.
 _MAX_TOKENS = 512
@@ -336,10 +339,9 @@ def _converted(name: str, revision: str) -> Path:
         try:
             with atomic_folder(folder) as aside:
                 converter.convert(str(aside), force=True)
-        except (RuntimeError, ValueError, KeyError, AttributeError, OSError) as error:
-            lines = str(error).strip().splitlines() or [repr(error)]
+        except _LOADING_ERRORS as error:
             raise ModelError(
-                f"{name}: CTranslate2 cannot convert it ({lines[0][:200]}); "
+                f"{name}: CTranslate2 cannot convert it ({_first_line(error)}); "
                 "try --backend transformers."
             ) from None
     return folder
@@ -387,20 +389,15 @@ def load(name: str, loader: Callable[..., Any], **arguments: Any) -> Any:
 
     try:
         return loader(name, trust_remote_code=False, **arguments)
-    except (
-        SafetensorError,
-        ImportError,
-        KeyError,
-        TypeError,
-        ValueError,
-        RuntimeError,
-        OSError,
-    ) as error:
-        lines = str(error).strip().splitlines() or [repr(error)]
+    except (SafetensorError, *_LOADING_ERRORS) as error:
         raise ModelError(
-            f"{name}: cannot be loaded ({lines[0][:200]}); expected a Hugging Face folder with "
+            f"{name}: cannot be loaded ({_first_line(error)}); expected a Hugging Face folder with "
             "safetensors weights (pickled ones are not read) and a tokenizer."
         ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [repr(error)])[0][:200]
 
 
 def _has_ctranslate2() -> bool:
