@@ -117,13 +117,22 @@ def test_both_backends_agree(models: dict[str, Path], name: str) -> None:
 
 
 @pytest.mark.skipif(not _HAS_CTRANSLATE2, reason="needs the ctranslate2 extra")
-def test_translations_in_8_bits_are_kept_apart(models: dict[str, Path]) -> None:
+def test_translations_in_8_bits_are_kept_apart(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ctranslate2
+
+    made, translator = [], ctranslate2.Translator
+    monkeypatch.setattr(
+        ctranslate2, "Translator", lambda *a, **k: made.append(translator(*a, **k)) or made[-1]
+    )
     exact, small = (
         _engine(models["marian"], backend="ctranslate2", beams=1, int8=int8)
         for int8 in (False, True)
     )
     assert exact.identity != small.identity and small.identity.settings == "beams=1 int8"
     codec, decoder = small._load()
+    assert made[0].compute_type.startswith("int8")
     assert all(codec.decode(decoder(codec.encode(_TEXTS), 18, True)))
 
 

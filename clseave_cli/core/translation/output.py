@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -12,7 +13,7 @@ from typing import Any, BinaryIO
 
 from clseave_cli.core.config import TranslateConfig
 from clseave_cli.core.data.text_files import Row, TextFile, packing, split_name
-from clseave_cli.core.files import atomic_file, file_digest
+from clseave_cli.core.files import atomic_file, file_digest, sweep
 from clseave_cli.core.translation.memory import Entry, Memory
 from clseave_cli.errors import DataError
 
@@ -112,6 +113,8 @@ def write_file(
         DataError: a file that `translate` did not write is in the way.
     """
     stem, _ = split_name(target)
+    # Whoever holds the target's lock is alone with its lists, too.
+    sweep(target.parent, rf"{re.escape(stem)}\.(failed|rejected|suspect|review)\.\w+")
     lists = {
         name: _RowList(target.with_name(f"{stem}.{name}.jsonl"), outputs)
         for name in ("failed", "rejected", "suspect")
