@@ -96,7 +96,8 @@ def test_a_memory_of_the_first_format_is_taken_over(tmp_path: Path) -> None:
     connection = sqlite3.connect(tmp_path / "m")
     connection.executescript(
         "CREATE TABLE identities (id INTEGER PRIMARY KEY, engine TEXT NOT NULL, model TEXT,"
-        " revision TEXT, settings TEXT, source TEXT, target TEXT);"
+        " revision TEXT, settings TEXT, source TEXT, target TEXT,"
+        " UNIQUE (engine, model, revision, settings, source, target));"
         "INSERT INTO identities VALUES (1, 'google', 'there', '', '', 'en', 'de');"
         "CREATE TABLE translations (identity INTEGER NOT NULL, text NOT NULL, translation NOT NULL,"
         " attempts INTEGER NOT NULL, checked TEXT NOT NULL, suspicions TEXT NOT NULL,"

@@ -376,13 +376,9 @@ class Driver:
     def _still_missing(self, batch: list[_Item], task: Task) -> list[_Item]:
         """A batch without what another process has had translated in the meantime."""
         entries = self._memory.find(self._identity, [item.text for item in batch])
-        missing = [
-            item
-            for item in batch
-            if item.text not in entries or entries[item.text].attempts <= item.attempt
-        ]
-        if len(missing) < len(batch):
-            task.advance(len(batch) - len(missing))
+        attempts = {text: entry.attempts for text, entry in entries.items()}
+        missing = [item for item in batch if attempts.get(item.text, 0) <= item.attempt]
+        task.advance(len(batch) - len(missing))
         return missing
 
     def _keep(self, batches: list[list[_Item]], task: Task, timeout: float | None = None) -> int:

@@ -5,14 +5,13 @@ The simplest engine is here too: `file`, which has its translations from a file.
 
 from __future__ import annotations
 
-import importlib
 import json
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from clseave_cli.core.config import TranslateConfig
 from clseave_cli.core.data.text_files import FIELDS, reading, split_name
@@ -106,7 +105,6 @@ class Limits:
     by_pair_id: bool = False
 
 
-@runtime_checkable
 class Engine(Protocol):
     """A translator from one language into another; made by a `create` function, used by threads.
 
@@ -151,20 +149,15 @@ def engine_names() -> list[str]:
 
 
 def find_engine(name: str) -> Create:
-    """The function that creates the engine with this name.
-
-    Raises:
-        UsageError: no engine has that name.
-    """
-    if name in _BUILT_IN:
-        module, function = _BUILT_IN[name].split(":")
-        create: Create = getattr(importlib.import_module(module), function)
-        return create
-    plug_ins = list(entry_points(group=ENTRY_POINT_GROUP, name=name))
-    if not plug_ins:
+    """The function that creates the engine with this name; a UsageError if there is none."""
+    if name not in engine_names():
         names = ", ".join(engine_names())
         raise UsageError(f"--engine {name}: no such engine; there are: {names}.")
-    create = plug_ins[0].load()
+    if name in _BUILT_IN:
+        point = EntryPoint(name, _BUILT_IN[name], ENTRY_POINT_GROUP)
+    else:
+        point = entry_points(group=ENTRY_POINT_GROUP)[name]
+    create: Create = point.load()
     return create
 
 
@@ -174,13 +167,7 @@ def create_engine(config: TranslateConfig, source: str, target: str) -> Engine:
 
 
 class ImportedEngine:
-    """A file of translations, indexed on disk.
-
-    A `.tsv` has two columns, what identifies a row and its translation, under a header (`pairID`,
-    `source` or `text` first) or none. A `.jsonl` has `pairID`, or the source text as `source`,
-    `text` or `sentence2_en`; and the translation as `translation`, or under the name of the
-    translated field.
-    """
+    """A file of translations, indexed on disk; docs/translate.md describes its two formats."""
 
     def __init__(self, config: TranslateConfig, source: str, target: str) -> None:
         if config.translations is None:
@@ -199,19 +186,18 @@ class ImportedEngine:
             self._index.close()
             raise
         self.licence = f"translations from {path}: their own licence applies"
-        self.identity = Identity(
-            "file", path.name, file_digest(path)[:16], f"match={self._match}", source, target
-        )
+        digest = file_digest(path)[:16]
+        self.identity = Identity("file", path.name, digest, f"match={self._match}", source, target)
         self.limits = Limits(
             _IMPORT_BATCH_SIZE, 1 << 30, None, concurrency=1, by_pair_id=self._match == _PAIR_ID
         )
 
     def translate(self, texts: Sequence[str], attempt: int) -> list[str]:
         """Looks each text, or pairID, up."""
-        answers = [self._find(_encode(text)) for text in texts]
-        if None in answers:
+        answers = [a for text in texts if (a := self._find(_encode(text))) is not None]
+        if len(answers) < len(texts):
             raise Rejection(f"{self._path} has no translation for it")
-        return [answer.decode("utf-8", "surrogatepass") for answer in answers if answer is not None]
+        return [answer.decode("utf-8", "surrogatepass") for answer in answers]
 
     def _find(self, key: bytes) -> bytes | None:
         query = "SELECT translation FROM translations WHERE key = ?"
@@ -234,10 +220,10 @@ class ImportedEngine:
                 self._index.execute("INSERT INTO translations VALUES (?, ?)", (key, translation))
             # A sentence may have two translations, and the first is as good; a row may not.
             elif self._match == _PAIR_ID and first != translation:
-                raise DataError.at(
-                    self._path, line,
-                    f"a second, different translation for pairID {key.decode(errors='replace')}.",
-                )  # fmt: skip
+                problem = (
+                    f"a second, different translation for pairID {key.decode(errors='replace')}."
+                )
+                raise DataError.at(self._path, line, problem)
         self._index.execute("COMMIT")
 
     def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -258,11 +244,10 @@ class ImportedEngine:
                     continue
                 cells = line.split("\t")
                 if len(cells) != 2:
-                    raise DataError.at(
-                        self._path, number,
-                        f"{len(cells)} columns; expected two: pairID or source text, and "
-                        "translation.",
-                    )  # fmt: skip
+                    problem = (
+                        f"{len(cells)} columns; expected two: pairID or text, and translation."
+                    )
+                    raise DataError.at(self._path, number, f"{problem}.")
                 is_header = number == 1 and cells[0] in (_PAIR_ID, *_SOURCE_NAMES)
                 by_pair_id = is_header and cells[0] == _PAIR_ID
                 self._match = self._match or (_PAIR_ID if by_pair_id else "text")

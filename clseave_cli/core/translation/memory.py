@@ -13,7 +13,7 @@ import re
 import sqlite3
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,14 +62,7 @@ _ADVICE = {
 
 
 class Entry(NamedTuple):
-    """What the memory holds for one text.
-
-    Attributes:
-        translation: the engine's answer.
-        attempts: how often the engine was asked.
-        checked: version of the checks that were made, "" for none.
-        suspicions: names of the checks that failed.
-    """
+    """What the memory holds for one text; its columns are described at `_SCHEMA`."""
 
     translation: str
     attempts: int
@@ -90,7 +83,7 @@ def _decode(data: bytes) -> str:
     return data.decode("utf-8", "surrogatepass")
 
 
-class Memory:
+class Memory(AbstractContextManager["Memory"]):
     """A connection to the memory, for one thread; a context manager.
 
     The process may die at any moment: what was stored stays.
@@ -145,9 +138,6 @@ class Memory:
                 execute(statement)
             execute(f"PRAGMA user_version = {_FORMAT}")
 
-    def __enter__(self) -> Memory:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self._connection.close()
 
@@ -159,15 +149,15 @@ class Memory:
                 f"INSERT OR IGNORE INTO identities ({_IDENTITY}) VALUES (?, ?, ?, ?, ?, ?)", values
             )
             self._read_seeds()
-        for number, seed in self._seeds.items():
-            if seed == _seed(values):
-                return number
-        raise self._explain("its table of identities contradicts itself")
+        numbers = {seed: number for number, seed in self._seeds.items()}
+        if (seed := _checksum(0, *values)) not in numbers:
+            raise self._explain("its table of identities contradicts itself")
+        return numbers[seed]
 
     def _read_seeds(self) -> None:
         # Checksums start from the identity itself: a damaged number would lead to another language.
         rows = self._connection.execute(f"SELECT id, {_IDENTITY} FROM identities").fetchall()
-        self._seeds = {number: _seed(values) for number, *values in rows}
+        self._seeds = {number: _checksum(0, *values) for number, *values in rows}
 
     def find(self, identity: int, texts: Iterable[str]) -> dict[str, Entry]:
         """What the memory holds for `texts`; a damaged entry counts as missing."""
@@ -258,10 +248,6 @@ class Memory:
             if re.search(pattern, message):
                 advice = other
         return TranslationError(f"{self.path}: the translation memory fails ({message}): {advice}")
-
-
-def _seed(identity: Iterable[object]) -> int:
-    return _checksum(0, *identity)
 
 
 def _checksum(seed: int, *values: object) -> int:

@@ -88,7 +88,7 @@ class NmtEngine:
 
     def translate(self, texts: Sequence[str], attempt: int) -> list[str]:
         """Translates one batch; a text that the model loops on is decoded again with a guard."""
-        codec, decoder = self._load()
+        codec, _ = self._load()
         ids = codec.encode(texts)
         for text, tokens in zip(texts, ids, strict=True):
             if len(tokens) > codec.max_tokens:
@@ -96,18 +96,17 @@ class NmtEngine:
                     f"{len(tokens)} tokens without a sentence end ({text[:20]}…); "
                     f"the model takes {codec.max_tokens}"
                 )
-        translations = self._decode(codec, decoder, ids, guarded=attempt > 0)
+        translations = self._decode(ids, guarded=attempt > 0)
         answers = enumerate(translations)
         loops = [n for n, text in answers if has_loop(text) and not has_loop(texts[n])]
         if loops and attempt == 0:
-            guarded = self._decode(codec, decoder, [ids[n] for n in loops], guarded=True)
+            guarded = self._decode([ids[n] for n in loops], guarded=True)
             for n, text in zip(loops, guarded, strict=True):
                 translations[n] = text
         return translations
 
-    def _decode(
-        self, codec: Codec, decoder: Decoder, ids: list[list[int]], guarded: bool
-    ) -> list[str]:
+    def _decode(self, ids: list[list[int]], guarded: bool) -> list[str]:
+        codec, decoder = self._load()
         longest = _LENGTH_FACTOR * max(map(len, ids)) + _LENGTH_EXTRA
         max_new_tokens = min(longest, codec.max_tokens - 2)
         try:
@@ -116,10 +115,7 @@ class NmtEngine:
             if "out of memory" not in str(error).lower() or len(ids) == 1:
                 raise
         half = len(ids) // 2
-        return [
-            *self._decode(codec, decoder, ids[:half], guarded),
-            *self._decode(codec, decoder, ids[half:], guarded),
-        ]
+        return [*self._decode(ids[:half], guarded), *self._decode(ids[half:], guarded)]
 
     def _load(self) -> tuple[Codec, Decoder]:
         if self._loaded is None:

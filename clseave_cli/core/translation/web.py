@@ -67,7 +67,6 @@ _GOOGLE_REQUESTS_PER_SECOND = 5.0  # deep-translator's documentation: five a sec
 _GOOGLE_RESULT = re.compile(r'class="(?:t0|result-container)"[^>]*>(.*?)</div>', re.DOTALL)
 _TAG = re.compile(r"<[^>]*>")
 
-
 _Outcome = queue.SimpleQueue[requests.Response | Exception]
 
 
@@ -92,9 +91,8 @@ class Client:
         outcome: _Outcome = queue.SimpleQueue()
         # In a thread of its own, which is left behind at the deadline: the time-out of a socket
         # starts anew with every byte that a server lets drip, and looking up a name has none.
-        threading.Thread(
-            target=self._exchange, args=(outcome, method, url, arguments), daemon=True
-        ).start()
+        given = (outcome, method, url, arguments)
+        threading.Thread(target=self._exchange, args=given, daemon=True).start()
         try:
             response = outcome.get(timeout=self._timeout_seconds)
         except queue.Empty:
