@@ -228,6 +228,7 @@ def test_suspect_rows(tmp_path: Path, google: Loopback) -> None:
 
 
 def test_a_file_of_somebody_else_is_not_replaced(tmp_path: Path, google: Loopback) -> None:
+    """G2."""
     _write(tmp_path / "snli_ve_dev.jsonl", ["A man.", "A dog."])
     output = tmp_path / "snli_ve_dev.de.jsonl"
     review = tmp_path / "snli_ve_dev.de.review.md"
@@ -295,7 +296,16 @@ def test_google_is_asked_five_times_a_second_at_most(tmp_path: Path, google: Loo
     assert len(google.requested) == 6 and time.monotonic() - start >= 5 / 5
 
 
+def test_a_rank_left_in_the_environment_is_no_launcher(
+    tmp_path: Path, google: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    _write(tmp_path / "snli_ve_dev.jsonl", ["A man."])
+    assert _run(tmp_path, google).files[0].output.exists()
+
+
 def test_two_at_one_output(tmp_path: Path, google: Loopback) -> None:
+    """G3."""
     _write(tmp_path / "snli_ve_dev.jsonl", ["A man."])
     with (
         locked_target(tmp_path / "snli_ve_dev.de.jsonl"),

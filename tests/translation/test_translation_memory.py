@@ -69,7 +69,7 @@ def test_finds_more_texts_than_sqlite_has_variables(tmp_path: Path) -> None:
 
 
 def test_a_flipped_bit_is_never_read(tmp_path: Path) -> None:
-    """Wherever it is: the entry is missing then, or the file is reported as damaged."""
+    """G10. The entry is missing then, or the file is reported as damaged."""
     texts = {f"A man {index}.": f"Ein Mann {index}, größer." for index in range(40)}
     path = tmp_path / "m"
     with Memory(path) as memory:

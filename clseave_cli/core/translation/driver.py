@@ -408,7 +408,7 @@ class Driver:
         self.num_failed += len(failures)
         if again:
             batches.append(again)
-        rate = self.num_translated / (time.monotonic() - self._start)
+        rate = self.num_translated / max(1e-9, time.monotonic() - self._start)
         task.advance(len(report) - len(again), per_second=rate, failed=self.num_failed)
         return 0
 
