@@ -19,7 +19,7 @@ import uvicorn
 from playwright.sync_api import sync_playwright
 
 from clseave_cli.core.config import ServeConfig
-from clseave_cli.core.prediction.serving.app import create_app
+from clseave_cli.core.prediction.service import create_app
 
 
 def _find_browser():

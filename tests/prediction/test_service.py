@@ -16,9 +16,8 @@ from starlette.testclient import TestClient
 
 from clseave_cli.commands import serve as serve_command
 from clseave_cli.core.config import ServeConfig
-from clseave_cli.core.prediction import inference
-from clseave_cli.core.prediction.serving import app as service
-from clseave_cli.core.prediction.serving.app import create_app
+from clseave_cli.core.prediction import inference, predictor, service
+from clseave_cli.core.prediction.service import create_app
 
 
 def picture(colour=(200, 20, 20), size=(40, 30), kind="PNG"):
@@ -39,7 +38,9 @@ def serve(model):
 
     def start(**options):
         client = TestClient(
-            create_app(model, ServeConfig(**options)), raise_server_exceptions=False
+            create_app(model, ServeConfig(**options)),
+            base_url="http://localhost",
+            raise_server_exceptions=False,
         )
         clients.append(client.__enter__())
         return client
@@ -63,7 +64,7 @@ def test_an_answer_is_the_label_and_three_probabilities(serve):
     assert sum(body["probabilities"].values()) == pytest.approx(1)
     assert body | {"probabilities": None} == {
         "hypothesis": "Das ist grün.", "lang": "de", "label": "neutral", "probabilities": None,
-        "model": "align-de", "truncated": False,
+        "model": "align-de", "truncated": False, "warning": None,
     }  # fmt: skip
     assert ask(serve(), hypothesis="x" * 51).json()["truncated"] is True
 
@@ -105,9 +106,7 @@ def test_a_photo_asked_about_again_is_neither_decoded_nor_encoded(serve, model):
 
 
 def test_the_oldest_photos_are_forgotten(serve, model, monkeypatch):
-    from clseave_cli.core.prediction.serving import batching
-
-    monkeypatch.setattr(batching, "_KEPT_IMAGES", 2)
+    monkeypatch.setattr(predictor, "_KEPT_IMAGES", 2)
     client = serve()
     for red in (0, 100, 200, 0):
         ask(client, picture((red, 0, 0)))
@@ -227,7 +226,7 @@ def test_a_body_that_never_ends_arriving_is_given_up(model, monkeypatch):
 
     scope = {
         "type": "http", "method": "POST", "path": "/predict", "query_string": b"",
-        "headers": [(b"content-type", b"multipart/form-data; boundary=x")],
+        "headers": [(b"content-type", b"multipart/form-data; boundary=x"), (b"host", b"localhost")],
         "asgi": {"version": "3.0"}, "http_version": "1.1",
     }  # fmt: skip
     asyncio.run(app(scope, receive, send))
@@ -241,7 +240,7 @@ def test_bad_requests_leave_no_line_in_the_log(model, monkeypatch, caplog):
 
     def run(server, sockets):
         headers = {"Content-Type": "multipart/form-data; boundary=x"}
-        with TestClient(server.config.app) as client:
+        with TestClient(server.config.app, base_url="http://localhost") as client:
             codes.append(client.post("/predict", content=bytes(300), headers=headers).status_code)
         sockets[0].close()
 
@@ -256,9 +255,9 @@ def test_health_and_openapi(serve):
     health = client.get("/health").json()
     assert (health["status"], health["languages"]) == ("ok", ["en", "de"])
     schema = client.get("/openapi.json").json()
-    assert set(schema["paths"]) == {"/health", "/predict"}
+    assert set(schema["paths"]) == {"/health", "/ready", "/predict", "/judge"}
     responses = schema["paths"]["/predict"]["post"]["responses"]
-    assert set(responses) == {"200", "400", "408", "413", "422", "503"}
+    assert set(responses) == {"200", "400", "408", "413", "422", "500", "503"}
     assert client.get("/docs").status_code == 404
 
 

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from clseave_cli.core.models.folder import peek, unsealed
 from clseave_cli.core.models.tokens import Filling, TokenTable, tokenize
-from clseave_cli.core.prediction.pixels import Floats, Preparation
+from clseave_cli.core.prediction.inference import Floats, Preparation
 from clseave_cli.errors import ExtraMissing, ModelError
 
 FORMAT = "onnx"
@@ -74,7 +74,7 @@ class OnnxModel:
         self._lasting = lasting
         self._encoder_of = {lang: config["languages"][lang] for lang in languages}
         self.sources = {lang: str(folder / name) for lang, name in self._encoder_of.items()}
-        self._preparation = Preparation(**config["preparation"])
+        self._preparation = Preparation.from_manifest(config.get("preparation"), folder)
         first = self._encoder_of[languages[0]]
         # Side by side, and while the photo is decoded and encoded: opening them is a large part of
         # the time of a single prediction.
