@@ -40,8 +40,6 @@ _MOST_BODIES = 32
 #: Sentences in one request.
 _MOST_SENTENCES = 64
 _SHUTDOWN_SECONDS = 10
-#: Connections taken at one time; each may need a second descriptor for a large upload.
-_BACKLOG = 128
 _LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
 
 # The page brings all it needs; a browser shall fetch nothing else on its behalf.
@@ -315,16 +313,16 @@ class _Connection(H11Protocol):
             for each in self.connections
             if isinstance(each, _Connection) and not each.transport.is_closing()
         ]
-        if len(there) > most_connections():
+        # Of the other half of the descriptors, large uploads need one each.
+        if len(there) > _num_descriptors() // 2:
             # This one is among them: it goes where all others are busy.
             idle = [each for each in there if each.cycle is None or each.cycle.response_complete]
             min(idle, key=lambda each: each.opened).transport.close()
 
 
-def most_connections() -> int:
-    """Connections kept open at one time: below half of the descriptors a process may have."""
+def _num_descriptors() -> int:
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return max(8, min(soft, 4096) // 2 - _BACKLOG) if soft > 0 else 2048
+    return min(soft, 8192) if soft > 0 else 8192
 
 
 class _Server(uvicorn.Server):
@@ -344,7 +342,8 @@ def make_server(app: FastAPI) -> uvicorn.Server:
             log_level="error",  # a request that is none deserves no line in a log
             access_log=False,
             server_header=False,
-            backlog=_BACKLOG,
+            # All of these are taken at one time, a moment before `_Connection` hears of them.
+            backlog=max(1, _num_descriptors() // 16),
             timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
         )
     )
