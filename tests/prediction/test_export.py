@@ -20,7 +20,8 @@ from clseave_cli.core.models.folder import peek, seal
 from clseave_cli.core.prediction import export as exporting
 from clseave_cli.core.prediction import onnx_model
 from clseave_cli.core.prediction.export import export
-from clseave_cli.core.prediction.inference import Preparation, load_model
+from clseave_cli.core.prediction.inference import load_model
+from clseave_cli.core.prediction.onnx_model import Preparation
 from clseave_cli.errors import ModelError
 
 _REPOSITORY = Path(__file__).parents[2]

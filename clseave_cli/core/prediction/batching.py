@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from clseave_cli.core.data.images import FORMATS
-from clseave_cli.core.prediction.inference import Floats
+from clseave_cli.core.prediction import Floats
 from clseave_cli.core.prediction.predictor import Photo, Prediction, VisualEntailment
 from clseave_cli.errors import ClseaveError, DataError
 from clseave_cli.processes import usable_cores

@@ -29,7 +29,8 @@ from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.folder import seal
 from clseave_cli.core.models.packing import PackedBatch
 from clseave_cli.core.prediction import onnx_model
-from clseave_cli.core.prediction.inference import InferenceModel, Preparation
+from clseave_cli.core.prediction.inference import InferenceModel
+from clseave_cli.core.prediction.onnx_model import Preparation
 from clseave_cli.core.prediction.torch_model import TorchModel
 from clseave_cli.errors import ExtraMissing, ModelError, UsageError
 from clseave_cli.progress import SILENT, Progress

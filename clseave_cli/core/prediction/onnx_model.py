@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tokenizers import Tokenizer
 
 from clseave_cli.core.models.folder import peek, unsealed
 from clseave_cli.core.models.tokens import Filling, TokenTable, tokenize
-from clseave_cli.core.prediction.inference import Floats, Preparation
+from clseave_cli.core.prediction import Floats
 from clseave_cli.errors import ExtraMissing, ModelError
 
 FORMAT = "onnx"
@@ -26,6 +27,8 @@ FORMAT = "onnx"
 # Tokens computed at once, padding included, unless a single sentence has more. Memory grows with
 # them, and one long sentence would pad all that stand beside it to its length.
 _MOST_TOKENS = 8192
+#: The longest side of an image tower's input that an exported folder may ask for.
+_LONGEST_SIDE = 4096
 
 
 def is_exported(folder: Path) -> bool:
@@ -55,6 +58,69 @@ def own_language(folder: Path) -> str:
 def languages(folder: Path) -> list[str]:
     """The languages an exported folder reads."""
     return list(peek(folder, FORMAT)["languages"])
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What an image processor of CLIP's kind does, as numbers that fit into a JSON file.
+
+    Attributes:
+        resize: (height, width), or (shortest side,), which keeps the proportions.
+        crop: (height, width) cut out of the middle; a smaller picture gets black edges.
+        mean: of red, green and blue, on the scale from 0 to 1.
+        std: likewise.
+        resample: Pillow's number of the filter.
+    """
+
+    resize: tuple[int, ...]
+    crop: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resample: int = Image.Resampling.BICUBIC
+
+    @classmethod
+    def from_manifest(cls, numbers: Any, folder: Path) -> Preparation:
+        """What an exported folder says of it.
+
+        Raises:
+            ModelError: that cannot be, or would take too much memory.
+        """
+        try:
+            preparation = cls(**numbers)
+            sides = (*preparation.resize, *preparation.crop)
+            sound = (
+                len(preparation.resize) in (1, 2)
+                and len(preparation.crop) == 2
+                and all(isinstance(side, int) and 0 < side <= _LONGEST_SIDE for side in sides)
+                and np.array([preparation.mean, preparation.std], np.float32).shape == (2, 3)
+                and Image.Resampling(preparation.resample) is not None
+            )
+        except (TypeError, ValueError):
+            sound = False
+        if not sound:
+            raise ModelError(
+                f"{folder}: `preparation` in config.json is damaged; expected sides of at most "
+                f"{_LONGEST_SIDE} pixels; export it again."
+            )
+        return preparation
+
+    def __call__(self, image: Image.Image) -> Floats:
+        """(3, height, width) float32 pixels of an RGB image."""
+        resized = image.resize(self._size(image), Image.Resampling(self.resample))
+        height, width = self.crop
+        # Floor division and ceiling, as the processor rounds.
+        left, top = (resized.width - width) // 2, (resized.height - height) // 2
+        cut = resized.crop((left, top, left + width, top + height))
+        scaled = (np.asarray(cut, dtype=np.float64) * (1 / 255)).astype(np.float32)
+        normalised = (scaled - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        return np.ascontiguousarray(normalised.transpose(2, 0, 1))
+
+    def _size(self, image: Image.Image) -> tuple[int, int]:
+        if len(self.resize) == 2:
+            return self.resize[1], self.resize[0]
+        short, long = sorted(image.size)
+        longer = self.resize[0] * long // short
+        return (self.resize[0], longer) if image.width == short else (longer, self.resize[0])
 
 
 class OnnxModel:

@@ -28,12 +28,8 @@ from clseave_cli.core.data.identification import LanguageIdentifier, language_wa
 from clseave_cli.core.data.images import open_image, require_shape
 from clseave_cli.core.data.pairs import Pair, read_pairs
 from clseave_cli.core.data.records import require_language
-from clseave_cli.core.prediction.inference import (
-    Floats,
-    InferenceModel,
-    load_model,
-    own_language,
-)
+from clseave_cli.core.prediction import Floats
+from clseave_cli.core.prediction.inference import InferenceModel, load_model, own_language
 from clseave_cli.errors import ClseaveError, DataError, ModelError, UsageError
 from clseave_cli.labels import LABELS, Label
 from clseave_cli.processes import ahead, usable_cores
