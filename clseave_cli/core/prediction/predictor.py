@@ -116,7 +116,7 @@ class Photo:
         name = f"<{type(source).__name__}>"
         try:
             if isinstance(source, np.ndarray):
-                source = Image.fromarray(source)
+                source = Image.fromarray(source.astype(np.uint8, casting="safe"))
             elif not isinstance(source, bytes | Image.Image):
                 name = str(getattr(source, "name", name))
                 source = source.read()
