@@ -22,6 +22,8 @@ from clseave_cli.core.prediction.predictor import Photo, Prediction, VisualEntai
 from clseave_cli.errors import ClseaveError, DataError
 from clseave_cli.processes import usable_cores
 
+#: A picture is small if so many of them have no more pixels than one is allowed.
+_SMALL = 8
 _LOG = logging.getLogger(__name__)
 
 
@@ -127,8 +129,11 @@ class Batcher:
         """Waits until so many pixels may be decoded besides the others; first come, first served.
 
         A file of a few bytes may unpack to a gigabyte, so all that are unpacked at one time share
-        one limit.
+        one limit. Small pictures pass by: there are no more of them at a time than threads.
         """
+        if _SMALL * num_pixels <= self._max_pixels:
+            yield
+            return
         async with self._turn:
             while num_pixels > self._free_pixels:
                 self._freed.clear()
