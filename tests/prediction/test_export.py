@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -178,8 +179,6 @@ def test_the_manifest_names_what_it_was_made_from(trained, exported):
 
 
 def test_a_damaged_folder_is_refused(exported, tmp_path, world):
-    import shutil
-
     copy = tmp_path / "onnx"
     shutil.copytree(exported, copy)
     flip_byte(copy / "image.onnx.data")
@@ -192,6 +191,37 @@ def test_a_damaged_folder_is_refused(exported, tmp_path, world):
         VisualEntailment.from_pretrained(copy, lasting=False)(*_pairs(world, "en")[0])
     with pytest.raises(ModelError, match=r"no model for fr; languages there: en, de, nl"):
         VisualEntailment.from_pretrained(exported, "fr")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("languages", {"de": "../../elsewhere"}, "config.json: damaged"),
+        ("languages", {"de\x1b[2J": "clip-ve"}, "config.json: damaged"),
+        ("languages", ["de"], "config.json: damaged"),
+        ("languages", {"de": "gone"}, "config.json: damaged"),
+        ("encoders", {"align-de": {"max_tokens": -1, "terminal_id": 0, "pad_id": 0}}, "damaged"),
+        ("preparation", {"crop": [10**6, 10**6]}, "`preparation` in config.json is damaged"),
+        ("preparation", [], "`preparation` in config.json is damaged"),
+        ("image.onnx", "pipe", "image.onnx: missing or not a file"),
+        ("config.json", "pipe", "config.json: not a regular file"),
+    ],
+)
+def test_a_hostile_folder_is_refused(exported, tmp_path, world, refused, key, value, message):
+    folder = tmp_path / "onnx"
+    shutil.copytree(exported, folder)
+    if value == "pipe":
+        (folder / key).unlink()
+        os.mkfifo(folder / key)
+    else:
+        config = peek(folder, onnx_model.FORMAT)
+        (folder / "config.json").unlink()
+        value = config[key] | value if key == "preparation" and value else value
+        written = ("format", "format_version", "files", "fingerprint", "clseave_version")
+        kept = {name: config[name] for name in config.keys() - set(written)}
+        seal(folder, onnx_model.FORMAT, kept | {key: value})
+    error = refused("predict", *_pairs(world, "de")[0], "--lang", "de", "--runs", folder)
+    assert message in error and "\x1b" not in error
 
 
 def test_the_teachers_language_is_not_taken_for_another(tmp_path, trained, world, refused):
