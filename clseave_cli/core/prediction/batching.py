@@ -173,7 +173,14 @@ class Batcher:
                 batch[0].answer.set_exception(Failed("the model failed on this request."))
 
     def _compute(self, batch: list[_Question]) -> list[Prediction | ClseaveError]:
-        vectors = self.model.embed({each.photo.key: each.picture for each in batch})
+        pictures = {each.photo.key: each.picture for each in batch}
+        # An earlier batch may have encoded a picture since it was decoded.
+        pictures |= {
+            each.photo.key: vector
+            for each in batch
+            if (vector := self.model.known(each.photo)) is not None
+        }
+        vectors = self.model.embed(pictures)
         return self.model.judge([(each.photo, each.sentence, each.lang) for each in batch], vectors)
 
     def stop(self) -> None:

@@ -10,8 +10,6 @@ import importlib.util
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -230,7 +228,8 @@ def _quantised(path: Path) -> Path:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     target = path.with_name("int8.onnx")
-    with _quiet_logging():
+    logging.disable(logging.WARNING)  # the quantiser's advice, given on the root logger
+    try:
         quantize_dynamic(
             path,
             target,
@@ -240,6 +239,8 @@ def _quantised(path: Path) -> Path:
             weight_type=QuantType.QUInt8,
             use_external_data_format=True,
         )
+    finally:
+        logging.disable(logging.NOTSET)
     return target
 
 
@@ -258,16 +259,6 @@ def _optimise(source: Path, target: Path) -> None:
     }.items():
         options.add_session_config_entry(key, value)
     onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-
-
-@contextmanager
-def _quiet_logging() -> Iterator[None]:
-    """Keeps the quantiser's advice, given on the root logger, off the terminal."""
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def preparation(processor: Any) -> Preparation:

@@ -84,7 +84,12 @@ def _manifest(folder: Path) -> dict[str, Any]:
             numbers = [settings[key] for key in ("max_tokens", "terminal_id", "pad_id")]
             sound &= all(isinstance(each, int) and 0 <= each < 2**31 for each in numbers)
             sound &= numbers[0] > 0 and len(settings.keys() - {"filling"}) == len(numbers)
-    except (AttributeError, KeyError, TypeError, ClseaveError):
+        pixels = Preparation(**config["preparation"])
+        sides, (height, width) = (*pixels.resize, *pixels.crop), pixels.crop
+        sound &= all(isinstance(side, int) and 0 < side <= _LONGEST_SIDE for side in sides)
+        # Tried on a small picture: whatever else may be wrong with the numbers shows.
+        sound = sound and pixels(Image.new("RGB", (2, 2))).shape == (3, height, width)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, ClseaveError):
         sound = False
     if not sound:
         raise ModelError(f"{path}: damaged, not as it was written; export it again.")
@@ -112,32 +117,6 @@ class Preparation:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     resample: int = Image.Resampling.BICUBIC
-
-    @classmethod
-    def from_manifest(cls, numbers: Any, folder: Path) -> Preparation:
-        """What an exported folder says of it.
-
-        Raises:
-            ModelError: that cannot be, or would take too much memory.
-        """
-        try:
-            preparation = cls(**numbers)
-            sides = (*preparation.resize, *preparation.crop)
-            sound = (
-                len(preparation.resize) in (1, 2)
-                and len(preparation.crop) == 2
-                and all(isinstance(side, int) and 0 < side <= _LONGEST_SIDE for side in sides)
-                and np.array([preparation.mean, preparation.std], np.float32).shape == (2, 3)
-                and Image.Resampling(preparation.resample) is not None
-            )
-        except (TypeError, ValueError):
-            sound = False
-        if not sound:
-            raise ModelError(
-                f"{folder}: `preparation` in config.json is damaged; expected sides of at most "
-                f"{_LONGEST_SIDE} pixels; export it again."
-            )
-        return preparation
 
     def __call__(self, image: Image.Image) -> Floats:
         """(3, height, width) float32 pixels of an RGB image."""
@@ -175,7 +154,7 @@ class OnnxModel:
         self._lasting = lasting
         self._encoder_of = {lang: config["languages"][lang] for lang in languages}
         self.sources = {lang: str(folder / name) for lang, name in self._encoder_of.items()}
-        self._preparation = Preparation.from_manifest(config.get("preparation"), folder)
+        self._preparation = Preparation(**config["preparation"])
         first = self._encoder_of[languages[0]]
         # Side by side, and while the photo is decoded and encoded: opening them is a large part of
         # the time of a single prediction.

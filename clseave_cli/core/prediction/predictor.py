@@ -5,13 +5,14 @@ Legend: N pairs · B images at once · D embedding width.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import stat
 import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain, islice
 from os.path import samestat
@@ -75,19 +76,8 @@ class Prediction:
 
     def to_json(self) -> dict[str, Any]:
         """The object `predict --json` prints; `truncated` and `warning` only where there is one."""
-        answer: dict[str, Any] = {
-            "image": self.image,
-            "hypothesis": self.hypothesis,
-            "lang": self.lang,
-            "label": self.label,
-            "probabilities": self.probabilities,
-            "model": self.model,
-        }
-        if self.truncated:
-            answer["truncated"] = True
-        if self.warning:
-            answer["warning"] = self.warning
-        return answer
+        optional = ("truncated", "warning")
+        return {k: v for k, v in dataclasses.asdict(self).items() if v or k not in optional}
 
 
 @dataclass(frozen=True)
@@ -370,13 +360,26 @@ class VisualEntailment:
         return languages
 
 
-@dataclass(frozen=True)
+@dataclass
 class BatchResult:
-    """What became of an input: rows judged, rows with an error, and the first of the errors."""
+    """What became of an input: how many rows of each kind, and the first message of each."""
 
-    num_predicted: int
-    num_errors: int
-    first_error: str | None
+    num_predicted: int = 0
+    num_errors: int = 0
+    num_truncated: int = 0
+    num_warnings: int = 0
+    first_warning: str | None = None
+    first_error: str | None = None
+
+    def count(self, answers: Iterable[dict[str, Any]]) -> None:
+        """Counts answers, as they are written."""
+        for answer in answers:
+            self.num_predicted += "error" not in answer
+            self.num_errors += "error" in answer
+            self.num_truncated += answer.get("truncated", False)
+            self.num_warnings += "warning" in answer
+            self.first_warning = self.first_warning or answer.get("warning")
+            self.first_error = self.first_error or answer.get("error")
 
 
 def predict_file(
@@ -402,7 +405,7 @@ def predict_file(
         ClseaveError: the input cannot be read, a model is missing, or the answers to go on with are
             damaged or of another run.
     """
-    tally = _Tally()
+    tally = BatchResult()
     lang = config.lang or own_language(config.runs)
     name = str(source) if isinstance(source, Path) else "stdin"
     base = source.parent if isinstance(source, Path) else Path()
@@ -415,7 +418,7 @@ def predict_file(
             # The first rows left to do come after all answers were compared with theirs.
             first = next(batches, None)
             if first is None:
-                return tally.result()
+                return tally
             answers.reopen()
             batches = chain([first], batches)
         model = VisualEntailment.from_pretrained(config.runs, lang, config.device, config.precision)
@@ -435,29 +438,7 @@ def predict_file(
         progress.note(
             f"{name}: {tally.num_warnings} answers with a `warning`: {tally.first_warning}"
         )
-    return tally.result()
-
-
-@dataclass
-class _Tally:
-    num_predicted: int = 0
-    num_errors: int = 0
-    num_truncated: int = 0
-    num_warnings: int = 0
-    first_warning: str | None = None
-    first_error: str | None = None
-
-    def count(self, answers: Iterable[dict[str, Any]]) -> None:
-        for answer in answers:
-            self.num_predicted += "error" not in answer
-            self.num_errors += "error" in answer
-            self.num_truncated += answer.get("truncated", False)
-            self.num_warnings += "warning" in answer
-            self.first_warning = self.first_warning or answer.get("warning")
-            self.first_error = self.first_error or answer.get("error")
-
-    def result(self) -> BatchResult:
-        return BatchResult(self.num_predicted, self.num_errors, self.first_error)
+    return tally
 
 
 def _reading(source: Path | BinaryIO) -> AbstractContextManager[BinaryIO]:
@@ -484,23 +465,19 @@ def _answer_file(
     return None
 
 
-@contextmanager
-def _writing(answers: AnswerFile | None, target: Path | BinaryIO) -> Iterator[BinaryIO]:
+def _writing(
+    answers: AnswerFile | None, target: Path | BinaryIO
+) -> AbstractContextManager[BinaryIO]:
     if answers is not None:
-        with answers.open() as out:
-            yield out
-    elif isinstance(target, Path):
-        with target.open("wb") as out:
-            yield out
-    else:
-        yield target
+        return answers.open()
+    return target.open("wb") if isinstance(target, Path) else nullcontext(target)
 
 
 def _unanswered(
     batches: Iterable[list[Pair | DataError]],
     answers: AnswerFile,
     lang: str,
-    tally: _Tally,
+    tally: BatchResult,
 ) -> Iterator[list[Pair | DataError]]:
     """The rows that an earlier run left to do.
 
@@ -535,17 +512,12 @@ def _answers(answer: dict[str, Any], row: Pair | DataError, lang: str) -> bool:
 
 
 def _another_run(answers: AnswerFile, number: int) -> ClseaveError:
+    what = "answers another row than the input has there, or in another language;"
     if answers.finished:
-        return DataError.at(
-            answers.target,
-            number,
-            "answers another row than the input has there, or in another language; choose another "
-            "--output, or leave out --resume to replace that file.",
-        )
-    return UsageError(
-        f"{answers.partial}:{number}: answers another row than the input has there, or in another "
-        "language; resume with what it was started with, or delete that file."
-    )
+        what += " choose another --output, or leave out --resume to replace that file."
+        return DataError.at(answers.target, number, what)
+    what += " resume with what it was started with, or delete that file."
+    return UsageError(f"{answers.partial}:{number}: {what}")
 
 
 def _judge_rows(

@@ -257,10 +257,16 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         received, finished = 0, False
+        announced = Headers(scope=scope).get("content-length", "")
+        # Whatever is no number, or announces too little, is counted as it comes.
+        is_number = announced.isascii() and announced.isdigit()
+        is_too_long = is_number and int(announced[:20]) > self._max_bytes
         deadline = asyncio.get_running_loop().time() + self._timeout_seconds
 
         async def counted() -> Message:
             nonlocal received, finished
+            if is_too_long:
+                raise self._too_long()
             if finished:  # the server's word that the client is gone may take as long as it likes
                 return await receive()
             try:
@@ -282,15 +288,7 @@ class BodyLimit:
                 raise HTTPException(503, "too many uploads at once.", {"Retry-After": "1"})
             return message
 
-        announced = Headers(scope=scope).get("content-length", "")
         try:
-            # Whatever is no number, or announces too little, is counted.
-            is_number = announced.isascii() and announced.isdigit()
-            if is_number and int(announced[:20]) > self._max_bytes:
-                refusal = self._too_long()
-                answer = JSONResponse({"detail": refusal.detail}, refusal.status_code)
-                await answer(scope, receive, send)
-                return
             await self._app(scope, counted, send)
         finally:
             self._free_bytes += received
