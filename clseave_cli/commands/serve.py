@@ -37,6 +37,10 @@ def run(config: ServeConfig) -> None:
         soft_wrap=True,
         markup=False,
     )
+    if config.host not in ("127.0.0.1", "::1", "localhost") and not config.allowed_host:
+        terminal.stderr().print(
+            "only requests to localhost are answered; --allowed-host NAME allows another name."
+        )
     # Ctrl-C is how this command is meant to end.
     with suppress(KeyboardInterrupt):
         server.run(sockets=[listening])

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,18 @@ except SystemExit as end:
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out.jsonl").read_text())["label"]
+
+
+def test_the_distribution_without_torch_asks_for_nothing_else():
+    def project(folder):
+        return tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+
+    whole, small = project(_REPOSITORY), project(_REPOSITORY / "docs" / "runtime")
+    extras = whole["optional-dependencies"]
+    assert small["version"] == whole["version"] and small["scripts"] == whole["scripts"]
+    assert set(small["dependencies"]) <= {*whole["dependencies"], *extras["onnx"]}
+    for name, needed in small["optional-dependencies"].items():
+        assert needed == extras[name]
 
 
 def test_the_manifest_names_what_it_was_made_from(trained, exported):

@@ -381,7 +381,7 @@ def test_several_languages_are_loaded(trained, world):
     assert answers[0].probabilities != answers[1].probabilities
 
 
-def test_a_long_thin_picture_costs_its_row_only(trained, tmp_path, world):
+def test_a_long_thin_picture_costs_its_row_only(trained, tmp_path, world, data, refused):
     """Scaled up to CLIP's shortest side of 224, it would have a thousand million pixels."""
     (tmp_path / "long.png").write_bytes(_png(Image.new("L", (20_000, 1))))
     good = str(world / "images" / "test0.png")
@@ -391,7 +391,10 @@ def test_a_long_thin_picture_costs_its_row_only(trained, tmp_path, world):
     )
     done = predict_file(_config(trained), tmp_path / "pairs.jsonl", tmp_path / "answers.jsonl")
     assert (done.num_predicted, done.num_errors) == (1, 1)
-    assert "long.png: 20000 × 1 pixels; expected a picture whose long side" in done.first_error
+    message = "20000 × 1 pixels; expected a picture whose long side is at most 100 times"
+    assert f"long.png: {message}" in done.first_error
+    shutil.copy(tmp_path / "long.png", data / "images" / "test0.png")
+    assert message in refused("evaluate", "--data", data, "--runs", trained)
 
 
 # --- models and sentences that do not fit ---

@@ -201,8 +201,8 @@ def test_only_named_hosts_are_answered(serve, host, code):
 
 
 def test_several_sentences_about_one_photo(serve, model):
-    data = {"hypothesis": ["A cat.", "A dog sleeps."], "lang": "de"}
-    answer = serve().post("/judge", files={"image": picture()}, data=data)
+    data = {"hypothesis": ["A cat.", "A dog sleeps.", "It rains."], "lang": "de"}
+    answer = serve(batch_size=2).post("/judge", files={"image": picture()}, data=data)
     assert [each["hypothesis"] for each in answer.json()["results"]] == data["hypothesis"]
     assert (model.num_prepared, model.image_batches) == (1, [1])
 
@@ -408,6 +408,9 @@ def test_health_and_openapi(serve):
     responses = schema["paths"]["/predict"]["post"]["responses"]
     assert set(responses) == {"200", "400", "408", "413", "422", "500", "503"}
     assert client.get("/docs").status_code == 404
+    assert client.get("/ready").status_code == 200
+    client.app.state.batcher.stop()
+    assert client.get("/ready").status_code == 503 and client.get("/health").status_code == 200
 
 
 def test_the_page_brings_all_it_needs(serve):
