@@ -138,6 +138,7 @@ def test_more_requests_than_may_wait_are_turned_away(serve, model):
 
 
 def test_a_poisonous_request_fails_alone(serve, model):
+    """G12."""
     client = serve()
     model.poison = 1.0
     model.gate.clear()
@@ -172,7 +173,7 @@ def test_a_failure_of_the_model_hits_one_request_only(serve, model, broken, mess
 
 
 def test_large_pictures_are_decoded_one_after_another(serve, model, monkeypatch):
-    """A file of a few bytes may unpack to a gigabyte."""
+    """G12: a file of a few bytes may unpack to a gigabyte."""
     inside, most = [], []
     prepare = model.prepare
 
@@ -197,6 +198,7 @@ def test_large_pictures_are_decoded_one_after_another(serve, model, monkeypatch)
      ("evil.example", 400), ("localhost.evil.example", 400), ("", 400)],
 )  # fmt: skip
 def test_only_named_hosts_are_answered(serve, host, code):
+    """G12."""
     client = serve(allowed_host=("ve.example",))
     assert client.get("/health", headers={"Host": host}).status_code == code
 
@@ -255,7 +257,7 @@ def test_what_waits_when_the_service_stops_is_turned_away(model, capfd):
 
 
 def test_idle_connections_give_way(tmp_path):
-    """With 200 descriptors, and 600 clients that connect and say nothing."""
+    """G12, with 200 descriptors, and 600 clients that connect and say nothing."""
     script = (
         "import resource, socket, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))\n"
         "from fake_model import FakeModel\n"

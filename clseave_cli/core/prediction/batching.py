@@ -31,7 +31,7 @@ class Busy(Exception):
     """More requests wait than may, or the service is stopping."""
 
 
-class Failed(Exception):
+class Failed(ClseaveError):
     """The model could not compute this request, even alone."""
 
 

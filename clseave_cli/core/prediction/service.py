@@ -26,7 +26,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from clseave_cli.core.config import ServeConfig
 from clseave_cli.core.data.identification import LanguageIdentifier
-from clseave_cli.core.prediction.batching import Batcher, Busy, Failed, TooLarge
+from clseave_cli.core.prediction.batching import Batcher, Busy, TooLarge
 from clseave_cli.core.prediction.inference import InferenceModel
 from clseave_cli.core.prediction.predictor import AUTO, Prediction, VisualEntailment, problem_of
 from clseave_cli.errors import ClseaveError, DataError, ExtraMissing
@@ -155,7 +155,7 @@ def create_app(model: InferenceModel, config: ServeConfig) -> FastAPI:
         allowed_hosts=[*_LOOPBACK, *config.allowed_host],
         www_redirect=False,
     )
-    for kind, code in {DataError: 400, TooLarge: 413, ClseaveError: 500, Failed: 500}.items():
+    for kind, code in {DataError: 400, TooLarge: 413, ClseaveError: 500}.items():
         app.add_exception_handler(kind, _refusal(code))
     app.add_exception_handler(Busy, _refusal(503, {"Retry-After": "1"}))
     app.add_exception_handler(RequestValidationError, _bad_request)
