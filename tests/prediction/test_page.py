@@ -75,7 +75,8 @@ def page(browser, address):
     page.on("console", lambda said: said.type == "error" and problems.append(said.text))
     page.on("request", lambda sent: problems.append(sent.url) if _elsewhere(sent, address) else 0)
     page.goto(address)
-    page.wait_for_function("document.querySelectorAll('#lang option').length > 0")
+    # Not `wait_for_function`: the page's security policy forbids what it evaluates.
+    page.wait_for_selector("#lang option", state="attached")
     yield page
     page.close()
     assert [each for each in problems if "413" not in each] == []
@@ -153,7 +154,7 @@ def test_an_answer_that_comes_after_an_edit_is_not_shown(page):
     held = []
     page.route("**/judge", lambda route: held.append(route))
     page.click("#ask")
-    page.wait_for_function("document.querySelector('#ask').disabled")
+    page.wait_for_selector("#ask:disabled")
     page.type("#hypothesis", "!")
     with page.expect_response("**/judge"):
         held[0].continue_()
