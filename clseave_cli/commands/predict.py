@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +12,7 @@ import typer
 
 from clseave_cli.commands import terminal
 from clseave_cli.core.config import PredictConfig
-from clseave_cli.errors import DataError, UsageError
+from clseave_cli.errors import ClseaveError, DataError, UsageError
 
 if TYPE_CHECKING:
     from clseave_cli.core.prediction.predictor import Prediction
@@ -59,10 +60,14 @@ def run(
         config.runs, config.lang, config.device, config.precision, lasting=False
     )
     start = time.perf_counter()
-    result = model(image, hypothesis)
+    result = model.predict([(image, hypothesis)])[0]
     seconds = time.perf_counter() - start
+    if isinstance(result, ClseaveError):
+        raise result
     if result.truncated:
         terminal.stderr().print("the hypothesis is too long and was cut at the encoder's limit.")
+    if result.warning:
+        terminal.stderr().print(f"warning: {result.warning}", soft_wrap=True, markup=False)
     if json:
         terminal.print_json(result.to_json())
     else:
@@ -75,6 +80,9 @@ def _predict_file(config: PredictConfig, source: Path, target: Path, json: bool)
 
     from clseave_cli.core.prediction.predictor import predict_file
 
+    for path, stream, name in ((source, sys.stdin, "--input"), (target, sys.stdout, "--output")):
+        if path == _STREAM and stream is None:
+            raise UsageError(f"{name} -: the stream is closed; give a file.")
     done = predict_file(
         config,
         sys.stdin.buffer if source == _STREAM else source,
@@ -99,6 +107,8 @@ def _predict_file(config: PredictConfig, source: Path, target: Path, json: bool)
 
 
 def _show(result: Prediction, seconds: float) -> None:
+    if isinstance(sys.stdout, TextIOWrapper):  # a folder's name may need letters stdout lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     out = terminal.stdout()
     block = "█" if out.encoding.startswith("utf") else "#"
     out.print(result.label, style="bold")

@@ -640,9 +640,12 @@ class ServeConfig(ModelsConfig):
     """`serve`: an HTTP service and a page to try it on."""
 
     lang: tuple[str, ...] = option(
-        (), "Language to serve; repeat; unset: all there are.", metavar="LANG"
+        (), "Language to serve; repeat; auto: identified; unset: all there are.", metavar="LANG"
     )
     host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0: every network.")
+    allowed_host: tuple[str, ...] = option(
+        (), "Name by which clients reach it, besides localhost; repeat; *: any.", metavar="HOST"
+    )
     port: int = option(8000, "Port to listen on; 0: any free one.", least=0)
     batch_size: int = option(16, "Most pairs computed at once.", least=1)
     max_waiting: int = option(256, "Requests that may wait; more are turned away (503).", least=1)

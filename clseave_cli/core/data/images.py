@@ -20,6 +20,9 @@ _FOLDER_NAMES = ("images", "flickr30k-images", "flickr30k_images", "Images")
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 #: What is decoded. Pillow knows more formats, some through other programs (PostScript).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+#: Preprocessing scales the short side up to the tower's input and the long side along with it: a
+#: picture of 20,000 × 1 pixels would become one of 4,480,000 × 224.
+_MOST_ELONGATED = 100
 
 # Pillow refuses an image of twice its limit and warns of one above it; we refuse both.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -83,13 +86,18 @@ def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
     """Decodes an image to RGB, upright as its camera meant it.
 
     Raises:
-        DataError: missing, damaged, truncated, or larger than Pillow's safety limit.
+        DataError: missing, damaged, truncated, larger than Pillow's safety limit, or far too long
+            for its width.
     """
     label = name or (str(source) if isinstance(source, Path) else "image")
     try:
         stream = source if isinstance(source, Path) else io.BytesIO(source)
         with Image.open(stream, formats=FORMATS) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            require_shape(image, label)
+            ImageOps.exif_transpose(image, in_place=True)  # without another copy in memory
+            return image.convert("RGB")
+    except DataError:
+        raise
     except FileNotFoundError:
         raise DataError(f"{label}: no such image.") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -99,3 +107,21 @@ def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
     # Pillow's decoders raise many kinds of errors on damaged input; each means the same to us.
     except Exception as error:
         raise DataError(f"{label}: damaged or not an image ({error}).") from None
+
+
+def require_shape(image: Image.Image, label: str) -> None:
+    """Refuses a picture that preprocessing would blow up.
+
+    Args:
+        image: it need not be decoded yet.
+        label: what the message calls it.
+
+    Raises:
+        DataError: one side is more than 100 times the other, or 0.
+    """
+    short, long = sorted(image.size)
+    if long > _MOST_ELONGATED * short:
+        raise DataError(
+            f"{label}: {image.width} × {image.height} pixels; expected a picture whose long side "
+            f"is at most {_MOST_ELONGATED} times the short one; crop it."
+        )

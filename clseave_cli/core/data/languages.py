@@ -184,6 +184,15 @@ def letters_of(code: str) -> str | None:
     return "".join(_SCRIPT_RANGES[script] for script in scripts)
 
 
+def unexpected_script(text: str, code: str) -> bool:
+    """Whether most letters of a text are of no script that the language is written with."""
+    letters = letters_of(code)
+    if letters is None:
+        return False
+    words = re.sub(r"[\W\d_]", "", text)
+    return 2 * len(re.findall(f"[{letters}]", words)) < len(words)
+
+
 def has_spaces(code: str) -> bool:
     """Whether words of the language are separated by spaces."""
     language = LANGUAGES.get(code)

@@ -10,8 +10,6 @@ import importlib.util
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ from clseave_cli.core.models.folder import seal
 from clseave_cli.core.models.packing import PackedBatch
 from clseave_cli.core.prediction import onnx_model
 from clseave_cli.core.prediction.inference import InferenceModel
-from clseave_cli.core.prediction.pixels import Preparation
+from clseave_cli.core.prediction.onnx_model import Preparation
 from clseave_cli.core.prediction.torch_model import TorchModel
 from clseave_cli.errors import ExtraMissing, ModelError
 from clseave_cli.progress import SILENT, Progress
@@ -239,7 +237,8 @@ def _quantised(path: Path) -> Path:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     target = path.with_name("int8.onnx")
-    with _quiet_logging():
+    logging.disable(logging.WARNING)  # the quantiser's advice, given on the root logger
+    try:
         quantize_dynamic(
             path,
             target,
@@ -249,6 +248,8 @@ def _quantised(path: Path) -> Path:
             weight_type=QuantType.QUInt8,
             use_external_data_format=True,
         )
+    finally:
+        logging.disable(logging.NOTSET)
     return target
 
 
@@ -267,16 +268,6 @@ def _optimise(source: Path, target: Path) -> None:
     }.items():
         options.add_session_config_entry(key, value)
     onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-
-
-@contextmanager
-def _quiet_logging() -> Iterator[None]:
-    """Keeps the quantiser's advice, given on the root logger, off the terminal."""
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def preparation(processor: Any) -> Preparation:

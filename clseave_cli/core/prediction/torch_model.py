@@ -18,7 +18,7 @@ from clseave_cli.core.config import Precision
 from clseave_cli.core.models.clip_ve import ClipVE, fingerprint, source_language
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.student import find_students, load_student
-from clseave_cli.core.prediction.pixels import Floats
+from clseave_cli.core.prediction import Floats
 from clseave_cli.core.training.precision import autocast, resolve_device
 from clseave_cli.errors import ModelError
 
@@ -75,8 +75,10 @@ class TorchModel:
         target = resolve_device(device)
         folder = runs / "clip-ve"
         source_lang = source_language(folder)
-        # A student that reads the source language too leaves it to its teacher.
-        there = {source_lang: folder} | find_students(runs) | {source_lang: folder}
+        there = {source_lang: folder}
+        if list(languages or ()) != [source_lang]:  # otherwise no student is so much as looked at
+            # A student that reads the source language too leaves it to its teacher.
+            there |= find_students(runs) | there
         for lang in languages or ():
             if lang not in there:
                 raise ModelError(

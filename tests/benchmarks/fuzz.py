@@ -1,12 +1,12 @@
-"""Thousands of damaged inputs to `predict` and `evaluate`: no traceback, no hang.
+"""Thousands of damaged inputs to the commands: no traceback, no hang, no gigabytes.
 
-    python tests/benchmarks/fuzz_predict_evaluate.py [--inputs 10000] [--seed 0]
+    python tests/benchmarks/fuzz.py [--inputs 10000] [--seed 0] [--only TARGET …]
 
-Through the real `main`, with tiny models trained here. An input is a row (of `predict --input`,
-half of them with a damaged image of their own), a hypothesis or path on the command line, or one of
-`evaluate`'s files: data, images, options, model folders. Every command must end with exit code 0,
-or with 1 or 2 and one line; every row must get one line of JSON. Whatever takes longer than a
-minute is a hang. Prints what was tried and every failure with its seed.
+Through the real `main`, with tiny models trained here. `TARGETS` lists what is damaged: rows (of
+`predict --input`, half of them with a damaged image of their own), the command line, model folders,
+data, images, options and translations. Every command must end with exit code 0, or with 1 or 2 and
+one line; every row must get one line of JSON. Whatever takes longer than a minute is a hang. Prints
+what was tried, the process's largest memory and every failure.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ import io
 import json
 import os
 import random
+import resource
 import shutil
 import string
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -35,9 +37,11 @@ from PIL import Image
 
 from clseave_cli import main as command
 from clseave_cli.core.alignment import align
-from clseave_cli.core.config import AlignConfig, FinetuneConfig
+from clseave_cli.core.config import AlignConfig, ExportConfig, FinetuneConfig
 from clseave_cli.core.finetuning import finetune
+from clseave_cli.core.models.folder import seal
 from clseave_cli.core.models.scratch import ClipShape, new_clip, new_encoder
+from clseave_cli.core.prediction.export import export
 
 _ROWS_PER_FILE = 50
 _HANG_SECONDS = 60
@@ -135,6 +139,8 @@ class Run:
         shared = {"data": str(self.world), "runs": self.runs, "epochs": 2, **tiny_world.QUICK}
         finetune(FinetuneConfig(clip=str(self.folder / "clip"), **shared))
         align(AlignConfig(lang=("de",), student=str(self.folder / "encoder"), **shared))
+        self.exported = self.folder / "exported"
+        export(ExportConfig(runs=self.runs, out=self.exported))
 
     def command(self, kind: str, num_inputs: int, arguments: list[object]) -> tuple[int, str]:
         """Runs `clseave`; what it must not do is noted as a failure."""
@@ -217,55 +223,126 @@ class Run:
             "predict pair", 1, ["predict", "--runs", self.runs, *more, "--", image, words[1]]
         )
 
-    def predict_model(self) -> None:
-        """A damaged model folder."""
-        fuzzer, runs = self.fuzzer, self.folder / "damaged"
-        shutil.rmtree(runs, ignore_errors=True)
-        shutil.copytree(self.runs, runs)
-        files = [p for p in runs.rglob("*") if p.is_file() and "training" not in p.parts]
-        path = fuzzer.random.choice(files)
-        path.write_bytes(fuzzer.damage(path.read_bytes()))
-        image = self.world / "images" / "test0.png"
-        self.command(
-            "predict model", 1, ["predict", image, "Das ist rot.", "--lang", "de", "--runs", runs]
-        )
+    def copy(self, source: Path, name: str) -> Path:
+        """A fresh copy of a folder, to spoil."""
+        target = self.folder / name
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(source, target)
+        return target
 
-    def evaluate(self) -> None:
-        """Damaged data, images or options."""
-        fuzzer, data = self.fuzzer, self.folder / "data"
-        shutil.rmtree(data, ignore_errors=True)
-        shutil.copytree(self.world, data)
-        options = self.folder / "options.toml"
-        options.write_text("resamples = 5\n")
-        kind = fuzzer.random.choice(("rows", "rows", "bytes", "csv", "image", "options", "parquet"))
-        test = data / "snli_ve_test.jsonl"
-        rows = tiny_world.read_jsonl(test)
+    def spoil(self, files: list[Path]) -> None:
+        """Damages one of some files; a JSON document may stay one, with another value in it."""
+        path = self.fuzzer.random.choice(sorted(files))
+        content = path.read_bytes()
+        if path.suffix == ".json" and self.fuzzer.random.random() < 0.5:
+            document = json.loads(content)
+            document[self.fuzzer.random.choice(list(document))] = self.fuzzer.value()
+            path.write_bytes(json.dumps(document).encode(errors="surrogatepass"))
+        else:
+            path.write_bytes(self.fuzzer.damage(content))
+
+    def model(self) -> None:
+        """A damaged model folder, exported or not; half of them sealed again after it."""
+        exported = self.fuzzer.random.random() < 0.4
+        runs = self.copy(self.exported if exported else self.runs, "damaged")
+        self.spoil([p for p in runs.rglob("*") if p.is_file() and "training" not in p.parts])
+        if self.fuzzer.random.random() < 0.5:
+            for path in [*runs.glob("config.json"), *runs.glob("*/config.json")]:
+                with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+                    config = json.loads(path.read_bytes())
+                    kind = config.pop("format")
+                    for key in ("format_version", "files", "fingerprint", "clseave_version"):
+                        config.pop(key, None)
+                    path.unlink()
+                    seal(path.parent, kind, config)
+        image = self.world / "images" / "test0.png"
+        arguments = ["predict", image, "Das ist rot.", "--lang", "de", "--runs", runs]
+        self.command(f"{'exported' if exported else 'model'} folder", 1, arguments)
+
+    def spoilt_data(self, *splits: str) -> tuple[str, Path]:
+        """A copy of the world with one kind of damage, and which kind."""
+        fuzzer, data = self.fuzzer, self.copy(self.world, "data")
+        kind = fuzzer.random.choice(("rows", "rows", "bytes", "csv", "image", "parquet"))
+        split = fuzzer.random.choice(splits)
+        path = data / f"snli_ve_{split}.jsonl"
+        rows = tiny_world.read_jsonl(path)
         if kind == "rows":
-            test.write_bytes(b"\n".join(fuzzer.line(row) for row in rows))
+            path.write_bytes(b"\n".join(fuzzer.line(row) for row in rows))
         elif kind == "bytes":
-            path = fuzzer.random.choice(sorted(data.glob("*test*.jsonl")))
-            path.write_bytes(fuzzer.damage(path.read_bytes()))
+            self.spoil(list(data.glob(f"*{split}*.jsonl")))
         elif kind == "csv":
             lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
-            (data / "snli_ve_test.csv").write_bytes(fuzzer.damage("\n".join(lines).encode()))
-            test.unlink()
+            path.with_suffix(".csv").write_bytes(fuzzer.damage("\n".join(lines).encode()))
+            path.unlink()
         elif kind == "parquet":
             import pyarrow
             import pyarrow.parquet
 
-            path = data / "snli_ve_test.parquet"
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-            path.write_bytes(fuzzer.damage(path.read_bytes()))
-            test.unlink()
-        elif kind == "image":
-            path = data / "images" / "test0.png"
-            path.write_bytes(fuzzer.damage(fuzzer.random.choice(fuzzer.images)))
+            table = pyarrow.Table.from_pylist(rows)
+            pyarrow.parquet.write_table(table, path.with_suffix(".parquet"))
+            self.spoil([path.with_suffix(".parquet")])
+            path.unlink()
         else:
-            content = b'lang = ["en", "de"]\nsplit = "test"\nskip-bad = true\n'
-            options.write_bytes(fuzzer.damage(content))
-        skip = fuzzer.random.choice(([], ["--skip-bad"]))
+            name = fuzzer.random.choice(sorted((data / "images").iterdir()))
+            name.write_bytes(fuzzer.damage(fuzzer.random.choice(fuzzer.images)))
+        return kind, data
+
+    def evaluate(self) -> None:
+        """Damaged data, images or options."""
+        kind, data = self.spoilt_data("test")
+        options = self.folder / "options.toml"
+        content = b"resamples = 5\nlang = ['en', 'de']\nsplit = 'test'\nskip-bad = true\n"
+        options.write_bytes(
+            self.fuzzer.damage(content) if self.fuzzer.random.random() < 0.2 else content
+        )
         arguments = ["evaluate", "--data", data, "--runs", self.runs, "--config", options]
-        self.command(f"evaluate {kind}", 1, [*arguments, "--json", *skip])
+        self.command(f"evaluate {kind}", 1, [*arguments, "--json"])
+
+    def align(self) -> None:
+        """Damaged training data, for one epoch."""
+        kind, data = self.spoilt_data("train", "dev")
+        skip = self.fuzzer.random.choice(([], ["--skip-bad"]))
+        out = self.folder / "align-de"
+        shutil.rmtree(out, ignore_errors=True)
+        shared = [part for key, value in tiny_world.QUICK.items() for part in
+                  (f"--{key.replace('_', '-')}", value)]  # fmt: skip
+        arguments = ["align", "--lang", "de", "--data", data, "--runs", self.runs, "--out", out]
+        arguments += ["--student", self.folder / "encoder", "--epochs", 1, *shared, *skip]
+        self.command(f"align {kind}", 1, arguments)
+
+    def translate(self) -> None:
+        """Damaged rows, or a damaged file of translations."""
+        kind, data = self.spoilt_data("test")
+        rows = tiny_world.read_jsonl(self.world / "snli_ve_test.jsonl")
+        translations = self.folder / "translations.tsv"
+        lines = [f"{row['pairID']}\t{self.fuzzer.text()}" for row in rows]
+        content = "\n".join(["pairID\ttranslation", *lines]).encode(errors="surrogatepass")
+        if self.fuzzer.random.random() < 0.3:
+            content = self.fuzzer.damage(content)
+        translations.write_bytes(content)
+        (self.folder / "memory.sqlite").unlink(missing_ok=True)
+        suspect = self.fuzzer.random.choice(("keep", "drop", "retry"))
+        arguments = ["translate", "--lang", "fr", "--data", data, "--split", "test"]
+        arguments += [
+            "--engine",
+            "file",
+            "--translations",
+            translations,
+            "--memory",
+            self.folder / "memory.sqlite",
+        ]
+        self.command(f"translate {kind}", 1, [*arguments, "--on-suspect", suspect])
+
+
+#: What is damaged, and in how many of the commands.
+TARGETS: dict[str, tuple[Callable[[Run], None], int]] = {
+    "rows": (Run.predict_rows, 3),
+    "pair": (Run.predict_pair, 8),
+    "model": (Run.model, 4),
+    "evaluate": (Run.evaluate, 5),
+    "align": (Run.align, 3),
+    "translate": (Run.translate, 5),
+}
 
 
 class _Captured(io.TextIOWrapper):
@@ -283,16 +360,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--inputs", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", choices=TARGETS, default=list(TARGETS))
     arguments = parser.parse_args()
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["CLSEAVE_CACHE"] = str(Path(folder, "cache"))
         run = Run(arguments.seed, Path(folder))
-        # Of twenty commands, three are files of rows: they hold most of the inputs.
-        kinds = [run.predict_rows] * 3 + [run.predict_pair] * 8 + [run.predict_model] * 2
-        kinds += [run.evaluate] * 7
+        targets, weights = zip(*(TARGETS[name] for name in arguments.only), strict=True)
         while run.tried.total() < arguments.inputs:
-            run.fuzzer.random.choice(kinds)()
+            run.fuzzer.random.choices(targets, weights)[0](run)
     for kind, count in sorted(run.tried.items()):
         print(f"{count:6} {kind}")
     for ending, count in sorted(run.ended.items()):
@@ -300,7 +376,9 @@ def main() -> None:
     seconds = time.perf_counter() - begin
     print(
         f"seed {arguments.seed}: {run.tried.total()} inputs in {seconds:.0f} s, "
-        f"the slowest command {run.slowest:.1f} s, {len(run.failures)} failures"
+        f"the slowest command {run.slowest:.1f} s, at most "
+        f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB, "
+        f"{len(run.failures)} failures"
     )
     for failure in run.failures[:20]:
         print("  " + failure)
