@@ -12,7 +12,7 @@ from clseave_cli.commands import terminal
 from clseave_cli.core.config import WordAlignConfig
 
 if TYPE_CHECKING:
-    from clseave_cli.core.word_alignment.scoring import AlignmentScore
+    from clseave_cli.core.word_alignment.links import AlignmentScore
 
 
 def run(

@@ -70,7 +70,7 @@ class _Pairs:
         # A sentence that stands twice in a batch is encoded once; its gradients add up.
         distinct, sentence_of_row = np.unique(self.sentences.index[rows], return_inverse=True)
         return _Batch(
-            model.text.pack(self.sentences.tokens, processes().share(distinct)),
+            model.text.pack(self.sentences.tokens, processes().shard(distinct)),
             len(distinct),
             torch.from_numpy(sentence_of_row),
             torch.from_numpy(self.images.index[rows]),
@@ -118,7 +118,7 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> FinetuneRes
         dev_premises = dev_pairs.images.of_rows().to(device)
 
         def loss(batch: _Batch) -> Tensor:
-            sentences = team.spread(lambda: model.text(batch.sentences), batch.num_sentences)
+            sentences = team.gather(lambda: model.text(batch.sentences), batch.num_sentences)
             logits = model(sentences[batch.sentence_of_row], train_vectors[batch.image_of_row])
             return torch.stack(
                 [functional.cross_entropy(logits, batch.labels), _accuracy(logits, batch.labels)]

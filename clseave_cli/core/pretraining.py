@@ -35,8 +35,7 @@ from clseave_cli.core.models.scratch import ClipShape, new_clip
 from clseave_cli.core.models.tokens import TokenTable
 from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
-from clseave_cli.core.training.placement import on_device
-from clseave_cli.core.training.precision import resolve_device
+from clseave_cli.core.training.precision import on_device, resolve_device
 from clseave_cli.core.training.run import Run, finished_before, require_writable
 from clseave_cli.errors import DataError
 from clseave_cli.progress import SILENT, Progress
@@ -121,8 +120,8 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> PretrainRes
         )
 
         def loss(batch: _Batch) -> Tensor:
-            images = team.spread(lambda: image(batch.pixels), batch.num_images)
-            captions = team.spread(lambda: text(batch.captions), batch.num_captions)
+            images = team.gather(lambda: image(batch.pixels), batch.num_images)
+            captions = team.gather(lambda: text(batch.captions), batch.num_captions)
             image_embeddings = functional.normalize(images.float(), dim=1)
             text_embeddings = functional.normalize(captions.float(), dim=1)
             per_slot = text_embeddings[batch.caption_of_slot]  # (K, B, D)
@@ -215,7 +214,7 @@ class _Examples:
             axis=1,
         )  # (K, B)
         needed, caption_of_slot = np.unique(slots, return_inverse=True)
-        share = processes().share
+        share = processes().shard
         return _Batch(
             self._pixels(share(rows).tolist()),
             len(rows),

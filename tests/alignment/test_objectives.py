@@ -12,8 +12,7 @@ from clseave_cli.core.alignment import align, corpus, objectives
 from clseave_cli.core.alignment.objectives import SentenceBatch
 from clseave_cli.core.config import AlignConfig
 from clseave_cli.core.features import Vectors
-from clseave_cli.core.models.clip_ve import ClipVE
-from clseave_cli.core.models.head import EntailmentHead, HeadConfig
+from clseave_cli.core.models.clip_ve import ClipVE, EntailmentHead, HeadConfig
 from clseave_cli.core.prediction.export import export
 from clseave_cli.errors import DataError, UsageError
 

@@ -427,8 +427,8 @@ def test_a_language_with_no_rows_is_told(data, tmp_path, trained, encoder, refus
 
 
 def test_a_teacher_whose_parts_do_not_fit_is_told(runs, world, encoder, refused, tmp_path):
+    from clseave_cli.core.models.clip_ve import EntailmentHead, HeadConfig
     from clseave_cli.core.models.folder import seal
-    from clseave_cli.core.models.head import EntailmentHead, HeadConfig
     from clseave_cli.core.models.weights import save_weights
 
     folder = runs / "clip-ve"

@@ -21,10 +21,15 @@ from clseave_cli.core.alignment.objectives import SentenceObjective, squared_err
 from clseave_cli.core.alignment.token import TokenObjective, TokenPairs
 from clseave_cli.core.config import AlignConfig, AutoencodeConfig, ExportConfig
 from clseave_cli.core.features import Sentences
-from clseave_cli.core.models.autoencoder import Autoencoder, load_autoencoder
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import module_digest
-from clseave_cli.core.models.student import load_student, new_token_student, save_student
+from clseave_cli.core.models.student import (
+    Autoencoder,
+    load_autoencoder,
+    load_student,
+    new_token_student,
+    save_student,
+)
 from clseave_cli.core.prediction.export import export
 from clseave_cli.errors import DataError, ModelError, UsageError
 

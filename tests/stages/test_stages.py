@@ -23,7 +23,7 @@ from tiny_world import (
 from clseave_cli import VisualEntailment
 from clseave_cli.core import alignment, finetuning
 from clseave_cli.core.alignment import align, corpus
-from clseave_cli.core.alignment.dev import SpreadWatch
+from clseave_cli.core.alignment.dev import CollapseWatch
 from clseave_cli.core.config import AlignConfig, EvaluateConfig, FinetuneConfig, PredictConfig
 from clseave_cli.core.data.records import read_split
 from clseave_cli.core.evaluation.run import evaluate
@@ -387,12 +387,12 @@ def test_a_student_that_says_the_same_to_all_is_refused(
 
 
 def test_a_student_may_start_without_spread_but_not_lose_it():
-    watch = SpreadWatch("de")
+    watch = CollapseWatch("de")
     watch.during({"mse": 2.0, "variance_ratio": 1e-5})
     watch.during({"mse": 1.0, "variance_ratio": 0.5})
     with pytest.raises(TrainingError, match=r"^de: the student gives every sentence the same"):
         watch.during({"mse": 2.0, "variance_ratio": 1e-5})
-    watch = SpreadWatch("de+nl")
+    watch = CollapseWatch("de+nl")
     several = {"variance_ratio": 0.3, "variance_ratio/de": 0.6, "variance_ratio/nl": 1e-5}
     watch.during(several)
     with pytest.raises(TrainingError, match=r"^nl: "):
@@ -401,9 +401,9 @@ def test_a_student_may_start_without_spread_but_not_lose_it():
 
 def test_a_spread_that_is_not_a_number_is_no_spread():
     with pytest.raises(TrainingError, match=r"^de: "):
-        SpreadWatch("de").during({"variance_ratio": math.nan})
+        CollapseWatch("de").during({"variance_ratio": math.nan})
     with pytest.raises(TrainingError, match=r"^de: "):
-        SpreadWatch("de").at_the_end({"variance_ratio": math.nan})
+        CollapseWatch("de").at_the_end({"variance_ratio": math.nan})
 
 
 def test_a_resumed_student_may_not_lose_its_spread_either(

@@ -23,8 +23,8 @@ from clseave_cli.core.alignment.corpus import (
     limited,
 )
 from clseave_cli.core.alignment.dev import (
+    CollapseWatch,
     DevText,
-    SpreadWatch,
     dev_set,
     dev_text,
     evaluate_student,
@@ -36,7 +36,7 @@ from clseave_cli.core.alignment.objectives import (
     comparison,
     require_fitting,
 )
-from clseave_cli.core.alignment.sampling import Sampler, require_possible
+from clseave_cli.core.alignment.sampling import Sampler
 from clseave_cli.core.alignment.token import (
     TokenCorpus,
     TokenObjective,
@@ -46,15 +46,12 @@ from clseave_cli.core.alignment.token import (
 )
 from clseave_cli.core.config import AlignConfig, StudentConfig
 from clseave_cli.core.data.hub import data_folder
-from clseave_cli.core.data.images import ImageFolder
 from clseave_cli.core.data.records import Parallel, require_language, require_split_path
-from clseave_cli.core.features import Photos
 from clseave_cli.core.files import json_digest
 from clseave_cli.core.models.clip_ve import ClipVE, source_language
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.student import new_student, save_student
-from clseave_cli.core.models.trimming import trim_vocabulary
-from clseave_cli.core.models.vocabulary import reduced_vocabulary
+from clseave_cli.core.models.vocabulary import reduced_vocabulary, trim_vocabulary
 from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.loop import Stage, TrainingResult, overall, train
 from clseave_cli.core.training.precision import autocast, resolve_device
@@ -85,7 +82,6 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
         ClseaveError: bad data, an unusable model, a full disk, a collapse, or an interruption.
     """
     languages = student_languages(config)
-    require_possible(config)
     require_links_fit(config)
     teacher_folder = _teacher_folder(config)
     out = config.out or config.runs / f"align-{'+'.join(languages)}"
@@ -107,7 +103,7 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
         if config.trim_vocabulary:
             corpus = text.corpus
             corpus.renumber_tokens(trim_vocabulary(student, corpus.token_ids(), config.student))
-        pairs = text.corpus.pairs(teacher, text.photos, with_autocast, progress)
+        pairs = text.corpus.pairs(teacher, with_autocast, progress)
         dev_sets = [
             dev_set(
                 student,
@@ -128,7 +124,7 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
         # The token method need not train what the head reads (the thesis does not); it shall show
         # that.
         may_collapse = config.method == "token"
-        watch = SpreadWatch("+".join(languages), may_collapse=may_collapse)
+        watch = CollapseWatch("+".join(languages), may_collapse=may_collapse)
         stage = Stage(
             name="align",
             title=f"align {'+'.join(languages)}"
@@ -163,9 +159,7 @@ def _new_student(
     torch.manual_seed(config.seed)
     inputs = {"teacher": teacher.fingerprint}
     if config.method == "sentence":
-        student = new_student(
-            config.student, teacher.text.embedding_dim, config.pooling, config.projection
-        )
+        student = new_student(config.student, teacher.text.embedding_dim, config.pooling)
     else:
         student, begun_from = token_student(config, teacher.text)
         inputs |= begun_from
@@ -180,14 +174,12 @@ class _Text:
 
     Attributes:
         corpus: the training text of all languages.
-        photos: what stands beside it, where the objective looks at images.
         token_pairs: its paired words, where the method needs them.
         dev: the dev text of each language, and its photos.
         inputs: fingerprints of all of it.
     """
 
     corpus: Corpus
-    photos: Photos | None
     token_pairs: TokenPairs | None
     dev: DevText
     inputs: dict[str, str]
@@ -202,10 +194,7 @@ def _read(
 ) -> _Text:
     """Reads language after language; of a language's training rows only tokens stay."""
     source_lang = teacher.source_lang
-    images = None
-    if config.objective == "head-aware":
-        images = ImageFolder.of(folder, config.images)
-    corpus = Corpus(student, progress, with_images=images is not None)
+    corpus = Corpus(student, progress)
     words = None
     if config.method != "sentence":
         words = TokenCorpus(student, teacher.text, source_lang, config, progress)
@@ -227,7 +216,6 @@ def _read(
         if words is not None:
             inputs |= words.add(training, part, corpus.sources)
         dev_rows[lang] = dev
-    photos = None if images is None else corpus.photos(images)
     if config.include_english:
         part = corpus.add_source(source_lang)
         if words is not None:
@@ -235,11 +223,9 @@ def _read(
         dev_rows[source_lang] = as_source(dev_rows[config.lang[0]], source_lang)
     token_pairs = None if words is None else words.pairs(corpus.sources)
     judged = dev_text(folder, config, dev_rows, progress)
-    used = {f"dev of {lang}": own for lang, own in (judged.photos or {}).items()}
-    if photos is not None:
-        used["train"] = photos
-    inputs |= {f"photos: {what}": own.digest() for what, own in used.items()}
-    return _Text(corpus, photos, token_pairs, judged, inputs)
+    for lang, photos in (judged.photos or {}).items():
+        inputs[f"photos: dev of {lang}"] = photos.digest()
+    return _Text(corpus, token_pairs, judged, inputs)
 
 
 def _translated(config: AlignConfig) -> tuple[str, ...]:
@@ -254,17 +240,17 @@ def _objective(
     pairs: TrainingPairs,
     token_pairs: TokenPairs | None,
 ) -> Objective:
-    compare = comparison(config, teacher, pairs)
-    sentences = SentenceObjective(student, pairs, compare, config.seed)
+    sentences = SentenceObjective(student, pairs, comparison(config, pairs))
     if token_pairs is None:
         return sentences
+    both = config.method == "sentence+token"
     return TokenObjective(
         student,
         teacher.text,
-        pairs,
         token_pairs,
-        sentences=None if config.method == "token" else sentences,
-        token_weight=config.token_weight,
+        sentences,
+        sentence_weight=1.0 if both else 0.0,
+        token_weight=config.token_weight if both else 1.0,
     )
 
 
@@ -334,7 +320,7 @@ Gives sentences in {", ".join(languages)} the embedding that the CLIP-VE teacher
 translation in {source_lang}, so that the teacher's image tower and head work unchanged.
 `{config.student}`, trained on {num_pairs} distinct sentence pairs, {result.epochs} epochs, the
 weights of epoch {result.best_epoch} kept: {figures} on dev. Objective {config.objective}, pooling
-{config.pooling}, projection {config.projection}.
+{config.pooling}.
 
     clseave predict image.jpg "…" --lang {languages[0]} --runs {config.runs}
 

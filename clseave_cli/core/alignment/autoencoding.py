@@ -20,18 +20,15 @@ from torch.nn import functional
 from clseave_cli.core.config import AutoencodeConfig
 from clseave_cli.core.data.hub import data_folder
 from clseave_cli.core.data.records import distinct, read_split, require_language
-from clseave_cli.core.models.autoencoder import Autoencoder, save_autoencoder
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.packing import PackedBatch
-from clseave_cli.core.models.student import new_student
+from clseave_cli.core.models.student import Autoencoder, new_student, save_autoencoder
 from clseave_cli.core.models.tokens import TokenTable
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
-from clseave_cli.core.training.placement import on_device
-from clseave_cli.core.training.precision import resolve_device
+from clseave_cli.core.training.precision import on_device, resolve_device
 from clseave_cli.core.training.run import Run, finished_before, require_writable
-from clseave_cli.core.word_alignment.places import NONE, WordTokens, find_tokens
-from clseave_cli.core.word_alignment.words import split_words
+from clseave_cli.core.word_alignment.words import NONE, WordTokens, find_tokens, split_words
 from clseave_cli.errors import UsageError
 from clseave_cli.progress import SILENT, Progress
 

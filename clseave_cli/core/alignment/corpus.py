@@ -19,25 +19,19 @@ import torch
 from torch import Tensor
 
 from clseave_cli.core.config import StudentConfig
-from clseave_cli.core.data.images import ImageFolder
 from clseave_cli.core.data.records import (
     ENGLISH,
     Parallel,
     Split,
     check_leak,
     distinct,
-    image_stem,
     join,
     read_split,
     split_path,
 )
 from clseave_cli.core.features import (
     Features,
-    Photos,
     Sentences,
-    Vectors,
-    first_rows,
-    image_vectors,
     sentence_embeddings,
     tokenize_sentences,
 )
@@ -254,21 +248,17 @@ class Corpus:
     numbers, not its strings.
     """
 
-    def __init__(
-        self, student: SentenceEncoder, progress: Progress, *, with_images: bool = False
-    ) -> None:
+    def __init__(self, student: SentenceEncoder, progress: Progress) -> None:
         """An empty one.
 
         Args:
             student: whose tokens the sentences become.
             progress: told about sentences that are cut.
-            with_images: note which images stand beside each source sentence.
         """
         self._student = student
         self._progress = progress
         self._sources: dict[str, int] = {}
         self._parts: list[LanguagePairs] = []
-        self._paired = _PairedNames() if with_images else None
         self._kept = np.empty(0, dtype=np.int32)
 
     @property
@@ -292,8 +282,6 @@ class Corpus:
         of_pair = np.divmod(pair_ids, len(known))
         part = LanguagePairs(target.lang, sentences.tokens, *of_pair, counts, weight)
         self._parts.append(part)
-        if self._paired is not None:
-            self._paired.add(target, sources)
         return part
 
     def add_source(self, source_lang: str) -> LanguagePairs:
@@ -310,20 +298,6 @@ class Corpus:
         part = LanguagePairs(source_lang, sentences.tokens, everyone, everyone, counts)
         self._parts.append(part)
         return part
-
-    def photos(self, images: ImageFolder) -> Photos:
-        """The images noted, for an objective that looks at them.
-
-        Raises:
-            DataError: no row names one, or one is missing.
-        """
-        assert self._paired is not None
-        if not len(self._paired):
-            raise DataError(
-                "--objective head-aware: no training row names an image; "
-                "--objective mse needs only text."
-            )
-        return self._paired.photos(images)
 
     def keep_tokens(self, sentences: Sequence[str]) -> None:
         """Counts the tokens of sentences among those that occur, though nothing trains on them."""
@@ -346,18 +320,8 @@ class Corpus:
             for part in self._parts
         ]
 
-    def pairs(
-        self,
-        teacher: ClipVE,
-        photos: Photos | None,
-        with_autocast: Autocast,
-        progress: Progress,
-    ) -> TrainingPairs:
-        """Everything taken in, with the teacher's embeddings, and those of the photos, if any.
-
-        Raises:
-            DataError: an image is damaged.
-        """
+    def pairs(self, teacher: ClipVE, with_autocast: Autocast, progress: Progress) -> TrainingPairs:
+        """Everything taken in, with the teacher's embeddings."""
         vectors = sentence_embeddings(
             teacher.text,
             self.sources,
@@ -365,11 +329,6 @@ class Corpus:
             description="teacher embeddings",
             progress=progress,
         )
-        paired = None
-        if self._paired is not None and photos is not None:
-            paired = self._paired.look_up(
-                len(self._sources), teacher, photos, with_autocast, progress
-            )
         starts = np.cumsum([0, *(len(part.tokens) for part in self._parts)])
         sentences, sources, weights, distinct_pairs = [], [], [], []
         num_distinct = 0
@@ -390,7 +349,6 @@ class Corpus:
             tuple(part.lang for part in self._parts),
             np.repeat(np.arange(len(self._parts)), [len(some) for some in sources]),
             np.concatenate(distinct_pairs),
-            paired,
         )
 
 
@@ -412,7 +370,6 @@ class TrainingPairs:
         languages: their codes.
         language: (U,) which of them each pair is of.
         distinct: (U,) which of the different pairs each is, in the order they were taken in.
-        images: what stands beside the source sentences, where the objective looks at images.
     """
 
     sentences: Sentences
@@ -421,7 +378,6 @@ class TrainingPairs:
     languages: tuple[str, ...]
     language: Rows
     distinct: Rows
-    images: PairedImages | None = None
 
     def __len__(self) -> int:
         return len(self.weights)
@@ -430,85 +386,3 @@ class TrainingPairs:
     def num_distinct(self) -> int:
         """How many different pairs there are."""
         return int(self.distinct[-1]) + 1
-
-
-@dataclass(frozen=True, eq=False)
-class PairedImages:
-    """The images that stand beside each source sentence in the training data.
-
-    Attributes:
-        vectors: (U, D) embeddings of the distinct images.
-        items: the images of sentence 0, then those of sentence 1, and so on.
-        offsets: (S + 1,) where those of each sentence begin; some have none.
-    """
-
-    vectors: Vectors
-    items: Rows
-    offsets: Rows
-
-    def draw(self, sources: Rows, random: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """One image for each of B source sentences.
-
-        Returns:
-            (B, D) embeddings, and (B,) bool: whether there is one; the others are of any image.
-        """
-        starts, counts = self.offsets[sources], np.diff(self.offsets)[sources]
-        drawn = starts + random.integers(np.maximum(counts, 1))
-        # A sentence without images at the very end points one past the last.
-        items = self.items[np.minimum(drawn, len(self.items) - 1)]
-        return self.vectors.rows(items), torch.from_numpy(counts > 0)
-
-
-class _PairedNames:
-    """Which images stand beside which source sentences, by name, over all languages."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[str, int] = {}
-        self._names: list[str] = []
-        self._where: list[str] = []
-        self._beside: list[npt.NDArray[np.int64]] = []
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def add(self, split: Split, sources: Rows) -> None:
-        """Takes in the rows of a language; `sources` numbers their source sentences."""
-        numbers = []
-        for name, row in zip(split.image_names, first_rows(split), strict=True):
-            stem = image_stem(name)
-            if stem not in self._numbers:
-                self._numbers[stem] = len(self._names)
-                self._names.append(name)
-                self._where.append(split.where(row))
-            numbers.append(self._numbers[stem])
-        rows = np.flatnonzero(split.image_index >= 0)
-        images = np.array(numbers, dtype=np.int64)[split.image_index[rows]]
-        self._beside.append(np.unique(sources[rows] << 32 | images))
-
-    def photos(self, images: ImageFolder) -> Photos:
-        """All these images."""
-        return Photos.named(self._names, self._where, images)
-
-    def look_up(
-        self,
-        num_sources: int,
-        teacher: ClipVE,
-        photos: Photos,
-        with_autocast: Autocast,
-        progress: Progress,
-    ) -> PairedImages:
-        """The embeddings of all these images, by source sentence."""
-        features = image_vectors(
-            teacher.image,
-            photos,
-            autocast=with_autocast,
-            description="image features",
-            progress=progress,
-        )
-        beside = np.unique(np.concatenate(self._beside))
-        counts = np.bincount(beside >> 32, minlength=num_sources)
-        return PairedImages(
-            features.vectors,
-            features.index[beside & 0xFFFFFFFF],
-            np.concatenate([[0], np.cumsum(counts)]),
-        )

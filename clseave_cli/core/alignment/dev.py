@@ -45,7 +45,6 @@ _RETRIEVED_AMONG, _ANSWERS = 1000, 10
 _TEXT_SELECTION = {
     "mse": Selection("mse", "lowest"),
     "mse+cosine": Selection("mse", "lowest"),
-    "head-aware": Selection("mse", "lowest"),
     "cosine": Selection("cosine", "highest"),
     "contrastive": Selection("recall_at_10", "highest"),
 }
@@ -220,7 +219,7 @@ def _recall(predicted: Tensor, wanted: Tensor, source_of_row: Rows) -> float:
     return (nearer < _ANSWERS).float().mean().item()
 
 
-class SpreadWatch:
+class CollapseWatch:
     """Tells a student that has collapsed from one that has not spread out yet.
 
     From random weights a student first gives every sentence the mean of all embeddings, for some

@@ -58,7 +58,7 @@ class SentenceEncoder(nn.Module):
         backbone: Any,
         tokenizer: Any,
         norm: nn.Module,
-        projection: nn.Linear | nn.Sequential,
+        projection: nn.Linear,
         *,
         hub_model: Any,
         causal: bool,
@@ -113,8 +113,7 @@ class SentenceEncoder(nn.Module):
     @property
     def embedding_dim(self) -> int:
         """D."""
-        *_, last = self.projection.parameters()  # the last layer's bias or matrix: D rows
-        return len(last)
+        return int(self.projection.out_features)
 
     @property
     def state_width(self) -> int:

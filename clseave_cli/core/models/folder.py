@@ -71,6 +71,11 @@ def unsealed(
         digests = pool.map(file_digest, (folder / name for name in weights))
         try:
             yield config
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"{folder / _CONFIG}: not what a {format_name} folder says ({error!r}); train the "
+                "model again."
+            ) from None
         finally:
             for name, found in zip(weights, digests, strict=True):
                 _require_digest(folder / name, files[name], found)

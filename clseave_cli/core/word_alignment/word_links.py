@@ -25,8 +25,7 @@ from clseave_cli.core.data.records import (
 from clseave_cli.core.files import atomic_file
 from clseave_cli.core.training.precision import resolve_device
 from clseave_cli.core.word_alignment.aligner import load_aligner
-from clseave_cli.core.word_alignment.links import Links, read_links
-from clseave_cli.core.word_alignment.scoring import AlignmentScore, score
+from clseave_cli.core.word_alignment.links import AlignmentScore, Links, read_links, score
 from clseave_cli.core.word_alignment.words import split_words
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.progress import SILENT, Progress
