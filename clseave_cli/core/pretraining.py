@@ -35,7 +35,8 @@ from clseave_cli.core.models.scratch import ClipShape, new_clip
 from clseave_cli.core.models.tokens import TokenTable
 from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
-from clseave_cli.core.training.precision import on_device, resolve_device
+from clseave_cli.core.training.placement import on_device
+from clseave_cli.core.training.precision import resolve_device
 from clseave_cli.core.training.run import Run, finished_before, require_writable
 from clseave_cli.errors import DataError
 from clseave_cli.progress import SILENT, Progress

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clseave_cli.core.models.packing import PackedBatch
-from clseave_cli.core.training.precision import on_device, page_locked
+from clseave_cli.core.training.placement import on_device, page_locked
 
 
 class _Named(NamedTuple):

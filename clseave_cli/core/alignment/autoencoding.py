@@ -26,7 +26,8 @@ from clseave_cli.core.models.packing import PackedBatch
 from clseave_cli.core.models.student import Autoencoder, new_student, save_autoencoder
 from clseave_cli.core.models.tokens import TokenTable
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
-from clseave_cli.core.training.precision import on_device, resolve_device
+from clseave_cli.core.training.placement import on_device
+from clseave_cli.core.training.precision import resolve_device
 from clseave_cli.core.training.run import Run, finished_before, require_writable
 from clseave_cli.core.word_alignment.words import NONE, WordTokens, find_tokens, split_words
 from clseave_cli.errors import UsageError

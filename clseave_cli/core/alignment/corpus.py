@@ -25,6 +25,7 @@ from clseave_cli.core.data.records import (
     Split,
     check_leak,
     distinct,
+    image_stem,
     join,
     read_split,
     split_path,
@@ -72,14 +73,15 @@ class ParallelReader:
         self._source = functools.cache(
             functools.partial(self._split, source_lang, progress=progress)
         )
-        self._held_out: dict[str, set[str]] = {}
-        #: By language, the translations left out because others hold their sources out.
+        self._held_out: dict[str, HeldOut] = {}
+        #: By language, the translations left out because other languages hold them out.
         self.left_out: dict[str, list[str]] = {}
 
     def read(self, lang: str) -> tuple[Parallel, Parallel]:
         """The parallel training and dev text of a language.
 
-        Sentences that are held out for any language of the run are in none of its training texts.
+        What is held out for any language of the run, photos or sentences, is in none of its
+        training texts.
 
         Raises:
             DataError: a file is missing, bad, or shares images with another split, or there is too
@@ -92,38 +94,40 @@ class ParallelReader:
             if not config.allow_leak and config.dev_split != config.train_split:
                 check_leak(training.target, dev.target)
         else:
+            held = held_out(training, config.dev_fraction, config.seed)
             self._progress.note(
                 f"{self._folder}: no {config.dev_split} file for {lang}; holding out "
-                f"{config.dev_fraction:.0%} of the {config.train_split} sentences instead."
+                f"{config.dev_fraction:.0%} of the {config.train_split} "
+                f"{'photos' if held.photos else 'sentences'} instead."
             )
-            self._held_out[lang] = held_out(training, config.dev_fraction, config.seed)
-            training, dev = _divided(training, self._held_out[lang])
+            self._held_out[lang] = held
+            training, dev = held.divide(training)
         return self._without_those_of_others(training), dev
 
     def _without_those_of_others(self, training: Parallel) -> Parallel:
         """Leaves out what is held out for the other languages of the run."""
         config, lang, path = self._config, training.target.lang, training.target.path
-        sentences: set[str] = set()
+        held = HeldOut()
         for other in (*config.lang, *config.auxiliary):
             if other == lang or self._has_dev_file(other):
                 continue
             if other not in self._held_out:
-                # Kept are its sentences alone: `read` reads it once more, and tells about it.
+                # Its rows are not kept: `read` reads them once more, and tells about them.
                 whole = self._joined(other, config.train_split, SILENT)
                 self._held_out[other] = held_out(whole, config.dev_fraction, config.seed)
-            sentences |= self._held_out[other]
-        if sentences.isdisjoint(training.sources):
+            held |= self._held_out[other]
+        kept, left_out = held.divide(training)
+        if not len(left_out.target):
             return training
-        kept, left_out = _divided(training, sentences)
         if not len(kept.target):
             raise DataError(
-                f"{path}: nothing is left to train on; all its sentences are held out for other "
+                f"{path}: nothing is left to train on; all its rows are held out for other "
                 "languages. Give them a dev file, or a smaller --dev-fraction."
             )
         self.left_out[lang] = left_out.target.hypotheses
         self._progress.note(
-            f"{path}: {len(left_out.target)} pairs left out; their {self._source_lang} sentences "
-            "are held out for other languages."
+            f"{path}: {len(left_out.target)} pairs left out; their photos or {self._source_lang} "
+            "sentences are held out for other languages."
         )
         return kept
 
@@ -157,27 +161,62 @@ class ParallelReader:
         )
 
 
-def held_out(parallel: Parallel, fraction: float, seed: int) -> set[str]:
-    """The source sentences that stand in for a dev file; of the same sentences, the same ones.
+@dataclass(frozen=True)
+class HeldOut:
+    """What stands in for a dev file: photos with all their rows, or sentences of plain text.
+
+    Attributes:
+        photos: the photos, by `image_stem`.
+        beside: the source sentences of their rows; a row that names no photo is held out by these.
+        sentences: source sentences that are held out wherever they stand.
+    """
+
+    photos: frozenset[str] = frozenset()
+    beside: frozenset[str] = frozenset()
+    sentences: frozenset[str] = frozenset()
+
+    def __or__(self, other: HeldOut) -> HeldOut:
+        """What is in one of the two."""
+        return HeldOut(
+            self.photos | other.photos, self.beside | other.beside, self.sentences | other.sentences
+        )
+
+    def divide(self, parallel: Parallel) -> tuple[Parallel, Parallel]:
+        """The rows to train on, and those that are held out."""
+        held = [
+            source in self.sentences
+            or (source in self.beside if photo is None else photo in self.photos)
+            for source, photo in zip(parallel.sources, _photos(parallel), strict=True)
+        ]
+        return parallel.take(np.flatnonzero(~np.array(held))), parallel.take(np.flatnonzero(held))
+
+
+def held_out(parallel: Parallel, fraction: float, seed: int) -> HeldOut:
+    """What stands in for a dev file; of the same photos or sentences, the same ones.
 
     Raises:
-        DataError: there are too few sentences.
+        DataError: there are too few of them.
     """
-    sentences, _ = distinct(parallel.sources)
-    num_held = max(1, round(fraction * len(sentences)))
-    if num_held >= len(sentences):
+    photos = _photos(parallel)
+    names = sorted({photo for photo in photos if photo is not None})
+    kind, items = ("photos", names) if names else ("sentences", distinct(parallel.sources)[0])
+    num_held = max(1, round(fraction * len(items)))
+    if num_held >= len(items):
         raise DataError(
-            f"{parallel.target.path}: {len(sentences)} distinct sentences are too few to hold out "
+            f"{parallel.target.path}: {len(items)} distinct {kind} are too few to hold out "
             f"{fraction:.0%} of them; give a dev file or a smaller --dev-fraction."
         )
-    first = np.flatnonzero(_is_among_first(sentences, num_held, seed))
-    return {sentences[i] for i in first}
+    chosen = frozenset(items[i] for i in np.flatnonzero(_is_among_first(items, num_held, seed)))
+    if not names:
+        return HeldOut(sentences=chosen)
+    rows = zip(parallel.sources, photos, strict=True)
+    return HeldOut(chosen, frozenset(source for source, photo in rows if photo in chosen))
 
 
-def _divided(parallel: Parallel, sentences: set[str]) -> tuple[Parallel, Parallel]:
-    """The rows whose source sentence is not one of some, and those where it is."""
-    among = np.array([source in sentences for source in parallel.sources])
-    return parallel.take(np.flatnonzero(~among)), parallel.take(np.flatnonzero(among))
+def _photos(parallel: Parallel) -> list[str | None]:
+    """The photo of each row, by `image_stem`; None where it names none."""
+    stems = [*map(image_stem, parallel.target.image_names), None]  # -1 is the last
+    return [stems[number] for number in parallel.target.image_index.tolist()]
 
 
 def limited(parallel: Parallel, limit: int | None, seed: int, progress: Progress) -> Parallel:

@@ -38,8 +38,9 @@ from clseave_cli.core.training.checkpoint import (
     snapshot,
 )
 from clseave_cli.core.training.distribution import processes
-from clseave_cli.core.training.precision import autocast, deterministic, on_device, page_locked
-from clseave_cli.core.training.tracking import Tracker, tracker
+from clseave_cli.core.training.placement import on_device, page_locked
+from clseave_cli.core.training.precision import autocast, deterministic
+from clseave_cli.core.training.tracking import tracker
 from clseave_cli.errors import Interrupted, TrainingError
 from clseave_cli.processes import ahead
 from clseave_cli.progress import SILENT, Progress
@@ -221,7 +222,7 @@ class _Run:
         stopped_early = False
         with (
             deterministic(self.device) as self.relax,
-            self._tracker() as self.tracker,
+            self._tracker() as self.show,
             _stop_signals() as stop_requested,
         ):
             if self.relax is not None and self.state.relaxed:
@@ -363,9 +364,9 @@ class _Run:
         }
         with writing(self.metrics), self.metrics.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(entry) + "\n")
-        self.tracker.log(entry)
+        self.show(entry)
 
-    def _tracker(self) -> AbstractContextManager[Tracker]:
+    def _tracker(self) -> AbstractContextManager[Callable[[dict[str, Any]], None]]:
         # Several processes are one run.
         config = self.config if self.processes.is_rank_0 else replace(self.config, tracker="none")
         return tracker(

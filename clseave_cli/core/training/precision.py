@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from clseave_cli.core.config import Precision
 from clseave_cli.errors import ClseaveError, UsageError
@@ -116,47 +114,3 @@ def _cpu_multiplies_bf16() -> bool:
     # torch also runs bfloat16 where it must emulate it, several times slower than float32.
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-Batch = TypeVar("Batch")
-
-
-def page_locked(batch: Batch, device: torch.device) -> Batch:
-    """A batch in memory that a GPU can read by itself; for a CPU the batch as it is.
-
-    Args:
-        batch: a tensor, or data classes and tuples of tensors and other things.
-        device: where it will go.
-    """
-    if device.type == "cpu":
-        return batch
-    with torch.cuda.device(device):  # another thread's is the first one
-        return _with_tensors(batch, Tensor.pin_memory)
-
-
-def on_device(batch: Batch, device: torch.device) -> Batch:
-    """A batch on the device that computes with it.
-
-    Args:
-        batch: as for `page_locked`, which should have been there before.
-        device: where to.
-    """
-    if device.type == "cpu":
-        return batch
-    return _with_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
-
-
-def _with_tensors(value: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
-    """The same with every tensor in it changed."""
-    if isinstance(value, Tensor):
-        return change(value)  # type: ignore[return-value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        changed = {
-            field.name: _with_tensors(getattr(value, field.name), change)
-            for field in dataclasses.fields(value)
-        }
-        return dataclasses.replace(value, **changed)
-    if isinstance(value, tuple):
-        items = (_with_tensors(item, change) for item in value)
-        return type(value)._make(items) if hasattr(value, "_make") else tuple(items)  # type: ignore[return-value]
-    return value
