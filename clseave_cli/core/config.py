@@ -572,6 +572,9 @@ class WordAlignConfig(StageConfig, WordAlignerConfig):
     gold: Path | None = option(
         None, "Score the links against those of this Pharaoh file.", metavar="FILE"
     )
+    search: bool = option(
+        False, "With --gold: try every layer and several thresholds, and take the best."
+    )
     gold_base: Literal["auto", "0", "1"] = option(
         "auto", "Number of a sentence's first word in --gold; auto: 1 where no word is 0."
     )

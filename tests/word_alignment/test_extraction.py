@@ -133,7 +133,7 @@ def test_the_aligner_equals_the_reference_on_transformers_own_states(student, en
 
 def test_the_layer_is_the_eighth_or_the_last(student, encoder):
     aligner = WordAligner(student, "encoder")
-    assert aligner._layer == 1
+    assert aligner.layer == 1
     with pytest.raises(UsageError, match=r"--aligner-layer 8: encoder has 1; choose from 1 to 1"):
         WordAligner(student, "encoder", layer=8)
 

@@ -52,30 +52,13 @@ from clseave_cli.core.models.clip_ve import ClipVE, source_language
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.student import new_student, save_student
 from clseave_cli.core.models.vocabulary import reduced_vocabulary, trim_vocabulary
-from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.loop import Stage, TrainingResult, overall, train
-from clseave_cli.core.training.precision import autocast, resolve_device
-from clseave_cli.core.training.run import Run, finished_before, require_writable
+from clseave_cli.core.training.run import Run, StageResult, set_up
 from clseave_cli.errors import UsageError
 from clseave_cli.progress import SILENT, Progress
 
 
-@dataclass(frozen=True)
-class AlignResult:
-    """A finished student.
-
-    Attributes:
-        folder: the model.
-        languages: what it reads.
-        training: how the run went; None if it had been finished before.
-    """
-
-    folder: Path
-    languages: tuple[str, ...]
-    training: TrainingResult | None
-
-
-def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
+def align(config: AlignConfig, progress: Progress = SILENT) -> StageResult:
     """Trains one student on the parallel text of one or several languages.
 
     Raises:
@@ -85,12 +68,10 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
     require_links_fit(config)
     teacher_folder = _teacher_folder(config)
     out = config.out or config.runs / f"align-{'+'.join(languages)}"
-    require_writable(out)
-    if config.resume and finished_before(out, progress):
-        return AlignResult(out, languages, None)
-    device = resolve_device(config.device)
-    with_autocast = autocast(config.precision, device)
-    folder = processes().once(lambda: data_folder(config.data, progress))
+    setup = set_up(config, config.data, out, progress)
+    if setup is None:
+        return StageResult(out, languages, None)
+    device, folder, with_autocast = setup.device, setup.data, setup.autocast
     for lang in _translated(config):
         require_split_path(folder, config.train_split, lang)
     teacher = ClipVE.from_folder(teacher_folder).to(device)
@@ -149,7 +130,7 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
             ),
             _card(config, languages, teacher.source_lang, pairs.num_distinct, result),
         )
-        return AlignResult(out, languages, result)
+        return StageResult(out, languages, result)
 
 
 def _new_student(

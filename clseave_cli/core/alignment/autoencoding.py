@@ -8,7 +8,6 @@ Legend: L words of some sentences · H width of a state.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +17,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from clseave_cli.core.config import AutoencodeConfig
-from clseave_cli.core.data.hub import data_folder
 from clseave_cli.core.data.records import distinct, read_split, require_language
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
@@ -27,29 +25,13 @@ from clseave_cli.core.models.student import Autoencoder, new_student, save_autoe
 from clseave_cli.core.models.tokens import TokenTable
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
 from clseave_cli.core.training.placement import on_device
-from clseave_cli.core.training.precision import resolve_device
-from clseave_cli.core.training.run import Run, finished_before, require_writable
+from clseave_cli.core.training.run import Run, StageResult, set_up
 from clseave_cli.core.word_alignment.words import NONE, WordTokens, find_tokens, split_words
 from clseave_cli.errors import UsageError
 from clseave_cli.progress import SILENT, Progress
 
 #: Dev sentences encoded at once.
 _BATCH = 512
-
-
-@dataclass(frozen=True)
-class AutoencodeResult:
-    """A finished autoencoder.
-
-    Attributes:
-        folder: the model.
-        languages: whose states it was trained on.
-        training: how the run went; None if it had been finished before.
-    """
-
-    folder: Path
-    languages: tuple[str, ...]
-    training: TrainingResult | None
 
 
 class _Batch(NamedTuple):
@@ -90,7 +72,7 @@ class _States:
         return hidden.flatten(0, 1)[batch.places]
 
 
-def autoencode(config: AutoencodeConfig, progress: Progress = SILENT) -> AutoencodeResult:
+def autoencode(config: AutoencodeConfig, progress: Progress = SILENT) -> StageResult:
     """Trains the autoencoder on the text of one or several languages.
 
     Raises:
@@ -102,11 +84,10 @@ def autoencode(config: AutoencodeConfig, progress: Progress = SILENT) -> Autoenc
     for lang in languages:
         require_language(lang)
     out = config.out or config.runs / "autoencoder"
-    require_writable(out)
-    if config.resume and finished_before(out, progress):
-        return AutoencodeResult(out, languages, None)
-    device = resolve_device(config.device)
-    folder = data_folder(config.data, progress)
+    setup = set_up(config, config.data, out, progress)
+    if setup is None:
+        return StageResult(out, languages, None)
+    device, folder = setup.device, setup.data
     teacher = ClipVE.from_folder(config.teacher or config.runs / "clip-ve")
     torch.manual_seed(config.seed)
     encoder = new_student(config.student, embedding_dim=1).to(device).eval()
@@ -143,7 +124,7 @@ def autoencode(config: AutoencodeConfig, progress: Progress = SILENT) -> Autoenc
             lambda aside: save_autoencoder(autoencoder, aside, languages=languages),
             _card(config, languages, len(training), result),
         )
-        return AutoencodeResult(out, languages, result)
+        return StageResult(out, languages, result)
 
 
 def _read(

@@ -17,6 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 import transformers
 
 from clseave_cli.core.config import StageConfig, TrainingConfig
+from clseave_cli.core.data.hub import data_folder
 from clseave_cli.core.files import (
     asides,
     atomic_folder,
@@ -36,6 +38,8 @@ from clseave_cli.core.files import (
 from clseave_cli.core.training import tracking
 from clseave_cli.core.training.checkpoint import STATE
 from clseave_cli.core.training.distribution import processes
+from clseave_cli.core.training.loop import TrainingResult
+from clseave_cli.core.training.precision import Autocast, autocast, resolve_device
 from clseave_cli.errors import ClseaveError, UsageError
 from clseave_cli.progress import Progress
 from clseave_cli.version import __version__
@@ -235,3 +239,47 @@ def require_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None
                     f"{folder}: was run with {name} = {old[group].get(name)!r}, not {value!r}; "
                     "resume with the same options and data, or delete that folder."
                 )
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage made.
+
+    Attributes:
+        folder: the model.
+        languages: what it reads, or was trained on; empty if that is no matter of language.
+        training: how the run went; None if it had been finished before.
+    """
+
+    folder: Path
+    languages: tuple[str, ...]
+    training: TrainingResult | None
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every stage settles before it reads its data.
+
+    Attributes:
+        device: the device to compute on.
+        autocast: the arithmetic.
+        data: the data folder; a data set of the hub has become one.
+    """
+
+    device: torch.device
+    autocast: Autocast
+    data: Path
+
+
+def set_up(config: TrainingConfig, data: str | Path, out: Path, progress: Progress) -> Setup | None:
+    """Looks at target, device and data; None where `--resume` meets a finished run.
+
+    Raises:
+        ClseaveError: one of them cannot be used.
+    """
+    require_writable(out)
+    if config.resume and finished_before(out, progress):
+        return None
+    device = resolve_device(config.device)
+    folder = processes().once(lambda: data_folder(str(data), progress))
+    return Setup(device, autocast(config.precision, device), folder)

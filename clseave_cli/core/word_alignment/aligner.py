@@ -47,6 +47,11 @@ class WordAligner:
             encoder with fewer.
         threshold: least probability in both directions.
 
+    Attributes:
+        layers: those that the encoder has.
+        layer: the one that is compared.
+        threshold: see above.
+
     Raises:
         UsageError: the encoder has no such layer.
     """
@@ -65,13 +70,19 @@ class WordAligner:
                 f"--aligner-layer {layer}: {name} has {num_layers}; choose from 1 to {num_layers}."
             )
         self._encoder = encoder
-        self._layer = min(BEST_LAYER, num_layers) if layer is None else layer
-        self._threshold = threshold
+        self._name = name
+        self.layers = range(1, num_layers + 1)
+        self.layer = min(BEST_LAYER, num_layers) if layer is None else layer
+        self.threshold = threshold
+
+    def having(self, layer: int, threshold: float) -> WordAligner:
+        """The same encoder with another layer and threshold."""
+        return WordAligner(self._encoder, self._name, layer=layer, threshold=threshold)
 
     @functools.cached_property
     def digest(self) -> str:
         """Stands for everything but the text that decides links; of the weights as they are now."""
-        return json_digest([self._encoder.states_digest(), self._layer, self._threshold])
+        return json_digest([self._encoder.states_digest(), self.layer, self.threshold])
 
     def align(
         self,
@@ -117,7 +128,7 @@ class WordAligner:
                     for side, sentences in zip(sides, pairs, strict=True)
                 )
                 links = link_words(
-                    source_states, target_states, source_words, target_words, self._threshold
+                    source_states, target_states, source_words, target_words, self.threshold
                 ).cpu()
                 links[:, 0] = torch.from_numpy(numbers)[links[:, 0]]
                 parts.append(links)
@@ -128,7 +139,7 @@ class WordAligner:
     def _states(self, side: WordTokens, sentences: npt.NDArray[np.intp]) -> tuple[Tensor, Tensor]:
         """(B, T, H) float32 states and (B, T) words of the tokens of some sentences."""
         batch = self._encoder.pack(side.tokens, sentences).to(self._encoder.device)
-        states = self._encoder.hidden_states(batch, self._layer).flatten(0, 1)
+        states = self._encoder.hidden_states(batch, self.layer).flatten(0, 1)
         lengths = torch.from_numpy(side.tokens.lengths(sentences))[:, None]  # (B, 1)
         token = torch.arange(-(-int(lengths.max()) // _STEP) * _STEP)
         inside = token < lengths  # (B, T)

@@ -70,6 +70,7 @@ def read_links(
     num_lines: int | None = None,
     first_word: int | None = 0,
     skip_bad: bool = False,
+    skip_outside: bool = False,
     progress: Progress = SILENT,
 ) -> Links:
     """Reads a Pharaoh file.
@@ -83,6 +84,7 @@ def read_links(
         num_lines: how many lines the text has; None: P.
         first_word: the number of a sentence's first word; None finds out: 1 where no word is 0.
         skip_bad: leave bad links out instead of refusing the file.
+        skip_outside: leave those out that name a word the sentence does not have.
         progress: told how words are counted where that was found out, and what was left out.
 
     Raises:
@@ -108,7 +110,8 @@ def read_links(
             try:
                 link, is_sure = _parse(item, first_word, sizes)
             except ValueError as error:
-                if not skip_bad:
+                is_outside = _LINK.fullmatch(item) is not None
+                if not (skip_bad or (skip_outside and is_outside)):
                     raise DataError.at(path, number, str(error)) from None
                 bad.append(f"line {number}: {error}")
                 continue

@@ -6,6 +6,7 @@ Legend: P sentence pairs.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +25,15 @@ from clseave_cli.core.data.records import (
 )
 from clseave_cli.core.files import atomic_file
 from clseave_cli.core.training.precision import resolve_device
-from clseave_cli.core.word_alignment.aligner import load_aligner
+from clseave_cli.core.word_alignment.aligner import WordAligner, load_aligner
 from clseave_cli.core.word_alignment.links import AlignmentScore, Links, read_links, score
-from clseave_cli.core.word_alignment.words import split_words
+from clseave_cli.core.word_alignment.words import Words, split_words
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.progress import SILENT, Progress
 
 _SEPARATOR = "|||"
+#: Tried by --search: mBERT is best at the first, encoders made for similarity at the last ones.
+_THRESHOLDS = (0.001, 0.01, 0.05, 0.1, 0.2, 0.3)
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,16 @@ class WordAlignResult:
         num_pairs: P, lines that are a sentence pair.
         num_links: of all pairs.
         score: against the gold links, where they were given.
+        layer: whose states were compared; None: the links were read.
+        threshold: likewise, the least probability.
     """
 
     lines: list[str]
     num_pairs: int
     num_links: int
     score: AlignmentScore | None
+    layer: int | None = None
+    threshold: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +86,8 @@ def align_words(config: WordAlignConfig, progress: Progress = SILENT) -> WordAli
     Raises:
         ClseaveError: bad text, bad links, an unusable model, or a missing segmenter.
     """
+    if config.search and (config.gold is None or config.alignments is not None):
+        raise UsageError("--search: needs --gold to compare with, and no --alignments.")
     text = _read_file(config.input) if config.input is not None else _read_data(config, progress)
     sources, source_of_pair = distinct(text.sources)
     targets, target_of_pair = distinct(text.targets)
@@ -87,7 +96,7 @@ def align_words(config: WordAlignConfig, progress: Progress = SILENT) -> WordAli
     pairs = np.stack([source_of_pair, target_of_pair])
     num_words = np.stack([source_words.counts[pairs[0]], target_words.counts[pairs[1]]], axis=1)
 
-    def read(path: Path, first_word: int | None) -> Links:
+    def read(path: Path, first_word: int | None, *, is_gold: bool = False) -> Links:
         return read_links(
             path,
             num_words,
@@ -96,12 +105,15 @@ def align_words(config: WordAlignConfig, progress: Progress = SILENT) -> WordAli
             num_lines=text.num_lines,
             first_word=first_word,
             skip_bad=config.skip_bad,
+            # Published ones have links that name no word; a few are no reason to refuse all.
+            skip_outside=is_gold,
             progress=progress,
         )
 
     gold = None
     if config.gold is not None:
-        gold = read(config.gold, None if config.gold_base == "auto" else int(config.gold_base))
+        first_word = None if config.gold_base == "auto" else int(config.gold_base)
+        gold = read(config.gold, first_word, is_gold=True)
     if config.words is not None:
         shown = (
             f"{' '.join(source_words.of(source))} {_SEPARATOR} {' '.join(target_words.of(target))}"
@@ -109,16 +121,41 @@ def align_words(config: WordAlignConfig, progress: Progress = SILENT) -> WordAli
         )
         _write(config.words, _placed(shown, text))
     if config.alignments is not None:
-        links = read(config.alignments, 0)
+        links, aligner = read(config.alignments, 0), None
     else:
         aligner = load_aligner(config, config.aligner, resolve_device(config.device), progress)
+        if config.search and gold is not None:
+            aligner = _best(aligner, gold, source_words, target_words, pairs, progress)
         links = aligner.align(source_words, target_words, pairs, progress=progress)
     lines = _placed(links.lines(), text)
     if config.out is not None:
         _write(config.out, lines)
     return WordAlignResult(
-        lines, len(links), len(links.words), None if gold is None else score(links, gold)
+        lines,
+        len(links),
+        len(links.words),
+        None if gold is None else score(links, gold),
+        None if aligner is None else aligner.layer,
+        None if aligner is None else aligner.threshold,
     )
+
+
+def _best(
+    aligner: WordAligner,
+    gold: Links,
+    source: Words,
+    target: Words,
+    pairs: npt.NDArray[np.intp],
+    progress: Progress,
+) -> WordAligner:
+    """The aligner with the layer and threshold that agree best with gold links."""
+    tried = [aligner.having(*values) for values in itertools.product(aligner.layers, _THRESHOLDS)]
+    rates = []
+    with progress.task("layers and thresholds", len(tried), "settings") as task:
+        for candidate in tried:
+            rates.append(score(candidate.align(source, target, pairs), gold).error_rate)
+            task.advance(1)
+    return tried[int(np.argmin(rates))]
 
 
 def _read_file(path: Path) -> _Text:
