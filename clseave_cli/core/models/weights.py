@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig
 
 from clseave_cli.core.files import read_json
 from clseave_cli.errors import ModelError
@@ -126,7 +126,7 @@ def load(
         name: the hub id or folder.
         loader: `from_pretrained` of a configuration, a model, a tokenizer or a processor.
         may_lack: how the names of tensors begin that need not be in the files.
-        arguments: passed on.
+        arguments: passed on; `attn_implementation` is needed for a model.
 
     Raises:
         ModelError: it cannot be found, read or reached; its weights do not fit its architecture or
@@ -135,19 +135,20 @@ def load(
     if not Path(name).is_dir() and (isinstance(name, Path) or not _HUB_ID.fullmatch(name)):
         raise ModelError(f"{name}: no such model folder.")
     is_local = Path(name).is_dir()
-    is_model = issubclass(getattr(loader, "__self__", object), PreTrainedModel) or hasattr(
-        getattr(loader, "__self__", None), "_model_mapping"
-    )
+    attention = arguments.pop("attn_implementation", None)
+    arguments["trust_remote_code"] = False
     try:
         if is_local:
             _require_plausible(Path(name))
         else:
             arguments["local_files_only"] = not _hub_answers()
-        if not is_model:
-            return loader(str(name), trust_remote_code=False, **arguments)
-        loaded, report = loader(
-            str(name), trust_remote_code=False, output_loading_info=True, **arguments
-        )
+        if attention is None:  # no model
+            return loader(str(name), **arguments)
+        of_config = getattr(loader.__self__, "config_class", None) or AutoConfig  # type: ignore[attr-defined]
+        config = of_config.from_pretrained(str(name), **arguments)
+        # What the file says would be fetched from the hub and run, were it the name of a kernel.
+        config._attn_implementation = attention
+        loaded, report = loader(str(name), config=config, output_loading_info=True, **arguments)
     except _FAILURES as error:
         where = "folder" if is_local else "neither a folder here nor loadable as a hub id"
         reason = first_line(error)
