@@ -195,10 +195,16 @@ def image_features(
     keys, path_of_key, key_of_path = np.unique(photos.keys, return_index=True, return_inverse=True)
 
     def decode(item: int) -> Image:
+        path = photos.paths[item]
         try:
-            return open_image(photos.paths[item])
+            content = path.read_bytes()
+            if packed_keys([_picture_key(content)])[0] != photos.keys[item]:
+                raise DataError(f"{path}: replaced since it was first read; run again.")
+            return open_image(content, str(path))
         except DataError as error:
             raise DataError(f"{photos.where[item]}: {error}") from None
+        except OSError as error:
+            raise DataError(f"{photos.where[item]}: {path}: {error.strerror}.") from None
 
     def pixels(items: list[int]) -> Tensor:
         # Preprocessed together: half the cost of one by one.
@@ -422,6 +428,11 @@ class VectorCache:
 def _shard_digest(path: Path, size: int, modified_ns: int) -> str:
     """The digest of a file's bytes: a shard is read through once, not once a language."""
     return file_digest(path, _KEY_BYTES)
+
+
+def _picture_key(content: bytes) -> bytes:
+    """The key of a picture, the beginning of `file_digest`."""
+    return hashlib.blake2b(content, digest_size=32).digest()[:_KEY_BYTES]
 
 
 def packed_keys(digests: Iterable[bytes]) -> Keys:

@@ -285,4 +285,4 @@ def test_a_student_is_known_by_its_config_not_by_its_name(runs):
     assert find_students(runs) == {"de": runs / "my german one", "nl": runs / "align-nl"}
     (runs / "align-nl" / "config.json").write_text("no JSON")
     with pytest.raises(ModelError, match=r"align-nl/config.json: damaged"):
-        find_students(runs)
+        load_student(find_students(runs)["nl"])

@@ -36,12 +36,13 @@ from clseave_cli.core.prediction import predictor as prediction
 from clseave_cli.core.prediction.torch_model import TorchModel
 from clseave_cli.errors import DataError, ModelError, TrainingError, UsageError
 from clseave_cli.labels import LABELS
+from clseave_cli.progress import SILENT
 
 
-def _finetune(data, runs, clip, **options):
+def _finetune(data, runs, clip, progress=SILENT, **options):
     defaults = {"epochs": 1, **QUICK}
     config = FinetuneConfig(data=str(data), runs=runs, clip=str(clip), **(defaults | options))
-    return finetune(config)
+    return finetune(config, progress)
 
 
 def _align(data, runs, encoder, *languages, progress=None, **options):
@@ -285,6 +286,8 @@ def test_text_alone_is_enough(data, tmp_path, trained, encoder):
 
 def test_without_a_dev_file_sentences_are_held_out(data, tmp_path, trained, encoder, monkeypatch):
     (data / "snli_ve_dev.de.jsonl").unlink()
+    for line in range(1, 25):  # plain text; with photos, it is photos that are held out
+        edit_row(data / "snli_ve_train.de.jsonl", line, Flickr30K_ID=None)
     notes, parts = Notes(), []
     read = corpus.ParallelReader.read
 
@@ -664,3 +667,17 @@ def test_the_package_says_what_it_offers():
     assert clseave_cli.Prediction is prediction.Prediction
     with pytest.raises(AttributeError):
         _ = clseave_cli.nothing
+
+
+def test_a_training_that_learns_nothing_says_what_to_try(world, tmp_path, clip):
+    notes = Notes()
+    _finetune(world, tmp_path, clip, learning_rate=0.0, progress=notes)
+    assert "no better than always saying entailment (33.3%)" in notes.text
+    assert "larger learning rate than 0: try --learning-rate 1e-4 or 1e-3" in notes.text
+
+
+def test_options_from_python_may_be_paths_texts_and_lists(world, tmp_path):
+    config = AlignConfig(data=world, runs=str(tmp_path), lang=["de", "nl"], student=tmp_path)
+    assert (config.data, config.student) == (str(world), str(tmp_path))
+    assert (config.runs, config.lang) == (tmp_path, ("de", "nl"))
+    assert AlignConfig(lang="de").lang == ("de",)
