@@ -82,7 +82,7 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult
     require_language(config.source_lang, "--source-lang")
     out = config.out or config.runs / "clip-ve"
     languages = (config.source_lang,)
-    setup = set_up(config, config.data, out, progress)
+    setup = set_up("finetune-ve", config, config.data, out, progress)
     if setup is None:
         return StageResult(out, languages, None)
     device, folder = setup.device, setup.data

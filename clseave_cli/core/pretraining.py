@@ -91,7 +91,7 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
         ClseaveError: bad data, an unusable model, a full disk, or an interruption.
     """
     out = config.out or config.runs / "clip"
-    setup = set_up(config, config.data, out, progress)
+    setup = set_up("pretrain", config, config.data, out, progress)
     if setup is None:
         return StageResult(out, (), None)
     device = setup.device

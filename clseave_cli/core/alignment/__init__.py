@@ -68,7 +68,7 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> StageResult:
     require_links_fit(config)
     teacher_folder = _teacher_folder(config)
     out = config.out or config.runs / f"align-{'+'.join(languages)}"
-    setup = set_up(config, config.data, out, progress)
+    setup = set_up("align", config, config.data, out, progress)
     if setup is None:
         return StageResult(out, languages, None)
     device, folder, with_autocast = setup.device, setup.data, setup.autocast

@@ -84,7 +84,7 @@ def autoencode(config: AutoencodeConfig, progress: Progress = SILENT) -> StageRe
     for lang in languages:
         require_language(lang)
     out = config.out or config.runs / "autoencoder"
-    setup = set_up(config, config.data, out, progress)
+    setup = set_up("autoencode", config, config.data, out, progress)
     if setup is None:
         return StageResult(out, languages, None)
     device, folder = setup.device, setup.data

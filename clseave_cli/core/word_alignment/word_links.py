@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from clseave_cli.core.data.records import (
     require_language,
     split_path,
 )
-from clseave_cli.core.files import atomic_file
+from clseave_cli.core.files import atomic_file, locked_target, writing
 from clseave_cli.core.training.precision import resolve_device
 from clseave_cli.core.word_alignment.aligner import WordAligner, load_aligner
 from clseave_cli.core.word_alignment.links import AlignmentScore, Links, read_links, score
@@ -34,6 +36,9 @@ from clseave_cli.progress import SILENT, Progress
 _SEPARATOR = "|||"
 #: Tried by --search: mBERT is best at the first, encoders made for similarity at the last ones.
 _THRESHOLDS = (0.001, 0.01, 0.05, 0.1, 0.2, 0.3)
+#: The lines of what `word-align` writes, which it may replace: links, and words.
+_LINKS = re.compile(r"(\d+-\d+( |$))*")
+_WORDS = re.compile(r"(.*\|\|\|.*)?")
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,27 @@ def align_words(config: WordAlignConfig, progress: Progress = SILENT) -> WordAli
     """
     if config.search and (config.gold is None or config.alignments is not None):
         raise UsageError("--search: needs --gold to compare with, and no --alignments.")
+    inputs = [path for path in (config.input, config.alignments, config.gold) if path is not None]
+    with ExitStack() as stack:
+        for target, kind in ((config.out, _LINKS), (config.words, _WORDS)):
+            if target is None:
+                continue
+            if any(target.resolve() == path.resolve() for path in inputs):
+                raise UsageError(f"{target}: is both input and output; choose another file.")
+            if target.exists() and not kind.fullmatch(_first_line(target)):
+                raise UsageError(
+                    f"{target}: is there already, with something else in it; choose another file."
+                )
+            stack.enter_context(locked_target(target))
+        return _align_words(config, progress)
+
+
+def _first_line(path: Path) -> str:
+    with writing(path), path.open(encoding="utf-8", errors="replace") as stream:
+        return stream.readline(1 << 20).rstrip("\n")
+
+
+def _align_words(config: WordAlignConfig, progress: Progress) -> WordAlignResult:
     text = _read_file(config.input) if config.input is not None else _read_data(config, progress)
     sources, source_of_pair = distinct(text.sources)
     targets, target_of_pair = distinct(text.targets)
