@@ -186,7 +186,7 @@ def image_features(
         split: N rows.
         photos: `Photos.of` the split.
         autocast: the arithmetic.
-        progress: told about what is computed.
+        progress: reports what is computed.
 
     Raises:
         DataError: an image is damaged; the line that names it is in the message.
@@ -240,8 +240,8 @@ def sentence_embeddings(
 
     def compute(missing: npt.NDArray[np.intp]) -> Iterator[Tensor]:
         for start in range(0, len(missing), _SENTENCES_AT_ONCE):
-            some = missing[start : start + _SENTENCES_AT_ONCE]
-            tokens = encoder.tokenize([sentences[i] for i in some])
+            chunk = missing[start : start + _SENTENCES_AT_ONCE]
+            tokens = encoder.tokenize([sentences[i] for i in chunk])
             with torch.no_grad(), autocast():
                 for embeddings in encoder.embed(tokens):
                     yield embeddings.float().cpu()
@@ -326,7 +326,7 @@ class VectorCache:
             keys: (U,) see `packed_keys`.
             compute: yields the vectors of the given items in order, in batches of any size.
             description: what the progress bar says.
-            progress: told about what is computed.
+            progress: reports what is computed.
 
         Raises:
             ClseaveError: the disk is full, or does not keep what is written.

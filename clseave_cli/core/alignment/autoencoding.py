@@ -49,7 +49,7 @@ class _States:
         self._tokens = TokenTable.concatenate([part.tokens for part in sentences])
         first = [part.first_token for part in sentences]
         counts = [_kept_counts(part) for part in sentences]
-        self._first_token = np.concatenate([own[own != NONE] for own in first])
+        self._first_token = np.concatenate([tokens[tokens != NONE] for tokens in first])
         self._offsets = np.cumsum([0, *np.concatenate(counts)])
 
     def __len__(self) -> int:
@@ -98,7 +98,7 @@ def autoencode(config: AutoencodeConfig, progress: Progress = SILENT) -> StageRe
     for lang in languages:
         for kind, sentences in _read(folder, lang, config, inputs, progress).items():
             parts[kind].append(find_tokens(encoder, split_words(sentences, lang)))
-    training, dev = (_States(encoder, own) for own in parts.values())
+    training, dev = (_States(encoder, sentences) for sentences in parts.values())
     with Run("autoencode", out, config, inputs) as run:
         torch.manual_seed(config.seed)
         autoencoder = Autoencoder(encoder.state_width, teacher.text.state_width, config.code).to(
@@ -135,7 +135,7 @@ def _read(
     progress: Progress,
 ) -> dict[str, list[str]]:
     """The distinct training and dev sentences of a language; notes the digests of the files."""
-    found = {}
+    sentences = {}
     for kind, name in (("train", config.train_split), ("dev", config.dev_split)):
         split = read_split(
             folder,
@@ -147,8 +147,8 @@ def _read(
             progress=progress,
         )
         inputs[split.path.name] = split.digest
-        found[kind] = distinct(split.hypotheses)[0]
-    return found
+        sentences[kind] = distinct(split.hypotheses)[0]
+    return sentences
 
 
 def _kept_counts(sentences: WordTokens) -> Rows:

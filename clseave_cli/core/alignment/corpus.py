@@ -312,20 +312,22 @@ class Corpus:
             text: its rows.
             weight: of its pairs in the loss, on average.
         """
-        target, known = text.target, self._sources
+        target, numbers = text.target, self._sources
         sentences = tokenize_sentences(
             self._student, target.hypotheses, target.where, self._progress
         )
-        sources = np.array([known.setdefault(s, len(known)) for s in text.sources], dtype=np.intp)
-        pair_ids, counts = np.unique(sentences.index * len(known) + sources, return_counts=True)
-        of_pair = np.divmod(pair_ids, len(known))
+        sources = np.array(
+            [numbers.setdefault(s, len(numbers)) for s in text.sources], dtype=np.intp
+        )
+        pair_ids, counts = np.unique(sentences.index * len(numbers) + sources, return_counts=True)
+        of_pair = np.divmod(pair_ids, len(numbers))
         part = LanguagePairs(target.lang, sentences.tokens, *of_pair, counts, weight)
         self._parts.append(part)
         return part
 
     def add_source(self, source_lang: str) -> LanguagePairs:
         """Takes in every source sentence so far as its own translation."""
-        everyone = np.arange(len(self._sources))
+        every_source = np.arange(len(self._sources))
         standing = np.concatenate([np.repeat(p.source_of_pair, p.counts) for p in self._parts])
         sentences = tokenize_sentences(
             self._student,
@@ -333,8 +335,8 @@ class Corpus:
             lambda _: f"the {source_lang} sentences",
             self._progress,
         )
-        counts = np.bincount(standing, minlength=len(everyone))
-        part = LanguagePairs(source_lang, sentences.tokens, everyone, everyone, counts)
+        counts = np.bincount(standing, minlength=len(every_source))
+        part = LanguagePairs(source_lang, sentences.tokens, every_source, every_source, counts)
         self._parts.append(part)
         return part
 
@@ -386,7 +388,7 @@ class Corpus:
             Features(vectors, np.concatenate(sources)),
             torch.from_numpy(np.concatenate(weights)).float(),
             tuple(part.lang for part in self._parts),
-            np.repeat(np.arange(len(self._parts)), [len(some) for some in sources]),
+            np.repeat(np.arange(len(self._parts)), [len(part) for part in sources]),
             np.concatenate(distinct_pairs),
         )
 

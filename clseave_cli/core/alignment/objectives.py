@@ -164,9 +164,9 @@ def contrastive(embeddings: Tensor, batch: SentenceBatch) -> Tensor:
     source sentence into several languages are all its positives, each a term of its own (Khosla
     et al. 2020, eq. 2).
     """
-    ours = functional.normalize(embeddings, dim=1)
-    theirs = functional.normalize(batch.teacher, dim=1)
-    logits = ours @ theirs.T / _TEMPERATURE  # (B, S)
+    students = functional.normalize(embeddings, dim=1)
+    teachers = functional.normalize(batch.teacher, dim=1)
+    logits = students @ teachers.T / _TEMPERATURE  # (B, S)
     to_teacher = functional.cross_entropy(logits, batch.source, reduction="none")
     to_student = -logits.log_softmax(dim=0).gather(1, batch.source[:, None])[:, 0]
     return (to_teacher + to_student) / 2

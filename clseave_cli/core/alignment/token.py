@@ -142,7 +142,7 @@ class TokenCorpus:
         self._source_lang = source_lang
         self._config = config
         self._progress = progress
-        self._found_aligner: WordAligner | None = None
+        self._made_aligner: WordAligner | None = None
         self._parts: list[_Linked] = []
 
     def add(self, text: Parallel, part: LanguagePairs, sources: Sequence[str]) -> dict[str, str]:
@@ -163,18 +163,18 @@ class TokenCorpus:
         lang = text.target.lang
         inputs = {}
         targets, target_of_row = distinct(text.target.hypotheses)
-        own, source_of_pair = np.unique(part.source_of_pair, return_inverse=True)
-        own_sources = split_words([sources[number] for number in own], self._source_lang)
+        numbers, source_of_pair = np.unique(part.source_of_pair, return_inverse=True)
+        source_words = split_words([sources[number] for number in numbers], self._source_lang)
         words = split_words(targets, lang)
         pairs = np.stack([source_of_pair, part.sentence_of_pair])
         if self._config.alignments is not None:
             path = Path(str(self._config.alignments).replace("{lang}", lang))
             inputs[f"alignments: {lang}"] = file_digest(path)
-            numbers = {source: number for number, source in enumerate(own_sources.sentences)}
-            source_of_row = np.array([numbers[source] for source in text.sources])
+            places = {source: place for place, source in enumerate(source_words.sentences)}
+            source_of_row = np.array([places[source] for source in text.sources])
             links = read_links(
                 path,
-                np.stack([own_sources.counts[source_of_row], words.counts[target_of_row]], axis=1),
+                np.stack([source_words.counts[source_of_row], words.counts[target_of_row]], axis=1),
                 text=str(text.target.path),
                 lines=text.target.lines,
                 num_lines=text.target.num_lines,
@@ -182,13 +182,13 @@ class TokenCorpus:
                 progress=self._progress,
             )
             # A pair that stands in several rows has the links of the first.
-            _, row = np.unique(target_of_row * len(own) + source_of_row, return_index=True)
+            _, row = np.unique(target_of_row * len(numbers) + source_of_row, return_index=True)
             links = links.take(row)
         else:
             aligner = self._aligner()
             inputs["aligner"] = aligner.digest
             links = aligner.align(
-                own_sources,
+                source_words,
                 words,
                 pairs,
                 description=f"{lang}: word alignment",
@@ -223,8 +223,8 @@ class TokenCorpus:
 
     def _aligner(self) -> WordAligner:
         config = self._config
-        if self._found_aligner is None:
-            self._found_aligner = (
+        if self._made_aligner is None:
+            self._made_aligner = (
                 WordAligner(
                     self._student,
                     config.student,
@@ -234,7 +234,7 @@ class TokenCorpus:
                 if config.aligner is None
                 else load_aligner(config, config.aligner, self._student.device, self._progress)
             )
-        return self._found_aligner
+        return self._made_aligner
 
     def _take(self, links: Links, words: Words, part: LanguagePairs) -> None:
         sentence = part.sentence_of_pair[links.pairs]

@@ -29,7 +29,7 @@ from clseave_cli.core.models.tokens import Filling
 from clseave_cli.core.models.weights import load, load_linear, save_weights
 from clseave_cli.errors import ModelError
 
-# Loading and saving are told of by `progress.Progress`, not by transformers' own bars and warnings.
+# `progress.Progress` reports loading and saving, not transformers' bars and warnings.
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
@@ -54,7 +54,7 @@ def load_clip_text(name: str | Path, saved: Mapping[str, Any] | None = None) -> 
         saved: as for `reading`.
 
     Raises:
-        ModelError: it cannot be found or read, or is of no layout that is known.
+        ModelError: it cannot be found or read, or has an unknown layout.
     """
     layout, is_whole = _layout(name, "text")
     tower = layout.text_parts(*_load_tower(name, layout, "text", is_whole))
@@ -65,7 +65,7 @@ def load_clip_image(name: str | Path) -> ImageEncoder:
     """The image tower of a CLIP-like model, or one saved by itself, with its preprocessing.
 
     Raises:
-        ModelError: it cannot be found or read, or is of no layout that is known.
+        ModelError: it cannot be found or read, or has an unknown layout.
     """
     layout, is_whole = _layout(name, "vision")
     tower = layout.image_parts(*_load_tower(name, layout, "image", is_whole))
@@ -142,14 +142,14 @@ def terminal_id(tokenizer: Any) -> int:
     Raises:
         ModelError: the tokenizer has no such token, or does not append it.
     """
-    known = {tokenizer.sep_token_id, tokenizer.eos_token_id} - {None}
-    if not known:
+    end_ids = {tokenizer.sep_token_id, tokenizer.eos_token_id} - {None}
+    if not end_ids:
         raise ModelError(
             f"{tokenizer.name_or_path}: its tokenizer has neither a [SEP] nor an end-of-sentence "
             "token."
         )
     last = tokenizer.backend_tokenizer.encode("a").ids[-1]
-    if last not in known:
+    if last not in end_ids:
         raise ModelError(
             f"{tokenizer.name_or_path}: its tokenizer does not end a text in its [SEP] or "
             "end-of-sentence token."
@@ -195,9 +195,9 @@ def _first(model: Any, tokenizer: Any) -> int | None:
         wanted = model(**inputs).last_hidden_state
         for first in _possible_firsts(model):
             positions = torch.arange(first, first + ids.shape[1])[None]
-            found = model(**inputs, position_ids=positions).last_hidden_state
+            states = model(**inputs, position_ids=positions).last_hidden_state
             # The same computation, or another one: there is next to nothing between them.
-            if torch.allclose(found, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max())):
+            if torch.allclose(states, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max())):
                 return first
     return None
 
@@ -292,7 +292,7 @@ def _fast_tokenizer(name: str | Path) -> Any:
             f"{name}: has no fast tokenizer (tokenizer.json); convert it first."
         ) from None
     if any(fast(text)["input_ids"] != tokenizer(text)["input_ids"] for text in _PROBES):
-        raise ModelError(f"{name}: its tokenizer.json gives other tokens than its own tokenizer.")
+        raise ModelError(f"{name}: its tokenizer.json gives other tokens than its slow tokenizer.")
     return fast
 
 

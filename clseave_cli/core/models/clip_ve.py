@@ -70,7 +70,7 @@ class ClipVE(nn.Module):
             source_lang: the language it will be trained in.
 
         Raises:
-            ModelError: the model cannot be loaded or is of no layout that is known.
+            ModelError: the model cannot be loaded or has an unknown layout.
         """
         text, image = backbones.load_clip_text(name), backbones.load_clip_image(name)
         head = EntailmentHead(HeadConfig(embedding_dim=text.embedding_dim))

@@ -369,10 +369,10 @@ def load_autoencoder(folder: Path, wanted: Autoencoder) -> tuple[Autoencoder, st
         ModelError: missing, damaged, or of another shape.
     """
     with unsealed(folder, AUTOENCODER) as config:
-        found = config["state_width"], config["code_width"], config["code"]
-        if found != (*wanted.widths, wanted.code):
+        shape = config["state_width"], config["code_width"], config["code"]
+        if shape != (*wanted.widths, wanted.code):
             raise ModelError(
-                f"{folder}: an autoencoder of {found[0]} to {found[1]}, code {found[2]}; needed "
+                f"{folder}: an autoencoder of {shape[0]} to {shape[1]}, code {shape[2]}; needed "
                 f"here: {wanted.widths[0]} to {wanted.widths[1]}, code {wanted.code} "
                 "(--student, --teacher and --code decide)."
             )

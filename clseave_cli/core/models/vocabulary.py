@@ -232,11 +232,11 @@ def _renumbered(content: dict[str, Any], new_id: dict[int, int]) -> dict[str, An
     if model.get("unk_id") is not None:
         model["unk_id"] = new_id[model["unk_id"]]
     if model["type"] == "BPE":
-        known = model["vocab"]
+        vocabulary = model["vocab"]
         model["merges"] = [
             list(pair)
             for pair in _merges(model)
-            if all(token in known for token in (*pair, _joined(*pair, model)))
+            if all(token in vocabulary for token in (*pair, _joined(*pair, model)))
         ]
     return {
         **content,

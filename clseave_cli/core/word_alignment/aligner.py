@@ -171,7 +171,7 @@ def _batches(
     sides: tuple[WordTokens, WordTokens], pairs: npt.NDArray[np.intp]
 ) -> Iterator[npt.NDArray[np.intp]]:
     """The pairs in batches of like lengths: what is padded is computed for nothing."""
-    source, target = (side.tokens.lengths(own) for side, own in zip(sides, pairs, strict=True))
+    source, target = (side.tokens.lengths(rows) for side, rows in zip(sides, pairs, strict=True))
     order = np.lexsort([target, source])
     for start in range(0, len(order), _PAIRS):
         yield order[start : start + _PAIRS]

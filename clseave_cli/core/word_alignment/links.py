@@ -57,8 +57,8 @@ class Links:
     def lines(self) -> Iterator[str]:
         """Each pair's line of the Pharaoh format."""
         for start, end in zip(self.offsets[:-1], self.offsets[1:], strict=True):
-            own = zip(self.words[start:end].tolist(), self.sure[start:end], strict=True)
-            yield " ".join(f"{i}{'-' if sure else 'p'}{j}" for (i, j), sure in own)
+            links = zip(self.words[start:end].tolist(), self.sure[start:end], strict=True)
+            yield " ".join(f"{i}{'-' if sure else 'p'}{j}" for (i, j), sure in links)
 
 
 def read_links(
@@ -153,10 +153,10 @@ def _parse(item: str, first_word: int, sizes: list[int]) -> tuple[tuple[int, int
 
 @dataclass(frozen=True)
 class AlignmentScore:
-    """Agreement of found links A with the sure links S and the possible ones P, of which S is part.
+    """Agreement of links A with the sure links S and the possible ones P, of which S is part.
 
     Attributes:
-        precision: |A ∩ P| / |A|, the share of found links that are possible; 0 of none.
+        precision: |A ∩ P| / |A|, the share of links that are possible; 0 of none.
         recall: |A ∩ S| / |S|, the share of sure links that are found.
         error_rate: the alignment error rate, 1 − (|A ∩ S| + |A ∩ P|) / (|A| + |S|).
         num_pairs: sentence pairs.
@@ -174,28 +174,26 @@ class AlignmentScore:
     num_possible: int
 
 
-def score(found: Links, gold: Links) -> AlignmentScore:
-    """Compares found links with gold ones of the same P pairs; one given twice counts once.
+def score(links: Links, gold: Links) -> AlignmentScore:
+    """Compares links with gold ones of the same P pairs; one given twice counts once.
 
     Raises:
         DataError: there is no sure gold link, so nothing can be recalled.
     """
-    width = 1 + max(
-        (int(links.words.max()) for links in (found, gold) if links.words.size), default=0
-    )
-    links = _keys(found, width)
+    width = 1 + max((int(each.words.max()) for each in (links, gold) if each.words.size), default=0)
+    keys = _keys(links, width)
     possible = _keys(gold, width)
     sure = _keys(gold, width, gold.sure)
     if not len(sure):
         raise DataError("the gold links hold no sure link (i-j); nothing can be scored.")
-    found_sure = len(np.intersect1d(links, sure, assume_unique=True))
-    found_possible = len(np.intersect1d(links, possible, assume_unique=True))
+    sure_hits = len(np.intersect1d(keys, sure, assume_unique=True))
+    possible_hits = len(np.intersect1d(keys, possible, assume_unique=True))
     return AlignmentScore(
-        precision=found_possible / len(links) if len(links) else 0.0,
-        recall=found_sure / len(sure),
-        error_rate=1 - (found_sure + found_possible) / (len(links) + len(sure)),
+        precision=possible_hits / len(keys) if len(keys) else 0.0,
+        recall=sure_hits / len(sure),
+        error_rate=1 - (sure_hits + possible_hits) / (len(keys) + len(sure)),
         num_pairs=len(gold),
-        num_found=len(links),
+        num_found=len(keys),
         num_sure=len(sure),
         num_possible=len(possible),
     )

@@ -50,8 +50,8 @@ class Words:
     def of(self, sentence: int) -> list[str]:
         """The words of one sentence."""
         text = self.sentences[sentence]
-        own = slice(self.offsets[sentence], self.offsets[sentence + 1])
-        return [text[a:b] for a, b in zip(self.starts[own], self.ends[own], strict=True)]
+        span = slice(self.offsets[sentence], self.offsets[sentence + 1])
+        return [text[a:b] for a, b in zip(self.starts[span], self.ends[span], strict=True)]
 
 
 def split_words(sentences: Sequence[str], lang: str | None = None) -> Words:
@@ -182,8 +182,10 @@ def find_tokens(encoder: SentenceEncoder, words: Words) -> WordTokens:
     word_starts = np.append(words.starts + begins[sentence_of_word], begins[-1])
     inside = (ends > starts) & (word_starts[word] < ends + begins[sentence_of_token])
     first_token = np.full(len(words.starts), NONE, dtype=np.int64)
-    own, first = np.unique(word[inside], return_index=True)
-    first_token[own] = (np.arange(len(word)) - tokens.offsets[sentence_of_token])[inside][first]
+    words_inside, first = np.unique(word[inside], return_index=True)
+    first_token[words_inside] = (np.arange(len(word)) - tokens.offsets[sentence_of_token])[inside][
+        first
+    ]
     word_of_token = np.where(inside, word - words.offsets[sentence_of_token], NONE)
     return WordTokens(tokens, word_of_token, first_token, words)
 
