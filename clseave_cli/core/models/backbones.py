@@ -69,8 +69,7 @@ def load_clip_image(name: str | Path) -> ImageEncoder:
     """
     layout, is_whole = _layout(name, "vision")
     tower = layout.image_parts(*_load_tower(name, layout, "image", is_whole))
-    # Pillow's resampling, always: torchvision's differs, and so would every feature.
-    return _image_encoder(tower, load(name, _of(layout.processor)))
+    return _image_encoder(tower, load(name, layout.loader("processor")))
 
 
 def load_clip(name: str | Path) -> tuple[Any, SentenceEncoder, ImageEncoder]:
@@ -85,12 +84,12 @@ def load_clip(name: str | Path) -> tuple[Any, SentenceEncoder, ImageEncoder]:
             f"{name}: SigLIP was trained with another loss than CLIP's, by which `pretrain` would "
             "spoil it; give it to finetune-ve as it is."
         )
-    model = load(name, _of(layout.whole), **_LOADING)
+    model = load(name, layout.loader("whole"), **_LOADING)
     text, image = _split(model, layout, "text"), _split(model, layout, "image")
     return (
         model,
         _text_encoder(layout.text_parts(*text), _load_tokenizer(name), {}),
-        _image_encoder(layout.image_parts(*image), load(name, _of(layout.processor))),
+        _image_encoder(layout.image_parts(*image), load(name, layout.loader("processor"))),
     )
 
 
@@ -232,15 +231,10 @@ def _load_tower(
 ) -> tuple[Any, Any]:
     """A tower, and its projection where that lies outside."""
     if layout.projects_outside and is_whole:
-        return _split(load(name, _of(layout.whole), **_LOADING), layout, part)
+        return _split(load(name, layout.loader("whole"), **_LOADING), layout, part)
     # Chinese-CLIP's pooling layer is not used, and not there where the tower was saved by itself.
-    tower = load(name, _of(getattr(layout, part)), may_lack="pooler.", **_LOADING)
+    tower = load(name, layout.loader(part), may_lack="pooler.", **_LOADING)
     return tower, load_linear(Path(name, PROJECTION)) if layout.projects_outside else None
-
-
-def _of(class_name: str) -> Callable[..., Any]:
-    loader: Callable[..., Any] = getattr(transformers, class_name).from_pretrained
-    return loader
 
 
 def _split(model: Any, layout: Layout, part: Literal["text", "image"]) -> tuple[Any, Any]:
@@ -292,7 +286,7 @@ def _fast_tokenizer(name: str | Path) -> Any:
             f"{name}: has no fast tokenizer (tokenizer.json); convert it first."
         ) from None
     if any(fast(text)["input_ids"] != tokenizer(text)["input_ids"] for text in _PROBES):
-        raise ModelError(f"{name}: its tokenizer.json gives other tokens than its slow tokenizer.")
+        raise ModelError(f"{name}: its tokenizer.json gives other tokens than its own tokenizer.")
     return fast
 
 
@@ -343,25 +337,34 @@ class Layout:
     """A family of models.
 
     Attributes:
-        whole: transformers' class of the whole model, by name: a family's code is imported only
-            when it is used.
-        text: its class of the text tower by itself.
-        image: its class of the image tower by itself.
-        processor: its image processor with Pillow's resampling.
+        prefix: how the names of its transformers classes begin; the code of a family is imported
+            only when it is used.
         text_parts: takes a text tower (and its projection, if that lies outside) apart.
         image_parts: takes an image tower apart likewise.
+        tower_suffix: how the names of its towers' classes end.
+        processor: prefix of its image processor; None: the same.
         projects_outside: the projections belong to the whole model, not to the towers.
         contrastive: trained with the loss that `pretrain` has.
     """
 
-    whole: str
-    text: str
-    image: str
-    processor: str
+    prefix: str
     text_parts: Callable[[Any, Any], TextTower]
     image_parts: Callable[[Any, Any], ImageTower]
+    tower_suffix: str = ""
+    processor: str | None = None
     projects_outside: bool = False
     contrastive: bool = True
+
+    def loader(self, part: Literal["whole", "text", "image", "processor"]) -> Callable[..., Any]:
+        """What loads a part; pictures are resampled by Pillow, or every feature would differ."""
+        name = {
+            "whole": f"{self.prefix}Model",
+            "text": f"{self.prefix}TextModel{self.tower_suffix}",
+            "image": f"{self.prefix}VisionModel{self.tower_suffix}",
+            "processor": f"{self.processor or self.prefix}ImageProcessorPil",
+        }[part]
+        loader: Callable[..., Any] = getattr(transformers, name).from_pretrained
+        return loader
 
 
 class _Projected:
@@ -460,48 +463,13 @@ def _projected_image(tower: Any, projection: nn.Linear) -> ImageTower:
 
 #: By the `model_type` of the whole model; that of a tower ends in `_text_model`, `_vision_model`.
 LAYOUTS = {
-    "clip": Layout(
-        "CLIPModel",
-        "CLIPTextModelWithProjection",
-        "CLIPVisionModelWithProjection",
-        "CLIPImageProcessorPil",
-        _clip_text,
-        _clip_image,
-    ),
-    "siglip": Layout(
-        "SiglipModel",
-        "SiglipTextModel",
-        "SiglipVisionModel",
-        "SiglipImageProcessorPil",
-        _siglip_text,
-        _siglip_image,
-        contrastive=False,
-    ),
-    "siglip2": Layout(
-        "Siglip2Model",
-        "Siglip2TextModel",
-        "Siglip2VisionModel",
-        "Siglip2ImageProcessorPil",
-        _siglip_text,
-        _siglip2_image,
-        contrastive=False,
-    ),
+    "clip": Layout("CLIP", _clip_text, _clip_image, tower_suffix="WithProjection"),
+    "siglip": Layout("Siglip", _siglip_text, _siglip_image, contrastive=False),
+    "siglip2": Layout("Siglip2", _siglip_text, _siglip2_image, contrastive=False),
     "chinese_clip": Layout(
-        "ChineseCLIPModel",
-        "ChineseCLIPTextModel",
-        "ChineseCLIPVisionModel",
-        "ChineseCLIPImageProcessorPil",
-        _chinese_clip_text,
-        _projected_image,
-        projects_outside=True,
+        "ChineseCLIP", _chinese_clip_text, _projected_image, projects_outside=True
     ),
     "altclip": Layout(
-        "AltCLIPModel",
-        "AltCLIPTextModel",
-        "AltCLIPVisionModel",
-        "CLIPImageProcessorPil",
-        _altclip_text,
-        _projected_image,
-        projects_outside=True,
+        "AltCLIP", _altclip_text, _projected_image, processor="CLIP", projects_outside=True
     ),
 }
