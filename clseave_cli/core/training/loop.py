@@ -366,7 +366,7 @@ class _Run:
             stream.write(json.dumps(entry) + "\n")
         self.show(entry)
 
-    def _tracker(self) -> AbstractContextManager[Callable[[dict[str, Any]], None]]:
+    def _tracker(self) -> AbstractContextManager[Callable[[dict[str, Any]], object]]:
         # Several processes are one run.
         config = self.config if self.processes.is_rank_0 else replace(self.config, tracker="none")
         return tracker(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import io
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ def require(name: str) -> None:
 @contextmanager
 def tracker(
     config: TrainingConfig, *, title: str, folder: Path, first_step: int, progress: Progress
-) -> Iterator[Callable[[dict[str, Any]], None]]:
+) -> Iterator[Callable[[dict[str, Any]], object]]:
     """What shows records of `metrics.jsonl` in `config.tracker`, until that fails once."""
     calls: list[Callable[..., Any]] = []  # to show a step's numbers, and to close
 
@@ -48,17 +48,11 @@ def tracker(
             progress.note(f"--tracker {config.tracker}: {told}")
             calls.clear()
 
-    if config.tracker == "tensorboard":
-        calls += attempt(_tensorboard, folder, first_step) or ()
-    elif config.tracker != "none":
-        calls += attempt(_hosted, config, title) or ()
-
-    def show(record: dict[str, Any]) -> None:
-        for call in calls[:1]:
-            attempt(call, record["step"], _numbers(record))
+    if config.tracker != "none":
+        calls += attempt(_open, config, title, folder, first_step) or ()
 
     try:
-        yield show
+        yield lambda record: [attempt(c, record["step"], _numbers(record)) for c in calls[:1]]
     finally:
         for close in calls[1:]:
             attempt(close)
@@ -70,19 +64,15 @@ def _numbers(record: dict[str, Any]) -> dict[str, float]:
     return {k: v for k, v in (record | dev).items() if isinstance(v, int | float) and k != "step"}
 
 
-def _tensorboard(folder: Path, first_step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
+def _open(config: TrainingConfig, title: str, folder: Path, first_step: int) -> Any:
+    if config.tracker == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
 
-    # What an interrupted run wrote after the state it continues from is hidden.
-    writer = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=first_step)
-    show: Any = writer.add_scalar
-    return lambda step, numbers: [show(*item, step) for item in numbers.items()], writer.close
-
-
-def _hosted(config: TrainingConfig, title: str) -> Any:
+        # The step hides what an interrupted run wrote after its last state.
+        writer: Any = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=first_step)
+        return lambda step, n: [writer.add_scalar(*item, step) for item in n.items()], writer.close
     service: Any = importlib.import_module(config.tracker)
-    numbers = _numbers(dataclasses.asdict(config))
+    settings = {"settings": service.Settings(**_WANDB)} if config.tracker == "wandb" else {}
     project = os.environ.get("WANDB_PROJECT") or "clseave"
-    hides = {"settings": service.Settings(**_WANDB)} if config.tracker == "wandb" else {}
-    run = service.init(project=project, name=title, config=numbers, **hides)
+    run = service.init(project=project, name=title, config=_numbers(asdict(config)), **settings)
     return lambda step, numbers: run.log(numbers, step=step), run.finish
