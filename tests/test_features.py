@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_world import Notes, edit_row, flip_byte, warm_processes
 
+from clseave_cli.core import features
 from clseave_cli.core.data.images import ImageFolder
 from clseave_cli.core.data.records import distinct, read_split
 from clseave_cli.core.features import (
@@ -366,3 +367,25 @@ def test_the_cache_lies_where_the_environment_says(cache, monkeypatch):
     monkeypatch.setenv("CLSEAVE_CACHE", "")
     monkeypatch.setenv("HOME", "/somewhere")
     assert str(cache_root()) == "/somewhere/.cache/clseave"
+
+
+def test_a_photo_replaced_while_it_is_read_is_not_kept(data, image, cache):
+    split = read_split(data, "dev")
+    photos = Photos.of(split, ImageFolder.of(data, None))
+    shutil.copy(data / "images" / "test1.png", photos.paths[0])
+    exact = autocast("fp32", torch.device("cpu"))
+    with pytest.raises(DataError, match=r"snli_ve_dev.jsonl:1: .*replaced since it was first read"):
+        image_features(image, split, photos, autocast=exact)
+    assert not list(cache.rglob("*.safetensors"))
+
+
+def test_a_shard_is_read_through_once_for_all_languages(text, monkeypatch):
+    digested = []
+    digest = features.file_digest
+    monkeypatch.setattr(
+        features, "file_digest", lambda path, size: digested.append(path) or digest(path, size)
+    )
+    for _ in range(3):
+        exact = autocast("fp32", torch.device("cpu"))
+        sentence_embeddings(text, SENTENCES[1:], autocast=exact, description="")
+    assert len(digested) == 1

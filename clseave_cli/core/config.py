@@ -20,10 +20,8 @@ Tracking = Literal["none", "tensorboard", "wandb", "trackio"]
 #: Which hidden state stands for a sentence: the last token's (thesis 3.3.1), the first token's
 #: (BERT's [CLS]), or the mean over all its tokens, special ones included (Sentence-BERT).
 Pooling = Literal["terminal", "cls", "mean"]
-#: From there to the embedding: one matrix (thesis 3.3.1), or two with a GELU between them.
-Projection = Literal["linear", "mlp"]
 #: What the student's sentence embedding is pulled towards (docs/methods.md).
-ObjectiveName = Literal["mse", "cosine", "mse+cosine", "contrastive", "head-aware"]
+ObjectiveName = Literal["mse", "cosine", "mse+cosine", "contrastive"]
 #: What of a sentence is aligned: its embedding (thesis 3.3), its words (3.2), or both.
 Method = Literal["sentence", "token", "sentence+token"]
 #: How a state of the student becomes one of the teacher's width.
@@ -76,19 +74,36 @@ class StageConfig:
     precision: Precision = option("auto", "Arithmetic of the matrix products.")
 
     def __post_init__(self) -> None:
-        """Turns a 0 that means "off" into None, and refuses numbers that are too small.
+        """Takes what Python callers like to give, turns a 0 that means "off" into None.
+
+        A list becomes a tuple, a single text where several are taken a tuple of one; a path and a
+        text become what the field is.
 
         Raises:
-            UsageError: one is; names the flag.
+            UsageError: a number is too small; names the flag.
         """
         for part in dataclasses.fields(self):
-            value, least = getattr(self, part.name), part.metadata["least"]
+            value, least = (
+                _of_type(str(part.type), getattr(self, part.name)),
+                part.metadata["least"],
+            )
+            object.__setattr__(self, part.name, value)
             if part.metadata["zero_is_off"] and value == 0:
                 object.__setattr__(self, part.name, None)
             elif least is not None and value is not None and not value >= least:
                 flag = part.metadata["flag"] or "--" + part.name.replace("_", "-")
                 off = ", or 0 for off" if part.metadata["zero_is_off"] else ""
                 raise UsageError(f"{flag} {value}: expected at least {least}{off}.")
+
+
+def _of_type(declared: str, value: Any) -> Any:
+    """A value as its field declares it, where it is a path, a text, or several of them."""
+    if declared.startswith("tuple["):
+        many = (value,) if isinstance(value, str | Path) else tuple(value)
+        return tuple(_of_type(declared.removeprefix("tuple[").split(",")[0], v) for v in many)
+    if isinstance(value, Path) and declared.startswith("str"):
+        return str(value)
+    return Path(value) if isinstance(value, str) and declared.startswith("Path") else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -443,11 +458,7 @@ class StudentConfig(TrainingConfig, DataConfig, TokenConfig):
         None, "CLIP-VE folder to imitate; unset: RUNS/clip-ve.", metavar="DIR"
     )
     objective: ObjectiveName = option("mse", "What the student is pulled towards.")
-    head_weight: float = option(
-        0.02, "head-aware: weight of what the head would answer, beside the squared error.", least=0
-    )
     pooling: Pooling = option("terminal", "Which hidden state stands for the sentence.")
-    projection: Projection = option("linear", "How it becomes the embedding.")
     include_english: bool = option(
         False, "Train on the teacher's sentences too, as their own translations."
     )
@@ -462,9 +473,6 @@ class StudentConfig(TrainingConfig, DataConfig, TokenConfig):
     )
     sampling_temperature: float = option(
         5.0, "temperature: shares as the pairs to the power of 1/T; 1 is proportional.", least=1
-    )
-    parallel_batches: bool = option(
-        False, "Batches of source sentences, each with its translations into every language."
     )
     epoch_pairs: int | None = option(
         None, "Pairs in an epoch, repeats counted; unset: every pair once.", least=1
@@ -578,6 +586,9 @@ class WordAlignConfig(StageConfig, WordAlignerConfig):
     )
     gold: Path | None = option(
         None, "Score the links against those of this Pharaoh file.", metavar="FILE"
+    )
+    search: bool = option(
+        False, "With --gold: try every layer and several thresholds, and take the best."
     )
     gold_base: Literal["auto", "0", "1"] = option(
         "auto", "Number of a sentence's first word in --gold; auto: 1 where no word is 0."

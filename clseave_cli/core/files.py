@@ -328,13 +328,17 @@ def read_json(path: Path) -> Any:
     """Reads a JSON document that clseave wrote.
 
     Raises:
-        ModelError: the file is missing or not JSON.
+        ModelError: the file is missing, unreadable, no regular file, or not JSON.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for without end
+            raise ModelError(f"{path}: not a regular file.")
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file; is this a folder that clseave wrote?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror}).") from None
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: damaged, not valid JSON ({error}); make it again.") from None
 
 

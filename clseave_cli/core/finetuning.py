@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +12,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from clseave_cli.core.config import FinetuneConfig
-from clseave_cli.core.data.hub import data_folder
 from clseave_cli.core.data.images import ImageFolder
 from clseave_cli.core.data.records import Split, check_leak, read_split, require_language
 from clseave_cli.core.features import (
@@ -24,33 +22,30 @@ from clseave_cli.core.features import (
     image_features,
     tokenize_sentences,
 )
-from clseave_cli.core.files import json_digest, require_replaceable
+from clseave_cli.core.files import json_digest
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.packing import PackedBatch
 from clseave_cli.core.models.vocabulary import reduced_vocabulary
 from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
-from clseave_cli.core.training.precision import Autocast, autocast, resolve_device
-from clseave_cli.core.training.run import Run, finished_before, model_kind
+from clseave_cli.core.training.precision import Autocast
+from clseave_cli.core.training.run import Run, StageResult, set_up
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.labels import LABELS
 from clseave_cli.progress import SILENT, Progress
 
 
-@dataclass(frozen=True)
-class FinetuneResult:
-    """A finished CLIP-VE.
+class _Batch(NamedTuple):
+    """B pairs, made ready.
 
     Attributes:
-        folder: the model.
-        training: how the run went; None if it had been finished before.
+        sentences: this process's shard of the batch's S distinct hypotheses, packed.
+        num_sentences: S.
+        sentence_of_row: (B,) int64 into the S.
+        image_of_row: (B,) int64 into the split's distinct images.
+        labels: (B,) int64 ids of `labels.LABELS`.
     """
 
-    folder: Path
-    training: TrainingResult | None
-
-
-class _Batch(NamedTuple):
     sentences: PackedBatch
     num_sentences: int
     sentence_of_row: Tensor
@@ -68,17 +63,17 @@ class _Pairs:
 
     def batch(self, rows: Rows, model: ClipVE) -> _Batch:
         # A sentence that stands twice in a batch is encoded once; its gradients add up.
-        distinct, sentence_of_row = np.unique(self.sentences.index[rows], return_inverse=True)
+        sentences, sentence_of_row = np.unique(self.sentences.index[rows], return_inverse=True)
         return _Batch(
-            model.text.pack(self.sentences.tokens, processes().share(distinct)),
-            len(distinct),
+            model.text.pack(self.sentences.tokens, processes().shard(sentences)),
+            len(sentences),
             torch.from_numpy(sentence_of_row),
             torch.from_numpy(self.images.index[rows]),
             self.labels[torch.from_numpy(rows)],
         )
 
 
-def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> FinetuneResult:
+def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult:
     """Trains text tower, its projection and the head on cached features of the frozen image tower.
 
     Raises:
@@ -86,12 +81,11 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> FinetuneRes
     """
     require_language(config.source_lang, "--source-lang")
     out = config.out or config.runs / "clip-ve"
-    require_replaceable(out, model_kind("finetune-ve"), config)
-    if config.resume and finished_before(out, progress):
-        return FinetuneResult(out, None)
-    device = resolve_device(config.device)
-    team = processes()
-    folder = team.once(lambda: data_folder(config.data, progress))
+    languages = (config.source_lang,)
+    setup = set_up("finetune-ve", config, config.data, out, progress)
+    if setup is None:
+        return StageResult(out, languages, None)
+    device, folder = setup.device, setup.data
     train_split, dev_split = (
         read_split(folder, split, config.source_lang, skip_bad=config.skip_bad, progress=progress)
         for split in (config.train_split, config.dev_split)
@@ -110,15 +104,14 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> FinetuneRes
     for split, photos in splits:
         inputs |= {split.path.name: split.digest, f"photos: {split.name}": photos.digest()}
     with Run("finetune-ve", out, config, inputs) as run:
-        with_autocast = autocast(config.precision, device)
         train_pairs, dev_pairs = (
-            _prepare(model, split, photos, with_autocast, progress) for split, photos in splits
+            _prepare(model, split, photos, setup.autocast, progress) for split, photos in splits
         )
         train_vectors = train_pairs.images.vectors.all().to(device)
         dev_premises = dev_pairs.images.of_rows().to(device)
 
         def loss(batch: _Batch) -> Tensor:
-            sentences = team.spread(lambda: model.text(batch.sentences), batch.num_sentences)
+            sentences = processes().gather(lambda: model.text(batch.sentences), batch.num_sentences)
             logits = model(sentences[batch.sentence_of_row], train_vectors[batch.image_of_row])
             return torch.stack(
                 [functional.cross_entropy(logits, batch.labels), _accuracy(logits, batch.labels)]
@@ -147,7 +140,23 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> FinetuneRes
         with reduced_vocabulary(model.text, *tokens):
             result = train(stage, config, device=device, folder=run.folder, progress=progress)
         run.publish(model.save, _card(config, len(train_split), result))
-        return FinetuneResult(out, result)
+    _tell_if_nothing_was_learnt(config, dev_split, result, progress)
+    return StageResult(out, languages, result)
+
+
+def _tell_if_nothing_was_learnt(
+    config: FinetuneConfig, dev: Split, result: TrainingResult, progress: Progress
+) -> None:
+    """Says what to try where the photo made no difference: 1e-6 is for a long-trained CLIP."""
+    counts = np.bincount(dev.labels, minlength=len(LABELS))
+    majority = counts.max() / len(dev)
+    accuracy = result.dev["accuracy"]
+    if accuracy <= majority + 2 * math.sqrt(majority * (1 - majority) / len(dev)):
+        progress.note(
+            f"dev accuracy {accuracy:.1%}: no better than always saying {LABELS[counts.argmax()]} "
+            f"({majority:.1%}). A small CLIP, or one that `clseave pretrain` made, needs a larger "
+            f"learning rate than {config.learning_rate:g}: try --learning-rate 1e-4 or 1e-3."
+        )
 
 
 def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -9,9 +9,8 @@ import torch
 from tiny_world import ENCODER_SHAPE, flip_byte, tree
 
 from clseave_cli.core.models import backbones
-from clseave_cli.core.models.clip_ve import ClipVE, fingerprint
+from clseave_cli.core.models.clip_ve import ClipVE, EntailmentHead, HeadConfig, fingerprint
 from clseave_cli.core.models.encoders import module_digest
-from clseave_cli.core.models.head import EntailmentHead, HeadConfig
 from clseave_cli.core.models.scratch import ClipShape, new_clip, new_encoder
 from clseave_cli.core.models.student import find_students, load_student, new_student, save_student
 from clseave_cli.errors import ModelError
@@ -290,4 +289,4 @@ def test_a_student_is_known_by_its_config_not_by_its_name(runs):
     assert find_students(runs) == {"de": runs / "my german one", "nl": runs / "align-nl"}
     (runs / "align-nl" / "config.json").write_text("no JSON")
     with pytest.raises(ModelError, match=r"align-nl/config.json: damaged"):
-        find_students(runs)
+        load_student(find_students(runs)["nl"])

@@ -167,8 +167,8 @@ def test_bad_teachers_and_students_get_one_line(world, tmp_path, runs, refused):
 
 
 def test_a_head_of_another_width_is_refused(world, tmp_path, runs, refused):
+    from clseave_cli.core.models.clip_ve import EntailmentHead, HeadConfig
     from clseave_cli.core.models.folder import seal
-    from clseave_cli.core.models.head import EntailmentHead, HeadConfig
     from clseave_cli.core.models.weights import save_weights
 
     folder = runs / "clip-ve"

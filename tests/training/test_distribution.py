@@ -165,7 +165,7 @@ def test_contrastive_loss_sees_the_embeddings_of_all(stage, tmp_path, world, cls
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_shares_cover_everything_in_order(num_items, count):
     items = np.arange(10, 10 + num_items)
-    shares = [Processes(rank, count).share(items) for rank in range(count)]
+    shares = [Processes(rank, count).shard(items) for rank in range(count)]
     assert all(len(share) for share in shares) or not num_items
     assert np.concatenate(shares)[:num_items].tolist() == items.tolist()
 
@@ -173,7 +173,7 @@ def test_shares_cover_everything_in_order(num_items, count):
 def test_without_a_launcher_nothing_changes():
     alone = Processes()
     value = torch.ones(2, 3, requires_grad=True)
-    assert alone.spread(lambda: value, 2) is value
+    assert alone.gather(lambda: value, 2) is value
     assert alone.any(True, False) == (True, False)
     assert alone.once(lambda: 5) == 5
 

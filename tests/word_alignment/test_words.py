@@ -10,8 +10,7 @@ from clseave_cli.core.models import backbones
 from clseave_cli.core.models.student import new_student
 from clseave_cli.core.models.tokens import tokenize
 from clseave_cli.core.word_alignment import words as words_module
-from clseave_cli.core.word_alignment.places import NONE, find_tokens
-from clseave_cli.core.word_alignment.words import split_words
+from clseave_cli.core.word_alignment.words import NONE, find_tokens, split_words
 from clseave_cli.errors import ExtraMissing
 
 

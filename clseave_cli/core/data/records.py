@@ -124,13 +124,18 @@ class Parallel:
         )
 
 
+def is_language(lang: str) -> bool:
+    """Whether this is a language code such as `de`, `zh-Hant` or `pt-BR`."""
+    return _LANGUAGE.fullmatch(lang) is not None
+
+
 def require_language(lang: str, flag: str = "--lang") -> None:
     """Refuses what is no language code: it becomes part of file names.
 
     Raises:
         UsageError: not of the form `de`, `zh-Hant` or `pt-BR`; names the flag.
     """
-    if not _LANGUAGE.fullmatch(lang):
+    if not is_language(lang):
         raise UsageError(f"{flag} {lang}: not a language code; expected one such as de, ja or zh.")
 
 

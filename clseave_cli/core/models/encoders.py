@@ -58,7 +58,7 @@ class SentenceEncoder(nn.Module):
         backbone: Any,
         tokenizer: Any,
         norm: nn.Module,
-        projection: nn.Linear | nn.Sequential,
+        projection: nn.Linear,
         *,
         hub_model: Any,
         causal: bool,
@@ -113,8 +113,7 @@ class SentenceEncoder(nn.Module):
     @property
     def embedding_dim(self) -> int:
         """D."""
-        *_, last = self.projection.parameters()  # the last layer's bias or matrix: D rows
-        return len(last)
+        return int(self.projection.out_features)
 
     @property
     def state_width(self) -> int:
@@ -179,7 +178,9 @@ class SentenceEncoder(nn.Module):
             return self._states(batch, layer)
         width = batch.input_ids.shape[1]
         states = [self._states(part, layer) for part in batch.parts()]
-        return torch.cat([functional.pad(own, (0, 0, 0, width - own.shape[1])) for own in states])
+        return torch.cat(
+            [functional.pad(rows, (0, 0, 0, width - rows.shape[1])) for rows in states]
+        )
 
     def _states(self, batch: PackedBatch, layer: int | None) -> Tensor:
         """(R, T, H) hidden states of rows that are computed together."""
@@ -257,12 +258,12 @@ class SentenceEncoder(nn.Module):
     def verify_packing(self, name: str = "", progress: Progress = SILENT) -> bool:
         """Checks that packing changes no embedding; otherwise turns to one sentence a row.
 
-        The embeddings it is compared with are the backbone's own of each sentence by itself, which
-        is told nothing of positions.
+        They are compared with those of each sentence by itself, where the backbone counts positions
+        on its own.
 
         Args:
             name: the encoder's, for the note.
-            progress: told if it pads.
+            progress: notes if it pads.
 
         Returns:
             True if packed rows are exact for this backbone, within float tolerance.

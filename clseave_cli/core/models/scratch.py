@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ def new_clip(
     vocabulary = tokenizer.get_vocab()
     # The terminal token goes last: models with the old configuration find it as the highest id.
     vocabulary[start], vocabulary[end] = len(vocabulary), len(vocabulary) + 1
-    merges = [tuple(pair) for pair in _merges(tokenizer)]
+    merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
     clip_tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges)
     clip_tokenizer.model_max_length = shape.max_tokens
     tower = {
@@ -159,10 +160,3 @@ def new_encoder(
         model = BertModel(config, add_pooling_layer=False)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _merges(tokenizer: Tokenizer) -> list[list[str]]:
-    import json
-
-    merges: list[list[str]] = json.loads(tokenizer.to_str())["model"]["merges"]
-    return merges

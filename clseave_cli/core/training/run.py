@@ -15,6 +15,7 @@ import re
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 import transformers
 
 from clseave_cli.core.config import StageConfig, TrainingConfig
+from clseave_cli.core.data.hub import data_folder
 from clseave_cli.core.files import (
     Kind,
     aside,
@@ -37,6 +39,8 @@ from clseave_cli.core.files import (
 from clseave_cli.core.training import tracking
 from clseave_cli.core.training.checkpoint import STATE
 from clseave_cli.core.training.distribution import processes
+from clseave_cli.core.training.loop import TrainingResult
+from clseave_cli.core.training.precision import Autocast, autocast, resolve_device
 from clseave_cli.errors import UsageError
 from clseave_cli.processes import is_first_process
 from clseave_cli.progress import Progress
@@ -225,3 +229,49 @@ def _same(old: Any, new: Any) -> bool:
         # `data` and `./data/` are one folder; other words are one only if they are equal.
         return old == new or Path(old).resolve() == Path(new).resolve()
     return bool(old == new)
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage made.
+
+    Attributes:
+        folder: the model.
+        languages: what it reads, or was trained on; empty if that is no matter of language.
+        training: how the run went; None if it had been finished before.
+    """
+
+    folder: Path
+    languages: tuple[str, ...]
+    training: TrainingResult | None
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every stage settles before it reads its data.
+
+    Attributes:
+        device: the device to compute on.
+        autocast: the arithmetic.
+        data: the data folder; a data set of the hub has become one.
+    """
+
+    device: torch.device
+    autocast: Autocast
+    data: Path
+
+
+def set_up(
+    stage: str, config: TrainingConfig, data: str | Path, out: Path, progress: Progress
+) -> Setup | None:
+    """Looks at target, device and data; None where `--resume` meets a finished run.
+
+    Raises:
+        ClseaveError: one of them cannot be used.
+    """
+    require_replaceable(out, model_kind(stage), config)
+    if config.resume and finished_before(out, progress):
+        return None
+    device = resolve_device(config.device)
+    folder = processes().once(lambda: data_folder(str(data), progress))
+    return Setup(device, autocast(config.precision, device), folder)

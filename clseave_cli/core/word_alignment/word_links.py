@@ -6,6 +6,7 @@ Legend: P sentence pairs.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -26,14 +27,15 @@ from clseave_cli.core.data.records import (
 )
 from clseave_cli.core.files import atomic_file, locked_target, writing
 from clseave_cli.core.training.precision import resolve_device
-from clseave_cli.core.word_alignment.aligner import load_aligner
-from clseave_cli.core.word_alignment.links import Links, read_links
-from clseave_cli.core.word_alignment.scoring import AlignmentScore, score
-from clseave_cli.core.word_alignment.words import split_words
+from clseave_cli.core.word_alignment.aligner import WordAligner, load_aligner
+from clseave_cli.core.word_alignment.links import AlignmentScore, Links, read_links, score
+from clseave_cli.core.word_alignment.words import Words, split_words
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.progress import SILENT, Progress
 
 _SEPARATOR = "|||"
+#: Tried by --search: mBERT is best at the first, encoders made for similarity at the last ones.
+_THRESHOLDS = (0.001, 0.01, 0.05, 0.1, 0.2, 0.3)
 #: The lines of what `word-align` writes, which it may replace: links, and words.
 _LINKS = re.compile(r"(\d+-\d+( |$))*")
 _WORDS = re.compile(r"(.*\|\|\|.*)?")
@@ -48,12 +50,16 @@ class WordAlignResult:
         num_pairs: P, lines that are a sentence pair.
         num_links: of all pairs.
         score: against the gold links, where they were given.
+        layer: whose states were compared; None: the links were read.
+        threshold: likewise, the least probability.
     """
 
     lines: list[str]
     num_pairs: int
     num_links: int
     score: AlignmentScore | None
+    layer: int | None = None
+    threshold: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +91,8 @@ def align_words(config: WordAlignConfig, progress: Progress = SILENT) -> WordAli
     Raises:
         ClseaveError: bad text, bad links, an unusable model, or a missing segmenter.
     """
+    if config.search and (config.gold is None or config.alignments is not None):
+        raise UsageError("--search: needs --gold to compare with, and no --alignments.")
     inputs = [path for path in (config.input, config.alignments, config.gold) if path is not None]
     with ExitStack() as stack:
         for target, kind in ((config.out, _LINKS), (config.words, _WORDS)):
@@ -114,7 +122,7 @@ def _align_words(config: WordAlignConfig, progress: Progress) -> WordAlignResult
     pairs = np.stack([source_of_pair, target_of_pair])
     num_words = np.stack([source_words.counts[pairs[0]], target_words.counts[pairs[1]]], axis=1)
 
-    def read(path: Path, first_word: int | None) -> Links:
+    def read(path: Path, first_word: int | None, *, is_gold: bool = False) -> Links:
         return read_links(
             path,
             num_words,
@@ -123,12 +131,15 @@ def _align_words(config: WordAlignConfig, progress: Progress) -> WordAlignResult
             num_lines=text.num_lines,
             first_word=first_word,
             skip_bad=config.skip_bad,
+            # Published ones have links that name no word; a few are no reason to refuse all.
+            skip_outside=is_gold,
             progress=progress,
         )
 
     gold = None
     if config.gold is not None:
-        gold = read(config.gold, None if config.gold_base == "auto" else int(config.gold_base))
+        first_word = None if config.gold_base == "auto" else int(config.gold_base)
+        gold = read(config.gold, first_word, is_gold=True)
     if config.words is not None:
         shown = (
             f"{' '.join(source_words.of(source))} {_SEPARATOR} {' '.join(target_words.of(target))}"
@@ -136,16 +147,41 @@ def _align_words(config: WordAlignConfig, progress: Progress) -> WordAlignResult
         )
         _write(config.words, _placed(shown, text))
     if config.alignments is not None:
-        links = read(config.alignments, 0)
+        links, aligner = read(config.alignments, 0), None
     else:
         aligner = load_aligner(config, config.aligner, resolve_device(config.device), progress)
+        if config.search and gold is not None:
+            aligner = _best(aligner, gold, source_words, target_words, pairs, progress)
         links = aligner.align(source_words, target_words, pairs, progress=progress)
     lines = _placed(links.lines(), text)
     if config.out is not None:
         _write(config.out, lines)
     return WordAlignResult(
-        lines, len(links), len(links.words), None if gold is None else score(links, gold)
+        lines,
+        len(links),
+        len(links.words),
+        None if gold is None else score(links, gold),
+        None if aligner is None else aligner.layer,
+        None if aligner is None else aligner.threshold,
     )
+
+
+def _best(
+    aligner: WordAligner,
+    gold: Links,
+    source: Words,
+    target: Words,
+    pairs: npt.NDArray[np.intp],
+    progress: Progress,
+) -> WordAligner:
+    """The aligner with the layer and threshold that agree best with gold links."""
+    tried = [aligner.having(*values) for values in itertools.product(aligner.layers, _THRESHOLDS)]
+    rates = []
+    with progress.task("layers and thresholds", len(tried), "settings") as task:
+        for candidate in tried:
+            rates.append(score(candidate.align(source, target, pairs), gold).error_rate)
+            task.advance(1)
+    return tried[int(np.argmin(rates))]
 
 
 def _read_file(path: Path) -> _Text:
