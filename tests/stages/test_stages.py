@@ -371,7 +371,7 @@ def test_a_dev_row_without_image_does_not_borrow_another(data, tmp_path, trained
     notes = Notes()
     nameless = _align(data, tmp_path / "b", encoder, "de", progress=notes, **options).training.dev
     assert nameless == without
-    assert f"{path}: 1 rows without label or image; the dev figures leave them out." in notes.text
+    assert f"{path}: 1 rows without label or image; the dev metrics leave them out." in notes.text
 
 
 def test_a_student_that_says_the_same_to_all_is_refused(
