@@ -16,18 +16,16 @@ import typer.core
 
 from clseave_cli import processes
 from clseave_cli.commands import (
-    align,
-    autoencode,
     compare,
     curve,
     demo,
     evaluate,
     export,
-    finetune_ve,
     options,
     predict,
-    pretrain,
     serve,
+    stages,
+    terminal,
     translate,
     word_align,
 )
@@ -39,8 +37,7 @@ app = typer.Typer(
     name="clseave",
     help="Cross-lingual visual entailment: does this photo entail that sentence, in any language?",
     no_args_is_help=True,
-    add_completion=False,
-    # Plain text here: rich's Markdown parser alone takes as long to import as everything else.
+    # Plain text: nothing is cut at 80 columns, and rich takes as long to import as all the rest.
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -50,14 +47,6 @@ app = typer.Typer(
 _SHARED = ("translate", "pretrain", "finetune-ve", "align")
 
 _debug = False
-
-
-class _Subcommand(typer.core.TyperCommand):
-    """A subcommand, whose many options are worth rich's headings."""
-
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        self.rich_markup_mode = "rich"
 
 
 def _show_version(wanted: bool) -> None:
@@ -75,6 +64,8 @@ def _root(
 ) -> None:
     global _debug
     _debug = debug
+    if debug:
+        terminal.say(f"threads: {processes.thread_policy()}", to_stderr=True)
 
 
 @contextmanager
@@ -109,11 +100,11 @@ def _guarded(name: str, function: Callable[..., None]) -> Callable[..., None]:
 _COMMANDS: dict[str, tuple[type[config.StageConfig], Callable[..., None]]] = {
     "demo": (config.DemoConfig, demo.run),
     "translate": (config.TranslateConfig, translate.run),
-    "pretrain": (config.PretrainConfig, pretrain.run),
-    "finetune-ve": (config.FinetuneConfig, finetune_ve.run),
-    "align": (config.AlignConfig, align.run),
+    "pretrain": (config.PretrainConfig, stages.pretrain),
+    "finetune-ve": (config.FinetuneConfig, stages.finetune_ve),
+    "align": (config.AlignConfig, stages.align),
     "curve": (config.CurveConfig, curve.run),
-    "autoencode": (config.AutoencodeConfig, autoencode.run),
+    "autoencode": (config.AutoencodeConfig, stages.autoencode),
     "word-align": (config.WordAlignConfig, word_align.run),
     "evaluate": (config.EvaluateConfig, evaluate.run),
     "predict": (config.PredictConfig, predict.run),
@@ -122,30 +113,57 @@ _COMMANDS: dict[str, tuple[type[config.StageConfig], Callable[..., None]]] = {
 }
 
 for _name, (_config_class, _run) in _COMMANDS.items():
-    app.command(_name, cls=_Subcommand)(_guarded(_name, options.command(_config_class, _run)))
+    app.command(_name, cls=options.Subcommand)(
+        _guarded(_name, options.command(_config_class, _run))
+    )
 
-app.command("compare", cls=_Subcommand)(_guarded("compare", compare.run))
+app.command("compare", cls=options.Subcommand)(_guarded("compare", compare.run))
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
     rank = processes.process_rank()
     speaker = "clseave" if rank == 0 else f"clseave (process {rank})"
-    sys.stderr.write(f"{speaker}: {' '.join(message.splitlines())}\n")
+    sys.stderr.write(f"{speaker}: {terminal.printable(' '.join(message.splitlines()))}\n")
     sys.exit(exit_code)
+
+
+def _prepare_streams() -> None:
+    """Makes standard streams that take every text, also where the caller closed or limits them."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the caller: `<&-`, `>&-`
+            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115 - for good
+        elif name != "stdin" and hasattr(stream, "reconfigure"):
+            # A result must not be lost to a terminal that cannot show its characters.
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _leave_quietly() -> NoReturn:
+    """Ends where the reader went away (`clseave … | head`): nothing is wrong, nobody listens."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(0)
 
 
 def main() -> None:
     """Runs the command line; every error ends in one line on stderr and its exit code."""
+    _prepare_streams()
+    processes.wait_without_spinning()
+    stdout = sys.stdout
     try:
-        app()
+        try:
+            app()
+        finally:
+            stdout.flush()
+    except SystemExit:
+        if sys.stdout is stdout:
+            raise
+        _leave_quietly()  # Typer puts another stream there, and exits 1, when the pipe broke
+    except BrokenPipeError:
+        _leave_quietly()
     except ClseaveError as error:
         if _debug:
             raise
         _fail(str(error), error.exit_code)
-    except BrokenPipeError:
-        # The reader went away (`clseave … | head`): nothing is wrong, and nobody listens.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except Exception as error:
         if _debug:
             raise

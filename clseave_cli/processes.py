@@ -1,4 +1,4 @@
-"""How many processes and cores there are, and working ahead with them."""
+"""How many processes, cores and threads there are, and working ahead with them."""
 
 from __future__ import annotations
 
@@ -42,6 +42,37 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+#: What decides how OpenMP's threads wait, in the runtimes that torch may come with.
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+_NUM_THREADS = "OMP_NUM_THREADS"
+
+
+def wait_without_spinning() -> None:
+    """Lets OpenMP's threads sleep while they wait, unless the user says how they wait.
+
+    By default they spin. Beside another program that computes, each then waits for one that the
+    system is not running, and torch becomes up to a hundred times slower (docs/experiments.md,
+    2026-11-26). The variable is read when torch is loaded, so this comes before.
+    """
+    if not any(name in os.environ for name in _WAITING):
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+
+
+def use_one_thread() -> None:
+    """Lets torch, not loaded yet, compute in one thread, unless the user says how many.
+
+    For work so small that threads wait for each other longer than they compute.
+    """
+    os.environ.setdefault(_NUM_THREADS, "1")
+
+
+def thread_policy() -> str:
+    """How many threads compute and how they wait, in words."""
+    count = os.environ.get(_NUM_THREADS, f"{usable_cores()} (every usable core)")
+    waiting = [f"{name}={os.environ[name]}" for name in _WAITING if name in os.environ]
+    return ", ".join([count, *waiting])
 
 
 def ahead(

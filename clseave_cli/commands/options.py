@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 import tomllib
 import types
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import typer
+import typer.core
 
 from clseave_cli.core.config import (
     DataConfig,
@@ -19,8 +21,10 @@ from clseave_cli.core.config import (
     ModelsConfig,
     SeededConfig,
     StageConfig,
+    TokenConfig,
     TrainingConfig,
     WordAlignerConfig,
+    flag_of,
 )
 from clseave_cli.errors import UsageError
 
@@ -32,16 +36,79 @@ ConfigFile = Annotated[
 ]
 
 
-#: Headings of the options that several stages share.
+#: Headings of the options that are not among the first, in the order of `--help-all`.
 _PANELS: dict[type, str] = {
-    DataConfig: "Data",
-    EngineConfig: "Translation",
+    TokenConfig: "Token method",
     WordAlignerConfig: "Word alignment",
+    EngineConfig: "Translation",
     TrainingConfig: "Training",
+    DataConfig: "General",
     ModelsConfig: "General",
     SeededConfig: "General",
     StageConfig: "General",
 }
+_MORE = "More options"
+
+#: What stands for a value in `--help`, by its type.
+_METAVARS = {int: "N", float: "N", str: "TEXT", Path: "PATH"}
+#: Longer lists of choices go into the text.
+_LONGEST_METAVAR = 16
+
+
+class Subcommand(typer.core.TyperCommand):
+    """A subcommand that shows its main options with `--help`, and all with `--help-all`."""
+
+    rich_markup_mode: Any
+    _shows_all = False
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.rich_markup_mode = None  # plain text: nothing is cut at 80 columns
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuses what was removed, and shows the long help; the rest is Typer's."""
+        config_class = getattr(self.callback, "config_class", None)
+        if config_class is not None:
+            _refuse_removed(config_class, args)
+        self._shows_all = "--help-all" in args
+        return super().parse_args(ctx, ["--help"] if self._shows_all else args)
+
+    def get_short_help_str(self, limit: int = 0) -> str:
+        """The first line of the help, whole."""
+        return (self.help or "").partition("\n")[0]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Writes the options under their headings."""
+        titles = ("Arguments", "Options", _MORE, *_PANELS.values())
+        sections: dict[str, list[tuple[str, str]]] = {title: [] for title in titles}
+        for parameter in self.get_params(ctx):
+            is_argument = parameter.param_type_name == "argument"
+            title = parameter.rich_help_panel or ("Arguments" if is_argument else "Options")
+            record = parameter.get_help_record(ctx)
+            if record is not None and (self._shows_all or title in ("Arguments", "Options")):
+                names = record[0].partition(" / ")[0]
+                sections[title].append((names, record[1]))
+        for title, rows in sections.items():
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+        if any(parameter.rich_help_panel for parameter in self.params) and not self._shows_all:
+            formatter.write("\nclseave COMMAND --help-all shows every option.\n")
+        if self._shows_all:
+            formatter.write("\nA switch such as --resume is undone by --no-resume.\n")
+
+
+def _refuse_removed(config_class: type[StageConfig], arguments: list[str], where: str = "") -> None:
+    """Refuses an option, or a value of one, that an older version had.
+
+    Raises:
+        UsageError: it is there; says what to use instead.
+    """
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    for word, value in zip(words, [*words[1:], ""], strict=True):
+        for removed in (word, f"{word} {value}"):
+            if advice := config_class.REMOVED.get(removed):
+                raise UsageError(f"{where}{removed} was removed: {advice}.")
 
 
 def command(config_class: type[C], run: Callable[..., None]) -> Callable[..., None]:
@@ -68,6 +135,7 @@ def command(config_class: type[C], run: Callable[..., None]) -> Callable[..., No
     invoke.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     invoke.__annotations__ = {p.name: p.annotation for p in parameters}
     invoke.__doc__ = run.__doc__
+    invoke.config_class = config_class  # type: ignore[attr-defined]
     return invoke
 
 
@@ -98,23 +166,31 @@ def resolve(
 
 def _fields(config_class: type[StageConfig]) -> list[tuple[dataclasses.Field[Any], Any]]:
     hints = typing.get_type_hints(config_class)
-    return [(field, hints[field.name]) for field in dataclasses.fields(config_class)]
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    first = {name: fields[name] for name in config_class.FIRST if name in fields}
+    return [(field, hints[name]) for name, field in (first | fields).items()]
 
 
 def _flag(
     config_class: type[StageConfig], field: dataclasses.Field[Any], annotation: Any
 ) -> inspect.Parameter:
-    spelling = field.metadata["flag"] or "--" + field.name.replace("_", "-")
-    help_text, default = field.metadata["help"], field.default
-    if annotation is bool:
+    spelling = flag_of(field)
+    help_text, default, kind = field.metadata["help"], field.default, _type(annotation)
+    metavar = field.metadata["metavar"] or _METAVARS.get(kind)
+    if get_origin(kind) is typing.Literal:
+        metavar = "|".join(get_args(kind))
+        if len(metavar) > _LONGEST_METAVAR:
+            metavar, help_text = "NAME", f"{help_text} One of {', '.join(get_args(kind))}."
+    if kind is bool:
         spelling = f"{spelling}/--no-{spelling[2:]}"
+        help_text += " Default: yes." if default else ""
     elif default is not None and default != ():
         shown = ", ".join(map(str, default)) if isinstance(default, tuple) else default
-        help_text += f" (default: {shown})"
+        help_text += f" Default: {shown}."
     flag = typer.Option(
         spelling,
         help=help_text,
-        metavar=field.metadata["metavar"],
+        metavar=metavar,
         show_default=False,
         envvar="CLSEAVE_RUNS" if field.name == "runs" else None,
         rich_help_panel=_panel(config_class, field.name),
@@ -123,21 +199,26 @@ def _flag(
 
 
 def _panel(config_class: type[StageConfig], name: str) -> str | None:
-    """The heading an option stands under in `--help`: what the first class to have it is for."""
+    """The heading an option stands under: none for those that come first."""
+    if not config_class.FIRST or name in config_class.FIRST:
+        return None
     for part, title in _PANELS.items():
         if issubclass(config_class, part) and name in part.__annotations__:
             return title
-    return None
+    return _MORE
+
+
+def _type(annotation: Any) -> Any:
+    """The type of one value: without None, and of a tuple's items."""
+    if isinstance(annotation, types.UnionType):
+        annotation = next(part for part in get_args(annotation) if part is not type(None))
+    return get_args(annotation)[0] if get_origin(annotation) is tuple else annotation
 
 
 def _optional(annotation: Any) -> Any:
     if get_origin(annotation) is tuple:
         annotation = list[get_args(annotation)[0]]  # type: ignore[misc]
-    return annotation if _admits_none(annotation) else annotation | None
-
-
-def _admits_none(annotation: Any) -> bool:
-    return isinstance(annotation, types.UnionType) and type(None) in get_args(annotation)
+    return annotation if type(None) in get_args(annotation) else annotation | None
 
 
 def _keyword(name: str, annotation: Any) -> inspect.Parameter:
@@ -157,20 +238,22 @@ def _read_toml(config_class: type[StageConfig], path: Path) -> dict[str, Any]:
     values = {}
     for key, value in raw.items():
         name = key.replace("-", "_")
+        flag = "--" + name.replace("_", "-")
+        _refuse_removed(config_class, [flag, str(value)], f"--config {path}: ")
         if name not in annotations:
-            known = ", ".join(annotations)
-            raise UsageError(f"--config {path}: no option named {key}; there are: {known}.")
+            near = difflib.get_close_matches(name, annotations, n=1)
+            advice = f"did you mean {near[0]}?" if near else f"there are: {', '.join(annotations)}."
+            raise UsageError(f"--config {path}: no option named {key}; {advice}")
         values[name] = _convert(path, key, value, annotations[name])
     return values
 
 
 def _convert(path: Path, key: str, value: Any, annotation: Any) -> Any:
     """`value` as the field's type, by the few types that config fields have."""
-    if isinstance(annotation, types.UnionType):
-        annotation = next(part for part in get_args(annotation) if part is not type(None))
     if get_origin(annotation) is tuple:
         items = value if isinstance(value, list) else [value]
-        return tuple(_convert(path, key, item, get_args(annotation)[0]) for item in items)
+        return tuple(_convert(path, key, item, _type(annotation)) for item in items)
+    annotation = _type(annotation)
     if get_origin(annotation) is typing.Literal:
         if value in get_args(annotation):
             return value

@@ -41,6 +41,7 @@ def option(
     flag: str | None = None,
     metavar: str | None = None,
     least: float | None = None,
+    most: float | None = None,
     zero_is_off: bool = False,
 ) -> Any:
     """A config field with the help text its flag shows.
@@ -51,6 +52,7 @@ def option(
         flag: the flag's spelling where it is not the field's name with hyphens.
         metavar: what stands for the value in `--help`.
         least: the smallest value that makes sense; None: any does.
+        most: the largest.
         zero_is_off: 0 means None, so that a flag can undo what a preset or a default sets.
     """
     return field(
@@ -60,6 +62,7 @@ def option(
             "flag": flag,
             "metavar": metavar,
             "least": least,
+            "most": most,
             "zero_is_off": zero_is_off,
         },
     )
@@ -71,31 +74,44 @@ class StageConfig:
 
     #: Named sets of options, by preset name; a subclass fills it.
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+    #: The options that `--help` shows, in this order; `--help-all` shows every one. Empty: all.
+    FIRST: ClassVar[tuple[str, ...]] = ()
+    #: What is no longer there (`--flag`, or `--flag value`), and what to use instead. An entry
+    #: stays for one version.
+    REMOVED: ClassVar[dict[str, str]] = {}
 
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")
     precision: Precision = option("auto", "Arithmetic of the matrix products.")
 
     def __post_init__(self) -> None:
-        """Turns a 0 that means "off" into None, and refuses numbers that are too small.
+        """Turns a 0 that means "off" into None, and refuses numbers out of range.
 
         Raises:
             UsageError: one is; names the flag.
         """
         for part in dataclasses.fields(self):
             value, least = getattr(self, part.name), part.metadata["least"]
+            most = part.metadata["most"]
             if part.metadata["zero_is_off"] and value == 0:
                 object.__setattr__(self, part.name, None)
             elif least is not None and value is not None and not value >= least:
-                flag = part.metadata["flag"] or "--" + part.name.replace("_", "-")
                 off = ", or 0 for off" if part.metadata["zero_is_off"] else ""
-                raise UsageError(f"{flag} {value}: expected at least {least}{off}.")
+                raise UsageError(f"{flag_of(part)} {value}: expected at least {least}{off}.")
+            elif most is not None and value is not None and not value <= most:
+                raise UsageError(f"{flag_of(part)} {value}: expected at most {most}.")
+
+
+def flag_of(part: dataclasses.Field[Any]) -> str:
+    """How the flag of a config's field is spelled."""
+    spelling: str | None = part.metadata["flag"]
+    return spelling or "--" + part.name.replace("_", "-")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SeededConfig(StageConfig):
     """A stage that makes random choices."""
 
-    seed: int = option(0, "Seed of every random choice.", least=0)
+    seed: int = option(0, "Seed of every random choice.", least=0, most=2**32 - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,10 +125,8 @@ class ModelsConfig(StageConfig):
 class DataConfig:
     """Where a stage's data lie and how strictly they are read."""
 
-    data: str = option("data", "Data folder, or hf:ORG/NAME on the hub.", metavar="DIR")
-    images: Path | None = option(
-        None, "Folder of the images; otherwise found in the data folder.", metavar="DIR"
-    )
+    data: str = option("data", "Data folder, or hf:ORG/NAME.", metavar="DIR")
+    images: Path | None = option(None, "Image folder; unset: found in --data.", metavar="DIR")
     skip_bad: bool = option(False, "Set bad rows aside in a .rejected.jsonl and go on.")
 
 
@@ -124,28 +138,28 @@ class TrainingConfig(ModelsConfig, SeededConfig):
     batch_size: int = option(128, "Examples in one optimiser step.", least=1)
     learning_rate: float = option(1e-4, "Peak learning rate.", least=0)
     weight_decay: float = option(0.0, "Decoupled weight decay (AdamW).", least=0)
-    warmup_fraction: float = option(0.1, "Share of the steps over which the rate rises.", least=0)
+    warmup_fraction: float = option(0.1, "Share of steps of rising rate.", least=0)
     schedule: Literal["constant", "linear", "cosine"] = option(
         "linear", "How the learning rate falls after the warm-up."
     )
-    accumulation: int = option(1, "Parts a batch is computed in, to save memory.", least=1)
+    accumulation: int = option(1, "Parts of a batch, to save memory.", least=1)
     clip_norm: float | None = option(
         None, "Largest gradient norm; 0: no clipping.", least=0, zero_is_off=True
     )
     patience: int | None = option(
         None,
-        "Stop after this many epochs without a better dev figure; 0: never.",
+        "Stop after this many epochs without a better dev metric; 0: never.",
         least=1,
         zero_is_off=True,
     )
     max_steps: int | None = option(None, "Stop after this many optimiser steps.", least=1)
-    checkpoint_minutes: float = option(10.0, "Minutes between two saved training states.", least=0)
-    resume: bool = option(False, "Continue an interrupted run from its last saved state.")
+    checkpoint_minutes: float = option(10.0, "Minutes between saved states.", least=0)
+    resume: bool = option(False, "Continue an interrupted run.")
     tracker: Tracking = option(
-        "none", "Where figures go beside metrics.jsonl; each needs the extra of its name."
+        "none", "Where metrics go, beside metrics.jsonl; each needs its extra."
     )
-    train_split: str = option("train", "Name of the split to train on.")
-    dev_split: str = option("dev", "Name of the split that chooses the checkpoint.")
+    train_split: str = option("train", "Split to train on.")
+    dev_split: str = option("dev", "Split that selects the checkpoint.")
     allow_leak: bool = option(False, "Allow an image to be in two splits.")
 
 
@@ -203,6 +217,10 @@ class EngineConfig:
 class TranslateConfig(SeededConfig, EngineConfig):
     """`translate`: the hypotheses of a data set in another language."""
 
+    FIRST: ClassVar[tuple[str, ...]] = (
+        "lang", "data", "split", "input", "out", "engine", "model", "url", "translations",
+        "on_suspect", "review", "memory",
+    )  # fmt: skip
     data: Path = option(Path("data"), "Folder of the snli_ve_SPLIT files.", metavar="DIR")
     split: tuple[str, ...] = option(
         (), "Split to translate; repeat; unset: those of train, dev and test that exist."
@@ -230,6 +248,11 @@ class TranslateConfig(SeededConfig, EngineConfig):
 class PretrainConfig(TrainingConfig):
     """`pretrain`: contrastive training of a CLIP-family model from image-caption pairs."""
 
+    FIRST: ClassVar[tuple[str, ...]] = (
+        "data", "images", "clip", "runs", "epochs", "batch_size", "learning_rate", "resume",
+        "skip_bad", "seed", "device", "precision",
+    )  # fmt: skip
+
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         # The built-in world, on two CPU cores (docs/experiments.md, 2026-11-20).
         "mini-ve": {
@@ -252,9 +275,7 @@ class PretrainConfig(TrainingConfig):
     data: Path = option(
         Path("data"), "Folder of captions_train.jsonl and captions_dev.jsonl.", metavar="DIR"
     )
-    images: Path | None = option(
-        None, "Folder of the images; otherwise found in the data folder.", metavar="DIR"
-    )
+    images: Path | None = option(None, "Image folder; unset: found in --data.", metavar="DIR")
     clip: str | None = option(
         None, "Model to start from (hub id or folder); unset: from scratch.", metavar="NAME_OR_DIR"
     )
@@ -281,6 +302,11 @@ class PretrainConfig(TrainingConfig):
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(TrainingConfig, DataConfig):
     """`finetune-ve`: CLIP-VE, the visual-entailment model of the source language (thesis 3.1.2)."""
+
+    FIRST: ClassVar[tuple[str, ...]] = (
+        "data", "images", "clip", "source_lang", "runs", "epochs", "batch_size", "learning_rate",
+        "skip_bad", "resume", "seed", "device",
+    )  # fmt: skip
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "thesis": {
@@ -318,17 +344,17 @@ class FinetuneConfig(TrainingConfig, DataConfig):
     epochs: int = option(20, "Passes over the training data, early stopping apart.", least=1)
     batch_size: int = option(64, "Examples in one optimiser step.", least=1)
     learning_rate: float = option(1e-6, "Peak learning rate.", least=0)
-    warmup_fraction: float = option(0.0, "Share of the steps over which the rate rises.", least=0)
+    warmup_fraction: float = option(0.0, "Share of steps of rising rate.", least=0)
     schedule: Literal["constant", "linear", "cosine"] = option(
         "constant", "How the learning rate falls after the warm-up."
     )
     patience: int | None = option(
         1,
-        "Stop after this many epochs without a better dev figure; 0: never.",
+        "Stop after this many epochs without a better dev metric; 0: never.",
         least=1,
         zero_is_off=True,
     )
-    select: Literal["loss", "accuracy"] = option("loss", "Dev figure that chooses the checkpoint.")
+    select: Literal["loss", "accuracy"] = option("loss", "Dev metric that selects the checkpoint.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,17 +390,13 @@ class TokenConfig(WordAlignerConfig):
     )
     sentence_token: SentenceToken = option(
         "terminal",
-        "Token whose code stands for the sentence; pooler: [CLS] through the encoder's pooling "
-        "layer; thesis: pooler.",
+        "Token whose code stands for the sentence; pooler: pooled [CLS]; thesis: pooler.",
     )
     final_norm: Literal["once", "twice"] = option(
         "once",
-        "Whether the teacher's last normalisation, which is in its states already, is applied "
-        "again where the head reads; thesis: twice.",
+        "How often the teacher's last normalisation is applied; thesis: twice.",
     )
-    pretrained_code: bool = option(
-        False, "Start from a trained autoencoder's encoder; thesis: yes."
-    )
+    pretrained_code: bool = option(False, "Start from a trained autoencoder; thesis: yes.")
     autoencoder: Path | None = option(
         None, "Autoencoder to start from; unset: RUNS/autoencoder.", metavar="DIR"
     )
@@ -388,6 +410,17 @@ class TokenConfig(WordAlignerConfig):
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig(TrainingConfig, DataConfig, TokenConfig):
     """How a student is trained, whatever it is for."""
+
+    FIRST: ClassVar[tuple[str, ...]] = (
+        "lang", "data", "images", "student", "method", "objective", "trim_vocabulary", "runs",
+        "epochs", "batch_size", "learning_rate", "resume",
+    )  # fmt: skip
+    REMOVED: ClassVar[dict[str, str]] = {
+        "--objective head-aware": "it gained nothing over --objective mse",
+        "--head-weight": "it belonged to --objective head-aware, which is gone; use mse",
+        "--projection mlp": "it gained nothing over --projection linear, the default",
+        "--parallel-batches": "it gained nothing; leave it out",
+    }
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "thesis": {
@@ -417,7 +450,7 @@ class StudentConfig(TrainingConfig, DataConfig, TokenConfig):
 
     method: Method = option("sentence", "What of a sentence is aligned (docs/methods.md).")
     lang: tuple[str, ...] = option(
-        (), "Language to align; repeat for one student of several.", metavar="LANG"
+        (), "Language to align; repeat: one student of several.", metavar="LANG"
     )
     student: str = option(
         "google-bert/bert-base-multilingual-cased",
@@ -454,15 +487,13 @@ class StudentConfig(TrainingConfig, DataConfig, TokenConfig):
     epoch_pairs: int | None = option(
         None, "Pairs in an epoch, repeats counted; unset: every pair once.", least=1
     )
-    trim_vocabulary: bool = option(
-        False, "Keep only the tokens of the text, special ones and single characters."
-    )
+    trim_vocabulary: bool = option(False, "Keep only the tokens that the text needs.")
     epochs: int = option(9, "Passes over the training data.", least=1)
     weight_decay: float = option(0.01, "Decoupled weight decay (AdamW).", least=0)
     select: Literal["auto", "accuracy", "mse", "cosine", "recall_at_10"] = option(
         "auto",
-        "Dev figure that chooses the checkpoint; auto: accuracy where images are there, otherwise "
-        "what the objective is about.",
+        "Dev metric that selects the checkpoint; auto: accuracy if there are images, otherwise "
+        "the objective's.",
     )
     dev_fraction: float = option(
         0.05, "Share of the training sentences held out where there is no dev file."
@@ -499,6 +530,11 @@ class CurveConfig(StudentConfig):
 class AutoencodeConfig(TrainingConfig, DataConfig):
     """`autoencode`: the autoencoder of the token method (thesis 3.2.2 and Table A.1)."""
 
+    FIRST: ClassVar[tuple[str, ...]] = (
+        "lang", "data", "student", "teacher", "code", "runs", "epochs", "batch_size",
+        "learning_rate", "resume", "seed", "device",
+    )  # fmt: skip
+
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "thesis": {
             "student": "google-bert/bert-base-multilingual-cased",
@@ -528,7 +564,7 @@ class AutoencodeConfig(TrainingConfig, DataConfig):
     batch_size: int = option(256, "Sentences in one optimiser step.", least=1)
     learning_rate: float = option(1e-5, "Peak learning rate.", least=0)
     weight_decay: float = option(1e-6, "Decoupled weight decay (AdamW).", least=0)
-    warmup_fraction: float = option(0.0, "Share of the steps over which the rate rises.", least=0)
+    warmup_fraction: float = option(0.0, "Share of steps of rising rate.", least=0)
     schedule: Literal["constant", "linear", "cosine"] = option(
         "constant", "How the learning rate falls after the warm-up."
     )
@@ -538,10 +574,14 @@ class AutoencodeConfig(TrainingConfig, DataConfig):
 class WordAlignConfig(StageConfig, WordAlignerConfig):
     """`word-align`: which words of parallel sentences translate each other."""
 
-    data: str = option("data", "Data folder, or hf:ORG/NAME on the hub.", metavar="DIR")
+    FIRST: ClassVar[tuple[str, ...]] = (
+        "lang", "data", "split", "input", "out", "gold", "alignments", "words", "aligner",
+        "aligner_layer", "aligner_threshold", "device",
+    )  # fmt: skip
+    data: str = option("data", "Data folder, or hf:ORG/NAME.", metavar="DIR")
     lang: str | None = option(None, "Language of the translations in --data.", metavar="LANG")
     source_lang: str = option("en", "Language they were translated from.", metavar="LANG")
-    split: str = option("train", "Name of the split to align.")
+    split: str = option("train", "Split to align.")
     input: Path | None = option(
         None,
         "Align this file of source ||| target lines instead, words between spaces.",
@@ -573,6 +613,10 @@ class WordAlignConfig(StageConfig, WordAlignerConfig):
 class EvaluateConfig(SeededConfig, DataConfig, EngineConfig):
     """`evaluate`: how good, in every language, and did it look at the photo?"""
 
+    FIRST: ClassVar[tuple[str, ...]] = (
+        "lang", "data", "images", "split", "runs", "students", "mode", "report", "skip_bad",
+        "batch_size", "seed", "device",
+    )  # fmt: skip
     runs: tuple[Path, ...] = option(
         (Path("runs"),),
         "Folder of the models; repeat for the same models of several seeds.",
@@ -584,10 +628,9 @@ class EvaluateConfig(SeededConfig, DataConfig, EngineConfig):
     )
     mode: Literal["zero-shot", "translate-test", "both"] = option(
         "zero-shot",
-        "zero-shot: a student reads the language; translate-test: the hypotheses are translated "
-        "into the source model's language.",
+        "zero-shot: a student reads the language; translate-test: CLIP-VE reads translations.",
     )
-    split: str = option("test", "Name of the split to evaluate on.")
+    split: str = option("test", "Split to evaluate on.")
     batch_size: int = option(256, "Examples computed at once.", least=1)
     train_split: str = option("train", "Split the hypothesis-only baseline learns from.")
     allow_leak: bool = option(False, "Allow an image to be in both splits.")

@@ -43,6 +43,9 @@ from clseave_cli.progress import SILENT, Progress
 #: Records in metrics.jsonl per epoch, the one with the dev figures apart.
 _RECORDS_PER_EPOCH = 20
 
+#: Dev metrics in the line that tells of an epoch; metrics.jsonl has all.
+_METRICS_SHOWN = 2
+
 #: Batches prepared ahead of the step.
 _BATCHES_AHEAD = 3
 
@@ -237,7 +240,7 @@ class _Run:
         todo = self._batches()[state.batch : state.batch + self.total_steps - state.step]
         self.stage.module.train()
         title = f"{self.stage}: epoch {state.epoch + 1}/{self.config.epochs}"
-        with self.progress.task(title, self.stage.num_examples, "pairs") as task:
+        with self.progress.task(title, self.stage.num_examples, "pairs", noted=True) as task:
             task.advance(state.num_seen)
             begin = time.monotonic()
             for rows, parts in self._prepared(todo):
@@ -391,19 +394,29 @@ class _Run:
         else:
             state.epochs_without_gain += 1
         self._record({**means, "dev": dev})
-        shown = " · ".join(f"{name} {figure:.4g}" for name, figure in overall(dev).items())
+        # The metric that chooses comes first: one line has no room for all of them.
+        shown = [metric, *(name for name in overall(dev) if name != metric)][:_METRICS_SHOWN]
         self.progress.note(
-            f"{self.stage}: epoch {state.epoch + 1}: train loss {means['loss']:.4f} · dev {shown}"
+            f"{self.stage}: epoch {state.epoch + 1}/{self.config.epochs}: "
+            f"loss {means['loss']:.4f} · dev "
+            + " · ".join(f"{name} {dev[name]:.4g}" for name in shown)
+            + f" · {self.pairs_stepped / max(self.step_seconds, 1e-9):.0f} pairs/s"
         )
         state.epoch += 1
         state.batch = state.num_seen = 0
         self.sums.zero_()
         patience = self.config.patience
-        return (
+        stops = (
             patience is not None
             and state.epochs_without_gain >= patience
             and state.step < self.total_steps
         )
+        if stops:
+            self.progress.note(
+                f"{self.stage}: stopped early: no better dev {metric} for {patience} epochs; "
+                f"epoch {state.best_epoch} is kept."
+            )
+        return stops
 
     def _save_if_due(self, stop_requested: Callable[[], bool]) -> None:
         stopping, due = self.processes.any(
