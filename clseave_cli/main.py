@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
@@ -127,6 +128,16 @@ def _fail(message: str, exit_code: int) -> NoReturn:
     sys.exit(exit_code)
 
 
+def _refuse_usage(error: Any) -> NoReturn:
+    """Ends with the one line of a wrong option, or with help where no command was given."""
+    if len(sys.argv) == 1:
+        error.show()
+        sys.exit(error.exit_code)
+    command = error.ctx.command_path if error.ctx else "clseave"
+    message = error.format_message().rstrip(".").replace("Value error, ", "")
+    _fail(f"{message[:1].lower()}{message[1:]}; see `{command} --help`.", error.exit_code)
+
+
 def _prepare_streams() -> None:
     """Makes standard streams that take every text, also where the caller closed or limits them."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -138,6 +149,14 @@ def _prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def _quieten_libraries() -> None:
+    """Lets this program speak for the libraries it will load, unless the user asked them to."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # What Pillow says of broken EXIF data or odd palettes, nobody can act on.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
 def _leave_quietly() -> NoReturn:
     """Ends where the reader went away (`clseave … | head`): nothing is wrong, nobody listens."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -147,13 +166,15 @@ def _leave_quietly() -> NoReturn:
 def main() -> None:
     """Runs the command line; every error ends in one line on stderr and its exit code."""
     _prepare_streams()
+    _quieten_libraries()
     processes.wait_without_spinning()
     stdout = sys.stdout
     try:
         try:
-            app()
+            code = app(standalone_mode=False)
         finally:
             stdout.flush()
+        sys.exit(code)
     except SystemExit:
         if sys.stdout is stdout:
             raise
@@ -165,6 +186,8 @@ def main() -> None:
             raise
         _fail(str(error), error.exit_code)
     except Exception as error:
+        if hasattr(error, "format_message"):  # Typer's own refusals
+            _refuse_usage(error)
         if _debug:
             raise
         _fail(f"internal error: {type(error).__name__}: {error} (--debug shows where)", 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import tomllib
 import types
@@ -25,6 +24,9 @@ from clseave_cli.core.config import (
     TrainingConfig,
     WordAlignerConfig,
     flag_of,
+    named_options,
+    preset_options,
+    refuse_removed,
 )
 from clseave_cli.errors import UsageError
 
@@ -68,8 +70,8 @@ class Subcommand(typer.core.TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Refuses what was removed, and shows the long help; the rest is Typer's."""
         config_class = getattr(self.callback, "config_class", None)
-        if config_class is not None:
-            _refuse_removed(config_class, args)
+        if config_class is not None and not ctx.resilient_parsing:
+            refuse_removed(config_class, args)
         self._shows_all = "--help-all" in args
         return super().parse_args(ctx, ["--help"] if self._shows_all else args)
 
@@ -83,7 +85,7 @@ class Subcommand(typer.core.TyperCommand):
         sections: dict[str, list[tuple[str, str]]] = {title: [] for title in titles}
         for parameter in self.get_params(ctx):
             is_argument = parameter.param_type_name == "argument"
-            title = parameter.rich_help_panel or ("Arguments" if is_argument else "Options")
+            title = _title(parameter) or ("Arguments" if is_argument else "Options")
             record = parameter.get_help_record(ctx)
             if record is not None and (self._shows_all or title in ("Arguments", "Options")):
                 names = record[0].partition(" / ")[0]
@@ -92,23 +94,15 @@ class Subcommand(typer.core.TyperCommand):
             if rows:
                 with formatter.section(title):
                     formatter.write_dl(rows)
-        if any(parameter.rich_help_panel for parameter in self.params) and not self._shows_all:
+        if any(_title(parameter) for parameter in self.params) and not self._shows_all:
             formatter.write("\nclseave COMMAND --help-all shows every option.\n")
         if self._shows_all:
             formatter.write("\nA switch such as --resume is undone by --no-resume.\n")
 
 
-def _refuse_removed(config_class: type[StageConfig], arguments: list[str], where: str = "") -> None:
-    """Refuses an option, or a value of one, that an older version had.
-
-    Raises:
-        UsageError: it is there; says what to use instead.
-    """
-    words = [word for argument in arguments for word in argument.split("=", 1)]
-    for word, value in zip(words, [*words[1:], ""], strict=True):
-        for removed in (word, f"{word} {value}"):
-            if advice := config_class.REMOVED.get(removed):
-                raise UsageError(f"{where}{removed} was removed: {advice}.")
+def _title(parameter: Any) -> str | None:
+    title: str | None = parameter.rich_help_panel
+    return title
 
 
 def command(config_class: type[C], run: Callable[..., None]) -> Callable[..., None]:
@@ -150,12 +144,7 @@ def resolve(
     Raises:
         UsageError: the preset or a key of the file does not exist, or a value has the wrong type.
     """
-    values: dict[str, Any] = {}
-    if preset is not None:
-        if preset not in config_class.PRESETS:
-            known = ", ".join(config_class.PRESETS)
-            raise UsageError(f"--preset {preset}: unknown; there are: {known}.")
-        values |= config_class.PRESETS[preset]
+    values = dict(preset_options(config_class, preset))
     if config_file is not None:
         values |= _read_toml(config_class, config_file)
     for name, value in flags.items():
@@ -234,18 +223,9 @@ def _read_toml(config_class: type[StageConfig], path: Path) -> dict[str, Any]:
         raise UsageError(f"--config {path}: cannot be read ({error.strerror}).") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path}: not valid TOML ({error}).") from None
-    annotations = {field.name: annotation for field, annotation in _fields(config_class)}
-    values = {}
-    for key, value in raw.items():
-        name = key.replace("-", "_")
-        flag = "--" + name.replace("_", "-")
-        _refuse_removed(config_class, [flag, str(value)], f"--config {path}: ")
-        if name not in annotations:
-            near = difflib.get_close_matches(name, annotations, n=1)
-            advice = f"did you mean {near[0]}?" if near else f"there are: {', '.join(annotations)}."
-            raise UsageError(f"--config {path}: no option named {key}; {advice}")
-        values[name] = _convert(path, key, value, annotations[name])
-    return values
+    values = named_options(config_class, raw, f"--config {path}: ")
+    hints = typing.get_type_hints(config_class)
+    return {name: _convert(path, name, value, hints[name]) for name, value in values.items()}
 
 
 def _convert(path: Path, key: str, value: Any, annotation: Any) -> Any:

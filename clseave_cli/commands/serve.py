@@ -23,7 +23,7 @@ def run(config: ServeConfig) -> None:
 
         from clseave_cli.core.prediction.serving.app import create_app
     except ImportError as error:
-        raise ExtraMissing(f"serve needs {error.name}: pip install 'clseave-cli[serve]'.") from None
+        raise ExtraMissing(f"serve needs {error.name}: pip install -e '.[serve]'.") from None
     from clseave_cli.core.prediction.inference import load_model
 
     listening = _listen(config.host, config.port)

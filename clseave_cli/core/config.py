@@ -8,6 +8,8 @@ command. This module imports nothing heavy: `clseave --help` reads it.
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -105,6 +107,52 @@ def flag_of(part: dataclasses.Field[Any]) -> str:
     """How the flag of a config's field is spelled."""
     spelling: str | None = part.metadata["flag"]
     return spelling or "--" + part.name.replace("_", "-")
+
+
+def preset_options(config_class: type[StageConfig], preset: str | None) -> dict[str, Any]:
+    """The options that a preset stands for; none without one.
+
+    Raises:
+        UsageError: there is no such preset.
+    """
+    if preset is None:
+        return {}
+    if preset not in config_class.PRESETS:
+        there = ", ".join(config_class.PRESETS)
+        raise UsageError(f"--preset {preset}: unknown; there are: {there}.")
+    return config_class.PRESETS[preset]
+
+
+def named_options(
+    config_class: type[StageConfig], options: dict[str, Any], where: str = ""
+) -> dict[str, Any]:
+    """Options by the names of their fields; hyphens may stand for underscores.
+
+    Raises:
+        UsageError: one does not exist; names the nearest that does.
+    """
+    values = {name.replace("-", "_"): value for name, value in options.items()}
+    names = [part.name for part in dataclasses.fields(config_class)]
+    for name, value in values.items():
+        refuse_removed(config_class, ["--" + name.replace("_", "-"), str(value)], where)
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            advice = f"did you mean {near[0]}?" if near else f"there are: {', '.join(names)}."
+            raise UsageError(f"{where}no option named {name}; {advice}")
+    return values
+
+
+def refuse_removed(config_class: type[StageConfig], arguments: list[str], where: str = "") -> None:
+    """Refuses a flag, or a value of one, that an older version had.
+
+    Raises:
+        UsageError: it is among the arguments; says what to use instead.
+    """
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    for word, value in itertools.pairwise([*words, ""]):
+        for removed in (word, f"{word} {value}"):
+            if advice := config_class.REMOVED.get(removed):
+                raise UsageError(f"{where}{removed} was removed: {advice}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,7 @@ from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
 from clseave_cli.core.models.packing import PackedBatch
 from clseave_cli.core.models.scratch import ClipShape, new_clip
 from clseave_cli.core.models.tokens import TokenTable
+from clseave_cli.core.models.weights import quiet
 from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
 from clseave_cli.core.training.placement import on_device
@@ -150,6 +151,7 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> PretrainRes
         )
         result = train(stage, config, device=device, folder=run.folder, progress=progress)
 
+        @quiet()
         def save(aside: Path) -> None:
             model.save_pretrained(aside)
             text.tokenizer.save_pretrained(aside)

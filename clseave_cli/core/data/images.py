@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
 import os
-import warnings
 from pathlib import Path
 
 from PIL import (
@@ -20,11 +20,6 @@ _FOLDER_NAMES = ("images", "flickr30k-images", "flickr30k_images", "Images")
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 #: What is decoded. Pillow knows more formats, some through other programs (PostScript).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-
-# Pillow refuses an image of twice its limit and warns of one above it; we refuse both.
-warnings.simplefilter("error", Image.DecompressionBombWarning)
-# What it says of broken EXIF data or odd palettes, nobody can act on.
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 class ImageFolder:
@@ -89,6 +84,9 @@ def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
     try:
         stream = source if isinstance(source, Path) else io.BytesIO(source)
         with Image.open(stream, formats=FORMATS) as image:
+            # Pillow refuses an image of twice its limit and warns of one above it; we refuse both.
+            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise Image.DecompressionBombError
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise DataError(f"{label}: no such image.") from None

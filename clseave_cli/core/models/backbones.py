@@ -27,12 +27,8 @@ from transformers import (
 from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
 from clseave_cli.core.models.layouts import LAYOUTS, PROJECTION, ImageTower, Layout, TextTower
 from clseave_cli.core.models.tokens import Filling
-from clseave_cli.core.models.weights import load_linear
+from clseave_cli.core.models.weights import load_linear, quiet
 from clseave_cli.errors import ModelError
-
-# Loading and saving are told of by `progress.Progress`, not by transformers' own bars and warnings.
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
 
 #: `name` or `organisation/name`; anything else can only be a folder, and the hub is not asked.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -302,7 +298,8 @@ def _load(name: str | Path, loader: Callable[..., Any], **arguments: Any) -> Any
     if not Path(name).is_dir() and (isinstance(name, Path) or not _HUB_ID.fullmatch(name)):
         raise ModelError(f"{name}: no such model folder.")
     try:
-        return loader(str(name), trust_remote_code=False, **arguments)
+        with quiet():
+            return loader(str(name), trust_remote_code=False, **arguments)
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
         where = (

@@ -5,14 +5,15 @@ Legend: B images or sentences · D embedding width · C labels (3).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from clseave_cli.core.config import Precision
 from clseave_cli.core.models.clip_ve import ClipVE, fingerprint, source_language
@@ -21,6 +22,9 @@ from clseave_cli.core.models.student import find_students, load_student
 from clseave_cli.core.prediction.pixels import Floats
 from clseave_cli.core.training.precision import autocast, resolve_device
 from clseave_cli.errors import ModelError
+
+#: Weights below which a second thread does not pay for one example.
+_SMALL = 20_000_000
 
 
 class TorchModel:
@@ -110,7 +114,7 @@ class TorchModel:
 
     def embed_images(self, pixels: Floats) -> Floats:
         """(B, D) embeddings of (B, 3, height, width) pixels."""
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self._autocast(), _threads_for(self.clip_ve.image, len(pixels)):
             return _array(self.clip_ve.image(torch.from_numpy(pixels).to(self._device)))
 
     def embed_sentences(
@@ -119,7 +123,7 @@ class TorchModel:
         """(B, D) embeddings of B sentences, and (B,) which of them were cut at the limit."""
         encoder = self.encoder(lang)
         tokens = encoder.tokenize(list(sentences))
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self._autocast(), _threads_for(encoder, len(sentences)):
             embeddings = torch.cat([part.float() for part in encoder.embed(tokens)])
         return _array(embeddings), tokens.truncated
 
@@ -128,6 +132,22 @@ class TorchModel:
         both = (torch.from_numpy(part).to(self._device) for part in (hypotheses, premises))
         with torch.no_grad():
             return _array(self.clip_ve(*both).softmax(dim=1))
+
+
+@contextmanager
+def _threads_for(module: nn.Module, num_examples: int) -> Iterator[None]:
+    """One thread for one example of a small model: several would mostly wait for each other.
+
+    Beside other programs that waiting takes up to a hundred times as long (docs/experiments.md,
+    2026-11-26).
+    """
+    before = torch.get_num_threads()
+    if num_examples == 1 and sum(part.numel() for part in module.parameters()) < _SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _array(tensor: Tensor) -> Floats:

@@ -48,8 +48,7 @@ def require(name: str) -> None:
     # Without an origin it is a folder of that name where the command runs: wandb makes one.
     if spec is None or spec.origin is None:
         raise ClseaveError(
-            f"--tracker {name}: the package {name} is not installed; "
-            f"pip install 'clseave-cli[{name}]'."
+            f"--tracker {name}: the package {name} is not installed; pip install -e '.[{name}]'."
         )
 
 
