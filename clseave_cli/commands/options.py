@@ -66,6 +66,10 @@ class Subcommand(typer.core.TyperCommand):
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.rich_markup_mode = None  # plain text: nothing is cut at 80 columns
+        for parameter in self.params:
+            if parameter.metavar is None:  # or Typer shows the type's name in Python
+                is_argument = parameter.param_type_name == "argument"
+                parameter.metavar = (parameter.name or "").upper() if is_argument else "N"
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Refuses what was removed, and shows the long help; the rest is Typer's."""
@@ -74,6 +78,10 @@ class Subcommand(typer.core.TyperCommand):
             refuse_removed(config_class, args)
         self._shows_all = "--help-all" in args
         return super().parse_args(ctx, ["--help"] if self._shows_all else args)
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """What stands behind the command's name, arguments without braces."""
+        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
 
     def get_short_help_str(self, limit: int = 0) -> str:
         """The first line of the help, whole."""
@@ -88,7 +96,7 @@ class Subcommand(typer.core.TyperCommand):
             title = _title(parameter) or ("Arguments" if is_argument else "Options")
             record = parameter.get_help_record(ctx)
             if record is not None and (self._shows_all or title in ("Arguments", "Options")):
-                names = record[0].partition(" / ")[0]
+                names = record[0].partition(" / ")[0].partition(" <")[0]
                 sections[title].append((names, record[1]))
         for title, rows in sections.items():
             if rows:
@@ -223,9 +231,13 @@ def _read_toml(config_class: type[StageConfig], path: Path) -> dict[str, Any]:
         raise UsageError(f"--config {path}: cannot be read ({error.strerror}).") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path}: not valid TOML ({error}).") from None
-    values = named_options(config_class, raw, f"--config {path}: ")
+    named_options(config_class, raw, f"--config {path}: ")
     hints = typing.get_type_hints(config_class)
-    return {name: _convert(path, name, value, hints[name]) for name, value in values.items()}
+    return {
+        name: _convert(path, key, value, hints[name])
+        for key, value in raw.items()
+        for name in [key.replace("-", "_")]
+    }
 
 
 def _convert(path: Path, key: str, value: Any, annotation: Any) -> Any:

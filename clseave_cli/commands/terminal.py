@@ -9,6 +9,7 @@ import functools
 import json
 import re
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,16 +42,17 @@ def printable(text: str) -> str:
 @functools.cache
 def stdout() -> Console:
     """Where results go."""
-    return _console(stderr=False)
+    return make_console(stderr=False)
 
 
 @functools.cache
 def stderr() -> Console:
     """Where progress and notes go."""
-    return _console(stderr=True)
+    return make_console(stderr=True)
 
 
-def _console(stderr: bool) -> Console:
+def make_console(*, stderr: bool, **settings: Any) -> Console:
+    """A console of rich's that prints no control characters of data."""
     from rich.console import Console
 
     class PrintableConsole(Console):
@@ -59,22 +61,23 @@ def _console(stderr: bool) -> Console:
         def render_str(self, text: str, **settings: Any) -> Text:
             return super().render_str(printable(text), **settings)
 
-    return PrintableConsole(stderr=stderr, highlight=False, quiet=not is_first_process())
+    quiet = not is_first_process()
+    return PrintableConsole(stderr=stderr, highlight=False, quiet=quiet, **settings)
 
 
 def say(message: str, *, to_stderr: bool = False) -> None:
-    """Prints a text as it is: a line in a pipe; broken between words on a terminal.
+    """Prints a text as it is; on stderr, a terminal gets it broken between words.
 
-    Words longer than a line, such as paths and URLs, stay whole.
+    Paths and URLs stay whole, and results can be copied as they are.
     """
     console = stderr() if to_stderr else stdout()
-    console.print(
-        message,
-        markup=False,
-        soft_wrap=not console.is_terminal,
-        overflow="ignore",
-        crop=False,
-    )
+    if to_stderr and console.is_terminal:
+        lines = message.splitlines()
+        message = "\n".join(
+            textwrap.fill(line, console.width, break_long_words=False, break_on_hyphens=False)
+            for line in lines
+        )
+    console.print(message, markup=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:

@@ -131,14 +131,16 @@ def named_options(
     Raises:
         UsageError: one does not exist; names the nearest that does.
     """
-    values = {name.replace("-", "_"): value for name, value in options.items()}
     names = [part.name for part in dataclasses.fields(config_class)]
-    for name, value in values.items():
+    values = {}
+    for key, value in options.items():
+        name = key.replace("-", "_")
         refuse_removed(config_class, ["--" + name.replace("_", "-"), str(value)], where)
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             advice = f"did you mean {near[0]}?" if near else f"there are: {', '.join(names)}."
-            raise UsageError(f"{where}no option named {name}; {advice}")
+            raise UsageError(f"{where}no option named {key}; {advice}")
+        values[name] = value
     return values
 
 
@@ -514,12 +516,10 @@ class StudentConfig(TrainingConfig, DataConfig, TokenConfig):
     )
     pooling: Pooling = option("terminal", "Which hidden state stands for the sentence.")
     projection: Projection = option("linear", "How it becomes the embedding.")
-    include_english: bool = option(
-        False, "Train on the teacher's sentences too, as their own translations."
-    )
+    include_english: bool = option(False, "Train on the teacher's sentences, too.")
     auxiliary: tuple[str, ...] = option(
         (),
-        "Language trained along as a regulariser: not read later, not counted; repeat.",
+        "Language to train along as a regulariser; repeat.",
         metavar="LANG",
     )
     auxiliary_weight: float = option(0.3, "Weight of its pairs in the loss.", least=0)
@@ -532,9 +532,7 @@ class StudentConfig(TrainingConfig, DataConfig, TokenConfig):
     parallel_batches: bool = option(
         False, "Batches of source sentences, each with its translations into every language."
     )
-    epoch_pairs: int | None = option(
-        None, "Pairs in an epoch, repeats counted; unset: every pair once.", least=1
-    )
+    epoch_pairs: int | None = option(None, "Pairs in an epoch; unset: every pair once.", least=1)
     trim_vocabulary: bool = option(False, "Keep only the tokens that the text needs.")
     epochs: int = option(9, "Passes over the training data.", least=1)
     weight_decay: float = option(0.01, "Decoupled weight decay (AdamW).", least=0)
@@ -552,9 +550,7 @@ class StudentConfig(TrainingConfig, DataConfig, TokenConfig):
 class AlignConfig(StudentConfig):
     """`align`: a multilingual student of the CLIP-VE text encoder (thesis 3.3)."""
 
-    limit: int | None = option(
-        None, "Train on this many distinct sentences of each language; unset: on all.", least=1
-    )
+    limit: int | None = option(None, "Distinct sentences of each language; unset: all.", least=1)
     out: Path | None = option(None, "Folder to write; unset: RUNS/align-LANG.", metavar="DIR")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from clseave_cli.core.config import Precision
 from clseave_cli.core.models.clip_ve import ClipVE, fingerprint, source_language
@@ -23,7 +23,7 @@ from clseave_cli.core.prediction.pixels import Floats
 from clseave_cli.core.training.precision import autocast, resolve_device
 from clseave_cli.errors import ModelError
 
-#: Weights below which a second thread does not pay for one example.
+#: Weights of the image tower below which a second thread does not pay for one example.
 _SMALL = 20_000_000
 
 
@@ -56,6 +56,7 @@ class TorchModel:
         self._loaded = {folder: encoder.eval() for folder, encoder in loaded.items()}
         self._device = clip_ve.image.device
         self._autocast = autocast(precision, self._device)
+        self._is_small = sum(part.numel() for part in clip_ve.image.parameters()) < _SMALL
 
     @classmethod
     def from_runs(
@@ -114,7 +115,7 @@ class TorchModel:
 
     def embed_images(self, pixels: Floats) -> Floats:
         """(B, D) embeddings of (B, 3, height, width) pixels."""
-        with torch.no_grad(), self._autocast(), _threads_for(self.clip_ve.image, len(pixels)):
+        with torch.no_grad(), self._autocast(), self._threads(len(pixels)):
             return _array(self.clip_ve.image(torch.from_numpy(pixels).to(self._device)))
 
     def embed_sentences(
@@ -123,31 +124,30 @@ class TorchModel:
         """(B, D) embeddings of B sentences, and (B,) which of them were cut at the limit."""
         encoder = self.encoder(lang)
         tokens = encoder.tokenize(list(sentences))
-        with torch.no_grad(), self._autocast(), _threads_for(encoder, len(sentences)):
+        with torch.no_grad(), self._autocast(), self._threads(len(sentences)):
             embeddings = torch.cat([part.float() for part in encoder.embed(tokens)])
         return _array(embeddings), tokens.truncated
 
     def probabilities(self, hypotheses: Floats, premises: Floats) -> Floats:
         """(B, C) probabilities of the labels, from (B, D) sentence and image embeddings."""
         both = (torch.from_numpy(part).to(self._device) for part in (hypotheses, premises))
-        with torch.no_grad():
+        with torch.no_grad(), self._threads(len(hypotheses)):
             return _array(self.clip_ve(*both).softmax(dim=1))
 
+    @contextmanager
+    def _threads(self, num_examples: int) -> Iterator[None]:
+        """One thread for one example of a small model: several would mostly wait for each other.
 
-@contextmanager
-def _threads_for(module: nn.Module, num_examples: int) -> Iterator[None]:
-    """One thread for one example of a small model: several would mostly wait for each other.
-
-    Beside other programs that waiting takes up to a hundred times as long (docs/experiments.md,
-    2026-11-26).
-    """
-    before = torch.get_num_threads()
-    if num_examples == 1 and sum(part.numel() for part in module.parameters()) < _SMALL:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+        Beside other programs that waiting takes up to a hundred times as long as the work
+        (docs/experiments.md, 2026-11-26).
+        """
+        before = torch.get_num_threads()
+        if self._is_small and num_examples == 1:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
 
 def _array(tensor: Tensor) -> Floats:
