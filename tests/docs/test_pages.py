@@ -159,6 +159,8 @@ def test_every_command_shown_is_one_the_program_takes(
         except _Understood:
             continue
         except Exception as error:
+            if page.name == "experiments.md" and "was removed" in str(error):
+                continue  # a log keeps the commands that it tells of
             pytest.fail(f"{page_id(page)}: {shlex.join(['clseave', *arguments])}: {error}")
 
 
