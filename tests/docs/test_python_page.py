@@ -41,7 +41,7 @@ def test_the_functions_of_the_page_are_those_of_the_package() -> None:
 
 
 def test_a_wrong_option_is_refused_as_a_flag_is() -> None:
-    with pytest.raises(UsageError, match="no option named langs; did you mean lang?"):
+    with pytest.raises(UsageError, match="no option named langs; did you mean lang"):
         clseave_cli.align(langs=("de",))
     with pytest.raises(UsageError, match="--preset mine: unknown; there are: thesis, mini-ve"):
         clseave_cli.align(preset="mine")
