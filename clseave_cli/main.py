@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
-import signal
 import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -69,19 +66,6 @@ def _root(
         terminal.say(f"threads: {processes.thread_policy()}", to_stderr=True)
 
 
-@contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """Lets SIGTERM end a command as Ctrl-C does; a training's own handlers come before it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may say what a signal does
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _guarded(name: str, function: Callable[..., None]) -> Callable[..., None]:
     """The command, with Ctrl-C and SIGTERM as an error, in one process where more are no use."""
 
@@ -90,7 +74,7 @@ def _guarded(name: str, function: Callable[..., None]) -> Callable[..., None]:
         if processes.process_count() > 1 and name not in _SHARED:
             raise UsageError(f"{name}: works in one process; start it without a launcher.")
         try:
-            with _sigterm_as_ctrl_c():
+            with processes.sigterm_as_ctrl_c():
                 function(**arguments)
         except KeyboardInterrupt:
             raise Interrupted("interrupted; everything finished so far is on disk.") from None
@@ -138,17 +122,6 @@ def _refuse_usage(error: Any) -> NoReturn:
     _fail(f"{message[:1].lower()}{message[1:]}; see `{command} --help`.", error.exit_code)
 
 
-def _prepare_streams() -> None:
-    """Makes standard streams that take every text, also where the caller closed or limits them."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        stream = getattr(sys, name)
-        if stream is None:  # closed by the caller: `<&-`, `>&-`
-            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115 - for good
-        elif name != "stdin" and hasattr(stream, "reconfigure"):
-            # A result must not be lost to a terminal that cannot show its characters.
-            stream.reconfigure(errors="backslashreplace")
-
-
 def _quieten_libraries() -> None:
     """Lets this program speak for the libraries it will load, unless the user asked them to."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -165,7 +138,7 @@ def _leave_quietly() -> NoReturn:
 
 def main() -> None:
     """Runs the command line; every error ends in one line on stderr and its exit code."""
-    _prepare_streams()
+    processes.prepare_streams()
     _quieten_libraries()
     processes.wait_without_spinning()
     stdout = sys.stdout

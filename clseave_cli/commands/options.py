@@ -76,6 +76,7 @@ class Subcommand(typer.core.TyperCommand):
         config_class = getattr(self.callback, "config_class", None)
         if config_class is not None and not ctx.resilient_parsing:
             refuse_removed(config_class, args)
+            _refuse_keys(config_class, args)
         self._shows_all = "--help-all" in args
         return super().parse_args(ctx, ["--help"] if self._shows_all else args)
 
@@ -91,9 +92,10 @@ class Subcommand(typer.core.TyperCommand):
         """Writes the options under their headings."""
         titles = ("Arguments", "Options", _MORE, *_PANELS.values())
         sections: dict[str, list[tuple[str, str]]] = {title: [] for title in titles}
-        for parameter in self.get_params(ctx):
+        parameters: list[Any] = self.get_params(ctx)
+        for parameter in parameters:
             is_argument = parameter.param_type_name == "argument"
-            title = _title(parameter) or ("Arguments" if is_argument else "Options")
+            title = parameter.rich_help_panel or ("Arguments" if is_argument else "Options")
             record = parameter.get_help_record(ctx)
             if record is not None and (self._shows_all or title in ("Arguments", "Options")):
                 names = record[0].partition(" / ")[0].partition(" <")[0]
@@ -102,15 +104,23 @@ class Subcommand(typer.core.TyperCommand):
             if rows:
                 with formatter.section(title):
                     formatter.write_dl(rows)
-        if any(_title(parameter) for parameter in self.params) and not self._shows_all:
+        if any(parameter.rich_help_panel for parameter in parameters) and not self._shows_all:
             formatter.write("\nclseave COMMAND --help-all shows every option.\n")
         if self._shows_all:
             formatter.write("\nA switch such as --resume is undone by --no-resume.\n")
 
 
-def _title(parameter: Any) -> str | None:
-    title: str | None = parameter.rich_help_panel
-    return title
+def _refuse_keys(config_class: type[StageConfig], args: list[str]) -> None:
+    """Refuses flags of options that the command takes from `--config` alone.
+
+    Raises:
+        UsageError: there is one.
+    """
+    flags = getattr(config_class, "FLAGS", None)
+    keys = {flag_of(part): part.name for part in dataclasses.fields(config_class)}
+    for flag in (argument.partition("=")[0] for argument in args):
+        if flags is not None and flag in keys and keys[flag] not in flags:
+            raise UsageError(f"{flag} was removed: put {keys[flag]} into a --config FILE.toml.")
 
 
 def command(config_class: type[C], run: Callable[..., None]) -> Callable[..., None]:
@@ -197,7 +207,8 @@ def _flag(
 
 def _panel(config_class: type[StageConfig], name: str) -> str | None:
     """The heading an option stands under: none for those that come first."""
-    if not config_class.FIRST or name in config_class.FIRST:
+    first = config_class.FIRST
+    if not first or name in first or getattr(config_class, "FLAGS", None) is not None:
         return None
     for part, title in _PANELS.items():
         if issubclass(config_class, part) and name in part.__annotations__:

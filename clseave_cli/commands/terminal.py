@@ -126,35 +126,32 @@ class _Task:
         self._done += amount
         self._fields = _metrics(fields) or self._fields
         if self._bars is not None and self.bar is not None:
-            details = " · ".join(self._parts())
-            self._bars.update(self.bar, completed=self._done, details=details)
+            line = self._line(self._time_left())
+            self._bars.update(self.bar, completed=self._done, details=line)
         elif time.monotonic() - self._last >= _LINE_SECONDS:
             self._last = time.monotonic()
-            say(f"{self._description}: " + " · ".join(self._parts()), to_stderr=True)
+            say(f"{self._description}: {self._line(self._time_left())}", to_stderr=True)
 
-    def _parts(self) -> list[str]:
-        """How far it is, how long it still takes, and the latest metrics."""
+    def _line(self, time_text: str) -> str:
+        """How far it is, a time, and the latest metrics."""
         of = f"/{self._total}" if self._total is not None else ""
-        parts = [f"{self._done}{of} {self._unit}".strip()]
-        if (seconds_left := self._seconds_left()) is not None:
-            parts.append(f"{_clock(seconds_left)} left")
-        return [*parts, self._fields] if self._fields else parts
+        done = f"{self._done}{of} {self._unit}".strip()
+        return " · ".join(part for part in (done, time_text, self._fields) if part)
 
     def end(self) -> None:
         """Says that it is done."""
-        of = f"{self._done} {self._unit}".strip()
-        parts = [of, f"in {_clock(time.monotonic() - self._start)}"]
-        parts += [self._fields] if self._fields else []
-        say(f"{self._description}: " + " · ".join(parts), to_stderr=True)
+        line = self._line(f"in {_clock(time.monotonic() - self._start)}")
+        say(f"{self._description}: {line}", to_stderr=True)
 
-    def _seconds_left(self) -> float | None:
-        """None where nothing is left, or too little is counted to tell."""
+    def _time_left(self) -> str:
+        """Empty where nothing is left, or too little is counted to tell."""
         if self._first is None or self._total is None or self._done >= self._total:
-            return None
+            return ""
         begun, before = self._first
         if self._done == before:
-            return None
-        return (self._total - self._done) * (time.monotonic() - begun) / (self._done - before)
+            return ""
+        rate = (self._done - before) / (time.monotonic() - begun)
+        return f"{_clock((self._total - self._done) / rate)} left" if rate else ""
 
 
 def _clock(seconds: float) -> str:

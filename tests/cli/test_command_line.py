@@ -216,6 +216,12 @@ def test_what_was_removed_is_refused_with_advice(refused, tmp_path, arguments, s
     assert f"{path}: {said}" in refused("align", "--config", path, code=2)
 
 
+def test_an_option_for_the_config_file_alone_is_no_flag(refused, monkeypatch):
+    monkeypatch.setattr(AlignConfig, "FLAGS", ("lang",), raising=False)
+    said = "--code was removed: put code into a --config FILE.toml."
+    assert said in refused("align", "--lang", "de", "--code=relu", code=2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -36,7 +36,7 @@ def test_a_line_tells_metrics_and_one_labelled_clock(clock, capsys):
     assert capsys.readouterr().err.splitlines() == [
         "align de: epoch 1/2: 100/1000 pairs · 0:03:00 left · loss 0.25 · pairs/s 5",
         "align de: epoch 1/2: 900/1000 pairs · 0:06:53 left · loss 0.25 · pairs/s 5",
-        "align de: epoch 1/2: 1000 pairs · in 1:02:05 · loss 0.25 · pairs/s 5",
+        "align de: epoch 1/2: 1000/1000 pairs · in 1:02:05 · loss 0.25 · pairs/s 5",
     ]
 
 
@@ -76,7 +76,7 @@ def test_a_bar_leaves_one_line_of_finished_work_and_nothing_of_interrupted_work(
     # Whatever is written over a line that was erased is no longer there.
     left = re.sub(r"[^\n]*\n?\r?\x1b\[1A\x1b\[2K|[^\n]*\r\x1b\[2K", "", screen.getvalue())
     left = re.sub(r"\x1b\[[?\d;]*[a-zA-Z]", "", left)
-    assert "features: 3 · in 0:00:00" in left
+    assert "features: 3/3 · in 0:00:00" in left
     assert "epoch" not in left
 
 
