@@ -38,7 +38,7 @@ from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
 from clseave_cli.core.training.placement import on_device
 from clseave_cli.core.training.precision import resolve_device
-from clseave_cli.core.training.run import Run, finished_before, require_writable
+from clseave_cli.core.training.run import Run, finished_before, public_name, require_writable
 from clseave_cli.errors import DataError
 from clseave_cli.progress import SILENT, Progress
 
@@ -310,7 +310,7 @@ def _starting_model(
 
 
 def _card(config: PretrainConfig, num_images: int, result: TrainingResult) -> str:
-    start = f"`{config.clip}`" if config.clip else "random weights"
+    start = f"`{public_name(config.clip)}`" if config.clip else "random weights"
     return f"""---
 library_name: transformers
 tags: [clip]

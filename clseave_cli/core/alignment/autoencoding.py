@@ -29,7 +29,7 @@ from clseave_cli.core.models.tokens import TokenTable
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
 from clseave_cli.core.training.placement import on_device
 from clseave_cli.core.training.precision import resolve_device
-from clseave_cli.core.training.run import Run, finished_before, require_writable
+from clseave_cli.core.training.run import Run, finished_before, public_name, require_writable
 from clseave_cli.core.word_alignment.places import NONE, WordTokens, find_tokens
 from clseave_cli.core.word_alignment.words import split_words
 from clseave_cli.errors import UsageError
@@ -195,16 +195,17 @@ def _card(
     config: AutoencodeConfig, languages: tuple[str, ...], count: int, result: TrainingResult
 ) -> str:
     figures = ", ".join(f"{name} {value:.4g}" for name, value in result.dev.items())
+    model = public_name(config.student)
     return f"""---
 library_name: clseave
 tags: [autoencoder, multilingual]
 language: [{", ".join(languages)}]
-base_model: {config.student}
+base_model: {model}
 ---
 
 # Multilingual autoencoder
 
-Brings the last hidden states of `{config.student}` to the width of the teacher's, and back. The
+Brings the last hidden states of `{model}` to the width of the teacher's, and back. The
 start of students of `clseave align --method token --pretrained-code`. Trained on {count} distinct
 sentences in {", ".join(languages)}, {result.epochs} epochs, the weights of epoch
 {result.best_epoch} kept: {figures} on dev. `training/` records every option, version and figure.

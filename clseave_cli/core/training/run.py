@@ -206,6 +206,12 @@ def require_writable(out: Path) -> None:
             raise ClseaveError(f"{path}: is a file; expected a folder to write models into.")
 
 
+def public_name(model: str) -> str:
+    """How a model card calls a model: its hub id, or a folder's name without the local path."""
+    path = Path(model)
+    return path.resolve().name if path.is_dir() or len(path.parts) > 2 else model
+
+
 def plain_options(config: StageConfig) -> dict[str, Any]:
     """Every resolved option, as JSON keeps it."""
     return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
