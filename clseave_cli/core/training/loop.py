@@ -43,9 +43,6 @@ from clseave_cli.progress import SILENT, Progress
 #: Records in metrics.jsonl per epoch, the one with the dev figures apart.
 _RECORDS_PER_EPOCH = 20
 
-#: Dev metrics in the line that tells of an epoch; metrics.jsonl has all.
-_METRICS_SHOWN = 2
-
 #: Batches prepared ahead of the step.
 _BATCHES_AHEAD = 3
 
@@ -394,13 +391,11 @@ class _Run:
         else:
             state.epochs_without_gain += 1
         self._record({**means, "dev": dev})
-        # The metric that chooses comes first: one line has no room for all of them.
-        shown = [metric, *(name for name in overall(dev) if name != metric)][:_METRICS_SHOWN]
+        # One line of 80 columns; metrics.jsonl has every dev metric.
         self.progress.note(
             f"{self.stage}: epoch {state.epoch + 1}/{self.config.epochs}: "
-            f"loss {means['loss']:.4f} · dev "
-            + " · ".join(f"{name} {dev[name]:.4g}" for name in shown)
-            + f" · {self.pairs_stepped / max(self.step_seconds, 1e-9):.0f} pairs/s"
+            f"loss {means['loss']:.4f} · dev {metric} {value:.4g} · "
+            f"{self.pairs_stepped / max(self.step_seconds, 1e-9):.0f} pairs/s"
         )
         state.epoch += 1
         state.batch = state.num_seen = 0
