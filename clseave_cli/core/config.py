@@ -686,6 +686,10 @@ class EvaluateConfig(SeededConfig, DataConfig, EngineConfig):
 class PredictConfig(ModelsConfig):
     """`predict`: the label of one image and sentence, or of a file of them."""
 
+    FIRST: ClassVar[tuple[str, ...]] = (
+        "lang", "runs", "images", "batch_size", "resume", "device", "precision",
+    )  # fmt: skip
+
     lang: str | None = option(
         None,
         "Language of the hypothesis; auto: identified; unset: CLIP-VE's own.",
@@ -699,6 +703,10 @@ class PredictConfig(ModelsConfig):
 class ExportConfig(ModelsConfig):
     """`export`: the models as a folder that runs without torch."""
 
+    FIRST: ClassVar[tuple[str, ...]] = (
+        "out", "lang", "runs", "int8", "format", "device", "precision",
+    )  # fmt: skip
+
     out: Path = option(Path("exported"), "Folder to write.", metavar="DIR")
     format: Literal["onnx"] = option("onnx", "What to write.")
     lang: tuple[str, ...] = option(
@@ -710,6 +718,11 @@ class ExportConfig(ModelsConfig):
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig(ModelsConfig):
     """`serve`: an HTTP service and a page to try it on."""
+
+    FIRST: ClassVar[tuple[str, ...]] = (
+        "lang", "host", "port", "allowed_host", "runs", "device", "precision", "batch_size",
+        "max_waiting", "max_megabytes", "max_megapixels", "max_characters",
+    )  # fmt: skip
 
     lang: tuple[str, ...] = option(
         (), "Language to serve; repeat; unset: all there are.", metavar="LANG"

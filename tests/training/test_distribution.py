@@ -1,7 +1,7 @@
 """Two processes train together: the run of one process, written once, safe to kill."""
 
-import signal
 import re
+import signal
 import subprocess
 import sys
 import time
