@@ -21,10 +21,11 @@ from clseave_cli.core.config import (
 from clseave_cli.core.data.mini_ve import generate
 from clseave_cli.core.data.mini_ve.grammar import LANGUAGES
 from clseave_cli.core.data.records import read_split
+from clseave_cli.core.evaluation.report.report import REPORT
 from clseave_cli.core.evaluation.results import Results
 from clseave_cli.core.evaluation.rows import read_predicted_rows
 from clseave_cli.core.evaluation.run import evaluate
-from clseave_cli.core.files import atomic_folder, read_json
+from clseave_cli.core.files import atomic_folder, locked_target, read_json, require_replaceable
 from clseave_cli.core.finetuning import finetune
 from clseave_cli.core.models.scratch import new_encoder
 from clseave_cli.core.pretraining import pretrain
@@ -81,11 +82,16 @@ def demo(config: DemoConfig, progress: Progress = SILENT) -> DemoResult:
     Whatever an earlier call finished or began in the same folder is taken up.
 
     Raises:
-        UsageError: the folder holds the demo of another seed.
+        UsageError: the folder holds the demo of another seed, or something that is not a demo.
         Interrupted: Ctrl-C or SIGTERM; says how to go on.
     """
+    data = config.out / "data"
+    if not (data / "world.json").is_file():
+        require_replaceable(data, None)
+    require_replaceable(config.out / "report", REPORT)
     try:
-        return _demo(config, progress)
+        with locked_target(data):
+            return _demo(config, progress)
     except (Interrupted, KeyboardInterrupt):
         raise Interrupted(
             f"{config.out}: interrupted; run the same command again to go on from there."
@@ -148,8 +154,8 @@ def _world(data: Path, encoder: Path, seed: int, progress: Progress) -> None:
             for lang in LANGUAGES
             for hypothesis in dict.fromkeys(read_split(data, "train", lang).hypotheses)
         ]
-        with atomic_folder(encoder) as aside:
-            new_encoder(aside, sentences, seed=seed)
+        with locked_target(encoder), atomic_folder(encoder) as unfinished:
+            new_encoder(unfinished, sentences, seed=seed)
 
 
 def _examples(data: Path, report: Path) -> tuple[Example, ...]:
