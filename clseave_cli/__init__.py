@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clseave_cli.version import __version__
@@ -39,7 +40,8 @@ def pretrain(*, progress: Progress | None = None, **options: Any) -> PretrainRes
 
     Args:
         progress: told how far things are; None: nobody is.
-        options: fields of `PretrainConfig`, named as the flags, with underscores; and `preset`.
+        options: fields of `PretrainConfig`, named as the flags, with underscores; `preset`, and
+            `config`, a TOML file of options.
 
     Raises:
         UsageError: an option does not exist or makes no sense.
@@ -87,14 +89,16 @@ def evaluate(*, progress: Progress | None = None, **options: Any) -> Results:
 
 
 def _stage(where: str, config: str, progress: Progress | None, options: dict[str, Any]) -> Any:
-    from clseave_cli.core.config import named_options, preset_options
+    from clseave_cli.core.config import named_options, preset_options, toml_options
     from clseave_cli.progress import SILENT
 
     module, _, name = where.partition(":")
     config_class: Any = getattr(importlib.import_module("clseave_cli.core.config"), config)
     stage: Callable[..., Any] = getattr(importlib.import_module(f"clseave_cli.core.{module}"), name)
     preset = preset_options(config_class, options.pop("preset", None))
-    values = preset | named_options(config_class, options)
+    path = options.pop("config", None)
+    from_file = toml_options(config_class, Path(path)) if path is not None else {}
+    values = preset | from_file | named_options(config_class, options)
     return stage(config_class(**values), progress or SILENT)
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import tomllib
-import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -24,9 +22,10 @@ from clseave_cli.core.config import (
     TrainingConfig,
     WordAlignerConfig,
     flag_of,
-    named_options,
     preset_options,
     refuse_removed,
+    toml_options,
+    value_type,
 )
 from clseave_cli.errors import UsageError
 
@@ -164,7 +163,7 @@ def resolve(
     """
     values = dict(preset_options(config_class, preset))
     if config_file is not None:
-        values |= _read_toml(config_class, config_file)
+        values |= toml_options(config_class, config_file)
     for name, value in flags.items():
         if value is not None and value != []:
             values[name] = tuple(value) if isinstance(value, list) else value
@@ -182,7 +181,7 @@ def _flag(
     config_class: type[StageConfig], field: dataclasses.Field[Any], annotation: Any
 ) -> inspect.Parameter:
     spelling = flag_of(field)
-    help_text, default, kind = field.metadata["help"], field.default, _type(annotation)
+    help_text, default, kind = field.metadata["help"], field.default, value_type(annotation)
     metavar = field.metadata["metavar"] or _METAVARS.get(kind)
     if get_origin(kind) is typing.Literal:
         metavar = "|".join(get_args(kind))
@@ -216,13 +215,6 @@ def _panel(config_class: type[StageConfig], name: str) -> str | None:
     return _MORE
 
 
-def _type(annotation: Any) -> Any:
-    """The type of one value: without None, and of a tuple's items."""
-    if isinstance(annotation, types.UnionType):
-        annotation = next(part for part in get_args(annotation) if part is not type(None))
-    return get_args(annotation)[0] if get_origin(annotation) is tuple else annotation
-
-
 def _optional(annotation: Any) -> Any:
     if get_origin(annotation) is tuple:
         annotation = list[get_args(annotation)[0]]  # type: ignore[misc]
@@ -233,40 +225,3 @@ def _keyword(name: str, annotation: Any) -> inspect.Parameter:
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
     )
-
-
-def _read_toml(config_class: type[StageConfig], path: Path) -> dict[str, Any]:
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"--config {path}: cannot be read ({error.strerror}).") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path}: not valid TOML ({error}).") from None
-    named_options(config_class, raw, f"--config {path}: ")
-    hints = typing.get_type_hints(config_class)
-    return {
-        name: _convert(path, key, value, hints[name])
-        for key, value in raw.items()
-        for name in [key.replace("-", "_")]
-    }
-
-
-def _convert(path: Path, key: str, value: Any, annotation: Any) -> Any:
-    """`value` as the field's type, by the few types that config fields have."""
-    if get_origin(annotation) is tuple:
-        items = value if isinstance(value, list) else [value]
-        return tuple(_convert(path, key, item, _type(annotation)) for item in items)
-    annotation = _type(annotation)
-    if get_origin(annotation) is typing.Literal:
-        if value in get_args(annotation):
-            return value
-        expected = " or ".join(map(str, get_args(annotation)))
-    elif annotation is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    elif annotation is Path and isinstance(value, str):
-        return Path(value)
-    elif type(value) is annotation:
-        return value
-    else:
-        expected = annotation.__name__
-    raise UsageError(f"--config {path}: {key} = {value!r}, expected {expected}.")

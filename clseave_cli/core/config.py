@@ -10,9 +10,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
+import tomllib
+import types
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
 from clseave_cli.errors import UsageError
 
@@ -142,6 +145,55 @@ def named_options(
             raise UsageError(f"{where}no option named {key}; {advice}")
         values[name] = value
     return values
+
+
+def toml_options(config_class: type[StageConfig], path: Path) -> dict[str, Any]:
+    """The options that a `--config` file sets, each of the type of its field.
+
+    Raises:
+        UsageError: it cannot be read, or holds an unknown key or a value of another type.
+    """
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config {path}: cannot be read ({error.strerror}).") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: not valid TOML ({error}).") from None
+    named_options(config_class, raw, f"--config {path}: ")
+    hints = typing.get_type_hints(config_class)
+    return {
+        name: _convert(path, key, value, hints[name])
+        for key, value in raw.items()
+        for name in [key.replace("-", "_")]
+    }
+
+
+def _convert(path: Path, key: str, value: Any, annotation: Any) -> Any:
+    """`value` as the field's type, by the few types that config fields have."""
+    if get_origin(annotation) is tuple:
+        items = value if isinstance(value, list) else [value]
+        return tuple(_convert(path, key, item, value_type(annotation)) for item in items)
+    annotation = value_type(annotation)
+    if get_origin(annotation) is Literal:
+        if value in get_args(annotation):
+            return value
+        expected = " or ".join(map(str, get_args(annotation)))
+    elif annotation is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    elif annotation is Path and isinstance(value, str):
+        return Path(value)
+    elif type(value) is annotation:
+        return value
+    else:
+        expected = annotation.__name__
+    raise UsageError(f"--config {path}: {key} = {value!r}, expected {expected}.")
+
+
+def value_type(annotation: Any) -> Any:
+    """The type of one value: without None, and of a tuple's items."""
+    if isinstance(annotation, types.UnionType):
+        annotation = next(part for part in get_args(annotation) if part is not type(None))
+    return get_args(annotation)[0] if get_origin(annotation) is tuple else annotation
 
 
 def refuse_removed(config_class: type[StageConfig], arguments: list[str], where: str = "") -> None:
