@@ -47,7 +47,7 @@ def test_a_wrong_option_is_refused_as_a_flag_is() -> None:
         clseave_cli.align(preset="mine")
     with pytest.raises(UsageError, match="--projection mlp was removed"):
         clseave_cli.align(projection="mlp")
-    with pytest.raises(UsageError, match="--config no.toml: cannot be read"):
+    with pytest.raises(UsageError, match="cannot be read"):
         clseave_cli.align(config="no.toml")
     with pytest.raises(AttributeError, match="no attribute 'aline'"):
         clseave_cli.aline  # noqa: B018
