@@ -5,6 +5,7 @@ Of several processes (`torchrun`) only the first one speaks, errors apart.
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import re
@@ -60,6 +61,10 @@ def make_console(*, stderr: bool, **settings: Any) -> Console:
 
         def render_str(self, text: str, **settings: Any) -> Text:
             return super().render_str(printable(text), **settings)
+
+        def on_broken_pipe(self) -> None:
+            """Leaves it to `main`, which ends quietly; rich would exit with 1."""
+            raise BrokenPipeError(errno.EPIPE, "the reader went away")
 
     quiet = not is_first_process()
     return PrintableConsole(stderr=stderr, highlight=False, quiet=quiet, **settings)

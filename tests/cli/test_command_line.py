@@ -89,13 +89,14 @@ def test_the_package_is_light_and_runs_as_a_module(tmp_path):
     )
 
 
+@pytest.mark.parametrize("speak", ["print", "main.terminal.say"])
 @pytest.mark.parametrize("inside", [False, True], ids=["main", "a command"])
-def test_a_reader_that_goes_away_is_no_error(tmp_path, inside):
+def test_a_reader_that_goes_away_is_no_error(tmp_path, inside, speak):
     script = (
         "import sys\n"
         "from clseave_cli import main, commands\n"
         "def talk(*_, **__):\n"
-        "    for _ in range(100000): print('x' * 100)\n"
+        f"    for _ in range(10000): {speak}('x' * 100)\n"
         + ("main.options.Subcommand.invoke = talk\n"
            "sys.argv = ['clseave', 'align']\n" if inside else "main.app = talk\n")
         + "main.main()\n"
