@@ -13,6 +13,7 @@ import typer
 from clseave_cli.commands import terminal
 from clseave_cli.core.config import PredictConfig
 from clseave_cli.errors import ClseaveError, DataError, UsageError
+from clseave_cli.processes import use_one_thread
 
 if TYPE_CHECKING:
     from clseave_cli.core.prediction.predictor import Prediction
@@ -54,6 +55,8 @@ def run(
     if config.resume:
         raise UsageError("--resume goes with --input and --output.")
 
+    # One pair is so little work that two threads would mostly wait for each other.
+    use_one_thread()
     from clseave_cli.core.prediction.predictor import VisualEntailment
 
     model = VisualEntailment.from_pretrained(

@@ -19,7 +19,7 @@ def run(config: ServeConfig) -> None:
     try:
         from clseave_cli.core.prediction.service import create_app, make_server
     except ImportError as error:
-        raise ExtraMissing(f"serve needs {error.name}: pip install 'clseave-cli[serve]'.") from None
+        raise ExtraMissing(f"serve needs {error.name}: pip install -e '.[serve]'.") from None
     from clseave_cli.core.prediction.inference import load_model
     from clseave_cli.core.prediction.predictor import AUTO
 

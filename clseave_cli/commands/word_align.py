@@ -34,19 +34,16 @@ def run(
             best = {"layer": result.layer, "threshold": result.threshold} if config.search else {}
             terminal.print_json(asdict(result.score) | best)
         else:
-            terminal.stdout().print(_summary(result.score), soft_wrap=True)
+            terminal.say(_summary(result.score))
             if config.search:
-                terminal.stdout().print(
+                terminal.say(
                     f"best: --aligner-layer {result.layer} --aligner-threshold {result.threshold}"
                 )
     elif config.out is None:
         sys.stdout.writelines(f"{line}\n" for line in result.lines)
     if config.out is not None:
-        terminal.stderr().print(
-            f"{config.out}: {result.num_links} links of {result.num_pairs} sentence pairs",
-            soft_wrap=True,
-            markup=False,
-        )
+        counts = f"{result.num_links} links of {result.num_pairs} sentence pairs"
+        terminal.say(f"{config.out}: {counts}", to_stderr=True)
 
 
 def _summary(score: AlignmentScore) -> str:

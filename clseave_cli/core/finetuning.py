@@ -29,7 +29,7 @@ from clseave_cli.core.models.vocabulary import reduced_vocabulary
 from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
 from clseave_cli.core.training.precision import Autocast
-from clseave_cli.core.training.run import Run, StageResult, set_up
+from clseave_cli.core.training.run import Run, StageResult, public_name, set_up
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.labels import LABELS
 from clseave_cli.progress import SILENT, Progress
@@ -199,21 +199,22 @@ def _prepare(
 
 def _card(config: FinetuneConfig, num_train: int, result: TrainingResult) -> str:
     dev = result.dev
+    model = public_name(config.clip)
     return f"""---
 library_name: clseave
 tags: [visual-entailment, clip]
 language: [{config.source_lang}]
-base_model: {config.clip}
+base_model: {model}
 ---
 
 # CLIP-VE
 
 Says whether an image entails, contradicts or leaves open a sentence in `{config.source_lang}`
-({", ".join(LABELS)}). Image tower of `{config.clip}`, frozen; text tower, projection and
+({", ".join(LABELS)}). Image tower of `{model}`, frozen; text tower, projection and
 head trained on {num_train} pairs, {result.epochs} epochs, the weights of epoch
 {result.best_epoch} kept: dev loss {dev["loss"]:.4f}, dev accuracy {dev["accuracy"]:.2%}.
 
-    clseave predict image.jpg "a sentence" --lang {config.source_lang} --runs {config.runs}
+    clseave predict image.jpg "a sentence" --lang {config.source_lang} --runs runs
 
 `training/` records every option, version and figure.
 """

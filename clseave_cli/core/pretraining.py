@@ -33,10 +33,11 @@ from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
 from clseave_cli.core.models.packing import PackedBatch
 from clseave_cli.core.models.scratch import ClipShape, new_clip
 from clseave_cli.core.models.tokens import TokenTable
+from clseave_cli.core.models.weights import quiet
 from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
 from clseave_cli.core.training.placement import on_device
-from clseave_cli.core.training.run import Run, StageResult, set_up
+from clseave_cli.core.training.run import Run, StageResult, public_name, set_up
 from clseave_cli.errors import DataError
 from clseave_cli.progress import SILENT, Progress
 
@@ -146,6 +147,7 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
         )
         result = train(stage, config, device=device, folder=run.folder, progress=progress)
 
+        @quiet()
         def save(aside: Path) -> None:
             model.save_pretrained(aside)
             text.tokenizer.save_pretrained(aside)
@@ -304,7 +306,7 @@ def _starting_model(
 
 
 def _card(config: PretrainConfig, num_images: int, result: TrainingResult) -> str:
-    start = f"`{config.clip}`" if config.clip else "random weights"
+    start = f"`{public_name(config.clip)}`" if config.clip else "random weights"
     return f"""---
 library_name: transformers
 tags: [clip]

@@ -296,7 +296,9 @@ class Clock:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def task(self, description: str, total: int | None = None, unit: str = "") -> Iterator[Any]:
+    def task(
+        self, description: str, total: int | None = None, unit: str = "", *, noted: bool = False
+    ) -> Iterator[Any]:
         begin = time.perf_counter()
         with SILENT.task(description) as task:
             yield task

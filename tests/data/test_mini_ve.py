@@ -289,7 +289,9 @@ class Counting:
         self.done = 0
 
     @contextmanager
-    def task(self, description: str, total: int | None = None, unit: str = "") -> Iterator[Task]:
+    def task(
+        self, description: str, total: int | None = None, unit: str = "", *, noted: bool = False
+    ) -> Iterator[Task]:
         self.total = total
         yield self
 

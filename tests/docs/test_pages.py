@@ -152,13 +152,15 @@ def test_every_command_shown_is_one_the_program_takes(
     for name, body in _TOML.findall(text):
         (tmp_path / name).write_text(body, encoding="utf-8")
     for arguments in commands(text):
-        if "--help" in arguments or "--version" in arguments:
+        if {"--help", "--version", "--install-completion"} & set(arguments):
             continue
         try:
             parse(arguments)
         except _Understood:
             continue
         except Exception as error:
+            if page.name == "experiments.md" and "was removed" in str(error):
+                continue  # a log keeps the commands that it tells of
             pytest.fail(f"{page_id(page)}: {shlex.join(['clseave', *arguments])}: {error}")
 
 

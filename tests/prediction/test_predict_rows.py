@@ -541,5 +541,5 @@ def test_the_language_is_identified_among_those_there_are(trained, world, tmp_pa
 
 def test_without_the_extra_auto_says_what_to_install(trained, monkeypatch):
     monkeypatch.setitem(sys.modules, "lingua", None)
-    with pytest.raises(ExtraMissing, match=r"pip install 'clseave-cli\[langid\]'"):
+    with pytest.raises(ExtraMissing, match=r"pip install -e '.\[langid\]'"):
         VisualEntailment.from_pretrained(trained, "auto")

@@ -82,6 +82,13 @@ def test_the_image_tower_is_the_one_it_started_from(world, tmp_path, clip):
             assert not torch.equal(parameter_before, parameter_after)
 
 
+def test_model_cards_name_no_local_path(trained):
+    for card in trained.glob("*/README.md"):
+        text = card.read_text()
+        assert str(trained.parent) not in text and "/tmp" not in text
+        assert "base_model: " in text and "--runs runs" in text
+
+
 def test_the_image_tower_stays_in_eval_mode_throughout(world, tmp_path, clip, monkeypatch):
     modes = []
     forward = ClipVE.forward

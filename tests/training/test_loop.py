@@ -165,7 +165,9 @@ def test_the_best_weights_are_kept_and_patience_stops(tmp_path):
 def test_patience_one_stops_at_the_first_rise(tmp_path):
     task = _Task()
     task.dev = [1.0, 0.9, 0.95]
-    result = task.run(tmp_path, epochs=5, patience=1)
+    notes = Notes()
+    result = task.run(tmp_path, epochs=5, patience=1, progress=notes)
+    assert "stopped early: no better dev" in notes.text
     assert (result.epochs, result.best_epoch) == (3, 2)
 
 

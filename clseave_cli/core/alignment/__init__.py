@@ -53,7 +53,7 @@ from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.student import new_student, save_student
 from clseave_cli.core.models.vocabulary import reduced_vocabulary, trim_vocabulary
 from clseave_cli.core.training.loop import Stage, TrainingResult, overall, train
-from clseave_cli.core.training.run import Run, StageResult, set_up
+from clseave_cli.core.training.run import Run, StageResult, public_name, set_up
 from clseave_cli.errors import UsageError
 from clseave_cli.progress import SILENT, Progress
 
@@ -288,22 +288,23 @@ def _card(
     result: TrainingResult,
 ) -> str:
     figures = ", ".join(f"{name} {value:.4g}" for name, value in overall(result.dev).items())
+    model = public_name(config.student)
     return f"""---
 library_name: clseave
 tags: [visual-entailment, multilingual, sentence-embeddings]
 language: [{", ".join(languages)}]
-base_model: {config.student}
+base_model: {model}
 ---
 
 # Student of CLIP-VE for {", ".join(languages)}
 
 Gives sentences in {", ".join(languages)} the embedding that the CLIP-VE teacher gives their
 translation in {source_lang}, so that the teacher's image tower and head work unchanged.
-`{config.student}`, trained on {num_pairs} distinct sentence pairs, {result.epochs} epochs, the
+`{model}`, trained on {num_pairs} distinct sentence pairs, {result.epochs} epochs, the
 weights of epoch {result.best_epoch} kept: {figures} on dev. Objective {config.objective}, pooling
 {config.pooling}.
 
-    clseave predict image.jpg "…" --lang {languages[0]} --runs {config.runs}
+    clseave predict image.jpg "…" --lang {languages[0]} --runs runs
 
 It works with the one teacher named in `config.json` only. `training/` records every option,
 version and figure.

@@ -25,7 +25,7 @@ from clseave_cli.core.models.student import Autoencoder, new_student, save_autoe
 from clseave_cli.core.models.tokens import TokenTable
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
 from clseave_cli.core.training.placement import on_device
-from clseave_cli.core.training.run import Run, StageResult, set_up
+from clseave_cli.core.training.run import Run, StageResult, public_name, set_up
 from clseave_cli.core.word_alignment.words import NONE, WordTokens, find_tokens, split_words
 from clseave_cli.errors import UsageError
 from clseave_cli.progress import SILENT, Progress
@@ -174,16 +174,17 @@ def _card(
     config: AutoencodeConfig, languages: tuple[str, ...], count: int, result: TrainingResult
 ) -> str:
     figures = ", ".join(f"{name} {value:.4g}" for name, value in result.dev.items())
+    model = public_name(config.student)
     return f"""---
 library_name: clseave
 tags: [autoencoder, multilingual]
 language: [{", ".join(languages)}]
-base_model: {config.student}
+base_model: {model}
 ---
 
 # Multilingual autoencoder
 
-Brings the last hidden states of `{config.student}` to the width of the teacher's, and back. The
+Brings the last hidden states of `{model}` to the width of the teacher's, and back. The
 start of students of `clseave align --method token --pretrained-code`. Trained on {count} distinct
 sentences in {", ".join(languages)}, {result.epochs} epochs, the weights of epoch
 {result.best_epoch} kept: {figures} on dev. `training/` records every option, version and figure.

@@ -32,7 +32,7 @@ class LanguageIdentifier:
             from lingua import IsoCode639_1
         except ImportError:
             raise ExtraMissing(
-                "language identification needs lingua; run: pip install 'clseave-cli[langid]'."
+                "language identification needs lingua; run: pip install -e '.[langid]'."
             ) from None
         self._by_code: dict[Any, str] = {}
         for lang in languages:

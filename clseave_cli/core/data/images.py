@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
 import os
-import warnings
 from pathlib import Path
 
 from PIL import (
@@ -23,11 +23,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 #: Preprocessing scales the short side up to the tower's input and the long side along with it: a
 #: picture of 20,000 × 1 pixels would become one of 4,480,000 × 224.
 _MOST_ELONGATED = 100
-
-# Pillow refuses an image of twice its limit and warns of one above it; we refuse both.
-warnings.simplefilter("error", Image.DecompressionBombWarning)
-# What it says of broken EXIF data or odd palettes, nobody can act on.
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 class ImageFolder:
@@ -93,6 +88,9 @@ def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
     try:
         stream = source if isinstance(source, Path) else io.BytesIO(source)
         with Image.open(stream, formats=FORMATS) as image:
+            # Pillow refuses an image of twice its limit and warns of one above it; we refuse both.
+            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise Image.DecompressionBombError
             require_shape(image, label)
             ImageOps.exif_transpose(image, in_place=True)  # without another copy in memory
             return image.convert("RGB")

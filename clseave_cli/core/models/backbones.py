@@ -29,10 +29,6 @@ from clseave_cli.core.models.tokens import Filling
 from clseave_cli.core.models.weights import load, load_linear, save_weights
 from clseave_cli.errors import ModelError
 
-# `progress.Progress` reports loading and saving, not transformers' bars and warnings.
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
-
 _LOADING: dict[str, Any] = {
     "dtype": torch.float32,
     "use_safetensors": True,

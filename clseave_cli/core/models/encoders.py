@@ -21,6 +21,7 @@ from clseave_cli.core.config import Pooling
 from clseave_cli.core.files import json_digest
 from clseave_cli.core.models.packing import PackedBatch, pack
 from clseave_cli.core.models.tokens import Filling, TokenTable, Trimmed, tokenize
+from clseave_cli.core.models.weights import quiet
 from clseave_cli.progress import SILENT, Progress
 
 #: Row length of packed batches; an encoder that reads less is packed to what it reads. A GPU likes
@@ -231,6 +232,7 @@ class SentenceEncoder(nn.Module):
         for start in range(0, len(wanted), batch_size):
             yield self(self.pack(tokens, wanted[start : start + batch_size]))
 
+    @quiet()
     def save_pretrained(self, folder: Path) -> None:
         """Writes model and tokenizer in Hugging Face layout."""
         self._hub_model[0].save_pretrained(folder)
@@ -324,6 +326,7 @@ class ImageEncoder(nn.Module):
         """Where the weights are."""
         return next(self.parameters()).device
 
+    @quiet()
     def save_pretrained(self, folder: Path) -> None:
         """Writes model and image processor in Hugging Face layout."""
         self._hub_model[0].save_pretrained(folder)

@@ -19,6 +19,8 @@ from transformers import (
     CLIPTokenizer,
 )
 
+from clseave_cli.core.models.weights import quiet
+
 
 @dataclass(frozen=True)
 class ClipShape:
@@ -34,6 +36,7 @@ class ClipShape:
     vocab_size: int = 1000
 
 
+@quiet()
 def new_clip(
     folder: Path, captions: Iterable[str], shape: ClipShape = ClipShape(), seed: int = 0
 ) -> None:
@@ -96,6 +99,7 @@ def new_clip(
     CLIPImageProcessorPil(size=size, crop_size=size).save_pretrained(folder)
 
 
+@quiet()
 def new_encoder(
     folder: Path,
     sentences: Iterable[str],

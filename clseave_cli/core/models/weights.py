@@ -14,6 +14,7 @@ import math
 import re
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig
+from transformers.utils import logging
 
 from clseave_cli.core.files import read_json
 from clseave_cli.errors import ModelError
@@ -50,6 +52,20 @@ _FAILURES = (
     RuntimeError,  # RecursionError too
     OSError,
 )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Holds transformers' own bars and warnings back: `progress.Progress` tells of the work."""
+    level, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if has_bars:
+            logging.enable_progress_bar()
 
 
 def save_weights(module: nn.Module, path: Path) -> None:
@@ -142,13 +158,14 @@ def load(
             _require_plausible(Path(name))
         else:
             arguments["local_files_only"] = not _hub_answers()
-        if attention is None:  # no model
-            return loader(str(name), **arguments)
-        of_config = getattr(loader.__self__, "config_class", None) or AutoConfig  # type: ignore[attr-defined]
-        config = of_config.from_pretrained(str(name), **arguments)
-        # What the file says would be fetched from the hub and run, were it the name of a kernel.
-        config._attn_implementation = attention
-        loaded, report = loader(str(name), config=config, output_loading_info=True, **arguments)
+        with quiet():
+            if attention is None:  # no model
+                return loader(str(name), **arguments)
+            of_config = getattr(loader.__self__, "config_class", None) or AutoConfig  # type: ignore[attr-defined]
+            config = of_config.from_pretrained(str(name), **arguments)
+            # A kernel named in the file would be fetched from the hub and run.
+            config._attn_implementation = attention
+            loaded, report = loader(str(name), config=config, output_loading_info=True, **arguments)
     except _FAILURES as error:
         where = "folder" if is_local else "neither a folder here nor loadable as a hub id"
         reason = first_line(error)

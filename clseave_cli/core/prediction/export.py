@@ -83,9 +83,7 @@ def export(config: ExportConfig, progress: Progress = SILENT) -> ExportResult:
     """
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise ExtraMissing(
-            f"export needs {' and '.join(missing)}: pip install 'clseave-cli[onnx]'."
-        )
+        raise ExtraMissing(f"export needs {' and '.join(missing)}: pip install -e '.[onnx]'.")
     for lang in config.lang:
         require_language(lang)
     require_replaceable(config.out, _KIND, config)

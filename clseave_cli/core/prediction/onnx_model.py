@@ -283,7 +283,7 @@ def _session(path: Path, lasting: bool) -> Any:
         import onnxruntime
     except ImportError:
         raise ExtraMissing(
-            "an exported model needs onnxruntime: pip install 'clseave-cli[onnx]'."
+            "an exported model needs onnxruntime: pip install -e '.[onnx]'."
         ) from None
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

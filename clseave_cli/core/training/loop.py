@@ -242,7 +242,7 @@ class _Run:
         todo = self._batches()[state.batch : state.batch + self.total_steps - state.step]
         self.stage.module.train()
         title = f"{self.stage}: epoch {state.epoch + 1}/{self.config.epochs}"
-        with self.progress.task(title, self.stage.num_examples, "pairs") as task:
+        with self.progress.task(title, self.stage.num_examples, "pairs", noted=True) as task:
             task.advance(state.num_seen)
             begin = time.monotonic()
             for rows, parts in self._prepared(todo):
@@ -396,19 +396,27 @@ class _Run:
         else:
             state.epochs_without_gain += 1
         self._record({**means, "dev": dev})
-        shown = " · ".join(f"{name} {figure:.4g}" for name, figure in overall(dev).items())
+        # One line of 80 columns; metrics.jsonl has every dev metric.
         self.progress.note(
-            f"{self.stage}: epoch {state.epoch + 1}: train loss {means['loss']:.4f} · dev {shown}"
+            f"{self.stage}: epoch {state.epoch + 1}/{self.config.epochs}: "
+            f"loss {means['loss']:.4f} · dev {metric} {value:.4g} · "
+            f"{self.pairs_stepped / max(self.step_seconds, 1e-9):.0f} pairs/s"
         )
         state.epoch += 1
         state.batch = state.num_seen = 0
         self.sums.zero_()
         patience = self.config.patience
-        return (
+        stops = (
             patience is not None
             and state.epochs_without_gain >= patience
             and state.step < self.total_steps
         )
+        if stops:
+            self.progress.note(
+                f"{self.stage}: stopped early: no better dev {metric} for {patience} epochs; "
+                f"epoch {state.best_epoch} is kept."
+            )
+        return stops
 
     def _save_if_due(self, stop_requested: Callable[[], bool]) -> None:
         stopping, due = self.processes.any(

@@ -198,6 +198,12 @@ def model_kind(stage: str) -> Kind:
     )
 
 
+def public_name(model: str) -> str:
+    """How a model card calls a model: its hub id, or a folder's name without the local path."""
+    path = Path(model)
+    return path.resolve().name if path.is_dir() or len(path.parts) > 2 else model
+
+
 def plain_options(config: StageConfig) -> dict[str, Any]:
     """Every resolved option, as JSON keeps it."""
     options: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))

@@ -27,8 +27,9 @@ def require(name: str) -> None:
     """Raises a ClseaveError before the work if the package of a tracker is not installed."""
     # Without an origin it is a folder of that name where the command runs: wandb makes one.
     if name != "none" and getattr(importlib.util.find_spec(name), "origin", None) is None:
-        told = f"the package {name} is not installed; pip install 'clseave-cli[{name}]'."
-        raise ClseaveError(f"--tracker {name}: {told}")
+        raise ClseaveError(
+            f"--tracker {name}: the package {name} is not installed; pip install -e '.[{name}]'."
+        )
 
 
 @contextmanager

@@ -99,7 +99,7 @@ def _segmenter(code: str) -> Segmenter:
         return make()
     except ImportError:
         raise ExtraMissing(
-            f"words in {code} need {package}; run: pip install 'clseave-cli[segment]'."
+            f"words in {code} need {package}; run: pip install -e '.[segment]'."
         ) from None
 
 
