@@ -69,6 +69,9 @@ def option(
 class StageConfig:
     """What every stage needs: on what to compute."""
 
+    #: Fields that are flags of the command; None: all. The others are set by `--config` only.
+    FLAGS: ClassVar[tuple[str, ...] | None] = None
+
     #: Named sets of options, by preset name; a subclass fills it.
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
 
@@ -482,6 +485,21 @@ class AlignConfig(StudentConfig):
 @dataclass(frozen=True, kw_only=True)
 class CurveConfig(StudentConfig):
     """`curve`: how good a student gets from how many sentences."""
+
+    FLAGS: ClassVar[tuple[str, ...] | None] = (
+        "lang",
+        "limits",
+        "together",
+        "student",
+        "data",
+        "images",
+        "runs",
+        "split",
+        "keep_models",
+        "out",
+        "seed",
+        "device",
+    )
 
     limits: tuple[int, ...] = option(
         (100, 300, 1000, 3000),

@@ -8,7 +8,7 @@ from PIL import Image
 from tiny_world import read_jsonl, write_jsonl
 
 from clseave_cli.core.config import AlignConfig, EvaluateConfig
-from clseave_cli.core.evaluation.report.data_curves import DataCurves, DataPoint
+from clseave_cli.core.evaluation.curve import DataCurves, DataPoint
 from clseave_cli.core.evaluation.run import evaluate
 
 

@@ -5,12 +5,12 @@ from hypothesis import strategies as st
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from clseave_cli.core.evaluation.metrics.baselines import (
+from clseave_cli.core.evaluation.baselines import (
     majority_label,
     predict_from_hypotheses,
     shuffled_rows,
 )
-from clseave_cli.core.evaluation.metrics.bootstrap import accuracy_interval, compare_predictions
+from clseave_cli.core.evaluation.metrics import accuracy_interval, compare_predictions
 from clseave_cli.core.evaluation.metrics.seeds import (
     SeedSummary,
     mean_accuracy_interval,

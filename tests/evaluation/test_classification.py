@@ -3,8 +3,8 @@ import pytest
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
 from sklearn.metrics import classification_report as sklearn_report
 
-from clseave_cli.core.evaluation.metrics.bootstrap import cluster_sums
-from clseave_cli.core.evaluation.metrics.classification import (
+from clseave_cli.core.evaluation.metrics import cluster_sums
+from clseave_cli.core.evaluation.metrics import (
     agreement,
     calibration,
     macro_f1,

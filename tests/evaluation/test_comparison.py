@@ -8,7 +8,7 @@ from rich.console import Console
 
 from clseave_cli.commands.tables import comparison_table
 from clseave_cli.core.evaluation.comparison import compare_reports
-from clseave_cli.core.evaluation.rows import PredictedRows, predicted_languages, read_predicted_rows
+from clseave_cli.core.evaluation.comparison import PredictedRows, predicted_languages, read_predicted_rows
 from clseave_cli.errors import DataError
 
 NUM_ROWS = 400

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clseave_cli.core.evaluation.report.curves import CurvePoint, LearningCurve, read_learning_curve
-from clseave_cli.core.evaluation.report.gallery import (
+from clseave_cli.core.evaluation.figures import CurvePoint, LearningCurve, read_learning_curve
+from clseave_cli.core.evaluation.gallery import (
     THUMBNAIL_PIXELS,
     most_confident_errors,
     thumbnail,

@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from clseave_cli.core.evaluation import distances as linguistics
-from clseave_cli.core.evaluation.distances import (
+from clseave_cli.core.evaluation.transfer import (
     LANG2VEC_SOURCE,
     THESIS_DISTANCES,
     THESIS_SOURCE,

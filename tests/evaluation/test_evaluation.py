@@ -14,7 +14,7 @@ from clseave_cli.core.config import EvaluateConfig
 from clseave_cli.core.data.records import read_split
 from clseave_cli.core.evaluation import run as evaluation
 from clseave_cli.core.evaluation.comparison import compare_reports
-from clseave_cli.core.evaluation.metrics.bootstrap import accuracy_interval
+from clseave_cli.core.evaluation.metrics import accuracy_interval
 from clseave_cli.core.evaluation.results import Results
 from clseave_cli.core.evaluation.run import evaluate
 from clseave_cli.core.files import file_digest

@@ -7,16 +7,16 @@ from itertools import pairwise
 import pytest
 from PIL import Image
 
-from clseave_cli.core.evaluation.metrics.bootstrap import Interval
-from clseave_cli.core.evaluation.report.figures import (
+from clseave_cli.core.evaluation.metrics import Interval
+from clseave_cli.core.evaluation.figures import (
     _alignment,
     _confusion,
     _languages,
     draw_figures,
 )
-from clseave_cli.core.evaluation.report.gallery import Gallery
+from clseave_cli.core.evaluation.gallery import Gallery
 from clseave_cli.core.evaluation.report.latex import escape_latex, latex_table
-from clseave_cli.core.evaluation.report.report import write_report
+from clseave_cli.core.evaluation.report import write_report
 from clseave_cli.core.evaluation.results import Baselines, Results, across_seeds
 
 HOSTILE = "<script>alert('1')</script> | $x_1$ & 100 % 円 \\ `code` [a](b)"

@@ -3,9 +3,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from clseave_cli.core.evaluation.metrics.bootstrap import Interval, compare_predictions
-from clseave_cli.core.evaluation.metrics.classification import ClassScores
-from clseave_cli.core.evaluation.report.sections import (
+from clseave_cli.core.evaluation.metrics import Interval, compare_predictions
+from clseave_cli.core.evaluation.metrics import ClassScores
+from clseave_cli.core.evaluation.summary import (
     build_sections,
     headline,
     highlights,

@@ -12,11 +12,10 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass,
 from pathlib import Path
 from typing import Any, Literal
 
-from clseave_cli.core.evaluation.distances import DistanceAnalysis
-from clseave_cli.core.evaluation.metrics.bootstrap import Difference, Interval
-from clseave_cli.core.evaluation.metrics.classification import ClassScores, ReliabilityPoint, Scores
-from clseave_cli.core.evaluation.metrics.seeds import SeedSummary, summarise_seeds
-from clseave_cli.core.evaluation.metrics.transfer import Transfer
+import numpy as np
+
+from clseave_cli.core.evaluation.metrics import Difference, Interval, Scores
+from clseave_cli.core.evaluation.transfer import DistanceAnalysis, Transfer
 from clseave_cli.core.files import json_digest, read_json, write_json
 from clseave_cli.errors import DataError
 
@@ -40,29 +39,21 @@ def result_key(lang: str, mode: Mode) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LanguageResult:
-    """One language's figures.
+class LanguageResult(Scores):
+    """One language's scores, and how they compare with other systems on the same rows.
 
     Attributes:
         lang: language code.
         split: name of the split.
         mode: `zero-shot` (a student reads the language; the source language: the source model) or
             `translate-test` (the hypotheses are translated into the source language first).
-        num_examples: rows.
-        num_images: photos that the rows share.
-        accuracy: fraction right, with the ends of its 95 % interval (None: one photo only).
-        loss: mean cross-entropy in nats, with its 95 % interval.
-        macro_f1: unweighted mean of the labels' F1, with its 95 % interval.
-        per_class: precision, recall, F1 and support by label name.
-        confusion: counts; row: gold label, column: predicted, in the order of `LABELS`.
-        ece: expected calibration error, 15 bins.
-        reliability: the non-empty bins behind `ece`.
         hard_accuracy: accuracy on the rows that the hypothesis-only baseline gets wrong, with its
             95 % interval.
         num_hard: how many those are.
         ratio_to_english: accuracy divided by the source language's on the same rows; English
             unless `Signature.source_lang` says otherwise.
         agreement_with_english: share of rows given the same label as by the source model.
+        kappa_with_english: the same beyond chance, Cohen's κ.
         difference_to_english: paired difference in accuracy, this language minus the source.
         difference_to_zero_shot: the same, translate-test minus this language's student.
         transfer: student against teacher embeddings.
@@ -70,28 +61,14 @@ class LanguageResult:
 
     lang: str
     split: str
-    mode: Mode
-    num_examples: int
-    num_images: int
-    accuracy: float
-    accuracy_low: float | None
-    accuracy_high: float | None
-    loss: float
-    macro_f1: float
-    macro_f1_low: float | None
-    macro_f1_high: float | None
-    per_class: dict[str, ClassScores]
-    confusion: tuple[tuple[int, ...], ...]
-    ece: float
-    reliability: tuple[ReliabilityPoint, ...]
-    loss_low: float | None = None
-    loss_high: float | None = None
+    mode: Mode = "zero-shot"
     hard_accuracy: float | None = None
     hard_accuracy_low: float | None = None
     hard_accuracy_high: float | None = None
     num_hard: int | None = None
     ratio_to_english: float | None = None
     agreement_with_english: float | None = None
+    kappa_with_english: float | None = None
     difference_to_english: Difference | None = None
     difference_to_zero_shot: Difference | None = None
     transfer: Transfer | None = None
@@ -102,36 +79,17 @@ class LanguageResult:
         return result_key(self.lang, self.mode)
 
     @classmethod
-    def from_scores(
-        cls, scores: Scores, *, lang: str, split: str, mode: Mode = "zero-shot", **more: Any
-    ) -> LanguageResult:
-        """A result from `metrics.classification.score`; `more`: the optional fields above."""
-        return cls(
-            lang=lang,
-            split=split,
-            mode=mode,
-            num_examples=scores.num_examples,
-            num_images=scores.num_images,
-            accuracy=scores.accuracy.value,
-            accuracy_low=scores.accuracy.low,
-            accuracy_high=scores.accuracy.high,
-            loss=scores.loss.value,
-            loss_low=scores.loss.low,
-            loss_high=scores.loss.high,
-            macro_f1=scores.macro_f1.value,
-            macro_f1_low=scores.macro_f1.low,
-            macro_f1_high=scores.macro_f1.high,
-            per_class=scores.per_class,
-            confusion=scores.confusion,
-            ece=scores.ece,
-            reliability=scores.reliability,
-            **more,
-        )
+    def from_scores(cls, scores: Scores, **more: Any) -> LanguageResult:
+        """A result from `metrics.score`; `more`: the fields above."""
+        return cls(**vars(scores), **more)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Baselines:
-    """What one language's rows give away without looking, as accuracies (None: not measured).
+    """Accuracies on one language's rows without seeing the photo, or with another one.
+
+    None stands for what was not measured. Each `difference_to_…` is the system's paired difference
+    in accuracy to that baseline.
 
     Attributes:
         majority: always the training rows' most frequent label.
@@ -142,6 +100,52 @@ class Baselines:
     majority: float | None = None
     hypothesis_only: float | None = None
     shuffled_image: float | None = None
+    difference_to_majority: Difference | None = None
+    difference_to_hypothesis_only: Difference | None = None
+    difference_to_shuffled_image: Difference | None = None
+
+
+@dataclass(frozen=True)
+class SeedSummary:
+    """A metric over several training seeds.
+
+    Attributes:
+        num_seeds: trainings.
+        mean: of the metric.
+        std: sample deviation (n − 1), 0 for one seed: the luck of the training.
+        min: the smallest.
+        max: the largest.
+        low: lower end of the mean's 95 % interval by bootstrap over photos, for these trainings:
+            the choice of the photos. None where not measured.
+        high: upper end.
+    """
+
+    num_seeds: int
+    mean: float
+    std: float
+    min: float
+    max: float
+    low: float | None = None
+    high: float | None = None
+
+    @classmethod
+    def of(cls, values: Sequence[float], interval: Interval | None = None) -> SeedSummary:
+        """Summarises one value a seed.
+
+        Raises:
+            ValueError: no values.
+        """
+        if not values:
+            raise ValueError("nothing to summarise")
+        return cls(
+            num_seeds=len(values),
+            mean=float(np.mean(values)),
+            std=float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
+            min=float(min(values)),
+            max=float(max(values)),
+            low=interval.low if interval else None,
+            high=interval.high if interval else None,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +167,9 @@ class Signature:
         precision: what the matrix products ran in: `fp32`, `bf16` or `fp16`; None: an older
             document.
         device: `cpu` or `cuda`; None: an older document.
+        dataset: name of the data folder, or `hf:ORG/NAME`; None: an older document.
+        date: day of the evaluation, `YYYY-MM-DD` (UTC); None: an older document. The same
+            evaluation on another day is equal.
     """
 
     version: str
@@ -176,6 +183,8 @@ class Signature:
     training: dict[str, str] = field(default_factory=dict)
     precision: str | None = None
     device: str | None = None
+    dataset: str | None = None
+    date: str | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         """One line for the foot of a figure: fingerprints shortened to 8 digits, many made one."""
@@ -220,10 +229,10 @@ class Results:
     Attributes:
         results: one entry a language (and mode), in the order to show.
         baselines: by `LanguageResult.key`.
-        signature: where the figures come from.
+        signature: where the numbers come from.
         distances: transfer loss against linguistic distance, where measured.
-        seeds: figures over several trainings, by `LanguageResult.key` and figure (`SEED_FIGURES`),
-            where there are several; all other figures are those of the first.
+        seeds: metrics over several trainings, by `LanguageResult.key` and name (`SEED_METRICS`),
+            where there are several; all other numbers are those of the first.
         format: version of the document's shape.
     """
 
@@ -243,6 +252,16 @@ class Results:
     def source_lang(self) -> str:
         """The language that the others are compared with."""
         return self.signature.source_lang
+
+    @property
+    def num_trainings(self) -> int:
+        """How many trainings the document is of."""
+        summaries = (summary for by_name in self.seeds.values() for summary in by_name.values())
+        return max((summary.num_seeds for summary in summaries), default=1)
+
+    def spread(self, result: LanguageResult) -> SeedSummary | None:
+        """Mean and deviation of a result's accuracy over the trainings, where it has several."""
+        return self.seeds.get(result.key, {}).get("accuracy")
 
     @property
     def of_training_rows(self) -> bool:
@@ -293,8 +312,8 @@ class Results:
             raise DataError(f"{path}: {error}") from None
 
 
-#: The figures that `across_seeds` summarises: keys of a result, and one of its baselines.
-SEED_FIGURES = (
+#: The metrics that `across_seeds` summarises: keys of a result, and one of its baselines.
+SEED_METRICS = (
     "accuracy",
     "macro_f1",
     "loss",
@@ -313,38 +332,75 @@ def across_seeds(
 
     Args:
         runs: one document a seed.
-        intervals: of the means, by `LanguageResult.key` and figure, where known.
+        intervals: of the means, by `LanguageResult.key` and metric, where measured.
 
     Returns:
-        By `LanguageResult.key` and name of the figure (`SEED_FIGURES`); results and figures that
-        some run lacks are left out.
+        By `LanguageResult.key` and metric (`SEED_METRICS`); results and metrics that a run lacks
+        are left out.
     """
+    by_run = [{result.key: _seed_metrics(result, run) for result in run.results} for run in runs]
     summary: dict[str, dict[str, SeedSummary]] = {}
-    by_key = [{result.key: _seed_figures(result, run) for result in run.results} for run in runs]
-    for key in by_key[0] if by_key else ():
-        if not all(key in results for results in by_key):
-            continue
-        figures = {}
-        for name in SEED_FIGURES:
-            values = [results[key][name] for results in by_key if name in results[key]]
-            if len(values) == len(runs):
-                figures[name] = summarise_seeds(values)
-        for name, known in (intervals or {}).get(key, {}).items():
-            figures[name] = replace(figures[name], low=known.low, high=known.high)
-        summary[key] = figures
+    for key in by_run[0] if by_run else ():
+        if all(key in results for results in by_run):
+            measured = intervals.get(key, {}) if intervals else {}
+            summary[key] = {
+                name: SeedSummary.of([run[key][name] for run in by_run], measured.get(name))
+                for name in SEED_METRICS
+                if all(name in run[key] for run in by_run)
+            }
     return summary
 
 
-def _seed_figures(result: LanguageResult, run: Results) -> dict[str, float]:
-    """Those of `SEED_FIGURES` that were measured."""
-    baselines = run.baselines.get(result.key)
-    found = {name: getattr(result, name, None) for name in SEED_FIGURES}
-    found["shuffled_image"] = baselines.shuffled_image if baselines else None
+def _seed_metrics(result: LanguageResult, run: Results) -> dict[str, float]:
+    """Those of `SEED_METRICS` that were measured."""
+    measured = {name: getattr(result, name, None) for name in SEED_METRICS}
+    measured["shuffled_image"] = run.baselines.get(result.key, Baselines()).shuffled_image
     return {
         name: value.value if isinstance(value, Difference) else value
-        for name, value in found.items()
+        for name, value in measured.items()
         if value is not None
     }
+
+
+def means(results: Results) -> Results:
+    """The document with means over trainings in the place of what `Results.seeds` summarises.
+
+    Those are its accuracies, paired differences (value and interval; p and counts stay the
+    first's), macro-F1 and loss, ratios, agreements and shuffled images. All else, and every
+    language that not all trainings have, is of the first. A document of one training is itself.
+    """
+    return replace(
+        results,
+        results=tuple(_mean_result(r, results.seeds.get(r.key, {})) for r in results.results),
+        baselines={
+            # A mean has no paired difference to its baselines.
+            key: Baselines(
+                majority=own.majority,
+                hypothesis_only=own.hypothesis_only,
+                shuffled_image=results.seeds[key]["shuffled_image"].mean,
+            )
+            if "shuffled_image" in results.seeds.get(key, {})
+            else own
+            for key, own in results.baselines.items()
+        },
+    )
+
+
+def _mean_result(result: LanguageResult, summaries: Mapping[str, SeedSummary]) -> LanguageResult:
+    names = ("macro_f1", "loss", "ratio_to_english", "agreement_with_english")
+    changed: dict[str, Any] = {name: summaries[name].mean for name in names if name in summaries}
+    if (accuracy := summaries.get("accuracy")) is not None:
+        changed |= {
+            "accuracy": accuracy.mean,
+            "accuracy_low": accuracy.low,
+            "accuracy_high": accuracy.high,
+            "kappa_with_english": None,
+        }
+    for name in ("difference_to_english", "difference_to_zero_shot"):
+        first, mean = getattr(result, name), summaries.get(name)
+        if first is not None and mean is not None:
+            changed[name] = replace(first, value=mean.mean, low=mean.low, high=mean.high)
+    return replace(result, **changed)
 
 
 def _encode(value: Any) -> Any:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from clseave_cli.core.evaluation.metrics.bootstrap import (
+from clseave_cli.core.evaluation.metrics import (
     accuracy_interval,
     cluster_sums,
     compare_predictions,
@@ -10,7 +10,7 @@ from clseave_cli.core.evaluation.metrics.bootstrap import (
     mean_interval,
     resampled_sums,
 )
-from clseave_cli.core.evaluation.metrics.classification import macro_f1
+from clseave_cli.core.evaluation.metrics import macro_f1
 
 
 def clustered_rows(generator, num_images, rows_per_image, accuracy, spread=2.0):
@@ -40,7 +40,7 @@ def test_a_resample_draws_as_many_photos_as_there_are():
 def test_resamples_do_not_depend_on_how_many_are_held_at_once(monkeypatch):
     sums = np.random.default_rng(0).random((20, 2))
     whole = resampled_sums(sums, 50, seed=3)
-    monkeypatch.setattr("clseave_cli.core.evaluation.metrics.bootstrap._WEIGHTS_AT_ONCE", 60)
+    monkeypatch.setattr("clseave_cli.core.evaluation.metrics._WEIGHTS_AT_ONCE", 60)
     assert np.allclose(resampled_sums(sums, 50, seed=3), whole)
 
 
