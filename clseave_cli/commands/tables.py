@@ -68,7 +68,7 @@ def _table(
             table.add_row(*(column.cell(row) for column in shown))
         options = console.options.update(max_width=1000)
         last = max(shown, key=lambda column: column.rank)
-        if Measurement.get(console, options, table).minimum <= width or not last.rank:
+        if Measurement.get(console, options, table).maximum <= width or not last.rank:
             break
         shown.remove(last)
     left_out = [" ".join(c.head.split()) for c in columns if c not in shown]

@@ -13,8 +13,8 @@ from clseave_cli.core.evaluation.metrics import (
     cluster_sums,
     compare_predictions,
     interval,
+    macro_f1,
 )
-from clseave_cli.core.evaluation.metrics import macro_f1
 
 NUM_SIMULATIONS = 2000
 RESAMPLES = 1000

@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clseave_cli.core.evaluation.transfer import analyse_distances
-from clseave_cli.core.evaluation.metrics import agreement, compare_predictions, score
-from clseave_cli.core.evaluation.transfer import measure_transfer
 from clseave_cli.core.evaluation.figures import CurvePoint, LearningCurve
 from clseave_cli.core.evaluation.gallery import Gallery, GalleryEntry, GalleryItem
+from clseave_cli.core.evaluation.metrics import agreement, compare_predictions, score
 from clseave_cli.core.evaluation.results import Baselines, LanguageResult, Results, Signature
+from clseave_cli.core.evaluation.transfer import analyse_distances, measure_transfer
 
 LANGUAGES = ("en", "de", "nl", "ja", "zh", "ko")
 
@@ -43,8 +42,7 @@ def make_results(languages=LANGUAGES, seed=0, num_rows=600):
                 split="test",
                 hard_accuracy=float(right[::2].mean()),
                 num_hard=num_rows // 2,
-                ratio_to_english=scores.accuracy.value
-                / float((english.argmax(axis=1) == labels).mean()),
+                ratio_to_english=scores.accuracy / float((english.argmax(axis=1) == labels).mean()),
                 agreement_with_english=agreement(logits, english)[0],
                 kappa_with_english=agreement(logits, english)[1],
                 **more,

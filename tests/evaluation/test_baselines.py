@@ -10,13 +10,13 @@ from clseave_cli.core.evaluation.baselines import (
     predict_from_hypotheses,
     shuffled_rows,
 )
-from clseave_cli.core.evaluation.metrics import accuracy_interval, compare_predictions
-from clseave_cli.core.evaluation.metrics.seeds import (
-    SeedSummary,
+from clseave_cli.core.evaluation.metrics import (
+    accuracy_interval,
+    compare_predictions,
     mean_accuracy_interval,
     mean_difference_interval,
-    summarise_seeds,
 )
+from clseave_cli.core.evaluation.results import SeedSummary
 
 
 def test_majority_takes_the_first_of_equals():
@@ -96,12 +96,12 @@ def test_shuffling_mixes_rows_of_one_photo_apart():
 
 
 def test_seeds_worked_by_hand():
-    assert summarise_seeds([0.7, 0.8, 0.9]) == SeedSummary(
+    assert SeedSummary.of([0.7, 0.8, 0.9]) == SeedSummary(
         3, pytest.approx(0.8), pytest.approx(0.1), 0.7, 0.9
     )
-    assert summarise_seeds([0.7]) == SeedSummary(1, 0.7, 0.0, 0.7, 0.7)
+    assert SeedSummary.of([0.7]) == SeedSummary(1, 0.7, 0.0, 0.7, 0.7)
     with pytest.raises(ValueError, match="nothing"):
-        summarise_seeds([])
+        SeedSummary.of([])
 
 
 def test_the_interval_of_one_training_is_that_of_its_accuracy():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from clseave_cli.core.evaluation import distances as linguistics
+from clseave_cli.core.evaluation import transfer as linguistics
 from clseave_cli.core.evaluation.transfer import (
     LANG2VEC_SOURCE,
     THESIS_DISTANCES,

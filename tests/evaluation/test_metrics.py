@@ -6,11 +6,11 @@ from clseave_cli.core.evaluation.metrics import (
     cluster_sums,
     compare_predictions,
     interval,
+    macro_f1,
     mcnemar,
     mean_interval,
     resampled_sums,
 )
-from clseave_cli.core.evaluation.metrics import macro_f1
 
 
 def clustered_rows(generator, num_images, rows_per_image, accuracy, spread=2.0):

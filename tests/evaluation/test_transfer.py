@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from clseave_cli.core.evaluation.metrics import transfer
+from clseave_cli.core.evaluation import transfer
 from clseave_cli.core.evaluation.transfer import measure_transfer
 
 

@@ -423,8 +423,8 @@ def score(
     logits: npt.ArrayLike,
     images: npt.ArrayLike,
     *,
-    resamples: int,
-    seed: int,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> Scores:
     """Computes every score of one set of predictions.
 

@@ -132,10 +132,10 @@ def headline(results: Results) -> str:
     modes = [(language_name(r.lang), r, r.difference_to_zero_shot) for r in others]
     if source is not None:
         sentences += _verdicts(compared, "level with it")
-    elif any(difference for *_, difference in compared):
-        sentences += _verdicts(compared, f"level with {language_name(mean.source_lang)}")
     elif told := _verdicts(modes, "level"):
         sentences += [f"Translate-test against zero-shot: {told[0]}", *told[1:]]
+    else:
+        sentences += _verdicts(compared, f"level with {language_name(mean.source_lang)}")
     return " ".join([*sentences, *not_above(results)])
 
 
