@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 from tiny_world import read_jsonl, write_jsonl
 
-from clseave_cli.core.config import AlignConfig, EvaluateConfig
-from clseave_cli.core.evaluation.curve import DataCurves, DataPoint
+from clseave_cli.core.config import AlignConfig, CurveConfig, EvaluateConfig
+from clseave_cli.core.evaluation.curve import DataCurves, DataPoint, data_curves
 from clseave_cli.core.evaluation.run import evaluate
+from clseave_cli.errors import UsageError
 
 
 @pytest.fixture
@@ -135,9 +136,8 @@ def test_what_cannot_be_drawn_is_told(arguments, refused, tmp_path):
     assert "--limit 0: expected at least 1" in refused(
         *arguments, "--lang", "de", "--limit", 0, code=2
     )
-    assert "evaluate finds it as clip-ve only" in refused(
-        *arguments, "--lang", "de", "--teacher", tmp_path, code=2
-    )
+    with pytest.raises(UsageError, match="takes the clip-ve in --runs"):
+        data_curves(CurveConfig(lang=("de",), runs=arguments[4], teacher=tmp_path))
 
 
 def test_lines_are_of_the_metric_that_every_point_has():

@@ -40,18 +40,14 @@ _SWAP_ROUNDS = 20
 
 
 def majority_label(labels: npt.ArrayLike) -> int:
-    """The most frequent label id (the first in the order of `LABELS` where several are).
-
-    Args:
-        labels: (N,) int label ids of the training rows.
-    """
+    """The most frequent of (N,) label ids; of equals, the first in the order of `LABELS`."""
     return int(np.bincount(np.asarray(labels, dtype=np.int64), minlength=len(LABELS)).argmax())
 
 
 def predict_from_hypotheses(
     train_hypotheses: Sequence[str], train_labels: npt.ArrayLike, test_hypotheses: Sequence[str]
 ) -> Ints:
-    """Labels guessed by a classifier that never sees the photo.
+    """(M,) label ids of M test sentences, by a classifier that never sees the photo.
 
     Logistic regression on TF-IDF of 1- to 3-grams of tokens: words, but single characters in
     scripts without spaces between words (and in Hangul, where a word is stem and endings). It picks
@@ -60,14 +56,6 @@ def predict_from_hypotheses(
 
     Equal rows are counted, not repeated: the loss is that of all rows, at a fraction of the time
     where sentences recur. Inverse document frequencies are those of the distinct rows.
-
-    Args:
-        train_hypotheses: N sentences.
-        train_labels: (N,) int label ids.
-        test_hypotheses: M sentences.
-
-    Returns:
-        (M,) int label ids.
 
     Raises:
         ValueError: no training rows.
@@ -113,13 +101,6 @@ def shuffled_rows(images: npt.ArrayLike, seed: int) -> Ints:
     Rows are ordered by photo and shifted by the largest number of rows that share one, which leaves
     a row with its own photo only where that photo holds more than half of all rows and it cannot be
     otherwise. Random swaps that keep this property then mix the permutation.
-
-    Args:
-        images: (N,) photo of each row.
-        seed: seed of the order and the swaps.
-
-    Returns:
-        (N,) int row numbers, each once.
     """
     generator = np.random.default_rng(seed)
     _, photo = np.unique(np.asarray(images), return_inverse=True)
@@ -140,15 +121,10 @@ def shuffled_rows(images: npt.ArrayLike, seed: int) -> Ints:
 
 @dataclass(frozen=True, eq=False)
 class Guesses:
-    """Labels guessed without a photo.
+    """Labels guessed without a photo."""
 
-    Attributes:
-        majority: the training rows' most frequent label id.
-        labels: (N,) int label ids by the hypothesis-only classifier.
-    """
-
-    majority: int
-    labels: Ints
+    majority: int  # the training rows' most frequent label id
+    labels: Ints  # (N,) int label ids by the hypothesis-only classifier
 
 
 class HypothesisOnly:
@@ -181,10 +157,7 @@ class HypothesisOnly:
     def guess(self, lang: str, split: Split, read: Sequence[str]) -> Guesses | None:
         """The guesses for a split; None without training rows.
 
-        Args:
-            lang: language of the training rows: the one that the model reads.
-            split: N rows.
-            read: (N,) their hypotheses in that language.
+        `lang` is the language that the model reads, `read` are the (N,) hypotheses in it.
 
         Raises:
             DataError: as `require`.

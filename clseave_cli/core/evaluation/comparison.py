@@ -22,21 +22,13 @@ _PREFIX, _SUFFIX = "predictions.", ".jsonl"
 
 @dataclass(frozen=True, eq=False)
 class PredictedRows:
-    """One language's predictions, as columns of equal length N.
+    """One language's predictions, as columns of equal length N."""
 
-    Attributes:
-        lang: language code, and the mode where that is not zero-shot: `de`, `de.translate-test`.
-        pair_ids: unique row ids.
-        images: image of each row, as the data name it.
-        labels: (N,) int64 gold label ids.
-        probabilities: (N, 3) float64, in the order of `LABELS`.
-    """
-
-    lang: str
-    pair_ids: Sequence[str]
-    images: Sequence[str]
-    labels: npt.NDArray[np.int64]
-    probabilities: npt.NDArray[np.float64]
+    lang: str  # language code, and the mode where that is not zero-shot: `de`, `de.translate-test`
+    pair_ids: Sequence[str]  # unique row ids
+    images: Sequence[str]  # image of each row, as the data name it
+    labels: npt.NDArray[np.int64]  # (N,) int64 gold label ids
+    probabilities: npt.NDArray[np.float64]  # (N, 3) float64, in the order of `LABELS`
 
     def __len__(self) -> int:
         return len(self.pair_ids)
@@ -145,59 +137,34 @@ Verdict = Literal["tie", "first", "second"]
 
 @dataclass(frozen=True)
 class LanguageComparison:
-    """One language's two sets of predictions, on the rows that both have.
+    """One language's two sets of predictions, on the rows that both have."""
 
-    Attributes:
-        lang: language code.
-        num_examples: rows compared.
-        num_images: photos they share.
-        only_in_first: rows that only the first evaluation has; they are left out.
-        only_in_second: the same for the second.
-        accuracy_first: accuracy on the rows compared, a fraction.
-        accuracy_second: the same for the second.
-        agreement: share of rows given the same label.
-        difference: paired difference, first minus second.
-        verdict: which is better, or `tie` where the difference's interval holds zero.
-    """
-
-    lang: str
-    num_examples: int
-    num_images: int
-    only_in_first: int
-    only_in_second: int
-    accuracy_first: float
-    accuracy_second: float
-    agreement: float
-    difference: Difference
-    verdict: Verdict
+    lang: str  # language code
+    num_examples: int  # rows compared
+    num_images: int  # photos they share
+    only_in_first: int  # rows that only the first evaluation has; they are left out
+    only_in_second: int  # the same for the second
+    accuracy_first: float  # accuracy on the rows compared, a fraction
+    accuracy_second: float  # the same for the second
+    agreement: float  # share of rows given the same label
+    difference: Difference  # paired difference, first minus second
+    verdict: Verdict  # which is better, or `tie` where the difference's interval holds zero
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two evaluations, compared.
+    """Two evaluations, compared."""
 
-    Attributes:
-        first: name of the first folder.
-        second: name of the second.
-        languages: what both have, English first.
-        missing_in_first: languages that only the second has.
-        missing_in_second: languages that only the first has.
-        resamples: bootstrap resamples.
-        seed: their seed.
-        signature_first: where the first evaluation's numbers come from; None: its folder has
-            predictions alone.
-        signature_second: the same for the second.
-    """
-
-    first: str
-    second: str
-    languages: tuple[LanguageComparison, ...]
-    missing_in_first: tuple[str, ...]
-    missing_in_second: tuple[str, ...]
-    resamples: int
-    seed: int
+    first: str  # name of the first folder
+    second: str  # name of the second
+    languages: tuple[LanguageComparison, ...]  # what both have, English first
+    missing_in_first: tuple[str, ...]  # languages that only the second has
+    missing_in_second: tuple[str, ...]  # languages that only the first has
+    resamples: int  # bootstrap resamples
+    seed: int  # their seed
+    # Where the first evaluation's numbers come from; None: its folder has predictions alone.
     signature_first: Signature | None
-    signature_second: Signature | None
+    signature_second: Signature | None  # the same for the second
 
     def to_json(self) -> dict[str, Any]:
         """The comparison as plain dicts, lists, strings, numbers and None."""

@@ -6,10 +6,9 @@ import dataclasses
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from clseave_cli.core.alignment import align, count_sentences, student_languages
-from clseave_cli.core.config import AlignConfig, CurveConfig, EvaluateConfig
+from clseave_cli.core.config import AlignConfig, CurveConfig, EvaluateConfig, StudentConfig
 from clseave_cli.core.data.hub import data_folder
 from clseave_cli.core.data.records import split_path
 from clseave_cli.core.evaluation.figures import draw_lines
@@ -26,25 +25,21 @@ _WITHOUT_EFFECT = ("resume", "device", "checkpoint_minutes", "runs", "out", "tra
 
 @dataclass(frozen=True)
 class DataPoint:
-    """One student in one of its `languages`, trained on `num_sentences` of each.
-
-    `dev` holds the dev metrics of its weights in `lang`; `accuracy` is a fraction, on the test
-    split. None: not measured.
-    """
+    """One student in one of its languages. None: not measured."""
 
     lang: str
-    languages: list[str]
-    num_sentences: int
-    dev: dict[str, float]
+    languages: list[str]  # all that it reads
+    num_sentences: int  # of each language, that it was trained on
+    dev: dict[str, float]  # dev metrics of its weights in `lang`
     seconds: float
-    accuracy: float | None = None
+    accuracy: float | None = None  # on the test split, with its 95 % interval
     accuracy_low: float | None = None
     accuracy_high: float | None = None
 
 
 @dataclass(frozen=True)
 class DataCurves:
-    """All points; `english` is the teacher's accuracy in its own language, None: not measured."""
+    """All points, and the teacher's accuracy in its own language (`english`)."""
 
     split: str
     english: float | None
@@ -56,9 +51,8 @@ class DataCurves:
         """The most telling metric that every point has."""
         if all(point.accuracy is not None for point in self.points):
             return f"accuracy on {self.split}, %"
-        if all("accuracy" in point.dev for point in self.points):
-            return "dev accuracy, %"
-        return "dev retrieval among the nearest ten, %"
+        has_accuracy = all("accuracy" in point.dev for point in self.points)
+        return "dev accuracy, %" if has_accuracy else "dev retrieval among the nearest ten, %"
 
     def lines(self) -> dict[str, list[tuple[int, float, float, float]]]:
         """Numbers of sentences with that metric and its interval's ends, in per cent.
@@ -68,12 +62,13 @@ class DataCurves:
         lines: dict[str, list[tuple[int, float, float, float]]] = {}
         key = "accuracy" if "accuracy" in self.metric else "recall_at_10"
         for p in sorted(self.points, key=lambda p: (len(p.languages), p.lang, p.num_sentences)):
-            ends = (p.accuracy, p.accuracy_low, p.accuracy_high)
+            ends = p.accuracy, p.accuracy_low, p.accuracy_high
             value, low, high = (p.dev[key],) * 3 if self.metric.startswith("dev") else ends
             assert value is not None
             low, high = (value if end is None else end for end in (low, high))
             name = p.lang if len(p.languages) == 1 else f"{p.lang} of {'+'.join(p.languages)}"
-            lines.setdefault(name, []).append((p.num_sentences, 100 * value, 100 * low, 100 * high))
+            line = lines.setdefault(name, [])
+            line.append((p.num_sentences, 100 * value, 100 * low, 100 * high))
         return lines
 
 
@@ -87,91 +82,83 @@ def data_curves(config: CurveConfig, progress: Progress = SILENT) -> DataCurves:
     Raises:
         ClseaveError: as `align` and `evaluate`.
     """
-    teacher, out = config.teacher or config.runs / "clip-ve", config.out or config.runs / "curve"
-    student_languages(config)
-    if teacher.name != "clip-ve":
-        raise UsageError(f"--teacher {teacher}: evaluate finds it as clip-ve only.")
+    if config.teacher not in (None, config.runs / "clip-ve"):
+        raise UsageError(f"--teacher {config.teacher}: curve takes the clip-ve in --runs.")
     if min(config.limits, default=1) < 1:
         raise UsageError(f"--limit {min(config.limits)}: expected at least 1.")
-    languages = tuple(dict.fromkeys(config.lang))
-    groups: list[tuple[str, ...]] = [(lang,) for lang in languages]
-    groups += [languages] if config.together and len(languages) > 1 else []
-    folder, source_lang = data_folder(config.data, progress), source_language(teacher)
-    evaluation, english = _evaluation(config, teacher.parent, (source_lang,)), None
+    student_languages(config)
+    out, inputs = config.out or config.runs / "curve", _inputs(config, progress)
+    languages, english = tuple(dict.fromkeys(config.lang)), None
     try:
-        require_rows(evaluation, languages, progress)
-        english = evaluate(evaluation, progress).results[0].accuracy
+        source = _evaluation(config, (source_language(config.runs / "clip-ve"),))
+        require_rows(source, languages, progress)
+        english = evaluate(source, progress).results[0].accuracy
     except DataError as error:
         progress.note(f"{error} Students are measured on dev alone.")
-    inputs = {"teacher": fingerprint(teacher)} | {
-        path.relative_to(folder).as_posix(): file_digest(path)
-        for lang in (source_lang, *config.lang, *config.auxiliary)
-        for split in (config.train_split, config.dev_split, config.split)
-        if (path := split_path(folder, split, lang)) is not None
-    }
+    together = [languages] if config.together and len(languages) > 1 else []
     points = []
-    for group in groups:
+    for group in [*((lang,) for lang in languages), *together]:
         counts = count_sentences(dataclasses.replace(config, lang=group), progress)
         limits = [limit for limit in sorted(set(config.limits)) if limit < max(counts.values())]
         for limit in (*limits, None):
-            names = {part.name for part in dataclasses.fields(AlignConfig)} - {"limit", "out"}
-            own: dict[str, Any] = {name: getattr(config, name) for name in names}
-            own |= {"lang": group, "limit": limit}
-            decisive = {k: str(v) for k, v in own.items() if k not in _WITHOUT_EFFECT}
+            options = {f.name: getattr(config, f.name) for f in dataclasses.fields(StudentConfig)}
+            options |= {"lang": group, "limit": limit}
+            decisive = {k: str(v) for k, v in options.items() if k not in _WITHOUT_EFFECT}
             measured = [config.split, config.resamples, english is not None]
-            digest = json_digest([decisive, inputs, measured])[:8]
-            kept = out / f"{'+'.join(group)}-{limit or 'all'}-{digest}"
-            if not (kept / "point.json").is_file():
-                own |= {"out": kept / f"align-{'+'.join(group)}", "resume": kept.exists()}
-                made = _measure(config, AlignConfig(**own), counts, english is not None, progress)
+            name, digest = "+".join(group), json_digest([decisive, inputs, measured])[:8]
+            kept = out / f"{name}-{limit or 'all'}-{digest}"
+            if (kept / "point.json").is_file():
+                progress.note(f"{kept}: already measured.")
+            else:
+                options |= {"out": kept / f"align-{name}", "resume": kept.exists()}
+                asked = _evaluation(config, group, kept) if english is not None else None
+                made = _measure(AlignConfig(**options), asked, counts, progress)
                 write_json(kept / "point.json", [asdict(point) for point in made])
                 if not config.keep_models:
-                    shutil.rmtree(own["out"])
-            else:
-                progress.note(f"{kept}: already measured.")
+                    shutil.rmtree(kept / f"align-{name}")
             points += [DataPoint(**point) for point in read_json(kept / "point.json")]
     parts = [f"{name} {digest[:8]}" for name, digest in ({"clseave": __version__} | inputs).items()]
     parts += [f"seed {config.seed}", f"{config.resamples:,} resamples by photo"]
-    signature = " · ".join(parts)
-    curves = DataCurves(config.split, english, points, signature)
+    curves = DataCurves(config.split, english, points, " · ".join(parts))
     write_json(out / "curve.json", asdict(curves))
     level = ("teacher", 100 * english) if english is not None else None
     with atomic_file(out / "curve.png") as stream:
         lines = curves.lines()
-        stream.write(draw_lines(lines, "sentences", curves.metric, level, signature))
+        stream.write(draw_lines(lines, "sentences", curves.metric, level, curves.signature))
     return curves
 
 
+def _inputs(config: CurveConfig, progress: Progress) -> dict[str, str]:
+    """Fingerprints of everything that the points depend on."""
+    folder, teacher = data_folder(config.data, progress), config.runs / "clip-ve"
+    return {"teacher": fingerprint(teacher)} | {
+        path.relative_to(folder).as_posix(): file_digest(path)
+        for lang in (source_language(teacher), *config.lang, *config.auxiliary)
+        for split in (config.train_split, config.dev_split, config.split)
+        if (path := split_path(folder, split, lang)) is not None
+    }
+
+
 def _evaluation(
-    config: CurveConfig, runs: Path, lang: tuple[str, ...], students: Path | None = None
+    config: CurveConfig, lang: tuple[str, ...], students: Path | None = None
 ) -> EvaluateConfig:
-    names = {part.name for part in dataclasses.fields(EvaluateConfig)} - {"batch_size"}
-    given = {name: getattr(config, name) for name in names if hasattr(config, name)}
-    return EvaluateConfig(**given | {"runs": (runs,), "lang": lang, "students": students})
+    names = {f.name for f in dataclasses.fields(EvaluateConfig)} - {"batch_size"}
+    shared = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    return EvaluateConfig(**shared | {"runs": (config.runs,), "lang": lang, "students": students})
 
 
 def _measure(
-    config: CurveConfig,
-    options: AlignConfig,
-    counts: dict[str, int],
-    on_test: bool,
-    progress: Progress,
+    options: AlignConfig, asked: EvaluateConfig | None, counts: dict[str, int], progress: Progress
 ) -> list[DataPoint]:
-    """Trains one student, and measures it in each of its languages."""
-    model = align(options, progress).folder
-    summary = read_json(model / "training" / "summary.json")
-    teacher = options.teacher or options.runs / "clip-ve"
-    asked = _evaluation(config, teacher.parent, options.lang, model.parent)
-    results = evaluate(asked, progress).results if on_test else ()
+    """Trains one student and measures it in each of its languages."""
+    summary = read_json(align(options, progress).folder / "training" / "summary.json")
+    results = evaluate(asked, progress).results if asked is not None else ()
     accuracies = {r.lang: (r.accuracy, r.accuracy_low, r.accuracy_high) for r in results}
     points = []
     for lang in options.lang:
         # Of several languages the dev metrics are recorded as `mse/de`; of one as `mse`.
-        of_lang = {
-            k.partition("/")[0]: v for k, v in summary["dev"].items() if k.endswith(f"/{lang}")
-        }
-        dev, seconds = of_lang or summary["dev"], summary["wall_seconds"]
+        told = {k.partition("/")[0]: v for k, v in summary["dev"].items() if k.endswith(f"/{lang}")}
         number = min(options.limit or counts[lang], counts[lang])
-        scores = accuracies.get(lang, (None, None, None))
-        points.append(DataPoint(lang, list(options.lang), number, dev, seconds, *scores))
+        common = list(options.lang), number, told or summary["dev"], summary["wall_seconds"]
+        points.append(DataPoint(lang, *common, *accuracies.get(lang, ())))
     return points

@@ -44,37 +44,23 @@ _Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One epoch.
+    """One epoch."""
 
-    Attributes:
-        epoch: its number, from 1.
-        train_loss: mean loss of its training examples.
-        dev: the dev metrics after it, by name.
-        train_accuracy: of its training examples, where the stage measures it.
-    """
-
-    epoch: int
-    train_loss: float
-    dev: dict[str, float]
-    train_accuracy: float | None = None
+    epoch: int  # its number, from 1
+    train_loss: float  # mean loss of its training examples
+    dev: dict[str, float]  # the dev metrics after it, by name
+    train_accuracy: float | None = None  # of its training examples, where the stage measures it
 
 
 @dataclass(frozen=True)
 class LearningCurve:
-    """How one training run went, epoch by epoch.
+    """How one training run went, epoch by epoch."""
 
-    Attributes:
-        stage: `pretrain`, `finetune-ve` or `align`.
-        name: name of the model folder, such as `align-de`.
-        points: one an epoch, in order.
-        best_epoch: the epoch whose weights were kept, if recorded.
-        rates: the learning rate on the way: epochs done, and the rate.
-    """
-
-    stage: str
-    name: str
-    points: tuple[CurvePoint, ...]
-    best_epoch: int | None = None
+    stage: str  # `pretrain`, `finetune-ve` or `align`
+    name: str  # name of the model folder, such as `align-de`
+    points: tuple[CurvePoint, ...]  # one an epoch, in order
+    best_epoch: int | None = None  # the epoch whose weights were kept, if recorded
+    # The learning rate on the way: epochs done, and the rate.
     rates: tuple[tuple[float, float], ...] = ()
 
 
@@ -118,15 +104,10 @@ def read_learning_curve(model: Path) -> LearningCurve | None:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure as a file of its own, and as the page shows it.
+    """A figure as a file of its own, and as the page shows it."""
 
-    Attributes:
-        encoded: PNG with the signature in small print under it.
-        panels: PNG of each panel, or of the whole, without the signature.
-    """
-
-    encoded: bytes
-    panels: tuple[bytes, ...]
+    encoded: bytes  # PNG with the signature in small print under it
+    panels: tuple[bytes, ...]  # PNG of each panel, or of the whole, without the signature
 
 
 def draw_figures(results: Results, curves: Sequence[LearningCurve]) -> dict[str, Drawing]:

@@ -34,21 +34,13 @@ _MOST_PNG_COLOURS = 256
 
 @dataclass(frozen=True)
 class GalleryEntry:
-    """One hypothesis about a picture, and the prediction.
+    """One hypothesis about a picture, and the prediction."""
 
-    Attributes:
-        lang: language code of the hypothesis.
-        hypothesis: the sentence, any text.
-        label: gold label name.
-        predicted: predicted label name.
-        probabilities: of the labels, in the order of `LABELS`.
-    """
-
-    lang: str
-    hypothesis: str
-    label: str
-    predicted: str
-    probabilities: tuple[float, ...]
+    lang: str  # language code of the hypothesis
+    hypothesis: str  # the sentence, any text
+    label: str  # gold label name
+    predicted: str  # predicted label name
+    probabilities: tuple[float, ...]  # of the labels, in the order of `LABELS`
 
     @classmethod
     def of(cls, outputs: Outputs, row: int) -> GalleryEntry:
@@ -81,12 +73,7 @@ class Gallery:
 
 
 def examples(outputs: Mapping[str, Outputs], images: ImageFolder) -> Gallery:
-    """A few rows with what every language's model says of them, all labels in turn.
-
-    Args:
-        outputs: one reading of each language, by language.
-        images: where the pictures are.
-    """
+    """A few rows with what every language's model says of them, all labels in turn."""
     first = next(iter(outputs.values()))
     pair_ids = first.split.pair_ids
     everywhere = [
@@ -118,7 +105,7 @@ def examples(outputs: Mapping[str, Outputs], images: ImageFolder) -> Gallery:
 
 
 def errors(outputs: Mapping[str, Outputs], images: ImageFolder) -> Gallery:
-    """The most confident errors of every language; arguments as `examples`."""
+    """The most confident errors of every language."""
     count = _ERRORS_ALONE if len(outputs) == 1 else _ERRORS_EACH
     items = []
     for own in outputs.values():
@@ -142,16 +129,9 @@ def errors(outputs: Mapping[str, Outputs], images: ImageFolder) -> Gallery:
 def most_confident_errors(
     labels: npt.ArrayLike, probabilities: npt.ArrayLike, images: npt.ArrayLike, count: int = 12
 ) -> npt.NDArray[np.int64]:
-    """Rows where the model is wrong and surest of it, at most one a picture.
+    """(≤ count,) rows where the model is wrong and surest of it, at most one a picture.
 
-    Args:
-        labels: (N,) int gold label ids.
-        probabilities: (N, C).
-        images: (N,) picture of each row.
-        count: most rows to return.
-
-    Returns:
-        (≤ count,) int row numbers, the surest first.
+    From (N,) gold label ids, (N, C) probabilities and the (N,) picture of each row.
     """
     p = np.asarray(probabilities, dtype=np.float64)
     wrong = np.flatnonzero(p.argmax(axis=1) != np.asarray(labels))

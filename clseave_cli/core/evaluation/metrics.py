@@ -6,7 +6,8 @@ each. Every statistic here is a function of sums over rows, so a resample is a v
 and all resamples are one matrix product.
 
 N rows · C = 3 labels, in the order of `labels.LABELS` · G photos (clusters) · R resamples ·
-S summed quantities
+S summed quantities. Throughout, `images` are the (N,) photos of the rows, numbers or strings;
+`resamples` is R; `seed` is that of the resampling.
 """
 
 from __future__ import annotations
@@ -51,15 +52,10 @@ class Interval:
 
 
 def cluster_sums(quantities: npt.ArrayLike, images: npt.ArrayLike) -> Floats:
-    """Sums each quantity over the rows of each photo.
+    """(G, S) sums of (N, S) quantities over the rows of each photo.
 
-    Args:
-        quantities: (N, S) numbers.
-        images: (N,) photo of each row: numbers or strings.
-
-    Returns:
-        (G, S) sums, photos in sorted order, so that the same photos in two languages get the same
-        resamples from the same seed.
+    Photos are in sorted order, so that the same photos in two languages get the same resamples from
+    the same seed.
     """
     values = np.asarray(quantities, dtype=np.float64)
     _, cluster = np.unique(np.asarray(images), return_inverse=True)
@@ -71,11 +67,9 @@ def cluster_sums(quantities: npt.ArrayLike, images: npt.ArrayLike) -> Floats:
 
 
 def resampled_sums(sums: Floats, resamples: int, seed: int) -> Floats:
-    """The totals of (G, S) `sums` in every resample of the photos.
+    """(R, S) totals of (G, S) sums in every resample of the photos.
 
-    Returns:
-        (R, S): row r is w_r @ sums with w_r ~ Multinomial(G; 1/G, …, 1/G), drawn by numpy's default
-        generator of that seed.
+    Row r is w_r @ sums with w_r ~ Multinomial(G; 1/G, …, 1/G).
     """
     return np.concatenate(
         [
@@ -103,15 +97,9 @@ def interval(
     "What Teachers Should Know About the Bootstrap" (The American Statistician, 2015, section 5.2):
     the plain 2.5 % becomes Φ(√(G/(G−1)) · t₀.₀₂₅,G₋₁), which is 2.5 % again for many photos.
 
-    Args:
-        sums: (G, S) sums per photo.
-        statistic: maps (…, S) totals to (…) values.
-        resamples: R.
-        seed: seed of the resampling.
-
-    Returns:
-        The value, without an interval where there is a single photo, where the resamples do not
-        reach the interval's tail, or where they all agree: the bootstrap would claim certainty.
+    `statistic` maps (…, S) totals of the (G, S) sums to (…) values. There is no interval where
+    there is a single photo, where the resamples do not reach the tail, or where they all agree: the
+    bootstrap would claim certainty.
     """
     value = float(statistic(sums.sum(axis=0, keepdims=True))[0])
     if len(sums) < 2:
@@ -149,7 +137,7 @@ def _two_sided_p(resampled: Floats, num_clusters: int) -> float:
 def mean_interval(
     values: npt.ArrayLike, images: npt.ArrayLike, *, resamples: int, seed: int
 ) -> Interval:
-    """The mean of (N,) `values` over rows with its 95 % interval; `images`: (N,) photos."""
+    """The mean of (N,) values over rows with its 95 % interval."""
     return interval(_counted(values, images), _mean, resamples=resamples, seed=seed)
 
 
@@ -168,17 +156,11 @@ def _mean(sums: Floats) -> Floats:
 def accuracy_interval(
     correct: npt.ArrayLike, images: npt.ArrayLike, *, resamples: int, seed: int
 ) -> Interval:
-    """Accuracy with its 95 % interval.
+    """Accuracy with its 95 % interval, from (N,) bool or the share of trainings that are right.
 
     Where the photos are all alike (every row right, say), all resamples agree and the bootstrap
     would claim certainty. The interval there is the exact binomial one (Clopper and Pearson, 1934)
     with photos for trials: how many photos could be of another kind, at worst all wrong or right.
-
-    Args:
-        correct: (N,) bool, or the share of several trainings that get the row right.
-        images: (N,) photo of each row.
-        resamples: R.
-        seed: seed of the resampling.
     """
     sums = _counted(correct, images)
     if len(sums) < 2 or np.ptp(_mean(sums)) > _ROUNDING:
@@ -192,28 +174,19 @@ def accuracy_interval(
 
 @dataclass(frozen=True)
 class Difference:
-    """How two sets of predictions for the same rows differ in accuracy (first minus second).
+    """How two sets of predictions for the same rows differ in accuracy (first minus second)."""
 
-    Attributes:
-        value: the difference of the accuracies, a fraction.
-        low: lower end of its 95 % interval (paired, clustered by photo); None: too few photos or
-            resamples for one.
-        high: upper end.
-        p: two-sided p of the same test: below 0.05 where the interval leaves out zero.
-        mcnemar_p: exact McNemar p, which takes rows for independent: too small where they are not.
-        only_first: rows that only the first predictions get right.
-        only_second: rows that only the second predictions get right.
-        num_examples: rows compared.
-    """
-
-    value: float
+    value: float  # the difference of the accuracies, a fraction
+    # Lower end of its 95 % interval (paired, clustered by photo); None: too few photos or
+    # resamples for one.
     low: float | None
-    high: float | None
-    p: float | None
+    high: float | None  # upper end
+    p: float | None  # two-sided p of the same test: below 0.05 where the interval leaves out zero
+    # Exact McNemar p, which takes rows for independent: too small where they are not.
     mcnemar_p: float
-    only_first: int
-    only_second: int
-    num_examples: int
+    only_first: int  # rows that only the first predictions get right
+    only_second: int  # rows that only the second predictions get right
+    num_examples: int  # rows compared
 
     @property
     def is_tie(self) -> bool:
@@ -229,19 +202,12 @@ def compare_predictions(
     resamples: int,
     seed: int,
 ) -> Difference:
-    """The paired difference in accuracy of two models on the same rows.
+    """The paired difference in accuracy of two models, both (N,) bool, on the same rows.
 
     Both are scored on the same resamples of photos, so what a hard photo takes from both cancels
     out. If one model gets every row right and the other none, interval and p are those of the sign
     test over photos, which is exact. If the resamples are too few for the interval's tail (very few
     photos need one far out), there is no interval.
-
-    Args:
-        correct_first: (N,) bool.
-        correct_second: (N,) bool, same rows in the same order.
-        images: (N,) photo of each row.
-        resamples: R.
-        seed: seed of the resampling.
     """
     first = np.asarray(correct_first, dtype=bool)
     second = np.asarray(correct_second, dtype=bool)
@@ -281,12 +247,8 @@ def _gain(
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """McNemar's test, exact at every size: two-sided binomial p of an even split.
-
-    Args:
-        only_first: rows that only the first model gets right.
-        only_second: rows that only the second model gets right.
-    """
+    """McNemar's test, exact at every size: two-sided binomial p of an even split of the rows that
+    only one of the two models gets right."""
     discordant = only_first + only_second
     return float(stats.binomtest(only_first, discordant).pvalue) if discordant else 1.0
 
@@ -295,11 +257,7 @@ def agreement(logits_first: npt.ArrayLike, logits_second: npt.ArrayLike) -> tupl
     """Share of rows that two models give the same label, right or wrong; and Cohen's κ.
 
     κ is the share beyond what two models with these label frequencies would share by chance; 1
-    where both always give the same one label.
-
-    Args:
-        logits_first: (N, C).
-        logits_second: (N, C), same rows in the same order.
+    where both always give the same one label. Both logits are (N, C), of the same rows.
     """
     first, second = np.asarray(logits_first), np.asarray(logits_second)
     if first.shape != second.shape or not len(first):
@@ -317,15 +275,9 @@ def agreement(logits_first: npt.ArrayLike, logits_second: npt.ArrayLike) -> tupl
 def mean_accuracy_interval(
     correct: Sequence[npt.ArrayLike], images: npt.ArrayLike, *, resamples: int, seed: int
 ) -> Interval:
-    """The mean accuracy of several trainings with its 95 % interval.
+    """The mean accuracy of several trainings, (N,) bool each, with its 95 % interval.
 
     All trainings are scored on the same resamples of photos.
-
-    Args:
-        correct: (N,) bool a training, the same rows in the same order.
-        images: (N,) photo of each row.
-        resamples: R.
-        seed: seed of the resampling.
     """
     share = np.mean([np.asarray(right, dtype=bool) for right in correct], axis=0)
     return accuracy_interval(share, images, resamples=resamples, seed=seed)
@@ -339,15 +291,7 @@ def mean_difference_interval(
     resamples: int,
     seed: int,
 ) -> Interval:
-    """The mean over trainings of a paired difference in accuracy, with its 95 % interval.
-
-    Args:
-        first: (N,) bool a training.
-        second: (N,) bool a training, the same rows in the same order.
-        images: (N,) photo of each row.
-        resamples: R.
-        seed: seed of the resampling.
-    """
+    """The mean over trainings, (N,) bool each, of a paired difference, with its 95 % interval."""
     gains = [
         np.asarray(right, dtype=np.float64) - np.asarray(other, dtype=np.float64)
         for right, other in zip(first, second, strict=True)
@@ -380,35 +324,25 @@ class ReliabilityPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """The metrics of one set of predictions; accuracies are fractions.
+    """The metrics of one set of predictions; accuracies are fractions."""
 
-    Attributes:
-        num_examples: N.
-        num_images: G, photos that the rows share.
-        accuracy: share of rows whose largest logit is the gold label's, with the ends of its 95 %
-            interval (None: too few photos or resamples).
-        loss: mean cross-entropy in nats, with its 95 % interval.
-        macro_f1: unweighted mean of the labels' F1, with its 95 % interval.
-        per_class: by label name.
-        confusion: (C, C) counts; row: gold label, column: predicted.
-        ece: expected calibration error, a fraction.
-        reliability: the non-empty bins behind `ece`, from unsure to sure.
-    """
-
-    num_examples: int
-    num_images: int
+    num_examples: int  # N
+    num_images: int  # G, photos that the rows share
+    # Share of rows whose largest logit is the gold label's, with the ends of its 95 %
+    # interval (None: too few photos or resamples).
     accuracy: float
     accuracy_low: float | None
     accuracy_high: float | None
-    loss: float
+    loss: float  # mean cross-entropy in nats, with its 95 % interval
     loss_low: float | None = None
     loss_high: float | None = None
-    macro_f1: float
+    macro_f1: float  # unweighted mean of the labels' F1, with its 95 % interval
     macro_f1_low: float | None
     macro_f1_high: float | None
-    per_class: dict[str, ClassScores]
-    confusion: tuple[tuple[int, ...], ...]
-    ece: float
+    per_class: dict[str, ClassScores]  # by label name
+    confusion: tuple[tuple[int, ...], ...]  # (C, C) counts; row: gold label, column: predicted
+    ece: float  # expected calibration error, a fraction
+    # The non-empty bins behind `ece`, from unsure to sure.
     reliability: tuple[ReliabilityPoint, ...]
 
 
@@ -426,14 +360,7 @@ def score(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Scores:
-    """Computes every score of one set of predictions.
-
-    Args:
-        labels: (N,) int gold label ids, all of them labelled.
-        logits: (N, C) raw scores; logarithms of probabilities do as well.
-        images: (N,) photo of each row (numbers or strings): the unit of the bootstrap.
-        resamples: R, behind the intervals.
-        seed: seed of the resampling.
+    """Computes every score of (N, C) logits, or logarithms of probabilities, of (N,) label ids.
 
     Raises:
         ValueError: no rows, shapes that do not match, a row without label, logits not finite.
@@ -492,13 +419,9 @@ def _checked(
 
 
 def macro_f1(cells: Floats) -> Floats:
-    """Macro-F1 of flattened confusion matrices.
+    """(…) macro-F1 of (…, C·C) flattened confusion matrices, gold label first.
 
-    Args:
-        cells: (…, C·C) counts, gold label first.
-
-    Returns:
-        (…) mean over the labels of 2·tp / (gold + predicted), 0 for a label that has neither.
+    Mean over the labels of 2·tp / (gold + predicted), 0 for a label that has neither.
     """
     matrix = cells.reshape(*cells.shape[:-1], len(LABELS), len(LABELS))
     hits = np.diagonal(matrix, axis1=-2, axis2=-1)
@@ -511,15 +434,10 @@ def macro_f1(cells: Floats) -> Floats:
 def calibration(
     labels: npt.ArrayLike, probabilities: npt.ArrayLike, num_bins: int = NUM_BINS
 ) -> tuple[float, tuple[ReliabilityPoint, ...]]:
-    """Expected calibration error and the reliability curve.
+    """Expected calibration error and the reliability curve of (N, C) probabilities.
 
     ECE = Σ_b (n_b / N) · |accuracy_b − confidence_b| over bins ((b−1)/B, b/B] of the largest
     probability (Guo et al., "On Calibration of Modern Neural Networks", 2017, equation 3).
-
-    Args:
-        labels: (N,) int gold label ids.
-        probabilities: (N, C) in [0, 1].
-        num_bins: B.
     """
     p = np.asarray(probabilities, dtype=np.float64)
     confidence = p.max(axis=1)

@@ -32,17 +32,11 @@ from clseave_cli.progress import SILENT, Progress
 
 @dataclass(frozen=True)
 class System:
-    """One thing to evaluate: a language, and how it is read.
+    """One thing to evaluate: a language, and how it is read."""
 
-    Attributes:
-        lang: language code.
-        mode: `zero-shot` for the source language, too.
-        student: folder of the student; None: CLIP-VE itself reads it.
-    """
-
-    lang: str
-    mode: Mode
-    student: Path | None
+    lang: str  # language code
+    mode: Mode  # `zero-shot` for the source language, too
+    student: Path | None  # folder of the student; None: CLIP-VE itself reads it
 
     @property
     def key(self) -> str:
@@ -52,20 +46,13 @@ class System:
 
 @dataclass(frozen=True, eq=False)
 class Outputs:
-    """What one system says of its rows.
+    """What one system says of its rows."""
 
-    Attributes:
-        system: what was evaluated.
-        split: the rows.
-        embeddings: (N, D) of the hypotheses.
-        logits: (N, C), finite.
-        shuffled_logits: (N, C) with every row's photo exchanged for another row's.
-    """
-
-    system: System
-    split: Split
-    embeddings: npt.NDArray[np.float32]
-    logits: npt.NDArray[np.float32]
+    system: System  # what was evaluated
+    split: Split  # the rows
+    embeddings: npt.NDArray[np.float32]  # (N, D) of the hypotheses
+    logits: npt.NDArray[np.float32]  # (N, C), finite
+    # (N, C) with every row's photo exchanged for another row's.
     shuffled_logits: npt.NDArray[np.float32]
 
     @functools.cached_property
@@ -123,19 +110,9 @@ def run_systems(
     images: ImageFolder,
     progress: Progress = SILENT,
 ) -> dict[str, Outputs]:
-    """Runs systems of one CLIP-VE on their rows; each model is loaded once.
+    """Runs systems of the CLIP-VE in a folder on their rows; each model is loaded once.
 
-    Args:
-        config: batch size, device, precision and seed.
-        clip_ve: folder of the CLIP-VE.
-        systems: what to run.
-        splits: rows by language.
-        translations: hypotheses in CLIP-VE's language, by language, for translate-test.
-        images: where the photos are.
-        progress: told how far things are.
-
-    Returns:
-        By `System.key`, in the order of `systems`.
+    Rows and translations are by language, the outputs by `System.key`, in the order of `systems`.
 
     Raises:
         ModelError: a model is damaged, a student belongs to another CLIP-VE, or logits are NaN.

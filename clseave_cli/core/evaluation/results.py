@@ -40,38 +40,30 @@ def result_key(lang: str, mode: Mode) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageResult(Scores):
-    """One language's scores, and how they compare with other systems on the same rows.
+    """One language's scores, and how they compare with other systems on the same rows."""
 
-    Attributes:
-        lang: language code.
-        split: name of the split.
-        mode: `zero-shot` (a student reads the language; the source language: the source model) or
-            `translate-test` (the hypotheses are translated into the source language first).
-        hard_accuracy: accuracy on the rows that the hypothesis-only baseline gets wrong, with its
-            95 % interval.
-        num_hard: how many those are.
-        ratio_to_english: accuracy divided by the source language's on the same rows; English
-            unless `Signature.source_lang` says otherwise.
-        agreement_with_english: share of rows given the same label as by the source model.
-        kappa_with_english: the same beyond chance, Cohen's κ.
-        difference_to_english: paired difference in accuracy, this language minus the source.
-        difference_to_zero_shot: the same, translate-test minus this language's student.
-        transfer: student against teacher embeddings.
-    """
-
-    lang: str
-    split: str
+    lang: str  # language code
+    split: str  # name of the split
+    # `zero-shot` (a student reads the language; the source language: the source model) or
+    # `translate-test` (the hypotheses are translated into the source language first).
     mode: Mode = "zero-shot"
+    # Accuracy on the rows that the hypothesis-only baseline gets wrong, with its 95 %
+    # interval.
     hard_accuracy: float | None = None
     hard_accuracy_low: float | None = None
     hard_accuracy_high: float | None = None
-    num_hard: int | None = None
+    num_hard: int | None = None  # how many those are
+    # Accuracy divided by the source language's on the same rows; English unless
+    # `Signature.source_lang` says otherwise.
     ratio_to_english: float | None = None
+    # Share of rows given the same label as by the source model.
     agreement_with_english: float | None = None
-    kappa_with_english: float | None = None
+    kappa_with_english: float | None = None  # the same beyond chance, Cohen's κ
+    # Paired difference in accuracy, this language minus the source.
     difference_to_english: Difference | None = None
+    # The same, translate-test minus this language's student.
     difference_to_zero_shot: Difference | None = None
-    transfer: Transfer | None = None
+    transfer: Transfer | None = None  # student against teacher embeddings
 
     @property
     def key(self) -> str:
@@ -90,16 +82,12 @@ class Baselines:
 
     None stands for what was not measured. Each `difference_to_…` is the system's paired difference
     in accuracy to that baseline.
-
-    Attributes:
-        majority: always the training rows' most frequent label.
-        hypothesis_only: a classifier that reads only the hypothesis, trained on the same rows.
-        shuffled_image: the model itself, every row with another row's photo.
     """
 
-    majority: float | None = None
+    majority: float | None = None  # always the training rows' most frequent label
+    # A classifier that reads only the hypothesis, trained on the same rows.
     hypothesis_only: float | None = None
-    shuffled_image: float | None = None
+    shuffled_image: float | None = None  # the model itself, every row with another row's photo
     difference_to_majority: Difference | None = None
     difference_to_hypothesis_only: Difference | None = None
     difference_to_shuffled_image: Difference | None = None
@@ -107,26 +95,17 @@ class Baselines:
 
 @dataclass(frozen=True)
 class SeedSummary:
-    """A metric over several training seeds.
+    """A metric over several training seeds."""
 
-    Attributes:
-        num_seeds: trainings.
-        mean: of the metric.
-        std: sample deviation (n − 1), 0 for one seed: the luck of the training.
-        min: the smallest.
-        max: the largest.
-        low: lower end of the mean's 95 % interval by bootstrap over photos, for these trainings:
-            the choice of the photos. None where not measured.
-        high: upper end.
-    """
-
-    num_seeds: int
-    mean: float
-    std: float
-    min: float
-    max: float
+    num_seeds: int  # trainings
+    mean: float  # of the metric
+    std: float  # sample deviation (n − 1), 0 for one seed: the luck of the training
+    min: float  # the smallest
+    max: float  # the largest
+    # Lower end of the mean's 95 % interval by bootstrap over photos, for these trainings: the
+    # choice of the photos. None where not measured.
     low: float | None = None
-    high: float | None = None
+    high: float | None = None  # upper end
 
     @classmethod
     def of(cls, values: Sequence[float], interval: Interval | None = None) -> SeedSummary:
@@ -150,40 +129,27 @@ class SeedSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class Signature:
-    """What it takes to say whether two results can be compared.
+    """What it takes to say whether two results can be compared."""
 
-    Attributes:
-        version: clseave's version.
-        data: fingerprint (hex) by data file.
-        checkpoints: fingerprint (hex) by model folder: `align-de`; of several trainings
-            `runs-1/align-de`.
-        seed: seed of the bootstrap and of the shuffling.
-        resamples: bootstrap resamples.
-        num_examples: rows of the largest result.
-        translators: by language, what translated its hypotheses into the source language.
-        source_lang: the language CLIP-VE reads, with which the others are compared.
-        training: fingerprint (hex) by file of the rows that the baselines learnt from. With `data`
-            it fills a page, so figures do without it.
-        precision: what the matrix products ran in: `fp32`, `bf16` or `fp16`; None: an older
-            document.
-        device: `cpu` or `cuda`; None: an older document.
-        dataset: name of the data folder, or `hf:ORG/NAME`; None: an older document.
-        date: day of the evaluation, `YYYY-MM-DD` (UTC); None: an older document. The same
-            evaluation on another day is equal.
-    """
-
-    version: str
-    data: dict[str, str]
+    version: str  # clseave's version
+    data: dict[str, str]  # fingerprint (hex) by data file
+    # Fingerprint (hex) by model folder: `align-de`; of several trainings `runs-1/align-de`.
     checkpoints: dict[str, str]
-    seed: int
-    resamples: int
-    num_examples: int
+    seed: int  # seed of the bootstrap and of the shuffling
+    resamples: int  # bootstrap resamples
+    num_examples: int  # rows of the largest result
+    # By language, what translated its hypotheses into the source language.
     translators: dict[str, str] = field(default_factory=dict)
-    source_lang: str = "en"
+    source_lang: str = "en"  # the language CLIP-VE reads, with which the others are compared
+    # Fingerprint (hex) by file of the rows that the baselines learnt from. With `data` it
+    # fills a page, so figures do without it.
     training: dict[str, str] = field(default_factory=dict)
+    # What the matrix products ran in: `fp32`, `bf16` or `fp16`; None: an older document.
     precision: str | None = None
-    device: str | None = None
-    dataset: str | None = None
+    device: str | None = None  # `cpu` or `cuda`; None: an older document
+    dataset: str | None = None  # name of the data folder, or `hf:ORG/NAME`; None: an older document
+    # Day of the evaluation, `YYYY-MM-DD` (UTC); None: an older document. The same evaluation
+    # on another day is equal.
     date: str | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
@@ -224,24 +190,17 @@ def _digests(digests: dict[str, str], kind: str) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """The whole document.
+    """The whole document."""
 
-    Attributes:
-        results: one entry a language (and mode), in the order to show.
-        baselines: by `LanguageResult.key`.
-        signature: where the numbers come from.
-        distances: transfer loss against linguistic distance, where measured.
-        seeds: metrics over several trainings, by `LanguageResult.key` and name (`SEED_METRICS`),
-            where there are several; all other numbers are those of the first.
-        format: version of the document's shape.
-    """
-
-    results: tuple[LanguageResult, ...]
-    baselines: dict[str, Baselines]
-    signature: Signature
+    results: tuple[LanguageResult, ...]  # one entry a language (and mode), in the order to show
+    baselines: dict[str, Baselines]  # by `LanguageResult.key`
+    signature: Signature  # where the numbers come from
+    # Transfer loss against linguistic distance, where measured.
     distances: DistanceAnalysis | None = None
+    # Metrics over several trainings, by `LanguageResult.key` and name (`SEED_METRICS`), where
+    # there are several; all other numbers are those of the first.
     seeds: dict[str, dict[str, SeedSummary]] = field(default_factory=dict)
-    format: int = FORMAT
+    format: int = FORMAT  # version of the document's shape
 
     def shows_mode(self, result: LanguageResult) -> bool:
         """Whether a table must say how a result came about: where some languages are translated."""

@@ -136,29 +136,18 @@ def _read_rows(
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """Everything an evaluation starts from, checked.
+    """Everything an evaluation starts from, checked."""
 
-    Attributes:
-        config: the options.
-        folder: of the data.
-        images: the photos.
-        source_lang: the language that CLIP-VE reads.
-        along: key of a system that is run for comparison only, and gets no result.
-        systems: what to run, for each folder of models.
-        splits: rows by language.
-        translations: hypotheses in the source language, by language, for translate-test.
-        hypothesis_only: the baseline that learns from the training rows.
-    """
-
-    config: EvaluateConfig
-    folder: Path
-    images: ImageFolder
-    source_lang: str
-    along: str | None
-    systems: list[list[System]]
-    splits: dict[str, Split]
+    config: EvaluateConfig  # the options
+    folder: Path  # of the data
+    images: ImageFolder  # the photos
+    source_lang: str  # the language that CLIP-VE reads
+    along: str | None  # key of a system that is run for comparison only, and gets no result
+    systems: list[list[System]]  # what to run, for each folder of models
+    splits: dict[str, Split]  # rows by language
+    # Hypotheses in the source language, by language, for translate-test.
     translations: dict[str, TranslatedHypotheses]
-    hypothesis_only: HypothesisOnly
+    hypothesis_only: HypothesisOnly  # the baseline that learns from the training rows
 
     @classmethod
     def of(cls, config: EvaluateConfig, progress: Progress) -> _Plan:
@@ -443,11 +432,7 @@ def _with_seeds(
 ) -> Results:
     """The first document, with what all of them say together.
 
-    Args:
-        config: resamples and seed.
-        documents: one a training.
-        first: the first training's outputs by key.
-        correct: rows that are right, by key, of each training.
+    `first` are the first training's outputs, `correct` is which rows are right, of each training.
     """
     intervals = {
         r.key: _mean_intervals(config, first[r.key], first, documents[0].source_lang, correct)

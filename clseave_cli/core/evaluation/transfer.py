@@ -34,45 +34,31 @@ _TIE = 1e-6
 
 @dataclass(frozen=True)
 class Transfer:
-    """Distances between student and teacher embeddings of the same sentences.
+    """Distances between student and teacher embeddings of the same sentences."""
 
-    Attributes:
-        num_sentences: N.
-        mse: mean squared error per sentence and dimension.
-        mae: mean absolute error per sentence and dimension.
-        mse_sum: squared error summed over dimensions, per sentence: `mse` · D. The thesis's
-            validation metric (its Table A.2: 7.62 to 8.33 at D = 512, so 0.0149 to 0.0163).
-        mae_sum: absolute error summed over dimensions, per sentence (the thesis: 46 to 48).
-        cosine: mean cosine of the two embeddings of a sentence.
-        retrieval_to_teacher: share of student embeddings whose nearest teacher embedding (by
-            cosine) is of the same sentence.
-        retrieval_to_student: the same from the teacher's side.
-        variance_student: variance over sentences, mean over dimensions; near 0: collapsed.
-        variance_teacher: the same for the teacher, for comparison.
-    """
-
-    num_sentences: int
-    mse: float
-    mae: float
+    num_sentences: int  # N
+    mse: float  # mean squared error per sentence and dimension
+    mae: float  # mean absolute error per sentence and dimension
+    # Squared error summed over dimensions, per sentence: `mse` · D. The thesis's validation
+    # metric (its Table A.2: 7.62 to 8.33 at D = 512, so 0.0149 to 0.0163).
     mse_sum: float
-    mae_sum: float
-    cosine: float
+    mae_sum: float  # absolute error summed over dimensions, per sentence (the thesis: 46 to 48)
+    cosine: float  # mean cosine of the two embeddings of a sentence
+    # Share of student embeddings whose nearest teacher embedding (by cosine) is of the same
+    # sentence.
     retrieval_to_teacher: float
-    retrieval_to_student: float
-    variance_student: float
-    variance_teacher: float
+    retrieval_to_student: float  # the same from the teacher's side
+    variance_student: float  # variance over sentences, mean over dimensions; near 0: collapsed
+    variance_teacher: float  # the same for the teacher, for comparison
 
 
 def measure_transfer(
     student: npt.ArrayLike, teacher: npt.ArrayLike, sentences: npt.ArrayLike
 ) -> Transfer:
-    """Compares the embeddings of the same sentences.
+    """Compares (N, D) embeddings of translations and, in the same order, of the originals.
 
-    Args:
-        student: (N, D) embeddings of the translations.
-        teacher: (N, D) embeddings of the originals, in the same order.
-        sentences: (N,) identity of each sentence, e.g. its English text: rows that share one are
-            the same sentence, and retrieving any of them is a hit.
+    `sentences` are the (N,) identities of the sentences, e.g. the English texts: rows that share
+    one are the same sentence, and retrieving any of them is a hit.
 
     Raises:
         ValueError: no rows, or shapes that do not match.
@@ -159,43 +145,28 @@ _MOST_EXACT_POINTS = 8
 
 @dataclass(frozen=True)
 class Correlation:
-    """One kind of distance against the loss in transfer, over languages.
+    """One kind of distance against the loss in transfer, over languages."""
 
-    Attributes:
-        distances: distance to the source language by language; None where there is none.
-        num_languages: n, languages with both numbers.
-        pearson: linear correlation; None where undefined (n < 3, or one side constant).
-        pearson_p: two-sided p, over all orders of the points where n ≤ 8.
-        spearman: rank correlation; None where undefined.
-        spearman_p: as `pearson_p`.
-        smallest_p: what `spearman_p` would be if the languages lost in the order of this distance:
-            equal distances (or losses) let more orders be as good. None where n > 8, too.
-    """
-
+    # Distance to the source language by language; None where there is none.
     distances: dict[str, float | None]
-    num_languages: int
-    pearson: float | None
-    pearson_p: float | None
-    spearman: float | None
-    spearman_p: float | None
+    num_languages: int  # n, languages with both numbers
+    pearson: float | None  # linear correlation; None where undefined (n < 3, or one side constant)
+    pearson_p: float | None  # two-sided p, over all orders of the points where n ≤ 8
+    spearman: float | None  # rank correlation; None where undefined
+    spearman_p: float | None  # as `pearson_p`
+    # What `spearman_p` would be if the languages lost in the order of this distance: equal
+    # distances (or losses) let more orders be as good. None where n > 8, too.
     smallest_p: float | None = None
 
 
 @dataclass(frozen=True)
 class DistanceAnalysis:
-    """Transfer loss against every kind of distance.
+    """Transfer loss against every kind of distance."""
 
-    Attributes:
-        source: where the distances come from.
-        losses: accuracy lost to the source language, a fraction, by language.
-        correlations: by kind of distance.
-        note: what so few points can and cannot show, in a sentence or two.
-    """
-
-    source: str
-    losses: dict[str, float]
-    correlations: dict[str, Correlation]
-    note: str
+    source: str  # where the distances come from
+    losses: dict[str, float]  # accuracy lost to the source language, a fraction, by language
+    correlations: dict[str, Correlation]  # by kind of distance
+    note: str  # what so few points can and cannot show, in a sentence or two
 
 
 def analyse_distances(
@@ -206,13 +177,8 @@ def analyse_distances(
     The thesis's table, of distances to English, is used where it has every language; otherwise
     lang2vec, where it is installed; otherwise the table, with gaps.
 
-    Args:
-        accuracies: accuracy, a fraction, by language, the source language included.
-        source_lang: the language that the others lose against.
-
-    Returns:
-        None without the source language or without another; also where that is not English and
-        lang2vec is not installed.
+    None without the source language or without another; also where that is not English and
+    lang2vec is not installed. `accuracies` are fractions by language.
     """
     losses = {
         lang: accuracies[source_lang] - accuracy
@@ -275,9 +241,7 @@ def _with_p(
 def describe_power(num_languages: int, smallest: Mapping[str, float | None]) -> str:
     """What a correlation over so few languages can and cannot show.
 
-    Args:
-        num_languages: n, the source not counted.
-        smallest: `Correlation.smallest_p` by kind of distance.
+    `num_languages` is without the source, `smallest` is `Correlation.smallest_p` by kind.
     """
     if num_languages < 3:
         return f"{num_languages} languages besides the source: too few for any correlation."
@@ -306,14 +270,8 @@ def lang2vec_distances(
     """Distances to a language from URIEL's vectors, for what the thesis's table lacks.
 
     The angle between the two languages' feature vectors as a share of a right angle, URIEL's own
-    definition: 0 the same, 1 nothing in common.
-
-    Args:
-        languages: ISO 639-1 or 639-3 codes, a script or region after them or not.
-        source_lang: the code of the language to measure from.
-
-    Returns:
-        By kind and language; None where URIEL does not know one of the two.
+    definition: 0 the same, 1 nothing in common. By kind and language; None where URIEL lacks one of
+    the two. Codes are ISO 639-1 or 639-3, a script or region after them or not.
 
     Raises:
         ExtraMissing: the `lang2vec` extra is not installed.
