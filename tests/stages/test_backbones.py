@@ -267,7 +267,7 @@ def test_evaluate_compares_with_the_source_language(chinese, chinese_world, clse
     )  # fmt: skip
     assert code == 0 and "to zh" in out and "with zh" in out and "to en" not in out
     assert "source zh" in out
-    page = (tmp_path / "report" / "report.md").read_text()
+    page = (tmp_path / "report" / "report.html").read_text()
     assert "Chinese reaches" in page and "Against Chinese" in page
     assert "Against English" not in page and "the English" not in page
     assert "{Chinese}" in (tmp_path / "report" / "table.tex").read_text()
