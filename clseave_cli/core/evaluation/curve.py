@@ -13,11 +13,26 @@ from clseave_cli.core.data.hub import data_folder
 from clseave_cli.core.data.records import split_path
 from clseave_cli.core.evaluation.figures import draw_lines
 from clseave_cli.core.evaluation.run import evaluate, require_rows
-from clseave_cli.core.files import atomic_file, file_digest, json_digest, read_json, write_json
+from clseave_cli.core.files import (
+    Kind,
+    atomic_file,
+    file_digest,
+    json_digest,
+    locked_target,
+    read_json,
+    require_replaceable,
+    write_json,
+)
 from clseave_cli.core.models.clip_ve import fingerprint, source_language
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.progress import SILENT, Progress
 from clseave_cli.version import __version__
+
+#: The folder of `curve`, finished or not.
+DATA_CURVE = Kind(
+    "a data curve",
+    r"curve\.(json|md|png)|[\w+-]+-(\d+|all)(-[0-9a-f]{8})?/.+|\..+\.clseave-[0-9a-f]{8}",
+)
 
 # Options that a student does not depend on.
 _WITHOUT_EFFECT = ("resume", "device", "checkpoint_minutes", "runs", "out", "tracker")
@@ -87,8 +102,15 @@ def data_curves(config: CurveConfig, progress: Progress = SILENT) -> DataCurves:
     if min(config.limits, default=1) < 1:
         raise UsageError(f"--limit {min(config.limits)}: expected at least 1.")
     student_languages(config)
-    out, inputs = config.out or config.runs / "curve", _inputs(config, progress)
-    languages, english = tuple(dict.fromkeys(config.lang)), None
+    out = config.out or config.runs / "curve"
+    require_replaceable(out, DATA_CURVE, config)
+    with locked_target(out):
+        return _draw(config, out, progress)
+
+
+def _draw(config: CurveConfig, out: Path, progress: Progress) -> DataCurves:
+    inputs, languages = _inputs(config, progress), tuple(dict.fromkeys(config.lang))
+    english = None
     try:
         source = _evaluation(config, (source_language(config.runs / "clip-ve"),))
         require_rows(source, languages, progress)

@@ -13,13 +13,23 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from clseave_cli.core.data.languages import language_name
 from clseave_cli.core.evaluation import summary
+from clseave_cli.core.evaluation.comparison import PredictedRows
 from clseave_cli.core.evaluation.figures import Drawing, LearningCurve, draw_figures
 from clseave_cli.core.evaluation.gallery import Gallery, data_uri, thumbnail
 from clseave_cli.core.evaluation.results import Results, means
-from clseave_cli.core.files import atomic_file, atomic_folder
+from clseave_cli.core.files import Kind, atomic_folder, require_replaceable
 from clseave_cli.labels import LABELS
 
 HTML_FILE, LATEX_FILE = "report.html", "table.tex"
+
+#: A folder of `evaluate --report`, which a new one may replace; earlier ones had Markdown too.
+REPORT = Kind(
+    "a report",
+    rf"results\.json|{HTML_FILE}|report\.md|{LATEX_FILE}|predictions\.[^/]+\.jsonl"
+    r"|figures/[^/]+\.png|images/\d{3}\.\w+",
+    "results.json",
+    lambda document: "results" in document and "signature" in document,
+)
 
 _DEFAULT_TITLE = "Visual entailment across languages"
 
@@ -34,18 +44,19 @@ def write_report(
     results: Results,
     folder: Path,
     *,
+    predictions: Sequence[PredictedRows] = (),
     curves: Sequence[LearningCurve] = (),
     galleries: Sequence[Gallery] = (),
     title: str = _DEFAULT_TITLE,
 ) -> Path:
-    """Writes `results.json`, `report.html`, `table.tex` and `figures/`.
+    """Writes `results.json`, `report.html`, `table.tex`, `figures/` and `predictions.*.jsonl`.
 
-    `report.html` needs none of the others. Files of an older report are replaced; `results.json`
-    comes last, so a folder that has a new one is complete.
+    The folder appears as a whole, in place of an older report. `report.html` needs no other file.
 
     Args:
         results: the document.
-        folder: where to write; made if it is not there.
+        folder: where to write.
+        predictions: of every row, to be compared with those of other models.
         curves: learning curves of the models, see `figures.read_learning_curve`.
         galleries: sections of pictures with sentences; empty ones are left out.
         title: heading of the report.
@@ -58,13 +69,16 @@ def write_report(
     """
     drawn = draw_figures(results, curves)
     page = html_page(title, results, drawn, [gallery for gallery in galleries if gallery.items])
-    with atomic_folder(folder / "figures") as aside:
+    with atomic_folder(folder) as unfinished:
+        (unfinished / "figures").mkdir()
         for name, drawing in drawn.items():
-            (aside / f"{name}.png").write_bytes(drawing.encoded)
-    for name, text in ((HTML_FILE, page), (LATEX_FILE, latex_table(results))):
-        with atomic_file(folder / name) as stream:
-            stream.write(text.encode())
-    results.write(folder)
+            (unfinished / "figures" / f"{name}.png").write_bytes(drawing.encoded)
+        for name, text in ((HTML_FILE, page), (LATEX_FILE, latex_table(results))):
+            (unfinished / name).write_text(text, encoding="utf-8")
+        for rows in predictions:
+            rows.write(unfinished)
+        results.write(unfinished)
+        require_replaceable(folder, REPORT)
     return folder / HTML_FILE
 
 

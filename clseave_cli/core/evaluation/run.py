@@ -7,8 +7,8 @@ what is reached without the photo, and this file puts the numbers together.
 from __future__ import annotations
 
 import datetime
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from clseave_cli.core.data.records import (
     split_path,
 )
 from clseave_cli.core.evaluation.baselines import Guesses, HypothesisOnly
-from clseave_cli.core.evaluation.comparison import PredictedRows, write_predictions
+from clseave_cli.core.evaluation.comparison import PredictedRows
 from clseave_cli.core.evaluation.figures import read_learning_curve
 from clseave_cli.core.evaluation.gallery import errors, examples
 from clseave_cli.core.evaluation.metrics import (
@@ -43,7 +43,7 @@ from clseave_cli.core.evaluation.metrics import (
     score,
 )
 from clseave_cli.core.evaluation.outputs import Outputs, System, run_systems, shared_rows
-from clseave_cli.core.evaluation.report import write_report
+from clseave_cli.core.evaluation.report import REPORT, write_report
 from clseave_cli.core.evaluation.results import (
     TRAINING_ROWS,
     Baselines,
@@ -54,7 +54,7 @@ from clseave_cli.core.evaluation.results import (
 )
 from clseave_cli.core.evaluation.transfer import analyse_distances, measure_transfer
 from clseave_cli.core.features import Photos
-from clseave_cli.core.files import file_digest, writing
+from clseave_cli.core.files import file_digest, locked_target, require_replaceable
 from clseave_cli.core.models.clip_ve import fingerprint, source_language
 from clseave_cli.core.models.student import (
     find_students,
@@ -83,7 +83,15 @@ def evaluate(config: EvaluateConfig, progress: Progress = SILENT) -> Results:
             that cannot be translated, where they are to be; or a report folder that cannot be
             written. What can be known of these beforehand is refused before any model runs.
     """
-    plan = _Plan.of(config, progress)
+    with ExitStack() as stack:
+        if config.report is not None:
+            require_replaceable(config.report, REPORT, config)
+            stack.enter_context(locked_target(config.report))
+        return _evaluate(_Plan.of(config, progress), progress)
+
+
+def _evaluate(plan: _Plan, progress: Progress) -> Results:
+    config = plan.config
     documents, correct = [], []
     for number, runs in enumerate(config.runs):
         outputs = run_systems(
@@ -161,8 +169,6 @@ class _Plan:
         systems = [_systems(config, runs, source_lang, folder, progress) for runs in config.runs]
         _check_models(config.runs, systems)
         resolve_device(config.device)
-        if config.report is not None:
-            _require_writable(config.report)
         images = ImageFolder.of(folder, config.images)
         every = dict.fromkeys((s.lang, s.mode) for of_models in systems for s in of_models)
         splits: dict[str, Split] = {}
@@ -273,17 +279,6 @@ def _check_models(runs: Sequence[Path], systems: Sequence[list[System]]) -> None
                 "not two seeds."
             )
         seen[models] = folder
-
-
-def _require_writable(report: Path) -> None:
-    """Finds out before anything is computed whether the report can be written.
-
-    Raises:
-        ClseaveError: it cannot.
-    """
-    with writing(report):
-        report.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=report).close()
 
 
 # --- one folder of models ---
@@ -481,7 +476,6 @@ def _write(plan: _Plan, document: Results, outputs: Mapping[str, Outputs]) -> No
     """The report, with the predictions that `compare` reads."""
     report, runs = plan.config.report, plan.config.runs[0]
     assert report is not None
-    write_predictions([_predicted_rows(own) for own in outputs.values()], report)
     # One reading of each language: its student's where it has one, which comes first.
     shown: dict[str, Outputs] = {}
     for own in outputs.values():
@@ -491,6 +485,7 @@ def _write(plan: _Plan, document: Results, outputs: Mapping[str, Outputs]) -> No
     write_report(
         document,
         report,
+        predictions=[_predicted_rows(own) for own in outputs.values()],
         curves=[curve for curve in curves if curve is not None],
         galleries=[examples(shown, plan.images), errors(shown, plan.images)],
     )
