@@ -56,7 +56,7 @@ def command(config_class: type[C], run: Callable[..., None]) -> Callable[..., No
     flags = [
         _flag(config_class, field, annotation)
         for field, annotation in _fields(config_class)
-        if config_class.FLAGS is None or field.name in config_class.FLAGS
+        if not config_class.FLAGS or field.name in config_class.FLAGS
     ]
     extra = [_keyword("config", ConfigFile)]
     if config_class.PRESETS:

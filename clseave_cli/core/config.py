@@ -69,8 +69,8 @@ def option(
 class StageConfig:
     """What every stage needs: on what to compute."""
 
-    #: Fields that are flags of the command; None: all. The others are set by `--config` only.
-    FLAGS: ClassVar[tuple[str, ...] | None] = None
+    #: Fields that are flags of the command; empty: all. The others are set by `--config` only.
+    FLAGS: ClassVar[tuple[str, ...]] = ()
 
     #: Named sets of options, by preset name; a subclass fills it.
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
@@ -496,7 +496,7 @@ class AlignConfig(StudentConfig):
 class CurveConfig(StudentConfig):
     """`curve`: how good a student gets from how many sentences."""
 
-    FLAGS: ClassVar[tuple[str, ...] | None] = (
+    FLAGS: ClassVar[tuple[str, ...]] = (
         "lang",
         "limits",
         "together",
@@ -510,6 +510,9 @@ class CurveConfig(StudentConfig):
         "seed",
         "device",
     )
+    FIRST: ClassVar[tuple[str, ...]] = FLAGS
+    #: The options of `align` that were flags of `curve`, and what to use instead.
+    REMOVED: ClassVar[dict[str, str]] = {}
 
     limits: tuple[int, ...] = option(
         (100, 300, 1000, 3000),
@@ -521,6 +524,13 @@ class CurveConfig(StudentConfig):
     resamples: int = option(2000, "Bootstrap resamples behind every interval.", least=1)
     keep_models: bool = option(False, "Keep the student of every point.")
     out: Path | None = option(None, "Folder to write; unset: RUNS/curve.", metavar="DIR")
+
+
+CurveConfig.REMOVED = {
+    "--" + part.name.replace("_", "-"): f"set {part.name} in the file of --config"
+    for part in dataclasses.fields(StudentConfig)
+    if part.name not in CurveConfig.FLAGS
+}
 
 
 @dataclass(frozen=True, kw_only=True)

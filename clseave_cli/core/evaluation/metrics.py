@@ -272,17 +272,6 @@ def agreement(logits_first: npt.ArrayLike, logits_second: npt.ArrayLike) -> tupl
 # --- several trainings ---
 
 
-def mean_accuracy_interval(
-    correct: Sequence[npt.ArrayLike], images: npt.ArrayLike, *, resamples: int, seed: int
-) -> Interval:
-    """The mean accuracy of several trainings, (N,) bool each, with its 95 % interval.
-
-    All trainings are scored on the same resamples of photos.
-    """
-    share = np.mean([np.asarray(right, dtype=bool) for right in correct], axis=0)
-    return accuracy_interval(share, images, resamples=resamples, seed=seed)
-
-
 def mean_difference_interval(
     first: Sequence[npt.ArrayLike],
     second: Sequence[npt.ArrayLike],

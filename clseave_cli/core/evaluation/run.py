@@ -37,7 +37,6 @@ from clseave_cli.core.evaluation.metrics import (
     accuracy_interval,
     agreement,
     compare_predictions,
-    mean_accuracy_interval,
     mean_difference_interval,
     probabilities,
     score,
@@ -454,7 +453,7 @@ def _mean_intervals(
     """Intervals of one system's means over trainings, by metric."""
     sampling: dict[str, Any] = {"resamples": config.resamples, "seed": config.seed}
     right = [of_run[own.system.key] for of_run in correct]
-    intervals = {"accuracy": mean_accuracy_interval(right, own.images, **sampling)}
+    intervals = {"accuracy": accuracy_interval(np.mean(right, axis=0), own.images, **sampling)}
     compared = {
         "difference_to_english": first.get(source_lang),
         "difference_to_zero_shot": first.get(own.system.lang),

@@ -302,7 +302,7 @@ def _lang2vec() -> Any:
             return import_module("lang2vec.lang2vec")
     except ImportError:
         raise ExtraMissing(
-            "lang2vec is not installed; run: pip install 'clseave-cli[lang2vec]'."
+            "lang2vec is not installed; run: pip install -e '.[lang2vec]'."
         ) from None
 
 
