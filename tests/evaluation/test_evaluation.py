@@ -159,7 +159,7 @@ def test_translations_of_a_file_by_pair_id(data, trained, tmp_path):
         evaluate(
             _config(data, trained, mode="both", engine="file", translations=tmp_path / "{lang}.tsv")
         )
-    with pytest.raises(UsageError, match=r"--beams 0: expected a number above 0"):
+    with pytest.raises(UsageError, match=r"--beams 0: expected at least 1"):
         evaluate(_config(data, trained, mode="both", engine="file", beams=0))
 
 

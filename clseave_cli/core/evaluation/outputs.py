@@ -25,7 +25,7 @@ from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.student import load_student
 from clseave_cli.core.training.precision import autocast, resolve_device
-from clseave_cli.core.translation.hypotheses import TranslatedHypotheses
+from clseave_cli.core.translation.corpus import TranslatedHypotheses
 from clseave_cli.errors import DataError, ModelError
 from clseave_cli.progress import SILENT, Progress
 

@@ -61,7 +61,7 @@ from clseave_cli.core.models.student import (
     student_fingerprint,
 )
 from clseave_cli.core.training.precision import resolve_device, resolve_precision
-from clseave_cli.core.translation.hypotheses import TranslatedHypotheses, translate_hypotheses
+from clseave_cli.core.translation.corpus import TranslatedHypotheses, translate_hypotheses
 from clseave_cli.errors import DataError, ModelError, UsageError
 from clseave_cli.progress import SILENT, Progress
 from clseave_cli.version import __version__
