@@ -123,14 +123,19 @@ def _refuse_keys(config_class: type[StageConfig], args: list[str]) -> None:
 
 
 def command(config_class: type[C], run: Callable[..., None]) -> Callable[..., None]:
-    """The function Typer needs for `run(config, **own)`: one flag per field of `config_class`.
+    """The function Typer needs for `run(config, **own)`: one flag per field of `config_class`,
+    or of those in its `FLAGS`.
 
     Parameters of `run` after the first are flags and arguments of the command itself, declared
     with Typer's own annotations. Options win in this order: flag, `--config` file, `--preset`,
     default.
     """
     own = list(inspect.signature(run, eval_str=True).parameters.values())[1:]
-    flags = [_flag(config_class, field, annotation) for field, annotation in _fields(config_class)]
+    flags = [
+        _flag(config_class, field, annotation)
+        for field, annotation in _fields(config_class)
+        if not config_class.FLAGS or field.name in config_class.FLAGS
+    ]
     extra = [_keyword("config", ConfigFile)]
     if config_class.PRESETS:
         names = ", ".join(config_class.PRESETS)

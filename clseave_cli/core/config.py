@@ -75,6 +75,9 @@ def option(
 class StageConfig:
     """What every stage needs: on what to compute."""
 
+    #: Fields that are flags of the command; empty: all. The others are set by `--config` only.
+    FLAGS: ClassVar[tuple[str, ...]] = ()
+
     #: Named sets of options, by preset name; a subclass fills it.
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
     #: The options that `--help` shows, in this order; `--help-all` shows every one. Empty: all.
@@ -633,6 +636,24 @@ class AlignConfig(StudentConfig):
 class CurveConfig(StudentConfig):
     """`curve`: how good a student gets from how many sentences."""
 
+    FLAGS: ClassVar[tuple[str, ...]] = (
+        "lang",
+        "limits",
+        "together",
+        "student",
+        "data",
+        "images",
+        "runs",
+        "split",
+        "keep_models",
+        "out",
+        "seed",
+        "device",
+    )
+    FIRST: ClassVar[tuple[str, ...]] = FLAGS
+    #: The options of `align` that were flags of `curve`, and what to use instead.
+    REMOVED: ClassVar[dict[str, str]] = {}
+
     limits: tuple[int, ...] = option(
         (100, 300, 1000, 3000),
         "Distinct sentences of each language; repeat; all of them come last in any case.",
@@ -643,6 +664,13 @@ class CurveConfig(StudentConfig):
     resamples: int = option(2000, "Bootstrap resamples behind every interval.", least=1)
     keep_models: bool = option(False, "Keep the student of every point.")
     out: Path | None = option(None, "Folder to write; unset: RUNS/curve.", metavar="DIR")
+
+
+CurveConfig.REMOVED = {
+    "--" + part.name.replace("_", "-"): f"set {part.name} in the file of --config"
+    for part in dataclasses.fields(StudentConfig)
+    if part.name not in CurveConfig.FLAGS
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -387,7 +387,7 @@ def _evaluated(commands, refused):
     [
         ("finetune-ve", "clseave_cli.core.finetuning.image_features"),
         ("align", "clseave_cli.core.alignment.corpus.sentence_embeddings"),
-        ("evaluate", "clseave_cli.core.evaluation.run.image_features"),
+        ("evaluate", "clseave_cli.core.evaluation.outputs.image_features"),
         ("predict", "clseave_cli.core.prediction.predictor.open_image"),
     ],
 )

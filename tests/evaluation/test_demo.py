@@ -11,7 +11,7 @@ import pytest
 from clseave_cli.core.config import DemoConfig, PretrainConfig
 from clseave_cli.core.data.records import read_split
 from clseave_cli.core.evaluation import demo as module
-from clseave_cli.core.evaluation.rows import PredictedRows
+from clseave_cli.core.evaluation.comparison import PredictedRows
 from clseave_cli.errors import Interrupted
 from clseave_cli.labels import LABELS
 

@@ -263,11 +263,11 @@ def test_evaluate_compares_with_the_source_language(chinese, chinese_world, clse
 
     code, out, _ = clseave(
         "evaluate", "--data", chinese_world, "--runs", chinese, "--device", "cpu",
-        "--report", tmp_path / "report", "--resamples", 50,
+        "--report", tmp_path / "report", "--resamples", 50, "--verbose",
     )  # fmt: skip
     assert code == 0 and "to zh" in out and "with zh" in out and "to en" not in out
     assert "source zh" in out
-    page = (tmp_path / "report" / "report.md").read_text()
+    page = (tmp_path / "report" / "report.html").read_text()
     assert "Chinese reaches" in page and "Against Chinese" in page
     assert "Against English" not in page and "the English" not in page
     assert "{Chinese}" in (tmp_path / "report" / "table.tex").read_text()

@@ -205,3 +205,22 @@ def is_dense(code: str) -> bool:
     """Whether one character carries about as much as a syllable or word (Han, kana, Hangul)."""
     language = LANGUAGES.get(code)
     return language is not None and language.script in {"Jpan", "Hans", "Hant", "Hang"}
+
+
+_NAMES = {
+    "ar": "Arabic",
+    "de": "German",
+    "en": "English",
+    "es": "Spanish",
+    "fr": "French",
+    "ja": "Japanese",
+    "ko": "Korean",
+    "nl": "Dutch",
+    "ru": "Russian",
+    "zh": "Chinese",
+}
+
+
+def language_name(code: str) -> str:
+    """`German` for `de`; the code itself where the name is not listed."""
+    return _NAMES.get(code, code)

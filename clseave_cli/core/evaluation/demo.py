@@ -21,14 +21,15 @@ from clseave_cli.core.config import (
 from clseave_cli.core.data.mini_ve import generate
 from clseave_cli.core.data.mini_ve.grammar import LANGUAGES
 from clseave_cli.core.data.records import read_split
-from clseave_cli.core.evaluation.report.report import REPORT
+from clseave_cli.core.evaluation.comparison import read_predicted_rows
+from clseave_cli.core.evaluation.report import REPORT
 from clseave_cli.core.evaluation.results import Results
-from clseave_cli.core.evaluation.rows import read_predicted_rows
 from clseave_cli.core.evaluation.run import evaluate
 from clseave_cli.core.files import atomic_folder, locked_target, read_json, require_replaceable
 from clseave_cli.core.finetuning import finetune
 from clseave_cli.core.models.scratch import new_encoder
 from clseave_cli.core.pretraining import pretrain
+from clseave_cli.core.training.run import model_kind
 from clseave_cli.errors import Interrupted, UsageError
 from clseave_cli.labels import LABELS
 from clseave_cli.progress import SILENT, Progress
@@ -88,6 +89,10 @@ def demo(config: DemoConfig, progress: Progress = SILENT) -> DemoResult:
     data = config.out / "data"
     if not (data / "world.json").is_file():
         require_replaceable(data, None)
+    models = {"clip": "pretrain", "clip-ve": "finetune-ve"}
+    models |= {f"align-{lang}": "align" for lang in LANGUAGES[1:]}
+    for name, stage in models.items():
+        require_replaceable(config.out / "runs" / name, model_kind(stage))
     require_replaceable(config.out / "report", REPORT)
     try:
         with locked_target(data):

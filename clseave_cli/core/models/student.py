@@ -153,13 +153,9 @@ def load_student(folder: Path, teacher: str | None = None) -> SentenceEncoder:
     Raises:
         ModelError: missing, damaged, or trained against another teacher.
     """
+    if teacher is not None:
+        require_teacher(folder, teacher)
     with unsealed(folder, FORMAT) as config:
-        if teacher is not None and config["teacher"] != teacher:
-            raise ModelError(
-                f"{folder}: this student was trained against another CLIP-VE "
-                f"({config['teacher'][:12]}, here {teacher[:12]}); its embeddings mean nothing to "
-                "this one. Align it again, or use the CLIP-VE it belongs to."
-            )
         if config.get("projection", "linear") != "linear":
             raise ModelError(
                 f"{folder}: its projection is of a kind that this clseave no longer has (mlp); "
@@ -242,6 +238,21 @@ def student_fingerprint(folder: Path) -> str:
         ModelError: not a student's folder.
     """
     return str(peek(folder, FORMAT)["fingerprint"])
+
+
+def require_teacher(folder: Path, teacher: str) -> None:
+    """Refuses a student of another CLIP-VE, without loading it.
+
+    Raises:
+        ModelError: it was trained against another one, or the folder holds no student.
+    """
+    trained = str(peek(folder, FORMAT)["teacher"])
+    if trained != teacher:
+        raise ModelError(
+            f"{folder}: this student was trained against another CLIP-VE ({trained[:12]}, here "
+            f"{teacher[:12]}); its embeddings mean nothing to this one. Align it again, or use the "
+            "CLIP-VE it belongs to."
+        )
 
 
 def find_students(runs: Path) -> dict[str, Path]:

@@ -1,16 +1,16 @@
 import numpy as np
 import pytest
 
-from clseave_cli.core.evaluation.metrics.bootstrap import (
+from clseave_cli.core.evaluation.metrics import (
     accuracy_interval,
     cluster_sums,
     compare_predictions,
     interval,
+    macro_f1,
     mcnemar,
     mean_interval,
     resampled_sums,
 )
-from clseave_cli.core.evaluation.metrics.classification import macro_f1
 
 
 def clustered_rows(generator, num_images, rows_per_image, accuracy, spread=2.0):
@@ -40,7 +40,7 @@ def test_a_resample_draws_as_many_photos_as_there_are():
 def test_resamples_do_not_depend_on_how_many_are_held_at_once(monkeypatch):
     sums = np.random.default_rng(0).random((20, 2))
     whole = resampled_sums(sums, 50, seed=3)
-    monkeypatch.setattr("clseave_cli.core.evaluation.metrics.bootstrap._WEIGHTS_AT_ONCE", 60)
+    monkeypatch.setattr("clseave_cli.core.evaluation.metrics._WEIGHTS_AT_ONCE", 60)
     assert np.allclose(resampled_sums(sums, 50, seed=3), whole)
 
 
@@ -49,36 +49,55 @@ def test_the_same_seed_gives_the_same_interval():
     first = accuracy_interval(right, images, resamples=200, seed=4)
     assert accuracy_interval(right, images, resamples=200, seed=4) == first
     assert accuracy_interval(right, images, resamples=200, seed=5) != first
-
-
-def test_the_order_of_the_rows_does_not_matter():
-    right, images = clustered_rows(np.random.default_rng(0), 50, 5, 0.7)
+    # In any order of the rows.
     order = np.random.default_rng(1).permutation(len(right))
-    assert accuracy_interval(right, images, resamples=200, seed=0) == accuracy_interval(
-        right[order], images[order], resamples=200, seed=0
-    )
+    assert accuracy_interval(right[order], images[order], resamples=200, seed=4) == first
 
 
-def test_independent_rows_give_the_textbook_standard_error():
-    right = np.arange(2000) % 10 < 7
-    found = accuracy_interval(right, np.arange(2000), resamples=4000, seed=0)
-    half = 1.96 * np.sqrt(0.7 * 0.3 / 2000)
-    assert found.low == pytest.approx(0.7 - half, abs=0.0015)
-    assert found.high == pytest.approx(0.7 + half, abs=0.0015)
+@pytest.mark.parametrize(
+    ("measure", "values", "within"),
+    [
+        (accuracy_interval, np.arange(2000) % 10 < 7, 0.0015),
+        (mean_interval, np.random.default_rng(4).exponential(2.0, size=2000), 0.01),
+    ],
+)
+def test_independent_rows_give_the_textbook_standard_error(measure, values, within):
+    found = measure(values, np.arange(2000), resamples=4000, seed=0)
+    half = 1.96 * values.std() / np.sqrt(2000)
+    assert found.value == pytest.approx(values.mean())
+    assert found.low == pytest.approx(values.mean() - half, abs=within)
+    assert found.high == pytest.approx(values.mean() + half, abs=within)
 
 
-def test_a_mean_of_independent_rows_has_the_textbook_standard_error():
-    losses = np.random.default_rng(4).exponential(2.0, size=2000)
-    found = mean_interval(losses, np.arange(2000), resamples=4000, seed=0)
-    half = 1.96 * losses.std() / np.sqrt(2000)
-    assert found.value == pytest.approx(losses.mean())
-    assert found.low == pytest.approx(losses.mean() - half, abs=0.01)
-    assert found.high == pytest.approx(losses.mean() + half, abs=0.01)
+# Clopper-Pearson for 10 of 10: the lower end is 0.025 to the power of 1/10.
+ALIKE = 0.025**0.1
 
 
-def test_a_mean_whose_photos_are_all_alike_has_no_interval():
-    found = mean_interval([1.0, 3.0, 1.0, 3.0], ["a", "a", "b", "b"], resamples=50, seed=0)
-    assert (found.value, found.low, found.high) == (2.0, None, None)
+@pytest.mark.parametrize(
+    ("right", "images", "value", "low", "high"),
+    [
+        (np.ones(40), np.arange(40) % 10, 1, ALIKE, 1),
+        (np.zeros(40), np.arange(40) % 10, 0, 0, 1 - ALIKE),
+        # One of three rows right in each of ten photos; others could be all wrong, or all right.
+        (np.arange(30) % 3 == 0, np.arange(30) // 3, 1 / 3, ALIKE / 3, ALIKE / 3 + 1 - ALIKE),
+        (np.array([True, False]), ["a", "a"], 0.5, None, None),
+        # Four photos need a tail further out than 2,000 resamples reach.
+        (np.array([1, 1, 1, 0]), list("abcd"), 0.75, None, None),
+    ],
+)
+def test_where_the_bootstrap_would_claim_certainty(right, images, value, low, high):
+    options = {"resamples": 2000, "seed": 0}
+    for found in (
+        accuracy_interval(right, images, **options),
+        accuracy_interval(np.mean([right] * 3, axis=0), images, **options),
+    ):
+        assert (found.value, found.low, found.high) == pytest.approx((value, low, high))
+    # A mean, and a difference of one photo, then have no interval.
+    assert mean_interval(right, images, **options).low is None
+    if len(set(images)) == 1:
+        difference = compare_predictions(right, ~right, images, **options)
+        assert (difference.low, difference.high, difference.p) == (None, None, None)
+        assert difference.is_tie
 
 
 def test_the_thesis_size_gives_plus_minus_two_thirds_of_a_point():
@@ -180,25 +199,6 @@ def test_equal_predictions_are_a_tie_with_p_one():
     assert difference.is_tie
 
 
-def test_all_right_is_not_certainty():
-    # Clopper-Pearson for 10 of 10: the lower end is 0.025 to the power of 1/10.
-    found = accuracy_interval(np.ones(40), np.arange(40) % 10, resamples=100, seed=0)
-    assert (found.value, found.high) == (1.0, 1.0)
-    assert found.low == pytest.approx(0.025**0.1)
-    wrong = accuracy_interval(np.zeros(40), np.arange(40) % 10, resamples=100, seed=0)
-    assert (wrong.value, wrong.low) == (0.0, 0.0)
-    assert wrong.high == pytest.approx(1 - 0.025**0.1)
-
-
-def test_photos_that_are_all_alike_are_not_certainty():
-    # One of three rows right in each of ten photos; others could be all wrong, or all right.
-    found = accuracy_interval(np.arange(30) % 3 == 0, np.arange(30) // 3, resamples=100, seed=0)
-    alike = 0.025**0.1
-    assert found.value == pytest.approx(1 / 3)
-    assert found.low == pytest.approx(alike / 3)
-    assert found.high == pytest.approx(alike / 3 + 1 - alike)
-
-
 def test_a_statistic_that_is_the_same_in_all_resamples_has_no_interval():
     cells = np.tile(np.eye(9)[[0, 4, 8]].sum(axis=0), (20, 1))  # one row of each label a photo
     found = interval(cells, macro_f1, resamples=100, seed=0)
@@ -240,17 +240,6 @@ def test_resamples_that_do_not_reach_the_tail_tell_no_interval():
         assert (found.low is not None) == (found.high is not None) == told
         difference = compare_predictions(right, ~right, images, resamples=resamples, seed=0)
         assert (difference.low is not None) == told and (difference.p < 0.05) == told
-    # Four photos need a tail further out than 2,000 resamples reach.
-    assert accuracy_interval([1, 1, 1, 0], list("abcd"), resamples=2000, seed=0).low is None
-
-
-def test_one_photo_gives_no_interval():
-    right = np.array([True, False])
-    found = accuracy_interval(right, ["a", "a"], resamples=100, seed=0)
-    assert (found.value, found.low, found.high) == (0.5, None, None)
-    difference = compare_predictions(right, ~right, ["a", "a"], resamples=100, seed=0)
-    assert (difference.low, difference.high, difference.p) == (None, None, None)
-    assert difference.is_tie
 
 
 @pytest.mark.parametrize(
