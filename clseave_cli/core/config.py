@@ -329,6 +329,9 @@ class FinetuneConfig(TrainingConfig, DataConfig):
         zero_is_off=True,
     )
     select: Literal["loss", "accuracy"] = option("loss", "Dev figure that chooses the checkpoint.")
+    dev_fraction: float = option(
+        0.05, "Share of the training images held out where there is no dev file."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -467,6 +470,7 @@ class StudentConfig(TrainingConfig, DataConfig, TokenConfig):
     dev_fraction: float = option(
         0.05, "Share of the training sentences held out where there is no dev file."
     )
+    skip_suspect: bool = option(False, "Leave out rows marked translation_suspect.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -603,6 +607,11 @@ class PredictConfig(ModelsConfig):
         None,
         "Language of the hypothesis; auto: identified; unset: CLIP-VE's own.",
         metavar="LANG",
+    )
+    images: Path | None = option(
+        None,
+        "Folder to look the images of --input up in; unset: they are paths beside it.",
+        metavar="DIR",
     )
     batch_size: int = option(256, "Pairs computed at once.", least=1)
     resume: bool = option(False, "Continue an interrupted --output where it stopped.")

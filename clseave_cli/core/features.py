@@ -102,9 +102,9 @@ def tokenize_sentences(
     texts, index = distinct(sentences)
     tokens = encoder.tokenize(texts)
     if tokens.num_truncated:
-        longest = max(range(len(sentences)), key=lambda row: len(sentences[row]))
+        first = int(np.argmax(tokens.truncated[index]))
         progress.note(
-            f"{where(longest)}: too long for the encoder, as are {tokens.num_truncated} distinct "
+            f"{where(first)}: too long for the encoder, as are {tokens.num_truncated} distinct "
             f"hypotheses in all: cut to {encoder.max_tokens} tokens, the terminal token kept."
         )
     return Sentences(tokens, index)
@@ -221,8 +221,17 @@ def image_vectors(
     keys, path_of_key, key_of_path = np.unique(photos.keys, return_index=True, return_inverse=True)
 
     def decode(item: int) -> Image:
+        path = photos.paths[item]
         try:
-            return open_image(photos.paths[item])
+            # The bytes that are decoded are those that the key stands for, or the cache would give
+            # another photo's vector from now on.
+            content = path.read_bytes()
+            digest = hashlib.blake2b(content, digest_size=32).digest()
+            if digest[:_KEY_BYTES] != photos.keys[item].tobytes():
+                raise DataError(f"{path}: replaced while it was being read; run the command again.")
+            return open_image(content, str(path))
+        except OSError as error:
+            raise DataError(f"{photos.where[item]}: {path}: {error.strerror}.") from None
         except DataError as error:
             raise DataError(f"{photos.where[item]}: {error}") from None
 

@@ -15,7 +15,14 @@ from torch.nn import functional
 from clseave_cli.core.config import FinetuneConfig
 from clseave_cli.core.data.hub import data_folder
 from clseave_cli.core.data.images import ImageFolder
-from clseave_cli.core.data.records import Split, check_leak, read_split, require_language
+from clseave_cli.core.data.records import (
+    Split,
+    check_leak,
+    hold_out_images,
+    read_split,
+    require_language,
+    split_path,
+)
 from clseave_cli.core.features import (
     Features,
     Photos,
@@ -92,13 +99,7 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> FinetuneRes
     device = resolve_device(config.device)
     team = processes()
     folder = team.once(lambda: data_folder(config.data, progress))
-    train_split, dev_split = (
-        read_split(folder, split, config.source_lang, skip_bad=config.skip_bad, progress=progress)
-        for split in (config.train_split, config.dev_split)
-    )
-    if not config.allow_leak:
-        check_leak(train_split, dev_split)
-    images = ImageFolder.of(folder, config.images)
+    train_split, dev_split, images = _data(config, folder, progress)
     _require_batch_statistics(config, train_split)
     _require_two_labels(train_split)
     splits = [(split, Photos.of(split, images)) for split in (train_split, dev_split)]
@@ -148,6 +149,34 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> FinetuneRes
             result = train(stage, config, device=device, folder=run.folder, progress=progress)
         run.publish(model.save, _card(config, len(train_split), result))
         return FinetuneResult(out, result)
+
+
+def _data(
+    config: FinetuneConfig, folder: Path, progress: Progress
+) -> tuple[Split, Split, ImageFolder]:
+    """The training and dev rows, and their images.
+
+    Raises:
+        DataError: a file or an image is missing or bad, or an image is in both splits.
+    """
+
+    def read(name: str) -> Split:
+        split = read_split(
+            folder, name, config.source_lang, skip_bad=config.skip_bad, progress=progress
+        )
+        return images.rows_with_image(split, config.skip_bad, progress)
+
+    images = ImageFolder.of(folder, config.images)
+    train_split = read(config.train_split)
+    if split_path(folder, config.dev_split, config.source_lang) is None:
+        train_split, dev_split = hold_out_images(
+            train_split, config.dev_split, config.dev_fraction, config.seed, progress
+        )
+        return train_split, dev_split, images
+    dev_split = read(config.dev_split)
+    if not config.allow_leak:
+        check_leak(train_split, dev_split)
+    return train_split, dev_split, images
 
 
 def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -100,10 +100,6 @@ def test_imports_go_downward_only(module: str) -> None:
 #: Pairs still to be untied; none may be added.
 _MUTUAL = {
     ("core.evaluation.report.data_curves", "core.evaluation.report.figures"),
-    *(
-        (f"core.data.{name}", "core.data.text_files")
-        for name in ("delimited", "jsonl", "parquet", "plain")
-    ),
 }
 
 

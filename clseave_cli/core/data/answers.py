@@ -13,10 +13,14 @@ from typing import Any, BinaryIO
 from clseave_cli.core.files import atomic_file, fsync_folder, writing
 from clseave_cli.errors import DataError, UsageError
 
+#: What an answer says beside image and hypothesis.
+ANSWER_KEYS = ("lang", "label", "probabilities", "model", "truncated", "error")
+
 
 def answer_line(answer: dict[str, Any]) -> bytes:
     """An answer as a line of JSON; half a surrogate pair stays written as an escape."""
-    return (json.dumps(answer, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+    line = json.dumps(answer, ensure_ascii=False, default=str) + "\n"
+    return line.encode(errors="backslashreplace")
 
 
 class AnswerFile:

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from clseave_cli.core.data.records import IMAGE_KEYS, LABEL_KEYS
+from clseave_cli.core.data.rows import IMAGE_KEYS, LABEL_KEYS
 from clseave_cli.core.files import atomic_folder
 from clseave_cli.errors import DataError
 from clseave_cli.labels import LABELS

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import warnings
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 from PIL import (
     Image,
     ImageOps,
     WebPImagePlugin,  # noqa: F401  the one format of ours that Pillow would load all others for
 )
 
-from clseave_cli.core.data.records import image_stem
+from clseave_cli.core.data.records import IMAGE_EXTENSIONS, Parallel, Split, image_stem
 from clseave_cli.errors import DataError
+from clseave_cli.progress import SILENT, Progress
 
 _FOLDER_NAMES = ("images", "flickr30k-images", "flickr30k_images", "Images")
-_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+_Rows = TypeVar("_Rows", Split, Parallel)
 #: What is decoded. Pillow knows more formats, some through other programs (PostScript).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
@@ -36,15 +40,19 @@ class ImageFolder:
 
     def __init__(self, root: Path) -> None:
         if not root.is_dir():
-            raise DataError(f"{root}: no such image folder; --images DIR says where they are.")
+            raise DataError(f"{root}: no such image folder; name it with --images DIR.")
         self.root = root
         # One listing, then dictionary look-ups: a name such as ../../x can only be "not found".
         self._by_name: dict[str, str] = {}
-        with os.scandir(root) as entries:
-            for entry in sorted(entries, key=lambda e: e.name):
-                if entry.name.lower().endswith(_EXTENSIONS) and entry.is_file():
-                    self._by_name[entry.name] = entry.name
-                    self._by_name.setdefault(image_stem(entry.name), entry.name)
+        try:
+            with os.scandir(root) as entries:
+                listed = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            raise DataError(f"{root}: cannot be read ({error.strerror}).") from None
+        for entry in listed:
+            if entry.name.lower().endswith(IMAGE_EXTENSIONS) and _is_file(entry):
+                self._by_name[entry.name] = entry.name
+                self._by_name.setdefault(image_stem(entry.name), entry.name)
 
     @classmethod
     def of(cls, data: Path, images: Path | None) -> ImageFolder:
@@ -60,8 +68,13 @@ class ImageFolder:
                 return cls(data / name)
         looked = ", ".join(_FOLDER_NAMES)
         raise DataError(
-            f"{data}: no image folder in it (looked for {looked}); --images DIR says where."
+            f"{data}: no image folder in it (looked for {looked}); name it with --images DIR."
         )
+
+    def get(self, name: str) -> Path | None:
+        """The file of an image, by its name as a data file gives it; None: there is none."""
+        file = self._by_name.get(name) or self._by_name.get(image_stem(name))
+        return None if file is None else self.root / file
 
     def find(self, name: str, where: str) -> Path:
         """The file of an image.
@@ -73,23 +86,61 @@ class ImageFolder:
         Raises:
             DataError: there is no such image.
         """
-        found = self._by_name.get(name) or self._by_name.get(image_stem(name))
-        if found is None:
+        path = self.get(name)
+        if path is None:
             raise DataError(f"{where}: image {name!r} is not in {self.root}.")
-        return self.root / found
+        return path
+
+    def rows_with_image(self, rows: _Rows, skip_bad: bool, progress: Progress = SILENT) -> _Rows:
+        """The rows whose images are here.
+
+        Args:
+            rows: those that name no image stay.
+            skip_bad: leave the others out, instead of refusing them.
+            progress: told how many are left out.
+
+        Raises:
+            DataError: some are not here, or none is; says how many.
+        """
+        split = rows.target if isinstance(rows, Parallel) else rows
+        is_missing = np.array([self.get(name) is None for name in split.image_names], dtype=bool)
+        if not is_missing.any():
+            return rows
+        lacks = (split.image_index >= 0) & is_missing[split.image_index]
+        first = int(np.argmax(lacks))
+        name = split.image_names[split.image_index[first]]
+        what = (
+            f"{split.where(first)}: image {name!r} is not in {self.root}; {lacks.sum()} of "
+            f"{len(split)} rows lack theirs, {is_missing.sum()} of {len(is_missing)} images"
+        )
+        if not skip_bad or lacks.all():
+            advice = "" if lacks.all() else " --skip-bad leaves those rows out."
+            raise DataError(f"{what}. Is --images DIR right?{advice}")
+        progress.note(f"{what}. They are left out.")
+        return rows.take(np.flatnonzero(~lacks))
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
     """Decodes an image to RGB, upright as its camera meant it.
 
     Raises:
-        DataError: missing, damaged, truncated, or larger than Pillow's safety limit.
+        DataError: missing, unreadable, damaged, truncated, or larger than Pillow's safety limit.
     """
     label = name or (str(source) if isinstance(source, Path) else "image")
     try:
         stream = source if isinstance(source, Path) else io.BytesIO(source)
         with Image.open(stream, formats=FORMATS) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):  # 16-bit greys, which `convert` would make white
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            return upright.convert("RGB")
     except FileNotFoundError:
         raise DataError(f"{label}: no such image.") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -98,4 +149,6 @@ def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
         ) from None
     # Pillow's decoders raise many kinds of errors on damaged input; each means the same to us.
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.ELOOP):
+            raise DataError(f"{label}: cannot be read ({error.strerror}).") from None
         raise DataError(f"{label}: damaged or not an image ({error}).") from None

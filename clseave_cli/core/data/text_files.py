@@ -2,25 +2,48 @@
 
 from __future__ import annotations
 
-import gzip
-import zlib
+import csv
+import io
+import itertools
+import json
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol, cast
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
-from clseave_cli.errors import DataError, UsageError
+import orjson
 
-#: Fields that hold the text in the data sets known, where the user names none.
-FIELDS = ("sentence2", "hypothesis", "text")
+from clseave_cli.core.data.rows import (
+    HYPOTHESIS_KEYS,
+    ID_KEYS,
+    SUSPECT_FIELD,
+    BadRow,
+    DelimitedRows,
+    Record,
+    first_value,
+    format_of,
+    json_rows,
+    packing,
+    parquet_batches,
+    parquet_schema,
+    reading,
+    short,
+    split_name,
+)
+from clseave_cli.errors import DataError
 
-#: Field in which a kept translation's suspicions are listed.
-SUSPECT_FIELD = "translation_suspect"
+__all__ = [
+    "FIELDS", "SUSPECT_FIELD", "Row", "TextFile", "Writer", "open_text_file", "packing", "reading",
+    "split_name",
+]  # fmt: skip
 
-_FORMATS = {
-    ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv", ".txt": "plain",
-    ".parquet": "parquet",
-}  # fmt: skip
+#: Fields that hold the text, where the user names none.
+FIELDS = (*HYPOTHESIS_KEYS, "text")
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+_DECODER = json.JSONDecoder()
+#: A row group of a translated Parquet file ends at so many rows, or bytes.
+_GROUP_ROWS, _GROUP_BYTES = 20_000, 64 << 20
 
 
 class Row(NamedTuple):
@@ -49,7 +72,7 @@ class Writer(Protocol):
         """A row there is no translation for; an empty line where lines must keep their places."""
 
     def close(self) -> None:
-        """Writes what is still held back."""
+        """Writes what is still held back, and leaves the stream open."""
 
 
 class TextFile(Protocol):
@@ -69,14 +92,6 @@ class TextFile(Protocol):
         """A writer of the same format into a stream."""
 
 
-def split_name(path: Path) -> tuple[str, str]:
-    """A file's name without and with only its format: (`x.train`, `.jsonl.gz`)."""
-    packed = ".gz" if path.suffix == ".gz" else ""
-    name = path.name.removesuffix(packed)
-    suffix = Path(name).suffix
-    return name.removesuffix(suffix), suffix + packed
-
-
 def open_text_file(path: Path, field: str | None, source: str) -> TextFile:
     """The file at `path`, by the format its name tells.
 
@@ -89,63 +104,17 @@ def open_text_file(path: Path, field: str | None, source: str) -> TextFile:
         DataError: there is no such file, or not such a field.
         UsageError: no format has that ending.
     """
-    ending = split_name(path)[1]
-    kind = _FORMATS.get(ending.removesuffix(".gz").lower())
-    if kind is None or ending == ".parquet.gz":
-        raise UsageError(
-            f"{path}: cannot tell the format by the ending; expected .jsonl, .csv, .tsv or .txt "
-            "(each also with .gz), or .parquet."
-        )
+    kind = format_of(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file.")
-    if kind == "jsonl":
-        from clseave_cli.core.data.jsonl import JsonLinesFile
-
-        return JsonLinesFile(path, field, source)
-    if kind == "csv":
-        from clseave_cli.core.data.delimited import DelimitedFile
-
-        return DelimitedFile(path, field, source)
     if kind == "plain":
-        from clseave_cli.core.data.plain import PlainFile
-
         return PlainFile(path)
-    from clseave_cli.core.data.parquet import ParquetFile
-
-    return ParquetFile(path, field, source)
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[BinaryIO]:
-    """The bytes of a file, unpacked where its name ends in `.gz`.
-
-    Raises:
-        DataError: it cannot be read, or the packing is damaged.
-    """
-    try:
-        with path.open("rb") as raw:
-            if path.suffix == ".gz":
-                with gzip.open(raw, "rb") as unpacked:
-                    yield cast(BinaryIO, unpacked)
-            else:
-                yield raw
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: damaged or cut short ({error}); fetch it again.") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
+    if kind == "csv":
+        return DelimitedFile(path, field, source)
+    return (ParquetFile if kind == "parquet" else JsonLinesFile)(path, field, source)
 
 
-@contextmanager
-def packing(path: Path, stream: BinaryIO) -> Iterator[BinaryIO]:
-    """A stream to write to, packed where `path` ends in `.gz`, always into the same bytes."""
-    if path.suffix == ".gz":
-        with gzip.GzipFile("", "wb", fileobj=stream, mtime=0) as packed:
-            yield cast(BinaryIO, packed)
-    else:
-        yield stream
-
-
-def choose_field(path: Path, field: str | None, names: list[str]) -> str:
+def _choose_field(path: Path, field: str | None, names: list[str]) -> str:
     """The field to translate, out of those the file has.
 
     Raises:
@@ -159,3 +128,353 @@ def choose_field(path: Path, field: str | None, names: list[str]) -> str:
     raise DataError(
         f"{path}: no field {' or '.join(wanted)}; it has {has}. Name the field with --field."
     )
+
+
+def _pair_id(values: dict[str, Any]) -> str | None:
+    value = first_value(values, ID_KEYS)
+    return value if value is None or type(value) is str else str(value)
+
+
+class Span(NamedTuple):
+    """Consecutive lines of a file: where they start, in bytes and as a line number from 1."""
+
+    start: int
+    first_line: int
+    num_lines: int
+
+
+class JsonLinesFile:
+    """A `.jsonl` file: a row's bytes stay as they are, except for the value that is translated.
+
+    Args:
+        path: the file.
+        field: the key to translate; None for the first of `FIELDS` in the first row.
+        source: language of the text.
+        span: the lines of an unpacked file to read; None for all of it.
+    """
+
+    marks_rows = True
+
+    def __init__(
+        self, path: Path, field: str | None, source: str, span: Span | None = None
+    ) -> None:
+        self._path, self._source, self._span = path, source, span
+        self.field = field or ""
+        if field is None:
+            next(self.rows(), None)  # the first row tells
+
+    def rows(self) -> Iterator[Row]:
+        """The rows; blank lines are skipped. A row's record is its line and its values."""
+        with reading(self._path) as stream:
+            for number, values, line in self._records(stream):
+                if isinstance(values, BadRow):
+                    raise DataError.at(self._path, number, str(values))
+                if not self.field:
+                    self.field = _choose_field(self._path, None, list(values))
+                text = values.get(self.field)
+                if type(text) is not str:
+                    what = f"is {short(text)}" if self.field in values else "is missing"
+                    raise DataError.at(
+                        self._path, number, f'"{self.field}" {what}; expected a string.'
+                    )
+                yield Row(number, text, _pair_id(values), (line, values))
+
+    def _records(self, stream: BinaryIO) -> Iterator[Record]:
+        if self._span is None:
+            return json_rows(stream)
+        stream.seek(self._span.start)
+        lines = itertools.islice(stream, self._span.num_lines)
+        return json_rows(lines, self._span.first_line)
+
+    def writer(self, stream: BinaryIO) -> _JsonLinesWriter:
+        """Writes such a file."""
+        return _JsonLinesWriter(stream, self.field, self._source)
+
+
+class _JsonLinesWriter:
+    """Writes rows back with the value replaced, and the source and the marks added at the end."""
+
+    def __init__(self, stream: BinaryIO, field: str, source: str) -> None:
+        self._stream = stream
+        self._field = field
+        self._key = f'"{field}"'.encode()
+        self._opening = f'"{field}": "'.encode()
+        self._source_field = f"{field}_{source}"
+        self._source_key = f", {_quote(self._source_field).decode()}: ".encode()
+
+    def write(self, row: Row, translation: str, suspicions: tuple[str, ...]) -> None:
+        line, values = row.record
+        start, end = self._span(line, row.text)
+        close = line.rindex(b"}")
+        added = b""
+        if self._source_field not in values:
+            added = self._source_key + line[start:end]
+        if suspicions:
+            added += f', "{SUSPECT_FIELD}": {json.dumps(suspicions)}'.encode()
+        if added and line[close - 1 : close].isspace():
+            close = len(line[:close].rstrip())
+        rest = line[close:] if line.endswith(b"\n") else line[close:] + b"\n"
+        self._stream.write(
+            b"%b%b%b%b%b" % (line[:start], _quote(translation), line[end:close], added, rest)
+        )
+
+    def _span(self, line: bytes, text: str) -> tuple[int, int]:
+        """Where the field's value stands in the line, its quotes included."""
+        # Nearly every row is flat, names the field once and holds the text without escapes. Then
+        # the name can be neither in a string (its quotes would be escaped) nor in an inner object.
+        quoted = _quote(text)
+        start = line.find(self._opening) + len(self._opening) - 1
+        if (
+            start >= len(self._opening) - 1
+            and line.startswith(quoted, start)
+            and line.count(b"{") == 1
+            and line.count(self._key) == 1
+        ):
+            return start, start + len(quoted)
+        return _search(line, self._field)
+
+    def leave_out(self, row: Row) -> None:
+        """Rows are joined by their keys: one may be missing."""
+
+    def close(self) -> None:
+        """Every line is written already."""
+
+
+def _quote(text: str) -> bytes:
+    """A text as JSON writes it; a lone surrogate has no UTF-8, but an escape."""
+    try:
+        return orjson.dumps(text)
+    except orjson.JSONEncodeError:
+        return json.dumps(text).encode()
+
+
+def _search(data: bytes, field: str) -> tuple[int, int]:
+    """The span of a key's value among the line's outermost keys; of the last, as parsers do."""
+    line = data.decode()
+
+    def skip(at: int) -> int:
+        return _SPACE.match(line, at).end()  # type: ignore[union-attr]
+
+    span = (0, 0)
+    at = skip(skip(0) + 1)
+    while line[at] != "}":
+        key, at = _DECODER.raw_decode(line, at)
+        start = skip(skip(at) + 1)
+        _, at = _DECODER.raw_decode(line, start)
+        if key == field:
+            span = start, at
+        at = skip(at)
+        if line[at] == ",":
+            at = skip(at + 1)
+    start, end = span
+    return len(line[:start].encode()), len(line[:end].encode())
+
+
+class DelimitedFile:
+    """A `.csv` or `.tsv` file. Cells may hold line breaks. Other arguments as `JsonLinesFile`."""
+
+    marks_rows = True
+
+    def __init__(self, path: Path, field: str | None, source: str) -> None:
+        self._path, self._field, self._source = path, field, source
+
+    def rows(self) -> Iterator[Row]:
+        """The rows below the header; a row's record is its cells."""
+        with reading(self._path) as stream:
+            records = DelimitedRows(stream)
+            column = self._column(records)
+            for number, values, cells in records:
+                if isinstance(values, BadRow):
+                    raise DataError.at(self._path, number, str(values))
+                yield Row(number, cells[column], _pair_id(values), cells)
+
+    def _column(self, records: DelimitedRows) -> int:
+        return records.header.index(_choose_field(self._path, self._field, records.header))
+
+    def writer(self, stream: BinaryIO) -> _DelimitedWriter:
+        """Writes such a file: same delimiter, line ends and kind of quoting."""
+        with reading(self._path) as lines:
+            records = DelimitedRows(lines)
+        return _DelimitedWriter(stream, records, self._column(records), self._source)
+
+
+class _DelimitedWriter:
+    """Writes rows with the cell replaced, and columns for source and suspicions at the end."""
+
+    def __init__(self, stream: BinaryIO, records: DelimitedRows, column: int, source: str) -> None:
+        line, header = records.first_line, records.header
+        bom = line.startswith(b"\xef\xbb\xbf")
+        cells = line.decode("utf-8-sig", "replace").strip().split(records.delimiter)
+        quotes_all = all(cell.startswith('"') and cell.endswith('"') for cell in cells)
+        self._text = io.TextIOWrapper(stream, "utf-8-sig" if bom else "utf-8", newline="")
+        self._writer = csv.writer(
+            self._text,
+            delimiter=records.delimiter,
+            lineterminator="\r\n" if line.endswith(b"\r\n") else "\n",
+            quoting=csv.QUOTE_ALL if quotes_all else csv.QUOTE_MINIMAL,
+        )
+        self._column = column
+        source_field = f"{header[column]}_{source}"
+        self._keeps_source = source_field not in header
+        added = [source_field] if self._keeps_source else []
+        self._writer.writerow([*header, *added, SUSPECT_FIELD])
+
+    def write(self, row: Row, translation: str, suspicions: tuple[str, ...]) -> None:
+        cells = list(row.record)
+        cells[self._column] = translation
+        if self._keeps_source:
+            cells.append(row.text)
+        self._writer.writerow([*cells, " ".join(suspicions)])
+
+    def leave_out(self, row: Row) -> None:
+        """Rows are joined by their keys: one may be missing."""
+
+    def close(self) -> None:
+        self._text.detach()
+
+
+class PlainFile:
+    """A `.txt` file, a sentence a line: line 7 of the translation belongs to that of the source."""
+
+    marks_rows = False
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def rows(self) -> Iterator[Row]:
+        """The lines, empty ones too; a row's record is its line break."""
+        with reading(self._path) as stream:
+            for number, data in enumerate(stream, 1):
+                try:
+                    line = data.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError:
+                    raise DataError.at(self._path, number, "not UTF-8; convert the file.") from None
+                text = line.removesuffix("\n").removesuffix("\r")
+                yield Row(number, text, None, line[len(text) :])
+
+    def writer(self, stream: BinaryIO) -> _PlainWriter:
+        """Writes such a file."""
+        return _PlainWriter(stream)
+
+
+class _PlainWriter:
+    """Writes one line for every line read."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+
+    def write(self, row: Row, translation: str, suspicions: tuple[str, ...]) -> None:
+        """A line break an engine made up becomes a space."""
+        line = " ".join(translation.splitlines()) if row.text != translation else translation
+        self._stream.write((line + row.record).encode("utf-8", "replace"))
+
+    def leave_out(self, row: Row) -> None:
+        """Keeps the place with an empty line."""
+        self._stream.write(row.record.encode())
+
+    def close(self) -> None:
+        """Every line is written already."""
+
+
+class ParquetFile:
+    """A `.parquet` file; arguments as `JsonLinesFile`."""
+
+    marks_rows = True
+
+    def __init__(self, path: Path, field: str | None, source: str) -> None:
+        import pyarrow
+
+        self._path, self._source = path, source
+        self._schema = parquet_schema(path, path)
+        self._field = _choose_field(path, field, self._schema.names)
+        kind = self._schema.field(self._field).type
+        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            raise DataError(f"{path}: the column {self._field} is {kind}; expected strings.")
+
+    def rows(self) -> Iterator[Row]:
+        """The rows; a row's record is its batch and its place in it."""
+        names = self._schema.names
+        keys = [name for name in (self._field, *ID_KEYS) if name in names]
+        number = 0
+        for batch in parquet_batches(self._path, self._path, names):
+            for index, values in enumerate(batch.select(keys).to_pylist()):
+                number += 1
+                text = values[self._field]
+                if text is None:
+                    raise DataError.at(
+                        self._path, number, f"{self._field} is null; expected a string."
+                    )
+                yield Row(number, text, _pair_id(values), (batch, index))
+
+    def writer(self, stream: BinaryIO) -> _ParquetWriter:
+        """Writes such a file, with the same schema and two columns more."""
+        import pyarrow.parquet
+
+        with pyarrow.parquet.ParquetFile(self._path) as file:
+            groups = file.metadata.num_row_groups
+            kind = file.metadata.row_group(0).column(0).compression if groups else "SNAPPY"
+        compression = "NONE" if kind == "UNCOMPRESSED" else kind
+        return _ParquetWriter(stream, self._schema, self._field, self._source, compression)
+
+
+class _ParquetWriter:
+    """Writes rows with the value replaced, and columns for source and suspicions at the end."""
+
+    def __init__(
+        self, stream: BinaryIO, schema: Any, field: str, source: str, compression: str
+    ) -> None:
+        import pyarrow
+        import pyarrow.parquet
+
+        self._arrow = pyarrow
+        self._field, self._source_field = field, f"{field}_{source}"
+        self._keeps_source = self._source_field not in schema.names
+        if self._keeps_source:
+            schema = schema.append(pyarrow.field(self._source_field, pyarrow.string()))
+        marks = pyarrow.field(SUSPECT_FIELD, pyarrow.list_(pyarrow.string()))
+        self._schema = schema.append(marks)
+        self._writer = pyarrow.parquet.ParquetWriter(stream, self._schema, compression=compression)
+        self._batch: Any = None
+        self._kept: list[tuple[int, str, str, tuple[str, ...]]] = []
+        self._tables: list[Any] = []
+
+    def write(self, row: Row, translation: str, suspicions: tuple[str, ...]) -> None:
+        """Takes one row; they are written a row group at a time."""
+        batch, index = row.record
+        if batch is not self._batch:
+            self._finish_batch()
+            self._batch = batch
+        self._kept.append((index, row.text, translation, suspicions))
+
+    def leave_out(self, row: Row) -> None:
+        """Rows are joined by their keys: one may be missing."""
+
+    def close(self) -> None:
+        self._finish_batch()
+        self._write_group()
+        self._writer.close()
+
+    def _finish_batch(self) -> None:
+        if not self._kept:
+            return
+        indices, texts, translations, suspicions = zip(*self._kept, strict=True)
+        array = self._arrow.array
+        taken = self._batch.take(array(indices))
+        columns = dict(zip(taken.schema.names, taken.columns, strict=True))
+        columns[self._field] = array(translations, self._schema.field(self._field).type)
+        if self._keeps_source:
+            columns[self._source_field] = array(texts, self._arrow.string())
+        columns[SUSPECT_FIELD] = array([list(names) for names in suspicions])
+        arrays = [columns[name].cast(self._schema.field(name).type) for name in self._schema.names]
+        self._tables.append(self._arrow.Table.from_arrays(arrays, schema=self._schema))
+        self._kept = []
+        if (
+            sum(table.num_rows for table in self._tables) >= _GROUP_ROWS
+            or sum(table.nbytes for table in self._tables) >= _GROUP_BYTES
+        ):
+            self._write_group()
+
+    def _write_group(self) -> None:
+        if self._tables:
+            self._writer.write_table(self._arrow.concat_tables(self._tables))
+        self._tables = []

@@ -415,7 +415,7 @@ class _Premises:
     def __init__(
         self, config: EvaluateConfig, model: ClipVE, images: ImageFolder, progress: Progress
     ) -> None:
-        self._encoder, self._images, self._progress = model.image, images, progress
+        self._encoder, self.images, self._progress = model.image, images, progress
         self._autocast = autocast(config.precision, model.image.device)
         self._known: dict[tuple[tuple[str, ...], bytes], Tensor] = {}
 
@@ -426,7 +426,7 @@ class _Premises:
             features = image_features(
                 self._encoder,
                 split,
-                Photos.of(split, self._images),
+                Photos.of(split, self.images),
                 autocast=self._autocast,
                 progress=self._progress,
             )
@@ -448,6 +448,7 @@ def _run(
         folder, config.split, system.lang, skip_bad=config.skip_bad, progress=progress
     )
     # Before anything is translated, which may cost money: are the images there?
+    split = premises_of.images.rows_with_image(split, config.skip_bad, progress)
     premises = premises_of.of(split).to(encoder.device)
     read, translator = split.hypotheses, None
     if system.mode == "translate-test":

@@ -20,8 +20,8 @@ import numpy as np
 
 from clseave_cli.core.config import Precision, PredictConfig
 from clseave_cli.core.data.answers import AnswerFile, answer_line
-from clseave_cli.core.data.identification import LanguageIdentifier
-from clseave_cli.core.data.images import open_image
+from clseave_cli.core.data.images import ImageFolder, open_image
+from clseave_cli.core.data.languages import LanguageIdentifier
 from clseave_cli.core.data.pairs import Pair, read_pairs
 from clseave_cli.core.data.records import require_language
 from clseave_cli.core.prediction.inference import InferenceModel, load_model, own_language
@@ -269,7 +269,9 @@ def predict_file(
     tally = _Tally()
     lang = config.lang or own_language(config.runs)
     name = str(source) if isinstance(source, Path) else "stdin"
-    base = source.parent if isinstance(source, Path) else Path()
+    base: Path | ImageFolder = source.parent if isinstance(source, Path) else Path()
+    if config.images is not None:
+        base = ImageFolder(config.images)
     with _reading(source) as stream:
         answers = _answer_file(config, target, stream)
         batches = read_pairs(stream, name, config.batch_size)
@@ -387,7 +389,8 @@ def _answers(answer: dict[str, Any], row: Pair | DataError, lang: str) -> bool:
         return "error" in answer and "image" not in answer
     same_language = lang == AUTO or answer.get("lang") == lang
     answered = "label" in answer or "error" in answer
-    return answered and same_language and (answer.get("image"), answer.get("hypothesis")) == row
+    same_pair = answer.get("image") == row.image and answer.get("hypothesis") == row.hypothesis
+    return answered and same_language and same_pair
 
 
 def _another_run(answers: AnswerFile, number: int) -> ClseaveError:
@@ -405,19 +408,28 @@ def _another_run(answers: AnswerFile, number: int) -> ClseaveError:
 
 
 def _judge_rows(
-    model: VisualEntailment, base: Path, rows: list[Pair | DataError]
+    model: VisualEntailment, base: Path | ImageFolder, rows: list[Pair | DataError]
 ) -> Iterator[dict[str, Any]]:
-    pairs = [(base / row.image, row.hypothesis) for row in rows if isinstance(row, Pair)]
+    """The answers to some rows, each with the row's other columns."""
+    find = base.get if isinstance(base, ImageFolder) else base.joinpath
+    paths = [find(row.image) if isinstance(row, Pair) else None for row in rows]
+    pairs = [
+        (path, row.hypothesis)
+        for path, row in zip(paths, rows, strict=True)
+        if path is not None and isinstance(row, Pair)
+    ]
     results = iter(model.predict(pairs))
-    for row in rows:
+    for path, row in zip(paths, rows, strict=True):
         if isinstance(row, DataError):
             yield {"error": str(row)}
             continue
-        result = next(results)
+        result = next(results) if path else DataError(f"{row.image}: not in --images.")
+        answer: dict[str, Any] = {"image": row.image, "hypothesis": row.hypothesis}
         if isinstance(result, DataError):
-            yield {**row._asdict(), "lang": model.lang, "error": str(result)}
+            answer |= {"lang": model.lang, "error": str(result)}
         else:
-            yield {**result.to_json(), "image": row.image}
+            answer = result.to_json() | answer
+        yield answer | row.others
 
 
 #: What tells one state of an image file from another: path, time of change, size.

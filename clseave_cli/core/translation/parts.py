@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, TextIO, TypeGuard
 
 from clseave_cli.core.config import TranslateConfig
-from clseave_cli.core.data.jsonl import JsonLinesFile, Span
-from clseave_cli.core.data.text_files import TextFile
+from clseave_cli.core.data.text_files import JsonLinesFile, Span, TextFile
 from clseave_cli.core.files import read_json, write_json
 from clseave_cli.core.translation.lookup import Lookup, Terms
 from clseave_cli.core.translation.memory import Memory
