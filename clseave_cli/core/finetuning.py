@@ -161,21 +161,24 @@ def _data(
     """
 
     def read(name: str) -> Split:
-        split = read_split(
+        return read_split(
             folder, name, config.source_lang, skip_bad=config.skip_bad, progress=progress
         )
-        return images.rows_with_image(split, config.skip_bad, progress)
 
-    images = ImageFolder.of(folder, config.images)
     train_split = read(config.train_split)
     if split_path(folder, config.dev_split, config.source_lang) is None:
         train_split, dev_split = hold_out_images(
             train_split, config.dev_split, config.dev_fraction, config.seed, progress
         )
-        return train_split, dev_split, images
-    dev_split = read(config.dev_split)
-    if not config.allow_leak:
-        check_leak(train_split, dev_split)
+    else:
+        dev_split = read(config.dev_split)
+        if not config.allow_leak:
+            check_leak(train_split, dev_split)
+    images = ImageFolder.of(folder, config.images)
+    train_split, dev_split = (
+        images.rows_with_image(split, config.skip_bad, progress)
+        for split in (train_split, dev_split)
+    )
     return train_split, dev_split, images
 
 

@@ -315,8 +315,11 @@ class DelimitedRows:
 def header_of(line: bytes) -> tuple[str, list[str]]:
     """The delimiter of a CSV header, and its cells."""
     text = line.decode("utf-8-sig", "replace").strip("\r\n")
-    headers = ((d, next(csv.reader([text], delimiter=d), [])) for d in _DELIMITERS)
-    return max(headers, key=lambda header: len(header[1]))
+    delimiter = max(_DELIMITERS, key=text.count)
+    try:
+        return delimiter, next(csv.reader([text], delimiter=delimiter), [])
+    except csv.Error:
+        return delimiter, [text]
 
 
 def parquet_batches(source: Path | BinaryIO, name: Path, columns: list[str]) -> Iterator[Any]:

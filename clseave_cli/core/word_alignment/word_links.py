@@ -88,7 +88,7 @@ def align_words(config: WordAlignConfig, progress: Progress = SILENT) -> WordAli
     pairs = np.stack([source_of_pair, target_of_pair])
     num_words = np.stack([source_words.counts[pairs[0]], target_words.counts[pairs[1]]], axis=1)
 
-    def read(path: Path, first_word: int | None) -> Links:
+    def read(path: Path, first_word: int | None, gold: bool) -> Links:
         return read_links(
             path,
             num_words,
@@ -97,12 +97,14 @@ def align_words(config: WordAlignConfig, progress: Progress = SILENT) -> WordAli
             num_lines=text.num_lines,
             first_word=first_word,
             skip_bad=config.skip_bad,
+            gold=gold,
             progress=progress,
         )
 
     gold = None
     if config.gold is not None:
-        gold = read(config.gold, None if config.gold_base == "auto" else int(config.gold_base))
+        base = None if config.gold_base == "auto" else int(config.gold_base)
+        gold = read(config.gold, base, gold=True)
     if config.words is not None:
         shown = (
             f"{' '.join(source_words.of(source))} {_SEPARATOR} {' '.join(target_words.of(target))}"
@@ -110,7 +112,7 @@ def align_words(config: WordAlignConfig, progress: Progress = SILENT) -> WordAli
         )
         _write(config.words, _placed(shown, text))
     if config.alignments is not None:
-        links = read(config.alignments, 0)
+        links = read(config.alignments, 0, gold=False)
     else:
         aligner = load_aligner(config, config.aligner, resolve_device(config.device), progress)
         links = aligner.align(source_words, target_words, pairs, progress=progress)
