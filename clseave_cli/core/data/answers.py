@@ -17,12 +17,6 @@ from clseave_cli.errors import DataError, UsageError
 ANSWER_KEYS = ("lang", "label", "probabilities", "model", "truncated", "error")
 
 
-def answer_line(answer: dict[str, Any]) -> bytes:
-    """An answer as a line of JSON; half a surrogate pair stays written as an escape."""
-    line = json.dumps(answer, ensure_ascii=False, default=str) + "\n"
-    return line.encode(errors="backslashreplace")
-
-
 class AnswerFile:
     """Collects answers in `TARGET.partial`, which takes the target's name when all are there.
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from pathlib import Path
 from typing import Any
 
-from clseave_cli.core.data.rows import IMAGE_KEYS, LABEL_KEYS
+from clseave_cli.core.data.rows import IMAGE_KEYS, LABEL_KEYS, json_line
 from clseave_cli.core.files import atomic_folder
 from clseave_cli.errors import DataError
 from clseave_cli.labels import LABELS
@@ -56,12 +55,12 @@ def _write(name: str, folder: Path, progress: Progress) -> None:
     for ours, theirs in known.items():
         rows = loaded[theirs]
         with (
-            (folder / f"snli_ve_{ours}.jsonl").open("w", encoding="utf-8") as stream,
+            (folder / f"snli_ve_{ours}.jsonl").open("wb") as stream,
             progress.task(f"{name}: {ours}", total=len(rows), unit="rows") as task,
         ):
             for number, row in enumerate(rows):
                 plain = _plain_row(row, f"{ours}-{number}", rows.features, folder / "images")
-                stream.write(json.dumps(plain, ensure_ascii=False, default=str) + "\n")
+                stream.write(json_line(plain))
                 task.advance()
 
 

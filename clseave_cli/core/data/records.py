@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from clseave_cli.core.data.rows import (
     BadRow,
     first_value,
     image_name,
+    json_line,
     missing,
     read_rows,
     require_text,
@@ -476,9 +476,7 @@ def _write_rejected(path: Path, rejected: list[dict[str, Any]]) -> Path:
     with atomic_file(target) as stream:
         for entry in rejected:
             try:
-                line = json.dumps(entry, ensure_ascii=False, default=str)
+                stream.write(json_line(entry))
             except RecursionError:
-                line = json.dumps(entry | {"row": short(entry["row"])}, ensure_ascii=False)
-            # Half a surrogate pair, a reason to reject a row, stays written as an escape.
-            stream.write(line.encode(errors="backslashreplace") + b"\n")
+                stream.write(json_line(entry | {"row": short(entry["row"])}))
     return target

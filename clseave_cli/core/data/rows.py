@@ -43,7 +43,7 @@ _DELIMITERS = ",;\t"
 # The longest cell; csv's own limit, 128 KiB, is lower than some explanations are long.
 _MAX_CELL_CHARACTERS = 16 << 20
 #: Parquet rows in memory at once: a small file can hold millions of characters in every row.
-_PARQUET_BATCH = 250
+PARQUET_BATCH = 250
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 40
@@ -322,66 +322,39 @@ def header_of(line: bytes) -> tuple[str, list[str]]:
         return delimiter, [text]
 
 
-def parquet_batches(source: Path | BinaryIO, name: Path, columns: list[str]) -> Iterator[Any]:
-    """Some columns of a Parquet file, few rows at a time, as `pyarrow.RecordBatch`es.
-
-    Args:
-        source: the file.
-        name: what messages call it.
-        columns: the names of the columns to read; no other is decoded.
+@contextmanager
+def reading_parquet(source: Path | BinaryIO, name: str | Path) -> Iterator[Any]:
+    """A `pyarrow.parquet.ParquetFile`; `name` is what messages call it.
 
     Raises:
-        DataError: it is damaged.
+        DataError: it is damaged, or holds what Python has no value for.
     """
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(source) as file:
-            yield from file.iter_batches(_PARQUET_BATCH, columns=columns)
+            yield file
     # A damaged file shows as any of these, depending on where the damage is.
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise DataError(f"{name}: not a readable Parquet file ({_one_line(error)}).") from None
-
-
-def parquet_schema(source: Path | BinaryIO, name: Path) -> Any:
-    """The `pyarrow.Schema` of a Parquet file.
-
-    Raises:
-        DataError: it is damaged.
-    """
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.read_schema(source)
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{name}: not a readable Parquet file ({_one_line(error)}).") from None
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"{name}: not a readable Parquet file ({reason}).") from None
 
 
 def parquet_rows(
-    source: Path | BinaryIO, name: Path, columns: Collection[str] | None
+    source: Path | BinaryIO, name: str | Path, columns: Collection[str] | None = None
 ) -> Iterator[Record]:
-    """The rows of a Parquet file; only the given columns are read (None: all of them).
-
-    Raises:
-        DataError: it is damaged, or holds values that no row can have (dates out of range).
-    """
-    names = parquet_schema(source, name).names
+    """The rows of a Parquet file; only the given columns are read (None: all of them)."""
     line = 0
-    for batch in parquet_batches(
-        source, name, [n for n in names if columns is None or n in columns]
-    ):
-        try:
-            rows = batch.to_pylist()
-        except (ValueError, OverflowError) as error:
-            raise DataError.at(
-                name, line + 1, f"a value here or soon after is out of range ({_one_line(error)})."
-            ) from None
-        for values in rows:
-            line += 1
-            yield line, values, None
+    with reading_parquet(source, name) as file:
+        names = [n for n in file.schema_arrow.names if columns is None or n in columns]
+        for batch in file.iter_batches(PARQUET_BATCH, columns=names):
+            for values in batch.to_pylist():
+                line += 1
+                yield line, values, None
 
 
-def _one_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+def json_line(value: dict[str, Any]) -> bytes:
+    """A row as a line of JSON; half a surrogate pair stays written as an escape."""
+    line = json.dumps(value, ensure_ascii=False, default=str) + "\n"
+    return line.encode(errors="backslashreplace")

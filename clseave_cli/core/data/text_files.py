@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple
 
 import orjson
 
 from clseave_cli.core.data.rows import (
     HYPOTHESIS_KEYS,
     ID_KEYS,
+    PARQUET_BATCH,
     SUSPECT_FIELD,
     BadRow,
     DelimitedRows,
@@ -24,9 +24,8 @@ from clseave_cli.core.data.rows import (
     format_of,
     json_rows,
     packing,
-    parquet_batches,
-    parquet_schema,
     reading,
+    reading_parquet,
     short,
     split_name,
 )
@@ -62,24 +61,36 @@ class Row(NamedTuple):
     record: Any
 
 
-class Writer(Protocol):
+class Writer:
     """Writes the rows of one translated file."""
 
     def write(self, row: Row, translation: str, suspicions: tuple[str, ...]) -> None:
-        """Writes a row with its text replaced."""
+        """Writes a row with its text replaced, and where it is marked, its suspicions."""
+        raise NotImplementedError
 
     def leave_out(self, row: Row) -> None:
-        """A row there is no translation for; an empty line where lines must keep their places."""
+        """Takes a row there is no translation for: an empty line where lines keep their places."""
 
     def close(self) -> None:
         """Writes what is still held back, and leaves the stream open."""
 
 
-class TextFile(Protocol):
-    """A file of one of the formats."""
+class TextFile:
+    """A file of one of the formats.
 
-    #: Whether a kept row can carry the names of its suspicions.
-    marks_rows: bool
+    Args:
+        path: the file.
+        field: the field to translate; None for the first of `FIELDS` that exists.
+        source: language of the text.
+
+    Attributes:
+        marks_rows: whether a kept row can carry the names of its suspicions.
+    """
+
+    marks_rows = True
+
+    def __init__(self, path: Path, field: str | None, source: str) -> None:
+        self._path, self._field, self._source = path, field, source
 
     def rows(self) -> Iterator[Row]:
         """The rows, in order.
@@ -87,9 +98,29 @@ class TextFile(Protocol):
         Raises:
             DataError: naming file and line, for the first row that cannot be read.
         """
+        raise NotImplementedError
 
     def writer(self, stream: BinaryIO) -> Writer:
         """A writer of the same format into a stream."""
+        raise NotImplementedError
+
+    def _choose_field(self, names: list[str]) -> str:
+        """The field to translate, out of those the file has.
+
+        Raises:
+            DataError: the file does not have it.
+        """
+        wanted = FIELDS if self._field is None else (self._field,)
+        for name in wanted:
+            if name in names:
+                return name
+        raise DataError(
+            f"{self._path}: no field {' or '.join(wanted)}; it has {', '.join(names) or 'none'}. "
+            "Name the field with --field."
+        )
+
+    def _refused(self, line: int, reason: str) -> DataError:
+        return DataError.at(self._path, line, reason)
 
 
 def open_text_file(path: Path, field: str | None, source: str) -> TextFile:
@@ -107,27 +138,10 @@ def open_text_file(path: Path, field: str | None, source: str) -> TextFile:
     kind = format_of(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file.")
-    if kind == "plain":
-        return PlainFile(path)
-    if kind == "csv":
-        return DelimitedFile(path, field, source)
-    return (ParquetFile if kind == "parquet" else JsonLinesFile)(path, field, source)
-
-
-def _choose_field(path: Path, field: str | None, names: list[str]) -> str:
-    """The field to translate, out of those the file has.
-
-    Raises:
-        DataError: the file does not have it.
-    """
-    wanted = (field,) if field is not None else FIELDS
-    for name in wanted:
-        if name in names:
-            return name
-    has = ", ".join(names) or "none"
-    raise DataError(
-        f"{path}: no field {' or '.join(wanted)}; it has {has}. Name the field with --field."
-    )
+    if kind == "jsonl":
+        return JsonLinesFile(path, field, source)
+    kinds = {"csv": _DelimitedFile, "plain": _PlainFile, "parquet": _ParquetFile}
+    return kinds[kind](path, field, source)
 
 
 def _pair_id(values: dict[str, Any]) -> str | None:
@@ -135,76 +149,52 @@ def _pair_id(values: dict[str, Any]) -> str | None:
     return value if value is None or type(value) is str else str(value)
 
 
-class Span(NamedTuple):
-    """Consecutive lines of a file: where they start, in bytes and as a line number from 1."""
+class JsonLinesFile(TextFile):
+    """A row's bytes stay as they are, except for the value that is translated."""
 
-    start: int
-    first_line: int
-    num_lines: int
-
-
-class JsonLinesFile:
-    """A `.jsonl` file: a row's bytes stay as they are, except for the value that is translated.
-
-    Args:
-        path: the file.
-        field: the key to translate; None for the first of `FIELDS` in the first row.
-        source: language of the text.
-        span: the lines of an unpacked file to read; None for all of it.
-    """
-
-    marks_rows = True
-
-    def __init__(
-        self, path: Path, field: str | None, source: str, span: Span | None = None
-    ) -> None:
-        self._path, self._source, self._span = path, source, span
-        self.field = field or ""
+    def __init__(self, path: Path, field: str | None, source: str) -> None:
+        super().__init__(path, field, source)
         if field is None:
             next(self.rows(), None)  # the first row tells
+
+    @property
+    def field(self) -> str:
+        """The key to translate; empty where there is no row to tell it."""
+        return self._field or ""
 
     def rows(self) -> Iterator[Row]:
         """The rows; blank lines are skipped. A row's record is its line and its values."""
         with reading(self._path) as stream:
             for number, values, line in self._records(stream):
                 if isinstance(values, BadRow):
-                    raise DataError.at(self._path, number, str(values))
-                if not self.field:
-                    self.field = _choose_field(self._path, None, list(values))
-                text = values.get(self.field)
+                    raise self._refused(number, str(values))
+                if self._field is None:
+                    self._field = self._choose_field(list(values))
+                text = values.get(self._field)
                 if type(text) is not str:
-                    what = f"is {short(text)}" if self.field in values else "is missing"
-                    raise DataError.at(
-                        self._path, number, f'"{self.field}" {what}; expected a string.'
-                    )
+                    what = f"is {short(text)}" if self._field in values else "is missing"
+                    raise self._refused(number, f'"{self._field}" {what}; expected a string.')
                 yield Row(number, text, _pair_id(values), (line, values))
 
     def _records(self, stream: BinaryIO) -> Iterator[Record]:
-        if self._span is None:
-            return json_rows(stream)
-        stream.seek(self._span.start)
-        lines = itertools.islice(stream, self._span.num_lines)
-        return json_rows(lines, self._span.first_line)
+        return json_rows(stream)
 
-    def writer(self, stream: BinaryIO) -> _JsonLinesWriter:
+    def writer(self, stream: BinaryIO) -> Writer:
         """Writes such a file."""
         return _JsonLinesWriter(stream, self.field, self._source)
 
 
-class _JsonLinesWriter:
+class _JsonLinesWriter(Writer):
     """Writes rows back with the value replaced, and the source and the marks added at the end."""
 
     def __init__(self, stream: BinaryIO, field: str, source: str) -> None:
-        self._stream = stream
-        self._field = field
-        self._key = f'"{field}"'.encode()
-        self._opening = f'"{field}": "'.encode()
+        self._stream, self._field = stream, field
         self._source_field = f"{field}_{source}"
-        self._source_key = f", {_quote(self._source_field).decode()}: ".encode()
+        self._source_key = b", " + _quote(self._source_field) + b": "
 
     def write(self, row: Row, translation: str, suspicions: tuple[str, ...]) -> None:
         line, values = row.record
-        start, end = self._span(line, row.text)
+        start, end = _search(line, self._field)
         close = line.rindex(b"}")
         added = b""
         if self._source_field not in values:
@@ -217,27 +207,6 @@ class _JsonLinesWriter:
         self._stream.write(
             b"%b%b%b%b%b" % (line[:start], _quote(translation), line[end:close], added, rest)
         )
-
-    def _span(self, line: bytes, text: str) -> tuple[int, int]:
-        """Where the field's value stands in the line, its quotes included."""
-        # Nearly every row is flat, names the field once and holds the text without escapes. Then
-        # the name can be neither in a string (its quotes would be escaped) nor in an inner object.
-        quoted = _quote(text)
-        start = line.find(self._opening) + len(self._opening) - 1
-        if (
-            start >= len(self._opening) - 1
-            and line.startswith(quoted, start)
-            and line.count(b"{") == 1
-            and line.count(self._key) == 1
-        ):
-            return start, start + len(quoted)
-        return _search(line, self._field)
-
-    def leave_out(self, row: Row) -> None:
-        """Rows are joined by their keys: one may be missing."""
-
-    def close(self) -> None:
-        """Every line is written already."""
 
 
 def _quote(text: str) -> bytes:
@@ -270,38 +239,29 @@ def _search(data: bytes, field: str) -> tuple[int, int]:
     return len(line[:start].encode()), len(line[:end].encode())
 
 
-class DelimitedFile:
-    """A `.csv` or `.tsv` file. Cells may hold line breaks. Other arguments as `JsonLinesFile`."""
-
-    marks_rows = True
-
-    def __init__(self, path: Path, field: str | None, source: str) -> None:
-        self._path, self._field, self._source = path, field, source
+class _DelimitedFile(TextFile):
+    """CSV or TSV, with a header. Cells may hold line breaks; a row's record is its cells."""
 
     def rows(self) -> Iterator[Row]:
-        """The rows below the header; a row's record is its cells."""
         with reading(self._path) as stream:
             records = DelimitedRows(stream)
-            column = self._column(records)
+            column = records.header.index(self._choose_field(records.header))
             for number, values, cells in records:
                 if isinstance(values, BadRow):
-                    raise DataError.at(self._path, number, str(values))
+                    raise self._refused(number, str(values))
                 yield Row(number, cells[column], _pair_id(values), cells)
 
-    def _column(self, records: DelimitedRows) -> int:
-        return records.header.index(_choose_field(self._path, self._field, records.header))
-
-    def writer(self, stream: BinaryIO) -> _DelimitedWriter:
-        """Writes such a file: same delimiter, line ends and kind of quoting."""
+    def writer(self, stream: BinaryIO) -> Writer:
         with reading(self._path) as lines:
             records = DelimitedRows(lines)
-        return _DelimitedWriter(stream, records, self._column(records), self._source)
+        field = self._choose_field(records.header)
+        return _DelimitedWriter(stream, records, field, self._source)
 
 
-class _DelimitedWriter:
-    """Writes rows with the cell replaced, and columns for source and suspicions at the end."""
+class _DelimitedWriter(Writer):
+    """Keeps delimiter, line ends and quoting; source and suspicions are the last columns."""
 
-    def __init__(self, stream: BinaryIO, records: DelimitedRows, column: int, source: str) -> None:
+    def __init__(self, stream: BinaryIO, records: DelimitedRows, field: str, source: str) -> None:
         line, header = records.first_line, records.header
         bom = line.startswith(b"\xef\xbb\xbf")
         cells = line.decode("utf-8-sig", "replace").strip().split(records.delimiter)
@@ -313,8 +273,8 @@ class _DelimitedWriter:
             lineterminator="\r\n" if line.endswith(b"\r\n") else "\n",
             quoting=csv.QUOTE_ALL if quotes_all else csv.QUOTE_MINIMAL,
         )
-        self._column = column
-        source_field = f"{header[column]}_{source}"
+        self._column = header.index(field)
+        source_field = f"{field}_{source}"
         self._keeps_source = source_field not in header
         added = [source_field] if self._keeps_source else []
         self._writer.writerow([*header, *added, SUSPECT_FIELD])
@@ -326,20 +286,14 @@ class _DelimitedWriter:
             cells.append(row.text)
         self._writer.writerow([*cells, " ".join(suspicions)])
 
-    def leave_out(self, row: Row) -> None:
-        """Rows are joined by their keys: one may be missing."""
-
     def close(self) -> None:
         self._text.detach()
 
 
-class PlainFile:
-    """A `.txt` file, a sentence a line: line 7 of the translation belongs to that of the source."""
+class _PlainFile(TextFile):
+    """A sentence a line: line 7 of the translation belongs to that of the source."""
 
     marks_rows = False
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
 
     def rows(self) -> Iterator[Row]:
         """The lines, empty ones too; a row's record is its line break."""
@@ -348,77 +302,63 @@ class PlainFile:
                 try:
                     line = data.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError:
-                    raise DataError.at(self._path, number, "not UTF-8; convert the file.") from None
+                    raise self._refused(number, "not UTF-8; convert the file.") from None
                 text = line.removesuffix("\n").removesuffix("\r")
                 yield Row(number, text, None, line[len(text) :])
 
-    def writer(self, stream: BinaryIO) -> _PlainWriter:
-        """Writes such a file."""
+    def writer(self, stream: BinaryIO) -> Writer:
         return _PlainWriter(stream)
 
 
-class _PlainWriter:
+class _PlainWriter(Writer):
     """Writes one line for every line read."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
 
     def write(self, row: Row, translation: str, suspicions: tuple[str, ...]) -> None:
-        """A line break an engine made up becomes a space."""
+        # A line break that an engine made up would shift all lines below.
         line = " ".join(translation.splitlines()) if row.text != translation else translation
         self._stream.write((line + row.record).encode("utf-8", "replace"))
 
     def leave_out(self, row: Row) -> None:
-        """Keeps the place with an empty line."""
         self._stream.write(row.record.encode())
 
-    def close(self) -> None:
-        """Every line is written already."""
 
-
-class ParquetFile:
-    """A `.parquet` file; arguments as `JsonLinesFile`."""
-
-    marks_rows = True
+class _ParquetFile(TextFile):
+    """A row's record is its batch and its place in it."""
 
     def __init__(self, path: Path, field: str | None, source: str) -> None:
         import pyarrow
 
-        self._path, self._source = path, source
-        self._schema = parquet_schema(path, path)
-        self._field = _choose_field(path, field, self._schema.names)
-        kind = self._schema.field(self._field).type
+        super().__init__(path, field, source)
+        with reading_parquet(path, path) as file:
+            self._schema, groups = file.schema_arrow, file.metadata
+        kind = groups.row_group(0).column(0).compression if groups.num_row_groups else "SNAPPY"
+        self._compression = "NONE" if kind == "UNCOMPRESSED" else kind
+        self._column = self._choose_field(self._schema.names)
+        kind = self._schema.field(self._column).type
         if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            raise DataError(f"{path}: the column {self._field} is {kind}; expected strings.")
+            raise DataError(f"{path}: the column {self._column} is {kind}; expected strings.")
 
     def rows(self) -> Iterator[Row]:
-        """The rows; a row's record is its batch and its place in it."""
-        names = self._schema.names
-        keys = [name for name in (self._field, *ID_KEYS) if name in names]
+        keys = [name for name in (self._column, *ID_KEYS) if name in self._schema.names]
         number = 0
-        for batch in parquet_batches(self._path, self._path, names):
-            for index, values in enumerate(batch.select(keys).to_pylist()):
-                number += 1
-                text = values[self._field]
-                if text is None:
-                    raise DataError.at(
-                        self._path, number, f"{self._field} is null; expected a string."
-                    )
-                yield Row(number, text, _pair_id(values), (batch, index))
+        with reading_parquet(self._path, self._path) as file:
+            for batch in file.iter_batches(PARQUET_BATCH):
+                for index, values in enumerate(batch.select(keys).to_pylist()):
+                    number += 1
+                    text = values[self._column]
+                    if text is None:
+                        raise self._refused(number, f"{self._column} is null; expected a string.")
+                    yield Row(number, text, _pair_id(values), (batch, index))
 
-    def writer(self, stream: BinaryIO) -> _ParquetWriter:
-        """Writes such a file, with the same schema and two columns more."""
-        import pyarrow.parquet
-
-        with pyarrow.parquet.ParquetFile(self._path) as file:
-            groups = file.metadata.num_row_groups
-            kind = file.metadata.row_group(0).column(0).compression if groups else "SNAPPY"
-        compression = "NONE" if kind == "UNCOMPRESSED" else kind
-        return _ParquetWriter(stream, self._schema, self._field, self._source, compression)
+    def writer(self, stream: BinaryIO) -> Writer:
+        return _ParquetWriter(stream, self._schema, self._column, self._source, self._compression)
 
 
-class _ParquetWriter:
-    """Writes rows with the value replaced, and columns for source and suspicions at the end."""
+class _ParquetWriter(Writer):
+    """Writes the same schema, and columns for source and suspicions at the end."""
 
     def __init__(
         self, stream: BinaryIO, schema: Any, field: str, source: str, compression: str
@@ -439,15 +379,11 @@ class _ParquetWriter:
         self._tables: list[Any] = []
 
     def write(self, row: Row, translation: str, suspicions: tuple[str, ...]) -> None:
-        """Takes one row; they are written a row group at a time."""
         batch, index = row.record
         if batch is not self._batch:
             self._finish_batch()
             self._batch = batch
         self._kept.append((index, row.text, translation, suspicions))
-
-    def leave_out(self, row: Row) -> None:
-        """Rows are joined by their keys: one may be missing."""
 
     def close(self) -> None:
         self._finish_batch()

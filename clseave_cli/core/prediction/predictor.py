@@ -19,11 +19,12 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from clseave_cli.core.config import Precision, PredictConfig
-from clseave_cli.core.data.answers import AnswerFile, answer_line
+from clseave_cli.core.data.answers import AnswerFile
 from clseave_cli.core.data.images import ImageFolder, open_image
 from clseave_cli.core.data.languages import LanguageIdentifier
 from clseave_cli.core.data.pairs import Pair, read_pairs
 from clseave_cli.core.data.records import require_language
+from clseave_cli.core.data.rows import json_line
 from clseave_cli.core.prediction.inference import InferenceModel, load_model, own_language
 from clseave_cli.core.prediction.pixels import Floats
 from clseave_cli.errors import ClseaveError, DataError, UsageError
@@ -288,7 +289,7 @@ def predict_file(
         with _writing(answers, target) as out, progress.task("predict", unit="pairs") as task:
             for batch in batches:
                 outcomes = list(_judge_rows(model, base, batch))
-                out.write(b"".join(map(answer_line, outcomes)))
+                out.write(b"".join(map(json_line, outcomes)))
                 out.flush()
                 tally.count(outcomes)
                 task.advance(len(outcomes))

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple, TextIO, TypeGuard
+from typing import BinaryIO, Literal, NamedTuple, TextIO, TypeGuard
 
 from clseave_cli.core.config import TranslateConfig
-from clseave_cli.core.data.text_files import JsonLinesFile, Span, TextFile
+from clseave_cli.core.data.rows import Record, json_rows
+from clseave_cli.core.data.text_files import JsonLinesFile, TextFile
 from clseave_cli.core.files import read_json, write_json
 from clseave_cli.core.translation.lookup import Lookup, Terms
 from clseave_cli.core.translation.memory import Memory
@@ -34,6 +36,27 @@ _BLOCK_BYTES = 1 << 20
 _COUNTS = "counts.json"
 #: What a process says instead of a number of rows.
 _FAILED = "failed\n"
+
+
+class Span(NamedTuple):
+    """Consecutive lines of a file: where they start, in bytes and as a line number from 1."""
+
+    start: int
+    first_line: int
+    num_lines: int
+
+
+class _Part(JsonLinesFile):
+    """Some lines of an unpacked file."""
+
+    def __init__(self, path: Path, field: str, source: str, span: Span) -> None:
+        super().__init__(path, field, source)
+        self._span = span
+
+    def _records(self, stream: BinaryIO) -> Iterator[Record]:
+        stream.seek(self._span.start)
+        lines = itertools.islice(stream, self._span.num_lines)
+        return json_rows(lines, self._span.first_line)
 
 
 def spans(path: Path, count: int) -> list[Span]:
@@ -159,7 +182,7 @@ def _started(order: _Order, reports: int) -> Iterator[subprocess.Popen[bytes]]:
 def _write(order: _Order, reports: TextIO) -> None:
     """What each process does; reports how many rows are done as it goes."""
     path, target, terms = Path(order.path), Path(order.target), Terms(*order.terms)
-    file = JsonLinesFile(path, order.field, terms.source, Span(*order.span))
+    file = _Part(path, order.field, terms.source, Span(*order.span))
     with Memory(Path(order.memory)) as memory:
         lookup = Lookup(memory, path, terms)
         output = Output(file, path, target, TranslateConfig(on_suspect=order.on_suspect))
