@@ -244,6 +244,8 @@ def read_split(
     columns.tell(path, skip_suspect, progress)
     if not columns.pair_ids:
         reason = "expected one JSON object a line, or a table with a header"
+        if columns.num_dropped or columns.num_suspect:
+            reason = "all are left out"
         if rejected:
             first = rejected[0]
             reason = f"all {len(rejected)} are bad, as line {first['line']}: {first['reason']}"

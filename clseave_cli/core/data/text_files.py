@@ -188,13 +188,19 @@ class _JsonLinesWriter(Writer):
     """Writes rows back with the value replaced, and the source and the marks added at the end."""
 
     def __init__(self, stream: BinaryIO, field: str, source: str) -> None:
-        self._stream, self._field = stream, field
+        self._stream, self._field, self._key = stream, field, _quote(field)
         self._source_field = f"{field}_{source}"
         self._source_key = b", " + _quote(self._source_field) + b": "
 
     def write(self, row: Row, translation: str, suspicions: tuple[str, ...]) -> None:
         line, values = row.record
-        start, end = _search(line, self._field)
+        quoted = _quote(row.text)
+        start = line.find(self._key + b": " + quoted) + len(self._key) + 2
+        end = start + len(quoted)
+        # Nearly every row is flat and names the field once; such a name is not part of a string,
+        # where its quotes would be escaped.
+        if start < len(self._key) + 2 or line.count(self._key) > 1 or line.count(b"{") > 1:
+            start, end = _search(line, self._field)
         close = line.rindex(b"}")
         added = b""
         if self._source_field not in values:
