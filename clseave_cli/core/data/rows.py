@@ -43,7 +43,7 @@ _DELIMITERS = ",;\t"
 # The longest cell; csv's own limit, 128 KiB, is lower than some explanations are long.
 _MAX_CELL_CHARACTERS = 16 << 20
 #: Parquet rows in memory at once: a small file can hold millions of characters in every row.
-PARQUET_BATCH = 250
+PARQUET_BATCH = 64
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 40

@@ -383,6 +383,7 @@ class _ParquetWriter(Writer):
         self._batch: Any = None
         self._kept: list[tuple[int, str, str, tuple[str, ...]]] = []
         self._tables: list[Any] = []
+        self._num_rows = self._num_bytes = 0
 
     def write(self, row: Row, translation: str, suspicions: tuple[str, ...]) -> None:
         batch, index = row.record
@@ -410,13 +411,12 @@ class _ParquetWriter(Writer):
         arrays = [columns[name].cast(self._schema.field(name).type) for name in self._schema.names]
         self._tables.append(self._arrow.Table.from_arrays(arrays, schema=self._schema))
         self._kept = []
-        if (
-            sum(table.num_rows for table in self._tables) >= _GROUP_ROWS
-            or sum(table.nbytes for table in self._tables) >= _GROUP_BYTES
-        ):
+        self._num_rows += len(indices)
+        self._num_bytes += self._tables[-1].nbytes
+        if self._num_rows >= _GROUP_ROWS or self._num_bytes >= _GROUP_BYTES:
             self._write_group()
 
     def _write_group(self) -> None:
         if self._tables:
             self._writer.write_table(self._arrow.concat_tables(self._tables))
-        self._tables = []
+        self._tables, self._num_rows, self._num_bytes = [], 0, 0
