@@ -30,7 +30,7 @@ def run(
     source: Annotated[
         Path | None,
         typer.Option(
-            "--input", metavar="FILE", help="JSONL or CSV of image and hypothesis; -: stdin."
+            "--input", metavar="FILE", help="Rows of image and hypothesis, any format; -: stdin."
         ),
     ] = None,
     target: Annotated[
