@@ -52,6 +52,8 @@ def run(
     assert image is not None and hypothesis is not None
     if config.resume:
         raise UsageError("--resume goes with --input and --output.")
+    if config.images is not None:
+        raise UsageError("--images goes with --input and --output; IMAGE is a path.")
 
     from clseave_cli.core.prediction.predictor import VisualEntailment
 

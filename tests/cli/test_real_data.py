@@ -84,6 +84,11 @@ def test_rows_of_snli_ve_are_judged_as_they_are(clseave, data, trained, tmp_path
     assert answers[1]["error"] == "../../nowhere: not in --images."
 
 
+def test_the_image_folder_of_one_pair_is_refused(refused, data, trained):
+    error = refused("predict", "a.png", "x", "--images", data, "--runs", trained, code=2)
+    assert "--images goes with --input and --output; IMAGE is a path." in error
+
+
 def test_a_stray_quote_in_the_input_of_predict_is_one_error(clseave, data, trained, tmp_path):
     path = data / "pairs.csv"
     lines = [f"images/test0.png,Das Quadrat ist rot.,{'' if n != 3 else chr(34)}" for n in range(9)]

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from clseave_cli.core.data.images import in_rgb
 from clseave_cli.core.data.rows import IMAGE_KEYS, LABEL_KEYS, json_line
 from clseave_cli.core.files import atomic_folder
 from clseave_cli.errors import DataError
@@ -76,7 +77,7 @@ def _plain_row(row: dict[str, Any], row_id: str, features: Any, images: Path) ->
         if hasattr(plain.get(key), "convert"):
             # Named by content: a photo of many rows stays one photo, whose rows belong together,
             # and the data set's own file name is not trusted as a path.
-            image = plain[key].convert("RGB")
+            image = in_rgb(plain[key])
             digest = hashlib.blake2b(repr(image.size).encode(), digest_size=16)
             digest.update(image.tobytes())
             plain[key] = f"{digest.hexdigest()}.png"

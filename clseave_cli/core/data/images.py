@@ -137,10 +137,7 @@ def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
     try:
         stream = source if isinstance(source, Path) else io.BytesIO(source)
         with Image.open(stream, formats=FORMATS) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # 16-bit greys, which `convert` would make white
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            return upright.convert("RGB")
+            return in_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise DataError(f"{label}: no such image.") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -152,3 +149,10 @@ def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.ELOOP):
             raise DataError(f"{label}: cannot be read ({error.strerror}).") from None
         raise DataError(f"{label}: damaged or not an image ({error}).") from None
+
+
+def in_rgb(image: Image.Image) -> Image.Image:
+    """An image in RGB with 8 bits a channel; of 16-bit greys, Pillow alone would make white."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")

@@ -1,4 +1,4 @@
-"""Languages: one spelling for the user, those engines want, scripts, and telling them apart.
+"""Languages: one spelling for the user, the spellings engines want, and the scripts.
 
 The user writes `zh`; that an engine calls it `zh-CN`, `zho_Hans`, `zh_Hans` or `__zh__` is that
 engine's business, and all of them are understood on the command line too.
@@ -7,11 +7,9 @@ engine's business, and all of them are understood on the command line too.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
-from clseave_cli.errors import ExtraMissing, UsageError
+from clseave_cli.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -177,43 +175,3 @@ def is_dense(code: str) -> bool:
     """Whether one character carries about as much as a syllable or word (Han, kana, Hangul)."""
     language = LANGUAGES.get(code)
     return language is not None and language.script in {"Jpan", "Hans", "Hant", "Hang"}
-
-
-class LanguageIdentifier:
-    """Tells languages apart; slow to start, so it starts with the first text.
-
-    Args:
-        languages: their codes; `zh-Hant` counts as `zh`, and the first of several such is meant.
-
-    Attributes:
-        languages: those of them that can be told apart.
-
-    Raises:
-        ExtraMissing: lingua is not installed.
-    """
-
-    def __init__(self, languages: Iterable[str]) -> None:
-        try:
-            from lingua import IsoCode639_1
-        except ImportError:
-            raise ExtraMissing(
-                "language identification needs lingua; run: pip install 'clseave-cli[langid]'."
-            ) from None
-        self._by_code: dict[Any, str] = {}
-        for lang in languages:
-            code = getattr(IsoCode639_1, lang.split("-")[0].upper(), None)
-            if code is not None:
-                self._by_code.setdefault(code, lang)
-        self.languages = tuple(self._by_code.values())
-        self._detector: Any = None
-
-    def identify(self, text: str) -> tuple[str, float]:
-        """The likeliest language of a text, and how sure that is (0 to 1)."""
-        if len(self.languages) == 1:
-            return self.languages[0], 1.0
-        if self._detector is None:
-            from lingua import LanguageDetectorBuilder
-
-            self._detector = LanguageDetectorBuilder.from_iso_codes_639_1(*self._by_code).build()
-        best = self._detector.compute_language_confidence_values(text)[0]
-        return self._by_code[best.language.iso_code_639_1], float(best.value)

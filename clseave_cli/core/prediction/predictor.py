@@ -20,8 +20,8 @@ import numpy as np
 
 from clseave_cli.core.config import Precision, PredictConfig
 from clseave_cli.core.data.answers import AnswerFile
+from clseave_cli.core.data.identification import LanguageIdentifier
 from clseave_cli.core.data.images import ImageFolder, open_image
-from clseave_cli.core.data.languages import LanguageIdentifier
 from clseave_cli.core.data.pairs import Pair, read_pairs
 from clseave_cli.core.data.records import require_language
 from clseave_cli.core.data.rows import json_line

@@ -19,12 +19,8 @@ import re
 import unicodedata
 from collections import Counter
 
-from clseave_cli.core.data.languages import (
-    LanguageIdentifier,
-    has_spaces,
-    is_dense,
-    letters_of,
-)
+from clseave_cli.core.data.identification import LanguageIdentifier
+from clseave_cli.core.data.languages import has_spaces, is_dense, letters_of
 from clseave_cli.core.translation.segments import needs_translation
 
 #: Names of all checks, in the order of summaries.
