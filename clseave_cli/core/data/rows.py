@@ -87,7 +87,8 @@ def require_text(row: dict[str, Any] | BadRow, keys: tuple[str, ...], meaning: s
     if not value or value.isspace():
         raise BadRow(f"{keys[0]} is empty; expected {meaning}.")
     try:
-        value.encode()
+        if not value.isascii():
+            value.encode()
     except UnicodeEncodeError:
         raise BadRow(f"{keys[0]} holds half a surrogate pair; expected valid Unicode.") from None
     return value
