@@ -9,7 +9,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain, islice
 from os.path import samestat
@@ -273,8 +273,10 @@ def predict_file(
     base: Path | ImageFolder = source.parent if isinstance(source, Path) else Path()
     if config.images is not None:
         base = ImageFolder(config.images)
-    with _reading(source) as stream:
+    with _reading(source) as stream, ExitStack() as stack:
         answers = _answer_file(config, target, stream)
+        if answers is not None:
+            stack.enter_context(answers)
         batches = read_pairs(stream, name, config.batch_size)
         if answers is not None:
             batches = _unanswered(batches, answers, lang, tally)
