@@ -27,6 +27,7 @@ ID_KEYS = ("pairID", "pair_id")
 HYPOTHESIS_KEYS = ("sentence2", "hypothesis")
 LABEL_KEYS = ("gold_label", "label")
 IMAGE_KEYS = ("Flickr30K_ID", "Flikr30kID", "Flickr30kID", "image")
+_CAPTION_KEY = "sentence1"
 
 #: Field that lists why a kept translation is suspect.
 SUSPECT_FIELD = "translation_suspect"
@@ -96,7 +97,8 @@ def require_text(row: dict[str, Any] | BadRow, keys: tuple[str, ...], meaning: s
 
 def missing(row: dict[str, Any], keys: tuple[str, ...], meaning: str) -> str:
     """Says that a row has none of the keys, and which of its keys may be one mistyped."""
-    others = [key for key in row if key not in keys]
+    # Never the caption: taken for the hypothesis, it would give the label away.
+    others = [key for key in row if key not in keys and key != _CAPTION_KEY]
     near = [match for key in keys for match in difflib.get_close_matches(key, others, 1, 0.8)]
     hint = f" (the row has {short(near[0])})" if near else ""
     return f"no {keys[0]}{hint}; expected {meaning}."
