@@ -123,7 +123,9 @@ class DataConfig:
     images: Path | None = option(
         None, "Folder of the images; otherwise found in the data folder.", metavar="DIR"
     )
-    skip_bad: bool = option(False, "Set bad rows aside in a .rejected.jsonl and go on.")
+    skip_bad: bool = option(
+        False, "Set bad rows aside in a .rejected.jsonl; leave out rows without their image."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
