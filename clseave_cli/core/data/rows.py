@@ -187,14 +187,9 @@ def read_rows(path: Path, columns: Collection[str]) -> Iterator[Record]:
             yield from DelimitedRows(stream) if kind == "csv" else json_rows(stream)
 
 
-def json_rows(lines: Iterable[bytes], first_line: int = 1) -> Iterator[Record]:
-    """The rows of JSON Lines; blank lines are skipped.
-
-    Args:
-        lines: the lines.
-        first_line: number of the first one.
-    """
-    for number, line in enumerate(lines, first_line):
+def json_rows(lines: Iterable[bytes]) -> Iterator[Record]:
+    """The rows of JSON Lines; blank lines are skipped."""
+    for number, line in enumerate(lines, 1):
         try:
             values = orjson.loads(line)
         except orjson.JSONDecodeError:

@@ -19,7 +19,6 @@ from clseave_cli.core.data.rows import (
     SUSPECT_FIELD,
     BadRow,
     DelimitedRows,
-    Record,
     first_value,
     format_of,
     json_rows,
@@ -138,9 +137,10 @@ def open_text_file(path: Path, field: str | None, source: str) -> TextFile:
     kind = format_of(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file.")
-    if kind == "jsonl":
-        return JsonLinesFile(path, field, source)
-    kinds = {"csv": _DelimitedFile, "plain": _PlainFile, "parquet": _ParquetFile}
+    kinds = {
+        "jsonl": _JsonLinesFile, "csv": _DelimitedFile, "plain": _PlainFile,
+        "parquet": _ParquetFile,
+    }  # fmt: skip
     return kinds[kind](path, field, source)
 
 
@@ -149,7 +149,7 @@ def _pair_id(values: dict[str, Any]) -> str | None:
     return value if value is None or type(value) is str else str(value)
 
 
-class JsonLinesFile(TextFile):
+class _JsonLinesFile(TextFile):
     """A row's bytes stay as they are, except for the value that is translated."""
 
     def __init__(self, path: Path, field: str | None, source: str) -> None:
@@ -157,15 +157,10 @@ class JsonLinesFile(TextFile):
         if field is None:
             next(self.rows(), None)  # the first row tells
 
-    @property
-    def field(self) -> str:
-        """The key to translate; empty where there is no row to tell it."""
-        return self._field or ""
-
     def rows(self) -> Iterator[Row]:
         """The rows; blank lines are skipped. A row's record is its line and its values."""
         with reading(self._path) as stream:
-            for number, values, line in self._records(stream):
+            for number, values, line in json_rows(stream):
                 if isinstance(values, BadRow):
                     raise self._refused(number, str(values))
                 if self._field is None:
@@ -176,12 +171,9 @@ class JsonLinesFile(TextFile):
                     raise self._refused(number, f'"{self._field}" {what}; expected a string.')
                 yield Row(number, text, _pair_id(values), (line, values))
 
-    def _records(self, stream: BinaryIO) -> Iterator[Record]:
-        return json_rows(stream)
-
     def writer(self, stream: BinaryIO) -> Writer:
-        """Writes such a file."""
-        return _JsonLinesWriter(stream, self.field, self._source)
+        # A file without rows has not told its field, and needs none.
+        return _JsonLinesWriter(stream, self._field or "", self._source)
 
 
 class _JsonLinesWriter(Writer):
