@@ -163,14 +163,6 @@ def letters_of(code: str) -> str | None:
     return "".join(_SCRIPT_RANGES[script] for script in scripts)
 
 
-def has_spaces(code: str) -> bool:
-    """Whether words of the language are separated by spaces."""
-    language = LANGUAGES.get(code)
-    return language is None or language.script not in {
-        "Jpan", "Hans", "Hant", "Thai", "Laoo", "Khmr", "Mymr",
-    }  # fmt: skip
-
-
 def is_dense(code: str) -> bool:
     """Whether one character carries about as much as a syllable or word (Han, kana, Hangul)."""
     language = LANGUAGES.get(code)
