@@ -344,6 +344,18 @@ def test_the_line_of_a_damaged_image_is_named(image, data):
         _look(image, data)
 
 
+def test_a_photo_replaced_after_it_was_read_spoils_no_cache(image, data, monkeypatch):
+    split, with_autocast = read_split(data, "train"), autocast("fp32", torch.device("cpu"))
+    photos = Photos.of(split, ImageFolder.of(data, None))
+    sound = (data / "images" / "train1.png").read_bytes()
+    shutil.copy(data / "images" / "test2.png", data / "images" / "train1.png")
+    with pytest.raises(DataError, match=r"train.jsonl:4: .*train1.png: replaced while it was"):
+        image_features(image, split, photos, autocast=with_autocast)
+    (data / "images" / "train1.png").write_bytes(sound)
+    again = image_features(image, split, photos, autocast=with_autocast).of_rows()
+    assert torch.equal(again, _look(image, data))
+
+
 def test_the_line_of_a_missing_image_is_named(image, data):
     edit_row(data / "snli_ve_train.jsonl", 6, Flickr30K_ID="../../etc/passwd")
     with pytest.raises(DataError, match=r"train.jsonl:6: image '../../etc/passwd' is not in"):
@@ -352,7 +364,8 @@ def test_the_line_of_a_missing_image_is_named(image, data):
 
 def test_sentences_that_are_too_long_are_counted_and_one_is_named(text):
     notes = Notes()
-    rows = ["red", "red " * 500, "blue", "red " * 500, "blue " * 100]
+    # Of most characters and of most tokens are not the same: the first row is one word.
+    rows = [" " * 9000 + "red", "red " * 500, "blue", "red " * 500, "blue " * 100]
     sentences = tokenize_sentences(text, rows, lambda row: f"f.jsonl:{row + 1}", notes)
     assert sentences.index.tolist() == [0, 1, 2, 1, 3]
     assert sentences.tokens.num_truncated == 2

@@ -32,7 +32,7 @@ def run(
     source: Annotated[
         Path | None,
         typer.Option(
-            "--input", metavar="FILE", help="JSONL or CSV of image and hypothesis; -: stdin."
+            "--input", metavar="FILE", help="Rows of image and hypothesis, any format; -: stdin."
         ),
     ] = None,
     target: Annotated[
@@ -54,6 +54,8 @@ def run(
     assert image is not None and hypothesis is not None
     if config.resume:
         raise UsageError("--resume goes with --input and --output.")
+    if config.images is not None:
+        raise UsageError("--images goes with --input and --output; IMAGE is a path.")
 
     # One pair is so little work that two threads would mostly wait for each other.
     use_one_thread()

@@ -257,7 +257,9 @@ class DataConfig:
 
     data: str = option("data", "Data folder, or hf:ORG/NAME.", metavar="DIR")
     images: Path | None = option(None, "Image folder; unset: found in --data.", metavar="DIR")
-    skip_bad: bool = option(False, "Set bad rows aside in a .rejected.jsonl and go on.")
+    skip_bad: bool = option(
+        False, "Set bad rows aside in a .rejected.jsonl; leave out rows without their image."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -490,6 +492,9 @@ class FinetuneConfig(TrainingConfig, DataConfig):
         zero_is_off=True,
     )
     select: Literal["loss", "accuracy"] = option("loss", "Dev metric that selects the checkpoint.")
+    dev_fraction: float = option(
+        0.05, "Share of the training images held out where there is no dev file."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -622,6 +627,7 @@ class StudentConfig(TrainingConfig, DataConfig, TokenConfig):
     dev_fraction: float = option(
         0.05, "Share of the training sentences held out where there is no dev file."
     )
+    skip_suspect: bool = option(False, "Leave out rows marked translation_suspect.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -800,6 +806,11 @@ class PredictConfig(ModelsConfig):
         None,
         "Language of the hypothesis; auto: identified; unset: CLIP-VE's own.",
         metavar="LANG",
+    )
+    images: Path | None = option(
+        None,
+        "Folder to look the images of --input up in; unset: they are paths beside it.",
+        metavar="DIR",
     )
     batch_size: int = option(256, "Pairs computed at once.", least=1)
     resume: bool = option(False, "Continue an interrupted --output where it stopped.")

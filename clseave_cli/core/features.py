@@ -103,9 +103,9 @@ def tokenize_sentences(
     texts, index = distinct(sentences)
     tokens = encoder.tokenize(texts)
     if tokens.num_truncated:
-        longest = max(range(len(sentences)), key=lambda row: len(sentences[row]))
+        first = int(np.argmax(tokens.truncated[index]))
         progress.note(
-            f"{where(longest)}: too long for the encoder, as are {tokens.num_truncated} distinct "
+            f"{where(first)}: too long for the encoder, as are {tokens.num_truncated} distinct "
             f"hypotheses in all: cut to {encoder.max_tokens} tokens, the terminal token kept."
         )
     return Sentences(tokens, index)
@@ -197,9 +197,11 @@ def image_features(
     def decode(item: int) -> Image:
         path = photos.paths[item]
         try:
+            # The bytes that are decoded are those that the key stands for, or the cache would give
+            # another photo's vector from now on.
             content = path.read_bytes()
             if packed_keys([_picture_key(content)])[0] != photos.keys[item]:
-                raise DataError(f"{path}: replaced since it was first read; run again.")
+                raise DataError(f"{path}: replaced while it was being read; run the command again.")
             return open_image(content, str(path))
         except DataError as error:
             raise DataError(f"{photos.where[item]}: {error}") from None

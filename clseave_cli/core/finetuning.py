@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,14 @@ from torch.nn import functional
 
 from clseave_cli.core.config import FinetuneConfig
 from clseave_cli.core.data.images import ImageFolder
-from clseave_cli.core.data.records import Split, check_leak, read_split, require_language
+from clseave_cli.core.data.records import (
+    Split,
+    check_leak,
+    hold_out_images,
+    read_split,
+    require_language,
+    split_path,
+)
 from clseave_cli.core.features import (
     Features,
     Photos,
@@ -86,13 +94,7 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult
     if setup is None:
         return StageResult(out, languages, None)
     device, folder = setup.device, setup.data
-    train_split, dev_split = (
-        read_split(folder, split, config.source_lang, skip_bad=config.skip_bad, progress=progress)
-        for split in (config.train_split, config.dev_split)
-    )
-    if not config.allow_leak:
-        check_leak(train_split, dev_split)
-    images = ImageFolder.of(folder, config.images)
+    train_split, dev_split, images = _data(config, folder, progress)
     _require_batch_statistics(config, train_split)
     _require_two_labels(train_split)
     splits = [(split, Photos.of(split, images)) for split in (train_split, dev_split)]
@@ -157,6 +159,37 @@ def _tell_if_nothing_was_learnt(
             f"({majority:.1%}). A small CLIP, or one that `clseave pretrain` made, needs a larger "
             f"learning rate than {config.learning_rate:g}: try --learning-rate 1e-4 or 1e-3."
         )
+
+
+def _data(
+    config: FinetuneConfig, folder: Path, progress: Progress
+) -> tuple[Split, Split, ImageFolder]:
+    """The training and dev rows, and their images.
+
+    Raises:
+        DataError: a file or an image is missing or bad, or an image is in both splits.
+    """
+
+    def read(name: str) -> Split:
+        return read_split(
+            folder, name, config.source_lang, skip_bad=config.skip_bad, progress=progress
+        )
+
+    train_split = read(config.train_split)
+    if split_path(folder, config.dev_split, config.source_lang) is None:
+        train_split, dev_split = hold_out_images(
+            train_split, config.dev_split, config.dev_fraction, config.seed, progress
+        )
+    else:
+        dev_split = read(config.dev_split)
+        if not config.allow_leak:
+            check_leak(train_split, dev_split)
+    images = ImageFolder.of(folder, config.images)
+    train_split, dev_split = (
+        images.rows_with_image(split, config.skip_bad, progress)
+        for split in (train_split, dev_split)
+    )
+    return train_split, dev_split, images
 
 
 def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:

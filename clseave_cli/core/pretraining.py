@@ -9,7 +9,6 @@ Legend: B images · K captions per image · D embedding width.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from torch.nn import functional
 from clseave_cli.core.config import PretrainConfig
 from clseave_cli.core.data.images import ImageFolder, open_image
 from clseave_cli.core.data.records import distinct
+from clseave_cli.core.data.rows import BadRow, read_rows, require_text
 from clseave_cli.core.features import Photos
 from clseave_cli.core.files import file_digest, json_digest
 from clseave_cli.core.models.backbones import load_clip
@@ -246,13 +246,13 @@ def _read_captions(folder: Path, split: str, images: ImageFolder) -> _Captions:
         )
     captions: dict[str, list[str]] = defaultdict(list)
     first_line: dict[str, int] = {}
-    with path.open("rb") as stream:
-        for line, raw in enumerate(stream, start=1):
-            if not raw.strip():
-                continue
-            name, caption = _caption_row(path, line, raw)
-            captions[name].append(caption)
-            first_line.setdefault(name, line)
+    for line, row, _ in read_rows(path, ("image", "caption")):
+        try:
+            name = require_text(row, ("image",), "the image's name")
+            captions[name].append(require_text(row, ("caption",), "a sentence about it"))
+        except BadRow as bad:
+            raise DataError.at(path, line, str(bad)) from None
+        first_line.setdefault(name, line)
     if not captions:
         raise DataError(f"{path}: no captions in it.")
     where = [f"{path}:{first_line[name]}" for name in captions]
@@ -267,22 +267,6 @@ def _check_leak(training: _Captions, dev: _Captions) -> None:
             f"{dev.path}: {len(shared)} of its images are also in {training.path}, such as "
             f"{min(shared).name}; --allow-leak permits it."
         )
-
-
-def _caption_row(path: Path, line: int, raw: bytes) -> tuple[str, str]:
-    try:
-        row = json.loads(raw)
-    except (ValueError, RecursionError):
-        raise DataError.at(path, line, "not valid JSON.") from None
-    name = row.get("image") if isinstance(row, dict) else None
-    caption = row.get("caption") if isinstance(row, dict) else None
-    if not (isinstance(name, str) and isinstance(caption, str) and caption.strip()):
-        raise DataError.at(path, line, "expected an object with texts for image and caption.")
-    try:
-        caption.encode()
-    except UnicodeEncodeError:
-        raise DataError.at(path, line, "the caption is not valid Unicode.") from None
-    return name, caption
 
 
 def _starting_model(

@@ -314,13 +314,13 @@ def test_predict_on_files(clseave, world, trained, tmp_path):
 
 
 def test_a_file_of_which_nothing_can_be_judged_is_an_error(clseave, trained, tmp_path):
-    """Such as SNLI-VE's own rows; the answers are there all the same."""
+    """The answers are there all the same."""
     pairs, answers = tmp_path / "pairs.jsonl", tmp_path / "answers.jsonl"
-    write_jsonl(pairs, [{"Flickr30K_ID": "test0", "sentence2": "red"}] * 2)
+    write_jsonl(pairs, [{"photo": "test0", "sentence": "red"}] * 2)
     code, out, err = clseave("predict", "--input", pairs, "--output", answers, "--runs", trained)
     assert code == 1 and out == f"{answers}: 0 predicted, 2 with an error\n"
     said = "expected an object with texts for image and hypothesis"
-    keys = "(keys ['Flickr30K_ID', 'sentence2'])"
+    keys = "(keys ['photo', 'sentence'])"
     assert f"no row could be judged; the first: {pairs}:1: {said} {keys}." in " ".join(err.split())
     assert len(read_jsonl(answers)) == 2
 

@@ -170,7 +170,7 @@ def test_images_are_looked_for_before_anything_is_translated(data, trained, glos
         evaluate(_config(data, trained, mode="translate-test", engine="glossary", lang=("de",)))
     assert not made
     shutil.rmtree(data / "images")
-    with pytest.raises(DataError, match=r"no image folder in it .*--images DIR says where"):
+    with pytest.raises(DataError, match=r"no image folder in it .*--images DIR"):
         evaluate(_config(data, trained))
 
 
@@ -572,7 +572,7 @@ def test_xvnli_as_it_is_in_both_modes(xvnli, assets, tmp_path):
 def test_xvnli_without_photos_is_one_clear_line(xvnli, refused, tmp_path):
     data, _, runs = xvnli
     said = refused("evaluate", "--data", data, "--runs", runs)
-    assert "no image folder in it" in said and "--images DIR says where" in said
+    assert "no image folder in it" in said and "name it with --images DIR" in said
     (tmp_path / "empty").mkdir()
     said = refused("evaluate", "--data", data, "--runs", runs, "--images", tmp_path / "empty")
     assert "test.en.jsonl:1: image '759822302' is not in" in said

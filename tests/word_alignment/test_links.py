@@ -81,6 +81,19 @@ def test_bad_links_are_left_out_and_told(tmp_path):
     assert "2 bad links left out, the first in line 1: 5-5 names a word" in notes.text
 
 
+def test_one_link_of_a_gold_file_may_name_a_word_that_is_not_there(tmp_path):
+    notes = Notes()
+    links = _read(tmp_path, "0-0 0-9\n1-1\n", [[2, 2]] * 2, gold=True, progress=notes)
+    assert _pairs(links) == [[(0, 0, True)], [(1, 1, True)]]
+    assert "1 bad links left out, the first in line 1: 0-9 names a word" in notes.text
+    for content, message in {
+        "0-0 0-9\n5-1\n": "2 links name words that are not there: line 1: 0-9 names",
+        "0-0 0:1\n1-1\n": "links.txt:1: '0:1' is no link",
+    }.items():
+        with pytest.raises(DataError, match=message):
+            _read(tmp_path, content, [[2, 2]] * 2, gold=True)
+
+
 @pytest.mark.parametrize(
     ("content", "first"), [("1-1 2p2\n", 1), ("0-1 1-1\n", 0), ("1-0\n", 0), ("10-1 2-10\n", 1)]
 )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from clseave_cli.core.data.records import (
     ENGLISH,
     Parallel,
     Split,
+    are_first,
     check_leak,
     distinct,
     image_stem,
@@ -157,6 +157,7 @@ class ParallelReader:
             with_images=False,
             source_lang=self._source_lang,
             skip_bad=self._config.skip_bad,
+            skip_suspect=self._config.skip_suspect,
             progress=progress,
         )
 
@@ -206,7 +207,7 @@ def held_out(parallel: Parallel, fraction: float, seed: int) -> HeldOut:
             f"{parallel.target.path}: {len(items)} distinct {kind} are too few to hold out "
             f"{fraction:.0%} of them; give a dev file or a smaller --dev-fraction."
         )
-    chosen = frozenset(items[i] for i in np.flatnonzero(_is_among_first(items, num_held, seed)))
+    chosen = frozenset(items[i] for i in np.flatnonzero(are_first(items, num_held, seed)))
     if not names:
         return HeldOut(sentences=chosen)
     rows = zip(parallel.sources, photos, strict=True)
@@ -241,15 +242,7 @@ def limited(parallel: Parallel, limit: int | None, seed: int, progress: Progress
                 f"--limit {limit}; all of them are used."
             )
         return parallel
-    return parallel.take(np.flatnonzero(_is_among_first(sentences, limit, seed)[index]))
-
-
-def _is_among_first(sentences: Sequence[str], count: int, seed: int) -> npt.NDArray[np.bool_]:
-    """Which sentences come first in a random order that is the same wherever they stand."""
-    keys = [hashlib.blake2b(f"{seed} {s}".encode(), digest_size=16).digest() for s in sentences]
-    first = np.zeros(len(sentences), dtype=bool)
-    first[sorted(range(len(keys)), key=keys.__getitem__)[:count]] = True
-    return first
+    return parallel.take(np.flatnonzero(are_first(sentences, limit, seed)[index]))
 
 
 def as_source(parallel: Parallel, source_lang: str) -> Parallel:

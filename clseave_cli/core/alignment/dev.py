@@ -96,7 +96,10 @@ def dev_text(
     images = _images_for_accuracy(folder, config, rows)
     if images is None:
         return DevText(rows, None)
-    judged = {lang: _judged(parallel, progress) for lang, parallel in rows.items()}
+    judged = {
+        lang: images.rows_with_image(_judged(parallel, progress), config.skip_bad, progress)
+        for lang, parallel in rows.items()
+    }
     photos = {lang: Photos.of(parallel.target, images) for lang, parallel in judged.items()}
     return DevText(judged, photos)
 

@@ -14,10 +14,8 @@ from typing import Any, BinaryIO
 from clseave_cli.core.files import atomic_file, fsync_folder, locked_target, sweep, writing
 from clseave_cli.errors import DataError, UsageError
 
-
-def answer_line(answer: dict[str, Any]) -> bytes:
-    """An answer as a line of JSON; half a surrogate pair stays written as an escape."""
-    return (json.dumps(answer, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+#: What an answer says beside image and hypothesis.
+ANSWER_KEYS = ("lang", "label", "probabilities", "model", "truncated", "error")
 
 
 class AnswerFile:

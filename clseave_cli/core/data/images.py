@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import os
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 from PIL import (
     Image,
     ImageOps,
     WebPImagePlugin,  # noqa: F401  the one format of ours that Pillow would load all others for
 )
 
-from clseave_cli.core.data.records import image_stem
+from clseave_cli.core.data.records import IMAGE_EXTENSIONS, Parallel, Split, image_stem
 from clseave_cli.errors import DataError
+from clseave_cli.progress import SILENT, Progress
 
 _FOLDER_NAMES = ("images", "flickr30k-images", "flickr30k_images", "Images")
-_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+_Rows = TypeVar("_Rows", Split, Parallel)
 #: What is decoded. Pillow knows more formats, some through other programs (PostScript).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 #: Preprocessing scales the short side up to the tower's input and the long side along with it: a
@@ -34,15 +38,19 @@ class ImageFolder:
 
     def __init__(self, root: Path) -> None:
         if not root.is_dir():
-            raise DataError(f"{root}: no such image folder; --images DIR says where they are.")
+            raise DataError(f"{root}: no such image folder; name it with --images DIR.")
         self.root = root
         # One listing, then dictionary look-ups: a name such as ../../x can only be "not found".
         self._by_name: dict[str, str] = {}
-        with os.scandir(root) as entries:
-            for entry in sorted(entries, key=lambda e: e.name):
-                if entry.name.lower().endswith(_EXTENSIONS) and entry.is_file():
-                    self._by_name[entry.name] = entry.name
-                    self._by_name.setdefault(image_stem(entry.name), entry.name)
+        try:
+            with os.scandir(root) as entries:
+                listed = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            raise DataError(f"{root}: cannot be read ({error.strerror}).") from None
+        for entry in listed:
+            if entry.name.lower().endswith(IMAGE_EXTENSIONS) and _is_file(entry):
+                self._by_name[entry.name] = entry.name
+                self._by_name.setdefault(image_stem(entry.name), entry.name)
 
     @classmethod
     def of(cls, data: Path, images: Path | None) -> ImageFolder:
@@ -58,8 +66,13 @@ class ImageFolder:
                 return cls(data / name)
         looked = ", ".join(_FOLDER_NAMES)
         raise DataError(
-            f"{data}: no image folder in it (looked for {looked}); --images DIR says where."
+            f"{data}: no image folder in it (looked for {looked}); name it with --images DIR."
         )
+
+    def get(self, name: str) -> Path | None:
+        """The file of an image, by its name as a data file gives it; None: there is none."""
+        file = self._by_name.get(name) or self._by_name.get(image_stem(name))
+        return None if file is None else self.root / file
 
     def find(self, name: str, where: str) -> Path:
         """The file of an image.
@@ -71,18 +84,53 @@ class ImageFolder:
         Raises:
             DataError: there is no such image.
         """
-        found = self._by_name.get(name) or self._by_name.get(image_stem(name))
-        if found is None:
+        path = self.get(name)
+        if path is None:
             raise DataError(f"{where}: image {name!r} is not in {self.root}.")
-        return self.root / found
+        return path
+
+    def rows_with_image(self, rows: _Rows, skip_bad: bool, progress: Progress = SILENT) -> _Rows:
+        """The rows whose images are here.
+
+        Args:
+            rows: those that name no image stay.
+            skip_bad: leave the others out, instead of refusing them.
+            progress: told how many are left out.
+
+        Raises:
+            DataError: some are not here, or none is; says how many.
+        """
+        split = rows.target if isinstance(rows, Parallel) else rows
+        is_missing = np.array([self.get(name) is None for name in split.image_names], dtype=bool)
+        if not is_missing.any():
+            return rows
+        lacks = (split.image_index >= 0) & is_missing[split.image_index]
+        first = int(np.argmax(lacks))
+        name = split.image_names[split.image_index[first]]
+        what = (
+            f"{split.where(first)}: image {name!r} is not in {self.root}; {lacks.sum()} of "
+            f"{len(split)} rows lack theirs, {is_missing.sum()} of {len(is_missing)} images"
+        )
+        if not skip_bad or lacks.all():
+            advice = "" if lacks.all() else " --skip-bad leaves those rows out."
+            raise DataError(f"{what}. Is --images DIR right?{advice}")
+        progress.note(f"{what}. They are left out.")
+        return rows.take(np.flatnonzero(~lacks))
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
     """Decodes an image to RGB, upright as its camera meant it.
 
     Raises:
-        DataError: missing, damaged, truncated, larger than Pillow's safety limit, or far too long
-            for its width.
+        DataError: missing, unreadable, damaged, truncated, larger than Pillow's safety limit, or
+            far too long for its width.
     """
     label = name or (str(source) if isinstance(source, Path) else "image")
     try:
@@ -93,7 +141,7 @@ def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
                 raise Image.DecompressionBombError
             require_shape(image, label)
             ImageOps.exif_transpose(image, in_place=True)  # without another copy in memory
-            return image.convert("RGB")
+            return in_rgb(image)
     except DataError:
         raise
     except FileNotFoundError:
@@ -104,6 +152,8 @@ def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
         ) from None
     # Pillow's decoders raise many kinds of errors on damaged input; each means the same to us.
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.ELOOP):
+            raise DataError(f"{label}: cannot be read ({error.strerror}).") from None
         raise DataError(f"{label}: damaged or not an image ({error}).") from None
 
 
@@ -123,3 +173,10 @@ def require_shape(image: Image.Image, label: str) -> None:
             f"{label}: {image.width} × {image.height} pixels; expected a picture whose long side "
             f"is at most {_MOST_ELONGATED} times the short one; crop it."
         )
+
+
+def in_rgb(image: Image.Image) -> Image.Image:
+    """An image in RGB with 8 bits a channel; of 16-bit greys, Pillow alone would make white."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")

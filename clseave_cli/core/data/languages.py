@@ -67,41 +67,20 @@ ts tso Latn|tt tat Cyrl|ug uig Arab|uk ukr Cyrl UA|ur urd Arab PK|uz uzn Latn|vi
 wo wol Latn|xh xho Latn ZA|yi ydd Hebr|yo yor Latn|zh zho Hans CN|zh-Hant zho Hant|zu zul Latn
 """
 
-_EXTRA_SPELLINGS = {
-    "zh": ("zh_CN", "zh_Hans", "cmn_Hans", "cmn"),
-    "zh-Hant": ("zh_TW", "zh_HK", "cmn_Hant"),
-    "he": ("iw",),
-    "jv": ("jw",),
-    "no": ("nb", "nor"),
-    "nso": ("ns",),
-    "tl": ("fil",),
-    "ar": ("ara",),
-    "fa": ("fas",),
-    "et": ("ekk",),
-    "lv": ("lav",),
-    "ms": ("msa",),
-    "sw": ("swa",),
-    "mn": ("mon",),
-    "ne": ("nep",),
-    "az": ("aze",),
-    "sq": ("sqi",),
-    "yi": ("yid",),
-    "uz": ("uzb",),
-    "ps": ("pus",),
-    "or": ("ori",),
-    "mg": ("mlg",),
-    "ku": ("kur",),
-    "hr": ("hbs_Latn",),
-    "sr": ("hbs_Cyrl",),
-}
+# code, and other spellings of it.
+_MORE_SPELLINGS = """
+zh zh_CN zh_Hans cmn_Hans cmn|zh-Hant zh_TW zh_HK cmn_Hant|he iw|jv jw|no nb nor|nso ns|tl fil
+ar ara|fa fas|et ekk|lv lav|ms msa|sw swa|mn mon|ne nep|az aze|sq sqi|yi yid|uz uzb|ps pus
+or ori|mg mlg|ku kur|hr hbs_Latn|sr hbs_Cyrl
+"""
 
 
-def _read_table() -> dict[str, Language]:
-    entries = (entry.split() for line in _TABLE.split("\n") for entry in line.split("|") if entry)
-    return {entry[0]: Language(*entry) for entry in entries}
+def _read(table: str) -> list[list[str]]:
+    return [entry.split() for line in table.split("\n") for entry in line.split("|") if entry]
 
 
-LANGUAGES: dict[str, Language] = _read_table()
+_EXTRA_SPELLINGS = {code: spellings for code, *spellings in _read(_MORE_SPELLINGS)}
+LANGUAGES = {entry[0]: Language(*entry) for entry in _read(_TABLE)}
 
 
 def _aliases() -> dict[str, str]:
@@ -191,14 +170,6 @@ def unexpected_script(text: str, code: str) -> bool:
         return False
     words = re.sub(r"[\W\d_]", "", text)
     return 2 * len(re.findall(f"[{letters}]", words)) < len(words)
-
-
-def has_spaces(code: str) -> bool:
-    """Whether words of the language are separated by spaces."""
-    language = LANGUAGES.get(code)
-    return language is None or language.script not in {
-        "Jpan", "Hans", "Hant", "Thai", "Laoo", "Khmr", "Mymr",
-    }  # fmt: skip
 
 
 def is_dense(code: str) -> bool:

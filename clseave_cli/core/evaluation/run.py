@@ -52,7 +52,6 @@ from clseave_cli.core.evaluation.results import (
     across_seeds,
 )
 from clseave_cli.core.evaluation.transfer import analyse_distances, measure_transfer
-from clseave_cli.core.features import Photos
 from clseave_cli.core.files import file_digest, locked_target, require_replaceable
 from clseave_cli.core.models.clip_ve import fingerprint, source_language
 from clseave_cli.core.models.student import (
@@ -134,8 +133,7 @@ def _read_rows(
     config: EvaluateConfig, folder: Path, lang: str, images: ImageFolder, progress: Progress
 ) -> Split:
     split = read_split(folder, config.split, lang, skip_bad=config.skip_bad, progress=progress)
-    Photos.of(split, images)
-    return split
+    return images.rows_with_image(split, config.skip_bad, progress)
 
 
 # --- what is evaluated ---

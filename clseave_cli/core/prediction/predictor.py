@@ -24,11 +24,12 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from clseave_cli.core.config import Precision, PredictConfig
-from clseave_cli.core.data.answers import AnswerFile, answer_line
+from clseave_cli.core.data.answers import AnswerFile
 from clseave_cli.core.data.identification import LanguageIdentifier, language_warning
-from clseave_cli.core.data.images import open_image, require_shape
+from clseave_cli.core.data.images import ImageFolder, open_image, require_shape
 from clseave_cli.core.data.pairs import Pair, read_pairs
 from clseave_cli.core.data.records import require_language
+from clseave_cli.core.data.rows import json_line
 from clseave_cli.core.prediction import Floats
 from clseave_cli.core.prediction.inference import InferenceModel, load_model, own_language
 from clseave_cli.errors import ClseaveError, DataError, ModelError, UsageError
@@ -408,7 +409,9 @@ def predict_file(
     tally = BatchResult()
     lang = config.lang or own_language(config.runs)
     name = str(source) if isinstance(source, Path) else "stdin"
-    base = source.parent if isinstance(source, Path) else Path()
+    base: Path | ImageFolder = source.parent if isinstance(source, Path) else Path()
+    if config.images is not None:
+        base = ImageFolder(config.images)
     with _reading(source) as stream, ExitStack() as stack:
         answers = _answer_file(config, target, stream)
         if answers is not None:
@@ -427,7 +430,7 @@ def predict_file(
         with _writing(answers, target) as out, progress.task("predict", unit="pairs") as task:
             for batch in batches:
                 outcomes = list(_judge_rows(model, base, batch))
-                out.write(b"".join(map(answer_line, outcomes)))
+                out.write(b"".join(map(json_line, outcomes)))
                 out.flush()
                 tally.count(outcomes)
                 task.advance(len(outcomes))
@@ -510,7 +513,8 @@ def _answers(answer: dict[str, Any], row: Pair | DataError, lang: str) -> bool:
         return "error" in answer and "image" not in answer
     same_language = lang == AUTO or answer.get("lang") == lang
     answered = "label" in answer or "error" in answer
-    return answered and same_language and (answer.get("image"), answer.get("hypothesis")) == row
+    same_pair = answer.get("image") == row.image and answer.get("hypothesis") == row.hypothesis
+    return answered and same_language and same_pair
 
 
 def _another_run(answers: AnswerFile, number: int) -> ClseaveError:
@@ -523,19 +527,28 @@ def _another_run(answers: AnswerFile, number: int) -> ClseaveError:
 
 
 def _judge_rows(
-    model: VisualEntailment, base: Path, rows: list[Pair | DataError]
+    model: VisualEntailment, base: Path | ImageFolder, rows: list[Pair | DataError]
 ) -> Iterator[dict[str, Any]]:
-    pairs = [(base / row.image, row.hypothesis) for row in rows if isinstance(row, Pair)]
+    """The answers to some rows, each with the row's other columns."""
+    find = base.get if isinstance(base, ImageFolder) else base.joinpath
+    paths = [find(row.image) if isinstance(row, Pair) else None for row in rows]
+    pairs = [
+        (path, row.hypothesis)
+        for path, row in zip(paths, rows, strict=True)
+        if path is not None and isinstance(row, Pair)
+    ]
     results = iter(model.predict(pairs))
-    for row in rows:
+    for path, row in zip(paths, rows, strict=True):
         if isinstance(row, DataError):
             yield {"error": str(row)}
             continue
-        result = next(results)
+        result = next(results) if path else DataError(f"{row.image}: not in --images.")
+        answer: dict[str, Any] = {"image": row.image, "hypothesis": row.hypothesis}
         if isinstance(result, ClseaveError):
-            yield {**row._asdict(), "lang": model.lang, "error": str(result)}
+            answer |= {"lang": model.lang, "error": str(result)}
         else:
-            yield {**result.to_json(), "image": row.image}
+            answer = result.to_json() | answer
+        yield answer | row.others
 
 
 def _photo(source: ImageSource) -> Photo | DataError:

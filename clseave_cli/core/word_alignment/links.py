@@ -22,6 +22,8 @@ from clseave_cli.errors import DataError
 from clseave_cli.progress import SILENT, Progress
 
 _LINK = re.compile(r"(\d+)([-p])(\d+)")
+#: Share of a gold file's links that may name words which are not there; published ones have a few.
+_MOST_MISNUMBERED = 0.01
 _LINK_OF_WORD_0 = re.compile(r"\b0[-p]|[-p]0\b")
 
 
@@ -70,7 +72,7 @@ def read_links(
     num_lines: int | None = None,
     first_word: int | None = 0,
     skip_bad: bool = False,
-    skip_outside: bool = False,
+    gold: bool = False,
     progress: Progress = SILENT,
 ) -> Links:
     """Reads a Pharaoh file.
@@ -84,7 +86,7 @@ def read_links(
         num_lines: how many lines the text has; None: P.
         first_word: the number of a sentence's first word; None finds out: 1 where no word is 0.
         skip_bad: leave bad links out instead of refusing the file.
-        skip_outside: leave those out that name a word the sentence does not have.
+        gold: leave the few links of a gold file out that name a word which is not there.
         progress: told how words are counted where that was found out, and what was left out.
 
     Raises:
@@ -110,14 +112,15 @@ def read_links(
             try:
                 link, is_sure = _parse(item, first_word, sizes)
             except ValueError as error:
-                is_outside = _LINK.fullmatch(item) is not None
-                if not (skip_bad or (skip_outside and is_outside)):
+                if not (skip_bad or (gold and isinstance(error, _NoSuchWord))):
                     raise DataError.at(path, number, str(error)) from None
                 bad.append(f"line {number}: {error}")
                 continue
             words.append(link)
             sure.append(is_sure)
         offsets.append(len(words))
+    if not skip_bad and len(bad) > max(1, _MOST_MISNUMBERED * len(words)):
+        raise DataError(f"{path}: {len(bad)} links name words that are not there: {bad[0]}")
     if bad:
         progress.note(f"{path}: {len(bad)} bad links left out, the first in {bad[0]}")
     return Links(
@@ -137,6 +140,10 @@ def _lines(path: Path) -> list[str]:
     return content.removesuffix("\n").split("\n") if content else []
 
 
+class _NoSuchWord(ValueError):
+    """A link names a word that its sentence does not have."""
+
+
 def _parse(item: str, first_word: int, sizes: list[int]) -> tuple[tuple[int, int], bool]:
     match = _LINK.fullmatch(item)
     if match is None:
@@ -144,7 +151,7 @@ def _parse(item: str, first_word: int, sizes: list[int]) -> tuple[tuple[int, int
     link = int(match[1]) - first_word, int(match[3]) - first_word
     for side, word, size in zip(("source", "target"), link, sizes, strict=True):
         if not 0 <= word < size:
-            raise ValueError(
+            raise _NoSuchWord(
                 f"{item} names a word that is not there; the {side} sentence has {size}, "
                 f"counted from {first_word}."
             )

@@ -122,7 +122,7 @@ def _align_words(config: WordAlignConfig, progress: Progress) -> WordAlignResult
     pairs = np.stack([source_of_pair, target_of_pair])
     num_words = np.stack([source_words.counts[pairs[0]], target_words.counts[pairs[1]]], axis=1)
 
-    def read(path: Path, first_word: int | None, *, is_gold: bool = False) -> Links:
+    def read(path: Path, first_word: int | None, gold: bool) -> Links:
         return read_links(
             path,
             num_words,
@@ -131,15 +131,14 @@ def _align_words(config: WordAlignConfig, progress: Progress) -> WordAlignResult
             num_lines=text.num_lines,
             first_word=first_word,
             skip_bad=config.skip_bad,
-            # Published ones have links that name no word; a few are no reason to refuse all.
-            skip_outside=is_gold,
+            gold=gold,
             progress=progress,
         )
 
     gold = None
     if config.gold is not None:
-        first_word = None if config.gold_base == "auto" else int(config.gold_base)
-        gold = read(config.gold, first_word, is_gold=True)
+        base = None if config.gold_base == "auto" else int(config.gold_base)
+        gold = read(config.gold, base, gold=True)
     if config.words is not None:
         shown = (
             f"{' '.join(source_words.of(source))} {_SEPARATOR} {' '.join(target_words.of(target))}"
@@ -147,7 +146,7 @@ def _align_words(config: WordAlignConfig, progress: Progress) -> WordAlignResult
         )
         _write(config.words, _placed(shown, text))
     if config.alignments is not None:
-        links, aligner = read(config.alignments, 0), None
+        links, aligner = read(config.alignments, 0, gold=False), None
     else:
         aligner = load_aligner(config, config.aligner, resolve_device(config.device), progress)
         if config.search and gold is not None:
