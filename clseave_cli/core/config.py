@@ -672,7 +672,7 @@ class CurveConfig(StudentConfig):
     out: Path | None = option(None, "Folder to write; unset: RUNS/curve.", metavar="DIR")
 
 
-CurveConfig.REMOVED = {
+CurveConfig.REMOVED = StudentConfig.REMOVED | {
     "--" + part.name.replace("_", "-"): f"set {part.name} in the file of --config"
     for part in dataclasses.fields(StudentConfig)
     if part.name not in CurveConfig.FLAGS
