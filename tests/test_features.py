@@ -387,7 +387,7 @@ def test_a_photo_replaced_while_it_is_read_is_not_kept(data, image, cache):
     photos = Photos.of(split, ImageFolder.of(data, None))
     shutil.copy(data / "images" / "test1.png", photos.paths[0])
     exact = autocast("fp32", torch.device("cpu"))
-    with pytest.raises(DataError, match=r"snli_ve_dev.jsonl:1: .*replaced since it was first read"):
+    with pytest.raises(DataError, match=r"snli_ve_dev.jsonl:1: .*replaced while it was being read"):
         image_features(image, split, photos, autocast=exact)
     assert not list(cache.rglob("*.safetensors"))
 

@@ -34,6 +34,8 @@ def writers(world, trained, clip, encoder, tmp_path):
     shared = ["--runs", tmp_path / "runs", *QUICK]
     student = ["--lang", "de", "--student", encoder, "--teacher", trained / "clip-ve"]
     text = ["--data", world, *student]
+    options = tmp_path / "curve.toml"
+    options.write_text('epochs = 1\nbatch_size = 4\nresamples = 10\nprecision = "fp32"\n')
     return {
         "pretrain": ["pretrain", "--data", captioned, "--images", world / "images", "--image-size",
                      32, "--width", 32, "--layers", 1, "--heads", 2, "--embedding-dim", 16,
@@ -41,7 +43,8 @@ def writers(world, trained, clip, encoder, tmp_path):
         "finetune-ve": ["finetune-ve", "--data", world, "--clip", clip, *shared, "--out"],
         "align": ["align", *text, *shared, "--out"],
         "autoencode": ["autoencode", *text, *shared, "--out"],
-        "curve": ["curve", *text, *shared, "--resamples", 10, "--out"],
+        "curve": ["curve", "--data", world, *student[:4], "--runs", trained, "--device",
+                  "cpu", "--config", options, "--out"],
         "evaluate": ["evaluate", "--data", world, "--runs", trained, "--lang", "de", "--resamples",
                      10, "--device", "cpu", "--report"],
         "export": ["export", "--runs", trained, "--lang", "de", "--out"],
@@ -219,7 +222,9 @@ def _no_home():
 
 
 def test_a_seed_that_is_too_large(refused):
-    assert f"--seed {10**20}: expected less than 2^64" in refused("demo", "--seed", 10**20, code=2)
+    assert f"--seed {10**20}: expected at most 4294967295" in refused(
+        "demo", "--seed", 10**20, code=2
+    )
 
 
 # --- interruptions ---

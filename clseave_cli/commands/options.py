@@ -27,6 +27,7 @@ from clseave_cli.core.config import (
     toml_options,
     value_type,
 )
+from clseave_cli.errors import UsageError
 
 C = TypeVar("C", bound=StageConfig)
 
@@ -74,6 +75,7 @@ class Subcommand(typer.core.TyperCommand):
         config_class = getattr(self.callback, "config_class", None)
         if config_class is not None and not ctx.resilient_parsing:
             refuse_removed(config_class, args)
+            _refuse_keys(config_class, args)
         self._shows_all = "--help-all" in args
         return super().parse_args(ctx, ["--help"] if self._shows_all else args)
 
@@ -105,6 +107,18 @@ class Subcommand(typer.core.TyperCommand):
             formatter.write("\nclseave COMMAND --help-all shows every option.\n")
         if self._shows_all:
             formatter.write("\nA switch such as --resume is undone by --no-resume.\n")
+
+
+def _refuse_keys(config_class: type[StageConfig], args: list[str]) -> None:
+    """Refuses flags of options that the command takes from `--config` alone.
+
+    Raises:
+        UsageError: there is one.
+    """
+    keys = {flag_of(part): part.name for part in dataclasses.fields(config_class)}
+    for flag in (argument.partition("=")[0] for argument in args):
+        if config_class.FLAGS and keys.get(flag, "") not in ("", *config_class.FLAGS):
+            raise UsageError(f"{flag} was removed: put {keys[flag]} into a --config FILE.toml.")
 
 
 def command(config_class: type[C], run: Callable[..., None]) -> Callable[..., None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from io import TextIOWrapper
@@ -86,7 +87,8 @@ def _predict_file(config: PredictConfig, source: Path, target: Path, json: bool)
     from clseave_cli.core.prediction.predictor import predict_file
 
     for path, stream, name in ((source, sys.stdin, "--input"), (target, sys.stdout, "--output")):
-        if path == _STREAM and stream is None:
+        # `main` has put the null device in the place of a closed stdout.
+        if path == _STREAM and (stream is None or getattr(stream, "name", "") == os.devnull):
             raise UsageError(f"{name} -: the stream is closed; give a file.")
     done = predict_file(
         config,

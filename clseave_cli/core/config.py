@@ -657,8 +657,6 @@ class CurveConfig(StudentConfig):
         "device",
     )
     FIRST: ClassVar[tuple[str, ...]] = FLAGS
-    #: The options of `align` that were flags of `curve`, and what to use instead.
-    REMOVED: ClassVar[dict[str, str]] = {}
 
     limits: tuple[int, ...] = option(
         (100, 300, 1000, 3000),
@@ -670,13 +668,6 @@ class CurveConfig(StudentConfig):
     resamples: int = option(2000, "Bootstrap resamples behind every interval.", least=1)
     keep_models: bool = option(False, "Keep the student of every point.")
     out: Path | None = option(None, "Folder to write; unset: RUNS/curve.", metavar="DIR")
-
-
-CurveConfig.REMOVED = StudentConfig.REMOVED | {
-    "--" + part.name.replace("_", "-"): f"set {part.name} in the file of --config"
-    for part in dataclasses.fields(StudentConfig)
-    if part.name not in CurveConfig.FLAGS
-}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -136,7 +136,8 @@ def test_what_cannot_be_drawn_is_told(arguments, refused, tmp_path):
     assert "--limit 0: expected at least 1" in refused(
         *arguments, "--lang", "de", "--limit", 0, code=2
     )
-    assert CurveConfig.REMOVED["--epochs"] == "set epochs in the file of --config"
+    error = refused(*arguments, "--lang", "de", "--epochs", 3, code=2)
+    assert "--epochs was removed: put epochs into a --config FILE.toml." in error
     assert "--lang" not in CurveConfig.REMOVED
     with pytest.raises(UsageError, match="takes the clip-ve in --runs"):
         data_curves(CurveConfig(lang=("de",), runs=arguments[4], teacher=tmp_path))

@@ -401,12 +401,15 @@ def test_a_long_thin_picture_costs_its_row_only(trained, tmp_path, world, data, 
 # --- models and sentences that do not fit ---
 
 
-@pytest.mark.parametrize("number", [np.nan, np.inf])
-def test_what_is_no_number_is_no_answer(runs, world, tmp_path, refused, number):
+def test_what_is_no_number_is_no_answer(runs, world, tmp_path, refused):
+    """Weights that are finite, and overflow when they are multiplied."""
     from safetensors.torch import load_file, save_file
 
     path = runs / "clip-ve" / "head.safetensors"
-    save_file({name: tensor * number for name, tensor in load_file(path).items()}, path)
+    weights = load_file(path)
+    for name in ("layers.0.weight", "layers.2.weight"):
+        weights[name] *= 1e30
+    save_file(weights, path)
     config = json.loads((runs / "clip-ve" / "config.json").read_text())
     fields = ("format", "format_version", "files", "fingerprint", "clseave_version")
     (runs / "clip-ve" / "config.json").unlink()
@@ -497,9 +500,7 @@ def test_a_student_is_known_by_its_config_not_its_folder(runs, world, refused):
     assert "no model for ja; languages there: en, de, nl" in error
     (runs / "align-x").mkdir()
     (runs / "align-x" / "config.json").write_text("{}")
-    assert "align-x: not a student folder" in refused(
-        "predict", "a.png", "x", "--lang", "de", "--runs", runs
-    )
+    assert find_students(runs)["de"] == runs / "my-german"
 
 
 def test_a_student_needs_no_english_text_tower(runs, world):

@@ -141,7 +141,7 @@ def test_pretraining_refuses_siglip(world, tmp_path, refused):
     data = _captions(world, tmp_path / "captions")
     line = refused(
         "pretrain", "--clip", tmp_path / "clip", "--data", data, "--images", world / "images",
-        "--runs", tmp_path,
+        "--runs", tmp_path / "runs",
     )  # fmt: skip
     assert "SigLIP was trained with another loss than CLIP's" in line
 
@@ -313,7 +313,7 @@ def test_a_source_file_is_needed(chinese, chinese_world, tmp_path, refused, enco
         "align", "--lang", "de", "--data", folder, "--runs", chinese, "--student", encoder,
         "--out", tmp_path / "out",
     )  # fmt: skip
-    assert "no sentences in the source language zh" in line and "sentence2_zh" in line
+    assert "no sentence2_zh" in line and "or a file of the split train in zh" in line
     line = refused("finetune-ve", "--source-lang", "zh", "--data", folder, "--runs", tmp_path)
     assert "no snli_ve_train.zh.jsonl (languages of the split train there: en, de)" in line
     line = refused("finetune-ve", "--source-lang", "../x", "--data", folder, code=2)

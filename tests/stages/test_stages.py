@@ -629,7 +629,7 @@ def test_an_image_used_often_is_encoded_once_and_few_are_kept(world, trained, mo
     opened = []
     open_image = prediction.open_image
     monkeypatch.setattr(
-        prediction, "open_image", lambda path: opened.append(path.name) or open_image(path)
+        prediction, "open_image", lambda path, name: opened.append(path.name) or open_image(path)
     )
     monkeypatch.setattr(prediction, "_KEPT_IMAGES", 2)
     names = ["test0.png", "test1.png", "test0.png", "test2.png", "test0.png"]

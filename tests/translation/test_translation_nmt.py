@@ -253,7 +253,7 @@ def test_a_model_that_does_not_translate(tmp_path: Path) -> None:
 
 def test_missing_extra(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ctranslate2", None)
-    with pytest.raises(UsageError, match=r'pip install "clseave-cli\[ctranslate2\]"'):
+    with pytest.raises(UsageError, match=r"pip install -e '\.\[ctranslate2\]'"):
         _engine(models["marian"], backend="ctranslate2")
     with pytest.raises(UsageError, match=r"--int8: .* would run in transformers"):
         _engine(models["marian"], int8=True).translate(["one"], 0)

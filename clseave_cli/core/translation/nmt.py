@@ -83,7 +83,7 @@ class NmtEngine:
         )
         if config.backend == "ctranslate2" and not _has_ctranslate2():
             raise UsageError(
-                '--backend ctranslate2: not installed; pip install "clseave-cli[ctranslate2]".'
+                "--backend ctranslate2: not installed; pip install -e '.[ctranslate2]'."
             )
 
     def translate(self, texts: Sequence[str], attempt: int) -> list[str]:
@@ -140,7 +140,7 @@ class NmtEngine:
         if self._config.int8 and not uses:
             raise UsageError(
                 f"--int8: {self._name} would run in transformers, which does not have it; it needs "
-                'CTranslate2 (pip install "clseave-cli[ctranslate2]") and a model that it knows.'
+                "CTranslate2 (pip install -e '.[ctranslate2]') and a model that it knows."
             )
         return uses
 
