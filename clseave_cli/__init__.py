@@ -1,19 +1,103 @@
 """clseave: cross-lingual visual entailment.
 
 Given a photo and a sentence in any language: does the photo entail it, contradict it, or leave it
-open? The command line is `clseave`; from Python, start with `VisualEntailment`.
+open? The command line is `clseave`. From Python, each stage is a function with keyword options,
+and `VisualEntailment` predicts (docs/python.md).
 """
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clseave_cli.version import __version__
 
 if TYPE_CHECKING:
+    from clseave_cli.core.evaluation.results import Results
     from clseave_cli.core.prediction.predictor import Prediction, VisualEntailment
+    from clseave_cli.core.training.run import StageResult
+    from clseave_cli.core.translation.corpus import TranslationSummary
+    from clseave_cli.progress import Progress
 
-__all__ = ["Prediction", "VisualEntailment", "__version__"]
+__all__ = [
+    "Prediction",
+    "VisualEntailment",
+    "__version__",
+    "align",
+    "evaluate",
+    "finetune",
+    "pretrain",
+    "translate",
+]
+
+
+def pretrain(*, progress: Progress | None = None, **options: Any) -> StageResult:
+    """Trains a CLIP-family model on image-caption pairs: `clseave pretrain`.
+
+    Args:
+        progress: told how far things are; None: nobody is.
+        options: fields of `PretrainConfig`, named as the flags, with underscores; `preset`, and
+            `config`, a TOML file of options.
+
+    Raises:
+        UsageError: an option does not exist or makes no sense.
+        ClseaveError: bad data, an unusable model, a full disk, or an interruption.
+    """
+    result: StageResult = _stage("pretraining:pretrain", "PretrainConfig", progress, options)
+    return result
+
+
+def finetune(*, progress: Progress | None = None, **options: Any) -> StageResult:
+    """Trains CLIP-VE, the model of the source language: `clseave finetune-ve`.
+
+    Args and errors are those of `pretrain`, with the fields of `FinetuneConfig`.
+    """
+    result: StageResult = _stage("finetuning:finetune", "FinetuneConfig", progress, options)
+    return result
+
+
+def translate(*, progress: Progress | None = None, **options: Any) -> TranslationSummary:
+    """Translates the hypotheses of a data set: `clseave translate`.
+
+    Args and errors are those of `pretrain`, with the fields of `TranslateConfig`.
+    """
+    where = "translation.corpus:translate"
+    result: TranslationSummary = _stage(where, "TranslateConfig", progress, options)
+    return result
+
+
+def align(*, progress: Progress | None = None, **options: Any) -> StageResult:
+    """Trains a student of CLIP-VE for other languages: `clseave align`.
+
+    Args and errors are those of `pretrain`, with the fields of `AlignConfig`.
+    """
+    result: StageResult = _stage("alignment:align", "AlignConfig", progress, options)
+    return result
+
+
+def evaluate(*, progress: Progress | None = None, **options: Any) -> Results:
+    """Measures the models in every language: `clseave evaluate`.
+
+    Args and errors are those of `pretrain`, with the fields of `EvaluateConfig`.
+    """
+    result: Results = _stage("evaluation.run:evaluate", "EvaluateConfig", progress, options)
+    return result
+
+
+def _stage(where: str, config: str, progress: Progress | None, options: dict[str, Any]) -> Any:
+    from clseave_cli.core.config import named_options, preset_options, toml_options
+    from clseave_cli.progress import SILENT
+
+    module, _, name = where.partition(":")
+    config_class: Any = getattr(importlib.import_module("clseave_cli.core.config"), config)
+    stage: Callable[..., Any] = getattr(importlib.import_module(f"clseave_cli.core.{module}"), name)
+    preset = preset_options(config_class, options.pop("preset", None))
+    path = options.pop("config", None)
+    from_file = toml_options(config_class, Path(path)) if path is not None else {}
+    values = preset | from_file | named_options(config_class, options)
+    return stage(config_class(**values), progress or SILENT)
 
 
 def __getattr__(name: str) -> Any:

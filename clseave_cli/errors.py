@@ -6,13 +6,20 @@ wrong, where (file and line), what was expected, and what to do about it.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 class ClseaveError(Exception):
     """Anything clseave refuses, with a one-line message meant for the user."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """The message; control characters of names and files are shown, not obeyed."""
+        return _CONTROL.sub(lambda match: repr(match[0])[1:-1], super().__str__())
 
 
 class UsageError(ClseaveError):

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -16,18 +14,16 @@ import typer.core
 
 from clseave_cli import processes
 from clseave_cli.commands import (
-    align,
-    autoencode,
     compare,
     curve,
     demo,
     evaluate,
     export,
-    finetune_ve,
     options,
     predict,
-    pretrain,
     serve,
+    stages,
+    terminal,
     translate,
     word_align,
 )
@@ -39,8 +35,7 @@ app = typer.Typer(
     name="clseave",
     help="Cross-lingual visual entailment: does this photo entail that sentence, in any language?",
     no_args_is_help=True,
-    add_completion=False,
-    # Plain text here: rich's Markdown parser alone takes as long to import as everything else.
+    # Plain text: nothing is cut at 80 columns, and rich takes as long to import as all the rest.
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -50,14 +45,6 @@ app = typer.Typer(
 _SHARED = ("translate", "pretrain", "finetune-ve", "align")
 
 _debug = False
-
-
-class _Subcommand(typer.core.TyperCommand):
-    """A subcommand, whose many options are worth rich's headings."""
-
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        self.rich_markup_mode = "rich"
 
 
 def _show_version(wanted: bool) -> None:
@@ -75,19 +62,8 @@ def _root(
 ) -> None:
     global _debug
     _debug = debug
-
-
-@contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """Lets SIGTERM end a command as Ctrl-C does; a training's own handlers come before it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may say what a signal does
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    if debug:
+        terminal.say(f"threads: {processes.thread_policy()}", to_stderr=True)
 
 
 def _guarded(name: str, function: Callable[..., None]) -> Callable[..., None]:
@@ -98,7 +74,7 @@ def _guarded(name: str, function: Callable[..., None]) -> Callable[..., None]:
         if processes.process_count() > 1 and name not in _SHARED:
             raise UsageError(f"{name}: works in one process; start it without a launcher.")
         try:
-            with _sigterm_as_ctrl_c():
+            with processes.sigterm_as_ctrl_c():
                 function(**arguments)
         except KeyboardInterrupt:
             raise Interrupted("interrupted; everything finished so far is on disk.") from None
@@ -109,11 +85,11 @@ def _guarded(name: str, function: Callable[..., None]) -> Callable[..., None]:
 _COMMANDS: dict[str, tuple[type[config.StageConfig], Callable[..., None]]] = {
     "demo": (config.DemoConfig, demo.run),
     "translate": (config.TranslateConfig, translate.run),
-    "pretrain": (config.PretrainConfig, pretrain.run),
-    "finetune-ve": (config.FinetuneConfig, finetune_ve.run),
-    "align": (config.AlignConfig, align.run),
+    "pretrain": (config.PretrainConfig, stages.pretrain),
+    "finetune-ve": (config.FinetuneConfig, stages.finetune_ve),
+    "align": (config.AlignConfig, stages.align),
     "curve": (config.CurveConfig, curve.run),
-    "autoencode": (config.AutoencodeConfig, autoencode.run),
+    "autoencode": (config.AutoencodeConfig, stages.autoencode),
     "word-align": (config.WordAlignConfig, word_align.run),
     "evaluate": (config.EvaluateConfig, evaluate.run),
     "predict": (config.PredictConfig, predict.run),
@@ -122,31 +98,69 @@ _COMMANDS: dict[str, tuple[type[config.StageConfig], Callable[..., None]]] = {
 }
 
 for _name, (_config_class, _run) in _COMMANDS.items():
-    app.command(_name, cls=_Subcommand)(_guarded(_name, options.command(_config_class, _run)))
+    app.command(_name, cls=options.Subcommand)(
+        _guarded(_name, options.command(_config_class, _run))
+    )
 
-app.command("compare", cls=_Subcommand)(_guarded("compare", compare.run))
+app.command("compare", cls=options.Subcommand)(_guarded("compare", compare.run))
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
     rank = processes.process_rank()
     speaker = "clseave" if rank == 0 else f"clseave (process {rank})"
-    sys.stderr.write(f"{speaker}: {' '.join(message.splitlines())}\n")
+    sys.stderr.write(f"{speaker}: {terminal.printable(' '.join(message.splitlines()))}\n")
     sys.exit(exit_code)
+
+
+def _refuse_usage(error: Any) -> NoReturn:
+    """Ends with the one line of a wrong option, or with help where no command was given."""
+    if len(sys.argv) == 1:
+        error.show()
+        sys.exit(error.exit_code)
+    command = error.ctx.command_path if error.ctx else "clseave"
+    message = error.format_message().rstrip(".").replace("Value error, ", "")
+    _fail(f"{message[:1].lower()}{message[1:]}; see `{command} --help`.", error.exit_code)
+
+
+def _quieten_libraries() -> None:
+    """Lets this program speak for the libraries it will load, unless the user asked them to."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # What Pillow says of broken EXIF data or odd palettes, nobody can act on.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def _leave_quietly() -> NoReturn:
+    """Ends where the reader went away (`clseave … | head`): nothing is wrong, nobody listens."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(0)
 
 
 def main() -> None:
     """Runs the command line; every error ends in one line on stderr and its exit code."""
+    processes.prepare_streams()
+    _quieten_libraries()
+    processes.wait_without_spinning()
+    stdout = sys.stdout
     try:
-        app()
+        try:
+            code = app(standalone_mode=False)
+        finally:
+            stdout.flush()
+        sys.exit(code)
+    except SystemExit:
+        if sys.stdout is stdout:
+            raise
+        _leave_quietly()  # Typer puts another stream there, and exits 1, when the pipe broke
+    except BrokenPipeError:
+        _leave_quietly()
     except ClseaveError as error:
         if _debug:
             raise
         _fail(str(error), error.exit_code)
-    except BrokenPipeError:
-        # The reader went away (`clseave … | head`): nothing is wrong, and nobody listens.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except Exception as error:
+        if hasattr(error, "format_message"):  # Typer's own refusals
+            _refuse_usage(error)
         if _debug:
             raise
         _fail(f"internal error: {type(error).__name__}: {error} (--debug shows where)", 1)

@@ -11,15 +11,24 @@ class Task(Protocol):
     """One piece of work under way."""
 
     def advance(self, amount: int = 1, **fields: float | int | str) -> None:
-        """Counts `amount` units as done; `fields` are the latest figures (loss, rate, …)."""
+        """Counts `amount` units as done; `fields` are the latest metrics (loss, rate, …)."""
 
 
 class Progress(Protocol):
     """What a use case reports to. The command line draws it; a library caller may ignore it."""
 
     @contextmanager
-    def task(self, description: str, total: int | None = None, unit: str = "") -> Iterator[Task]:
-        """Opens a piece of work of `total` units (None: unknown); closed with the block."""
+    def task(
+        self, description: str, total: int | None = None, unit: str = "", *, noted: bool = False
+    ) -> Iterator[Task]:
+        """Opens a piece of work, closed with the block.
+
+        Args:
+            description: what is done.
+            total: number of its units; None: unknown.
+            unit: their name.
+            noted: whether a note of the caller's says how it went, so that nothing else need.
+        """
         ...
 
     def note(self, message: str) -> None:
@@ -35,7 +44,9 @@ class Silent:
     """A `Progress` that keeps quiet: the default of every use case."""
 
     @contextmanager
-    def task(self, description: str, total: int | None = None, unit: str = "") -> Iterator[Task]:
+    def task(
+        self, description: str, total: int | None = None, unit: str = "", *, noted: bool = False
+    ) -> Iterator[Task]:
         """Opens a piece of work that nobody watches."""
         yield _SilentTask()
 

@@ -26,11 +26,18 @@ _INTRODUCTION = """\
 
 Written by `python docs/generate_cli.py` from the program; do not edit by hand.
 
-Results go to stdout, progress and messages to stderr. Exit codes: 0 done; 1 an error, told in one
-line; 2 wrong usage; 130 interrupted, with everything finished so far kept.
+`--help` shows the options that matter most, `--help-all` every one. A switch such as `--resume` is
+undone by `--no-resume`. `clseave --install-completion` sets up completion in bash, zsh and fish.
 
-Where an option is set in several places, the order is: flag, `--config` file, `--preset`, default.
-A key of the `--config` file is the flag without its dashes: `batch_size = 64` or `batch-size = 64`.
+Results go to stdout, progress and messages to stderr. Exit codes: 0 done; 1 an error, in one line;
+2 wrong usage; 130 interrupted, with everything finished so far kept.
+
+Beside other programs, threads that wait by spinning slow torch down. clseave lets them sleep
+(`OMP_WAIT_POLICY=passive`) unless you set `OMP_WAIT_POLICY`, `GOMP_SPINCOUNT` or `KMP_BLOCKTIME`;
+`OMP_NUM_THREADS` sets their number. `clseave --debug COMMAND` shows both.
+
+Options win in this order: flag, `--config` file, `--preset`, default. A key of the `--config` file
+is the flag without its dashes: `batch_size = 64` or `batch-size = 64`.
 """
 
 _WORDS = {int: "number", float: "number", str: "text", Path: "path"}
@@ -78,7 +85,10 @@ def _table(
         names = [parameter.name.upper()] if is_argument else _flags(parameter)
         shown = " ".join(f"`{name}`" for name in names)
         is_flag = not is_argument and parameter.is_flag
-        value = "" if is_flag else parameter.metavar or _value(hints[parameter.name])
+        declared = field.metadata["metavar"] if field else parameter.metavar
+        if is_argument or declared == "N":  # as `--help` has it
+            declared = None
+        value = "" if is_flag else declared or _value(hints[parameter.name])
         default = _default(field.default) if field else "" if is_flag else parameter.default
         default = "" if default in (None, "") else f"`{default}`"
         meaning = field.metadata["help"] if field else parameter.help

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_world import Notes, edit_row, flip_byte, warm_processes
 
+from clseave_cli.core import features
 from clseave_cli.core.data.images import ImageFolder
 from clseave_cli.core.data.records import distinct, read_split
 from clseave_cli.core.features import (
@@ -138,6 +139,7 @@ def _shards():
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "emptied", "rubbish"])
 def test_a_damaged_shard_is_computed_again(text, monkeypatch, damage):
+    """G10."""
     counter = _Counter(text, monkeypatch)
     sound = _embed(text)
     _embed(text, ["a second shard"])
@@ -342,6 +344,18 @@ def test_the_line_of_a_damaged_image_is_named(image, data):
         _look(image, data)
 
 
+def test_a_photo_replaced_after_it_was_read_spoils_no_cache(image, data, monkeypatch):
+    split, with_autocast = read_split(data, "train"), autocast("fp32", torch.device("cpu"))
+    photos = Photos.of(split, ImageFolder.of(data, None))
+    sound = (data / "images" / "train1.png").read_bytes()
+    shutil.copy(data / "images" / "test2.png", data / "images" / "train1.png")
+    with pytest.raises(DataError, match=r"train.jsonl:4: .*train1.png: replaced while it was"):
+        image_features(image, split, photos, autocast=with_autocast)
+    (data / "images" / "train1.png").write_bytes(sound)
+    again = image_features(image, split, photos, autocast=with_autocast).of_rows()
+    assert torch.equal(again, _look(image, data))
+
+
 def test_the_line_of_a_missing_image_is_named(image, data):
     edit_row(data / "snli_ve_train.jsonl", 6, Flickr30K_ID="../../etc/passwd")
     with pytest.raises(DataError, match=r"train.jsonl:6: image '../../etc/passwd' is not in"):
@@ -350,7 +364,8 @@ def test_the_line_of_a_missing_image_is_named(image, data):
 
 def test_sentences_that_are_too_long_are_counted_and_one_is_named(text):
     notes = Notes()
-    rows = ["red", "red " * 500, "blue", "red " * 500, "blue " * 100]
+    # Of most characters and of most tokens are not the same: the first row is one word.
+    rows = [" " * 9000 + "red", "red " * 500, "blue", "red " * 500, "blue " * 100]
     sentences = tokenize_sentences(text, rows, lambda row: f"f.jsonl:{row + 1}", notes)
     assert sentences.index.tolist() == [0, 1, 2, 1, 3]
     assert sentences.tokens.num_truncated == 2
@@ -365,3 +380,25 @@ def test_the_cache_lies_where_the_environment_says(cache, monkeypatch):
     monkeypatch.setenv("CLSEAVE_CACHE", "")
     monkeypatch.setenv("HOME", "/somewhere")
     assert str(cache_root()) == "/somewhere/.cache/clseave"
+
+
+def test_a_photo_replaced_while_it_is_read_is_not_kept(data, image, cache):
+    split = read_split(data, "dev")
+    photos = Photos.of(split, ImageFolder.of(data, None))
+    shutil.copy(data / "images" / "test1.png", photos.paths[0])
+    exact = autocast("fp32", torch.device("cpu"))
+    with pytest.raises(DataError, match=r"snli_ve_dev.jsonl:1: .*replaced while it was being read"):
+        image_features(image, split, photos, autocast=exact)
+    assert not list(cache.rglob("*.safetensors"))
+
+
+def test_a_shard_is_read_through_once_for_all_languages(text, monkeypatch):
+    digested = []
+    digest = features.file_digest
+    monkeypatch.setattr(
+        features, "file_digest", lambda path, size: digested.append(path) or digest(path, size)
+    )
+    for _ in range(3):
+        exact = autocast("fp32", torch.device("cpu"))
+        sentence_embeddings(text, SENTENCES[1:], autocast=exact, description="")
+    assert len(digested) == 1

@@ -19,6 +19,9 @@ def run(
     ] = 2000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the resampling.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Show fingerprints of data and models.")
+    ] = False,
 ) -> None:
     """Compare two evaluations on the rows they share; a tie is called a tie.
 
@@ -32,7 +35,7 @@ def run(
     if json:
         terminal.print_json(comparison.to_json())
     else:
-        terminal.stdout().print(comparison_table(comparison))
+        terminal.stdout().print(comparison_table(comparison, verbose=verbose))
         alone = {"A": comparison.missing_in_second, "B": comparison.missing_in_first}
         for name, languages in alone.items():
             if languages:

@@ -14,14 +14,16 @@ def run(
     config: EvaluateConfig,
     *,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Show fingerprints of data and models.")
+    ] = False,
 ) -> None:
     """Measure the models on a split: a table, JSON, or a report.
 
-    Beside every accuracy stands what is reached without looking at the
-    photo. --report DIR writes Markdown, HTML, figures and a LaTeX table.
-    Several --runs are the same training with several seeds: the table is
-    that of the first, and a second one shows mean and spread. So does the
-    report in its headline, its chart of languages and its LaTeX table.
+    Every accuracy comes with baselines that never see the photo. --report
+    DIR writes an HTML page, figures and a LaTeX table. Several --runs are
+    the same training with several seeds: the table is that of the first,
+    and a second one shows mean and spread.
     """
     from clseave_cli.commands.tables import results_table, seeds_table
     from clseave_cli.core.evaluation.run import evaluate
@@ -30,7 +32,7 @@ def run(
     if json:
         terminal.print_json(results.to_json())
         return
-    terminal.stdout().print(results_table(results))
+    terminal.stdout().print(results_table(results, verbose=verbose))
     if results.seeds:
         terminal.stdout().print(seeds_table(results))
     if config.report is not None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import tomllib
-import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import typer
+import typer.core
 
 from clseave_cli.core.config import (
     DataConfig,
@@ -19,8 +18,14 @@ from clseave_cli.core.config import (
     ModelsConfig,
     SeededConfig,
     StageConfig,
+    TokenConfig,
     TrainingConfig,
     WordAlignerConfig,
+    flag_of,
+    preset_options,
+    refuse_removed,
+    toml_options,
+    value_type,
 )
 from clseave_cli.errors import UsageError
 
@@ -32,27 +37,104 @@ ConfigFile = Annotated[
 ]
 
 
-#: Headings of the options that several stages share.
+#: Headings of the options that are not among the first, in the order of `--help-all`.
 _PANELS: dict[type, str] = {
-    DataConfig: "Data",
-    EngineConfig: "Translation",
+    TokenConfig: "Token method",
     WordAlignerConfig: "Word alignment",
+    EngineConfig: "Translation",
     TrainingConfig: "Training",
+    DataConfig: "General",
     ModelsConfig: "General",
     SeededConfig: "General",
     StageConfig: "General",
 }
+_MORE = "More options"
+
+#: What stands for a value in `--help`, by its type.
+_METAVARS = {int: "N", float: "N", str: "TEXT", Path: "PATH"}
+#: Longer lists of choices go into the text.
+_LONGEST_METAVAR = 16
+
+
+class Subcommand(typer.core.TyperCommand):
+    """A subcommand that shows its main options with `--help`, and all with `--help-all`."""
+
+    rich_markup_mode: Any
+    _shows_all = False
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.rich_markup_mode = None  # plain text: nothing is cut at 80 columns
+        for parameter in self.params:
+            if parameter.metavar is None:  # or Typer shows the type's name in Python
+                is_argument = parameter.param_type_name == "argument"
+                parameter.metavar = (parameter.name or "").upper() if is_argument else "N"
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuses what was removed, and shows the long help; the rest is Typer's."""
+        config_class = getattr(self.callback, "config_class", None)
+        if config_class is not None and not ctx.resilient_parsing:
+            refuse_removed(config_class, args)
+            _refuse_keys(config_class, args)
+        self._shows_all = "--help-all" in args
+        return super().parse_args(ctx, ["--help"] if self._shows_all else args)
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """What stands behind the command's name, arguments without braces."""
+        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+
+    def get_short_help_str(self, limit: int = 0) -> str:
+        """The first line of the help, whole."""
+        return (self.help or "").partition("\n")[0]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Writes the options under their headings."""
+        titles = ("Arguments", "Options", _MORE, *_PANELS.values())
+        sections: dict[str, list[tuple[str, str]]] = {title: [] for title in titles}
+        parameters: list[Any] = self.get_params(ctx)
+        for parameter in parameters:
+            is_argument = parameter.param_type_name == "argument"
+            title = parameter.rich_help_panel or ("Arguments" if is_argument else "Options")
+            record = parameter.get_help_record(ctx)
+            if record is not None and (self._shows_all or title in ("Arguments", "Options")):
+                names = record[0].partition(" / ")[0].partition(" <")[0]
+                sections[title].append((names, record[1]))
+        for title, rows in sections.items():
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+        if any(parameter.rich_help_panel for parameter in parameters) and not self._shows_all:
+            formatter.write("\nclseave COMMAND --help-all shows every option.\n")
+        if self._shows_all:
+            formatter.write("\nA switch such as --resume is undone by --no-resume.\n")
+
+
+def _refuse_keys(config_class: type[StageConfig], args: list[str]) -> None:
+    """Refuses flags of options that the command takes from `--config` alone.
+
+    Raises:
+        UsageError: there is one.
+    """
+    keys = {flag_of(part): part.name for part in dataclasses.fields(config_class)}
+    for flag in (argument.partition("=")[0] for argument in args):
+        if config_class.FLAGS and keys.get(flag, "") not in ("", *config_class.FLAGS):
+            raise UsageError(f"{flag} was removed: put {keys[flag]} into a --config FILE.toml.")
 
 
 def command(config_class: type[C], run: Callable[..., None]) -> Callable[..., None]:
-    """The function Typer needs for `run(config, **own)`: one flag per field of `config_class`.
+    """The function Typer needs for `run(config, **own)`: one flag per field of `config_class`,
+    or of those in its `FLAGS`.
 
     Parameters of `run` after the first are flags and arguments of the command itself, declared
     with Typer's own annotations. Options win in this order: flag, `--config` file, `--preset`,
     default.
     """
     own = list(inspect.signature(run, eval_str=True).parameters.values())[1:]
-    flags = [_flag(config_class, field, annotation) for field, annotation in _fields(config_class)]
+    flags = [
+        _flag(config_class, field, annotation)
+        for field, annotation in _fields(config_class)
+        if not config_class.FLAGS or field.name in config_class.FLAGS
+    ]
     extra = [_keyword("config", ConfigFile)]
     if config_class.PRESETS:
         names = ", ".join(config_class.PRESETS)
@@ -68,6 +150,7 @@ def command(config_class: type[C], run: Callable[..., None]) -> Callable[..., No
     invoke.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     invoke.__annotations__ = {p.name: p.annotation for p in parameters}
     invoke.__doc__ = run.__doc__
+    invoke.config_class = config_class  # type: ignore[attr-defined]
     return invoke
 
 
@@ -82,14 +165,9 @@ def resolve(
     Raises:
         UsageError: the preset or a key of the file does not exist, or a value has the wrong type.
     """
-    values: dict[str, Any] = {}
-    if preset is not None:
-        if preset not in config_class.PRESETS:
-            known = ", ".join(config_class.PRESETS)
-            raise UsageError(f"--preset {preset}: unknown; there are: {known}.")
-        values |= config_class.PRESETS[preset]
+    values = dict(preset_options(config_class, preset))
     if config_file is not None:
-        values |= _read_toml(config_class, config_file)
+        values |= toml_options(config_class, config_file)
     for name, value in flags.items():
         if value is not None and value != []:
             values[name] = tuple(value) if isinstance(value, list) else value
@@ -98,23 +176,31 @@ def resolve(
 
 def _fields(config_class: type[StageConfig]) -> list[tuple[dataclasses.Field[Any], Any]]:
     hints = typing.get_type_hints(config_class)
-    return [(field, hints[field.name]) for field in dataclasses.fields(config_class)]
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    first = {name: fields[name] for name in config_class.FIRST if name in fields}
+    return [(field, hints[name]) for name, field in (first | fields).items()]
 
 
 def _flag(
     config_class: type[StageConfig], field: dataclasses.Field[Any], annotation: Any
 ) -> inspect.Parameter:
-    spelling = field.metadata["flag"] or "--" + field.name.replace("_", "-")
-    help_text, default = field.metadata["help"], field.default
-    if annotation is bool:
+    spelling = flag_of(field)
+    help_text, default, kind = field.metadata["help"], field.default, value_type(annotation)
+    metavar = field.metadata["metavar"] or _METAVARS.get(kind)
+    if get_origin(kind) is typing.Literal:
+        metavar = "|".join(get_args(kind))
+        if len(metavar) > _LONGEST_METAVAR:
+            metavar, help_text = "NAME", f"{help_text} One of {', '.join(get_args(kind))}."
+    if kind is bool:
         spelling = f"{spelling}/--no-{spelling[2:]}"
+        help_text += " Default: yes." if default else ""
     elif default is not None and default != ():
         shown = ", ".join(map(str, default)) if isinstance(default, tuple) else default
-        help_text += f" (default: {shown})"
+        help_text += f" Default: {shown}."
     flag = typer.Option(
         spelling,
         help=help_text,
-        metavar=field.metadata["metavar"],
+        metavar=metavar,
         show_default=False,
         envvar="CLSEAVE_RUNS" if field.name == "runs" else None,
         rich_help_panel=_panel(config_class, field.name),
@@ -123,64 +209,23 @@ def _flag(
 
 
 def _panel(config_class: type[StageConfig], name: str) -> str | None:
-    """The heading an option stands under in `--help`: what the first class to have it is for."""
+    """The heading an option stands under: none for those that come first."""
+    first = config_class.FIRST
+    if not first or name in first or config_class.FLAGS:
+        return None
     for part, title in _PANELS.items():
         if issubclass(config_class, part) and name in part.__annotations__:
             return title
-    return None
+    return _MORE
 
 
 def _optional(annotation: Any) -> Any:
     if get_origin(annotation) is tuple:
         annotation = list[get_args(annotation)[0]]  # type: ignore[misc]
-    return annotation if _admits_none(annotation) else annotation | None
-
-
-def _admits_none(annotation: Any) -> bool:
-    return isinstance(annotation, types.UnionType) and type(None) in get_args(annotation)
+    return annotation if type(None) in get_args(annotation) else annotation | None
 
 
 def _keyword(name: str, annotation: Any) -> inspect.Parameter:
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
     )
-
-
-def _read_toml(config_class: type[StageConfig], path: Path) -> dict[str, Any]:
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"--config {path}: cannot be read ({error.strerror}).") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path}: not valid TOML ({error}).") from None
-    annotations = {field.name: annotation for field, annotation in _fields(config_class)}
-    values = {}
-    for key, value in raw.items():
-        name = key.replace("-", "_")
-        if name not in annotations:
-            known = ", ".join(annotations)
-            raise UsageError(f"--config {path}: no option named {key}; there are: {known}.")
-        values[name] = _convert(path, key, value, annotations[name])
-    return values
-
-
-def _convert(path: Path, key: str, value: Any, annotation: Any) -> Any:
-    """`value` as the field's type, by the few types that config fields have."""
-    if isinstance(annotation, types.UnionType):
-        annotation = next(part for part in get_args(annotation) if part is not type(None))
-    if get_origin(annotation) is tuple:
-        items = value if isinstance(value, list) else [value]
-        return tuple(_convert(path, key, item, get_args(annotation)[0]) for item in items)
-    if get_origin(annotation) is typing.Literal:
-        if value in get_args(annotation):
-            return value
-        expected = " or ".join(map(str, get_args(annotation)))
-    elif annotation is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    elif annotation is Path and isinstance(value, str):
-        return Path(value)
-    elif type(value) is annotation:
-        return value
-    else:
-        expected = annotation.__name__
-    raise UsageError(f"--config {path}: {key} = {value!r}, expected {expected}.")

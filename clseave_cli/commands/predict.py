@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +13,8 @@ import typer
 
 from clseave_cli.commands import terminal
 from clseave_cli.core.config import PredictConfig
-from clseave_cli.errors import DataError, UsageError
+from clseave_cli.errors import ClseaveError, DataError, UsageError
+from clseave_cli.processes import use_one_thread
 
 if TYPE_CHECKING:
     from clseave_cli.core.prediction.predictor import Prediction
@@ -30,7 +33,7 @@ def run(
     source: Annotated[
         Path | None,
         typer.Option(
-            "--input", metavar="FILE", help="JSONL or CSV of image and hypothesis; -: stdin."
+            "--input", metavar="FILE", help="Rows of image and hypothesis, any format; -: stdin."
         ),
     ] = None,
     target: Annotated[
@@ -52,17 +55,25 @@ def run(
     assert image is not None and hypothesis is not None
     if config.resume:
         raise UsageError("--resume goes with --input and --output.")
+    if config.images is not None:
+        raise UsageError("--images goes with --input and --output; IMAGE is a path.")
 
+    # One pair is so little work that two threads would mostly wait for each other.
+    use_one_thread()
     from clseave_cli.core.prediction.predictor import VisualEntailment
 
     model = VisualEntailment.from_pretrained(
         config.runs, config.lang, config.device, config.precision, lasting=False
     )
     start = time.perf_counter()
-    result = model(image, hypothesis)
+    result = model.predict([(image, hypothesis)])[0]
     seconds = time.perf_counter() - start
+    if isinstance(result, ClseaveError):
+        raise result
     if result.truncated:
         terminal.stderr().print("the hypothesis is too long and was cut at the encoder's limit.")
+    if result.warning:
+        terminal.stderr().print(f"warning: {result.warning}", soft_wrap=True, markup=False)
     if json:
         terminal.print_json(result.to_json())
     else:
@@ -75,6 +86,10 @@ def _predict_file(config: PredictConfig, source: Path, target: Path, json: bool)
 
     from clseave_cli.core.prediction.predictor import predict_file
 
+    for path, stream, name in ((source, sys.stdin, "--input"), (target, sys.stdout, "--output")):
+        # `main` has put the null device in the place of a closed stdout.
+        if path == _STREAM and (stream is None or getattr(stream, "name", "") == os.devnull):
+            raise UsageError(f"{name} -: the stream is closed; give a file.")
     done = predict_file(
         config,
         sys.stdin.buffer if source == _STREAM else source,
@@ -99,6 +114,8 @@ def _predict_file(config: PredictConfig, source: Path, target: Path, json: bool)
 
 
 def _show(result: Prediction, seconds: float) -> None:
+    if isinstance(sys.stdout, TextIOWrapper):  # a folder's name may need letters stdout lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     out = terminal.stdout()
     block = "█" if out.encoding.startswith("utf") else "#"
     out.print(result.label, style="bold")

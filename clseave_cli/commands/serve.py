@@ -10,8 +10,6 @@ from clseave_cli.commands import terminal
 from clseave_cli.core.config import ServeConfig
 from clseave_cli.errors import ClseaveError, ExtraMissing
 
-_SHUTDOWN_SECONDS = 10
-
 
 def run(config: ServeConfig) -> None:
     """Answer over HTTP, with a page to drop a photo on.
@@ -19,36 +17,30 @@ def run(config: ServeConfig) -> None:
     Reads the models under --runs, or a folder that `clseave export` wrote. Ctrl-C ends it.
     """
     try:
-        import uvicorn
-
-        from clseave_cli.core.prediction.serving.app import create_app
+        from clseave_cli.core.prediction.service import create_app, make_server
     except ImportError as error:
-        raise ExtraMissing(f"serve needs {error.name}: pip install 'clseave-cli[serve]'.") from None
+        raise ExtraMissing(f"serve needs {error.name}: pip install -e '.[serve]'.") from None
     from clseave_cli.core.prediction.inference import load_model
+    from clseave_cli.core.prediction.predictor import AUTO
 
     listening = _listen(config.host, config.port)
-    model = load_model(
-        config.runs, config.lang or None, device=config.device, precision=config.precision
-    )
+    languages = None if config.lang in ((), (AUTO,)) else config.lang
+    model = load_model(config.runs, languages, device=config.device, precision=config.precision)
     for lang in model.sources:  # loads every encoder now, not with its first request
         model.embed_sentences(lang, ["."])
     # What the form's parser says of each bad request: whoever sends many would fill the log.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            create_app(model, config),
-            log_level="error",  # a request that is none deserves no line in a log
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
-        )
-    )
+    server = make_server(create_app(model, config))
     host = f"[{config.host}]" if ":" in config.host else config.host
     terminal.stdout().print(
         f"http://{host}:{listening.getsockname()[1]} · {', '.join(model.sources)}",
         soft_wrap=True,
         markup=False,
     )
+    if config.host not in ("127.0.0.1", "::1", "localhost") and not config.allowed_host:
+        terminal.stderr().print(
+            "only requests to localhost are answered; --allowed-host NAME allows another name."
+        )
     # Ctrl-C is how this command is meant to end.
     with suppress(KeyboardInterrupt):
         server.run(sockets=[listening])

@@ -1,17 +1,23 @@
-"""Results as tables for the terminal."""
+"""Results as tables for the terminal, with as many columns as it is wide enough for."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
-from clseave_cli.core.evaluation.report.names import language_name
-from clseave_cli.core.evaluation.report.numbers import (
+from clseave_cli.commands import terminal
+from clseave_cli.core.data.languages import language_name
+from clseave_cli.core.evaluation.summary import (
     DASH,
+    difference_span,
     mean_and_spread,
+    not_above,
     p_value,
     percent,
     points,
@@ -19,8 +25,58 @@ from clseave_cli.core.evaluation.report.numbers import (
 
 if TYPE_CHECKING:
     from clseave_cli.core.evaluation.comparison import Comparison
-    from clseave_cli.core.evaluation.report.data_curves import DataCurves
+    from clseave_cli.core.evaluation.curve import DataCurves
     from clseave_cli.core.evaluation.results import LanguageResult, Results
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column: its head, its cell of what a row is about, and how soon it goes for want of room.
+
+    Columns of the highest `rank` go first; those of rank 0 stay.
+    """
+
+    head: str
+    cell: Callable[[Any], str]
+    rank: int = 0
+    style: str | None = None
+
+
+def _table(
+    title: str,
+    caption: Sequence[str],
+    columns: Sequence[_Column],
+    rows: Iterable[Any],
+    width: int | None,
+) -> Table:
+    """A table in the look that all of them share: whole numbers, in as many columns as fit."""
+    console, rows, shown = terminal.stdout(), list(rows), list(columns)
+    width = console.width if width is None else width
+    while True:
+        table = Table(
+            title=title,
+            title_justify="left",
+            caption_justify="left",
+            box=box.SIMPLE_HEAD,
+            collapse_padding=True,
+            pad_edge=False,
+        )
+        for number, column in enumerate(shown):
+            justify: Any = "right" if number else "left"
+            table.add_column(column.head, justify=justify, style=column.style, no_wrap=True)
+        for row in rows:
+            table.add_row(*(column.cell(row) for column in shown))
+        options = console.options.update(max_width=1000)
+        last = max(shown, key=lambda column: column.rank)
+        if Measurement.get(console, options, table).maximum <= width or not last.rank:
+            break
+        shown.remove(last)
+    left_out = [" ".join(c.head.split()) for c in columns if c not in shown]
+    notes = (
+        [*caption, f"Left out for want of room: {', '.join(left_out)}."] if left_out else caption
+    )
+    table.caption = "\n".join(notes)
+    return table
 
 
 def _name(result: LanguageResult, results: Results) -> str:
@@ -32,121 +88,107 @@ def _range(low: float | None, high: float | None) -> str:
     return DASH if low is None else f"{percent(low)}–{percent(high)}"
 
 
-def _table(title: str, caption: str) -> Table:
-    """An empty table in the look that all of them share."""
-    return Table(
-        title=title,
-        caption=caption,
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        collapse_padding=True,
-        pad_edge=False,
-    )
+def results_table(results: Results, width: int | None = None, *, verbose: bool = False) -> Table:
+    """The language table: accuracy, how sure that is, and the baselines.
 
-
-def results_table(results: Results) -> Table:
-    """The language table: accuracy, how sure that is, and what is reached without looking."""
+    Args:
+        results: the document.
+        width: of the terminal; None: that of stdout.
+        verbose: show fingerprints of data and models.
+    """
     source = results.source_lang
-    caption = f"95 % intervals by bootstrap over photos · {escape(str(results.signature))}"
+    baselines = {r.key: results.baselines.get(r.key) for r in results.results}
+
+    def baseline(name: str) -> Callable[[LanguageResult], str]:
+        return lambda r: percent(getattr(baselines[r.key], name, None))
+
+    # Heads are broken by hand, so that the table fits 80 columns.
+    columns = [
+        _Column("\nlang", lambda r: _name(r, results)),
+        _Column("\naccuracy", lambda r: percent(r.accuracy), style="bold"),
+        _Column("95 %\ninterval", lambda r: _range(r.accuracy_low, r.accuracy_high), 1),
+        _Column(f"ratio\nto {source}", lambda r: percent(r.ratio_to_english), 4),
+        _Column(f"agrees\nwith {source}", lambda r: percent(r.agreement_with_english), 3),
+        _Column("\nmajority", baseline("majority"), 5),
+        _Column("hypothesis\nonly", baseline("hypothesis_only"), 2),
+        _Column("shuffled\nimage", baseline("shuffled_image"), 6),
+    ]
+    caption = not_above(results)
     if any(result.mode == "translate-test" for result in results.results):
-        name = language_name(source)
-        caption = f"“→ {source}”: translated into {name} first · {caption}"
+        caption.append(f"“→ {source}”: translated into {language_name(source)} first.")
+    caption.append(
+        f"95 % intervals by bootstrap over photos, {results.signature.num_examples:,} rows."
+    )
+    if verbose:
+        caption.append(str(results.signature))
     of = " (the first training)" if results.seeds else ""
-    table = _table(f"Visual entailment by language, in %{of}", caption)
-    table.add_column("\nlang", no_wrap=True)
-    table.add_column("\naccuracy", justify="right", style="bold", no_wrap=True)
-    # Broken by hand, so that the table fits 80 columns: what a pipe or a small terminal has.
-    for header in (
-        "95 %\ninterval",
-        f"ratio\nto {source}",
-        f"agrees\nwith {source}",
-        "\nmajority",
-        "hypothesis\nonly",
-        "shuffled\nimage",
-    ):
-        table.add_column(header, justify="right", no_wrap=True)
-    for result in results.results:
-        baselines = results.baselines.get(result.key)
-        table.add_row(
-            _name(result, results),
-            percent(result.accuracy),
-            _range(result.accuracy_low, result.accuracy_high),
-            percent(result.ratio_to_english),
-            percent(result.agreement_with_english),
-            percent(baselines.majority if baselines else None),
-            percent(baselines.hypothesis_only if baselines else None),
-            percent(baselines.shuffled_image if baselines else None),
-        )
-    return table
+    title = f"Visual entailment by language, in %{of}"
+    return _table(title, list(map(escape, caption)), columns, results.results, width)
 
 
-def seeds_table(results: Results) -> Table:
+def seeds_table(results: Results, width: int | None = None) -> Table:
     """What several trainings reach: the mean, how far they lie apart, and how sure the mean is."""
-    table = _table(
-        "Over several seeds, in %",
-        "± sample standard deviation over trainings; 95 % interval of the mean accuracy by "
-        "bootstrap over photos, the trainings as they are",
-    )
-    table.add_column("lang", no_wrap=True)
-    ratio = f"ratio to {results.source_lang}"
-    for header in ("seeds", "accuracy", "95 % interval", "min – max", ratio, "macro-F1"):
-        table.add_column(header, justify="right", no_wrap=True)
-    for result in results.results:
-        figures = results.seeds.get(result.key, {})
-        if accuracy := figures.get("accuracy"):
-            table.add_row(
-                _name(result, results),
-                str(accuracy.num_seeds),
-                mean_and_spread(accuracy),
-                _range(accuracy.low, accuracy.high),
-                _range(accuracy.min, accuracy.max),
-                mean_and_spread(figures.get("ratio_to_english")),
-                mean_and_spread(figures.get("macro_f1")),
-            )
-    return table
 
+    def summary(r: LanguageResult, name: str = "accuracy") -> Any:
+        return results.seeds[r.key].get(name)
 
-def data_curves_table(curves: DataCurves) -> Table:
-    """What students reach by the number of sentences they learnt from."""
-    english = "" if curves.english is None else f"; the teacher: {percent(curves.english)}"
-    table = _table("Students by number of sentences", f"{curves.figure[1]}{english}")
-    table.add_column("sentences", justify="right", no_wrap=True)
-    for name in curves.series:
-        table.add_column(name, justify="right")
-    for row in curves.rows():
-        table.add_row(*row)
-    return table
-
-
-def comparison_table(comparison: Comparison) -> Table:
-    """Two evaluations side by side: the paired difference, and whether it is one."""
+    columns = [
+        _Column("lang", lambda r: _name(r, results)),
+        _Column("seeds", lambda r: str(summary(r).num_seeds), 2),
+        _Column("accuracy", lambda r: mean_and_spread(summary(r))),
+        _Column("95 % interval", lambda r: _range(summary(r).low, summary(r).high), 1),
+        _Column("min – max", lambda r: _range(summary(r).min, summary(r).max), 4),
+        _Column(
+            f"ratio to {results.source_lang}",
+            lambda r: mean_and_spread(summary(r, "ratio_to_english")),
+            3,
+        ),
+        _Column("macro-F1", lambda r: mean_and_spread(summary(r, "macro_f1")), 5),
+    ]
     caption = (
-        "A minus B on the same rows, in points; 95 % intervals by paired bootstrap over "
-        f"photos ({comparison.resamples:,} resamples, seed {comparison.seed})"
+        "± sample standard deviation over trainings; 95 % interval of the mean accuracy by "
+        "bootstrap over photos, the trainings as they are."
     )
-    signatures = {"A": comparison.signature_first, "B": comparison.signature_second}
-    for name, signature in signatures.items():
-        if signature is not None:
-            caption += f"\n{name}: {escape(str(signature))}"
-    table = _table(escape(f"A: {comparison.first}\nB: {comparison.second}"), caption)
-    table.add_column("lang", no_wrap=True)
-    for header in ("n", "A, %", "B, %", "A − B", "95 % interval", "p", "McNemar p"):
-        table.add_column(header, justify="right", no_wrap=True)
-    table.add_column("verdict", style="bold", no_wrap=True)
-    for entry in comparison.languages:
-        difference = entry.difference
-        table.add_row(
-            entry.lang,
-            f"{entry.num_examples:,}",
-            percent(entry.accuracy_first),
-            percent(entry.accuracy_second),
-            points(difference.value),
-            DASH
-            if difference.low is None
-            else f"{points(difference.low)} to {points(difference.high)}",
-            p_value(difference.p),
-            p_value(difference.mcnemar_p),
-            {"tie": "tie", "first": "A better", "second": "B better"}[entry.verdict],
+    rows = [r for r in results.results if "accuracy" in results.seeds.get(r.key, {})]
+    return _table("Over several seeds, in %", [caption], columns, rows, width)
+
+
+def data_curves_table(curves: DataCurves, width: int | None = None) -> Table:
+    """What students reach by the number of sentences they learnt from."""
+    lines = {name: {n: value for n, value, *_ in line} for name, line in curves.lines().items()}
+    columns = [_Column("sentences", lambda number: f"{number:,}")]
+    for name, line in lines.items():
+        columns.append(
+            _Column(name, lambda n, line=line: f"{line[n]:.1f}" if n in line else DASH)  # type: ignore[misc]
         )
-    return table
+    teacher = "" if curves.english is None else f"; the teacher: {percent(curves.english)}"
+    numbers = sorted({point.num_sentences for point in curves.points})
+    caption = [f"{curves.metric}{teacher}"]
+    return _table("Students by number of sentences", caption, columns, numbers, width)
+
+
+def comparison_table(
+    comparison: Comparison, width: int | None = None, *, verbose: bool = False
+) -> Table:
+    """Two evaluations side by side: the paired difference, and whether it is one."""
+    caption = [
+        "A minus B on the same rows, in points; 95 % intervals by paired bootstrap over "
+        f"photos ({comparison.resamples:,} resamples, seed {comparison.seed})."
+    ]
+    signatures = {"A": comparison.signature_first, "B": comparison.signature_second}
+    if verbose:
+        caption += [f"{name}: {s}" for name, s in signatures.items() if s is not None]
+    verdicts = {"tie": "tie", "first": "A better", "second": "B better"}
+    columns = [
+        _Column("lang", lambda entry: entry.lang),
+        _Column("n", lambda entry: f"{entry.num_examples:,}", 3),
+        _Column("A, %", lambda entry: percent(entry.accuracy_first), 2),
+        _Column("B, %", lambda entry: percent(entry.accuracy_second), 2),
+        _Column("A − B", lambda entry: points(entry.difference.value)),
+        _Column("95 % interval", lambda entry: difference_span(entry.difference), 1),
+        _Column("p", lambda entry: p_value(entry.difference.p), 4),
+        _Column("McNemar p", lambda entry: p_value(entry.difference.mcnemar_p), 5),
+        _Column("verdict", lambda entry: verdicts[entry.verdict], style="bold"),
+    ]
+    title = escape(f"A: {comparison.first}\nB: {comparison.second}")
+    return _table(title, list(map(escape, caption)), columns, comparison.languages, width)

@@ -5,47 +5,98 @@ Of several processes (`torchrun`) only the first one speaks, errors apart.
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
+import re
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clseave_cli.errors import ClseaveError
 from clseave_cli.processes import is_first_process
 from clseave_cli.progress import Task
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
+    from rich.text import Text
 
     from clseave_cli.core.training.loop import TrainingResult
 
 _LINE_SECONDS = 10.0
+
+#: Control characters, which would reach into the terminal; a line break and a tab may.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """A text with its control characters spelled out, as ids and paths of data may hold some."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 # Consoles are made on first use: `clseave --help` must not wait for rich.
 @functools.cache
 def stdout() -> Console:
     """Where results go."""
-    from rich.console import Console
-
-    return Console(highlight=False, quiet=not is_first_process())
+    return make_console(stderr=False)
 
 
 @functools.cache
 def stderr() -> Console:
     """Where progress and notes go."""
+    return make_console(stderr=True)
+
+
+def make_console(*, stderr: bool, **settings: Any) -> Console:
+    """A console of rich's that prints no control characters of data."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, quiet=not is_first_process())
+    class PrintableConsole(Console):
+        """Every text passes here, cells of tables too."""
+
+        def render_str(self, text: str, **settings: Any) -> Text:
+            return super().render_str(printable(text), **settings)
+
+        def on_broken_pipe(self) -> None:
+            """Leaves it to `main`, which ends quietly; rich would exit with 1."""
+            raise BrokenPipeError(errno.EPIPE, "the reader went away")
+
+    quiet = not is_first_process()
+    return PrintableConsole(stderr=stderr, highlight=False, quiet=quiet, **settings)
+
+
+def say(message: str, *, to_stderr: bool = False) -> None:
+    """Prints a text as it is; on stderr, a terminal gets it broken between words.
+
+    Paths and URLs stay whole, and results can be copied as they are.
+    """
+    console = stderr() if to_stderr else stdout()
+    if to_stderr and console.is_terminal:
+        lines = message.splitlines()
+        message = "\n".join(
+            textwrap.fill(line, console.width, break_long_words=False, break_on_hyphens=False)
+            for line in lines
+        )
+    console.print(message, markup=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
-    """Prints exactly one JSON document on stdout, escaped where it cannot show a character."""
-    text = json.dumps(value, ensure_ascii=False, indent=2)
+    """Prints exactly one JSON document on stdout, escaped where it cannot show a character.
+
+    Raises:
+        ClseaveError: a number in it is not finite.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False)
+    except ValueError:
+        raise ClseaveError(
+            "a number of the result is not finite; are the models damaged?"
+        ) from None
     try:
         text.encode(sys.stdout.encoding)
     except UnicodeEncodeError:
@@ -53,7 +104,7 @@ def print_json(value: Any) -> None:
     sys.stdout.write(text + "\n")
 
 
-def _figures(fields: dict[str, float | int | str]) -> str:
+def _metrics(fields: dict[str, float | int | str]) -> str:
     shown = []
     for name, value in fields.items():
         text = f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -61,58 +112,55 @@ def _figures(fields: dict[str, float | int | str]) -> str:
     return " · ".join(shown)
 
 
-class _BarTask:
-    def __init__(self, bars: Progress, task: TaskID) -> None:
-        self._bars, self._task = bars, task
+class _Task:
+    """A piece of work: counted here, and drawn as a bar where there are bars."""
 
-    def advance(self, amount: int = 1, **fields: float | int | str) -> None:
-        self._bars.update(self._task, advance=amount)
-        if fields:
-            self._bars.update(self._task, figures=_figures(fields))
-
-
-class _LineTask:
-    """Plain lines for logs and pipes: one at most every ten seconds, and one at the end."""
-
-    def __init__(self, description: str, total: int | None, unit: str) -> None:
-        self._description, self._total, self._unit = description, total, unit
+    def __init__(self, description: str, total: int | None, unit: str, bars: Progress | None):
+        self._description, self._total, self._unit = printable(description), total, unit
         self._done, self._fields = 0, ""
         self._start = self._last = time.monotonic()
         # When the first report came, and what it counted: maybe work of an earlier sitting.
         self._first: tuple[float, int] | None = None
+        self._bars = bars
+        self.bar: TaskID | None = None
+        if bars is not None:
+            self.bar = bars.add_task(self._description, total=total, details="")
 
     def advance(self, amount: int = 1, **fields: float | int | str) -> None:
         self._first = self._first or (time.monotonic(), amount)
         self._done += amount
-        self._fields = _figures(fields) or self._fields
-        if time.monotonic() - self._last >= _LINE_SECONDS:
+        self._fields = _metrics(fields) or self._fields
+        if self._bars is not None and self.bar is not None:
+            line = self._line(self._time_left())
+            self._bars.update(self.bar, completed=self._done, details=line)
+        elif time.monotonic() - self._last >= _LINE_SECONDS:
             self._last = time.monotonic()
-            self.line()
+            say(f"{self._description}: {self._line(self._time_left())}", to_stderr=True)
 
-    def line(self) -> None:
+    def _line(self, time_text: str) -> str:
+        """How far it is, a time, and the latest metrics."""
         of = f"/{self._total}" if self._total is not None else ""
-        parts = [
-            f"{self._done}{of} {self._unit}".strip(),
-            _clock(time.monotonic() - self._start),
-        ]
-        if (seconds_left := self._seconds_left()) is not None:
-            parts.append(f"{_clock(seconds_left)} left")
-        if self._fields:
-            parts.append(self._fields)
-        stderr().print(f"{self._description}: " + " · ".join(parts), soft_wrap=True, markup=False)
+        done = f"{self._done}{of} {self._unit}".strip()
+        return " · ".join(part for part in (done, time_text, self._fields) if part)
 
-    def _seconds_left(self) -> float | None:
-        """None where nothing is left, or too little is known."""
+    def end(self) -> None:
+        """Says that it is done."""
+        line = self._line(f"in {_clock(time.monotonic() - self._start)}")
+        say(f"{self._description}: {line}", to_stderr=True)
+
+    def _time_left(self) -> str:
+        """Empty where nothing is left, or too little is counted to tell."""
         if self._first is None or self._total is None or self._done >= self._total:
-            return None
+            return ""
         begun, before = self._first
         if self._done == before:
-            return None
-        return (self._total - self._done) * (time.monotonic() - begun) / (self._done - before)
+            return ""
+        rate = (self._done - before) / (time.monotonic() - begun)
+        return f"{_clock((self._total - self._done) / rate)} left" if rate else ""
 
 
 def _clock(seconds: float) -> str:
-    """As the bars show times: 0:01:23."""
+    """A time in hours, minutes and seconds: 0:01:23."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"
@@ -125,57 +173,59 @@ class TerminalProgress:
         self._bars: Progress | None = None
 
     @contextmanager
-    def task(self, description: str, total: int | None = None, unit: str = "") -> Iterator[Task]:
-        """Draws one piece of work until the block ends."""
-        if not stderr().is_terminal:
-            line_task = _LineTask(description, total, unit)
-            yield line_task
-            line_task.line()
+    def task(
+        self, description: str, total: int | None = None, unit: str = "", *, noted: bool = False
+    ) -> Iterator[Task]:
+        """Draws one piece of work until the block ends; then a line stands for it.
+
+        A bar leaves nothing behind, whether the work is done or interrupted.
+        """
+        with self._drawn() as (bars, is_outermost):
+            task = _Task(description, total, unit, bars)
+            try:
+                yield task
+            finally:
+                if bars is not None and task.bar is not None:
+                    bars.remove_task(task.bar)
+        if not noted and (is_outermost or bars is None):
+            task.end()
+
+    @contextmanager
+    def _drawn(self) -> Iterator[tuple[Progress | None, bool]]:
+        """The bars, where there are some, and whether this work is what opened them."""
+        if self._bars is not None or not stderr().is_terminal:
+            yield self._bars, False
             return
         from rich import progress
 
-        outermost = self._bars is None
-        if self._bars is None:
-            self._bars = progress.Progress(
-                progress.TextColumn("{task.description}"),
-                progress.BarColumn(bar_width=24),
-                progress.MofNCompleteColumn(),
-                progress.TextColumn("{task.fields[unit]}"),
-                progress.TimeElapsedColumn(),
-                progress.TimeRemainingColumn(),
-                progress.TextColumn("[dim]{task.fields[figures]}"),
-                console=stderr(),
-            )
-            self._bars.start()
-        bars = self._bars
-        task = bars.add_task(description, total=total, unit=unit, figures="")
+        self._bars = progress.Progress(
+            progress.TextColumn("{task.description}", markup=False),
+            progress.BarColumn(bar_width=16),
+            progress.TextColumn("{task.fields[details]}", style="dim", markup=False),
+            console=stderr(),
+            transient=True,
+        )
         try:
-            yield _BarTask(bars, task)
+            with self._bars:
+                yield self._bars, True
         finally:
-            if outermost:
-                bars.stop()
-                self._bars = None
-            else:
-                bars.remove_task(task)
+            self._bars = None
 
     def note(self, message: str) -> None:
         """Prints a line above the bars."""
-        (self._bars.console if self._bars else stderr()).print(
-            message, soft_wrap=True, markup=False
-        )
+        say(message, to_stderr=True)
 
 
 def print_training(folder: Path, training: TrainingResult | None) -> None:
     """Prints where a model lies and how its training went."""
     if training is None:
-        stdout().print(f"{folder}: complete", soft_wrap=True, markup=False)
+        say(f"{folder}: complete")
         return
     from clseave_cli.core.training.loop import overall
 
     dev = ", ".join(f"{name} {value:.4g}" for name, value in overall(training.dev).items())
-    stdout().print(
-        f"{folder}: epoch {training.best_epoch} of {training.epochs} kept (dev {dev}) · "
-        f"{training.wall_seconds:.0f} s, {training.pairs_per_second:.0f} pairs/s",
-        soft_wrap=True,
-        markup=False,
+    early = ", stopped early" if training.stopped_early else ""
+    say(
+        f"{folder}: epoch {training.best_epoch} of {training.epochs} kept{early} (dev {dev}) · "
+        f"{training.wall_seconds:.0f} s, {training.pairs_per_second:.0f} pairs/s"
     )

@@ -12,7 +12,7 @@ from clseave_cli.commands import terminal
 from clseave_cli.core.config import WordAlignConfig
 
 if TYPE_CHECKING:
-    from clseave_cli.core.word_alignment.scoring import AlignmentScore
+    from clseave_cli.core.word_alignment.links import AlignmentScore
 
 
 def run(
@@ -31,17 +31,19 @@ def run(
     result = align_words(config, terminal.TerminalProgress())
     if result.score is not None:
         if json:
-            terminal.print_json(asdict(result.score))
+            best = {"layer": result.layer, "threshold": result.threshold} if config.search else {}
+            terminal.print_json(asdict(result.score) | best)
         else:
-            terminal.stdout().print(_summary(result.score), soft_wrap=True)
+            terminal.say(_summary(result.score))
+            if config.search:
+                terminal.say(
+                    f"best: --aligner-layer {result.layer} --aligner-threshold {result.threshold}"
+                )
     elif config.out is None:
         sys.stdout.writelines(f"{line}\n" for line in result.lines)
     if config.out is not None:
-        terminal.stderr().print(
-            f"{config.out}: {result.num_links} links of {result.num_pairs} sentence pairs",
-            soft_wrap=True,
-            markup=False,
-        )
+        counts = f"{result.num_links} links of {result.num_pairs} sentence pairs"
+        terminal.say(f"{config.out}: {counts}", to_stderr=True)
 
 
 def _summary(score: AlignmentScore) -> str:

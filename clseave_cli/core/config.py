@@ -8,9 +8,14 @@ command. This module imports nothing heavy: `clseave --help` reads it.
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import itertools
+import tomllib
+import types
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
 from clseave_cli.errors import UsageError
 
@@ -20,10 +25,8 @@ Tracking = Literal["none", "tensorboard", "wandb", "trackio"]
 #: Which hidden state stands for a sentence: the last token's (thesis 3.3.1), the first token's
 #: (BERT's [CLS]), or the mean over all its tokens, special ones included (Sentence-BERT).
 Pooling = Literal["terminal", "cls", "mean"]
-#: From there to the embedding: one matrix (thesis 3.3.1), or two with a GELU between them.
-Projection = Literal["linear", "mlp"]
 #: What the student's sentence embedding is pulled towards (docs/methods.md).
-ObjectiveName = Literal["mse", "cosine", "mse+cosine", "contrastive", "head-aware"]
+ObjectiveName = Literal["mse", "cosine", "mse+cosine", "contrastive"]
 #: What of a sentence is aligned: its embedding (thesis 3.3), its words (3.2), or both.
 Method = Literal["sentence", "token", "sentence+token"]
 #: How a state of the student becomes one of the teacher's width.
@@ -41,6 +44,7 @@ def option(
     flag: str | None = None,
     metavar: str | None = None,
     least: float | None = None,
+    most: float | None = None,
     zero_is_off: bool = False,
 ) -> Any:
     """A config field with the help text its flag shows.
@@ -51,6 +55,7 @@ def option(
         flag: the flag's spelling where it is not the field's name with hyphens.
         metavar: what stands for the value in `--help`.
         least: the smallest value that makes sense; None: any does.
+        most: the largest.
         zero_is_off: 0 means None, so that a flag can undo what a preset or a default sets.
     """
     return field(
@@ -60,6 +65,7 @@ def option(
             "flag": flag,
             "metavar": metavar,
             "least": least,
+            "most": most,
             "zero_is_off": zero_is_off,
         },
     )
@@ -69,33 +75,173 @@ def option(
 class StageConfig:
     """What every stage needs: on what to compute."""
 
+    #: Fields that are flags of the command; empty: all. The others are set by `--config` only.
+    FLAGS: ClassVar[tuple[str, ...]] = ()
+
     #: Named sets of options, by preset name; a subclass fills it.
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+    #: The options that `--help` shows, in this order; `--help-all` shows every one. Empty: all.
+    FIRST: ClassVar[tuple[str, ...]] = ()
+    #: What is no longer there (`--flag`, or `--flag value`), and what to use instead. An entry
+    #: stays for one version.
+    REMOVED: ClassVar[dict[str, str]] = {}
 
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")
     precision: Precision = option("auto", "Arithmetic of the matrix products.")
 
     def __post_init__(self) -> None:
-        """Turns a 0 that means "off" into None, and refuses numbers that are too small.
+        """Takes what Python callers like to give, and refuses numbers out of range.
+
+        A 0 that means "off" becomes None, a list a tuple, a single text where several are taken a
+        tuple of one; a path and a text become what the field is.
 
         Raises:
-            UsageError: one is; names the flag.
+            UsageError: a number is too small; names the flag.
         """
         for part in dataclasses.fields(self):
-            value, least = getattr(self, part.name), part.metadata["least"]
+            value, least = (
+                _of_type(str(part.type), getattr(self, part.name)),
+                part.metadata["least"],
+            )
+            most = part.metadata["most"]
+            object.__setattr__(self, part.name, value)
             if part.metadata["zero_is_off"] and value == 0:
                 object.__setattr__(self, part.name, None)
             elif least is not None and value is not None and not value >= least:
-                flag = part.metadata["flag"] or "--" + part.name.replace("_", "-")
                 off = ", or 0 for off" if part.metadata["zero_is_off"] else ""
-                raise UsageError(f"{flag} {value}: expected at least {least}{off}.")
+                raise UsageError(f"{flag_of(part)} {value}: expected at least {least}{off}.")
+            elif most is not None and value is not None and not value <= most:
+                raise UsageError(f"{flag_of(part)} {value}: expected at most {most}.")
+
+
+def flag_of(part: dataclasses.Field[Any]) -> str:
+    """How the flag of a config's field is spelled."""
+    spelling: str | None = part.metadata["flag"]
+    return spelling or "--" + part.name.replace("_", "-")
+
+
+def preset_options(config_class: type[StageConfig], preset: str | None) -> dict[str, Any]:
+    """The options that a preset stands for; none without one.
+
+    Raises:
+        UsageError: there is no such preset.
+    """
+    if preset is None:
+        return {}
+    if preset not in config_class.PRESETS:
+        there = ", ".join(config_class.PRESETS)
+        raise UsageError(f"--preset {preset}: unknown; there are: {there}.")
+    return config_class.PRESETS[preset]
+
+
+def named_options(
+    config_class: type[StageConfig], options: dict[str, Any], where: str = ""
+) -> dict[str, Any]:
+    """Options by the names of their fields; hyphens may stand for underscores.
+
+    Raises:
+        UsageError: one does not exist; names the nearest that does.
+    """
+    names = [part.name for part in dataclasses.fields(config_class)]
+    values = {}
+    for key, value in options.items():
+        name = key.replace("-", "_")
+        refuse_removed(config_class, ["--" + name.replace("_", "-"), str(value)], where)
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            advice = f"did you mean {near[0]}?" if near else f"there are: {', '.join(names)}."
+            raise UsageError(f"{where}no option named {key}; {advice}")
+        values[name] = value
+    return values
+
+
+def toml_options(config_class: type[StageConfig], path: Path) -> dict[str, Any]:
+    """The options that a `--config` file sets, each of the type of its field.
+
+    Raises:
+        UsageError: it cannot be read, or holds an unknown key or a value of another type.
+    """
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config {path}: cannot be read ({error.strerror}).") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: not valid TOML ({error}).") from None
+    named_options(config_class, raw, f"--config {path}: ")
+    hints = typing.get_type_hints(config_class)
+    return {
+        name: _convert(path, key, value, hints[name])
+        for key, value in raw.items()
+        for name in [key.replace("-", "_")]
+    }
+
+
+def _convert(path: Path, key: str, value: Any, annotation: Any) -> Any:
+    """`value` as the field's type, by the few types that config fields have."""
+    if get_origin(annotation) is tuple:
+        items = value if isinstance(value, list) else [value]
+        return tuple(_convert(path, key, item, value_type(annotation)) for item in items)
+    annotation = value_type(annotation)
+    if get_origin(annotation) is Literal:
+        if value in get_args(annotation):
+            return value
+        expected = " or ".join(map(str, get_args(annotation)))
+    elif annotation is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    elif annotation is Path and isinstance(value, str):
+        return Path(value)
+    elif type(value) is annotation:
+        return value
+    else:
+        expected = annotation.__name__
+    raise UsageError(f"--config {path}: {key} = {value!r}, expected {expected}.")
+
+
+def value_type(annotation: Any) -> Any:
+    """The type of one value: without None, and of a tuple's items."""
+    if isinstance(annotation, types.UnionType):
+        annotation = next(part for part in get_args(annotation) if part is not type(None))
+    return get_args(annotation)[0] if get_origin(annotation) is tuple else annotation
+
+
+def refuse_removed(config_class: type[StageConfig], arguments: list[str], where: str = "") -> None:
+    """Refuses a flag, or a value of one, that an older version had.
+
+    Raises:
+        UsageError: it is among the arguments; says what to use instead.
+    """
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    for word, value in itertools.pairwise([*words, ""]):
+        for removed in (word, f"{word} {value}"):
+            if advice := config_class.REMOVED.get(removed):
+                raise UsageError(f"{where}{removed} was removed: {advice}.")
+
+
+def _of_type(declared: str, value: Any) -> Any:
+    """A value as its field declares it, where it is a path, a text, or several of them."""
+    if declared.startswith("tuple["):
+        many = (value,) if isinstance(value, str | Path) else tuple(value)
+        return tuple(_of_type(declared.removeprefix("tuple[").split(",")[0], v) for v in many)
+    if isinstance(value, Path) and declared.startswith("str"):
+        return str(value)
+    return Path(value) if isinstance(value, str) and declared.startswith("Path") else value
 
 
 @dataclass(frozen=True, kw_only=True)
 class SeededConfig(StageConfig):
     """A stage that makes random choices."""
 
-    seed: int = option(0, "Seed of every random choice.", least=0)
+    seed: int = option(0, "Seed of every random choice.", least=0, most=2**32 - 1)
+
+    def __post_init__(self) -> None:
+        """Refuses a seed that torch cannot take.
+
+        Raises:
+            UsageError: it is too large.
+        """
+        super().__post_init__()
+        if self.seed >= 1 << 64:
+            raise UsageError(f"--seed {self.seed}: expected less than 2^64.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,11 +255,11 @@ class ModelsConfig(StageConfig):
 class DataConfig:
     """Where a stage's data lie and how strictly they are read."""
 
-    data: str = option("data", "Data folder, or hf:ORG/NAME on the hub.", metavar="DIR")
-    images: Path | None = option(
-        None, "Folder of the images; otherwise found in the data folder.", metavar="DIR"
+    data: str = option("data", "Data folder, or hf:ORG/NAME.", metavar="DIR")
+    images: Path | None = option(None, "Image folder; unset: found in --data.", metavar="DIR")
+    skip_bad: bool = option(
+        False, "Set bad rows aside in a .rejected.jsonl; leave out rows without their image."
     )
-    skip_bad: bool = option(False, "Set bad rows aside in a .rejected.jsonl and go on.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,28 +270,28 @@ class TrainingConfig(ModelsConfig, SeededConfig):
     batch_size: int = option(128, "Examples in one optimiser step.", least=1)
     learning_rate: float = option(1e-4, "Peak learning rate.", least=0)
     weight_decay: float = option(0.0, "Decoupled weight decay (AdamW).", least=0)
-    warmup_fraction: float = option(0.1, "Share of the steps over which the rate rises.", least=0)
+    warmup_fraction: float = option(0.1, "Share of steps of rising rate.", least=0)
     schedule: Literal["constant", "linear", "cosine"] = option(
         "linear", "How the learning rate falls after the warm-up."
     )
-    accumulation: int = option(1, "Parts a batch is computed in, to save memory.", least=1)
+    accumulation: int = option(1, "Parts of a batch, to save memory.", least=1)
     clip_norm: float | None = option(
         None, "Largest gradient norm; 0: no clipping.", least=0, zero_is_off=True
     )
     patience: int | None = option(
         None,
-        "Stop after this many epochs without a better dev figure; 0: never.",
+        "Stop after this many epochs without a better dev metric; 0: never.",
         least=1,
         zero_is_off=True,
     )
     max_steps: int | None = option(None, "Stop after this many optimiser steps.", least=1)
-    checkpoint_minutes: float = option(10.0, "Minutes between two saved training states.", least=0)
-    resume: bool = option(False, "Continue an interrupted run from its last saved state.")
+    checkpoint_minutes: float = option(10.0, "Minutes between saved states.", least=0)
+    resume: bool = option(False, "Continue an interrupted run.")
     tracker: Tracking = option(
-        "none", "Where figures go beside metrics.jsonl; each needs the extra of its name."
+        "none", "Where metrics go, beside metrics.jsonl; each needs its extra."
     )
-    train_split: str = option("train", "Name of the split to train on.")
-    dev_split: str = option("dev", "Name of the split that chooses the checkpoint.")
+    train_split: str = option("train", "Split to train on.")
+    dev_split: str = option("dev", "Split that selects the checkpoint.")
     allow_leak: bool = option(False, "Allow an image to be in two splits.")
 
 
@@ -172,7 +318,7 @@ class EngineConfig:
     backend: Literal["auto", "transformers", "ctranslate2"] = option(
         "auto", "nmt: what computes; auto: ctranslate2 where it is installed and fits."
     )
-    beams: int = option(4, "nmt: width of the beam search.")
+    beams: int = option(4, "nmt: width of the beam search.", least=1)
     int8: bool = option(
         False, "nmt, ctranslate2: matrices in 8 bits: faster, and not quite the same words."
     )
@@ -186,14 +332,16 @@ class EngineConfig:
         "auto", "file: what identifies a row; auto: pairID where the file has it."
     )
     requests_per_second: float | None = option(
-        None, "At most so many requests a second; unset: google 5, otherwise no limit."
+        None,
+        "At most so many requests a second; unset: google 5, otherwise no limit.",
+        least=0.001,
     )
     concurrency: int | None = option(
-        None, "Requests under way at a time; unset: what suits the engine."
+        None, "Requests under way at a time; unset: what suits the engine.", least=1
     )
-    timeout_seconds: float = option(30.0, "Longest wait for one answer.")
-    retries: int = option(5, "Further tries of a request that failed.")
-    retry_seconds: float = option(1.0, "Wait before the first of them; doubles each time.")
+    timeout_seconds: float = option(30.0, "Longest wait for one answer.", least=0.001)
+    retries: int = option(5, "Further tries of a request that failed.", least=0)
+    retry_seconds: float = option(1.0, "Wait before the first of them; doubles each time.", least=0)
     memory: Path | None = option(
         None, "Translation memory; unset: CACHE/translation/memory.sqlite.", metavar="FILE"
     )
@@ -203,6 +351,10 @@ class EngineConfig:
 class TranslateConfig(SeededConfig, EngineConfig):
     """`translate`: the hypotheses of a data set in another language."""
 
+    FIRST: ClassVar[tuple[str, ...]] = (
+        "lang", "data", "split", "input", "out", "engine", "model", "url", "translations",
+        "on_suspect", "review", "memory",
+    )  # fmt: skip
     data: Path = option(Path("data"), "Folder of the snli_ve_SPLIT files.", metavar="DIR")
     split: tuple[str, ...] = option(
         (), "Split to translate; repeat; unset: those of train, dev and test that exist."
@@ -218,17 +370,25 @@ class TranslateConfig(SeededConfig, EngineConfig):
     lang: tuple[str, ...] = option((), "Language to translate into; repeat for several.")
     source: str = option("en", "Language to translate from.")
     batch_size: int | None = option(
-        None, "Texts in one call of the engine; unset: what suits the engine."
+        None, "Texts in one call of the engine; unset: what suits the engine.", least=1
     )
     on_suspect: Literal["keep", "retry", "drop"] = option(
-        "keep", "What happens to a translation that a check finds suspect; kept ones are marked."
+        "keep", "What happens to a translation that fails a check; kept ones are marked."
     )
-    review: int = option(0, "Rows in a side-by-side sample for a speaker to look over.")
+    review: int = option(0, "Rows in a side-by-side sample for a speaker to review.", least=0)
+    overwrite: bool = option(
+        False, "Replace files that translate did not write, or that were changed since."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(TrainingConfig):
     """`pretrain`: contrastive training of a CLIP-family model from image-caption pairs."""
+
+    FIRST: ClassVar[tuple[str, ...]] = (
+        "data", "images", "clip", "runs", "epochs", "batch_size", "learning_rate", "resume",
+        "skip_bad", "seed", "device", "precision",
+    )  # fmt: skip
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         # The built-in world, on two CPU cores (docs/experiments.md, 2026-11-20).
@@ -252,9 +412,7 @@ class PretrainConfig(TrainingConfig):
     data: Path = option(
         Path("data"), "Folder of captions_train.jsonl and captions_dev.jsonl.", metavar="DIR"
     )
-    images: Path | None = option(
-        None, "Folder of the images; otherwise found in the data folder.", metavar="DIR"
-    )
+    images: Path | None = option(None, "Image folder; unset: found in --data.", metavar="DIR")
     clip: str | None = option(
         None, "Model to start from (hub id or folder); unset: from scratch.", metavar="NAME_OR_DIR"
     )
@@ -281,6 +439,11 @@ class PretrainConfig(TrainingConfig):
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(TrainingConfig, DataConfig):
     """`finetune-ve`: CLIP-VE, the visual-entailment model of the source language (thesis 3.1.2)."""
+
+    FIRST: ClassVar[tuple[str, ...]] = (
+        "data", "images", "clip", "source_lang", "runs", "epochs", "batch_size", "learning_rate",
+        "skip_bad", "resume", "seed", "device",
+    )  # fmt: skip
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "thesis": {
@@ -318,17 +481,20 @@ class FinetuneConfig(TrainingConfig, DataConfig):
     epochs: int = option(20, "Passes over the training data, early stopping apart.", least=1)
     batch_size: int = option(64, "Examples in one optimiser step.", least=1)
     learning_rate: float = option(1e-6, "Peak learning rate.", least=0)
-    warmup_fraction: float = option(0.0, "Share of the steps over which the rate rises.", least=0)
+    warmup_fraction: float = option(0.0, "Share of steps of rising rate.", least=0)
     schedule: Literal["constant", "linear", "cosine"] = option(
         "constant", "How the learning rate falls after the warm-up."
     )
     patience: int | None = option(
         1,
-        "Stop after this many epochs without a better dev figure; 0: never.",
+        "Stop after this many epochs without a better dev metric; 0: never.",
         least=1,
         zero_is_off=True,
     )
-    select: Literal["loss", "accuracy"] = option("loss", "Dev figure that chooses the checkpoint.")
+    select: Literal["loss", "accuracy"] = option("loss", "Dev metric that selects the checkpoint.")
+    dev_fraction: float = option(
+        0.05, "Share of the training images held out where there is no dev file."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,17 +530,13 @@ class TokenConfig(WordAlignerConfig):
     )
     sentence_token: SentenceToken = option(
         "terminal",
-        "Token whose code stands for the sentence; pooler: [CLS] through the encoder's pooling "
-        "layer; thesis: pooler.",
+        "Token whose code stands for the sentence; pooler: pooled [CLS]; thesis: pooler.",
     )
     final_norm: Literal["once", "twice"] = option(
         "once",
-        "Whether the teacher's last normalisation, which is in its states already, is applied "
-        "again where the head reads; thesis: twice.",
+        "How often the teacher's last normalisation is applied; thesis: twice.",
     )
-    pretrained_code: bool = option(
-        False, "Start from a trained autoencoder's encoder; thesis: yes."
-    )
+    pretrained_code: bool = option(False, "Start from a trained autoencoder; thesis: yes.")
     autoencoder: Path | None = option(
         None, "Autoencoder to start from; unset: RUNS/autoencoder.", metavar="DIR"
     )
@@ -388,6 +550,17 @@ class TokenConfig(WordAlignerConfig):
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig(TrainingConfig, DataConfig, TokenConfig):
     """How a student is trained, whatever it is for."""
+
+    FIRST: ClassVar[tuple[str, ...]] = (
+        "lang", "data", "images", "student", "method", "objective", "trim_vocabulary", "runs",
+        "epochs", "batch_size", "learning_rate", "resume",
+    )  # fmt: skip
+    REMOVED: ClassVar[dict[str, str]] = {
+        "--objective head-aware": "it gained nothing over --objective mse",
+        "--head-weight": "it belonged to --objective head-aware, which is gone; use mse",
+        "--projection mlp": "it gained nothing over --projection linear, the default",
+        "--parallel-batches": "it gained nothing; leave it out",
+    }
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "thesis": {
@@ -417,7 +590,7 @@ class StudentConfig(TrainingConfig, DataConfig, TokenConfig):
 
     method: Method = option("sentence", "What of a sentence is aligned (docs/methods.md).")
     lang: tuple[str, ...] = option(
-        (), "Language to align; repeat for one student of several.", metavar="LANG"
+        (), "Language to align; repeat: one student of several.", metavar="LANG"
     )
     student: str = option(
         "google-bert/bert-base-multilingual-cased",
@@ -428,17 +601,11 @@ class StudentConfig(TrainingConfig, DataConfig, TokenConfig):
         None, "CLIP-VE folder to imitate; unset: RUNS/clip-ve.", metavar="DIR"
     )
     objective: ObjectiveName = option("mse", "What the student is pulled towards.")
-    head_weight: float = option(
-        0.02, "head-aware: weight of what the head would answer, beside the squared error.", least=0
-    )
     pooling: Pooling = option("terminal", "Which hidden state stands for the sentence.")
-    projection: Projection = option("linear", "How it becomes the embedding.")
-    include_english: bool = option(
-        False, "Train on the teacher's sentences too, as their own translations."
-    )
+    include_english: bool = option(False, "Train on the teacher's sentences, too.")
     auxiliary: tuple[str, ...] = option(
         (),
-        "Language trained along as a regulariser: not read later, not counted; repeat.",
+        "Language to train along as a regulariser; repeat.",
         metavar="LANG",
     )
     auxiliary_weight: float = option(0.3, "Weight of its pairs in the loss.", least=0)
@@ -448,40 +615,48 @@ class StudentConfig(TrainingConfig, DataConfig, TokenConfig):
     sampling_temperature: float = option(
         5.0, "temperature: shares as the pairs to the power of 1/T; 1 is proportional.", least=1
     )
-    parallel_batches: bool = option(
-        False, "Batches of source sentences, each with its translations into every language."
-    )
-    epoch_pairs: int | None = option(
-        None, "Pairs in an epoch, repeats counted; unset: every pair once.", least=1
-    )
-    trim_vocabulary: bool = option(
-        False, "Keep only the tokens of the text, special ones and single characters."
-    )
+    epoch_pairs: int | None = option(None, "Pairs in an epoch; unset: every pair once.", least=1)
+    trim_vocabulary: bool = option(False, "Keep only the tokens that the text needs.")
     epochs: int = option(9, "Passes over the training data.", least=1)
     weight_decay: float = option(0.01, "Decoupled weight decay (AdamW).", least=0)
     select: Literal["auto", "accuracy", "mse", "cosine", "recall_at_10"] = option(
         "auto",
-        "Dev figure that chooses the checkpoint; auto: accuracy where images are there, otherwise "
-        "what the objective is about.",
+        "Dev metric that selects the checkpoint; auto: accuracy if there are images, otherwise "
+        "the objective's.",
     )
     dev_fraction: float = option(
         0.05, "Share of the training sentences held out where there is no dev file."
     )
+    skip_suspect: bool = option(False, "Leave out rows marked translation_suspect.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlignConfig(StudentConfig):
     """`align`: a multilingual student of the CLIP-VE text encoder (thesis 3.3)."""
 
-    limit: int | None = option(
-        None, "Train on this many distinct sentences of each language; unset: on all.", least=1
-    )
+    limit: int | None = option(None, "Distinct sentences of each language; unset: all.", least=1)
     out: Path | None = option(None, "Folder to write; unset: RUNS/align-LANG.", metavar="DIR")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CurveConfig(StudentConfig):
     """`curve`: how good a student gets from how many sentences."""
+
+    FLAGS: ClassVar[tuple[str, ...]] = (
+        "lang",
+        "limits",
+        "together",
+        "student",
+        "data",
+        "images",
+        "runs",
+        "split",
+        "keep_models",
+        "out",
+        "seed",
+        "device",
+    )
+    FIRST: ClassVar[tuple[str, ...]] = FLAGS
 
     limits: tuple[int, ...] = option(
         (100, 300, 1000, 3000),
@@ -498,6 +673,11 @@ class CurveConfig(StudentConfig):
 @dataclass(frozen=True, kw_only=True)
 class AutoencodeConfig(TrainingConfig, DataConfig):
     """`autoencode`: the autoencoder of the token method (thesis 3.2.2 and Table A.1)."""
+
+    FIRST: ClassVar[tuple[str, ...]] = (
+        "lang", "data", "student", "teacher", "code", "runs", "epochs", "batch_size",
+        "learning_rate", "resume", "seed", "device",
+    )  # fmt: skip
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "thesis": {
@@ -528,7 +708,7 @@ class AutoencodeConfig(TrainingConfig, DataConfig):
     batch_size: int = option(256, "Sentences in one optimiser step.", least=1)
     learning_rate: float = option(1e-5, "Peak learning rate.", least=0)
     weight_decay: float = option(1e-6, "Decoupled weight decay (AdamW).", least=0)
-    warmup_fraction: float = option(0.0, "Share of the steps over which the rate rises.", least=0)
+    warmup_fraction: float = option(0.0, "Share of steps of rising rate.", least=0)
     schedule: Literal["constant", "linear", "cosine"] = option(
         "constant", "How the learning rate falls after the warm-up."
     )
@@ -538,10 +718,14 @@ class AutoencodeConfig(TrainingConfig, DataConfig):
 class WordAlignConfig(StageConfig, WordAlignerConfig):
     """`word-align`: which words of parallel sentences translate each other."""
 
-    data: str = option("data", "Data folder, or hf:ORG/NAME on the hub.", metavar="DIR")
+    FIRST: ClassVar[tuple[str, ...]] = (
+        "lang", "data", "split", "input", "out", "gold", "alignments", "words", "aligner",
+        "aligner_layer", "aligner_threshold", "device",
+    )  # fmt: skip
+    data: str = option("data", "Data folder, or hf:ORG/NAME.", metavar="DIR")
     lang: str | None = option(None, "Language of the translations in --data.", metavar="LANG")
     source_lang: str = option("en", "Language they were translated from.", metavar="LANG")
-    split: str = option("train", "Name of the split to align.")
+    split: str = option("train", "Split to align.")
     input: Path | None = option(
         None,
         "Align this file of source ||| target lines instead, words between spaces.",
@@ -564,6 +748,9 @@ class WordAlignConfig(StageConfig, WordAlignerConfig):
     gold: Path | None = option(
         None, "Score the links against those of this Pharaoh file.", metavar="FILE"
     )
+    search: bool = option(
+        False, "With --gold: try every layer and several thresholds, and take the best."
+    )
     gold_base: Literal["auto", "0", "1"] = option(
         "auto", "Number of a sentence's first word in --gold; auto: 1 where no word is 0."
     )
@@ -573,6 +760,10 @@ class WordAlignConfig(StageConfig, WordAlignerConfig):
 class EvaluateConfig(SeededConfig, DataConfig, EngineConfig):
     """`evaluate`: how good, in every language, and did it look at the photo?"""
 
+    FIRST: ClassVar[tuple[str, ...]] = (
+        "lang", "data", "images", "split", "runs", "students", "mode", "report", "skip_bad",
+        "batch_size", "seed", "device",
+    )  # fmt: skip
     runs: tuple[Path, ...] = option(
         (Path("runs"),),
         "Folder of the models; repeat for the same models of several seeds.",
@@ -584,10 +775,9 @@ class EvaluateConfig(SeededConfig, DataConfig, EngineConfig):
     )
     mode: Literal["zero-shot", "translate-test", "both"] = option(
         "zero-shot",
-        "zero-shot: a student reads the language; translate-test: the hypotheses are translated "
-        "into the source model's language.",
+        "zero-shot: a student reads the language; translate-test: CLIP-VE reads translations.",
     )
-    split: str = option("test", "Name of the split to evaluate on.")
+    split: str = option("test", "Split to evaluate on.")
     batch_size: int = option(256, "Examples computed at once.", least=1)
     train_split: str = option("train", "Split the hypothesis-only baseline learns from.")
     allow_leak: bool = option(False, "Allow an image to be in both splits.")
@@ -599,10 +789,19 @@ class EvaluateConfig(SeededConfig, DataConfig, EngineConfig):
 class PredictConfig(ModelsConfig):
     """`predict`: the label of one image and sentence, or of a file of them."""
 
+    FIRST: ClassVar[tuple[str, ...]] = (
+        "lang", "runs", "images", "batch_size", "resume", "device", "precision",
+    )  # fmt: skip
+
     lang: str | None = option(
         None,
         "Language of the hypothesis; auto: identified; unset: CLIP-VE's own.",
         metavar="LANG",
+    )
+    images: Path | None = option(
+        None,
+        "Folder to look the images of --input up in; unset: they are paths beside it.",
+        metavar="DIR",
     )
     batch_size: int = option(256, "Pairs computed at once.", least=1)
     resume: bool = option(False, "Continue an interrupted --output where it stopped.")
@@ -611,6 +810,10 @@ class PredictConfig(ModelsConfig):
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(ModelsConfig):
     """`export`: the models as a folder that runs without torch."""
+
+    FIRST: ClassVar[tuple[str, ...]] = (
+        "out", "lang", "runs", "int8", "format", "device", "precision",
+    )  # fmt: skip
 
     out: Path = option(Path("exported"), "Folder to write.", metavar="DIR")
     format: Literal["onnx"] = option("onnx", "What to write.")
@@ -624,10 +827,18 @@ class ExportConfig(ModelsConfig):
 class ServeConfig(ModelsConfig):
     """`serve`: an HTTP service and a page to try it on."""
 
+    FIRST: ClassVar[tuple[str, ...]] = (
+        "lang", "host", "port", "allowed_host", "runs", "device", "precision", "batch_size",
+        "max_waiting", "max_megabytes", "max_megapixels", "max_characters",
+    )  # fmt: skip
+
     lang: tuple[str, ...] = option(
-        (), "Language to serve; repeat; unset: all there are.", metavar="LANG"
+        (), "Language to serve; repeat; auto: identified; unset: all there are.", metavar="LANG"
     )
     host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0: every network.")
+    allowed_host: tuple[str, ...] = option(
+        (), "Name by which clients reach it, besides localhost; repeat; *: any.", metavar="HOST"
+    )
     port: int = option(8000, "Port to listen on; 0: any free one.", least=0)
     batch_size: int = option(16, "Most pairs computed at once.", least=1)
     max_waiting: int = option(256, "Requests that may wait; more are turned away (503).", least=1)

@@ -11,6 +11,7 @@ Legend: N rows · U distinct items · D width of a vector.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,6 +33,7 @@ from clseave_cli.core.files import atomic_file, cache_root, file_digest
 from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
 from clseave_cli.core.models.tokens import TokenTable
 from clseave_cli.core.training.distribution import processes
+from clseave_cli.core.training.placement import on_device, page_locked
 from clseave_cli.core.training.precision import Autocast
 from clseave_cli.errors import ClseaveError, DataError
 from clseave_cli.processes import ahead, usable_cores
@@ -41,7 +43,7 @@ from clseave_cli.progress import SILENT, Progress, Task
 #: costs is little, and the files are few.
 _SHARD_VECTORS = 65_536
 _SHARD_SECONDS = 60.0
-_IMAGE_BATCH = 64
+_IMAGE_BATCH = {"cuda": 256, "cpu": 64}
 #: Batches of images decoded while one is encoded: one for each core, within these bounds. A batch
 #: is 39 MB of pixels at 224 × 224, and about as much again for its photos while it is decoded, so
 #: they take at most some 2.5 GB, and 1.3 GB on 16 cores.
@@ -102,9 +104,9 @@ def tokenize_sentences(
     texts, index = distinct(sentences)
     tokens = encoder.tokenize(texts)
     if tokens.num_truncated:
-        longest = max(range(len(sentences)), key=lambda row: len(sentences[row]))
+        first = int(np.argmax(tokens.truncated[index]))
         progress.note(
-            f"{where(longest)}: too long for the encoder, as are {tokens.num_truncated} distinct "
+            f"{where(first)}: too long for the encoder, as are {tokens.num_truncated} distinct "
             f"hypotheses in all: cut to {encoder.max_tokens} tokens, the terminal token kept."
         )
     return Sentences(tokens, index)
@@ -112,10 +114,10 @@ def tokenize_sentences(
 
 def embed_rows(encoder: SentenceEncoder, sentences: Sentences) -> Tensor:
     """(N, D) float32 embeddings of the rows' sentences; several processes share the work out."""
-    tokens, team = sentences.tokens, processes()
-    own = team.share(np.arange(len(tokens)))
-    embeddings = team.spread(
-        lambda: torch.cat([part.float() for part in encoder.embed(tokens, sentences=own)]),
+    tokens = sentences.tokens
+    shard = processes().shard(np.arange(len(tokens)))
+    embeddings = processes().gather(
+        lambda: torch.cat([part.float() for part in encoder.embed(tokens, sentences=shard)]),
         len(tokens),
     )
     return embeddings[torch.from_numpy(sentences.index)]
@@ -159,7 +161,10 @@ class Photos:
         Raises:
             DataError: as `named`.
         """
-        where = [split.where(row) for row in first_rows(split)]
+        _, first = np.unique(split.image_index, return_index=True)
+        # Rows without an image, if there are any, come before the others.
+        rows = first[len(first) - len(split.image_names) :]
+        where = [split.where(row) for row in rows]
         return cls.named(split.image_names, where, images)
 
     def digest(self) -> str:
@@ -182,37 +187,7 @@ def image_features(
         split: N rows.
         photos: `Photos.of` the split.
         autocast: the arithmetic.
-        progress: told about what is computed.
-
-    Raises:
-        DataError: an image is damaged; the line that names it is in the message.
-    """
-    features = image_vectors(
-        encoder,
-        photos,
-        autocast=autocast,
-        description=f"{split.name}: image features",
-        progress=progress,
-    )
-    return Features(features.vectors, features.index[split.image_index])
-
-
-def image_vectors(
-    encoder: ImageEncoder,
-    photos: Photos,
-    *,
-    autocast: Autocast,
-    description: str,
-    progress: Progress = SILENT,
-) -> Features:
-    """The projected features of N named images, each picture once.
-
-    Args:
-        encoder: the frozen image tower.
-        photos: N of them.
-        autocast: the arithmetic.
-        description: what the progress bar says.
-        progress: told about what is computed.
+        progress: reports what is computed.
 
     Raises:
         DataError: an image is damaged; the line that names it is in the message.
@@ -221,26 +196,36 @@ def image_vectors(
     keys, path_of_key, key_of_path = np.unique(photos.keys, return_index=True, return_inverse=True)
 
     def decode(item: int) -> Image:
+        path = photos.paths[item]
         try:
-            return open_image(photos.paths[item])
+            # The bytes that are decoded are those that the key stands for, or the cache would give
+            # another photo's vector from now on.
+            content = path.read_bytes()
+            if packed_keys([_picture_key(content)])[0] != photos.keys[item]:
+                raise DataError(f"{path}: replaced while it was being read; run the command again.")
+            return open_image(content, str(path))
         except DataError as error:
             raise DataError(f"{photos.where[item]}: {error}") from None
+        except OSError as error:
+            raise DataError(f"{photos.where[item]}: {path}: {error.strerror}.") from None
 
     def pixels(items: list[int]) -> Tensor:
         # Preprocessed together: half the cost of one by one.
-        return encoder.preprocess([decode(item) for item in items])
+        return page_locked(encoder.preprocess([decode(item) for item in items]), encoder.device)
 
     def compute(missing: npt.NDArray[np.intp]) -> Iterator[Tensor]:
         items = path_of_key[missing].tolist()
-        batches = [items[i : i + _IMAGE_BATCH] for i in range(0, len(items), _IMAGE_BATCH)]
+        size = _IMAGE_BATCH[encoder.device.type]
+        batches = [items[i : i + size] for i in range(0, len(items), size)]
         num_ahead = min(max(_FEWEST_AHEAD, usable_cores()), _MOST_AHEAD)
         with ThreadPoolExecutor(max_workers=min(usable_cores(), num_ahead)) as decoders:
             for batch in ahead(decoders, pixels, batches, num_ahead):
                 with torch.no_grad(), autocast():
-                    yield encoder(batch.to(encoder.device)).float().cpu()
+                    yield encoder(on_device(batch, encoder.device)).float().cpu()
 
     cache = VectorCache(_folder("image", encoder, autocast), encoder.embedding_dim)
-    return Features(cache.get(keys, compute, description, progress), key_of_path)
+    vectors = cache.get(keys, compute, f"{split.name}: image features", progress)
+    return Features(vectors, key_of_path[split.image_index])
 
 
 def sentence_embeddings(
@@ -259,8 +244,8 @@ def sentence_embeddings(
 
     def compute(missing: npt.NDArray[np.intp]) -> Iterator[Tensor]:
         for start in range(0, len(missing), _SENTENCES_AT_ONCE):
-            some = missing[start : start + _SENTENCES_AT_ONCE]
-            tokens = encoder.tokenize([sentences[i] for i in some])
+            chunk = missing[start : start + _SENTENCES_AT_ONCE]
+            tokens = encoder.tokenize([sentences[i] for i in chunk])
             with torch.no_grad(), autocast():
                 for embeddings in encoder.embed(tokens):
                     yield embeddings.float().cpu()
@@ -345,7 +330,7 @@ class VectorCache:
             keys: (U,) see `packed_keys`.
             compute: yields the vectors of the given items in order, in batches of any size.
             description: what the progress bar says.
-            progress: told about what is computed.
+            progress: reports what is computed.
 
         Raises:
             ClseaveError: the disk is full, or does not keep what is written.
@@ -354,19 +339,18 @@ class VectorCache:
         if not len(keys):
             return vectors
         order = np.argsort(keys)
-        known: set[Path] = set()
-        self._find(vectors, keys, order, known)
-        team = processes()
+        mapped: set[Path] = set()
+        self._find(vectors, keys, order, mapped)
         # The second time only what another process was to compute and is not there: it was
         # damaged at once, or lies on a disk that this one does not see.
-        for share in (team.share, lambda items: items):
-            team.wait()
-            todo = share(vectors.missing())
+        for shard in (processes().shard, lambda items: items):
+            processes().wait()
+            todo = shard(vectors.missing())
             if len(todo):
                 with progress.task(description, total=len(todo)) as task:
                     self._compute(keys, todo, compute, task)
-            team.wait()
-            self._find(vectors, keys, order, known)
+            processes().wait()
+            self._find(vectors, keys, order, mapped)
         if len(vectors.missing()):
             raise ClseaveError(
                 f"{self._folder}: what was just written there cannot be read back; is the folder "
@@ -406,14 +390,15 @@ class VectorCache:
             write()
 
     def _find(
-        self, vectors: Vectors, keys: Keys, order: npt.NDArray[np.intp], known: set[Path]
+        self, vectors: Vectors, keys: Keys, order: npt.NDArray[np.intp], mapped: set[Path]
     ) -> None:
-        """Notes what the shards hold that are not known yet; removes damaged ones."""
+        """Notes what the shards hold that are not mapped yet; removes damaged ones."""
         for path in sorted(self._folder.glob("*.safetensors")):
-            if path in known:
+            if path in mapped:
                 continue
             try:
-                if file_digest(path, _KEY_BYTES) != path.stem:
+                said = path.stat()
+                if _shard_digest(path, said.st_size, said.st_mtime_ns) != path.stem:
                     path.unlink(missing_ok=True)
                     continue
                 shard = load_file(path)
@@ -422,7 +407,7 @@ class VectorCache:
             if shard["vectors"].shape != (len(shard["keys"]), self._width):
                 path.unlink(missing_ok=True)
                 continue
-            known.add(path)
+            mapped.add(path)
             shard_keys = _as_keys(shard["keys"].numpy())
             places = np.searchsorted(keys, shard_keys, sorter=order)
             places[places == len(keys)] = 0
@@ -443,6 +428,17 @@ class VectorCache:
             stream.write(content)
 
 
+@functools.lru_cache(maxsize=1024)
+def _shard_digest(path: Path, size: int, modified_ns: int) -> str:
+    """The digest of a file's bytes: a shard is read through once, not once a language."""
+    return file_digest(path, _KEY_BYTES)
+
+
+def _picture_key(content: bytes) -> bytes:
+    """The key of a picture, the beginning of `file_digest`."""
+    return hashlib.blake2b(content, digest_size=32).digest()[:_KEY_BYTES]
+
+
 def packed_keys(digests: Iterable[bytes]) -> Keys:
     """Keys of `VectorCache.get`, from digests of 16 bytes each."""
     packed = bytearray()
@@ -453,9 +449,3 @@ def packed_keys(digests: Iterable[bytes]) -> Keys:
 
 def _as_keys(content: npt.NDArray[np.uint8]) -> Keys:
     return np.ascontiguousarray(content).reshape(-1).view(f"V{_KEY_BYTES}")
-
-
-def first_rows(split: Split) -> npt.NDArray[np.intp]:
-    """For every image of a split, the first row that names it."""
-    _, first = np.unique(split.image_index, return_index=True)
-    return first[-len(split.image_names) :] if split.image_names else first[:0]

@@ -13,9 +13,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from clseave_cli.core.config import FinetuneConfig
-from clseave_cli.core.data.hub import data_folder
 from clseave_cli.core.data.images import ImageFolder
-from clseave_cli.core.data.records import Split, check_leak, read_split, require_language
+from clseave_cli.core.data.records import (
+    Split,
+    check_leak,
+    hold_out_images,
+    read_split,
+    require_language,
+    split_path,
+)
 from clseave_cli.core.features import (
     Features,
     Photos,
@@ -30,27 +36,25 @@ from clseave_cli.core.models.packing import PackedBatch
 from clseave_cli.core.models.vocabulary import reduced_vocabulary
 from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
-from clseave_cli.core.training.precision import Autocast, autocast, resolve_device
-from clseave_cli.core.training.run import Run, finished_before, require_writable
+from clseave_cli.core.training.precision import Autocast
+from clseave_cli.core.training.run import Run, StageResult, public_name, set_up
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.labels import LABELS
 from clseave_cli.progress import SILENT, Progress
 
 
-@dataclass(frozen=True)
-class FinetuneResult:
-    """A finished CLIP-VE.
+class _Batch(NamedTuple):
+    """B pairs, made ready.
 
     Attributes:
-        folder: the model.
-        training: how the run went; None if it had been finished before.
+        sentences: this process's shard of the batch's S distinct hypotheses, packed.
+        num_sentences: S; in a single process B, and then there are B embeddings where batches are
+            filled up to few shapes.
+        sentence_of_row: (B,) int64 into the S.
+        image_of_row: (B,) int64 into the split's distinct images.
+        labels: (B,) int64 ids of `labels.LABELS`.
     """
 
-    folder: Path
-    training: TrainingResult | None
-
-
-class _Batch(NamedTuple):
     sentences: PackedBatch
     num_sentences: int
     sentence_of_row: Tensor
@@ -68,17 +72,19 @@ class _Pairs:
 
     def batch(self, rows: Rows, model: ClipVE) -> _Batch:
         # A sentence that stands twice in a batch is encoded once; its gradients add up.
-        distinct, sentence_of_row = np.unique(self.sentences.index[rows], return_inverse=True)
+        sentences, sentence_of_row = np.unique(self.sentences.index[rows], return_inverse=True)
+        group = processes()
+        places = len(rows) if group.count == 1 else None
         return _Batch(
-            model.text.pack(self.sentences.tokens, processes().share(distinct)),
-            len(distinct),
+            model.text.pack(self.sentences.tokens, group.shard(sentences), places),
+            places or len(sentences),
             torch.from_numpy(sentence_of_row),
             torch.from_numpy(self.images.index[rows]),
             self.labels[torch.from_numpy(rows)],
         )
 
 
-def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> FinetuneResult:
+def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult:
     """Trains text tower, its projection and the head on cached features of the frozen image tower.
 
     Raises:
@@ -86,19 +92,12 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> FinetuneRes
     """
     require_language(config.source_lang, "--source-lang")
     out = config.out or config.runs / "clip-ve"
-    require_writable(out)
-    if config.resume and finished_before(out, progress):
-        return FinetuneResult(out, None)
-    device = resolve_device(config.device)
-    team = processes()
-    folder = team.once(lambda: data_folder(config.data, progress))
-    train_split, dev_split = (
-        read_split(folder, split, config.source_lang, skip_bad=config.skip_bad, progress=progress)
-        for split in (config.train_split, config.dev_split)
-    )
-    if not config.allow_leak:
-        check_leak(train_split, dev_split)
-    images = ImageFolder.of(folder, config.images)
+    languages = (config.source_lang,)
+    setup = set_up("finetune-ve", config, config.data, out, progress)
+    if setup is None:
+        return StageResult(out, languages, None)
+    device, folder = setup.device, setup.data
+    train_split, dev_split, images = _data(config, folder, progress)
     _require_batch_statistics(config, train_split)
     _require_two_labels(train_split)
     splits = [(split, Photos.of(split, images)) for split in (train_split, dev_split)]
@@ -110,15 +109,14 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> FinetuneRes
     for split, photos in splits:
         inputs |= {split.path.name: split.digest, f"photos: {split.name}": photos.digest()}
     with Run("finetune-ve", out, config, inputs) as run:
-        with_autocast = autocast(config.precision, device)
         train_pairs, dev_pairs = (
-            _prepare(model, split, photos, with_autocast, progress) for split, photos in splits
+            _prepare(model, split, photos, setup.autocast, progress) for split, photos in splits
         )
         train_vectors = train_pairs.images.vectors.all().to(device)
         dev_premises = dev_pairs.images.of_rows().to(device)
 
         def loss(batch: _Batch) -> Tensor:
-            sentences = team.spread(lambda: model.text(batch.sentences), batch.num_sentences)
+            sentences = processes().gather(lambda: model.text(batch.sentences), batch.num_sentences)
             logits = model(sentences[batch.sentence_of_row], train_vectors[batch.image_of_row])
             return torch.stack(
                 [functional.cross_entropy(logits, batch.labels), _accuracy(logits, batch.labels)]
@@ -147,7 +145,54 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> FinetuneRes
         with reduced_vocabulary(model.text, *tokens):
             result = train(stage, config, device=device, folder=run.folder, progress=progress)
         run.publish(model.save, _card(config, len(train_split), result))
-        return FinetuneResult(out, result)
+    _tell_if_nothing_was_learnt(config, dev_split, result, progress)
+    return StageResult(out, languages, result)
+
+
+def _tell_if_nothing_was_learnt(
+    config: FinetuneConfig, dev: Split, result: TrainingResult, progress: Progress
+) -> None:
+    """Says what to try where the photo made no difference: 1e-6 is for a long-trained CLIP."""
+    counts = np.bincount(dev.labels, minlength=len(LABELS))
+    majority = counts.max() / len(dev)
+    accuracy = result.dev["accuracy"]
+    if accuracy <= majority + 2 * math.sqrt(majority * (1 - majority) / len(dev)):
+        progress.note(
+            f"dev accuracy {accuracy:.1%}: no better than always saying {LABELS[counts.argmax()]} "
+            f"({majority:.1%}). A small CLIP, or one that `clseave pretrain` made, needs a larger "
+            f"learning rate than {config.learning_rate:g}: try --learning-rate 1e-4 or 1e-3."
+        )
+
+
+def _data(
+    config: FinetuneConfig, folder: Path, progress: Progress
+) -> tuple[Split, Split, ImageFolder]:
+    """The training and dev rows, and their images.
+
+    Raises:
+        DataError: a file or an image is missing or bad, or an image is in both splits.
+    """
+
+    def read(name: str) -> Split:
+        return read_split(
+            folder, name, config.source_lang, skip_bad=config.skip_bad, progress=progress
+        )
+
+    train_split = read(config.train_split)
+    if split_path(folder, config.dev_split, config.source_lang) is None:
+        train_split, dev_split = hold_out_images(
+            train_split, config.dev_split, config.dev_fraction, config.seed, progress
+        )
+    else:
+        dev_split = read(config.dev_split)
+        if not config.allow_leak:
+            check_leak(train_split, dev_split)
+    images = ImageFolder.of(folder, config.images)
+    train_split, dev_split = (
+        images.rows_with_image(split, config.skip_bad, progress)
+        for split in (train_split, dev_split)
+    )
+    return train_split, dev_split, images
 
 
 def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -190,21 +235,22 @@ def _prepare(
 
 def _card(config: FinetuneConfig, num_train: int, result: TrainingResult) -> str:
     dev = result.dev
+    model = public_name(config.clip)
     return f"""---
 library_name: clseave
 tags: [visual-entailment, clip]
 language: [{config.source_lang}]
-base_model: {config.clip}
+base_model: {model}
 ---
 
 # CLIP-VE
 
 Says whether an image entails, contradicts or leaves open a sentence in `{config.source_lang}`
-({", ".join(LABELS)}). Image tower of `{config.clip}`, frozen; text tower, projection and
+({", ".join(LABELS)}). Image tower of `{model}`, frozen; text tower, projection and
 head trained on {num_train} pairs, {result.epochs} epochs, the weights of epoch
 {result.best_epoch} kept: dev loss {dev["loss"]:.4f}, dev accuracy {dev["accuracy"]:.2%}.
 
-    clseave predict image.jpg "a sentence" --lang {config.source_lang} --runs {config.runs}
+    clseave predict image.jpg "a sentence" --lang {config.source_lang} --runs runs
 
 `training/` records every option, version and figure.
 """

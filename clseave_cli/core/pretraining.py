@@ -9,7 +9,6 @@ Legend: B images · K captions per image · D embedding width.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from torch.nn import functional
 from clseave_cli.core.config import PretrainConfig
 from clseave_cli.core.data.images import ImageFolder, open_image
 from clseave_cli.core.data.records import distinct
+from clseave_cli.core.data.rows import BadRow, read_rows, require_text
 from clseave_cli.core.features import Photos
 from clseave_cli.core.files import file_digest, json_digest
 from clseave_cli.core.models.backbones import load_clip
@@ -33,11 +33,11 @@ from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
 from clseave_cli.core.models.packing import PackedBatch
 from clseave_cli.core.models.scratch import ClipShape, new_clip
 from clseave_cli.core.models.tokens import TokenTable
+from clseave_cli.core.models.weights import quiet
 from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
 from clseave_cli.core.training.placement import on_device
-from clseave_cli.core.training.precision import resolve_device
-from clseave_cli.core.training.run import Run, finished_before, require_writable
+from clseave_cli.core.training.run import Run, StageResult, public_name, set_up
 from clseave_cli.errors import DataError
 from clseave_cli.progress import SILENT, Progress
 
@@ -46,19 +46,6 @@ _LARGEST_LOGIT_SCALE = float(np.log(100.0))
 #: Decoded images kept in memory between epochs.
 _PIXEL_MEMORY_BYTES = 1 << 30
 _DEV_IMAGES = 1024
-
-
-@dataclass(frozen=True)
-class PretrainResult:
-    """A finished CLIP model.
-
-    Attributes:
-        folder: the model, in Hugging Face layout.
-        training: how the run went; None if it had been finished before.
-    """
-
-    folder: Path
-    training: TrainingResult | None
 
 
 @dataclass(frozen=True)
@@ -79,6 +66,17 @@ class _Captions:
 
 
 class _Batch(NamedTuple):
+    """B images and the captions they meet, made ready.
+
+    Attributes:
+        pixels: this process's shard of the images, as `ImageEncoder.preprocess` gives them.
+        num_images: B.
+        captions: this process's shard of the batch's C distinct captions, packed.
+        num_captions: C.
+        caption_of_slot: (K, B) int64 into the C.
+        caption_ids: (K, B) int64; equal ids mark equal captions.
+    """
+
     pixels: Tensor
     num_images: int
     captions: PackedBatch
@@ -87,18 +85,17 @@ class _Batch(NamedTuple):
     caption_ids: Tensor
 
 
-def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> PretrainResult:
+def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult:
     """Trains a CLIP model, from scratch or from a given one.
 
     Raises:
         ClseaveError: bad data, an unusable model, a full disk, or an interruption.
     """
     out = config.out or config.runs / "clip"
-    require_writable(out)
-    if config.resume and finished_before(out, progress):
-        return PretrainResult(out, None)
-    device = resolve_device(config.device)
-    team = processes()
+    setup = set_up("pretrain", config, config.data, out, progress)
+    if setup is None:
+        return StageResult(out, (), None)
+    device = setup.device
     images = ImageFolder.of(config.data, config.images)
     train_captions = _read_captions(config.data, config.train_split, images)
     dev_captions = _read_captions(config.data, config.dev_split, images)
@@ -109,8 +106,8 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> PretrainRes
     text.verify_packing("the text tower", progress)
     torch.manual_seed(config.seed)
     inputs = {"clip": json_digest([text.digest(), image.digest()])}
-    for split, own in ((config.train_split, train_captions), (config.dev_split, dev_captions)):
-        inputs |= {own.path.name: file_digest(own.path), f"photos: {split}": own.photos}
+    for split, read in ((config.train_split, train_captions), (config.dev_split, dev_captions)):
+        inputs |= {read.path.name: file_digest(read.path), f"photos: {split}": read.photos}
     with Run("pretrain", out, config, inputs) as run:
         training = _Examples(config, train_captions, text, image)
         dev = _Examples(
@@ -121,15 +118,15 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> PretrainRes
         )
 
         def loss(batch: _Batch) -> Tensor:
-            images = team.spread(lambda: image(batch.pixels), batch.num_images)
-            captions = team.spread(lambda: text(batch.captions), batch.num_captions)
+            images = processes().gather(lambda: image(batch.pixels), batch.num_images)
+            captions = processes().gather(lambda: text(batch.captions), batch.num_captions)
             image_embeddings = functional.normalize(images.float(), dim=1)
             text_embeddings = functional.normalize(captions.float(), dim=1)
             per_slot = text_embeddings[batch.caption_of_slot]  # (K, B, D)
             scale = model.logit_scale.clamp(max=_LARGEST_LOGIT_SCALE).exp()
             losses = [
-                contrastive_loss(image_embeddings, own_captions, batch.caption_ids[slot], scale)
-                for slot, own_captions in enumerate(per_slot)
+                contrastive_loss(image_embeddings, embeddings, batch.caption_ids[slot], scale)
+                for slot, embeddings in enumerate(per_slot)
             ]
             return torch.stack(losses).mean()
 
@@ -150,13 +147,14 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> PretrainRes
         )
         result = train(stage, config, device=device, folder=run.folder, progress=progress)
 
+        @quiet()
         def save(aside: Path) -> None:
             model.save_pretrained(aside)
             text.tokenizer.save_pretrained(aside)
             image.processor.save_pretrained(aside)
 
         run.publish(save, _card(config, len(train_captions.images), result))
-        return PretrainResult(out, result)
+        return StageResult(out, (), result)
 
 
 def contrastive_loss(
@@ -193,10 +191,10 @@ class _Examples:
     ) -> None:
         self.captions = captions
         self._config, self._text, self._image = config, text, image
-        flat = [caption for own in captions.captions for caption in own]
+        flat = [caption for of_image in captions.captions for caption in of_image]
         sentences, index = distinct(flat)
         self._tokens: TokenTable = text.tokenize(sentences)
-        ends = np.cumsum([len(own) for own in captions.captions])
+        ends = np.cumsum([len(of_image) for of_image in captions.captions])
         self._caption_ids = np.split(index, ends[:-1])
         self._kept: dict[int, Tensor] = {}
         self._kept_bytes = 0
@@ -215,7 +213,7 @@ class _Examples:
             axis=1,
         )  # (K, B)
         needed, caption_of_slot = np.unique(slots, return_inverse=True)
-        share = processes().share
+        share = processes().shard
         return _Batch(
             self._pixels(share(rows).tolist()),
             len(rows),
@@ -232,10 +230,10 @@ class _Examples:
             images = list(self._decoders.map(open_image, (self.captions.images[r] for r in new)))
             fresh = dict(zip(new, self._image.preprocess(images).unbind(), strict=True))
         pixels = torch.stack([fresh[r] if r in fresh else self._kept[r] for r in rows])
-        for row, own in fresh.items():
-            if self._kept_bytes + own.nbytes <= _PIXEL_MEMORY_BYTES:
-                self._kept[row] = own.clone()
-                self._kept_bytes += own.nbytes
+        for row, image in fresh.items():
+            if self._kept_bytes + image.nbytes <= _PIXEL_MEMORY_BYTES:
+                self._kept[row] = image.clone()
+                self._kept_bytes += image.nbytes
         return pixels
 
 
@@ -248,13 +246,13 @@ def _read_captions(folder: Path, split: str, images: ImageFolder) -> _Captions:
         )
     captions: dict[str, list[str]] = defaultdict(list)
     first_line: dict[str, int] = {}
-    with path.open("rb") as stream:
-        for line, raw in enumerate(stream, start=1):
-            if not raw.strip():
-                continue
-            name, caption = _caption_row(path, line, raw)
-            captions[name].append(caption)
-            first_line.setdefault(name, line)
+    for line, row, _ in read_rows(path, ("image", "caption")):
+        try:
+            name = require_text(row, ("image",), "the image's name")
+            captions[name].append(require_text(row, ("caption",), "a sentence about it"))
+        except BadRow as bad:
+            raise DataError.at(path, line, str(bad)) from None
+        first_line.setdefault(name, line)
     if not captions:
         raise DataError(f"{path}: no captions in it.")
     where = [f"{path}:{first_line[name]}" for name in captions]
@@ -269,22 +267,6 @@ def _check_leak(training: _Captions, dev: _Captions) -> None:
             f"{dev.path}: {len(shared)} of its images are also in {training.path}, such as "
             f"{min(shared).name}; --allow-leak permits it."
         )
-
-
-def _caption_row(path: Path, line: int, raw: bytes) -> tuple[str, str]:
-    try:
-        row = json.loads(raw)
-    except (ValueError, RecursionError):
-        raise DataError.at(path, line, "not valid JSON.") from None
-    name = row.get("image") if isinstance(row, dict) else None
-    caption = row.get("caption") if isinstance(row, dict) else None
-    if not (isinstance(name, str) and isinstance(caption, str) and caption.strip()):
-        raise DataError.at(path, line, "expected an object with texts for image and caption.")
-    try:
-        caption.encode()
-    except UnicodeEncodeError:
-        raise DataError.at(path, line, "the caption is not valid Unicode.") from None
-    return name, caption
 
 
 def _starting_model(
@@ -302,13 +284,13 @@ def _starting_model(
         embedding_dim=config.embedding_dim,
     )
     with tempfile.TemporaryDirectory() as folder:
-        texts = [caption for own in captions.captions for caption in own]
+        texts = [caption for of_image in captions.captions for caption in of_image]
         new_clip(Path(folder), texts, shape, config.seed)
         return load_clip(Path(folder))
 
 
 def _card(config: PretrainConfig, num_images: int, result: TrainingResult) -> str:
-    start = f"`{config.clip}`" if config.clip else "random weights"
+    start = f"`{public_name(config.clip)}`" if config.clip else "random weights"
     return f"""---
 library_name: transformers
 tags: [clip]

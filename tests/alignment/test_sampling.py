@@ -1,4 +1,4 @@
-"""What an epoch of `align` meets: shares by language, repeats, parallel batches, limits."""
+"""What an epoch of `align` meets: shares by language, repeats, limits, what is held out."""
 
 import dataclasses
 import json
@@ -152,11 +152,6 @@ def test_whole_epochs_keep_their_order():
         plain = Sampler(_pairs(sources), _config(seed=5)).batches(epoch, {})
         assert np.array_equal(np.concatenate(plain), order.permutation(60))
         order = np.random.default_rng([5, epoch])
-        parallel = Sampler(_pairs(sources), _config(seed=5, parallel_batches=True))
-        drawn = order.permutation(30)
-        expected = np.stack([drawn, drawn + 30], axis=1)
-        assert np.array_equal(np.concatenate(parallel.batches(epoch, {})), expected.ravel())
-        order = np.random.default_rng([5, epoch])
         paced = _sampler([30, 10], seed=5, sampling="self-paced").batches(epoch, {})
         first = order.permutation(30)[:20]
         second = [order.permutation(10) for _ in range(2)]
@@ -174,65 +169,6 @@ def test_parts_are_whole_and_sum_up(weights, total):
     parts = whole_parts(shares, total)
     assert parts.sum() == total and (parts >= 0).all()
     assert np.abs(parts - shares * total).max() < 1 + 1e-6
-
-
-# --- parallel batches ---
-
-
-def test_a_parallel_batch_has_every_translation_of_its_sentences():
-    # Language a has two translations of sentence 3; b lacks sentence 0.
-    pairs = _pairs([np.array([0, 1, 2, 3, 3, 4, 5]), np.array([1, 2, 3, 4, 5])])
-    sampler = Sampler(pairs, _config(parallel_batches=True, batch_size=4))
-    source_of = pairs.teacher.index
-    batches = sampler.batches(0, {})
-    assert len(batches) == 3
-    assert sorted(np.concatenate(batches).tolist()) == list(range(12))
-    for batch in batches:
-        sources = set(source_of[batch].tolist())
-        assert set(np.flatnonzero(np.isin(source_of, list(sources))).tolist()) == set(batch)
-    longer = Sampler(pairs, _config(parallel_batches=True, batch_size=4, epoch_pairs=36))
-    assert np.bincount(np.concatenate(longer.batches(0, {}))).tolist() == [3] * 12
-    # Two thirds of the sentences an epoch: after three, each was met twice.
-    shorter = Sampler(pairs, _config(parallel_batches=True, batch_size=4, epoch_pairs=8))
-    counts = np.zeros(12, dtype=int)
-    for epoch in range(3):
-        counts += np.bincount(np.concatenate(shorter.batches(epoch, {})), minlength=12)
-        assert counts.max() - counts.min() <= 1
-    assert counts.tolist() == [2] * 12
-
-
-def test_the_parts_of_a_frequent_pair_are_spread_over_parallel_batches():
-    # Sentence 0 of languages a and b stands so often that it is trained on in 12 and 3 parts.
-    languages = [np.array([0] * 12 + list(range(1, 40))), np.array([0] * 3 + list(range(1, 40)))]
-    pairs = _pairs(languages)
-    distinct = np.concatenate([languages[0], 40 + languages[1]])
-    pairs = dataclasses.replace(pairs, distinct=distinct)
-    sampler = Sampler(pairs, _config(parallel_batches=True, batch_size=8))
-    for epoch in range(20):
-        batches = sampler.batches(epoch, {})
-        assert sorted(np.concatenate(batches).tolist()) == list(range(len(pairs)))
-        assert max(np.bincount(distinct[batch]).max() for batch in batches) <= 5
-    assert any({0, 51} <= set(batch.tolist()) for batch in batches)  # still side by side
-
-
-def test_one_teacher_vector_serves_all_languages(world, tmp_path, trained, encoder, monkeypatch):
-    sizes = []
-    prepare = alignment.SentenceObjective.prepare
-
-    def watch(self, rows):
-        batch = prepare(self, rows)
-        sizes.append((len(batch.teacher), len(batch.source)))
-        assert torch.equal(batch.wanted, batch.teacher[batch.source])
-        return batch
-
-    monkeypatch.setattr(alignment.SentenceObjective, "prepare", watch)
-    _align(world, tmp_path, trained, encoder, "de", "nl", parallel_batches=True, batch_size=4)
-    assert sizes and all(pairs == 2 * vectors for vectors, pairs in sizes)
-
-
-def test_parallel_batches_leave_nothing_to_sample(world, tmp_path, trained, encoder):
-    with pytest.raises(UsageError, match="--sampling uniform has nothing to choose"):
-        _align(world, tmp_path, trained, encoder, "de", parallel_batches=True, sampling="uniform")
 
 
 # --- through the command ---
@@ -266,12 +202,10 @@ def test_dev_figures_are_told_by_language(world, tmp_path, trained, encoder):
     assert not any("/" in name for name in single.training.dev)
 
 
-def test_self_paced_sampling_and_drawn_images_resume_to_the_bit(
-    world, tmp_path, trained, encoder, clseave
-):
+def test_self_paced_sampling_resumes_to_the_bit(world, tmp_path, trained, encoder, clseave):
     arguments = [
         "align", "--lang", "de", "--lang", "nl", "--student", encoder, "--data", world,
-        "--teacher", trained / "clip-ve", "--sampling", "self-paced", "--objective", "head-aware",
+        "--teacher", trained / "clip-ve", "--sampling", "self-paced",
         "--epochs", "4", "--batch-size", "2", "--device", "cpu", "--precision", "fp32",
         "--learning-rate", "2e-3", "--select", "recall_at_10",
     ]  # fmt: skip
@@ -297,7 +231,7 @@ def test_self_paced_sampling_and_drawn_images_resume_to_the_bit(
 def test_contrastive_batches_span_processes(world, tmp_path, trained, encoder, clseave):
     arguments = [
         "align", "--lang", "de", "--lang", "nl", "--student", encoder, "--data", world,
-        "--teacher", trained / "clip-ve", "--objective", "contrastive", "--parallel-batches",
+        "--teacher", trained / "clip-ve", "--objective", "contrastive",
         "--include-english", "--pooling", "mean", "--epochs", "1", "--batch-size", "6",
         "--device", "cpu", "--precision", "fp32", "--learning-rate", "1e-3",
     ]  # fmt: skip
@@ -427,8 +361,8 @@ def test_a_language_with_no_rows_is_told(data, tmp_path, trained, encoder, refus
 
 
 def test_a_teacher_whose_parts_do_not_fit_is_told(runs, world, encoder, refused, tmp_path):
+    from clseave_cli.core.models.clip_ve import EntailmentHead, HeadConfig
     from clseave_cli.core.models.folder import seal
-    from clseave_cli.core.models.head import EntailmentHead, HeadConfig
     from clseave_cli.core.models.weights import save_weights
 
     folder = runs / "clip-ve"
@@ -457,74 +391,123 @@ def _keep_sentences(path, kept):
     write_jsonl(path, [row for row in read_jsonl(path) if english[row["pairID"]] in kept])
 
 
-def test_held_out_sentences_are_held_out_in_every_language(data):
+@pytest.fixture
+def plain(data):
+    """Its translations are plain text: they name no photos."""
     for lang in ("de", "nl"):
-        (data / f"snli_ve_dev.{lang}.jsonl").unlink()
+        _forget_photos(data / f"snli_ve_train.{lang}.jsonl")
+    return data
+
+
+def _forget_photos(path, *more):
+    rows = [*read_jsonl(path), *more]
+    write_jsonl(path, [{k: v for k, v in row.items() if k != "Flickr30K_ID"} for row in rows])
+
+
+def test_photos_are_held_out_with_all_their_rows_in_every_language(
+    data, tmp_path, trained, encoder
+):
+    dev_files = [data / f"snli_ve_dev.{lang}.jsonl" for lang in ("de", "nl")]
+    dev_files[1].unlink()
+    whole = len(read_jsonl(data / "snli_ve_train.de.jsonl"))
+    (german, _), (dutch, dutch_dev) = _texts(data).values()
+    held = set(dutch_dev.target.image_names)
+    assert len(held) == 3 and held.isdisjoint(german.target.image_names)
+    assert held.isdisjoint(dutch.target.image_names)
+    assert len(german.target) == len(dutch.target) == whole - len(dutch_dev.target)
+    dev_files[0].unlink()
+    assert {frozenset(dev.target.image_names) for _, dev in _texts(data).values()} == {
+        frozenset(held)
+    }
+    # The default chooses the checkpoint by accuracy on photos that were not trained beside.
     notes = Notes()
-    texts = _texts(data, notes)
+    dev = _align(data, tmp_path, trained, encoder, "de", progress=notes).training.dev
+    assert "accuracy" in dev and "holding out 5% of the train photos instead" in notes.text
+    # A language of plain text spares the sentences beside the photos of another.
+    shutil.copy(data / "snli_ve_dev.jsonl", data / "snli_ve_dev.nl.jsonl")
+    cat = {
+        "pairID": "cat",
+        "sentence2": "A cat.",
+        "gold_label": "neutral",
+        "sentence2_en": "A cat.",
+    }
+    _forget_photos(data / "snli_ve_train.nl.jsonl", cat)
+    write_jsonl(
+        data / "snli_ve_train.jsonl",
+        [*read_jsonl(data / "snli_ve_train.jsonl"), {**cat, "Flickr30K_ID": "train0.png"}],
+    )
+    (_, german_dev), (dutch, _) = _texts(data).values()
+    assert "A cat." in dutch.sources and not {*german_dev.sources} & {*dutch.sources}
+
+
+def test_held_out_sentences_are_held_out_in_every_language(plain):
+    for lang in ("de", "nl"):
+        (plain / f"snli_ve_dev.{lang}.jsonl").unlink()
+    notes = Notes()
+    texts = _texts(plain, notes)
     held = {lang: set(dev.sources) for lang, (_, dev) in texts.items()}
     assert held["de"] == held["nl"] and len(held["de"]) == 2
     # As if each were alone: nothing more is taken from any, and nothing said twice.
     for lang, (training, _) in texts.items():
-        ((alone, _),) = _texts(data, lang=(lang,)).values()
+        ((alone, _),) = _texts(plain, lang=(lang,)).values()
         assert alone.target.pair_ids == training.target.pair_ids
         assert notes.text.count(f"no dev file for {lang}") == 1
     assert "held out for other languages" not in notes.text
 
 
-def test_the_translations_left_out_are_known_for_the_vocabulary(data):
-    (data / "snli_ve_dev.nl.jsonl").unlink()
-    config = AlignConfig(data=str(data), lang=("de", "nl"), dev_fraction=0.4)
-    reader = corpus.ParallelReader(data, config, SILENT)
+def test_the_translations_left_out_are_known_for_the_vocabulary(plain):
+    (plain / "snli_ve_dev.nl.jsonl").unlink()
+    config = AlignConfig(data=str(plain), lang=("de", "nl"), dev_fraction=0.4)
+    reader = corpus.ParallelReader(plain, config, SILENT)
     german, held = reader.read("de")[0], set(reader.read("nl")[1].sources)
-    english = {row["pairID"]: row["sentence2"] for row in read_jsonl(data / "snli_ve_train.jsonl")}
-    rows = read_jsonl(data / "snli_ve_train.de.jsonl")
+    english = {row["pairID"]: row["sentence2"] for row in read_jsonl(plain / "snli_ve_train.jsonl")}
+    rows = read_jsonl(plain / "snli_ve_train.de.jsonl")
     expected = [row["sentence2"] for row in rows if english[row["pairID"]] in held]
     assert sorted(reader.left_out["de"]) == sorted(expected) and "nl" not in reader.left_out
     assert len(expected) + len(german.target) == len(rows)
 
 
-def test_a_sentence_held_out_for_one_language_is_trained_on_in_none(data):
-    (data / "snli_ve_dev.nl.jsonl").unlink()
-    every = set(read_split(data, "train").hypotheses)
+def test_a_sentence_held_out_for_one_language_is_trained_on_in_none(plain):
+    (plain / "snli_ve_dev.nl.jsonl").unlink()
+    every = set(read_split(plain, "train").hypotheses)
     # Dutch has fewer sentences, so the two it holds out need not be those German would.
     for missing in every:
-        shutil.copy(data / "snli_ve_train.nl.jsonl", data / "whole.jsonl")
-        _keep_sentences(data / "snli_ve_train.nl.jsonl", every - {missing})
+        shutil.copy(plain / "snli_ve_train.nl.jsonl", plain / "whole.jsonl")
+        _keep_sentences(plain / "snli_ve_train.nl.jsonl", every - {missing})
         notes = Notes()
-        (german, german_dev), (dutch, dutch_dev) = _texts(data, notes).values()
+        (german, german_dev), (dutch, dutch_dev) = _texts(plain, notes).values()
         held = set(dutch_dev.sources)
         assert len(held) == 2 and not held & {*german.sources, *dutch.sources}
         assert set(german.sources) == every - held
         left_out = 24 - len(german.sources)
         assert (
-            f"snli_ve_train.de.jsonl: {left_out} pairs left out; their en sentences are held out "
-            "for other languages."
+            f"snli_ve_train.de.jsonl: {left_out} pairs left out; their photos or en sentences are "
+            "held out for other languages."
         ) in notes.text
         # The file German has stays whole, though its sentences are in the training file as well.
-        assert len(german_dev.sources) == len(read_jsonl(data / "snli_ve_dev.de.jsonl"))
-        as_auxiliary = _texts(data, lang=("de",), auxiliary=("nl",))
+        assert len(german_dev.sources) == len(read_jsonl(plain / "snli_ve_dev.de.jsonl"))
+        as_auxiliary = _texts(plain, lang=("de",), auxiliary=("nl",))
         assert as_auxiliary["de"][0].target.pair_ids == german.target.pair_ids
-        (data / "whole.jsonl").rename(data / "snli_ve_train.nl.jsonl")
+        (plain / "whole.jsonl").rename(plain / "snli_ve_train.nl.jsonl")
 
 
-def test_languages_without_dev_files_spare_what_the_others_hold_out(data):
+def test_languages_without_dev_files_spare_what_the_others_hold_out(plain):
     for lang in ("de", "nl"):
-        (data / f"snli_ve_dev.{lang}.jsonl").unlink()
-    every = set(read_split(data, "train").hypotheses)
-    (held,) = ({*dev.sources} for _, dev in _texts(data, lang=("de",)).values())
+        (plain / f"snli_ve_dev.{lang}.jsonl").unlink()
+    every = set(read_split(plain, "train").hypotheses)
+    (held,) = ({*dev.sources} for _, dev in _texts(plain, lang=("de",)).values())
     # Dutch lacks one of the two sentences that German holds out, and holds out another.
-    _keep_sentences(data / "snli_ve_train.nl.jsonl", every - {min(held)})
-    (german, german_dev), (dutch, dutch_dev) = _texts(data).values()
+    _keep_sentences(plain / "snli_ve_train.nl.jsonl", every - {min(held)})
+    (german, german_dev), (dutch, dutch_dev) = _texts(plain).values()
     both = {*german_dev.sources, *dutch_dev.sources}
     assert set(german_dev.sources) == held and len(both) == 3
     assert set(german.sources) == every - both == set(dutch.sources)
 
 
 def test_held_out_sentences_are_not_trained_on_as_english(
-    data, tmp_path, trained, encoder, monkeypatch
+    plain, tmp_path, trained, encoder, monkeypatch
 ):
-    (data / "snli_ve_dev.nl.jsonl").unlink()
+    (plain / "snli_ve_dev.nl.jsonl").unlink()
     taken = []
     add_source = corpus.Corpus.add_source
 
@@ -534,32 +517,32 @@ def test_held_out_sentences_are_not_trained_on_as_english(
 
     monkeypatch.setattr(corpus.Corpus, "add_source", watch)
     result = _align(
-        data, tmp_path, trained, encoder, "de", "nl", include_english=True, dev_fraction=0.4,
+        plain, tmp_path, trained, encoder, "de", "nl", include_english=True, dev_fraction=0.4,
         limit=3,
     )  # fmt: skip
-    held = set(_texts(data)["nl"][1].sources)
-    assert taken == [set(read_split(data, "train").hypotheses) - held]
+    held = set(_texts(plain)["nl"][1].sources)
+    assert taken == [set(read_split(plain, "train").hypotheses) - held]
     assert result.training.pairs == 9  # the limit counts what is left
     config = AlignConfig(
-        data=str(data), lang=("de", "nl"), dev_fraction=0.4, teacher=trained / "clip-ve"
+        data=str(plain), lang=("de", "nl"), dev_fraction=0.4, teacher=trained / "clip-ve"
     )
     assert alignment.count_sentences(config) == {"de": 3, "nl": 3}
     assert alignment.count_sentences(dataclasses.replace(config, lang=("de",))) == {"de": 5}
 
 
-def test_a_language_with_nothing_but_held_out_sentences_is_told(data):
-    (data / "snli_ve_dev.nl.jsonl").unlink()
-    held = set(_texts(data)["nl"][1].sources)
-    _keep_sentences(data / "snli_ve_train.de.jsonl", held)
+def test_a_language_with_nothing_but_held_out_sentences_is_told(plain):
+    (plain / "snli_ve_dev.nl.jsonl").unlink()
+    held = set(_texts(plain)["nl"][1].sources)
+    _keep_sentences(plain / "snli_ve_train.de.jsonl", held)
     with pytest.raises(DataError, match=r"train\.de\.jsonl: nothing is left to train on"):
-        _texts(data, allow_leak=True)
+        _texts(plain, allow_leak=True)
 
 
-def test_too_little_text_to_hold_out(data, tmp_path, trained, encoder):
-    (data / "snli_ve_dev.de.jsonl").unlink()
+def test_too_little_text_to_hold_out(plain, tmp_path, trained, encoder):
+    (plain / "snli_ve_dev.de.jsonl").unlink()
     for line in range(1, 25):
-        edit_row(data / "snli_ve_train.de.jsonl", line, sentence2="Gleich.")
-    rows = read_jsonl(data / "snli_ve_train.jsonl")
-    write_jsonl(data / "snli_ve_train.jsonl", [row | {"sentence2": "Same."} for row in rows])
+        edit_row(plain / "snli_ve_train.de.jsonl", line, sentence2="Gleich.")
+    rows = read_jsonl(plain / "snli_ve_train.jsonl")
+    write_jsonl(plain / "snli_ve_train.jsonl", [row | {"sentence2": "Same."} for row in rows])
     with pytest.raises(DataError, match="too few to hold out"):
-        _align(data, tmp_path, trained, encoder, "de")
+        _align(plain, tmp_path, trained, encoder, "de")

@@ -15,21 +15,28 @@ from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer, CLIPTextModelWithProjection
 
 from clseave_cli.commands.options import resolve
-from clseave_cli.core.alignment import align, token
+from clseave_cli.core.alignment import align, objectives, token
 from clseave_cli.core.alignment.autoencoding import autoencode
 from clseave_cli.core.alignment.objectives import SentenceObjective, squared_error
 from clseave_cli.core.alignment.token import TokenObjective, TokenPairs
 from clseave_cli.core.config import AlignConfig, AutoencodeConfig, ExportConfig
 from clseave_cli.core.features import Sentences
-from clseave_cli.core.models.autoencoder import Autoencoder, load_autoencoder
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import module_digest
-from clseave_cli.core.models.student import load_student, new_token_student, save_student
+from clseave_cli.core.models.student import (
+    Autoencoder,
+    load_autoencoder,
+    load_student,
+    new_token_student,
+    save_student,
+)
 from clseave_cli.core.prediction.export import export
 from clseave_cli.errors import DataError, ModelError, UsageError
 
 ENGLISH = ["The square is red.", "A dog waits outside."]
 GERMAN = ["Das Quadrat ist rot.", "Draußen wartet ein Hund."]
+#: What the teacher makes of the English sentences.
+VECTORS = torch.randn(2, 16, generator=torch.Generator().manual_seed(1))
 #: Word of the German sentence, word of the English one.
 WORDS = [[(0, 0), (1, 1), (3, 3)], [(0, 3), (3, 1), (2, 0)]]
 
@@ -81,7 +88,7 @@ def _by_hand(student, encoder, clip_ve, terminal):
     return float(np.mean(errors)), len(errors)
 
 
-def _objective(student, teacher, terminal, sentences=None, weights=(1.0, 1.0)):
+def _objective(student, teacher, terminal, both=(0.0, 1.0), weights=(1.0, 1.0)):
     """The objective of the two sentences, their tokens found by the corpus' own means."""
     corpus = token.TokenCorpus(
         student, teacher.text, "en", AlignConfig(terminal_pair=terminal), progress=None
@@ -96,11 +103,20 @@ def _objective(student, teacher, terminal, sentences=None, weights=(1.0, 1.0)):
     corpus._take(links, words, part)
     pairs = SimpleNamespace(
         sentences=Sentences(part.tokens, np.arange(2)),
-        teacher=SimpleNamespace(index=np.arange(2)),
+        teacher=SimpleNamespace(
+            index=np.arange(2), vectors=SimpleNamespace(rows=lambda rows: VECTORS[rows])
+        ),
         distinct=np.arange(2),
         weights=torch.tensor(weights),
     )
-    return TokenObjective(student, teacher.text, pairs, corpus.pairs(ENGLISH), sentences=sentences)
+    return TokenObjective(
+        student,
+        teacher.text,
+        corpus.pairs(ENGLISH),
+        SentenceObjective(student, pairs, squared_error),
+        sentence_weight=both[0],
+        token_weight=both[1],
+    )
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -127,19 +143,22 @@ def test_a_repeated_pair_counts_as_often_as_it_stands(teacher, encoder):
     assert both.loss(both.prepare(np.arange(2))).item() == pytest.approx(wanted, rel=1e-5)
 
 
-def test_shares_of_several_processes_add_up(teacher, encoder, monkeypatch):
+def test_shards_of_several_processes_add_up(teacher, encoder, monkeypatch):
     torch.manual_seed(0)
     student = new_token_student(encoder, teacher.text, "linear").eval()
     objective = _objective(student, teacher, True)
     whole = objective.loss(objective.prepare(np.arange(2)))
-    shares = []
+
+    def play(**methods):
+        for module in (token, objectives):
+            monkeypatch.setattr(module, "processes", lambda: SimpleNamespace(**methods))
+
+    shards = []
     for rank in range(2):
-        team = SimpleNamespace(share=lambda rows, rank=rank: np.array_split(rows, 2)[rank])
-        monkeypatch.setattr(token, "processes", lambda team=team: team)
-        shares.append(objective._errors(objective.prepare(np.arange(2))))
-    gathered = torch.cat(shares)
-    team = SimpleNamespace(share=lambda rows: rows, spread=lambda encode, count: gathered)
-    monkeypatch.setattr(token, "processes", lambda: team)
+        play(shard=lambda rows, rank=rank: np.array_split(rows, 2)[rank])
+        shards.append(objective._errors(objective.prepare(np.arange(2))))
+    gathered = torch.cat(shards)
+    play(shard=lambda rows: rows, gather=lambda encode, count: gathered)
     assert objective.loss(objective.prepare(np.arange(2))).item() == pytest.approx(
         whole.item(), rel=1e-5
     )
@@ -148,7 +167,7 @@ def test_shares_of_several_processes_add_up(teacher, encoder, monkeypatch):
 def test_each_distinct_english_sentence_is_encoded_once(teacher, encoder):
     student = new_token_student(encoder, teacher.text, "linear").eval()
     objective = _objective(student, teacher, True)
-    objective._pairs.teacher.index = np.array([1, 1])
+    objective._sentences.pairs.teacher.index = np.array([1, 1])
     assert len(objective.prepare(np.arange(2)).source.terminals) == 1
 
 
@@ -194,26 +213,20 @@ def test_a_student_learns(world, trained, encoder, tmp_path, method):
     assert min(errors) < 0.4 * errors[0] and losses[-1] < 0.4 * losses[0]
 
 
-def test_both_losses_add_up(teacher, encoder):
+def test_both_losses_add_up_and_pack_the_sentences_once(teacher, encoder, monkeypatch):
     torch.manual_seed(0)
     student = new_token_student(encoder, teacher.text, "linear").eval()
     tokens = _objective(student, teacher, True)
-    vectors = torch.randn(2, teacher.text.embedding_dim)
-    pairs = SimpleNamespace(
-        sentences=tokens._pairs.sentences,
-        teacher=SimpleNamespace(
-            index=np.arange(2), vectors=SimpleNamespace(rows=lambda rows: vectors[rows])
-        ),
-        weights=torch.ones(2),
-        images=None,
-    )
-    sentences = SentenceObjective(student, pairs, squared_error, seed=0)
-    both = TokenObjective(
-        student, teacher.text, tokens._pairs, tokens._tokens, sentences=sentences, token_weight=0.5
-    )
+    both = _objective(student, teacher, True, both=(1.0, 0.5))
+    sentences = both._sentences
     rows = np.array([1, 0])
     wanted = sentences.loss(sentences.prepare(rows)) + 0.5 * tokens.loss(tokens.prepare(rows))
+    packed = []
+    monkeypatch.setattr(
+        student, "pack", lambda *a: packed.append(1) or type(student).pack(student, *a)
+    )
     assert both.loss(both.prepare(rows)).item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert packed == [1]  # once for both losses
 
 
 def test_links_of_a_file_are_those_of_the_aligner(clseave, world, trained, encoder, tmp_path):
@@ -364,7 +377,6 @@ def test_a_token_student_predicts_and_is_exported(clseave, world, runs, encoder,
     ("options", "error", "message"),
     [
         ({"pooling": "mean"}, UsageError, "--method token: reads --sentence-token"),
-        ({"projection": "mlp"}, UsageError, "those of --method sentence"),
         ({"objective": "cosine"}, UsageError, "--objective cosine needs --method sentence"),
         ({"aligner_layer": 8}, UsageError, "--aligner-layer 8: .* has 1"),
         ({"aligner": "nowhere/at/all"}, ModelError, "nowhere/at/all: no such model folder"),

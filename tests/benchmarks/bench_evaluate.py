@@ -117,9 +117,9 @@ def throughput(out: Path, rounds: int) -> None:
     """The whole of `evaluate` against forward passes over the same packed batches, in turns."""
     import torch
 
-    from clseave_cli.core.data.records import distinct, read_split
+    from clseave_cli.core.data.records import Split, distinct, read_split
     from clseave_cli.core.evaluation import run as evaluation
-    from clseave_cli.core.evaluation.metrics.guesses import Guesses
+    from clseave_cli.core.evaluation.baselines import Guesses, HypothesisOnly
     from clseave_cli.core.models.student import load_student
     from clseave_cli.core.training.precision import autocast
 
@@ -142,12 +142,11 @@ def throughput(out: Path, rounds: int) -> None:
         return time.perf_counter() - begin
 
     # Learning is another benchmark; here the guesses are there already, as after one run.
-    kept = evaluation.kept_guesses
+    def known(_self: object, _lang: str, split: Split, _read: object) -> Guesses:
+        return Guesses(0, np.zeros(len(split), dtype=np.int64))
 
-    def known(training: Path, asked: list[object], count: int, _make: object) -> Guesses:
-        return kept(training, asked, count, lambda: Guesses(0, np.zeros(count, dtype=np.int64)))
-
-    evaluation.kept_guesses = known  # type: ignore[assignment]
+    HypothesisOnly.guess = known  # type: ignore[method-assign]
+    HypothesisOnly.require = lambda *_: None  # type: ignore[method-assign]
     times: dict[str, list[float]] = {"raw": [], "evaluate": []}
     for number in range(rounds):
         for side in ("raw", "evaluate") if number % 2 == 0 else ("evaluate", "raw"):
@@ -170,7 +169,7 @@ def throughput(out: Path, rounds: int) -> None:
 
 def classifier(num_rows: int) -> None:
     """How long the hypothesis-only classifier learns, and what it needs."""
-    from clseave_cli.core.evaluation.metrics.baselines import predict_from_hypotheses
+    from clseave_cli.core.evaluation.baselines import predict_from_hypotheses
 
     training, labels = sentences(num_rows, seed=2)
     asked, gold = sentences(NUM_ROWS, seed=1)

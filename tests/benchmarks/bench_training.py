@@ -49,9 +49,8 @@ from clseave_cli.core.models.packing import pack
 from clseave_cli.core.models.scratch import ClipShape, new_clip, new_encoder
 from clseave_cli.core.models.student import new_student
 from clseave_cli.core.models.vocabulary import reduced_vocabulary
-from clseave_cli.core.training.loop import Selection, Stage, batches, train
+from clseave_cli.core.training.loop import Selection, Stage, batches, learning_rate_factor, train
 from clseave_cli.core.training.precision import autocast, resolve_precision
-from clseave_cli.core.training.schedule import learning_rate_factor
 from clseave_cli.progress import SILENT
 
 CPU = torch.device("cpu")
@@ -300,7 +299,9 @@ class Clock:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def task(self, description: str, total: int | None = None, unit: str = "") -> Iterator[Any]:
+    def task(
+        self, description: str, total: int | None = None, unit: str = "", *, noted: bool = False
+    ) -> Iterator[Any]:
         begin = time.perf_counter()
         with SILENT.task(description) as task:
             yield task

@@ -29,7 +29,7 @@ from clseave_cli.core.models.student import (
     restore_student,
     save_student,
 )
-from clseave_cli.core.models.trimming import trim_vocabulary
+from clseave_cli.core.models.vocabulary import trim_vocabulary
 
 
 def embed(student, sentences: list[str]) -> torch.Tensor:

@@ -32,10 +32,8 @@ import reference_aligner
 
 from clseave_cli.core.models.scratch import new_encoder
 from clseave_cli.core.models.student import new_student
-from clseave_cli.core.word_alignment.aligner import THRESHOLD, WordAligner
-from clseave_cli.core.word_alignment.extraction import link_words, take_states
-from clseave_cli.core.word_alignment.places import NONE
-from clseave_cli.core.word_alignment.words import split_words
+from clseave_cli.core.word_alignment.aligner import THRESHOLD, WordAligner, link_words, take_states
+from clseave_cli.core.word_alignment.words import NONE, split_words
 from clseave_cli.progress import SILENT
 
 SYLLABLES = [a + b for a in "bdfgklmnprstvw" for b in "aeiou"]

@@ -9,7 +9,7 @@ runs/encoder) with the preset mini-ve, and prints test accuracies. The second ha
 trains on the parallel text of a folder, from a small encoder made for that text, against the demo's
 teacher, holds a twentieth of the sentences out, and prints error, cosine and retrieval on these.
 
-`--objective`, `--pooling` and `--projection` (repeat) restrict the grid of 5 × 3 × 2; `--seed`
+`--objective` and `--pooling` (repeat) restrict the grid of 4 × 3; `--seed`
 (repeat) gives mean ± sample standard deviation. Students that are there are not trained again.
 """
 
@@ -33,7 +33,6 @@ from clseave_cli.core.models.scratch import new_encoder
 _FACTORS = {
     "objective": get_args(options_of.ObjectiveName),
     "pooling": get_args(options_of.Pooling),
-    "projection": get_args(options_of.Projection),
 }
 _TEXT_FIGURES = {"mse": "{:.4f}", "cosine": "{:.3f}", "recall_at_10": "{:.3f}"}
 
@@ -132,8 +131,6 @@ def main() -> None:
     figures = dict(_TEXT_FIGURES) if given.text else {"accuracy": "{:.2%}", "ratio": "{:.4f}"}
     students = [tuple(given.lang)] if given.together else [(lang,) for lang in given.lang]
     chosen = [getattr(given, factor) or values for factor, values in _FACTORS.items()]
-    if given.text:  # without images the head has nothing to say
-        chosen[0] = [objective for objective in chosen[0] if objective != "head-aware"]
 
     header = [*_FACTORS, *(f"{lang} {name}" for lang in given.lang for name in figures), "seconds"]
     print("| " + " | ".join(header) + " |")

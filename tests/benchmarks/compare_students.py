@@ -46,11 +46,6 @@ QUESTIONS = {
         Students(True, FEW | {"epochs": 8}),
         Students(False, FEW | {"epochs": 8}),
     ),
-    "head-aware": (Students(False, {"objective": "head-aware"}), FIVE),
-    "500 sentences, head-aware": (
-        Students(False, FEW | {"objective": "head-aware"}),
-        Students(False, FEW),
-    ),
 }
 
 

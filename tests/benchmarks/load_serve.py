@@ -1,10 +1,11 @@
 """Many clients at once, most of them honest: does `clseave serve` stay up, fast and small?
 
-    python tests/benchmarks/load_serve.py --runs DIR [--minutes 1] [--clients 200] [--lang de]
+    python tests/benchmarks/load_serve.py --runs DIR [--minutes 1] [--clients 200] [--idle 1300]
 
 Starts `clseave serve` on models or on an exported folder and sends, from many connections at once,
 good requests and every kind of bad ones: damaged and oversized uploads, decompression bombs,
-half-closed and broken connections. Prints how often each kind was answered how, the latencies of
+half-closed and broken connections, and others that stay idle (the server may have 1,024
+descriptors). Prints how often each kind was answered how, the latencies of
 the good ones and the server's memory, and exits with 1 if any answer was not the intended one.
 """
 
@@ -15,6 +16,7 @@ import asyncio
 import io
 import json
 import random
+import resource
 import statistics
 import struct
 import subprocess
@@ -44,11 +46,13 @@ def multipart(image: bytes | None, **fields: str) -> bytes:
     return b"".join(parts) + f"--{_BOUNDARY}--\r\n".encode()
 
 
-def request(body: bytes, *, length: int | None = None, chunked: bool = False) -> bytes:
+def request(
+    body: bytes, *, length: int | None = None, chunked: bool = False, host: str = "localhost"
+) -> bytes:
     """The bytes of one POST to /predict."""
     size = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {length or len(body)}"
     head = (
-        f"POST /predict HTTP/1.1\r\nHost: x\r\n{size}\r\nConnection: close\r\n"
+        f"POST /predict HTTP/1.1\r\nHost: {host}\r\n{size}\r\nConnection: close\r\n"
         f"Content-Type: multipart/form-data; boundary={_BOUNDARY}\r\n\r\n"
     )
     return head.encode() + (b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body) if chunked else body)
@@ -91,6 +95,8 @@ class Load:
         known = [photo(number) for number in range(40)]
         text = {"hypothesis": "A dog runs through the park.", "lang": lang}
         flat = png(8000, 4000, bytes(1) * (24001 * 4000))  # 32 megapixels in 93 kB: allowed
+        webp = io.BytesIO()
+        Image.new("RGB", (8000, 5000)).save(webp, "WEBP", quality=0)
         cut = known[0][: len(known[0]) // 2]
         fixed = {
             "damaged image": (request(multipart(cut, **text)), {400}),
@@ -103,6 +109,12 @@ class Load:
                 request(multipart(png(10_000, 6_000, bytes(_MEGABYTE)), **text)),
                 {413},
             ),
+            "20,000 × 1 pixels": (
+                request(multipart(png(20_000, 1, bytes(60_001)), **text)),
+                {400},
+            ),
+            "40 megapixels in WebP": (request(multipart(webp.getvalue(), **text)), {200}),
+            "another host": (request(multipart(known[0], **text), host="evil.example"), {400}),
             "32 megapixels in 93 kB": (request(multipart(flat, **text)), {200}),
             "oversized, announced": (request(b"", length=50 * _MEGABYTE), {413}),
             "oversized, chunked": (
@@ -215,7 +227,10 @@ async def attack(
     load = Load(port, arguments.lang, arguments.seed)
     until = time.monotonic() + 60 * arguments.minutes
     memory = asyncio.create_task(watch(process, until))
+    idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(arguments.idle)]
     await asyncio.gather(*(load.client(until) for _ in range(arguments.clients)))
+    for _, writer in idle:
+        writer.transport.abort()
     return load, await memory
 
 
@@ -227,7 +242,10 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--idle", type=int, default=1300)
     arguments = parser.parse_args()
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(8192, hard), hard))
     if arguments.minutes > 5:
         parser.error("--minutes: at most 5")
     command = [sys.executable, "-m", "clseave_cli", "serve", "--port", "0"]
@@ -238,6 +256,7 @@ def main() -> int:
             stdout=subprocess.PIPE,
             stderr=said,
             text=True,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024)),
         )
         try:
             assert server.stdout is not None

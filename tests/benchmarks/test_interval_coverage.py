@@ -8,13 +8,13 @@ import sys
 import numpy as np
 import pytest
 
-from clseave_cli.core.evaluation.metrics.bootstrap import (
+from clseave_cli.core.evaluation.metrics import (
     accuracy_interval,
     cluster_sums,
     compare_predictions,
     interval,
+    macro_f1,
 )
-from clseave_cli.core.evaluation.metrics.classification import macro_f1
 
 NUM_SIMULATIONS = 2000
 RESAMPLES = 1000

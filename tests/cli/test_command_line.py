@@ -3,14 +3,16 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 from tiny_world import read_jsonl, write_jsonl
 
-from clseave_cli import __version__
+from clseave_cli import __version__, processes
 from clseave_cli.commands.options import resolve
 from clseave_cli.core.config import (
     AlignConfig,
@@ -22,8 +24,10 @@ from clseave_cli.core.config import (
     PretrainConfig,
     ServeConfig,
     TranslateConfig,
+    flag_of,
 )
 from clseave_cli.errors import UsageError
+from clseave_cli.main import app
 
 _REPOSITORY = Path(__file__).parents[2]
 COMMANDS = {
@@ -85,14 +89,18 @@ def test_the_package_is_light_and_runs_as_a_module(tmp_path):
     )
 
 
-def test_a_reader_that_goes_away_is_no_error(tmp_path):
+@pytest.mark.parametrize("speak", ["print", "main.terminal.say"])
+@pytest.mark.parametrize("inside", [False, True], ids=["main", "a command"])
+def test_a_reader_that_goes_away_is_no_error(tmp_path, inside, speak):
     script = (
-        "from clseave_cli import main\n"
-        "def app():\n"
-        "    for _ in range(100000): print('x' * 100)\n"
-        "main.app = app\n"
-        "main.main()\n"
-    )
+        "import sys\n"
+        "from clseave_cli import main, commands\n"
+        "def talk(*_, **__):\n"
+        f"    for _ in range(10000): {speak}('x' * 100)\n"
+        + ("main.options.Subcommand.invoke = talk\n"
+           "sys.argv = ['clseave', 'align']\n" if inside else "main.app = talk\n")
+        + "main.main()\n"
+    )  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "-c", script],
         stdout=subprocess.PIPE,
@@ -107,18 +115,145 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path):
     assert process.returncode == 0
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_option_is_in_the_help_of_its_command(clseave, monkeypatch, command):
-    import dataclasses
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_stdout_that_lacks_letters_loses_no_result(tmp_path, encoding):
+    script = (
+        "from clseave_cli import main\n"
+        "main.app = lambda **_: main.terminal.say('実行/align-ja: 100 – 200')\n"
+        "main.main()\n"
+    )
+    done = _python("-c", script, folder=tmp_path, PYTHONIOENCODING=encoding, PYTHONUTF8="0")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(r"\u5b9f\u884c/align-ja: 100 ")
 
-    monkeypatch.setenv("COLUMNS", "200")
-    code, out, err = clseave(command, "--help")
+
+def test_closed_streams_and_threads_that_wait(tmp_path):
+    closed = [sys.executable, "-m", "clseave_cli", "--debug", "align"]
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" <&- >&-', "sh", *closed], cwd=tmp_path, capture_output=True,
+        text=True, env={**os.environ, "PYTHONPATH": str(_REPOSITORY), "OMP_NUM_THREADS": "3"},
+    )  # fmt: skip
+    assert done.returncode == 1 and "--lang is missing" in done.stderr
+    assert done.stderr.startswith("threads: 3, OMP_WAIT_POLICY=")
+
+
+@pytest.mark.parametrize("chosen", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}])
+def test_threads_wait_asleep_unless_the_user_says_how(monkeypatch, chosen):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    processes.wait_without_spinning()
+    waiting = chosen or {"OMP_WAIT_POLICY": "passive"}
+    (said,) = (f"{name}={value}" for name, value in waiting.items())
+    cores = processes.usable_cores()
+    assert processes.thread_policy() == f"{cores} (every usable core), {said}"
+
+
+def test_importing_changes_nothing_global(tmp_path):
+    script = """
+import logging, os, signal, warnings
+def state():
+    import huggingface_hub, torch, transformers
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    ours = ("OMP_", "GOMP_", "TRANSFORMERS_", "HF_")  # torch, sympy and scipy set some of theirs
+    return ({name: os.environ[name] for name in os.environ if name.startswith(ours)},
+            [each for each in warnings.filters if "PIL" in str(each)],
+            handlers, torch.get_num_threads(), transformers.logging.get_verbosity(),
+            transformers.logging.is_progress_bar_enabled(),
+            logging.root.level, torch.is_grad_enabled())
+before = state()
+import clseave_cli
+from clseave_cli import VisualEntailment, align, evaluate, finetune, pretrain, translate
+import clseave_cli.core.alignment, clseave_cli.core.evaluation.demo, clseave_cli.main
+print([(a, b) for a, b in zip(before, state()) if a != b])
+"""
+    done = _python("-W", "ignore", "-c", script, folder=tmp_path)
+    assert done.stdout == "[]\n", done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_is_in_the_long_help_of_its_command(clseave, command):
+    code, out, err = clseave(command, "--help-all")
     assert (code, err) == (0, "")
     for field in dataclasses.fields(COMMANDS[command]):
-        flag = field.metadata["flag"] or "--" + field.name.replace("_", "-")
-        assert flag in out, flag
+        assert f"{flag_of(field)} " in out
     assert "--config" in out
     assert ("--preset" in out) == bool(COMMANDS[command].PRESETS)
+
+
+@pytest.mark.parametrize(
+    "command", [name for name in typer.main.get_command(app).commands if name != "curve"]
+)
+@pytest.mark.parametrize(("flag", "most_lines"), [("--help", 45), ("--help-all", 110)])
+def test_help_fits_80_columns(clseave, monkeypatch, command, flag, most_lines):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = clseave(command, flag)
+    lines = out.splitlines()
+    assert code == 0 and max(map(len, lines)) <= 80
+    assert len(lines) <= most_lines
+    assert "<" not in out and "..." not in out  # no types of Python's, nothing cut
+
+
+def test_the_options_that_matter_come_first(clseave):
+    _, short, _ = clseave("align", "--help")
+    flags = re.findall(r"^  (--[\w-]+)", short, flags=re.MULTILINE)
+    assert flags[:4] == ["--lang", "--data", "--images", "--student"] and len(flags) <= 15
+    assert "--help-all" in short and "--final-norm" not in short
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--objective", "head-aware"], "--objective head-aware was removed: "),
+        (["--objective=head-aware"], "--objective head-aware was removed: "),
+        (["--projection", "mlp"], "--projection mlp was removed: "),
+        (["--parallel-batches"], "--parallel-batches was removed: "),
+    ],
+)
+def test_what_was_removed_is_refused_with_advice(refused, tmp_path, arguments, said):
+    assert said in refused("align", "--lang", "de", *arguments, code=2)
+    key, _, value = " ".join(arguments).removeprefix("--").replace("=", " ").partition(" ")
+    path = tmp_path / "old.toml"
+    path.write_text(f"{key} = {json.dumps(value or True)}\n")
+    assert f"{path}: {said}" in refused("align", "--config", path, code=2)
+
+
+def test_an_option_for_the_config_file_alone_is_no_flag(refused, monkeypatch):
+    monkeypatch.setattr(AlignConfig, "FLAGS", ("lang",), raising=False)
+    said = "--code was removed: put code into a --config FILE.toml."
+    assert said in refused("align", "--lang", "de", "--code=relu", code=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["align", "--langs", "de"], "no such option: --langs (Possible options: "),
+        (["align", "--epochs", "x"], "invalid value for '--epochs': "),
+        (["align", "--precision", "x"], "invalid value for '--precision': 'x' is not one of"),
+        (["compare", "A"], "missing argument"),
+        (
+            ["finetune-ve", "--seed", 10**20],
+            "--seed 1" + 20 * "0" + ": expected at most 4294967295",
+        ),
+    ],
+)
+def test_wrong_usage_is_one_line(refused, arguments, said):
+    assert said in refused(*arguments, code=2)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_are_told_how_to_complete(tmp_path, shell):
+    def completed(mode):
+        words = {"COMP_WORDS": "clseave align --trim", "COMP_CWORD": "2",
+                 "_TYPER_COMPLETE_ARGS": "clseave align --trim",
+                 "_TYPER_COMPLETE_FISH_ACTION": "get-args"}  # fmt: skip
+        script = "import sys; sys.argv = ['clseave']; from clseave_cli.main import main; main()"
+        done = _python("-c", script, folder=tmp_path, _CLSEAVE_COMPLETE=f"{mode}_{shell}", **words)
+        return done.stdout
+
+    assert "--trim-vocabulary" in completed("complete")
+    assert f"complete_{shell}" in completed("source")
 
 
 def test_without_a_command_there_is_help(clseave):
@@ -179,13 +314,13 @@ def test_predict_on_files(clseave, world, trained, tmp_path):
 
 
 def test_a_file_of_which_nothing_can_be_judged_is_an_error(clseave, trained, tmp_path):
-    """Such as SNLI-VE's own rows; the answers are there all the same."""
+    """The answers are there all the same."""
     pairs, answers = tmp_path / "pairs.jsonl", tmp_path / "answers.jsonl"
-    write_jsonl(pairs, [{"Flickr30K_ID": "test0", "sentence2": "red"}] * 2)
+    write_jsonl(pairs, [{"photo": "test0", "sentence": "red"}] * 2)
     code, out, err = clseave("predict", "--input", pairs, "--output", answers, "--runs", trained)
     assert code == 1 and out == f"{answers}: 0 predicted, 2 with an error\n"
     said = "expected an object with texts for image and hypothesis"
-    keys = "(keys ['Flickr30K_ID', 'sentence2'])"
+    keys = "(keys ['photo', 'sentence'])"
     assert f"no row could be judged; the first: {pairs}:1: {said} {keys}." in " ".join(err.split())
     assert len(read_jsonl(answers)) == 2
 
@@ -321,7 +456,8 @@ def test_a_file_may_name_several_languages_or_one(tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("epoch = 3", "no option named epoch; there are: "),
+        ("epoch = 3", "no option named epoch; did you mean epochs?"),
+        ("zzz = 3", "no option named zzz; there are: "),
         ("epochs = 'many'", "epochs = 'many', expected int"),
         ("epochs = true", "epochs = True, expected int"),
         ("epochs = 2.5", "epochs = 2.5, expected int"),

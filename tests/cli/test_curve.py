@@ -1,4 +1,4 @@
-"""`clseave curve`: its points are ordinary students, kept once measured, and told in three ways."""
+"""`clseave curve`: its points are ordinary students, kept once measured."""
 
 import json
 import re
@@ -7,17 +7,21 @@ import pytest
 from PIL import Image
 from tiny_world import read_jsonl, write_jsonl
 
-from clseave_cli.core.config import AlignConfig, EvaluateConfig
-from clseave_cli.core.evaluation.report.data_curves import DataCurves, DataPoint
+from clseave_cli.core.config import AlignConfig, CurveConfig, EvaluateConfig
+from clseave_cli.core.evaluation.curve import DataCurves, DataPoint, data_curves
 from clseave_cli.core.evaluation.run import evaluate
+from clseave_cli.errors import UsageError
 
 
 @pytest.fixture
-def arguments(world, runs, encoder):
+def arguments(world, runs, encoder, tmp_path):
+    options = tmp_path / "align.toml"
+    options.write_text(
+        'epochs = 2\nbatch_size = 4\nlearning_rate = 2e-3\nprecision = "fp32"\nresamples = 20\n'
+    )
     return [
         "curve", "--data", world, "--runs", runs, "--student", encoder, "--limit", 2,
-        "--epochs", 2, "--batch-size", 4, "--learning-rate", "2e-3", "--device", "cpu",
-        "--precision", "fp32", "--resamples", 20,
+        "--device", "cpu", "--config", options,
     ]  # fmt: skip
 
 
@@ -36,7 +40,7 @@ def test_points_are_those_of_align_and_evaluate(world, runs, encoder, arguments,
     }
     assert re.search(
         r"clseave \S+ · teacher \w{8} · snli_ve_train.jsonl \w{8} · .*snli_ve_test.nl.jsonl \w{8}"
-        r" · fp32 on cpu · seed 0 · 20 resamples by photo$", document["signature"],
+        r" · seed 0 · 20 resamples by photo$", document["signature"],
     )  # fmt: skip
     with Image.open(runs / "curve" / "curve.png") as figure:
         assert figure.info["Description"] == document["signature"]
@@ -59,10 +63,20 @@ def test_points_are_those_of_align_and_evaluate(world, runs, encoder, arguments,
     )  # fmt: skip
     own = points["nl", "de+nl", 2]
     assert own["accuracy"] == found.results[0].accuracy
+    assert (
+        document["english"]
+        == evaluate(
+            EvaluateConfig(
+                data=str(world), runs=(runs,), lang=("en",), device="cpu", precision="fp32"
+            )
+        )
+        .results[0]
+        .accuracy
+    )
     assert (own["accuracy_low"], own["accuracy_high"]) == (
         found.results[0].accuracy_low, found.results[0].accuracy_high,
     )  # fmt: skip
-    model = runs / "curve" / "de+nl-2" / "align-de+nl"
+    (model,) = (runs / "curve").glob("de+nl-2-*/align-de+nl")
     assert (model / "projection.safetensors").read_bytes() == (
         students / "x" / "projection.safetensors"
     ).read_bytes()
@@ -76,25 +90,41 @@ def test_points_are_those_of_align_and_evaluate(world, runs, encoder, arguments,
     assert before.items() <= after.items() and len(after) == 9
     assert "de of de+nl" in text and "sentences" in text
     assert (runs / "curve" / "curve.png").read_bytes().startswith(b"\x89PNG")
-    assert "| 3 |" in (runs / "curve" / "curve.md").read_text()
     # The three students of the first call are kept, those of the last one are not.
-    assert not (runs / "curve" / "de-3" / "align-de").exists() and model.exists()
+    assert not list((runs / "curve").glob("de-3-*/align-de")) and model.exists()
 
 
-def test_other_options_or_data_are_refused(data, arguments, clseave, refused, runs):
+def test_other_options_or_data_make_other_points(data, arguments, clseave, runs):
     arguments = [*arguments, "--lang", "de", "--data", data]
     assert clseave(*arguments)[0] == 0
-    error = refused(*arguments, "--epochs", 3, code=2)
-    assert "was run with epochs = 2, not 3" in error
+    assert clseave(*arguments, "--device", "auto")[2].count("already measured") == 2
+    code, _, err = clseave(*arguments, "--seed", 1)
+    assert code == 0 and "already measured" not in err
     rows = read_jsonl(data / "snli_ve_test.de.jsonl")
     write_jsonl(data / "snli_ve_test.de.jsonl", rows[1:])
-    assert "snli_ve_test.de.jsonl" in refused(*arguments, code=2)
+    assert "already measured" not in clseave(*arguments)[2]
+    assert len(list((runs / "curve").glob("de-2-*"))) == 3
 
 
-def test_text_alone_has_dev_figures(data, arguments, clseave):
+def _no_images(data):
     (data / "images").rename(data / "elsewhere")
+    return "no image folder in it"
+
+
+def _no_labels(data):
+    """`align` takes such text."""
+    for path in data.glob("snli_ve_*.nl.jsonl"):
+        rows = [{k: v for k, v in r.items() if k != "gold_label"} for r in read_jsonl(path)]
+        write_jsonl(path, rows)
+    return "snli_ve_test.nl.jsonl:1"
+
+
+@pytest.mark.parametrize("damage", [_no_images, _no_labels])
+def test_rows_that_cannot_be_measured_are_noted_before_training(data, arguments, clseave, damage):
+    reason = damage(data)
     code, out, err = clseave(*arguments, "--lang", "nl", "--data", data, "--json")
-    assert code == 0 and "no test rows with images; dev figures alone" in err
+    assert code == 0, err
+    assert reason in err.partition("align nl")[0] and "measured on dev alone" in err
     document = json.loads(out)
     assert document["english"] is None
     assert [p["accuracy"] for p in document["points"]] == [None, None]
@@ -106,22 +136,23 @@ def test_what_cannot_be_drawn_is_told(arguments, refused, tmp_path):
     assert "--limit 0: expected at least 1" in refused(
         *arguments, "--lang", "de", "--limit", 0, code=2
     )
-    assert "evaluate finds it as clip-ve only" in refused(
-        *arguments, "--lang", "de", "--teacher", tmp_path, code=2
-    )
+    error = refused(*arguments, "--lang", "de", "--epochs", 3, code=2)
+    assert "--epochs was removed: put epochs into a --config FILE.toml." in error
+    assert "--lang" not in CurveConfig.REMOVED
+    with pytest.raises(UsageError, match="takes the clip-ve in --runs"):
+        data_curves(CurveConfig(lang=("de",), runs=arguments[4], teacher=tmp_path))
 
 
-def test_the_table_is_of_the_figure_every_point_has():
+def test_lines_are_of_the_metric_that_every_point_has():
     def point(number, test, *languages, **dev):
-        figures = {"recall_at_10": 0.25, **dev}
-        return DataPoint("de", languages or ("de",), number, figures, 1.0, test)
+        metrics = {"recall_at_10": 0.25, **dev}
+        return DataPoint("de", list(languages or ("de",)), number, metrics, 1.0, test, test, test)
 
-    curves = DataCurves(
-        (point(100, 0.5), point(20, 0.4), point(100, 0.6, "de", "nl")), "test", 0.9, "s"
-    )
-    assert curves.series == ["de", "de of de+nl"]
-    assert curves.rows() == [["20", "40.0", "–"], ["100", "50.0", "60.0"]]
-    partly = DataCurves((point(100, 0.5), point(20, None)), "test", None, "s")
-    assert partly.rows() == [["20", "25.0"], ["100", "25.0"]]
-    on_dev = DataCurves((point(100, None, accuracy=0.7),), "test", None, "s")
-    assert on_dev.rows() == [["100", "70.0"]]
+    def shown(*points):
+        lines = DataCurves("test", 0.9, list(points), "s").lines()
+        return {name: [(n, pytest.approx(y)) for n, y, *_ in line] for name, line in lines.items()}
+
+    points = point(100, 0.5), point(20, 0.4), point(100, 0.6, "de", "nl")
+    assert shown(*points) == {"de": [(20, 40.0), (100, 50.0)], "de of de+nl": [(100, 60.0)]}
+    assert shown(point(100, 0.5), point(20, None)) == {"de": [(20, 25.0), (100, 25.0)]}
+    assert shown(point(100, None, accuracy=0.7)) == {"de": [(100, 70.0)]}

@@ -1,6 +1,6 @@
 """Whatever predict and evaluate are given, they answer or refuse in one line.
 
-A few examples of each kind; tests/benchmarks/fuzz_predict_evaluate.py tries thousands.
+A few examples of each kind; tests/benchmarks/fuzz.py tries thousands.
 """
 
 from __future__ import annotations

@@ -102,10 +102,25 @@ def test_scoring_without_a_model(clseave, text, tmp_path):
     assert "alignment error rate 14.29% · precision 100.00% · recall 66.67%" in out
 
 
-@pytest.mark.parametrize(
-    ("name", "base_only_bad"), [("enfr", False), ("zhen", False), ("jaen", True)]
-)
-def test_real_gold_files(clseave, assets, tmp_path, name, base_only_bad):
+def test_the_best_layer_and_threshold_are_searched_on_gold(clseave, text, encoder, tmp_path):
+    (tmp_path / "gold").write_text("1-1 2-2 3p4\n1-1 2p2\n")
+    arguments = ["word-align", "--input", text, "--aligner", encoder, "--gold", tmp_path / "gold"]
+    rates = {}
+    for threshold in ("0.001", "0.01", "0.05", "0.1", "0.2", "0.3"):
+        code, out, _ = clseave(*arguments, "--json", "--aligner-threshold", threshold)
+        rates[float(threshold)] = json.loads(out)["error_rate"]
+    code, out, _ = clseave(*arguments, "--json", "--search")
+    best = json.loads(out)
+    assert code == 0 and best["layer"] == 1
+    assert best["error_rate"] == min(rates.values()) == rates[best["threshold"]]
+    assert (
+        f"best: --aligner-layer 1 --aligner-threshold {best['threshold']}"
+        in clseave(*arguments, "--search")[1]
+    )
+
+
+@pytest.mark.parametrize(("name", "num_misnumbered"), [("enfr", 0), ("zhen", 0), ("jaen", 6)])
+def test_real_gold_files(clseave, assets, tmp_path, name, num_misnumbered):
     """Human links are read, and scored against themselves as found ones: nothing is wrong."""
     text, gold = (assets / "alignment" / f"{name}.{kind}" for kind in ("src-tgt", "gold"))
     # As an aligner would write them: sure links alone, counted from 0.
@@ -120,13 +135,9 @@ def test_real_gold_files(clseave, assets, tmp_path, name, base_only_bad):
         lines.append(" ".join(f"{i - 1}-{j - 1}" for i, j in kept))
     found.write_text("\n".join(lines) + "\n")
     arguments = ["word-align", "--input", text, "--alignments", found, "--gold", gold, "--json"]
-    if base_only_bad:
-        # Six of its links name words that the sentences do not have.
-        code, _, err = clseave(*arguments)
-        assert code == 1 and "names a word that is not there" in err
-        arguments.append("--skip-bad")
     code, out, err = clseave(*arguments)
     assert code == 0 and "words are counted from 1" in err
+    assert (f"{num_misnumbered} bad links left out" in err) == (num_misnumbered > 0)
     score = json.loads(out)
     assert (score["precision"], score["recall"], score["error_rate"]) == (1, 1, 0)
     assert score["num_pairs"] == len(lines) and score["num_possible"] >= score["num_sure"]

@@ -7,8 +7,10 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_world import Notes, write_jsonl
 
 from clseave_cli.core.data.images import FORMATS, ImageFolder, open_image
+from clseave_cli.core.data.records import read_split
 from clseave_cli.errors import DataError
 
 
@@ -16,10 +18,11 @@ from clseave_cli.errors import DataError
 def folder(tmp_path):
     root = tmp_path / "images"
     root.mkdir()
-    for name in ("1.jpg", "2.JPG", "3.png", "4.0.jpeg"):
+    for name in ("1.jpg", "2.JPG", "3.png", "4.0.jpeg", "holiday.png", "party.2021.png"):
         Image.new("RGB", (4, 4), "red").save(root / name)
     (root / "notes.txt").write_text("not an image")
     (root / "5.jpg").mkdir()
+    (root / "loop.jpg").symlink_to("loop.jpg")
     return ImageFolder(root)
 
 
@@ -31,6 +34,7 @@ def folder(tmp_path):
         ("2", "2.JPG"),
         ("3.jpg", "3.png"),
         ("4.0", "4.0.jpeg"),
+        ("party.2021", "party.2021.png"),
     ],
 )
 def test_an_image_is_found_with_or_without_extension(folder, name, file):
@@ -40,7 +44,7 @@ def test_an_image_is_found_with_or_without_extension(folder, name, file):
 @pytest.mark.parametrize(
     "name",
     ["../../etc/passwd", "/etc/passwd", "../images/1.jpg", "./1.jpg", "9", "notes.txt", "5.jpg",
-     "1.jpg\0", "..", ""],
+     "1.jpg\0", "..", "", "loop.jpg", "holiday.2021"],
 )  # fmt: skip
 def test_a_name_is_looked_up_never_used_as_a_path(folder, name):
     with pytest.raises(DataError) as refusal:
@@ -115,6 +119,42 @@ def test_an_image_stands_as_its_camera_meant_it(tmp_path):
     assert upright.size == (10, 20)
     assert upright.getpixel((5, 2)) == (255, 0, 0)
     assert upright.getpixel((5, 17)) == (255, 255, 255)
+
+
+def test_16_bit_greys_keep_their_shades(tmp_path):
+    shades = np.array([[0, 257, 0x7FFF, 0xFFFF]], dtype=np.uint16)
+    Image.fromarray(shades).save(tmp_path / "a.png")
+    greys = np.asarray(open_image(tmp_path / "a.png"))
+    assert greys.tolist() == [[[0] * 3, [1] * 3, [127] * 3, [255] * 3]]
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    (tmp_path / "a.png").symlink_to("a.png")
+    with pytest.raises(DataError, match=r"a\.png: cannot be read \(Too many levels"):
+        open_image(tmp_path / "a.png")
+
+
+def _split(folder, images):
+    rows = [
+        {"pairID": str(n), "sentence2": "x", "gold_label": "neutral", "image": image}
+        for n, image in enumerate(images)
+    ]
+    write_jsonl(folder / "train.jsonl", rows)
+    return read_split(folder, "train")
+
+
+def test_rows_without_their_image_are_counted_or_left_out(tmp_path, folder):
+    split = _split(tmp_path, ["1", "8", "3", "9", "8"])
+    said = "image '8' is not in .*; 3 of 5 rows lack theirs, 2 of 4 images\\. .* --skip-bad leaves"
+    with pytest.raises(DataError, match=rf"train\.jsonl:2: {said}"):
+        folder.rows_with_image(split, skip_bad=False)
+    notes = Notes()
+    kept = folder.rows_with_image(split, skip_bad=True, progress=notes)
+    assert kept.pair_ids == ["0", "2"] and kept.image_names == ["1", "3"]
+    assert "3 of 5 rows lack theirs, 2 of 4 images. They are left out" in notes.text
+    assert folder.rows_with_image(kept, skip_bad=False) is kept
+    with pytest.raises(DataError, match=r"2 of 2 rows lack theirs"):
+        folder.rows_with_image(_split(tmp_path, ["8", "9"]), skip_bad=True)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "1", "I;16"])

@@ -1,5 +1,9 @@
 import csv
+import errno
+import gzip
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow
@@ -10,6 +14,7 @@ from tiny_world import Notes, read_jsonl, write_jsonl
 from clseave_cli.core.data.records import (
     check_leak,
     distinct,
+    hold_out_images,
     image_stem,
     join,
     languages,
@@ -59,14 +64,13 @@ def test_columns_hold_what_the_rows_say(write):
     assert split.where(1) == f"{folder / 'snli_ve_train.jsonl'}:2"
 
 
-@pytest.mark.parametrize("key", ["Flickr30K_ID", "Flikr30kID", "Flickr30kID", "image"])
-def test_every_spelling_of_the_image_key_is_read(write, key):
-    folder = write([row(1, **{"Flickr30K_ID": None, key: "7.jpg"})])
-    assert read_split(folder, "train").image_names == ["7.jpg"]
-
-
-def test_a_numeric_image_id_is_a_name(write):
-    assert read_split(write([row(1, Flickr30K_ID=123)]), "train").image_names == ["123"]
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [("Flickr30K_ID", 7), ("Flikr30kID", "7"), ("Flickr30kID", "7"), ("image", "7")],
+)
+def test_every_spelling_of_the_image_key_is_read_and_a_number_is_a_name(write, key, name):
+    folder = write([row(1, **{"Flickr30K_ID": None, key: name})])
+    assert read_split(folder, "train").image_names == ["7"]
 
 
 def test_rows_without_majority_are_dropped_and_counted(write):
@@ -93,9 +97,18 @@ BAD_ROWS = {
     "expected a JSON object, found list": "[1, 2]",
     "no pairID": json.dumps(row(2, pairID=None)),
     "pairID is 2; expected": json.dumps(row(2, pairID=2)),
-    "no sentence2": json.dumps(row(2, sentence2=None)),
+    "no sentence2; expected the hypothesis": json.dumps(row(2, sentence2=None)),
+    "no sentence2 (the row has 'sentense2')": json.dumps(row(2, sentence2=None, sentense2="x")),
     "sentence2 is empty": json.dumps(row(2, sentence2="  \t")),
     "sentence2 holds half a surrogate pair": json.dumps(row(2, sentence2="a \ud83d b")),
+    "sentence2_en holds half a surrogate pair": json.dumps(row(2, sentence2_en="a \ud83d b")),
+    "sentence2_en is empty; expected the sentence": json.dumps(row(2, sentence2_en=" ")),
+    "no gold_label (the row has 'gold_lable')": json.dumps(
+        row(2, gold_label=None, gold_lable="neutral")
+    ),
+    "gold_label is [[[[[[[...]]]]]]]; expected": json.dumps(
+        row(2, gold_label=json.loads("[" * 900 + "]" * 900))
+    ),
     "no gold_label": json.dumps(row(2, gold_label=None)),
     "gold_label is 'maybe'; expected one of entailment, neutral, contradiction": json.dumps(
         row(2, gold_label="maybe")
@@ -130,11 +143,19 @@ def test_a_bad_row_is_refused_by_file_and_line(tmp_path, reason):
     assert "1 bad rows set aside" in notes.text and "snli_ve_train.rejected.jsonl" in notes.text
 
 
-def test_bytes_that_are_not_utf8(tmp_path):
-    path = tmp_path / "snli_ve_train.jsonl"
-    path.write_bytes(json.dumps(row(1)).encode() + b"\n" + b'{"pairID": "\xff\xfe"}\n')
-    with pytest.raises(DataError, match=r"train.jsonl:2: not UTF-8 text"):
-        read_split(tmp_path, "train")
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("train.jsonl", b'\n{"pairID": "\xff\xfe"}\n', r"train\.jsonl:2: not UTF-8 text"),
+        ("train.csv", b"pairID,sentence2\np1,\xff\xfe\n", r"train\.csv:2: not UTF-8"),
+        ("train.jsonl", b"\n", r"train\.jsonl: no usable rows; expected one JSON object a line"),
+        ("train.jsonl.gz", gzip.compress(b"{}")[:-9], r"train\.jsonl\.gz: damaged or cut short"),
+    ],
+)
+def test_bytes_that_are_no_rows(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=said):
+        read_split(tmp_path, "train", labelled=False, with_images=False)
 
 
 def test_empty_lines_and_a_byte_order_mark_are_no_rows(tmp_path):
@@ -143,10 +164,141 @@ def test_empty_lines_and_a_byte_order_mark_are_no_rows(tmp_path):
     assert read_split(tmp_path, "train").pair_ids == ["p1"]
 
 
-def test_a_file_without_rows_is_refused(tmp_path):
-    (tmp_path / "snli_ve_train.jsonl").write_text("\n")
-    with pytest.raises(DataError, match="no usable rows"):
+def test_skipping_bad_rows_where_all_are_bad_says_what_is_wrong_with_them(write):
+    folder = write([row(1, gold_label=None), row(2, gold_label=None)])
+    with pytest.raises(DataError, match=r"no usable rows; all 2 are bad, as line 1: no gold_label"):
+        read_split(folder, "train", skip_bad=True)
+    assert [path.name for path in folder.iterdir()] == ["snli_ve_train.jsonl"]
+
+
+def test_suspect_translations_are_counted_or_left_out(write):
+    folder = write([row(1, translation_suspect=["copy"]), row(2), row(3, translation_suspect=[])])
+    for skip, ids, said in (
+        (None, ["p1", "p2", "p3"], ""),
+        (False, ["p1", "p2", "p3"], "1 rows marked translation_suspect used; --skip-suspect"),
+        (True, ["p2", "p3"], "1 rows marked translation_suspect left out."),
+    ):
+        notes = Notes()
+        assert read_split(folder, "train", skip_suspect=skip, progress=notes).pair_ids == ids
+        assert said in notes.text if said else not notes.text
+
+
+def _csv(folder, *cells, delimiter=",", name="train.csv"):
+    lines = [("pairID", "Flickr30K_ID", "sentence2", "gold_label", "comment"), *cells]
+    (folder / name).write_text("".join(delimiter.join(line) + "\n" for line in lines))
+    return folder
+
+
+def _cells(number, comment="c"):
+    return (f"p{number}", f"{number}.jpg", f"sentence {number}", "neutral", comment)
+
+
+@pytest.mark.parametrize(
+    ("comments", "line", "said"),
+    [
+        # A stray quote that nothing closes; one that another closes, in the middle of a cell, or at
+        # the end of one; and one that closes in front of other text.
+        (["c", '"c', "c", "c"], 3, "unexpected end of data"),
+        (["c", '"c', "c", '"c'], 3, "expected after"),
+        (["c", '"c', "c", 'c"'], 3, "the lines of several rows in one cell"),
+        (["c", "c", '"c" c', "c"], 4, "expected after"),
+        (["c", "c", "c,c", "c"], 4, "6 cells; expected 5, as in the header"),
+    ],
+)
+def test_a_stray_quote_in_a_column_nobody_reads_costs_one_row(tmp_path, comments, line, said):
+    _csv(tmp_path, *(_cells(n, comment) for n, comment in enumerate(comments)))
+    with pytest.raises(DataError, match=rf"train\.csv:{line}: .*{said}.*--skip-bad"):
         read_split(tmp_path, "train")
+    bad = {line, 5} if comments[3] == '"c' else {line}  # the other stray quote
+    split = read_split(tmp_path, "train", skip_bad=True)
+    assert split.lines.tolist() == [n for n in range(2, 6) if n not in bad]
+    assert split.num_lines == 5
+
+
+def test_cells_of_several_lines_are_no_stray_quotes(tmp_path):
+    prose = '"one, two, three, four,\nfive, six, seven, eight, nine\nand ""ten"",a,b,c,d"'
+    split = read_split(_csv(tmp_path, _cells(1, prose), _cells(2)), "train")
+    assert split.lines.tolist() == [2, 5]
+
+
+@pytest.mark.parametrize("name", ["train.tsv", "train.csv.gz", "train.jsonl.gz"])
+def test_packed_files_and_other_delimiters(tmp_path, name):
+    _csv(tmp_path, _cells(1), _cells(2), delimiter="\t" if "tsv" in name else ";", name="train.tsv")
+    if name.endswith(".gz"):
+        content = (tmp_path / "train.tsv").read_bytes()
+        (tmp_path / "train.tsv").unlink()
+        if "jsonl" in name:
+            content = json.dumps(row(1)).encode() + b"\n" + json.dumps(row(2)).encode()
+        (tmp_path / name).write_bytes(gzip.compress(content))
+    split = read_split(tmp_path, "train")
+    assert split.pair_ids == ["p1", "p2"] and split.image_names == ["1.jpg", "2.jpg"]
+    assert languages(tmp_path, "train") == ["en"]
+
+
+def test_an_empty_cell_is_no_label_and_no_image(tmp_path):
+    _csv(tmp_path, ("p1", "", "a", "", ""), _cells(2))
+    split = read_split(tmp_path, "train", labelled=False, with_images=False)
+    assert split.labels.tolist() == [UNLABELLED, LABEL_IDS["neutral"]]
+    assert split.image_index.tolist() == [-1, 0]
+    with pytest.raises(DataError, match=r"train.csv:2: no gold_label; expected one of"):
+        read_split(tmp_path, "train")
+
+
+def test_a_wide_column_that_nobody_reads_takes_no_memory(tmp_path):
+    wide = "x" * (1 << 20)
+    rows = [row(n) | {"wide": wide} for n in range(3000)]
+    table = pyarrow.Table.from_pylist(rows[:1])
+    with pyarrow.parquet.ParquetWriter(tmp_path / "train.parquet", table.schema) as writer:
+        for start in range(0, len(rows), 50):
+            writer.write_table(pyarrow.Table.from_pylist(rows[start : start + 50]))
+    assert (tmp_path / "train.parquet").stat().st_size < 10 << 20
+    script = """
+import pathlib, re, sys
+from clseave_cli.core.data.records import read_split
+assert len(read_split(pathlib.Path(sys.argv[1]), "train")) == 3000
+print(re.search(r"VmHWM:\\s*(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script, tmp_path], check=True, capture_output=True, text=True
+    )
+    assert int(run.stdout) < 500_000, "KiB"
+
+
+def test_dates_that_no_calendar_has_are_one_error(tmp_path):
+    ids = pyarrow.array([2**62], pyarrow.timestamp("us"))
+    table = pyarrow.table({"pairID": ids, "sentence2": ["a"], "gold_label": ["neutral"]})
+    pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=r"train\.parquet: not a readable Parquet file \(date"):
+        read_split(tmp_path, "train", with_images=False)
+
+
+def test_a_file_that_may_not_be_read_is_one_error(tmp_path, write, monkeypatch):
+    folder = write([row(1)])
+
+    def refuse(self, *arguments, **options):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    for method in ("open", "is_file"):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(folder), method, refuse)
+            with pytest.raises(DataError, match=r"cannot be read \(Permission denied\)"):
+                read_split(folder, "train")
+
+
+def test_images_are_held_out_with_all_their_rows(write):
+    folder = write([row(n, Flickr30K_ID=f"{n % 10}{'.jpg' * (n < 30)}") for n in range(60)])
+    split, notes = read_split(folder, "train"), Notes()
+    kept, held = hold_out_images(split, "dev", 0.2, 0, notes)
+    assert (kept.name, held.name) == ("train", "dev")
+    assert len(kept) == 48 and len(held) == 12
+    assert sorted(kept.pair_ids + held.pair_ids) == sorted(split.pair_ids)
+    check_leak(kept, held)
+    assert "no file for the split dev; holding out 2 of 10 images" in notes.text
+    again = hold_out_images(split.take(np.arange(59, -1, -1)), "dev", 0.2, 0)[1]
+    assert set(again.pair_ids) == set(held.pair_ids)
+    assert set(hold_out_images(split, "dev", 0.2, 1)[1].pair_ids) != set(held.pair_ids)
+    with pytest.raises(DataError, match=r"10 images are too few to hold out 100% of them"):
+        hold_out_images(split, "dev", 1.0, 0)
 
 
 def test_csv_and_parquet_equal_jsonl(tmp_path):
@@ -194,12 +346,6 @@ def test_a_damaged_parquet_file_is_refused_wherever_the_damage_is(tmp_path):
     path.write_bytes(sound[:-30])
     with pytest.raises(DataError, match="not a readable Parquet file"):
         read_split(tmp_path, "train")
-
-
-def test_a_csv_that_is_not_text(tmp_path):
-    (tmp_path / "train.csv").write_bytes(b"pairID,sentence2\np1,\xff\xfe\n")
-    with pytest.raises(DataError, match=r"train.csv:\d+: not valid CSV"):
-        read_split(tmp_path, "train", labelled=False, with_images=False)
 
 
 def test_what_is_missing_is_named(tmp_path, write):
@@ -276,8 +422,10 @@ def test_the_english_sentence_kept_beside_a_translation_will_do(write):
     folder = write([row(1, sentence2="Satz", sentence2_en="sentence")], "snli_ve_train.de.jsonl")
     assert join(read_split(folder, "train", "de"), None).sources == ["sentence"]
     write([row(1, sentence2="Satz", sentence2_en="x"), row(2)], "snli_ve_train.de.jsonl")
-    with pytest.raises(DataError, match="no sentences in the source language en"):
+    with pytest.raises(DataError, match=r"de\.jsonl:2: no sentence2_en, nor in 0 other rows of 2"):
         join(read_split(folder, "train", "de"), None)
+    write([row(1), row(2)])
+    assert len(join(read_split(folder, "train", "de"), read_split(folder, "train")).sources) == 2
 
 
 def test_taking_rows_keeps_columns_together(write):
@@ -313,6 +461,8 @@ def test_an_image_in_two_splits_is_a_leak(write):
         (".jpg", ".jpg"),
         ("dev-1021-0-0.png", "dev-1021-0-0"),
         ("x.longextension", "x.longextension"),
+        ("IMG.2019", "IMG.2019"),
+        ("a.JPG", "a"),
     ],
 )
 def test_the_stem_of_an_image_name(name, stem):

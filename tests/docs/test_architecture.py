@@ -97,16 +97,6 @@ def test_imports_go_downward_only(module: str) -> None:
             )
 
 
-#: Pairs still to be untied; none may be added.
-_MUTUAL = {
-    ("core.evaluation.report.data_curves", "core.evaluation.report.figures"),
-    *(
-        (f"core.data.{name}", "core.data.text_files")
-        for name in ("delimited", "jsonl", "parquet", "plain")
-    ),
-}
-
-
 def test_no_two_modules_import_each_other() -> None:
     below = {name: {other for _, other in imported(path)} for name, path in MODULES.items()}
     mutual = {
@@ -115,7 +105,7 @@ def test_no_two_modules_import_each_other() -> None:
         for other in others
         if module and module != other and module in below[other]
     }
-    assert not mutual - {tuple(sorted(pair)) for pair in _MUTUAL}
+    assert not mutual
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("core")])

@@ -152,13 +152,15 @@ def test_every_command_shown_is_one_the_program_takes(
     for name, body in _TOML.findall(text):
         (tmp_path / name).write_text(body, encoding="utf-8")
     for arguments in commands(text):
-        if "--help" in arguments or "--version" in arguments:
+        if {"--help", "--version", "--install-completion"} & set(arguments):
             continue
         try:
             parse(arguments)
         except _Understood:
             continue
         except Exception as error:
+            if page.name == "experiments.md" and "was removed" in str(error):
+                continue  # a log keeps the commands that it tells of
             pytest.fail(f"{page_id(page)}: {shlex.join(['clseave', *arguments])}: {error}")
 
 
@@ -198,3 +200,16 @@ def test_files_of_the_repository_named_in_the_pages_exist(page: Path) -> None:
         if re.fullmatch(r"(clseave_cli|tests|docs|\.ci|commands|core)(/[\w.]+)+/?", name):
             candidates = (ROOT / name, ROOT / "clseave_cli" / name)
             assert any(path.exists() for path in candidates), f"{page_id(page)}: {name}"
+
+
+def test_every_guarantee_is_cited_by_a_test() -> None:
+    promised = set(
+        re.findall(
+            r"^- \*\*(G\d+)\.",
+            (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8"),
+            re.MULTILINE,
+        )
+    )
+    tests = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
+    cited = {number for text in tests for number in re.findall(r"\bG\d+\b", text)}
+    assert promised == cited != set()

@@ -4,13 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clseave_cli.core.evaluation.distances import analyse_distances
-from clseave_cli.core.evaluation.metrics.bootstrap import compare_predictions
-from clseave_cli.core.evaluation.metrics.classification import agreement, score
-from clseave_cli.core.evaluation.metrics.transfer import measure_transfer
-from clseave_cli.core.evaluation.report.curves import CurvePoint, LearningCurve
-from clseave_cli.core.evaluation.report.gallery import Gallery, GalleryEntry, GalleryItem
+from clseave_cli.core.evaluation.figures import CurvePoint, LearningCurve
+from clseave_cli.core.evaluation.gallery import Gallery, GalleryEntry, GalleryItem
+from clseave_cli.core.evaluation.metrics import agreement, compare_predictions, score
 from clseave_cli.core.evaluation.results import Baselines, LanguageResult, Results, Signature
+from clseave_cli.core.evaluation.transfer import analyse_distances, measure_transfer
 
 LANGUAGES = ("en", "de", "nl", "ja", "zh", "ko")
 
@@ -44,9 +42,9 @@ def make_results(languages=LANGUAGES, seed=0, num_rows=600):
                 split="test",
                 hard_accuracy=float(right[::2].mean()),
                 num_hard=num_rows // 2,
-                ratio_to_english=scores.accuracy.value
-                / float((english.argmax(axis=1) == labels).mean()),
-                agreement_with_english=agreement(logits, english),
+                ratio_to_english=scores.accuracy / float((english.argmax(axis=1) == labels).mean()),
+                agreement_with_english=agreement(logits, english)[0],
+                kappa_with_english=agreement(logits, english)[1],
                 **more,
             )
         )

@@ -7,8 +7,12 @@ import pytest
 from rich.console import Console
 
 from clseave_cli.commands.tables import comparison_table
-from clseave_cli.core.evaluation.comparison import compare_reports
-from clseave_cli.core.evaluation.rows import PredictedRows, predicted_languages, read_predicted_rows
+from clseave_cli.core.evaluation.comparison import (
+    PredictedRows,
+    compare_reports,
+    predicted_languages,
+    read_predicted_rows,
+)
 from clseave_cli.errors import DataError
 
 NUM_ROWS = 400
@@ -130,7 +134,7 @@ def test_the_command_names_what_only_one_of_them_has(reports, clseave):
 
 def test_the_table_calls_a_tie_a_tie(reports):
     console = Console(width=80, file=io.StringIO())
-    console.print(comparison_table(compare_reports(*reports, resamples=400)))
+    console.print(comparison_table(compare_reports(*reports, resamples=400), 80))
     text = console.file.getvalue()
     by_language = {line.split()[0]: line for line in text.splitlines() if line.split()}
     assert by_language["en"].split()[-1] == "tie"
@@ -152,7 +156,7 @@ def test_both_signatures_are_told(reports, results):
     assert document["signature_second"]["checkpoints"] == {"[clip-ve]": "0123456789abcdef"}
     assert json.loads(json.dumps(document)) == document
     console = Console(width=400, file=io.StringIO())
-    console.print(comparison_table(comparison))
+    console.print(comparison_table(comparison, verbose=True))
     text = " ".join(console.file.getvalue().split())
     assert f"A: {results.signature} B: {other}" in text
     (second / "results.json").write_text('{"format": 0}')

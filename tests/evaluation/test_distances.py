@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from clseave_cli.core.evaluation import distances as linguistics
-from clseave_cli.core.evaluation.distances import (
+from clseave_cli.core.evaluation import transfer as linguistics
+from clseave_cli.core.evaluation.transfer import (
     LANG2VEC_SOURCE,
     THESIS_DISTANCES,
     THESIS_SOURCE,
@@ -171,7 +171,7 @@ def test_the_real_lang2vec_where_it_is_installed():
 
 def test_without_the_extra_the_table_is_used_with_gaps(monkeypatch):
     monkeypatch.setitem(sys.modules, "lang2vec", None)
-    with pytest.raises(ExtraMissing, match=r"pip install 'clseave-cli\[lang2vec\]'"):
+    with pytest.raises(ExtraMissing, match=r"pip install -e '\.\[lang2vec\]'"):
         lang2vec_distances(["fr"])
     analysis = analyse_distances({"en": 0.8, "de": 0.7, "fr": 0.6})
     assert analysis.source == THESIS_SOURCE

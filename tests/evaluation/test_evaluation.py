@@ -12,17 +12,18 @@ from tiny_world import Notes, edit_row, read_jsonl, write_jsonl
 
 from clseave_cli.core.config import EvaluateConfig
 from clseave_cli.core.data.records import read_split
+from clseave_cli.core.evaluation import baselines
 from clseave_cli.core.evaluation import run as evaluation
 from clseave_cli.core.evaluation.comparison import compare_reports
-from clseave_cli.core.evaluation.metrics.bootstrap import accuracy_interval
+from clseave_cli.core.evaluation.metrics import accuracy_interval
 from clseave_cli.core.evaluation.results import Results
 from clseave_cli.core.evaluation.run import evaluate
 from clseave_cli.core.files import file_digest
-from clseave_cli.core.models.clip_ve import ClipVE
+from clseave_cli.core.models.clip_ve import ClipVE, fingerprint
 from clseave_cli.core.models.student import load_student, new_student, save_student
 from clseave_cli.core.translation import engine as engines
 from clseave_cli.core.translation.engine import Identity, Limits, Rejection
-from clseave_cli.errors import DataError, TranslationError, UsageError
+from clseave_cli.errors import ClseaveError, DataError, TranslationError, UsageError
 from clseave_cli.labels import LABELS
 
 
@@ -158,7 +159,7 @@ def test_translations_of_a_file_by_pair_id(data, trained, tmp_path):
         evaluate(
             _config(data, trained, mode="both", engine="file", translations=tmp_path / "{lang}.tsv")
         )
-    with pytest.raises(UsageError, match=r"--beams 0: expected a number above 0"):
+    with pytest.raises(UsageError, match=r"--beams 0: expected at least 1"):
         evaluate(_config(data, trained, mode="both", engine="file", beams=0))
 
 
@@ -169,7 +170,7 @@ def test_images_are_looked_for_before_anything_is_translated(data, trained, glos
         evaluate(_config(data, trained, mode="translate-test", engine="glossary", lang=("de",)))
     assert not made
     shutil.rmtree(data / "images")
-    with pytest.raises(DataError, match=r"no image folder in it .*--images DIR says where"):
+    with pytest.raises(DataError, match=r"no image folder in it .*--images DIR"):
         evaluate(_config(data, trained))
 
 
@@ -202,6 +203,121 @@ def test_both_modes_are_in_table_and_report(clseave, data, trained, tmp_path):
     assert [path.name for path in report.glob("predictions.*")] == ["predictions.de.jsonl"]
 
 
+# --- refused before anything is computed ---
+
+
+def _no_translations(data, runs, tmp_path):
+    return {"mode": "both", "engine": "file", "translations": tmp_path / "{lang}.tsv"}
+
+
+def _report_below_a_file(data, runs, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    return {"report": tmp_path / "file" / "report"}
+
+
+def _photo_is_missing(data, runs, tmp_path):
+    (data / "images" / "test1.png").unlink()
+    return {}
+
+
+def _row_of_the_last_language_is_bad(data, runs, tmp_path):
+    edit_row(_test_file(data, "nl"), 3, gold_label="perhaps")
+    return {}
+
+
+def _training_photo_in_the_test_set(data, runs, tmp_path):
+    edit_row(_test_file(data, "nl"), 1, Flickr30K_ID="train0")
+    return {}
+
+
+def _student_of_another_teacher(data, runs, tmp_path):
+    shutil.copytree(runs, tmp_path / "runs")
+    _rewrite_teacher(tmp_path / "runs" / "align-nl", "0" * 64, "nl")
+    return {"runs": (tmp_path / "runs",)}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_no_translations, "no such file; --translations"),
+        (_report_below_a_file, "file: is not a folder"),
+        (_photo_is_missing, "image 'test1.png' is not in"),
+        (_row_of_the_last_language_is_bad, r"test.nl.jsonl:3: .*perhaps"),
+        (_training_photo_in_the_test_set, "also in"),
+        (_student_of_another_teacher, "align-nl: this student was trained against another"),
+    ],
+)
+def test_what_can_be_known_is_refused_before_a_model_runs(
+    data, trained, tmp_path, monkeypatch, damage, message
+):
+    def load(*_):
+        raise AssertionError("a model was loaded")
+
+    options = {"runs": (trained,)} | damage(data, trained, tmp_path)
+    monkeypatch.setattr(ClipVE, "from_folder", load)
+    with pytest.raises(ClseaveError, match=message):
+        evaluate(EvaluateConfig(data=str(data), **options))
+
+
+@pytest.mark.parametrize("lang", ["en", "de"])
+def test_nan_is_an_error_and_no_metric(data, trained, tmp_path, refused, lang):
+    """Weights that a diverged training left: every row would be called entailment."""
+    shutil.copytree(trained, runs := tmp_path / "runs")
+    if lang == "de":
+        student, teacher = load_student(runs / "align-de"), fingerprint(runs / "clip-ve")
+        student.projection.weight.data[:] = float("nan")
+        save_student(student, runs / "align-de", languages=["de"], teacher=teacher)
+    else:
+        model = ClipVE.from_folder(runs / "clip-ve")
+        next(model.head.parameters()).data[:] = float("nan")
+        model.save(runs / "clip-ve")
+    said = refused("evaluate", "--data", data, "--runs", runs, "--lang", lang)
+    assert "NaN" in said and {"en": "clip-ve", "de": "align-de"}[lang] in said
+
+
+# --- one language, many languages ---
+
+
+def test_one_language_alone_is_compared_with_the_source(world, trained):
+    (german,) = evaluate(_config(world, trained, lang=("de",))).results
+    document = evaluate(_config(world, trained))
+    assert german == next(r for r in document.results if r.lang == "de")
+    assert german.transfer is not None and german.ratio_to_english is not None
+    assert 0 <= german.agreement_with_english <= 1 and german.kappa_with_english <= 1
+    # Each baseline is compared on the same rows, with an interval by photo.
+    own = document.baselines["de"]
+    for name in ("majority", "hypothesis_only", "shuffled_image"):
+        difference = getattr(own, f"difference_to_{name}")
+        assert difference.value == pytest.approx(german.accuracy - getattr(own, name))
+        assert difference.num_examples == german.num_examples and difference.p is not None
+
+
+def test_a_source_that_cannot_be_read_is_done_without(data, trained):
+    edit_row(_test_file(data, "en"), 1, gold_label="perhaps")
+    notes = Notes()
+    (german,) = evaluate(_config(data, trained, lang=("de",)), notes).results
+    assert german.ratio_to_english is None and "Nothing is compared with en" in notes.text
+
+
+def test_a_student_of_several_languages_is_loaded_once(world, trained, tmp_path, monkeypatch):
+    runs = tmp_path / "runs"
+    shutil.copytree(trained / "clip-ve", runs / "clip-ve")
+    shutil.copytree(trained / "align-de", runs / "both")
+    teacher = fingerprint(runs / "clip-ve")
+    save_student(
+        load_student(runs / "both"), runs / "both", languages=["de", "nl"], teacher=teacher
+    )
+    loaded = []
+
+    def watched(folder, *arguments):
+        loaded.append(folder.name)
+        return load_student(folder, *arguments)
+
+    monkeypatch.setattr("clseave_cli.core.evaluation.outputs.load_student", watched)
+    document = evaluate(_config(world, runs))
+    assert [r.lang for r in document.results] == ["en", "de", "nl"] and loaded == ["both"]
+
+
 # --- pictures ---
 
 
@@ -209,9 +325,9 @@ def test_errors_of_every_language_are_shown(world, trained, tmp_path, monkeypatc
     written = {}
     write = evaluation.write_report
 
-    def watched(document, folder, *, curves, galleries):
+    def watched(document, folder, *, galleries, **more):
         written[folder.name] = galleries[-1].items
-        return write(document, folder, curves=curves, galleries=galleries)
+        return write(document, folder, galleries=galleries, **more)
 
     monkeypatch.setattr(evaluation, "write_report", watched)
     several = evaluate(_config(world, trained, report=tmp_path / "several"))
@@ -322,11 +438,11 @@ def test_rows_of_training_are_told(world, trained, tmp_path):
     notes = Notes()
     evaluate(_config(world, trained, split="train", report=tmp_path / "report"), notes)
     assert notes.text.count("those of the training split") == 1
-    for name in ("report.html", "report.md"):
-        assert "those of the training split" in (tmp_path / "report" / name).read_text()
+    page = tmp_path / "report" / "report.html"
+    assert "those of the training split" in page.read_text()
     evaluate(_config(world, trained, report=tmp_path / "report"), quiet := Notes())
     assert "training split" not in quiet.text
-    assert "training split" not in (tmp_path / "report" / "report.md").read_text()
+    assert "training split" not in page.read_text()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -360,13 +476,13 @@ def test_several_seeds_as_table_and_report(world, seeds, clseave, tmp_path):
 def learned(monkeypatch):
     """How many rows the classifier was given, each time it learned."""
     counts = []
-    learn = evaluation.predict_from_hypotheses
+    learn = baselines.predict_from_hypotheses
 
     def spy(*arguments):
         counts.append(len(arguments[0]))
         return learn(*arguments)
 
-    monkeypatch.setattr(evaluation, "predict_from_hypotheses", spy)
+    monkeypatch.setattr(baselines, "predict_from_hypotheses", spy)
     return counts
 
 
@@ -456,7 +572,7 @@ def test_xvnli_as_it_is_in_both_modes(xvnli, assets, tmp_path):
 def test_xvnli_without_photos_is_one_clear_line(xvnli, refused, tmp_path):
     data, _, runs = xvnli
     said = refused("evaluate", "--data", data, "--runs", runs)
-    assert "no image folder in it" in said and "--images DIR says where" in said
+    assert "no image folder in it" in said and "name it with --images DIR" in said
     (tmp_path / "empty").mkdir()
     said = refused("evaluate", "--data", data, "--runs", runs, "--images", tmp_path / "empty")
     assert "test.en.jsonl:1: image '759822302' is not in" in said
@@ -478,7 +594,7 @@ def test_hard_rows_are_those_that_the_wording_does_not_give_away(
 ):
     always = LABELS.index("neutral")
     monkeypatch.setattr(
-        "clseave_cli.core.evaluation.run.predict_from_hypotheses",
+        "clseave_cli.core.evaluation.baselines.predict_from_hypotheses",
         lambda _, __, hypotheses: np.full(len(hypotheses), always),
     )
     config = _config(data, trained, lang=("en",), report=tmp_path / "report", resamples=10_000)

@@ -7,16 +7,21 @@ from itertools import pairwise
 import pytest
 from PIL import Image
 
-from clseave_cli.core.evaluation.metrics.bootstrap import Interval
-from clseave_cli.core.evaluation.report.figures import (
-    _alignment,
+from clseave_cli.core.evaluation.figures import (
+    Drawing,
     _confusion,
+    _curves,
     _languages,
     draw_figures,
 )
-from clseave_cli.core.evaluation.report.gallery import Gallery
-from clseave_cli.core.evaluation.report.latex import escape_latex, latex_table
-from clseave_cli.core.evaluation.report.report import write_report
+from clseave_cli.core.evaluation.gallery import Gallery
+from clseave_cli.core.evaluation.metrics import ClassScores, Interval
+from clseave_cli.core.evaluation.report import (
+    escape_latex,
+    html_page,
+    latex_table,
+    write_report,
+)
 from clseave_cli.core.evaluation.results import Baselines, Results, across_seeds
 
 HOSTILE = "<script>alert('1')</script> | $x_1$ & 100 % 円 \\ `code` [a](b)"
@@ -29,6 +34,8 @@ class Page(HTMLParser):
     def __init__(self, html):
         super().__init__()
         self.tags, self.addresses, self.hypotheses = set(), [], {}
+        #: Rows of cells of every table, heads included, by the title of the section.
+        self.rows = {}
         self._open, self._texts = [], []
         self.feed(html)
         self.close()
@@ -37,6 +44,12 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.add(tag)
+        if tag == "section":
+            self.rows[None] = []
+        elif tag == "tr" and None in self.rows:
+            self.rows[None].append([])
+        elif tag in ("td", "th") and None in self.rows:
+            self.rows[None][-1].append("")
         found = dict(attributes)
         self.addresses += [found[name] for name in ("src", "href") if name in found]
         if tag not in VOID:
@@ -47,6 +60,11 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self._texts.append(data)
+        inside = [tag for tag, _ in self._open]
+        if "h2" in inside and None in self.rows:
+            self.rows[data] = self.rows[None]
+        if None in self.rows and {"td", "th"} & set(inside):
+            self.rows[None][-1][-1] += data
         if self._open and self._open[-1][1].get("class") == "hypothesis":
             self.hypotheses.setdefault(self._open[-1][1]["lang"], set()).add(data)
 
@@ -54,6 +72,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="session")
 def folder(results, curves, galleries, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
+    results.write(folder)
     (folder / "figures").mkdir()
     (folder / "figures" / "old.png").write_bytes(b"of an older report")
     path = write_report(results, folder, curves=curves, galleries=galleries, title=HOSTILE)
@@ -72,10 +91,7 @@ def test_writes_every_part_and_replaces_what_was_there(folder, results):
     assert names == {
         "results.json",
         "report.html",
-        "report.md",
         "table.tex",
-        "images/001.png",
-        "images/002.jpg",
         *(f"figures/{name}.png" for name in figures + curves),
     }
     assert Results.read(folder) == results
@@ -87,8 +103,9 @@ def test_the_page_needs_nothing_but_itself(folder):
     assert not page.tags & {"script", "link", "iframe", "object"}
     assert all(address.startswith(("data:image/", "#")) for address in page.addresses)
     assert not re.search(r"url\(|@import|https?:", html)
-    # Seven figures and two readable pictures.
-    assert sum(address.startswith("data:") for address in page.addresses) == 9
+    # One chart of languages, six panels each of confusion, reliability and distance; one, two and
+    # three panels of curves; and two readable pictures.
+    assert sum(address.startswith("data:") for address in page.addresses) == 1 + 18 + 6 + 2
 
 
 def test_text_from_data_is_text(folder):
@@ -124,17 +141,6 @@ def test_the_same_results_give_the_same_figures(results):
     assert draw_figures(few, []) == draw_figures(few, [])
 
 
-def test_markdown_links_its_figures_and_keeps_its_tables_straight(folder):
-    markdown = read(folder / "report.md")
-    for link in re.findall(r"^!\[.*\]\((\S+)\)$", markdown, flags=re.MULTILINE):
-        assert (folder / link).is_file()
-    assert "<script" not in markdown.replace("\\<", "")
-    for block in re.findall(r"(?:^\|.*\n)+", markdown, flags=re.MULTILINE):
-        widths = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
-        assert len(widths) == 1
-    assert "赤い円があります。" in markdown
-
-
 def test_latex_is_escaped_and_aligned(results):
     table = latex_table(replace(results, results=(replace(results.results[0], split="a_b & c%"),)))
     assert r"a\_b \& c\%" in table
@@ -165,7 +171,7 @@ def test_latex_of_several_trainings_is_of_their_means(results):
 
 def test_the_languages_figure_of_several_trainings_is_another(results):
     def drawn(document):
-        return draw_figures(replace(document, distances=None), [])["languages"]
+        return draw_figures(replace(document, distances=None), [])["languages"].encoded
 
     assert drawn(replace(results, seeds=across_seeds([results, results]))) != drawn(results)
 
@@ -186,7 +192,7 @@ def test_baselines_that_are_equal_do_not_hide_each_other(results):
 
 def test_every_panel_of_the_alignment_says_its_scale(curves):
     align = [curve for curve in curves if curve.stage == "align"]
-    panels = _alignment(align).axes
+    panels = _curves(align).axes
     assert {panel.get_yscale() for panel in panels} == {"log", "linear"}
     for panel in panels:
         scale = {"log": "logarithmic scale", "linear": "linear scale"}[panel.get_yscale()]
@@ -198,7 +204,7 @@ def test_every_panel_of_the_alignment_says_its_scale(curves):
 
 def test_small_print_takes_no_room_from_the_plot(results):
     def pixels(document):
-        with Image.open(io.BytesIO(draw_figures(document, [])["languages"])) as image:
+        with Image.open(io.BytesIO(draw_figures(document, [])["languages"].encoded)) as image:
             return image.size
 
     checkpoints = {f"{number}-{'model' * 9}": "ab" * 32 for number in range(8)}
@@ -244,21 +250,12 @@ def test_little_was_measured(results, tmp_path):
     page = Page(read(tmp_path / "report.html"))
     assert "Transfer" not in page.text and "Linguistic distance" not in page.text
     assert "Learning curves" not in page.text and "Against English" not in page.text
-    assert not (tmp_path / "images").exists()
     assert "de & " in read(tmp_path / "table.tex")
-
-
-def test_a_report_without_pictures_leaves_none_of_an_older_one(results, galleries, tmp_path):
-    write_report(results, tmp_path, galleries=galleries)
-    assert (tmp_path / "images" / "001.png").is_file()
-    write_report(results, tmp_path)
-    assert not (tmp_path / "images").exists()
 
 
 def test_an_empty_gallery_is_left_out(results, tmp_path):
     write_report(results, tmp_path, galleries=[Gallery("No errors", "Nothing here.", ())])
-    for name in ("report.html", "report.md"):
-        assert "No errors" not in read(tmp_path / name)
+    assert "No errors" not in read(tmp_path / "report.html")
 
 
 def test_names_from_outside_cannot_break_a_figure(results):
@@ -269,3 +266,120 @@ def test_names_from_outside_cannot_break_a_figure(results):
     )
     figures = draw_figures(replace(hostile, distances=None), [])
     assert set(figures) == {"languages", "confusion", "reliability"}
+
+
+# --- sections ---
+
+
+def page(results, figures=()):
+    """The page of a document, without drawing anything."""
+    drawn = dict.fromkeys(figures, Drawing(b"", (b"",)))
+    return Page(html_page("title", results, drawn, []))
+
+
+def test_sections_show_what_was_measured(results):
+    several = replace(results, seeds=across_seeds([results, results]))
+    shown = page(several, ["languages", "distances", "curves-align"])
+    assert [title for title in shown.rows if title is not None] == [
+        "Over seeds",
+        "Accuracy by language, first training",
+        "Against English",
+        "Did it look?",
+        "By label",
+        "Calibration",
+        "Transfer",
+        "Linguistic distance",
+        "Learning curves",
+        "Signature",
+    ]
+    assert sum(address.startswith("data:") for address in shown.addresses) == 3
+    for title in ("Accuracy by language, first training", "Against English", "Transfer"):
+        assert len({len(row) for row in shown.rows[title]}) == 1
+
+
+def test_english_alone_is_not_compared_with_itself(results):
+    alone = replace(results, results=results.results[:1], distances=None)
+    assert alone.results[0].agreement_with_english == 1
+    assert "Against English" not in page(alone).rows
+
+
+def test_a_label_that_no_row_has_is_told(results):
+    english = results.results[0]
+    per_class = english.per_class | {"neutral": ClassScores(0.0, 0.0, 0.0, 0)}
+    two = page(replace(results, results=(replace(english, per_class=per_class),), distances=None))
+    assert "No row has the gold label neutral: macro-F1 counts a 0 for it." in two.text
+    assert "No row has the gold label neutral: there is no recall" in two.text
+    assert two.rows["By label"][-1][4:7] == ["0.0", "–", "0.0"]
+    assert "No row has" not in page(results).text
+
+
+def test_several_trainings_are_shown_by_their_means(results):
+    english, german = results.results[:2]
+    runs = []
+    for accuracy in (0.7, 0.8):
+        paired = replace(german.difference_to_english, value=-0.02, low=-0.03, high=0.01)
+        second = replace(german, accuracy=accuracy - 0.02, difference_to_english=paired)
+        pair = (replace(english, accuracy=accuracy), second)
+        runs.append(replace(results, results=pair, distances=None))
+    intervals = {"de": {"difference_to_english": Interval(-0.02, -0.028, -0.012)}}
+    shown = page(replace(runs[0], seeds=across_seeds(runs, intervals)), ["languages"])
+    assert shown.rows["Over seeds"][-1] == [
+        "German",
+        "English",
+        "−2.0 ± 0.0",
+        "−2.8 to −1.2",
+        "lower",
+    ]
+    assert shown.rows["Over seeds"][1][:3] == ["English", "2", "75.0 ± 7.1"]
+    assert "mean of 2 trainings" in shown.text
+    # The tables of the first are those of the first.
+    assert shown.rows["Accuracy by language, first training"][1][3] == "70.0"
+
+
+def test_gains_over_the_baselines_worked_by_hand(results):
+    german = replace(results.results[1], accuracy=0.7319)
+    paired = replace(german.difference_to_english, value=0.3199, low=0.29, high=0.35)
+    own = replace(results.baselines["de"], difference_to_hypothesis_only=paired)
+    shown = page(replace(results, results=(german,), baselines={"de": own}))
+    row = shown.rows["Did it look?"][2]
+    # 73.19 − 33.4 and 73.19 − 41.2; an older document has no paired difference.
+    assert row[:6] == ["German", "73.2", "33.4", "+39.8", "–", "–"]
+    assert row[6:10] == ["41.2", "+32.0", "+29.0 to +35.0", "higher"]
+
+
+def test_minus_signs_are_minus_signs(results):
+    cells = [row[4] for row in page(results).rows["Against English"]]
+    assert any(cell.startswith("−") for cell in cells) and not any("-" in cell for cell in cells)
+
+
+def test_modes_are_told_apart(results):
+    german = results.results[1]
+    both = replace(results, results=(german, replace(german, mode="translate-test")))
+    rows = page(both).rows["Accuracy by language"]
+    assert [row[0] for row in rows[1:]] == ["German (zero-shot)", "German (translate-test)"]
+
+
+def test_distances_are_drawn_where_a_language_differs(results):
+    differing = replace(results, results=results.results[:3])
+    assert "distances" in draw_figures(differing, [])
+    level = tuple(
+        replace(r, difference_to_english=replace(r.difference_to_english, low=-0.1, high=0.1))
+        for r in results.results[1:3]
+    )
+    tied = replace(results, results=(results.results[0], *level))
+    assert "distances" not in draw_figures(tied, [])
+    assert "by more than its interval, so there is nothing to plot" in page(tied).text
+
+
+def test_colour_says_right_or_wrong_and_the_page_what_it_is_of(folder, results):
+    html = read(folder / "report.html")
+    assert re.findall(r'<b class="(right|wrong)">(.)</b> (\w+)</span>', html)[:3] == [
+        ("right", "✓", "entailment"), ("wrong", "✗", "neutral"), ("right", "✓", "entailment"),
+    ]  # fmt: skip
+    # One signature, in the footer; the figures on the page have none.
+    assert Page(html).text.count(results.signature.checkpoints["clip-ve"]) == 1
+    drawing = draw_figures(replace(results, distances=None), [])["languages"]
+    sizes = [Image.open(io.BytesIO(png)).height for png in (drawing.encoded, *drawing.panels)]
+    assert sizes[1] < sizes[0]
+    named = replace(results.signature, dataset="XVNLI", date="2026-11-26")
+    assert "XVNLI · test split · 2026-11-26" in page(replace(results, signature=named)).text

@@ -7,15 +7,16 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from clseave_cli.commands.tables import results_table
-from clseave_cli.core.evaluation.results import Results, across_seeds
+from clseave_cli.commands.tables import results_table, seeds_table
+from clseave_cli.core.evaluation.results import Baselines, Results, across_seeds
+from clseave_cli.core.evaluation.summary import not_above
 from clseave_cli.errors import DataError
 
 
-def rendered(results, width=80):
+def rendered(results, width=80, table=results_table, **options):
     """What a terminal of `width` columns shows."""
     console = Console(width=width, file=io.StringIO())
-    console.print(results_table(results))
+    console.print(table(results, width, **options))
     return console.file.getvalue()
 
 
@@ -153,8 +154,28 @@ def test_the_table_shows_percentages_with_one_decimal(results):
     text = rendered(replace(results, results=(results.results[0], german)))
     (line,) = (line for line in text.splitlines() if line.split()[:1] == ["de"])
     assert line.split()[1:] == ["73.2", "72.5–73.8", "100.0", "87.5", "33.4", "41.2", "37.1"]
-    assert "seed 0" in text
     assert "…" not in text
+    # Fingerprints are for those who ask; there are paragraphs of them.
+    assert "3f2a9c1b" not in text and "3f2a9c1b" in rendered(results, verbose=True)
+
+
+@pytest.mark.parametrize("table", [results_table, seeds_table])
+def test_a_narrow_terminal_gets_fewer_columns_and_whole_numbers(results, table):
+    several = replace(results, seeds=across_seeds([results, results]))
+    for width in (40, 60, 120):
+        text = rendered(several, width, table)
+        assert "…" not in text and max(map(len, text.splitlines())) <= width
+        assert ("Left out" in text) == (width < 120)
+        assert all(f"{100 * r.accuracy:.1f}" in text for r in results.results)
+
+
+def test_the_table_says_where_a_baseline_is_as_good(results):
+    # NLVR: of two labels one is the more frequent.
+    low = replace(results.results[0], accuracy=0.44, accuracy_low=0.41, accuracy_high=0.47)
+    weak = replace(results, results=(low,), baselines={"en": Baselines(majority=0.562)})
+    (sentence,) = not_above(weak)
+    assert sentence in " ".join(rendered(weak).split())
+    assert "no better" not in rendered(results)
 
 
 def test_the_table_has_dashes_for_what_was_not_measured(results):

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from clseave_cli.core.evaluation.metrics import transfer
-from clseave_cli.core.evaluation.metrics.transfer import measure_transfer
+from clseave_cli.core.evaluation import transfer
+from clseave_cli.core.evaluation.transfer import measure_transfer
 
 
 def test_distances_worked_by_hand():

@@ -11,7 +11,7 @@ from torch.nn import functional
 from clseave_cli.core.alignment import align
 from clseave_cli.core.config import AlignConfig, FinetuneConfig, TrainingConfig
 from clseave_cli.core.finetuning import finetune
-from clseave_cli.core.models.head import EntailmentHead, HeadConfig
+from clseave_cli.core.models.clip_ve import EntailmentHead, HeadConfig
 from clseave_cli.core.training import loop
 from clseave_cli.core.training.capture import Captured, CudaRecorder
 from clseave_cli.core.training.loop import Selection, Stage, train

@@ -7,7 +7,7 @@ from tiny_world import QUICK, flip_byte, killed_at_step, read_jsonl, tree, weigh
 
 from clseave_cli.core.alignment.autoencoding import autoencode
 from clseave_cli.core.config import AutoencodeConfig
-from clseave_cli.core.models.autoencoder import Autoencoder, load_autoencoder, save_autoencoder
+from clseave_cli.core.models.student import Autoencoder, load_autoencoder, save_autoencoder
 from clseave_cli.errors import DataError, ModelError, UsageError
 
 

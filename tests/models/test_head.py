@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from clseave_cli.core.models.head import EntailmentHead, HeadConfig
+from clseave_cli.core.models.clip_ve import EntailmentHead, HeadConfig
 
 
 @pytest.fixture

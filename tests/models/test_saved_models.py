@@ -9,9 +9,8 @@ import torch
 from tiny_world import ENCODER_SHAPE, flip_byte, tree
 
 from clseave_cli.core.models import backbones
-from clseave_cli.core.models.clip_ve import ClipVE, fingerprint
+from clseave_cli.core.models.clip_ve import ClipVE, EntailmentHead, HeadConfig, fingerprint
 from clseave_cli.core.models.encoders import module_digest
-from clseave_cli.core.models.head import EntailmentHead, HeadConfig
 from clseave_cli.core.models.scratch import ClipShape, new_clip, new_encoder
 from clseave_cli.core.models.student import find_students, load_student, new_student, save_student
 from clseave_cli.errors import ModelError
@@ -97,6 +96,7 @@ def test_a_student_is_the_same_after_save_and_load(encoder, tmp_path):
 
 
 def test_nothing_on_disk_is_a_pickle(trained):
+    """G11."""
     names = [name for name in tree(trained) if not name.endswith((".json", ".jsonl", ".md"))]
     assert names and all(name.endswith(".safetensors") for name in names)
 
@@ -109,6 +109,7 @@ def test_a_student_of_another_teacher_is_refused(trained):
 
 @pytest.mark.parametrize("kind", ["clip-ve", "align-de"])
 def test_a_flipped_byte_in_any_file_is_noticed(runs, kind):
+    """G10."""
     folder = runs / kind
     load = ClipVE.from_folder if kind == "clip-ve" else load_student
     load(folder)
@@ -170,6 +171,7 @@ def test_a_newer_format_is_refused(runs):
 
 
 def test_a_configuration_cannot_reach_outside_its_folder(runs):
+    """G11."""
     from clseave_cli.core.models.folder import seal
 
     path = runs / "align-de" / "config.json"
@@ -228,6 +230,7 @@ def test_a_model_of_another_kind_is_refused(encoder):
 
 
 def test_code_in_a_model_folder_is_never_run(encoder, tmp_path):
+    """G11."""
     folder = tmp_path / "evil"
     shutil.copytree(encoder, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -286,4 +289,4 @@ def test_a_student_is_known_by_its_config_not_by_its_name(runs):
     assert find_students(runs) == {"de": runs / "my german one", "nl": runs / "align-nl"}
     (runs / "align-nl" / "config.json").write_text("no JSON")
     with pytest.raises(ModelError, match=r"align-nl/config.json: damaged"):
-        find_students(runs)
+        load_student(find_students(runs)["nl"])

@@ -21,7 +21,7 @@ from transformers import (
 from clseave_cli import VisualEntailment
 from clseave_cli.core.alignment import align
 from clseave_cli.core.config import AlignConfig
-from clseave_cli.core.models import trimming
+from clseave_cli.core.models import vocabulary
 from clseave_cli.core.models.encoders import module_digest
 from clseave_cli.core.models.student import (
     load_student,
@@ -29,7 +29,7 @@ from clseave_cli.core.models.student import (
     restore_student,
     save_student,
 )
-from clseave_cli.core.models.trimming import trim_vocabulary
+from clseave_cli.core.models.vocabulary import trim_vocabulary
 from clseave_cli.errors import ModelError
 
 #: What the whole vocabulary is learnt from; the languages in use are the first two sentences.
@@ -263,9 +263,9 @@ def test_the_least_probable_piece_stays(tmp_path):
 def test_single_characters_by_kind():
     marks = ("Ġ", "▁", "##", "</w>")
     for token in ("a", "##a", "▁a", "Ġ", "a</w>", "<0x0A>", "▁", "犬", "##犬"):
-        assert trimming._is_single(token, marks), token
+        assert vocabulary._is_single(token, marks), token
     for token in ("ab", "##ab", "<s>", "##", "▁ab"):
-        assert not trimming._is_single(token, marks), token
+        assert not vocabulary._is_single(token, marks), token
 
 
 # --- through align ---

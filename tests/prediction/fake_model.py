@@ -17,7 +17,8 @@ class FakeModel:
         self.num_prepared = 0
         self.gate = threading.Event()
         self.gate.set()
-        self.fail: Exception | None = None
+        self.poison: float | None = None  # a red that fails its batch
+        self.broken_scores = None  # what becomes of the probabilities
 
     def prepare(self, image):
         self.num_prepared += 1
@@ -25,8 +26,8 @@ class FakeModel:
 
     def embed_images(self, pixels):
         assert self.gate.wait(30)
-        if self.fail is not None:
-            raise self.fail
+        if self.poison is not None and (np.isclose(pixels[:, 0, 0, 0], self.poison)).any():
+            raise RuntimeError("out of memory")
         self.image_batches.append(len(pixels))
         return pixels[:, :, 0, 0]
 
@@ -37,4 +38,5 @@ class FakeModel:
 
     def probabilities(self, hypotheses, premises):
         scores = np.exp(premises)
-        return scores / scores.sum(axis=1, keepdims=True)
+        scores = scores / scores.sum(axis=1, keepdims=True)
+        return scores if self.broken_scores is None else self.broken_scores(scores)

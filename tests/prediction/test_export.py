@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +18,12 @@ pytest.importorskip("onnxruntime")
 
 from clseave_cli import VisualEntailment
 from clseave_cli.core.config import ExportConfig
+from clseave_cli.core.data.images import Preparation
 from clseave_cli.core.models.folder import peek, seal
 from clseave_cli.core.prediction import export as exporting
 from clseave_cli.core.prediction import onnx_model
 from clseave_cli.core.prediction.export import export
 from clseave_cli.core.prediction.inference import load_model
-from clseave_cli.core.prediction.pixels import Preparation
 from clseave_cli.errors import ModelError
 
 _REPOSITORY = Path(__file__).parents[2]
@@ -166,6 +168,18 @@ except SystemExit as end:
     assert json.loads((tmp_path / "out.jsonl").read_text())["label"]
 
 
+def test_the_distribution_without_torch_asks_for_nothing_else():
+    def project(folder):
+        return tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+
+    whole, small = project(_REPOSITORY), project(_REPOSITORY / "docs" / "runtime")
+    extras = whole["optional-dependencies"]
+    assert small["version"] == whole["version"] and small["scripts"] == whole["scripts"]
+    assert set(small["dependencies"]) <= {*whole["dependencies"], *extras["onnx"]}
+    for name, needed in small["optional-dependencies"].items():
+        assert needed == extras[name]
+
+
 def test_the_manifest_names_what_it_was_made_from(trained, exported):
     config = json.loads((exported / "config.json").read_text())
     made_from = {
@@ -178,8 +192,6 @@ def test_the_manifest_names_what_it_was_made_from(trained, exported):
 
 
 def test_a_damaged_folder_is_refused(exported, tmp_path, world):
-    import shutil
-
     copy = tmp_path / "onnx"
     shutil.copytree(exported, copy)
     flip_byte(copy / "image.onnx.data")
@@ -192,6 +204,37 @@ def test_a_damaged_folder_is_refused(exported, tmp_path, world):
         VisualEntailment.from_pretrained(copy, lasting=False)(*_pairs(world, "en")[0])
     with pytest.raises(ModelError, match=r"no model for fr; languages there: en, de, nl"):
         VisualEntailment.from_pretrained(exported, "fr")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("languages", {"de": "../../elsewhere"}, "config.json: damaged"),
+        ("languages", {"de\x1b[2J": "clip-ve"}, "config.json: damaged"),
+        ("languages", ["de"], "config.json: damaged"),
+        ("languages", {"de": "gone"}, "config.json: damaged"),
+        ("encoders", {"align-de": {"max_tokens": -1, "terminal_id": 0, "pad_id": 0}}, "damaged"),
+        ("preparation", {"crop": [10**6, 10**6]}, "config.json: damaged"),
+        ("preparation", [], "config.json: damaged"),
+        ("image.onnx", "pipe", "image.onnx: missing or not a file"),
+        ("config.json", "pipe", "config.json: not a regular file"),
+    ],
+)
+def test_a_hostile_folder_is_refused(exported, tmp_path, world, refused, key, value, message):
+    folder = tmp_path / "onnx"
+    shutil.copytree(exported, folder)
+    if value == "pipe":
+        (folder / key).unlink()
+        os.mkfifo(folder / key)
+    else:
+        config = peek(folder, onnx_model.FORMAT)
+        (folder / "config.json").unlink()
+        value = config[key] | value if key == "preparation" and value else value
+        written = ("format", "format_version", "files", "fingerprint", "clseave_version")
+        kept = {name: config[name] for name in config.keys() - set(written)}
+        seal(folder, onnx_model.FORMAT, kept | {key: value})
+    error = refused("predict", *_pairs(world, "de")[0], "--lang", "de", "--runs", folder)
+    assert message in error and "\x1b" not in error
 
 
 def test_the_teachers_language_is_not_taken_for_another(tmp_path, trained, world, refused):
@@ -227,12 +270,13 @@ def test_the_command_says_what_it_wrote(tmp_path, trained, clseave, refused):
     code, _, said = clseave("export", "--runs", trained, "--out", out, "--lang", "de")
     assert code == 0 and f"{out}: an export that also read nl was replaced." in said
     (out / "config.json").write_text("{")
-    code, _, said = clseave("export", "--runs", trained, "--out", out, "--lang", "nl")
-    assert code == 0 and "replaced" not in said  # nothing is known of a damaged one
-    assert "no exported model" in refused(
+    error = refused("export", "--runs", trained, "--out", out, "--lang", "nl", code=2)
+    assert f"{out}: is there already" in error  # nothing is known of a damaged one
+    assert "is not an exported model" in refused(
         "export", "--runs", trained, "--out", trained / "clip-ve", code=2
     )
-    assert "no model for xx" in refused("export", "--runs", trained, "--out", out, "--lang", "xx")
+    other = tmp_path / "other"
+    assert "no model for xx" in refused("export", "--runs", trained, "--out", other, "--lang", "xx")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import uvicorn
 from playwright.sync_api import sync_playwright
 
 from clseave_cli.core.config import ServeConfig
-from clseave_cli.core.prediction.serving.app import create_app
+from clseave_cli.core.prediction.service import create_app
 
 
 def _find_browser():
@@ -75,7 +75,8 @@ def page(browser, address):
     page.on("console", lambda said: said.type == "error" and problems.append(said.text))
     page.on("request", lambda sent: problems.append(sent.url) if _elsewhere(sent, address) else 0)
     page.goto(address)
-    page.wait_for_function("document.querySelectorAll('#lang option').length > 0")
+    # Not `wait_for_function`: the page's security policy forbids what it evaluates.
+    page.wait_for_selector("#lang option", state="attached")
     yield page
     page.close()
     assert [each for each in problems if "413" not in each] == []
@@ -130,3 +131,46 @@ def test_a_refusal_is_shown_in_words(page):
     page.click("#ask")
     page.wait_for_selector("#answer .problem")
     assert "more than 1 megapixels" in page.locator("#answer .problem").inner_text()
+
+
+@pytest.mark.parametrize("change", ["sentence", "language", "photo"])
+def test_no_answer_stays_beside_another_question(page, change):
+    page.evaluate(_DROP, ["#drop", list(_png((0, 255, 0)))])
+    page.fill("#hypothesis", "It is green.")
+    page.click("#ask")
+    _percents(page)
+    if change == "sentence":
+        page.type("#hypothesis", "!")
+    elif change == "language":
+        page.select_option("#lang", "de")
+    else:
+        page.evaluate(_DROP, ["#drop", list(_png((255, 0, 0)))])
+    assert page.locator("#answer").inner_text() == ""
+
+
+def test_an_answer_that_comes_after_an_edit_is_not_shown(page):
+    page.evaluate(_DROP, ["#drop", list(_png((0, 255, 0)))])
+    page.fill("#hypothesis", "It is green.")
+    held = []
+    page.route("**/judge", lambda route: held.append(route))
+    page.click("#ask")
+    page.wait_for_selector("#ask:disabled")
+    page.type("#hypothesis", "!")
+    with page.expect_response("**/judge"):
+        held[0].continue_()
+    page.wait_for_timeout(50)
+    assert page.locator("#answer").inner_text() == ""
+
+
+def test_several_lines_an_example_and_a_warning(page):
+    page.click("#examples button >> nth=0")
+    page.wait_for_selector("#photo:not([hidden])")
+    assert page.input_value("#hypothesis") == "There is a red circle."
+    page.fill("#hypothesis", "There is a red circle.\n赤い円があります。\n")
+    page.click("#ask")
+    page.wait_for_selector("#answer .judged")
+    sentences = page.locator(".sentence").all_inner_texts()
+    assert sentences == ["There is a red circle.", "赤い円があります。"]
+    assert page.locator(".problem").all_inner_texts() == [
+        "Careful: the sentence is not in the script of en; check the language."
+    ]

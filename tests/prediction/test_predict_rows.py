@@ -1,26 +1,34 @@
 """`predict` on many rows: resuming, changing pictures, languages."""
 
 import importlib.util
+import io
 import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
+from fake_model import FakeModel
 from PIL import Image
 from tiny_world import CommandProcess, flip_byte, read_jsonl, tree, write_jsonl
 
 from clseave_cli import VisualEntailment
+from clseave_cli.commands import predict
 from clseave_cli.core.config import PredictConfig
+from clseave_cli.core.models.folder import seal
 from clseave_cli.core.models.student import find_students
 from clseave_cli.core.prediction import torch_model
 from clseave_cli.core.prediction.predictor import predict_file
 from clseave_cli.errors import DataError, ExtraMissing, UsageError
 from clseave_cli.labels import LABELS
 
+_REPOSITORY = Path(__file__).parents[2]
 needs_lingua = pytest.mark.skipif(
     importlib.util.find_spec("lingua") is None, reason="needs the langid extra"
 )
@@ -67,7 +75,7 @@ def test_a_resumed_run_continues_exactly_where_it_stopped(source, trained, tmp_p
     torn = b"".join(lines[left : left + 1])[:-5] or b"{"
     partial = tmp_path / "answers.jsonl.partial"
     partial.write_bytes(earlier + torn)
-    target.write_text("older answers\n")
+    target.write_text('{"error": "older"}\n')
     with pytest.raises(UsageError, match=r"partial: an unfinished run lies there; --resume"):
         predict_file(_config(trained), source, target)
     again = predict_file(_config(trained, resume=True), source, target)
@@ -189,6 +197,7 @@ def test_rows_without_an_answer_are_no_answers(source, trained, tmp_path):
 
 
 def test_after_a_kill_no_line_is_torn_and_none_is_lost(source, trained, tmp_path, cache, clseave):
+    """G7."""
     whole, target = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
     arguments = ["predict", "--input", source, "--runs", trained, "--lang", "de",
                  "--batch-size", "1", "--device", "cpu", "--precision", "fp32"]  # fmt: skip
@@ -316,6 +325,162 @@ def test_what_is_no_file_is_not_waited_for(trained, tmp_path):
         assert part in str(answer)
 
 
+_RED = np.full((6, 5, 3), (250, 20, 20), dtype=np.uint8)
+
+
+def _png(image=None):
+    content = io.BytesIO()
+    (image or Image.fromarray(_RED)).save(content, "PNG")
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["bytes", "stream", "file", "pillow", "array", "str"])
+def test_pictures_need_not_be_paths(tmp_path, kind):
+    fake = FakeModel()
+    model = VisualEntailment(fake, "en")
+    path = tmp_path / "red.png"
+    path.write_bytes(_png())
+    with path.open("rb") as file:
+        source = {
+            "bytes": _png(), "stream": io.BytesIO(_png()), "file": file, "str": str(path),
+            "pillow": Image.fromarray(_RED), "array": _RED,
+        }[kind]  # fmt: skip
+        answer, again = model.predict([(source, "It is red."), (path, "It is red.")])
+    assert answer.probabilities == pytest.approx(again.probabilities)
+    names = {"bytes": "<bytes>", "stream": "<BytesIO>", "pillow": "<Image>", "array": "<ndarray>"}
+    assert answer.image == names.get(kind, str(path))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [b"\x89PNG" + bytes(5000), io.StringIO("text"), None, 3, np.zeros((2, 2)), _png()[:40],
+     Image.new("RGB", (2001, 20))],
+    ids=["bytes", "text file", "none", "number", "floats", "cut", "long"],
+)  # fmt: skip
+def test_an_error_names_the_kind_of_picture_and_does_not_print_it(source):
+    error = VisualEntailment(FakeModel(), "en").predict([(source, "It is red.")])[0]
+    assert isinstance(error, DataError) and len(str(error)) < 300
+    assert str(error).startswith("<") and "\\x89" not in str(error)
+
+
+def test_each_pair_may_have_its_language():
+    model = VisualEntailment(FakeModel(), None)
+    answers = model.predict([(_RED, "It is red."), (_RED, "Das ist rot.")], lang=["en", "de"])
+    assert [answer.lang for answer in answers] == ["en", "de"]
+    assert model(_RED, "Das ist rot.", lang="de").model == "runs/align-de"
+    for lang, message in [(None, "lang None: expected one of those loaded"), ("fr", "lang 'fr'"),
+                          (["en", "de"], "2 languages for 1 pairs")]:  # fmt: skip
+        with pytest.raises(UsageError, match=message):
+            model.predict([(_RED, "It is red.")], lang)
+
+
+def test_several_languages_are_loaded(trained, world):
+    model = VisualEntailment.from_pretrained(trained, lang=["de", "nl"], device="cpu")
+    image = world / "images" / "test0.png"
+    answers = model.predict([(image, "Das Quadrat ist rot.")] * 2, ["de", "nl"])
+    assert [answer.lang for answer in answers] == ["de", "nl"]
+    assert answers[0].probabilities != answers[1].probabilities
+
+
+def test_a_long_thin_picture_costs_its_row_only(trained, tmp_path, world, data, refused):
+    """Scaled up to CLIP's shortest side of 224, it would have a thousand million pixels."""
+    (tmp_path / "long.png").write_bytes(_png(Image.new("L", (20_000, 1))))
+    good = str(world / "images" / "test0.png")
+    write_jsonl(
+        tmp_path / "pairs.jsonl",
+        [{"image": image, "hypothesis": "Das ist rot."} for image in ("long.png", good)],
+    )
+    done = predict_file(_config(trained), tmp_path / "pairs.jsonl", tmp_path / "answers.jsonl")
+    assert (done.num_predicted, done.num_errors) == (1, 1)
+    message = "20000 × 1 pixels; expected a picture whose long side is at most 100 times"
+    assert f"long.png: {message}" in done.first_error
+    shutil.copy(tmp_path / "long.png", data / "images" / "test0.png")
+    assert message in refused("evaluate", "--data", data, "--runs", trained)
+
+
+# --- models and sentences that do not fit ---
+
+
+def test_what_is_no_number_is_no_answer(runs, world, tmp_path, refused):
+    """Weights that are finite, and overflow when they are multiplied."""
+    from safetensors.torch import load_file, save_file
+
+    path = runs / "clip-ve" / "head.safetensors"
+    weights = load_file(path)
+    for name in ("layers.0.weight", "layers.2.weight"):
+        weights[name] *= 1e30
+    save_file(weights, path)
+    config = json.loads((runs / "clip-ve" / "config.json").read_text())
+    fields = ("format", "format_version", "files", "fingerprint", "clseave_version")
+    (runs / "clip-ve" / "config.json").unlink()
+    seal(runs / "clip-ve", "clip-ve", {k: v for k, v in config.items() if k not in fields})
+    image = world / "images" / "test0.png"
+    message = "gives probabilities that are not finite numbers"
+    assert message in refused("predict", image, "The square is red.", "--runs", runs, "--json")
+    write_jsonl(tmp_path / "pairs.jsonl", [{"image": str(image), "hypothesis": "Red."}])
+    target = tmp_path / "answers.jsonl"
+    with pytest.raises(DataError, match=message):
+        predict.run(_config(runs, lang=None), source=tmp_path / "pairs.jsonl", target=target)
+    assert message in read_jsonl(target)[0]["error"]
+
+
+def test_a_student_of_a_newer_format_does_not_keep_english_from_answering(runs, world):
+    path = runs / "align-de" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
+    answer = VisualEntailment.from_pretrained(runs)(world / "images" / "test0.png", "It is red.")
+    assert answer.lang == "en"
+
+
+def test_a_sentence_in_another_script_gets_a_warning(trained, world, tmp_path, clseave):
+    image, sentence = world / "images" / "test0.png", "赤い円があります。"
+    expected = "the sentence is not in the script of en; check the language."
+    code, out, err = clseave("predict", image, sentence, "--runs", trained, "--json")
+    assert code == 0 and json.loads(out)["warning"] == expected
+    assert [line for line in err.splitlines() if "warning" in line] == [f"warning: {expected}"]
+    with pytest.warns(UserWarning, match=expected):
+        VisualEntailment.from_pretrained(trained)(image, sentence)
+    write_jsonl(tmp_path / "pairs.jsonl", [{"image": str(image), "hypothesis": sentence}])
+    target = tmp_path / "answers.jsonl"
+    code, _, err = clseave("predict", "--input", tmp_path / "pairs.jsonl", "--output", target,
+                           "--runs", trained)  # fmt: skip
+    assert f"1 answers with a `warning`: {expected}" in err
+    assert read_jsonl(target)[0]["warning"] == expected
+
+
+@needs_lingua
+def test_a_sentence_in_another_language_gets_a_warning():
+    model = VisualEntailment(FakeModel(), "en")
+    with pytest.warns(UserWarning, match="seems to be in fr, not in en"):
+        model(_RED, "Un chien attend dehors sous la pluie.")
+    for sentence in ("A dog waits outside.", "The square is red.", "Bill plays chess.", "1, 2!"):
+        assert model(_RED, sentence).warning is None
+
+
+# --- streams ---
+
+
+def test_streams_that_lack_letters_a_reader_or_are_closed(trained, world, runs, tmp_path):
+    """Through real processes: the shell's redirections are what is tested."""
+    other = tmp_path / "modèle-日本"
+    runs.rename(other)
+    image = world / "images" / "test0.png"
+    rows = [{"image": str(image), "hypothesis": "Das Quadrat ist rot. 赤"}] * 3
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    clseave = f"{sys.executable} -m clseave_cli predict --lang de --runs {other}"
+    for tail, code, said in [
+        (f"{image} 'Das Quadrat ist rot.'", 0, b""),
+        (f"--input {tmp_path}/pairs.jsonl --output - | head -1", 0, b""),
+        ("--input - --output x <&-", 2, b"--input -: the stream is closed"),
+        (f"--input {tmp_path}/pairs.jsonl --output - >&-", 2, b"--output -: the stream is closed"),
+    ]:
+        done = subprocess.run(
+            ["bash", "-o", "pipefail", "-c", f"{clseave} {tail}"], capture_output=True, timeout=120,
+            env={**os.environ, "PYTHONPATH": str(_REPOSITORY), "PYTHONIOENCODING": "ascii"},
+        )  # fmt: skip
+        assert done.returncode == code and said in done.stderr, done.stderr
+        assert b"Traceback" not in done.stderr and b"internal error" not in done.stderr
+
+
 # --- languages and students ---
 
 
@@ -335,9 +500,7 @@ def test_a_student_is_known_by_its_config_not_its_folder(runs, world, refused):
     assert "no model for ja; languages there: en, de, nl" in error
     (runs / "align-x").mkdir()
     (runs / "align-x" / "config.json").write_text("{}")
-    assert "align-x: not a student folder" in refused(
-        "predict", "a.png", "x", "--lang", "de", "--runs", runs
-    )
+    assert find_students(runs)["de"] == runs / "my-german"
 
 
 def test_a_student_needs_no_english_text_tower(runs, world):
@@ -372,11 +535,12 @@ def test_the_language_is_identified_among_those_there_are(trained, world, tmp_pa
     for answer, sentence in zip(answers, sentences, strict=True):
         alone = VisualEntailment.from_pretrained(trained, answer.lang, "cpu", "fp32")
         assert alone(image, sentence).probabilities == pytest.approx(answer.probabilities, rel=1e-4)
-    french = model(image, "Un chien attend dehors sous la pluie.")
+    with pytest.warns(UserWarning, match="seems to be in fr, not in"):
+        french = model(image, "Un chien attend dehors sous la pluie.")
     assert french.lang in ("en", "de", "nl")
 
 
 def test_without_the_extra_auto_says_what_to_install(trained, monkeypatch):
     monkeypatch.setitem(sys.modules, "lingua", None)
-    with pytest.raises(ExtraMissing, match=r"pip install 'clseave-cli\[langid\]'"):
+    with pytest.raises(ExtraMissing, match=r"pip install -e '.\[langid\]'"):
         VisualEntailment.from_pretrained(trained, "auto")

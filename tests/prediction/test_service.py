@@ -1,10 +1,19 @@
 """The HTTP service through Starlette's test client, with a model that watches what it is given."""
 
+import contextlib
+import http.client
 import io
+import os
+import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 
+import numpy as np
 import pytest
 from fake_model import FakeModel
 from PIL import Image
@@ -16,9 +25,9 @@ from starlette.testclient import TestClient
 
 from clseave_cli.commands import serve as serve_command
 from clseave_cli.core.config import ServeConfig
-from clseave_cli.core.prediction import inference
-from clseave_cli.core.prediction.serving import app as service
-from clseave_cli.core.prediction.serving.app import create_app
+from clseave_cli.core.prediction import inference, predictor, service
+from clseave_cli.core.prediction.service import create_app
+from clseave_cli.errors import ExtraMissing
 
 
 def picture(colour=(200, 20, 20), size=(40, 30), kind="PNG"):
@@ -39,7 +48,9 @@ def serve(model):
 
     def start(**options):
         client = TestClient(
-            create_app(model, ServeConfig(**options)), raise_server_exceptions=False
+            create_app(model, ServeConfig(**options)),
+            base_url="http://localhost",
+            raise_server_exceptions=False,
         )
         clients.append(client.__enter__())
         return client
@@ -63,7 +74,7 @@ def test_an_answer_is_the_label_and_three_probabilities(serve):
     assert sum(body["probabilities"].values()) == pytest.approx(1)
     assert body | {"probabilities": None} == {
         "hypothesis": "Das ist grün.", "lang": "de", "label": "neutral", "probabilities": None,
-        "model": "align-de", "truncated": False,
+        "model": "align-de", "truncated": False, "warning": None,
     }  # fmt: skip
     assert ask(serve(), hypothesis="x" * 51).json()["truncated"] is True
 
@@ -105,9 +116,7 @@ def test_a_photo_asked_about_again_is_neither_decoded_nor_encoded(serve, model):
 
 
 def test_the_oldest_photos_are_forgotten(serve, model, monkeypatch):
-    from clseave_cli.core.prediction.serving import batching
-
-    monkeypatch.setattr(batching, "_KEPT_IMAGES", 2)
+    monkeypatch.setattr(predictor, "_KEPT_IMAGES", 2)
     client = serve()
     for red in (0, 100, 200, 0):
         ask(client, picture((red, 0, 0)))
@@ -115,6 +124,7 @@ def test_the_oldest_photos_are_forgotten(serve, model, monkeypatch):
 
 
 def test_more_requests_than_may_wait_are_turned_away(serve, model):
+    """G12."""
     client = serve(max_waiting=2)
     model.gate.clear()
     with ThreadPoolExecutor(2) as pool:
@@ -127,12 +137,153 @@ def test_more_requests_than_may_wait_are_turned_away(serve, model):
     assert ask(client).status_code == 200
 
 
-def test_a_failure_of_the_model_hits_its_batch_only(serve, model):
+def test_a_poisonous_request_fails_alone(serve, model):
+    """G12."""
     client = serve()
-    model.fail = RuntimeError("out of memory")
-    assert ask(client).status_code == 500
-    model.fail = None
+    model.poison = 1.0
+    model.gate.clear()
+    with ThreadPoolExecutor(5) as pool:
+        first = pool.submit(ask, client, picture((0, 0, 0)))
+        _wait_until(lambda: model.num_prepared == 1)
+        time.sleep(0.05)
+        rest = [pool.submit(ask, client, picture((red, 0, 0))) for red in (10, 255, 20, 30)]
+        _wait_until(lambda: model.num_prepared == 5)
+        time.sleep(0.05)
+        model.gate.set()
+        codes = [each.result().status_code for each in (first, *rest)]
+    assert codes == [200, 200, 500, 200, 200]
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lambda scores: scores * np.nan, "align-de: gives probabilities that are not finite"),
+        (lambda scores: scores[:0], "the model failed on this request"),
+        (lambda scores: 1 / 0, "the model failed on this request"),
+    ],
+    ids=["nan", "too few", "exception"],
+)
+def test_a_failure_of_the_model_hits_one_request_only(serve, model, broken, message):
+    client = serve()
+    model.broken_scores = broken
+    answer = ask(client, lang="de")
+    assert answer.status_code == 500 and message in answer.json()["detail"]
+    model.broken_scores = None
     assert ask(client).status_code == 200
+
+
+def test_large_pictures_are_decoded_one_after_another(serve, model, monkeypatch):
+    """G12: a file of a few bytes may unpack to a gigabyte."""
+    inside, most = [], []
+    prepare = model.prepare
+
+    def watched(image):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.1)
+        inside.pop()
+        return prepare(image.resize((4, 4)))
+
+    model.prepare = watched
+    client = serve()
+    flat = [picture((red, 0, 0), (6000, 5000)) for red in (1, 2, 3)]
+    with ThreadPoolExecutor(3) as pool:
+        codes = [answer.status_code for answer in pool.map(lambda each: ask(client, each), flat)]
+    assert codes == [200] * 3 and max(most) == 1
+
+
+@pytest.mark.parametrize(
+    ("host", "code"),
+    [("localhost:8000", 200), ("127.0.0.1", 200), ("[::1]:80", 200), ("ve.example", 200),
+     ("evil.example", 400), ("localhost.evil.example", 400), ("", 400)],
+)  # fmt: skip
+def test_only_named_hosts_are_answered(serve, host, code):
+    """G12."""
+    client = serve(allowed_host=("ve.example",))
+    assert client.get("/health", headers={"Host": host}).status_code == code
+
+
+def test_several_sentences_about_one_photo(serve, model):
+    data = {"hypothesis": ["A cat.", "A dog sleeps.", "It rains."], "lang": "de"}
+    answer = serve(batch_size=2).post("/judge", files={"image": picture()}, data=data)
+    assert [each["hypothesis"] for each in answer.json()["results"]] == data["hypothesis"]
+    assert (model.num_prepared, model.image_batches) == (1, [1])
+
+
+def test_a_sentence_in_another_script_gets_a_warning(serve):
+    warning = ask(serve(), hypothesis="赤い円があります。").json()["warning"]
+    assert warning == "the sentence is not in the script of en; check the language."
+
+
+def test_languages_are_identified_where_the_extra_is(serve, monkeypatch):
+    class Identifier:
+        def __init__(self, languages):
+            assert list(languages) == ["en", "de"]
+
+        def identify(self, text):
+            return ("de" if "ist" in text else "en"), 1.0
+
+    monkeypatch.setattr(service, "LanguageIdentifier", Identifier)
+    client = serve(lang=("auto",))
+    assert client.get("/health").json()["auto"]
+    sentences = {"Das ist rot.": "de", "It is red.": "en"}
+    for sentence, lang in sentences.items():
+        assert ask(client, hypothesis=sentence).json()["lang"] == lang
+    assert ask(serve(), lang="auto", hypothesis="Das ist rot.").json()["lang"] == "de"
+
+
+def test_without_the_extra_auto_is_refused(serve, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lingua", None)
+    client = serve()
+    assert not client.get("/health").json()["auto"] and ask(client, lang="auto").status_code == 422
+    with pytest.raises(ExtraMissing, match="langid"):
+        serve(lang=("auto",))
+
+
+def test_what_waits_when_the_service_stops_is_turned_away(model, capfd):
+    with _running(model) as (server, address), ThreadPoolExecutor(6) as pool:
+        model.gate.clear()
+        first = pool.submit(_post, address, picture((0, 0, 0)))
+        _wait_until(lambda: model.num_prepared == 1)
+        time.sleep(0.05)
+        rest = [pool.submit(_post, address, picture((red, 0, 0))) for red in (1, 2, 3)]
+        _wait_until(lambda: model.num_prepared == 4)
+        time.sleep(0.05)
+        server.should_exit = True
+        assert [each.result() for each in rest] == [503] * 3
+        model.gate.set()
+        assert first.result() == 200
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_idle_connections_give_way(tmp_path):
+    """G12, with 200 descriptors, and 600 clients that connect and say nothing."""
+    script = (
+        "import resource, socket, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))\n"
+        "from fake_model import FakeModel\n"
+        "from clseave_cli.core.config import ServeConfig\n"
+        "from clseave_cli.core.prediction.service import create_app, make_server\n"
+        "listening = socket.create_server(('127.0.0.1', 0), backlog=512)\n"
+        "print(listening.getsockname()[1], flush=True)\n"
+        "make_server(create_app(FakeModel(), ServeConfig())).run(sockets=[listening])\n"
+    )
+    paths = os.pathsep.join(filter(None, (str(Path(__file__).parent), *sys.path)))
+    with (tmp_path / "stderr").open("w+") as said:
+        server = subprocess.Popen(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.PIPE, stderr=said,
+        )  # fmt: skip
+        address = ("127.0.0.1", int(server.stdout.readline()))
+        idle = [socket.create_connection(address) for _ in range(600)]
+        try:
+            assert _post(address, picture()) == 200
+        finally:
+            for each in idle:
+                each.close()
+            server.terminate()
+            server.communicate(timeout=20)
+        said.seek(0)
+        assert said.read() == ""
 
 
 @pytest.mark.parametrize(
@@ -147,6 +298,7 @@ def test_a_failure_of_the_model_hits_its_batch_only(serve, model):
     ids=["empty", "text", "cut", "large", "format"],
 )
 def test_bad_images_are_refused(serve, model, image, code, message):
+    """G12."""
     answer = ask(serve(max_megapixels=1), image)
     assert answer.status_code == code
     assert message in answer.json()["detail"]
@@ -227,7 +379,7 @@ def test_a_body_that_never_ends_arriving_is_given_up(model, monkeypatch):
 
     scope = {
         "type": "http", "method": "POST", "path": "/predict", "query_string": b"",
-        "headers": [(b"content-type", b"multipart/form-data; boundary=x")],
+        "headers": [(b"content-type", b"multipart/form-data; boundary=x"), (b"host", b"localhost")],
         "asgi": {"version": "3.0"}, "http_version": "1.1",
     }  # fmt: skip
     asyncio.run(app(scope, receive, send))
@@ -241,7 +393,7 @@ def test_bad_requests_leave_no_line_in_the_log(model, monkeypatch, caplog):
 
     def run(server, sockets):
         headers = {"Content-Type": "multipart/form-data; boundary=x"}
-        with TestClient(server.config.app) as client:
+        with TestClient(server.config.app, base_url="http://localhost") as client:
             codes.append(client.post("/predict", content=bytes(300), headers=headers).status_code)
         sockets[0].close()
 
@@ -256,10 +408,13 @@ def test_health_and_openapi(serve):
     health = client.get("/health").json()
     assert (health["status"], health["languages"]) == ("ok", ["en", "de"])
     schema = client.get("/openapi.json").json()
-    assert set(schema["paths"]) == {"/health", "/predict"}
+    assert set(schema["paths"]) == {"/health", "/ready", "/predict", "/judge"}
     responses = schema["paths"]["/predict"]["post"]["responses"]
-    assert set(responses) == {"200", "400", "408", "413", "422", "503"}
+    assert set(responses) == {"200", "400", "408", "413", "422", "500", "503"}
     assert client.get("/docs").status_code == 404
+    assert client.get("/ready").status_code == 200
+    client.app.state.batcher.stop()
+    assert client.get("/ready").status_code == 503 and client.get("/health").status_code == 200
 
 
 def test_the_page_brings_all_it_needs(serve):
@@ -267,6 +422,32 @@ def test_the_page_brings_all_it_needs(serve):
     assert answer.headers["Content-Type"].startswith("text/html")
     assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
     assert "://" not in answer.text
+
+
+@contextmanager
+def _running(model):
+    """A real server in a thread: itself, and its address."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = service.make_server(create_app(model, ServeConfig()))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    _wait_until(lambda: server.started)
+    yield server, listening.getsockname()
+    server.should_exit = True
+    thread.join()
+
+
+def _post(address, image):
+    """The status of the answer to one question."""
+    body = b"".join(
+        b'--x\r\nContent-Disposition: form-data; name="%b"%b\r\n\r\n%b\r\n' % part
+        for part in ((b"hypothesis", b"", b"A cat."), (b"image", b'; filename="i"', image))
+    )
+    connection = http.client.HTTPConnection(*address, timeout=30)
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    connection.request("POST", "/predict", body + b"--x--\r\n", headers)
+    with contextlib.closing(connection):
+        return connection.getresponse().status
 
 
 def _wait_until(condition):

@@ -141,7 +141,7 @@ def test_pretraining_refuses_siglip(world, tmp_path, refused):
     data = _captions(world, tmp_path / "captions")
     line = refused(
         "pretrain", "--clip", tmp_path / "clip", "--data", data, "--images", world / "images",
-        "--runs", tmp_path,
+        "--runs", tmp_path / "runs",
     )  # fmt: skip
     assert "SigLIP was trained with another loss than CLIP's" in line
 
@@ -167,8 +167,8 @@ def test_bad_teachers_and_students_get_one_line(world, tmp_path, runs, refused):
 
 
 def test_a_head_of_another_width_is_refused(world, tmp_path, runs, refused):
+    from clseave_cli.core.models.clip_ve import EntailmentHead, HeadConfig
     from clseave_cli.core.models.folder import seal
-    from clseave_cli.core.models.head import EntailmentHead, HeadConfig
     from clseave_cli.core.models.weights import save_weights
 
     folder = runs / "clip-ve"
@@ -263,11 +263,11 @@ def test_evaluate_compares_with_the_source_language(chinese, chinese_world, clse
 
     code, out, _ = clseave(
         "evaluate", "--data", chinese_world, "--runs", chinese, "--device", "cpu",
-        "--report", tmp_path / "report", "--resamples", 50,
+        "--report", tmp_path / "report", "--resamples", 50, "--verbose",
     )  # fmt: skip
     assert code == 0 and "to zh" in out and "with zh" in out and "to en" not in out
     assert "source zh" in out
-    page = (tmp_path / "report" / "report.md").read_text()
+    page = (tmp_path / "report" / "report.html").read_text()
     assert "Chinese reaches" in page and "Against Chinese" in page
     assert "Against English" not in page and "the English" not in page
     assert "{Chinese}" in (tmp_path / "report" / "table.tex").read_text()
@@ -313,7 +313,7 @@ def test_a_source_file_is_needed(chinese, chinese_world, tmp_path, refused, enco
         "align", "--lang", "de", "--data", folder, "--runs", chinese, "--student", encoder,
         "--out", tmp_path / "out",
     )  # fmt: skip
-    assert "no sentences in the source language zh" in line and "sentence2_zh" in line
+    assert "no sentence2_zh" in line and "or a file of the split train in zh" in line
     line = refused("finetune-ve", "--source-lang", "zh", "--data", folder, "--runs", tmp_path)
     assert "no snli_ve_train.zh.jsonl (languages of the split train there: en, de)" in line
     line = refused("finetune-ve", "--source-lang", "../x", "--data", folder, code=2)

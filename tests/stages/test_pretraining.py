@@ -149,9 +149,9 @@ def test_an_image_is_encoded_once_however_many_captions_it_meets(captioned, tmp_
     ("line", "said"),
     [
         ("{broken", r"captions_train.jsonl:2: not valid JSON"),
-        ('{"image": "train0.png"}', r"captions_train.jsonl:2: expected an object with texts"),
-        ('{"image": 3, "caption": "x"}', r"captions_train.jsonl:2: expected an object with texts"),
-        ('{"image": "train0.png", "caption": " "}', r"captions_train.jsonl:2: expected an object"),
+        ('{"image": "train0.png"}', r"captions_train.jsonl:2: no caption; expected a sentence"),
+        ('{"image": 3, "caption": "x"}', r"captions_train.jsonl:2: image is 3; expected the image"),
+        ('{"image": "train0.png", "caption": " "}', r"captions_train.jsonl:2: caption is empty"),
         (
             '{"image": "no.png", "caption": "x"}',
             r"captions_train.jsonl:2: image 'no.png' is not in",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from clseave_cli.core.alignment import align
 from clseave_cli.core.config import AlignConfig, FinetuneConfig
 from clseave_cli.core.finetuning import finetune
+from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.training import loop
 from clseave_cli.core.training.capture import Captured, Gradients
 
@@ -172,3 +173,23 @@ def test_align_resumes_in_mid_run_to_the_same_bits(tmp_path, trained, world, enc
         align(AlignConfig(runs=tmp_path / "killed", checkpoint_minutes=0, **shared))
     align(AlignConfig(runs=tmp_path / "killed", resume=True, **shared))
     assert weights(tmp_path / "killed/align-de") == weights(tmp_path / "whole/align-de")
+
+
+@pytest.mark.parametrize("objective", ["mse", "contrastive"])
+def test_batches_filled_up_train_as_others_do(
+    tmp_path, trained, world, encoder, monkeypatch, replayed, objective
+):
+    """As on a GPU: few shapes, places and teacher embeddings behind the pairs'."""
+    shared = {
+        "data": str(world), "teacher": trained / "clip-ve", "lang": ("de", "nl"), "epochs": 4,
+        "student": str(encoder), "objective": objective, **QUICK,
+    }  # fmt: skip
+    losses = {}
+    for filled in (False, True):
+        monkeypatch.setattr(SentenceEncoder, "few_shapes", filled)
+        out = tmp_path / str(filled)
+        align(AlignConfig(runs=out, **shared))
+        metrics = read_jsonl(out / "align-de+nl/training/metrics.jsonl")
+        losses[filled] = [entry["loss"] for entry in metrics]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-3)
+    assert all(recorder.replays for recorder in replayed)

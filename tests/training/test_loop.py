@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_world import Notes, flip_byte, read_jsonl
 from torch import nn
 from torch.nn import functional
@@ -164,7 +165,9 @@ def test_the_best_weights_are_kept_and_patience_stops(tmp_path):
 def test_patience_one_stops_at_the_first_rise(tmp_path):
     task = _Task()
     task.dev = [1.0, 0.9, 0.95]
-    result = task.run(tmp_path, epochs=5, patience=1)
+    notes = Notes()
+    result = task.run(tmp_path, epochs=5, patience=1, progress=notes)
+    assert "stopped early: no better dev" in notes.text
     assert (result.epochs, result.best_epoch) == (3, 2)
 
 
@@ -661,3 +664,43 @@ def test_other_mistakes_are_not_taken_for_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "save_file", broken)
     with pytest.raises(ValueError, match="a mistake of ours"):
         _Task().run(tmp_path, checkpoint_minutes=0)
+
+
+def _stopped_at(step, folder, task, **options):
+    """Runs a task that fails in a step, each state before it saved."""
+
+    def fail(number):
+        if number == step:
+            raise RuntimeError("stopped")
+
+    task.steps.append(fail)
+    with pytest.raises(RuntimeError, match="stopped"):
+        task.run(folder, checkpoint_minutes=0, **options)
+
+
+@pytest.mark.parametrize(("before", "after"), [("fp32", "fp16"), ("fp16", "fp32")])
+def test_a_run_goes_on_where_auto_means_another_precision(tmp_path, before, after):
+    _stopped_at(6, tmp_path, _Task(), precision=before)
+    assert _Task().run(tmp_path, resume=True, precision=after).steps == 12
+
+
+def test_states_hold_what_is_trained(tmp_path):
+    def frozen():
+        task = _Task(dropout=0.2)
+        task.module[0].requires_grad_(False)
+        return task
+
+    whole, task = frozen(), frozen()
+    whole.run(tmp_path / "whole")
+    _stopped_at(9, tmp_path / "parts", task)
+    (state,) = (tmp_path / "parts").glob("state-*")
+    for name in ("module", "best"):
+        assert set(load_file(state / f"{name}.safetensors")) == {"3.weight", "3.bias"}
+    task = frozen()
+    task.run(tmp_path / "parts", resume=True)
+    assert torch.equal(task.weights, whole.weights)
+    # Those of earlier versions hold everything.
+    checkpoint.restore(task.module, _Task().module.state_dict())
+    for strange in ({"4.weight": torch.zeros(1)}, {"3.weight": task.module[3].weight}):
+        with pytest.raises(RuntimeError, match="another module, which differs in"):
+            checkpoint.restore(task.module, strange)

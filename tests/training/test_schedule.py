@@ -1,6 +1,6 @@
 import pytest
 
-from clseave_cli.core.training.schedule import learning_rate_factor
+from clseave_cli.core.training.loop import learning_rate_factor
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_a_tracker_is_closed_when_the_run_fails(tmp_path, monkeypatch, name):
 
 def test_a_missing_package_is_told_before_the_work(tmp_path, monkeypatch, name):
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ClseaveError, match=rf"^--tracker {name}: .*install 'clseave-cli\[{name}\]"):
+    with pytest.raises(ClseaveError, match=rf"^--tracker {name}: .*install -e '\.\[{name}\]"):
         Run("task", tmp_path / "model", TrainingConfig(tracker=name), {})
     assert list(tmp_path.iterdir()) == []
 

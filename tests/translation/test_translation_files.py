@@ -174,7 +174,7 @@ def test_packed_files(tmp_path: Path, name: str) -> None:
     ("name", "content", "said"),
     [
         ("x.jsonl", b'{"text": "a"}\n{"text": "b"\n', r"x\.jsonl:2: not valid JSON"),
-        ("x.jsonl", b'{"text": "a"}\n["b"]\n', r"x\.jsonl:2: expected an object"),
+        ("x.jsonl", b'{"text": "a"}\n["b"]\n', r"x\.jsonl:2: expected a JSON object"),
         ("x.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', r'x\.jsonl:2: "text" is missing'),
         ("x.jsonl", b'{"text": "a"}\n{"text": null}\n', r'x\.jsonl:2: "text" is null; expected a'),
         ("x.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"x\.jsonl:2: not UTF-8"),

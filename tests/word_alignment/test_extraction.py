@@ -9,9 +9,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from clseave_cli.core.models.student import new_student
 from clseave_cli.core.training.distribution import Processes
-from clseave_cli.core.word_alignment.aligner import WordAligner
-from clseave_cli.core.word_alignment.cache import cached_links
-from clseave_cli.core.word_alignment.extraction import link_words
+from clseave_cli.core.word_alignment.aligner import WordAligner, cached_links, link_words
 from clseave_cli.core.word_alignment.links import Links
 from clseave_cli.core.word_alignment.words import split_words
 from clseave_cli.errors import UsageError
@@ -135,7 +133,7 @@ def test_the_aligner_equals_the_reference_on_transformers_own_states(student, en
 
 def test_the_layer_is_the_eighth_or_the_last(student, encoder):
     aligner = WordAligner(student, "encoder")
-    assert aligner._layer == 1
+    assert aligner.layer == 1
     with pytest.raises(UsageError, match=r"--aligner-layer 8: encoder has 1; choose from 1 to 1"):
         WordAligner(student, "encoder", layer=8)
 
@@ -190,5 +188,7 @@ def test_what_a_student_adds_at_random_decides_no_links(encoder, monkeypatch):
 def test_the_first_of_several_processes_finds_the_links(monkeypatch):
     links = Links(np.zeros((1, 2), dtype=np.int64), np.ones(1, dtype=bool), np.array([0, 1]))
     monkeypatch.setattr(Processes, "agree", lambda team, value: links)  # what the first one tells
-    monkeypatch.setattr("clseave_cli.core.word_alignment.cache.processes", lambda: Processes(1, 2))
+    monkeypatch.setattr(
+        "clseave_cli.core.word_alignment.aligner.processes", lambda: Processes(1, 2)
+    )
     assert cached_links("key", lambda: pytest.fail("computed twice")) is links

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from tiny_world import Notes
 
-from clseave_cli.core.word_alignment.links import Links, read_links
-from clseave_cli.core.word_alignment.scoring import AlignmentScore, score
+from clseave_cli.core.word_alignment.links import AlignmentScore, Links, read_links, score
 from clseave_cli.errors import DataError
 
 
@@ -80,6 +79,19 @@ def test_bad_links_are_left_out_and_told(tmp_path):
     links = _read(tmp_path, "0-0 5-5\nx 1-1\n", [[2, 2]] * 2, skip_bad=True, progress=notes)
     assert _pairs(links) == [[(0, 0, True)], [(1, 1, True)]]
     assert "2 bad links left out, the first in line 1: 5-5 names a word" in notes.text
+
+
+def test_one_link_of_a_gold_file_may_name_a_word_that_is_not_there(tmp_path):
+    notes = Notes()
+    links = _read(tmp_path, "0-0 0-9\n1-1\n", [[2, 2]] * 2, gold=True, progress=notes)
+    assert _pairs(links) == [[(0, 0, True)], [(1, 1, True)]]
+    assert "1 bad links left out, the first in line 1: 0-9 names a word" in notes.text
+    for content, message in {
+        "0-0 0-9\n5-1\n": "2 links name words that are not there: line 1: 0-9 names",
+        "0-0 0:1\n1-1\n": "links.txt:1: '0:1' is no link",
+    }.items():
+        with pytest.raises(DataError, match=message):
+            _read(tmp_path, content, [[2, 2]] * 2, gold=True)
 
 
 @pytest.mark.parametrize(

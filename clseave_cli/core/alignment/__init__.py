@@ -23,8 +23,8 @@ from clseave_cli.core.alignment.corpus import (
     limited,
 )
 from clseave_cli.core.alignment.dev import (
+    CollapseWatch,
     DevText,
-    SpreadWatch,
     dev_set,
     dev_text,
     evaluate_student,
@@ -36,7 +36,7 @@ from clseave_cli.core.alignment.objectives import (
     comparison,
     require_fitting,
 )
-from clseave_cli.core.alignment.sampling import Sampler, require_possible
+from clseave_cli.core.alignment.sampling import Sampler
 from clseave_cli.core.alignment.token import (
     TokenCorpus,
     TokenObjective,
@@ -46,55 +46,32 @@ from clseave_cli.core.alignment.token import (
 )
 from clseave_cli.core.config import AlignConfig, StudentConfig
 from clseave_cli.core.data.hub import data_folder
-from clseave_cli.core.data.images import ImageFolder
 from clseave_cli.core.data.records import Parallel, require_language, require_split_path
-from clseave_cli.core.features import Photos
 from clseave_cli.core.files import json_digest
 from clseave_cli.core.models.clip_ve import ClipVE, source_language
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.student import new_student, save_student
-from clseave_cli.core.models.trimming import trim_vocabulary
-from clseave_cli.core.models.vocabulary import reduced_vocabulary
-from clseave_cli.core.training.distribution import processes
+from clseave_cli.core.models.vocabulary import reduced_vocabulary, trim_vocabulary
 from clseave_cli.core.training.loop import Stage, TrainingResult, overall, train
-from clseave_cli.core.training.precision import autocast, resolve_device
-from clseave_cli.core.training.run import Run, finished_before, require_writable
+from clseave_cli.core.training.run import Run, StageResult, public_name, set_up
 from clseave_cli.errors import UsageError
 from clseave_cli.progress import SILENT, Progress
 
 
-@dataclass(frozen=True)
-class AlignResult:
-    """A finished student.
-
-    Attributes:
-        folder: the model.
-        languages: what it reads.
-        training: how the run went; None if it had been finished before.
-    """
-
-    folder: Path
-    languages: tuple[str, ...]
-    training: TrainingResult | None
-
-
-def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
+def align(config: AlignConfig, progress: Progress = SILENT) -> StageResult:
     """Trains one student on the parallel text of one or several languages.
 
     Raises:
         ClseaveError: bad data, an unusable model, a full disk, a collapse, or an interruption.
     """
     languages = student_languages(config)
-    require_possible(config)
     require_links_fit(config)
     teacher_folder = _teacher_folder(config)
     out = config.out or config.runs / f"align-{'+'.join(languages)}"
-    require_writable(out)
-    if config.resume and finished_before(out, progress):
-        return AlignResult(out, languages, None)
-    device = resolve_device(config.device)
-    with_autocast = autocast(config.precision, device)
-    folder = processes().once(lambda: data_folder(config.data, progress))
+    setup = set_up("align", config, config.data, out, progress)
+    if setup is None:
+        return StageResult(out, languages, None)
+    device, folder, with_autocast = setup.device, setup.data, setup.autocast
     for lang in _translated(config):
         require_split_path(folder, config.train_split, lang)
     teacher = ClipVE.from_folder(teacher_folder).to(device)
@@ -107,7 +84,7 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
         if config.trim_vocabulary:
             corpus = text.corpus
             corpus.renumber_tokens(trim_vocabulary(student, corpus.token_ids(), config.student))
-        pairs = text.corpus.pairs(teacher, text.photos, with_autocast, progress)
+        pairs = text.corpus.pairs(teacher, with_autocast, progress)
         dev_sets = [
             dev_set(
                 student,
@@ -128,7 +105,7 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
         # The token method need not train what the head reads (the thesis does not); it shall show
         # that.
         may_collapse = config.method == "token"
-        watch = SpreadWatch("+".join(languages), may_collapse=may_collapse)
+        watch = CollapseWatch("+".join(languages), may_collapse=may_collapse)
         stage = Stage(
             name="align",
             title=f"align {'+'.join(languages)}"
@@ -153,7 +130,7 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
             ),
             _card(config, languages, teacher.source_lang, pairs.num_distinct, result),
         )
-        return AlignResult(out, languages, result)
+        return StageResult(out, languages, result)
 
 
 def _new_student(
@@ -163,9 +140,7 @@ def _new_student(
     torch.manual_seed(config.seed)
     inputs = {"teacher": teacher.fingerprint}
     if config.method == "sentence":
-        student = new_student(
-            config.student, teacher.text.embedding_dim, config.pooling, config.projection
-        )
+        student = new_student(config.student, teacher.text.embedding_dim, config.pooling)
     else:
         student, begun_from = token_student(config, teacher.text)
         inputs |= begun_from
@@ -180,14 +155,12 @@ class _Text:
 
     Attributes:
         corpus: the training text of all languages.
-        photos: what stands beside it, where the objective looks at images.
         token_pairs: its paired words, where the method needs them.
         dev: the dev text of each language, and its photos.
         inputs: fingerprints of all of it.
     """
 
     corpus: Corpus
-    photos: Photos | None
     token_pairs: TokenPairs | None
     dev: DevText
     inputs: dict[str, str]
@@ -202,10 +175,7 @@ def _read(
 ) -> _Text:
     """Reads language after language; of a language's training rows only tokens stay."""
     source_lang = teacher.source_lang
-    images = None
-    if config.objective == "head-aware":
-        images = ImageFolder.of(folder, config.images)
-    corpus = Corpus(student, progress, with_images=images is not None)
+    corpus = Corpus(student, progress)
     words = None
     if config.method != "sentence":
         words = TokenCorpus(student, teacher.text, source_lang, config, progress)
@@ -227,7 +197,6 @@ def _read(
         if words is not None:
             inputs |= words.add(training, part, corpus.sources)
         dev_rows[lang] = dev
-    photos = None if images is None else corpus.photos(images)
     if config.include_english:
         part = corpus.add_source(source_lang)
         if words is not None:
@@ -235,11 +204,9 @@ def _read(
         dev_rows[source_lang] = as_source(dev_rows[config.lang[0]], source_lang)
     token_pairs = None if words is None else words.pairs(corpus.sources)
     judged = dev_text(folder, config, dev_rows, progress)
-    used = {f"dev of {lang}": own for lang, own in (judged.photos or {}).items()}
-    if photos is not None:
-        used["train"] = photos
-    inputs |= {f"photos: {what}": own.digest() for what, own in used.items()}
-    return _Text(corpus, photos, token_pairs, judged, inputs)
+    for lang, photos in (judged.photos or {}).items():
+        inputs[f"photos: dev of {lang}"] = photos.digest()
+    return _Text(corpus, token_pairs, judged, inputs)
 
 
 def _translated(config: AlignConfig) -> tuple[str, ...]:
@@ -254,17 +221,17 @@ def _objective(
     pairs: TrainingPairs,
     token_pairs: TokenPairs | None,
 ) -> Objective:
-    compare = comparison(config, teacher, pairs)
-    sentences = SentenceObjective(student, pairs, compare, config.seed)
+    sentences = SentenceObjective(student, pairs, comparison(config, pairs))
     if token_pairs is None:
         return sentences
+    both = config.method == "sentence+token"
     return TokenObjective(
         student,
         teacher.text,
-        pairs,
         token_pairs,
-        sentences=None if config.method == "token" else sentences,
-        token_weight=config.token_weight,
+        sentences,
+        sentence_weight=1.0 if both else 0.0,
+        token_weight=config.token_weight if both else 1.0,
     )
 
 
@@ -321,22 +288,23 @@ def _card(
     result: TrainingResult,
 ) -> str:
     figures = ", ".join(f"{name} {value:.4g}" for name, value in overall(result.dev).items())
+    model = public_name(config.student)
     return f"""---
 library_name: clseave
 tags: [visual-entailment, multilingual, sentence-embeddings]
 language: [{", ".join(languages)}]
-base_model: {config.student}
+base_model: {model}
 ---
 
 # Student of CLIP-VE for {", ".join(languages)}
 
 Gives sentences in {", ".join(languages)} the embedding that the CLIP-VE teacher gives their
 translation in {source_lang}, so that the teacher's image tower and head work unchanged.
-`{config.student}`, trained on {num_pairs} distinct sentence pairs, {result.epochs} epochs, the
+`{model}`, trained on {num_pairs} distinct sentence pairs, {result.epochs} epochs, the
 weights of epoch {result.best_epoch} kept: {figures} on dev. Objective {config.objective}, pooling
-{config.pooling}, projection {config.projection}.
+{config.pooling}.
 
-    clseave predict image.jpg "…" --lang {languages[0]} --runs {config.runs}
+    clseave predict image.jpg "…" --lang {languages[0]} --runs runs
 
 It works with the one teacher named in `config.json` only. `training/` records every option,
 version and figure.

@@ -8,7 +8,6 @@ Legend: L words of some sentences · H width of a state.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,40 +17,21 @@ from torch import Tensor
 from torch.nn import functional
 
 from clseave_cli.core.config import AutoencodeConfig
-from clseave_cli.core.data.hub import data_folder
 from clseave_cli.core.data.records import distinct, read_split, require_language
-from clseave_cli.core.models.autoencoder import Autoencoder, save_autoencoder
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.packing import PackedBatch
-from clseave_cli.core.models.student import new_student
+from clseave_cli.core.models.student import Autoencoder, new_student, save_autoencoder
 from clseave_cli.core.models.tokens import TokenTable
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
 from clseave_cli.core.training.placement import on_device
-from clseave_cli.core.training.precision import resolve_device
-from clseave_cli.core.training.run import Run, finished_before, require_writable
-from clseave_cli.core.word_alignment.places import NONE, WordTokens, find_tokens
-from clseave_cli.core.word_alignment.words import split_words
+from clseave_cli.core.training.run import Run, StageResult, public_name, set_up
+from clseave_cli.core.word_alignment.words import NONE, WordTokens, find_tokens, split_words
 from clseave_cli.errors import UsageError
 from clseave_cli.progress import SILENT, Progress
 
 #: Dev sentences encoded at once.
 _BATCH = 512
-
-
-@dataclass(frozen=True)
-class AutoencodeResult:
-    """A finished autoencoder.
-
-    Attributes:
-        folder: the model.
-        languages: whose states it was trained on.
-        training: how the run went; None if it had been finished before.
-    """
-
-    folder: Path
-    languages: tuple[str, ...]
-    training: TrainingResult | None
 
 
 class _Batch(NamedTuple):
@@ -69,7 +49,7 @@ class _States:
         self._tokens = TokenTable.concatenate([part.tokens for part in sentences])
         first = [part.first_token for part in sentences]
         counts = [_kept_counts(part) for part in sentences]
-        self._first_token = np.concatenate([own[own != NONE] for own in first])
+        self._first_token = np.concatenate([tokens[tokens != NONE] for tokens in first])
         self._offsets = np.cumsum([0, *np.concatenate(counts)])
 
     def __len__(self) -> int:
@@ -92,7 +72,7 @@ class _States:
         return hidden.flatten(0, 1)[batch.places]
 
 
-def autoencode(config: AutoencodeConfig, progress: Progress = SILENT) -> AutoencodeResult:
+def autoencode(config: AutoencodeConfig, progress: Progress = SILENT) -> StageResult:
     """Trains the autoencoder on the text of one or several languages.
 
     Raises:
@@ -104,11 +84,10 @@ def autoencode(config: AutoencodeConfig, progress: Progress = SILENT) -> Autoenc
     for lang in languages:
         require_language(lang)
     out = config.out or config.runs / "autoencoder"
-    require_writable(out)
-    if config.resume and finished_before(out, progress):
-        return AutoencodeResult(out, languages, None)
-    device = resolve_device(config.device)
-    folder = data_folder(config.data, progress)
+    setup = set_up("autoencode", config, config.data, out, progress)
+    if setup is None:
+        return StageResult(out, languages, None)
+    device, folder = setup.device, setup.data
     teacher = ClipVE.from_folder(config.teacher or config.runs / "clip-ve")
     torch.manual_seed(config.seed)
     encoder = new_student(config.student, embedding_dim=1).to(device).eval()
@@ -119,7 +98,7 @@ def autoencode(config: AutoencodeConfig, progress: Progress = SILENT) -> Autoenc
     for lang in languages:
         for kind, sentences in _read(folder, lang, config, inputs, progress).items():
             parts[kind].append(find_tokens(encoder, split_words(sentences, lang)))
-    training, dev = (_States(encoder, own) for own in parts.values())
+    training, dev = (_States(encoder, sentences) for sentences in parts.values())
     with Run("autoencode", out, config, inputs) as run:
         torch.manual_seed(config.seed)
         autoencoder = Autoencoder(encoder.state_width, teacher.text.state_width, config.code).to(
@@ -145,7 +124,7 @@ def autoencode(config: AutoencodeConfig, progress: Progress = SILENT) -> Autoenc
             lambda aside: save_autoencoder(autoencoder, aside, languages=languages),
             _card(config, languages, len(training), result),
         )
-        return AutoencodeResult(out, languages, result)
+        return StageResult(out, languages, result)
 
 
 def _read(
@@ -156,7 +135,7 @@ def _read(
     progress: Progress,
 ) -> dict[str, list[str]]:
     """The distinct training and dev sentences of a language; notes the digests of the files."""
-    found = {}
+    sentences = {}
     for kind, name in (("train", config.train_split), ("dev", config.dev_split)):
         split = read_split(
             folder,
@@ -168,8 +147,8 @@ def _read(
             progress=progress,
         )
         inputs[split.path.name] = split.digest
-        found[kind] = distinct(split.hypotheses)[0]
-    return found
+        sentences[kind] = distinct(split.hypotheses)[0]
+    return sentences
 
 
 def _kept_counts(sentences: WordTokens) -> Rows:
@@ -195,16 +174,17 @@ def _card(
     config: AutoencodeConfig, languages: tuple[str, ...], count: int, result: TrainingResult
 ) -> str:
     figures = ", ".join(f"{name} {value:.4g}" for name, value in result.dev.items())
+    model = public_name(config.student)
     return f"""---
 library_name: clseave
 tags: [autoencoder, multilingual]
 language: [{", ".join(languages)}]
-base_model: {config.student}
+base_model: {model}
 ---
 
 # Multilingual autoencoder
 
-Brings the last hidden states of `{config.student}` to the width of the teacher's, and back. The
+Brings the last hidden states of `{model}` to the width of the teacher's, and back. The
 start of students of `clseave align --method token --pretrained-code`. Trained on {count} distinct
 sentences in {", ".join(languages)}, {result.epochs} epochs, the weights of epoch
 {result.best_epoch} kept: {figures} on dev. `training/` records every option, version and figure.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,11 @@ import torch
 from torch import Tensor
 
 from clseave_cli.core.config import StudentConfig
-from clseave_cli.core.data.images import ImageFolder
 from clseave_cli.core.data.records import (
     ENGLISH,
     Parallel,
     Split,
+    are_first,
     check_leak,
     distinct,
     image_stem,
@@ -33,11 +32,7 @@ from clseave_cli.core.data.records import (
 )
 from clseave_cli.core.features import (
     Features,
-    Photos,
     Sentences,
-    Vectors,
-    first_rows,
-    image_vectors,
     sentence_embeddings,
     tokenize_sentences,
 )
@@ -78,14 +73,15 @@ class ParallelReader:
         self._source = functools.cache(
             functools.partial(self._split, source_lang, progress=progress)
         )
-        self._held_out: dict[str, set[str]] = {}
-        #: By language, the translations left out because others hold their sources out.
+        self._held_out: dict[str, HeldOut] = {}
+        #: By language, the translations left out because other languages hold them out.
         self.left_out: dict[str, list[str]] = {}
 
     def read(self, lang: str) -> tuple[Parallel, Parallel]:
         """The parallel training and dev text of a language.
 
-        Sentences that are held out for any language of the run are in none of its training texts.
+        What is held out for any language of the run, photos or sentences, is in none of its
+        training texts.
 
         Raises:
             DataError: a file is missing, bad, or shares images with another split, or there is too
@@ -98,38 +94,40 @@ class ParallelReader:
             if not config.allow_leak and config.dev_split != config.train_split:
                 check_leak(training.target, dev.target)
         else:
+            held = held_out(training, config.dev_fraction, config.seed)
             self._progress.note(
                 f"{self._folder}: no {config.dev_split} file for {lang}; holding out "
-                f"{config.dev_fraction:.0%} of the {config.train_split} sentences instead."
+                f"{config.dev_fraction:.0%} of the {config.train_split} "
+                f"{'photos' if held.photos else 'sentences'} instead."
             )
-            self._held_out[lang] = held_out(training, config.dev_fraction, config.seed)
-            training, dev = _divided(training, self._held_out[lang])
+            self._held_out[lang] = held
+            training, dev = held.divide(training)
         return self._without_those_of_others(training), dev
 
     def _without_those_of_others(self, training: Parallel) -> Parallel:
         """Leaves out what is held out for the other languages of the run."""
         config, lang, path = self._config, training.target.lang, training.target.path
-        sentences: set[str] = set()
+        held = HeldOut()
         for other in (*config.lang, *config.auxiliary):
             if other == lang or self._has_dev_file(other):
                 continue
             if other not in self._held_out:
-                # Kept are its sentences alone: `read` reads it once more, and tells about it.
+                # Its rows are not kept: `read` reads them once more, and tells about them.
                 whole = self._joined(other, config.train_split, SILENT)
                 self._held_out[other] = held_out(whole, config.dev_fraction, config.seed)
-            sentences |= self._held_out[other]
-        if sentences.isdisjoint(training.sources):
+            held |= self._held_out[other]
+        kept, left_out = held.divide(training)
+        if not len(left_out.target):
             return training
-        kept, left_out = _divided(training, sentences)
         if not len(kept.target):
             raise DataError(
-                f"{path}: nothing is left to train on; all its sentences are held out for other "
+                f"{path}: nothing is left to train on; all its rows are held out for other "
                 "languages. Give them a dev file, or a smaller --dev-fraction."
             )
         self.left_out[lang] = left_out.target.hypotheses
         self._progress.note(
-            f"{path}: {len(left_out.target)} pairs left out; their {self._source_lang} sentences "
-            "are held out for other languages."
+            f"{path}: {len(left_out.target)} pairs left out; their photos or {self._source_lang} "
+            "sentences are held out for other languages."
         )
         return kept
 
@@ -159,31 +157,67 @@ class ParallelReader:
             with_images=False,
             source_lang=self._source_lang,
             skip_bad=self._config.skip_bad,
+            skip_suspect=self._config.skip_suspect,
             progress=progress,
         )
 
 
-def held_out(parallel: Parallel, fraction: float, seed: int) -> set[str]:
-    """The source sentences that stand in for a dev file; of the same sentences, the same ones.
+@dataclass(frozen=True)
+class HeldOut:
+    """What stands in for a dev file: photos with all their rows, or sentences of plain text.
+
+    Attributes:
+        photos: the photos, by `image_stem`.
+        beside: the source sentences of their rows; a row that names no photo is held out by these.
+        sentences: source sentences that are held out wherever they stand.
+    """
+
+    photos: frozenset[str] = frozenset()
+    beside: frozenset[str] = frozenset()
+    sentences: frozenset[str] = frozenset()
+
+    def __or__(self, other: HeldOut) -> HeldOut:
+        """What is in one of the two."""
+        return HeldOut(
+            self.photos | other.photos, self.beside | other.beside, self.sentences | other.sentences
+        )
+
+    def divide(self, parallel: Parallel) -> tuple[Parallel, Parallel]:
+        """The rows to train on, and those that are held out."""
+        held = [
+            source in self.sentences
+            or (source in self.beside if photo is None else photo in self.photos)
+            for source, photo in zip(parallel.sources, _photos(parallel), strict=True)
+        ]
+        return parallel.take(np.flatnonzero(~np.array(held))), parallel.take(np.flatnonzero(held))
+
+
+def held_out(parallel: Parallel, fraction: float, seed: int) -> HeldOut:
+    """What stands in for a dev file; of the same photos or sentences, the same ones.
 
     Raises:
-        DataError: there are too few sentences.
+        DataError: there are too few of them.
     """
-    sentences, _ = distinct(parallel.sources)
-    num_held = max(1, round(fraction * len(sentences)))
-    if num_held >= len(sentences):
+    photos = _photos(parallel)
+    names = sorted({photo for photo in photos if photo is not None})
+    kind, items = ("photos", names) if names else ("sentences", distinct(parallel.sources)[0])
+    num_held = max(1, round(fraction * len(items)))
+    if num_held >= len(items):
         raise DataError(
-            f"{parallel.target.path}: {len(sentences)} distinct sentences are too few to hold out "
+            f"{parallel.target.path}: {len(items)} distinct {kind} are too few to hold out "
             f"{fraction:.0%} of them; give a dev file or a smaller --dev-fraction."
         )
-    first = np.flatnonzero(_is_among_first(sentences, num_held, seed))
-    return {sentences[i] for i in first}
+    chosen = frozenset(items[i] for i in np.flatnonzero(are_first(items, num_held, seed)))
+    if not names:
+        return HeldOut(sentences=chosen)
+    rows = zip(parallel.sources, photos, strict=True)
+    return HeldOut(chosen, frozenset(source for source, photo in rows if photo in chosen))
 
 
-def _divided(parallel: Parallel, sentences: set[str]) -> tuple[Parallel, Parallel]:
-    """The rows whose source sentence is not one of some, and those where it is."""
-    among = np.array([source in sentences for source in parallel.sources])
-    return parallel.take(np.flatnonzero(~among)), parallel.take(np.flatnonzero(among))
+def _photos(parallel: Parallel) -> list[str | None]:
+    """The photo of each row, by `image_stem`; None where it names none."""
+    stems = [*map(image_stem, parallel.target.image_names), None]  # -1 is the last
+    return [stems[number] for number in parallel.target.image_index.tolist()]
 
 
 def limited(parallel: Parallel, limit: int | None, seed: int, progress: Progress) -> Parallel:
@@ -208,15 +242,7 @@ def limited(parallel: Parallel, limit: int | None, seed: int, progress: Progress
                 f"--limit {limit}; all of them are used."
             )
         return parallel
-    return parallel.take(np.flatnonzero(_is_among_first(sentences, limit, seed)[index]))
-
-
-def _is_among_first(sentences: Sequence[str], count: int, seed: int) -> npt.NDArray[np.bool_]:
-    """Which sentences come first in a random order that is the same wherever they stand."""
-    keys = [hashlib.blake2b(f"{seed} {s}".encode(), digest_size=16).digest() for s in sentences]
-    first = np.zeros(len(sentences), dtype=bool)
-    first[sorted(range(len(keys)), key=keys.__getitem__)[:count]] = True
-    return first
+    return parallel.take(np.flatnonzero(are_first(sentences, limit, seed)[index]))
 
 
 def as_source(parallel: Parallel, source_lang: str) -> Parallel:
@@ -254,21 +280,17 @@ class Corpus:
     numbers, not its strings.
     """
 
-    def __init__(
-        self, student: SentenceEncoder, progress: Progress, *, with_images: bool = False
-    ) -> None:
+    def __init__(self, student: SentenceEncoder, progress: Progress) -> None:
         """An empty one.
 
         Args:
             student: whose tokens the sentences become.
             progress: told about sentences that are cut.
-            with_images: note which images stand beside each source sentence.
         """
         self._student = student
         self._progress = progress
         self._sources: dict[str, int] = {}
         self._parts: list[LanguagePairs] = []
-        self._paired = _PairedNames() if with_images else None
         self._kept = np.empty(0, dtype=np.int32)
 
     @property
@@ -283,22 +305,22 @@ class Corpus:
             text: its rows.
             weight: of its pairs in the loss, on average.
         """
-        target, known = text.target, self._sources
+        target, numbers = text.target, self._sources
         sentences = tokenize_sentences(
             self._student, target.hypotheses, target.where, self._progress
         )
-        sources = np.array([known.setdefault(s, len(known)) for s in text.sources], dtype=np.intp)
-        pair_ids, counts = np.unique(sentences.index * len(known) + sources, return_counts=True)
-        of_pair = np.divmod(pair_ids, len(known))
+        sources = np.array(
+            [numbers.setdefault(s, len(numbers)) for s in text.sources], dtype=np.intp
+        )
+        pair_ids, counts = np.unique(sentences.index * len(numbers) + sources, return_counts=True)
+        of_pair = np.divmod(pair_ids, len(numbers))
         part = LanguagePairs(target.lang, sentences.tokens, *of_pair, counts, weight)
         self._parts.append(part)
-        if self._paired is not None:
-            self._paired.add(target, sources)
         return part
 
     def add_source(self, source_lang: str) -> LanguagePairs:
         """Takes in every source sentence so far as its own translation."""
-        everyone = np.arange(len(self._sources))
+        every_source = np.arange(len(self._sources))
         standing = np.concatenate([np.repeat(p.source_of_pair, p.counts) for p in self._parts])
         sentences = tokenize_sentences(
             self._student,
@@ -306,24 +328,10 @@ class Corpus:
             lambda _: f"the {source_lang} sentences",
             self._progress,
         )
-        counts = np.bincount(standing, minlength=len(everyone))
-        part = LanguagePairs(source_lang, sentences.tokens, everyone, everyone, counts)
+        counts = np.bincount(standing, minlength=len(every_source))
+        part = LanguagePairs(source_lang, sentences.tokens, every_source, every_source, counts)
         self._parts.append(part)
         return part
-
-    def photos(self, images: ImageFolder) -> Photos:
-        """The images noted, for an objective that looks at them.
-
-        Raises:
-            DataError: no row names one, or one is missing.
-        """
-        assert self._paired is not None
-        if not len(self._paired):
-            raise DataError(
-                "--objective head-aware: no training row names an image; "
-                "--objective mse needs only text."
-            )
-        return self._paired.photos(images)
 
     def keep_tokens(self, sentences: Sequence[str]) -> None:
         """Counts the tokens of sentences among those that occur, though nothing trains on them."""
@@ -346,18 +354,8 @@ class Corpus:
             for part in self._parts
         ]
 
-    def pairs(
-        self,
-        teacher: ClipVE,
-        photos: Photos | None,
-        with_autocast: Autocast,
-        progress: Progress,
-    ) -> TrainingPairs:
-        """Everything taken in, with the teacher's embeddings, and those of the photos, if any.
-
-        Raises:
-            DataError: an image is damaged.
-        """
+    def pairs(self, teacher: ClipVE, with_autocast: Autocast, progress: Progress) -> TrainingPairs:
+        """Everything taken in, with the teacher's embeddings."""
         vectors = sentence_embeddings(
             teacher.text,
             self.sources,
@@ -365,11 +363,6 @@ class Corpus:
             description="teacher embeddings",
             progress=progress,
         )
-        paired = None
-        if self._paired is not None and photos is not None:
-            paired = self._paired.look_up(
-                len(self._sources), teacher, photos, with_autocast, progress
-            )
         starts = np.cumsum([0, *(len(part.tokens) for part in self._parts)])
         sentences, sources, weights, distinct_pairs = [], [], [], []
         num_distinct = 0
@@ -388,9 +381,8 @@ class Corpus:
             Features(vectors, np.concatenate(sources)),
             torch.from_numpy(np.concatenate(weights)).float(),
             tuple(part.lang for part in self._parts),
-            np.repeat(np.arange(len(self._parts)), [len(some) for some in sources]),
+            np.repeat(np.arange(len(self._parts)), [len(part) for part in sources]),
             np.concatenate(distinct_pairs),
-            paired,
         )
 
 
@@ -412,7 +404,6 @@ class TrainingPairs:
         languages: their codes.
         language: (U,) which of them each pair is of.
         distinct: (U,) which of the different pairs each is, in the order they were taken in.
-        images: what stands beside the source sentences, where the objective looks at images.
     """
 
     sentences: Sentences
@@ -421,7 +412,6 @@ class TrainingPairs:
     languages: tuple[str, ...]
     language: Rows
     distinct: Rows
-    images: PairedImages | None = None
 
     def __len__(self) -> int:
         return len(self.weights)
@@ -430,85 +420,3 @@ class TrainingPairs:
     def num_distinct(self) -> int:
         """How many different pairs there are."""
         return int(self.distinct[-1]) + 1
-
-
-@dataclass(frozen=True, eq=False)
-class PairedImages:
-    """The images that stand beside each source sentence in the training data.
-
-    Attributes:
-        vectors: (U, D) embeddings of the distinct images.
-        items: the images of sentence 0, then those of sentence 1, and so on.
-        offsets: (S + 1,) where those of each sentence begin; some have none.
-    """
-
-    vectors: Vectors
-    items: Rows
-    offsets: Rows
-
-    def draw(self, sources: Rows, random: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """One image for each of B source sentences.
-
-        Returns:
-            (B, D) embeddings, and (B,) bool: whether there is one; the others are of any image.
-        """
-        starts, counts = self.offsets[sources], np.diff(self.offsets)[sources]
-        drawn = starts + random.integers(np.maximum(counts, 1))
-        # A sentence without images at the very end points one past the last.
-        items = self.items[np.minimum(drawn, len(self.items) - 1)]
-        return self.vectors.rows(items), torch.from_numpy(counts > 0)
-
-
-class _PairedNames:
-    """Which images stand beside which source sentences, by name, over all languages."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[str, int] = {}
-        self._names: list[str] = []
-        self._where: list[str] = []
-        self._beside: list[npt.NDArray[np.int64]] = []
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def add(self, split: Split, sources: Rows) -> None:
-        """Takes in the rows of a language; `sources` numbers their source sentences."""
-        numbers = []
-        for name, row in zip(split.image_names, first_rows(split), strict=True):
-            stem = image_stem(name)
-            if stem not in self._numbers:
-                self._numbers[stem] = len(self._names)
-                self._names.append(name)
-                self._where.append(split.where(row))
-            numbers.append(self._numbers[stem])
-        rows = np.flatnonzero(split.image_index >= 0)
-        images = np.array(numbers, dtype=np.int64)[split.image_index[rows]]
-        self._beside.append(np.unique(sources[rows] << 32 | images))
-
-    def photos(self, images: ImageFolder) -> Photos:
-        """All these images."""
-        return Photos.named(self._names, self._where, images)
-
-    def look_up(
-        self,
-        num_sources: int,
-        teacher: ClipVE,
-        photos: Photos,
-        with_autocast: Autocast,
-        progress: Progress,
-    ) -> PairedImages:
-        """The embeddings of all these images, by source sentence."""
-        features = image_vectors(
-            teacher.image,
-            photos,
-            autocast=with_autocast,
-            description="image features",
-            progress=progress,
-        )
-        beside = np.unique(np.concatenate(self._beside))
-        counts = np.bincount(beside >> 32, minlength=num_sources)
-        return PairedImages(
-            features.vectors,
-            features.index[beside & 0xFFFFFFFF],
-            np.concatenate([[0], np.cumsum(counts)]),
-        )

@@ -40,12 +40,11 @@ _COLLAPSED = 1e-3
 #: Dev sentences that retrieval chooses among (P at most), and how many answers it may give.
 _RETRIEVED_AMONG, _ANSWERS = 1000, 10
 
-#: Without images: the figure an objective is about. Of embeddings that are only turned the right
+#: Without images: the metric an objective is about. Of embeddings that are only turned the right
 #: way, and not brought to the teacher's length, the squared error says nothing.
 _TEXT_SELECTION = {
     "mse": Selection("mse", "lowest"),
     "mse+cosine": Selection("mse", "lowest"),
-    "head-aware": Selection("mse", "lowest"),
     "cosine": Selection("cosine", "highest"),
     "contrastive": Selection("recall_at_10", "highest"),
 }
@@ -57,7 +56,7 @@ class DevSet:
 
     Attributes:
         lang: the language.
-        counts: whether it is one of the student's, so that its figures count in choosing.
+        counts: whether it is one of the student's, so that its metrics count in choosing.
         sentences: of the rows, tokenised for the student.
         teacher: (N, D) the teacher's embeddings of the source sentences.
         premises: (N, D) image embeddings, where accuracy is measured.
@@ -97,7 +96,10 @@ def dev_text(
     images = _images_for_accuracy(folder, config, rows)
     if images is None:
         return DevText(rows, None)
-    judged = {lang: _judged(parallel, progress) for lang, parallel in rows.items()}
+    judged = {
+        lang: images.rows_with_image(_judged(parallel, progress), config.skip_bad, progress)
+        for lang, parallel in rows.items()
+    }
     photos = {lang: Photos.of(parallel.target, images) for lang, parallel in judged.items()}
     return DevText(judged, photos)
 
@@ -126,7 +128,7 @@ def _images_for_accuracy(
 
 
 def selection(config: StudentConfig, dev: DevText) -> Selection:
-    """The dev figure that chooses the checkpoint."""
+    """The dev metric that chooses the checkpoint."""
     if dev.photos is not None:
         return Selection("accuracy", "highest")
     if config.select == "auto":
@@ -173,38 +175,40 @@ def evaluate_student(
     teacher: ClipVE,
     dev_sets: Sequence[DevSet],
 ) -> dict[str, float]:
-    """Dev figures, averaged over the student's languages; of several, also `figure/language`.
+    """Dev metrics, averaged over the student's languages; of several, also `metric/language`.
 
     Errors are per dimension, and `recall_at_10` is retrieval of the source sentence among at most
     a thousand, so that languages and sizes of data can be compared.
     """
-    by_language = {dev.lang: _figures(student, teacher, dev) for dev in dev_sets}
+    by_language = {dev.lang: _metrics(student, teacher, dev) for dev in dev_sets}
     counted = [by_language[dev.lang] for dev in dev_sets if dev.counts]
-    figures = {name: sum(own[name] for own in counted) / len(counted) for name in counted[0]}
+    metrics = {name: sum(one[name] for one in counted) / len(counted) for name in counted[0]}
     if len(dev_sets) > 1:
-        for lang, own in by_language.items():
-            figures |= {f"{name}/{lang}": value for name, value in own.items()}
-    return figures
+        for lang, of_language in by_language.items():
+            metrics |= {f"{name}/{lang}": value for name, value in of_language.items()}
+    return metrics
 
 
-def _figures(student: SentenceEncoder, teacher: ClipVE, dev: DevSet) -> dict[str, float]:
+def _metrics(student: SentenceEncoder, teacher: ClipVE, dev: DevSet) -> dict[str, float]:
     predicted = embed_rows(student, dev.sentences)  # (N, D)
     device = predicted.device
     wanted = dev.teacher.of_rows().to(device)
-    ours, theirs = (v.var(dim=0, correction=0).sum().item() for v in (predicted, wanted))
-    figures = {
+    variance, wanted_variance = (
+        embeddings.var(dim=0, correction=0).sum().item() for embeddings in (predicted, wanted)
+    )
+    metrics = {
         "mse": (predicted - wanted).square().mean().item(),
         "mae": (predicted - wanted).abs().mean().item(),
         "cosine": functional.cosine_similarity(predicted, wanted).mean().item(),
         "recall_at_10": _recall(predicted, wanted, dev.teacher.index),
         # Of a single sentence the teacher has no spread either, so there is none to lose.
-        "variance_ratio": ours / theirs if theirs else 1.0,
+        "variance_ratio": variance / wanted_variance if wanted_variance else 1.0,
     }
     if dev.premises is not None:
         premises = dev.premises.of_rows().to(device)
         right = teacher(predicted, premises).argmax(dim=1) == dev.labels.to(device)
-        figures["accuracy"] = right.float().mean().item()
-    return figures
+        metrics["accuracy"] = right.float().mean().item()
+    return metrics
 
 
 def _recall(predicted: Tensor, wanted: Tensor, source_of_row: Rows) -> float:
@@ -212,22 +216,22 @@ def _recall(predicted: Tensor, wanted: Tensor, source_of_row: Rows) -> float:
     # Each source sentence once: its repetitions would be equally near.
     _, first = np.unique(source_of_row, return_index=True)
     rows = torch.from_numpy(first[:_RETRIEVED_AMONG]).to(predicted.device)
-    ours = functional.normalize(predicted[rows].float(), dim=1)
-    theirs = functional.normalize(wanted[rows].float(), dim=1)
-    with torch.autocast(ours.device.type, enabled=False):
-        similarity = ours @ theirs.T  # (P, P)
+    embeddings = functional.normalize(predicted[rows].float(), dim=1)
+    targets = functional.normalize(wanted[rows].float(), dim=1)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        similarity = embeddings @ targets.T  # (P, P)
     nearer = (similarity > similarity.diagonal()[:, None]).sum(dim=1)
     return (nearer < _ANSWERS).float().mean().item()
 
 
-class SpreadWatch:
+class CollapseWatch:
     """Tells a student that has collapsed from one that has not spread out yet.
 
     From random weights a student first gives every sentence the mean of all embeddings, for some
     epochs if it is small. Only one that did better before, or that ends so, has collapsed.
 
     Args:
-        languages: whose figures these are where no language is named with them.
+        languages: whose metrics these are where no language is named with them.
         may_collapse: whether nothing is to be said, because the loss never sees the embeddings.
     """
 
@@ -236,34 +240,34 @@ class SpreadWatch:
         self._may_collapse = may_collapse
         self._spread: set[str] = set()
 
-    def during(self, figures: dict[str, float]) -> dict[str, float]:
-        """Passes the figures of an epoch on.
+    def during(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Passes the metrics of an epoch on.
 
         Raises:
             TrainingError: the student says the same to all sentences now, and did not before, or
                 nothing that is a number.
         """
-        for lang, ratio in self._variance_ratios(figures):
+        for lang, ratio in self._variance_ratios(metrics):
             if ratio >= _COLLAPSED:
                 self._spread.add(lang)
             elif lang in self._spread or math.isnan(ratio):
                 raise _collapse(lang, ratio)
-        return figures
+        return metrics
 
-    def at_the_end(self, figures: dict[str, float]) -> None:
-        """Looks at the figures of the epoch whose weights are kept.
+    def at_the_end(self, metrics: dict[str, float]) -> None:
+        """Looks at the metrics of the epoch whose weights are kept.
 
         Raises:
             TrainingError: the student says the same to all sentences.
         """
-        for lang, ratio in self._variance_ratios(figures):
+        for lang, ratio in self._variance_ratios(metrics):
             if not ratio >= _COLLAPSED:  # nan is not
                 raise _collapse(lang, ratio)
 
-    def _variance_ratios(self, figures: dict[str, float]) -> Iterator[tuple[str, float]]:
-        for name, value in figures.items():
-            figure, _, lang = name.partition("/")
-            if figure == "variance_ratio" and not self._may_collapse:
+    def _variance_ratios(self, metrics: dict[str, float]) -> Iterator[tuple[str, float]]:
+        for name, value in metrics.items():
+            metric, _, lang = name.partition("/")
+            if metric == "variance_ratio" and not self._may_collapse:
                 yield lang or self._languages, value
 
 
@@ -281,7 +285,7 @@ def _judged(parallel: Parallel, progress: Progress) -> Parallel:
     if not num_others:
         return parallel
     progress.note(
-        f"{parallel.target.path}: {num_others} rows without label or image; the dev figures leave "
+        f"{parallel.target.path}: {num_others} rows without label or image; the dev metrics leave "
         "them out."
     )
     return parallel.take(rows)

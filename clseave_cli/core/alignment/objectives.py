@@ -1,11 +1,10 @@
 """What a student is pulled towards: the loss of a batch of training pairs.
 
-Legend: B pairs of a batch · S distinct source sentences among them · D embedding width · C labels.
+Legend: B pairs of a batch · S distinct source sentences among them · D embedding width.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -58,21 +57,18 @@ class SentenceBatch:
 
     Attributes:
         sentences: this process's share of the targets, packed.
-        teacher: (S, D) the teacher's embeddings of the distinct source sentences.
+        teacher: (S, D) the teacher's embeddings of the distinct source sentences; where batches are
+            filled up to few shapes (B, D), those behind them no pair's.
         source: (B,) int64, which of them each pair has.
         weights: (B,) of the pairs.
-        premises: (B, D) embedding of an image that stands beside each pair, if the objective asks.
-        is_seen: (B,) bool, whether there is one.
     """
 
     sentences: PackedBatch
     teacher: Tensor
     source: Tensor
     weights: Tensor
-    premises: Tensor | None = None
-    is_seen: Tensor | None = None
 
-    @functools.cached_property
+    @property
     def wanted(self) -> Tensor:
         """(B, D) the teacher's embedding of each pair."""
         return self.teacher[self.source]
@@ -85,45 +81,35 @@ Comparison = Callable[[Tensor, SentenceBatch], Tensor]
 class SentenceObjective:
     """The student's sentence embedding against the teacher's (thesis 3.3)."""
 
-    def __init__(
-        self, student: SentenceEncoder, pairs: TrainingPairs, compare: Comparison, seed: int
-    ) -> None:
+    def __init__(self, student: SentenceEncoder, pairs: TrainingPairs, compare: Comparison) -> None:
         """Puts the parts together.
 
         Args:
             student: what is trained.
             pairs: what it is trained on.
             compare: the loss of each pair.
-            seed: of the choice of images.
         """
         self.module: nn.Module = student
         self._student = student
-        self._pairs = pairs
+        self.pairs = pairs
         self._compare = compare
-        self._seed = seed
 
     def prepare(self, rows: Rows) -> SentenceBatch:
         """Packs this process's share; the teacher's side is that of all rows."""
-        pairs, own = self._pairs, processes().share(rows)
+        pairs, shard = self.pairs, processes().shard(rows)
         sources, source = np.unique(pairs.teacher.index[rows], return_inverse=True)
-        premises = is_seen = None
-        if pairs.images is not None:
-            # The rows are the seed: another epoch's batch draws other images, a repeated one the
-            # same, and every process those of the whole batch.
-            random = np.random.default_rng([self._seed, *rows])
-            premises, is_seen = pairs.images.draw(pairs.teacher.index[rows], random)
+        if self._student.few_shapes:
+            sources = np.pad(sources, (0, len(rows) - len(sources)), mode="edge")
         return SentenceBatch(
-            self._student.pack(pairs.sentences.tokens, pairs.sentences.index[own]),
+            self._student.pack(pairs.sentences.tokens, pairs.sentences.index[shard]),
             pairs.teacher.vectors.rows(sources),
             torch.from_numpy(source),
             pairs.weights[torch.from_numpy(rows)],
-            premises,
-            is_seen,
         )
 
     def loss(self, batch: SentenceBatch) -> Tensor:
         """Embeds the share, gathers those of all processes, compares."""
-        embeddings = processes().spread(lambda: self._student(batch.sentences), len(batch.weights))
+        embeddings = processes().gather(lambda: self._student(batch.sentences), len(batch.weights))
         return self.loss_of(embeddings, batch)
 
     def loss_of(self, embeddings: Tensor, batch: SentenceBatch) -> Tensor:
@@ -147,7 +133,7 @@ def require_fitting(config: StudentConfig, teacher: ClipVE) -> None:
         )
 
 
-def comparison(config: StudentConfig, teacher: ClipVE, pairs: TrainingPairs) -> Comparison:
+def comparison(config: StudentConfig, pairs: TrainingPairs) -> Comparison:
     """The loss that `--objective` names (docs/methods.md, "Objectives")."""
     name = config.objective
     if name == "mse":
@@ -157,12 +143,8 @@ def comparison(config: StudentConfig, teacher: ClipVE, pairs: TrainingPairs) -> 
     if name == "contrastive":
         return contrastive
     variance = _variance(pairs.teacher.vectors)
-    if name == "mse+cosine":
-        return lambda own, batch: squared_error(own, batch) / variance + cosine_distance(own, batch)
-    # The error as `mse` has it, so that the same gradients are clipped, and the KL on its scale.
-    weight = config.head_weight * variance
-    return lambda own, batch: (
-        squared_error(own, batch) + weight * head_divergence(own, batch, teacher.head)
+    return lambda embeddings, batch: (
+        squared_error(embeddings, batch) / variance + cosine_distance(embeddings, batch)
     )
 
 
@@ -184,36 +166,21 @@ def contrastive(embeddings: Tensor, batch: SentenceBatch) -> Tensor:
     source sentence into several languages are all its positives, each a term of its own (Khosla
     et al. 2020, eq. 2).
     """
-    ours = functional.normalize(embeddings, dim=1)
-    theirs = functional.normalize(batch.teacher, dim=1)
-    logits = ours @ theirs.T / _TEMPERATURE  # (B, S)
+    students = functional.normalize(embeddings, dim=1)
+    teachers = functional.normalize(batch.teacher, dim=1)
+    logits = students @ teachers.T / _TEMPERATURE  # (B, S)
+    is_filling = torch.ones_like(logits[0], dtype=torch.bool).index_fill(0, batch.source, False)
+    logits = logits.masked_fill(is_filling, -torch.inf)
     to_teacher = functional.cross_entropy(logits, batch.source, reduction="none")
     to_student = -logits.log_softmax(dim=0).gather(1, batch.source[:, None])[:, 0]
     return (to_teacher + to_student) / 2
-
-
-def head_divergence(embeddings: Tensor, batch: SentenceBatch, head: nn.Module) -> Tensor:
-    """(B,) KL(head of teacher ‖ head of student) beside an image; 0 where there is none.
-
-    Args:
-        embeddings: (B, D) the student's.
-        batch: with premises.
-        head: frozen, in eval mode.
-    """
-    assert batch.premises is not None and batch.is_seen is not None
-    with torch.no_grad():
-        expected = head(batch.wanted, batch.premises).log_softmax(dim=1)  # (B, C)
-    found = head(embeddings, batch.premises).log_softmax(dim=1)
-    divergence = functional.kl_div(found, expected, reduction="none", log_target=True).sum(dim=1)
-    return divergence * batch.is_seen
 
 
 def _variance(vectors: Vectors) -> float:
     """The teacher's variance over sentences, mean over dimensions: a squared error of 1 after it.
 
     Divided by it, the squared error is the share of the variance that is not explained yet, to
-    which a cosine can be added whatever the scale of the teacher; and so can a KL times it to the
-    error as it is.
+    which a cosine can be added whatever the scale of the teacher.
     """
     step = max(1, len(vectors) // _VARIANCE_SAMPLE)
     variance = vectors.rows(np.arange(0, len(vectors), step)).var(dim=0, correction=0).mean()

@@ -14,23 +14,9 @@ import numpy.typing as npt
 from clseave_cli.core.alignment.corpus import TrainingPairs
 from clseave_cli.core.config import StudentConfig
 from clseave_cli.core.training.loop import Rows, batches
-from clseave_cli.errors import UsageError
 
 #: τ of self-paced sampling, as in its source.
 _SELF_PACED_TEMPERATURE = 0.1
-
-
-def require_possible(config: StudentConfig) -> None:
-    """Refuses options that exclude each other.
-
-    Raises:
-        UsageError: they do.
-    """
-    if config.parallel_batches and config.sampling != "proportional":
-        raise UsageError(
-            f"--parallel-batches: takes every language of a sentence, so --sampling "
-            f"{config.sampling} has nothing to choose; leave one of them out."
-        )
 
 
 class Sampler:
@@ -46,8 +32,6 @@ class Sampler:
     A language's pairs are gone through in round after round, each in an order of its own, and an
     epoch goes on where the one before stopped: none is met twice before all were met once. Not so
     if self-paced, where no epoch knows how far the others came: each begins its rounds anew.
-    Parallel batches are put together from source sentences, each with all its translations, and go
-    through those; what is trained on in parts (`TrainingPairs`) comes part by part.
     """
 
     def __init__(self, pairs: TrainingPairs, config: StudentConfig) -> None:
@@ -57,15 +41,6 @@ class Sampler:
         self._sizes = np.bincount(pairs.language, minlength=len(pairs.languages))
         self._firsts = np.cumsum(self._sizes) - self._sizes
         self.num_examples = config.epoch_pairs or len(pairs)
-        if config.parallel_batches:
-            # The first part of each pair of source sentence 0, then the second parts, then those
-            # of sentence 1, and so on: all parts in one batch would be one huge step after all.
-            part = np.arange(len(pairs)) - np.searchsorted(pairs.distinct, pairs.distinct)
-            group = pairs.teacher.index * (part.max() + 1) + part
-            self._by_source = np.argsort(group, kind="stable")
-            _, counts = np.unique(group, return_counts=True)
-            self._source_ends = np.cumsum(counts)
-            self._source_starts = self._source_ends - counts
 
     def batches(self, epoch: int, dev: dict[str, float]) -> list[Rows]:
         """The batches of an epoch.
@@ -75,12 +50,9 @@ class Sampler:
             dev: the figures after the epoch before; empty before the first.
         """
         config = self._config
-        plain = config.sampling == "proportional" and not config.parallel_batches
-        if plain and self.num_examples == self._sizes.sum():
+        if config.sampling == "proportional" and self.num_examples == self._sizes.sum():
             return batches(self.num_examples, config.batch_size, seed=config.seed, epoch=epoch)
         num_batches = math.ceil(self.num_examples / config.batch_size)
-        if config.parallel_batches:
-            return self._parallel(num_batches, epoch)
         random = np.random.default_rng([config.seed, epoch])
         counts = whole_parts(self.shares(dev), self.num_examples)
         drawn = [
@@ -120,28 +92,6 @@ class Sampler:
             weights = self._sizes.astype(np.float64) ** power
         shares: npt.NDArray[np.float64] = weights / weights.sum()
         return shares
-
-    def _parallel(self, num_batches: int, epoch: int) -> list[Rows]:
-        """Batches of about equally many source sentences, each with all its translations."""
-        num_sources = len(self._source_ends)
-        wanted = max(num_batches, round(num_sources * self.num_examples / self._sizes.sum()))
-        sources = _stretch(
-            num_sources,
-            epoch * wanted,
-            wanted,
-            lambda number: np.random.default_rng([self._config.seed, number]),
-        )
-        return [
-            np.concatenate(
-                [
-                    self._by_source[start:end]
-                    for start, end in zip(
-                        self._source_starts[some], self._source_ends[some], strict=True
-                    )
-                ]
-            )
-            for some in np.array_split(sources, num_batches)
-        ]
 
 
 def whole_parts(shares: npt.NDArray[np.float64], total: int) -> Rows:

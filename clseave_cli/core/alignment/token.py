@@ -20,22 +20,25 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from clseave_cli.core.alignment.corpus import LanguagePairs, TrainingPairs
+from clseave_cli.core.alignment.corpus import LanguagePairs
 from clseave_cli.core.alignment.objectives import SentenceBatch, SentenceObjective
 from clseave_cli.core.config import StudentConfig
 from clseave_cli.core.data.records import Parallel, distinct
 from clseave_cli.core.files import file_digest
-from clseave_cli.core.models.autoencoder import Autoencoder, load_autoencoder
 from clseave_cli.core.models.encoders import SentenceEncoder, pool
 from clseave_cli.core.models.packing import PackedBatch
-from clseave_cli.core.models.student import CodedState, new_token_student
+from clseave_cli.core.models.student import (
+    Autoencoder,
+    CodedState,
+    load_autoencoder,
+    new_token_student,
+)
 from clseave_cli.core.models.tokens import TokenTable
 from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.loop import Rows
 from clseave_cli.core.word_alignment.aligner import WordAligner, load_aligner
 from clseave_cli.core.word_alignment.links import Links, read_links
-from clseave_cli.core.word_alignment.places import NONE, WordTokens, find_tokens
-from clseave_cli.core.word_alignment.words import Words, split_words
+from clseave_cli.core.word_alignment.words import NONE, Words, WordTokens, find_tokens, split_words
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.progress import Progress
 
@@ -69,10 +72,10 @@ def token_student(
         UsageError: the options ask for another kind of student.
         ModelError: the encoder or the autoencoder is unusable.
     """
-    if config.pooling != "terminal" or config.projection != "linear":
+    if config.pooling != "terminal":
         raise UsageError(
-            f"--method {config.method}: reads --sentence-token and takes the teacher's projection; "
-            "--pooling and --projection are those of --method sentence."
+            f"--method {config.method}: reads --sentence-token; --pooling is that of --method "
+            "sentence."
         )
     if config.method == "token" and config.objective != "mse":
         raise UsageError(
@@ -139,7 +142,7 @@ class TokenCorpus:
         self._source_lang = source_lang
         self._config = config
         self._progress = progress
-        self._found_aligner: WordAligner | None = None
+        self._made_aligner: WordAligner | None = None
         self._parts: list[_Linked] = []
 
     def add(self, text: Parallel, part: LanguagePairs, sources: Sequence[str]) -> dict[str, str]:
@@ -160,18 +163,18 @@ class TokenCorpus:
         lang = text.target.lang
         inputs = {}
         targets, target_of_row = distinct(text.target.hypotheses)
-        own, source_of_pair = np.unique(part.source_of_pair, return_inverse=True)
-        own_sources = split_words([sources[number] for number in own], self._source_lang)
+        numbers, source_of_pair = np.unique(part.source_of_pair, return_inverse=True)
+        source_words = split_words([sources[number] for number in numbers], self._source_lang)
         words = split_words(targets, lang)
         pairs = np.stack([source_of_pair, part.sentence_of_pair])
         if self._config.alignments is not None:
             path = Path(str(self._config.alignments).replace("{lang}", lang))
             inputs[f"alignments: {lang}"] = file_digest(path)
-            numbers = {source: number for number, source in enumerate(own_sources.sentences)}
-            source_of_row = np.array([numbers[source] for source in text.sources])
+            places = {source: place for place, source in enumerate(source_words.sentences)}
+            source_of_row = np.array([places[source] for source in text.sources])
             links = read_links(
                 path,
-                np.stack([own_sources.counts[source_of_row], words.counts[target_of_row]], axis=1),
+                np.stack([source_words.counts[source_of_row], words.counts[target_of_row]], axis=1),
                 text=str(text.target.path),
                 lines=text.target.lines,
                 num_lines=text.target.num_lines,
@@ -179,13 +182,13 @@ class TokenCorpus:
                 progress=self._progress,
             )
             # A pair that stands in several rows has the links of the first.
-            _, row = np.unique(target_of_row * len(own) + source_of_row, return_index=True)
+            _, row = np.unique(target_of_row * len(numbers) + source_of_row, return_index=True)
             links = links.take(row)
         else:
             aligner = self._aligner()
             inputs["aligner"] = aligner.digest
             links = aligner.align(
-                own_sources,
+                source_words,
                 words,
                 pairs,
                 description=f"{lang}: word alignment",
@@ -220,8 +223,8 @@ class TokenCorpus:
 
     def _aligner(self) -> WordAligner:
         config = self._config
-        if self._found_aligner is None:
-            self._found_aligner = (
+        if self._made_aligner is None:
+            self._made_aligner = (
                 WordAligner(
                     self._student,
                     config.student,
@@ -231,7 +234,7 @@ class TokenCorpus:
                 if config.aligner is None
                 else load_aligner(config, config.aligner, self._student.device, self._progress)
             )
-        return self._found_aligner
+        return self._made_aligner
 
     def _take(self, links: Links, words: Words, part: LanguagePairs) -> None:
         sentence = part.sentence_of_pair[links.pairs]
@@ -288,24 +291,20 @@ class TokenBatch(NamedTuple):
     """B training pairs, made ready.
 
     Attributes:
-        target: this process's share of the target sentences, packed.
+        pairs: their sentences, with this process's shard of the targets packed.
         source: the distinct source sentences of that share, packed.
-        target_place: (L,) int64 where in the flattened rows of `target` each paired token stands.
+        target_place: (L,) int64 where in the flattened rows of the targets each paired token is.
         source_place: (L,) the same in those of `source`.
-        owner: (L,) int64, which sentence of the share it belongs to.
+        owner: (L,) int64, which sentence of the shard it belongs to.
         num_tokens: (B,) paired tokens of every pair of the batch.
-        weights: (B,) of the pairs.
-        sentences: what the sentences' own loss needs, if they have one.
     """
 
-    target: PackedBatch
+    pairs: SentenceBatch
     source: PackedBatch
     target_place: Tensor
     source_place: Tensor
     owner: Tensor
     num_tokens: Tensor
-    weights: Tensor
-    sentences: SentenceBatch | None
 
 
 class TokenObjective:
@@ -315,83 +314,82 @@ class TokenObjective:
         self,
         student: SentenceEncoder,
         teacher: SentenceEncoder,
-        pairs: TrainingPairs,
         tokens: TokenPairs,
+        sentences: SentenceObjective,
         *,
-        sentences: SentenceObjective | None = None,
-        token_weight: float = 1.0,
+        sentence_weight: float,
+        token_weight: float,
     ) -> None:
         """Puts the parts together.
 
         Args:
             student: what is trained; of `token_student`.
             teacher: the frozen text tower.
-            pairs: the sentences.
-            tokens: their paired tokens.
-            sentences: a loss on the sentences' embeddings, to be added.
-            token_weight: of the token pairs' loss beside that one.
+            tokens: the paired tokens.
+            sentences: the sentences they stand in, and a loss on their embeddings.
+            sentence_weight: of that loss; 0: embeddings are not computed.
+            token_weight: of the token pairs' loss.
         """
         self.module: nn.Module = student
         self._student = student
         self._coder = _coded_state(student).coder
         self._teacher = teacher
-        self._pairs = pairs
         self._tokens = tokens
         self._sentences = sentences
-        self._token_weight = token_weight if sentences is not None else 1.0
+        self._sentence_weight, self._token_weight = sentence_weight, token_weight
 
     def prepare(self, rows: Rows) -> TokenBatch:
-        """Packs this process's share of both sides; every source sentence once."""
-        pairs, tokens, own = self._pairs, self._tokens, processes().share(rows)
-        sources, source_of_own = np.unique(pairs.teacher.index[own], return_inverse=True)
-        target = self._student.pack(pairs.sentences.tokens, pairs.sentences.index[own])
+        """Packs this process's shard of both sides; every source sentence once."""
+        pairs, tokens, shard = self._sentences.pairs, self._tokens, processes().shard(rows)
+        batch = self._sentences.prepare(rows)
+        sources, source_of_pair = np.unique(pairs.teacher.index[shard], return_inverse=True)
         source = self._teacher.pack(tokens.sources, sources)
-        counts, linked = np.diff(tokens.offsets), pairs.distinct[own]
-        owner = np.repeat(np.arange(len(own)), counts[linked])
+        counts, linked = np.diff(tokens.offsets), pairs.distinct[shard]
+        owner = np.repeat(np.arange(len(shard)), counts[linked])
         within = np.arange(len(owner)) - np.repeat(
             np.cumsum(counts[linked]) - counts[linked], counts[linked]
         )
         at = tokens.offsets[linked][owner] + within
         return TokenBatch(
-            target,
+            batch,
             source,
-            target.starts[owner] + torch.from_numpy(tokens.target[at]),
-            source.starts[source_of_own[owner]] + torch.from_numpy(tokens.source[at]),
+            batch.sentences.starts[owner] + torch.from_numpy(tokens.target[at]),
+            source.starts[source_of_pair[owner]] + torch.from_numpy(tokens.source[at]),
             torch.from_numpy(owner),
             torch.from_numpy(counts[pairs.distinct[rows]]),
-            pairs.weights[torch.from_numpy(rows)],
-            None if self._sentences is None else self._sentences.prepare(rows),
         )
 
     def loss(self, batch: TokenBatch) -> Tensor:
         """Mean squared error of all token pairs of the batch, those of repeated pairs repeated."""
-        found = processes().spread(lambda: self._errors(batch), len(batch.weights))
-        num_tokens = (batch.weights * batch.num_tokens).sum()
-        loss = (batch.weights * found[:, 0].float()).sum() / num_tokens.clamp(min=1e-9)
-        if self._sentences is None or batch.sentences is None:
-            return loss
-        return self._sentences.loss_of(found[:, 1:], batch.sentences) + self._token_weight * loss
+        weights = batch.pairs.weights
+        gathered = processes().gather(lambda: self._errors(batch), len(weights))
+        num_tokens = (weights * batch.num_tokens).sum()
+        loss = (weights * gathered[:, 0].float()).sum() / num_tokens.clamp(min=1e-9)
+        if not self._sentence_weight:
+            return self._token_weight * loss
+        sentence_loss = self._sentences.loss_of(gathered[:, 1:], batch.pairs)
+        return self._sentence_weight * sentence_loss + self._token_weight * loss
 
     def _errors(self, batch: TokenBatch) -> Tensor:
-        """For each pair of the share the summed error of its tokens and, if asked, its embedding.
+        """For each pair of the shard the summed error of its tokens and, if asked, its embedding.
 
         Returns:
-            (share, 1) or (share, 1 + D).
+            (shard, 1) or (shard, 1 + D).
         """
-        hidden = self._student.hidden_states(batch.target)
+        target = batch.pairs.sentences
+        hidden = self._student.hidden_states(target)
         codes = self._coder(hidden.flatten(0, 1)[batch.target_place])  # (L, K)
         with torch.no_grad():
             states = self._teacher.hidden_states(batch.source).flatten(0, 1)
-        wanted = states[batch.source_place]  # (L, K)
-        errors = (codes.float() - wanted.float()).square().mean(dim=1)
+        errors = (codes.float() - states[batch.source_place].float()).square().mean(dim=1)
         # A product with zeros and ones: adding at indices on a GPU gives other bits every time.
-        sentences = torch.arange(len(batch.target.terminals), device=hidden.device)
-        belongs = (sentences[:, None] == batch.owner).float()  # (share, L)
+        sentences = torch.arange(len(target.terminals), device=hidden.device)
+        belongs = (sentences[:, None] == batch.owner).float()  # (shard, L)
         with torch.autocast(hidden.device.type, enabled=False):
             summed: Tensor = belongs @ errors[:, None]
-        if self._sentences is None:
+        if not self._sentence_weight:
             return summed
-        embeddings = self._student.project(pool(hidden, batch.target, self._student.pooling))
+        embeddings = self._student.project(pool(hidden, target, self._student.pooling))
         return torch.cat([summed, embeddings.float()], dim=1)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from pathlib import Path
 from typing import Any
 
-from clseave_cli.core.data.records import IMAGE_KEYS, LABEL_KEYS
+from clseave_cli.core.data.images import in_rgb
+from clseave_cli.core.data.rows import IMAGE_KEYS, LABEL_KEYS, json_line
 from clseave_cli.core.files import atomic_folder
 from clseave_cli.errors import DataError
 from clseave_cli.labels import LABELS
@@ -56,12 +56,12 @@ def _write(name: str, folder: Path, progress: Progress) -> None:
     for ours, theirs in known.items():
         rows = loaded[theirs]
         with (
-            (folder / f"snli_ve_{ours}.jsonl").open("w", encoding="utf-8") as stream,
+            (folder / f"snli_ve_{ours}.jsonl").open("wb") as stream,
             progress.task(f"{name}: {ours}", total=len(rows), unit="rows") as task,
         ):
             for number, row in enumerate(rows):
                 plain = _plain_row(row, f"{ours}-{number}", rows.features, folder / "images")
-                stream.write(json.dumps(plain, ensure_ascii=False, default=str) + "\n")
+                stream.write(json_line(plain))
                 task.advance()
 
 
@@ -77,7 +77,7 @@ def _plain_row(row: dict[str, Any], row_id: str, features: Any, images: Path) ->
         if hasattr(plain.get(key), "convert"):
             # Named by content: a photo of many rows stays one photo, whose rows belong together,
             # and the data set's own file name is not trusted as a path.
-            image = plain[key].convert("RGB")
+            image = in_rgb(plain[key])
             digest = hashlib.blake2b(repr(image.size).encode(), digest_size=16)
             digest.update(image.tobytes())
             plain[key] = f"{digest.hexdigest()}.png"

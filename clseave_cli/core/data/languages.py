@@ -67,41 +67,20 @@ ts tso Latn|tt tat Cyrl|ug uig Arab|uk ukr Cyrl UA|ur urd Arab PK|uz uzn Latn|vi
 wo wol Latn|xh xho Latn ZA|yi ydd Hebr|yo yor Latn|zh zho Hans CN|zh-Hant zho Hant|zu zul Latn
 """
 
-_EXTRA_SPELLINGS = {
-    "zh": ("zh_CN", "zh_Hans", "cmn_Hans", "cmn"),
-    "zh-Hant": ("zh_TW", "zh_HK", "cmn_Hant"),
-    "he": ("iw",),
-    "jv": ("jw",),
-    "no": ("nb", "nor"),
-    "nso": ("ns",),
-    "tl": ("fil",),
-    "ar": ("ara",),
-    "fa": ("fas",),
-    "et": ("ekk",),
-    "lv": ("lav",),
-    "ms": ("msa",),
-    "sw": ("swa",),
-    "mn": ("mon",),
-    "ne": ("nep",),
-    "az": ("aze",),
-    "sq": ("sqi",),
-    "yi": ("yid",),
-    "uz": ("uzb",),
-    "ps": ("pus",),
-    "or": ("ori",),
-    "mg": ("mlg",),
-    "ku": ("kur",),
-    "hr": ("hbs_Latn",),
-    "sr": ("hbs_Cyrl",),
-}
+# code, and other spellings of it.
+_MORE_SPELLINGS = """
+zh zh_CN zh_Hans cmn_Hans cmn|zh-Hant zh_TW zh_HK cmn_Hant|he iw|jv jw|no nb nor|nso ns|tl fil
+ar ara|fa fas|et ekk|lv lav|ms msa|sw swa|mn mon|ne nep|az aze|sq sqi|yi yid|uz uzb|ps pus
+or ori|mg mlg|ku kur|hr hbs_Latn|sr hbs_Cyrl
+"""
 
 
-def _read_table() -> dict[str, Language]:
-    entries = (entry.split() for line in _TABLE.split("\n") for entry in line.split("|") if entry)
-    return {entry[0]: Language(*entry) for entry in entries}
+def _read(table: str) -> list[list[str]]:
+    return [entry.split() for line in table.split("\n") for entry in line.split("|") if entry]
 
 
-LANGUAGES: dict[str, Language] = _read_table()
+_EXTRA_SPELLINGS = {code: spellings for code, *spellings in _read(_MORE_SPELLINGS)}
+LANGUAGES = {entry[0]: Language(*entry) for entry in _read(_TABLE)}
 
 
 def _aliases() -> dict[str, str]:
@@ -184,15 +163,35 @@ def letters_of(code: str) -> str | None:
     return "".join(_SCRIPT_RANGES[script] for script in scripts)
 
 
-def has_spaces(code: str) -> bool:
-    """Whether words of the language are separated by spaces."""
-    language = LANGUAGES.get(code)
-    return language is None or language.script not in {
-        "Jpan", "Hans", "Hant", "Thai", "Laoo", "Khmr", "Mymr",
-    }  # fmt: skip
+def unexpected_script(text: str, code: str) -> bool:
+    """Whether most letters of a text are of no script that the language is written with."""
+    letters = letters_of(code)
+    if letters is None:
+        return False
+    words = re.sub(r"[\W\d_]", "", text)
+    return 2 * len(re.findall(f"[{letters}]", words)) < len(words)
 
 
 def is_dense(code: str) -> bool:
     """Whether one character carries about as much as a syllable or word (Han, kana, Hangul)."""
     language = LANGUAGES.get(code)
     return language is not None and language.script in {"Jpan", "Hans", "Hant", "Hang"}
+
+
+_NAMES = {
+    "ar": "Arabic",
+    "de": "German",
+    "en": "English",
+    "es": "Spanish",
+    "fr": "French",
+    "ja": "Japanese",
+    "ko": "Korean",
+    "nl": "Dutch",
+    "ru": "Russian",
+    "zh": "Chinese",
+}
+
+
+def language_name(code: str) -> str:
+    """`German` for `de`; the code itself where the name is not listed."""
+    return _NAMES.get(code, code)

@@ -1,4 +1,4 @@
-"""Pairs to judge, read row by row: JSON Lines or CSV, from a file or as they come down a pipe.
+"""Pairs to judge, read row by row: a file of any format, or JSON Lines or CSV down a pipe.
 
 A row that cannot be used is handed on as a `DataError` in its place, so that one bad row does not
 stop the others.
@@ -6,27 +6,44 @@ stop the others.
 
 from __future__ import annotations
 
-import csv
+import gzip
 import json
 import os
 import select
+import zlib
 from collections import deque
-from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
+from clseave_cli.core.data.answers import ANSWER_KEYS
+from clseave_cli.core.data.rows import (
+    HYPOTHESIS_KEYS,
+    IMAGE_KEYS,
+    BadRow,
+    DelimitedRows,
+    first_value,
+    header_of,
+    image_name,
+    json_rows,
+    parquet_rows,
+)
 from clseave_cli.errors import DataError
 
-_COLUMNS = ("image", "hypothesis")
-_DELIMITERS = ",;\t"
+# Where a row has the keys of `predict` beside those of a data set, `predict`'s count.
+_IMAGE_KEYS, _HYPOTHESIS_KEYS = IMAGE_KEYS[::-1], HYPOTHESIS_KEYS[::-1]
+#: Columns that do not go with the answer: it has them already, or something else of that name.
+_TAKEN = {*IMAGE_KEYS, *HYPOTHESIS_KEYS, *ANSWER_KEYS}
 _CHUNK_BYTES = 1 << 16
 _LONGEST_LINE_BYTES = 16 << 20
 
 
 class Pair(NamedTuple):
-    """An image, as its row names it, and a sentence about it."""
+    """An image, as its row names it, and a sentence about it; `others` go with the answer."""
 
     image: str
     hypothesis: str
+    others: dict[str, Any]
 
 
 def read_pairs(stream: BinaryIO, name: str, batch_size: int) -> Iterator[list[Pair | DataError]]:
@@ -36,57 +53,88 @@ def read_pairs(stream: BinaryIO, name: str, batch_size: int) -> Iterator[list[Pa
     program that writes one row and waits for the answer gets it.
 
     Args:
-        stream: a file or pipe. CSV where the first line names the columns image and hypothesis
-            (separated by comma, semicolon or tab), JSON Lines otherwise. Empty lines are skipped.
-        name: what messages call it.
+        stream: a file or pipe. Parquet by its name; CSV where the first line names columns for
+            image and hypothesis; JSON Lines otherwise. Empty lines are skipped.
+        name: what messages call it; packed where it ends in `.gz`.
         batch_size: most rows in a batch.
 
     Raises:
         DataError: the stream breaks, or a line is far too long.
     """
     lines = _Lines(stream, name)
-    header = lines.peek()
-    delimiter = _delimiter(header)
-    if delimiter is not None:
-        rows = _csv_rows(lines, name, delimiter)
-    elif name.endswith((".csv", ".tsv")):
-        raise DataError.at(name, 1, "expected a header with the columns image and hypothesis.")
+    if name.endswith(".parquet"):
+        lines.ended = True
+        rows = parquet_rows(stream, Path(name), None)
     else:
-        rows = _json_rows(lines, name)
-    for row in rows:
-        batch = [row]
-        while len(batch) < batch_size and lines.ready and (more := next(rows, None)) is not None:
+        header = set(map(str.strip, header_of(lines.peek())[1]))
+        if header & {*IMAGE_KEYS} and header & {*HYPOTHESIS_KEYS}:
+            rows = iter(DelimitedRows(lines, errors="surrogateescape"))
+        elif name.removesuffix(".gz").endswith((".csv", ".tsv")):
+            raise DataError.at(
+                name, 1, "expected a header with the columns image and hypothesis, or SNLI-VE's."
+            )
+        else:
+            rows = json_rows(lines)
+    pairs = (_pair(values, name, line) for line, values, _ in rows)
+    for pair in pairs:
+        batch = [pair]
+        while len(batch) < batch_size and lines.ready and (more := next(pairs, None)) is not None:
             batch.append(more)
         yield batch
+
+
+def _pair(row: Any, name: str, line: int) -> Pair | DataError:
+    if isinstance(row, BadRow):
+        return DataError.at(name, line, str(row))
+    image, hypothesis = image_name(row, _IMAGE_KEYS), first_value(row, _HYPOTHESIS_KEYS)
+    if not isinstance(image, str) or not isinstance(hypothesis, str):
+        keys = f"keys {list(row)!r}"[:200]
+        return DataError.at(
+            name, line, f"expected an object with texts for image and hypothesis ({keys})."
+        )
+    others = {key: value for key, value in row.items() if key not in _TAKEN}
+    try:
+        json.dumps([value for value in others.values() if type(value) in (dict, list)], default=str)
+    except RecursionError:
+        return DataError.at(name, line, "JSON nested too deeply.")
+    return Pair(image, hypothesis, others)
 
 
 class _Lines:
     """The lines of a stream, and whether the next one is there already."""
 
     def __init__(self, stream: BinaryIO, name: str) -> None:
-        self._stream = stream
         self._name = name
         self._whole: deque[bytes] = deque()
         self._begun = bytearray()
-        self._ended = False
+        self.ended = False
+        self._read: Callable[[], bytes]
+        if name.endswith(".gz"):
+            unpacked = gzip.GzipFile(fileobj=stream)
+            self._read = lambda: unpacked.read1(_CHUNK_BYTES)
+            self._waits: Callable[[], bool] = lambda: False
+        else:
+            # Past Python's buffer: what lies there would be hidden from `select`.
+            self._read = lambda: os.read(stream.fileno(), _CHUNK_BYTES)
+            self._waits = lambda: not select.select([stream], [], [], 0)[0]
 
     def __iter__(self) -> Iterator[bytes]:
         return self
 
     def __next__(self) -> bytes:
         while not self._whole:
-            if self._ended:
+            if self.ended:
                 raise StopIteration
-            self._read()
+            self._fill()
         return self._whole.popleft()
 
     @property
     def ready(self) -> bool:
         """Whether asking for the next line does not have to wait."""
-        while not (self._whole or self._ended):
-            if not select.select([self._stream], [], [], 0)[0]:
+        while not (self._whole or self.ended):
+            if self._waits():
                 return False
-            self._read()
+            self._fill()
         return True
 
     def peek(self) -> bytes:
@@ -96,12 +144,12 @@ class _Lines:
             self._whole.appendleft(line)
         return line
 
-    def _read(self) -> None:
+    def _fill(self) -> None:
         try:
-            # Past Python's buffer: what lies there would be hidden from `select`.
-            chunk = os.read(self._stream.fileno(), _CHUNK_BYTES)
-        except OSError as error:
-            raise DataError(f"{self._name}: cannot be read ({error.strerror}).") from None
+            chunk = self._read()
+        except (OSError, EOFError, zlib.error) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"{self._name}: cannot be read ({reason}).") from None
         *whole, rest = chunk.split(b"\n")
         for part in whole:
             self._begun += part
@@ -114,63 +162,6 @@ class _Lines:
                 "expected JSON Lines or CSV."
             )
         if not chunk:
-            self._ended = True
+            self.ended = True
             if self._begun:
                 self._whole.append(bytes(self._begun))
-
-
-def _delimiter(header: bytes) -> str | None:
-    """What separates the columns of a CSV header that names ours; None for any other line."""
-    text = header.decode("utf-8-sig", errors="replace").strip()
-    for delimiter in _DELIMITERS:
-        if set(_COLUMNS) <= set(_header_names(text, delimiter)):
-            return delimiter
-    return None
-
-
-def _header_names(text: str, delimiter: str) -> list[str]:
-    return [name.strip().strip('"') for name in text.split(delimiter)]
-
-
-def _csv_rows(lines: _Lines, name: str, delimiter: str) -> Iterator[Pair | DataError]:
-    header = next(lines).decode("utf-8-sig", errors="replace").strip()
-    names = _header_names(header, delimiter)
-    columns = [names.index(column) for column in _COLUMNS]
-    # Bytes that are not UTF-8 stay what they are in a file's name, and are refused in a sentence.
-    texts = (line.decode("utf-8", errors="surrogateescape") for line in lines)
-    reader = csv.reader(texts, delimiter=delimiter)
-    while True:
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield DataError.at(name, reader.line_num + 1, f"not valid CSV ({error}).")
-            continue
-        if len(cells) > max(columns):
-            yield Pair(*(cells[column] for column in columns))
-        elif cells:
-            yield DataError.at(
-                name, reader.line_num + 1, f"{len(cells)} cells; the header names {len(names)}."
-            )
-
-
-def _json_rows(lines: _Lines, name: str) -> Iterator[Pair | DataError]:
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            yield _json_row(line, name, number)
-
-
-def _json_row(line: bytes, name: str, number: int) -> Pair | DataError:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return DataError.at(name, number, "not valid JSON.")
-    image = row.get("image") if isinstance(row, dict) else None
-    hypothesis = row.get("hypothesis") if isinstance(row, dict) else None
-    if not isinstance(image, str) or not isinstance(hypothesis, str):
-        found = f"keys {list(row)!r}" if isinstance(row, dict) else type(row).__name__
-        return DataError.at(
-            name, number, f"expected an object with texts for image and hypothesis ({found[:200]})."
-        )
-    return Pair(image, hypothesis)

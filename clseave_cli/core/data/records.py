@@ -1,8 +1,8 @@
 """SNLI-VE-shaped data: reading a split, refusing bad rows, joining two languages.
 
 A split is a file `snli_ve_{split}.jsonl` (other languages `snli_ve_{split}.{lang}.jsonl`), or the
-same as `.csv` or `.parquet`, or without the `snli_ve_` prefix, or `{lang}/{split}` as IGLUE lays
-XVNLI out. Rows are kept as columns: half a million pairs are a few lists and arrays, not half a
+same in another format, or without the `snli_ve_` prefix, or `{lang}/{split}` as IGLUE lays XVNLI
+out. Rows are kept as columns: half a million pairs are a few lists and arrays, not half a
 million objects.
 
 The caption (`sentence1`) is never read: it would leak a text premise into the model.
@@ -10,19 +10,34 @@ The caption (`sentence1`) is never read: it would leak a text premise into the m
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import json
+import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 
+from clseave_cli.core.data.rows import (
+    EXTENSIONS,
+    HYPOTHESIS_KEYS,
+    ID_KEYS,
+    IMAGE_KEYS,
+    LABEL_KEYS,
+    SUSPECT_FIELD,
+    BadRow,
+    first_value,
+    image_name,
+    json_line,
+    missing,
+    read_rows,
+    require_text,
+    short,
+    split_name,
+)
 from clseave_cli.core.files import atomic_file, file_digest
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.labels import LABEL_IDS, LABELS, UNLABELLED
@@ -31,14 +46,12 @@ from clseave_cli.progress import SILENT, Progress
 #: The language whose file may go without a suffix; the source language unless it is said.
 ENGLISH = "en"
 
-ID_KEYS = ("pairID", "pair_id")
-HYPOTHESIS_KEYS = ("sentence2", "hypothesis")
-LABEL_KEYS = ("gold_label", "label")
-#: SNLI-VE, XVNLI and e-SNLI-VE spell it each in its own way.
-IMAGE_KEYS = ("Flickr30K_ID", "Flikr30kID", "Flickr30kID", "image")
+#: Endings of the images that are read.
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+#: Endings that name an image; a year (`holiday.2021`) is none.
+_IMAGE_ENDINGS = (*IMAGE_EXTENSIONS, ".tif", ".tiff", ".heic", ".avif")
 
 _NO_MAJORITY = "-"
-_EXTENSIONS = (".jsonl", ".csv", ".parquet")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z]{4})?(-[A-Z]{2})?")
 
 
@@ -52,7 +65,7 @@ class Split:
         path: the file they were read from.
         pair_ids: unique row ids.
         hypotheses: sentences in `lang`.
-        sources: the source sentence beside each translated one, where the file keeps it.
+        sources: the source sentence kept beside each translated one; None where there is none.
         labels: (N,) int8, an id of `labels.LABELS` or `UNLABELLED`.
         image_names: the distinct images, as the file names them.
         image_index: (N,) int32 into `image_names`; -1 where the row names no image.
@@ -66,7 +79,7 @@ class Split:
     path: Path
     pair_ids: list[str]
     hypotheses: list[str]
-    sources: list[str] | None
+    sources: list[str | None]
     labels: npt.NDArray[np.int8]
     image_names: list[str]
     image_index: npt.NDArray[np.int32]
@@ -91,7 +104,7 @@ class Split:
             self,
             pair_ids=[self.pair_ids[i] for i in rows],
             hypotheses=[self.hypotheses[i] for i in rows],
-            sources=None if self.sources is None else [self.sources[i] for i in rows],
+            sources=[self.sources[i] for i in rows],
             labels=self.labels[rows],
             image_names=names,
             image_index=image_index.astype(np.int32),
@@ -124,13 +137,18 @@ class Parallel:
         )
 
 
+def is_language(lang: str) -> bool:
+    """Whether this is a language code such as `de`, `zh-Hant` or `pt-BR`."""
+    return _LANGUAGE.fullmatch(lang) is not None
+
+
 def require_language(lang: str, flag: str = "--lang") -> None:
     """Refuses what is no language code: it becomes part of file names.
 
     Raises:
         UsageError: not of the form `de`, `zh-Hant` or `pt-BR`; names the flag.
     """
-    if not _LANGUAGE.fullmatch(lang):
+    if not is_language(lang):
         raise UsageError(f"{flag} {lang}: not a language code; expected one such as de, ja or zh.")
 
 
@@ -140,7 +158,7 @@ def split_path(folder: Path, split: str, lang: str) -> Path | None:
     if lang == ENGLISH:
         stems = [f"snli_ve_{split}", *stems, split]
     for stem in stems:
-        for extension in _EXTENSIONS:
+        for extension in EXTENSIONS:
             path = folder / (stem + extension)
             if path.is_file():
                 return path
@@ -149,9 +167,8 @@ def split_path(folder: Path, split: str, lang: str) -> Path | None:
 
 def languages(folder: Path, split: str) -> list[str]:
     """Codes of the languages a split is there in, English first, then by name."""
-    pattern = re.compile(
-        rf"(?:snli_ve_)?{re.escape(split)}\.({_LANGUAGE.pattern})(?:{'|'.join(_EXTENSIONS)})"
-    )
+    endings = "|".join(map(re.escape, EXTENSIONS))
+    pattern = re.compile(rf"(?:snli_ve_)?{re.escape(split)}\.({_LANGUAGE.pattern})(?:{endings})")
     names = [path.name for path in folder.iterdir()]
     found = {match[1] for name in names if (match := pattern.fullmatch(name))}
     found |= {name for name in names if _LANGUAGE.fullmatch(name)} | {ENGLISH}
@@ -170,10 +187,13 @@ def require_split_path(folder: Path, split: str, lang: str) -> Path:
             f"{folder}: no such data folder; expected one with snli_ve_{split}.jsonl "
             "(--data DIR says where)."
         )
-    path = split_path(folder, split, lang)
+    try:
+        path = split_path(folder, split, lang)
+        there = "" if path else ", ".join(languages(folder, split)) or "none"
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read ({error.strerror}).") from None
     if path is None:
         suffix = "" if lang == ENGLISH else f".{lang}"
-        there = ", ".join(languages(folder, split)) or "none"
         advice = f" `clseave translate --lang {lang}` makes it." if lang != ENGLISH else ""
         raise DataError(
             f"{folder}: no snli_ve_{split}{suffix}.jsonl "
@@ -191,6 +211,7 @@ def read_split(
     with_images: bool = True,
     source_lang: str = ENGLISH,
     skip_bad: bool = False,
+    skip_suspect: bool | None = None,
     progress: Progress = SILENT,
 ) -> Split:
     """Reads and checks one split in one language.
@@ -204,40 +225,47 @@ def read_split(
         with_images: rows need an image name.
         source_lang: language of the sentences kept beside translated ones (`sentence2_en`).
         skip_bad: set bad rows aside in `{file}.rejected.jsonl` instead of refusing the file.
+        skip_suspect: leave out rows marked `translation_suspect`; False: tell how many there are;
+            None: ignore the marks.
         progress: told what was left out.
 
     Raises:
         DataError: a missing file, or the first bad row, named by file and line.
     """
     path = require_split_path(folder, split, lang)
-    columns = _Columns(labelled, with_images, f"sentence2_{source_lang}")
+    columns = _Columns(labelled, with_images, f"sentence2_{source_lang}", bool(skip_suspect))
     rejected: list[dict[str, Any]] = []
     line = 0
-    for line, row in _rows(path):
+    for line, row, _ in read_rows(path, columns.keys):
         try:
             columns.add(line, row)
-        except _BadRow as bad:
+        except BadRow as bad:
             if not skip_bad:
                 raise DataError.at(
-                    path, line, f"{bad} Mend the row, or set such rows aside with --skip-bad."
+                    path, line, f"{bad} Fix the row, or set such rows aside with --skip-bad."
                 ) from None
-            kept = bad.text if isinstance(row, _BadRow) else row
+            kept = bad.text if isinstance(row, BadRow) else row
             rejected.append({"line": line, "reason": str(bad), "row": kept})
-    if skip_bad and rejected:
+    columns.tell(path, skip_suspect, progress)
+    if not columns.pair_ids:
+        reason = "expected one JSON object a line, or a table with a header"
+        if columns.num_dropped or columns.num_suspect:
+            reason = "all are left out"
+        if rejected:
+            first = rejected[0]
+            reason = f"all {len(rejected)} are bad, as line {first['line']}: {first['reason']}"
+        raise DataError(f"{path}: no usable rows; {reason.removesuffix('.')}.")
+    if rejected:
         progress.note(
             f"{path}: {len(rejected)} bad rows set aside in {_write_rejected(path, rejected)}."
         )
-    if columns.num_dropped:
-        progress.note(f"{path}: {columns.num_dropped} rows without a majority label (-) left out.")
-    if not columns.pair_ids:
-        raise DataError(f"{path}: no usable rows; expected one JSON object a line.")
     return Split(
         name=split,
         lang=lang,
         path=path,
         pair_ids=columns.pair_ids,
         hypotheses=columns.hypotheses,
-        sources=columns.sources if len(columns.sources) == len(columns.pair_ids) else None,
+        sources=columns.sources,
         labels=np.array(columns.labels, dtype=np.int8),
         image_names=list(columns.image_ids),
         image_index=np.array(columns.image_index, dtype=np.int32),
@@ -257,15 +285,18 @@ def join(target: Split, source: Split | None, source_lang: str = ENGLISH) -> Par
         source_lang: the source language.
 
     Raises:
-        DataError: nothing matches.
+        DataError: nothing matches, or rows lack the sentence that has to stand beside them.
     """
     if source is None:
-        if target.sources is None:
+        sources = [sentence for sentence in target.sources if sentence is not None]
+        if len(sources) < len(target):
+            key, num_missing = f"sentence2_{source_lang}", len(target) - len(sources)
             raise DataError(
-                f"{target.path}: no sentences in the source language {source_lang}: neither a file "
-                f"of the split {target.name} in it nor the key sentence2_{source_lang} in the rows."
+                f"{target.where(target.sources.index(None))}: no {key}, nor in {num_missing - 1} "
+                f"other rows of {len(target)}; expected it in every row, or a file of the split "
+                f"{target.name} in {source_lang}."
             )
-        return Parallel(target, target.sources, 0, 0, ())
+        return Parallel(target, sources, 0, 0, ())
     by_id = dict(zip(source.pair_ids, source.hypotheses, strict=True))
     rows = [i for i, pair_id in enumerate(target.pair_ids) if pair_id in by_id]
     if not rows:
@@ -311,16 +342,50 @@ def distinct(values: Sequence[str]) -> tuple[list[str], npt.NDArray[np.intp]]:
 
 def image_stem(name: str) -> str:
     """An image's name without its extension: `123.jpg` and `123` are the same image."""
-    stem, dot, extension = name.rpartition(".")
-    return stem if dot and 3 <= len(extension) <= 4 and extension.isalnum() and stem else name
+    stem, _, extension = name.rpartition(".")
+    return stem if stem and f".{extension.lower()}" in _IMAGE_ENDINGS else name
 
 
-class _BadRow(Exception):
-    """Why a row cannot be used; `text` is its line where that could not be parsed."""
+def are_first(values: Sequence[str], count: int, seed: int) -> npt.NDArray[np.bool_]:
+    """Which values come first in a random order that is the same wherever they stand."""
+    keys = [hashlib.blake2b(f"{seed} {v}".encode(), digest_size=16).digest() for v in values]
+    first = np.zeros(len(values), dtype=bool)
+    first[sorted(range(len(keys)), key=keys.__getitem__)[:count]] = True
+    return first
 
-    def __init__(self, reason: str, text: bytes = b"") -> None:
-        super().__init__(reason)
-        self.text = text.decode(errors="replace").rstrip("\n")
+
+def hold_out_images(
+    split: Split, name: str, fraction: float, seed: int, progress: Progress = SILENT
+) -> tuple[Split, Split]:
+    """Divides a split by its images where another split has no file.
+
+    Args:
+        split: the rows to divide.
+        name: of the split that has no file.
+        fraction: share of the images that go there, with all their rows.
+        seed: of the choice, which depends on the images' names alone.
+        progress: told what is held out.
+
+    Returns:
+        What is left of the split, and the split held out.
+
+    Raises:
+        DataError: there are too few images.
+    """
+    stems, stem_of_image = distinct([image_stem(image) for image in split.image_names])
+    num_held = max(1, round(fraction * len(stems)))
+    if num_held >= len(stems):
+        raise DataError(
+            f"{split.path}: {len(stems)} images are too few to hold out {fraction:.0%} of them; "
+            f"give a file for the split {name}, or a smaller --dev-fraction."
+        )
+    held = are_first(stems, num_held, seed)[stem_of_image][split.image_index]
+    kept, held_out = split.take(np.flatnonzero(~held)), split.take(np.flatnonzero(held))
+    progress.note(
+        f"{split.path.parent}: no file for the split {name}; holding out {num_held} of "
+        f"{len(stems)} images of {split.path.name} with their {len(held_out)} rows instead."
+    )
+    return kept, dataclasses.replace(held_out, name=name)
 
 
 @dataclass
@@ -328,27 +393,39 @@ class _Columns:
     labelled: bool
     with_images: bool
     source_key: str
+    skip_suspect: bool
     pair_ids: list[str] = field(default_factory=list)
     hypotheses: list[str] = field(default_factory=list)
-    sources: list[str] = field(default_factory=list)
+    sources: list[str | None] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     image_ids: dict[str, int] = field(default_factory=dict)
     image_index: list[int] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
     num_dropped: int = 0
+    num_suspect: int = 0
     first_line: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def keys(self) -> set[str]:
+        """The keys that are looked at."""
+        keys = {*ID_KEYS, *HYPOTHESIS_KEYS, *LABEL_KEYS, *IMAGE_KEYS}
+        return keys | {self.source_key, SUSPECT_FIELD}
+
     def add(self, line: int, row: Any) -> None:
-        if isinstance(row, _BadRow):
-            raise row
-        if not isinstance(row, dict):
-            raise _BadRow(f"expected a JSON object, found {type(row).__name__}.")
-        pair_id = _text(row, ID_KEYS, "the row's unique id")
-        hypothesis = _text(row, HYPOTHESIS_KEYS, "the hypothesis")
+        """Takes in a row.
+
+        Raises:
+            BadRow: it cannot be used.
+        """
+        pair_id = require_text(row, ID_KEYS, "the row's unique id")
+        hypothesis = require_text(row, HYPOTHESIS_KEYS, "the hypothesis")
         label = self._label(row)
         image = self._image(row)
+        source = row.get(self.source_key)
+        if source is not None:
+            source = require_text(row, (self.source_key,), "the sentence that was translated")
         if pair_id in self.first_line:
-            raise _BadRow(
+            raise BadRow(
                 f"pairID {pair_id!r} stands already in line {self.first_line[pair_id]}; "
                 "every row needs its own."
             )
@@ -356,6 +433,10 @@ class _Columns:
         if label is None:
             self.num_dropped += 1
             return
+        if row.get(SUSPECT_FIELD):
+            self.num_suspect += 1
+            if self.skip_suspect:
+                return
         self.pair_ids.append(pair_id)
         self.hypotheses.append(hypothesis)
         self.labels.append(label)
@@ -363,125 +444,46 @@ class _Columns:
         self.image_index.append(
             -1 if image is None else self.image_ids.setdefault(image, len(self.image_ids))
         )
-        source = row.get(self.source_key)
-        if isinstance(source, str):
-            self.sources.append(source)
+        self.sources.append(source)
+
+    def tell(self, path: Path, skip_suspect: bool | None, progress: Progress) -> None:
+        """Tells what was left out, or should perhaps be."""
+        if self.num_dropped:
+            progress.note(f"{path}: {self.num_dropped} rows without a majority label (-) left out.")
+        if self.num_suspect and skip_suspect is not None:
+            rest = "left out" if skip_suspect else "used; --skip-suspect leaves them out"
+            progress.note(f"{path}: {self.num_suspect} rows marked {SUSPECT_FIELD} {rest}.")
 
     def _label(self, row: dict[str, Any]) -> int | None:
-        value = _find(row, LABEL_KEYS)
+        value = first_value(row, LABEL_KEYS)
         if isinstance(value, str) and value in LABEL_IDS:
             return LABEL_IDS[value]
         if value == _NO_MAJORITY:
             return None if self.labelled else UNLABELLED
         if not self.labelled and value is None:
             return UNLABELLED
-        expected = ", ".join(LABELS)
+        expected = f"one of {', '.join(LABELS)}"
         if value is None:
-            raise _BadRow(f"no {LABEL_KEYS[0]}; expected one of {expected}.")
-        raise _BadRow(f"{LABEL_KEYS[0]} is {_short(value)}; expected one of {expected}.")
+            raise BadRow(missing(row, LABEL_KEYS, expected))
+        raise BadRow(f"{LABEL_KEYS[0]} is {short(value)}; expected {expected}.")
 
     def _image(self, row: dict[str, Any]) -> str | None:
-        value = _find(row, IMAGE_KEYS)
-        if isinstance(value, int) and not isinstance(value, bool):
-            value = str(value)
+        value = image_name(row)
         if isinstance(value, str) and value.strip():
             return value
-        if not self.with_images and value is None:
-            return None
         if value is None:
-            raise _BadRow(f"no {IMAGE_KEYS[0]}; expected the image's name.")
-        raise _BadRow(f"{IMAGE_KEYS[0]} is {_short(value)}; expected the image's name.")
-
-
-def _find(row: dict[str, Any], keys: tuple[str, ...]) -> Any:
-    for key in keys:
-        if key in row:
-            return row[key]
-    return None
-
-
-def _text(row: dict[str, Any], keys: tuple[str, ...], meaning: str) -> str:
-    value = _find(row, keys)
-    if value is None:
-        raise _BadRow(f"no {keys[0]}; expected {meaning}.")
-    if not isinstance(value, str):
-        raise _BadRow(f"{keys[0]} is {_short(value)}; expected {meaning} as text.")
-    if not value.strip():
-        raise _BadRow(f"{keys[0]} is empty; expected {meaning}.")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise _BadRow(f"{keys[0]} holds half a surrogate pair; expected valid Unicode.") from None
-    return value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:40] + "…"
-
-
-def _rows(path: Path) -> Iterator[tuple[int, Any]]:
-    if path.suffix == ".jsonl":
-        yield from _json_rows(path)
-    elif path.suffix == ".csv":
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream)
-            try:
-                for row in reader:
-                    yield reader.line_num, row
-            except (csv.Error, UnicodeDecodeError) as error:
-                raise DataError.at(path, reader.line_num, f"not valid CSV ({error}).") from None
-    else:
-        yield from _parquet_rows(path)
-
-
-def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open("rb") as stream:
-        for line, raw in enumerate(stream, start=1):
-            if not raw.strip():
-                continue
-            try:
-                row = orjson.loads(raw)
-            except orjson.JSONDecodeError:
-                row = _strange_json(raw)
-            yield line, row
-
-
-def _strange_json(raw: bytes) -> Any:
-    """A line that orjson refuses: what Python's laxer parser makes of it, or what is wrong."""
-    try:
-        return json.loads(raw)
-    except json.JSONDecodeError as error:
-        return _BadRow(f"not valid JSON ({error.msg} at column {error.colno}).", raw)
-    except UnicodeDecodeError:
-        return _BadRow("not UTF-8 text.", raw)
-    except RecursionError:
-        return _BadRow("JSON nested too deeply.", raw)
-    except ValueError as error:  # such as a number of thousands of digits
-        return _BadRow(f"not valid JSON ({error}).", raw)
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        line = 0
-        for batch in file.iter_batches():
-            for row in batch.to_pylist():
-                line += 1
-                yield line, row
-    # A damaged file shows as any of these, depending on where the damage is.
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{path}: not a readable Parquet file ({error}).") from None
+            if self.with_images:
+                raise BadRow(missing(row, IMAGE_KEYS, "the image's name"))
+            return None
+        raise BadRow(f"{IMAGE_KEYS[0]} is {short(value)}; expected the image's name.")
 
 
 def _write_rejected(path: Path, rejected: list[dict[str, Any]]) -> Path:
-    target = path.with_name(path.stem + ".rejected.jsonl")
+    target = path.with_name(split_name(path)[0] + ".rejected.jsonl")
     with atomic_file(target) as stream:
         for entry in rejected:
-            line = json.dumps(entry, ensure_ascii=False, default=str) + "\n"
-            # Half a surrogate pair, a reason to reject a row, stays written as an escape.
-            stream.write(line.encode(errors="backslashreplace"))
+            try:
+                stream.write(json_line(entry))
+            except RecursionError:
+                stream.write(json_line(entry | {"row": short(entry["row"])}))
     return target

@@ -1,76 +1,163 @@
-"""Compares two evaluations of the same rows, language by language: `clseave compare A B`."""
+"""Predictions row by row, and two evaluations compared by them: `clseave compare A B`."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
-from clseave_cli.core.evaluation.metrics.bootstrap import Difference, compare_predictions
+from clseave_cli.core.evaluation.metrics import Difference, compare_predictions
 from clseave_cli.core.evaluation.results import RESULTS_FILE, Results, Signature
-from clseave_cli.core.evaluation.rows import PredictedRows, predicted_languages, read_predicted_rows
+from clseave_cli.core.files import atomic_file
 from clseave_cli.errors import DataError
+from clseave_cli.labels import LABEL_IDS, LABELS
+
+_PREFIX, _SUFFIX = "predictions.", ".jsonl"
+
+
+@dataclass(frozen=True, eq=False)
+class PredictedRows:
+    """One language's predictions, as columns of equal length N."""
+
+    lang: str  # language code, and the mode where that is not zero-shot: `de`, `de.translate-test`
+    pair_ids: Sequence[str]  # unique row ids
+    images: Sequence[str]  # image of each row, as the data name it
+    labels: npt.NDArray[np.int64]  # (N,) int64 gold label ids
+    probabilities: npt.NDArray[np.float64]  # (N, 3) float64, in the order of `LABELS`
+
+    def __len__(self) -> int:
+        return len(self.pair_ids)
+
+    @property
+    def predicted(self) -> npt.NDArray[np.int64]:
+        """(N,) predicted label ids."""
+        return np.asarray(self.probabilities.argmax(axis=1), dtype=np.int64)
+
+    def write(self, folder: Path) -> Path:
+        """Writes the rows into a report folder, atomically, and returns the file's path."""
+        path = folder / f"{_PREFIX}{self.lang}{_SUFFIX}"
+        columns = zip(
+            self.pair_ids,
+            self.images,
+            self.labels.tolist(),
+            self.predicted.tolist(),
+            self.probabilities.tolist(),
+            strict=True,
+        )
+        with atomic_file(path) as stream:
+            for pair_id, image, label, predicted, probabilities in columns:
+                row = {
+                    "pairID": pair_id,
+                    "image": image,
+                    "label": LABELS[label],
+                    "predicted": LABELS[predicted],
+                    "probabilities": probabilities,
+                }
+                stream.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+        return path
+
+
+def predicted_languages(folder: Path) -> list[str]:
+    """What predictions lie in a report folder (`PredictedRows.lang`), sorted, English first.
+
+    Raises:
+        DataError: there is no such folder, or it holds no predictions.
+    """
+    languages = sorted(
+        path.name.removeprefix(_PREFIX).removesuffix(_SUFFIX)
+        for path in folder.glob(f"{_PREFIX}*{_SUFFIX}")
+    )
+    if not languages:
+        raise DataError(
+            f"{folder}: no predictions.*.jsonl in it; write them with: "
+            f"clseave evaluate --report {folder}"
+        )
+    return sorted(languages, key=lambda lang: lang != "en")
+
+
+def read_predicted_rows(folder: Path, lang: str) -> PredictedRows:
+    """Reads one language's predictions.
+
+    Raises:
+        DataError: the file is missing; or a line is damaged, or repeats a row: names it.
+    """
+    path = folder / f"{_PREFIX}{lang}{_SUFFIX}"
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
+    pair_ids: dict[str, int] = {}
+    images, labels, probabilities = [], [], []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row: dict[str, Any] = json.loads(line)
+            pair_id, label = str(row["pairID"]), LABEL_IDS[row["label"]]
+            triple = [float(p) for p in row["probabilities"]]
+            if len(triple) != len(LABELS) or not np.isfinite(triple).all():
+                raise ValueError
+            if LABEL_IDS[row["predicted"]] != int(np.argmax(triple)):
+                raise ValueError
+        except (ValueError, KeyError, TypeError):
+            raise DataError.at(
+                path,
+                number,
+                "expected pairID, image, label, predicted and three probabilities; evaluate again.",
+            ) from None
+        if pair_id in pair_ids:
+            raise DataError.at(path, number, f"pairID {pair_id!r} is there twice.")
+        pair_ids[pair_id] = number
+        images.append(str(row.get("image", "")))
+        labels.append(label)
+        probabilities.append(triple)
+    return PredictedRows(
+        lang=lang,
+        pair_ids=list(pair_ids),
+        images=images,
+        labels=np.array(labels, dtype=np.int64),
+        probabilities=np.array(probabilities, dtype=np.float64).reshape(-1, len(LABELS)),
+    )
+
+
+# --- two evaluations ---
 
 Verdict = Literal["tie", "first", "second"]
 
 
 @dataclass(frozen=True)
 class LanguageComparison:
-    """One language's two sets of predictions, on the rows that both have.
+    """One language's two sets of predictions, on the rows that both have."""
 
-    Attributes:
-        lang: language code.
-        num_examples: rows compared.
-        num_images: photos they share.
-        only_in_first: rows that only the first evaluation has; they are left out.
-        only_in_second: the same for the second.
-        accuracy_first: accuracy on the rows compared, a fraction.
-        accuracy_second: the same for the second.
-        agreement: share of rows given the same label.
-        difference: paired difference, first minus second.
-        verdict: which is better, or `tie` where the difference's interval holds zero.
-    """
-
-    lang: str
-    num_examples: int
-    num_images: int
-    only_in_first: int
-    only_in_second: int
-    accuracy_first: float
-    accuracy_second: float
-    agreement: float
-    difference: Difference
-    verdict: Verdict
+    lang: str  # language code
+    num_examples: int  # rows compared
+    num_images: int  # photos they share
+    only_in_first: int  # rows that only the first evaluation has; they are left out
+    only_in_second: int  # the same for the second
+    accuracy_first: float  # accuracy on the rows compared, a fraction
+    accuracy_second: float  # the same for the second
+    agreement: float  # share of rows given the same label
+    difference: Difference  # paired difference, first minus second
+    verdict: Verdict  # which is better, or `tie` where the difference's interval holds zero
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two evaluations, compared.
+    """Two evaluations, compared."""
 
-    Attributes:
-        first: name of the first folder.
-        second: name of the second.
-        languages: what both have, English first.
-        missing_in_first: languages that only the second has.
-        missing_in_second: languages that only the first has.
-        resamples: bootstrap resamples.
-        seed: their seed.
-        signature_first: where the first evaluation's figures come from; None: its folder has
-            predictions alone.
-        signature_second: the same for the second.
-    """
-
-    first: str
-    second: str
-    languages: tuple[LanguageComparison, ...]
-    missing_in_first: tuple[str, ...]
-    missing_in_second: tuple[str, ...]
-    resamples: int
-    seed: int
+    first: str  # name of the first folder
+    second: str  # name of the second
+    languages: tuple[LanguageComparison, ...]  # what both have, English first
+    missing_in_first: tuple[str, ...]  # languages that only the second has
+    missing_in_second: tuple[str, ...]  # languages that only the first has
+    resamples: int  # bootstrap resamples
+    seed: int  # their seed
+    # Where the first evaluation's numbers come from; None: its folder has predictions alone.
     signature_first: Signature | None
-    signature_second: Signature | None
+    signature_second: Signature | None  # the same for the second
 
     def to_json(self) -> dict[str, Any]:
         """The comparison as plain dicts, lists, strings, numbers and None."""
@@ -85,8 +172,8 @@ def compare_reports(
 ) -> Comparison:
     """Compares two report folders (`evaluate --report`) by their rows.
 
-    Rows meet by `pairID`. What the intervals say holds for one comparison; of many made at once,
-    one in twenty ties will look like a difference.
+    Rows meet by `pairID`. Each interval speaks for one comparison; of many made at once, one in
+    twenty ties will look like a difference.
 
     Args:
         first: report folder.

@@ -12,11 +12,10 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass,
 from pathlib import Path
 from typing import Any, Literal
 
-from clseave_cli.core.evaluation.distances import DistanceAnalysis
-from clseave_cli.core.evaluation.metrics.bootstrap import Difference, Interval
-from clseave_cli.core.evaluation.metrics.classification import ClassScores, ReliabilityPoint, Scores
-from clseave_cli.core.evaluation.metrics.seeds import SeedSummary, summarise_seeds
-from clseave_cli.core.evaluation.metrics.transfer import Transfer
+import numpy as np
+
+from clseave_cli.core.evaluation.metrics import Difference, Interval, Scores
+from clseave_cli.core.evaluation.transfer import DistanceAnalysis, Transfer
 from clseave_cli.core.files import json_digest, read_json, write_json
 from clseave_cli.errors import DataError
 
@@ -40,61 +39,31 @@ def result_key(lang: str, mode: Mode) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LanguageResult:
-    """One language's figures.
+class LanguageResult(Scores):
+    """One language's scores, and how they compare with other systems on the same rows."""
 
-    Attributes:
-        lang: language code.
-        split: name of the split.
-        mode: `zero-shot` (a student reads the language; the source language: the source model) or
-            `translate-test` (the hypotheses are translated into the source language first).
-        num_examples: rows.
-        num_images: photos that the rows share.
-        accuracy: fraction right, with the ends of its 95 % interval (None: one photo only).
-        loss: mean cross-entropy in nats, with its 95 % interval.
-        macro_f1: unweighted mean of the labels' F1, with its 95 % interval.
-        per_class: precision, recall, F1 and support by label name.
-        confusion: counts; row: gold label, column: predicted, in the order of `LABELS`.
-        ece: expected calibration error, 15 bins.
-        reliability: the non-empty bins behind `ece`.
-        hard_accuracy: accuracy on the rows that the hypothesis-only baseline gets wrong, with its
-            95 % interval.
-        num_hard: how many those are.
-        ratio_to_english: accuracy divided by the source language's on the same rows; English
-            unless `Signature.source_lang` says otherwise.
-        agreement_with_english: share of rows given the same label as by the source model.
-        difference_to_english: paired difference in accuracy, this language minus the source.
-        difference_to_zero_shot: the same, translate-test minus this language's student.
-        transfer: student against teacher embeddings.
-    """
-
-    lang: str
-    split: str
-    mode: Mode
-    num_examples: int
-    num_images: int
-    accuracy: float
-    accuracy_low: float | None
-    accuracy_high: float | None
-    loss: float
-    macro_f1: float
-    macro_f1_low: float | None
-    macro_f1_high: float | None
-    per_class: dict[str, ClassScores]
-    confusion: tuple[tuple[int, ...], ...]
-    ece: float
-    reliability: tuple[ReliabilityPoint, ...]
-    loss_low: float | None = None
-    loss_high: float | None = None
+    lang: str  # language code
+    split: str  # name of the split
+    # `zero-shot` (a student reads the language; the source language: the source model) or
+    # `translate-test` (the hypotheses are translated into the source language first).
+    mode: Mode = "zero-shot"
+    # Accuracy on the rows that the hypothesis-only baseline gets wrong, with its 95 %
+    # interval.
     hard_accuracy: float | None = None
     hard_accuracy_low: float | None = None
     hard_accuracy_high: float | None = None
-    num_hard: int | None = None
+    num_hard: int | None = None  # how many those are
+    # Accuracy divided by the source language's on the same rows; English unless
+    # `Signature.source_lang` says otherwise.
     ratio_to_english: float | None = None
+    # Share of rows given the same label as by the source model.
     agreement_with_english: float | None = None
+    kappa_with_english: float | None = None  # the same beyond chance, Cohen's κ
+    # Paired difference in accuracy, this language minus the source.
     difference_to_english: Difference | None = None
+    # The same, translate-test minus this language's student.
     difference_to_zero_shot: Difference | None = None
-    transfer: Transfer | None = None
+    transfer: Transfer | None = None  # student against teacher embeddings
 
     @property
     def key(self) -> str:
@@ -102,80 +71,86 @@ class LanguageResult:
         return result_key(self.lang, self.mode)
 
     @classmethod
-    def from_scores(
-        cls, scores: Scores, *, lang: str, split: str, mode: Mode = "zero-shot", **more: Any
-    ) -> LanguageResult:
-        """A result from `metrics.classification.score`; `more`: the optional fields above."""
-        return cls(
-            lang=lang,
-            split=split,
-            mode=mode,
-            num_examples=scores.num_examples,
-            num_images=scores.num_images,
-            accuracy=scores.accuracy.value,
-            accuracy_low=scores.accuracy.low,
-            accuracy_high=scores.accuracy.high,
-            loss=scores.loss.value,
-            loss_low=scores.loss.low,
-            loss_high=scores.loss.high,
-            macro_f1=scores.macro_f1.value,
-            macro_f1_low=scores.macro_f1.low,
-            macro_f1_high=scores.macro_f1.high,
-            per_class=scores.per_class,
-            confusion=scores.confusion,
-            ece=scores.ece,
-            reliability=scores.reliability,
-            **more,
-        )
+    def from_scores(cls, scores: Scores, **more: Any) -> LanguageResult:
+        """A result from `metrics.score`; `more`: the fields above."""
+        return cls(**vars(scores), **more)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Baselines:
-    """What one language's rows give away without looking, as accuracies (None: not measured).
+    """Accuracies on one language's rows without seeing the photo, or with another one.
 
-    Attributes:
-        majority: always the training rows' most frequent label.
-        hypothesis_only: a classifier that reads only the hypothesis, trained on the same rows.
-        shuffled_image: the model itself, every row with another row's photo.
+    None stands for what was not measured. Each `difference_to_…` is the system's paired difference
+    in accuracy to that baseline.
     """
 
-    majority: float | None = None
+    majority: float | None = None  # always the training rows' most frequent label
+    # A classifier that reads only the hypothesis, trained on the same rows.
     hypothesis_only: float | None = None
-    shuffled_image: float | None = None
+    shuffled_image: float | None = None  # the model itself, every row with another row's photo
+    difference_to_majority: Difference | None = None
+    difference_to_hypothesis_only: Difference | None = None
+    difference_to_shuffled_image: Difference | None = None
+
+
+@dataclass(frozen=True)
+class SeedSummary:
+    """A metric over several training seeds."""
+
+    num_seeds: int  # trainings
+    mean: float  # of the metric
+    std: float  # sample deviation (n − 1), 0 for one seed: the luck of the training
+    min: float  # the smallest
+    max: float  # the largest
+    # Lower end of the mean's 95 % interval by bootstrap over photos, for these trainings: the
+    # choice of the photos. None where not measured.
+    low: float | None = None
+    high: float | None = None  # upper end
+
+    @classmethod
+    def of(cls, values: Sequence[float], interval: Interval | None = None) -> SeedSummary:
+        """Summarises one value a seed.
+
+        Raises:
+            ValueError: no values.
+        """
+        if not values:
+            raise ValueError("nothing to summarise")
+        return cls(
+            num_seeds=len(values),
+            mean=float(np.mean(values)),
+            std=float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
+            min=float(min(values)),
+            max=float(max(values)),
+            low=interval.low if interval else None,
+            high=interval.high if interval else None,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Signature:
-    """What it takes to say whether two results can be compared.
+    """What it takes to say whether two results can be compared."""
 
-    Attributes:
-        version: clseave's version.
-        data: fingerprint (hex) by data file.
-        checkpoints: fingerprint (hex) by model folder: `align-de`; of several trainings
-            `runs-1/align-de`.
-        seed: seed of the bootstrap and of the shuffling.
-        resamples: bootstrap resamples.
-        num_examples: rows of the largest result.
-        translators: by language, what translated its hypotheses into the source language.
-        source_lang: the language CLIP-VE reads, with which the others are compared.
-        training: fingerprint (hex) by file of the rows that the baselines learnt from. With `data`
-            it fills a page, so figures do without it.
-        precision: what the matrix products ran in: `fp32`, `bf16` or `fp16`; None: an older
-            document.
-        device: `cpu` or `cuda`; None: an older document.
-    """
-
-    version: str
-    data: dict[str, str]
+    version: str  # clseave's version
+    data: dict[str, str]  # fingerprint (hex) by data file
+    # Fingerprint (hex) by model folder: `align-de`; of several trainings `runs-1/align-de`.
     checkpoints: dict[str, str]
-    seed: int
-    resamples: int
-    num_examples: int
+    seed: int  # seed of the bootstrap and of the shuffling
+    resamples: int  # bootstrap resamples
+    num_examples: int  # rows of the largest result
+    # By language, what translated its hypotheses into the source language.
     translators: dict[str, str] = field(default_factory=dict)
-    source_lang: str = "en"
+    source_lang: str = "en"  # the language CLIP-VE reads, with which the others are compared
+    # Fingerprint (hex) by file of the rows that the baselines learnt from. With `data` it
+    # fills a page, so figures do without it.
     training: dict[str, str] = field(default_factory=dict)
+    # What the matrix products ran in: `fp32`, `bf16` or `fp16`; None: an older document.
     precision: str | None = None
-    device: str | None = None
+    device: str | None = None  # `cpu` or `cuda`; None: an older document
+    dataset: str | None = None  # name of the data folder, or `hf:ORG/NAME`; None: an older document
+    # Day of the evaluation, `YYYY-MM-DD` (UTC); None: an older document. The same evaluation
+    # on another day is equal.
+    date: str | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         """One line for the foot of a figure: fingerprints shortened to 8 digits, many made one."""
@@ -215,24 +190,17 @@ def _digests(digests: dict[str, str], kind: str) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """The whole document.
+    """The whole document."""
 
-    Attributes:
-        results: one entry a language (and mode), in the order to show.
-        baselines: by `LanguageResult.key`.
-        signature: where the figures come from.
-        distances: transfer loss against linguistic distance, where measured.
-        seeds: figures over several trainings, by `LanguageResult.key` and figure (`SEED_FIGURES`),
-            where there are several; all other figures are those of the first.
-        format: version of the document's shape.
-    """
-
-    results: tuple[LanguageResult, ...]
-    baselines: dict[str, Baselines]
-    signature: Signature
+    results: tuple[LanguageResult, ...]  # one entry a language (and mode), in the order to show
+    baselines: dict[str, Baselines]  # by `LanguageResult.key`
+    signature: Signature  # where the numbers come from
+    # Transfer loss against linguistic distance, where measured.
     distances: DistanceAnalysis | None = None
+    # Metrics over several trainings, by `LanguageResult.key` and name (`SEED_METRICS`), where
+    # there are several; all other numbers are those of the first.
     seeds: dict[str, dict[str, SeedSummary]] = field(default_factory=dict)
-    format: int = FORMAT
+    format: int = FORMAT  # version of the document's shape
 
     def shows_mode(self, result: LanguageResult) -> bool:
         """Whether a table must say how a result came about: where some languages are translated."""
@@ -243,6 +211,16 @@ class Results:
     def source_lang(self) -> str:
         """The language that the others are compared with."""
         return self.signature.source_lang
+
+    @property
+    def num_trainings(self) -> int:
+        """How many trainings the document is of."""
+        summaries = (summary for by_name in self.seeds.values() for summary in by_name.values())
+        return max((summary.num_seeds for summary in summaries), default=1)
+
+    def spread(self, result: LanguageResult) -> SeedSummary | None:
+        """Mean and deviation of a result's accuracy over the trainings, where it has several."""
+        return self.seeds.get(result.key, {}).get("accuracy")
 
     @property
     def of_training_rows(self) -> bool:
@@ -293,8 +271,8 @@ class Results:
             raise DataError(f"{path}: {error}") from None
 
 
-#: The figures that `across_seeds` summarises: keys of a result, and one of its baselines.
-SEED_FIGURES = (
+#: The metrics that `across_seeds` summarises: keys of a result, and one of its baselines.
+SEED_METRICS = (
     "accuracy",
     "macro_f1",
     "loss",
@@ -313,38 +291,75 @@ def across_seeds(
 
     Args:
         runs: one document a seed.
-        intervals: of the means, by `LanguageResult.key` and figure, where known.
+        intervals: of the means, by `LanguageResult.key` and metric, where measured.
 
     Returns:
-        By `LanguageResult.key` and name of the figure (`SEED_FIGURES`); results and figures that
-        some run lacks are left out.
+        By `LanguageResult.key` and metric (`SEED_METRICS`); results and metrics that a run lacks
+        are left out.
     """
+    by_run = [{result.key: _seed_metrics(result, run) for result in run.results} for run in runs]
     summary: dict[str, dict[str, SeedSummary]] = {}
-    by_key = [{result.key: _seed_figures(result, run) for result in run.results} for run in runs]
-    for key in by_key[0] if by_key else ():
-        if not all(key in results for results in by_key):
-            continue
-        figures = {}
-        for name in SEED_FIGURES:
-            values = [results[key][name] for results in by_key if name in results[key]]
-            if len(values) == len(runs):
-                figures[name] = summarise_seeds(values)
-        for name, known in (intervals or {}).get(key, {}).items():
-            figures[name] = replace(figures[name], low=known.low, high=known.high)
-        summary[key] = figures
+    for key in by_run[0] if by_run else ():
+        if all(key in results for results in by_run):
+            measured = intervals.get(key, {}) if intervals else {}
+            summary[key] = {
+                name: SeedSummary.of([run[key][name] for run in by_run], measured.get(name))
+                for name in SEED_METRICS
+                if all(name in run[key] for run in by_run)
+            }
     return summary
 
 
-def _seed_figures(result: LanguageResult, run: Results) -> dict[str, float]:
-    """Those of `SEED_FIGURES` that were measured."""
-    baselines = run.baselines.get(result.key)
-    found = {name: getattr(result, name, None) for name in SEED_FIGURES}
-    found["shuffled_image"] = baselines.shuffled_image if baselines else None
+def _seed_metrics(result: LanguageResult, run: Results) -> dict[str, float]:
+    """Those of `SEED_METRICS` that were measured."""
+    measured = {name: getattr(result, name, None) for name in SEED_METRICS}
+    measured["shuffled_image"] = run.baselines.get(result.key, Baselines()).shuffled_image
     return {
         name: value.value if isinstance(value, Difference) else value
-        for name, value in found.items()
+        for name, value in measured.items()
         if value is not None
     }
+
+
+def means(results: Results) -> Results:
+    """The document with means over trainings in the place of what `Results.seeds` summarises.
+
+    Those are its accuracies, paired differences (value and interval; p and counts stay the
+    first's), macro-F1 and loss, ratios, agreements and shuffled images. All else, and every
+    language that not all trainings have, is of the first. A document of one training is itself.
+    """
+    return replace(
+        results,
+        results=tuple(_mean_result(r, results.seeds.get(r.key, {})) for r in results.results),
+        baselines={
+            # A mean has no paired difference to its baselines.
+            key: Baselines(
+                majority=own.majority,
+                hypothesis_only=own.hypothesis_only,
+                shuffled_image=results.seeds[key]["shuffled_image"].mean,
+            )
+            if "shuffled_image" in results.seeds.get(key, {})
+            else own
+            for key, own in results.baselines.items()
+        },
+    )
+
+
+def _mean_result(result: LanguageResult, summaries: Mapping[str, SeedSummary]) -> LanguageResult:
+    names = ("macro_f1", "loss", "ratio_to_english", "agreement_with_english")
+    changed: dict[str, Any] = {name: summaries[name].mean for name in names if name in summaries}
+    if (accuracy := summaries.get("accuracy")) is not None:
+        changed |= {
+            "accuracy": accuracy.mean,
+            "accuracy_low": accuracy.low,
+            "accuracy_high": accuracy.high,
+            "kappa_with_english": None,
+        }
+    for name in ("difference_to_english", "difference_to_zero_shot"):
+        first, mean = getattr(result, name), summaries.get(name)
+        if first is not None and mean is not None:
+            changed[name] = replace(first, value=mean.mean, low=mean.low, high=mean.high)
+    return replace(result, **changed)
 
 
 def _encode(value: Any) -> Any:

@@ -7,15 +7,14 @@ never run, and only safetensors weights are read: pickled ones could run code.
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
-from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     MODEL_MAPPING,
     AutoConfig,
@@ -24,20 +23,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from clseave_cli.core.config import Pooling
 from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
-from clseave_cli.core.models.layouts import LAYOUTS, PROJECTION, ImageTower, Layout, TextTower
 from clseave_cli.core.models.tokens import Filling
-from clseave_cli.core.models.weights import load_linear
+from clseave_cli.core.models.weights import load, load_linear, save_weights
 from clseave_cli.errors import ModelError
 
-# Loading and saving are told of by `progress.Progress`, not by transformers' own bars and warnings.
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
-
-#: `name` or `organisation/name`; anything else can only be a folder, and the hub is not asked.
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-
-_LOADING = {
+_LOADING: dict[str, Any] = {
     "dtype": torch.float32,
     "use_safetensors": True,
     "attn_implementation": "sdpa",
@@ -58,7 +50,7 @@ def load_clip_text(name: str | Path, saved: Mapping[str, Any] | None = None) -> 
         saved: as for `reading`.
 
     Raises:
-        ModelError: it cannot be found or read, or is of no layout that is known.
+        ModelError: it cannot be found or read, or has an unknown layout.
     """
     layout, is_whole = _layout(name, "text")
     tower = layout.text_parts(*_load_tower(name, layout, "text", is_whole))
@@ -69,12 +61,11 @@ def load_clip_image(name: str | Path) -> ImageEncoder:
     """The image tower of a CLIP-like model, or one saved by itself, with its preprocessing.
 
     Raises:
-        ModelError: it cannot be found or read, or is of no layout that is known.
+        ModelError: it cannot be found or read, or has an unknown layout.
     """
     layout, is_whole = _layout(name, "vision")
     tower = layout.image_parts(*_load_tower(name, layout, "image", is_whole))
-    # Pillow's resampling, always: torchvision's differs, and so would every feature.
-    return _image_encoder(tower, _load(name, _of(layout.processor)))
+    return _image_encoder(tower, load(name, layout.loader("processor")))
 
 
 def load_clip(name: str | Path) -> tuple[Any, SentenceEncoder, ImageEncoder]:
@@ -89,12 +80,12 @@ def load_clip(name: str | Path) -> tuple[Any, SentenceEncoder, ImageEncoder]:
             f"{name}: SigLIP was trained with another loss than CLIP's, by which `pretrain` would "
             "spoil it; give it to finetune-ve as it is."
         )
-    model = _load(name, _of(layout.whole), **_LOADING)
+    model = load(name, layout.loader("whole"), **_LOADING)
     text, image = _split(model, layout, "text"), _split(model, layout, "image")
     return (
         model,
         _text_encoder(layout.text_parts(*text), _load_tokenizer(name), {}),
-        _image_encoder(layout.image_parts(*image), _load(name, _of(layout.processor))),
+        _image_encoder(layout.image_parts(*image), load(name, layout.loader("processor"))),
     )
 
 
@@ -104,12 +95,12 @@ def load_encoder(name: str | Path) -> tuple[Any, Any]:
     Raises:
         ModelError: it cannot be found or read, is something else, or its tokenizer is slow.
     """
-    config = _load(name, AutoConfig.from_pretrained)
+    config = load(name, AutoConfig.from_pretrained)
     arguments = _encoder_arguments(name, config)
     # Made up at random where it was not saved: the same encoder would be another each time.
     if _takes(MODEL_MAPPING.get(type(config), None), "add_pooling_layer"):
         arguments["add_pooling_layer"] = False
-    return _load(name, AutoModel.from_pretrained, **arguments), _load_tokenizer(name)
+    return load(name, AutoModel.from_pretrained, **arguments), _load_tokenizer(name)
 
 
 def load_pooler(name: str | Path) -> nn.Linear:
@@ -118,12 +109,14 @@ def load_pooler(name: str | Path) -> nn.Linear:
     Raises:
         ModelError: the encoder cannot be found or read, or has none.
     """
-    config = _load(name, AutoConfig.from_pretrained)
+    config = load(name, AutoConfig.from_pretrained)
     if config.model_type not in _POOLED:
         raise ModelError(
             f"{name}: a {config.model_type} model has no pooling layer; use --sentence-token cls."
         )
-    model = _load(name, AutoModel.from_pretrained, **_encoder_arguments(name, config))
+    model = load(
+        name, AutoModel.from_pretrained, may_lack="pooler.", **_encoder_arguments(name, config)
+    )
     dense: nn.Linear = model.pooler.dense
     return dense
 
@@ -133,10 +126,9 @@ def _encoder_arguments(name: str | Path, config: Any) -> dict[str, Any]:
         raise ModelError(
             f"{name}: a {config.model_type} model; expected a text encoder such as BERT."
         )
-    arguments = dict(_LOADING)
-    if not getattr(MODEL_MAPPING.get(type(config), None), "_supports_sdpa", False):
-        del arguments["attn_implementation"]  # DeBERTa's positions need an attention of its own
-    return arguments
+    # Always said, or the configuration could name code of the hub. DeBERTa has no sdpa.
+    has_sdpa = getattr(MODEL_MAPPING.get(type(config), None), "_supports_sdpa", False)
+    return {**_LOADING, "attn_implementation": "sdpa" if has_sdpa else "eager"}
 
 
 def terminal_id(tokenizer: Any) -> int:
@@ -145,14 +137,14 @@ def terminal_id(tokenizer: Any) -> int:
     Raises:
         ModelError: the tokenizer has no such token, or does not append it.
     """
-    known = {tokenizer.sep_token_id, tokenizer.eos_token_id} - {None}
-    if not known:
+    end_ids = {tokenizer.sep_token_id, tokenizer.eos_token_id} - {None}
+    if not end_ids:
         raise ModelError(
             f"{tokenizer.name_or_path}: its tokenizer has neither a [SEP] nor an end-of-sentence "
             "token."
         )
     last = tokenizer.backend_tokenizer.encode("a").ids[-1]
-    if last not in known:
+    if last not in end_ids:
         raise ModelError(
             f"{tokenizer.name_or_path}: its tokenizer does not end a text in its [SEP] or "
             "end-of-sentence token."
@@ -198,9 +190,9 @@ def _first(model: Any, tokenizer: Any) -> int | None:
         wanted = model(**inputs).last_hidden_state
         for first in _possible_firsts(model):
             positions = torch.arange(first, first + ids.shape[1])[None]
-            found = model(**inputs, position_ids=positions).last_hidden_state
+            states = model(**inputs, position_ids=positions).last_hidden_state
             # The same computation, or another one: there is next to nothing between them.
-            if torch.allclose(found, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max())):
+            if torch.allclose(states, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max())):
                 return first
     return None
 
@@ -220,7 +212,7 @@ def _takes(function: Any, argument: str) -> bool:
 
 def _layout(name: str | Path, part: Literal["whole", "text", "vision"]) -> tuple[Layout, bool]:
     """The layout of a model, and whether it is whole or one tower."""
-    model_type = _load(name, AutoConfig.from_pretrained).model_type
+    model_type = load(name, AutoConfig.from_pretrained).model_type
     for family, layout in LAYOUTS.items():
         if model_type in (family, f"{family}_{part}_model"):
             return layout, model_type == family
@@ -235,14 +227,10 @@ def _load_tower(
 ) -> tuple[Any, Any]:
     """A tower, and its projection where that lies outside."""
     if layout.projects_outside and is_whole:
-        return _split(_load(name, _of(layout.whole), **_LOADING), layout, part)
-    tower = _load(name, _of(getattr(layout, part)), **_LOADING)
+        return _split(load(name, layout.loader("whole"), **_LOADING), layout, part)
+    # Chinese-CLIP's pooling layer is not used, and not there where the tower was saved by itself.
+    tower = load(name, layout.loader(part), may_lack="pooler.", **_LOADING)
     return tower, load_linear(Path(name, PROJECTION)) if layout.projects_outside else None
-
-
-def _of(class_name: str) -> Callable[..., Any]:
-    loader: Callable[..., Any] = getattr(transformers, class_name).from_pretrained
-    return loader
 
 
 def _split(model: Any, layout: Layout, part: Literal["text", "image"]) -> tuple[Any, Any]:
@@ -284,11 +272,11 @@ def _load_tokenizer(name: str | Path) -> Any:
 
 
 def _fast_tokenizer(name: str | Path) -> Any:
-    tokenizer = _load(name, AutoTokenizer.from_pretrained)
+    tokenizer = load(name, AutoTokenizer.from_pretrained)
     if tokenizer.is_fast:
         return tokenizer
     try:
-        fast = _load(name, PreTrainedTokenizerFast.from_pretrained)
+        fast = load(name, PreTrainedTokenizerFast.from_pretrained)
     except ModelError:
         raise ModelError(
             f"{name}: has no fast tokenizer (tokenizer.json); convert it first."
@@ -298,14 +286,186 @@ def _fast_tokenizer(name: str | Path) -> Any:
     return fast
 
 
-def _load(name: str | Path, loader: Callable[..., Any], **arguments: Any) -> Any:
-    if not Path(name).is_dir() and (isinstance(name, Path) or not _HUB_ID.fullmatch(name)):
-        raise ModelError(f"{name}: no such model folder.")
-    try:
-        return loader(str(name), trust_remote_code=False, **arguments)
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
-        where = (
-            "folder" if Path(name).is_dir() else "neither a folder here nor loadable as a hub id"
+#: Beside a tower for which transformers has no class with its projection.
+PROJECTION = "projection.safetensors"
+
+
+@dataclass(frozen=True)
+class TextTower:
+    """A text tower taken apart: backbone → pooled token → norm → projection.
+
+    Attributes:
+        backbone: gives `last_hidden_state`.
+        norm: applied to the pooled token.
+        projection: into the shared space.
+        hub_model: what saves the tower in Hugging Face layout.
+        pooling: the token that is read.
+        causal: tokens look back only.
+        fills: texts are padded up to the limit, and the padding is read as well.
+    """
+
+    backbone: Any
+    norm: nn.Module
+    projection: nn.Linear
+    hub_model: Any
+    pooling: Pooling = "terminal"
+    causal: bool = False
+    fills: bool = False
+
+
+@dataclass(frozen=True)
+class ImageTower:
+    """An image tower taken apart: backbone → pooled output → projection, if there is one.
+
+    Attributes:
+        backbone: gives `pooler_output`.
+        projection: into the shared space.
+        hub_model: what saves the tower in Hugging Face layout.
+    """
+
+    backbone: Any
+    projection: nn.Linear | None
+    hub_model: Any
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A family of models.
+
+    Attributes:
+        prefix: how the names of its transformers classes begin; the code of a family is imported
+            only when it is used.
+        text_parts: takes a text tower (and its projection, if that lies outside) apart.
+        image_parts: takes an image tower apart likewise.
+        tower_suffix: how the names of its towers' classes end.
+        processor: prefix of its image processor; None: the same.
+        projects_outside: the projections belong to the whole model, not to the towers.
+        contrastive: trained with the loss that `pretrain` has.
+    """
+
+    prefix: str
+    text_parts: Callable[[Any, Any], TextTower]
+    image_parts: Callable[[Any, Any], ImageTower]
+    tower_suffix: str = ""
+    processor: str | None = None
+    projects_outside: bool = False
+    contrastive: bool = True
+
+    def loader(self, part: Literal["whole", "text", "image", "processor"]) -> Callable[..., Any]:
+        """What loads a part; pictures are resampled by Pillow, or every feature would differ."""
+        name = {
+            "whole": f"{self.prefix}Model",
+            "text": f"{self.prefix}TextModel{self.tower_suffix}",
+            "image": f"{self.prefix}VisionModel{self.tower_suffix}",
+            "processor": f"{self.processor or self.prefix}ImageProcessorPil",
+        }[part]
+        loader: Callable[..., Any] = getattr(transformers, name).from_pretrained
+        return loader
+
+
+class _Projected:
+    """A tower and its projection, which no class of transformers holds together."""
+
+    def __init__(self, tower: Any, projection: nn.Linear) -> None:
+        self._tower, self._projection = tower, projection
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Writes the tower in Hugging Face layout, the projection beside it."""
+        self._tower.save_pretrained(folder)
+        save_weights(self._projection, folder / PROJECTION)
+
+
+class _Headed:
+    """A tower whose last layer is read by itself; put back for saving."""
+
+    def __init__(self, tower: Any) -> None:
+        self._tower, self._head = tower, tower.head
+        tower.head = nn.Identity()  # or its weights would stand in the encoder twice
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Writes the tower with its head in Hugging Face layout."""
+        self._tower.head = self._head
+        try:
+            self._tower.save_pretrained(folder)
+        finally:
+            self._tower.head = nn.Identity()
+
+
+class _NaFlex(nn.Module):
+    """SigLIP 2's tower for pictures in their own proportions, which reads patches.
+
+    Its input is one tensor like any other tower's (`ImageEncoder.preprocess`): each patch's values,
+    then height and width of the grid. Pictures have fewer patches than there is room for; the rest
+    is masked.
+    """
+
+    def __init__(self, tower: Any) -> None:
+        super().__init__()
+        self.tower = tower
+        self.config = tower.config
+
+    def forward(self, pixel_values: Tensor) -> Any:
+        """(B, P, values + 2) patches with the sizes of their grids."""
+        grids = pixel_values[:, 0, -2:].long()  # (B, 2)
+        places = torch.arange(pixel_values.shape[1], device=pixel_values.device)
+        mask = places < grids.prod(dim=1, keepdim=True)  # (B, P)
+        return self.tower(
+            pixel_values=pixel_values[..., :-2],
+            pixel_attention_mask=mask.long(),
+            spatial_shapes=grids,
         )
-        raise ModelError(f"{name}: cannot be loaded ({where}: {reason}).") from None
+
+
+def _clip_text(model: Any, _: None) -> TextTower:
+    """CLIP: causal, read at [EOS]; the tower's own last normalisation, then a projection."""
+    return TextTower(model.text_model, nn.Identity(), model.text_projection, model, causal=True)
+
+
+def _clip_image(model: Any, _: None) -> ImageTower:
+    return ImageTower(model.vision_model, model.visual_projection, model)
+
+
+def _siglip_text(tower: Any, _: None) -> TextTower:
+    """SigLIP: not causal; filled up with padding, which is looked at; read at the last place."""
+    head = tower.head
+    return TextTower(tower, nn.Identity(), head, _Headed(tower), fills=True)
+
+
+def _siglip_image(tower: Any, _: None) -> ImageTower:
+    """SigLIP: pooled by attention, and that is the embedding."""
+    return ImageTower(tower, None, tower)
+
+
+def _siglip2_image(tower: Any, _: None) -> ImageTower:
+    return ImageTower(_NaFlex(tower), None, tower)
+
+
+def _chinese_clip_text(tower: Any, projection: nn.Linear) -> TextTower:
+    """Chinese-CLIP: a BERT, read at [CLS] without normalisation, then a projection."""
+    tower.pooler = None  # made up by transformers, see `_load_tower`
+    hub_model = _Projected(tower, projection)
+    return TextTower(tower, nn.Identity(), projection, hub_model, pooling="cls")
+
+
+def _altclip_text(tower: Any, projection: nn.Linear) -> TextTower:
+    """AltCLIP: an XLM-RoBERTa, read at <s>; normalised, transformed to CLIP's width, projected."""
+    norm = nn.Sequential(tower.pre_LN, tower.transformation)
+    return TextTower(tower.roberta, norm, projection, _Projected(tower, projection), pooling="cls")
+
+
+def _projected_image(tower: Any, projection: nn.Linear) -> ImageTower:
+    return ImageTower(tower, projection, _Projected(tower, projection))
+
+
+#: By the `model_type` of the whole model; that of a tower ends in `_text_model`, `_vision_model`.
+LAYOUTS = {
+    "clip": Layout("CLIP", _clip_text, _clip_image, tower_suffix="WithProjection"),
+    "siglip": Layout("Siglip", _siglip_text, _siglip_image, contrastive=False),
+    "siglip2": Layout("Siglip2", _siglip_text, _siglip2_image, contrastive=False),
+    "chinese_clip": Layout(
+        "ChineseCLIP", _chinese_clip_text, _projected_image, projects_outside=True
+    ),
+    "altclip": Layout(
+        "AltCLIP", _altclip_text, _projected_image, processor="CLIP", projects_outside=True
+    ),
+}

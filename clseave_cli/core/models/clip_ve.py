@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from clseave_cli.core.data.records import ENGLISH
 from clseave_cli.core.models import backbones
 from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
 from clseave_cli.core.models.folder import peek, seal, unsealed
-from clseave_cli.core.models.head import EntailmentHead, HeadConfig
 from clseave_cli.core.models.weights import load_weights, save_weights
 from clseave_cli.errors import ModelError
+from clseave_cli.labels import LABELS
 
 FORMAT = "clip-ve"
 #: Rows the head judges at once: what it makes of them, four times as wide, stays in the
@@ -68,7 +70,7 @@ class ClipVE(nn.Module):
             source_lang: the language it will be trained in.
 
         Raises:
-            ModelError: the model cannot be loaded or is of no layout that is known.
+            ModelError: the model cannot be loaded or has an unknown layout.
         """
         text, image = backbones.load_clip_text(name), backbones.load_clip_image(name)
         head = EntailmentHead(HeadConfig(embedding_dim=text.embedding_dim))
@@ -86,7 +88,8 @@ class ClipVE(nn.Module):
             ModelError: it is missing, damaged, or of another format.
         """
         with unsealed(folder, FORMAT, without=None if text is None else "text") as config:
-            head = EntailmentHead(HeadConfig(**config["head"]))
+            with torch.device("meta"):  # its config may promise more than its file holds
+                head = EntailmentHead(HeadConfig(**config["head"]))
             load_weights(head, folder / "head.safetensors")
             if text is None:
                 text = backbones.load_clip_text(folder / "text", config)
@@ -140,3 +143,58 @@ def source_language(folder: Path) -> str:
         ModelError: not a CLIP-VE folder.
     """
     return str(peek(folder, FORMAT)["languages"][0])
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """Shape of an `EntailmentHead`, stored in `config.json`.
+
+    The defaults are CLIP-VE's (thesis 3.1.2). The thesis' text does not say whether embeddings are
+    normalised; its code L2-normalises both and applies dropout to each, and so do we.
+    """
+
+    embedding_dim: int = 512
+    hidden_dim: int = 128
+    dropout: float = 0.1
+    normalize: bool = True
+
+
+class EntailmentHead(nn.Module):
+    """f = [h, p, |h − p|, h ∘ p] → BatchNorm → three linear layers (thesis eq. 3.1–3.3)."""
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.Sequential(
+            nn.BatchNorm1d(4 * config.embedding_dim),
+            nn.Dropout(config.dropout),
+            nn.Linear(4 * config.embedding_dim, config.hidden_dim),
+            nn.ReLU(),
+            nn.Linear(config.hidden_dim, config.hidden_dim),
+            nn.ReLU(),
+            nn.BatchNorm1d(config.hidden_dim),
+            nn.Dropout(config.dropout),
+            nn.Linear(config.hidden_dim, len(LABELS)),
+        )
+
+    def forward(self, hypothesis: Tensor, premise: Tensor) -> Tensor:
+        """Scores each label.
+
+        Args:
+            hypothesis: (B, D) sentence embeddings, any float type.
+            premise: (B, D) image embeddings.
+
+        Returns:
+            (B, C) float32 logits, in the order of `labels.LABELS`.
+        """
+        # Normalisation and batch statistics in float32, whatever the encoders computed in.
+        with torch.autocast(hypothesis.device.type, enabled=False):
+            h, p = self._prepare(hypothesis.float()), self._prepare(premise.float())
+            features = torch.cat([h, p, (h - p).abs(), h * p], dim=1)  # (B, 4D)
+            logits: Tensor = self.layers(features)
+        return logits
+
+    def _prepare(self, embedding: Tensor) -> Tensor:
+        if self.config.normalize:
+            embedding = functional.normalize(embedding, dim=1)
+        return functional.dropout(embedding, self.config.dropout, self.training)

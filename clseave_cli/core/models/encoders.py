@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clseave_cli.core.config import Pooling
+from clseave_cli.core.data.images import Preparation
 from clseave_cli.core.files import json_digest
 from clseave_cli.core.models.packing import PackedBatch, pack
 from clseave_cli.core.models.tokens import Filling, TokenTable, Trimmed, tokenize
+from clseave_cli.core.models.weights import quiet
 from clseave_cli.progress import SILENT, Progress
 
 #: Row length of packed batches; an encoder that reads less is packed to what it reads. A GPU likes
@@ -31,6 +33,9 @@ _ROW_TOKENS = {"cuda": 128, "cpu": 32}
 #: are computed apart if that saves more padding. Estimates for 12 layers; a GPU computes thousands
 #: of tokens in the time that starting all its kernels takes.
 _CALL_TOKENS = {"cuda": 4096, "cpu": 32}
+#: Sentences embedded in one call. A GPU computes a thousand of them in less time than it takes to
+#: start all kernels of a call.
+_EMBEDDED_AT_ONCE = {"cuda": 4096, "cpu": 512}
 
 #: What a configuration says of how it was saved, not of what the model computes.
 _OF_SAVING = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
@@ -58,7 +63,7 @@ class SentenceEncoder(nn.Module):
         backbone: Any,
         tokenizer: Any,
         norm: nn.Module,
-        projection: nn.Linear | nn.Sequential,
+        projection: nn.Linear,
         *,
         hub_model: Any,
         causal: bool,
@@ -113,8 +118,7 @@ class SentenceEncoder(nn.Module):
     @property
     def embedding_dim(self) -> int:
         """D."""
-        *_, last = self.projection.parameters()  # the last layer's bias or matrix: D rows
-        return len(last)
+        return int(self.projection.out_features)
 
     @property
     def state_width(self) -> int:
@@ -132,6 +136,11 @@ class SentenceEncoder(nn.Module):
         return {"packs": self.packs, "first_position": self.first_position}
 
     @property
+    def few_shapes(self) -> bool:
+        """Whether batches are filled up to few shapes, for steps that are captured on a GPU."""
+        return self.device.type == "cuda"
+
+    @property
     def row_tokens(self) -> int | None:
         """T of a packed row; None: one sentence a row."""
         return min(_ROW_TOKENS[self.device.type], self.max_tokens) if self.packs else None
@@ -146,14 +155,25 @@ class SentenceEncoder(nn.Module):
             filling=self.filling,
         )
 
-    def pack(self, tokens: TokenTable, sentences: npt.NDArray[np.intp]) -> PackedBatch:
-        """Lays some tokenised sentences out for `forward`."""
+    def pack(
+        self, tokens: TokenTable, sentences: npt.NDArray[np.intp], places: int | None = None
+    ) -> PackedBatch:
+        """Lays some tokenised sentences out for `forward`.
+
+        Args:
+            tokens: the tokenised sentences.
+            sentences: which of them.
+            places: how many embeddings there shall be if `few_shapes`; those behind the sentences'
+                mean nothing.
+        """
         batch = pack(
             tokens,
             sentences,
             row_tokens=self.row_tokens,
             pad_id=self.pad_id,
             call_tokens=_CALL_TOKENS[self.device.type],
+            few_shapes=self.few_shapes,
+            places=places,
         )
         if self.token_places is None:
             return batch
@@ -179,7 +199,9 @@ class SentenceEncoder(nn.Module):
             return self._states(batch, layer)
         width = batch.input_ids.shape[1]
         states = [self._states(part, layer) for part in batch.parts()]
-        return torch.cat([functional.pad(own, (0, 0, 0, width - own.shape[1])) for own in states])
+        return torch.cat(
+            [functional.pad(rows, (0, 0, 0, width - rows.shape[1])) for rows in states]
+        )
 
     def _states(self, batch: PackedBatch, layer: int | None) -> Tensor:
         """(R, T, H) hidden states of rows that are computed together."""
@@ -216,20 +238,22 @@ class SentenceEncoder(nn.Module):
     def embed(
         self,
         tokens: TokenTable,
-        batch_size: int = 512,
+        batch_size: int | None = None,
         sentences: npt.NDArray[np.intp] | None = None,
     ) -> Iterator[Tensor]:
         """The embeddings of tokenised sentences in order, a batch at a time: (≤ B, D) each.
 
         Args:
             tokens: the sentences.
-            batch_size: B.
+            batch_size: B; None: what suits the device.
             sentences: which of them; all where None.
         """
         wanted = np.arange(len(tokens)) if sentences is None else sentences
-        for start in range(0, len(wanted), batch_size):
-            yield self(self.pack(tokens, wanted[start : start + batch_size]))
+        size = batch_size or _EMBEDDED_AT_ONCE[self.device.type]
+        for start in range(0, len(wanted), size):
+            yield self(self.pack(tokens, wanted[start : start + size]))
 
+    @quiet()
     def save_pretrained(self, folder: Path) -> None:
         """Writes model and tokenizer in Hugging Face layout."""
         self._hub_model[0].save_pretrained(folder)
@@ -257,12 +281,12 @@ class SentenceEncoder(nn.Module):
     def verify_packing(self, name: str = "", progress: Progress = SILENT) -> bool:
         """Checks that packing changes no embedding; otherwise turns to one sentence a row.
 
-        The embeddings it is compared with are the backbone's own of each sentence by itself, which
-        is told nothing of positions.
+        They are compared with those of each sentence by itself, where the backbone counts positions
+        on its own.
 
         Args:
             name: the encoder's, for the note.
-            progress: told if it pads.
+            progress: notes if it pads.
 
         Returns:
             True if packed rows are exact for this backbone, within float tolerance.
@@ -290,6 +314,9 @@ class SentenceEncoder(nn.Module):
 class ImageEncoder(nn.Module):
     """A teacher's image tower with its preprocessing."""
 
+    _mean: Tensor  # (3, 1, 1), like `_std` of uint8 pixels divided by 255
+    _std: Tensor
+
     def __init__(
         self,
         backbone: Any,
@@ -312,6 +339,11 @@ class ImageEncoder(nn.Module):
         self.processor = processor
         self._width = backbone.config.hidden_size if projection is None else projection.out_features
         self._hub_model = (hub_model,)  # a tuple, so that its weights are not registered twice
+        self._preparation = Preparation.of(processor)
+        if self._preparation is not None:
+            for name in ("mean", "std"):
+                values = torch.tensor(getattr(self._preparation, name))[:, None, None]
+                self.register_buffer(f"_{name}", values, persistent=False)
 
     @property
     def embedding_dim(self) -> int:
@@ -323,6 +355,7 @@ class ImageEncoder(nn.Module):
         """Where the weights are."""
         return next(self.parameters()).device
 
+    @quiet()
     def save_pretrained(self, folder: Path) -> None:
         """Writes model and image processor in Hugging Face layout."""
         self._hub_model[0].save_pretrained(folder)
@@ -335,11 +368,15 @@ class ImageEncoder(nn.Module):
         return json_digest([backbone, module_digest(self.projection), processing])
 
     def preprocess(self, images: list[Any]) -> Tensor:
-        """Float32 pixels of decoded RGB images, on the CPU: (B, 3, height, width).
+        """Pixels of decoded RGB images, on the CPU: float32, (B, 3, height, width).
 
-        For a tower that reads patches in the picture's own proportions (SigLIP 2 NaFlex) they are
-        (B, patches, values): each patch's pixels, then the grid's height and width.
+        Where a GPU can do the arithmetic, they are uint8, (B, height, width, 3), a quarter of the
+        bytes: cores then only decode and resize, in C. For a tower that reads patches in the
+        picture's own proportions (SigLIP 2 NaFlex) they are (B, patches, values): each patch's
+        pixels, then the grid's height and width.
         """
+        if self._preparation is not None and self.device.type == "cuda":
+            return torch.from_numpy(np.stack([self._preparation.cut(image) for image in images]))
         prepared = self.processor(images=images, return_tensors="pt")
         pixels: Tensor = prepared["pixel_values"]
         if "spatial_shapes" in prepared:
@@ -348,7 +385,9 @@ class ImageEncoder(nn.Module):
         return pixels
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(B, D) projected embeddings, unnormalised."""
+        """(B, D) projected embeddings, unnormalised, of what `preprocess` gives."""
+        if pixels.dtype == torch.uint8:
+            pixels = (pixels.permute(0, 3, 1, 2).float() / 255 - self._mean) / self._std
         embedding: Tensor = self.projection(self.backbone(pixel_values=pixels).pooler_output)
         return embedding
 
@@ -374,7 +413,8 @@ def pool(hidden: Tensor, batch: PackedBatch, pooling: Pooling) -> Tensor:
     sentences = torch.arange(batch.terminals.shape[0], device=hidden.device)
     belongs = (sentences[:, None] == batch.segments.flatten()).float()  # (B, R · T)
     with torch.autocast(hidden.device.type, enabled=False):
-        return belongs @ flat.float() / belongs.sum(dim=1, keepdim=True)
+        # Places behind the sentences have no tokens.
+        return belongs @ flat.float() / belongs.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def _backbone_digest(backbone: Any) -> str:

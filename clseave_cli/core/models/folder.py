@@ -71,13 +71,18 @@ def unsealed(
         digests = pool.map(file_digest, (folder / name for name in weights))
         try:
             yield config
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"{folder / _CONFIG}: not what a {format_name} folder says ({error!r}); train the "
+                "model again."
+            ) from None
         finally:
-            for name, found in zip(weights, digests, strict=True):
-                _require_digest(folder / name, files[name], found)
+            for name, digest in zip(weights, digests, strict=True):
+                _require_digest(folder / name, files[name], digest)
 
 
-def _require_digest(path: Path, expected: str, found: str) -> None:
-    if found != expected:
+def _require_digest(path: Path, expected: str, digest: str) -> None:
+    if digest != expected:
         raise ModelError(
             f"{path}: damaged, its content is not what was saved; "
             "copy it again or train the model again."

@@ -103,6 +103,8 @@ def pack(
     row_tokens: int | None,
     pad_id: int,
     call_tokens: float = math.inf,
+    few_shapes: bool = False,
+    places: int | None = None,
 ) -> PackedBatch:
     """Lays sentences into rows: longest first, each into the first row with room.
 
@@ -113,6 +115,8 @@ def pack(
             the plain padded layout, in groups of like length.
         pad_id: token id of unused places.
         call_tokens: how much padding a group must save to be worth a call of the encoder.
+        few_shapes: fill packed rows up, so that batches have few different numbers and lengths.
+        places: with it, how many terminals there are; those behind the sentences' mean nothing.
     """
     lengths = tokens.lengths(sentences)
     longest = int(lengths.max())
@@ -126,25 +130,38 @@ def pack(
         num_rows = len(sentences)
         groups = _groups(lengths[order], call_tokens)
     else:
+        if few_shapes:
+            width = math.ceil(width / row_tokens) * row_tokens
         rows, starts, num_rows = _first_fit(lengths, width)
+        if few_shapes:
+            num_rows = _rounded(num_rows)
     input_ids = np.full(num_rows * width, pad_id, dtype=np.int64)
     positions = np.zeros(num_rows * width, dtype=np.int64)
     segments = np.full(num_rows * width, _UNUSED, dtype=np.int64)
     # Where every token of every sentence goes, computed for the whole batch at once.
     first = rows * width + starts
     within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    places = np.repeat(first, lengths) + within
-    input_ids[places] = tokens.ids[np.repeat(tokens.offsets[sentences], lengths) + within]
-    positions[places] = within
-    segments[places] = np.repeat(np.arange(len(sentences)), lengths)
+    at = np.repeat(first, lengths) + within
+    input_ids[at] = tokens.ids[np.repeat(tokens.offsets[sentences], lengths) + within]
+    positions[at] = within
+    segments[at] = np.repeat(np.arange(len(sentences)), lengths)
+    terminals = first + lengths - 1
+    if few_shapes and places is not None:
+        terminals = np.pad(terminals, (0, places - len(sentences)))
     shape = (num_rows, width)
     return PackedBatch(
         torch.from_numpy(input_ids.reshape(shape)),
         torch.from_numpy(positions.reshape(shape)),
         torch.from_numpy(segments.reshape(shape)),
-        torch.from_numpy(first + lengths - 1),
+        torch.from_numpy(terminals),
         tuple(groups) if len(groups) > 1 else (),
     )
+
+
+def _rounded(count: int) -> int:
+    """The next larger of few numbers: four between any two powers of two."""
+    step = max(1, (1 << (count.bit_length() - 1)) // 4)
+    return math.ceil(count / step) * step
 
 
 def _groups(lengths: npt.NDArray[np.int64], call_tokens: float) -> list[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from transformers import (
     CLIPTokenizer,
 )
 
+from clseave_cli.core.models.weights import quiet
+
 
 @dataclass(frozen=True)
 class ClipShape:
@@ -33,6 +36,7 @@ class ClipShape:
     vocab_size: int = 1000
 
 
+@quiet()
 def new_clip(
     folder: Path, captions: Iterable[str], shape: ClipShape = ClipShape(), seed: int = 0
 ) -> None:
@@ -64,7 +68,7 @@ def new_clip(
     vocabulary = tokenizer.get_vocab()
     # The terminal token goes last: models with the old configuration find it as the highest id.
     vocabulary[start], vocabulary[end] = len(vocabulary), len(vocabulary) + 1
-    merges = [tuple(pair) for pair in _merges(tokenizer)]
+    merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
     clip_tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges)
     clip_tokenizer.model_max_length = shape.max_tokens
     tower = {
@@ -95,6 +99,7 @@ def new_clip(
     CLIPImageProcessorPil(size=size, crop_size=size).save_pretrained(folder)
 
 
+@quiet()
 def new_encoder(
     folder: Path,
     sentences: Iterable[str],
@@ -159,10 +164,3 @@ def new_encoder(
         model = BertModel(config, add_pooling_layer=False)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _merges(tokenizer: Tokenizer) -> list[list[str]]:
-    import json
-
-    merges: list[list[str]] = json.loads(tokenizer.to_str())["model"]["merges"]
-    return merges

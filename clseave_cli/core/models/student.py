@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from clseave_cli.core.config import Code, Pooling, Projection, SentenceToken
+from clseave_cli.core.config import Code, Pooling, SentenceToken
+from clseave_cli.core.data.records import is_language
+from clseave_cli.core.files import read_json
 from clseave_cli.core.models import backbones
-from clseave_cli.core.models.autoencoder import coder
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.folder import is_of_format, peek, seal, unsealed
 from clseave_cli.core.models.tokens import Trimmed
-from clseave_cli.core.models.trimming import restore_vocabulary
+from clseave_cli.core.models.vocabulary import restore_vocabulary
 from clseave_cli.core.models.weights import load_weights, save_weights
 from clseave_cli.errors import ModelError
 
@@ -73,10 +74,7 @@ class CodedState(nn.Module):
 
 
 def new_student(
-    name: str | Path,
-    embedding_dim: int,
-    pooling: Pooling = "terminal",
-    projection: Projection = "linear",
+    name: str | Path, embedding_dim: int, pooling: Pooling = "terminal"
 ) -> SentenceEncoder:
     """A student around a pretrained encoder; LayerNorm and projection are untrained.
 
@@ -88,12 +86,11 @@ def new_student(
         name: hub id or folder of any bidirectional encoder with a fast tokenizer.
         embedding_dim: D, width of the teacher's embeddings.
         pooling: which hidden state stands for a sentence.
-        projection: how it becomes the embedding.
 
     Raises:
         ModelError: the encoder cannot be loaded.
     """
-    return _student(*backbones.load_encoder(name), embedding_dim, pooling, projection)
+    return _student(*backbones.load_encoder(name), embedding_dim, pooling)
 
 
 def new_token_student(
@@ -140,9 +137,9 @@ def new_token_student(
     copied = {student.projection: teacher.projection}
     if final_norm:
         copied[student.norm.final_norm] = last
-    for own, theirs in copied.items():
-        own.load_state_dict(theirs.state_dict())
-        own.requires_grad_(False)
+    for part, original in copied.items():
+        part.load_state_dict(original.state_dict())
+        part.requires_grad_(False)
     return student
 
 
@@ -156,12 +153,13 @@ def load_student(folder: Path, teacher: str | None = None) -> SentenceEncoder:
     Raises:
         ModelError: missing, damaged, or trained against another teacher.
     """
+    if teacher is not None:
+        require_teacher(folder, teacher)
     with unsealed(folder, FORMAT) as config:
-        if teacher is not None and config["teacher"] != teacher:
+        if config.get("projection", "linear") != "linear":
             raise ModelError(
-                f"{folder}: this student was trained against another CLIP-VE "
-                f"({config['teacher'][:12]}, here {teacher[:12]}); its embeddings mean nothing to "
-                "this one. Align it again, or use the CLIP-VE it belongs to."
+                f"{folder}: its projection is of a kind that this clseave no longer has (mlp); "
+                "align it again."
             )
         model, tokenizer = backbones.load_encoder(folder / "encoder")
         student = _student(
@@ -169,9 +167,9 @@ def load_student(folder: Path, teacher: str | None = None) -> SentenceEncoder:
             tokenizer,
             config["embedding_dim"],
             config["pooling"],
-            config.get("projection", "linear"),  # not named by earlier versions, which had no other
             Coding(**config["coding"]) if "coding" in config else None,
             config,
+            added_on="meta",  # its config may promise more than its file holds
         )
         load_weights(_added_parts(student), folder / "projection.safetensors")
         if "vocabulary" in config:
@@ -203,7 +201,7 @@ def save_student(
             "languages": list(languages),
             "pooling": student.pooling,
             **student.packing,
-            "projection": "mlp" if isinstance(student.projection, nn.Sequential) else "linear",
+            "projection": "linear",  # for earlier versions, which knew another
             "embedding_dim": student.embedding_dim,
             "teacher": teacher,
         },
@@ -223,12 +221,10 @@ def restore_student(folder: Path, encoder: str | Path | None = None) -> Sentence
     student = load_student(folder)
     if student.trimmed is None:
         raise ModelError(f"{folder}: its vocabulary is whole already; nothing to restore.")
-    kind: Projection = "mlp" if isinstance(student.projection, nn.Sequential) else "linear"
     whole = _student(
         *backbones.load_encoder(encoder or student.trimmed.encoder),
         student.embedding_dim,
         student.pooling,
-        kind,
         student.norm.coding if isinstance(student.norm, CodedState) else None,
         student.packing,
     )
@@ -244,23 +240,49 @@ def student_fingerprint(folder: Path) -> str:
     return str(peek(folder, FORMAT)["fingerprint"])
 
 
+def require_teacher(folder: Path, teacher: str) -> None:
+    """Refuses a student of another CLIP-VE, without loading it.
+
+    Raises:
+        ModelError: it was trained against another one, or the folder holds no student.
+    """
+    trained = str(peek(folder, FORMAT)["teacher"])
+    if trained != teacher:
+        raise ModelError(
+            f"{folder}: this student was trained against another CLIP-VE ({trained[:12]}, here "
+            f"{teacher[:12]}); its embeddings mean nothing to this one. Align it again, or use the "
+            "CLIP-VE it belongs to."
+        )
+
+
 def find_students(runs: Path) -> dict[str, Path]:
     """The student folders under `runs`, by language; one of a single language goes first.
 
-    A folder may have any name: what it holds, and for which languages, stands in its config.
-
-    Raises:
-        ModelError: a student's config is damaged, or a folder named as `align` does is no student.
+    A folder may have any name: what it holds, and for which languages, stands in its config. One
+    that cannot be read (damaged, or of a newer version) stands for the languages it names where no
+    other does: `load_student` says what is wrong with it, and no other language is held up.
     """
-    found: dict[str, tuple[int, Path]] = {}
-    for path in sorted(runs.glob("[!.]*/config.json")):
-        if not (path.parent.name.startswith("align-") or is_of_format(path.parent, FORMAT)):
+    ranked: dict[str, tuple[bool, int, Path]] = {}
+    for config in sorted(runs.glob("[!.]*/config.json")):
+        folder = config.parent
+        if not (folder.name.startswith("align-") or is_of_format(folder, FORMAT)):
             continue
-        languages = peek(path.parent, FORMAT)["languages"]
-        for language in languages:
-            if language not in found or len(languages) < found[language][0]:
-                found[language] = (len(languages), path.parent)
-    return {language: folder for language, (_, folder) in sorted(found.items())}
+        try:
+            is_unreadable, languages = False, list(map(str, peek(folder, FORMAT)["languages"]))
+        except (ModelError, KeyError, TypeError):
+            is_unreadable, languages = True, _languages_named(folder)
+        for language in filter(is_language, languages):
+            rank = (is_unreadable, len(languages), folder)
+            ranked[language] = min(rank, ranked.get(language, rank))
+    return {language: folder for language, (_, _, folder) in sorted(ranked.items())}
+
+
+def _languages_named(folder: Path) -> list[str]:
+    """The languages of a student whose config cannot be relied on."""
+    try:
+        return list(map(str, read_json(folder / "config.json")["languages"]))
+    except (ModelError, KeyError, TypeError):
+        return folder.name.removeprefix("align-").split("+")
 
 
 def _student(
@@ -268,18 +290,21 @@ def _student(
     tokenizer: Any,
     embedding_dim: int,
     pooling: Pooling = "terminal",
-    projection: Projection = "linear",
     coding: Coding | None = None,
     saved: Mapping[str, Any] | None = None,
+    added_on: str = "cpu",
 ) -> SentenceEncoder:
+    """An encoder with what a student adds to it, which is untrained, on the device `added_on`."""
     width = model.config.hidden_size
-    read = nn.LayerNorm(width) if coding is None else CodedState(width, coding)
-    last = nn.Linear(width if coding is None else coding.width, embedding_dim, bias=False)
+    with torch.device(added_on):
+        norm = nn.LayerNorm(width) if coding is None else CodedState(width, coding)
+        last_width = width if coding is None else coding.width
+        projection = nn.Linear(last_width, embedding_dim, bias=False)
     return SentenceEncoder(
         model,
         tokenizer,
-        read,
-        last if projection == "linear" else nn.Sequential(nn.Linear(width, width), nn.GELU(), last),
+        norm,
+        projection,
         hub_model=model,
         causal=False,
         pooling=pooling,
@@ -291,3 +316,80 @@ def _added_parts(student: SentenceEncoder) -> nn.ModuleDict:
     """What the student adds to its encoder."""
     name = "coded_state" if isinstance(student.norm, CodedState) else "layer_norm"
     return nn.ModuleDict({name: student.norm, "projection": student.projection})
+
+
+AUTOENCODER = "autoencoder"
+_AUTOENCODER_WEIGHTS = "autoencoder.safetensors"
+
+
+def coder(state_width: int, code_width: int, code: Code) -> nn.Sequential:
+    """What makes codes of states: H → K, one layer (thesis 3.2.2: with a ReLU behind it)."""
+    return nn.Sequential(nn.Linear(state_width, code_width), *_activation(code))
+
+
+class Autoencoder(nn.Module):
+    """Linear H → K, Linear K → H, each with a ReLU behind it unless the code is linear.
+
+    Attributes:
+        encoder: makes codes of states.
+        decoder: makes states of codes.
+        widths: H and K.
+        code: whether there are ReLUs.
+    """
+
+    def __init__(self, state_width: int, code_width: int, code: Code = "relu") -> None:
+        super().__init__()
+        self.encoder = coder(state_width, code_width, code)
+        self.decoder = nn.Sequential(nn.Linear(code_width, state_width), *_activation(code))
+        self.widths = state_width, code_width
+        self.code = code
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(N, H) states as they come back from their codes."""
+        restored: Tensor = self.decoder(self.encoder(states))
+        return restored
+
+
+def save_autoencoder(autoencoder: Autoencoder, folder: Path, *, languages: Sequence[str]) -> str:
+    """Writes an autoencoder into an existing folder; returns its fingerprint."""
+    save_weights(autoencoder, folder / _AUTOENCODER_WEIGHTS)
+    state_width, code_width = autoencoder.widths
+    return seal(
+        folder,
+        AUTOENCODER,
+        {
+            "languages": list(languages),
+            "state_width": state_width,
+            "code_width": code_width,
+            "code": autoencoder.code,
+        },
+    )
+
+
+def load_autoencoder(folder: Path, wanted: Autoencoder) -> tuple[Autoencoder, str]:
+    """Loads a folder that `save_autoencoder` wrote, in eval mode.
+
+    Args:
+        folder: the autoencoder's folder.
+        wanted: one of the shape it must have; the weights are put there.
+
+    Returns:
+        `wanted`, and the folder's fingerprint.
+
+    Raises:
+        ModelError: missing, damaged, or of another shape.
+    """
+    with unsealed(folder, AUTOENCODER) as config:
+        shape = config["state_width"], config["code_width"], config["code"]
+        if shape != (*wanted.widths, wanted.code):
+            raise ModelError(
+                f"{folder}: an autoencoder of {shape[0]} to {shape[1]}, code {shape[2]}; needed "
+                f"here: {wanted.widths[0]} to {wanted.widths[1]}, code {wanted.code} "
+                "(--student, --teacher and --code decide)."
+            )
+        load_weights(wanted, folder / _AUTOENCODER_WEIGHTS)
+    return wanted.eval(), str(config["fingerprint"])
+
+
+def _activation(code: Code) -> list[nn.Module]:
+    return [nn.ReLU()] if code == "relu" else []

@@ -10,8 +10,6 @@ import importlib.util
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,22 +20,28 @@ from PIL import Image
 from torch import Tensor, nn
 
 from clseave_cli.core.config import ExportConfig
+from clseave_cli.core.data.images import Preparation
 from clseave_cli.core.data.records import require_language
-from clseave_cli.core.files import atomic_folder
+from clseave_cli.core.files import Kind, atomic_folder, locked_target, require_replaceable
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.folder import seal
 from clseave_cli.core.models.packing import PackedBatch
 from clseave_cli.core.prediction import onnx_model
 from clseave_cli.core.prediction.inference import InferenceModel
-from clseave_cli.core.prediction.pixels import Preparation
 from clseave_cli.core.prediction.torch_model import TorchModel
-from clseave_cli.errors import ExtraMissing, ModelError, UsageError
+from clseave_cli.errors import ExtraMissing, ModelError
 from clseave_cli.progress import SILENT, Progress
 
 #: Largest difference of a probability from torch's that an exported folder may have.
 TOLERANCE = {"fp32": 1e-3, "int8": 0.1}
 
+_KIND = Kind(
+    "an exported model",
+    r"config\.json|README\.md",
+    "config.json",
+    lambda config: config.get("format") == onnx_model.FORMAT,
+)
 _OPSET = 18
 _NEEDED = ("onnx", "onnxruntime")
 _PROBE_SENTENCES = (
@@ -79,12 +83,16 @@ def export(config: ExportConfig, progress: Progress = SILENT) -> ExportResult:
     """
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise ExtraMissing(
-            f"export needs {' and '.join(missing)}: pip install 'clseave-cli[onnx]'."
-        )
+        raise ExtraMissing(f"export needs {' and '.join(missing)}: pip install -e '.[onnx]'.")
     for lang in config.lang:
         require_language(lang)
-    before = _replaced(config.out)
+    require_replaceable(config.out, _KIND, config)
+    with locked_target(config.out):
+        return _export(config, progress)
+
+
+def _export(config: ExportConfig, progress: Progress) -> ExportResult:
+    before = _languages(config.out)
     model = TorchModel.from_runs(config.runs, config.lang or None, "cpu", "fp32")
     precision = "int8" if config.int8 else "fp32"
     with atomic_folder(config.out) as folder:
@@ -99,6 +107,7 @@ def export(config: ExportConfig, progress: Progress = SILENT) -> ExportResult:
             )
         manifest |= {"tolerance": TOLERANCE[precision], "difference": difference}
         seal(folder, onnx_model.FORMAT, manifest)
+        require_replaceable(config.out, _KIND, config)
         num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     gone = [lang for lang in before if lang not in model.sources]
     if gone:
@@ -106,16 +115,12 @@ def export(config: ExportConfig, progress: Progress = SILENT) -> ExportResult:
     return ExportResult(config.out, tuple(model.sources), num_bytes, difference)
 
 
-def _replaced(out: Path) -> list[str]:
-    """The languages of the export whose place is taken; refuses to take that of anything else."""
-    if out.is_dir() and onnx_model.is_exported(out):
-        try:
-            return onnx_model.languages(out)
-        except ModelError:  # a damaged one, or of another version
-            return []
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UsageError(f"--out {out}: is there already and no exported model; choose another.")
-    return []
+def _languages(out: Path) -> list[str]:
+    """The languages of the export whose place is taken."""
+    try:
+        return onnx_model.languages(out) if onnx_model.is_exported(out) else []
+    except ModelError:  # a damaged one, or of another version
+        return []
 
 
 def _write(model: TorchModel, folder: Path, int8: bool, progress: Progress) -> dict[str, Any]:
@@ -230,7 +235,8 @@ def _quantised(path: Path) -> Path:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     target = path.with_name("int8.onnx")
-    with _quiet_logging():
+    logging.disable(logging.WARNING)  # the quantiser's advice, given on the root logger
+    try:
         quantize_dynamic(
             path,
             target,
@@ -240,6 +246,8 @@ def _quantised(path: Path) -> Path:
             weight_type=QuantType.QUInt8,
             use_external_data_format=True,
         )
+    finally:
+        logging.disable(logging.NOTSET)
     return target
 
 
@@ -260,45 +268,19 @@ def _optimise(source: Path, target: Path) -> None:
     onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
-@contextmanager
-def _quiet_logging() -> Iterator[None]:
-    """Keeps the quantiser's advice, given on the root logger, off the terminal."""
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
 def preparation(processor: Any) -> Preparation:
     """The numbers of an image processor of CLIP's kind.
 
     Raises:
         ModelError: it does something else as well, or less.
     """
-    size = processor.size
-    crop = processor.crop_size if getattr(processor, "do_center_crop", False) else size
-    steps = ("do_resize", "do_rescale", "do_normalize")
-    plain = (
-        all(getattr(processor, step) for step in steps)
-        and abs(processor.rescale_factor - 1 / 255) < 1e-9
-        and crop is not None
-        and crop["height"]
-        and crop["width"]
-    )
-    if not plain:
+    found = Preparation.of(processor)
+    if found is None:
         raise ModelError(
             "the image tower's preprocessing cannot be exported: expected resizing or cropping to "
             "one size, scaling by 1/255 and normalising, as CLIP's and SigLIP's do."
         )
-    side = size["shortest_edge"]
-    return Preparation(
-        resize=(side,) if side else (size["height"], size["width"]),
-        crop=(crop["height"], crop["width"]),
-        mean=tuple(processor.image_mean),
-        std=tuple(processor.image_std),
-        resample=int(processor.resample),
-    )
+    return found
 
 
 def _difference(reference: TorchModel, exported: InferenceModel) -> float:

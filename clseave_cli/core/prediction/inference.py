@@ -14,14 +14,14 @@ import numpy.typing as npt
 from PIL import Image
 
 from clseave_cli.core.config import Precision
-from clseave_cli.core.prediction.pixels import Floats
+from clseave_cli.core.prediction import Floats
 
 
 class InferenceModel(Protocol):
     """An image tower, a sentence encoder per language, and the head.
 
     Attributes:
-        sources: the folder of the model that reads each language, CLIP-VE's own first.
+        sources: the folder of the model that reads each language, CLIP-VE's language first.
     """
 
     sources: dict[str, str]

@@ -5,6 +5,7 @@ Legend: B images or sentences · T tokens · D embedding width · C labels (3).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -16,16 +17,21 @@ import numpy.typing as npt
 from PIL import Image
 from tokenizers import Tokenizer
 
+from clseave_cli.core.data.images import Preparation
+from clseave_cli.core.data.records import require_language
 from clseave_cli.core.models.folder import peek, unsealed
 from clseave_cli.core.models.tokens import Filling, TokenTable, tokenize
-from clseave_cli.core.prediction.pixels import Floats, Preparation
-from clseave_cli.errors import ExtraMissing, ModelError
+from clseave_cli.core.prediction import Floats
+from clseave_cli.errors import ClseaveError, ExtraMissing, ModelError
 
 FORMAT = "onnx"
 
 # Tokens computed at once, padding included, unless a single sentence has more. Memory grows with
 # them, and one long sentence would pad all that stand beside it to its length.
 _MOST_TOKENS = 8192
+#: The longest side of an image tower's input that an exported folder may ask for.
+_LONGEST_SIDE = 4096
+_NAME = re.compile(r"[\w+-][\w.+-]*")
 
 
 def is_exported(folder: Path) -> bool:
@@ -39,7 +45,7 @@ def own_language(folder: Path) -> str:
     Raises:
         ModelError: no exported folder, a damaged one, or one of an earlier version.
     """
-    config = peek(folder, FORMAT)
+    config = _manifest(folder)
     if "source_lang" in config:
         return str(config["source_lang"])
     # Earlier versions named it only where it was exported.
@@ -54,7 +60,44 @@ def own_language(folder: Path) -> str:
 
 def languages(folder: Path) -> list[str]:
     """The languages an exported folder reads."""
-    return list(peek(folder, FORMAT)["languages"])
+    return list(_manifest(folder)["languages"])
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """What `config.json` says, once it is certain that it names nothing outside the folder.
+
+    Raises:
+        ModelError: damaged, of another version, or not as `clseave export` writes it.
+    """
+    path = folder / "config.json"
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ModelError(f"{path}: not a regular file; export it again.")
+    config = peek(folder, FORMAT)
+    try:
+        named = config["languages"]
+        for lang in (*named, config.get("source_lang", "en")):
+            require_language(lang)
+        encoders = {name: config["encoders"][name] for name in named.values()}
+        sound = bool(encoders) and all(map(_NAME.fullmatch, encoders))
+        for settings in encoders.values():
+            Filling(**settings.get("filling", {"token_id": 0, "side": "right"}))
+            numbers = [settings[key] for key in ("max_tokens", "terminal_id", "pad_id")]
+            sound &= all(isinstance(each, int) and 0 <= each < 2**31 for each in numbers)
+            sound &= numbers[0] > 0 and len(settings.keys() - {"filling"}) == len(numbers)
+        pixels = Preparation(**config["preparation"])
+        sides, (height, width) = (*pixels.resize, *pixels.crop), pixels.crop
+        sound &= all(isinstance(side, int) and 0 < side <= _LONGEST_SIDE for side in sides)
+        # Tried on a small picture: whatever else may be wrong with the numbers shows.
+        sound = sound and pixels(Image.new("RGB", (2, 2))).shape == (3, height, width)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, ClseaveError):
+        sound = False
+    if not sound:
+        raise ModelError(f"{path}: damaged, not as it was written; export it again.")
+    files = [f"{name}/{each}" for name in encoders for each in ("encoder.onnx", "tokenizer.json")]
+    for name in ("image.onnx", "head.onnx", *files):
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder / name}: missing or not a file; export it again.")
+    return config
 
 
 class OnnxModel:
@@ -101,8 +144,8 @@ class OnnxModel:
             ModelError: damaged, of another version, or without one of the languages.
             ExtraMissing: onnxruntime is not installed.
         """
-        reading = unsealed(folder, FORMAT) if lasting else nullcontext(peek(folder, FORMAT))
-        with reading as config:
+        manifest = _manifest(folder)
+        with unsealed(folder, FORMAT) if lasting else nullcontext(manifest) as config:
             for lang in languages or ():
                 if lang not in config["languages"]:
                     known = ", ".join(config["languages"])
@@ -203,7 +246,7 @@ def _session(path: Path, lasting: bool) -> Any:
         import onnxruntime
     except ImportError:
         raise ExtraMissing(
-            "an exported model needs onnxruntime: pip install 'clseave-cli[onnx]'."
+            "an exported model needs onnxruntime: pip install -e '.[onnx]'."
         ) from None
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

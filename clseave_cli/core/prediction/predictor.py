@@ -5,11 +5,14 @@ Legend: N pairs · B images at once · D embedding width.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import chain, islice
 from os.path import samestat
@@ -17,16 +20,19 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
 
 from clseave_cli.core.config import Precision, PredictConfig
-from clseave_cli.core.data.answers import AnswerFile, answer_line
-from clseave_cli.core.data.identification import LanguageIdentifier
-from clseave_cli.core.data.images import open_image
+from clseave_cli.core.data.answers import AnswerFile
+from clseave_cli.core.data.identification import LanguageIdentifier, language_warning
+from clseave_cli.core.data.images import ImageFolder, open_image, require_shape
 from clseave_cli.core.data.pairs import Pair, read_pairs
 from clseave_cli.core.data.records import require_language
+from clseave_cli.core.data.rows import json_line
+from clseave_cli.core.prediction import Floats
 from clseave_cli.core.prediction.inference import InferenceModel, load_model, own_language
-from clseave_cli.core.prediction.pixels import Floats
-from clseave_cli.errors import ClseaveError, DataError, UsageError
+from clseave_cli.errors import ClseaveError, DataError, ModelError, UsageError
 from clseave_cli.labels import LABELS, Label
 from clseave_cli.processes import ahead, usable_cores
 from clseave_cli.progress import SILENT, Progress
@@ -38,6 +44,11 @@ AUTO = "auto"
 _KEPT_IMAGES = 32_768
 _IMAGE_BATCH = 32
 _IMAGES_AHEAD = 64
+#: Identifying the language of a sentence takes a millisecond: too long for each of a million rows.
+_FEW_SENTENCES = 64
+
+#: A path, the content of an image file, an open one, a Pillow image, or uint8 (height, width, 3).
+ImageSource = str | Path | bytes | BinaryIO | Image.Image | npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -45,77 +56,127 @@ class Prediction:
     """What the model says of one image and sentence.
 
     Attributes:
-        image: the image's path.
+        image: the image's path; the kind of object for an image that has none.
         hypothesis: the sentence.
         lang: its language.
         label: the likeliest label.
         probabilities: of every label, adding up to 1.
         model: folder of the model that read the sentence.
         truncated: whether the sentence was too long and was cut.
+        warning: why the sentence is probably not in that language.
     """
 
     image: str
     hypothesis: str
     lang: str
     label: Label
-    probabilities: dict[str, float]
+    probabilities: dict[Label, float]
     model: str
     truncated: bool = False
+    warning: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The object that `predict --json` prints; `truncated` only where it is true."""
-        return {
-            "image": self.image,
-            "hypothesis": self.hypothesis,
-            "lang": self.lang,
-            "label": self.label,
-            "probabilities": self.probabilities,
-            "model": self.model,
-        } | ({"truncated": True} if self.truncated else {})
+        """The object `predict --json` prints; `truncated` and `warning` only where there is one."""
+        optional = ("truncated", "warning")
+        return {k: v for k, v in dataclasses.asdict(self).items() if v or k not in optional}
+
+
+@dataclass(frozen=True)
+class Photo:
+    """An image to judge, not decoded yet.
+
+    Attributes:
+        name: what messages and answers call it.
+        content: where it comes from.
+        key: equal for equal pictures; of a file: path, time of change, size.
+    """
+
+    name: str
+    content: Path | bytes | Image.Image
+    key: Hashable
+
+    @classmethod
+    def of(cls, source: ImageSource) -> Photo:
+        """Looks at a source, and reads it unless it is a path.
+
+        Raises:
+            DataError: there is no such image, or the source is of another kind.
+        """
+        if isinstance(source, str | Path):
+            return cls(str(source), Path(source), _stamp(str(source)))
+        name = f"<{type(source).__name__}>"
+        try:
+            if isinstance(source, np.ndarray):
+                source = Image.fromarray(source.astype(np.uint8, casting="safe"))
+            elif not isinstance(source, bytes | Image.Image):
+                name = str(getattr(source, "name", name))
+                source = source.read()
+            image = isinstance(source, Image.Image)
+            content = source.tobytes() if isinstance(source, Image.Image) else source
+            digest = hashlib.blake2b(content, digest_size=32).digest()
+        except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{name}: expected a path, the bytes of an image file, an open binary file, a "
+                f"Pillow image or a uint8 array of (height, width, 3) ({error!s:.100})."
+            ) from None
+        shape = (source.mode, source.size) if isinstance(source, Image.Image) else None
+        return cls(name, source, (image, shape, digest))
+
+    def decode(self) -> Image.Image:
+        """The picture in RGB, upright.
+
+        Raises:
+            DataError: damaged, or too large.
+        """
+        if isinstance(self.content, Image.Image):
+            require_shape(self.content, self.name)
+            return ImageOps.exif_transpose(self.content).convert("RGB")
+        return open_image(self.content, self.name)
 
 
 class VisualEntailment:
-    """Says whether images entail sentences of one language.
+    """Says whether images entail sentences.
 
     Example:
         >>> model = VisualEntailment.from_pretrained("runs", lang="ja")
         >>> model("photo.jpg", "犬が走っている").label
 
     Attributes:
-        lang: the language; `auto` where it is identified sentence by sentence.
+        lang: the language of sentences for which none is named; `auto` where it is identified,
+            None where several were loaded.
     """
 
     def __init__(
-        self, model: InferenceModel, lang: str, identifier: LanguageIdentifier | None = None
+        self, model: InferenceModel, lang: str | None, identifier: LanguageIdentifier | None = None
     ) -> None:
         """Wraps a loaded model; `from_pretrained` loads one.
 
         Args:
             model: reads `lang`, or all languages of the identifier.
-            lang: the language, or `auto`.
+            lang: the language, `auto`, or None: it has to be named with each sentence.
             identifier: tells which language a sentence is in, for `auto`.
         """
         self.lang = lang
         self._model = model
         self._identifier = identifier
-        self._images: dict[_Stamp, Floats | DataError] = {}
+        self._images: dict[Hashable, Floats | DataError] = {}
 
     @classmethod
     def from_pretrained(
         cls,
         runs: str | Path = "runs",
-        lang: str | None = None,
+        lang: str | Sequence[str] | None = None,
         device: str = "auto",
         precision: Precision = "auto",
         *,
         lasting: bool = True,
     ) -> VisualEntailment:
-        """Loads the models under `runs` that read a language.
+        """Loads the models under `runs` that read a language, or several.
 
         Args:
             runs: folder of the models, or one that `clseave export` wrote.
-            lang: language of the sentences; `auto` identifies it among those there is a model for
-                (needs the extra `langid`); None: the one CLIP-VE itself reads.
+            lang: language of the sentences, or several; `auto` identifies it among those there is
+                a model for (needs the extra `langid`); None: the one CLIP-VE itself reads.
             device: `auto`, `cpu`, `cuda` or `cuda:N`; an exported model computes on the CPU.
             precision: arithmetic of the matrix products; an exported model has its own.
             lasting: as for `load_model`; False for one answer, soon and in little memory.
@@ -125,122 +186,201 @@ class VisualEntailment:
         """
         if lang is None:
             lang = own_language(Path(runs))
-        elif lang != AUTO:
-            require_language(lang)
-        languages = None if lang == AUTO else (lang,)
+        languages = [lang] if isinstance(lang, str) else list(lang)
+        auto = languages == [AUTO]
+        for each in languages if not auto else ():
+            require_language(each)
         model = load_model(
-            Path(runs), languages, device=device, precision=precision, lasting=lasting
+            Path(runs),
+            None if auto else languages,
+            device=device,
+            precision=precision,
+            lasting=lasting,
         )
-        return cls(model, lang, LanguageIdentifier(model.sources) if lang == AUTO else None)
+        identifier = LanguageIdentifier(model.sources) if auto else None
+        return cls(model, languages[0] if len(languages) == 1 else None, identifier)
 
-    def __call__(self, image: str | Path, hypothesis: str) -> Prediction:
-        """Judges one pair.
+    def __call__(self, image: ImageSource, hypothesis: str, lang: str | None = None) -> Prediction:
+        """Judges one pair, and warns if the sentence is probably not in its language.
 
         Raises:
-            DataError: the image cannot be read, or the hypothesis is empty.
+            ClseaveError: the image cannot be read, the hypothesis is empty, no model for the
+                language is loaded, or the model gives no finite probabilities.
         """
-        result = self.predict([(image, hypothesis)])[0]
+        result = self.predict([(image, hypothesis)], lang)[0]
         if isinstance(result, ClseaveError):
             raise result
+        if result.warning:
+            warnings.warn(result.warning, stacklevel=2)
         return result
 
-    def predict(self, pairs: Sequence[tuple[str | Path, str]]) -> list[Prediction | DataError]:
+    def predict(
+        self,
+        pairs: Iterable[tuple[ImageSource, str]],
+        lang: str | Sequence[str | None] | None = None,
+    ) -> list[Prediction | ClseaveError]:
         """Judges many pairs, computed together.
 
         Args:
             pairs: N images and sentences; an image that occurs often is encoded once, and again
                 only when its file has changed.
+            lang: of all sentences, or of each; None: the one that was loaded.
 
         Returns:
-            N predictions in the same order; a `DataError` stands where a pair cannot be judged.
+            N predictions in the same order; an error stands where a pair cannot be judged.
+
+        Raises:
+            UsageError: no model is loaded for a language, or none is named.
         """
-        images = self._encode_images([str(image) for image, _ in pairs])
-        results: list[Prediction | DataError | None] = []
-        rows_of: dict[str, list[int]] = {}
-        for row, (image, hypothesis) in enumerate(pairs):
-            refusal = _refusal(str(image), hypothesis, images[str(image)])
-            results.append(refusal)
-            if refusal is None:
-                rows_of.setdefault(self._language_of(hypothesis), []).append(row)
-        for lang, rows in rows_of.items():
-            for row, prediction in zip(rows, self._judge(lang, pairs, rows, images), strict=True):
-                results[row] = prediction
-        return [result for result in results if result is not None]
-
-    def _language_of(self, hypothesis: str) -> str:
-        return self._identifier.identify(hypothesis)[0] if self._identifier else self.lang
-
-    def _encode_images(self, names: list[str]) -> dict[str, Floats | DataError]:
-        """(D,) embedding of every image; those met before are not opened again."""
-        stamps = {name: _stamp(name) for name in dict.fromkeys(names)}
-        found: dict[str, Floats | DataError] = {}
-        new: list[tuple[str, _Stamp]] = []
-        for name, stamp in stamps.items():
-            if isinstance(stamp, DataError):
-                found[name] = stamp
-            elif stamp in self._images:
-                found[name] = self._images[stamp]
-            else:
-                new.append((name, stamp))
+        pairs = list(pairs)
+        languages = self._languages(lang, len(pairs))
+        photos = [_photo(image) for image, _ in pairs]
+        wanted = {photo.key: photo for photo in photos if isinstance(photo, Photo)}
+        vectors = {key: self._images[key] for key in wanted if key in self._images}
+        new = [photo for key, photo in wanted.items() if key not in vectors]
         with ThreadPoolExecutor(max_workers=usable_cores()) as pool:
-            decoded = ahead(pool, self._decode, [name for name, _ in new], _IMAGES_AHEAD)
-            items = zip(new, decoded, strict=True)
-            while batch := list(islice(items, _IMAGE_BATCH)):
-                vectors = self._embed_images([pixels for _, pixels in batch])
-                for ((name, stamp), _), vector in zip(batch, vectors, strict=True):
-                    found[name] = self._images[stamp] = vector
-        while len(self._images) > _KEPT_IMAGES:
-            del self._images[next(iter(self._images))]
-        return found
+            decoded = zip(new, ahead(pool, self._decode, new, _IMAGES_AHEAD), strict=True)
+            while batch := list(islice(decoded, _IMAGE_BATCH)):
+                vectors |= self.embed({photo.key: picture for photo, picture in batch})
+        sentences = [hypothesis for _, hypothesis in pairs]
+        return self.judge(list(zip(photos, sentences, languages, strict=True)), vectors)
 
-    def _decode(self, name: str) -> Floats | DataError:
-        """(3, height, width) pixels, or why there are none."""
+    def known(self, photo: Photo) -> Floats | DataError | None:
+        """The embedding of an image, or what is wrong with it, if it was met before."""
+        return self._images.get(photo.key)
+
+    def prepare(self, photo: Photo) -> Floats:
+        """(3, height, width) pixels. May be called from any thread.
+
+        Raises:
+            DataError: the image is damaged, or too large.
+        """
+        return self._model.prepare(photo.decode())
+
+    def _decode(self, photo: Photo) -> Floats | DataError:
         try:
-            return self._model.prepare(open_image(Path(name)))
+            return self.prepare(photo)
         except DataError as error:
             return error
 
-    def _embed_images(self, images: list[Floats | DataError]) -> Iterator[Floats | DataError]:
-        """(D,) float32 embedding of each decoded image; an error stays one."""
-        pixels = [image for image in images if isinstance(image, np.ndarray)]
-        vectors: Iterator[Floats] = iter(())
+    def embed(
+        self, pictures: Mapping[Hashable, Floats | DataError]
+    ) -> dict[Hashable, Floats | DataError]:
+        """Encodes images.
+
+        Args:
+            pictures: by `Photo.key`, (3, height, width) pixels; what is an error, or a (D,)
+                embedding already, stays as it is.
+
+        Returns:
+            (D,) embedding or error of each.
+        """
+        vectors = dict(pictures)
+        pixels = {
+            k: each
+            for k, each in pictures.items()
+            if isinstance(each, np.ndarray) and each.ndim > 1
+        }
         if pixels:
-            vectors = iter(self._model.embed_images(np.stack(pixels)))
-        for image in images:
-            yield image if isinstance(image, DataError) else next(vectors)
+            embedded = self._model.embed_images(np.stack(list(pixels.values())))
+            # Copies, so that what is kept does not keep the whole batch.
+            vectors |= zip(pixels, (vector.copy() for vector in embedded), strict=True)
+        self._images |= vectors
+        while len(self._images) > _KEPT_IMAGES:
+            del self._images[next(iter(self._images))]
+        return vectors
 
-    def _judge(
+    def judge(
         self,
-        lang: str,
-        pairs: Sequence[tuple[str | Path, str]],
-        rows: list[int],
-        images: dict[str, Floats | DataError],
-    ) -> Iterator[Prediction]:
-        """The predictions of some rows, all in one language and with an image."""
-        embeddings, truncated = self._model.embed_sentences(lang, [pairs[row][1] for row in rows])
-        # Rows whose image failed were refused before.
-        premises = np.stack([np.asarray(images[str(pairs[row][0])]) for row in rows])
-        probabilities = self._model.probabilities(embeddings, premises)
-        for row, scores, cut in zip(rows, probabilities, truncated, strict=True):
-            image, hypothesis = pairs[row]
-            yield Prediction(
-                image=str(image),
-                hypothesis=hypothesis,
-                lang=lang,
-                label=LABELS[int(scores.argmax())],
-                probabilities=dict(zip(LABELS, scores.tolist(), strict=True)),
-                model=self._model.sources[lang],
-                truncated=bool(cut),
+        questions: Sequence[tuple[Photo | DataError, str, str]],
+        vectors: Mapping[Hashable, Floats | DataError],
+    ) -> list[Prediction | ClseaveError]:
+        """Judges sentences about images that are encoded, those of one language together.
+
+        Args:
+            questions: N images, sentences and their languages, `auto` or one of the model's.
+            vectors: what `embed` made of the images.
+        """
+        results: dict[int, Prediction | ClseaveError] = {}
+        premises: dict[int, Floats] = {}
+        rows_of: dict[str, list[int]] = {}
+        for row, (photo, sentence, lang) in enumerate(questions):
+            if isinstance(photo, DataError):
+                results[row] = photo
+            elif isinstance(vector := vectors[photo.key], DataError):
+                results[row] = vector
+            elif problem := problem_of(sentence):
+                results[row] = DataError(f"{photo.name}: {problem}")
+            else:
+                premises[row] = vector
+                if lang == AUTO and self._identifier:
+                    lang = self._identifier.identify(sentence)[0]
+                rows_of.setdefault(lang, []).append(row)
+        for lang, rows in rows_of.items():
+            sentences = [questions[row][1] for row in rows]
+            hypotheses, truncated = self._model.embed_sentences(lang, sentences)
+            probabilities = self._model.probabilities(
+                hypotheses, np.stack([premises[row] for row in rows])
             )
+            for row, sentence, scores, cut in zip(
+                rows, sentences, probabilities, truncated, strict=True
+            ):
+                if not np.isfinite(scores).all():
+                    results[row] = ModelError(
+                        f"{self._model.sources[lang]}: gives probabilities that are not finite "
+                        "numbers; its weights or CLIP-VE's are damaged: copy or train it again. "
+                        "With --precision fp16, try fp32."
+                    )
+                    continue
+                results[row] = Prediction(
+                    image=getattr(questions[row][0], "name", ""),
+                    hypothesis=sentence,
+                    lang=lang,
+                    label=LABELS[int(scores.argmax())],
+                    probabilities=dict(zip(LABELS, scores.tolist(), strict=True)),
+                    model=self._model.sources[lang],
+                    truncated=bool(cut),
+                    warning=language_warning(sentence, lang, len(questions) <= _FEW_SENTENCES),
+                )
+        return [results[row] for row in range(len(questions))]
+
+    def _languages(self, lang: str | Sequence[str | None] | None, count: int) -> list[str]:
+        """The language of each of N sentences."""
+        given = [lang] * count if lang is None or isinstance(lang, str) else list(lang)
+        if len(given) != count:
+            raise UsageError(f"lang: {len(given)} languages for {count} pairs; give one for each.")
+        allowed = {*self._model.sources, *([AUTO] if self._identifier else [])}
+        languages = []
+        for each in (self.lang if each is None else each for each in given):
+            if each not in allowed:
+                raise UsageError(
+                    f"lang {each!r}: expected one of those loaded ({', '.join(sorted(allowed))}); "
+                    "from_pretrained(…, lang=[…]) loads several."
+                )
+            languages.append(each)
+        return languages
 
 
-@dataclass(frozen=True)
+@dataclass
 class BatchResult:
-    """What became of an input: rows judged, rows with an error, and the first of the errors."""
+    """What became of an input: how many rows of each kind, and the first message of each."""
 
-    num_predicted: int
-    num_errors: int
-    first_error: str | None
+    num_predicted: int = 0
+    num_errors: int = 0
+    num_truncated: int = 0
+    num_warnings: int = 0
+    first_warning: str | None = None
+    first_error: str | None = None
+
+    def count(self, answers: Iterable[dict[str, Any]]) -> None:
+        """Counts answers, as they are written."""
+        for answer in answers:
+            self.num_predicted += "error" not in answer
+            self.num_errors += "error" in answer
+            self.num_truncated += answer.get("truncated", False)
+            self.num_warnings += "warning" in answer
+            self.first_warning = self.first_warning or answer.get("warning")
+            self.first_error = self.first_error or answer.get("error")
 
 
 def predict_file(
@@ -266,12 +406,16 @@ def predict_file(
         ClseaveError: the input cannot be read, a model is missing, or the answers to go on with are
             damaged or of another run.
     """
-    tally = _Tally()
+    tally = BatchResult()
     lang = config.lang or own_language(config.runs)
     name = str(source) if isinstance(source, Path) else "stdin"
-    base = source.parent if isinstance(source, Path) else Path()
-    with _reading(source) as stream:
+    base: Path | ImageFolder = source.parent if isinstance(source, Path) else Path()
+    if config.images is not None:
+        base = ImageFolder(config.images)
+    with _reading(source) as stream, ExitStack() as stack:
         answers = _answer_file(config, target, stream)
+        if answers is not None:
+            stack.enter_context(answers)
         batches = read_pairs(stream, name, config.batch_size)
         if answers is not None:
             batches = _unanswered(batches, answers, lang, tally)
@@ -279,14 +423,14 @@ def predict_file(
             # The first rows left to do come after all answers were compared with theirs.
             first = next(batches, None)
             if first is None:
-                return tally.result()
+                return tally
             answers.reopen()
             batches = chain([first], batches)
         model = VisualEntailment.from_pretrained(config.runs, lang, config.device, config.precision)
         with _writing(answers, target) as out, progress.task("predict", unit="pairs") as task:
             for batch in batches:
                 outcomes = list(_judge_rows(model, base, batch))
-                out.write(b"".join(map(answer_line, outcomes)))
+                out.write(b"".join(map(json_line, outcomes)))
                 out.flush()
                 tally.count(outcomes)
                 task.advance(len(outcomes))
@@ -295,25 +439,11 @@ def predict_file(
             f"{name}: {tally.num_truncated} hypotheses were too long and were cut at the encoder's "
             "limit (`truncated`)."
         )
-    return tally.result()
-
-
-@dataclass
-class _Tally:
-    num_predicted: int = 0
-    num_errors: int = 0
-    num_truncated: int = 0
-    first_error: str | None = None
-
-    def count(self, answers: Iterable[dict[str, Any]]) -> None:
-        for answer in answers:
-            self.num_predicted += "error" not in answer
-            self.num_errors += "error" in answer
-            self.num_truncated += answer.get("truncated", False)
-            self.first_error = self.first_error or answer.get("error")
-
-    def result(self) -> BatchResult:
-        return BatchResult(self.num_predicted, self.num_errors, self.first_error)
+    if tally.num_warnings:
+        progress.note(
+            f"{name}: {tally.num_warnings} answers with a `warning`: {tally.first_warning}"
+        )
+    return tally
 
 
 def _reading(source: Path | BinaryIO) -> AbstractContextManager[BinaryIO]:
@@ -340,23 +470,19 @@ def _answer_file(
     return None
 
 
-@contextmanager
-def _writing(answers: AnswerFile | None, target: Path | BinaryIO) -> Iterator[BinaryIO]:
+def _writing(
+    answers: AnswerFile | None, target: Path | BinaryIO
+) -> AbstractContextManager[BinaryIO]:
     if answers is not None:
-        with answers.open() as out:
-            yield out
-    elif isinstance(target, Path):
-        with target.open("wb") as out:
-            yield out
-    else:
-        yield target
+        return answers.open()
+    return target.open("wb") if isinstance(target, Path) else nullcontext(target)
 
 
 def _unanswered(
     batches: Iterable[list[Pair | DataError]],
     answers: AnswerFile,
     lang: str,
-    tally: _Tally,
+    tally: BatchResult,
 ) -> Iterator[list[Pair | DataError]]:
     """The rows that an earlier run left to do.
 
@@ -387,64 +513,71 @@ def _answers(answer: dict[str, Any], row: Pair | DataError, lang: str) -> bool:
         return "error" in answer and "image" not in answer
     same_language = lang == AUTO or answer.get("lang") == lang
     answered = "label" in answer or "error" in answer
-    return answered and same_language and (answer.get("image"), answer.get("hypothesis")) == row
+    same_pair = answer.get("image") == row.image and answer.get("hypothesis") == row.hypothesis
+    return answered and same_language and same_pair
 
 
 def _another_run(answers: AnswerFile, number: int) -> ClseaveError:
+    what = "answers another row than the input has there, or in another language;"
     if answers.finished:
-        return DataError.at(
-            answers.target,
-            number,
-            "answers another row than the input has there, or in another language; choose another "
-            "--output, or leave out --resume to replace that file.",
-        )
-    return UsageError(
-        f"{answers.partial}:{number}: answers another row than the input has there, or in another "
-        "language; resume with what it was started with, or delete that file."
-    )
+        what += " choose another --output, or leave out --resume to replace that file."
+        return DataError.at(answers.target, number, what)
+    what += " resume with what it was started with, or delete that file."
+    return UsageError(f"{answers.partial}:{number}: {what}")
 
 
 def _judge_rows(
-    model: VisualEntailment, base: Path, rows: list[Pair | DataError]
+    model: VisualEntailment, base: Path | ImageFolder, rows: list[Pair | DataError]
 ) -> Iterator[dict[str, Any]]:
-    pairs = [(base / row.image, row.hypothesis) for row in rows if isinstance(row, Pair)]
+    """The answers to some rows, each with the row's other columns."""
+    find = base.get if isinstance(base, ImageFolder) else base.joinpath
+    paths = [find(row.image) if isinstance(row, Pair) else None for row in rows]
+    pairs = [
+        (path, row.hypothesis)
+        for path, row in zip(paths, rows, strict=True)
+        if path is not None and isinstance(row, Pair)
+    ]
     results = iter(model.predict(pairs))
-    for row in rows:
+    for path, row in zip(paths, rows, strict=True):
         if isinstance(row, DataError):
             yield {"error": str(row)}
             continue
-        result = next(results)
-        if isinstance(result, DataError):
-            yield {**row._asdict(), "lang": model.lang, "error": str(result)}
+        result = next(results) if path else DataError(f"{row.image}: not in --images.")
+        answer: dict[str, Any] = {"image": row.image, "hypothesis": row.hypothesis}
+        if isinstance(result, ClseaveError):
+            answer |= {"lang": model.lang, "error": str(result)}
         else:
-            yield {**result.to_json(), "image": row.image}
+            answer = result.to_json() | answer
+        yield answer | row.others
 
 
-#: What tells one state of an image file from another: path, time of change, size.
-_Stamp = tuple[str, int, int]
+def _photo(source: ImageSource) -> Photo | DataError:
+    try:
+        return Photo.of(source)
+    except DataError as error:
+        return error
 
 
-def _stamp(name: str) -> _Stamp | DataError:
+def _stamp(name: str) -> tuple[str, int, int]:
+    """What tells one state of an image file from another: path, time of change, size."""
     try:
         status = os.stat(name)  # noqa: PTH116 - of the name as it is given
     except (FileNotFoundError, NotADirectoryError):
-        return DataError(f"{name}: no such image.")
+        raise DataError(f"{name}: no such image.") from None
     except (OSError, ValueError) as error:  # such as a name too long, or with a NUL in it
-        return DataError(f"{name}: cannot be read ({error}).")
+        raise DataError(f"{name}: cannot be read ({error}).") from None
     # Opening a pipe or a device could wait for ever.
     if not stat.S_ISREG(status.st_mode):
-        return DataError(f"{name}: damaged or not an image (not a regular file).")
+        raise DataError(f"{name}: damaged or not an image (not a regular file).")
     return name, status.st_mtime_ns, status.st_size
 
 
-def _refusal(image: str, hypothesis: str, found: Floats | DataError) -> DataError | None:
-    """Why a pair cannot be judged."""
-    if isinstance(found, DataError):
-        return found
+def problem_of(hypothesis: str) -> str | None:
+    """Why a sentence cannot be judged."""
     if not hypothesis.strip():
-        return DataError(f"{image}: the hypothesis is empty; expected a sentence.")
+        return "the hypothesis is empty; expected a sentence."
     try:
         hypothesis.encode()
     except UnicodeEncodeError:
-        return DataError(f"{image}: the hypothesis is not valid Unicode.")
+        return "the hypothesis is not valid Unicode."
     return None

@@ -116,9 +116,11 @@ def load_state(
         if not _sound(path):
             continue
         stored = _read_record(path)
-        module.load_state_dict(load_file(path / "module.safetensors"))
+        restore(module, load_file(path / "module.safetensors"))
         _restore_optimizer(optimizer, load_file(path / "optimizer.safetensors"))
-        scaler.load_state_dict(stored.pop("scaler"))
+        # Empty where the run scaled no loss so far: `auto` is another precision on another device.
+        if scale := stored.pop("scaler"):
+            scaler.load_state_dict(scale)
         stored.pop("files")
         best_path = path / "best.safetensors"
         best = load_file(best_path) if best_path.exists() else None
@@ -133,11 +135,29 @@ def load_state(
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of a module's weights and buffers, on the CPU."""
+    """A copy of what training changes in a module, on the CPU: trained weights, and buffers."""
+    frozen = _frozen(module)
     return {
         name: value.detach().to("cpu", copy=True).contiguous()
         for name, value in module.state_dict().items()
+        if name not in frozen
     }
+
+
+def restore(module: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Puts a snapshot back; those of earlier versions hold frozen weights too.
+
+    Raises:
+        RuntimeError: it is of another module.
+    """
+    report = module.load_state_dict(weights, strict=False)
+    if strange := {*report.missing_keys, *report.unexpected_keys} - _frozen(module):
+        raise RuntimeError(f"the state is of another module, which differs in {min(strange)}")
+
+
+def _frozen(module: nn.Module) -> set[str]:
+    """Names of the weights that are not trained."""
+    return {name for name, weight in module.named_parameters() if not weight.requires_grad}
 
 
 def _states(folder: Path) -> list[Path]:

@@ -48,38 +48,38 @@ class Processes:
     count: int = 1
 
     @property
-    def is_first(self) -> bool:
+    def is_rank_0(self) -> bool:
         """Whether this process writes what is written once."""
         return self.rank == 0
 
-    def share(self, items: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
+    def shard(self, items: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
         """This process's part of N items: a run of them, all runs in order of rank.
 
         With fewer items than processes, those left over take the first item too: every process
-        then takes the same steps. `spread` drops what came of it.
+        then takes the same steps. `gather` drops what came of it.
         """
         if self.count == 1 or not len(items):
             return items
-        own = np.array_split(items, self.count)[self.rank]
-        return own if len(own) else items[:1]
+        shard = np.array_split(items, self.count)[self.rank]
+        return shard if len(shard) else items[:1]
 
-    def spread(self, encode: Callable[[], Tensor], num_items: int) -> Tensor:
+    def gather(self, encode: Callable[[], Tensor], num_items: int) -> Tensor:
         """The embeddings of all items, each computed by one process.
 
         Args:
-            encode: embeds this process's `share`, (≤ N, D).
+            encode: embeds this process's `shard`, (≤ N, D).
             num_items: N.
 
         Returns:
             (N, D), the same on every process; float32 where there are several. Gradients flow
-            back into each process's own share, and are whole after `average_gradients`.
+            back into each process's shard, and are whole after `average_gradients`.
 
         Raises:
             TrainingError: another process ended.
         """
         if self.count == 1:
             return encode()
-        with self._own_randomness():
+        with self._random_by_rank():
             part = encode().float()
         gathered: Tensor = _Gather.apply(part, num_items, self)  # type: ignore[no-untyped-call]
         return gathered
@@ -94,7 +94,7 @@ class Processes:
             return
         for piece in _pieces([p.grad for p in parameters if p.grad is not None]):
             flat = torch.cat([gradient.reshape(-1) for gradient in piece])
-            with _talking():
+            with _connected():
                 distributed.all_reduce(flat)
             flat /= self.count
             means = torch.split(flat, [gradient.numel() for gradient in piece])
@@ -110,7 +110,7 @@ class Processes:
         if self.count == 1:
             return function()
         outcome: Result | ClseaveError | None = None
-        if self.is_first:
+        if self.is_rank_0:
             try:
                 outcome = function()
             except ClseaveError as error:
@@ -129,7 +129,7 @@ class Processes:
         if self.count == 1:
             return value
         holder = [value]
-        with _talking():
+        with _connected():
             distributed.broadcast_object_list(holder, src=0, device=torch.device("cpu"))
         return holder[0]
 
@@ -143,7 +143,7 @@ class Processes:
             return flags
         # On the CPU: a step must not wait for the GPU to learn that nobody wants to stop.
         numbers = torch.tensor(flags, dtype=torch.int32)
-        with _talking():
+        with _connected():
             distributed.all_reduce(numbers, op=distributed.ReduceOp.MAX)
         return tuple(bool(number) for number in numbers.tolist())
 
@@ -156,8 +156,8 @@ class Processes:
         self.any(False)
 
     @contextmanager
-    def _own_randomness(self) -> Iterator[None]:
-        """Dropout of its own for each process, while the common random numbers stay in step.
+    def _random_by_rank(self) -> Iterator[None]:
+        """Each process draws its own dropout, while the common random numbers stay in step.
 
         Those move on only if the block drew some: behind an encoder without dropout, the head's
         dropout is that of a run in one process.
@@ -182,7 +182,7 @@ def processes() -> Processes:
     count = process_count()
     if count == 1:
         return Processes()
-    with _talking():
+    with _connected():
         backend = "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device((local_rank() or 0) % torch.cuda.device_count())
@@ -195,29 +195,29 @@ def processes() -> Processes:
 class _Gather(torch.autograd.Function):
     """(n, D) on each process → (N, D) on all.
 
-    Every process computes the same loss from the result. The gradient of its own share is
-    multiplied by P, so that the mean over processes sums the shares, and leaves as it is the
+    Every process computes the same loss from the result. The gradient of its own shard is
+    multiplied by P, so that the mean over processes sums the shards, and leaves as it is the
     gradient of what every process computed in full.
     """
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, num_items: int, among: Processes) -> Tensor:
-        sizes = [len(own) for own in np.array_split(np.empty(num_items), among.count)]
+        sizes = [len(shard) for shard in np.array_split(np.empty(num_items), among.count)]
         ctx.start, ctx.size = sum(sizes[: among.rank]), sizes[among.rank]
         ctx.num_computed, ctx.count = len(part), among.count
         padded = part.new_zeros(max(sizes), part.shape[1])
         padded[: ctx.size] = part[: ctx.size]
         parts = [torch.empty_like(padded) for _ in sizes]
-        with _talking():
+        with _connected():
             distributed.all_gather(parts, padded)
-        return torch.cat([own[:size] for own, size in zip(parts, sizes, strict=True)])
+        return torch.cat([shard[:size] for shard, size in zip(parts, sizes, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (whole,) = gradients
-        own = whole.new_zeros(ctx.num_computed, whole.shape[1])
-        own[: ctx.size] = whole[ctx.start : ctx.start + ctx.size] * ctx.count
-        return own, None, None
+        part = whole.new_zeros(ctx.num_computed, whole.shape[1])
+        part[: ctx.size] = whole[ctx.start : ctx.start + ctx.size] * ctx.count
+        return part, None, None
 
 
 def _random_states(devices: Sequence[int]) -> list[Tensor]:
@@ -236,7 +236,7 @@ def _pieces(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def _talking() -> Iterator[None]:
+def _connected() -> Iterator[None]:
     """Turns a broken connection into one line."""
     try:
         yield

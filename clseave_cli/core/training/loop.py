@@ -31,12 +31,17 @@ from torch import Tensor, nn
 from clseave_cli.core.config import TrainingConfig
 from clseave_cli.core.files import write_json, writing
 from clseave_cli.core.training.capture import Captured, CudaRecorder, Gradients, Recorder
-from clseave_cli.core.training.checkpoint import LoopState, load_state, save_state, snapshot
+from clseave_cli.core.training.checkpoint import (
+    LoopState,
+    load_state,
+    restore,
+    save_state,
+    snapshot,
+)
 from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.placement import page_locked
 from clseave_cli.core.training.precision import autocast, deterministic
-from clseave_cli.core.training.schedule import learning_rate_factor
-from clseave_cli.core.training.tracking import Tracker, tracker
+from clseave_cli.core.training.tracking import tracker
 from clseave_cli.errors import Interrupted, TrainingError
 from clseave_cli.processes import ahead
 from clseave_cli.progress import SILENT, Progress
@@ -229,7 +234,7 @@ class _Run:
         stopped_early = False
         with (
             deterministic(self.device) as self.relax,
-            self._tracker() as self.tracker,
+            self._tracker() as self.show,
             _stop_signals() as stop_requested,
         ):
             if self.relax is not None and self.state.relaxed:
@@ -239,7 +244,7 @@ class _Run:
                 self._epoch(stop_requested)
                 stopped_early = self._end_epoch()
         assert self.best_weights is not None
-        self.stage.module.load_state_dict(self.best_weights)
+        restore(self.stage.module, self.best_weights)
         self.stage.module.eval()
         return self._finish(stopped_early)
 
@@ -249,7 +254,7 @@ class _Run:
         todo = self._batches()[state.batch : state.batch + self.total_steps - state.step]
         self.stage.module.train()
         title = f"{self.stage}: epoch {state.epoch + 1}/{self.config.epochs}"
-        with self.progress.task(title, self.stage.num_examples, "pairs") as task:
+        with self.progress.task(title, self.stage.num_examples, "pairs", noted=True) as task:
             task.advance(state.num_seen)
             begin = time.monotonic()
             for rows, parts in self._prepared(todo):
@@ -405,7 +410,7 @@ class _Run:
         return {"loss": figures["loss"], "pairs/s": round(figures["pairs_per_second"])}
 
     def _record(self, figures: dict[str, Any]) -> None:
-        if not self.processes.is_first:
+        if not self.processes.is_rank_0:
             return
         entry = {
             "stage": self.stage.name,
@@ -415,11 +420,11 @@ class _Run:
         }
         with writing(self.metrics), self.metrics.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(entry) + "\n")
-        self.tracker.log(entry)
+        self.show(entry)
 
-    def _tracker(self) -> AbstractContextManager[Tracker]:
+    def _tracker(self) -> AbstractContextManager[Callable[[dict[str, Any]], object]]:
         # Several processes are one run.
-        config = self.config if self.processes.is_first else replace(self.config, tracker="none")
+        config = self.config if self.processes.is_rank_0 else replace(self.config, tracker="none")
         return tracker(
             config,
             title=str(self.stage),
@@ -447,19 +452,27 @@ class _Run:
         else:
             state.epochs_without_gain += 1
         self._record({**means, "dev": dev})
-        shown = " · ".join(f"{name} {figure:.4g}" for name, figure in overall(dev).items())
+        # One line of 80 columns; metrics.jsonl has every dev metric.
         self.progress.note(
-            f"{self.stage}: epoch {state.epoch + 1}: train loss {means['loss']:.4f} · dev {shown}"
+            f"{self.stage}: epoch {state.epoch + 1}/{self.config.epochs}: "
+            f"loss {means['loss']:.4f} · dev {metric} {value:.4g} · "
+            f"{self.pairs_stepped / max(self.step_seconds, 1e-9):.0f} pairs/s"
         )
         state.epoch += 1
         state.batch = state.num_seen = 0
         self.sums.zero_()
         patience = self.config.patience
-        return (
+        stops = (
             patience is not None
             and state.epochs_without_gain >= patience
             and state.step < self.total_steps
         )
+        if stops:
+            self.progress.note(
+                f"{self.stage}: stopped early: no better dev {metric} for {patience} epochs; "
+                f"epoch {state.best_epoch} is kept."
+            )
+        return stops
 
     def _save_if_due(self, stop_requested: Callable[[], bool]) -> None:
         stopping, due = self.processes.any(
@@ -580,3 +593,28 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def learning_rate_factor(
+    step: int,
+    *,
+    total: int,
+    warmup: int,
+    schedule: Literal["constant", "linear", "cosine"],
+) -> float:
+    """The share of the peak learning rate used in a step.
+
+    Args:
+        step: 0-based optimiser step.
+        total: optimiser steps of the whole run.
+        warmup: steps over which the rate rises linearly; the first already moves.
+        schedule: the fall afterwards, to zero just after the last step.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule == "constant":
+        return 1.0
+    progress = (step - warmup) / max(1, total - warmup)
+    if schedule == "linear":
+        return 1.0 - progress
+    return 0.5 * (1.0 + math.cos(math.pi * progress))

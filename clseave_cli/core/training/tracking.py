@@ -1,181 +1,79 @@
-"""Trackers: the figures of a run in TensorBoard, Weights & Biases or trackio as well.
-
-`metrics.jsonl` is the record; a tracker is a second place to look at it. So nothing a tracker does
-ends a run, and nothing but numbers reaches one: no path, name, environment or command line.
-"""
+"""Trackers: a run's metrics in TensorBoard, Weights & Biases or trackio. They get numbers only."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import io
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from clseave_cli.core.config import TrainingConfig
 from clseave_cli.errors import ClseaveError
 from clseave_cli.progress import Progress
 
-#: Beside metrics.jsonl.
-TENSORBOARD_FOLDER = "tensorboard"
-
-_PROJECT = "clseave"
-
-
-class Tracker(Protocol):
-    """Something that shows figures while a run is under way."""
-
-    def log(self, record: dict[str, Any]) -> None:
-        """Takes one object of `metrics.jsonl`."""
-
-
-#: One service: takes the numbers of a step.
-_Send = Callable[[int, dict[str, float]], None]
+TENSORBOARD_FOLDER = "tensorboard"  # beside metrics.jsonl
+#: Weights & Biases would also send host, command line, git remote and terminal output.
+_WANDB: dict[str, Any] = dict.fromkeys(
+    ("disable_git", "silent", "x_disable_meta", "x_disable_stats"), True
+)
+_WANDB |= {"console": "off", "save_code": False}
 
 
 def require(name: str) -> None:
-    """Finds out before the work whether a tracker can be used.
-
-    Raises:
-        ClseaveError: its package is not installed.
-    """
-    if name == "none":
-        return
-    spec = importlib.util.find_spec(name)
+    """Raises a ClseaveError before the work if the package of a tracker is not installed."""
     # Without an origin it is a folder of that name where the command runs: wandb makes one.
-    if spec is None or spec.origin is None:
+    if name != "none" and getattr(importlib.util.find_spec(name), "origin", None) is None:
         raise ClseaveError(
-            f"--tracker {name}: the package {name} is not installed; "
-            f"pip install 'clseave-cli[{name}]'."
+            f"--tracker {name}: the package {name} is not installed; pip install -e '.[{name}]'."
         )
 
 
 @contextmanager
 def tracker(
     config: TrainingConfig, *, title: str, folder: Path, first_step: int, progress: Progress
-) -> Iterator[Tracker]:
-    """The tracker of a run, closed with the block. What it fails in is noted, once, and left.
+) -> Iterator[Callable[[dict[str, Any]], object]]:
+    """What shows records of `metrics.jsonl` in `config.tracker`, until that fails once."""
+    calls: list[Callable[..., Any]] = []  # to show a step's numbers, and to close
 
-    Args:
-        config: `config.tracker` says which; the numbers among the options are shown with the run.
-        title: what the run is called, such as `align de`.
-        folder: the run's folder, for a tracker that writes files.
-        first_step: the step the run begins or continues at.
-        progress: told when the tracker fails.
-    """
-    services: dict[str, Callable[[], AbstractContextManager[_Send]]] = {
-        "tensorboard": lambda: _tensorboard(folder, first_step),
-        "wandb": lambda: _wandb(title, _numbers(dataclasses.asdict(config))),
-        "trackio": lambda: _trackio(title, _numbers(dataclasses.asdict(config))),
-    }
-    tracker = _Guarded(config.tracker, services.get(config.tracker), progress)
-    try:
-        yield tracker
-    finally:
-        tracker.close()
-
-
-class _Guarded:
-    """Passes figures on to a service until it fails."""
-
-    def __init__(
-        self,
-        name: str,
-        service: Callable[[], AbstractContextManager[_Send]] | None,
-        progress: Progress,
-    ) -> None:
-        self._name, self._progress = name, progress
-        self._open = ExitStack()
-        self._failed = False
-        self._send: _Send | None = None
-        if service is not None:
-            with self._guard():
-                self._send = self._open.enter_context(service())
-
-    def log(self, record: dict[str, Any]) -> None:
-        if self._send is not None and not self._failed:
-            with self._guard():
-                self._send(record["step"], _numbers(record))
-
-    def close(self) -> None:
-        with self._guard():
-            self._open.close()
-
-    @contextmanager
-    def _guard(self) -> Iterator[None]:
+    def attempt(call: Callable[..., Any], *arguments: Any) -> Any:
         try:
-            # Standard output belongs to the command's result; what services print there is chatter.
-            with redirect_stdout(io.StringIO()):
-                yield
-        except Exception as error:
-            # Whatever a service raises, the training is worth more than its picture.
-            if not self._failed:
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-                self._progress.note(
-                    f"--tracker {self._name}: failed ({reason}); the run goes on without it, "
-                    "metrics.jsonl has everything."
-                )
-            self._failed = True
+            with redirect_stdout(io.StringIO()):  # standard output belongs to the command's result
+                return call(*arguments)
+        except Exception as error:  # whatever it is, the training is worth more
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            told = f"failed ({reason}); the run goes on without it, metrics.jsonl has everything."
+            progress.note(f"--tracker {config.tracker}: {told}")
+            calls.clear()
+
+    if config.tracker != "none":
+        calls += attempt(_open, config, title, folder, first_step) or ()
+
+    try:
+        yield lambda record: [attempt(c, record["step"], _numbers(record)) for c in calls[:1]]
+    finally:
+        for close in calls[1:]:
+            attempt(close)
 
 
 def _numbers(record: dict[str, Any]) -> dict[str, float]:
     """The numbers of a record, those of an object in it under `name/key`."""
-    numbers: dict[str, float] = {}
-    for name, value in record.items():
-        if isinstance(value, dict):
-            numbers |= {f"{name}/{key}": number for key, number in _numbers(value).items()}
-        elif isinstance(value, int | float) and name != "step":
-            numbers[name] = value
-    return numbers
+    dev = {f"dev/{name}": value for name, value in record.get("dev", {}).items()}
+    return {k: v for k, v in (record | dev).items() if isinstance(v, int | float) and k != "step"}
 
 
-@contextmanager
-def _tensorboard(folder: Path, first_step: int) -> Iterator[_Send]:
-    from torch.utils.tensorboard import SummaryWriter
+def _open(config: TrainingConfig, title: str, folder: Path, first_step: int) -> Any:
+    if config.tracker == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
 
-    # What an interrupted run wrote after the state it continues from is hidden.
-    with SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=first_step) as writer:
-
-        def send(step: int, numbers: dict[str, float]) -> None:
-            for name, value in numbers.items():
-                writer.add_scalar(name, value, step)
-
-        yield send
-
-
-@contextmanager
-def _wandb(title: str, options: dict[str, float]) -> Iterator[_Send]:
-    import wandb
-
-    run = wandb.init(
-        project=os.environ.get("WANDB_PROJECT") or _PROJECT,
-        name=title,
-        config=options,
-        # Of itself it would also send command line, host, git remote and terminal output.
-        settings=wandb.Settings(
-            console="off",
-            disable_git=True,
-            save_code=False,
-            silent=True,
-            x_disable_meta=True,
-            x_disable_stats=True,
-        ),
-    )
-    try:
-        yield lambda step, numbers: run.log(numbers, step=step)
-    finally:
-        run.finish()
-
-
-@contextmanager
-def _trackio(title: str, options: dict[str, float]) -> Iterator[_Send]:
-    import trackio
-
-    run = trackio.init(project=_PROJECT, name=title, config=options)
-    try:
-        yield lambda step, numbers: run.log(numbers, step=step)
-    finally:
-        run.finish()
+        # The step hides what an interrupted run wrote after its last state.
+        writer: Any = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=first_step)
+        return lambda step, n: [writer.add_scalar(*item, step) for item in n.items()], writer.close
+    service: Any = importlib.import_module(config.tracker)
+    settings = {"settings": service.Settings(**_WANDB)} if config.tracker == "wandb" else {}
+    project = os.environ.get("WANDB_PROJECT") or "clseave"
+    run = service.init(project=project, name=title, config=_numbers(asdict(config)), **settings)
+    return lambda step, numbers: run.log(numbers, step=step), run.finish

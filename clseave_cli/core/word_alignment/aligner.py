@@ -7,22 +7,23 @@ width · L links.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors.numpy import load_file, save
 from torch import Tensor
 
 from clseave_cli.core.config import WordAlignerConfig
-from clseave_cli.core.files import json_digest
+from clseave_cli.core.files import atomic_file, cache_root, file_digest, json_digest
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.student import new_student
-from clseave_cli.core.word_alignment.cache import cached_links
-from clseave_cli.core.word_alignment.extraction import link_words, take_states
+from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.word_alignment.links import Links
-from clseave_cli.core.word_alignment.places import NONE, WordTokens, find_tokens
-from clseave_cli.core.word_alignment.words import Words
+from clseave_cli.core.word_alignment.words import NONE, Words, WordTokens, find_tokens
 from clseave_cli.errors import UsageError
 from clseave_cli.progress import SILENT, Progress
 
@@ -46,6 +47,11 @@ class WordAligner:
             encoder with fewer.
         threshold: least probability in both directions.
 
+    Attributes:
+        layers: those that the encoder has.
+        layer: the one that is compared.
+        threshold: see above.
+
     Raises:
         UsageError: the encoder has no such layer.
     """
@@ -64,13 +70,19 @@ class WordAligner:
                 f"--aligner-layer {layer}: {name} has {num_layers}; choose from 1 to {num_layers}."
             )
         self._encoder = encoder
-        self._layer = min(BEST_LAYER, num_layers) if layer is None else layer
-        self._threshold = threshold
+        self._name = name
+        self.layers = range(1, num_layers + 1)
+        self.layer = min(BEST_LAYER, num_layers) if layer is None else layer
+        self.threshold = threshold
+
+    def having(self, layer: int, threshold: float) -> WordAligner:
+        """The same encoder with another layer and threshold."""
+        return WordAligner(self._encoder, self._name, layer=layer, threshold=threshold)
 
     @functools.cached_property
     def digest(self) -> str:
         """Stands for everything but the text that decides links; of the weights as they are now."""
-        return json_digest([self._encoder.states_digest(), self._layer, self._threshold])
+        return json_digest([self._encoder.states_digest(), self.layer, self.threshold])
 
     def align(
         self,
@@ -116,7 +128,7 @@ class WordAligner:
                     for side, sentences in zip(sides, pairs, strict=True)
                 )
                 links = link_words(
-                    source_states, target_states, source_words, target_words, self._threshold
+                    source_states, target_states, source_words, target_words, self.threshold
                 ).cpu()
                 links[:, 0] = torch.from_numpy(numbers)[links[:, 0]]
                 parts.append(links)
@@ -127,7 +139,7 @@ class WordAligner:
     def _states(self, side: WordTokens, sentences: npt.NDArray[np.intp]) -> tuple[Tensor, Tensor]:
         """(B, T, H) float32 states and (B, T) words of the tokens of some sentences."""
         batch = self._encoder.pack(side.tokens, sentences).to(self._encoder.device)
-        states = self._encoder.hidden_states(batch, self._layer).flatten(0, 1)
+        states = self._encoder.hidden_states(batch, self.layer).flatten(0, 1)
         lengths = torch.from_numpy(side.tokens.lengths(sentences))[:, None]  # (B, 1)
         token = torch.arange(-(-int(lengths.max()) // _STEP) * _STEP)
         inside = token < lengths  # (B, T)
@@ -159,7 +171,7 @@ def _batches(
     sides: tuple[WordTokens, WordTokens], pairs: npt.NDArray[np.intp]
 ) -> Iterator[npt.NDArray[np.intp]]:
     """The pairs in batches of like lengths: what is padded is computed for nothing."""
-    source, target = (side.tokens.lengths(own) for side, own in zip(sides, pairs, strict=True))
+    source, target = (side.tokens.lengths(rows) for side, rows in zip(sides, pairs, strict=True))
     order = np.lexsort([target, source])
     for start in range(0, len(order), _PAIRS):
         yield order[start : start + _PAIRS]
@@ -169,3 +181,79 @@ def _in_order(links: npt.NDArray[np.int64], num_pairs: int) -> Links:
     links = links[np.argsort(links[:, 0], kind="stable")]
     offsets = np.searchsorted(links[:, 0], np.arange(num_pairs + 1))
     return Links(links[:, 1:], np.ones(len(links), dtype=bool), offsets)
+
+
+def take_states(states: Tensor, places: Tensor) -> Tensor:
+    """(B, T, H) the states at (B, T) places of flattened rows; in half the time of indexing."""
+    return states.index_select(0, places.flatten()).view(*places.shape, -1)
+
+
+def link_words(
+    source: Tensor, target: Tensor, source_words: Tensor, target_words: Tensor, threshold: float
+) -> Tensor:
+    """The links of sentence pairs, all at once.
+
+    The similarity of two sub-words is the dot product of their states. Over the sub-words of the
+    other sentence it becomes a probability, in either direction. Sub-words over the threshold in
+    both are linked, and so are their words (Dou and Neubig 2021, sections 2.1 and 2.2).
+
+    Args:
+        source: (B, S, H) states, padded at will.
+        target: (B, T, H) the same of the other sentences.
+        source_words: (B, S) int64, the word each token belongs to; -1 for tokens in no word, which
+            take no part.
+        target_words: (B, T) the same of the other sentences.
+        threshold: the least probability, at least 0.
+
+    Returns:
+        (L, 3) int64 pair, source word and target word, each link once, in order.
+    """
+    is_source, is_target = source_words != NONE, target_words != NONE
+    similarity = source @ target.transpose(1, 2)  # (B, S, T)
+    # Not -inf: a row of padding alone would become nan.
+    lowest = torch.finfo(similarity.dtype).min
+    similarity = similarity.masked_fill(~(is_source[:, :, None] & is_target[:, None, :]), lowest)
+    linked = torch.softmax(similarity, dim=2) > threshold
+    linked &= torch.softmax(similarity, dim=1) > threshold
+    linked &= is_source[:, :, None] & is_target[:, None, :]
+    pair, i, j = linked.nonzero(as_tuple=True)
+    # Several sub-words may link the same words. One number for each link sorts out which.
+    width = 1 + torch.maximum(source_words.max(), target_words.max())
+    keys = (pair * width + source_words[pair, i]) * width + target_words[pair, j]
+    keys = torch.unique(keys)
+    return torch.stack([keys // (width * width), keys // width % width, keys % width], dim=1)
+
+
+_DIGEST_BYTES = 16
+
+
+def cached_links(key: str, compute: Callable[[], Links]) -> Links:
+    """The links kept under a key, or else computed and kept.
+
+    A damaged file is not believed: it is computed and written anew. Of several processes the first
+    one does all this, and tells the others.
+
+    Args:
+        key: stands for everything that decides them.
+        compute: finds them.
+
+    Raises:
+        ClseaveError: the disk is full.
+    """
+    return processes().once(lambda: _find(cache_root() / "words", key, compute))
+
+
+def _find(folder: Path, key: str, compute: Callable[[], Links]) -> Links:
+    for path in folder.glob(f"{key}.*.safetensors"):
+        if path.suffixes[0] == f".{file_digest(path, _DIGEST_BYTES)}":
+            kept = load_file(path)
+            return Links(kept["words"], kept["sure"], kept["offsets"])
+        path.unlink(missing_ok=True)
+    links = compute()
+    # Its strides would be lost: safetensors keeps bytes in the order they lie in.
+    words = np.ascontiguousarray(links.words)
+    content = save({"words": words, "sure": links.sure, "offsets": links.offsets})
+    digest = hashlib.blake2b(content, digest_size=_DIGEST_BYTES).hexdigest()
+    with atomic_file(folder / f"{key}.{digest}.safetensors") as stream:
+        stream.write(content)
+    return links

@@ -22,6 +22,8 @@ from clseave_cli.errors import DataError
 from clseave_cli.progress import SILENT, Progress
 
 _LINK = re.compile(r"(\d+)([-p])(\d+)")
+#: Share of a gold file's links that may name words which are not there; published ones have a few.
+_MOST_MISNUMBERED = 0.01
 _LINK_OF_WORD_0 = re.compile(r"\b0[-p]|[-p]0\b")
 
 
@@ -57,8 +59,8 @@ class Links:
     def lines(self) -> Iterator[str]:
         """Each pair's line of the Pharaoh format."""
         for start, end in zip(self.offsets[:-1], self.offsets[1:], strict=True):
-            own = zip(self.words[start:end].tolist(), self.sure[start:end], strict=True)
-            yield " ".join(f"{i}{'-' if sure else 'p'}{j}" for (i, j), sure in own)
+            links = zip(self.words[start:end].tolist(), self.sure[start:end], strict=True)
+            yield " ".join(f"{i}{'-' if sure else 'p'}{j}" for (i, j), sure in links)
 
 
 def read_links(
@@ -70,6 +72,7 @@ def read_links(
     num_lines: int | None = None,
     first_word: int | None = 0,
     skip_bad: bool = False,
+    gold: bool = False,
     progress: Progress = SILENT,
 ) -> Links:
     """Reads a Pharaoh file.
@@ -83,6 +86,7 @@ def read_links(
         num_lines: how many lines the text has; None: P.
         first_word: the number of a sentence's first word; None finds out: 1 where no word is 0.
         skip_bad: leave bad links out instead of refusing the file.
+        gold: leave the few links of a gold file out that name a word which is not there.
         progress: told how words are counted where that was found out, and what was left out.
 
     Raises:
@@ -108,13 +112,15 @@ def read_links(
             try:
                 link, is_sure = _parse(item, first_word, sizes)
             except ValueError as error:
-                if not skip_bad:
+                if not (skip_bad or (gold and isinstance(error, _NoSuchWord))):
                     raise DataError.at(path, number, str(error)) from None
                 bad.append(f"line {number}: {error}")
                 continue
             words.append(link)
             sure.append(is_sure)
         offsets.append(len(words))
+    if not skip_bad and len(bad) > max(1, _MOST_MISNUMBERED * len(words)):
+        raise DataError(f"{path}: {len(bad)} links name words that are not there: {bad[0]}")
     if bad:
         progress.note(f"{path}: {len(bad)} bad links left out, the first in {bad[0]}")
     return Links(
@@ -134,6 +140,10 @@ def _lines(path: Path) -> list[str]:
     return content.removesuffix("\n").split("\n") if content else []
 
 
+class _NoSuchWord(ValueError):
+    """A link names a word that its sentence does not have."""
+
+
 def _parse(item: str, first_word: int, sizes: list[int]) -> tuple[tuple[int, int], bool]:
     match = _LINK.fullmatch(item)
     if match is None:
@@ -141,8 +151,64 @@ def _parse(item: str, first_word: int, sizes: list[int]) -> tuple[tuple[int, int
     link = int(match[1]) - first_word, int(match[3]) - first_word
     for side, word, size in zip(("source", "target"), link, sizes, strict=True):
         if not 0 <= word < size:
-            raise ValueError(
+            raise _NoSuchWord(
                 f"{item} names a word that is not there; the {side} sentence has {size}, "
                 f"counted from {first_word}."
             )
     return link, match[2] == "-"
+
+
+@dataclass(frozen=True)
+class AlignmentScore:
+    """Agreement of links A with the sure links S and the possible ones P, of which S is part.
+
+    Attributes:
+        precision: |A ∩ P| / |A|, the share of links that are possible; 0 of none.
+        recall: |A ∩ S| / |S|, the share of sure links that are found.
+        error_rate: the alignment error rate, 1 − (|A ∩ S| + |A ∩ P|) / (|A| + |S|).
+        num_pairs: sentence pairs.
+        num_found: |A|.
+        num_sure: |S|.
+        num_possible: |P|.
+    """
+
+    precision: float
+    recall: float
+    error_rate: float
+    num_pairs: int
+    num_found: int
+    num_sure: int
+    num_possible: int
+
+
+def score(links: Links, gold: Links) -> AlignmentScore:
+    """Compares links with gold ones of the same P pairs; one given twice counts once.
+
+    Raises:
+        DataError: there is no sure gold link, so nothing can be recalled.
+    """
+    width = 1 + max((int(each.words.max()) for each in (links, gold) if each.words.size), default=0)
+    keys = _keys(links, width)
+    possible = _keys(gold, width)
+    sure = _keys(gold, width, gold.sure)
+    if not len(sure):
+        raise DataError("the gold links hold no sure link (i-j); nothing can be scored.")
+    sure_hits = len(np.intersect1d(keys, sure, assume_unique=True))
+    possible_hits = len(np.intersect1d(keys, possible, assume_unique=True))
+    return AlignmentScore(
+        precision=possible_hits / len(keys) if len(keys) else 0.0,
+        recall=sure_hits / len(sure),
+        error_rate=1 - (sure_hits + possible_hits) / (len(keys) + len(sure)),
+        num_pairs=len(gold),
+        num_found=len(keys),
+        num_sure=len(sure),
+        num_possible=len(possible),
+    )
+
+
+def _keys(
+    links: Links, width: int, which: npt.NDArray[np.bool_] | slice = slice(None)
+) -> npt.NDArray[np.int64]:
+    """A number for each distinct link; words are numbered below `width`."""
+    source, target = links.words.T
+    return np.unique(((links.pairs * width + source) * width + target)[which])

@@ -6,7 +6,10 @@ Legend: P sentence pairs.
 from __future__ import annotations
 
 import functools
+import itertools
+import re
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,16 +25,20 @@ from clseave_cli.core.data.records import (
     require_language,
     split_path,
 )
-from clseave_cli.core.files import atomic_file
+from clseave_cli.core.files import atomic_file, locked_target, writing
 from clseave_cli.core.training.precision import resolve_device
-from clseave_cli.core.word_alignment.aligner import load_aligner
-from clseave_cli.core.word_alignment.links import Links, read_links
-from clseave_cli.core.word_alignment.scoring import AlignmentScore, score
-from clseave_cli.core.word_alignment.words import split_words
+from clseave_cli.core.word_alignment.aligner import WordAligner, load_aligner
+from clseave_cli.core.word_alignment.links import AlignmentScore, Links, read_links, score
+from clseave_cli.core.word_alignment.words import Words, split_words
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.progress import SILENT, Progress
 
 _SEPARATOR = "|||"
+#: Tried by --search: mBERT is best at the first, encoders made for similarity at the last ones.
+_THRESHOLDS = (0.001, 0.01, 0.05, 0.1, 0.2, 0.3)
+#: The lines of what `word-align` writes, which it may replace: links, and words.
+_LINKS = re.compile(r"(\d+-\d+( |$))*")
+_WORDS = re.compile(r"(.*\|\|\|.*)?")
 
 
 @dataclass(frozen=True)
@@ -43,12 +50,16 @@ class WordAlignResult:
         num_pairs: P, lines that are a sentence pair.
         num_links: of all pairs.
         score: against the gold links, where they were given.
+        layer: whose states were compared; None: the links were read.
+        threshold: likewise, the least probability.
     """
 
     lines: list[str]
     num_pairs: int
     num_links: int
     score: AlignmentScore | None
+    layer: int | None = None
+    threshold: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +91,29 @@ def align_words(config: WordAlignConfig, progress: Progress = SILENT) -> WordAli
     Raises:
         ClseaveError: bad text, bad links, an unusable model, or a missing segmenter.
     """
+    if config.search and (config.gold is None or config.alignments is not None):
+        raise UsageError("--search: needs --gold to compare with, and no --alignments.")
+    inputs = [path for path in (config.input, config.alignments, config.gold) if path is not None]
+    with ExitStack() as stack:
+        for target, kind in ((config.out, _LINKS), (config.words, _WORDS)):
+            if target is None:
+                continue
+            if any(target.resolve() == path.resolve() for path in inputs):
+                raise UsageError(f"{target}: is both input and output; choose another file.")
+            if target.exists() and not kind.fullmatch(_first_line(target)):
+                raise UsageError(
+                    f"{target}: is there already, with something else in it; choose another file."
+                )
+            stack.enter_context(locked_target(target))
+        return _align_words(config, progress)
+
+
+def _first_line(path: Path) -> str:
+    with writing(path), path.open(encoding="utf-8", errors="replace") as stream:
+        return stream.readline(1 << 20).rstrip("\n")
+
+
+def _align_words(config: WordAlignConfig, progress: Progress) -> WordAlignResult:
     text = _read_file(config.input) if config.input is not None else _read_data(config, progress)
     sources, source_of_pair = distinct(text.sources)
     targets, target_of_pair = distinct(text.targets)
@@ -88,7 +122,7 @@ def align_words(config: WordAlignConfig, progress: Progress = SILENT) -> WordAli
     pairs = np.stack([source_of_pair, target_of_pair])
     num_words = np.stack([source_words.counts[pairs[0]], target_words.counts[pairs[1]]], axis=1)
 
-    def read(path: Path, first_word: int | None) -> Links:
+    def read(path: Path, first_word: int | None, gold: bool) -> Links:
         return read_links(
             path,
             num_words,
@@ -97,12 +131,14 @@ def align_words(config: WordAlignConfig, progress: Progress = SILENT) -> WordAli
             num_lines=text.num_lines,
             first_word=first_word,
             skip_bad=config.skip_bad,
+            gold=gold,
             progress=progress,
         )
 
     gold = None
     if config.gold is not None:
-        gold = read(config.gold, None if config.gold_base == "auto" else int(config.gold_base))
+        base = None if config.gold_base == "auto" else int(config.gold_base)
+        gold = read(config.gold, base, gold=True)
     if config.words is not None:
         shown = (
             f"{' '.join(source_words.of(source))} {_SEPARATOR} {' '.join(target_words.of(target))}"
@@ -110,16 +146,41 @@ def align_words(config: WordAlignConfig, progress: Progress = SILENT) -> WordAli
         )
         _write(config.words, _placed(shown, text))
     if config.alignments is not None:
-        links = read(config.alignments, 0)
+        links, aligner = read(config.alignments, 0, gold=False), None
     else:
         aligner = load_aligner(config, config.aligner, resolve_device(config.device), progress)
+        if config.search and gold is not None:
+            aligner = _best(aligner, gold, source_words, target_words, pairs, progress)
         links = aligner.align(source_words, target_words, pairs, progress=progress)
     lines = _placed(links.lines(), text)
     if config.out is not None:
         _write(config.out, lines)
     return WordAlignResult(
-        lines, len(links), len(links.words), None if gold is None else score(links, gold)
+        lines,
+        len(links),
+        len(links.words),
+        None if gold is None else score(links, gold),
+        None if aligner is None else aligner.layer,
+        None if aligner is None else aligner.threshold,
     )
+
+
+def _best(
+    aligner: WordAligner,
+    gold: Links,
+    source: Words,
+    target: Words,
+    pairs: npt.NDArray[np.intp],
+    progress: Progress,
+) -> WordAligner:
+    """The aligner with the layer and threshold that agree best with gold links."""
+    tried = [aligner.having(*values) for values in itertools.product(aligner.layers, _THRESHOLDS)]
+    rates = []
+    with progress.task("layers and thresholds", len(tried), "settings") as task:
+        for candidate in tried:
+            rates.append(score(candidate.align(source, target, pairs), gold).error_rate)
+            task.advance(1)
+    return tried[int(np.argmin(rates))]
 
 
 def _read_file(path: Path) -> _Text:

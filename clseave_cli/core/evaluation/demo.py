@@ -1,0 +1,190 @@
+"""`demo`: the whole method on the built-in mini-VE world, through the ordinary stages."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from clseave_cli.core.alignment import align
+from clseave_cli.core.config import (
+    AlignConfig,
+    DemoConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    StageConfig,
+)
+from clseave_cli.core.data.mini_ve import generate
+from clseave_cli.core.data.mini_ve.grammar import LANGUAGES
+from clseave_cli.core.data.records import read_split
+from clseave_cli.core.evaluation.comparison import read_predicted_rows
+from clseave_cli.core.evaluation.report import REPORT
+from clseave_cli.core.evaluation.results import Results
+from clseave_cli.core.evaluation.run import evaluate
+from clseave_cli.core.files import atomic_folder, locked_target, read_json, require_replaceable
+from clseave_cli.core.finetuning import finetune
+from clseave_cli.core.models.scratch import new_encoder
+from clseave_cli.core.pretraining import pretrain
+from clseave_cli.core.training.run import model_kind
+from clseave_cli.errors import Interrupted, UsageError
+from clseave_cli.labels import LABELS
+from clseave_cli.progress import SILENT, Progress
+
+PRESET = "mini-ve"
+
+C = TypeVar("C", bound=StageConfig)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture and a sentence that every model judges rightly.
+
+    Attributes:
+        image: the picture's file.
+        label: the right label.
+        hypotheses: the sentence in each language.
+    """
+
+    image: Path
+    label: str
+    hypotheses: dict[str, str]
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What a demo came to.
+
+    Attributes:
+        data: the world, an ordinary data folder.
+        runs: every stage's models.
+        encoder: the untrained encoder that the students start from.
+        report: the report with pictures.
+        results: the evaluation.
+        examples: one a label, where there is one that every language answers rightly.
+        seconds: what this sitting took.
+    """
+
+    data: Path
+    runs: Path
+    encoder: Path
+    report: Path
+    results: Results
+    examples: tuple[Example, ...]
+    seconds: float
+
+
+def demo(config: DemoConfig, progress: Progress = SILENT) -> DemoResult:
+    """Draws a world, trains a CLIP model, CLIP-VE and five students on it, and evaluates them.
+
+    Whatever an earlier call finished or began in the same folder is taken up.
+
+    Raises:
+        UsageError: the folder holds the demo of another seed, or something that is not a demo.
+        Interrupted: Ctrl-C or SIGTERM; says how to go on.
+    """
+    data = config.out / "data"
+    if not (data / "world.json").is_file():
+        require_replaceable(data, None)
+    models = {"clip": "pretrain", "clip-ve": "finetune-ve"}
+    models |= {f"align-{lang}": "align" for lang in LANGUAGES[1:]}
+    for name, stage in models.items():
+        require_replaceable(config.out / "runs" / name, model_kind(stage))
+    require_replaceable(config.out / "report", REPORT)
+    try:
+        with locked_target(data):
+            return _demo(config, progress)
+    except (Interrupted, KeyboardInterrupt):
+        raise Interrupted(
+            f"{config.out}: interrupted; run the same command again to go on from there."
+        ) from None
+
+
+def _demo(config: DemoConfig, progress: Progress) -> DemoResult:
+    started = time.monotonic()
+    data, runs, report = config.out / "data", config.out / "runs", config.out / "report"
+    encoder = runs / "encoder"
+
+    progress.note("1/5  mini-VE: draw a world to look at")
+    _world(data, encoder, config.seed, progress)
+
+    progress.note("\n2/5  pretrain: a CLIP model from captions")
+    pretrain(_stage(PretrainConfig, config, runs / "clip", data=data), progress)
+
+    progress.note("\n3/5  finetune-ve: visual entailment in English")
+    clip = str(runs / "clip")
+    finetune(_stage(FinetuneConfig, config, runs / "clip-ve", data=str(data), clip=clip), progress)
+
+    progress.note("\n4/5  align: five languages, from parallel sentences")
+    for lang in LANGUAGES[1:]:
+        student = {"lang": (lang,), "student": str(encoder), "data": str(data)}
+        align(_stage(AlignConfig, config, runs / f"align-{lang}", **student), progress)
+
+    progress.note("\n5/5  evaluate: six languages, and baselines that never see the picture")
+    evaluation = EvaluateConfig(data=str(data), runs=(runs,), report=report, **_shared(config))
+    results = evaluate(evaluation, progress)
+    examples = _examples(data, report)
+    seconds = time.monotonic() - started
+    return DemoResult(data, runs, encoder, report, results, examples, seconds)
+
+
+def _stage(config_class: type[C], config: DemoConfig, out: Path, **fields: Any) -> C:
+    """A stage's config: the preset for this world, resumed if it was begun before."""
+    begun = out.exists() or out.with_name(f"{out.name}.partial").exists()
+    places = {"runs": out.parent, "resume": begun}
+    return config_class(**(config_class.PRESETS[PRESET] | _shared(config) | places | fields))
+
+
+def _shared(config: DemoConfig) -> dict[str, Any]:
+    return {"seed": config.seed, "device": config.device, "precision": config.precision}
+
+
+def _world(data: Path, encoder: Path, seed: int, progress: Progress) -> None:
+    """Draws the world and makes a small multilingual encoder that has learned nothing yet."""
+    if (data / "world.json").is_file():
+        there = read_json(data / "world.json").get("seed")
+        if there != seed:
+            raise UsageError(
+                f"{data.parent}: holds the demo of seed {there}; choose another --out for {seed}."
+            )
+        progress.note(f"{data}: already there.")
+    else:
+        generate(data, seed=seed, progress=progress)
+    if not encoder.is_dir():
+        sentences = [
+            hypothesis
+            for lang in LANGUAGES
+            for hypothesis in dict.fromkeys(read_split(data, "train", lang).hypotheses)
+        ]
+        with locked_target(encoder), atomic_folder(encoder) as unfinished:
+            new_encoder(unfinished, sentences, seed=seed)
+
+
+def _examples(data: Path, report: Path) -> tuple[Example, ...]:
+    """For each label, the row that every language answers rightly with the most certainty."""
+    certainty: dict[str, float] = {}
+    for lang in LANGUAGES:
+        rows = read_predicted_rows(report, lang)
+        right = rows.probabilities[np.arange(len(rows)), rows.labels]
+        right[rows.predicted != rows.labels] = 0.0
+        for pair_id, probability in zip(rows.pair_ids, right.tolist(), strict=True):
+            certainty[pair_id] = min(certainty.get(pair_id, 1.0), probability)
+    splits = {lang: read_split(data, "test", lang) for lang in LANGUAGES}
+    sentences = {
+        lang: dict(zip(split.pair_ids, split.hypotheses, strict=True))
+        for lang, split in splits.items()
+    }
+    source = splits[LANGUAGES[0]]
+    examples = []
+    for label_id, label in enumerate(LABELS):
+        candidates = np.flatnonzero(source.labels == label_id)
+        best = max(candidates, key=lambda row: certainty[source.pair_ids[row]])
+        pair_id = source.pair_ids[best]
+        if certainty[pair_id] > 0:
+            image = data / "images" / source.image_names[source.image_index[best]]
+            hypotheses = {lang: sentences[lang][pair_id] for lang in LANGUAGES}
+            examples.append(Example(image, label, hypotheses))
+    return tuple(examples)

@@ -1,0 +1,455 @@
+"""The report's figures, as PNG files, and the learning curves that some of them show.
+
+Drawn with matplotlib's objects, never with pyplot, whose global state a library must not touch.
+Only language codes are written in them: the fonts that matplotlib brings have no CJK.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+from PIL import Image
+
+from clseave_cli.core.evaluation.results import LanguageResult, Results, means
+from clseave_cli.core.evaluation.summary import BASELINES, DASH
+from clseave_cli.core.files import read_json
+from clseave_cli.errors import DataError
+from clseave_cli.labels import LABELS
+
+_INK, _MUTED, _GRID = "#1f2937", "#6b7280", "#e5e7eb"
+_SOURCE, _OTHER = "#334155", "#3b76d6"
+_SERIES = ("#3b76d6", "#c2410c", "#0f8a6d", "#8b5cf6", "#b7791f", "#be185d", "#0e7490", "#4d7c0f")
+_BLUES = LinearSegmentedColormap.from_list("blues", ["#ffffff", "#bcd3f5", "#3b76d6", "#1e3a78"])
+_DOTS_PER_INCH = 160
+_WIDTH = 7.6
+_LETTERS = [name[0].upper() for name in LABELS]
+_Points = Sequence[tuple[float, float]]
+
+
+# --- learning curves ---
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One epoch."""
+
+    epoch: int  # its number, from 1
+    train_loss: float  # mean loss of its training examples
+    dev: dict[str, float]  # the dev metrics after it, by name
+    train_accuracy: float | None = None  # of its training examples, where the stage measures it
+
+
+@dataclass(frozen=True)
+class LearningCurve:
+    """How one training run went, epoch by epoch."""
+
+    stage: str  # `pretrain`, `finetune-ve` or `align`
+    name: str  # name of the model folder, such as `align-de`
+    points: tuple[CurvePoint, ...]  # one an epoch, in order
+    best_epoch: int | None = None  # the epoch whose weights were kept, if recorded
+    # The learning rate on the way: epochs done, and the rate.
+    rates: tuple[tuple[float, float], ...] = ()
+
+
+def read_learning_curve(model: Path) -> LearningCurve | None:
+    """Reads the learning curve of a model folder, such as `runs/align-de`.
+
+    Returns:
+        None where the folder keeps no record of training.
+
+    Raises:
+        DataError: the record is damaged.
+    """
+    path = model / "training" / "metrics.jsonl"
+    if not path.is_file():
+        return None
+    stage, points, steps = "", [], []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            record: dict[str, Any] = json.loads(line)
+            stage = str(record["stage"])
+            if "dev" in record:
+                dev = {str(name): float(value) for name, value in record["dev"].items()}
+                accuracy = float(record["accuracy"]) if "accuracy" in record else None
+                epoch, loss = int(record["epoch"]), float(record["loss"])
+                points.append(CurvePoint(epoch, loss, dev, accuracy))
+                per_epoch = int(record["step"]) / epoch
+            else:
+                steps.append((int(record["step"]), float(record["learning_rate"])))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise DataError.at(path, number, "not a record of training; train again.") from None
+    if not points:
+        return None
+    summary = path.with_name("summary.json")
+    best = read_json(summary).get("best_epoch") if summary.is_file() else None
+    rates = tuple((step / per_epoch, rate) for step, rate in steps)
+    return LearningCurve(stage, model.name, tuple(points), best, rates)
+
+
+# --- figures ---
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure as a file of its own, and as the page shows it."""
+
+    encoded: bytes  # PNG with the signature in small print under it
+    panels: tuple[bytes, ...]  # PNG of each panel, or of the whole, without the signature
+
+
+def draw_figures(results: Results, curves: Sequence[LearningCurve]) -> dict[str, Drawing]:
+    """Draws every figure for which there is something to show.
+
+    Returns:
+        By name: `languages`, `confusion`, `reliability`, `distances`, `curves-pretrain`,
+        `curves-finetune-ve`, `curves-align`. Distances are drawn only where a language differs from
+        the source by more than its interval.
+    """
+    signature = str(results.signature)
+    drawings = {
+        "languages": draw(_languages(results), signature, whole=True),
+        "confusion": draw(_confusion(results), signature),
+        "reliability": draw(_reliability(results), signature),
+    }
+    compared = [r.difference_to_english for r in results.results if r.mode == "zero-shot"]
+    if any(d is not None and not d.is_tie for d in compared):
+        distances = _distances(results)
+        if distances is not None:
+            drawings["distances"] = draw(distances, signature)
+    for stage in dict.fromkeys(curve.stage for curve in curves):
+        runs = [curve for curve in curves if curve.stage == stage]
+        drawings[f"curves-{stage}"] = draw(_curves(runs), signature)
+    return drawings
+
+
+def draw_lines(
+    lines: Mapping[str, Sequence[tuple[float, float, float, float]]],
+    x: str,
+    y: str,
+    level: tuple[str, float] | None,
+    signature: str,
+) -> bytes:
+    """PNG of values with their intervals by a number on a logarithmic scale.
+
+    Args:
+        lines: by name, points (number, value, low, high), in order.
+        x: what the numbers are.
+        y: what the values are.
+        level: name and value of a horizontal line.
+        signature: the small print.
+    """
+    figure = _figure(3.4)
+    axes = figure.add_subplot()
+    _tidy(axes)
+    for number, (name, points) in enumerate(lines.items()):
+        numbers, values, low, high = zip(*points, strict=True)
+        colour = _SERIES[number % len(_SERIES)]
+        axes.plot(numbers, values, "o-", color=colour, markersize=3.5, label=_plain(name))
+        axes.fill_between(numbers, low, high, color=colour, alpha=0.12, linewidth=0)
+    if level is not None:
+        axes.axhline(level[1], color=_MUTED, linewidth=0.8, linestyle=":", label=level[0])
+    axes.set_xscale("log")
+    ticks = sorted({point[0] for points in lines.values() for point in points})
+    axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    _axis_names(axes, x, y)
+    figure.legend(loc="outside upper left", ncols=6, frameon=False, fontsize=8, labelcolor=_MUTED)
+    return draw(figure, signature, whole=True).encoded
+
+
+def draw(figure: Figure, signature: str, *, whole: bool = False) -> Drawing:
+    """The figure with its signature under it; on the page `whole`, or panel by panel."""
+    width, height = figure.get_size_inches()
+    lines = textwrap.wrap(_plain(signature), width=int(20 * width), break_on_hyphens=False)
+    # Room of its own: the small print takes none from the plot.
+    foot = 0.13 * len(lines) + 0.08
+    height += foot
+    figure.set_size_inches(width, height)
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    # A margin all around, so that nothing touches the edge.
+    margin = 0.07
+    x, y = margin / width, (foot + margin) / height
+    engine.set(rect=(x, foot / height, 1 - 2 * x, 1 - y))  # type: ignore[call-arg]
+    figure.text(
+        0.012, 0.05 / height, "\n".join(lines), size=6, color=_MUTED, va="bottom", linespacing=1.4
+    )
+    stream = io.BytesIO()
+    # No software name or date: the same results give the same bytes.
+    figure.savefig(stream, format="png", metadata={"Software": None, "Description": signature})
+    with Image.open(stream) as image:
+        if whole:
+            boxes = [(0, 0, image.width, image.height - int(foot * _DOTS_PER_INCH))]
+        else:
+            boxes = [_pixels(axes, image) for axes in figure.axes]
+        return Drawing(stream.getvalue(), tuple(_cropped(image, box) for box in boxes))
+
+
+def _pixels(axes: Axes, image: Image.Image) -> tuple[int, int, int, int]:
+    """Where a panel lies in the image, its titles and ticks included."""
+    box = axes.get_tightbbox()
+    assert box is not None
+    margin = 8
+    return (
+        max(0, int(box.x0) - margin),
+        max(0, image.height - int(box.y1) - margin),
+        min(image.width, int(box.x1) + margin),
+        min(image.height, image.height - int(box.y0) + margin),
+    )
+
+
+def _cropped(image: Image.Image, box: tuple[int, int, int, int]) -> bytes:
+    stream = io.BytesIO()
+    image.crop(box).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def _figure(height: float) -> Figure:
+    return Figure((_WIDTH, height), dpi=_DOTS_PER_INCH, layout="constrained", facecolor="white")
+
+
+def _grid(height: float, titles: Iterable[str], columns: int = 3) -> tuple[Figure, list[Axes]]:
+    """Small panels of a height in inches, at most `columns` in a row, with their titles."""
+    titles = list(titles)
+    columns = min(columns, len(titles))
+    rows = math.ceil(len(titles) / columns)
+    figure = _figure(height * rows + 0.2)
+    panels = [figure.add_subplot(rows, columns, number + 1) for number in range(len(titles))]
+    for axes, title in zip(panels, titles, strict=True):
+        axes.set_title(_plain(title), loc="left", size=9, color=_INK, weight="bold")
+    return figure, panels
+
+
+def _plain(text: str) -> str:
+    """A name from outside, made fit to draw: no formulas, and no characters the font lacks."""
+    return text.encode("latin-1", "replace").decode("latin-1").replace("$", r"\$")
+
+
+def _tidy(axes: Axes, grid: str = "y") -> None:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(_GRID)
+    axes.tick_params(which="both", colors=_MUTED, labelsize=8, length=0)
+    axes.set_axisbelow(True)
+    axes.grid(axis=grid, color=_GRID, linewidth=0.7)  # type: ignore[arg-type]
+
+
+def _axis_names(axes: Axes, x: str, y: str) -> None:
+    axes.set_xlabel(x, size=8, color=_MUTED)
+    axes.set_ylabel(y, size=8, color=_MUTED)
+
+
+def _name(result: LanguageResult, results: Results, between: str = ", ") -> str:
+    shown = results.shows_mode(result)
+    return _plain(f"{result.lang}{between}{result.mode}" if shown else result.lang)
+
+
+def _languages(document: Results) -> Figure:
+    """Accuracy by language with its interval, and the baselines as marks on each bar."""
+    results = means(document)
+    figure = _figure(3.4)
+    axes = figure.add_subplot()
+    _tidy(axes)
+    for x, result in enumerate(results.results):
+        value = 100 * result.accuracy
+        colour = _SOURCE if result.lang == results.source_lang else _OTHER
+        axes.bar(x, value, width=0.56, color=colour, zorder=2)
+        top = value
+        if result.accuracy_low is not None and result.accuracy_high is not None:
+            top = 100 * result.accuracy_high
+            ends = [[value - 100 * result.accuracy_low], [top - value]]
+            axes.errorbar(x, value, yerr=ends, color=_INK, capsize=4, linewidth=1.1, zorder=4)
+        beside = ""
+        if document.seeds:
+            own = document.spread(result)
+            beside = "first alone" if own is None else f"± {100 * own.std:.1f}"
+        number: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "color": _INK}
+        place = (0, 11 if beside else 3)
+        axes.annotate(f"{value:.1f}", (x, top), place, size=9, weight="bold", **number)
+        axes.annotate(beside, (x, top), (0, 3), size=7, **number)
+    handles = _baseline_marks(axes, results)
+    names = [_name(result, results, "\n") for result in results.results]
+    many = len(names) > 6
+    axes.set_xticks(
+        range(len(names)), [name.replace("-", "-\n") if many else name for name in names]
+    )
+    axes.tick_params(axis="x", labelsize=7 if many else 10, labelcolor=_INK)
+    aside = 0.6 if len(names) > 1 else 1.0
+    axes.set_xlim(-aside, len(names) - 1 + aside)
+    axes.set_ylim(0, 112 if document.seeds else 106)
+    axes.set_yticks(range(0, 101, 20))
+    of = f", mean ± sd of {document.num_trainings} trainings" if document.seeds else ""
+    _axis_names(axes, "", f"accuracy, %{of}")
+    if handles:
+        style: dict[str, Any] = {"ncols": 3, "frameon": False, "fontsize": 8}
+        figure.legend(handles=handles, loc="outside upper left", labelcolor=_MUTED, **style)
+    return figure
+
+
+def _baseline_marks(axes: Axes, results: Results) -> list[Line2D]:
+    # Side by side, a third of the bar each: they are often equal.
+    looks = (("s", "#fcd9b6", -0.24), ("o", "#f08a3c", 0.0), ("^", "#f7c948", 0.24))
+    handles = []
+    for (key, name), (marker, colour, aside) in zip(BASELINES.items(), looks, strict=True):
+        style: dict[str, Any] = {"color": colour, "linewidth": 1.8, "marker": marker}
+        style |= {"markersize": 4.5, "markeredgecolor": _INK, "markeredgewidth": 0.5}
+        drawn = False
+        for x, result in enumerate(results.results):
+            value = getattr(results.baselines.get(result.key), key, None)
+            if value is not None:
+                places = [x + aside + place for place in (-0.11, 0, 0.11)]
+                axes.plot(places, [100 * value] * 3, markevery=[1], zorder=3, **style)
+                drawn = True
+        if drawn:
+            handles.append(Line2D([], [], label=name, **style))
+    return handles
+
+
+def _confusion(results: Results) -> Figure:
+    figure, panels = _grid(2.2, [_name(r, results) for r in results.results])
+    for axes, result in zip(panels, results.results, strict=True):
+        counts = np.array(result.confusion, dtype=np.float64)
+        rows = counts.sum(axis=1, keepdims=True)
+        shares = counts / np.maximum(rows, 1)
+        axes.imshow(shares, cmap=_BLUES, vmin=0, vmax=1, aspect="auto")
+        for row, column in np.ndindex(*counts.shape):
+            share = shares[row, column]
+            ink = "white" if share > 0.55 else _INK
+            texts = (
+                (row - 0.08, f"{100 * share:.0f} %" if rows[row, 0] else DASH, 9.0, 1.0),
+                (row + 0.24, f"{counts[row, column]:,.0f}", 6.5, 0.75),
+            )
+            for y, text, size, alpha in texts:
+                shown = axes.text(
+                    column, y, text, size=size, color=ink, alpha=alpha, ha="center", va="center"
+                )
+                shown.set_in_layout(False)  # it lies inside; measuring it takes half the time
+        axes.set_xticks(range(len(LABELS)), _LETTERS)
+        axes.set_yticks(range(len(LABELS)), _LETTERS)
+        axes.tick_params(colors=_MUTED, labelsize=8, length=0)
+        for spine in axes.spines.values():
+            spine.set_color(_GRID)
+        _axis_names(axes, "predicted", "gold")
+    return figure
+
+
+def _reliability(results: Results) -> Figure:
+    figure, panels = _grid(2.1, [_name(r, results) for r in results.results])
+    for axes, result in zip(panels, results.results, strict=True):
+        _tidy(axes, "both")
+        axes.plot([0, 100], [0, 100], color=_MUTED, linewidth=0.8, linestyle=":")
+        x = [100 * point.confidence for point in result.reliability]
+        y = [100 * point.accuracy for point in result.reliability]
+        share = np.array([point.count for point in result.reliability]) / result.num_examples
+        axes.plot(x, y, color=_OTHER, linewidth=1.2, zorder=3)
+        axes.scatter(x, y, s=8 + 160 * share, color=_OTHER, edgecolor="white", zorder=4)
+        ece = f"ECE {100 * result.ece:.1f} %"
+        axes.text(0.04, 0.93, ece, transform=axes.transAxes, size=8, color=_INK, va="top")
+        # Three labels: the largest probability is never below a third.
+        axes.set_xlim(30, 102)
+        axes.set_ylim(0, 104)
+        axes.set_xticks([40, 60, 80, 100])
+        axes.set_yticks([0, 25, 50, 75, 100])
+        _axis_names(axes, "confidence, %", "accuracy, %")
+    return figure
+
+
+def _distances(results: Results) -> Figure | None:
+    """Points lost to the source against each distance that at least two languages have."""
+    analysis = results.distances
+    correlations = analysis.correlations if analysis is not None else {}
+    kinds = {kind: c for kind, c in correlations.items() if c.num_languages > 1}
+    if analysis is None or not kinds:
+        return None
+    figure, panels = _grid(2.1, kinds)
+    for axes, correlation in zip(panels, kinds.values(), strict=True):
+        _tidy(axes, "both")
+        for lang, distance in correlation.distances.items():
+            if distance is not None:
+                place = distance, 100 * analysis.losses[lang]
+                axes.scatter(*place, s=22, color=_OTHER, zorder=3)
+                style: dict[str, Any] = {"textcoords": "offset points", "size": 8, "color": _INK}
+                axes.annotate(_plain(lang), place, (4, 3), **style)
+        axes.axhline(0, color=_MUTED, linewidth=0.8, linestyle=":")
+        axes.margins(0.18)
+        note = f"n {correlation.num_languages}"
+        if correlation.spearman is not None and correlation.pearson is not None:
+            note = f"ρ {correlation.spearman:+.2f} · r {correlation.pearson:+.2f} · {note}"
+        axes.text(1, 1.03, note, transform=axes.transAxes, size=6.5, color=_MUTED, ha="right")
+        _axis_names(axes, f"distance to {results.source_lang}", "points lost")
+    return figure
+
+
+# What a stage records, by panel: the lines of one run, dashed for training rows.
+_PANELS: dict[str, Callable[[LearningCurve], dict[str, _Points]]] = {
+    "loss": lambda run: {
+        "train": [(p.epoch, p.train_loss) for p in run.points],
+        "dev": _dev(run, "loss"),
+    },
+    "accuracy, %": lambda run: {
+        "train": [
+            (p.epoch, 100 * p.train_accuracy) for p in run.points if p.train_accuracy is not None
+        ],
+        "dev": [(epoch, 100 * value) for epoch, value in _dev(run, "accuracy")],
+    },
+    "dev MSE per dimension": lambda run: {"dev": _dev(run, "mse")},
+    "dev MAE per dimension": lambda run: {"dev": _dev(run, "mae")},
+    "learning rate": lambda run: {"": list(run.rates)},
+}
+
+
+def _dev(run: LearningCurve, name: str) -> _Points:
+    """A dev metric by epoch."""
+    return [(point.epoch, point.dev[name]) for point in run.points if name in point.dev]
+
+
+def _curves(runs: Sequence[LearningCurve]) -> Figure:
+    """What training recorded, by epoch: the thesis's Figures 3.2 and 4.1."""
+    drawn = {
+        title: read for title, read in _PANELS.items() if any(any(read(r).values()) for r in runs)
+    }
+    # Errors of an alignment fall over orders of magnitude; losses of classifiers do not.
+    falls = any("mse" in point.dev for run in runs for point in run.points)
+    figure, panels = _grid(2.4, drawn, columns=2)
+    for axes, (title, read) in zip(panels, drawn.items(), strict=True):
+        _tidy(axes)
+        for number, run in enumerate(runs):
+            colour = _SERIES[number % len(_SERIES)]
+            for kind, points in read(run).items():
+                if not points:
+                    continue
+                name = " ".join([*[run.name.removeprefix("align-")] * (len(runs) > 1), kind])
+                style = {"train": "o--", "dev": "o-"}.get(kind, "-")
+                line: dict[str, Any] = {"color": colour, "markersize": 3, "linewidth": 1.3}
+                axes.plot(*zip(*points, strict=True), style, label=_plain(name), **line)
+                if kind == "dev" and run.best_epoch in dict(points):
+                    kept = run.best_epoch, dict(points)[run.best_epoch]
+                    # Rings of growing size: where several runs meet, none hides another.
+                    size = 6 + 1.6 * (number % len(_SERIES))
+                    (ring,) = axes.plot(*kept, "o", color=colour, fillstyle="none", ms=size)
+                    ring.set_clip_on(False)
+        logarithmic = falls and title in ("loss", "dev MSE per dimension")
+        if logarithmic:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        _axis_names(axes, "epoch", "logarithmic scale" if logarithmic else "linear scale")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        if title != "learning rate" or len(runs) > 1:
+            axes.legend(frameon=False, fontsize=7, labelcolor=_MUTED)
+    return figure

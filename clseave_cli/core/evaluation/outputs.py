@@ -1,0 +1,210 @@
+"""What the models say of the rows: their embeddings and logits, with and without the right photo.
+
+N rows · D embedding width · C labels
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from clseave_cli.core.config import EvaluateConfig
+from clseave_cli.core.data.images import ImageFolder
+from clseave_cli.core.data.records import Split
+from clseave_cli.core.evaluation.baselines import shuffled_rows
+from clseave_cli.core.evaluation.results import Mode, result_key
+from clseave_cli.core.features import Photos, image_features, tokenize_sentences
+from clseave_cli.core.models.clip_ve import ClipVE
+from clseave_cli.core.models.encoders import SentenceEncoder
+from clseave_cli.core.models.student import load_student
+from clseave_cli.core.training.precision import autocast, resolve_device
+from clseave_cli.core.translation.corpus import TranslatedHypotheses
+from clseave_cli.errors import DataError, ModelError
+from clseave_cli.progress import SILENT, Progress
+
+
+@dataclass(frozen=True)
+class System:
+    """One thing to evaluate: a language, and how it is read."""
+
+    lang: str  # language code
+    mode: Mode  # `zero-shot` for the source language, too
+    student: Path | None  # folder of the student; None: CLIP-VE itself reads it
+
+    @property
+    def key(self) -> str:
+        """What names its result among the others."""
+        return result_key(self.lang, self.mode)
+
+
+@dataclass(frozen=True, eq=False)
+class Outputs:
+    """What one system says of its rows."""
+
+    system: System  # what was evaluated
+    split: Split  # the rows
+    embeddings: npt.NDArray[np.float32]  # (N, D) of the hypotheses
+    logits: npt.NDArray[np.float32]  # (N, C), finite
+    # (N, C) with every row's photo exchanged for another row's.
+    shuffled_logits: npt.NDArray[np.float32]
+
+    @functools.cached_property
+    def images(self) -> npt.NDArray[np.str_]:
+        """(N,) name of each row's image: the unit of the bootstrap."""
+        return image_of_row(self.split)
+
+    @functools.cached_property
+    def row_of_pair(self) -> dict[str, int]:
+        """Row number by `pairID`."""
+        return {pair_id: row for row, pair_id in enumerate(self.split.pair_ids)}
+
+    @property
+    def correct(self) -> npt.NDArray[np.bool_]:
+        """(N,) whether the predicted label is the gold label."""
+        return self.is_gold(self.logits.argmax(axis=1))
+
+    def is_gold(self, predicted: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+        """(N,) whether `predicted` label ids (or one for all rows) are the gold labels."""
+        correct: npt.NDArray[np.bool_] = np.asarray(predicted) == self.split.labels
+        return correct
+
+
+def image_of_row(split: Split) -> npt.NDArray[np.str_]:
+    """(N,) name of each row's image."""
+    return np.array(split.image_names)[split.image_index]
+
+
+def shared_rows(
+    first: Outputs, second: Outputs
+) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """The rows that both have, by number in the one and in the other.
+
+    Raises:
+        DataError: there are none.
+    """
+    shared = [pair_id for pair_id in first.split.pair_ids if pair_id in second.row_of_pair]
+    if not shared:
+        raise DataError(
+            f"{first.split.path}: none of its pairIDs occurs in {second.split.path}; "
+            "rows of two languages belong together by pairID."
+        )
+    return (
+        np.array([first.row_of_pair[pair_id] for pair_id in shared]),
+        np.array([second.row_of_pair[pair_id] for pair_id in shared]),
+    )
+
+
+def run_systems(
+    config: EvaluateConfig,
+    clip_ve: Path,
+    systems: Sequence[System],
+    splits: Mapping[str, Split],
+    translations: Mapping[str, TranslatedHypotheses],
+    images: ImageFolder,
+    progress: Progress = SILENT,
+) -> dict[str, Outputs]:
+    """Runs systems of the CLIP-VE in a folder on their rows; each model is loaded once.
+
+    Rows and translations are by language, the outputs by `System.key`, in the order of `systems`.
+
+    Raises:
+        ModelError: a model is damaged, a student belongs to another CLIP-VE, or logits are NaN.
+    """
+    model = ClipVE.from_folder(clip_ve).to(resolve_device(config.device))
+    premises = _Premises(config, model, images, progress)
+    outputs = {}
+    # One student in memory at a time, whatever the order of its languages.
+    for student in dict.fromkeys(system.student for system in systems):
+        encoder = model.text
+        if student is not None:
+            encoder = load_student(student, model.fingerprint).to(model.text.device)
+        for system in systems:
+            if system.student == student:
+                split = splits[system.lang]
+                read = split.hypotheses
+                if system.mode == "translate-test":
+                    read = translations[system.lang].sentences
+                embeddings = _embed(config, encoder, system, split, read, progress)
+                with torch.no_grad():
+                    right = premises.of(split).to(embeddings.device)
+                    shuffled = right[shuffled_rows(image_of_row(split), config.seed)]
+                    logits, others = model(embeddings, right), model(embeddings, shuffled)
+                outputs[system.key] = Outputs(
+                    system,
+                    split,
+                    embeddings.cpu().numpy(),
+                    _finite(logits, student or clip_ve, split),
+                    _finite(others, student or clip_ve, split),
+                )
+    return {system.key: outputs[system.key] for system in systems}
+
+
+class _Premises:
+    """The image embeddings of the rows, looked up once where several files name the same images."""
+
+    def __init__(
+        self, config: EvaluateConfig, model: ClipVE, images: ImageFolder, progress: Progress
+    ) -> None:
+        self._encoder, self._images, self._progress = model.image, images, progress
+        self._autocast = autocast(config.precision, model.image.device)
+        self._known: dict[tuple[tuple[str, ...], bytes], Tensor] = {}
+
+    def of(self, split: Split) -> Tensor:
+        """(N, D) on the CPU."""
+        key = tuple(split.image_names), split.image_index.tobytes()
+        if key not in self._known:
+            features = image_features(
+                self._encoder,
+                split,
+                Photos.of(split, self._images),
+                autocast=self._autocast,
+                progress=self._progress,
+            )
+            self._known[key] = features.of_rows()
+        return self._known[key]
+
+
+def _embed(
+    config: EvaluateConfig,
+    encoder: SentenceEncoder,
+    system: System,
+    split: Split,
+    read: Sequence[str],
+    progress: Progress,
+) -> Tensor:
+    """(N, D) embeddings of the hypotheses; each distinct sentence is embedded once."""
+    sentences = tokenize_sentences(encoder, read, split.where, progress)
+    embedded = []
+    with (
+        torch.no_grad(),
+        autocast(config.precision, encoder.device)(),
+        progress.task(f"{system.key}: sentences", len(sentences.tokens)) as task,
+    ):
+        for part in encoder.embed(sentences.tokens, config.batch_size):
+            embedded.append(part.float())
+            task.advance(len(part))
+    return torch.cat(embedded)[torch.from_numpy(sentences.index)]
+
+
+def _finite(logits: Tensor, model: Path, split: Split) -> npt.NDArray[np.float32]:
+    """(N, C) logits on the CPU.
+
+    Raises:
+        ModelError: some are NaN or infinite: a label computed from them would mean nothing.
+    """
+    values: npt.NDArray[np.float32] = logits.float().cpu().numpy()
+    bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+    if len(bad):
+        raise ModelError(
+            f"{model}: gives NaN or infinite logits for {len(bad)} of {len(values)} rows, first "
+            f"for {split.where(int(bad[0]))}; its weights are damaged or its training diverged. "
+            "Train it again; if it was trained well, try --precision fp32."
+        )
+    return values

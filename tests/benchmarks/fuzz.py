@@ -1,0 +1,389 @@
+"""Thousands of damaged inputs to the commands: no traceback, no hang, no gigabytes.
+
+    python tests/benchmarks/fuzz.py [--inputs 10000] [--seed 0] [--only TARGET …]
+
+Through the real `main`, with tiny models trained here. `TARGETS` lists what is damaged: rows (of
+`predict --input`, half of them with a damaged image of their own), the command line, model folders,
+data, images, options and translations. Every command must end with exit code 0, or with 1 or 2 and
+one line; every row must get one line of JSON. Whatever takes longer than a minute is a hang. Prints
+what was tried, the process's largest memory and every failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import faulthandler
+import io
+import json
+import os
+import random
+import resource
+import shutil
+import string
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import tiny_world
+from PIL import Image
+
+from clseave_cli import main as command
+from clseave_cli.core.alignment import align
+from clseave_cli.core.config import AlignConfig, ExportConfig, FinetuneConfig
+from clseave_cli.core.finetuning import finetune
+from clseave_cli.core.models.folder import seal
+from clseave_cli.core.models.scratch import ClipShape, new_clip, new_encoder
+from clseave_cli.core.prediction.export import export
+
+_ROWS_PER_FILE = 50
+_HANG_SECONDS = 60
+_NASTY = (
+    "", " ", "\0", "\ud83d", "\udcff", "\u202e", "\u2028", "\ufeff", "é\u0301", "👩‍👩‍👧‍👧", "[SEP]",
+    "<|endoftext|>", "</s>", "a" * 5000, "漢" * 2000, "../../etc/passwd", "/dev/zero", "/dev/stdin",
+    "C:\\x", "%s%n", "{}", "[bold]", "-1", "NaN", "1e999", "null", "\r\n", "\t", "𝕬", "ﷺ" * 300,
+)  # fmt: skip
+
+
+class Fuzzer:
+    """Makes damaged inputs from one source of randomness."""
+
+    def __init__(self, seed: int, world: Path) -> None:
+        self.random = random.Random(seed)
+        self.images = [path.read_bytes() for path in sorted((world / "images").iterdir())[:4]]
+        for kind in ("JPEG", "GIF", "WEBP", "BMP"):
+            for mode in ("RGB", "L"):
+                content = io.BytesIO()
+                Image.effect_noise((40, 30), 90).convert(mode).save(content, kind)
+                self.images.append(content.getvalue())
+
+    def text(self) -> str:
+        """A sentence: ordinary, nasty, or of arbitrary characters."""
+        kind = self.random.random()
+        if kind < 0.3:
+            return "The square is red."
+        if kind < 0.6:
+            return self.random.choice(_NASTY) + self.random.choice(_NASTY)
+        if kind < 0.7:
+            return "".join(self.random.choices(string.printable, k=self.random.randrange(60)))
+        points = (self.random.randrange(0x110000) for _ in range(self.random.randrange(40)))
+        return "".join(map(chr, points))
+
+    def value(self, depth: int = 0) -> object:
+        """Any JSON value."""
+        simple = [None, True, 0, -1, 2**70, 1.5, float("nan"), float("inf"), self.text()]
+        if depth < 3 and self.random.random() < 0.3:
+            return [self.value(depth + 1) for _ in range(self.random.randrange(3))]
+        if depth < 3 and self.random.random() < 0.3:
+            return {self.text(): self.value(depth + 1) for _ in range(self.random.randrange(3))}
+        return self.random.choice(simple)
+
+    def damage(self, content: bytes) -> bytes:
+        """The bytes with a few places changed, cut out, repeated, or the end missing."""
+        changed = bytearray(content)
+        for _ in range(self.random.choice((1, 1, 2, 5, 20))):
+            place = self.random.randrange(len(changed) + 1)
+            end = place + self.random.choice((1, 1, 2, 4, 50))
+            match self.random.randrange(6):
+                case 0 | 1:
+                    changed[place:end] = self.random.randbytes(end - place)
+                case 2:
+                    del changed[place:end]
+                case 3:
+                    changed[place:place] = changed[place:end] * self.random.choice((1, 3, 100))
+                case 4:
+                    del changed[place:]
+                case 5:
+                    changed[place:end] = self.random.choice((b"\0", b"\xff", b'"', b"\n")) * 4
+        return bytes(changed)
+
+    def line(self, row: dict[str, object]) -> bytes:
+        """A row as a line of JSON: whole, with another value, or with damaged bytes."""
+        if self.random.random() < 0.3:
+            row = row | {self.random.choice(list(row)): self.value()}
+        if self.random.random() < 0.05:
+            row = dict(list(row.items())[1:])
+        line = json.dumps(row, ensure_ascii=self.random.random() < 0.5)
+        content = line.encode(errors="surrogatepass")
+        if self.random.random() < 0.15:
+            content = self.damage(content).replace(b"\n", b" ")
+        return content
+
+
+class Run:
+    """The fuzzing of one seed: what was tried, and what failed."""
+
+    def __init__(self, seed: int, folder: Path) -> None:
+        self.folder = folder
+        self.tried: Counter[str] = Counter()
+        self.ended: Counter[str] = Counter()
+        self.failures: list[str] = []
+        self.slowest = 0.0
+        self.world = tiny_world.write_world(folder / "world")
+        self.runs = folder / "runs"
+        self._train()
+        self.fuzzer = Fuzzer(seed, self.world)
+
+    def _train(self) -> None:
+        sentences = tiny_world.sentences(self.world)
+        new_clip(self.folder / "clip", sentences, ClipShape(**tiny_world.CLIP_SHAPE))
+        new_encoder(self.folder / "encoder", sentences, **tiny_world.ENCODER_SHAPE)
+        tiny_world.enlarge_weights(self.folder / "clip", 3.0)
+        shared = {"data": str(self.world), "runs": self.runs, "epochs": 2, **tiny_world.QUICK}
+        finetune(FinetuneConfig(clip=str(self.folder / "clip"), **shared))
+        align(AlignConfig(lang=("de",), student=str(self.folder / "encoder"), **shared))
+        self.exported = self.folder / "exported"
+        export(ExportConfig(runs=self.runs, out=self.exported))
+
+    def command(self, kind: str, num_inputs: int, arguments: list[object]) -> tuple[int, str]:
+        """Runs `clseave`; what it must not do is noted as a failure."""
+        self.tried[kind] += num_inputs
+        out, err = _Captured(), _Captured()
+        sys.argv = ["clseave", *map(str, arguments)]
+        code, begin = 0, time.perf_counter()
+        faulthandler.dump_traceback_later(_HANG_SECONDS, exit=True)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                command.main()
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            except BaseException as error:
+                code = -1
+                print(f"Traceback: {error!r}", file=err)
+        faulthandler.cancel_dump_traceback_later()
+        self.slowest = max(self.slowest, time.perf_counter() - begin)
+        told, said = err.text(), out.text()
+        self.ended[f"{kind.split()[0]} exit {code}"] += 1
+        lines = [line for line in told.splitlines() if line.startswith("clseave: ")]
+        bad = (
+            code not in (0, 1, 2)
+            or "Traceback" in told
+            or "internal error" in told
+            or "Warning" in told
+            or (code and (len(lines) != 1 and "Usage:" not in told))
+        )
+        if bad:
+            self.failures.append(f"{kind}: exit {code}: {told[-600:]!r}\n    {arguments!r:.600}")
+        return code, said
+
+    def predict_rows(self) -> None:
+        """One file of rows; half of them name an image of their own, damaged."""
+        fuzzer, folder = self.fuzzer, self.folder / "rows"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        rows = []
+        for number in range(_ROWS_PER_FILE):
+            name: str = fuzzer.random.choice((str(self.world / "images/test0.png"), fuzzer.text()))
+            if fuzzer.random.random() < 0.5:
+                name = f"{number}.{fuzzer.random.choice(('png', 'jpg', 'x'))}"
+                (folder / name).write_bytes(fuzzer.damage(fuzzer.random.choice(fuzzer.images)))
+            rows.append({"image": name, "hypothesis": fuzzer.text()})
+        is_csv = fuzzer.random.random() < 0.25
+        if is_csv:
+            cells = (f"{row['image']},{row['hypothesis']}\n" for row in rows)
+            content = "".join(["image,hypothesis\n", *cells]).encode(errors="surrogatepass")
+            if fuzzer.random.random() < 0.5:
+                content = fuzzer.damage(content)
+        else:
+            content = b"\n".join(fuzzer.line(row) for row in rows)
+        source, target = folder / f"pairs.{'csv' if is_csv else 'jsonl'}", folder / "answers.jsonl"
+        source.write_bytes(content)
+        lang = fuzzer.random.choice(("en", "de"))
+        arguments = ["predict", "--input", source, "--output", target, "--runs", self.runs]
+        kind = f"predict rows, {'CSV' if is_csv else 'JSONL'}"
+        code, _ = self.command(kind, len(rows), [*arguments, "--lang", lang, "--json"])
+        if code == 0:
+            answers = [json.loads(line) for line in target.read_bytes().split(b"\n")[:-1]]
+            expected = sum(bool(line.strip()) for line in content.split(b"\n"))
+            if not is_csv and len(answers) != expected:
+                self.failures.append(f"{kind}: {len(answers)} answers to {expected} rows")
+        elif not is_csv:
+            self.failures.append(f"{kind}: refused as a whole")
+
+    def predict_pair(self) -> None:
+        """One call on the command line."""
+        fuzzer = self.fuzzer
+        image = str(self.folder / "image.png")
+        Path(image).write_bytes(fuzzer.damage(fuzzer.random.choice(fuzzer.images)))
+        # The system passes no argument with a NUL, and `-x` would be a flag.
+        words = [
+            os.fsdecode(fuzzer.text().encode(errors="replace")).replace("\0", "").lstrip("-")
+            for _ in range(2)
+        ]
+        image = fuzzer.random.choice((image, words[0], str(self.world / "images/test0.png")))
+        more = fuzzer.random.choice(([], ["--json"], ["--lang", "de"], ["--lang", words[0]]))
+        self.command(
+            "predict pair", 1, ["predict", "--runs", self.runs, *more, "--", image, words[1]]
+        )
+
+    def copy(self, source: Path, name: str) -> Path:
+        """A fresh copy of a folder, to spoil."""
+        target = self.folder / name
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(source, target)
+        return target
+
+    def spoil(self, files: list[Path]) -> None:
+        """Damages one of some files; a JSON document may stay one, with another value in it."""
+        path = self.fuzzer.random.choice(sorted(files))
+        content = path.read_bytes()
+        if path.suffix == ".json" and self.fuzzer.random.random() < 0.5:
+            document = json.loads(content)
+            document[self.fuzzer.random.choice(list(document))] = self.fuzzer.value()
+            path.write_bytes(json.dumps(document).encode(errors="surrogatepass"))
+        else:
+            path.write_bytes(self.fuzzer.damage(content))
+
+    def model(self) -> None:
+        """A damaged model folder, exported or not; half of them sealed again after it."""
+        exported = self.fuzzer.random.random() < 0.4
+        runs = self.copy(self.exported if exported else self.runs, "damaged")
+        self.spoil([p for p in runs.rglob("*") if p.is_file() and "training" not in p.parts])
+        if self.fuzzer.random.random() < 0.5:
+            for path in [*runs.glob("config.json"), *runs.glob("*/config.json")]:
+                with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+                    config = json.loads(path.read_bytes())
+                    kind = config.pop("format")
+                    for key in ("format_version", "files", "fingerprint", "clseave_version"):
+                        config.pop(key, None)
+                    path.unlink()
+                    seal(path.parent, kind, config)
+        image = self.world / "images" / "test0.png"
+        arguments = ["predict", image, "Das ist rot.", "--lang", "de", "--runs", runs]
+        self.command(f"{'exported' if exported else 'model'} folder", 1, arguments)
+
+    def spoilt_data(self, *splits: str) -> tuple[str, Path]:
+        """A copy of the world with one kind of damage, and which kind."""
+        fuzzer, data = self.fuzzer, self.copy(self.world, "data")
+        kind = fuzzer.random.choice(("rows", "rows", "bytes", "csv", "image", "parquet"))
+        split = fuzzer.random.choice(splits)
+        path = data / f"snli_ve_{split}.jsonl"
+        rows = tiny_world.read_jsonl(path)
+        if kind == "rows":
+            path.write_bytes(b"\n".join(fuzzer.line(row) for row in rows))
+        elif kind == "bytes":
+            self.spoil(list(data.glob(f"*{split}*.jsonl")))
+        elif kind == "csv":
+            lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
+            path.with_suffix(".csv").write_bytes(fuzzer.damage("\n".join(lines).encode()))
+            path.unlink()
+        elif kind == "parquet":
+            import pyarrow
+            import pyarrow.parquet
+
+            table = pyarrow.Table.from_pylist(rows)
+            pyarrow.parquet.write_table(table, path.with_suffix(".parquet"))
+            self.spoil([path.with_suffix(".parquet")])
+            path.unlink()
+        else:
+            name = fuzzer.random.choice(sorted((data / "images").iterdir()))
+            name.write_bytes(fuzzer.damage(fuzzer.random.choice(fuzzer.images)))
+        return kind, data
+
+    def evaluate(self) -> None:
+        """Damaged data, images or options."""
+        kind, data = self.spoilt_data("test")
+        options = self.folder / "options.toml"
+        content = b"resamples = 5\nlang = ['en', 'de']\nsplit = 'test'\nskip-bad = true\n"
+        options.write_bytes(
+            self.fuzzer.damage(content) if self.fuzzer.random.random() < 0.2 else content
+        )
+        arguments = ["evaluate", "--data", data, "--runs", self.runs, "--config", options]
+        self.command(f"evaluate {kind}", 1, [*arguments, "--json"])
+
+    def align(self) -> None:
+        """Damaged training data, for one epoch."""
+        kind, data = self.spoilt_data("train", "dev")
+        skip = self.fuzzer.random.choice(([], ["--skip-bad"]))
+        out = self.folder / "align-de"
+        shutil.rmtree(out, ignore_errors=True)
+        shared = [part for key, value in tiny_world.QUICK.items() for part in
+                  (f"--{key.replace('_', '-')}", value)]  # fmt: skip
+        arguments = ["align", "--lang", "de", "--data", data, "--runs", self.runs, "--out", out]
+        arguments += ["--student", self.folder / "encoder", "--epochs", 1, *shared, *skip]
+        self.command(f"align {kind}", 1, arguments)
+
+    def translate(self) -> None:
+        """Damaged rows, or a damaged file of translations."""
+        kind, data = self.spoilt_data("test")
+        rows = tiny_world.read_jsonl(self.world / "snli_ve_test.jsonl")
+        translations = self.folder / "translations.tsv"
+        lines = [f"{row['pairID']}\t{self.fuzzer.text()}" for row in rows]
+        content = "\n".join(["pairID\ttranslation", *lines]).encode(errors="surrogatepass")
+        if self.fuzzer.random.random() < 0.3:
+            content = self.fuzzer.damage(content)
+        translations.write_bytes(content)
+        (self.folder / "memory.sqlite").unlink(missing_ok=True)
+        suspect = self.fuzzer.random.choice(("keep", "drop", "retry"))
+        arguments = ["translate", "--lang", "fr", "--data", data, "--split", "test"]
+        arguments += [
+            "--engine",
+            "file",
+            "--translations",
+            translations,
+            "--memory",
+            self.folder / "memory.sqlite",
+        ]
+        self.command(f"translate {kind}", 1, [*arguments, "--on-suspect", suspect])
+
+
+#: What is damaged, and in how many of the commands.
+TARGETS: dict[str, tuple[Callable[[Run], None], int]] = {
+    "rows": (Run.predict_rows, 3),
+    "pair": (Run.predict_pair, 8),
+    "model": (Run.model, 4),
+    "evaluate": (Run.evaluate, 5),
+    "align": (Run.align, 3),
+    "translate": (Run.translate, 5),
+}
+
+
+class _Captured(io.TextIOWrapper):
+    """What goes to stdout or stderr, as text."""
+
+    def __init__(self) -> None:
+        super().__init__(io.BytesIO(), "utf-8", errors="backslashreplace", write_through=True)
+
+    def text(self) -> str:
+        return self.buffer.getvalue().decode(errors="replace")  # type: ignore[attr-defined]
+
+
+def main() -> None:
+    """Fuzzes until enough inputs were tried."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--inputs", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", choices=TARGETS, default=list(TARGETS))
+    arguments = parser.parse_args()
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["CLSEAVE_CACHE"] = str(Path(folder, "cache"))
+        run = Run(arguments.seed, Path(folder))
+        targets, weights = zip(*(TARGETS[name] for name in arguments.only), strict=True)
+        while run.tried.total() < arguments.inputs:
+            run.fuzzer.random.choices(targets, weights)[0](run)
+    for kind, count in sorted(run.tried.items()):
+        print(f"{count:6} {kind}")
+    for ending, count in sorted(run.ended.items()):
+        print(f"{count:6} commands: {ending}")
+    seconds = time.perf_counter() - begin
+    print(
+        f"seed {arguments.seed}: {run.tried.total()} inputs in {seconds:.0f} s, "
+        f"the slowest command {run.slowest:.1f} s, at most "
+        f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB, "
+        f"{len(run.failures)} failures"
+    )
+    for failure in run.failures[:20]:
+        print("  " + failure)
+    sys.exit(bool(run.failures))
+
+
+if __name__ == "__main__":
+    main()

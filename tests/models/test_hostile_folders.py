@@ -1,0 +1,217 @@
+"""Model folders that are damaged or made to harm: one line, before anything large is built."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from clseave_cli import VisualEntailment
+from clseave_cli.core.models.backbones import load_clip, load_encoder
+from clseave_cli.core.models.clip_ve import ClipVE
+from clseave_cli.core.models.folder import seal
+from clseave_cli.core.models.student import find_students, load_student
+from clseave_cli.errors import ClseaveError, ModelError
+
+
+@pytest.fixture
+def folder(tmp_path, encoder):
+    """A copy of a tiny encoder, to spoil."""
+    (tmp_path / "model").mkdir()
+    for path in encoder.iterdir():
+        (tmp_path / "model" / path.name).write_bytes(path.read_bytes())
+    return tmp_path / "model"
+
+
+def _edit(path, change):
+    """Changes the tensors of a safetensors file."""
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+def _configure(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def _reseal(folder, format_name, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").unlink()
+    for key in ("fingerprint", "clseave_version", "files"):
+        del config[key]
+    seal(folder, format_name, config | changes)
+
+
+def _lacks_a_layer(tensors):
+    for name in [name for name in tensors if ".0.attention" in name]:
+        del tensors[name]
+
+
+def _has_a_layer_more(tensors):
+    for name in [name for name in tensors if "layer.0." in name]:
+        tensors[name.replace("layer.0.", "layer.1.")] = tensors[name].clone()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_lacks_a_layer, "do not fit its config.json; missing: encoder.layer.0.attention"),
+        (_has_a_layer_more, "do not fit its config.json; unexpected: encoder.layer.1.attention"),
+    ],
+)
+def test_weights_of_another_architecture_are_refused(folder, change, message):
+    _edit(folder / "model.safetensors", change)
+    with pytest.raises(ModelError, match=message):
+        load_encoder(folder)
+
+
+def test_a_head_that_is_left_out_is_no_other_architecture(folder):
+    def add_heads(tensors):
+        tensors["cls.predictions.bias"] = torch.zeros(3)
+        tensors["pooler.dense.bias"] = torch.zeros(32)
+
+    _edit(folder / "model.safetensors", add_heads)
+    load_encoder(folder)
+
+
+@pytest.mark.parametrize("load", [load_clip, ClipVE.from_clip])
+def test_a_clip_model_without_its_towers_is_refused(tmp_path, clip, load):
+    for path in clip.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    _edit(
+        tmp_path / "model.safetensors",
+        lambda tensors: [tensors.pop(name) for name in [*tensors] if ".encoder." in name],
+    )
+    with pytest.raises(ModelError, match=r"missing: text_model\.encoder.* and \d+ more"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "part",
+    [
+        "clip-ve/text/model.safetensors",
+        "clip-ve/image/model.safetensors",
+        "clip-ve/head.safetensors",
+        "align-de/encoder/model.safetensors",
+        "align-de/projection.safetensors",
+    ],
+)
+def test_weights_that_are_not_finite_are_refused(runs, world, refused, part, value):
+    def spoil(tensors):
+        name = max(name for name in tensors if tensors[name].is_floating_point())
+        tensors[name].view(-1)[-1] = value
+
+    _edit(runs / part, spoil)
+    for name, kind in (("clip-ve", "clip-ve"), ("align-de", "student")):
+        if part.startswith(name):
+            _reseal(runs / name, kind)
+    if part.startswith("clip-ve"):
+        _reseal(runs / "align-de", "student", teacher=json.loads(
+            (runs / "clip-ve" / "config.json").read_text())["fingerprint"])  # fmt: skip
+    lang = "en" if part.startswith("clip-ve") else "de"
+    image = world / "images" / "test0.png"
+    error = refused("predict", image, "x", "--lang", lang, "--runs", runs)
+    assert "holds numbers that are not finite" in error
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 1_000_000}, "num_hidden_layers is 1000000; its weight files hold"),
+        ({"vocab_size": 10**9}, "vocab_size is 1000000000; its weight files hold less"),
+        ({"hidden_size": 9000, "intermediate_size": 9000}, "far larger than its weight files"),
+        ({"num_labels": 10**8}, "num_labels is 100000000"),
+        ({"vision": {"image_size": 9000, "patch_size": 1}}, "far larger than its weight files"),
+    ],
+)
+def test_sizes_are_checked_before_anything_is_built(folder, monkeypatch, changes, message):
+    monkeypatch.setattr(torch.nn.Module, "__init__", lambda *_: pytest.fail("built"))
+    _configure(folder, **changes)
+    with pytest.raises(ModelError, match=message):
+        load_encoder(folder)
+
+
+def test_a_head_larger_than_its_file_is_not_built(runs, monkeypatch):
+    folder = runs / "clip-ve"
+    _reseal(folder, "clip-ve", head={"embedding_dim": 2_000_000, "hidden_dim": 128})
+    made = []
+    initialise = torch.nn.init.kaiming_uniform_
+
+    def watch(tensor, **options):
+        made.append(tensor)
+        return initialise(tensor, **options)
+
+    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", watch)
+    with pytest.raises(ModelError, match=r"head\.safetensors: does not fit the model"):
+        ClipVE.from_folder(folder)
+    assert made and all(tensor.is_meta for tensor in made)
+    _reseal(folder, "clip-ve", head={"embedding_dim": 16, "colour": "red"})
+    with pytest.raises(ModelError, match="not what a clip-ve folder says"):
+        ClipVE.from_folder(folder)
+
+
+def test_the_attention_is_ours_not_the_configurations(folder, monkeypatch):
+    from transformers.integrations import hub_kernels
+
+    asked = []
+    monkeypatch.setattr(hub_kernels, "load_and_register_attn_kernel", lambda *a: asked.append(a))
+    _configure(folder, _attn_implementation="somebody/kernel", attn_implementation="some/body")
+    model, _ = load_encoder(folder)
+    assert model.config._attn_implementation == "sdpa" and not asked
+
+
+def test_files_that_are_none_are_refused(folder, runs):
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    with pytest.raises(ModelError, match=r"config\.json: not a regular file"):
+        load_encoder(folder)
+    (runs / "align-de" / "config.json").unlink()
+    os.mkfifo(runs / "align-de" / "config.json")
+    with pytest.raises(ModelError, match=r"config\.json: not a regular file"):
+        load_student(runs / "align-de")
+    assert set(find_students(runs)) == {"de", "nl"}  # by name: asking for it says what is wrong
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' + "9" * 5000 + "}", "{"])
+def test_a_configuration_that_is_no_sound_json(folder, runs, text):
+    for path, load in ((folder, load_encoder), (runs / "align-de", load_student)):
+        (path / "config.json").write_text(text)
+        with pytest.raises(ModelError, match="not valid JSON"):
+            load(path)
+
+
+def test_control_characters_are_shown_not_obeyed(folder, runs, refused, world, clseave):
+    _configure(folder, model_type="\x1b[2Jevil")
+    error = refused("align", "--lang", "de", "--student", folder, "--data", world, "--runs", runs)
+    assert "\x1b" not in error and r"\x1b[2Jevil" in error
+    assert str(ClseaveError("a\rb\x9bc")) == r"a\rb\x9bc"
+    _reseal(runs / "align-nl", "student", languages=["\x1b[2J", "nl"])
+    assert set(find_students(runs)) == {"de", "nl"}
+
+
+def test_a_student_of_a_newer_format_holds_no_other_language_up(runs, world, refused):
+    path = runs / "align-nl" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
+    image = world / "images" / "test0.png"
+    for lang in ("en", "de"):
+        assert VisualEntailment.from_pretrained(runs, lang)(image, "Rot.").label
+    error = refused("predict", image, "Rood.", "--lang", "nl", "--runs", runs)
+    assert "format version 99" in error
+
+
+def test_without_network_the_hub_is_given_up_at_once(tmp_path, world):
+    command = ["finetune-ve", "--clip", "some/model", "--data", world, "--runs", tmp_path]
+    # Nobody listens on port 9.
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    environment.pop("HF_HUB_OFFLINE", None)
+    done = subprocess.run(
+        [sys.executable, "-m", "clseave_cli", *map(str, command)],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1 and "http://127.0.0.1:9 does not answer" in done.stderr
+    assert "Retry" not in done.stderr and len(done.stderr.splitlines()) == 1
