@@ -18,6 +18,7 @@ from clseave_cli import processes
 from clseave_cli.commands import (
     align,
     autoencode,
+    check,
     compare,
     curve,
     demo,
@@ -117,6 +118,7 @@ _COMMANDS: dict[str, tuple[type[config.StageConfig], Callable[..., None]]] = {
     "word-align": (config.WordAlignConfig, word_align.run),
     "evaluate": (config.EvaluateConfig, evaluate.run),
     "predict": (config.PredictConfig, predict.run),
+    "check": (config.CheckConfig, check.run),
     "export": (config.ExportConfig, export.run),
     "serve": (config.ServeConfig, serve.run),
 }

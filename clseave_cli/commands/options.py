@@ -7,7 +7,7 @@ import inspect
 import tomllib
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
@@ -88,8 +88,10 @@ def resolve(
             known = ", ".join(config_class.PRESETS)
             raise UsageError(f"--preset {preset}: unknown; there are: {known}.")
         values |= config_class.PRESETS[preset]
+    if config_class.PROJECT_TABLE is not None:
+        values |= _read_project(config_class, config_class.PROJECT_TABLE)
     if config_file is not None:
-        values |= _read_toml(config_class, config_file)
+        values |= _read_toml(config_class, config_file, f"--config {config_file}")
     for name, value in flags.items():
         if value is not None and value != []:
             values[name] = tuple(value) if isinstance(value, list) else value
@@ -146,31 +148,46 @@ def _keyword(name: str, annotation: Any) -> inspect.Parameter:
     )
 
 
-def _read_toml(config_class: type[StageConfig], path: Path) -> dict[str, Any]:
+def _read_project(config_class: type[StageConfig], table: str) -> dict[str, Any]:
+    """What the table of the working directory's clseave.toml or pyproject.toml sets."""
+    for name in ("clseave.toml", "pyproject.toml"):
+        path, keys = Path(name), ("tool", "clseave", table)
+        if path.is_file() and (values := _read_toml(config_class, path, name, keys)):
+            return values
+    return {}
+
+
+def _read_toml(
+    config_class: type[StageConfig], path: Path, shown: str, table: Sequence[str] = ()
+) -> dict[str, Any]:
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"--config {path}: cannot be read ({error.strerror}).") from None
+        raise UsageError(f"{shown}: cannot be read ({error.strerror}).") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path}: not valid TOML ({error}).") from None
+        raise UsageError(f"{shown}: not valid TOML ({error}).") from None
+    for key in table:
+        raw = raw.get(key, {})
+        if not isinstance(raw, dict):
+            raise UsageError(f"{shown}: {key} is not a table.")
     annotations = {field.name: annotation for field, annotation in _fields(config_class)}
     values = {}
     for key, value in raw.items():
         name = key.replace("-", "_")
         if name not in annotations:
             known = ", ".join(annotations)
-            raise UsageError(f"--config {path}: no option named {key}; there are: {known}.")
-        values[name] = _convert(path, key, value, annotations[name])
+            raise UsageError(f"{shown}: no option named {key}; there are: {known}.")
+        values[name] = _convert(shown, key, value, annotations[name])
     return values
 
 
-def _convert(path: Path, key: str, value: Any, annotation: Any) -> Any:
+def _convert(shown: str, key: str, value: Any, annotation: Any) -> Any:
     """`value` as the field's type, by the few types that config fields have."""
     if isinstance(annotation, types.UnionType):
         annotation = next(part for part in get_args(annotation) if part is not type(None))
     if get_origin(annotation) is tuple:
         items = value if isinstance(value, list) else [value]
-        return tuple(_convert(path, key, item, get_args(annotation)[0]) for item in items)
+        return tuple(_convert(shown, key, item, get_args(annotation)[0]) for item in items)
     if get_origin(annotation) is typing.Literal:
         if value in get_args(annotation):
             return value
@@ -183,4 +200,4 @@ def _convert(path: Path, key: str, value: Any, annotation: Any) -> Any:
         return value
     else:
         expected = annotation.__name__
-    raise UsageError(f"--config {path}: {key} = {value!r}, expected {expected}.")
+    raise UsageError(f"{shown}: {key} = {value!r}, expected {expected}.")

@@ -71,6 +71,8 @@ class StageConfig:
 
     #: Named sets of options, by preset name; a subclass fills it.
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+    #: Name of the table in [tool.clseave] of a project's TOML files that sets options, if any.
+    PROJECT_TABLE: ClassVar[str | None] = None
 
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")
     precision: Precision = option("auto", "Arithmetic of the matrix products.")
@@ -606,6 +608,46 @@ class PredictConfig(ModelsConfig):
     )
     batch_size: int = option(256, "Pairs computed at once.", least=1)
     resume: bool = option(False, "Continue an interrupted --output where it stopped.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig(ModelsConfig):
+    """`check`: does each text of a page, folder or table fit its picture?"""
+
+    PROJECT_TABLE: ClassVar[str | None] = "check"
+
+    lang: str = option("auto", "Language of the texts; auto: that of each.", metavar="LANG")
+    min_confidence: float = option(
+        0.7, "Least probability of a verdict; below, it is unsure.", least=0
+    )
+    max_characters: int = option(250, "Longest text.", least=1)
+    max_same: int = option(3, "Most different pictures that may have the same text.", least=1)
+    judge: bool = option(True, "Ask the model; --no-judge: only what needs none.")
+    root: Path | None = option(
+        None,
+        "Folder that pictures may come from, / in a page; unset: PATH, or the folder it is in.",
+        metavar="DIR",
+    )
+    images: Path | None = option(
+        None, "Folder of the pictures that tables name; unset: beside the table.", metavar="DIR"
+    )
+    image_column: str | None = option(
+        None, "Column of the pictures; unset: image, file_name, … whichever there is.",
+        metavar="NAME",
+    )  # fmt: skip
+    text_column: str | None = option(
+        None, "Column of the texts; unset: text, caption, alt, … whichever there is.",
+        metavar="NAME",
+    )  # fmt: skip
+    format: Literal["text", "json", "jsonl", "junit", "sarif", "github"] = option(
+        "text", "What to print."
+    )
+    fail_on: Literal["contradicts", "unsure"] = option(
+        "contradicts", "Least finding for exit status 1; unsure: warnings too."
+    )
+    baseline: Path | None = option(
+        None, "File of decisions; what it accepts is no finding.", metavar="FILE"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

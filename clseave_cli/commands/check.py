@@ -1,0 +1,64 @@
+"""`clseave check`: does each text of a page, folder or table fit its picture?"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clseave_cli.commands import terminal
+from clseave_cli.core.config import CheckConfig
+
+
+def run(
+    config: CheckConfig,
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="PATH...", help="Pages, tables, archives, and folders of them."),
+    ],
+    *,
+    fetch: Annotated[
+        bool, typer.Option("--fetch", help="Request remote pictures, from public addresses only.")
+    ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option("--report", metavar="DIR", help="Write a page to go through by hand."),
+    ] = None,
+    write_baseline: Annotated[
+        Path | None,
+        typer.Option("--write-baseline", metavar="FILE", help="Accept all findings of this run."),
+    ] = None,
+) -> None:
+    """Check that texts fit their pictures: alt texts, captions, product texts.
+
+    Reads HTML, Markdown, CSV, TSV, JSONL, Parquet, COCO captions, WebDataset tars,
+    photo.jpg beside photo.txt, and folders of these. Options can also stand in
+    [tool.clseave.check] of pyproject.toml or clseave.toml.
+    Exit status: 0 nothing found, 1 findings, 2 wrong usage.
+    """
+    from clseave_cli.core.prediction.checking import findings, output
+
+    result = findings.check(
+        paths,
+        config,
+        terminal.TerminalProgress(),
+        fetching=fetch,
+        thumbnails=report is not None,
+    )
+    text = output.render(result, config.format)
+    encoding = sys.stdout.encoding if config.format == "text" else "utf-8"
+    sys.stdout.flush()
+    sys.stdout.buffer.write(text.encode(encoding, "backslashreplace"))
+    sys.stdout.buffer.flush()
+    notes = [] if config.format == "text" else [output.summary_line(result)]
+    if report is not None:
+        notes.append(f"{output.write_report(report, result)}: to go through by hand")
+    if write_baseline is not None:
+        findings.write_baseline(write_baseline, result, config.baseline)
+        notes.append(f"{write_baseline}: everything found is accepted; give it with --baseline")
+    for note in notes:
+        terminal.stderr().print(note, soft_wrap=True, markup=False)
+    if result.fails(config.fail_on):
+        raise typer.Exit(1)
