@@ -26,10 +26,6 @@ def run(
         Path | None,
         typer.Option("--report", metavar="DIR", help="Write a page to go through by hand."),
     ] = None,
-    write_baseline: Annotated[
-        Path | None,
-        typer.Option("--write-baseline", metavar="FILE", help="Accept all findings of this run."),
-    ] = None,
 ) -> None:
     """Check that texts fit their pictures: alt texts, captions, product texts.
 
@@ -55,9 +51,6 @@ def run(
     notes = [] if config.format == "text" else [output.summary_line(result)]
     if report is not None:
         notes.append(f"{output.write_report(report, result)}: to go through by hand")
-    if write_baseline is not None:
-        findings.write_baseline(write_baseline, result, config.baseline)
-        notes.append(f"{write_baseline}: everything found is accepted; give it with --baseline")
     for note in notes:
         terminal.stderr().print(note, soft_wrap=True, markup=False)
     if result.fails(config.fail_on):

@@ -646,7 +646,9 @@ class CheckConfig(ModelsConfig):
         "contradicts", "Least finding for exit status 1; unsure: warnings too."
     )
     baseline: Path | None = option(
-        None, "File of decisions; what it accepts is no finding.", metavar="FILE"
+        None,
+        "What was accepted before: a report's decisions, or --format json of a run.",
+        metavar="FILE",
     )
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from clseave_cli.core.config import CheckConfig
 from clseave_cli.core.data.identification import LanguageIdentifier
 from clseave_cli.core.data.images import open_image
-from clseave_cli.core.files import json_digest, write_json
+from clseave_cli.core.files import json_digest
 from clseave_cli.core.prediction.checking.pictures import Picture
 from clseave_cli.core.prediction.checking.reading import Text, read_texts
 from clseave_cli.core.prediction.inference import load_model
@@ -132,8 +132,8 @@ class Checked:
         """The object that `--format json` has for each text."""
         return {
             "file": self.text.file,
-            "line": self.text.line,
-            "place": self.text.place,
+            "line": self.text.where if isinstance(self.text.where, int) else None,
+            "place": str(self.text.where),
             "image": self.text.picture.name,
             "text": self.text.text,
             "lang": self.lang,
@@ -330,7 +330,7 @@ class _Judge:
         if self._identifier is None:
             return self._only
         lang, confidence = self._identifier.identify(text.text)
-        declared = (text.lang or "").lower().partition("-")[0]
+        declared = text.lang.lower().partition("-")[0]
         if confidence < _SURE_LANGUAGE and declared in self._model.sources:
             return declared
         return lang
@@ -389,38 +389,22 @@ class _Judge:
 
 
 def read_baseline(path: Path) -> set[str]:
-    """The fingerprints that a decisions file accepts.
+    """The fingerprints that a file accepts: the decisions of a report, or a run's `--format json`.
 
     Raises:
-        UsageError: it cannot be read or is none.
+        UsageError: it cannot be read or is neither.
     """
     try:
-        decisions = json.loads(path.read_text(encoding="utf-8"))["decisions"]
-        return {str(entry["fingerprint"]) for entry in decisions if entry["decision"] == "accept"}
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if "decisions" in document:
+            entries = [e for e in document["decisions"] if e["decision"] == "accept"]
+        else:
+            entries = [finding for text in document["texts"] for finding in text["findings"]]
+        return {str(entry["fingerprint"]) for entry in entries}
     except OSError as error:
         raise UsageError(f"--baseline {path}: cannot be read ({error.strerror}).") from None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UsageError(
-            f"--baseline {path}: not a file of decisions; expected what the report's page "
-            "downloads or --write-baseline writes."
+            f"--baseline {path}: not a baseline; expected the decisions that a report's page "
+            "downloads, or the output of --format json."
         ) from None
-
-
-def write_baseline(path: Path, result: CheckResult, before: Path | None) -> None:
-    """Accepts every finding, and what an earlier baseline accepts.
-
-    Raises:
-        ClseaveError: the disk is full or read-only.
-    """
-    decisions = [
-        {
-            "fingerprint": finding.fingerprint, "decision": "accept", "rule": finding.rule,
-            "file": checked.text.file, "image": checked.text.picture.name,
-            "text": checked.text.text,
-        }
-        for checked in result.found
-        for finding in checked.findings
-    ]  # fmt: skip
-    earlier = sorted(read_baseline(before)) if before else []
-    decisions += [{"fingerprint": name, "decision": "accept"} for name in earlier]
-    write_json(path, {"decisions": decisions})

@@ -72,7 +72,7 @@ def _text(result: CheckResult) -> str:
     for file, group in _by_file(result.found):
         lines.append(_visible(file))
         for checked in group:
-            place = str(checked.text.line or _short(checked.text.place, 24))
+            place = _short(str(checked.text.where), 24)
             image = _short(checked.text.picture.name.rpartition("/")[2], 28)
             for finding in checked.findings:
                 said = f'"{_short(checked.text.text, 90)}" ' if checked.text.text else ""
@@ -100,7 +100,7 @@ def _junit(result: CheckResult) -> str:
             suites, "testsuite", name=_visible(file), tests=str(len(group)), failures=str(failures)
         )
         for checked in group:
-            name = f"{checked.text.line or checked.text.place} {checked.text.picture.name}"
+            name = f"{checked.text.where} {checked.text.picture.name}"
             case = ElementTree.SubElement(
                 suite, "testcase", classname=_visible(file), name=_visible(name)
             )
@@ -119,8 +119,8 @@ def _sarif(result: CheckResult) -> str:
     results = []
     for checked in result.found:
         place: dict[str, Any] = {"artifactLocation": {"uri": quote(checked.text.file)}}
-        if checked.text.line:
-            place["region"] = {"startLine": checked.text.line}
+        if isinstance(checked.text.where, int):
+            place["region"] = {"startLine": checked.text.where}
         for finding in checked.findings:
             results.append(
                 {
@@ -155,7 +155,8 @@ def _github(result: CheckResult) -> str:
     lines = []
     for checked in result.found:
         file = escaped(checked.text.file).replace(":", "%3A").replace(",", "%2C")
-        where = f"file={file}" + (f",line={checked.text.line}" if checked.text.line else "")
+        line = checked.text.where
+        where = f"file={file}" + (f",line={line}" if isinstance(line, int) else "")
         for finding in checked.findings:
             message = escaped(_visible(_sentence(checked, finding.message)))
             lines.append(f"::{finding.level} {where},title=clseave {finding.rule}::{message}\n")

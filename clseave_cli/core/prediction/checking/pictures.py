@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import SplitResult, unquote, unquote_to_bytes, urljoin, urlsplit
+from urllib.parse import SplitResult, quote, unquote, unquote_to_bytes, urljoin, urlsplit
 
 from clseave_cli.errors import DataError
 
@@ -62,15 +62,16 @@ class Picture:
         """
         if self.source is None:
             raise DataError(self.skipped)
-        if isinstance(self.source, bytes):
-            return self.source
         if isinstance(self.source, str):
             return fetch(self.source)
-        try:
-            with self.source.open("rb") as stream:
-                content = stream.read(MAX_BYTES + 1)
-        except OSError as error:
-            raise DataError(f"cannot be read ({error.strerror})") from None
+        if isinstance(self.source, bytes):
+            content = self.source
+        else:
+            try:
+                with self.source.open("rb") as stream:
+                    content = stream.read(MAX_BYTES + 1)
+            except OSError as error:
+                raise DataError(f"cannot be read ({error.strerror})") from None
         if len(content) > MAX_BYTES:
             raise DataError(f"larger than {MAX_BYTES >> 20} MiB")
         return content
@@ -156,8 +157,6 @@ def _short(reference: str) -> str:
 
 
 def _data_uri(text: str) -> Picture:
-    if len(text) > 2 * MAX_BYTES:
-        return Picture("data:…", None, "too large")
     head, _, body = text.partition(",")
     content = unquote_to_bytes(body)
     if head.rstrip().lower().endswith(";base64"):
@@ -198,13 +197,8 @@ def _request(parts: SplitResult) -> bytes | str:
     timer.daemon = True
     timer.start()
     try:
-        target = re.sub(r"[^!-~]", lambda match: _percent(match[0]), parts.path or "/")
-        query = re.sub(r"[^!-~]", lambda match: _percent(match[0]), parts.query)
-        connection.request(
-            "GET",
-            f"{target}?{query}" if query else target,
-            headers={"User-Agent": "clseave-check", "Accept": "image/*"},
-        )
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        connection.request("GET", quote(target, safe="!#$%&'()*+,/:;=?@[]~"))
         response = connection.getresponse()
         if response.status in (301, 302, 303, 307, 308):
             return response.headers.get("Location", "")
@@ -213,16 +207,12 @@ def _request(parts: SplitResult) -> bytes | str:
         content = response.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise DataError(f"larger than {MAX_BYTES >> 20} MiB")
-        if connection.aborted or response.length:
+        if response.length:  # there was more to come
             raise DataError(f"could not be fetched within {_FETCH_SECONDS:.0f} s")
         return content
     finally:
         timer.cancel()
         connection.close()
-
-
-def _percent(character: str) -> str:
-    return "".join(f"%{byte:02X}" for byte in character.encode("utf-8", "replace"))
 
 
 class _PublicConnection(http.client.HTTPConnection):
@@ -233,10 +223,8 @@ class _PublicConnection(http.client.HTTPConnection):
 
     def __init__(self, parts: SplitResult) -> None:
         self._tls = parts.scheme == "https"
-        super().__init__(
-            parts.hostname or "", parts.port or (443 if self._tls else 80), timeout=_FETCH_SECONDS
-        )
-        self.aborted = False
+        port = parts.port or (443 if self._tls else 80)
+        super().__init__(parts.hostname or "", port, timeout=_FETCH_SECONDS)
 
     def connect(self) -> None:
         """Connects, and refuses a host that has any address which is not public."""
@@ -248,13 +236,11 @@ class _PublicConnection(http.client.HTTPConnection):
         self.sock.settimeout(self.timeout)
         self.sock.connect(address)
         if self._tls:
-            self.sock = ssl.create_default_context().wrap_socket(
-                self.sock, server_hostname=self.host
-            )
+            context = ssl.create_default_context()
+            self.sock = context.wrap_socket(self.sock, server_hostname=self.host)
 
     def abort(self) -> None:
         """Ends whatever waits for the server."""
-        self.aborted = True
         with suppress(OSError, AttributeError):  # not connected yet, or not any more
             self.sock.shutdown(socket.SHUT_RDWR)
 
