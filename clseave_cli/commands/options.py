@@ -150,9 +150,11 @@ def _keyword(name: str, annotation: Any) -> inspect.Parameter:
 
 def _read_project(config_class: type[StageConfig], table: str) -> dict[str, Any]:
     """What the table of the working directory's clseave.toml or pyproject.toml sets."""
-    for name in ("clseave.toml", "pyproject.toml"):
-        path, keys = Path(name), ("tool", "clseave", table)
-        if path.is_file() and (values := _read_toml(config_class, path, name, keys)):
+    within = ("tool", "clseave", table)
+    for name, keys in (
+        ("clseave.toml", within), ("clseave.toml", (table,)), ("pyproject.toml", within),
+    ):  # fmt: skip
+        if Path(name).is_file() and (values := _read_toml(config_class, Path(name), name, keys)):
             return values
     return {}
 

@@ -43,7 +43,9 @@ def captions(demo: Path, lang: str, number: int) -> list[tuple[str, str, str]]:
     chosen = []
     for label, count in (("contradiction", number // 3), ("entailment", number - number // 3)):
         chosen += [row for row in rows if row["gold_label"] == label][:count]
-    return [(f"{Path(r['Flickr30K_ID']).stem}.png", r["sentence2"], r["gold_label"]) for r in chosen]
+    return [
+        (f"{Path(r['Flickr30K_ID']).stem}.png", r["sentence2"], r["gold_label"]) for r in chosen
+    ]
 
 
 def measure(demo: Path, table: Path, gold: Sequence[str], config: CheckConfig) -> str:

@@ -143,7 +143,7 @@ def _sarif(result: CheckResult) -> str:
 
 def _sentence(checked: Checked, message: str) -> str:
     said = f" “{checked.text.text}”" if checked.text.text else ""
-    return f"{checked.text.picture.name or checked.text.file}:{said} {message}."
+    return _visible(f"{checked.text.picture.name or checked.text.file}:{said} {message}.")
 
 
 def _github(result: CheckResult) -> str:
@@ -158,7 +158,7 @@ def _github(result: CheckResult) -> str:
         line = checked.text.where
         where = f"file={file}" + (f",line={line}" if isinstance(line, int) else "")
         for finding in checked.findings:
-            message = escaped(_visible(_sentence(checked, finding.message)))
+            message = escaped(_sentence(checked, finding.message))
             lines.append(f"::{finding.level} {where},title=clseave {finding.rule}::{message}\n")
     return "".join(lines)
 

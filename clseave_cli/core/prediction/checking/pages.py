@@ -6,14 +6,13 @@ import codecs
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any
 
 from clseave_cli.errors import DataError, ExtraMissing
 
 _MAX_CANDIDATES = 8
-#: How far above its end a tag's start is looked for.
-_MAX_TAG_LINES = 100
+#: Where a page is cut: before the tags whose lines are asked for.
+_PIECE = re.compile(r"(?=<img)|(?=<figcaption)", re.IGNORECASE)
 #: The encodings of pages; Python knows others that are none, or slow on purpose-made input.
 _ENCODING = re.compile(
     r"utf-8|windows-125\d|iso-8859-\d+|koi8-[ru]|shift_jis|euc-(jp|kr)|gb(k|2312|18030)|big5", re.I
@@ -104,7 +103,7 @@ class _Figure:
 
 
 class _Page:
-    """The target of lxml's parser, which is fed line by line and so says where a tag ends.
+    """The target of lxml's parser, which is fed in pieces that begin where the tags asked for do.
 
     It builds no tree: neither depth nor number of lines has a limit.
     """
@@ -115,10 +114,7 @@ class _Page:
         except ImportError as error:
             raise _missing(error) from None
         self.found: list[Image] = []
-        lowered = source.lower().split("\n")
-        # Asked once a line: one line may hold all of a page.
-        self._opens = cache(lambda number, tag: f"<{tag}" in lowered[number - 1])
-        self._before, self._number = lines_before, 0
+        self._lines: dict[str, int] = {}  # where the last tag of a name began
         self._base = self._lang = ""
         self._sources: list[str] = []  # of the <picture> around
         self._figures: list[_Figure] = []
@@ -127,9 +123,12 @@ class _Page:
             return
         parser = etree.HTMLParser(target=self, encoding="utf-8", huge_tree=True)
         try:
-            for line in source.split("\n"):
-                self._number += 1
-                parser.feed(f"{line}\n".encode("utf-8", "replace"))
+            line = lines_before + 1
+            for piece in _PIECE.split(source):
+                if piece[:1] == "<":
+                    self._lines["img" if piece[1:2] in "iI" else "figcaption"] = line
+                parser.feed(piece.encode("utf-8", "replace"))
+                line += piece.count("\n")
             parser.close()
         except etree.LxmlError as error:
             raise DataError(f"not HTML that can be read ({error}).") from None
@@ -142,7 +141,7 @@ class _Page:
         elif tag == "figure":
             self._figures.append(_Figure())
         elif tag == "figcaption" and self._figures:
-            self._figures[-1].line, self._figures[-1].is_open = self._line(tag), True
+            self._figures[-1].line, self._figures[-1].is_open = self._lines[tag], True
         elif tag == "picture":
             self._sources = []
         elif tag == "source":
@@ -175,7 +174,7 @@ class _Page:
     def _image(self, attributes: dict[str, str]) -> None:
         alt = attributes.get("alt")
         image = Image(
-            self._line("img"),
+            self._lines["img"],
             alt,
             (
                 attributes.get("src"), attributes.get("data-src"),
@@ -188,13 +187,6 @@ class _Page:
             or attributes.get("aria-hidden") == "true",
         )  # fmt: skip
         (self._figures[-1].images if self._figures else self.found).append(image)
-
-    def _line(self, tag: str) -> int:
-        """The line in which the tag that was just read begins."""
-        highest = max(0, self._number - _MAX_TAG_LINES)
-        numbers = range(self._number, highest, -1)
-        opening = (number for number in numbers if self._opens(number, tag))
-        return self._before + next(opening, self._number)
 
     def _close_figure(self) -> None:
         figure = self._figures.pop()

@@ -152,7 +152,7 @@ def _rank(picture: Picture) -> int:
 
 
 def _short(reference: str) -> str:
-    text = _CONTROLS.sub(" ", reference)
+    text = _CONTROLS.sub(" ", reference).encode("utf-8", "replace").decode()
     return text if len(text) <= 200 else f"{text[:120]}…{text[-60:]}"
 
 

@@ -313,7 +313,7 @@ def _tar(file: _File) -> Iterator[Text]:
                 archive.members = []  # type: ignore[attr-defined]  # it would grow
                 folder, name = os.path.split(member.name)
                 stem, _, kind = name.lower().partition(".")
-                if (new := f"{folder}/{stem}".removeprefix("./")) != key:
+                if (new := f"{folder.removeprefix('.')}/{stem}".removeprefix("/")) != key:
                     yield from _sample(file, key, parts)
                     key, parts = new, {}
                 is_picture = PurePosixPath(name.lower()).suffix in _PICTURES
