@@ -14,17 +14,17 @@ Result = TypeVar("Result")
 
 def process_count() -> int:
     """How many processes work on this command; 1 without a launcher."""
-    return _number("WORLD_SIZE", 1)
+    return _number("WORLD_SIZE") or 1
 
 
 def process_rank() -> int:
     """This process's number among them, from 0."""
-    return _number("RANK", 0)
+    return _number("RANK") or 0
 
 
 def local_rank() -> int | None:
     """This process's number on its machine; None without a launcher."""
-    return _number("LOCAL_RANK", 0) if "LOCAL_RANK" in os.environ else None
+    return _number("LOCAL_RANK")
 
 
 def is_first_process() -> bool:
@@ -32,9 +32,11 @@ def is_first_process() -> bool:
     return process_rank() == 0
 
 
-def _number(name: str, default: int) -> int:
-    text = os.environ.get(name, "")
-    return int(text) if text.isdecimal() else default
+def _number(name: str) -> int | None:
+    """What a launcher set a variable to; one that is left over alone comes from no launcher."""
+    launched = all(os.environ.get(each, "").isdecimal() for each in ("RANK", "WORLD_SIZE"))
+    text = os.environ.get(name, "") if launched else ""
+    return int(text) if text.isdecimal() else None
 
 
 def usable_cores() -> int:

@@ -138,6 +138,7 @@ def _shards():
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "emptied", "rubbish"])
 def test_a_damaged_shard_is_computed_again(text, monkeypatch, damage):
+    """G10."""
     counter = _Counter(text, monkeypatch)
     sound = _embed(text)
     _embed(text, ["a second shard"])

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from clseave_cli.processes import usable_cores
+from clseave_cli.processes import local_rank, process_count, process_rank, usable_cores
 
 
 def test_usable_cores_are_those_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,3 +22,27 @@ def test_without_affinity_they_are_those_of_the_machine(
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: counted)
     assert usable_cores() == usable
+
+
+@pytest.mark.parametrize(
+    ("environment", "wanted"),
+    [
+        ({}, (1, 0, None)),
+        ({"RANK": "1"}, (1, 0, None)),
+        ({"RANK": "1", "LOCAL_RANK": "1"}, (1, 0, None)),
+        ({"WORLD_SIZE": "2"}, (1, 0, None)),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, (2, 1, None)),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, (4, 3, 1)),
+        ({"RANK": "one", "WORLD_SIZE": "4"}, (1, 0, None)),
+    ],
+)
+def test_a_launcher_sets_several_variables(
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    wanted: tuple[int, int, int | None],
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert (process_count(), process_rank(), local_rank()) == wanted

@@ -37,6 +37,15 @@ def run(
     curve.md and curve.png. Points that were finished before are kept, and
     an interrupted one goes on where it stopped.
     """
+    from clseave_cli.core.evaluation.report.data_curves import DATA_CURVE
+    from clseave_cli.core.files import locked_target, require_replaceable
+
+    require_replaceable(_out(config), DATA_CURVE, config)
+    with locked_target(_out(config)):
+        _run(config, json)
+
+
+def _run(config: CurveConfig, json: bool) -> None:
     from clseave_cli.commands.tables import data_curves_table
     from clseave_cli.core.alignment import count_sentences, student_languages
     from clseave_cli.core.evaluation.report.data_curves import DataCurves

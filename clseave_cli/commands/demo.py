@@ -32,6 +32,18 @@ def run(config: DemoConfig) -> None:
     well that went. Everything lands in one folder, as the ordinary commands
     would leave it; an interrupted demo goes on where it stopped.
     """
+    from clseave_cli.core.evaluation.report.report import REPORT
+    from clseave_cli.core.files import locked_target, require_replaceable
+
+    data = config.out / "data"
+    if not (data / "world.json").is_file():
+        require_replaceable(data, None)
+    require_replaceable(config.out / "report", REPORT)
+    with locked_target(data):
+        _run(config)
+
+
+def _run(config: DemoConfig) -> None:
     from clseave_cli.commands.tables import results_table
     from clseave_cli.core.alignment import align
     from clseave_cli.core.data.mini_ve.grammar import LANGUAGES
@@ -88,7 +100,7 @@ def _world(data: Path, encoder: Path, seed: int, progress: Progress) -> None:
     from clseave_cli.core.data.mini_ve import generate
     from clseave_cli.core.data.mini_ve.grammar import LANGUAGES
     from clseave_cli.core.data.records import read_split
-    from clseave_cli.core.files import atomic_folder, read_json
+    from clseave_cli.core.files import atomic_folder, locked_target, read_json
     from clseave_cli.core.models.scratch import new_encoder
 
     if (data / "world.json").is_file():
@@ -106,8 +118,8 @@ def _world(data: Path, encoder: Path, seed: int, progress: Progress) -> None:
             for lang in LANGUAGES
             for hypothesis in dict.fromkeys(read_split(data, "train", lang).hypotheses)
         ]
-        with atomic_folder(encoder) as aside:
-            new_encoder(aside, sentences, seed=seed)
+        with locked_target(encoder), atomic_folder(encoder) as unfinished:
+            new_encoder(unfinished, sentences, seed=seed)
 
 
 def _print_outlook(out: Path, seconds: float) -> None:

@@ -99,6 +99,16 @@ class SeededConfig(StageConfig):
 
     seed: int = option(0, "Seed of every random choice.", least=0)
 
+    def __post_init__(self) -> None:
+        """Refuses a seed that torch cannot take.
+
+        Raises:
+            UsageError: it is too large.
+        """
+        super().__post_init__()
+        if self.seed >= 1 << 64:
+            raise UsageError(f"--seed {self.seed}: expected less than 2^64.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelsConfig(StageConfig):

@@ -1,47 +1,36 @@
-"""Files and folders that appear whole or not at all, and fingerprints of what is in them."""
+"""Files and folders that appear whole or not at all, and never in place of something else."""
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from clseave_cli.errors import ClseaveError, DataError, ModelError
+from clseave_cli.errors import ClseaveError, DataError, ModelError, UsageError
 
-_CHUNK_BYTES = 1 << 20
 #: Above this many files one sync of everything is faster than one each (thousands of pictures).
 _MOST_SINGLE_SYNCS = 100
+_NOT_WRITABLE = ("EACCES", "EROFS", "EPERM", "ENOTDIR", "EEXIST", "EISDIR", "ELOOP", "ENAMETOOLONG")
+#: Of file systems without locks (Lustre without `flock`, NFS without its daemon).
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+#: renameat2(2): paths as for rename(2), and the flag that swaps two of them.
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
-
-def _disk_error(error: Exception, target: Path) -> ClseaveError | None:
-    number = _error_number(error)
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return ClseaveError(
-            f"{target}: the disk is full; what was there before is untouched. "
-            "Free some space and run the same command again."
-        )
-    if number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
-        return ClseaveError(
-            f"{target}: cannot be written ({os.strerror(number)}); choose another folder."
-        )
-    return None
-
-
-def _error_number(error: Exception) -> int | None:
-    if isinstance(error, OSError):
-        return error.errno
-    # safetensors and tokenizers write from Rust, and tell the system's error only in words.
-    told = re.search(r"\(os error (\d+)\)", str(error))
-    return int(told[1]) if told else None
+#: Options whose folders no output may replace or contain.
+_INPUTS = ("data", "images", "runs", "teacher", "clip", "student", "students", "autoencoder")
+#: What file managers and NFS put into any folder.
+_LITTER = r"(.*/)?(\.DS_Store|\.nfs[0-9a-f]+)"
 
 
 @contextmanager
@@ -50,10 +39,118 @@ def writing(target: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        translated = _disk_error(error, target)
-        if translated is None:
-            raise
-        raise translated from error
+        # Of blocks inside one another the outer one has the name that the user knows.
+        cause = (error.__cause__ if type(error) is ClseaveError else None) or error
+        # safetensors and tokenizers write from Rust, and give the system's error only in words.
+        words = re.search(r"\(os error (\d+)\)", str(cause))
+        number = cause.errno if isinstance(cause, OSError) else int(words[1]) if words else 0
+        name = errno.errorcode.get(number or 0, "")
+        if name in ("ENOSPC", "EDQUOT", "EFBIG"):
+            raise ClseaveError(
+                f"{target}: the disk is full; what was there before is untouched. "
+                "Free some space and run the same command again."
+            ) from cause
+        if name in _NOT_WRITABLE:
+            raise ClseaveError(
+                f"{target}: cannot be written ({os.strerror(number or 0)}); choose another folder."
+            ) from cause
+        raise
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of folder that clseave writes, and how to recognise one.
+
+    Attributes:
+        name: for messages, such as `a report`.
+        members: regular expression of the paths of its files; the files that a model's
+            `config.json` lists are members too.
+        marker: a JSON file that every such folder has; empty: the members are proof enough.
+        marks: whether the object in the marker is that of this kind.
+    """
+
+    name: str
+    members: str
+    marker: str = ""
+    marks: Callable[[dict[str, Any]], bool] = lambda content: True
+
+
+def require_replaceable(out: Path, kind: Kind | None, config: object = None) -> None:
+    """Refuses an output folder that would take the place of something else.
+
+    A folder is replaced as a whole. So `out` must be new, empty, or of the same kind without any
+    other file in it, and must not contain an input of the command, the working directory or the
+    home directory. Every command calls this before it works and again before it writes.
+
+    Args:
+        out: the folder to write.
+        kind: what will be written; None: `out` must be new or empty.
+        config: the command's options, whose input folders are protected.
+
+    Raises:
+        UsageError: something else stands there; names it.
+        ClseaveError: `out` is a file, lies below one, or cannot be written.
+    """
+    for path in (out, *out.parents):
+        if os.path.lexists(path) and not path.is_dir():
+            raise ClseaveError(f"{path}: is not a folder; choose another place for the output.")
+    with writing(out):
+        place = out.resolve()
+        for name, protected in _protected(config):
+            if protected.resolve().is_relative_to(place):
+                raise UsageError(
+                    f"{out}: is {name}, or contains it, and would be replaced as a whole; "
+                    "choose another folder."
+                )
+        if not os.access(next(path for path in place.parents if path.exists()), os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "no write permission")
+        names = sorted(path.name for path in place.iterdir()) if place.exists() else []
+        if names and (kind is None or not kind.marks(_object(place / kind.marker))):
+            more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+            raise UsageError(
+                f"{out}: is there already (with {', '.join(names[:2])}{more}) and is not "
+                f"{kind.name if kind else 'empty'}; choose another folder, or move that one away."
+            )
+        if kind is not None and (stranger := next(_strangers(kind, place), None)):
+            raise UsageError(
+                f"{out / stranger}: clseave did not write it, and {out} is replaced as a whole; "
+                "move it elsewhere, or choose another folder."
+            )
+        if os.path.ismount(place):
+            raise UsageError(f"{out}: is a mount point; choose a folder inside it.")
+
+
+def _protected(config: object) -> Iterator[tuple[str, Path]]:
+    with suppress(OSError):
+        yield "the working directory", Path.cwd()
+    with suppress(RuntimeError):
+        yield "the home directory", Path.home()
+    for name in _INPUTS:
+        value = getattr(config, name, None)
+        for path in value if isinstance(value, tuple) else (value,):
+            with suppress(OSError, ValueError):  # a name of the hub, perhaps
+                if path and Path(path).exists():
+                    yield f"--{name} {path}", Path(path)
+
+
+def _strangers(kind: Kind, folder: Path) -> Iterator[str]:
+    """Files of a folder that are no members of its kind, by their paths in it."""
+    members = re.compile(f"{kind.members}|{_LITTER}")
+    listed = set(_object(folder / "config.json").get("files", ()))
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        is_folder = path.is_dir() and not path.is_symlink()
+        if not (is_folder or name in listed or members.fullmatch(name)):
+            yield name
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is none."""
+    try:
+        content = json.loads(path.read_bytes()) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        content = None
+    return content if isinstance(content, dict) else {}
 
 
 def fsync_folder(folder: Path) -> None:
@@ -65,6 +162,26 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def aside(target: Path) -> Path:
+    """A new name beside `target` for what will take its place; `sweep` knows it."""
+    return target.with_name(f".{target.name}.clseave-{secrets.token_hex(4)}")
+
+
+def sweep(folder: Path, name: str = ".*") -> None:
+    """Removes what killed processes left half-written in a folder that nobody else writes into.
+
+    Args:
+        folder: where `atomic_file` and `atomic_folder` wrote.
+        name: regular expression of their targets' names.
+    """
+    pattern = re.compile(rf"\.(?:{name})\.clseave-[0-9a-f]{{8}}")
+    for path in folder.iterdir():
+        if pattern.fullmatch(path.name) and path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif pattern.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
 @contextmanager
 def atomic_file(target: Path) -> Iterator[BinaryIO]:
     """Opens a binary file that becomes `target` when the block ends well, and vanishes otherwise.
@@ -74,101 +191,131 @@ def atomic_file(target: Path) -> Iterator[BinaryIO]:
     """
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        aside = Path(name)
+        unfinished = aside(target)
         try:
-            with os.fdopen(descriptor, "wb") as stream:
+            with unfinished.open("xb") as stream:
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
-            aside.chmod(0o666 & ~_umask())
-            aside.replace(target)
+            unfinished.replace(target)
             fsync_folder(target.parent)
         finally:
-            aside.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
 
 
 @contextmanager
-def atomic_folder(target: Path, aside_in: Path | None = None) -> Iterator[Path]:
+def atomic_folder(target: Path) -> Iterator[Path]:
     """A folder to fill, which takes `target`'s place when the block ends well.
 
-    An older `target` is replaced as a whole; until the last rename it stays readable.
-
-    Args:
-        target: see above.
-        aside_in: where it is filled, and an older one put to be deleted; in the file system of
-            `target`, beside which both are done otherwise.
+    An older `target` is replaced as a whole, so `require_replaceable` comes first. At every moment
+    the old folder or the new one stands there; only on file systems that cannot swap two folders
+    there is an instant with neither. A kill then leaves the old one beside it, and
+    `locked_target` or the next `atomic_folder` puts it back.
 
     Raises:
         ClseaveError: the disk is full or read-only; an older `target` is left as it was.
     """
     with writing(target):
+        target = target.resolve()  # a link stays a link
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder = aside_in or target.parent
-        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=folder))
+        _restore(target)
+        unfinished = aside(target)
         try:
-            yield aside
-            _sync_files([path for path in aside.rglob("*") if path.is_file()])
-            aside.chmod(0o777 & ~_umask())
-            if target.exists():
-                # Not a name of `asides`: a kill now leaves the only copy of an older one in it.
-                old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=folder))
-                target.rename(old / target.name)
-                try:
-                    aside.rename(target)
-                except OSError:
-                    (old / target.name).rename(target)
-                    old.rmdir()
-                    raise
-                shutil.rmtree(old)
-            else:
-                aside.rename(target)
+            unfinished.mkdir()
+            yield unfinished
+            _finish(unfinished)
+            if not (target.is_dir() and _swapped(unfinished, target)):
+                if target.is_dir():
+                    target.rename(_old(target))
+                unfinished.rename(target)
             fsync_folder(target.parent)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            _restore(target)
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def asides(folder: Path, name: str) -> list[Path]:
-    """What is being written in `folder` to be renamed at its end, or was when a kill came.
+def _swapped(one: Path, other: Path) -> bool:
+    """Swaps two folders in one step where the system can (Linux); False: nothing was done."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError):
+        return False
+    paths = [argument for path in (one, other) for argument in (_AT_FDCWD, os.fsencode(path))]
+    return bool(renameat2(*paths, _RENAME_EXCHANGE) == 0)
 
-    Args:
-        folder: where `atomic_file` and `atomic_folder` write.
-        name: a regular expression of their targets' names.
-    """
-    # The last eight are what tempfile makes.
-    pattern = re.compile(rf"\.(?:{name})\.[a-z0-9_]{{8}}")
-    return [path for path in folder.iterdir() if pattern.fullmatch(path.name)]
+
+def _old(target: Path) -> Path:
+    return target.with_name(f".{target.name}.clseave-old")
+
+
+def _restore(target: Path) -> None:
+    """Puts an older folder back that was moved away for a new one which never came."""
+    old = _old(target)
+    if not target.exists() and old.exists():
+        old.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _finish(folder: Path) -> None:
+    """Gives all files in a folder the modes that the umask asks for, and brings them to disk."""
+    mode = folder.stat().st_mode & 0o666
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    for path in files:
+        path.chmod(mode)  # some writers (safetensors) make files for the owner's eyes only
+        if len(files) <= _MOST_SINGLE_SYNCS:
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+    if len(files) > _MOST_SINGLE_SYNCS:
+        os.sync()
 
 
 @contextmanager
-def locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
-    """Holds a lock on a file or folder; however the process ends, the kernel lets go of it.
+def locked_target(target: Path) -> Iterator[None]:
+    """Keeps a file or folder to this process, and removes what killed ones left unfinished of it.
+
+    The lock is the file `.NAME.lock` beside `target`, removed at the end of the block; after a kill
+    nobody holds it. File systems without locks are no obstacle, and nothing is removed there.
 
     Raises:
-        BlockingIOError: `how` says not to wait, and somebody else holds one.
+        ClseaveError: another process is writing `target`, or its folder cannot be written.
     """
-    # NFS grants an exclusive lock only on what is open for writing, which a folder cannot be.
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    with writing(target):
+        place = target.resolve()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path = place.with_name(f".{place.name}.lock")
+        lock, locks = _open_locked(path, target)
     try:
-        fcntl.flock(descriptor, how)
+        if locks:
+            _restore(place)
+            sweep(place.parent, re.escape(place.name))
         yield
     finally:
-        os.close(descriptor)
+        path.unlink(missing_ok=True)
+        lock.close()
 
 
-def _sync_files(paths: list[Path]) -> None:
-    if len(paths) > _MOST_SINGLE_SYNCS:
-        os.sync()
-        return
-    for path in paths:
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _open_locked(path: Path, target: Path) -> tuple[BinaryIO, bool]:
+    """The lock file, and whether the file system has locks at all."""
+    while True:
+        lock = path.open("ab")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(path.stat(), os.fstat(lock.fileno())):
+                return lock, True
+        except FileNotFoundError:
+            pass  # its holder removed it just before we got it
+        except BlockingIOError:
+            lock.close()
+            raise ClseaveError(
+                f"{target}: another process is writing it; let it end or stop it, or choose "
+                "another place."
+            ) from None
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                return lock, False
+            lock.close()
+            raise
+        lock.close()
 
 
 def write_json(target: Path, value: Any) -> None:
@@ -192,8 +339,14 @@ def read_json(path: Path) -> Any:
 
 
 def cache_root() -> Path:
-    """Where caches live: `CLSEAVE_CACHE`, or `~/.cache/clseave`."""
-    return Path(os.environ.get("CLSEAVE_CACHE") or Path.home() / ".cache" / "clseave")
+    """Where caches live: `CLSEAVE_CACHE`, or `~/.cache/clseave`.
+
+    Raises:
+        ClseaveError: neither is there.
+    """
+    with suppress(RuntimeError):
+        return Path(os.environ.get("CLSEAVE_CACHE") or Path.home() / ".cache" / "clseave")
+    raise ClseaveError("this user has no home directory for caches; set CLSEAVE_CACHE to a folder.")
 
 
 def file_digest(path: Path, num_bytes: int = 32) -> str:
@@ -206,11 +359,9 @@ def file_digest(path: Path, num_bytes: int = 32) -> str:
     Raises:
         DataError: the file cannot be read.
     """
-    digest = hashlib.blake2b(digest_size=num_bytes)
     try:
         with path.open("rb") as stream:
-            while chunk := stream.read(_CHUNK_BYTES):
-                digest.update(chunk)
+            digest = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=num_bytes))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
     return digest.hexdigest()

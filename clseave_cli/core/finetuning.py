@@ -24,14 +24,14 @@ from clseave_cli.core.features import (
     image_features,
     tokenize_sentences,
 )
-from clseave_cli.core.files import json_digest
+from clseave_cli.core.files import json_digest, require_replaceable
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.packing import PackedBatch
 from clseave_cli.core.models.vocabulary import reduced_vocabulary
 from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
 from clseave_cli.core.training.precision import Autocast, autocast, resolve_device
-from clseave_cli.core.training.run import Run, finished_before, require_writable
+from clseave_cli.core.training.run import Run, finished_before, model_kind
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.labels import LABELS
 from clseave_cli.progress import SILENT, Progress
@@ -86,7 +86,7 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> FinetuneRes
     """
     require_language(config.source_lang, "--source-lang")
     out = config.out or config.runs / "clip-ve"
-    require_writable(out)
+    require_replaceable(out, model_kind("finetune-ve"), config)
     if config.resume and finished_before(out, progress):
         return FinetuneResult(out, None)
     device = resolve_device(config.device)

@@ -27,7 +27,7 @@ from clseave_cli.core.config import PretrainConfig
 from clseave_cli.core.data.images import ImageFolder, open_image
 from clseave_cli.core.data.records import distinct
 from clseave_cli.core.features import Photos
-from clseave_cli.core.files import file_digest, json_digest
+from clseave_cli.core.files import file_digest, json_digest, require_replaceable
 from clseave_cli.core.models.backbones import load_clip
 from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
 from clseave_cli.core.models.packing import PackedBatch
@@ -37,7 +37,7 @@ from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
 from clseave_cli.core.training.placement import on_device
 from clseave_cli.core.training.precision import resolve_device
-from clseave_cli.core.training.run import Run, finished_before, require_writable
+from clseave_cli.core.training.run import Run, finished_before, model_kind
 from clseave_cli.errors import DataError
 from clseave_cli.progress import SILENT, Progress
 
@@ -94,7 +94,7 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> PretrainRes
         ClseaveError: bad data, an unusable model, a full disk, or an interruption.
     """
     out = config.out or config.runs / "clip"
-    require_writable(out)
+    require_replaceable(out, model_kind("pretrain"), config)
     if config.resume and finished_before(out, progress):
         return PretrainResult(out, None)
     device = resolve_device(config.device)

@@ -147,6 +147,7 @@ def test_two_rows_with_one_pair_id(commands, refused, data, keep, command):
 
 @pytest.mark.parametrize("command", READERS)
 def test_bad_rows_are_set_aside_when_asked(commands, clseave, data, command):
+    """G9."""
     path = data / FILES[command]
     edit_row(path, 2, sentence2="")
     before = path.read_bytes()
@@ -315,18 +316,19 @@ def test_predict_needs_a_pair_or_files(refused, keep):
 
 def test_an_input_file_that_is_not_there(refused, runs, tmp_path):
     target = tmp_path / "answers.jsonl"
-    target.write_text("older answers\n")
+    older = '{"error": "older"}\n'
+    target.write_text(older)
     for source in (tmp_path / "nowhere.jsonl", tmp_path):
         error = refused("predict", "--input", source, "--output", target, "--runs", runs)
         assert f"{source}: cannot be read" in error
-    assert target.read_text() == "older answers\n"
+    assert target.read_text() == older
 
 
 @pytest.mark.parametrize("command", ["finetune-ve", "align"])
 def test_a_model_cannot_lie_where_a_file_is(commands, refused, tmp_path, command):
     (tmp_path / "file").write_text("precious")
     error = refused(*commands[command], "--out", tmp_path / "file")
-    assert f"{tmp_path / 'file'}: is a file; expected a folder" in error
+    assert f"{tmp_path / 'file'}: is not a folder; choose another place" in error
     assert (tmp_path / "file").read_text() == "precious"
 
 
@@ -339,7 +341,8 @@ def test_a_full_disk_under_predict_keeps_the_older_answers(
     from clseave_cli.core import files
 
     target, source = tmp_path / "answers.jsonl", tmp_path / "pairs.jsonl"
-    target.write_text("older answers\n")
+    older = '{"error": "older"}\n'
+    target.write_text(older)
     write_jsonl(source, [{"image": "data/images/test0.png", "hypothesis": "The square is red."}])
 
     def full(*_arguments):
@@ -348,7 +351,7 @@ def test_a_full_disk_under_predict_keeps_the_older_answers(
     monkeypatch.setattr(files.os, "fsync", full)
     error = refused("predict", "--input", source, "--output", target, "--runs", runs)
     assert f"{target}: the disk is full; what was there before is untouched" in error
-    assert target.read_text() == "older answers\n"
+    assert target.read_text() == older
     assert not list(tmp_path.glob(".answers*"))
 
 
@@ -367,7 +370,7 @@ def test_a_full_disk_under_a_report(commands, refused, tmp_path, monkeypatch):
     assert "accuracy" in json.dumps(_evaluated(commands, refused))
     monkeypatch.setattr(files.os, "fsync", full)
     error = refused(*commands["evaluate"], "--report", report)
-    assert "the disk is full" in error and str(report) in error
+    assert f"{report}: the disk is full" in error and list(tmp_path.glob(".report*")) == []
 
 
 def _evaluated(commands, refused):

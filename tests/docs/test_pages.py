@@ -198,3 +198,16 @@ def test_files_of_the_repository_named_in_the_pages_exist(page: Path) -> None:
         if re.fullmatch(r"(clseave_cli|tests|docs|\.ci|commands|core)(/[\w.]+)+/?", name):
             candidates = (ROOT / name, ROOT / "clseave_cli" / name)
             assert any(path.exists() for path in candidates), f"{page_id(page)}: {name}"
+
+
+def test_every_guarantee_is_cited_by_a_test() -> None:
+    promised = set(
+        re.findall(
+            r"^- \*\*(G\d+)\.",
+            (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8"),
+            re.MULTILINE,
+        )
+    )
+    tests = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
+    cited = {number for text in tests for number in re.findall(r"\bG\d+\b", text)}
+    assert promised == cited != set()

@@ -54,6 +54,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="session")
 def folder(results, curves, galleries, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
+    results.write(folder)
     (folder / "figures").mkdir()
     (folder / "figures" / "old.png").write_bytes(b"of an older report")
     path = write_report(results, folder, curves=curves, galleries=galleries, title=HOSTILE)

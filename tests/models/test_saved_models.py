@@ -97,6 +97,7 @@ def test_a_student_is_the_same_after_save_and_load(encoder, tmp_path):
 
 
 def test_nothing_on_disk_is_a_pickle(trained):
+    """G11."""
     names = [name for name in tree(trained) if not name.endswith((".json", ".jsonl", ".md"))]
     assert names and all(name.endswith(".safetensors") for name in names)
 
@@ -109,6 +110,7 @@ def test_a_student_of_another_teacher_is_refused(trained):
 
 @pytest.mark.parametrize("kind", ["clip-ve", "align-de"])
 def test_a_flipped_byte_in_any_file_is_noticed(runs, kind):
+    """G10."""
     folder = runs / kind
     load = ClipVE.from_folder if kind == "clip-ve" else load_student
     load(folder)
@@ -170,6 +172,7 @@ def test_a_newer_format_is_refused(runs):
 
 
 def test_a_configuration_cannot_reach_outside_its_folder(runs):
+    """G11."""
     from clseave_cli.core.models.folder import seal
 
     path = runs / "align-de" / "config.json"
@@ -228,6 +231,7 @@ def test_a_model_of_another_kind_is_refused(encoder):
 
 
 def test_code_in_a_model_folder_is_never_run(encoder, tmp_path):
+    """G11."""
     folder = tmp_path / "evil"
     shutil.copytree(encoder, folder)
     config = json.loads((folder / "config.json").read_text())

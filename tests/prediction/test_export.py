@@ -227,12 +227,13 @@ def test_the_command_says_what_it_wrote(tmp_path, trained, clseave, refused):
     code, _, said = clseave("export", "--runs", trained, "--out", out, "--lang", "de")
     assert code == 0 and f"{out}: an export that also read nl was replaced." in said
     (out / "config.json").write_text("{")
-    code, _, said = clseave("export", "--runs", trained, "--out", out, "--lang", "nl")
-    assert code == 0 and "replaced" not in said  # nothing is known of a damaged one
-    assert "no exported model" in refused(
+    error = refused("export", "--runs", trained, "--out", out, "--lang", "nl", code=2)
+    assert f"{out}: is there already" in error  # nothing is known of a damaged one
+    assert "is not an exported model" in refused(
         "export", "--runs", trained, "--out", trained / "clip-ve", code=2
     )
-    assert "no model for xx" in refused("export", "--runs", trained, "--out", out, "--lang", "xx")
+    other = tmp_path / "other"
+    assert "no model for xx" in refused("export", "--runs", trained, "--out", other, "--lang", "xx")
 
 
 @pytest.mark.parametrize(

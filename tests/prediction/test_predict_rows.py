@@ -67,7 +67,7 @@ def test_a_resumed_run_continues_exactly_where_it_stopped(source, trained, tmp_p
     torn = b"".join(lines[left : left + 1])[:-5] or b"{"
     partial = tmp_path / "answers.jsonl.partial"
     partial.write_bytes(earlier + torn)
-    target.write_text("older answers\n")
+    target.write_text('{"error": "older"}\n')
     with pytest.raises(UsageError, match=r"partial: an unfinished run lies there; --resume"):
         predict_file(_config(trained), source, target)
     again = predict_file(_config(trained, resume=True), source, target)
@@ -189,6 +189,7 @@ def test_rows_without_an_answer_are_no_answers(source, trained, tmp_path):
 
 
 def test_after_a_kill_no_line_is_torn_and_none_is_lost(source, trained, tmp_path, cache, clseave):
+    """G7."""
     whole, target = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
     arguments = ["predict", "--input", source, "--runs", trained, "--lang", "de",
                  "--batch-size", "1", "--device", "cpu", "--precision", "fp32"]  # fmt: skip

@@ -115,6 +115,7 @@ def test_the_oldest_photos_are_forgotten(serve, model, monkeypatch):
 
 
 def test_more_requests_than_may_wait_are_turned_away(serve, model):
+    """G12."""
     client = serve(max_waiting=2)
     model.gate.clear()
     with ThreadPoolExecutor(2) as pool:
@@ -147,6 +148,7 @@ def test_a_failure_of_the_model_hits_its_batch_only(serve, model):
     ids=["empty", "text", "cut", "large", "format"],
 )
 def test_bad_images_are_refused(serve, model, image, code, message):
+    """G12."""
     answer = ask(serve(max_megapixels=1), image)
     assert answer.status_code == code
     assert message in answer.json()["detail"]

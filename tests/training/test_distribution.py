@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_world import read_jsonl, start_team, tree
 
-from clseave_cli.core.files import locked
+from clseave_cli.core.files import locked_target
 from clseave_cli.core.training.distribution import Processes, processes
 
 NAMES = {"finetune-ve": "clip-ve", "align": "align-de+nl", "pretrain": "clip"}
@@ -138,13 +138,10 @@ def test_two_processes_train_as_one_and_survive_each_others_end(stage, tmp_path,
 @pytest.mark.parametrize("stage", ["align"], indirect=True)
 def test_a_folder_in_use_is_told_to_all(stage, tmp_path):
     name, arguments = stage
-    lock = tmp_path / "runs" / f"{NAMES[name]}.partial" / "lock"
-    lock.parent.mkdir(parents=True)
-    lock.touch()
-    with locked(lock):
+    with locked_target(tmp_path / "runs" / NAMES[name]):
         codes, said = _finish(start_team(*arguments, "--resume", folder=tmp_path / "said"))
     assert codes == [1, 1], said
-    assert all("another process is training there" in own.splitlines()[-1] for own in said), said
+    assert all("another process is writing it" in own.splitlines()[-1] for own in said), said
 
 
 @pytest.mark.parametrize("stage", ["pretrain"], indirect=True)
@@ -183,14 +180,16 @@ def test_without_a_launcher_nothing_changes():
 
 def test_a_launcher_that_tells_half_is_an_error(monkeypatch, refused, world, clip, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     processes.cache_clear()
     error = refused("finetune-ve", "--data", world, "--clip", clip, "--runs", tmp_path)
-    assert "cannot reach the others" in error and "RANK" in error
+    assert "cannot reach the others" in error and "MASTER_ADDR" in error
 
 
 @pytest.mark.parametrize("command", ["demo", "evaluate", "predict", "compare"])
 def test_commands_for_one_process_say_so(monkeypatch, refused, command):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     more = {"predict": ["x.jpg", "x"], "compare": ["a", "b"]}.get(command, [])
     error = refused(command, *more, code=2)
     assert error == f"clseave: {command}: works in one process; start it without a launcher."

@@ -6,11 +6,19 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_world import Notes, tree
 
 from clseave_cli.core import files
-from clseave_cli.core.config import TrainingConfig
-from clseave_cli.core.training.run import Run, finished_before, is_complete, require_writable
+from clseave_cli.core.config import FinetuneConfig, TrainingConfig
+from clseave_cli.core.files import require_replaceable
+from clseave_cli.core.training.run import (
+    UNFINISHED,
+    Run,
+    finished_before,
+    is_complete,
+    model_kind,
+)
 from clseave_cli.errors import ClseaveError, UsageError
 
 INPUTS = {"data": "d1", "clip": "c1"}
@@ -28,9 +36,22 @@ def _open(*arguments, **options):
 
 def _publish(run, text="weights"):
     with run:
-        for name in ("metrics.jsonl", "summary.json"):
-            (run.folder / name).write_text("{}\n")
-        run.publish(lambda aside: (aside / "model").write_text(text), "# card\n")
+        _publish_in(run, text)
+
+
+def _publish_in(run, text):
+    for name in ("metrics.jsonl", "summary.json"):
+        (run.folder / name).write_text("{}\n")
+
+    def save(folder):
+        (folder / "model").write_text(text)
+        (folder / "config.json").write_text('{"files": {"model": "digest"}}')
+
+    run.publish(save, "# card\n")
+
+
+def _kind(folder):
+    return UNFINISHED if folder.endswith(".partial") else model_kind("stage")
 
 
 def _full(*_arguments):
@@ -53,6 +74,7 @@ def test_a_run_appears_whole_and_leaves_nothing_beside_it(tmp_path):
 
 
 def test_an_unfinished_run_is_neither_overwritten_nor_mixed(tmp_path):
+    """G6."""
     out = tmp_path / "model"
     _open(out)
     with pytest.raises(UsageError, match=r"unfinished run lies there; --resume continues"):
@@ -66,12 +88,13 @@ def test_an_unfinished_run_is_neither_overwritten_nor_mixed(tmp_path):
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_two_runs_never_train_into_one_folder(tmp_path, resume):
+    """G3."""
     out = tmp_path / "model"
     with _run(out) as run:
         (run.folder / "state-00000001").mkdir()
         before = tree(tmp_path)
         with pytest.raises(
-            ClseaveError, match=r"model.partial: another process is training there; let it end"
+            ClseaveError, match=r"model: another process is writing it; let it end"
         ) as error:
             _open(out, resume=resume)
         assert error.value.exit_code == 1
@@ -91,23 +114,6 @@ def test_a_run_that_ends_by_an_error_is_resumed_at_once(tmp_path):
     assert kept.tb and refused.tb  # they hold the frames, and with them the runs
 
 
-def test_a_lock_of_a_run_just_published_counts_for_nothing(tmp_path, monkeypatch):
-    out = tmp_path / "model"
-    run = _run(out)
-    flock = fcntl.flock
-
-    def late(descriptor, how):
-        monkeypatch.undo()
-        shutil.rmtree(tmp_path / "model.partial")
-        flock(descriptor, how)
-
-    monkeypatch.setattr(fcntl, "flock", late)
-    with pytest.raises(ClseaveError, match="another process is training there"):
-        _publish(run)
-    _publish(run)
-    assert is_complete(out)
-
-
 def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
     def unknown(descriptor, how):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
@@ -125,53 +131,82 @@ def _lay(*paths):
 
 
 def test_what_kills_left_of_a_run_goes_when_it_is_resumed(tmp_path):
-    out, other = tmp_path / "align-de", tmp_path / "align-de+nl.partial"
-    partial, training = tmp_path / "align-de.partial", tmp_path / "align-de.partial" / "training"
+    """G4: and nothing of another run, or of the user's."""
+    out, training = tmp_path / "align-de", tmp_path / "align-de.partial" / "training"
     for name in ("align-de", "align-de+nl"):
         _open(tmp_path / name)
     _lay(
         training / "state-00000012" / "state.json",
-        training / ".state-00000012.ABCD_123" / "a user's",
-        training / ".state-00000012.abcd_1234" / "a user's",
-        training / ".another.abcd_123",
-        partial / ".align-de.old.abcd_123" / "align-de" / "the only copy",
         tmp_path / ".align-de.original" / "a user's",
-        tmp_path / ".align-de.partial.original" / "training" / "a user's",
-        tmp_path / ".align-de.partial.abcd_123",
-        tmp_path / ".align-de+nl.partial.abcd_123" / "align-de+nl.partial" / "lock",
-        other / ".align-de.abcd_123" / "config.json",
-        other / ".align-de+nl.abcd_123" / "config.json",
-        other / "training" / ".state-00000012.abcd_123" / "state.json",
+        tmp_path / ".align-de.clseave-original" / "a user's",
+        tmp_path / ".align-de+nl.clseave-abcd1234" / "config.json",
+        tmp_path / "align-de+nl.partial" / "training" / ".state-00000012.clseave-abcd1234" / "x",
     )
     kept = tree(tmp_path)
     _lay(
-        training / ".state-00000012.abcd_123" / "state.json",
-        training / ".summary.json.abcd_123",
-        partial / ".align-de.abcd_123" / "text" / "config.json",
-        tmp_path / ".align-de.partial.abcd_124" / "align-de.partial" / "lock",
+        training / ".state-00000012.clseave-abcd1234" / "state.json",
+        training / ".summary.json.clseave-abcd1234",
+        tmp_path / ".align-de.clseave-abcd1234" / "text" / "config.json",
+        tmp_path / ".align-de.partial.clseave-abcd1234" / "training" / "run.json",
+        tmp_path / ".align-de.lock",
     )
-    (tmp_path / ".align-de.partial.abcd_125").mkdir()
-    _open(out, resume=True)
-    assert tree(tmp_path) == kept
-    assert sorted(path.name for path in tmp_path.glob(".align-de.partial.*")) == [
-        ".align-de.partial.abcd_123",
-        ".align-de.partial.original",
-    ]
-
-
-def test_a_refused_run_clears_nothing_up(tmp_path):
-    out = tmp_path / "model"
-    left = tmp_path / "model.partial" / "training" / ".state-00000012.abcd_123"
-    with _run(out):
-        _lay(left / "state.json")
-        with pytest.raises(ClseaveError, match="another process"):
-            _open(out, resume=True)
     with pytest.raises(UsageError):
         _open(out, seed=5, resume=True)
-    assert left.exists()
+    assert (training / ".summary.json.clseave-abcd1234").exists()
+    _open(out, resume=True)
+    assert tree(tmp_path) == kept
+
+
+@pytest.mark.parametrize("place", ["notes.txt", "training/notes.txt"])
+@pytest.mark.parametrize("folder", ["model", "model.partial"])
+def test_a_file_of_the_users_is_named_and_kept(tmp_path, folder, place):
+    """G2: before the work, and before the model is put in place."""
+    out = tmp_path / "model"
+    _publish(_run(out))
+    with _run(out) as run:
+        _lay(tmp_path / folder / place)
+        for refused in (
+            lambda: require_replaceable(tmp_path / folder, _kind(folder)),
+            lambda: _publish_in(run, "new"),
+        ):
+            with pytest.raises(UsageError, match=rf"{folder}/{place}: clseave did not write it"):
+                refused()
+    assert (tmp_path / folder / place).exists() and (out / "model").read_text() == "weights"
+    (tmp_path / folder / place).unlink()
+    _publish(_run(out, resume=True), "new")
+    assert (out / "model").read_text() == "new"
+
+
+def test_a_resumed_run_goes_on_with_its_number_of_threads(tmp_path, monkeypatch):
+    """G6: another number adds up in another order, and ends in other weights."""
+    numbers = [3]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: numbers[-1])
+    monkeypatch.setattr(torch, "set_num_threads", numbers.append)
+    _open(tmp_path / "model")
+    numbers.append(1)
+    with _run(tmp_path / "model", resume=True):
+        assert numbers[-1] == 3
+    assert numbers[-1] == 1
+
+
+def test_a_folder_by_another_name_is_the_same_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for number, other in enumerate(("data/", "./data", str(tmp_path / "data"))):
+        config = FinetuneConfig(data="data")
+        with Run("stage", tmp_path / str(number), config, INPUTS):
+            pass
+        again = FinetuneConfig(data=other, resume=True)
+        with Run("stage", tmp_path / str(number), again, INPUTS):
+            pass
+        with pytest.raises(UsageError, match="was run with data = 'data', not 'd'"):
+            Run(
+                "stage", tmp_path / str(number), FinetuneConfig(data="d", resume=True), INPUTS
+            ).__enter__()
 
 
 def test_a_full_disk_keeps_the_old_model_and_the_unfinished_run(tmp_path, monkeypatch):
+    """G4."""
     out = tmp_path / "model"
     _publish(_run(out), "old")
     _open(out)
@@ -187,31 +222,12 @@ def test_a_full_disk_keeps_the_old_model_and_the_unfinished_run(tmp_path, monkey
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_rename_that_fails_puts_the_old_model_back(tmp_path, monkeypatch):
-    out = tmp_path / "model"
-    _publish(_run(out), "old")
-    run = _run(out)
-    rename = Path.rename
-
-    def fail(path, target):
-        if Path(target) == out and ".old." not in path.parent.name:
-            _full()
-        return rename(path, target)
-
-    monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(ClseaveError, match="the disk is full"):
-        _publish(run, "new")
-    monkeypatch.undo()
-    assert (out / "model").read_text() == "old"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.partial"]
-
-
 def test_a_kill_while_clearing_up_leaves_a_complete_model(tmp_path, monkeypatch):
     out = tmp_path / "model"
     rmtree = shutil.rmtree
 
     def killed(path, **more):
-        if path.name.startswith(".model.partial."):
+        if Path(path).name.startswith(".model.partial."):
             raise KeyboardInterrupt
         rmtree(path, **more)
 
@@ -224,19 +240,3 @@ def test_a_kill_while_clearing_up_leaves_a_complete_model(tmp_path, monkeypatch)
     assert finished_before(out, notes) and notes.lines == [f"{out}: already complete."]
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert not finished_before(tmp_path / "other", notes)
-
-
-def test_where_a_model_cannot_lie_is_found_out_first(tmp_path):
-    (tmp_path / "file").write_text("")
-    for out in (tmp_path / "file", tmp_path / "file" / "a" / "b"):
-        with pytest.raises(ClseaveError, match=r"file: is a file; expected a folder"):
-            require_writable(out)
-    require_writable(tmp_path / "new" / "b")
-    assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_may_not_be_written(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(ClseaveError, match="cannot be written"):
-        _open(tmp_path / "model")

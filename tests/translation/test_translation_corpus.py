@@ -149,6 +149,7 @@ def test_shut_out_half_way(tmp_path: Path, google: Loopback) -> None:
 
 
 def test_killed_again_and_again(tmp_path: Path) -> None:
+    """G8."""
     report = run_with_kills(tmp_path, num_rows=400, num_kills=5, seed=3)
     assert report.identical
     assert max(report.lost) <= CONCURRENCY

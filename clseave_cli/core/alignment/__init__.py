@@ -49,7 +49,7 @@ from clseave_cli.core.data.hub import data_folder
 from clseave_cli.core.data.images import ImageFolder
 from clseave_cli.core.data.records import Parallel, require_language, require_split_path
 from clseave_cli.core.features import Photos
-from clseave_cli.core.files import json_digest
+from clseave_cli.core.files import json_digest, require_replaceable
 from clseave_cli.core.models.clip_ve import ClipVE, source_language
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.student import new_student, save_student
@@ -58,7 +58,7 @@ from clseave_cli.core.models.vocabulary import reduced_vocabulary
 from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.loop import Stage, TrainingResult, overall, train
 from clseave_cli.core.training.precision import autocast, resolve_device
-from clseave_cli.core.training.run import Run, finished_before, require_writable
+from clseave_cli.core.training.run import Run, finished_before, model_kind
 from clseave_cli.errors import UsageError
 from clseave_cli.progress import SILENT, Progress
 
@@ -89,7 +89,7 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> AlignResult:
     require_links_fit(config)
     teacher_folder = _teacher_folder(config)
     out = config.out or config.runs / f"align-{'+'.join(languages)}"
-    require_writable(out)
+    require_replaceable(out, model_kind("align"), config)
     if config.resume and finished_before(out, progress):
         return AlignResult(out, languages, None)
     device = resolve_device(config.device)

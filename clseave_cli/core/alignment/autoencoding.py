@@ -20,6 +20,7 @@ from torch.nn import functional
 from clseave_cli.core.config import AutoencodeConfig
 from clseave_cli.core.data.hub import data_folder
 from clseave_cli.core.data.records import distinct, read_split, require_language
+from clseave_cli.core.files import require_replaceable
 from clseave_cli.core.models.autoencoder import Autoencoder, save_autoencoder
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
@@ -29,7 +30,7 @@ from clseave_cli.core.models.tokens import TokenTable
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
 from clseave_cli.core.training.placement import on_device
 from clseave_cli.core.training.precision import resolve_device
-from clseave_cli.core.training.run import Run, finished_before, require_writable
+from clseave_cli.core.training.run import Run, finished_before, model_kind
 from clseave_cli.core.word_alignment.places import NONE, WordTokens, find_tokens
 from clseave_cli.core.word_alignment.words import split_words
 from clseave_cli.errors import UsageError
@@ -104,7 +105,7 @@ def autoencode(config: AutoencodeConfig, progress: Progress = SILENT) -> Autoenc
     for lang in languages:
         require_language(lang)
     out = config.out or config.runs / "autoencoder"
-    require_writable(out)
+    require_replaceable(out, model_kind("autoencode"), config)
     if config.resume and finished_before(out, progress):
         return AutoencodeResult(out, languages, None)
     device = resolve_device(config.device)

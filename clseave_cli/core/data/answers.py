@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from clseave_cli.core.files import atomic_file, fsync_folder, writing
+from clseave_cli.core.files import atomic_file, fsync_folder, locked_target, sweep, writing
 from clseave_cli.errors import DataError, UsageError
 
 
@@ -22,6 +23,8 @@ def answer_line(answer: dict[str, Any]) -> bytes:
 class AnswerFile:
     """Collects answers in `TARGET.partial`, which takes the target's name when all are there.
 
+    A context manager: in its block no other process writes these answers.
+
     Args:
         target: the file that will hold the answers; an older one stays until then.
         resume: go on with what an interrupted run left, or after what a finished one wrote.
@@ -30,18 +33,44 @@ class AnswerFile:
         finished: the earlier answers are those of a run that ended, in the target.
 
     Raises:
-        UsageError: an interrupted run left answers, and `resume` is not set.
+        UsageError: an interrupted run left answers, and `resume` is not set; or the target is a
+            file of something else.
+        ClseaveError: another process is writing there, or the folder cannot be written.
     """
 
     def __init__(self, target: Path, resume: bool) -> None:
-        self.target = target
+        self.target, self._resume = target, resume
         self.partial = target.with_name(target.name + ".partial")
-        if self.partial.exists() and not resume:
+        self.finished = False
+        self._lock = ExitStack()
+
+    def __enter__(self) -> AnswerFile:
+        with ExitStack() as lock:
+            lock.enter_context(locked_target(self.target))
+            there = self.partial.exists()
+            if there and not self._resume:
+                raise UsageError(
+                    f"{self.partial}: an unfinished run lies there; --resume continues it, "
+                    "deleting that file forgets it."
+                )
+            self.finished = self._resume and self.target.exists() and not there
+            if not self.finished and self.target.exists():
+                self._require_answers()
+            sweep(self.target.parent, re.escape(self.partial.name))
+            self._lock = lock.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
+    def _require_answers(self) -> None:
+        with writing(self.target), self.target.open("rb") as stream:
+            first = stream.readline()
+        answer = _whole_answer(first) or {}
+        if first and not answer.keys() & {"label", "error"}:
             raise UsageError(
-                f"{self.partial}: an unfinished run lies there; --resume continues it, "
-                "deleting that file forgets it."
+                f"{self.target}: is there already and holds no answers; choose another --output."
             )
-        self.finished = resume and target.exists() and not self.partial.exists()
 
     def earlier(self) -> Iterator[dict[str, Any]]:
         """The answers to go on after; at the end, what an interruption tore is cut off the file.
@@ -90,7 +119,7 @@ class AnswerFile:
                     stream.flush()
                     os.fsync(stream.fileno())
             except BaseException:
-                if not self.partial.stat().st_size:
+                if self.partial.exists() and not self.partial.stat().st_size:
                     self.partial.unlink()
                 raise
             self.partial.replace(self.target)

@@ -68,13 +68,6 @@ class PredictedRows:
         return path
 
 
-def write_predictions(languages: Sequence[PredictedRows], folder: Path) -> None:
-    """Writes the predictions of an evaluation, and removes those of an older one in `folder`."""
-    written = {rows.write(folder) for rows in languages}
-    for path in set(folder.glob(f"{_PREFIX}*{_SUFFIX}")) - written:
-        path.unlink()
-
-
 def predicted_languages(folder: Path) -> list[str]:
     """What predictions lie in a report folder (`PredictedRows.lang`), sorted, English first.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ from clseave_cli.core.evaluation.report.gallery import (
     most_confident_errors,
 )
 from clseave_cli.core.evaluation.report.names import language_name
-from clseave_cli.core.evaluation.report.report import write_report
+from clseave_cli.core.evaluation.report.report import REPORT, write_report
 from clseave_cli.core.evaluation.results import (
     TRAINING_ROWS,
     Baselines,
@@ -66,9 +67,9 @@ from clseave_cli.core.evaluation.results import (
     across_seeds,
     result_key,
 )
-from clseave_cli.core.evaluation.rows import PredictedRows, write_predictions
+from clseave_cli.core.evaluation.rows import PredictedRows
 from clseave_cli.core.features import Photos, image_features, tokenize_sentences
-from clseave_cli.core.files import file_digest
+from clseave_cli.core.files import file_digest, locked_target, require_replaceable
 from clseave_cli.core.models.clip_ve import ClipVE, fingerprint, source_language
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.student import find_students, load_student, student_fingerprint
@@ -172,6 +173,14 @@ def evaluate(config: EvaluateConfig, progress: Progress = SILENT) -> Results:
         ClseaveError: bad data, or a model that is missing, damaged, or of another teacher; or
             hypotheses that cannot be translated, where they are to be.
     """
+    with ExitStack() as stack:
+        if config.report is not None:
+            require_replaceable(config.report, REPORT, config)
+            stack.enter_context(locked_target(config.report))
+        return _document(config, progress)
+
+
+def _document(config: EvaluateConfig, progress: Progress) -> Results:
     folder = data_folder(config.data, progress)
     # A missing model is told before the first takes hours.
     source_lang = _source_language(config)
@@ -245,10 +254,10 @@ def _write(
     # One reading of each language, preferably its own.
     shown = {own.system.lang: own for own in reversed(outputs.values())}
     shown = {own.system.lang: shown[own.system.lang] for own in outputs.values()}
-    write_predictions([_predicted_rows(own) for own in outputs.values()], config.report)
     write_report(
         document,
         config.report,
+        predictions=[_predicted_rows(own) for own in outputs.values()],
         curves=[
             curve
             for model in _model_folders(config.runs[0], outputs.values())

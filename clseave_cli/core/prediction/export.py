@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from clseave_cli.core.config import ExportConfig
 from clseave_cli.core.data.records import require_language
-from clseave_cli.core.files import atomic_folder
+from clseave_cli.core.files import Kind, atomic_folder, locked_target, require_replaceable
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.folder import seal
@@ -32,12 +32,18 @@ from clseave_cli.core.prediction import onnx_model
 from clseave_cli.core.prediction.inference import InferenceModel
 from clseave_cli.core.prediction.pixels import Preparation
 from clseave_cli.core.prediction.torch_model import TorchModel
-from clseave_cli.errors import ExtraMissing, ModelError, UsageError
+from clseave_cli.errors import ExtraMissing, ModelError
 from clseave_cli.progress import SILENT, Progress
 
 #: Largest difference of a probability from torch's that an exported folder may have.
 TOLERANCE = {"fp32": 1e-3, "int8": 0.1}
 
+_KIND = Kind(
+    "an exported model",
+    r"config\.json|README\.md",
+    "config.json",
+    lambda config: config.get("format") == onnx_model.FORMAT,
+)
 _OPSET = 18
 _NEEDED = ("onnx", "onnxruntime")
 _PROBE_SENTENCES = (
@@ -84,7 +90,13 @@ def export(config: ExportConfig, progress: Progress = SILENT) -> ExportResult:
         )
     for lang in config.lang:
         require_language(lang)
-    before = _replaced(config.out)
+    require_replaceable(config.out, _KIND, config)
+    with locked_target(config.out):
+        return _export(config, progress)
+
+
+def _export(config: ExportConfig, progress: Progress) -> ExportResult:
+    before = _languages(config.out)
     model = TorchModel.from_runs(config.runs, config.lang or None, "cpu", "fp32")
     precision = "int8" if config.int8 else "fp32"
     with atomic_folder(config.out) as folder:
@@ -99,6 +111,7 @@ def export(config: ExportConfig, progress: Progress = SILENT) -> ExportResult:
             )
         manifest |= {"tolerance": TOLERANCE[precision], "difference": difference}
         seal(folder, onnx_model.FORMAT, manifest)
+        require_replaceable(config.out, _KIND, config)
         num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     gone = [lang for lang in before if lang not in model.sources]
     if gone:
@@ -106,16 +119,12 @@ def export(config: ExportConfig, progress: Progress = SILENT) -> ExportResult:
     return ExportResult(config.out, tuple(model.sources), num_bytes, difference)
 
 
-def _replaced(out: Path) -> list[str]:
-    """The languages of the export whose place is taken; refuses to take that of anything else."""
-    if out.is_dir() and onnx_model.is_exported(out):
-        try:
-            return onnx_model.languages(out)
-        except ModelError:  # a damaged one, or of another version
-            return []
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UsageError(f"--out {out}: is there already and no exported model; choose another.")
-    return []
+def _languages(out: Path) -> list[str]:
+    """The languages of the export whose place is taken."""
+    try:
+        return onnx_model.languages(out) if onnx_model.is_exported(out) else []
+    except ModelError:  # a damaged one, or of another version
+        return []
 
 
 def _write(model: TorchModel, folder: Path, int8: bool, progress: Progress) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain, islice
 from os.path import samestat
@@ -270,8 +270,10 @@ def predict_file(
     lang = config.lang or own_language(config.runs)
     name = str(source) if isinstance(source, Path) else "stdin"
     base = source.parent if isinstance(source, Path) else Path()
-    with _reading(source) as stream:
+    with _reading(source) as stream, ExitStack() as stack:
         answers = _answer_file(config, target, stream)
+        if answers is not None:
+            stack.enter_context(answers)
         batches = read_pairs(stream, name, config.batch_size)
         if answers is not None:
             batches = _unanswered(batches, answers, lang, tally)

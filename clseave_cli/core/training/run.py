@@ -1,22 +1,20 @@
 """The folder of a run: unfinished beside its target, published whole at the end.
 
 While a stage trains, its record and saved states lie in `{out}.partial/training`. When it is done,
-the model and the record appear as `{out}` in one rename and the partial folder goes. Of several
-processes the first one writes. It holds a lock on `{out}.partial/lock`, so whatever lies in the
-partial folder is its own, and what an earlier one left half-written there can go.
+the model and the record appear as `{out}` in one step and the partial folder goes. Of several
+processes the first one writes. It holds the lock of `{out}`, so whatever is half-written there or
+in the partial folder was left by a process that was killed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import errno
-import fcntl
+import json
 import platform
 import re
 import shutil
-import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +23,38 @@ import transformers
 
 from clseave_cli.core.config import StageConfig, TrainingConfig
 from clseave_cli.core.files import (
-    asides,
+    Kind,
+    aside,
     atomic_folder,
     fsync_folder,
-    locked,
+    locked_target,
     read_json,
+    require_replaceable,
+    sweep,
     write_json,
     writing,
 )
 from clseave_cli.core.training import tracking
 from clseave_cli.core.training.checkpoint import STATE
 from clseave_cli.core.training.distribution import processes
-from clseave_cli.errors import ClseaveError, UsageError
+from clseave_cli.errors import UsageError
+from clseave_cli.processes import is_first_process
 from clseave_cli.progress import Progress
 from clseave_cli.version import __version__
 
 #: Options that may differ between a run and its continuation.
 _FREE_OPTIONS = ("resume", "device", "checkpoint_minutes", "runs", "out", "tracker")
-#: What a file system says that knows no locks (Lustre without `flock`, NFS without its daemon).
-_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+_RECORDS = ("run.json", "metrics.jsonl", "summary.json")
+_TRAINING = rf"training/(run\.json|metrics\.jsonl|summary\.json|{tracking.TENSORBOARD_FOLDER}/.+)"
+#: What transformers writes into the folder of a whole model, which `pretrain` makes.
+_HUGGING_FACE = (
+    r"(\w*config|tokenizer|vocab|added_tokens|special_tokens_map|model\.safetensors\.index)\.json"
+    r"|(vocab|merges)\.txt|[\w.]+\.model|chat_template\.jinja|model[\w-]*\.safetensors"
+)
+UNFINISHED = Kind(
+    "an unfinished run",
+    rf"lock|(.*/)?\.[^/]+\.clseave-[0-9a-f]{{8}}(/.*)?|training/{STATE.pattern}/.+|{_TRAINING}",
+)
 
 
 class Run:
@@ -63,8 +74,7 @@ class Run:
     Raises:
         UsageError: an unfinished run lies there and `--resume` was not given, or the options or
             inputs differ from those of the run to be resumed.
-        ClseaveError: another process is training there, or the package of the tracker is not
-            installed.
+        ClseaveError: another process is training there, or the tracker's package is missing.
     """
 
     def __init__(
@@ -74,7 +84,7 @@ class Run:
         self.out = out
         self._partial = _partial(out)
         self.folder = self._partial / "training"
-        self._resume = config.resume
+        self._stage, self._config, self._resume = stage, config, config.resume
         self._lock = ExitStack()
         self._record = {
             "stage": stage,
@@ -86,58 +96,44 @@ class Run:
                 "transformers": transformers.__version__,
                 "python": platform.python_version(),
             },
+            "threads": torch.get_num_threads(),
         }
 
     def __enter__(self) -> Run:
-        processes().once(self._open)
+        threads = processes().once(self._open)
+        # Sums depend on how many threads share them: a resumed run goes on with as many.
+        self._lock.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(threads)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._lock.close()
 
-    def _open(self) -> None:
+    def _open(self) -> int:
+        """Makes or takes over the folder; returns the number of threads to train with."""
         with writing(self._partial), ExitStack() as lock:
-            self._take(lock)
+            lock.enter_context(locked_target(self.out))
+            self._require_replaceable()
+            sweep(self.out.parent, re.escape(self._partial.name))
             if not self.folder.exists():
-                with atomic_folder(self.folder) as aside:
-                    write_json(aside / "run.json", self._record)
+                with atomic_folder(self.folder) as folder:
+                    write_json(folder / "run.json", self._record)
                 fsync_folder(self.out.parent)
-            elif self._resume:
-                require_same(read_json(self.folder / "run.json"), self._record, self._partial)
-                self._clear_up()
-            else:
+            elif not self._resume:
                 raise UsageError(
                     f"{self._partial}: an unfinished run lies there; --resume continues it, "
                     "deleting that folder forgets it."
                 )
-            _forget_published(self.out)
+            record = read_json(self.folder / "run.json")
+            require_same(record, self._record, self._partial)
+            sweep(self._partial)
+            sweep(self.folder)
             self._lock = lock.pop_all()
+        return int(record.get("threads", torch.get_num_threads()))
 
-    def _take(self, lock: ExitStack) -> None:
-        path = self._partial / "lock"
-        try:
-            self._partial.mkdir(parents=True, exist_ok=True)
-            path.touch()
-            lock.enter_context(locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB))
-            path.stat()  # not the lock of a folder that another run has just published
-        except (BlockingIOError, FileNotFoundError):
-            raise ClseaveError(
-                f"{self._partial}: another process is training there; let it end or stop it, or "
-                "choose another --out."
-            ) from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-
-    def _clear_up(self) -> None:
-        """Removes what kills left of files and folders being written: they may be large."""
-        left = asides(self._partial, re.escape(self.out.name))
-        left += asides(self.folder, rf"{STATE.pattern}|summary\.json")
-        for path in left:
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink()
+    def _require_replaceable(self) -> None:
+        require_replaceable(self.out, model_kind(self._stage), self._config)
+        require_replaceable(self._partial, UNFINISHED)
 
     def publish(self, save: Callable[[Path], Any], card: str) -> None:
         """Makes the finished model appear.
@@ -147,37 +143,38 @@ class Run:
             card: text of the model card.
 
         Raises:
-            ClseaveError: the disk is full; the partial folder is kept.
+            ClseaveError: the disk is full, or a file is in the way; the partial folder is kept.
         """
         processes().once(lambda: self._publish(save, card))
 
     def _publish(self, save: Callable[[Path], Any], card: str) -> None:
-        with atomic_folder(self.out, aside_in=self._partial) as aside:
-            save(aside)
-            (aside / "README.md").write_text(card, encoding="utf-8")
-            (aside / "training").mkdir()
-            for name in ("run.json", "metrics.jsonl", "summary.json"):
-                shutil.copyfile(self.folder / name, aside / "training" / name)
+        with atomic_folder(self.out) as folder:
+            save(folder)
+            (folder / "README.md").write_text(card, encoding="utf-8")
+            (folder / "training").mkdir()
+            for name in _RECORDS:
+                shutil.copyfile(self.folder / name, folder / "training" / name)
             if (events := self.folder / tracking.TENSORBOARD_FOLDER).is_dir():
-                shutil.copytree(events, aside / "training" / events.name)
-        # In one move, so that a kill leaves no half of it behind to be resumed.
-        doomed = Path(tempfile.mkdtemp(prefix=f".{self._partial.name}.", dir=self.out.parent))
-        self._partial.rename(doomed / self._partial.name)
-        # Another process may be at it too.
+                shutil.copytree(events, folder / "training" / events.name)
+            self._require_replaceable()
+        # In one step, so that a kill leaves no half of it behind to be resumed.
+        doomed = self._partial.rename(aside(self._partial))
         shutil.rmtree(doomed, ignore_errors=True)
 
 
 def is_complete(out: Path) -> bool:
     """Whether a run published this folder and no newer one is under way."""
-    under_way = (_partial(out) / "training").exists()
-    return (out / "training" / "summary.json").is_file() and not under_way
+    complete = (out / "training" / "summary.json").is_file()
+    return complete and not (_partial(out) / "training").exists()
 
 
 def finished_before(out: Path, progress: Progress) -> bool:
     """Whether there is nothing to resume, since the run `is_complete`; then says so."""
     if not is_complete(out):
         return False
-    _forget_published(out)
+    if is_first_process():
+        with locked_target(out):
+            sweep(out.parent, re.escape(_partial(out).name))
     progress.note(f"{out}: already complete.")
     return True
 
@@ -186,35 +183,21 @@ def _partial(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
-def _forget_published(out: Path) -> None:
-    """Removes partial folders that were moved away, and outlived a kill after the publication."""
-    partial = _partial(out)
-    for path in asides(out.parent, re.escape(partial.name)):
-        with suppress(OSError):  # a file, so not ours; or gone
-            if all(inner.name == partial.name for inner in path.iterdir()):
-                shutil.rmtree(path)
-
-
-def require_writable(out: Path) -> None:
-    """Finds out before hours of training whether the result can be written.
-
-    Raises:
-        ClseaveError: `out` is a file, or its parent is one.
-    """
-    for path in (out, *out.parents):
-        if path.exists() and not path.is_dir():
-            raise ClseaveError(f"{path}: is a file; expected a folder to write models into.")
+def model_kind(stage: str) -> Kind:
+    """The kind of folder that a stage's runs become."""
+    members = rf"config\.json|README\.md|{_TRAINING}"
+    return Kind(
+        f"a model of `{stage}`",
+        f"{members}|{_HUGGING_FACE}" if stage == "pretrain" else members,
+        "training/run.json",
+        lambda record: record.get("stage") == stage,
+    )
 
 
 def plain_options(config: StageConfig) -> dict[str, Any]:
     """Every resolved option, as JSON keeps it."""
-    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    return list(value) if isinstance(value, tuple) else value
+    options: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return options
 
 
 def require_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
@@ -230,8 +213,15 @@ def require_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None
     """
     for group in ("options", "inputs"):
         for name, value in new[group].items():
-            if name not in _FREE_OPTIONS and old[group].get(name) != value:
+            if name not in _FREE_OPTIONS and not _same(old[group].get(name), value):
                 raise UsageError(
                     f"{folder}: was run with {name} = {old[group].get(name)!r}, not {value!r}; "
                     "resume with the same options and data, or delete that folder."
                 )
+
+
+def _same(old: Any, new: Any) -> bool:
+    if isinstance(old, str) and isinstance(new, str):
+        # `data` and `./data/` are one folder; other words are one only if they are equal.
+        return old == new or Path(old).resolve() == Path(new).resolve()
+    return bool(old == new)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
+import re
 import shutil
 import tempfile
 import time
@@ -16,7 +18,7 @@ from typing import Any, BinaryIO
 
 from clseave_cli.core.config import TranslateConfig
 from clseave_cli.core.data.text_files import Row, TextFile, packing, split_name
-from clseave_cli.core.files import atomic_file, locked
+from clseave_cli.core.files import atomic_file
 from clseave_cli.core.translation.memory import Entry
 from clseave_cli.core.translation.review import Sample
 
@@ -37,14 +39,16 @@ def replacing(target: Path) -> Iterator[BinaryIO]:
 def aside_folder(target: Path) -> Iterator[Path]:
     """A folder for parts of `target`, gone after the block, or swept up by a later run."""
     prefix = f".{target.name}."
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as name, locked(Path(name)):
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as name, _locked(Path(name)):
         yield Path(name)
 
 
 def _sweep(target: Path) -> None:
-    for path in target.parent.glob(f".{target.name}.????????"):
+    for path in target.parent.glob(f".{target.name}.*[a-z0-9_]"):
+        if not re.fullmatch(r"(clseave-[0-9a-f]{8}|[a-z0-9_]{8})", path.suffix[1:]):
+            continue
         try:
-            with locked(path, fcntl.LOCK_SH | fcntl.LOCK_NB):
+            with _locked(path, fcntl.LOCK_SH | fcntl.LOCK_NB):
                 if time.time() - path.stat().st_mtime <= _SWEEP_AGE_SECONDS:
                     continue
                 if path.is_dir():
@@ -53,6 +57,22 @@ def _sweep(target: Path) -> None:
                     path.unlink()
         except OSError:
             continue  # in use, or gone
+
+
+@contextmanager
+def _locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Holds a lock on a file or folder; however the process ends, the kernel lets go of it.
+
+    Raises:
+        BlockingIOError: `how` says not to wait, and somebody else holds one.
+    """
+    # NFS grants an exclusive lock only on what is open for writing, which a folder cannot be.
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, how)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class RowList:

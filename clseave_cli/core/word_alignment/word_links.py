@@ -6,7 +6,9 @@ Legend: P sentence pairs.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from clseave_cli.core.data.records import (
     require_language,
     split_path,
 )
-from clseave_cli.core.files import atomic_file
+from clseave_cli.core.files import atomic_file, locked_target, writing
 from clseave_cli.core.training.precision import resolve_device
 from clseave_cli.core.word_alignment.aligner import load_aligner
 from clseave_cli.core.word_alignment.links import Links, read_links
@@ -32,6 +34,9 @@ from clseave_cli.errors import DataError, UsageError
 from clseave_cli.progress import SILENT, Progress
 
 _SEPARATOR = "|||"
+#: The lines of what `word-align` writes, which it may replace: links, and words.
+_LINKS = re.compile(r"(\d+-\d+( |$))*")
+_WORDS = re.compile(r"(.*\|\|\|.*)?")
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,27 @@ def align_words(config: WordAlignConfig, progress: Progress = SILENT) -> WordAli
     Raises:
         ClseaveError: bad text, bad links, an unusable model, or a missing segmenter.
     """
+    inputs = [path for path in (config.input, config.alignments, config.gold) if path is not None]
+    with ExitStack() as stack:
+        for target, kind in ((config.out, _LINKS), (config.words, _WORDS)):
+            if target is None:
+                continue
+            if any(target.resolve() == path.resolve() for path in inputs):
+                raise UsageError(f"{target}: is both input and output; choose another file.")
+            if target.exists() and not kind.fullmatch(_first_line(target)):
+                raise UsageError(
+                    f"{target}: is there already, with something else in it; choose another file."
+                )
+            stack.enter_context(locked_target(target))
+        return _align_words(config, progress)
+
+
+def _first_line(path: Path) -> str:
+    with writing(path), path.open(encoding="utf-8", errors="replace") as stream:
+        return stream.readline(1 << 20).rstrip("\n")
+
+
+def _align_words(config: WordAlignConfig, progress: Progress) -> WordAlignResult:
     text = _read_file(config.input) if config.input is not None else _read_data(config, progress)
     sources, source_of_pair = distinct(text.sources)
     targets, target_of_pair = distinct(text.targets)

@@ -29,7 +29,7 @@ from clseave_cli.core.data.mini_ve.world import (
     descriptions,
     item_pairs,
 )
-from clseave_cli.core.files import atomic_folder
+from clseave_cli.core.files import atomic_folder, require_replaceable
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.labels import LABELS, Label
 from clseave_cli.progress import SILENT, Progress
@@ -165,6 +165,7 @@ def generate(
             split: len(scenes[split]) * sizes.captions for split in SPLITS if split != "test"
         },
     )
+    require_replaceable(out, None)
     with atomic_folder(out) as folder:
         (folder / "images").mkdir()
         total = sum(world.num_scenes.values())

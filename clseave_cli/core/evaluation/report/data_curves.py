@@ -10,9 +10,15 @@ from typing import Any
 
 from clseave_cli.core.evaluation.report.figures import draw_data_curves
 from clseave_cli.core.evaluation.report.numbers import DASH, decimal, percent
-from clseave_cli.core.files import atomic_file, write_json
+from clseave_cli.core.files import Kind, atomic_file, write_json
 
 JSON_FILE, MARKDOWN_FILE, FIGURE_FILE = "curve.json", "curve.md", "curve.png"
+
+#: The folder of `curve`, finished or not.
+DATA_CURVE = Kind(
+    "a data curve",
+    rf"{JSON_FILE}|{MARKDOWN_FILE}|{FIGURE_FILE}|[\w+-]+-(\d+|all)/.+|\..+\.clseave-[0-9a-f]{{8}}",
+)
 
 
 @dataclass(frozen=True)

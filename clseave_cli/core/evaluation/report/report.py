@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,10 +22,20 @@ from clseave_cli.core.evaluation.report.sections import (
     notes,
 )
 from clseave_cli.core.evaluation.results import Results
-from clseave_cli.core.files import atomic_file, atomic_folder, writing
+from clseave_cli.core.evaluation.rows import PredictedRows
+from clseave_cli.core.files import Kind, atomic_folder, require_replaceable
 from clseave_cli.labels import LABELS
 
 HTML_FILE, MARKDOWN_FILE, LATEX_FILE = "report.html", "report.md", "table.tex"
+
+#: A folder of `evaluate --report`, which a new one may replace.
+REPORT = Kind(
+    "a report",
+    rf"results\.json|{HTML_FILE}|{MARKDOWN_FILE}|{LATEX_FILE}|predictions\.[^/]+\.jsonl"
+    r"|figures/[^/]+\.png|images/\d{3}\.\w+",
+    "results.json",
+    lambda document: "results" in document and "signature" in document,
+)
 
 _DEFAULT_TITLE = "Visual entailment across languages"
 
@@ -35,18 +44,19 @@ def write_report(
     results: Results,
     folder: Path,
     *,
+    predictions: Sequence[PredictedRows] = (),
     curves: Sequence[LearningCurve] = (),
     galleries: Sequence[Gallery] = (),
     title: str = _DEFAULT_TITLE,
 ) -> Path:
     """Writes `results.json`, `report.html`, `report.md`, `table.tex`, `figures/` and `images/`.
 
-    `report.html` needs none of the others. Files of an older report are replaced; `results.json`
-    comes last, so a folder that has a new one is complete.
+    The folder appears as a whole, in place of an older report. `report.html` needs no other file.
 
     Args:
         results: the document.
-        folder: where to write; made if it is not there.
+        folder: where to write.
+        predictions: of every row, to be compared with those of other models.
         curves: learning curves of the models, see `curves.read_learning_curve`.
         galleries: sections of pictures with sentences; empty ones are left out.
         title: heading of the report.
@@ -66,45 +76,31 @@ def write_report(
         for item in gallery.items
         if (found := thumbnail(item.image)) is not None
     }
-    figures = _write_figures(folder / "figures", drawn)
-    pictures = _write_pictures(folder / "images", thumbnails)
-    page = _page(title, results, sections, galleries, drawn, thumbnails)
-    _write(folder / HTML_FILE, page)
-    _write(
-        folder / MARKDOWN_FILE,
-        markdown_report(title, results, sections, galleries, figures, pictures),
-    )
-    _write(folder / LATEX_FILE, latex_table(results))
-    results.write(folder)
-    return folder / HTML_FILE
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_file(path) as stream:
-        stream.write(text.encode())
-
-
-def _write_figures(folder: Path, drawn: dict[str, bytes]) -> dict[str, str]:
-    with atomic_folder(folder) as aside:
-        for name, encoded in drawn.items():
-            (aside / f"{name}.png").write_bytes(encoded)
-    return {name: f"{folder.name}/{name}.png" for name in drawn}
-
-
-def _write_pictures(folder: Path, thumbnails: dict[int, Thumbnail]) -> dict[int, str]:
+    figures = {name: f"figures/{name}.png" for name in drawn}
     # Numbered: a name from the data could be anything, a path upwards included.
-    names = {
-        key: f"{number:03d}.{picture.extension}"
+    pictures = {
+        key: f"images/{number:03d}.{picture.extension}"
         for number, (key, picture) in enumerate(thumbnails.items(), start=1)
     }
-    if names:
-        with atomic_folder(folder) as aside:
-            for key, name in names.items():
-                (aside / name).write_bytes(thumbnails[key].encoded)
-    elif folder.exists():
-        with writing(folder):
-            shutil.rmtree(folder)
-    return {key: f"{folder.name}/{name}" for key, name in names.items()}
+    texts = {
+        HTML_FILE: _page(title, results, sections, galleries, drawn, thumbnails),
+        MARKDOWN_FILE: markdown_report(title, results, sections, galleries, figures, pictures),
+        LATEX_FILE: latex_table(results),
+    }
+    with atomic_folder(folder) as unfinished:
+        for path in {*figures.values(), *pictures.values()}:
+            (unfinished / path).parent.mkdir(exist_ok=True)
+        for name, path in figures.items():
+            (unfinished / path).write_bytes(drawn[name])
+        for key, path in pictures.items():
+            (unfinished / path).write_bytes(thumbnails[key].encoded)
+        for name, text in texts.items():
+            (unfinished / name).write_text(text, encoding="utf-8")
+        for rows in predictions:
+            rows.write(unfinished)
+        results.write(unfinished)
+        require_replaceable(folder, REPORT)
+    return folder / HTML_FILE
 
 
 def _page(
