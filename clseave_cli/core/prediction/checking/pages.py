@@ -11,6 +11,7 @@ from typing import Any
 from clseave_cli.errors import DataError, ExtraMissing
 
 _MAX_CANDIDATES = 8
+_MAX_BLOCK = 20_000
 #: Where a page is cut: before the tags whose lines are asked for.
 _PIECE = re.compile(r"(?=<img)|(?=<figcaption)", re.IGNORECASE)
 #: The encodings of pages; Python knows others that are none, or slow on purpose-made input.
@@ -65,17 +66,26 @@ def read_markdown(content: bytes) -> Iterator[Image]:
     """The images of a Markdown text, those in its HTML included.
 
     Raises:
+        DataError: it cannot be parsed.
         ExtraMissing: markdown-it-py or lxml is not installed.
     """
     try:
         from markdown_it import MarkdownIt
     except ImportError as error:
         raise _missing(error) from None
-    for block in MarkdownIt("commonmark").enable("table").parse(decoded(content)):
+    # What is inside a block is parsed here: in a very long one, that takes quadratic time.
+    parser = MarkdownIt("commonmark").enable("table").disable("inline")
+    env: dict[str, Any] = {}
+    for block in parser.parse(decoded(content), env):
         line = block.map[0] if block.map is not None else 0
+        inside: list[Any] = []
+        if len(block.content) > _MAX_BLOCK and block.type == "inline":
+            raise DataError(f"line {line + 1}: a paragraph of more than {_MAX_BLOCK} characters.")
+        if block.type == "inline":
+            parser.inline.parse(block.content, parser, env, inside)
         if block.type == "html_block":
             yield from _Page(block.content, line).found
-        for token in block.children or ():
+        for token in inside:
             if token.type == "image":
                 alt = "".join(_plain(child) for child in token.children or ())
                 yield Image(line + 1, alt, (str(token.attrGet("src") or ""),))

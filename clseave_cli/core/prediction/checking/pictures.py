@@ -19,6 +19,7 @@ import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from urllib.parse import SplitResult, quote, unquote, unquote_to_bytes, urljoin, urlsplit
 
@@ -88,6 +89,7 @@ class Locator:
     def __init__(self, root: Path, fetching: bool) -> None:
         self._root = root.resolve()
         self._fetching = fetching
+        self._inside = lru_cache(1 << 16)(self._find)  # a logo is on every page
 
     def file(self, reference: str, folder: Path) -> Picture:
         """The picture that a path or URL in a table names, relative to `folder`."""
@@ -131,7 +133,7 @@ class Locator:
     def _remote(self, url: str) -> Picture:
         return Picture(_short(url), url if self._fetching else None, "remote")
 
-    def _inside(self, path: Path, name: str) -> Picture:
+    def _find(self, path: Path, name: str) -> Picture:
         try:
             real = path.resolve()
             if not real.is_relative_to(self._root):

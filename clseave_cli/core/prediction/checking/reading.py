@@ -29,7 +29,9 @@ _IMAGE_COLUMNS = (
 _TEXT_COLUMNS = (
     "text", "caption", "alt", "alt_text", "hypothesis", "sentence2", "sentence", "description",
 )  # fmt: skip
+_MOST_PROBLEMS = 100
 _MAX_PAGE_BYTES = 8 << 20
+_MAX_MARKDOWN_BYTES = 2 << 20
 _MAX_LINE_BYTES = 16 << 20
 _MAX_TEXT_BYTES = 1 << 20
 _MAX_JSON_BYTES = 1 << 30
@@ -140,13 +142,19 @@ def read_texts(
             raise UsageError(f"{path}: not a kind of file that is checked; there are: {kinds}.")
     for path in paths:
         root = config.root or (path if path.is_dir() else path.parent)
+        web, tables = Locator(root, fetching), Locator(config.images or root, fetching)
         for file in _walk(path, progress) if path.is_dir() else [path]:
             reader = _READERS[file.suffix.lower()]
             is_table = reader in (_delimited, _json_lines, _parquet, _coco)
-            locator = Locator((is_table and config.images) or root, fetching)
+            locator = tables if is_table else web
             source = _File(file, _shown(file), locator, config, file == path)
+            num_problems = 0
             try:
-                yield from reader(source)
+                for text in reader(source):
+                    yield text
+                    num_problems += bool(text.problem)
+                    if num_problems == _MOST_PROBLEMS:
+                        raise DataError(f"{num_problems} problems; the rest was not read.")
             except DataError as error:
                 yield source.problem(str(error))
             except OSError as error:
@@ -181,7 +189,7 @@ def _html(file: _File) -> Iterator[Text]:
 
 
 def _markdown(file: _File) -> Iterator[Text]:
-    for found in pages.read_markdown(file.content(_MAX_PAGE_BYTES)):
+    for found in pages.read_markdown(file.content(_MAX_MARKDOWN_BYTES)):
         yield _of_page(file, found)
 
 
