@@ -36,12 +36,13 @@ def run(
     """
     from clseave_cli.core.prediction.checking import findings, output
 
+    page = output.report_target(report) if report is not None else None
     result = findings.check(
         paths,
         config,
         terminal.TerminalProgress(),
         fetching=fetch,
-        thumbnails=report is not None,
+        thumbnails=page is not None,
     )
     text = output.render(result, config.format)
     encoding = sys.stdout.encoding if config.format == "text" else "utf-8"
@@ -49,8 +50,9 @@ def run(
     sys.stdout.buffer.write(text.encode(encoding, "backslashreplace"))
     sys.stdout.buffer.flush()
     notes = [] if config.format == "text" else [output.summary_line(result)]
-    if report is not None:
-        notes.append(f"{output.write_report(report, result)}: to go through by hand")
+    if page is not None:
+        output.write_report(page, result)
+        notes.append(f"{page}: open it in a browser to go through the findings")
     for note in notes:
         terminal.stderr().print(note, soft_wrap=True, markup=False)
     if result.fails(config.fail_on):

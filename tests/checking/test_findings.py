@@ -234,7 +234,8 @@ def test_nothing_in_a_text_commands_a_terminal_or_breaks_a_format(site, model):
         assert "\u202e" not in out or format in ("json", "jsonl")
     ElementTree.fromstring(render(result, "junit"))
     assert render(result, "github").startswith("::warning file=a%2Cb%3Ac%25.jsonl,line=1,")
-    report = write_report(site / "report", result).read_text()
+    write_report(site / "report.html", result)
+    report = (site / "report.html").read_text()
     assert report.count("</script>") == 1 and evil[:4] not in report
 
 
@@ -247,7 +248,7 @@ def test_the_report_has_the_worst_first_and_replaces_only_reports(page, clseave,
     assert all(e["thumbnail"] for e in data["entries"])
     assert clseave("check", page.name, "--report", "report")[0] == 1
     (site / "index.html").write_text("somebody's page")
-    clseave("check", page.name, "--report", ".")
+    assert "index.html is not a report" in refused("check", page.name, "--report", ".", code=2)
     assert (site / "index.html").read_text() == "somebody's page"
 
 

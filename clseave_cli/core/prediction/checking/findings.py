@@ -296,6 +296,7 @@ class _Judge:
         self._thumbnails = thumbnails
         self._pictures: dict[str, _Seen] = {}
         self._identifier: LanguageIdentifier | None = None
+        self._languages: dict[str, tuple[str, float]] = {}
         self._only = config.lang
         if auto and len(self._model.sources) == 1:
             self._only = next(iter(self._model.sources))
@@ -329,7 +330,9 @@ class _Judge:
     def _language(self, text: Text) -> str:
         if self._identifier is None:
             return self._only
-        lang, confidence = self._identifier.identify(text.text)
+        if text.text not in self._languages:  # the same texts are on many pages
+            self._languages[text.text] = self._identifier.identify(text.text)
+        lang, confidence = self._languages[text.text]
         declared = text.lang.lower().partition("-")[0]
         if confidence < _SURE_LANGUAGE and declared in self._model.sources:
             return declared

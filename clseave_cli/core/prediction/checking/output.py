@@ -163,18 +163,26 @@ def _github(result: CheckResult) -> str:
     return "".join(lines)
 
 
-def write_report(folder: Path, result: CheckResult) -> Path:
-    """Writes a page to go through the findings by hand, the worst first, pictures included.
+def report_target(folder: Path) -> Path:
+    """The page of a report in a folder.
 
     Raises:
         UsageError: another `index.html` is there.
-        ClseaveError: the disk is full or read-only.
     """
     target = folder / "index.html"
     if target.exists() and _MARK.encode() not in target.read_bytes()[:200]:
         raise UsageError(
             f"--report {folder}: its index.html is not a report; choose another folder."
         )
+    return target
+
+
+def write_report(target: Path, result: CheckResult) -> None:
+    """Writes a page to go through the findings by hand, the worst first, pictures included.
+
+    Raises:
+        ClseaveError: the disk is full or read-only.
+    """
     found = sorted(result.found, key=lambda checked: checked.rank)
     entries = []
     for checked in found[:_MOST_ON_PAGE]:
@@ -189,4 +197,3 @@ def write_report(folder: Path, result: CheckResult) -> Path:
     page = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     with atomic_file(target) as stream:
         stream.write(page.replace("/*DATA*/null", data).encode("utf-8", "replace"))
-    return target
