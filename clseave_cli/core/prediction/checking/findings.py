@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -243,7 +243,7 @@ def _find_in_text(checked: Checked, max_characters: int) -> None:
     """Findings that need the text alone."""
     text, picture = checked.text.text, checked.text.picture
     words = re.sub(r"[\W\d_]+", " ", text.casefold()).strip()
-    stem = PurePosixPath(picture.name).stem
+    stem = picture.name.rpartition("/")[2].rpartition(".")[0]
     if checked.text.problem:
         checked.find("unreadable", checked.text.problem)
     elif not text:

@@ -6,6 +6,7 @@ import codecs
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 from clseave_cli.errors import DataError, ExtraMissing
@@ -13,7 +14,7 @@ from clseave_cli.errors import DataError, ExtraMissing
 _MAX_CANDIDATES = 8
 _MAX_BLOCK = 20_000
 #: Where a page is cut: before the tags whose lines are asked for.
-_PIECE = re.compile(r"(?=<img)|(?=<figcaption)", re.IGNORECASE)
+_TAG = re.compile(r"<(?:img|figcaption)", re.IGNORECASE)
 #: The encodings of pages; Python knows others that are none, or slow on purpose-made input.
 _ENCODING = re.compile(
     r"utf-8|windows-125\d|iso-8859-\d+|koi8-[ru]|shift_jis|euc-(jp|kr)|gb(k|2312|18030)|big5", re.I
@@ -134,7 +135,8 @@ class _Page:
         parser = etree.HTMLParser(target=self, encoding="utf-8", huge_tree=True)
         try:
             line = lines_before + 1
-            for piece in _PIECE.split(source):
+            cuts = [0, *(match.start() for match in _TAG.finditer(source)), len(source)]
+            for piece in (source[start:end] for start, end in pairwise(cuts)):
                 if piece[:1] == "<":
                     self._lines["img" if piece[1:2] in "iI" else "figcaption"] = line
                 parser.feed(piece.encode("utf-8", "replace"))

@@ -89,7 +89,7 @@ class Locator:
     def __init__(self, root: Path, fetching: bool) -> None:
         self._root = root.resolve()
         self._fetching = fetching
-        self._inside = lru_cache(1 << 16)(self._find)  # a logo is on every page
+        self._one = lru_cache(1 << 14)(self._find)  # a logo is on every page
 
     def file(self, reference: str, folder: Path) -> Picture:
         """The picture that a path or URL in a table names, relative to `folder`."""
@@ -109,7 +109,7 @@ class Locator:
         pictures = [self._one(text, folder, base) for text in references if text and text.strip()]
         return min(pictures, key=_rank, default=Picture("", None, "no source"))
 
-    def _one(self, reference: str, folder: Path, base: str) -> Picture:
+    def _find(self, reference: str, folder: Path, base: str) -> Picture:
         reference = reference.strip()
         if reference[:5].lower() == "data:":
             return _data_uri(reference)
@@ -133,7 +133,7 @@ class Locator:
     def _remote(self, url: str) -> Picture:
         return Picture(_short(url), url if self._fetching else None, "remote")
 
-    def _find(self, path: Path, name: str) -> Picture:
+    def _inside(self, path: Path, name: str) -> Picture:
         try:
             real = path.resolve()
             if not real.is_relative_to(self._root):
