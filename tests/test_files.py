@@ -128,8 +128,8 @@ def test_inputs_are_not_replaced_by_an_output_of_their_kind(
 
 def test_a_demo_leaves_a_folder_of_the_users_alone(refused, tmp_path):
     """G1."""
-    for name in ("data", "report"):
-        out = tmp_path / name
+    for number, name in enumerate(("data", "report", "runs/clip", "runs/align-ja")):
+        out = tmp_path / str(number)
         (out / name).mkdir(parents=True)
         (out / name / "thesis.tex").write_text("the user's")
         error = refused("demo", "--out", out, code=2)

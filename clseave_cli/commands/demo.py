@@ -32,12 +32,18 @@ def run(config: DemoConfig) -> None:
     well that went. Everything lands in one folder, as the ordinary commands
     would leave it; an interrupted demo goes on where it stopped.
     """
+    from clseave_cli.core.data.mini_ve.grammar import LANGUAGES
     from clseave_cli.core.evaluation.report.report import REPORT
     from clseave_cli.core.files import locked_target, require_replaceable
+    from clseave_cli.core.training.run import model_kind
 
     data = config.out / "data"
     if not (data / "world.json").is_file():
         require_replaceable(data, None)
+    models = {"clip": "pretrain", "clip-ve": "finetune-ve"}
+    models |= {f"align-{lang}": "align" for lang in LANGUAGES[1:]}
+    for name, stage in models.items():
+        require_replaceable(config.out / "runs" / name, model_kind(stage))
     require_replaceable(config.out / "report", REPORT)
     with locked_target(data):
         _run(config)

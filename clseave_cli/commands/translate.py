@@ -24,13 +24,14 @@ def run(
     Reads snli_ve_{train,dev,test}.jsonl (or --input FILE) and writes
     snli_ve_train.de.jsonl and so on beside them. What was translated once
     is kept in a memory: after a crash, a kill or Ctrl-C, the same command
-    goes on where it stopped.
+    goes on where it stopped. Files that this command did not write, or that
+    were changed since, are replaced only with --overwrite.
     """
     from clseave_cli.core.translation.corpus import translate
 
     summary = translate(config, terminal.TerminalProgress())
     if not is_first_process():
-        return  # under torchrun every process translates, and the first one tells
+        return  # under torchrun every process translates, and rank 0 reports
     if json:
         terminal.print_json(_plain(dataclasses.asdict(summary)))
     else:
@@ -48,6 +49,10 @@ def run(
             f"{num_failed} rows could not be translated; {lists} says why. "
             "Run the same command again to try only those."
         )
+    if not all(file.is_written for file in summary.files if file.num_rows):
+        raise TranslationError(
+            "no row is left to write: the checks found all translations suspect."
+        )
 
 
 def _line(file: Any) -> str:
@@ -57,12 +62,14 @@ def _line(file: Any) -> str:
         "unchanged": file.num_unchanged,
         "failed": file.num_failed,
         "dropped": file.num_dropped,
+        "suspect": file.num_suspect,
     }
-    parts = [f"{file.num_rows} rows"]
+    parts = [] if file.is_written else ["not written, because no row is translated"]
+    parts.append(f"{file.num_rows} rows")
     parts += [f"{count} {name}" for name, count in counts.items() if count]
     if file.suspicions:
-        found = ", ".join(f"{name} {count}" for name, count in file.suspicions.items())
-        parts.append(f"suspect: {found}")
+        checks = ", ".join(f"{name} {count}" for name, count in file.suspicions.items())
+        parts[-1] += f" ({checks})"
     for name in ("failed", "rejected", "suspect", "review"):
         if path := getattr(file, name):
             parts.append(str(path))

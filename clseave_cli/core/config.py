@@ -184,7 +184,7 @@ class EngineConfig:
     backend: Literal["auto", "transformers", "ctranslate2"] = option(
         "auto", "nmt: what computes; auto: ctranslate2 where it is installed and fits."
     )
-    beams: int = option(4, "nmt: width of the beam search.")
+    beams: int = option(4, "nmt: width of the beam search.", least=1)
     int8: bool = option(
         False, "nmt, ctranslate2: matrices in 8 bits: faster, and not quite the same words."
     )
@@ -198,14 +198,16 @@ class EngineConfig:
         "auto", "file: what identifies a row; auto: pairID where the file has it."
     )
     requests_per_second: float | None = option(
-        None, "At most so many requests a second; unset: google 5, otherwise no limit."
+        None,
+        "At most so many requests a second; unset: google 5, otherwise no limit.",
+        least=0.001,
     )
     concurrency: int | None = option(
-        None, "Requests under way at a time; unset: what suits the engine."
+        None, "Requests under way at a time; unset: what suits the engine.", least=1
     )
-    timeout_seconds: float = option(30.0, "Longest wait for one answer.")
-    retries: int = option(5, "Further tries of a request that failed.")
-    retry_seconds: float = option(1.0, "Wait before the first of them; doubles each time.")
+    timeout_seconds: float = option(30.0, "Longest wait for one answer.", least=0.001)
+    retries: int = option(5, "Further tries of a request that failed.", least=0)
+    retry_seconds: float = option(1.0, "Wait before the first of them; doubles each time.", least=0)
     memory: Path | None = option(
         None, "Translation memory; unset: CACHE/translation/memory.sqlite.", metavar="FILE"
     )
@@ -230,12 +232,15 @@ class TranslateConfig(SeededConfig, EngineConfig):
     lang: tuple[str, ...] = option((), "Language to translate into; repeat for several.")
     source: str = option("en", "Language to translate from.")
     batch_size: int | None = option(
-        None, "Texts in one call of the engine; unset: what suits the engine."
+        None, "Texts in one call of the engine; unset: what suits the engine.", least=1
     )
     on_suspect: Literal["keep", "retry", "drop"] = option(
-        "keep", "What happens to a translation that a check finds suspect; kept ones are marked."
+        "keep", "What happens to a translation that fails a check; kept ones are marked."
     )
-    review: int = option(0, "Rows in a side-by-side sample for a speaker to look over.")
+    review: int = option(0, "Rows in a side-by-side sample for a speaker to review.", least=0)
+    overwrite: bool = option(
+        False, "Replace files that translate did not write, or that were changed since."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

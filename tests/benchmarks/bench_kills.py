@@ -43,6 +43,8 @@ from clseave_cli.core.models.scratch import ClipShape, new_clip, new_encoder
 #: Of an undisturbed run's time; later, the run is mostly over.
 _LATEST_KILL = 0.95
 _MOST_KILLS_A_ROUND = 8
+#: Seconds that a command may take.
+_LONGEST = 1800.0
 _USERS = {"thesis.tex": b"the user's", ".output.original": b"the user's", ".other.lock": b""}
 
 
@@ -78,7 +80,7 @@ def small_demo() -> None:
     """Makes `demo` in this process a matter of seconds."""
     from clseave_cli.core import config
 
-    mini_ve.generate = functools.partial(mini_ve.generate, sizes=Sizes(60, 40, 40))
+    mini_ve.generate = functools.partial(mini_ve.generate, sizes=Sizes(120, 60, 60))
     for stage in (config.PretrainConfig, config.FinetuneConfig, config.AlignConfig):
         stage.PRESETS["mini-ve"] |= {"epochs": 1}
 
@@ -145,6 +147,7 @@ def run_to_end(writer: Writer, output: Path, said: Path, resume: bool = False) -
     """Runs a command undisturbed; returns how long it took."""
     begin = time.monotonic()
     process = writer.start(output, said, resume)
+    process.process.join(_LONGEST)
     if process.wait():
         raise SystemExit(process.stderr)
     return time.monotonic() - begin
@@ -170,6 +173,8 @@ def run_with_kills(
 def run_twice(writer: Writer, output: Path, said: Path) -> list[int]:
     """Exit codes of two processes at one output; one that is refused must say why."""
     both = [writer.start(output, said / str(number), False) for number in range(2)]
+    for process in both:
+        process.process.join(_LONGEST)
     codes = [process.wait() for process in both]
     for process, code in zip(both, codes, strict=True):
         if code and not any(

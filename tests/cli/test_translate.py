@@ -78,6 +78,35 @@ def test_translates_and_tells_what_it_did(data: Path) -> None:
     assert json.loads(rows[7])["sentence2"] == translated("A man sees 7 dogs.")
 
 
+def test_suspect_rows_are_counted_in_the_summary(data: Path) -> None:
+    with Loopback("google") as server:
+        server.fault = lambda handler, body, texts: (
+            handler.send(200, body.replace(b" de7 ", b" ").replace(b" de8 ", b" "), "text/html")
+            is None
+        )
+        google = ("--engine", "google", "--url", server.url, "--requests-per-second", "1000")
+        code, out, err = _run(data, "--lang", "de", *google)
+    assert code == 0, err
+    assert "30 rows · 30 translated · 2 suspect (numerals 2)" in out
+    rows = (data / "data" / "snli_ve_dev.de.jsonl").read_text().splitlines()
+    assert sum("translation_suspect" in row for row in rows) == 2
+
+
+def test_a_dead_server_is_one_line_and_no_file(data: Path) -> None:
+    output = data / "data" / "snli_ve_dev.de.jsonl"
+    libre = ("--engine", "libre", "--url", "http://127.0.0.1:9")
+    code, out, err = _run(data, "--lang", "de", *libre)
+    assert code == 1 and not output.exists()
+    assert out.startswith(
+        "data/snli_ve_dev.de.jsonl: not written, because no row is translated · 30"
+    )
+    assert "clseave: stopped: http://127.0.0.1:9/languages: cannot be reached; is the" in err
+    output.write_text("mine\n")
+    code, out, err = _run(data, "--lang", "de", *libre)
+    assert (code, out) == (1, "") and "exists already" in err and "--overwrite" in err
+    assert output.read_text() == "mine\n"
+
+
 def test_failures_are_in_the_exit_code(data: Path) -> None:
     with Loopback("google") as server:
         server.fault = lambda handler, body, texts: (

@@ -25,7 +25,7 @@ CONCURRENCY = 4
 # them leave most kills to hit the work itself.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["clseave_cli.core.translation.corpus", "clseave_cli.core.translation.google"]
+    ["clseave_cli.core.translation.corpus", "clseave_cli.core.translation.web"]
 )
 
 
@@ -105,7 +105,6 @@ def run_with_kills(folder: Path, num_rows: int, num_kills: int, seed: int) -> Ki
         num_requests = len(server.requested)
     kept = {"snli_ve_train.jsonl", output.name}
     leftovers = [path.name for path in data.iterdir() if path.name not in kept]
-    leftovers += [path.name for path in folder.glob("*owner*")]
     return KillReport(
         num_kills, len(texts), num_requests, lost, output.read_bytes() == expected, leftovers,
         time.monotonic() - start,

@@ -10,12 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from clseave_cli.core.translation import driver as driver_module
-from clseave_cli.core.translation.driver import Driver, Outcome, Patience
-from clseave_cli.core.translation.engine import Fault, Identity, Limits, Refusal, Rejection
+from clseave_cli.core.config import TranslateConfig
+from clseave_cli.core.translation.driver import Driver, Pace
+from clseave_cli.core.translation.engine import (
+    Fault,
+    Identity,
+    Limits,
+    Refusal,
+    Rejection,
+    Unreachable,
+)
 from clseave_cli.core.translation.memory import Entry, Memory
 from clseave_cli.core.translation.quality import Checks
-from clseave_cli.core.translation.work import Item, Work
 from clseave_cli.errors import Interrupted, TranslationError
 from clseave_cli.progress import SILENT
 
@@ -66,41 +72,73 @@ def _drive(
     retries: int = 2,
     per_second: float | None = None,
     retry_suspect: bool = False,
-) -> tuple[Outcome, dict[str, str], dict[str, str | None]]:
-    """Drives; returns the outcome, what the memory holds, and why the rest is missing."""
+) -> tuple[Driver, Pace, dict[str, str], dict[str, str]]:
+    """Drives; returns driver and pace, what the memory holds, and why the rest is missing."""
     number = memory.identity_id(engine.identity)
-    work = Work(engine.limits.by_length)
-    work.add(Item(text, 0) for text in texts)
-    driver = Driver(
-        engine, memory, number, Checks("en", "de"), Patience(per_second, retries, 0.001),
-        retry_suspect,
-    )  # fmt: skip
+    config = TranslateConfig(requests_per_second=per_second, retries=retries, retry_seconds=0.001)
+    pace = Pace(config, engine.limits)
+    driver = Driver(engine, memory, Checks("en", "de"), pace, retry_suspect)
     with SILENT.task("") as task:
-        outcome = driver.run(work, task)
+        driver.run(dict.fromkeys(texts, 0), task)
     held = {text: entry.translation for text, entry in memory.find(number, texts).items()}
-    reasons = {text: work.reason(text) for text in texts if text not in held}
-    work.close()
-    return outcome, held, reasons
+    return driver, pace, held, memory.reasons(number, texts)
 
 
 @pytest.mark.parametrize(("batch_size", "concurrency"), [(1, 1), (1, 4), (7, 1), (7, 3)])
 def test_translates_everything_once(memory: Memory, batch_size: int, concurrency: int) -> None:
     texts = [f"text {'x' * (index % 7)} {index}" for index in range(200)]
     engine = FakeEngine(batch_size, concurrency)
-    outcome, held, reasons = _drive(engine, memory, [*texts, *texts])
+    driver, pace, held, reasons = _drive(engine, memory, [*texts, *texts])
     assert held == {text: text.upper() for text in texts} and not reasons
     assert sorted(text for call in engine.calls for text in call) == sorted(texts)
     assert max(map(len, engine.calls)) <= batch_size
     assert engine.most_under_way <= concurrency
-    assert (outcome.num_translated, outcome.num_failed, outcome.stopped) == (200, 0, None)
+    assert (driver.num_translated, driver.num_failed, pace.stopped) == (200, 0, None)
 
 
-def test_batches_by_length(memory: Memory) -> None:
+def test_batches_hold_texts_of_like_length(memory: Memory) -> None:
     texts = [f"a {'b' * (index * 37 % 100)} {index}" for index in range(100)]
     engine = FakeEngine(batch_size=10, by_length=True)
     _drive(engine, memory, texts)
-    lengths = [len(text) for call in engine.calls for text in call]
-    assert lengths == sorted(lengths, reverse=True)
+    lengths = [len(text) for call in sorted(engine.calls, key=lambda c: len(c[0])) for text in call]
+    assert lengths == sorted(lengths)
+
+
+def test_what_another_process_translated_meanwhile_is_not_asked_for(
+    memory: Memory, tmp_path: Path
+) -> None:
+    engine = FakeEngine(batch_size=2)
+    texts = [f"text {index}" for index in range(20)]
+    number = memory.identity_id(engine.identity)
+
+    def misbehave(call: int, asked: Sequence[str]) -> None:
+        if not call:
+            rest = [text for text in texts if text not in asked]
+            with Memory(tmp_path / "memory.sqlite") as other:
+                other.identity_id(engine.identity)
+                other.store(number, [(text, Entry("OTHER", 1, "1", ())) for text in rest])
+
+    engine.misbehave = misbehave
+    _, _, held, _ = _drive(engine, memory, texts)
+    assert len(held) == 20 and len(engine.calls) <= 2  # the first, and one that was prepared
+
+
+@pytest.mark.parametrize("answer", ["", "  ", "half a \ud800 pair"])
+def test_answers_that_no_reader_takes_are_never_kept(memory: Memory, answer: str) -> None:
+    engine = FakeEngine(batch_size=3)
+    texts = ["never", "second time", "A man.\n42", "fine"]
+
+    def misbehave(call: int, asked: Sequence[str]) -> list[str]:
+        bad = {"never": 2, "second time": 1, "A man.": 2}
+        return [
+            answer if engine.attempts[call] < bad.get(text, 0) else text.upper() for text in asked
+        ]
+
+    engine.misbehave = misbehave
+    _, pace, held, reasons = _drive(engine, memory, texts)
+    assert held == {"second time": "SECOND TIME", "fine": "FINE"}
+    assert reasons == dict.fromkeys(["never", "A man.\n42"], "fake: an empty or invalid answer")
+    assert pace.stopped is None
 
 
 def test_a_fault_is_asked_again_and_then_given_up(memory: Memory) -> None:
@@ -111,12 +149,12 @@ def test_a_fault_is_asked_again_and_then_given_up(memory: Memory) -> None:
             raise Fault("HTTP 500")
 
     engine.misbehave = misbehave
-    outcome, held, reasons = _drive(engine, memory, ["one", "two", "never", "three"])
+    driver, pace, held, reasons = _drive(engine, memory, ["one", "two", "never", "three"])
     assert held == {"one": "ONE", "two": "TWO", "three": "THREE"}
     assert reasons == {"never": "HTTP 500, 3 times"}
     assert engine.calls.count(("never",)) == 3
-    assert (outcome.num_translated, outcome.num_failed) == (3, 1)
-    assert outcome.num_requests == len(engine.calls)
+    assert (driver.num_translated, driver.num_failed) == (3, 1)
+    assert pace.num_requests == len(engine.calls)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +171,7 @@ def test_wrong_counts_misalign_nothing(
     engine = FakeEngine(batch_size=5)
     engine.misbehave = lambda call, texts: spoil(texts) if len(texts) > 1 else None
     texts = [f"text {index}" for index in range(23)]
-    _, held, _ = _drive(engine, memory, texts, retries=1)
+    _, _, held, _ = _drive(engine, memory, texts, retries=1)
     assert held == {text: text.upper() for text in texts}
 
 
@@ -145,7 +183,7 @@ def test_one_rejected_text_does_not_spoil_its_batch(memory: Memory) -> None:
             raise Rejection("HTTP 413")
 
     engine.misbehave = misbehave
-    _, held, reasons = _drive(engine, memory, ["a", "b", "bad", "c"])
+    _, _, held, reasons = _drive(engine, memory, ["a", "b", "bad", "c"])
     assert held == {"a": "A", "b": "B", "c": "C"}
     assert reasons == {"bad": "HTTP 413"}
     assert engine.calls.count(("bad",)) == 1  # asking again would not help
@@ -160,10 +198,25 @@ def test_stops_when_the_service_shuts_us_out(memory: Memory) -> None:
 
     engine.misbehave = misbehave
     texts = [f"text {index}" for index in range(500)]
-    outcome, held, reasons = _drive(engine, memory, texts)
-    assert outcome.stopped == "the service has evidently shut us out (HTTP 429)"
+    _, pace, held, reasons = _drive(engine, memory, texts)
+    assert pace.stopped == "the service has evidently shut us out (HTTP 429)"
     assert len(held) == 10 and len(engine.calls) < 40
-    assert set(reasons.values()) == {None}  # none of them is to blame
+    assert not reasons  # none of them is to blame
+
+
+@pytest.mark.parametrize("num_answers", [0, 10])
+def test_a_server_that_is_not_there_is_called_so(memory: Memory, num_answers: int) -> None:
+    engine = FakeEngine(concurrency=2)
+
+    def misbehave(call: int, texts: Sequence[str]) -> None:
+        if call >= num_answers:
+            raise Unreachable("http://x: cannot be reached")
+
+    engine.misbehave = misbehave
+    _, pace, held, _ = _drive(engine, memory, [f"text {index}" for index in range(100)])
+    assert pace.stopped == "http://x: cannot be reached" and len(held) == num_answers
+    # It may come back once it has been seen, and is waited for; else the first try decides.
+    assert (len(engine.calls) <= 2) == (not num_answers)
 
 
 def test_refusals_between_answers_are_waited_out(memory: Memory) -> None:
@@ -177,8 +230,8 @@ def test_refusals_between_answers_are_waited_out(memory: Memory) -> None:
 
     engine.misbehave = misbehave
     texts = [f"text {index}" for index in range(30)]
-    outcome, held, _ = _drive(engine, memory, texts, retries=0)
-    assert len(held) == 30 and outcome.stopped is None
+    _, pace, held, _ = _drive(engine, memory, texts, retries=0)
+    assert len(held) == 30 and pace.stopped is None
 
 
 def test_a_text_that_is_always_refused_is_given_up(memory: Memory) -> None:
@@ -191,9 +244,9 @@ def test_a_text_that_is_always_refused_is_given_up(memory: Memory) -> None:
 
     engine.misbehave = misbehave
     texts = ["bad", *(f"text {index}" for index in range(200))]
-    _, held, reasons = _drive(engine, memory, texts)
+    _, _, held, reasons = _drive(engine, memory, texts)
     assert len(held) == 200
-    assert reasons["bad"] is not None and "HTTP 403" in reasons["bad"]
+    assert "HTTP 403" in reasons["bad"]
 
 
 def test_a_long_wait_asked_for_ends_the_run(memory: Memory) -> None:
@@ -203,8 +256,8 @@ def test_a_long_wait_asked_for_ends_the_run(memory: Memory) -> None:
         raise Refusal("HTTP 429", retry_after=7200)
 
     engine.misbehave = misbehave
-    outcome, held, _ = _drive(engine, memory, ["a", "b"])
-    assert outcome.stopped == "HTTP 429; it asks to wait 7200 s"
+    _, pace, held, _ = _drive(engine, memory, ["a", "b"])
+    assert pace.stopped == "HTTP 429; it asks to wait 7200 s"
     assert len(engine.calls) == 1 and not held
 
 
@@ -215,10 +268,11 @@ def test_stops_when_every_text_fails(memory: Memory) -> None:
         raise Fault("HTTP 503")
 
     engine.misbehave = misbehave
-    outcome, _, reasons = _drive(engine, memory, [f"text {i}" for i in range(100)], retries=0)
-    assert outcome.stopped is not None and "fails on every text" in outcome.stopped
-    assert outcome.num_failed < 20
-    assert list(reasons.values()).count("HTTP 503, 1 times") == outcome.num_failed
+    texts = [f"text {index}" for index in range(100)]
+    driver, pace, _, reasons = _drive(engine, memory, texts, retries=0)
+    assert pace.stopped is not None and "fails on every text" in pace.stopped
+    assert driver.num_failed < 20
+    assert list(reasons.values()) == ["HTTP 503, 1 times"] * driver.num_failed
 
 
 def test_retry_after_and_rate_are_kept(memory: Memory) -> None:
@@ -247,7 +301,7 @@ def test_suspect_answers_get_a_second_chance_once(memory: Memory) -> None:
         "A man.": ["Ein Mann.", "never asked"],
     }
     engine.misbehave = lambda call, texts: [answers[text][engine.attempts[call]] for text in texts]
-    _, held, _ = _drive(engine, memory, list(answers), retry_suspect=True)
+    _, _, held, _ = _drive(engine, memory, list(answers), retry_suspect=True)
     assert held["A dog sees 3 men."] == "Ein Hund sieht 3 Männer."
     assert held["A dog sees 4 men."] == "Ein Hund sieht Männer."  # the second was no better
     assert held["A man."] == "Ein Mann."
@@ -257,40 +311,14 @@ def test_suspect_answers_get_a_second_chance_once(memory: Memory) -> None:
     assert entries["A dog sees 4 men."].suspicions == ("numerals",)
 
 
-def test_waits_for_what_another_process_translates(
-    memory: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(driver_module, "_POLL_SECONDS", 0.01)
-    engine = FakeEngine()
-    number = memory.identity_id(engine.identity)
-    claimed = threading.Event()
-
-    def other_process() -> None:
-        with Memory(tmp_path / "memory.sqlite") as other:
-            other.claim(number, ["theirs", "dropped"], 1)
-            claimed.set()
-            time.sleep(0.2)
-            other.store(number, [("theirs", Entry("IHRE", 1, "1", ()))])
-
-    thread = threading.Thread(target=other_process)
-    thread.start()
-    claimed.wait()
-    _, held, _ = _drive(engine, memory, ["ours", "theirs", "dropped"])
-    thread.join()
-    assert held == {"ours": "OURS", "theirs": "IHRE", "dropped": "DROPPED"}
-    assert ("theirs",) not in engine.calls
-
-
 def test_ctrl_c_keeps_what_was_answered(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = FakeEngine(concurrency=2)
     keep = Driver._keep
-    kept: list[str] = []
     pressed: list[bool] = []
 
-    def interrupted(self: Driver, report: driver_module._Report, *rest: object) -> int:
-        done = keep(self, report, *rest)  # type: ignore[arg-type]
-        kept.extend(answer.item.text for answer in report.answers)
-        if len(kept) >= 20 and not pressed:
+    def interrupted(self: Driver, *rest: object) -> int:
+        done = keep(self, *rest)  # type: ignore[arg-type]
+        if self.num_translated >= 20 and not pressed:
             pressed.append(True)
             raise KeyboardInterrupt
         return done
@@ -319,7 +347,7 @@ def test_long_and_broken_texts_are_asked_in_parts(memory: Memory) -> None:
     engine = FakeEngine(batch_size=3)
     long = "One two three. " * 400  # 6,000 characters
     texts = ["first\nsecond", "nul\0inside", long, "sur\ud800rogate", "plain"]
-    _, held, _ = _drive(engine, memory, texts)
+    _, _, held, _ = _drive(engine, memory, texts)
     assert held == {
         "first\nsecond": "FIRST\nSECOND",
         "nul\0inside": "NUL\0INSIDE",

@@ -10,7 +10,6 @@ from email.utils import format_datetime
 from typing import Any
 
 import pytest
-from deep_translator import GoogleTranslator
 from loopback import CAPTCHA, Loopback, translated
 
 from clseave_cli.core.config import TranslateConfig
@@ -19,10 +18,11 @@ from clseave_cli.core.translation.engine import (
     Fault,
     Refusal,
     Rejection,
+    Unreachable,
     create_engine,
     engine_names,
 )
-from clseave_cli.core.translation.http import address, retry_after
+from clseave_cli.core.translation.web import address, retry_after
 from clseave_cli.errors import TranslationError, UsageError
 
 
@@ -73,13 +73,6 @@ def test_google_answers_without_charset_are_utf8(google: Loopback) -> None:
     assert _engine(google, "google").translate(["Hello"], 0) == ["Grüße, 犬"]
 
 
-def test_deep_translator_itself_is_left_as_it_was(google: Loopback) -> None:
-    before = GoogleTranslator.translate
-    _engine(google, "google").translate(["A man."], 0)
-    assert GoogleTranslator.translate is before
-    assert before.__globals__["requests"].__name__ == "requests"
-
-
 def test_libre_batches_and_the_servers_own_codes(libre: Loopback) -> None:
     engine = _engine(libre, "libre", "zh")
     texts = [f"A man {index}." for index in range(10)]
@@ -112,7 +105,9 @@ def test_libre_key_is_sent_and_never_shown(
         (lambda h, b, t: h.send(403, b"no"), Refusal, "HTTP 403"),
         (lambda h, b, t: h.send(500, b"oops"), Fault, "HTTP 500"),
         (lambda h, b, t: h.send(503, b"", Retry_After="7"), Fault, "HTTP 503"),
+        (lambda h, b, t: h.send(503, b"", Retry_After="\u00b2"), Fault, "HTTP 503"),
         (lambda h, b, t: h.send(200, b"", "text/html"), Fault, "an empty answer"),
+        (lambda h, b, t: h.send(200, b"[" * 99_999), Fault, "whole"),
         (lambda h, b, t: h.send(200, CAPTCHA, "text/html"), Refusal, "captcha"),
         (lambda h, b, t: h.send(413, b""), Rejection, "HTTP 413"),
         (lambda h, b, t: h.send(400, b"{}"), Rejection, "HTTP 400"),
@@ -124,8 +119,8 @@ def test_libre_key_is_sent_and_never_shown(
         (lambda h, b, t: threading.Event().wait(1.0), Fault, r"no answer within 0\.5 s"),
         (lambda h, b, t: h.hang_up(), Fault, "broke off|the connection"),
     ],
-    ids=["429", "403", "500", "503", "empty", "captcha", "413", "400", "401", "404", "half-sent",
-         "half-sent-without-length", "another-page", "hang", "hang-up"],
+    ids=["429", "403", "500", "503", "503-odd", "empty", "deep", "captcha", "413", "400",
+         "401", "404", "half-sent", "half-sent-without-length", "another-page", "hang", "hang-up"],
 )  # fmt: skip
 def test_faults(
     name: str, fault: Any, kind: type[Exception], said: str, request: pytest.FixtureRequest
@@ -139,7 +134,8 @@ def test_faults(
     assert type(caught.value) is kind
     assert "127.0.0.1" in str(caught.value) and "A man" not in str(caught.value)
     if said in ("HTTP 429", "HTTP 503"):
-        assert isinstance(caught.value, Fault) and caught.value.retry_after == 7
+        assert isinstance(caught.value, Fault)
+        assert caught.value.retry_after in (7, None if said == "HTTP 503" else 7)
 
 
 @pytest.mark.parametrize(
@@ -153,22 +149,53 @@ def test_libre_answers_of_another_shape(libre: Loopback, answer: Any) -> None:
         engine.translate(["A man.", "A dog."], 0)
 
 
-def test_an_endless_answer_is_cut_off(google: Loopback) -> None:
+@pytest.mark.parametrize("what", ["status", "header", "body"])
+def test_a_dripping_server_is_cut_off(google: Loopback, what: str) -> None:
     def drip(handler: Any, body: bytes, texts: list[str]) -> None:
-        handler.send_response(200)
-        handler.send_header("Content-Type", "text/html")
-        handler.end_headers()
-        for _ in range(30):  # a byte now and then keeps every read alive
+        if what != "status":
+            handler.send_response(200)
+            handler.send_header("Content-Type", "text/html")
+            handler.send_header("Content-Length", "1000")
+        if what == "body":
+            handler.end_headers()
+        else:
+            handler.flush_headers()
+        for _ in range(100):  # a byte now and then keeps every read alive
             try:
-                handler.wfile.write(b"<")
+                handler.wfile.write(b"H")
                 handler.wfile.flush()
             except OSError:
                 return
-            threading.Event().wait(0.05)
+            if over.wait(0.05):
+                break
         handler.close_connection = True
 
+    over = threading.Event()
     _always(google, drip)
-    with pytest.raises(Fault):
+    with pytest.raises(Fault, match=r"no answer within 0\.5 s"):
+        _engine(google, "google").translate(["A man."], 0)
+    over.set()
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_redirects_are_not_followed(
+    libre: Loopback, google: Loopback, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    """Neither with the key, nor to wherever an address of the network may lead."""
+    monkeypatch.setenv("LIBRETRANSLATE_API_KEY", "secret-key-1")
+    with Loopback("libre") as other:
+        for server, name in ((libre, "libre"), (google, "google")):
+            engine = _engine(server, name)
+            engine.translate(["A man."], 0)
+            _always(server, lambda h, b, t: h.send(status, b"", Location=f"{other.url}/x?key=1"))
+            with pytest.raises(
+                TranslationError, match=rf"redirects to {other.url}/x; .*--url"
+            ) as e:
+                engine.translate(["A man."], 0)
+            assert not isinstance(e.value, Fault) and "secret" not in str(e.value)
+        assert other.requested == []
+    _always(google, lambda h, b, t: h.send(302, b"", Location="https://google.com/sorry/index"))
+    with pytest.raises(Refusal, match="captcha"):
         _engine(google, "google").translate(["A man."], 0)
 
 
@@ -176,11 +203,13 @@ def test_nobody_there() -> None:
     with Loopback("google") as server:
         url = server.url
     config = TranslateConfig(engine="google", url=url, timeout_seconds=0.5)
-    with pytest.raises(Refusal, match="cannot be reached; is the address right"):
+    with pytest.raises(Unreachable, match="cannot be reached; is the address right"):
         create_engine(config, "en", "de").translate(["A man."], 0)
 
 
-@pytest.mark.parametrize("url", ["translate.example.org", "ftp://x.org", "http://", "file:///etc"])
+@pytest.mark.parametrize(
+    "url", ["translate.example.org", "ftp://x.org", "http://", "file:///etc", "http://x:port"]
+)
 def test_addresses_that_are_none(url: str) -> None:
     for name in ("google", "libre"):
         with pytest.raises(UsageError, match="expected an address such as http"):
@@ -200,7 +229,9 @@ def test_engines_by_name() -> None:
 def test_retry_after_header() -> None:
     assert retry_after(None) is None
     assert retry_after(" 120 ") == 120
-    assert retry_after("soon") is None
+    for header in ("soon", "²", "１２", "١٢", "-1", "1e3", "Wed, 21 Oct 99999 07:28:00 GMT"):
+        assert retry_after(header) is None
+    assert retry_after("9" * 5000) == float("inf")
     later = datetime.now(UTC) + timedelta(seconds=90)
     assert 80 < (retry_after(format_datetime(later, usegmt=True)) or 0) <= 90
     assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0

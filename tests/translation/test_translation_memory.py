@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
+import random
 import sqlite3
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -69,44 +68,52 @@ def test_finds_more_texts_than_sqlite_has_variables(tmp_path: Path) -> None:
     }
 
 
-def test_two_owners_share_claims(tmp_path: Path) -> None:
-    with Memory(tmp_path / "m") as one, Memory(tmp_path / "m") as two:
-        assert one.claim(1, ["a", "b"], 1) == {"a", "b"}
-        assert one.claim(1, ["a"], 1) == {"a"}  # its own
-        assert two.claim(1, ["a", "b", "c"], 1) == {"c"}
-        one.store(1, [("a", _entry("A"))])
-        assert two.claim(1, ["a", "b"], 1) == set()  # a is known now, b still another's
-        assert two.claim(1, ["a"], 2) == {"a"}  # a second attempt is another matter
-        one.release(1, ["b"])
-        assert two.claim(1, ["b"], 1) == {"b"}
-    with Memory(tmp_path / "m") as three:
-        assert three.claim(1, ["a", "b", "c"], 2) == {"a", "b", "c"}
-    assert list(tmp_path.glob("*owner*")) == []
+def test_a_flipped_bit_is_never_read(tmp_path: Path) -> None:
+    """G10. The entry is missing then, or the file is reported as damaged."""
+    texts = {f"A man {index}.": f"Ein Mann {index}, größer." for index in range(40)}
+    path = tmp_path / "m"
+    with Memory(path) as memory:
+        number = memory.identity_id(_GERMAN)
+        memory.identity_id(Identity("google", "there", "", "", "en", "nl"))
+        memory.store(number, [(text, _entry(answer)) for text, answer in texts.items()])
+    content = path.read_bytes()
+    draw = random.Random(0)
+    in_text = content.index(b"Ein Mann 7,")
+    places = [in_text, *(draw.randrange(len(content)) for _ in range(100))]
+    for place in places:
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        with contextlib.suppress(TranslationError), Memory(path) as memory:
+            entries = memory.find(memory.identity_id(_GERMAN), texts)
+            for text, entry in entries.items():
+                assert entry == _entry(texts[text]), place
+            if place == in_text:
+                assert len(entries) == 39
 
 
-def test_a_killed_owner_loses_its_claims(tmp_path: Path) -> None:
-    code = (
-        "import sys, time\n"
-        "from pathlib import Path\n"
-        "from clseave_cli.core.translation.memory import Memory\n"
-        "memory = Memory(Path(sys.argv[1]))\n"
-        "memory.claim(1, ['a'], 1)\n"
-        "print('claimed', flush=True)\n"
-        "time.sleep(60)\n"
+def test_a_memory_of_the_first_format_is_taken_over(tmp_path: Path) -> None:
+    connection = sqlite3.connect(tmp_path / "m")
+    connection.executescript(
+        "CREATE TABLE identities (id INTEGER PRIMARY KEY, engine TEXT NOT NULL, model TEXT,"
+        " revision TEXT, settings TEXT, source TEXT, target TEXT,"
+        " UNIQUE (engine, model, revision, settings, source, target));"
+        "INSERT INTO identities VALUES (1, 'google', 'there', '', '', 'en', 'de');"
+        "CREATE TABLE translations (identity INTEGER NOT NULL, text NOT NULL, translation NOT NULL,"
+        " attempts INTEGER NOT NULL, checked TEXT NOT NULL, suspicions TEXT NOT NULL,"
+        " PRIMARY KEY (identity, text)) WITHOUT ROWID;"
+        "INSERT INTO translations VALUES (1, 'A dog.', 'Ein Hund.', 2, '1', 'copy length');"
+        "INSERT INTO translations VALUES (1, 'empty', ' ', 1, '1', 'empty');"
+        "INSERT INTO translations VALUES (1, 'half', x'eda080', 1, '1', '');"
+        "CREATE TABLE claims (identity INTEGER, text, owner TEXT);"
+        "PRAGMA user_version = 1"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path / "m")],
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    with process, Memory(tmp_path / "m") as memory:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"claimed\n"
-        assert memory.claim(1, ["a"], 1) == set()
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert memory.claim(1, ["a"], 1) == {"a"}
-        assert len(list(tmp_path.glob("*owner*"))) == 1  # the dead one's is swept up
+    connection.close()
+    with Memory(tmp_path / "m") as memory:
+        # Answers that no reader takes are asked for again.
+        assert memory.find(memory.identity_id(_GERMAN), ["A dog.", "empty", "half"]) == {
+            "A dog.": Entry("Ein Hund.", 2, "1", ("copy", "length"))
+        }
 
 
 @pytest.mark.parametrize(
@@ -141,7 +148,7 @@ def test_a_damaged_page_is_reported(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(TranslationError, match="choose another file with --memory"):
+    with pytest.raises(TranslationError, match="choose another with --memory"):
         Memory(tmp_path / "file" / "m")
 
 

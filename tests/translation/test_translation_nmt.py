@@ -19,8 +19,13 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from clseave_cli.core.config import TranslateConfig
 from clseave_cli.core.translation.corpus import translate
 from clseave_cli.core.translation.engine import Rejection, create_engine
-from clseave_cli.core.translation.nmt import DEFAULT_MODEL, LICENCES, NmtEngine
-from clseave_cli.core.translation.seq2seq import Codec, load_config
+from clseave_cli.core.translation.nmt import (
+    DEFAULT_MODEL,
+    LICENCES,
+    Codec,
+    NmtEngine,
+    load_config,
+)
 from clseave_cli.errors import ModelError, UsageError
 
 _TEXTS = ["A man in a red shirt.", "Two dogs.", "There is exactly one blue square.", "3 men 犬"]
@@ -92,9 +97,9 @@ def test_agrees_with_transformers_on_single_texts(
 def test_padding_changes_nothing(models: dict[str, Path], name: str) -> None:
     _, decoder = engine = _engine(models[name], beams=1)._load()
     ids = engine[0].encode(_TEXTS)
-    together = decoder.generate(ids, 20, False)
+    together = decoder(ids, 20, False)
     for index, tokens in enumerate(ids):
-        alone = decoder.generate([tokens], 20, False)[0]
+        alone = decoder([tokens], 20, False)[0]
         assert alone == together[index][: len(alone)]
 
 
@@ -106,21 +111,34 @@ def test_both_backends_agree(models: dict[str, Path], name: str) -> None:
         codec, decoder = _engine(models[name], backend=backend, beams=1, precision="fp32")._load()
         ids = codec.encode(_TEXTS)
         # The last place is forced to be the end by some models, and is free in others.
-        outputs.append([codec.decode([row])[0][:12] for row in decoder.generate(ids, 18, True)])
+        outputs.append([codec.decode([row])[0][:12] for row in decoder(ids, 18, True)])
     assert outputs[0] == outputs[1]
     assert all(outputs[0])
 
 
 @pytest.mark.skipif(not _HAS_CTRANSLATE2, reason="needs the ctranslate2 extra")
-def test_translations_in_8_bits_are_kept_apart(models: dict[str, Path]) -> None:
+def test_translations_in_8_bits_are_kept_apart(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ctranslate2
+
+    made, translator = [], ctranslate2.Translator
+    monkeypatch.setattr(
+        ctranslate2, "Translator", lambda *a, **k: made.append(translator(*a, **k)) or made[-1]
+    )
     exact, small = (
         _engine(models["marian"], backend="ctranslate2", beams=1, int8=int8)
         for int8 in (False, True)
     )
     assert exact.identity != small.identity and small.identity.settings == "beams=1 int8"
     codec, decoder = small._load()
-    assert decoder._translator.compute_type.startswith("int8")
-    assert all(codec.decode(decoder.generate(codec.encode(_TEXTS), 18, True)))
+    assert made[0].compute_type.startswith("int8")
+    assert all(codec.decode(decoder(codec.encode(_TEXTS), 18, True)))
+
+
+def test_translations_in_another_precision_are_kept_apart(models: dict[str, Path]) -> None:
+    identities = [_engine(models["marian"], precision=p).identity for p in ("auto", "fp32", "bf16")]
+    assert identities[0] == identities[1] != identities[2]  # on a CPU
 
 
 @pytest.mark.parametrize("backend", _BACKENDS)
@@ -147,13 +165,13 @@ def test_translates_a_folder_and_remembers(
 def test_repetition_is_guarded_and_length_bounded(models: dict[str, Path], backend: str) -> None:
     engine = _engine(models["m2m100"], backend=backend, beams=1)
     codec, decoder = engine._load()
-    loops = decoder.generate(codec.encode(_TEXTS), 30, False)
+    loops = decoder(codec.encode(_TEXTS), 30, False)
     assert any(len(set(row)) < 8 for row in loops)  # left alone, random weights loop
     for text, answer in zip(_TEXTS, engine.translate(_TEXTS, 0), strict=True):
         tokens = codec.tokenizer(answer)["input_ids"]
         assert len(answer) > 0
         assert len(tokens) <= 4 * len(codec.encode([text])[0]) + 40
-    guarded = decoder.generate(codec.encode(_TEXTS), 30, True)
+    guarded = decoder(codec.encode(_TEXTS), 30, True)
     end = codec.tokenizer.eos_token_id
     for row in guarded:
         body = row[1 : row.index(end, 1) if end in row[1:] else None]
@@ -170,8 +188,8 @@ def test_out_of_memory_halves_the_batch(
     models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = _engine(models["marian"], beams=1)
-    _, decoder = engine._load()
-    generate, sizes = decoder.generate, []
+    codec, generate = engine._load()
+    sizes = []
 
     def limited(ids: list[list[int]], *rest: Any) -> list[list[int]]:
         sizes.append(len(ids))
@@ -180,7 +198,7 @@ def test_out_of_memory_halves_the_batch(
         return generate(ids, *rest)  # type: ignore[no-any-return]
 
     expected = engine.translate(["Two dogs."], 1)
-    monkeypatch.setattr(decoder, "generate", limited)
+    monkeypatch.setattr(engine, "_load", lambda: (codec, limited))
     assert engine.translate(["Two dogs."] * 8, 1) == expected * 8
     assert sizes == [8, 4, 2, 2, 4, 2, 2]
 
@@ -272,7 +290,7 @@ def test_codec_of_nllb_and_madlad(models: dict[str, Path], monkeypatch: pytest.M
     tokenizer = Tokenizer({"<2de>": 7})
     config.model_type = "t5"
     assert Codec("madlad", config, "en", "de").encode(["A man."]) == ["<2de> A man."]
-    with pytest.raises(ModelError, match="does not know how to translate en into nl"):
+    with pytest.raises(ModelError, match="does not know the language nl"):
         config.task_specific_params = {}
         Codec("madlad", config, "en", "nl")
 
@@ -282,7 +300,7 @@ def test_help_and_memory_hits_load_no_torch(models: dict[str, Path]) -> None:
         "import sys\n"
         "from clseave_cli.commands import translate\n"
         "from clseave_cli.core.translation.corpus import translate\n"
-        "from clseave_cli.core.translation.nmt import create\n"
+        "from clseave_cli.core.translation.nmt import NmtEngine as create\n"
         "from clseave_cli.core.config import TranslateConfig\n"
         "create(TranslateConfig(model=sys.argv[1]), 'en', 'de')\n"
         "heavy = {'torch', 'transformers', 'deep_translator', 'requests', 'lingua', 'pyarrow'}\n"

@@ -74,7 +74,7 @@ from clseave_cli.core.models.clip_ve import ClipVE, fingerprint, source_language
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.student import find_students, load_student, student_fingerprint
 from clseave_cli.core.training.precision import autocast, resolve_device, resolve_precision
-from clseave_cli.core.translation.hypotheses import translate_hypotheses
+from clseave_cli.core.translation.corpus import translate_hypotheses
 from clseave_cli.errors import DataError, ModelError, UsageError
 from clseave_cli.labels import LABELS
 from clseave_cli.progress import SILENT, Progress

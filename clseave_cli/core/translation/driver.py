@@ -1,26 +1,36 @@
-"""Drives an engine through the work: pace, patience, and nothing asked for twice.
+"""Drives an engine through texts: pace, patience, and nothing asked for twice.
 
-The main thread claims texts, hands them to worker threads, and keeps what comes back at once; no
-more calls are under way than `Limits.concurrency`, and none is handed out before an earlier answer
-is in the memory. So a kill at any moment costs the calls under way and no more.
+The main thread hands batches to worker threads and stores each answer at once. No more calls are
+under way than `Limits.concurrency`, and every batch is looked up in the memory before it is handed
+out. So a kill at any moment costs the calls under way, and another process at work on the same
+texts at most doubles those that both have under way.
 """
 
 from __future__ import annotations
 
+import itertools
 import queue
 import random
+import re
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple, TypeVar
 
 from clseave_cli.core.config import TranslateConfig
-from clseave_cli.core.translation.engine import Engine, Fault, Limits, Refusal, Rejection
+from clseave_cli.core.translation.engine import (
+    Engine,
+    Fault,
+    Limits,
+    Refusal,
+    Rejection,
+    Unreachable,
+)
 from clseave_cli.core.translation.memory import Entry, Memory
-from clseave_cli.core.translation.quality import Checks
-from clseave_cli.core.translation.segments import Segmented
-from clseave_cli.core.translation.work import Item, Work
+from clseave_cli.core.translation.quality import Checks, needs_translation
 from clseave_cli.errors import ClseaveError, Interrupted, TranslationError
+from clseave_cli.processes import process_count, process_rank
 from clseave_cli.progress import Task
 
 #: Rounds of refusals with no answer between them before the service counts as closed to us.
@@ -29,72 +39,87 @@ REFUSAL_ROUNDS = 8
 CALL_REFUSALS = 12
 #: Texts per worker that fail in a row, with no success, before the run is stopped.
 FAILURE_ROUNDS = 5
-#: A service that asks to wait longer than this is left alone; the user comes back later.
+#: If a service asks to wait longer than this, the run stops; the user comes back later.
 LONGEST_WAIT_SECONDS = 300.0
-#: The first request for a text, and a second one where the first answer is suspect.
+#: The first request for a text, and a second one if the first answer is suspect or unusable.
 MAX_ATTEMPTS = 2
 
+_T = TypeVar("_T")
+
 _LONGEST_BACKOFF_SECONDS = 60.0
-_CLAIM_AT_LEAST = 64
-_POLL_SECONDS = 0.5
 _FAREWELL_SECONDS = 5.0
 
+_SEPARATOR = re.compile(r"([\x00-\x1f\x7f-\x9f\u2028\u2029]+)")
+_EDGES = re.compile(r"(\s*)(.*?)(\s*)", re.DOTALL)
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+_SENTENCE_END = re.compile(r"[.!?…]+[\"'”’)\]]*\s+|[。！？]+[」』”’]*")
 
-@dataclass(frozen=True)
-class Patience:
-    """How a service is treated.
 
-    Attributes:
-        requests_per_second: at most so many; None for as many as it takes.
-        retries: further tries of a call that failed.
-        retry_seconds: the wait before the first of them; doubles, with jitter.
+def segments(text: str, max_characters: int | None) -> list[str]:
+    """A text cut into what stays as it is and, at the odd places, the parts to ask about.
+
+    Engines translate sentences. They never see line breaks and control characters; a text over an
+    engine's limit is cut at sentence ends; and pieces without a letter (`…`, `42`, an emoji) are
+    the same in every language and never asked about.
+
+    Args:
+        text: any string.
+        max_characters: the longest part an engine takes; None: the whole text as it is.
     """
+    if max_characters is None:
+        return ["", text, ""]
+    pieces = [""]
+    for line in _SEPARATOR.split(_SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)):
+        for chunk in _cut(line, max_characters):
+            before, inner, after = _EDGES.fullmatch(chunk).groups()  # type: ignore[union-attr]
+            if needs_translation(inner):
+                pieces[-1] += before
+                pieces += [inner, after]
+            else:
+                pieces[-1] += chunk
+    return pieces
 
-    requests_per_second: float | None
-    retries: int
-    retry_seconds: float
 
-    @classmethod
-    def of(cls, config: TranslateConfig, limits: Limits) -> Patience:
-        """What the user says, or else what suits the engine."""
-        rate = config.requests_per_second or limits.requests_per_second
-        return cls(rate, config.retries, config.retry_seconds)
-
-
-@dataclass
-class Outcome:
-    """What a run of the driver came to.
-
-    Attributes:
-        num_translated: texts translated now.
-        num_failed: texts given up.
-        num_requests: calls made, failed ones included.
-        stopped: why the run ended before the work did, None when it did not.
-    """
-
-    num_translated: int = 0
-    num_failed: int = 0
-    num_requests: int = 0
-    stopped: str | None = None
+def _cut(line: str, max_characters: int) -> list[str]:
+    """The line in chunks of at most `max_characters`, at sentence ends, else at spaces."""
+    chunks = []
+    while len(line) > max_characters:
+        head = line[:max_characters]
+        ends = [match.end() for match in _SENTENCE_END.finditer(head)]
+        at = ends[-1] if ends else head.rfind(" ") + 1 or max_characters
+        chunks.append(line[:at])
+        line = line[at:]
+    return [*chunks, line]
 
 
 class _Stopped(Exception):
     """Ends a worker's wait: nothing more is to be asked."""
 
 
-class _Pace:
-    """When the next request may leave, whichever worker sends it, and when to stop altogether."""
+class Pace:
+    """When the next request may leave, whichever worker sends it, and when to stop altogether.
 
-    def __init__(self, patience: Patience, concurrency: int) -> None:
-        rate = patience.requests_per_second
+    Args:
+        config: rate and retries that the user asks for.
+        limits: concurrency, and the rate that suits the engine otherwise.
+
+    Attributes:
+        retries: further tries of a call that failed.
+        num_requests: calls made, failed ones included.
+        stopped: why the run is over before the work is, None while it is not.
+    """
+
+    def __init__(self, config: TranslateConfig, limits: Limits) -> None:
+        rate = config.requests_per_second or limits.requests_per_second
         self._interval = 1 / rate if rate else 0.0
-        self._patience = patience
-        self._concurrency = concurrency
+        self._retry_seconds = config.retry_seconds
+        self._concurrency = limits.concurrency
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._next = 0.0
-        self._refusals = 0
-        self._failures = 0
+        self._refusals = self._failures = 0
+        self._has_answers = False
+        self.retries = config.retries
         self.num_requests = 0
         self.stopped: str | None = None
 
@@ -121,6 +146,7 @@ class _Pace:
         """Notes an answer: the service is well."""
         with self._lock:
             self._refusals = self._failures = 0
+            self._has_answers = True
 
     def gave_up(self, reason: str) -> None:
         """Notes a text that failed for good, not by its own fault."""
@@ -134,26 +160,28 @@ class _Pace:
         """Waits before the same call is made again; after a refusal, every worker waits.
 
         Raises:
-            _Stopped: the service has evidently shut us out, or another worker found so.
+            _Stopped: the service refuses for good, or another worker learnt so.
         """
         wait = fault.retry_after
+        if not isinstance(fault, Refusal) and (wait or 0) <= LONGEST_WAIT_SECONDS:
+            self._sleep(self._backoff(tries) if wait is None else wait)
+            return
+        with self._lock:
+            self._refusals += 1
+            rounds = self._refusals // self._concurrency
+            pause = self._backoff(rounds) if wait is None else wait
+            self._next = max(self._next, time.monotonic() + pause)
         if wait is not None and wait > LONGEST_WAIT_SECONDS:
             self.stop(f"{fault}; it asks to wait {wait:.0f} s")
-            raise _Stopped
-        if isinstance(fault, Refusal):
-            with self._lock:
-                self._refusals += 1
-                rounds, _ = divmod(self._refusals, self._concurrency)
-                pause = self._backoff(rounds) if wait is None else wait
-                self._next = max(self._next, time.monotonic() + pause)
-            if rounds >= REFUSAL_ROUNDS:
-                self.stop(f"the service has evidently shut us out ({fault})")
-                raise _Stopped
-        else:
-            self._sleep(self._backoff(tries) if wait is None else wait)
+        elif isinstance(fault, Unreachable):
+            if rounds >= REFUSAL_ROUNDS or not self._has_answers:
+                self.stop(str(fault))
+        elif rounds >= REFUSAL_ROUNDS:
+            self.stop(f"the service has evidently shut us out ({fault})")
+        self._sleep(0)
 
     def _backoff(self, doublings: int) -> float:
-        longest = min(self._patience.retry_seconds * 2.0**doublings, _LONGEST_BACKOFF_SECONDS)
+        longest = min(self._retry_seconds * 2.0**doublings, _LONGEST_BACKOFF_SECONDS)
         return longest * random.uniform(0.5, 1.0)
 
     def _sleep(self, seconds: float) -> None:
@@ -161,79 +189,147 @@ class _Pace:
             raise _Stopped
 
 
-@dataclass
-class _Answer:
-    """One item's fate: a translation, or the reason why there is none, or neither (not asked)."""
+class _Item(NamedTuple):
+    """One text to ask for; `attempt` as in `Engine.translate`."""
 
-    item: Item
-    translation: str | None = None
-    reason: str | None = None
+    text: str
+    attempt: int
 
 
-@dataclass
-class _Report:
-    """What a worker tells the main thread: answers so far, and whether its batch is done."""
+class _Answer(NamedTuple):
+    """What became of one item: a translation, or the reason why there is none."""
 
-    answers: list[_Answer] = field(default_factory=list)
-    done: bool = False
-    error: BaseException | None = None
+    item: _Item
+    translation: str | None
+    reason: str = ""
 
 
-class _Caller:
-    """Makes the calls for one batch, in a worker thread."""
+def _calls(items: Iterable[_T], length: Callable[[_T], int], limits: Limits) -> list[list[_T]]:
+    """Items in as few calls as an engine's limits allow, in their order."""
+    calls: list[list[_T]] = []
+    characters = 0
+    for item in items:
+        characters += length(item)
+        full = not calls or len(calls[-1]) == limits.batch_size
+        if full or characters > limits.batch_characters:
+            calls.append([])
+            characters = length(item)
+        calls[-1].append(item)
+    return calls
 
-    def __init__(self, engine: Engine, pace: _Pace, retries: int) -> None:
-        self._engine = engine
-        self._pace = pace
-        self._retries = retries
 
-    def translate(self, batch: Sequence[Item], tell: Callable[[list[_Answer]], None]) -> None:
-        """Has a batch translated; `tell` hears of answers as soon as they are there."""
-        limit = self._engine.limits.text_characters
-        texts = [Segmented(item.text, limit) for item in batch]
-        parts = [part for text in texts for part in text.parts]
-        if len(batch) > 1 and self._fits(parts):
-            try:
-                answers = iter(self._call(parts, batch[0].attempt))
-            except (Fault, Rejection):
-                pass  # one text may have spoilt it for the others: now each on its own
-            else:
-                tell(
-                    [
-                        _Answer(item, text.join([next(answers) for _ in text.parts]))
-                        for item, text in zip(batch, texts, strict=True)
-                    ]
-                )
-                return
-        for item, text in zip(batch, texts, strict=True):
-            tell([self._translate_one(item, text)])
+def _is_usable(answer: str) -> bool:
+    """Whether a reader of the file would take it."""
+    return bool(answer.strip()) and not _SURROGATE.search(answer)
 
-    def _translate_one(self, item: Item, text: Segmented) -> _Answer:
+
+class Driver:
+    """Has texts translated and stores the answers in a `Memory`.
+
+    Args:
+        engine: translates.
+        memory: where answers and failures go.
+        checks: made on every answer.
+        pace: how the service is treated.
+        retries_suspect: ask a second time for what fails a check.
+    """
+
+    def __init__(
+        self, engine: Engine, memory: Memory, checks: Checks, pace: Pace, retries_suspect: bool
+    ) -> None:
+        self._engine, self._memory, self._checks, self._pace = engine, memory, checks, pace
+        self._identity = memory.identity_id(engine.identity)
+        self._retries_suspect = retries_suspect
+        self._queue: queue.SimpleQueue[list[_Item] | None] = queue.SimpleQueue()
+        # What workers tell the main thread: answers, or the end of a batch with its error if any.
+        self._reports: queue.SimpleQueue[list[_Answer] | BaseException | None] = queue.SimpleQueue()
+        self._start = time.monotonic()
+        self.num_translated = self.num_failed = 0
+
+    def run(self, texts: Mapping[str, int], task: Task) -> None:
+        """Works until every text is in the memory or has failed, or the pace stops it.
+
+        Args:
+            texts: what to translate, with the attempt as in `Engine.translate`.
+            task: told of progress.
+
+        Raises:
+            Interrupted: by Ctrl-C; what was answered is in the memory.
+            TranslationError: the engine cannot work at all.
+        """
+        concurrency = self._engine.limits.concurrency
+        for _ in range(concurrency):
+            # Daemons: an interrupted program does not wait for a server that hangs.
+            threading.Thread(target=self._work, daemon=True).start()
+        # A local engine, one call at a time, has its next batch ready when it ends one.
+        places = concurrency if concurrency > 1 else 2
+        batches = self._batches(texts)
+        under_way = 0
         try:
-            answers = [
-                answer
-                for parts in self._calls(text.parts)
-                for answer in self._call(parts, item.attempt)
-            ]
-        except Rejection as error:
-            return _Answer(item, reason=str(error))
-        except Fault as error:
-            self._pace.gave_up(str(error))
-            return _Answer(item, reason=f"{error}, {self._retries + 1} times")
-        return _Answer(item, text.join(answers))
+            while True:
+                while under_way < places and batches and not self._pace.stopped:
+                    if batch := self._still_missing(batches.pop(), task):
+                        self._queue.put(batch)
+                        under_way += 1
+                if not under_way:
+                    break
+                under_way -= self._keep(batches, task)
+        except KeyboardInterrupt:
+            self._pace.stop("interrupted")
+            self._say_farewell(under_way, batches, task)
+            raise Interrupted(
+                f"interrupted; {self.num_translated} new translations are in the memory. "
+                "Run the same command again to go on."
+            ) from None
+        except BaseException:
+            self._pace.stop()
+            raise
+        finally:
+            for _ in range(concurrency):
+                self._queue.put(None)
 
-    def _fits(self, parts: Sequence[str]) -> bool:
-        limits = self._engine.limits
-        return len(parts) <= limits.batch_size and sum(map(len, parts)) <= limits.batch_characters
+    def _work(self) -> None:
+        while (batch := self._queue.get()) is not None:
+            end = None
+            try:
+                self._translate(batch)
+            except _Stopped:
+                pass
+            except BaseException as error:
+                end = error
+            self._reports.put(end)
 
-    def _calls(self, parts: Sequence[str]) -> list[list[str]]:
-        """The parts of one long text in as few calls as the engine's limits allow."""
-        calls: list[list[str]] = [[]]
-        for part in parts:
-            if calls[-1] and not self._fits([*calls[-1], part]):
-                calls.append([])
-            calls[-1].append(part)
-        return calls
+    def _translate(self, batch: list[_Item]) -> None:
+        """Has a batch translated, in a worker; reports answers as soon as they are there."""
+        limits, attempt = self._engine.limits, batch[0].attempt
+        texts = [segments(item.text, limits.text_characters) for item in batch]
+        calls = _calls([part for text in texts for part in text[1::2]], len, limits)
+        try:
+            answers = iter([answer for parts in calls for answer in self._call(parts, attempt)])
+        except (Fault, Rejection) as error:
+            if len(batch) > 1:  # one may have spoilt it for the others: now each on its own
+                for item in batch:
+                    self._translate([item])
+                return
+            reason = str(error)
+            if isinstance(error, Fault):
+                self._pace.gave_up(reason)
+                reason += f", {self._pace.retries + 1} times"
+            self._reports.put([_Answer(batch[0], None, reason)])
+            return
+        done, again = [], []
+        for item, text in zip(batch, texts, strict=True):
+            text[1::2] = itertools.islice(answers, len(text) // 2)
+            if all(map(_is_usable, text[1::2])):
+                done.append(_Answer(item, "".join(text)))
+            elif item.attempt + 1 < MAX_ATTEMPTS:  # an engine that can decodes differently then
+                again.append(item._replace(attempt=item.attempt + 1))
+            else:
+                name = self._engine.identity.engine
+                done.append(_Answer(item, None, f"{name}: an empty or invalid answer"))
+        self._reports.put(done)
+        for item in again:
+            self._translate([item])
 
     def _call(self, parts: list[str], attempt: int) -> list[str]:
         tries = refusals = 0
@@ -248,200 +344,90 @@ class _Caller:
                     )
             except Fault as fault:
                 refused = isinstance(fault, Refusal)
-                refusals, tries = refusals + refused, tries + (not refused)
-                if tries > self._retries or refusals > CALL_REFUSALS:
+                refusals += refused
+                tries += not refused
+                if tries > self._pace.retries or refusals > CALL_REFUSALS:
                     raise
                 self._pace.back_off(fault, tries - 1)
             else:
                 self._pace.succeeded()
                 return answers
 
+    def _batches(self, texts: Mapping[str, int]) -> list[list[_Item]]:
+        """The texts in calls of one attempt each; the last one is to be made first.
 
-class Driver:
-    """Has everything in a `Work` translated, and kept in a `Memory`.
-
-    Args:
-        engine: whom to ask.
-        memory: where answers go.
-        identity: the engine's number in the memory.
-        checks: what is looked at in every answer.
-        patience: how the service is treated.
-        retry_suspect: ask a second time for what the checks find suspect.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        memory: Memory,
-        identity: int,
-        checks: Checks,
-        patience: Patience,
-        retry_suspect: bool,
-    ) -> None:
-        self._engine = engine
-        self._memory = memory
-        self._identity = identity
-        self._checks = checks
-        self._retry_suspect = retry_suspect
-        self._pace = _Pace(patience, engine.limits.concurrency)
-        self._caller = _Caller(engine, self._pace, patience.retries)
-        self._batches: queue.SimpleQueue[list[Item] | None] = queue.SimpleQueue()
-        self._reports: queue.SimpleQueue[_Report] = queue.SimpleQueue()
-        self._claimed: list[Item] = []
-        self._outcome = Outcome()
-
-    def run(self, work: Work, task: Task) -> Outcome:
-        """Works until nothing is left or the service shuts us out.
-
-        Args:
-            work: what to translate; afterwards it knows what failed and why.
-            task: told of progress.
-
-        Raises:
-            Interrupted: by Ctrl-C; what was answered is in the memory.
-            TranslationError: the engine cannot work at all.
+        Processes that a launcher started begin with different shares. Others begin anywhere, so
+        that two at once seldom have the same text under way.
         """
-        concurrency = self._engine.limits.concurrency
-        for _ in range(concurrency):
-            # Daemons: an interrupted program does not wait for a server that hangs.
-            threading.Thread(target=self._work, daemon=True).start()
-        # A local engine, one call at a time, finds its next batch ready when it ends one.
-        places = concurrency if concurrency > 1 else 2
-        under_way = 0
-        try:
-            while True:
-                while under_way < places and (batch := self._next_batch(work)):
-                    self._batches.put(batch)
-                    under_way += 1
-                if under_way:
-                    under_way -= self._keep(self._reports.get(), work, task)
-                elif self._pace.stopped or not self._revisit(work, task):
-                    break
-        except KeyboardInterrupt:
-            self._pace.stop("interrupted")
-            self._say_farewell(under_way, work, task)
-            raise Interrupted(
-                f"interrupted; {self._outcome.num_translated} new translations are in the memory. "
-                "Run the same command again to go on."
-            ) from None
-        finally:
-            self._pace.stop()
-            for _ in range(concurrency):
-                self._batches.put(None)
-        self._outcome.num_requests = self._pace.num_requests
-        self._outcome.stopped = self._pace.stopped
-        return self._outcome
+        count, rank = process_count(), process_rank()
+        groups: dict[tuple[bool, int], list[_Item]] = {}
+        for text, attempt in texts.items():
+            share = zlib.crc32(text.encode("utf-8", "surrogatepass")) % count
+            groups.setdefault((share == rank, attempt), []).append(_Item(text, attempt))
+        batches: list[list[_Item]] = []
+        for _, items in sorted(groups.items()):
+            if self._engine.limits.by_length:
+                items.sort(key=lambda item: len(item.text))
+            calls = _calls(items, lambda item: len(item.text), self._engine.limits)
+            random.shuffle(calls)
+            batches += calls
+        return batches
 
-    def _work(self) -> None:
-        while (batch := self._batches.get()) is not None:
-            report = _Report(done=True)
-            try:
-                self._caller.translate(batch, lambda answers: self._reports.put(_Report(answers)))
-            except _Stopped:
-                pass
-            except BaseException as error:
-                report.error = error
-            self._reports.put(report)
+    def _still_missing(self, batch: list[_Item], task: Task) -> list[_Item]:
+        """A batch without what another process has had translated in the meantime."""
+        entries = self._memory.find(self._identity, [item.text for item in batch])
+        attempts = {text: entry.attempts for text, entry in entries.items()}
+        missing = [item for item in batch if attempts.get(item.text, 0) <= item.attempt]
+        task.advance(len(batch) - len(missing))
+        return missing
 
-    def _next_batch(self, work: Work) -> list[Item] | None:
-        """Texts for one call, all of one attempt, claimed for this process."""
-        limits = self._engine.limits
-        while not self._claimed:
-            if self._pace.stopped:
-                return None
-            # Batches of a local engine are large enough; single texts are claimed by the dozen.
-            count = (
-                limits.batch_size if limits.by_length else max(limits.batch_size, _CLAIM_AT_LEAST)
-            )
-            items = work.take(count)
-            if not items:
-                return None
-            self._claimed = self._claim(items, work)
-        batch = [self._claimed.pop(0)]
-        characters = len(batch[0].text)
-        while self._claimed and len(batch) < limits.batch_size:
-            item = self._claimed[0]
-            characters += len(item.text)
-            if item.attempt != batch[0].attempt or characters > limits.batch_characters:
-                break
-            batch.append(self._claimed.pop(0))
-        return batch
-
-    def _claim(self, items: list[Item], work: Work) -> list[Item]:
-        granted: set[str] = set()
-        for attempt in {item.attempt for item in items}:
-            texts = [item.text for item in items if item.attempt == attempt]
-            granted |= self._memory.claim(self._identity, texts, attempt + 1)
-        work.postpone(item for item in items if item.text not in granted)
-        return [item for item in items if item.text in granted]
-
-    def _revisit(self, work: Work, task: Task) -> bool:
-        """Looks again at texts that another process had claimed; False when there are none."""
-        items = work.take_postponed(1_000)
-        if not items:
-            return False
-        known = self._memory.find(self._identity, [item.text for item in items])
-        waiting = [
-            item
-            for item in items
-            if item.text not in known or known[item.text].attempts <= item.attempt
-        ]
-        task.advance(len(items) - len(waiting))
-        self._claimed = self._claim(waiting, work)
-        if waiting and not self._claimed:
-            time.sleep(_POLL_SECONDS)
-        return True
-
-    def _keep(self, report: _Report, work: Work, task: Task) -> int:
+    def _keep(self, batches: list[list[_Item]], task: Task, timeout: float | None = None) -> int:
         """Stores what one report brings, and returns how many batches it ends."""
-        if report.error is not None:
-            self._pace.stop()
-            raise self._explain(report.error) from report.error
-        again: list[Item] = []
-        entries: list[tuple[str, Entry]] = []
-        for answer in report.answers:
-            item = answer.item
-            if answer.translation is None:
-                self._outcome.num_failed += 1
-                work.fail(item.text, answer.reason or "")
-                continue
-            entry = self._entry(item, answer.translation)
-            entries.append((item.text, entry))
-            if self._retry_suspect and entry.suspicions and entry.attempts < MAX_ATTEMPTS:
-                again.append(Item(item.text, 1))
-            else:
-                self._outcome.num_translated += 1
-        if report.answers:
-            self._memory.store(self._identity, entries)
-            self._memory.release(
-                self._identity, [a.item.text for a in report.answers if a.translation is None]
-            )
-            work.add(again)
-            task.advance(len(report.answers) - len(again), failed=self._outcome.num_failed)
-        return int(report.done)
+        report = self._reports.get(timeout=timeout)
+        if isinstance(report, ClseaveError):
+            raise report
+        if isinstance(report, BaseException):
+            name = self._engine.identity.engine
+            raise TranslationError(f"engine {name}: {type(report).__name__}: {report}") from report
+        if not report:
+            return int(report is None)
+        entries = {
+            answer.item: self._entry(answer.item, answer.translation)
+            for answer in report
+            if answer.translation is not None
+        }
+        again = [
+            item._replace(attempt=1)
+            for item, entry in entries.items()
+            if self._retries_suspect and entry.suspicions and entry.attempts < MAX_ATTEMPTS
+        ]
+        failures = {a.item.text: a.reason for a in report if a.translation is None}
+        self._memory.store(self._identity, [(item.text, e) for item, e in entries.items()])
+        self._memory.fail(self._identity, failures)
+        self.num_translated += len(entries) - len(again)
+        self.num_failed += len(failures)
+        if again:
+            batches.append(again)
+        rate = self.num_translated / max(1e-9, time.monotonic() - self._start)
+        task.advance(len(report) - len(again), per_second=rate, failed=self.num_failed)
+        return 0
 
-    def _entry(self, item: Item, translation: str) -> Entry:
-        if self._engine.limits.by_pair_id:  # the text is not known here; checked when written
-            return Entry(translation, item.attempt + 1, "", ())
-        found = self._checks.find(item.text, translation)
-        entry = Entry(translation, item.attempt + 1, self._checks.version, found)
-        if item.attempt and found:
+    def _entry(self, item: _Item, translation: str) -> Entry:
+        attempts = item.attempt + 1
+        if self._engine.limits.by_pair_id:  # the text is not available here; checked when written
+            return Entry(translation, attempts, "", ())
+        suspicions = self._checks.find(item.text, translation)
+        if item.attempt and suspicions:
             before = self._memory.find(self._identity, [item.text]).get(item.text)
-            if before is not None and len(before.suspicions) <= len(found):
-                return before._replace(attempts=entry.attempts)
-        return entry
+            if before is not None and len(before.suspicions) <= len(suspicions):
+                return before._replace(attempts=attempts)
+        return Entry(translation, attempts, self._checks.version, suspicions)
 
-    def _say_farewell(self, under_way: int, work: Work, task: Task) -> None:
+    def _say_farewell(self, under_way: int, batches: list[list[_Item]], task: Task) -> None:
         """Keeps what workers still bring within a moment, for it has been paid for."""
         deadline = time.monotonic() + _FAREWELL_SECONDS
         while under_way and (left := deadline - time.monotonic()) > 0:
             try:
-                under_way -= self._keep(self._reports.get(timeout=left), work, task)
+                under_way -= self._keep(batches, task, left)
             except (queue.Empty, ClseaveError):
                 return
-
-    def _explain(self, error: BaseException) -> BaseException:
-        if isinstance(error, ClseaveError):
-            return error
-        name = self._engine.identity.engine
-        return TranslationError(f"engine {name}: {type(error).__name__}: {error}")

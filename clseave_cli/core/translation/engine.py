@@ -1,25 +1,36 @@
-"""What a translation engine is, how it fails, and how one is found by name."""
+"""What a translation engine is, how it fails, and how one is chosen by name.
+
+The simplest engine is here too: `file`, which has its translations from a file.
+"""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Sequence
+import json
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
-from typing import Protocol, runtime_checkable
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any, Protocol
 
 from clseave_cli.core.config import TranslateConfig
-from clseave_cli.errors import TranslationError, UsageError
+from clseave_cli.core.data.text_files import FIELDS, reading, split_name
+from clseave_cli.core.files import file_digest
+from clseave_cli.errors import DataError, TranslationError, UsageError
 
 #: Third parties register `name = "package.module:create"` under this entry-point group.
 ENTRY_POINT_GROUP = "clseave.translation_engines"
 
 _BUILT_IN = {
-    "nmt": "clseave_cli.core.translation.nmt:create",
-    "google": "clseave_cli.core.translation.google:create",
-    "libre": "clseave_cli.core.translation.libre:create",
-    "file": "clseave_cli.core.translation.imported:create",
+    "nmt": "clseave_cli.core.translation.nmt:NmtEngine",
+    "google": "clseave_cli.core.translation.web:GoogleEngine",
+    "libre": "clseave_cli.core.translation.web:LibreEngine",
+    "file": "clseave_cli.core.translation.engine:ImportedEngine",
 }
+
+_IMPORT_BATCH_SIZE = 1_000
+_PAIR_ID = "pairID"
+_SOURCE_NAMES = ("source", "text")
 
 
 class Fault(TranslationError):
@@ -35,10 +46,14 @@ class Fault(TranslationError):
 
 
 class Refusal(Fault):
-    """The service refuses us rather than this text: 429, 403, a captcha page, nobody there.
+    """The service refuses us rather than this text: 429, 403, a captcha page.
 
     Many in a row with no success between them end the run.
     """
+
+
+class Unreachable(Refusal):
+    """Nothing answers at the address; the run ends at once if nothing ever did."""
 
 
 class Rejection(TranslationError):
@@ -68,7 +83,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Limits:
-    """How an engine wants to be asked.
+    """How an engine is to be asked.
 
     Attributes:
         batch_size: texts in one call.
@@ -77,7 +92,7 @@ class Limits:
             line breaks. None: texts are passed exactly as they are.
         concurrency: calls under way at a time.
         requests_per_second: at most so many unless the user says otherwise; None: no limit.
-        by_length: texts of one length together, the longest first (saves padding).
+        by_length: texts of similar length in one call (saves padding).
         by_pair_id: asked for the `pairID` of rows instead of for their text.
     """
 
@@ -90,7 +105,6 @@ class Limits:
     by_pair_id: bool = False
 
 
-@runtime_checkable
 class Engine(Protocol):
     """A translator from one language into another; made by a `create` function, used by threads.
 
@@ -130,69 +144,131 @@ Create = Callable[[TranslateConfig, str, str], Engine]
 
 
 def engine_names() -> list[str]:
-    """Names of every engine there is, the built-in ones first."""
+    """Names of all installed engines, the built-in ones first."""
     return [*_BUILT_IN, *sorted(entry_points(group=ENTRY_POINT_GROUP).names - _BUILT_IN.keys())]
 
 
 def find_engine(name: str) -> Create:
-    """What makes the engine of a name.
-
-    Raises:
-        UsageError: no engine has that name.
-    """
+    """The function that creates the engine with this name; a UsageError if there is none."""
+    if name not in engine_names():
+        names = ", ".join(engine_names())
+        raise UsageError(f"--engine {name}: no such engine; there are: {names}.")
     if name in _BUILT_IN:
-        module, function = _BUILT_IN[name].split(":")
-        create: Create = getattr(importlib.import_module(module), function)
-        return create
-    found = list(entry_points(group=ENTRY_POINT_GROUP, name=name))
-    if not found:
-        known = ", ".join(engine_names())
-        raise UsageError(f"--engine {name}: no such engine; there are: {known}.")
-    create = found[0].load()
+        point = EntryPoint(name, _BUILT_IN[name], ENTRY_POINT_GROUP)
+    else:
+        point = entry_points(group=ENTRY_POINT_GROUP)[name]
+    create: Create = point.load()
     return create
 
 
 def create_engine(config: TranslateConfig, source: str, target: str) -> Engine:
-    """The engine `config.engine` names, for canonical `source` and `target` languages.
-
-    Raises:
-        UsageError: no engine has that name.
-        TranslationError: it does not know a language, or something it needs is missing.
-    """
+    """The engine that `config` names, for canonical `source` and `target` languages."""
     return find_engine(config.engine)(config, source, target)
 
 
-def check_numbers(config: TranslateConfig) -> None:
-    """Refuses numbers that no engine can work with.
+class ImportedEngine:
+    """A file of translations, indexed on disk; docs/translate.md describes its two formats."""
 
-    Raises:
-        UsageError: one is too small; names the flag.
-    """
-    positive = {
-        "--beams": config.beams,
-        "--timeout-seconds": config.timeout_seconds,
-        "--retry-seconds": config.retry_seconds,
-        "--batch-size": config.batch_size,
-        "--concurrency": config.concurrency,
-        "--requests-per-second": config.requests_per_second,
-    }
-    for flag, value in positive.items():
-        if value is not None and not value > 0:
-            raise UsageError(f"{flag} {value}: expected a number above 0.")
-    for flag, count in {"--retries": config.retries, "--review": config.review}.items():
-        if count < 0:
-            raise UsageError(f"{flag} {count}: expected 0 or more.")
+    def __init__(self, config: TranslateConfig, source: str, target: str) -> None:
+        if config.translations is None:
+            raise UsageError("--translations is missing: in which file are the translations?")
+        self._path = path = Path(str(config.translations).replace("{lang}", target))
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; --translations names the translations.")
+        if split_name(path)[1].removesuffix(".gz") not in (".tsv", ".jsonl"):
+            raise UsageError(f"--translations {path}: expected a .tsv or .jsonl file.")
+        self._match: str | None = None if config.match == "auto" else config.match
+        self._index = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        self._index.execute("CREATE TABLE translations (key BLOB PRIMARY KEY, translation BLOB)")
+        try:
+            self._read((config.field,) if config.field else FIELDS, source)
+        except BaseException:
+            self._index.close()
+            raise
+        self.licence = f"translations from {path}: their own licence applies"
+        digest = file_digest(path)[:16]
+        self.identity = Identity("file", path.name, digest, f"match={self._match}", source, target)
+        self.limits = Limits(
+            _IMPORT_BATCH_SIZE, 1 << 30, None, concurrency=1, by_pair_id=self._match == _PAIR_ID
+        )
+
+    def translate(self, texts: Sequence[str], attempt: int) -> list[str]:
+        """Looks each text, or pairID, up."""
+        answers = [a for text in texts if (a := self._find(_encode(text))) is not None]
+        if len(answers) < len(texts):
+            raise Rejection(f"{self._path} has no translation for it")
+        return [answer.decode("utf-8", "surrogatepass") for answer in answers]
+
+    def _find(self, key: bytes) -> bytes | None:
+        query = "SELECT translation FROM translations WHERE key = ?"
+        row = self._index.execute(query, (key,)).fetchone()
+        return row[0] if row else None
+
+    def close(self) -> None:
+        """Gives the index's disk space back."""
+        self._index.close()
+
+    def _read(self, fields: Sequence[str], source: str) -> None:
+        sources = (*(f"{name}_{source}" for name in fields), *_SOURCE_NAMES)
+        self._index.execute("BEGIN")
+        for line, values in self._rows():
+            keys = (_PAIR_ID,) if self._match == _PAIR_ID else sources
+            key = _encode(self._value(line, values, keys))
+            translation = _encode(self._value(line, values, ("translation", *fields)))
+            first = self._find(key)
+            if first is None:
+                self._index.execute("INSERT INTO translations VALUES (?, ?)", (key, translation))
+            # A sentence may have two translations, and the first is as good; a row may not.
+            elif self._match == _PAIR_ID and first != translation:
+                problem = (
+                    f"a second, different translation for pairID {key.decode(errors='replace')}."
+                )
+                raise DataError.at(self._path, line, problem)
+        self._index.execute("COMMIT")
+
+    def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The rows; the first one decides how rows are matched, unless the user did."""
+        is_tsv = split_name(self._path)[1].startswith(".tsv")
+        with reading(self._path) as stream:
+            for number, data in enumerate(stream, 1):
+                try:
+                    line = data.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                except UnicodeDecodeError:
+                    raise DataError.at(self._path, number, "not UTF-8; convert the file.") from None
+                if not line:
+                    continue
+                if not is_tsv:
+                    values = self._object(number, line)
+                    self._match = self._match or (_PAIR_ID if _PAIR_ID in values else "text")
+                    yield number, values
+                    continue
+                cells = line.split("\t")
+                if len(cells) != 2:
+                    problem = (
+                        f"{len(cells)} columns; expected two: pairID or text, and translation."
+                    )
+                    raise DataError.at(self._path, number, f"{problem}.")
+                is_header = number == 1 and cells[0] in (_PAIR_ID, *_SOURCE_NAMES)
+                by_pair_id = is_header and cells[0] == _PAIR_ID
+                self._match = self._match or (_PAIR_ID if by_pair_id else "text")
+                if not is_header:
+                    yield number, {self._match: cells[0], "translation": cells[1]}
+
+    def _object(self, number: int, line: str) -> dict[str, Any]:
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError.at(self._path, number, f"not valid JSON ({error}).") from None
+        if not isinstance(values, dict):
+            raise DataError.at(self._path, number, "expected an object a line.")
+        return values
+
+    def _value(self, number: int, values: dict[str, Any], names: Sequence[str]) -> str:
+        for name in names:
+            if isinstance(values.get(name), str):
+                return str(values[name])
+        raise DataError.at(self._path, number, f"none of the strings {', '.join(names)} in it.")
 
 
-def language_code(table: dict[str, str], language: str, engine: str) -> str:
-    """The engine's own code for a canonical language.
-
-    Raises:
-        TranslationError: the engine does not know the language.
-    """
-    if language in table:
-        return table[language]
-    known = " ".join(sorted(table))
-    raise TranslationError(
-        f"engine {engine}: does not know the language {language}; it knows: {known}."
-    )
+def _encode(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")  # a JSON escape may be half a surrogate pair

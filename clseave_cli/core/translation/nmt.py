@@ -1,25 +1,30 @@
-"""Local neural translation: any Hugging Face sequence-to-sequence model, on this machine."""
+"""Local neural translation: any Hugging Face sequence-to-sequence model, on this machine.
+
+The model runs in torch or, converted once and then several times faster on a CPU, in CTranslate2.
+Neither is imported before the first text has to be translated.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from clseave_cli.core.config import TranslateConfig
-from clseave_cli.core.files import file_digest, json_digest
+from clseave_cli.core.data.languages import canonical, spellings
+from clseave_cli.core.files import atomic_folder, cache_root, file_digest, json_digest
 from clseave_cli.core.translation.engine import Identity, Limits, Rejection
 from clseave_cli.core.translation.quality import has_loop
 from clseave_cli.errors import ModelError, UsageError
-
-if TYPE_CHECKING:
-    from clseave_cli.core.translation.seq2seq import Codec, Decoder
+from clseave_cli.processes import process_count, usable_cores
 
 #: MIT licence, a hundred languages, 1.9 GB: usable by everyone for everything.
 DEFAULT_MODEL = "facebook/m2m100_418M"
 
-#: What is known of the licences of models, by the beginning of their names.
+#: Licences of models, by the beginning of their names.
 LICENCES = {
     "facebook/m2m100": "MIT: commercial use allowed",
     "google/madlad400": "Apache-2.0: commercial use allowed",
@@ -36,6 +41,22 @@ _TEXT_CHARACTERS = 400
 _LENGTH_FACTOR, _LENGTH_EXTRA = 2, 16
 _CONVERTIBLE = {"marian", "m2m_100", "mbart", "t5", "bart", "pegasus"}
 _WEIGHTS_AND_WORDS = ("*.safetensors", "*.json", "*.spm", "*.model", "*.txt")
+_LOADING_ERRORS = (
+    ImportError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, OSError,
+)  # fmt: skip
+_UNLIMITED = 1 << 20
+# T5's relative positions have no end; what its family was trained on has.
+_MAX_TOKENS = 512
+_TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+# One of these exists wherever torch could see a GPU on Linux (NVIDIA, WSL, AMD).
+_GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+
+#: What the guard against repetition forbids: the same three tokens twice in one translation.
+GUARD = {"no_repeat_ngram_size": 3}
+
+#: A model: token ids of source sentences (marks and end included), the longest translation, and
+#: whether repetition is forbidden (`GUARD`) → token ids of the translations, by beam search.
+Decoder = Callable[[list[list[int]], int, bool], list[list[int]]]
 
 
 class NmtEngine:
@@ -47,9 +68,12 @@ class NmtEngine:
         self._name = name
         self._loaded: tuple[Codec, Decoder] | None = None
         revision = _revision(name)
-        settings = f"beams={config.beams}" + (" int8" if config.int8 else "")
+        precision = "int8" if config.int8 else _precision(config)
+        settings = f"beams={config.beams} {precision}"
         self.identity = Identity("nmt", name, revision, settings, source, target)
-        self.licence = f"model {name} ({_licence(name)})"
+        licences = (text for start, text in LICENCES.items() if name.startswith(start))
+        licence = next(licences, "see its model card for the licence")
+        self.licence = f"model {name} ({licence})"
         self.limits = Limits(
             batch_size=config.batch_size or _BATCH_SIZE,
             batch_characters=_BATCH_CHARACTERS,
@@ -64,7 +88,7 @@ class NmtEngine:
 
     def translate(self, texts: Sequence[str], attempt: int) -> list[str]:
         """Translates one batch; a text that the model loops on is decoded again with a guard."""
-        codec, decoder = self._load()
+        codec, _ = self._load()
         ids = codec.encode(texts)
         for text, tokens in zip(texts, ids, strict=True):
             if len(tokens) > codec.max_tokens:
@@ -72,49 +96,36 @@ class NmtEngine:
                     f"{len(tokens)} tokens without a sentence end ({text[:20]}…); "
                     f"the model takes {codec.max_tokens}"
                 )
-        translations = self._decode(codec, decoder, ids, guarded=attempt > 0)
-        if attempt == 0:
-            loops = [
-                index
-                for index, translation in enumerate(translations)
-                if has_loop(translation) and not has_loop(texts[index])
-            ]
-            again = [ids[index] for index in loops]
-            guarded = self._decode(codec, decoder, again, guarded=True) if again else []
-            for index, translation in zip(loops, guarded, strict=True):
-                translations[index] = translation
+        translations = self._decode(ids, guarded=attempt > 0)
+        answers = enumerate(translations)
+        loops = [n for n, text in answers if has_loop(text) and not has_loop(texts[n])]
+        if loops and attempt == 0:
+            guarded = self._decode([ids[n] for n in loops], guarded=True)
+            for n, text in zip(loops, guarded, strict=True):
+                translations[n] = text
         return translations
 
-    def _decode(
-        self, codec: Codec, decoder: Decoder, ids: list[list[int]], guarded: bool
-    ) -> list[str]:
+    def _decode(self, ids: list[list[int]], guarded: bool) -> list[str]:
+        codec, decoder = self._load()
         longest = _LENGTH_FACTOR * max(map(len, ids)) + _LENGTH_EXTRA
         max_new_tokens = min(longest, codec.max_tokens - 2)
         try:
-            return codec.decode(decoder.generate(ids, max_new_tokens, guarded))
+            return codec.decode(decoder(ids, max_new_tokens, guarded))
         except RuntimeError as error:  # torch's and CTranslate2's
             if "out of memory" not in str(error).lower() or len(ids) == 1:
                 raise
         half = len(ids) // 2
-        return [
-            *self._decode(codec, decoder, ids[:half], guarded),
-            *self._decode(codec, decoder, ids[half:], guarded),
-        ]
+        return [*self._decode(ids[:half], guarded), *self._decode(ids[half:], guarded)]
 
     def _load(self) -> tuple[Codec, Decoder]:
         if self._loaded is None:
-            from clseave_cli.core.translation.seq2seq import Codec, load_config, load_decoder
-
             model_config = load_config(self._name)
             codec = Codec(self._name, model_config, self.identity.source, self.identity.target)
             if self._uses_ctranslate2(model_config):
-                from clseave_cli.core.translation.ctranslate import load_ctranslate_decoder
-
-                decoder: Decoder = load_ctranslate_decoder(
-                    self._name, self.identity.revision, codec, self._config
-                )
+                revision = self.identity.revision
+                decoder = _ctranslate_decoder(self._name, revision, codec, self._config)
             else:
-                decoder = load_decoder(self._name, codec, self._config)
+                decoder = _torch_decoder(self._name, codec, self._config)
             self._loaded = codec, decoder
         return self._loaded
 
@@ -122,7 +133,7 @@ class NmtEngine:
         fits = model_config.model_type in _CONVERTIBLE
         if self._config.backend == "ctranslate2" and not fits:
             raise ModelError(
-                f"{self._name}: CTranslate2 does not know {model_config.model_type} models; "
+                f"{self._name}: CTranslate2 does not support {model_config.model_type} models; "
                 "use --backend transformers."
             )
         uses = self._config.backend != "transformers" and fits and _has_ctranslate2()
@@ -138,28 +149,259 @@ class NmtEngine:
         self._loaded = None
 
 
-def create(config: TranslateConfig, source: str, target: str) -> NmtEngine:
-    """The engine, for `create_engine`."""
-    return NmtEngine(config, source, target)
+class Codec:
+    """Between texts and token ids, with the languages marked the way the model wants it.
+
+    Attributes:
+        tokenizer: the model's own.
+        prefix_id: the token every translation starts with, None where there is none.
+        max_tokens: the longest source or target.
+
+    Raises:
+        ModelError: the model does not know one of the languages, or cannot be loaded.
+    """
+
+    def __init__(self, name: str, config: Any, source: str, target: str) -> None:
+        from transformers import AutoTokenizer
+
+        self.tokenizer = load(name, AutoTokenizer.from_pretrained)
+        self._name = name
+        self._text_prefix = ""
+        self.prefix_id: int | None = None
+        self._marks: set[int] = set()
+        self._mark_languages(config, source, target)
+        positions = getattr(config, "max_position_embeddings", None) or _MAX_TOKENS
+        self.max_tokens = min(positions, getattr(self.tokenizer, "model_max_length", _UNLIMITED))
+        self._dropped = {*self.tokenizer.all_special_ids, *self._marks}
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text."""
+        marked = [self._text_prefix + text for text in texts]
+        ids: list[list[int]] = self.tokenizer(marked)["input_ids"]
+        return ids
+
+    def decode(self, ids: list[list[int]]) -> list[str]:
+        """The text of each translation."""
+        return [
+            self.tokenizer.decode([token for token in tokens if token not in self._dropped]).strip()
+            for tokens in ids
+        ]
+
+    def _mark_languages(self, config: Any, source: str, target: str) -> None:
+        tokenizer = self.tokenizer
+        if hasattr(tokenizer, "lang_code_to_id"):  # M2M-100: __de__
+            codes = tokenizer.lang_code_to_id
+            tokenizer.src_lang = self._code(source, codes)
+            self.prefix_id = codes[self._code(target, codes)]
+            self._marks = set(codes.values())
+        elif hasattr(tokenizer, "src_lang"):  # NLLB: deu_Latn; mBART-50: de_DE
+            vocabulary = tokenizer.get_vocab()
+            tokenizer.src_lang = self._code(source, vocabulary)
+            self.prefix_id = vocabulary[self._code(target, vocabulary)]
+            self._marks = {self.prefix_id}
+        elif getattr(tokenizer, "supported_language_codes", None):  # multilingual Marian: >>deu<<
+            marks = {code.strip("<>"): code for code in tokenizer.supported_language_codes}
+            self._text_prefix = marks[self._code(target, marks)] + " "
+        elif config.model_type == "t5":
+            tasks = getattr(config, "task_specific_params", None) or {}
+            if task := tasks.get(f"translation_{source}_to_{target}"):
+                self._text_prefix = task["prefix"]
+            else:  # MADLAD-400: <2de>
+                marks = {
+                    f"{mark[2:-1]}": mark for mark in tokenizer.get_vocab() if mark[:2] == "<2"
+                }
+                self._text_prefix = marks[self._code(target, marks)] + " "
+        else:  # a model of one pair; its card may say which
+            pair = (getattr(tokenizer, f"{side}_lang", None) for side in ("source", "target"))
+            for wanted, given in zip((source, target), pair, strict=True):
+                if given and canonical(given) != wanted:
+                    raise ModelError(
+                        f"{self._name}: translates {tokenizer.source_lang} into "
+                        f"{tokenizer.target_lang}, not {source} into {target}; choose with --model."
+                    )
+
+    def _code(self, language: str, names: Any) -> str:
+        """The model's spelling of a language, out of `names`."""
+        for spelling in spellings(language):
+            if spelling in names:
+                return spelling
+        raise ModelError(
+            f"{self._name}: does not know the language {language} "
+            f"(tried {', '.join(spellings(language))}); choose another model with --model."
+        )
+
+
+def _torch_decoder(name: str, codec: Codec, config: TranslateConfig) -> Decoder:
+    """The model in torch, on the device and in the precision of `config`."""
+    import torch
+    from transformers import AutoModelForSeq2SeqLM
+
+    from clseave_cli.core.training.precision import resolve_device
+
+    device = resolve_device(config.device)
+    dtype = getattr(torch, _TYPES[_precision(config)])
+    loader = AutoModelForSeq2SeqLM.from_pretrained
+    model = load(name, loader, dtype=dtype, use_safetensors=True).eval().to(device)
+    # The model's own length, often 200, would contradict the one chosen for each batch.
+    model.generation_config.max_length = None
+    prefix = {} if codec.prefix_id is None else {"forced_bos_token_id": codec.prefix_id}
+
+    @torch.inference_mode()
+    def decode(ids: list[list[int]], max_new_tokens: int, guarded: bool) -> list[list[int]]:
+        longest = max(map(len, ids))
+        pad_id = model.config.pad_token_id
+        padded = [tokens + [pad_id] * (longest - len(tokens)) for tokens in ids]
+        mask = [[1] * len(tokens) + [0] * (longest - len(tokens)) for tokens in ids]
+        output = model.generate(
+            input_ids=torch.tensor(padded, device=device),  # (B, T)
+            attention_mask=torch.tensor(mask, device=device),  # (B, T)
+            max_new_tokens=max_new_tokens,
+            num_beams=config.beams,
+            do_sample=False,
+            **prefix,
+            **(GUARD if guarded else {}),
+        )
+        result: list[list[int]] = output.tolist()
+        return result
+
+    return decode
+
+
+def _ctranslate_decoder(name: str, revision: str, codec: Codec, config: TranslateConfig) -> Decoder:
+    """The model in CTranslate2; the first time, it is converted into the cache."""
+    import ctranslate2
+
+    from clseave_cli.core.training.precision import resolve_device
+
+    folder = _converted(name, revision)
+    device = resolve_device(config.device)
+    try:
+        translator = ctranslate2.Translator(
+            str(folder),
+            device=device.type,
+            device_index=device.index or 0,
+            compute_type="int8" if config.int8 else _TYPES[_precision(config)],
+            intra_threads=max(1, usable_cores() // process_count()),
+        )
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(
+            f"{name}: CTranslate2 cannot run it ({error}); try --backend transformers."
+        ) from None
+    to_words = codec.tokenizer.convert_ids_to_tokens
+    prefix = None if codec.prefix_id is None else [to_words(codec.prefix_id)]
+
+    def decode(ids: list[list[int]], max_new_tokens: int, guarded: bool) -> list[list[int]]:
+        results = translator.translate_batch(
+            [to_words(tokens) for tokens in ids],
+            target_prefix=[prefix] * len(ids) if prefix else None,
+            beam_size=config.beams,
+            max_decoding_length=max_new_tokens,
+            max_input_length=0,
+            **(GUARD if guarded else {}),
+        )
+        return [codec.tokenizer.convert_tokens_to_ids(result.hypotheses[0]) for result in results]
+
+    return decode
+
+
+def _converted(name: str, revision: str) -> Path:
+    """The folder of the converted model."""
+    import ctranslate2
+    from ctranslate2.converters import TransformersConverter
+
+    class Converter(TransformersConverter):  # type: ignore[misc]
+        """Reads safetensors only, and finds the language marks of M2M-100.
+
+        transformers 5 no longer reports those under the name where the converter looks for them.
+        """
+
+        def load_model(self, model_class: Any, name: str, **arguments: Any) -> Any:
+            return super().load_model(model_class, name, use_safetensors=True, **arguments)
+
+        def load_tokenizer(self, tokenizer_class: Any, name: str, **arguments: Any) -> Any:
+            tokenizer = super().load_tokenizer(tokenizer_class, name, **arguments)
+            if hasattr(tokenizer, "lang_token_to_id"):
+                marks = sorted(tokenizer.lang_token_to_id, key=tokenizer.lang_token_to_id.get)
+                special = {**tokenizer.special_tokens_map, "additional_special_tokens": marks}
+                tokenizer.__class__ = type(
+                    "Tokenizer", (type(tokenizer),), {"special_tokens_map": special}
+                )
+            return tokenizer
+
+    key = json_digest([name, revision, ctranslate2.__version__])[:16]
+    folder = cache_root() / "ctranslate2" / key
+    if not folder.is_dir():
+        converter = Converter(name)
+        try:
+            with atomic_folder(folder) as aside:
+                converter.convert(str(aside), force=True)
+        except _LOADING_ERRORS as error:
+            raise ModelError(
+                f"{name}: CTranslate2 cannot convert it ({_first_line(error)}); "
+                "try --backend transformers."
+            ) from None
+    return folder
+
+
+def _precision(config: TranslateConfig) -> str:
+    """The arithmetic that `--precision` means here; `auto` is float32 on a CPU, for exactness."""
+    if config.precision != "auto":
+        return config.precision
+    is_linux = sys.platform == "linux"
+    if config.device == "cpu" or (is_linux and not any(map(os.path.exists, _GPU_DEVICES))):
+        return "fp32"  # without the seconds that torch takes to load
+    from clseave_cli.core.training.precision import resolve_device, resolve_precision
+
+    device = resolve_device(config.device)
+    return "fp32" if device.type == "cpu" else resolve_precision("auto", device)
+
+
+def load_config(name: str) -> Any:
+    """A model's configuration.
+
+    Raises:
+        UsageError: it is not a sequence-to-sequence model.
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    config = load(name, transformers.AutoConfig.from_pretrained)
+    if not config.is_encoder_decoder:
+        raise UsageError(
+            f"--model {name}: a {config.model_type} model; expected one that translates "
+            "(Marian, M2M-100, NLLB, MADLAD-400, …)."
+        )
+    return config
+
+
+def load(name: str, loader: Callable[..., Any], **arguments: Any) -> Any:
+    """Whatever `loader` loads from a folder or the hub, never running code from there.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        return loader(name, trust_remote_code=False, **arguments)
+    except (SafetensorError, *_LOADING_ERRORS) as error:
+        raise ModelError(
+            f"{name}: cannot be loaded ({_first_line(error)}); expected a Hugging Face folder with "
+            "safetensors weights (pickled ones are not read) and a tokenizer."
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [repr(error)])[0][:200]
 
 
 def _has_ctranslate2() -> bool:
     return importlib.util.find_spec("ctranslate2") is not None
 
 
-def _licence(name: str) -> str:
-    for beginning, licence in LICENCES.items():
-        if name.startswith(beginning):
-            return licence
-    return "see its model card for the licence"
-
-
 def _revision(name: str) -> str:
-    """What tells one version of the model from the next: a commit, or a digest of the folder.
-
-    Raises:
-        ModelError: there is no such model, here or on the hub.
-    """
+    """What tells one version of the model from the next: a commit, or a digest of the folder."""
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():

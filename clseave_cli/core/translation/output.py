@@ -1,208 +1,226 @@
-"""Files that a translation leaves behind: the translated file itself and the lists beside it."""
+"""Files that a translation leaves behind: the translated file, the lists beside it, a sample."""
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
+import random
 import re
-import shutil
-import tempfile
-import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 from clseave_cli.core.config import TranslateConfig
 from clseave_cli.core.data.text_files import Row, TextFile, packing, split_name
-from clseave_cli.core.files import atomic_file
-from clseave_cli.core.translation.memory import Entry
-from clseave_cli.core.translation.review import Sample
-
-_SWEEP_AGE_SECONDS = 10.0
-_BLOCK_BYTES = 1 << 20
+from clseave_cli.core.files import atomic_file, file_digest, sweep
+from clseave_cli.core.translation.memory import Entry, Memory
+from clseave_cli.errors import DataError
 
 
-@contextmanager
-def replacing(target: Path) -> Iterator[BinaryIO]:
-    """`atomic_file`, which also sweeps up what killed runs left of theirs."""
-    _sweep(target)
-    with atomic_file(target) as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)  # tells it from a dead run's
-        yield stream
+class Outputs:
+    """Replaces files, but none that `translate` did not write or that was changed since.
 
-
-@contextmanager
-def aside_folder(target: Path) -> Iterator[Path]:
-    """A folder for parts of `target`, gone after the block, or swept up by a later run."""
-    prefix = f".{target.name}."
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as name, _locked(Path(name)):
-        yield Path(name)
-
-
-def _sweep(target: Path) -> None:
-    for path in target.parent.glob(f".{target.name}.*[a-z0-9_]"):
-        if not re.fullmatch(r"(clseave-[0-9a-f]{8}|[a-z0-9_]{8})", path.suffix[1:]):
-            continue
-        try:
-            with _locked(path, fcntl.LOCK_SH | fcntl.LOCK_NB):
-                if time.time() - path.stat().st_mtime <= _SWEEP_AGE_SECONDS:
-                    continue
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
-        except OSError:
-            continue  # in use, or gone
-
-
-@contextmanager
-def _locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
-    """Holds a lock on a file or folder; however the process ends, the kernel lets go of it.
-
-    Raises:
-        BlockingIOError: `how` says not to wait, and somebody else holds one.
-    """
-    # NFS grants an exclusive lock only on what is open for writing, which a folder cannot be.
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        fcntl.flock(descriptor, how)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-class RowList:
-    """Rows set aside, as JSON Lines; the file exists only when there are some.
-
-    A context manager: the list of an earlier run is replaced, or removed, when the block ends well.
+    Args:
+        memory: keeps the digest of every file written.
+        overwrite: replace others as well.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, memory: Memory, overwrite: bool) -> None:
+        self._memory = memory
+        self._overwrite = overwrite
+
+    def check(self, target: Path) -> None:
+        """Raises a DataError if `target` must not be replaced."""
+        if not self._overwrite and target.exists() and not self._is_from_here(target):
+            raise DataError(
+                f"{target}: exists already, and `translate` did not write it or it was changed "
+                "since; move it away, or replace it with --overwrite."
+            )
+
+    def _is_from_here(self, target: Path) -> bool:
+        return self._memory.has_output(target, file_digest(target))
+
+    @contextmanager
+    def replacing(self, target: Path) -> Iterator[BinaryIO]:
+        """`atomic_file` for files that may be replaced."""
+        with atomic_file(target) as stream:
+            yield stream
+            stream.flush()
+            self.check(target)
+            # Before the file gets its name: a kill in between must not make it somebody else's.
+            self._memory.record_output(target, file_digest(Path(stream.name)))
+
+    def remove(self, target: Path) -> None:
+        """Removes what an earlier run wrote; leaves other files alone."""
+        if target.exists() and self._is_from_here(target):
+            target.unlink()
+
+
+class _RowList(ExitStack):
+    """Rows set aside, as JSON Lines; the file is written when the block ends well."""
+
+    def __init__(self, path: Path, outputs: Outputs) -> None:
+        super().__init__()
+        self._outputs = outputs
+        self._stream: BinaryIO | None = None
         self.path = path
         self.num_rows = 0
-        self._stack = ExitStack()
-        self._stream: BinaryIO | None = None
-
-    def __enter__(self) -> RowList:
-        return self
 
     def add(self, row: Row, reason: str, **more: Any) -> None:
         """Lists a row with the reason why it is here."""
         entry = {"line": row.line, "pairID": row.pair_id, "text": row.text, **more}
         entry = {key: value for key, value in entry.items() if value is not None}
+        if self._stream is None:
+            self._stream = self.enter_context(self._outputs.replacing(self.path))
         # Escaped, because a text may hold what UTF-8 cannot (lone surrogates).
-        self._open().write((json.dumps({**entry, "reason": reason}) + "\n").encode())
+        self._stream.write((json.dumps({**entry, "reason": reason}) + "\n").encode())
         self.num_rows += 1
 
-    def join(self, part: RowList) -> None:
-        """Takes over the rows of another list, which is finished."""
-        if part.path.exists():
-            with part.path.open("rb") as lines:
-                for line in lines:
-                    self._open().write(line)
-                    self.num_rows += 1
 
-    def _open(self) -> BinaryIO:
-        if self._stream is None:
-            self._stream = self._stack.enter_context(replacing(self.path))
-        return self._stream
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._stack.__exit__(kind, error, traceback)
-        if kind is None and not self.num_rows:
-            self.path.unlink(missing_ok=True)
+class _NothingTranslated(Exception):
+    """Leaves the file that is there as it is."""
 
 
-class Output:
-    """One translated file under way, with its lists and its review sample; a context manager.
+def review_path(target: Path) -> Path:
+    """Where the sample of a translated file is written."""
+    return target.with_name(f"{split_name(target)[0]}.review.md")
+
+
+def write_file(
+    file: TextFile,
+    source: Path,
+    target: Path,
+    config: TranslateConfig,
+    outputs: Outputs,
+    rows: Iterable[tuple[Row, Entry | str]],
+) -> tuple[Counter[str], dict[str, Path]]:
+    """Writes a translated file, the lists that go with it and the sample.
 
     Args:
-        file: the file that is being translated.
+        file: the file that is translated.
         source: its path.
-        target: where the translation goes.
-        config: says what happens to suspect rows, and how large the sample is.
+        target: where the translation goes; left as it is if no row would be translated.
+        config: what happens to suspect rows, and how large the sample is.
+        outputs: guards the user's files.
+        rows: each row with its translation, or with the reason why there is none.
 
-    Attributes:
-        target: see above.
-        counts: rows, unchanged, failed, dropped, and rows per suspicion.
-        failed: the rows without a translation.
-        rejected: the rows dropped because they are suspect.
-        suspect: the suspect rows kept in a file that cannot mark them.
-        review: the sample's path, None when there is none.
+    Returns:
+        how many rows there are in all, translated, unchanged, failed, dropped, suspect, and marked
+        by each check; and the files written: `output`, `failed`, `rejected`, `suspect`, `review`.
+
+    Raises:
+        DataError: a file that `translate` did not write is in the way.
+    """
+    stem, _ = split_name(target)
+    # Whoever holds the target's lock is alone with its lists, too.
+    sweep(target.parent, rf"{re.escape(stem)}\.(failed|rejected|suspect|review)\.\w+")
+    lists = {
+        name: _RowList(target.with_name(f"{stem}.{name}.jsonl"), outputs)
+        for name in ("failed", "rejected", "suspect")
+    }
+    sample = Sample(config.review, config.seed, source.name)
+    counts: Counter[str] = Counter()
+    paths = {}
+    with (
+        lists["failed"],
+        lists["rejected"],
+        lists["suspect"],
+        suppress(_NothingTranslated),
+        outputs.replacing(target) as stream,
+        packing(target, stream) as packed,
+        closing(file.writer(packed)) as writer,
+    ):
+        for row, entry in rows:
+            counts["rows"] += 1
+            if isinstance(entry, str):
+                counts["failed"] += 1
+                lists["failed"].add(row, entry)
+                writer.leave_out(row)
+                continue
+            translation, suspicions = entry.translation, entry.suspicions
+            if suspicions:
+                counts["suspect"] += 1
+                counts.update(suspicions)
+                drops = config.on_suspect == "drop"
+                if drops or not file.marks_rows:
+                    rows_aside = lists["rejected" if drops else "suspect"]
+                    reason = f"suspect: {', '.join(suspicions)}"
+                    rows_aside.add(row, reason, translation=translation)
+                if drops:
+                    counts["dropped"] += 1
+                    writer.leave_out(row)
+                    continue
+            counts["translated" if entry.attempts else "unchanged"] += 1
+            writer.write(row, translation, suspicions)
+            sample.offer(row, translation, suspicions)
+        left_out = counts["failed"] + counts["dropped"]
+        if not counts["translated"] and (left_out or (not counts["rows"] and target.exists())):
+            raise _NothingTranslated
+        paths["output"] = target
+    for name, rows_aside in lists.items():
+        if rows_aside.num_rows:
+            paths[name] = rows_aside.path
+        else:
+            outputs.remove(rows_aside.path)  # an earlier run's
+    if config.review and "output" in paths:
+        paths["review"] = review_path(target)
+        with outputs.replacing(paths["review"]) as stream:
+            stream.write(sample.markdown().encode("utf-8", "replace"))
+    return counts, paths
+
+
+class Sample:
+    """Rows drawn at random as they are written, half of them from the suspect ones.
+
+    Args:
+        size: how many rows.
+        seed: of the draw.
+        title: name of the file they come from.
     """
 
-    def __init__(self, file: TextFile, source: Path, target: Path, config: TranslateConfig) -> None:
-        stem, _ = split_name(target)
-        self._file, self.target = file, target
-        self._drops = config.on_suspect == "drop"
-        self._sample = Sample(config.review, config.seed, source.name) if config.review else None
-        self._stack = ExitStack()
-        self.counts: Counter[str] = Counter()
-        self.failed = RowList(target.with_name(f"{stem}.failed.jsonl"))
-        self.rejected = RowList(target.with_name(f"{stem}.rejected.jsonl"))
-        self.suspect = RowList(target.with_name(f"{stem}.suspect.jsonl"))
-        self.review = target.with_name(f"{stem}.review.md") if config.review else None
+    def __init__(self, size: int, seed: int, title: str) -> None:
+        self._size = size
+        self._title = title
+        self._random = random.Random(seed)
+        # By whether they are suspect: the line of each row drawn, with its row of the table.
+        self._picks: dict[bool, list[tuple[int, str]]] = {True: [], False: []}
+        self._seen = {True: 0, False: 0}
 
-    def __enter__(self) -> Output:
-        stream = self._stack.enter_context(replacing(self.target))
-        for rows in (self.failed, self.rejected, self.suspect):
-            self._stack.enter_context(rows)
-        self._stream = self._stack.enter_context(packing(self.target, stream))
-        self._writer = self._stack.enter_context(closing(self._file.writer(self._stream)))
-        return self
-
-    def put(self, row: Row, entry: Entry) -> None:
-        """Takes a row and its translation."""
-        self.counts["rows"] += 1
-        if not entry.attempts:
-            self.counts["unchanged"] += 1
-        suspicions = entry.suspicions
-        if suspicions:
-            self.counts.update(suspicions)
-            if self._drops:
-                self.counts["dropped"] += 1
-                self._list(self.rejected, row, entry)
-                self._writer.leave_out(row)
+    def offer(self, row: Row, translation: str, suspicions: tuple[str, ...]) -> None:
+        """Takes a row into the sample, or does not (reservoir sampling, algorithm R)."""
+        picks = self._picks[bool(suspicions)]
+        self._seen[bool(suspicions)] += 1
+        place = len(picks)
+        if place == self._size:
+            place = self._random.randrange(self._seen[bool(suspicions)])
+            if place >= self._size:
                 return
-            if not self._file.marks_rows:
-                self._list(self.suspect, row, entry)
-        self._writer.write(row, entry.translation, suspicions)
-        if self._sample:
-            self._sample.offer(row, entry.translation, suspicions)
+            picks.pop(place)
+        name = row.pair_id or f"line {row.line}"
+        cells = (name, row.text, translation, ", ".join(suspicions), "")
+        picks.insert(place, (row.line, "| " + " | ".join(map(_cell, cells)) + " |"))
 
-    def join(self, part: Output, counts: Mapping[str, int]) -> None:
-        """Takes over the next rows of the same file, which another process has written."""
-        with part.target.open("rb") as written:
-            shutil.copyfileobj(written, self._stream, _BLOCK_BYTES)
-        self.counts.update(counts)
-        self.rejected.join(part.rejected)
-        self.suspect.join(part.suspect)
+    def markdown(self) -> str:
+        """The sample as a table, source beside translation."""
+        suspect, others = self._picks[True], self._picks[False]
+        suspect = sorted(suspect[: max(self._size // 2, self._size - len(others))])
+        picks = suspect + sorted(others[: self._size - len(suspect)])
+        return "\n".join((
+            f"# {self._title}: translations to review",
+            "",
+            f"{len(picks)} of {sum(self._seen.values())} rows, drawn at random; "
+            f"the first {len(suspect)} are from the {self._seen[True]} that a check marked.",
+            "Put an x into the last column where a translation is wrong.",
+            "",
+            "| row | source | translation | marked by | wrong |",
+            "|---|---|---|---|---|",
+            *(row for _, row in picks),
+            "",
+        ))  # fmt: skip
 
-    def fail(self, row: Row, reason: str) -> None:
-        """Takes a row there is no translation for."""
-        self.counts["rows"] += 1
-        self.counts["failed"] += 1
-        self.failed.add(row, reason)
-        self._writer.leave_out(row)
 
-    def _list(self, rows: RowList, row: Row, entry: Entry) -> None:
-        rows.add(row, f"suspect: {', '.join(entry.suspicions)}", translation=entry.translation)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._stack.__exit__(kind, error, traceback)
-        if kind is None and self._sample and self.review:
-            self._sample.write(self.review)
+def _cell(text: str) -> str:
+    for character in "\\|<`*_[":
+        text = text.replace(character, "\\" + character)
+    return " ".join("<br>".join(text.splitlines()).replace("\0", " ").split())

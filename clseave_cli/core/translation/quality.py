@@ -1,6 +1,6 @@
 """Checks that find translations worth a second look. They mark; they do not judge.
 
-Each has a name, which is what the output and the summary show:
+The output and the summary show them by name:
 
 - `empty`: nothing came back.
 - `copy`: the source came back unchanged.
@@ -20,8 +20,7 @@ import unicodedata
 from collections import Counter
 
 from clseave_cli.core.data.identification import LanguageIdentifier
-from clseave_cli.core.data.languages import has_spaces, is_dense, letters_of
-from clseave_cli.core.translation.segments import needs_translation
+from clseave_cli.core.data.languages import is_dense, letters_of
 
 #: Names of all checks, in the order of summaries.
 CHECKS = (
@@ -29,7 +28,7 @@ CHECKS = (
 )  # fmt: skip
 
 #: Raised when a check changes: what the memory holds is then checked again.
-_VERSION = "1"
+_VERSION = "2"
 
 _LETTER = re.compile(r"[^\W\d_]")
 _WORD = re.compile(r"[^\W_]+")
@@ -74,13 +73,13 @@ class Checks:
     def __init__(self, source: str, target: str) -> None:
         letters = letters_of(target)
         self._expected = re.compile(f"[{letters}]") if letters else None
+        self._foreign = re.compile(rf"[^{letters}\W\d_]+") if letters else None
         self._same_script = letters == letters_of(source)
         self._weights = (
             _DENSE_WEIGHT if is_dense(source) else 1.0,
             _DENSE_WEIGHT if is_dense(target) else 1.0,
         )
         self._target_dense = is_dense(target)
-        self._spaces = has_spaces(source) and has_spaces(target)
         self._target = target
         self._identifier: LanguageIdentifier | None = None
         self.version = _VERSION
@@ -91,27 +90,27 @@ class Checks:
                 self.version += "+language"
 
     def find(self, source: str, translation: str) -> tuple[str, ...]:
-        """Names of the checks that find the translation suspect."""
+        """Names of the checks that the translation fails."""
         if not translation.strip():
             return ("empty",)
         if not needs_translation(source):
             return ()
-        found = []
+        suspicions = []
         if self._is_copy(source, translation):
-            found.append("copy")
-        if self._is_in_wrong_script(translation):
-            found.append("script")
+            suspicions.append("copy")
+        if self._is_in_wrong_script(source, translation):
+            suspicions.append("script")
         elif self._is_in_wrong_language(translation):
-            found.append("language")
+            suspicions.append("language")
         if not self._has_plausible_length(source, translation):
-            found.append("length")
+            suspicions.append("length")
         if has_loop(translation) and not has_loop(source):
-            found.append("repetition")
+            suspicions.append("repetition")
         if self._loses_numerals(source, translation):
-            found.append("numerals")
+            suspicions.append("numerals")
         if _num_sentences(translation) > max(1, _num_sentences(source)):
-            found.append("added-sentence")
-        return tuple(found)
+            suspicions.append("added-sentence")
+        return tuple(suspicions)
 
     def _is_in_wrong_language(self, text: str) -> bool:
         """Whether the text is surely in another language; short texts are never sure."""
@@ -124,14 +123,20 @@ class Checks:
     def _is_copy(self, source: str, translation: str) -> bool:
         if source.strip().casefold() != translation.strip().casefold():
             return False
-        # "Pizza." may well stay as it is where the script is the same.
-        return not self._same_script or len(_WORD.findall(source)) >= _MIN_COPIED_WORDS
+        words = _WORD.findall(source)
+        # "Pizza." may well stay as it is where the script is the same, a name in any script.
+        return not _is_name(words) and (not self._same_script or len(words) >= _MIN_COPIED_WORDS)
 
-    def _is_in_wrong_script(self, translation: str) -> bool:
-        if self._expected is None:
+    def _is_in_wrong_script(self, source: str, translation: str) -> bool:
+        if self._expected is None or self._foreign is None:
+            return False
+        words = _WORD.findall(source)
+        foreign = set(self._foreign.findall(translation))
+        num_expected = len(self._expected.findall(translation))
+        # One name of the source left as it is, alone or in a sentence of the right script.
+        if _is_name(list(foreign)) and foreign <= set(words) and (num_expected or _is_name(words)):
             return False
         num_letters = len(_LETTER.findall(translation))
-        num_expected = len(self._expected.findall(translation))
         return num_letters > 0 and num_expected < _MIN_SCRIPT_SHARE * num_letters
 
     def _has_plausible_length(self, source: str, translation: str) -> bool:
@@ -152,6 +157,16 @@ class Checks:
         return bool(lost)
 
 
+def needs_translation(text: str) -> bool:
+    """Whether the text has a letter at all."""
+    return _LETTER.search(text) is not None
+
+
+def _is_name(words: list[str]) -> bool:
+    """Whether the words are a single one that may be a name."""
+    return len(words) == 1 and words[0][:1].isupper()
+
+
 def has_loop(text: str) -> bool:
     """Whether a piece of the text is repeated over and over."""
     return _LOOP.search(text + " ") is not None  # the last word is followed by no space
@@ -159,11 +174,11 @@ def has_loop(text: str) -> bool:
 
 def _numbers(text: str) -> Counter[str]:
     """The numbers in a text, whatever digits and separators they are written with."""
-    found: Counter[str] = Counter()
+    numbers: Counter[str] = Counter()
     for number in _NUMBER.findall(text):
         digits = "".join(str(unicodedata.digit(c)) for c in number if c.isdigit())
-        found[digits.lstrip("0") or "0"] += 1
-    return found
+        numbers[digits.lstrip("0") or "0"] += 1
+    return numbers
 
 
 def _num_sentences(text: str) -> int:

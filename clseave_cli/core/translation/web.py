@@ -1,0 +1,340 @@
+"""The engines behind a web address: `libre` and `google`, and the HTTP they share.
+
+`libre` is a LibreTranslate server, or anything that speaks its protocol. `google` is Google
+Translate's free web page. No contract stands behind that page: it may slow down, refuse or change
+at any time, and Google's terms decide what the translations may be used for.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import html
+import json
+import os
+import queue
+import re
+import threading
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+import requests
+
+from clseave_cli.core.config import TranslateConfig
+from clseave_cli.core.data.languages import canonical, spellings
+from clseave_cli.core.translation.engine import (
+    Fault,
+    Identity,
+    Limits,
+    Refusal,
+    Rejection,
+    Unreachable,
+)
+from clseave_cli.errors import TranslationError, UsageError
+from clseave_cli.version import __version__
+
+USER_AGENT = f"clseave/{__version__} (research translation; python-requests)"
+#: The key comes from here: command lines can be read by every user of a machine.
+API_KEY_VARIABLE = "LIBRETRANSLATE_API_KEY"
+
+#: An answer longer than this is not a translation; reading on would only fill the memory.
+_MAX_ANSWER_BYTES = 8 << 20
+_CHUNK_BYTES = 1 << 10
+_CAPTCHA_SIGNS = ("captcha", "unusual traffic", "/sorry/", "are you a robot", "cf-challenge")
+
+_NOBODY_THERE = "cannot be reached; is the address right, and the server running?"
+# What each exception of requests means, the first that fits: its class, what is in its text, ours.
+_PROBLEMS: tuple[tuple[type[Exception], str, type[Fault], str], ...] = (
+    (requests.ConnectTimeout, "", Unreachable, "cannot be reached within {seconds:g} s"),
+    (requests.Timeout, "", Fault, "no answer within {seconds:g} s"),
+    (requests.exceptions.ChunkedEncodingError, "", Fault, "the answer broke off"),
+    (requests.exceptions.ContentDecodingError, "", Fault, "the answer is damaged (compression)"),
+    (requests.exceptions.ProxyError, "", Unreachable, "the proxy cannot be reached"),
+    (requests.exceptions.SSLError, "", Unreachable, "no TLS connection; is the certificate valid?"),
+    (requests.ConnectionError, "NewConnection|NameResolution", Unreachable, _NOBODY_THERE),
+    (requests.ConnectionError, "", Fault, "the connection broke off"),
+)
+
+_LIBRE_BATCH_SIZE = 32
+_LIBRE_TEXT_CHARACTERS = 2_000
+_LIBRE_CONCURRENCY = 2
+
+# The text travels in the address, percent-encoded, and addresses over 8 kB are often refused.
+_GOOGLE_TEXT_CHARACTERS = 1_800
+_GOOGLE_CONCURRENCY = 4
+_GOOGLE_REQUESTS_PER_SECOND = 5.0  # deep-translator's documentation: five a second, 200,000 a day
+_GOOGLE_RESULT = re.compile(r'class="(?:t0|result-container)"[^>]*>(.*?)</div>', re.DOTALL)
+_TAG = re.compile(r"<[^>]*>")
+
+_Outcome = queue.SimpleQueue[requests.Response | Exception]
+
+
+class Client:
+    """Requests with a deadline for the whole exchange, and errors that say what to do.
+
+    Safe to use from several threads. Redirects are never followed: they would carry an API key to
+    whatever address they name. The deadline runs from looking up the name to the last byte.
+    """
+
+    def __init__(self, timeout_seconds: float) -> None:
+        self._timeout_seconds = timeout_seconds
+        self._idle: queue.SimpleQueue[requests.Session] = queue.SimpleQueue()
+
+    def request(self, method: str, url: str, **arguments: Any) -> requests.Response:
+        """Sends one request and reads the whole answer, which is then in `content`.
+
+        Raises:
+            Fault, Rejection or TranslationError: as in `Engine.translate`.
+        """
+        where = address(url)
+        outcome: _Outcome = queue.SimpleQueue()
+        # In a thread of its own, which is left behind at the deadline: the time-out of a socket
+        # starts anew with every byte that a server lets drip, and looking up a name has none.
+        given = (outcome, method, url, arguments)
+        threading.Thread(target=self._exchange, args=given, daemon=True).start()
+        try:
+            response = outcome.get(timeout=self._timeout_seconds)
+        except queue.Empty:
+            response = requests.ReadTimeout()
+        if isinstance(response, Exception):
+            raise self._explain(response, where) from None
+        _judge(response, where)
+        return response
+
+    def _exchange(self, outcome: _Outcome, method: str, url: str, more: dict[str, Any]) -> None:
+        try:
+            session = self._idle.get_nowait()
+        except queue.Empty:
+            session = requests.Session()
+            session.headers["User-Agent"] = USER_AGENT
+        try:
+            more |= {"timeout": self._timeout_seconds, "stream": True, "allow_redirects": False}
+            with session.request(method, url, **more) as response:
+                content = bytearray()
+                for chunk in response.iter_content(_CHUNK_BYTES):
+                    content += chunk
+                    if len(content) > _MAX_ANSWER_BYTES:
+                        raise Fault(f"{address(url)}: an answer of over {len(content)} bytes")
+                response._content = bytes(content)
+                response._content_consumed = True  # type: ignore[attr-defined,unused-ignore]
+        except Exception as error:
+            outcome.put(error)
+        else:
+            self._idle.put(session)
+            outcome.put(response)
+
+    def _explain(self, error: Exception, where: str) -> Exception:
+        for kind, words, fault, problem in _PROBLEMS:
+            if isinstance(error, kind) and re.search(words, repr(error)):
+                return fault(f"{where}: {problem.format(seconds=self._timeout_seconds)}")
+        if isinstance(error, requests.RequestException):
+            return TranslationError(f"{where}: {type(error).__name__}; check --url.")
+        return error
+
+
+def _judge(response: requests.Response, where: str) -> None:
+    """Raises what an answer means if it is not a translation; see `Client.request`."""
+    status = response.status_code
+    wait = retry_after(response.headers.get("Retry-After"))
+    target = response.headers.get("Location", "") if 300 <= status < 400 else ""
+    if is_captcha(response) or "/sorry/" in target:
+        raise Refusal(f"{where}: asks for a captcha", wait)
+    if 200 <= status < 300:
+        return
+    problem = f"{where}: HTTP {status}"
+    if target:
+        raise TranslationError(
+            f"{problem}: redirects to {address(urljoin(where, target))}; redirects are not "
+            "followed: if you trust that address, name it with --url."
+        )
+    if status in (403, 429):
+        raise Refusal(problem, wait)
+    if status == 408 or status >= 500:
+        raise Fault(problem, wait)
+    if status in (400, 413, 414, 422):
+        raise Rejection(problem)
+    if status == 401:
+        raise TranslationError(f"{problem}: the API key is missing or wrong.")
+    raise TranslationError(f"{problem}: is this the address of the service? Check --url.")
+
+
+def address(url: str) -> str:
+    """Scheme, host and path of a URL: what may be shown, without user, password and query."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    return f"{parts.scheme}://{host}{f':{parts.port}' if parts.port else ''}{parts.path}"
+
+
+def check_url(url: str) -> str:
+    """`url` itself; raises a UsageError if it is no http(s) address."""
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number, a bracket that is not closed
+        is_address = False
+    if not is_address:
+        raise UsageError(f"--url {url}: expected an address such as http://localhost:5000.")
+    return url
+
+
+def retry_after(header: str | None) -> float | None:
+    """Seconds a `Retry-After` header asks to wait; None when absent or unreadable."""
+    if header is None:
+        return None
+    if re.fullmatch(r"[0-9]+", header.strip()):
+        return float(header)
+    try:
+        moment = email.utils.parsedate_to_datetime(header)
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=UTC)
+        return max(0.0, (moment - datetime.now(UTC)).total_seconds())
+    except (ValueError, OverflowError):
+        return None
+
+
+def is_captcha(response: requests.Response) -> bool:
+    """Whether the answer is a page that wants proof of a human rather than a translation."""
+    if "html" not in response.headers.get("Content-Type", "html"):
+        return False
+    page = response.content[:20_000].decode("utf-8", "replace").lower()
+    # A translation may well speak of captchas; a page that carries one is no result page.
+    return "result-container" not in page and any(sign in page for sign in _CAPTCHA_SIGNS)
+
+
+class _WebEngine:
+    """What the two engines share."""
+
+    def __init__(
+        self, name: str, config: TranslateConfig, url: str, source: str, target: str
+    ) -> None:
+        self._url = check_url(url)
+        self._client = Client(config.timeout_seconds)
+        self.identity = Identity(name, address(url), "", "", source, target)
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+class LibreEngine(_WebEngine):
+    """Texts in batches, as arrays; the server's own list of languages is asked for first."""
+
+    licence = (
+        "LibreTranslate is AGPL-3.0 software; its models (Argos, mostly OPUS data) and the "
+        "operator of the server decide what the translations may be used for"
+    )
+
+    def __init__(self, config: TranslateConfig, source: str, target: str) -> None:
+        if config.url is None:
+            raise UsageError("--url is missing: where is the LibreTranslate server?")
+        url = config.url.rstrip("/").removesuffix("/translate")
+        super().__init__("libre", config, url, source, target)
+        self._codes: list[str] = []
+        self._key = os.environ.get(API_KEY_VARIABLE)
+        self.limits = Limits(
+            batch_size=config.batch_size or _LIBRE_BATCH_SIZE,
+            batch_characters=4 * _LIBRE_TEXT_CHARACTERS,
+            text_characters=_LIBRE_TEXT_CHARACTERS,
+            concurrency=config.concurrency or _LIBRE_CONCURRENCY,
+        )
+
+    def translate(self, texts: Sequence[str], attempt: int) -> list[str]:
+        """Sends one batch."""
+        if not self._codes:
+            self._codes = self._language_codes()
+        source, target = self._codes
+        request = {"q": list(texts), "source": source, "target": target, "format": "text"}
+        if self._key:
+            request["api_key"] = self._key
+        answer = self._ask("POST", "translate", json=request)
+        translations = answer.get("translatedText") if isinstance(answer, dict) else None
+        if isinstance(translations, str) and len(texts) == 1:
+            translations = [translations]
+        if not isinstance(translations, list) or not all(isinstance(t, str) for t in translations):
+            raise Fault(f"{address(self._url)}/translate: an answer without translations")
+        return translations
+
+    def _language_codes(self) -> list[str]:
+        """The server's codes for the two languages (`zh` or `zh-Hans`, as it is)."""
+        answer = self._ask("GET", "languages")
+        entries = answer if isinstance(answer, list) else ()
+        codes = [
+            str(entry["code"]) for entry in entries if isinstance(entry, dict) and "code" in entry
+        ]
+        if not codes:
+            raise Fault(f"{address(self._url)}/languages: an answer without languages")
+        table = {code.replace("-", "_").lower(): code for code in codes}
+        pair = []
+        for language in (self.identity.source, self.identity.target):
+            names = (name.replace("-", "_").lower() for name in spellings(language))
+            code = next((table[name] for name in names if name in table), None)
+            if code is None:
+                raise TranslationError(
+                    f"{address(self._url)}: does not know the language {language}; "
+                    f"it knows: {' '.join(sorted(codes))}."
+                )
+            pair.append(code)
+        return pair
+
+    def _ask(self, method: str, path: str, **arguments: Any) -> Any:
+        response = self._client.request(method, f"{self._url}/{path}", **arguments)
+        if not response.content.strip():
+            raise Fault(f"{address(self._url)}/{path}: an empty answer")
+        try:
+            return json.loads(response.content)
+        except (ValueError, RecursionError):
+            raise Fault(f"{address(self._url)}/{path}: the answer is not (whole) JSON") from None
+
+
+def google_languages() -> dict[str, str]:
+    """Canonical code → Google's code, from deep-translator's own table."""
+    from deep_translator.constants import GOOGLE_LANGUAGES_TO_CODES
+
+    return {canonical(code): code for code in GOOGLE_LANGUAGES_TO_CODES.values()}
+
+
+class GoogleEngine(_WebEngine):
+    """One request per text; alignment cannot slip.
+
+    deep-translator's own request has neither a time-out nor headers and takes none; so the page is
+    fetched and read here, and deep-translator gives the address and the languages.
+    """
+
+    licence = (
+        "translations by Google's free web page: no contract and no guarantee; "
+        "Google's terms of service decide what they may be used for"
+    )
+
+    def __init__(self, config: TranslateConfig, source: str, target: str) -> None:
+        from deep_translator.constants import BASE_URLS
+
+        url = config.url or BASE_URLS["GOOGLE_TRANSLATE"]
+        super().__init__("google", config, url, source, target)
+        languages = google_languages()
+        for language in (source, target):
+            if language not in languages:
+                raise TranslationError(
+                    f"engine google: does not know the language {language}; "
+                    f"it knows: {' '.join(sorted(languages))}."
+                )
+        self._codes = {"sl": languages[source], "tl": languages[target]}
+        self.limits = Limits(
+            batch_size=1,
+            batch_characters=_GOOGLE_TEXT_CHARACTERS,
+            text_characters=_GOOGLE_TEXT_CHARACTERS,
+            concurrency=config.concurrency or _GOOGLE_CONCURRENCY,
+            requests_per_second=_GOOGLE_REQUESTS_PER_SECOND,
+        )
+
+    def translate(self, texts: Sequence[str], attempt: int) -> list[str]:
+        """Asks the page for each text."""
+        return [self._translate(text) for text in texts]
+
+    def _translate(self, text: str) -> str:
+        response = self._client.request("GET", self._url, params={**self._codes, "q": text})
+        # Without a charset in the header, requests would read German umlauts as Latin-1.
+        result = _GOOGLE_RESULT.search(response.content.decode("utf-8", "replace"))
+        if result is None:
+            page = "a page without a (whole) translation in it" if response.content.strip() else ""
+            raise Fault(f"{address(self._url)}: {page or 'an empty answer'}")
+        return html.unescape(_TAG.sub(" ", result[1])).strip()
