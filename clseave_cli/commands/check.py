@@ -16,7 +16,7 @@ def run(
     config: CheckConfig,
     paths: Annotated[
         list[Path],
-        typer.Argument(metavar="PATH...", help="Pages, tables, archives, and folders of them."),
+        typer.Argument(metavar="PATH", help="Pages, tables, archives, and folders of them."),
     ],
     *,
     fetch: Annotated[
@@ -29,9 +29,10 @@ def run(
 ) -> None:
     """Check that texts fit their pictures: alt texts, captions, product texts.
 
-    Reads HTML, Markdown, CSV, TSV, JSONL, Parquet, COCO captions, WebDataset tars,
-    photo.jpg beside photo.txt, and folders of these. Options can also stand in
-    [tool.clseave.check] of pyproject.toml or clseave.toml.
+    Reads HTML, Markdown, CSV, TSV, JSONL, Parquet, COCO captions, WebDataset
+    tars, photo.jpg beside photo.txt, and folders of these. Options can also
+    be in pyproject.toml or clseave.toml, in the table tool.clseave.check.
+
     Exit status: 0 nothing found, 1 findings, 2 wrong usage.
     """
     from clseave_cli.core.prediction.checking import findings, output

@@ -44,8 +44,9 @@ def test_verdicts(page):
     assert rules(page, min_confidence=0.98) == [
         (2, "unsure"), (3, "unsure"), (4, "unsure"), (5, "empty"),
     ]  # fmt: skip
-    assert rules(page, judge=False) == [(5, "empty")]
     assert result.summary()["skipped"] == {"missing": 1}
+    assert rules(page, judge=False) == [(5, "empty")]
+    assert check([page], CheckConfig(judge=False)).summary()["skipped"] == {"missing": 1}
 
 
 def test_each_picture_is_encoded_once(page, model):
@@ -259,6 +260,9 @@ def test_without_the_extra_one_line_says_how_to_get_it(site, model, refused, mon
         assert f"check needs {module}; run: pip install 'clseave-cli[check]'" in refused(
             "check", "page.md"
         )
+    model.sources = {"en": "clip-ve", "de": "align-de"}
+    monkeypatch.setitem(__import__("sys").modules, "lingua", None)
+    assert "Or name the language: --lang LANG." in refused("check", "page.md")
 
 
 def test_real_models_judge_a_folder(site, trained, world, clseave):

@@ -26,7 +26,7 @@ from clseave_cli.core.prediction.checking.pictures import Picture
 from clseave_cli.core.prediction.checking.reading import Text, read_texts
 from clseave_cli.core.prediction.inference import load_model
 from clseave_cli.core.prediction.pixels import Floats
-from clseave_cli.errors import DataError, UsageError
+from clseave_cli.errors import DataError, ExtraMissing, UsageError
 from clseave_cli.labels import LABELS
 from clseave_cli.processes import ahead, usable_cores
 from clseave_cli.progress import SILENT, Progress
@@ -244,12 +244,12 @@ def _find_in_text(checked: Checked, max_characters: int) -> None:
     text, picture = checked.text.text, checked.text.picture
     words = re.sub(r"[\W\d_]+", " ", text.casefold()).strip()
     stem = picture.name.rpartition("/")[2].rpartition(".")[0]
+    checked.skipped = picture.skipped if picture.source is None else ""
     if checked.text.problem:
         checked.find("unreadable", checked.text.problem)
     elif not text:
         if picture.skipped != "decorative":
             checked.find("empty", "no text; describe the picture")
-        checked.skipped = picture.skipped
     elif _FILE_NAME.fullmatch(text) or (
         text.casefold() == stem.casefold() and re.search(r"[\d_-]", text)
     ):
@@ -301,7 +301,10 @@ class _Judge:
         if auto and len(self._model.sources) == 1:
             self._only = next(iter(self._model.sources))
         elif auto:
-            self._identifier = LanguageIdentifier(self._model.sources)
+            try:
+                self._identifier = LanguageIdentifier(self._model.sources)
+            except ExtraMissing as error:
+                raise ExtraMissing(f"{error} Or name the language: --lang LANG.") from None
 
     def __call__(self, chunk: list[Checked]) -> None:
         """Fills in verdicts, and findings where they are bad."""
@@ -309,8 +312,8 @@ class _Judge:
         for checked in chunk:
             answerable = checked.text.text and not any(f.rule in _NO_TEXT for f in checked.findings)
             if checked.text.picture.source is None:
-                checked.skipped = checked.text.picture.skipped
-            elif answerable or (self._thumbnails and checked.findings):
+                continue
+            if answerable or (self._thumbnails and checked.findings):
                 asked.append((checked, answerable))
         self._look({c.text.picture.key: c.text.picture for c, _ in asked})
         by_lang: dict[str, list[tuple[Checked, _Seen]]] = {}

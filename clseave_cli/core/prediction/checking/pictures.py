@@ -106,18 +106,22 @@ class Locator:
             folder: where the page is.
             base: the page's `<base href>`.
         """
-        pictures = [self._one(text, folder, base) for text in references if text and text.strip()]
+        plain = (reference.strip() for reference in references if reference)
+        pictures = [
+            _data_uri(reference)
+            if reference[:5].lower() == "data:"
+            else self._one(reference, folder, base)
+            for reference in plain
+            if reference
+        ]
         return min(pictures, key=_rank, default=Picture("", None, "no source"))
 
     def _find(self, reference: str, folder: Path, base: str) -> Picture:
-        reference = reference.strip()
-        if reference[:5].lower() == "data:":
-            return _data_uri(reference)
         # As browsers do: line breaks are dropped, and a backslash is a slash.
         plain = re.sub(r"[\t\r\n]", "", reference).replace("\\", "/")
         name = _short(reference)
         try:
-            url = urljoin(base.strip(), plain) if base.strip() else plain
+            url = urljoin(base, plain) if base else plain
             parts = urlsplit(url)
         except ValueError:
             return Picture(name, None, "not a valid URL")
