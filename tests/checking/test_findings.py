@@ -160,8 +160,7 @@ def test_the_command_prints_a_table_and_fails_on_findings(page, clseave):
         "page.html",
         '     3  contradicts  red.png                       "A blue square." · the picture '
         "contradicts it (97 %)",
-        '     4  unsure       blue.png                      "A square." · unsure; most likely it '
-        "fits (40 %)",
+        '     4  unsure       blue.png                      "A square." · most likely: fits (40 %)',
         "     5  empty        blue.png                      no text; describe the picture",
         "",
         "5 texts · 1 fits · 1 contradicts · 1 unsure · 1 empty · not judged: 1 missing",

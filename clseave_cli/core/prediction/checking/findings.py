@@ -388,7 +388,7 @@ class _Judge:
             if checked.verdict == "contradicts":
                 checked.find("contradicts", f"the picture contradicts it ({percent})", seen.digest)
             elif checked.verdict == "unsure":
-                message = f"unsure; most likely it {_VERDICTS[best]} ({percent})"
+                message = f"most likely: {_VERDICTS[best]} ({percent})"
                 checked.find("unsure", message, seen.digest)
             if truncated[index] and all(f.rule != "too-long" for f in checked.findings):
                 checked.find("too-long", "longer than the model can read; it was cut")
