@@ -12,6 +12,7 @@ tried.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import io
 import json
@@ -29,6 +30,9 @@ from PIL import Image
 from clseave_cli.core.config import CheckConfig
 from clseave_cli.core.prediction.checking.findings import check
 from clseave_cli.core.prediction.checking.output import render
+from clseave_cli.core.prediction.checking.reading import read_texts
+from clseave_cli.errors import DataError
+from clseave_cli.progress import SILENT
 
 _HANG_SECONDS = 10
 _PIECES = (
@@ -55,6 +59,12 @@ _PATHS = (
     ".", "x" * 5000,
 )  # fmt: skip
 
+#: What makes a path a picture's, in every language.
+_FRAMES = (
+    "%", '<img src="%" alt=x>', "<img srcset='% 2x' alt=x>", "![x](%)", "![x](<%>)", "\n%,x\n",
+    '\n{"image": "%", "text": "x"}\n',
+)  # fmt: skip
+
 
 def source(randomness: random.Random) -> bytes:
     """Pieces of all languages in any order, and some noise."""
@@ -64,10 +74,13 @@ def source(randomness: random.Random) -> bytes:
         if kind < 0.7:
             parts.append(randomness.choice(_PIECES))
         elif kind < 0.9:
-            parts.append(randomness.choice(_PATHS))
+            frame = randomness.choice(_FRAMES)
+            parts.append(frame.replace("%", randomness.choice(_PATHS), 1))
         else:
             points = (randomness.randrange(0x110000) for _ in range(randomness.randrange(6)))
             parts.append("".join(map(chr, points)))
+    if randomness.random() < 0.3:
+        parts.insert(0, "image,text\n")
     content = "".join(parts).encode("utf-8", "replace")
     if randomness.random() < 0.1:
         content = randomness.randbytes(20).join([content[:50], content[50:]])
@@ -109,13 +122,17 @@ def watch(folder: Path, events: Counter[str]) -> None:
 
 
 def attempt(path: Path) -> str:
-    """Checks the file and makes every output; what went wrong, or nothing."""
+    """Checks the file, makes every output, reads every picture; what went wrong, or nothing."""
     start = time.process_time()
     faulthandler.dump_traceback_later(6 * _HANG_SECONDS, exit=True)
     try:
         result = check([path], CheckConfig(judge=False))
         for format in ("text", "json", "jsonl", "junit", "sarif", "github"):
             render(result, format).encode()
+        for text in read_texts([path], CheckConfig(), False, SILENT):
+            if text.picture.source is not None:
+                with contextlib.suppress(DataError):
+                    text.picture.read()
     except Exception as error:
         return f"{type(error).__name__}: {error}"[:200]
     finally:
