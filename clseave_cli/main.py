@@ -14,6 +14,7 @@ import typer.core
 
 from clseave_cli import processes
 from clseave_cli.commands import (
+    check,
     compare,
     curve,
     demo,
@@ -93,6 +94,7 @@ _COMMANDS: dict[str, tuple[type[config.StageConfig], Callable[..., None]]] = {
     "word-align": (config.WordAlignConfig, word_align.run),
     "evaluate": (config.EvaluateConfig, evaluate.run),
     "predict": (config.PredictConfig, predict.run),
+    "check": (config.CheckConfig, check.run),
     "export": (config.ExportConfig, export.run),
     "serve": (config.ServeConfig, serve.run),
 }

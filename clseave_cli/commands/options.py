@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from clseave_cli.core.config import (
     WordAlignerConfig,
     flag_of,
     preset_options,
+    project_options,
     refuse_removed,
     toml_options,
     value_type,
@@ -81,7 +83,7 @@ class Subcommand(typer.core.TyperCommand):
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """What stands behind the command's name, arguments without braces."""
-        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+        return [re.sub(r"[{}]|\.{3}", "", piece) for piece in super().collect_usage_pieces(ctx)]
 
     def get_short_help_str(self, limit: int = 0) -> str:
         """The first line of the help, whole."""
@@ -166,6 +168,8 @@ def resolve(
         UsageError: the preset or a key of the file does not exist, or a value has the wrong type.
     """
     values = dict(preset_options(config_class, preset))
+    if config_class.PROJECT_TABLE is not None:
+        values |= project_options(config_class, config_class.PROJECT_TABLE)
     if config_file is not None:
         values |= toml_options(config_class, config_file)
     for name, value in flags.items():

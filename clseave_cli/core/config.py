@@ -13,6 +13,7 @@ import itertools
 import tomllib
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin
@@ -85,6 +86,8 @@ class StageConfig:
     #: What is no longer there (`--flag`, or `--flag value`), and what to use instead. An entry
     #: stays for one version.
     REMOVED: ClassVar[dict[str, str]] = {}
+    #: Name of the table in [tool.clseave] of a project's TOML files that sets options, if any.
+    PROJECT_TABLE: ClassVar[str | None] = None
 
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")
     precision: Precision = option("auto", "Arithmetic of the matrix products.")
@@ -155,32 +158,59 @@ def named_options(
     return values
 
 
-def toml_options(config_class: type[StageConfig], path: Path) -> dict[str, Any]:
-    """The options that a `--config` file sets, each of the type of its field.
+def toml_options(
+    config_class: type[StageConfig], path: Path, flag: str = "--config ", table: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The options that a TOML file sets, each of the type of its field.
+
+    Args:
+        config_class: whose options.
+        path: the file.
+        flag: what names the file in messages, before its path.
+        table: names of the tables that lead to the options; empty: they stand at the top.
 
     Raises:
         UsageError: it cannot be read, or holds an unknown key or a value of another type.
     """
+    shown = f"{flag}{path}"
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"--config {path}: cannot be read ({error.strerror}).") from None
+        raise UsageError(f"{shown}: cannot be read ({error.strerror}).") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path}: not valid TOML ({error}).") from None
-    named_options(config_class, raw, f"--config {path}: ")
+        raise UsageError(f"{shown}: not valid TOML ({error}).") from None
+    for key in table:
+        raw = raw.get(key, {})
+        if not isinstance(raw, dict):
+            raise UsageError(f"{shown}: {key} is not a table.")
+    named_options(config_class, raw, f"{shown}: ")
     hints = typing.get_type_hints(config_class)
     return {
-        name: _convert(path, key, value, hints[name])
+        name: _convert(shown, key, value, hints[name])
         for key, value in raw.items()
         for name in [key.replace("-", "_")]
     }
 
 
-def _convert(path: Path, key: str, value: Any, annotation: Any) -> Any:
+def project_options(config_class: type[StageConfig], table: str) -> dict[str, Any]:
+    """What the working directory's clseave.toml or pyproject.toml sets in [tool.clseave.TABLE].
+
+    In clseave.toml the table may be called [TABLE].
+    """
+    within = ("tool", "clseave", table)
+    for name, keys in (
+        ("clseave.toml", within), ("clseave.toml", (table,)), ("pyproject.toml", within),
+    ):  # fmt: skip
+        if Path(name).is_file() and (set_there := toml_options(config_class, Path(name), "", keys)):
+            return set_there
+    return {}
+
+
+def _convert(shown: str, key: str, value: Any, annotation: Any) -> Any:
     """`value` as the field's type, by the few types that config fields have."""
     if get_origin(annotation) is tuple:
         items = value if isinstance(value, list) else [value]
-        return tuple(_convert(path, key, item, value_type(annotation)) for item in items)
+        return tuple(_convert(shown, key, item, value_type(annotation)) for item in items)
     annotation = value_type(annotation)
     if get_origin(annotation) is Literal:
         if value in get_args(annotation):
@@ -194,7 +224,7 @@ def _convert(path: Path, key: str, value: Any, annotation: Any) -> Any:
         return value
     else:
         expected = annotation.__name__
-    raise UsageError(f"--config {path}: {key} = {value!r}, expected {expected}.")
+    raise UsageError(f"{shown}: {key} = {value!r}, expected {expected}.")
 
 
 def value_type(annotation: Any) -> Any:
@@ -805,6 +835,52 @@ class PredictConfig(ModelsConfig):
     )
     batch_size: int = option(256, "Pairs computed at once.", least=1)
     resume: bool = option(False, "Continue an interrupted --output where it stopped.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig(ModelsConfig):
+    """`check`: does each text of a page, folder or table fit its picture?"""
+
+    PROJECT_TABLE: ClassVar[str | None] = "check"
+    FIRST: ClassVar[tuple[str, ...]] = (
+        "lang", "runs", "min_confidence", "images", "image_column", "text_column", "format",
+        "fail_on", "baseline",
+    )  # fmt: skip
+
+    lang: str = option("auto", "Language of the texts; auto: that of each.", metavar="LANG")
+    min_confidence: float = option(
+        0.7, "Least probability of a verdict; below, it is unsure.", least=0
+    )
+    max_characters: int = option(250, "Longest text.", least=1)
+    max_same: int = option(3, "Most different pictures that may have the same text.", least=1)
+    judge: bool = option(True, "Ask the model; --no-judge: only what needs none.")
+    root: Path | None = option(
+        None,
+        "Folder that pictures may come from, / in a page; unset: PATH, or the folder it is in.",
+        metavar="DIR",
+    )
+    images: Path | None = option(
+        None, "Folder of the pictures that tables name; unset: beside the table.", metavar="DIR"
+    )
+    image_column: str | None = option(
+        None, "Column of the pictures; unset: image, file_name, … whichever there is.",
+        metavar="NAME",
+    )  # fmt: skip
+    text_column: str | None = option(
+        None, "Column of the texts; unset: text, caption, alt, … whichever there is.",
+        metavar="NAME",
+    )  # fmt: skip
+    format: Literal["text", "json", "jsonl", "junit", "sarif", "github"] = option(
+        "text", "What to print."
+    )
+    fail_on: Literal["contradicts", "unsure"] = option(
+        "contradicts", "Least finding for exit status 1; unsure: warnings too."
+    )
+    baseline: Path | None = option(
+        None,
+        "What was accepted before: a report's decisions, or --format json of a run.",
+        metavar="FILE",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""`check`: does each text of a page, folder or table fit its picture?"""
