@@ -5,7 +5,8 @@ Legend: B images or sentences · D embedding width · C labels (3).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,9 @@ from clseave_cli.core.models.student import find_students, load_student
 from clseave_cli.core.prediction import Floats
 from clseave_cli.core.training.precision import autocast, resolve_device
 from clseave_cli.errors import ModelError
+
+#: Weights of the image tower below which a second thread does not pay for one example.
+_SMALL = 20_000_000
 
 
 class TorchModel:
@@ -52,6 +56,7 @@ class TorchModel:
         self._loaded = {folder: encoder.eval() for folder, encoder in loaded.items()}
         self._device = clip_ve.image.device
         self._autocast = autocast(precision, self._device)
+        self._is_small = sum(part.numel() for part in clip_ve.image.parameters()) < _SMALL
 
     @classmethod
     def from_runs(
@@ -112,7 +117,7 @@ class TorchModel:
 
     def embed_images(self, pixels: Floats) -> Floats:
         """(B, D) embeddings of (B, 3, height, width) pixels."""
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self._autocast(), self._threads(len(pixels)):
             return _array(self.clip_ve.image(torch.from_numpy(pixels).to(self._device)))
 
     def embed_sentences(
@@ -121,15 +126,30 @@ class TorchModel:
         """(B, D) embeddings of B sentences, and (B,) which of them were cut at the limit."""
         encoder = self.encoder(lang)
         tokens = encoder.tokenize(list(sentences))
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self._autocast(), self._threads(len(sentences)):
             embeddings = torch.cat([part.float() for part in encoder.embed(tokens)])
         return _array(embeddings), tokens.truncated
 
     def probabilities(self, hypotheses: Floats, premises: Floats) -> Floats:
         """(B, C) probabilities of the labels, from (B, D) sentence and image embeddings."""
         both = (torch.from_numpy(part).to(self._device) for part in (hypotheses, premises))
-        with torch.no_grad():
+        with torch.no_grad(), self._threads(len(hypotheses)):
             return _array(self.clip_ve(*both).softmax(dim=1))
+
+    @contextmanager
+    def _threads(self, num_examples: int) -> Iterator[None]:
+        """One thread for one example of a small model: several would mostly wait for each other.
+
+        Beside other programs that waiting takes up to a hundred times as long as the work
+        (docs/experiments.md, 2026-11-26).
+        """
+        before = torch.get_num_threads()
+        if self._is_small and num_examples == 1:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
 
 def _array(tensor: Tensor) -> Floats:
