@@ -194,7 +194,7 @@ class ImportedEngine:
 
     def translate(self, texts: Sequence[str], attempt: int) -> list[str]:
         """Looks each text, or pairID, up."""
-        answers = [a for text in texts if (a := self._find(_encode(text))) is not None]
+        answers = [a for text in texts if (a := self._find(encode(text))) is not None]
         if len(answers) < len(texts):
             raise Rejection(f"{self._path} has no translation for it")
         return [answer.decode("utf-8", "surrogatepass") for answer in answers]
@@ -213,8 +213,8 @@ class ImportedEngine:
         self._index.execute("BEGIN")
         for line, values in self._rows():
             keys = (_PAIR_ID,) if self._match == _PAIR_ID else sources
-            key = _encode(self._value(line, values, keys))
-            translation = _encode(self._value(line, values, ("translation", *fields)))
+            key = encode(self._value(line, values, keys))
+            translation = encode(self._value(line, values, ("translation", *fields)))
             first = self._find(key)
             if first is None:
                 self._index.execute("INSERT INTO translations VALUES (?, ?)", (key, translation))
@@ -258,5 +258,6 @@ class ImportedEngine:
         raise DataError.at(self._path, number, f"none of the strings {', '.join(names)} in it.")
 
 
-def _encode(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")  # a JSON escape may be half a surrogate pair
+def encode(text: str) -> bytes:
+    """A text in UTF-8; a JSON escape may be half a surrogate pair."""
+    return text.encode("utf-8", "surrogatepass")
