@@ -251,8 +251,12 @@ def test_the_teachers_language_is_not_taken_for_another(tmp_path, trained, world
     assert "give --lang, or export it again" in refused("predict", image, "red", "--runs", out)
 
 
-def test_what_differs_too_much_is_not_written(tmp_path, trained, monkeypatch):
-    monkeypatch.setitem(exporting.TOLERANCE, "fp32", 0.0)
+@pytest.mark.parametrize("broken", [False, True])
+def test_what_differs_too_much_is_not_written(tmp_path, trained, monkeypatch, broken):
+    monkeypatch.setitem(exporting.TOLERANCE, "fp32", 1.0 if broken else 0.0)
+    if broken:
+        nan = np.full((15, 3), np.nan, np.float32)
+        monkeypatch.setattr(onnx_model.OnnxModel, "probabilities", lambda *_: nan)
     with pytest.raises(ModelError, match=r"onnx: not written: a probability differs"):
         export(ExportConfig(runs=trained, out=tmp_path / "onnx", lang=("de",)))
     assert list(tmp_path.iterdir()) == []

@@ -91,13 +91,11 @@ def test_requests_that_come_while_one_is_computed_go_together(serve, model):
         colours = [(number * 20, 0, 0) for number in range(9)]
         first = pool.submit(ask, client, picture(colours[0]))
         _wait_until(lambda: model.num_prepared == 1)
-        time.sleep(0.05)
         rest = [
             pool.submit(ask, client, picture(colour), lang=("en", "de")[number % 2])
             for number, colour in enumerate(colours[1:])
         ]
-        _wait_until(lambda: model.num_prepared == 9)
-        time.sleep(0.05)
+        _wait_until(lambda: len(client.app.state.batcher.waiting) == 8)
         model.gate.set()
         answers = [each.result().json() for each in (first, *rest)]
     assert model.image_batches == [1, 4, 4]
@@ -129,7 +127,7 @@ def test_more_requests_than_may_wait_are_turned_away(serve, model):
     model.gate.clear()
     with ThreadPoolExecutor(2) as pool:
         inside = [pool.submit(ask, client, picture((red, 0, 0))) for red in (1, 2)]
-        _wait_until(lambda: model.num_prepared == 2)
+        _wait_until(lambda: model.num_prepared and len(client.app.state.batcher.waiting) == 1)
         refused = ask(client)
         model.gate.set()
         assert [each.result().status_code for each in inside] == [200, 200]
@@ -145,10 +143,8 @@ def test_a_poisonous_request_fails_alone(serve, model):
     with ThreadPoolExecutor(5) as pool:
         first = pool.submit(ask, client, picture((0, 0, 0)))
         _wait_until(lambda: model.num_prepared == 1)
-        time.sleep(0.05)
         rest = [pool.submit(ask, client, picture((red, 0, 0))) for red in (10, 255, 20, 30)]
-        _wait_until(lambda: model.num_prepared == 5)
-        time.sleep(0.05)
+        _wait_until(lambda: len(client.app.state.batcher.waiting) == 4)
         model.gate.set()
         codes = [each.result().status_code for each in (first, *rest)]
     assert codes == [200, 200, 500, 200, 200]
@@ -245,10 +241,8 @@ def test_what_waits_when_the_service_stops_is_turned_away(model, capfd):
         model.gate.clear()
         first = pool.submit(_post, address, picture((0, 0, 0)))
         _wait_until(lambda: model.num_prepared == 1)
-        time.sleep(0.05)
         rest = [pool.submit(_post, address, picture((red, 0, 0))) for red in (1, 2, 3)]
-        _wait_until(lambda: model.num_prepared == 4)
-        time.sleep(0.05)
+        _wait_until(lambda: len(server.config.app.state.batcher.waiting) == 3)
         server.should_exit = True
         assert [each.result() for each in rest] == [503] * 3
         model.gate.set()

@@ -45,6 +45,7 @@ _NAMED = 3
 
 _FAILURES = (
     SafetensorError,
+    ImportError,  # a tokenizer may need a library
     AttributeError,
     KeyError,
     TypeError,

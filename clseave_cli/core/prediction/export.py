@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import tempfile
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.folder import seal
 from clseave_cli.core.models.packing import PackedBatch
-from clseave_cli.core.prediction import onnx_model
+from clseave_cli.core.prediction import Floats, onnx_model
 from clseave_cli.core.prediction.inference import InferenceModel
 from clseave_cli.core.prediction.torch_model import TorchModel
 from clseave_cli.errors import ExtraMissing, ModelError
@@ -87,15 +88,12 @@ def export(config: ExportConfig, progress: Progress = SILENT) -> ExportResult:
     for lang in config.lang:
         require_language(lang)
     require_replaceable(config.out, _KIND, config)
-    with locked_target(config.out):
-        return _export(config, progress)
-
-
-def _export(config: ExportConfig, progress: Progress) -> ExportResult:
-    before = _languages(config.out)
-    model = TorchModel.from_runs(config.runs, config.lang or None, "cpu", "fp32")
     precision = "int8" if config.int8 else "fp32"
-    with atomic_folder(config.out) as folder:
+    with locked_target(config.out), atomic_folder(config.out) as folder:
+        before: dict[str, str] = {}
+        with suppress(ModelError):  # none is there, a damaged one, or one of another version
+            before = onnx_model.read_manifest(config.out)["languages"]
+        model = TorchModel.from_runs(config.runs, config.lang or None, "cpu", "fp32")
         manifest = _write(model, folder, config.int8, progress)
         exported = onnx_model.OnnxModel(folder, manifest, list(model.sources), lasting=False)
         difference = _difference(model, exported)
@@ -115,14 +113,6 @@ def _export(config: ExportConfig, progress: Progress) -> ExportResult:
     return ExportResult(config.out, tuple(model.sources), num_bytes, difference)
 
 
-def _languages(out: Path) -> list[str]:
-    """The languages of the export whose place is taken."""
-    try:
-        return onnx_model.languages(out) if onnx_model.is_exported(out) else []
-    except ModelError:  # a damaged one, or of another version
-        return []
-
-
 def _write(model: TorchModel, folder: Path, int8: bool, progress: Progress) -> dict[str, Any]:
     """Writes graphs and tokenizers; returns what the manifest says of them."""
     clip_ve = model.clip_ve
@@ -131,45 +121,37 @@ def _write(model: TorchModel, folder: Path, int8: bool, progress: Progress) -> d
     pixels_of = preparation(clip_ve.image.processor)
     with progress.task("export", total=len(encoders) + 2, unit="graphs") as task:
         pixels = torch.zeros(2, 3, *pixels_of.crop)
-        _write_graph(clip_ve.image, {"pixels": pixels}, {}, folder / "image.onnx", int8)
+        _write_graph(clip_ve.image, {"pixels": pixels}, folder / "image.onnx", int8)
         task.advance()
         vector = torch.zeros(2, clip_ve.image.embedding_dim)
         inputs = {"hypothesis": vector, "premise": vector}
-        _write_graph(_Probabilities(clip_ve), inputs, {}, folder / "head.onnx", int8=False)
+        _write_graph(_Probabilities(clip_ve), inputs, folder / "head.onnx", int8=False)
         task.advance()
         for name, encoder in encoders.items():
-            _write_encoder(encoder, folder / name, int8)
+            (folder / name).mkdir()
+            ids = torch.full((2, 5), encoder.terminal_id)
+            mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+            inputs = {"input_ids": ids, "attention_mask": mask}
+            _write_graph(_Padded(encoder), inputs, folder / name / "encoder.onnx", int8, "tokens")
+            tokenizer = encoder.tokenizer.backend_tokenizer
+            tokenizer.save(str(folder / name / "tokenizer.json"), pretty=False)
             task.advance()
     fingerprints = {name: encoder.fingerprint for name, encoder in encoders.items()}
     return {
         "source_lang": clip_ve.source_lang,
         "languages": names,
-        "encoders": {name: _reading(encoder) for name, encoder in encoders.items()},
+        "encoders": {name: _settings(encoder) for name, encoder in encoders.items()},
         "preparation": dataclasses.asdict(pixels_of),
         "precision": "int8" if int8 else "fp32",
         "sources": fingerprints | {"clip-ve": clip_ve.fingerprint},
     }
 
 
-def _reading(encoder: SentenceEncoder) -> dict[str, Any]:
+def _settings(encoder: SentenceEncoder) -> dict[str, Any]:
     """How sentences become token ids."""
-    reading = {
-        "max_tokens": encoder.max_tokens,
-        "terminal_id": encoder.terminal_id,
-        "pad_id": encoder.pad_id,
-    }
-    if encoder.filling is not None:
-        reading["filling"] = dataclasses.asdict(encoder.filling)
-    return reading
-
-
-def _write_encoder(encoder: SentenceEncoder, folder: Path, int8: bool) -> None:
-    folder.mkdir()
-    ids = torch.full((2, 5), encoder.terminal_id)
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    _write_graph(_Padded(encoder), inputs, {1: "tokens"}, folder / "encoder.onnx", int8)
-    encoder.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    names = ("max_tokens", "terminal_id", "pad_id")
+    filling = {"filling": dataclasses.asdict(encoder.filling)} if encoder.filling else {}
+    return {name: getattr(encoder, name) for name in names} | filling
 
 
 class _Padded(nn.Module):
@@ -204,10 +186,19 @@ class _Probabilities(nn.Module):
 
 
 def _write_graph(
-    module: nn.Module, inputs: dict[str, Tensor], more_axes: dict[int, str], path: Path, int8: bool
+    module: nn.Module, inputs: dict[str, Tensor], path: Path, int8: bool, second: str = ""
 ) -> None:
-    """Traces a module for any batch size, and writes it optimised, its weights beside it."""
+    """Traces a module for any batch size, and writes it optimised, its weights beside it.
+
+    Args:
+        module: what the graph computes.
+        inputs: examples, by their names.
+        path: where to.
+        int8: with 8-bit weights.
+        second: name of the inputs' second dimension, if it varies too.
+    """
     axes = {0: "batch"}
+    input_axes = axes | ({1: second} if second else {})
     with tempfile.TemporaryDirectory(dir=path.parent) as aside:
         raw = Path(aside, "raw.onnx")
         with warnings.catch_warnings(), torch.no_grad():
@@ -221,7 +212,7 @@ def _write_graph(
                 str(raw),
                 input_names=list(inputs),
                 output_names=["output"],
-                dynamic_axes={**{name: axes | more_axes for name in inputs}, "output": axes},
+                dynamic_axes={**dict.fromkeys(inputs, input_axes), "output": axes},
                 opset_version=_OPSET,
                 dynamo=False,
             )
@@ -285,26 +276,19 @@ def preparation(processor: Any) -> Preparation:
 
 def _difference(reference: TorchModel, exported: InferenceModel) -> float:
     """The largest difference of a probability, over every language, probe picture and sentence."""
-    pictures = _probe_pictures()
-    worst = 0.0
-    for lang in reference.sources:
-        first, second = (_probe(model, lang, pictures) for model in (reference, exported))
-        worst = max(worst, float(np.abs(first - second).max()))
-    return worst
-
-
-def _probe(model: InferenceModel, lang: str, pictures: list[Image.Image]) -> np.ndarray[Any, Any]:
-    premises = model.embed_images(np.stack([model.prepare(picture) for picture in pictures]))
-    hypotheses, _ = model.embed_sentences(lang, _PROBE_SENTENCES)
-    return model.probabilities(
-        np.repeat(hypotheses, len(premises), axis=0), np.tile(premises, (len(hypotheses), 1))
-    )
-
-
-def _probe_pictures() -> list[Image.Image]:
-    """Coarse random colours, blown up to several shapes."""
     random = np.random.default_rng(0)
-    return [
+    pictures = [
         Image.fromarray(random.integers(0, 256, (6, 5, 3), dtype=np.uint8)).resize(size)
         for size in _PROBE_SIZES
     ]
+
+    def probe(model: InferenceModel, lang: str) -> Floats:
+        premises = model.embed_images(np.stack([model.prepare(each) for each in pictures]))
+        hypotheses, _ = model.embed_sentences(lang, _PROBE_SENTENCES)
+        return model.probabilities(
+            np.repeat(hypotheses, len(premises), axis=0), np.tile(premises, (len(hypotheses), 1))
+        )
+
+    # NumPy's maximum, because NaN is none to Python's.
+    differences = [probe(reference, each) - probe(exported, each) for each in reference.sources]
+    return float(np.abs(differences).max())

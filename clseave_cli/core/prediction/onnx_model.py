@@ -45,7 +45,7 @@ def own_language(folder: Path) -> str:
     Raises:
         ModelError: no exported folder, a damaged one, or one of an earlier version.
     """
-    config = _manifest(folder)
+    config = read_manifest(folder)
     if "source_lang" in config:
         return str(config["source_lang"])
     # Earlier versions named it only where it was exported.
@@ -58,12 +58,7 @@ def own_language(folder: Path) -> str:
     )
 
 
-def languages(folder: Path) -> list[str]:
-    """The languages an exported folder reads."""
-    return list(_manifest(folder)["languages"])
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
     """What `config.json` says, once it is certain that it names nothing outside the folder.
 
     Raises:
@@ -144,7 +139,7 @@ class OnnxModel:
             ModelError: damaged, of another version, or without one of the languages.
             ExtraMissing: onnxruntime is not installed.
         """
-        manifest = _manifest(folder)
+        manifest = read_manifest(folder)
         with unsealed(folder, FORMAT) if lasting else nullcontext(manifest) as config:
             for lang in languages or ():
                 if lang not in config["languages"]:

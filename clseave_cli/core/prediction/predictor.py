@@ -87,47 +87,48 @@ class Photo:
 
     Attributes:
         name: what messages and answers call it.
-        content: where it comes from.
+        content: where it comes from, or why it cannot be read.
         key: equal for equal pictures; of a file: path, time of change, size.
     """
 
     name: str
-    content: Path | bytes | Image.Image
+    content: Path | bytes | Image.Image | DataError
     key: Hashable
 
     @classmethod
     def of(cls, source: ImageSource) -> Photo:
-        """Looks at a source, and reads it unless it is a path.
-
-        Raises:
-            DataError: there is no such image, or the source is of another kind.
-        """
-        if isinstance(source, str | Path):
-            return cls(str(source), Path(source), _stamp(str(source)))
-        name = f"<{type(source).__name__}>"
+        """Looks at a source, and reads it unless it is a path."""
+        is_path = isinstance(source, str | Path)
+        name = str(source if is_path else getattr(source, "name", f"<{type(source).__name__}>"))
         try:
+            if isinstance(source, str | Path):
+                return cls(name, Path(source), _stamp(name))
             if isinstance(source, np.ndarray):
                 source = Image.fromarray(source.astype(np.uint8, casting="safe"))
             elif not isinstance(source, bytes | Image.Image):
-                name = str(getattr(source, "name", name))
                 source = source.read()
-            image = isinstance(source, Image.Image)
-            content = source.tobytes() if isinstance(source, Image.Image) else source
-            digest = hashlib.blake2b(content, digest_size=32).digest()
+            if isinstance(source, Image.Image):
+                content, shape = source.tobytes(), (source.mode, source.size)
+            else:
+                content, shape = source, None
+            return cls(name, source, (shape, hashlib.blake2b(content, digest_size=32).digest()))
+        except DataError as error:
+            problem = error
         except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-            raise DataError(
+            problem = DataError(
                 f"{name}: expected a path, the bytes of an image file, an open binary file, a "
                 f"Pillow image or a uint8 array of (height, width, 3) ({error!s:.100})."
-            ) from None
-        shape = (source.mode, source.size) if isinstance(source, Image.Image) else None
-        return cls(name, source, (image, shape, digest))
+            )
+        return cls(name, problem, problem)
 
     def decode(self) -> Image.Image:
         """The picture in RGB, upright.
 
         Raises:
-            DataError: damaged, or too large.
+            DataError: it cannot be read, is damaged, or too large.
         """
+        if isinstance(self.content, DataError):
+            raise self.content
         if isinstance(self.content, Image.Image):
             require_shape(self.content, self.name)
             return ImageOps.exif_transpose(self.content).convert("RGB")
@@ -159,7 +160,7 @@ class VisualEntailment:
         self.lang = lang
         self._model = model
         self._identifier = identifier
-        self._images: dict[Hashable, Floats | DataError] = {}
+        self._images: dict[Hashable, Floats] = {}
 
     @classmethod
     def from_pretrained(
@@ -234,91 +235,25 @@ class VisualEntailment:
         """
         pairs = list(pairs)
         languages = self._languages(lang, len(pairs))
-        photos = [_photo(image) for image, _ in pairs]
-        wanted = {photo.key: photo for photo in photos if isinstance(photo, Photo)}
-        vectors = {key: self._images[key] for key in wanted if key in self._images}
-        new = [photo for key, photo in wanted.items() if key not in vectors]
-        with ThreadPoolExecutor(max_workers=usable_cores()) as pool:
-            decoded = zip(new, ahead(pool, self._decode, new, _IMAGES_AHEAD), strict=True)
-            while batch := list(islice(decoded, _IMAGE_BATCH)):
-                vectors |= self.embed({photo.key: picture for photo, picture in batch})
-        sentences = [hypothesis for _, hypothesis in pairs]
-        return self.judge(list(zip(photos, sentences, languages, strict=True)), vectors)
-
-    def known(self, photo: Photo) -> Floats | DataError | None:
-        """The embedding of an image, or what is wrong with it, if it was met before."""
-        return self._images.get(photo.key)
-
-    def prepare(self, photo: Photo) -> Floats:
-        """(3, height, width) pixels. May be called from any thread.
-
-        Raises:
-            DataError: the image is damaged, or too large.
-        """
-        return self._model.prepare(photo.decode())
-
-    def _decode(self, photo: Photo) -> Floats | DataError:
-        try:
-            return self.prepare(photo)
-        except DataError as error:
-            return error
-
-    def embed(
-        self, pictures: Mapping[Hashable, Floats | DataError]
-    ) -> dict[Hashable, Floats | DataError]:
-        """Encodes images.
-
-        Args:
-            pictures: by `Photo.key`, (3, height, width) pixels; what is an error, or a (D,)
-                embedding already, stays as it is.
-
-        Returns:
-            (D,) embedding or error of each.
-        """
-        vectors = dict(pictures)
-        pixels = {
-            k: each
-            for k, each in pictures.items()
-            if isinstance(each, np.ndarray) and each.ndim > 1
-        }
-        if pixels:
-            embedded = self._model.embed_images(np.stack(list(pixels.values())))
-            # Copies, so that what is kept does not keep the whole batch.
-            vectors |= zip(pixels, (vector.copy() for vector in embedded), strict=True)
-        self._images |= vectors
-        while len(self._images) > _KEPT_IMAGES:
-            del self._images[next(iter(self._images))]
-        return vectors
-
-    def judge(
-        self,
-        questions: Sequence[tuple[Photo | DataError, str, str]],
-        vectors: Mapping[Hashable, Floats | DataError],
-    ) -> list[Prediction | ClseaveError]:
-        """Judges sentences about images that are encoded, those of one language together.
-
-        Args:
-            questions: N images, sentences and their languages, `auto` or one of the model's.
-            vectors: what `embed` made of the images.
-        """
+        photos = [Photo.of(image) for image, _ in pairs]
+        vectors = self._embed({photo.key: photo for photo in photos})
         results: dict[int, Prediction | ClseaveError] = {}
         premises: dict[int, Floats] = {}
         rows_of: dict[str, list[int]] = {}
-        for row, (photo, sentence, lang) in enumerate(questions):
-            if isinstance(photo, DataError):
-                results[row] = photo
-            elif isinstance(vector := vectors[photo.key], DataError):
+        for row, (photo, sentence_lang) in enumerate(zip(photos, languages, strict=True)):
+            vector, sentence = vectors[photo.key], pairs[row][1]
+            if isinstance(vector, DataError):
                 results[row] = vector
             elif problem := problem_of(sentence):
                 results[row] = DataError(f"{photo.name}: {problem}")
             else:
                 premises[row] = vector
-                if lang == AUTO and self._identifier:
-                    lang = self._identifier.identify(sentence)[0]
-                rows_of.setdefault(lang, []).append(row)
-        for lang, rows in rows_of.items():
-            sentences = [questions[row][1] for row in rows]
-            hypotheses, truncated = self._model.embed_sentences(lang, sentences)
+                if sentence_lang == AUTO and self._identifier:
+                    sentence_lang = self._identifier.identify(sentence)[0]
+                rows_of.setdefault(sentence_lang, []).append(row)
+        for each, rows in rows_of.items():
+            sentences = [pairs[row][1] for row in rows]
+            hypotheses, truncated = self._model.embed_sentences(each, sentences)
             probabilities = self._model.probabilities(
                 hypotheses, np.stack([premises[row] for row in rows])
             )
@@ -327,22 +262,50 @@ class VisualEntailment:
             ):
                 if not np.isfinite(scores).all():
                     results[row] = ModelError(
-                        f"{self._model.sources[lang]}: gives probabilities that are not finite "
+                        f"{self._model.sources[each]}: gives probabilities that are not finite "
                         "numbers; its weights or CLIP-VE's are damaged: copy or train it again. "
                         "With --precision fp16, try fp32."
                     )
                     continue
                 results[row] = Prediction(
-                    image=getattr(questions[row][0], "name", ""),
+                    image=photos[row].name,
                     hypothesis=sentence,
-                    lang=lang,
+                    lang=each,
                     label=LABELS[int(scores.argmax())],
                     probabilities=dict(zip(LABELS, scores.tolist(), strict=True)),
-                    model=self._model.sources[lang],
+                    model=self._model.sources[each],
                     truncated=bool(cut),
-                    warning=language_warning(sentence, lang, len(questions) <= _FEW_SENTENCES),
+                    warning=language_warning(sentence, each, len(pairs) <= _FEW_SENTENCES),
                 )
-        return [results[row] for row in range(len(questions))]
+        return [results[row] for row in range(len(pairs))]
+
+    def _embed(self, photos: Mapping[Hashable, Photo]) -> dict[Hashable, Floats | DataError]:
+        """(D,) embedding of each photo, or what is wrong with it; several are decoded at a time."""
+        vectors: dict[Hashable, Floats | DataError] = {
+            key: self._images[key] for key in photos if key in self._images
+        }
+        new = [photo for key, photo in photos.items() if key not in vectors]
+        with ThreadPoolExecutor(max_workers=usable_cores()) as pool:
+            decoded = zip(new, ahead(pool, self._prepare, new, _IMAGES_AHEAD), strict=True)
+            while batch := list(islice(decoded, _IMAGE_BATCH)):
+                vectors |= {photo.key: pixels for photo, pixels in batch}
+                good = {p.key: each for p, each in batch if not isinstance(each, DataError)}
+                if good:
+                    embedded = self._model.embed_images(np.stack(list(good.values())))
+                    # Copies, so that what is kept does not keep the whole batch.
+                    good = dict(zip(good, (vector.copy() for vector in embedded), strict=True))
+                vectors |= good
+                self._images |= good
+        while len(self._images) > _KEPT_IMAGES:
+            del self._images[next(iter(self._images))]
+        return vectors
+
+    def _prepare(self, photo: Photo) -> Floats | DataError:
+        """(3, height, width) pixels; called from several threads."""
+        try:
+            return self._model.prepare(photo.decode())
+        except DataError as error:
+            return error
 
     def _languages(self, lang: str | Sequence[str | None] | None, count: int) -> list[str]:
         """The language of each of N sentences."""
@@ -413,19 +376,18 @@ def predict_file(
     if config.images is not None:
         base = ImageFolder(config.images)
     with _reading(source) as stream, ExitStack() as stack:
+        batches = read_pairs(stream, name, config.batch_size)
         answers = _answer_file(config, target, stream)
         if answers is not None:
             stack.enter_context(answers)
-        batches = read_pairs(stream, name, config.batch_size)
-        if answers is not None:
             batches = _unanswered(batches, answers, lang, tally)
-        if answers is not None and answers.finished:
-            # The first rows left to do come after all answers were compared with theirs.
-            first = next(batches, None)
-            if first is None:
-                return tally
-            answers.reopen()
-            batches = chain([first], batches)
+            if answers.finished:
+                # The first rows left to do come after all answers were compared with theirs.
+                first = next(batches, None)
+                if first is None:
+                    return tally
+                answers.reopen()
+                batches = chain([first], batches)
         model = VisualEntailment.from_pretrained(config.runs, lang, config.device, config.precision)
         with _writing(answers, target) as out, progress.task("predict", unit="pairs") as task:
             for batch in batches:
@@ -549,13 +511,6 @@ def _judge_rows(
         else:
             answer = result.to_json() | answer
         yield answer | row.others
-
-
-def _photo(source: ImageSource) -> Photo | DataError:
-    try:
-        return Photo.of(source)
-    except DataError as error:
-        return error
 
 
 def _stamp(name: str) -> tuple[str, int, int]:

@@ -7,7 +7,7 @@ import contextlib
 import resource
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from importlib import resources
@@ -19,7 +19,6 @@ from fastapi import FastAPI, File, Form, HTTPException, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel, Field
-from starlette.datastructures import Headers
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -28,7 +27,7 @@ from clseave_cli.core.config import ServeConfig
 from clseave_cli.core.data.identification import LanguageIdentifier
 from clseave_cli.core.prediction.batching import Batcher, Busy, TooLarge
 from clseave_cli.core.prediction.inference import InferenceModel
-from clseave_cli.core.prediction.predictor import AUTO, Prediction, VisualEntailment, problem_of
+from clseave_cli.core.prediction.predictor import AUTO, VisualEntailment, problem_of
 from clseave_cli.errors import ClseaveError, DataError, ExtraMissing
 from clseave_cli.labels import Label
 from clseave_cli.version import __version__
@@ -75,15 +74,6 @@ class Problem(BaseModel):
     detail: str
 
 
-class Health(BaseModel):
-    """That the service answers, and in which languages."""
-
-    status: str
-    version: str
-    languages: list[str]
-    auto: bool = Field(description="whether it can identify languages")
-
-
 _Image = Annotated[UploadFile, File(description="JPEG, PNG, WebP, GIF or BMP")]
 _Lang = Annotated[str, Form(description="language of the sentence; auto: identified")]
 _REFUSALS = {
@@ -95,6 +85,8 @@ _REFUSALS = {
     500: "the model failed on this request",
     503: "too many requests wait, or the service is stopping; try again shortly",
 }
+#: Of each exception, the first that fits.
+_STATUS: dict[type[Exception], int] = {Busy: 503, TooLarge: 413, DataError: 400, ClseaveError: 500}
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     code: {"model": Problem, "description": meaning} for code, meaning in _REFUSALS.items()
 }
@@ -155,9 +147,8 @@ def create_app(model: InferenceModel, config: ServeConfig) -> FastAPI:
         allowed_hosts=[*_LOOPBACK, *config.allowed_host],
         www_redirect=False,
     )
-    for kind, code in {DataError: 400, TooLarge: 413, ClseaveError: 500}.items():
-        app.add_exception_handler(kind, _refusal(code))
-    app.add_exception_handler(Busy, _refusal(503, {"Retry-After": "1"}))
+    for kind in _STATUS:
+        app.add_exception_handler(kind, _refuse)
     app.add_exception_handler(RequestValidationError, _bad_request)
 
     async def answer(image: UploadFile, hypotheses: list[str], lang: str) -> list[Judged]:
@@ -178,7 +169,13 @@ def create_app(model: InferenceModel, config: ServeConfig) -> FastAPI:
             predictions = await batcher.judge(content, [(lang, each) for each in hypotheses])
         except asyncio.CancelledError:  # the server stops, and has waited long enough
             raise Busy("the service is stopping.") from None
-        return [_judged(prediction) for prediction in predictions]
+        judged = []
+        for prediction in predictions:
+            if isinstance(prediction, ClseaveError):
+                raise prediction
+            named = replace(prediction, model=Path(prediction.model).name)
+            judged.append(Judged.model_validate(named, from_attributes=True))
+        return judged
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page() -> HTMLResponse:
@@ -186,11 +183,10 @@ def create_app(model: InferenceModel, config: ServeConfig) -> FastAPI:
         return HTMLResponse(text, headers=_PAGE_HEADERS)
 
     @app.get("/health")
-    async def health() -> Health:
-        """Says that the service answers, and in which languages."""
-        return Health(
-            status="ok", version=__version__, languages=languages, auto=identifier is not None
-        )
+    async def health() -> dict[str, str | bool | list[str]]:
+        """Says that the service answers, in which languages, and whether it can identify them."""
+        auto = identifier is not None
+        return {"status": "ok", "version": __version__, "languages": languages, "auto": auto}
 
     @app.get("/ready", responses={503: _RESPONSES[503]})
     async def ready() -> dict[str, str]:
@@ -217,22 +213,11 @@ def create_app(model: InferenceModel, config: ServeConfig) -> FastAPI:
     return app
 
 
-def _judged(prediction: Prediction | ClseaveError) -> Judged:
-    if isinstance(prediction, ClseaveError):
-        raise prediction
-    named = replace(prediction, model=Path(prediction.model).name)
-    return Judged.model_validate(named, from_attributes=True)
-
-
-def _refusal(
-    code: int, headers: dict[str, str] | None = None
-) -> Callable[[Request, Exception], Awaitable[JSONResponse]]:
+async def _refuse(request: Request, error: Exception) -> JSONResponse:
     """Answers an exception with its message."""
-
-    async def refuse(request: Request, error: Exception) -> JSONResponse:
-        return JSONResponse({"detail": str(error)}, code, headers)
-
-    return refuse
+    status = next(code for kind, code in _STATUS.items() if isinstance(error, kind))
+    headers = {"Retry-After": "1"} if status == 503 else None
+    return JSONResponse({"detail": str(error)}, status, headers)
 
 
 async def _bad_request(request: Request, error: Exception) -> JSONResponse:
@@ -257,16 +242,10 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         received, finished = 0, False
-        announced = Headers(scope=scope).get("content-length", "")
-        # Whatever is no number, or announces too little, is counted as it comes.
-        is_number = announced.isascii() and announced.isdigit()
-        is_too_long = is_number and int(announced[:20]) > self._max_bytes
         deadline = asyncio.get_running_loop().time() + self._timeout_seconds
 
         async def counted() -> Message:
             nonlocal received, finished
-            if is_too_long:
-                raise self._too_long()
             if finished:  # the server's word that the client is gone may take as long as it likes
                 return await receive()
             try:
@@ -283,7 +262,11 @@ class BodyLimit:
             self._free_bytes -= size
             finished = not message.get("more_body", False)
             if received > self._max_bytes:
-                raise self._too_long()
+                raise HTTPException(
+                    413,
+                    f"the upload is larger than {self._max_bytes / 1e6:g} MB; "
+                    "scale the image down.",
+                )
             if self._free_bytes < 0:
                 raise HTTPException(503, "too many uploads at once.", {"Retry-After": "1"})
             return message
@@ -292,11 +275,6 @@ class BodyLimit:
             await self._app(scope, counted, send)
         finally:
             self._free_bytes += received
-
-    def _too_long(self) -> HTTPException:
-        return HTTPException(
-            413, f"the upload is larger than {self._max_bytes / 1e6:g} MB; scale the image down."
-        )
 
 
 class _Connection(H11Protocol):

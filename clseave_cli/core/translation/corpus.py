@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from clseave_cli.core.config import EngineConfig, EvaluateConfig, TranslateConfig
 from clseave_cli.core.data.languages import canonical
@@ -24,7 +25,7 @@ from clseave_cli.core.files import locked_target
 from clseave_cli.core.translation.driver import MAX_ATTEMPTS, Driver, Pace
 from clseave_cli.core.translation.engine import Engine, create_engine, find_engine
 from clseave_cli.core.translation.memory import Entry, Memory, default_path
-from clseave_cli.core.translation.output import Outputs, review_path, write_file
+from clseave_cli.core.translation.output import COUNTS, LISTS, Outputs, review_path, write_file
 from clseave_cli.core.translation.quality import CHECKS, Checks, needs_translation
 from clseave_cli.errors import DataError, TranslationError, UsageError
 from clseave_cli.processes import is_first_process
@@ -295,25 +296,20 @@ def _translate_file(
         counts, paths = write_file(file, path, target, config, outputs, rows)
     num_asked = counts["rows"] - counts["unchanged"] - counts["failed"]
     num_from_memory = min(passes.num_from_memory, num_asked)
+    numbers: dict[str, Any] = {f"num_{name}": counts[name] for name in COUNTS}
+    lists: dict[str, Any] = {name: paths.get(name) for name in (*LISTS, "review")}
     return FileSummary(
         input=path,
         output=target,
         lang=engine.identity.target,
         is_written="output" in paths,
-        num_rows=counts["rows"],
         num_from_memory=num_from_memory,
         num_translated=num_asked - num_from_memory,
-        num_unchanged=counts["unchanged"],
-        num_failed=counts["failed"],
-        num_dropped=counts["dropped"],
-        num_suspect=counts["suspect"],
         suspicions={name: counts[name] for name in CHECKS if counts[name]},
         num_requests=pace.num_requests - num_requests,
         seconds=time.monotonic() - start,
-        failed=paths.get("failed"),
-        rejected=paths.get("rejected"),
-        suspect=paths.get("suspect"),
-        review=paths.get("review"),
+        **numbers,
+        **lists,
     )
 
 
@@ -394,7 +390,13 @@ def translate_hypotheses(
             "those, or choose another --engine."
         )
     entries = [entry for _, entry in results if isinstance(entry, Entry)]
-    _note_suspect(split, entries, progress)
+    if num_suspect := sum(bool(entry.suspicions) for entry in entries):
+        counts = Counter(name for entry in entries for name in entry.suspicions)
+        named = ", ".join(f"{name} {counts[name]}" for name in CHECKS if counts[name])
+        progress.note(
+            f"{split.path}: {num_suspect} of {len(entries)} translations look suspect ({named}); "
+            "they are scored as they are."
+        )
     name = engine.identity
     parts = (name.engine, name.model, name.revision[:12], name.settings)
     sentences = [entry.translation for entry in entries]
@@ -409,15 +411,3 @@ def _translate_config(config: EvaluateConfig, lang: str) -> TranslateConfig:
     return TranslateConfig(
         seed=config.seed, device=config.device, precision=config.precision, **shared
     )
-
-
-def _note_suspect(split: Split, entries: list[Entry], progress: Progress) -> None:
-    """Says how many translations the checks marked: they are scored all the same."""
-    counts = Counter(name for entry in entries for name in entry.suspicions)
-    num_suspect = sum(bool(entry.suspicions) for entry in entries)
-    if num_suspect:
-        named = ", ".join(f"{name} {counts[name]}" for name in CHECKS if counts[name])
-        progress.note(
-            f"{split.path}: {num_suspect} of {len(entries)} translations look suspect ({named}); "
-            "they are scored as they are."
-        )

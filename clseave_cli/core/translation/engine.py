@@ -5,7 +5,6 @@ The simplest engine is here too: `file`, which has its translations from a file.
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from clseave_cli.core.config import TranslateConfig
-from clseave_cli.core.data.text_files import FIELDS, reading, split_name
+from clseave_cli.core.data.rows import BadRow, json_rows, reading, split_name
+from clseave_cli.core.data.text_files import FIELDS
 from clseave_cli.core.files import file_digest
 from clseave_cli.errors import DataError, TranslationError, UsageError
 
@@ -194,7 +194,7 @@ class ImportedEngine:
 
     def translate(self, texts: Sequence[str], attempt: int) -> list[str]:
         """Looks each text, or pairID, up."""
-        answers = [a for text in texts if (a := self._find(_encode(text))) is not None]
+        answers = [a for text in texts if (a := self._find(encode(text))) is not None]
         if len(answers) < len(texts):
             raise Rejection(f"{self._path} has no translation for it")
         return [answer.decode("utf-8", "surrogatepass") for answer in answers]
@@ -213,16 +213,15 @@ class ImportedEngine:
         self._index.execute("BEGIN")
         for line, values in self._rows():
             keys = (_PAIR_ID,) if self._match == _PAIR_ID else sources
-            key = _encode(self._value(line, values, keys))
-            translation = _encode(self._value(line, values, ("translation", *fields)))
+            key = encode(self._value(line, values, keys))
+            translation = encode(self._value(line, values, ("translation", *fields)))
             first = self._find(key)
             if first is None:
                 self._index.execute("INSERT INTO translations VALUES (?, ?)", (key, translation))
             # A sentence may have two translations, and the first is as good; a row may not.
             elif self._match == _PAIR_ID and first != translation:
-                problem = (
-                    f"a second, different translation for pairID {key.decode(errors='replace')}."
-                )
+                name = key.decode(errors="replace")
+                problem = f"a second, different translation for pairID {name}."
                 raise DataError.at(self._path, line, problem)
         self._index.execute("COMMIT")
 
@@ -230,6 +229,11 @@ class ImportedEngine:
         """The rows; the first one decides how rows are matched, unless the user did."""
         is_tsv = split_name(self._path)[1].startswith(".tsv")
         with reading(self._path) as stream:
+            for number, values, _ in () if is_tsv else json_rows(stream):
+                if isinstance(values, BadRow):
+                    raise DataError.at(self._path, number, str(values))
+                self._match = self._match or (_PAIR_ID if _PAIR_ID in values else "text")
+                yield number, values
             for number, data in enumerate(stream, 1):
                 try:
                     line = data.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
@@ -237,31 +241,15 @@ class ImportedEngine:
                     raise DataError.at(self._path, number, "not UTF-8; convert the file.") from None
                 if not line:
                     continue
-                if not is_tsv:
-                    values = self._object(number, line)
-                    self._match = self._match or (_PAIR_ID if _PAIR_ID in values else "text")
-                    yield number, values
-                    continue
                 cells = line.split("\t")
                 if len(cells) != 2:
-                    problem = (
-                        f"{len(cells)} columns; expected two: pairID or text, and translation."
-                    )
-                    raise DataError.at(self._path, number, f"{problem}.")
+                    problem = "columns; expected two: pairID or text, and translation."
+                    raise DataError.at(self._path, number, f"{len(cells)} {problem}")
                 is_header = number == 1 and cells[0] in (_PAIR_ID, *_SOURCE_NAMES)
                 by_pair_id = is_header and cells[0] == _PAIR_ID
                 self._match = self._match or (_PAIR_ID if by_pair_id else "text")
                 if not is_header:
                     yield number, {self._match: cells[0], "translation": cells[1]}
-
-    def _object(self, number: int, line: str) -> dict[str, Any]:
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError.at(self._path, number, f"not valid JSON ({error}).") from None
-        if not isinstance(values, dict):
-            raise DataError.at(self._path, number, "expected an object a line.")
-        return values
 
     def _value(self, number: int, values: dict[str, Any], names: Sequence[str]) -> str:
         for name in names:
@@ -270,5 +258,6 @@ class ImportedEngine:
         raise DataError.at(self._path, number, f"none of the strings {', '.join(names)} in it.")
 
 
-def _encode(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")  # a JSON escape may be half a surrogate pair
+def encode(text: str) -> bytes:
+    """A text in UTF-8; a JSON escape may be half a surrogate pair."""
+    return text.encode("utf-8", "surrogatepass")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from clseave_cli.core.files import cache_root
-from clseave_cli.core.translation.engine import Identity
+from clseave_cli.core.translation.engine import Identity, encode
 from clseave_cli.errors import ClseaveError, TranslationError
 
 _FORMAT = 2
@@ -73,10 +73,6 @@ class Entry(NamedTuple):
 def default_path() -> Path:
     """Where the memory is unless the user chooses another file."""
     return cache_root() / "translation" / "memory.sqlite"
-
-
-def _encode(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")
 
 
 def _decode(data: bytes) -> str:
@@ -176,7 +172,7 @@ class Memory(AbstractContextManager["Memory"]):
         """Keeps translations, replacing older ones."""
         rows, seed = [], self._seeds.get(identity, 0)
         for text, (translation, attempts, checked, suspicions) in entries:
-            values = _encode(text), _encode(translation), attempts, checked, " ".join(suspicions)
+            values = encode(text), encode(translation), attempts, checked, " ".join(suspicions)
             rows.append((identity, *values, _checksum(seed, *values)))
         with self._writing():
             self._connection.executemany(
@@ -185,7 +181,7 @@ class Memory(AbstractContextManager["Memory"]):
 
     def fail(self, identity: int, reasons: Mapping[str, str]) -> None:
         """Records, for as long as this connection lasts, why texts were not translated."""
-        rows = [(identity, _encode(text), _encode(why)) for text, why in reasons.items()]
+        rows = [(identity, encode(text), encode(why)) for text, why in reasons.items()]
         with self._errors():
             self._connection.executemany("INSERT OR REPLACE INTO failures VALUES (?, ?, ?)", rows)
 
@@ -210,7 +206,7 @@ class Memory(AbstractContextManager["Memory"]):
     def _select(
         self, columns: str, table: str, identity: int, texts: Iterable[str]
     ) -> Iterator[tuple[Any, ...]]:
-        keys = [_encode(text) for text in texts]
+        keys = [encode(text) for text in texts]
         with self._errors():
             for start in range(0, len(keys), _MAX_VARIABLES):
                 chunk = keys[start : start + _MAX_VARIABLES]

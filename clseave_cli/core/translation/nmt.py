@@ -41,9 +41,6 @@ _TEXT_CHARACTERS = 400
 _LENGTH_FACTOR, _LENGTH_EXTRA = 2, 16
 _CONVERTIBLE = {"marian", "m2m_100", "mbart", "t5", "bart", "pegasus"}
 _WEIGHTS_AND_WORDS = ("*.safetensors", "*.json", "*.spm", "*.model", "*.txt")
-_LOADING_ERRORS = (
-    ImportError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, OSError,
-)  # fmt: skip
 _UNLIMITED = 1 << 20
 # T5's relative positions have no end; what its family was trained on has.
 _MAX_TOKENS = 512
@@ -164,6 +161,8 @@ class Codec:
     def __init__(self, name: str, config: Any, source: str, target: str) -> None:
         from transformers import AutoTokenizer
 
+        from clseave_cli.core.models.weights import load
+
         self.tokenizer = load(name, AutoTokenizer.from_pretrained)
         self._name = name
         self._text_prefix = ""
@@ -236,6 +235,7 @@ def _torch_decoder(name: str, codec: Codec, config: TranslateConfig) -> Decoder:
     import torch
     from transformers import AutoModelForSeq2SeqLM
 
+    from clseave_cli.core.models.weights import load
     from clseave_cli.core.training.precision import resolve_device
 
     device = resolve_device(config.device)
@@ -309,6 +309,8 @@ def _converted(name: str, revision: str) -> Path:
     import ctranslate2
     from ctranslate2.converters import TransformersConverter
 
+    from clseave_cli.core.models.weights import first_line, quiet
+
     class Converter(TransformersConverter):  # type: ignore[misc]
         """Reads safetensors only, and finds the language marks of M2M-100.
 
@@ -331,13 +333,13 @@ def _converted(name: str, revision: str) -> Path:
     key = json_digest([name, revision, ctranslate2.__version__])[:16]
     folder = cache_root() / "ctranslate2" / key
     if not folder.is_dir():
-        converter = Converter(name)
         try:
-            with atomic_folder(folder) as aside:
-                converter.convert(str(aside), force=True)
-        except _LOADING_ERRORS as error:
+            with quiet(), atomic_folder(folder) as aside:
+                Converter(name).convert(str(aside), force=True)
+        # Its converters raise whatever they stumble over.
+        except Exception as error:
             raise ModelError(
-                f"{name}: CTranslate2 cannot convert it ({_first_line(error)}); "
+                f"{name}: CTranslate2 cannot convert it ({first_line(error)}); "
                 "try --backend transformers."
             ) from None
     return folder
@@ -362,38 +364,17 @@ def load_config(name: str) -> Any:
     Raises:
         UsageError: it is not a sequence-to-sequence model.
     """
-    import transformers
+    from transformers import AutoConfig
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    config = load(name, transformers.AutoConfig.from_pretrained)
+    from clseave_cli.core.models.weights import load
+
+    config = load(name, AutoConfig.from_pretrained)
     if not config.is_encoder_decoder:
         raise UsageError(
             f"--model {name}: a {config.model_type} model; expected one that translates "
             "(Marian, M2M-100, NLLB, MADLAD-400, …)."
         )
     return config
-
-
-def load(name: str, loader: Callable[..., Any], **arguments: Any) -> Any:
-    """Whatever `loader` loads from a folder or the hub, never running code from there.
-
-    Raises:
-        ModelError: it cannot be loaded.
-    """
-    from safetensors import SafetensorError
-
-    try:
-        return loader(name, trust_remote_code=False, **arguments)
-    except (SafetensorError, *_LOADING_ERRORS) as error:
-        raise ModelError(
-            f"{name}: cannot be loaded ({_first_line(error)}); expected a Hugging Face folder with "
-            "safetensors weights (pickled ones are not read) and a tokenizer."
-        ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [repr(error)])[0][:200]
 
 
 def _has_ctranslate2() -> bool:

@@ -17,6 +17,10 @@ from clseave_cli.core.files import atomic_file, file_digest, sweep
 from clseave_cli.core.translation.memory import Entry, Memory
 from clseave_cli.errors import DataError
 
+#: What `write_file` counts, besides the marks of each check, and the lists it writes.
+COUNTS = ("rows", "unchanged", "failed", "dropped", "suspect")
+LISTS = ("failed", "rejected", "suspect")
+
 
 class Outputs:
     """Replaces files, but none that `translate` did not write or that was changed since.
@@ -115,10 +119,7 @@ def write_file(
     stem, _ = split_name(target)
     # Whoever holds the target's lock is alone with its lists, too.
     sweep(target.parent, rf"{re.escape(stem)}\.(failed|rejected|suspect|review)\.\w+")
-    lists = {
-        name: _RowList(target.with_name(f"{stem}.{name}.jsonl"), outputs)
-        for name in ("failed", "rejected", "suspect")
-    }
+    lists = {name: _RowList(target.with_name(f"{stem}.{name}.jsonl"), outputs) for name in LISTS}
     sample = Sample(config.review, config.seed, source.name)
     counts: Counter[str] = Counter()
     paths = {}
