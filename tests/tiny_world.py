@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -169,9 +170,44 @@ def tree(folder: Path) -> dict[str, bytes]:
     }
 
 
+def metrics_of(folder: Path) -> list[dict]:
+    """What a run's metrics.jsonl says, times apart."""
+    return [
+        {key: value for key, value in record.items() if key != "pairs_per_second"}
+        for record in read_jsonl(folder / "metrics.jsonl")
+    ]
+
+
+def model_files(folder: Path) -> dict[str, bytes]:
+    """What a stage made, its card and record apart."""
+    files = tree(folder)
+    return {n: c for n, c in files.items() if not n.startswith("training/") and n != "README.md"}
+
+
+def write_captions(world: Path, folder: Path) -> Path:
+    """Captions of the world's photos, for `pretrain`."""
+    folder.mkdir()
+    for split in ("train", "dev"):
+        rows = read_jsonl(world / f"snli_ve_{split}.jsonl")
+        captions = [{"image": r["Flickr30K_ID"], "caption": r["sentence2"]} for r in rows]
+        write_jsonl(folder / f"captions_{split}.jsonl", captions)
+    return folder
+
+
 def weights(folder: Path) -> dict[str, bytes]:
     """The bytes of every weight file of a model folder."""
     return {name: data for name, data in tree(folder).items() if name.endswith(".safetensors")}
+
+
+def reseal(folder: Path, format_name: str, *, without: Sequence[str] = (), **changes: Any) -> None:
+    """Makes a model folder sound again after its files, or keys of its config, were changed."""
+    from clseave_cli.core.models.folder import seal
+
+    config = json.loads((folder / "config.json").read_bytes()) | changes
+    (folder / "config.json").unlink()
+    for key in ("format", "format_version", "files", "fingerprint", "clseave_version", *without):
+        config.pop(key, None)
+    seal(folder, format_name, config)
 
 
 def flip_byte(path: Path, place: float = 0.5) -> None:
