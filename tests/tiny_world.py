@@ -9,7 +9,9 @@ import multiprocessing
 import os
 import signal
 import socket
+import struct
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -147,6 +149,19 @@ def sentences(folder: Path) -> list[str]:
         for path in sorted(folder.glob("snli_ve_train*.jsonl"))
         for row in read_jsonl(path)
     ]
+
+
+def png(width: int, height: int, rows: bytes = bytes(1000)) -> bytes:
+    """A PNG whose header may promise anything, with so many bytes of rows."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        checksum = zlib.crc32(kind + body)
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(rows, 9)
+    ends = chunk(b"IHDR", header), chunk(b"IDAT", pixels), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(ends)
 
 
 def enlarge_weights(folder: Path, factor: float) -> None:
