@@ -102,35 +102,6 @@ def test_what_is_complete_is_left_alone(source, trained, tmp_path, monkeypatch):
     assert target.read_bytes() == before
 
 
-def _ask_for_other_rows(source, refused):
-    """In another language, with rows gone at the end, and with one gone in the middle.
-
-    Args:
-        source: the rows that were answered.
-        refused: resumes, and asserts that the row of a number is refused.
-    """
-    refused(1, lang="nl")
-    rows = source.read_text().splitlines(keepends=True)
-    source.write_text("".join(rows[:30]))
-    refused(31)
-    source.write_text("".join(rows[:3] + rows[4:]))
-    refused(4)
-
-
-def test_the_answers_of_another_run_are_not_continued(source, trained, tmp_path):
-    target, partial = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.partial"
-    predict_file(_config(trained), source, target)
-    answers = target.read_bytes().splitlines(keepends=True)
-
-    def refused(number, **options):
-        partial.write_bytes(b"".join(answers))
-        with pytest.raises(UsageError, match=rf"partial:{number}: answers another row"):
-            predict_file(_config(trained, resume=True, **options), source, target)
-        assert partial.read_bytes() == b"".join(answers)
-
-    _ask_for_other_rows(source, refused)
-
-
 def test_a_finished_file_gets_the_answers_of_added_rows(source, trained, tmp_path, monkeypatch):
     whole, target = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
     done = predict_file(_config(trained), source, whole)
@@ -169,23 +140,31 @@ def test_a_damaged_finished_file_is_refused_and_left_alone(source, trained, tmp_
     assert not (tmp_path / "answers.jsonl.partial").exists()
 
 
-def test_a_finished_file_of_another_run_is_refused_and_left_alone(
-    source, trained, tmp_path, clseave
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_the_answers_of_another_run_are_refused_and_left_alone(
+    source, trained, tmp_path, clseave, is_finished
 ):
-    target = tmp_path / "answers.jsonl"
+    """In another language, with rows gone at the end, and with one gone in the middle."""
+    target, partial = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.partial"
     predict_file(_config(trained), source, target)
-    before = target.read_bytes()
+    answers, left = target.read_bytes(), target if is_finished else partial
 
     def refused(number, lang="de"):
+        left.write_bytes(answers)
         code, _, err = clseave(
             "predict", "--input", source, "--output", target, "--runs", trained,
             "--lang", lang, "--resume",
         )  # fmt: skip
-        assert code == 1 and f"answers.jsonl:{number}: answers another row" in err
-        assert target.read_bytes() == before
-        assert not (tmp_path / "answers.jsonl.partial").exists()
+        assert code == (1 if is_finished else 2)
+        assert f"{left.name}:{number}: answers another row" in err
+        assert left.read_bytes() == answers and partial.exists() == (not is_finished)
 
-    _ask_for_other_rows(source, refused)
+    refused(1, lang="nl")
+    rows = source.read_text().splitlines(keepends=True)
+    source.write_text("".join(rows[:30]))
+    refused(31)
+    source.write_text("".join(rows[:3] + rows[4:]))
+    refused(4)
 
 
 def test_rows_without_an_answer_are_no_answers(source, trained, tmp_path):

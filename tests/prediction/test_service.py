@@ -26,7 +26,7 @@ from starlette.testclient import TestClient
 
 from clseave_cli.commands import serve as serve_command
 from clseave_cli.core.config import ServeConfig
-from clseave_cli.core.prediction import inference, predictor, service
+from clseave_cli.core.prediction import inference, service
 from clseave_cli.core.prediction.service import create_app
 from clseave_cli.errors import ExtraMissing
 
@@ -108,14 +108,6 @@ def test_a_photo_asked_about_again_is_neither_decoded_nor_encoded(serve, model):
     first, second = ask(client), ask(client, hypothesis="Another one.")
     assert first.json()["probabilities"] == second.json()["probabilities"]
     assert (model.num_prepared, model.image_batches) == (1, [1])
-
-
-def test_the_oldest_photos_are_forgotten(serve, model, monkeypatch):
-    monkeypatch.setattr(predictor, "_KEPT_IMAGES", 2)
-    client = serve()
-    for red in (0, 100, 200, 0):
-        ask(client, picture((red, 0, 0)))
-    assert model.num_prepared == 4
 
 
 def test_more_requests_than_may_wait_are_turned_away(serve, model):
