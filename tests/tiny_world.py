@@ -176,6 +176,20 @@ def enlarge_weights(folder: Path, factor: float) -> None:
     save_file(tensors, path, {"format": "pt"})
 
 
+def quick_align(
+    data: Path, runs: Path, trained: Path, encoder: Path, *languages: str, **options: Any
+) -> Any:
+    """`align` for an epoch, against the teacher in `trained`; `progress` is among the options."""
+    from clseave_cli.core.alignment import align
+    from clseave_cli.core.config import AlignConfig
+    from clseave_cli.progress import SILENT
+
+    progress = options.pop("progress", SILENT)
+    defaults = {"epochs": 1, "teacher": trained / "clip-ve", **QUICK}
+    shared = {"data": str(data), "runs": runs, "lang": languages, "student": str(encoder)}
+    return align(AlignConfig(**shared, **(defaults | options)), progress)
+
+
 def tree(folder: Path) -> dict[str, bytes]:
     """The bytes of every file in a folder."""
     return {
