@@ -1,7 +1,6 @@
 """Word alignment one sentence pair at a time: what the batched extraction must equal.
 
-Written after section 2 of Dou and Neubig (2021): once number by number, and once with the tensor
-operations that its authors' tool applies to each pair.
+Written after section 2 of Dou and Neubig (2021), number by number.
 """
 
 from __future__ import annotations
@@ -44,18 +43,6 @@ def softmax(scores: list[float]) -> list[float]:
     highest = max(scores)
     parts = [math.exp(score - highest) for score in scores]
     return [part / sum(parts) for part in parts]
-
-
-def link_words_with_tensors(
-    source: Tensor, target: Tensor, source_words: list[int], target_words: list[int],
-    threshold: float,
-) -> set[tuple[int, int]]:  # fmt: skip
-    """The same with tensors: (S, H) and (T, H) states of one pair."""
-    similarity = torch.matmul(source, target.transpose(-1, -2))
-    forward = torch.nn.Softmax(dim=-1)(similarity)
-    backward = torch.nn.Softmax(dim=-2)(similarity)
-    linked = (forward > threshold) * (backward > threshold)
-    return {(source_words[i], target_words[j]) for i, j in torch.nonzero(linked).tolist()}
 
 
 @torch.no_grad()

@@ -236,61 +236,52 @@ def _bert(folder: Path, sentences: Iterable[str]) -> Path:
     return folder
 
 
-def _distilbert(folder: Path, sentences: Iterable[str]) -> Path:
-    from transformers import DistilBertConfig, DistilBertModel
+def _student(
+    kind: str,
+    save_tokenizer: Callable[[Path, Iterable[str]], Any],
+    tower: dict[str, Any] = _TOWER | _NO_DROPOUT,
+    max_positions: int = MAX_TOKENS,
+    pooling: dict[str, bool] | None = None,
+    **shape: Any,
+) -> Callable[[Path, Iterable[str]], Path]:
+    """Makes a small encoder of a kind, such as `Bert`, whose weights are seeded.
 
-    tokenizer = _save_bert_tokenizer(folder, sentences)
-    torch.manual_seed(0)
-    config = DistilBertConfig(
-        vocab_size=len(tokenizer), max_position_embeddings=MAX_TOKENS, n_layers=2, n_heads=2,
-        dim=32, hidden_dim=64, dropout=0.0, attention_dropout=0.0,
-        pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    return _save(folder, DistilBertModel(config), factor=9.0)
+    Args:
+        kind: the first part of the names of its classes in transformers.
+        save_tokenizer: writes its tokenizer.
+        tower: width, layers and heads by the names that its configuration has for them.
+        max_positions: rows of its position table.
+        pooling: whether it is saved with a pooling layer, where its class can be told.
+        shape: what else its configuration needs.
+    """
 
+    def make(folder: Path, sentences: Iterable[str]) -> Path:
+        import transformers
 
-def _labse(folder: Path, sentences: Iterable[str]) -> Path:
-    """LaBSE is a BERT, saved with its pooling layer."""
-    from transformers import BertConfig, BertModel
+        tokenizer = save_tokenizer(folder, sentences)
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{kind}Config")(
+            **tower,
+            vocab_size=len(tokenizer),
+            max_position_embeddings=max_positions,
+            pad_token_id=tokenizer.pad_token_id,
+            **shape,
+        )
+        model = getattr(transformers, f"{kind}Model")(config, **pooling or {})
+        return _save(folder, model, factor=9.0)
 
-    tokenizer = _save_bert_tokenizer(folder, sentences)
-    torch.manual_seed(0)
-    config = BertConfig(
-        **_TOWER,
-        **_NO_DROPOUT,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=MAX_TOKENS,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return _save(folder, BertModel(config), factor=9.0)
-
-
-def _xlm_roberta(folder: Path, sentences: Iterable[str]) -> Path:
-    from transformers import XLMRobertaConfig, XLMRobertaModel
-
-    config = _roberta_config(folder, sentences, XLMRobertaConfig)
-    return _save(folder, XLMRobertaModel(config, add_pooling_layer=False), factor=9.0)
-
-
-def _data2vec(folder: Path, sentences: Iterable[str]) -> Path:
-    """Its positions start where RoBERTa's do; saved with its pooling layer."""
-    from transformers import Data2VecTextConfig, Data2VecTextModel
-
-    config = _roberta_config(folder, sentences, Data2VecTextConfig)
-    return _save(folder, Data2VecTextModel(config), factor=9.0)
+    return make
 
 
-def _roberta_config(folder: Path, sentences: Iterable[str], config_class: Any) -> Any:
-    """Writes RoBERTa's tokenizer; the shape of a model to go with it, whose weights are seeded."""
-    tokenizer = _save_roberta_tokenizer(folder, sentences)
-    torch.manual_seed(0)
-    return config_class(
-        **_TOWER,
-        **_NO_DROPOUT,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=MAX_TOKENS + 2,
-        type_vocab_size=1,
-    )
+def _save_deberta_tokenizer(folder: Path, sentences: Iterable[str]) -> Any:
+    tokens = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    special = {**tokens, "unk_token": "[UNK]"}
+    return save_word_tokenizer(folder, sentences, special=special, template="[CLS] $A [SEP]")
+
+
+def _save_mmbert_tokenizer(folder: Path, sentences: Iterable[str]) -> Any:
+    template = "<bos> $A <eos>"
+    return save_word_tokenizer(folder, sentences, special=_GEMMA_TOKENS, template=template)
 
 
 def new_mpnet(
@@ -311,62 +302,37 @@ def new_mpnet(
     return _save(folder, MPNetModel(config, add_pooling_layer=False), factor=9.0)
 
 
-def _mdeberta(folder: Path, sentences: Iterable[str]) -> Path:
-    """As mDeBERTa-v3: relative positions only, in buckets, shared with the content."""
-    from transformers import DebertaV2Config, DebertaV2Model
-
-    special = {
-        "pad_token": "[PAD]",
-        "cls_token": "[CLS]",
-        "sep_token": "[SEP]",
-        "unk_token": "[UNK]",
-    }
-    tokenizer = save_word_tokenizer(folder, sentences, special=special, template="[CLS] $A [SEP]")
-    torch.manual_seed(0)
-    config = DebertaV2Config(
-        **_TOWER,
-        **_NO_DROPOUT,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=MAX_TOKENS,
-        relative_attention=True,
-        position_buckets=8,
-        norm_rel_ebd="layer_norm",
-        share_att_key=True,
-        pos_att_type="p2c|c2p",
-        position_biased_input=False,
-        type_vocab_size=0,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return _save(folder, DebertaV2Model(config), factor=9.0)
-
-
-def _mmbert(folder: Path, sentences: Iterable[str]) -> Path:
-    """As mmBERT: a ModernBERT with Gemma's special tokens, and windows shorter than a text."""
-    from transformers import ModernBertConfig, ModernBertModel
-
-    tokenizer = save_word_tokenizer(
-        folder, sentences, special=_GEMMA_TOKENS, template="<bos> $A <eos>"
-    )
-    torch.manual_seed(0)
-    config = ModernBertConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=4,
-        num_attention_heads=2, max_position_embeddings=MAX_TOKENS, local_attention=8,
-        pad_token_id=0, eos_token_id=1, bos_token_id=2, cls_token_id=2, sep_token_id=1,
-    )  # fmt: skip
-    return _save(folder, ModernBertModel(config), factor=9.0)
-
-
 #: mDeBERTa takes no mask of pairs of tokens, MPNet's bias looks across sentences.
 CANNOT_BE_PACKED = ("mDeBERTa", "MPNet")
 
+_NO_POOLING = {"add_pooling_layer": False}
 #: Students by the name their likes are known by.
 STUDENTS: dict[str, Callable[[Path, Iterable[str]], Path]] = {
     "mBERT": _bert,
-    "DistilmBERT": _distilbert,
-    "XLM-R": _xlm_roberta,
-    "data2vec": _data2vec,
-    "LaBSE": _labse,
+    "DistilmBERT": _student(
+        "DistilBert", _save_bert_tokenizer,
+        {"n_layers": 2, "n_heads": 2, "dim": 32, "hidden_dim": 64, "dropout": 0.0,
+         "attention_dropout": 0.0},
+    ),
+    # Positions of these two start where RoBERTa's do; data2vec is saved with its pooling layer.
+    "XLM-R": _student("XLMRoberta", _save_roberta_tokenizer, max_positions=MAX_TOKENS + 2,
+                      pooling=_NO_POOLING, type_vocab_size=1),
+    "data2vec": _student("Data2VecText", _save_roberta_tokenizer, max_positions=MAX_TOKENS + 2,
+                         type_vocab_size=1),
+    # A BERT, saved with its pooling layer.
+    "LaBSE": _student("Bert", _save_bert_tokenizer),
     "MPNet": new_mpnet,
-    "mDeBERTa": _mdeberta,
-    "mmBERT": _mmbert,
-}
+    # As mDeBERTa-v3: relative positions only, in buckets, shared with the content.
+    "mDeBERTa": _student(
+        "DebertaV2", _save_deberta_tokenizer, relative_attention=True, position_buckets=8,
+        norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type="p2c|c2p",
+        position_biased_input=False, type_vocab_size=0,
+    ),
+    # A ModernBERT with Gemma's special tokens, and windows shorter than a text.
+    "mmBERT": _student(
+        "ModernBert", _save_mmbert_tokenizer,
+        {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+         "num_attention_heads": 2},
+        local_attention=8, eos_token_id=1, bos_token_id=2, cls_token_id=2, sep_token_id=1,
+    ),
+}  # fmt: skip

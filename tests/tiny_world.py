@@ -9,10 +9,13 @@ import multiprocessing
 import os
 import signal
 import socket
+import struct
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -148,6 +151,19 @@ def sentences(folder: Path) -> list[str]:
     ]
 
 
+def png(width: int, height: int, rows: bytes = bytes(1000)) -> bytes:
+    """A PNG whose header may promise anything, with so many bytes of rows."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        checksum = zlib.crc32(kind + body)
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(rows, 9)
+    ends = chunk(b"IHDR", header), chunk(b"IDAT", pixels), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(ends)
+
+
 def enlarge_weights(folder: Path, factor: float) -> None:
     """Makes random weights larger, so that different sentences get clearly different embeddings."""
     from safetensors.torch import load_file, save_file
@@ -160,6 +176,20 @@ def enlarge_weights(folder: Path, factor: float) -> None:
     save_file(tensors, path, {"format": "pt"})
 
 
+def quick_align(
+    data: Path, runs: Path, trained: Path, encoder: Path, *languages: str, **options: Any
+) -> Any:
+    """`align` for an epoch, against the teacher in `trained`; `progress` is among the options."""
+    from clseave_cli.core.alignment import align
+    from clseave_cli.core.config import AlignConfig
+    from clseave_cli.progress import SILENT
+
+    progress = options.pop("progress", SILENT)
+    defaults = {"epochs": 1, "teacher": trained / "clip-ve", **QUICK}
+    shared = {"data": str(data), "runs": runs, "lang": languages, "student": str(encoder)}
+    return align(AlignConfig(**shared, **(defaults | options)), progress)
+
+
 def tree(folder: Path) -> dict[str, bytes]:
     """The bytes of every file in a folder."""
     return {
@@ -169,9 +199,44 @@ def tree(folder: Path) -> dict[str, bytes]:
     }
 
 
+def metrics_of(folder: Path) -> list[dict]:
+    """What a run's metrics.jsonl says, times apart."""
+    return [
+        {key: value for key, value in record.items() if key != "pairs_per_second"}
+        for record in read_jsonl(folder / "metrics.jsonl")
+    ]
+
+
+def model_files(folder: Path) -> dict[str, bytes]:
+    """What a stage made, its card and record apart."""
+    files = tree(folder)
+    return {n: c for n, c in files.items() if not n.startswith("training/") and n != "README.md"}
+
+
+def write_captions(world: Path, folder: Path) -> Path:
+    """Captions of the world's photos, for `pretrain`."""
+    folder.mkdir()
+    for split in ("train", "dev"):
+        rows = read_jsonl(world / f"snli_ve_{split}.jsonl")
+        captions = [{"image": r["Flickr30K_ID"], "caption": r["sentence2"]} for r in rows]
+        write_jsonl(folder / f"captions_{split}.jsonl", captions)
+    return folder
+
+
 def weights(folder: Path) -> dict[str, bytes]:
     """The bytes of every weight file of a model folder."""
     return {name: data for name, data in tree(folder).items() if name.endswith(".safetensors")}
+
+
+def reseal(folder: Path, format_name: str, *, without: Sequence[str] = (), **changes: Any) -> None:
+    """Makes a model folder sound again after its files, or keys of its config, were changed."""
+    from clseave_cli.core.models.folder import seal
+
+    config = json.loads((folder / "config.json").read_bytes()) | changes
+    (folder / "config.json").unlink()
+    for key in ("format", "format_version", "files", "fingerprint", "clseave_version", *without):
+        config.pop(key, None)
+    seal(folder, format_name, config)
 
 
 def flip_byte(path: Path, place: float = 0.5) -> None:

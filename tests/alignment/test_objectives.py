@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from tiny_world import QUICK, read_jsonl
+from tiny_world import quick_align, read_jsonl
 
-from clseave_cli.core.alignment import align, objectives
+from clseave_cli.core.alignment import objectives
 from clseave_cli.core.alignment.objectives import SentenceBatch
 from clseave_cli.core.config import AlignConfig
 from clseave_cli.core.models.clip_ve import ClipVE, HeadConfig
@@ -19,15 +19,6 @@ OBJECTIVES = ["mse", "cosine", "mse+cosine", "contrastive"]
 def _batch(teacher, source, **more):
     weights = torch.ones(len(source))
     return SentenceBatch(None, torch.tensor(teacher), torch.tensor(source), weights, **more)
-
-
-def _align(data, runs, trained, encoder, *languages, **options):
-    defaults = {"epochs": 1, "teacher": trained / "clip-ve", **QUICK}
-    return align(
-        AlignConfig(
-            data=str(data), runs=runs, lang=languages, student=str(encoder), **(defaults | options)
-        )
-    )
 
 
 def test_errors_and_cosines_by_hand():
@@ -52,7 +43,7 @@ def test_the_contrastive_loss_is_the_mean_of_two_cross_entropies():
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_pulls_towards_the_teacher(world, tmp_path, trained, encoder, objective):
-    result = _align(
+    result = quick_align(
         world, tmp_path, trained, encoder, "de", objective=objective, epochs=25,
         weight_decay=0.0,
     )  # fmt: skip
@@ -66,8 +57,8 @@ def test_every_objective_pulls_towards_the_teacher(world, tmp_path, trained, enc
 
 def test_mse_alone_learns_as_ever(world, tmp_path, trained, encoder):
     """The objective of the thesis is the default, to the bit."""
-    named = _align(world, tmp_path / "a", trained, encoder, "de", objective="mse")
-    default = _align(world, tmp_path / "b", trained, encoder, "de")
+    named = quick_align(world, tmp_path / "a", trained, encoder, "de", objective="mse")
+    default = quick_align(world, tmp_path / "b", trained, encoder, "de")
     for name in ("projection.safetensors", "encoder/model.safetensors"):
         assert (named.folder / name).read_bytes() == (default.folder / name).read_bytes()
 
@@ -84,8 +75,8 @@ def test_an_objective_that_leaves_lengths_open_needs_a_head_that_does(trained):
 def test_without_images_the_objective_says_what_chooses(data, tmp_path, trained, encoder):
     (data / "images").rename(data / "elsewhere")
     for objective, metric in (("cosine", "cosine"), ("contrastive", "recall_at_10")):
-        result = _align(data, tmp_path / objective, trained, encoder, "de", objective=objective,
-                        epochs=3)  # fmt: skip
+        options = {"objective": objective, "epochs": 3}
+        result = quick_align(data, tmp_path / objective, trained, encoder, "de", **options)
         records = read_jsonl(result.folder / "training" / "metrics.jsonl")
         values = [record["dev"][metric] for record in records if "dev" in record]
         assert result.training.dev[metric] == max(values)
@@ -98,6 +89,6 @@ def test_other_students_can_be_exported(world, tmp_path, runs, encoder, pooling)
     from clseave_cli.core.config import ExportConfig
 
     (runs / "align-de").rename(tmp_path / "old")
-    _align(world, runs, runs, encoder, "de", out=runs / "align-de", pooling=pooling)
+    quick_align(world, runs, runs, encoder, "de", out=runs / "align-de", pooling=pooling)
     result = export(ExportConfig(runs=runs, out=tmp_path / "onnx", lang=("de",)))
     assert result.difference < 1e-4

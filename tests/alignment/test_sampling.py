@@ -12,10 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_world import (
-    QUICK,
     CommandProcess,
     Notes,
     edit_row,
+    metrics_of,
+    quick_align,
     read_jsonl,
     slow_steps,
     start_team,
@@ -25,7 +26,7 @@ from tiny_world import (
 
 from clseave_cli import VisualEntailment
 from clseave_cli.core import alignment
-from clseave_cli.core.alignment import align, corpus
+from clseave_cli.core.alignment import corpus
 from clseave_cli.core.alignment.sampling import Sampler, whole_parts
 from clseave_cli.core.config import AlignConfig, EvaluateConfig
 from clseave_cli.core.data.records import read_split
@@ -174,31 +175,14 @@ def test_parts_are_whole_and_sum_up(weights, total):
 # --- through the command ---
 
 
-def _align(data, runs, trained, encoder, *languages, progress=SILENT, **options):
-    defaults = {"epochs": 1, "teacher": trained / "clip-ve", **QUICK}
-    return align(
-        AlignConfig(
-            data=str(data), runs=runs, lang=languages, student=str(encoder), **(defaults | options)
-        ),
-        progress,
-    )
-
-
-def _figures(folder):
-    return [
-        {key: value for key, value in record.items() if key != "pairs_per_second"}
-        for record in read_jsonl(folder / "training" / "metrics.jsonl")
-    ]
-
-
 def test_dev_figures_are_told_by_language(world, tmp_path, trained, encoder):
-    result = _align(world, tmp_path, trained, encoder, "de", "nl", epochs=2)
+    result = quick_align(world, tmp_path, trained, encoder, "de", "nl", epochs=2)
     dev = json.loads((result.folder / "training" / "summary.json").read_text())["dev"]
     assert {name.partition("/")[2] for name in dev} == {"", "de", "nl"}
     for name in ("mse", "accuracy", "recall_at_10", "cosine"):
         assert dev[name] == pytest.approx((dev[f"{name}/de"] + dev[f"{name}/nl"]) / 2)
     assert "accuracy/de" not in (result.folder / "README.md").read_text()
-    single = _align(world, tmp_path / "one", trained, encoder, "de")
+    single = quick_align(world, tmp_path / "one", trained, encoder, "de")
     assert not any("/" in name for name in single.training.dev)
 
 
@@ -222,7 +206,7 @@ def test_self_paced_sampling_resumes_to_the_bit(world, tmp_path, trained, encode
     code, _, err = clseave(*command, "--resume")
     assert code == 0 and "resuming at step" in err
     reference = tmp_path / "whole" / "align-de+nl"
-    assert _figures(out) == _figures(reference)
+    assert metrics_of(out / "training") == metrics_of(reference / "training")
     for name, content in tree(reference).items():
         if name.endswith(".safetensors"):
             assert (out / name).read_bytes() == content
@@ -239,13 +223,17 @@ def test_contrastive_batches_span_processes(world, tmp_path, trained, encoder, c
     assert clseave(*arguments, "--out", tmp_path / "alone")[0] == 0
     team = start_team(*arguments, "--out", str(tmp_path / "team"), folder=tmp_path / "said")
     assert [process.wait() for process in team] == [0, 0], team[0].stderr
-    for own, other in zip(_figures(tmp_path / "team"), _figures(tmp_path / "alone"), strict=True):
+    for own, other in zip(
+        metrics_of(tmp_path / "team" / "training"),
+        metrics_of(tmp_path / "alone" / "training"),
+        strict=True,
+    ):
         assert own["loss"] == pytest.approx(other["loss"], rel=1e-4)
         assert own.get("dev", {}) == pytest.approx(other.get("dev", {}), rel=1e-3, abs=1e-4)
 
 
 def test_english_is_its_own_translation(world, tmp_path, runs, encoder):
-    result = _align(
+    result = quick_align(
         world, runs, runs, encoder, "de", "nl", include_english=True, epochs=60,
         learning_rate=2e-3, weight_decay=0.0, out=runs / "many", select="mse",
     )  # fmt: skip
@@ -283,7 +271,7 @@ def test_the_english_pairs_are_those_of_every_language(world, encoder):
 def test_an_auxiliary_language_is_trained_along_and_does_not_count(
     world, tmp_path, trained, encoder
 ):
-    result = _align(
+    result = quick_align(
         world, tmp_path, trained, encoder, "de", auxiliary=("nl",), auxiliary_weight=0.25
     )
     assert result.languages == ("de",) and result.folder.name == "align-de"
@@ -311,7 +299,7 @@ def test_an_auxiliary_language_is_trained_along_and_does_not_count(
 )
 def test_auxiliary_languages_that_are_none(world, tmp_path, trained, encoder, options, said):
     with pytest.raises(UsageError, match=said.replace(".", r"\.")):
-        _align(world, tmp_path, trained, encoder, "de", **options)
+        quick_align(world, tmp_path, trained, encoder, "de", **options)
 
 
 # --- low resource ---
@@ -336,10 +324,10 @@ def test_a_smaller_limit_is_a_part_of_a_larger_one_and_languages_share_it(world)
 
 
 def test_the_student_learns_from_so_many_sentences(world, tmp_path, trained, encoder):
-    result = _align(world, tmp_path, trained, encoder, "de", "nl", limit=2)
+    result = quick_align(world, tmp_path, trained, encoder, "de", "nl", limit=2)
     assert result.training.pairs == 4
     notes = Notes()
-    result = _align(world, tmp_path / "b", trained, encoder, "de", limit=99, progress=notes)
+    result = quick_align(world, tmp_path / "b", trained, encoder, "de", limit=99, progress=notes)
     assert result.training.pairs == 5
     assert "5 distinct sentences, fewer than --limit 99; all of them are used." in notes.text
 
@@ -358,24 +346,6 @@ def test_a_language_with_no_rows_is_told(data, tmp_path, trained, encoder, refus
         data / "snli_ve_train.nl.jsonl", [row | {"pairID": row["pairID"] + "x"} for row in rows]
     )
     assert "none of its pairIDs occurs in" in refused(*arguments)
-
-
-def test_a_teacher_whose_parts_do_not_fit_is_told(runs, world, encoder, refused, tmp_path):
-    from clseave_cli.core.models.clip_ve import EntailmentHead, HeadConfig
-    from clseave_cli.core.models.folder import seal
-    from clseave_cli.core.models.weights import save_weights
-
-    folder = runs / "clip-ve"
-    head = EntailmentHead(HeadConfig(embedding_dim=24))
-    save_weights(head, folder / "head.safetensors")
-    (folder / "config.json").unlink()
-    seal(folder, "clip-ve", {"languages": ["en"], "head": {"embedding_dim": 24}})
-    error = refused(
-        "align", "--lang", "de", "--data", world, "--runs", tmp_path, "--student", encoder,
-        "--teacher", folder,
-    )  # fmt: skip
-    assert "text tower projects to 16" in error and "head reads 24" in error
-    assert str(folder) in error and not list(tmp_path.glob("align*"))
 
 
 def _texts(data, progress=SILENT, lang=("de", "nl"), **options):
@@ -421,7 +391,7 @@ def test_photos_are_held_out_with_all_their_rows_in_every_language(
     }
     # The default chooses the checkpoint by accuracy on photos that were not trained beside.
     notes = Notes()
-    dev = _align(data, tmp_path, trained, encoder, "de", progress=notes).training.dev
+    dev = quick_align(data, tmp_path, trained, encoder, "de", progress=notes).training.dev
     assert "accuracy" in dev and "holding out 5% of the train photos instead" in notes.text
     # A language of plain text spares the sentences beside the photos of another.
     shutil.copy(data / "snli_ve_dev.jsonl", data / "snli_ve_dev.nl.jsonl")
@@ -516,7 +486,7 @@ def test_held_out_sentences_are_not_trained_on_as_english(
         return add_source(self, source_lang)
 
     monkeypatch.setattr(corpus.Corpus, "add_source", watch)
-    result = _align(
+    result = quick_align(
         plain, tmp_path, trained, encoder, "de", "nl", include_english=True, dev_fraction=0.4,
         limit=3,
     )  # fmt: skip
@@ -545,4 +515,4 @@ def test_too_little_text_to_hold_out(plain, tmp_path, trained, encoder):
     rows = read_jsonl(plain / "snli_ve_train.jsonl")
     write_jsonl(plain / "snli_ve_train.jsonl", [row | {"sentence2": "Same."} for row in rows])
     with pytest.raises(DataError, match="too few to hold out"):
-        _align(plain, tmp_path, trained, encoder, "de")
+        quick_align(plain, tmp_path, trained, encoder, "de")

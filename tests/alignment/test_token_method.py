@@ -10,12 +10,12 @@ import tiny_backbones
 import tiny_world
 import torch
 from safetensors.torch import load_file
-from tiny_world import QUICK, read_jsonl, tree
+from tiny_world import QUICK, quick_align, read_jsonl, tree
 from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer, CLIPTextModelWithProjection
 
 from clseave_cli.commands.options import resolve
-from clseave_cli.core.alignment import align, objectives, token
+from clseave_cli.core.alignment import objectives, token
 from clseave_cli.core.alignment.autoencoding import autoencode
 from clseave_cli.core.alignment.objectives import SentenceObjective, squared_error
 from clseave_cli.core.alignment.token import TokenObjective, TokenPairs
@@ -42,13 +42,8 @@ WORDS = [[(0, 0), (1, 1), (3, 3)], [(0, 3), (3, 1), (2, 0)]]
 
 
 def _align(data, runs, trained, encoder, *languages, **options):
-    defaults = {"epochs": 1, "teacher": trained / "clip-ve", "method": "token", **QUICK}
-    return align(
-        AlignConfig(
-            data=str(data), runs=runs, lang=languages or ("de",), student=str(encoder),
-            **(defaults | options),
-        )
-    )  # fmt: skip
+    options = {"method": "token"} | options
+    return quick_align(data, runs, trained, encoder, *(languages or ("de",)), **options)
 
 
 @pytest.fixture

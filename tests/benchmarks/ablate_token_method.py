@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import sys
 import time
@@ -25,17 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from clseave_cli.core.alignment import align
 from clseave_cli.core.alignment.autoencoding import autoencode
 from clseave_cli.core.config import AlignConfig, AutoencodeConfig, EvaluateConfig
-from clseave_cli.core.data.images import ImageFolder
 from clseave_cli.core.data.records import ENGLISH, join, read_split
 from clseave_cli.core.evaluation.run import evaluate
-from clseave_cli.core.features import Photos, embed_rows, image_features, tokenize_sentences
-from clseave_cli.core.models.clip_ve import ClipVE
-from clseave_cli.core.training.precision import autocast
 from clseave_cli.core.word_alignment.links import Links
 from clseave_cli.core.word_alignment.words import split_words
 
@@ -147,12 +143,26 @@ def write_links(data: Path, lang: str, path: Path) -> None:
     path.write_text("".join(f"{line}\n" for line in lines))
 
 
+def prepare(demo: Path, out: Path, languages: tuple[str, ...], seed: int) -> None:
+    """Word links of every language and both autoencoders, unless they are there."""
+    out.mkdir(parents=True, exist_ok=True)
+    for lang in languages:
+        if not (out / f"{lang}.links").exists():
+            write_links(demo / "data", lang, out / f"{lang}.links")
+    for code in ("relu", "linear"):
+        config = AutoencodeConfig(
+            data=str(demo / "data"), runs=demo / "runs", lang=languages,
+            student=str(demo / "runs" / "encoder"), out=out / f"autoencoder-{code}", code=code,
+            seed=seed, device="cpu", resume=True, **AutoencodeConfig.PRESETS["mini-ve"],
+        )  # fmt: skip
+        autoencode(config)
+
+
 def train_and_measure(
     demo: Path, out: Path, lang: str, seed: int, name: str, options: dict[str, Any]
 ) -> dict[str, float]:
     """One student's accuracy on test, and English's."""
-    slug = name.replace(" ", "-").replace(":", "").replace(",", "")
-    runs = out / f"seed{seed}" / lang / slug
+    runs = out / lang / re.sub("[:,]", "", name).replace(" ", "-")
     finished = runs / "result.json"
     if finished.is_file():
         return json.loads(finished.read_text())
@@ -168,8 +178,8 @@ def train_and_measure(
         device="cpu",
         resume=True,
         **AlignConfig.PRESETS["mini-ve"]
-        | {"alignments": out / f"seed{seed}" / "{lang}.links"}
-        | {"autoencoder": out / f"seed{seed}" / f"autoencoder-{options.get('code')}"}
+        | {"alignments": out / "{lang}.links"}
+        | {"autoencoder": out / f"autoencoder-{options.get('code')}"}
         | options,
     )
     begin = time.monotonic()
@@ -187,26 +197,6 @@ def train_and_measure(
     return result
 
 
-@torch.no_grad()
-def unread_accuracy(demo: Path, seed: int) -> float:
-    """English accuracy on test where every image stands beside another row's sentence.
-
-    It is what chance is here, and more than a third: the image alone tells whether a part is
-    hidden, without which nothing is neutral.
-    """
-    model = ClipVE.from_folder(demo / "runs" / "clip-ve")
-    split = read_split(demo / "data", "test", ENGLISH)
-    fp32 = autocast("fp32", torch.device("cpu"))
-    images = ImageFolder.of(demo / "data", None)
-    premises = image_features(model.image, split, Photos.of(split, images), autocast=fp32).of_rows()
-    hypotheses = embed_rows(
-        model.text, tokenize_sentences(model.text, split.hypotheses, split.where)
-    )
-    others = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
-    labels = torch.from_numpy(split.labels.astype(np.int64))
-    return (model(hypotheses[others], premises).argmax(dim=1) == labels).float().mean().item()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--demo", type=Path, nargs="+", required=True, help="one for each seed")
@@ -215,32 +205,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="*", help="names of rows")
     given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
     demos = given.demo if len(given.demo) > 1 else given.demo * len(given.seed)
     languages = tuple(given.lang)
-    for demo, seed in zip(demos, given.seed, strict=True):
-        (given.out / f"seed{seed}").mkdir(exist_ok=True)
-        for lang in languages:
-            links = given.out / f"seed{seed}" / f"{lang}.links"
-            if not links.exists():
-                write_links(demo / "data", lang, links)
-        for code in ("relu", "linear"):
-            autoencode(
-                AutoencodeConfig(
-                    data=str(demo / "data"),
-                    runs=demo / "runs",
-                    lang=languages,
-                    student=str(demo / "runs" / "encoder"),
-                    out=given.out / f"seed{seed}" / f"autoencoder-{code}",
-                    code=code,
-                    seed=seed,
-                    device="cpu",
-                    resume=True,
-                    **AutoencodeConfig.PRESETS["mini-ve"],
-                )
-            )
-    unread = [unread_accuracy(demo, seed) for demo, seed in zip(demos, given.seed, strict=True)]
-    print(f"Chance (English, each image with another's sentence): {spread(unread)}\n")
+    runs = [(d, given.out / f"seed{s}", s) for d, s in zip(demos, given.seed, strict=True)]
+    for demo, out, seed in runs:
+        prepare(demo, out, languages, seed)
     print(f"| | {' | '.join(languages)} | ratio to English | seconds |")
     print("|---|" + "---|" * (len(languages) + 2))
     for name, options in variants().items():
@@ -248,8 +217,7 @@ def main() -> None:
             continue
         found = {
             lang: [
-                train_and_measure(demo, given.out, lang, seed, name, options)
-                for demo, seed in zip(demos, given.seed, strict=True)
+                train_and_measure(demo, out, lang, seed, name, options) for demo, out, seed in runs
             ]
             for lang in languages
         }

@@ -1,15 +1,16 @@
 """`predict` at full size, random weights: how long one answer takes from cold, how many a second.
 
     python tests/benchmarks/bench_predict.py cold --clip-vocabulary DIR --bert-vocabulary FILE \\
-        --pictures DIR --out DIR
+        --pictures DIR --out DIR [--exported DIR …]
     python tests/benchmarks/bench_predict.py batch …the same
 
 ViT-B/16 and mBERT as their configurations define them; DIR of `--clip-vocabulary` holds CLIP's
 vocab.json and merges.txt, FILE is mBERT's vocab.txt, `--pictures` an SNLI-VE folder. The models are
 made once and kept in `--out`.
 
-`cold`: processes that start, answer one question and end, in turn with processes that import torch
-and the two model classes and map the weights; the first of each is dropped.
+`cold`: processes that start, answer one question and end, with torch and with each exported folder,
+in turn with processes that import torch and the two model classes and map the weights; the first of
+each is dropped.
 `batch`: `predict --input --output` beside the same modules called on tensors that are ready, and
 beside transformers' own forward on padded batches, in the same process and in turn.
 """
@@ -34,6 +35,19 @@ from transformers import CLIPVisionModelWithProjection, {text}
 for path in sys.argv[1:]:
     with safe_open(path, "pt") as file:
         weights = [file.get_tensor(name) for name in file.keys()]
+"""
+_PREDICT = """
+import sys
+from clseave_cli.main import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
+"""
+_MEMORY = """
+fields = dict(line.split(":", 1) for line in open("/proc/self/status") if ":" in line)
+peak, private = (int(fields[name].split()[0]) // 1024 for name in ("VmHWM", "RssAnon"))
+print(f"peak {peak} MiB, private {private} MiB", file=sys.stderr)
 """
 
 
@@ -80,7 +94,7 @@ def rows(arguments: argparse.Namespace, num_images: int, num_sentences: int) -> 
 
 
 def cold(arguments: argparse.Namespace) -> None:
-    """Prints the seconds from start to exit; for the memory see bench_cold.py."""
+    """Prints the seconds from start to exit, and the memory: at its peak, and what is private."""
     runs = models(arguments)
     (row,) = rows(arguments, 1, 1)
     image = runs / "clip-ve" / "image" / "model.safetensors"
@@ -88,27 +102,30 @@ def cold(arguments: argparse.Namespace) -> None:
         (LANG, "BertModel", runs / f"align-{LANG}" / "encoder" / "model.safetensors"),
         ("en", "CLIPTextModelWithProjection", runs / "clip-ve" / "text" / "model.safetensors"),
     ):
-        commands = {
-            "bare": ["-c", _BARE.format(text=text), str(image), str(weights)],
-            "predict": [
-                "-m", "clseave_cli", "predict", row["image"], row["hypothesis"],
-                "--lang", lang, "--runs", str(runs), "--json",
-            ],
-        }  # fmt: skip
+        question = ["predict", row["image"], row["hypothesis"], "--lang", lang, "--json", "--runs"]
+        commands = {"bare": [_BARE.format(text=text), image, weights]} | {
+            folder.name: [_PREDICT, *question, folder] for folder in (runs, *arguments.exported)
+        }
         seconds: dict[str, list[float]] = {name: [] for name in commands}
+        memory: dict[str, str] = {}
         for repeat in range(arguments.repeats + 1):
             for name, command in commands.items():
                 begin = time.perf_counter()
-                subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL, check=True)
+                done = subprocess.run(
+                    [sys.executable, "-c", command[0] + _MEMORY, *map(str, command[1:])],
+                    capture_output=True, text=True, check=True,
+                )  # fmt: skip
                 if repeat:
                     seconds[name].append(time.perf_counter() - begin)
-        middle = {name: statistics.median(values) for name, values in seconds.items()}
-        for name in commands:
+                memory[name] = done.stderr.splitlines()[-1]
+        for name, values in seconds.items():
             print(
-                f"{lang} {name:<8} {middle[name]:6.2f} s "
-                f"({min(seconds[name]):.2f} to {max(seconds[name]):.2f}, {arguments.repeats} runs)"
+                f"{lang} {name:<12} {statistics.median(values):6.2f} s "
+                f"({min(values):.2f} to {max(values):.2f}, {arguments.repeats} runs; "
+                f"{statistics.median(values) / statistics.median(seconds['bare']):.2f} of bare) · "
+                f"{memory[name]}",
+                flush=True,
             )
-        print(f"{lang} predict / bare: {middle['predict'] / middle['bare']:.2f}", flush=True)
 
 
 def batch(arguments: argparse.Namespace) -> None:
@@ -189,6 +206,7 @@ def main() -> None:
     parser.add_argument("benchmark", choices=("cold", "batch"))
     for name in ("clip-vocabulary", "bert-vocabulary", "pictures", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--exported", type=Path, nargs="*", default=[])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--images", type=int, default=16)
     arguments = parser.parse_args()

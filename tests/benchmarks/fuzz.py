@@ -39,7 +39,6 @@ from clseave_cli import main as command
 from clseave_cli.core.alignment import align
 from clseave_cli.core.config import AlignConfig, ExportConfig, FinetuneConfig
 from clseave_cli.core.finetuning import finetune
-from clseave_cli.core.models.folder import seal
 from clseave_cli.core.models.scratch import ClipShape, new_clip, new_encoder
 from clseave_cli.core.prediction.export import export
 
@@ -249,12 +248,7 @@ class Run:
         if self.fuzzer.random.random() < 0.5:
             for path in [*runs.glob("config.json"), *runs.glob("*/config.json")]:
                 with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-                    config = json.loads(path.read_bytes())
-                    kind = config.pop("format")
-                    for key in ("format_version", "files", "fingerprint", "clseave_version"):
-                        config.pop(key, None)
-                    path.unlink()
-                    seal(path.parent, kind, config)
+                    tiny_world.reseal(path.parent, json.loads(path.read_bytes())["format"])
         image = self.world / "images" / "test0.png"
         arguments = ["predict", image, "Das ist rot.", "--lang", "de", "--runs", runs]
         self.command(f"{'exported' if exported else 'model'} folder", 1, arguments)
@@ -323,14 +317,8 @@ class Run:
         (self.folder / "memory.sqlite").unlink(missing_ok=True)
         suspect = self.fuzzer.random.choice(("keep", "drop", "retry"))
         arguments = ["translate", "--lang", "fr", "--data", data, "--split", "test"]
-        arguments += [
-            "--engine",
-            "file",
-            "--translations",
-            translations,
-            "--memory",
-            self.folder / "memory.sqlite",
-        ]
+        arguments += ["--engine", "file", "--translations", translations]
+        arguments += ["--memory", self.folder / "memory.sqlite"]
         self.command(f"translate {kind}", 1, [*arguments, "--on-suspect", suspect])
 
 

@@ -18,12 +18,10 @@ import json
 import random
 import resource
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
 import time
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -31,6 +29,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tiny_world import png
 
 _BOUNDARY = "clseave-load"
 _NO_ANSWER = 0
@@ -64,23 +66,6 @@ def photo(seed: int, size: tuple[int, int] = (640, 480)) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC).save(stream, "JPEG")
     return stream.getvalue()
-
-
-def png(width: int, height: int, rows: bytes) -> bytes:
-    """A PNG whose header may promise anything."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        )
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(rows, 9))
-        + chunk(b"IEND", b"")
-    )
 
 
 class Load:

@@ -64,6 +64,7 @@ def test_a_data_set_is_written_out_once_as_an_ordinary_folder(tmp_path, hub):
     ]
     train = read_split(folder, "train", labelled=False)
     assert train.labels.tolist() == [0, 2, -1]
+    assert train.image_index.tolist() == [0, 1, 0]  # a photo of several rows stays one photo
     assert train.hypotheses == ["Satz 0 über red", "Satz 1 über green", "Satz 2 über red"]
     images = ImageFolder.of(folder, None)
     colours = [
@@ -75,11 +76,6 @@ def test_a_data_set_is_written_out_once_as_an_ordinary_folder(tmp_path, hub):
 
     assert data_folder("hf:org/ve", root=tmp_path) == folder
     assert hub == ["org/ve"]
-
-
-def test_a_photo_of_several_rows_stays_one_photo(tmp_path, hub):
-    train = read_split(data_folder("hf:org/ve", root=tmp_path), "train", labelled=False)
-    assert train.image_index.tolist() == [0, 1, 0]
 
 
 def test_a_photo_in_two_splits_of_the_hub_is_a_leak(tmp_path, monkeypatch):

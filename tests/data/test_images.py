@@ -1,13 +1,11 @@
 import io
-import struct
 import subprocess
 import sys
-import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_world import Notes, write_jsonl
+from tiny_world import Notes, png, write_jsonl
 
 from clseave_cli.core.data.images import FORMATS, ImageFolder, open_image
 from clseave_cli.core.data.records import read_split
@@ -84,27 +82,13 @@ def test_what_is_no_image_is_refused(tmp_path):
         open_image(tmp_path)
 
 
-def _png_that_claims(width, height):
-    def chunk(kind, content):
-        checksum = zlib.crc32(kind + content)
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
-        + chunk(b"IEND", b"")
-    )
-
-
 @pytest.mark.parametrize("size", [(60_000, 60_000), (10_000, 10_000)])
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, size):
     # The first is over twice Pillow's limit, the second over once, where Pillow only warns.
     limit = Image.MAX_IMAGE_PIXELS
     assert size[0] * size[1] > limit
     path = tmp_path / "bomb.png"
-    path.write_bytes(_png_that_claims(*size))
+    path.write_bytes(png(*size))
     with pytest.raises(DataError, match=rf"bomb.png: more pixels than the limit of {limit}; scale"):
         open_image(path)
 

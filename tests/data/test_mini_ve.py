@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
+from tiny_world import read_jsonl, tree
 
 from clseave_cli.core.data.mini_ve import MiniVE, Sizes, generate
 from clseave_cli.core.data.mini_ve.generation import sample_scenes
@@ -45,13 +46,9 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return generate(tmp_path_factory.mktemp("mini-ve") / "world", seed=seed, sizes=SIZES)
 
 
-def read_lines(path: Path) -> Rows:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def rows_of(world: MiniVE, split: str, language: str = "en") -> Rows:
     suffix = "" if language == "en" else f".{language}"
-    return read_lines(world.folder / f"snli_ve_{split}{suffix}.jsonl")
+    return read_jsonl(world.folder / f"snli_ve_{split}{suffix}.jsonl")
 
 
 # --- an independent reading of the English ------------------------------------------------------
@@ -235,7 +232,7 @@ def test_captions_tell_the_truth(world: MiniVE) -> None:
         for row in rows_of(world, split)
     }
     for split in ("train", "dev"):
-        lines = read_lines(world.folder / f"captions_{split}.jsonl")
+        lines = read_jsonl(world.folder / f"captions_{split}.jsonl")
         assert len(lines) == world.num_captions[split] == 4 * world.num_scenes[split]
         complete: Counter[str] = Counter()
         for line in lines:
@@ -273,14 +270,6 @@ def test_the_report_counts_what_is_written(world: MiniVE) -> None:
 # --- how it is written --------------------------------------------------------------------------
 
 
-def contents_of(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
 class Counting:
     """A `Progress` that adds up."""
 
@@ -307,15 +296,15 @@ def test_a_seed_gives_the_same_bytes_and_another_seed_other_scenes(tmp_path: Pat
     first = generate(tmp_path / "a", seed=7, sizes=SMALL, progress=progress)
     assert progress.done == progress.total == 130
     generate(tmp_path / "b", seed=7, sizes=SMALL)
-    assert contents_of(tmp_path / "a") == contents_of(tmp_path / "b")
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
     # An older world is not written over: somebody may have put files of theirs into it.
     with pytest.raises(UsageError, match="is there already"):
         generate(tmp_path / "b", seed=8, sizes=SMALL)
-    assert contents_of(tmp_path / "a") == contents_of(tmp_path / "b")
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
     second = generate(tmp_path / "c", seed=8, sizes=SMALL)
     assert first.num_scenes == second.num_scenes
     assert not set(sample_scenes(7, SMALL)["train"]) & set(sample_scenes(8, SMALL)["test"])
-    assert contents_of(tmp_path / "a") != contents_of(tmp_path / "c")
+    assert tree(tmp_path / "a") != tree(tmp_path / "c")
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path) -> None:

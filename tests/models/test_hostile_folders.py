@@ -2,17 +2,18 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_world import reseal
 
 from clseave_cli import VisualEntailment
 from clseave_cli.core.models.backbones import load_clip, load_encoder
 from clseave_cli.core.models.clip_ve import ClipVE
-from clseave_cli.core.models.folder import seal
 from clseave_cli.core.models.student import find_students, load_student
 from clseave_cli.errors import ClseaveError, ModelError
 
@@ -20,10 +21,7 @@ from clseave_cli.errors import ClseaveError, ModelError
 @pytest.fixture
 def folder(tmp_path, encoder):
     """A copy of a tiny encoder, to spoil."""
-    (tmp_path / "model").mkdir()
-    for path in encoder.iterdir():
-        (tmp_path / "model" / path.name).write_bytes(path.read_bytes())
-    return tmp_path / "model"
+    return shutil.copytree(encoder, tmp_path / "model")
 
 
 def _edit(path, change):
@@ -36,14 +34,6 @@ def _edit(path, change):
 def _configure(folder, **changes):
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def _reseal(folder, format_name, **changes):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").unlink()
-    for key in ("fingerprint", "clseave_version", "files"):
-        del config[key]
-    seal(folder, format_name, config | changes)
 
 
 def _lacks_a_layer(tensors):
@@ -80,8 +70,7 @@ def test_a_head_that_is_left_out_is_no_other_architecture(folder):
 
 @pytest.mark.parametrize("load", [load_clip, ClipVE.from_clip])
 def test_a_clip_model_without_its_towers_is_refused(tmp_path, clip, load):
-    for path in clip.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(clip, tmp_path, dirs_exist_ok=True)
     _edit(
         tmp_path / "model.safetensors",
         lambda tensors: [tensors.pop(name) for name in [*tensors] if ".encoder." in name],
@@ -109,9 +98,9 @@ def test_weights_that_are_not_finite_are_refused(runs, world, refused, part, val
     _edit(runs / part, spoil)
     for name, kind in (("clip-ve", "clip-ve"), ("align-de", "student")):
         if part.startswith(name):
-            _reseal(runs / name, kind)
+            reseal(runs / name, kind)
     if part.startswith("clip-ve"):
-        _reseal(runs / "align-de", "student", teacher=json.loads(
+        reseal(runs / "align-de", "student", teacher=json.loads(
             (runs / "clip-ve" / "config.json").read_text())["fingerprint"])  # fmt: skip
     lang = "en" if part.startswith("clip-ve") else "de"
     image = world / "images" / "test0.png"
@@ -138,7 +127,7 @@ def test_sizes_are_checked_before_anything_is_built(folder, monkeypatch, changes
 
 def test_a_head_larger_than_its_file_is_not_built(runs, monkeypatch):
     folder = runs / "clip-ve"
-    _reseal(folder, "clip-ve", head={"embedding_dim": 2_000_000, "hidden_dim": 128})
+    reseal(folder, "clip-ve", head={"embedding_dim": 2_000_000, "hidden_dim": 128})
     made = []
     initialise = torch.nn.init.kaiming_uniform_
 
@@ -150,7 +139,7 @@ def test_a_head_larger_than_its_file_is_not_built(runs, monkeypatch):
     with pytest.raises(ModelError, match=r"head\.safetensors: does not fit the model"):
         ClipVE.from_folder(folder)
     assert made and all(tensor.is_meta for tensor in made)
-    _reseal(folder, "clip-ve", head={"embedding_dim": 16, "colour": "red"})
+    reseal(folder, "clip-ve", head={"embedding_dim": 16, "colour": "red"})
     with pytest.raises(ModelError, match="not what a clip-ve folder says"):
         ClipVE.from_folder(folder)
 
@@ -190,7 +179,7 @@ def test_control_characters_are_shown_not_obeyed(folder, runs, refused, world, c
     error = refused("align", "--lang", "de", "--student", folder, "--data", world, "--runs", runs)
     assert "\x1b" not in error and r"\x1b[2Jevil" in error
     assert str(ClseaveError("a\rb\x9bc")) == r"a\rb\x9bc"
-    _reseal(runs / "align-nl", "student", languages=["\x1b[2J", "nl"])
+    reseal(runs / "align-nl", "student", languages=["\x1b[2J", "nl"])
     assert set(find_students(runs)) == {"de", "nl"}
 
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny_world import QUICK, flip_byte, read_jsonl, sentences
+from tiny_world import flip_byte, quick_align, read_jsonl, sentences
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModel,
@@ -19,8 +19,6 @@ from transformers import (
 )
 
 from clseave_cli import VisualEntailment
-from clseave_cli.core.alignment import align
-from clseave_cli.core.config import AlignConfig
 from clseave_cli.core.models import vocabulary
 from clseave_cli.core.models.encoders import module_digest
 from clseave_cli.core.models.student import (
@@ -272,11 +270,7 @@ def test_single_characters_by_kind():
 
 
 def _align(world, runs, trained, encoder, **options):
-    config = AlignConfig(
-        data=str(world), runs=runs, lang=("de",), student=str(encoder), epochs=2,
-        teacher=trained / "clip-ve", **(QUICK | options),
-    )  # fmt: skip
-    return align(config)
+    return quick_align(world, runs, trained, encoder, "de", epochs=2, **options)
 
 
 def test_a_trimmed_student_is_the_untrimmed_one_on_its_text(world, tmp_path, trained, encoder):

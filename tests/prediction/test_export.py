@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_world import flip_byte, read_jsonl, tree
+from tiny_world import flip_byte, read_jsonl, reseal, tree
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -19,7 +19,7 @@ pytest.importorskip("onnxruntime")
 from clseave_cli import VisualEntailment
 from clseave_cli.core.config import ExportConfig
 from clseave_cli.core.data.images import Preparation
-from clseave_cli.core.models.folder import peek, seal
+from clseave_cli.core.models.folder import peek
 from clseave_cli.core.prediction import export as exporting
 from clseave_cli.core.prediction import onnx_model
 from clseave_cli.core.prediction.export import export
@@ -228,11 +228,8 @@ def test_a_hostile_folder_is_refused(exported, tmp_path, world, refused, key, va
         os.mkfifo(folder / key)
     else:
         config = peek(folder, onnx_model.FORMAT)
-        (folder / "config.json").unlink()
         value = config[key] | value if key == "preparation" and value else value
-        written = ("format", "format_version", "files", "fingerprint", "clseave_version")
-        kept = {name: config[name] for name in config.keys() - set(written)}
-        seal(folder, onnx_model.FORMAT, kept | {key: value})
+        reseal(folder, onnx_model.FORMAT, **{key: value})
     error = refused("predict", *_pairs(world, "de")[0], "--lang", "de", "--runs", folder)
     assert message in error and "\x1b" not in error
 
@@ -243,11 +240,7 @@ def test_the_teachers_language_is_not_taken_for_another(tmp_path, trained, world
     export(ExportConfig(runs=trained, out=out, lang=("de",)))
     image = world / "images" / "test0.png"
     assert "no model for en" in refused("predict", image, "red", "--runs", out)
-    config = peek(out, onnx_model.FORMAT)
-    written = ("format", "format_version", "files", "fingerprint", "clseave_version")
-    earlier = {key: config[key] for key in config.keys() - {"source_lang", *written}}
-    (out / "config.json").unlink()
-    seal(out, onnx_model.FORMAT, earlier)
+    reseal(out, onnx_model.FORMAT, without=("source_lang",))
     assert "give --lang, or export it again" in refused("predict", image, "red", "--runs", out)
 
 

@@ -5,7 +5,15 @@ import json
 import numpy as np
 import pytest
 from tiny_backbones import CANNOT_BE_PACKED, STUDENTS, TEACHERS, new_siglip, save_word_tokenizer
-from tiny_world import QUICK, read_jsonl, sentences, write_jsonl, write_world
+from tiny_world import (
+    QUICK,
+    read_jsonl,
+    reseal,
+    sentences,
+    write_captions,
+    write_jsonl,
+    write_world,
+)
 
 from clseave_cli import VisualEntailment
 from clseave_cli.core.alignment import align
@@ -125,7 +133,7 @@ def test_a_student_of_any_kind_is_exported(name, world, tmp_path, runs):
 @pytest.mark.parametrize("layout", ["chinese_clip", "altclip"])
 def test_pretraining_goes_on_from_other_layouts(layout, world, tmp_path):
     clip = TEACHERS[layout](tmp_path / "clip", sentences(world))
-    data = _captions(world, tmp_path / "captions")
+    data = write_captions(world, tmp_path / "captions")
     config = PretrainConfig(
         data=data, images=world / "images", clip=str(clip), runs=tmp_path / "runs", epochs=1,
         **QUICK,
@@ -138,7 +146,7 @@ def test_pretraining_goes_on_from_other_layouts(layout, world, tmp_path):
 
 def test_pretraining_refuses_siglip(world, tmp_path, refused):
     new_siglip(tmp_path / "clip", sentences(world))
-    data = _captions(world, tmp_path / "captions")
+    data = write_captions(world, tmp_path / "captions")
     line = refused(
         "pretrain", "--clip", tmp_path / "clip", "--data", data, "--images", world / "images",
         "--runs", tmp_path / "runs",
@@ -168,14 +176,16 @@ def test_bad_teachers_and_students_get_one_line(world, tmp_path, runs, refused):
 
 def test_a_head_of_another_width_is_refused(world, tmp_path, runs, refused):
     from clseave_cli.core.models.clip_ve import EntailmentHead, HeadConfig
-    from clseave_cli.core.models.folder import seal
     from clseave_cli.core.models.weights import save_weights
 
     folder = runs / "clip-ve"
     save_weights(EntailmentHead(HeadConfig(embedding_dim=20)), folder / "head.safetensors")
-    seal(folder, "clip-ve", {"languages": ["en"], "head": {"embedding_dim": 20}})
-    line = refused("align", "--lang", "de", "--data", world, "--runs", runs)
+    reseal(folder, "clip-ve", head={"embedding_dim": 20})
+    line = refused(
+        "align", "--lang", "de", "--data", world, "--runs", tmp_path / "new", "--teacher", folder
+    )
     assert "the text tower projects to 16, the image tower to 16, the head reads 20" in line
+    assert str(folder) in line and not list(tmp_path.glob("new/align*"))
 
 
 # --- a source language other than English ---
@@ -368,14 +378,3 @@ def _picture(world):
     from clseave_cli.core.data.images import open_image
 
     return open_image(world / "images" / "test0.png").resize((50, 35))
-
-
-def _captions(world, folder):
-    folder.mkdir()
-    for split in ("train", "dev"):
-        rows = read_jsonl(world / f"snli_ve_{split}.jsonl")
-        lines = [{"image": row["Flickr30K_ID"], "caption": row["sentence2"]} for row in rows]
-        (folder / f"captions_{split}.jsonl").write_text(
-            "".join(json.dumps(line) + "\n" for line in lines)
-        )
-    return folder

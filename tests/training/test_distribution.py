@@ -8,10 +8,9 @@ import time
 
 import numpy as np
 import pytest
-import tiny_world
 import torch
 from safetensors.torch import load_file
-from tiny_world import read_jsonl, start_team, tree
+from tiny_world import metrics_of, model_files, start_team, write_captions
 
 from clseave_cli.core.files import locked_target
 from clseave_cli.core.training.distribution import Processes, processes
@@ -42,20 +41,8 @@ def _finish(team):
     return codes, [process.stderr for process in team]
 
 
-def _records(folder):
-    return [
-        {key: value for key, value in record.items() if key != "pairs_per_second"}
-        for record in read_jsonl(folder / "training" / "metrics.jsonl")
-    ]
-
-
-def _model(folder):
-    files = tree(folder)
-    return {n: c for n, c in files.items() if not n.startswith("training/") and n != "README.md"}
-
-
 def _assert_close(folder, reference):
-    ours, theirs = _records(folder), _records(reference)
+    ours, theirs = metrics_of(folder / "training"), metrics_of(reference / "training")
     assert len(ours) == len(theirs)
     for own, other in zip(ours, theirs, strict=True):
         # An epoch agrees to rounding; then Adam and BatchNorm make more of it, as much as the
@@ -111,7 +98,7 @@ def test_two_processes_train_as_one_and_survive_each_others_end(stage, tmp_path,
     assert len(shards) >= 2
 
     # Killed, with a state on disk: the other one says so and ends; told to stop: both save.
-    reference = _model(out), _records(out)
+    reference = model_files(out), metrics_of(out / "training")
     out = tmp_path / "again"
     again = [*arguments, "--out", str(out), "--resume", "--checkpoint-minutes", "0"]
     team = start_team(*again, folder=tmp_path / "killed")
@@ -133,7 +120,7 @@ def test_two_processes_train_as_one_and_survive_each_others_end(stage, tmp_path,
     codes, said = _finish(start_team(*again, folder=tmp_path / "resumed"))
     assert codes == [0, 0], said
     assert "resuming at step" in said[0]
-    assert (_model(out), _records(out)) == reference
+    assert (model_files(out), metrics_of(out / "training")) == reference
 
 
 @pytest.mark.parametrize("stage", ["align"], indirect=True)
@@ -148,12 +135,7 @@ def test_a_folder_in_use_is_told_to_all(stage, tmp_path):
 @pytest.mark.parametrize("stage", ["pretrain"], indirect=True)
 def test_contrastive_loss_sees_the_embeddings_of_all(stage, tmp_path, world, clseave):
     name, arguments = stage
-    data = tmp_path / "captions"
-    data.mkdir()
-    for split in ("train", "dev"):
-        rows = read_jsonl(world / f"snli_ve_{split}.jsonl")
-        captions = [{"image": r["Flickr30K_ID"], "caption": r["sentence2"]} for r in rows]
-        tiny_world.write_jsonl(data / f"captions_{split}.jsonl", captions)
+    data = write_captions(world, tmp_path / "captions")
     arguments = [*arguments, "--data", str(data), "--images", str(world / "images")]
     code, _, err = clseave(*arguments, "--out", tmp_path / "alone")
     assert code == 0, err

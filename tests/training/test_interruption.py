@@ -11,7 +11,8 @@ from tiny_world import (
     CommandProcess,
     killed_while_publishing,
     killed_while_saving,
-    read_jsonl,
+    metrics_of,
+    model_files,
     slow_steps,
     small_files,
     tree,
@@ -32,19 +33,6 @@ def _arguments(stage, world, runs, trained, clip, encoder):
 
 
 _NAMES = {"finetune-ve": "clip-ve", "align": "align-de+nl"}
-
-
-def _model(folder):
-    """What a stage made, its card and record apart."""
-    files = tree(folder)
-    return {n: c for n, c in files.items() if not n.startswith("training/") and n != "README.md"}
-
-
-def _records(folder):
-    return [
-        {key: value for key, value in record.items() if key != "pairs_per_second"}
-        for record in read_jsonl(folder / "training" / "metrics.jsonl")
-    ]
 
 
 @pytest.fixture(scope="module", params=["finetune-ve", "align"])
@@ -83,8 +71,8 @@ def _wait_for_steps(process, out, number):
 
 
 def _assert_same(reference, out):
-    assert _model(out) == _model(reference)
-    assert _records(out) == _records(reference)
+    assert model_files(out) == model_files(reference)
+    assert metrics_of(out / "training") == metrics_of(reference / "training")
     assert not out.with_name(out.name + ".partial").exists()
 
 
@@ -116,7 +104,7 @@ def test_a_run_killed_again_and_again_ends_in_the_same_weights(stage, tmp_path, 
     name, arguments, reference = stage
     out = tmp_path / "runs" / _NAMES[name]
     command = [*arguments(tmp_path / "runs"), "--checkpoint-minutes", "0", "--resume"]
-    last = len([r for r in _records(reference) if "dev" not in r])
+    last = len([r for r in metrics_of(reference / "training") if "dev" not in r])
     for kill, steps in enumerate((1, last // 2, last)):
         process = CommandProcess(*command, folder=tmp_path / str(kill), before=slow_steps)
         _wait_for_steps(process, out, steps)

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from tiny_world import Notes, flip_byte, read_jsonl
+from tiny_world import Notes, flip_byte, metrics_of, read_jsonl
 from torch import nn
 from torch.nn import functional
 
@@ -162,19 +163,16 @@ def test_the_best_weights_are_kept_and_patience_stops(tmp_path):
     assert not task.module.training
 
 
-def test_patience_one_stops_at_the_first_rise(tmp_path):
-    task = _Task()
-    task.dev = [1.0, 0.9, 0.95]
-    notes = Notes()
-    result = task.run(tmp_path, epochs=5, patience=1, progress=notes)
-    assert "stopped early: no better dev" in notes.text
-    assert (result.epochs, result.best_epoch) == (3, 2)
-
-
-def test_running_out_of_epochs_is_not_stopping_early(tmp_path):
-    task = _Task()
-    task.dev = [1.0, 1.1]
-    assert not task.run(tmp_path, epochs=2, patience=1).stopped_early
+@pytest.mark.parametrize(
+    ("dev", "epochs", "best", "early"), [([1.0, 0.9, 0.95], 5, 2, True), ([1.0, 1.1], 2, 1, False)]
+)
+def test_patience_one_stops_at_the_first_rise(tmp_path, dev, epochs, best, early):
+    """Running out of epochs is not stopping early."""
+    task, notes = _Task(), Notes()
+    task.dev = list(dev)
+    result = task.run(tmp_path, epochs=epochs, patience=1, progress=notes)
+    assert result.stopped_early == early == ("stopped early: no better dev" in notes.text)
+    assert (result.epochs, result.best_epoch) == (len(dev), best)
 
 
 def test_selection_by_the_highest_figure():
@@ -184,35 +182,45 @@ def test_selection_by_the_highest_figure():
     assert not Selection("loss", "lowest").better(0.5, 0.5)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+def _lose_inputs(task, value, step):
+    task.steps.append(lambda number: task.inputs.fill_(value) if number == step else None)
+
+
+def _lose_weights(task, step):
+    def lose(number):
+        if number == step:
+            next(task.module.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+
+    task.steps.append(lose)
+
+
+@pytest.mark.parametrize(
+    ("lose", "options", "said", "kept"),
+    [
+        (lambda task: _lose_inputs(task, float("nan"), 6), {}, "the loss is not", 6),
+        (lambda task: _lose_inputs(task, float("inf"), 3), {}, "the loss is not", 3),
+        # In the step before a save.
+        (lambda task: _lose_weights(task, 4), {}, "a weight is not", 4),
+        # One step an epoch: no loss is computed from the weights that this step leaves.
+        (
+            lambda task: None,
+            {"epochs": 1, "batch_size": 20, "learning_rate": 1e39},
+            "a weight is not",
+            0,
+        ),
+    ],
+)
+def test_what_is_not_finite_ends_the_run_and_is_never_saved(tmp_path, lose, options, said, kept):
     task = _Task()
-    task.steps.append(lambda step: task.inputs.fill_(float("nan")) if step == 6 else None)
-    with pytest.raises(TrainingError, match=r"task: the loss is not finite at step 7; lower"):
-        task.run(tmp_path)
-    records = read_jsonl(tmp_path / "metrics.jsonl")
-    assert [record["step"] for record in records][-1] == 6
+    lose(task)
+    with pytest.raises(TrainingError, match=f"^task: {said} finite at step {kept + 1}; lower"):
+        task.run(tmp_path, checkpoint_minutes=0, **options)
+    assert [state.name for state in tmp_path.glob("state-*")] == [f"state-{kept:08}"] * bool(kept)
+    for state in tmp_path.glob("state-*"):
+        weights = checkpoint.load_file(state / "module.safetensors")
+        assert all(value.isfinite().all() for value in weights.values())
+    records = read_jsonl(tmp_path / "metrics.jsonl") if kept else []
     assert all(np.isfinite(record["loss"]) for record in records)
-    assert not (tmp_path / "summary.json").exists()
-
-
-def test_a_state_that_is_lost_is_never_saved(tmp_path):
-    task = _Task()
-    task.steps.append(lambda step: task.inputs.fill_(float("inf")) if step == 3 else None)
-    with pytest.raises(TrainingError):
-        task.run(tmp_path, checkpoint_minutes=0)
-    (state,) = tmp_path.glob("state-*")
-    assert state.name == "state-00000003"
-    tensors = torch.cat(
-        [v.flatten() for v in checkpoint.load_file(state / "module.safetensors").values()]
-    )
-    assert tensors.isfinite().all()
-
-
-def test_weights_that_are_not_finite_end_the_run(tmp_path):
-    # One step an epoch: no loss is computed from the weights that this step leaves.
-    task = _Task()
-    with pytest.raises(TrainingError, match=r"^task: a weight is not finite at step 1; lower"):
-        task.run(tmp_path, epochs=1, batch_size=20, learning_rate=1e39)
     assert not (tmp_path / "summary.json").exists()
 
 
@@ -223,22 +231,6 @@ def test_a_dev_figure_that_is_not_finite_ends_the_run(tmp_path, figure):
     with pytest.raises(TrainingError, match=r"^task: the dev figure loss is not finite at step 8;"):
         task.run(tmp_path)
     assert not (tmp_path / "summary.json").exists()
-
-
-def test_weights_lost_in_the_step_before_a_save_leave_the_last_good_state(tmp_path):
-    task = _Task()
-
-    def lose(step):
-        if step == 4:
-            next(task.module.parameters()).register_hook(lambda gradient: gradient * float("nan"))
-
-    task.steps.append(lose)
-    with pytest.raises(TrainingError, match=r"^task: a weight is not finite at step 5; lower"):
-        task.run(tmp_path, checkpoint_minutes=0)
-    (state,) = tmp_path.glob("state-*")
-    assert state.name == "state-00000004"
-    weights = checkpoint.load_file(state / "module.safetensors")
-    assert all(value.isfinite().all() for value in weights.values())
 
 
 def test_records_and_summary_have_the_documented_keys(tmp_path):
@@ -311,19 +303,11 @@ def _kill_at(task, step):
     task.steps.append(hook)
 
 
-def _records(folder):
-    """What metrics.jsonl says, times apart."""
-    return [
-        {key: value for key, value in record.items() if key != "pairs_per_second"}
-        for record in read_jsonl(folder / "metrics.jsonl")
-    ]
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
     task = _Task(dropout=0.3)
-    return task, task.run(folder), _records(folder)
+    return task, task.run(folder), metrics_of(folder)
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 4, 5, 8, 11])
@@ -338,7 +322,7 @@ def test_resuming_after_a_kill_is_as_if_it_had_not_happened(tmp_path, uninterrup
     resumed = task.run(tmp_path, resume=True, checkpoint_minutes=0)
     assert torch.equal(task.weights, reference.weights)
     assert (resumed.steps, resumed.pairs, resumed.dev) == (result.steps, result.pairs, result.dev)
-    assert _records(tmp_path) == records
+    assert metrics_of(tmp_path) == records
     assert len(task.seen) == 12 - step
 
 
@@ -380,7 +364,7 @@ def test_records_that_were_lost_are_not_replaced_by_anything(tmp_path, uninterru
     metrics.write_bytes(b"".join(lines[:3]) + lines[3][:20])  # as a power cut may leave it
     _Task(dropout=0.3).run(tmp_path, resume=True)
     records = uninterrupted[2]
-    assert _records(tmp_path) == records[:3] + records[6:]
+    assert metrics_of(tmp_path) == records[:3] + records[6:]
 
 
 def test_the_records_are_on_the_disk_before_the_state_is(tmp_path, monkeypatch):
@@ -521,7 +505,7 @@ def test_resuming_in_mixed_precision(tmp_path, precision):
     resumed.run(tmp_path / "killed", resume=True, **options)
     assert types == {torch.bfloat16 if precision == "bf16" else torch.float16}
     assert torch.equal(resumed.weights, whole.weights)
-    assert _records(tmp_path / "killed") == _records(tmp_path / "whole")
+    assert metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "whole")
     assert scaler(tmp_path / "killed") == scaler(tmp_path / "whole")
     if precision == "fp16":
         assert scaler(tmp_path / "whole")["scale"] == 2.0**15
@@ -582,26 +566,24 @@ def _two_states(tmp_path, monkeypatch):
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize(
-    "file",
-    ["module", "optimizer", "random", "best", "state"],
-)
+@pytest.mark.parametrize("file", ["module", "optimizer", "random", "best", "state", "missing"])
 def test_of_two_states_the_sound_one_is_used(tmp_path, monkeypatch, uninterrupted, file):
     folder = _two_states(tmp_path, monkeypatch)
-    suffix = "json" if file == "state" else "safetensors"
-    path = folder / "state-00000006" / f"{file}.{suffix}"
+    state = folder / "state-00000006"
     if file == "state":
         # Still JSON, but not what was saved.
-        text = path.read_text()
+        text = (state / "state.json").read_text()
         assert '"step": 6' in text
-        path.write_text(text.replace('"step": 6', '"step": 7'))
+        (state / "state.json").write_text(text.replace('"step": 6', '"step": 7'))
+    elif file == "missing":
+        (state / "optimizer.safetensors").unlink()
     else:
-        flip_byte(path)
+        flip_byte(state / f"{file}.safetensors")
     notes, task = Notes(), _Task(dropout=0.3)
     task.run(folder, resume=True, progress=notes)
     assert "resuming at step 5" in notes.text
     assert torch.equal(task.weights, uninterrupted[0].weights)
-    assert _records(folder) == uninterrupted[2]
+    assert metrics_of(folder) == uninterrupted[2]
 
 
 def test_a_damaged_state_alone_is_refused(tmp_path, monkeypatch):
@@ -610,14 +592,6 @@ def test_a_damaged_state_alone_is_refused(tmp_path, monkeypatch):
         flip_byte(path)
     with pytest.raises(ModelError, match=r"state-00000006: the saved training state is damaged"):
         _Task(dropout=0.3).run(folder, resume=True)
-
-
-def test_a_state_missing_a_file_is_not_used(tmp_path, monkeypatch):
-    folder = _two_states(tmp_path, monkeypatch)
-    (folder / "state-00000006" / "optimizer.safetensors").unlink()
-    notes = Notes()
-    _Task(dropout=0.3).run(folder, resume=True, progress=notes)
-    assert "resuming at step 5" in notes.text
 
 
 # --- a full disk ---
@@ -645,25 +619,23 @@ def test_a_full_disk_while_saving_keeps_the_last_good_state(tmp_path, monkeypatc
     assert torch.equal(again.weights, uninterrupted[0].weights)
 
 
-def test_a_full_disk_that_only_safetensors_notices(tmp_path, monkeypatch):
-    from safetensors import SafetensorError
+@pytest.mark.parametrize(
+    ("error", "raised", "said"),
+    [
+        # As safetensors says it.
+        (SafetensorError("I/O error: No space left on device (os error 28)"), ClseaveError,
+         "the disk is full"),
+        (ValueError("a mistake of ours"), ValueError, "a mistake of ours"),
+    ],
+)  # fmt: skip
+def test_only_a_full_disk_is_called_full(tmp_path, monkeypatch, error, raised, said):
+    def fail(*_arguments):
+        raise error
 
-    def full(*_arguments):
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(ClseaveError, match="the disk is full"):
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    with pytest.raises(raised, match=said):
         _Task().run(tmp_path, checkpoint_minutes=0)
-    assert not list(tmp_path.glob("*state-*"))
-
-
-def test_other_mistakes_are_not_taken_for_a_full_disk(tmp_path, monkeypatch):
-    def broken(*_arguments):
-        raise ValueError("a mistake of ours")
-
-    monkeypatch.setattr(checkpoint, "save_file", broken)
-    with pytest.raises(ValueError, match="a mistake of ours"):
-        _Task().run(tmp_path, checkpoint_minutes=0)
+    assert raised is ValueError or not list(tmp_path.glob("*state-*"))
 
 
 def _stopped_at(step, folder, task, **options):

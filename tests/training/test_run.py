@@ -1,5 +1,4 @@
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -112,16 +111,6 @@ def test_a_run_that_ends_by_an_error_is_resumed_at_once(tmp_path):
         _open(out, INPUTS | {"data": "d2"}, resume=True)
     _open(out, resume=True)
     assert kept.tb and refused.tb  # they hold the frames, and with them the runs
-
-
-def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
-    def unknown(descriptor, how):
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-    monkeypatch.setattr(fcntl, "flock", unknown)
-    _open(tmp_path / "model")
-    _publish(_run(tmp_path / "model", resume=True))
-    assert is_complete(tmp_path / "model")
 
 
 def _lay(*paths):

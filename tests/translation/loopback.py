@@ -69,7 +69,6 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send(200, body, kind)
         finally:
             with loopback.lock:
-                loopback.answered += texts
                 loopback.under_way -= 1
 
     def send(
@@ -120,7 +119,6 @@ class Loopback:
         fault: makes it misbehave, None for a good server.
         delay_seconds: how long it takes for an answer.
         requested: every text it was asked for, in order, repetitions included.
-        answered: every text whose answer was sent.
         agents: the User-Agents seen.
         last_request: query or JSON body of the last request.
     """
@@ -129,7 +127,6 @@ class Loopback:
         self.fault: Fault | None = None
         self.delay_seconds = 0.0
         self.requested: list[str] = []
-        self.answered: list[str] = []
         self.agents: set[str] = set()
         self.last_request: Any = None
         self.under_way = 0

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -14,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kills import CONCURRENCY, run_with_kills
 from loopback import Loopback, misbehave_at_random, translated
+from tiny_world import CommandProcess
 
 from clseave_cli.core.config import TranslateConfig
 from clseave_cli.core.files import locked_target
 from clseave_cli.core.translation.corpus import TranslationSummary, translate
+from clseave_cli.core.translation.engine import Identity
+from clseave_cli.core.translation.memory import Memory
 from clseave_cli.errors import ClseaveError, DataError, TranslationError, UsageError
 
 _ODD = [
@@ -151,13 +155,50 @@ def test_shut_out_half_way(tmp_path: Path, google: Loopback) -> None:
     assert sum(row["reason"].startswith("not asked: the service") for row in failed) > 100
 
 
-def test_killed_again_and_again(tmp_path: Path) -> None:
+def _without_lingua() -> None:
+    sys.modules["lingua"] = None  # type: ignore[assignment]  # slow to load, and not needed here
+
+
+def test_killed_again_and_again(tmp_path: Path, google: Loopback) -> None:
     """G8."""
-    report = run_with_kills(tmp_path, num_rows=400, num_kills=5, seed=3)
-    assert report.identical
-    assert max(report.lost) <= CONCURRENCY
-    assert report.num_requests == report.num_texts + sum(report.lost)
-    assert report.leftovers == []
+    generator, concurrency = random.Random(3), 4
+    texts = [f"A man number {index % 300} sleeps." for index in range(400)]
+    data, memory = tmp_path / "data", tmp_path / "memory.sqlite"
+    _write(data / "snli_ve_train.jsonl", texts)
+    output = data / "snli_ve_train.de.jsonl"
+
+    def start(memory: Path) -> CommandProcess:
+        arguments = ["translate", "--data", data, "--lang", "de", "--engine", "google", "--url",
+                     google.url, "--memory", memory, "--concurrency", concurrency,
+                     "--requests-per-second", 1e6]  # fmt: skip
+        return CommandProcess(*map(str, arguments), folder=tmp_path, before=_without_lingua)
+
+    assert start(tmp_path / "undisturbed.sqlite").wait() == 0
+    expected = output.read_bytes()
+    output.unlink()
+    google.requested.clear()
+    num_lost = 0
+    for number in range(5):
+        before = len(google.requested)
+        # So far into the work, on average, that what is left lasts for the kills to come.
+        left = (300 - len(set(google.requested))) / (5 - number + 1)
+        wanted, process = before + generator.uniform(1, 1.5 * left), start(memory)
+        while len(google.requested) < wanted and process.alive:
+            time.sleep(0.0005)
+        time.sleep(generator.uniform(0, 0.003))
+        process.signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
+        google.settle()
+        asked = set(google.requested[before:])
+        with Memory(memory) as kept:
+            identity = kept.identity_id(Identity("google", google.url, "", "", "en", "de"))
+            lost = asked - kept.find(identity, asked).keys()
+        assert len(lost) <= concurrency
+        num_lost += len(lost)
+    assert start(memory).wait() == 0
+    assert output.read_bytes() == expected
+    assert len(google.requested) == 300 + num_lost
+    assert {path.name for path in data.iterdir()} == {"snli_ve_train.jsonl", output.name}
 
 
 _TWO = """

@@ -58,6 +58,18 @@ class FakeEngine:
         pass
 
 
+def _fails(
+    error: Exception, when: Callable[[int, Sequence[str]], bool] = lambda call, texts: True
+) -> Callable[[int, Sequence[str]], None]:
+    """Raises an error in the calls it is to fail in."""
+
+    def misbehave(call: int, texts: Sequence[str]) -> None:
+        if when(call, texts):
+            raise error
+
+    return misbehave
+
+
 @pytest.fixture
 def memory(tmp_path: Path) -> Iterator[Memory]:
     with Memory(tmp_path / "memory.sqlite") as opened:
@@ -143,12 +155,9 @@ def test_answers_that_no_reader_takes_are_never_kept(memory: Memory, answer: str
 
 def test_a_fault_is_asked_again_and_then_given_up(memory: Memory) -> None:
     engine = FakeEngine()
-
-    def misbehave(call: int, texts: Sequence[str]) -> None:
-        if texts[0] == "never" or call in (0, 2):
-            raise Fault("HTTP 500")
-
-    engine.misbehave = misbehave
+    engine.misbehave = _fails(
+        Fault("HTTP 500"), lambda call, texts: texts[0] == "never" or call in (0, 2)
+    )
     driver, pace, held, reasons = _drive(engine, memory, ["one", "two", "never", "three"])
     assert held == {"one": "ONE", "two": "TWO", "three": "THREE"}
     assert reasons == {"never": "HTTP 500, 3 times"}
@@ -177,12 +186,7 @@ def test_wrong_counts_misalign_nothing(
 
 def test_one_rejected_text_does_not_spoil_its_batch(memory: Memory) -> None:
     engine = FakeEngine(batch_size=8)
-
-    def misbehave(call: int, texts: Sequence[str]) -> None:
-        if "bad" in texts:
-            raise Rejection("HTTP 413")
-
-    engine.misbehave = misbehave
+    engine.misbehave = _fails(Rejection("HTTP 413"), lambda call, texts: "bad" in texts)
     _, _, held, reasons = _drive(engine, memory, ["a", "b", "bad", "c"])
     assert held == {"a": "A", "b": "B", "c": "C"}
     assert reasons == {"bad": "HTTP 413"}
@@ -191,12 +195,7 @@ def test_one_rejected_text_does_not_spoil_its_batch(memory: Memory) -> None:
 
 def test_stops_when_the_service_shuts_us_out(memory: Memory) -> None:
     engine = FakeEngine(concurrency=2)
-
-    def misbehave(call: int, texts: Sequence[str]) -> None:
-        if call >= 10:
-            raise Refusal("HTTP 429")
-
-    engine.misbehave = misbehave
+    engine.misbehave = _fails(Refusal("HTTP 429"), lambda call, texts: call >= 10)
     texts = [f"text {index}" for index in range(500)]
     _, pace, held, reasons = _drive(engine, memory, texts)
     assert pace.stopped == "the service has evidently shut us out (HTTP 429)"
@@ -207,12 +206,8 @@ def test_stops_when_the_service_shuts_us_out(memory: Memory) -> None:
 @pytest.mark.parametrize("num_answers", [0, 10])
 def test_a_server_that_is_not_there_is_called_so(memory: Memory, num_answers: int) -> None:
     engine = FakeEngine(concurrency=2)
-
-    def misbehave(call: int, texts: Sequence[str]) -> None:
-        if call >= num_answers:
-            raise Unreachable("http://x: cannot be reached")
-
-    engine.misbehave = misbehave
+    unreachable = Unreachable("http://x: cannot be reached")
+    engine.misbehave = _fails(unreachable, lambda call, texts: call >= num_answers)
     _, pace, held, _ = _drive(engine, memory, [f"text {index}" for index in range(100)])
     assert pace.stopped == "http://x: cannot be reached" and len(held) == num_answers
     # It may come back once it has been seen, and is waited for; else the first try decides.
@@ -251,11 +246,7 @@ def test_a_text_that_is_always_refused_is_given_up(memory: Memory) -> None:
 
 def test_a_long_wait_asked_for_ends_the_run(memory: Memory) -> None:
     engine = FakeEngine()
-
-    def misbehave(call: int, texts: Sequence[str]) -> None:
-        raise Refusal("HTTP 429", retry_after=7200)
-
-    engine.misbehave = misbehave
+    engine.misbehave = _fails(Refusal("HTTP 429", retry_after=7200))
     _, pace, held, _ = _drive(engine, memory, ["a", "b"])
     assert pace.stopped == "HTTP 429; it asks to wait 7200 s"
     assert len(engine.calls) == 1 and not held
@@ -263,11 +254,7 @@ def test_a_long_wait_asked_for_ends_the_run(memory: Memory) -> None:
 
 def test_stops_when_every_text_fails(memory: Memory) -> None:
     engine = FakeEngine()
-
-    def misbehave(call: int, texts: Sequence[str]) -> None:
-        raise Fault("HTTP 503")
-
-    engine.misbehave = misbehave
+    engine.misbehave = _fails(Fault("HTTP 503"))
     texts = [f"text {index}" for index in range(100)]
     driver, pace, _, reasons = _drive(engine, memory, texts, retries=0)
     assert pace.stopped is not None and "fails on every text" in pace.stopped
@@ -334,11 +321,7 @@ def test_ctrl_c_keeps_what_was_answered(memory: Memory, monkeypatch: pytest.Monk
 
 def test_a_broken_engine_ends_the_run_with_its_name(memory: Memory) -> None:
     engine = FakeEngine()
-
-    def misbehave(call: int, texts: Sequence[str]) -> None:
-        raise ZeroDivisionError("division by zero")
-
-    engine.misbehave = misbehave
+    engine.misbehave = _fails(ZeroDivisionError("division by zero"))
     with pytest.raises(TranslationError, match="engine fake: ZeroDivisionError: division by zero"):
         _drive(engine, memory, ["a"])
 

@@ -17,6 +17,11 @@ from transformers import (
     MarianTokenizer,
 )
 
+_SHAPE = {
+    "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+    "max_position_embeddings": 128, "init_std": 1.0,
+}  # fmt: skip
 _SENTENCES = [
     "A man in a red shirt is riding a bicycle.",
     "Two dogs are running across the green field.",
@@ -45,15 +50,7 @@ def _pieces(model: bytes) -> list[str]:
     return [processor.id_to_piece(index) for index in range(3, processor.get_piece_size())]
 
 
-def make_marian(
-    folder: Path,
-    languages: tuple[str, ...] = (),
-    vocab_size: int = 0,
-    width: int = 16,
-    layers: int = 1,
-    heads: int = 2,
-    init_std: float = 1.0,
-) -> Path:
+def make_marian(folder: Path, languages: tuple[str, ...] = ()) -> Path:
     """An OPUS-MT-like folder; `languages` are the codes of a multilingual one (`deu`)."""
     folder.mkdir(parents=True)
     spm = _sentencepiece_model(120)
@@ -61,7 +58,6 @@ def make_marian(
         (folder / name).write_bytes(spm)
     tags = [f">>{language}<<" for language in languages]
     names = ["</s>", "<unk>", *tags, *_pieces(spm)]
-    names += [f"filler{index}" for index in range(vocab_size - len(names) - 1)]
     vocab = {piece: index for index, piece in enumerate([*names, "<pad>"])}
     (folder / "vocab.json").write_text(json.dumps(vocab))
     tokenizer = MarianTokenizer(
@@ -71,22 +67,14 @@ def make_marian(
     torch.manual_seed(0)
     model = MarianMTModel(
         MarianConfig(
+            **_SHAPE,
             vocab_size=len(vocab),
-            d_model=width,
-            encoder_layers=layers,
-            decoder_layers=layers,
-            encoder_ffn_dim=4 * width,
-            decoder_ffn_dim=4 * width,
-            encoder_attention_heads=heads,
-            decoder_attention_heads=heads,
-            max_position_embeddings=128,
             pad_token_id=vocab["<pad>"],
             eos_token_id=0,
             bos_token_id=0,
             decoder_start_token_id=vocab["<pad>"],
             forced_eos_token_id=0,
             scale_embedding=True,
-            init_std=init_std,
         )
     )
     model.save_pretrained(folder)
@@ -105,18 +93,7 @@ def make_m2m100(folder: Path) -> Path:
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     model = M2M100ForConditionalGeneration(
-        M2M100Config(
-            vocab_size=len(vocab) + 100 + tokenizer.num_madeup_words,
-            d_model=16,
-            encoder_layers=1,
-            decoder_layers=1,
-            encoder_ffn_dim=32,
-            decoder_ffn_dim=32,
-            encoder_attention_heads=2,
-            decoder_attention_heads=2,
-            max_position_embeddings=128,
-            init_std=1.0,
-        )
+        M2M100Config(**_SHAPE, vocab_size=len(vocab) + 100 + tokenizer.num_madeup_words)
     )
     model.save_pretrained(folder)
     return folder

@@ -60,24 +60,16 @@ def _batched(pairs, threshold, longest=40):
     return link_words(source, target, source_words, target_words, threshold).tolist()
 
 
-def _by_reference(how, source, target, source_words, target_words, threshold):
-    if how == "numbers":
-        states = source.tolist(), target.tolist()
-        return reference_aligner.link_words(*states, source_words, target_words, threshold)
-    return reference_aligner.link_words_with_tensors(
-        source, target, source_words, target_words, threshold
-    )
-
-
-@pytest.mark.parametrize("how", ["numbers", "tensors"])
 @pytest.mark.parametrize("threshold", [0.0, 1e-3, 0.1, 0.5])
-def test_batched_extraction_equals_the_reference(threshold, how):
+def test_batched_extraction_equals_the_reference(threshold):
     pairs = list(_random_pairs(60))
     wanted = [
         [number, *link]
         for number, ((source, source_words), (target, target_words)) in enumerate(pairs)
         for link in sorted(
-            _by_reference(how, source, target, source_words, target_words, threshold)
+            reference_aligner.link_words(
+                source.tolist(), target.tolist(), source_words, target_words, threshold
+            )
         )
     ]
     assert _batched(pairs, threshold) == wanted
