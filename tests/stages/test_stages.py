@@ -406,14 +406,14 @@ def test_a_student_may_start_without_spread_but_not_lose_it():
     several = {"variance_ratio": 0.3, "variance_ratio/de": 0.6, "variance_ratio/nl": 1e-5}
     watch.during(several)
     with pytest.raises(TrainingError, match=r"^nl: "):
-        watch.at_the_end(several)
+        watch.during(several, at_the_end=True)
 
 
 def test_a_spread_that_is_not_a_number_is_no_spread():
     with pytest.raises(TrainingError, match=r"^de: "):
         CollapseWatch("de").during({"variance_ratio": math.nan})
     with pytest.raises(TrainingError, match=r"^de: "):
-        CollapseWatch("de").at_the_end({"variance_ratio": math.nan})
+        CollapseWatch("de").during({"variance_ratio": math.nan}, at_the_end=True)
 
 
 def test_a_resumed_student_may_not_lose_its_spread_either(
