@@ -243,8 +243,6 @@ def student_languages(config: StudentConfig) -> tuple[str, ...]:
         raise UsageError("--lang is missing; for example --lang de.")
     for lang in config.lang:
         require_language(lang)
-    for lang in config.auxiliary:
-        require_language(lang, "--auxiliary")
     source_lang = source_language(_teacher_folder(config))
     if source_lang in config.lang:
         raise UsageError(
@@ -252,6 +250,7 @@ def student_languages(config: StudentConfig) -> tuple[str, ...]:
             "--include-english for a student that reads it too."
         )
     for lang in config.auxiliary:
+        require_language(lang, "--auxiliary")
         if lang == source_lang:
             raise UsageError(f"--auxiliary {lang}: is what --include-english is for.")
         if lang in config.lang:
