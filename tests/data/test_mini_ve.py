@@ -21,7 +21,7 @@ from tiny_world import read_jsonl, tree
 from clseave_cli.core.data.mini_ve import MiniVE, Sizes, generate
 from clseave_cli.core.data.mini_ve.generation import sample_scenes
 from clseave_cli.core.data.mini_ve.world import COLORS, SHAPES
-from clseave_cli.errors import DataError, UsageError
+from clseave_cli.errors import ClseaveError, UsageError
 from clseave_cli.labels import LABELS
 from clseave_cli.progress import Task
 
@@ -309,9 +309,9 @@ def test_a_seed_gives_the_same_bytes_and_another_seed_other_scenes(tmp_path: Pat
 
 def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(DataError, match="not a mini-VE world"):
+    with pytest.raises(UsageError, match="is there already"):
         generate(tmp_path, sizes=SMALL)
-    with pytest.raises(DataError, match="not a mini-VE world"):
+    with pytest.raises(ClseaveError, match="is not a folder"):
         generate(tmp_path / "thesis.tex", sizes=SMALL)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from clseave_cli.core.data.mini_ve.grammar import LANGUAGES, NUM_TEMPLATES, say
-from clseave_cli.core.data.mini_ve.grammar.english import a
 from clseave_cli.core.data.mini_ve.world import (
     COUNTS,
     Absence,
@@ -85,9 +84,3 @@ def test_sentences_are_well_formed(language: str) -> None:
         for template in range(NUM_TEMPLATES):
             sentence = say(hypothesis, template, language)
             assert pattern.fullmatch(sentence), sentence
-
-
-def test_english_article_follows_the_next_sound() -> None:
-    assert a(Description("red", "oval")) == "a red oval"
-    assert a(Description(None, "oval")) == "an oval"
-    assert a(Description("orange", None)) == "an orange shape"

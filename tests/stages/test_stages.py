@@ -406,10 +406,10 @@ def test_a_student_may_start_without_spread_but_not_lose_it():
     several = {"variance_ratio": 0.3, "variance_ratio/de": 0.6, "variance_ratio/nl": 1e-5}
     watch.during(several)
     with pytest.raises(TrainingError, match=r"^nl: "):
-        watch.at_the_end(several)
-    for watched in (CollapseWatch("de").during, CollapseWatch("de").at_the_end):
+        watch.during(several, at_the_end=True)
+    for at_the_end in (False, True):
         with pytest.raises(TrainingError, match=r"^de: "):
-            watched({"variance_ratio": math.nan})
+            CollapseWatch("de").during({"variance_ratio": math.nan}, at_the_end=at_the_end)
 
 
 def test_a_resumed_student_may_not_lose_its_spread_either(

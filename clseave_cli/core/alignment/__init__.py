@@ -10,7 +10,6 @@ student is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,10 +23,10 @@ from clseave_cli.core.alignment.corpus import (
 )
 from clseave_cli.core.alignment.dev import (
     CollapseWatch,
-    DevText,
+    DevRows,
     dev_set,
-    dev_text,
     evaluate_student,
+    judged_rows,
     selection,
 )
 from clseave_cli.core.alignment.objectives import (
@@ -79,27 +78,25 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> StageResult:
     require_fitting(config, teacher)
 
     student, inputs = _new_student(config, teacher, progress)
-    text = _read(config, folder, student, teacher, progress)
-    with Run("align", out, config, inputs | text.inputs) as run:
+    corpus, token_pairs, dev, text_inputs = _read(config, folder, student, teacher, progress)
+    with Run("align", out, config, inputs | text_inputs) as run:
         if config.trim_vocabulary:
-            corpus = text.corpus
             corpus.renumber_tokens(trim_vocabulary(student, corpus.token_ids(), config.student))
-        pairs = text.corpus.pairs(teacher, with_autocast, progress)
+        pairs = corpus.pairs(teacher, with_autocast, progress)
         dev_sets = [
             dev_set(
                 student,
                 teacher,
-                parallel,
-                None if text.dev.photos is None else text.dev.photos[lang],
+                *rows,
                 counts=lang in languages,
                 with_autocast=with_autocast,
                 progress=progress,
             )
-            for lang, parallel in text.dev.rows.items()
+            for lang, rows in dev.items()
         ]
-        select = selection(config, text.dev)
-        objective = _objective(config, student, teacher, pairs, text.token_pairs)
-        del text
+        select = selection(config, with_photos=dev_sets[0].premises is not None)
+        objective = _objective(config, student, teacher, pairs, token_pairs)
+        del corpus, dev, token_pairs
 
         sampler = Sampler(pairs, config)
         # The token method need not train what the head reads (the thesis does not); it shall show
@@ -120,10 +117,10 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> StageResult:
             # The last epoch shows all that ever spread: had some been lost, the run had ended.
             resumed=watch.during,
         )
-        tokens = [pairs.sentences.tokens, *(dev.sentences.tokens for dev in dev_sets)]
+        tokens = [pairs.sentences.tokens, *(each.sentences.tokens for each in dev_sets)]
         with reduced_vocabulary(student, *tokens):
             result = train(stage, config, device=device, folder=run.folder, progress=progress)
-        watch.at_the_end(result.dev)
+        watch.during(result.dev, at_the_end=True)
         run.publish(
             lambda aside: save_student(
                 student, aside, languages=languages, teacher=teacher.fingerprint
@@ -149,31 +146,19 @@ def _new_student(
     return student, inputs | {"student": student.digest()}
 
 
-@dataclass(frozen=True, eq=False)
-class _Text:
-    """What a student is trained and judged on.
-
-    Attributes:
-        corpus: the training text of all languages.
-        token_pairs: its paired words, where the method needs them.
-        dev: the dev text of each language, and its photos.
-        inputs: fingerprints of all of it.
-    """
-
-    corpus: Corpus
-    token_pairs: TokenPairs | None
-    dev: DevText
-    inputs: dict[str, str]
-
-
 def _read(
     config: AlignConfig,
     folder: Path,
     student: SentenceEncoder,
     teacher: ClipVE,
     progress: Progress,
-) -> _Text:
-    """Reads language after language; of a language's training rows only tokens stay."""
+) -> tuple[Corpus, TokenPairs | None, dict[str, DevRows], dict[str, str]]:
+    """Reads language after language; of a language's training rows only tokens stay.
+
+    Returns:
+        The training text of all languages, its paired words where the method needs them, the dev
+        rows of each language, and fingerprints of all of it.
+    """
     source_lang = teacher.source_lang
     corpus = Corpus(student, progress)
     words = None
@@ -203,10 +188,11 @@ def _read(
             words.add_source(part, corpus.sources)
         dev_rows[source_lang] = as_source(dev_rows[config.lang[0]], source_lang)
     token_pairs = None if words is None else words.pairs(corpus.sources)
-    judged = dev_text(folder, config, dev_rows, progress)
-    for lang, photos in (judged.photos or {}).items():
-        inputs[f"photos: dev of {lang}"] = photos.digest()
-    return _Text(corpus, token_pairs, judged, inputs)
+    judged = judged_rows(folder, config, dev_rows, progress)
+    for lang, (_, photos) in judged.items():
+        if photos is not None:
+            inputs[f"photos: dev of {lang}"] = photos.digest()
+    return corpus, token_pairs, judged, inputs
 
 
 def _translated(config: AlignConfig) -> tuple[str, ...]:
@@ -257,8 +243,6 @@ def student_languages(config: StudentConfig) -> tuple[str, ...]:
         raise UsageError("--lang is missing; for example --lang de.")
     for lang in config.lang:
         require_language(lang)
-    for lang in config.auxiliary:
-        require_language(lang, "--auxiliary")
     source_lang = source_language(_teacher_folder(config))
     if source_lang in config.lang:
         raise UsageError(
@@ -266,6 +250,7 @@ def student_languages(config: StudentConfig) -> tuple[str, ...]:
             "--include-english for a student that reads it too."
         )
     for lang in config.auxiliary:
+        require_language(lang, "--auxiliary")
         if lang == source_lang:
             raise UsageError(f"--auxiliary {lang}: is what --include-english is for.")
         if lang in config.lang:

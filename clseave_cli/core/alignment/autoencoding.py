@@ -47,10 +47,8 @@ class _States:
     def __init__(self, encoder: SentenceEncoder, sentences: list[WordTokens]) -> None:
         self._encoder = encoder
         self._tokens = TokenTable.concatenate([part.tokens for part in sentences])
-        first = [part.first_token for part in sentences]
-        counts = [_kept_counts(part) for part in sentences]
-        self._first_token = np.concatenate([tokens[tokens != NONE] for tokens in first])
-        self._offsets = np.cumsum([0, *np.concatenate(counts)])
+        self._first_token = np.concatenate([part.first_token for part in sentences])
+        self._offsets = np.cumsum([0, *np.concatenate([part.words.counts for part in sentences])])
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -63,7 +61,10 @@ class _States:
             for number in sentences
         ]
         owner = np.repeat(np.arange(len(sentences)), list(map(len, words)))
-        return _Batch(batch, batch.starts[owner] + torch.from_numpy(np.concatenate(words)))
+        first = np.concatenate(words)
+        has_token = first != NONE
+        places = batch.starts[owner[has_token]] + torch.from_numpy(first[has_token])
+        return _Batch(batch, places)
 
     def compute(self, batch: _Batch) -> Tensor:
         """(L, H) the states."""
@@ -87,7 +88,7 @@ def autoencode(config: AutoencodeConfig, progress: Progress = SILENT) -> StageRe
     setup = set_up("autoencode", config, config.data, out, progress)
     if setup is None:
         return StageResult(out, languages, None)
-    device, folder = setup.device, setup.data
+    device = setup.device
     teacher = ClipVE.from_folder(config.teacher or config.runs / "clip-ve")
     torch.manual_seed(config.seed)
     encoder = new_student(config.student, embedding_dim=1).to(device).eval()
@@ -96,7 +97,7 @@ def autoencode(config: AutoencodeConfig, progress: Progress = SILENT) -> StageRe
     inputs = {"teacher": teacher.fingerprint, "student": encoder.digest()}
     parts: dict[str, list[WordTokens]] = {"train": [], "dev": []}
     for lang in languages:
-        for kind, sentences in _read(folder, lang, config, inputs, progress).items():
+        for kind, sentences in _read(setup.data, lang, config, inputs, progress).items():
             parts[kind].append(find_tokens(encoder, split_words(sentences, lang)))
     training, dev = (_States(encoder, sentences) for sentences in parts.values())
     with Run("autoencode", out, config, inputs) as run:
@@ -149,12 +150,6 @@ def _read(
         inputs[split.path.name] = split.digest
         sentences[kind] = distinct(split.hypotheses)[0]
     return sentences
-
-
-def _kept_counts(sentences: WordTokens) -> Rows:
-    """How many words of each sentence have a token of their own."""
-    has_token = np.concatenate([[0], np.cumsum(sentences.first_token != NONE)])
-    return np.diff(has_token[sentences.words.offsets])
 
 
 def _evaluate(autoencoder: Autoencoder, dev: _States, device: torch.device) -> dict[str, float]:

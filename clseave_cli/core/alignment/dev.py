@@ -6,11 +6,12 @@ Legend: N dev rows · P sentences to retrieve among · D embedding width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -71,23 +72,20 @@ class DevSet:
     labels: Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class DevText:
-    """The dev rows of each language.
-
-    Attributes:
-        rows: by language; with photos, only those that can be judged.
-        photos: of the rows, by language; None: accuracy is not measured.
-    """
-
-    rows: dict[str, Parallel]
-    photos: dict[str, Photos] | None
+#: The dev rows of a language, and their photos where accuracy is measured.
+DevRows = tuple[Parallel, Photos | None]
 
 
-def dev_text(
+def judged_rows(
     folder: Path, config: StudentConfig, rows: dict[str, Parallel], progress: Progress
-) -> DevText:
+) -> dict[str, DevRows]:
     """The rows to judge a student on, with photos if dev accuracy shall choose, or can (`auto`).
+
+    Args:
+        folder: the data folder.
+        config: what shall choose, and where the photos are.
+        rows: by language; with photos, only those that have a label and an image are returned.
+        progress: told how many the others are.
 
     Raises:
         DataError: accuracy was asked for, and rows or images do not allow it; or an image is
@@ -95,13 +93,19 @@ def dev_text(
     """
     images = _images_for_accuracy(folder, config, rows)
     if images is None:
-        return DevText(rows, None)
-    judged = {
-        lang: images.rows_with_image(_judged(parallel, progress), config.skip_bad, progress)
-        for lang, parallel in rows.items()
-    }
-    photos = {lang: Photos.of(parallel.target, images) for lang, parallel in judged.items()}
-    return DevText(judged, photos)
+        return {lang: (parallel, None) for lang, parallel in rows.items()}
+    judged: dict[str, DevRows] = {}
+    for lang, parallel in rows.items():
+        can_be_judged = _can_be_judged(parallel.target)
+        if num_others := int((~can_be_judged).sum()):
+            progress.note(
+                f"{parallel.target.path}: {num_others} rows without label or image; the dev "
+                "metrics leave them out."
+            )
+            parallel = parallel.take(np.flatnonzero(can_be_judged))
+        parallel = images.rows_with_image(parallel, config.skip_bad, progress)
+        judged[lang] = parallel, Photos.of(parallel.target, images)
+    return judged
 
 
 def _images_for_accuracy(
@@ -109,27 +113,25 @@ def _images_for_accuracy(
 ) -> ImageFolder | None:
     if config.select not in ("auto", "accuracy"):
         return None
-    possible = all(_judged_rows(parallel.target).size > 0 for parallel in rows.values())
-    if config.select == "accuracy":
-        if not possible:
+    is_needed = config.select == "accuracy"
+    if not all(_can_be_judged(parallel.target).any() for parallel in rows.values()):
+        if is_needed:
             raise DataError(
                 f"{folder}: --select accuracy needs dev rows with labels and images; "
                 "--select mse needs only text."
             )
-        return ImageFolder.of(folder, config.images)
-    if not possible:
         return None
     try:
         return ImageFolder.of(folder, config.images)
     except DataError:
-        if config.images is not None:
+        if is_needed or config.images is not None:
             raise
         return None
 
 
-def selection(config: StudentConfig, dev: DevText) -> Selection:
+def selection(config: StudentConfig, with_photos: bool) -> Selection:
     """The dev metric that chooses the checkpoint."""
-    if dev.photos is not None:
+    if with_photos:
         return Selection("accuracy", "highest")
     if config.select == "auto":
         return _TEXT_SELECTION[config.objective]
@@ -240,57 +242,33 @@ class CollapseWatch:
         self._may_collapse = may_collapse
         self._spread: set[str] = set()
 
-    def during(self, metrics: dict[str, float]) -> dict[str, float]:
+    def during(self, metrics: dict[str, float], *, at_the_end: bool = False) -> dict[str, float]:
         """Passes the metrics of an epoch on.
 
+        Args:
+            metrics: of the epoch.
+            at_the_end: its weights are those that are kept.
+
         Raises:
-            TrainingError: the student says the same to all sentences now, and did not before, or
-                nothing that is a number.
+            TrainingError: the student says the same to all sentences now, and did not before or
+                will not learn better, or nothing that is a number.
         """
-        for lang, ratio in self._variance_ratios(metrics):
+        for name, ratio in metrics.items():
+            metric, _, lang = name.partition("/")
+            if metric != "variance_ratio" or self._may_collapse:
+                continue
             if ratio >= _COLLAPSED:
                 self._spread.add(lang)
-            elif lang in self._spread or math.isnan(ratio):
-                raise _collapse(lang, ratio)
+            elif at_the_end or lang in self._spread or math.isnan(ratio):
+                raise TrainingError(
+                    f"{lang or self._languages}: the student gives every sentence the same "
+                    f"embedding (variance {ratio:.1e} of the teacher's); lower --learning-rate or "
+                    "raise --warmup-fraction."
+                )
         return metrics
 
-    def at_the_end(self, metrics: dict[str, float]) -> None:
-        """Looks at the metrics of the epoch whose weights are kept.
 
-        Raises:
-            TrainingError: the student says the same to all sentences.
-        """
-        for lang, ratio in self._variance_ratios(metrics):
-            if not ratio >= _COLLAPSED:  # nan is not
-                raise _collapse(lang, ratio)
-
-    def _variance_ratios(self, metrics: dict[str, float]) -> Iterator[tuple[str, float]]:
-        for name, value in metrics.items():
-            metric, _, lang = name.partition("/")
-            if metric == "variance_ratio" and not self._may_collapse:
-                yield lang or self._languages, value
-
-
-def _collapse(lang: str, ratio: float) -> TrainingError:
-    return TrainingError(
-        f"{lang}: the student gives every sentence the same embedding (variance {ratio:.1e} of the "
-        "teacher's); lower --learning-rate or raise --warmup-fraction."
-    )
-
-
-def _judged(parallel: Parallel, progress: Progress) -> Parallel:
-    """Only the rows that can be judged."""
-    rows = _judged_rows(parallel.target)
-    num_others = len(parallel.target) - len(rows)
-    if not num_others:
-        return parallel
-    progress.note(
-        f"{parallel.target.path}: {num_others} rows without label or image; the dev metrics leave "
-        "them out."
-    )
-    return parallel.take(rows)
-
-
-def _judged_rows(split: Split) -> Rows:
-    """Rows with both a label and an image: those that accuracy can be measured on."""
-    return np.flatnonzero((split.labels != UNLABELLED) & (split.image_index >= 0))
+def _can_be_judged(split: Split) -> npt.NDArray[np.bool_]:
+    """Which rows have both a label and an image, so that accuracy can be measured on them."""
+    judged: npt.NDArray[np.bool_] = (split.labels != UNLABELLED) & (split.image_index >= 0)
+    return judged

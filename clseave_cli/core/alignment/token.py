@@ -10,7 +10,8 @@ student's states · K of the teacher's · D embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -38,7 +39,7 @@ from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.loop import Rows
 from clseave_cli.core.word_alignment.aligner import WordAligner, load_aligner
 from clseave_cli.core.word_alignment.links import Links, read_links
-from clseave_cli.core.word_alignment.words import NONE, Words, WordTokens, find_tokens, split_words
+from clseave_cli.core.word_alignment.words import NONE, Words, find_tokens, split_words
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.progress import Progress
 
@@ -142,8 +143,9 @@ class TokenCorpus:
         self._source_lang = source_lang
         self._config = config
         self._progress = progress
-        self._made_aligner: WordAligner | None = None
-        self._parts: list[_Linked] = []
+        #: Of the linked words of each language: the training pairs they stand in, which of them,
+        #: the first token of the target's word (or `NONE`), and the source's word.
+        self._parts: list[tuple[LanguagePairs, Rows, Rows, Rows]] = []
 
     def add(self, text: Parallel, part: LanguagePairs, sources: Sequence[str]) -> dict[str, str]:
         """Takes in the text of a language.
@@ -185,9 +187,8 @@ class TokenCorpus:
             _, row = np.unique(target_of_row * len(numbers) + source_of_row, return_index=True)
             links = links.take(row)
         else:
-            aligner = self._aligner()
-            inputs["aligner"] = aligner.digest
-            links = aligner.align(
+            inputs["aligner"] = self._aligner.digest
+            links = self._aligner.align(
                 source_words,
                 words,
                 pairs,
@@ -211,80 +212,44 @@ class TokenCorpus:
             DataError: there is not one token pair.
         """
         places = find_tokens(self._teacher, split_words(sources, self._source_lang))
-        pair, target, source = (
-            np.concatenate(column) for column in zip(*self._columns(places), strict=True)
-        )
+        columns: list[tuple[Rows, Rows, Rows]] = []  # training pair, token of target and source
+        num_pairs = 0
+        for part, pair, target_token, source_word in self._parts:
+            word = places.words.offsets[part.source_of_pair[pair]] + source_word
+            columns.append((num_pairs + pair, target_token, places.first_token[word]))
+            if self._config.terminal_pair:
+                columns.append(
+                    (
+                        num_pairs + np.arange(len(part.counts)),
+                        part.tokens.lengths(part.sentence_of_pair) - 1,
+                        places.tokens.lengths(part.source_of_pair) - 1,
+                    )
+                )
+            num_pairs += len(part.counts)
+        pair, target, source = map(np.concatenate, zip(*columns, strict=True))
         kept = np.flatnonzero((target != NONE) & (source != NONE))
         if not len(kept):
             raise DataError("no words are linked; there is nothing for --method token to learn.")
         order = kept[np.argsort(pair[kept], kind="stable")]
-        offsets = np.searchsorted(pair[order], np.arange(self._num_pairs() + 1))
+        offsets = np.searchsorted(pair[order], np.arange(num_pairs + 1))
         return TokenPairs(places.tokens, target[order], source[order], offsets)
 
+    @functools.cached_property
     def _aligner(self) -> WordAligner:
         config = self._config
-        if self._made_aligner is None:
-            self._made_aligner = (
-                WordAligner(
-                    self._student,
-                    config.student,
-                    layer=config.aligner_layer,
-                    threshold=config.aligner_threshold,
-                )
-                if config.aligner is None
-                else load_aligner(config, config.aligner, self._student.device, self._progress)
-            )
-        return self._made_aligner
-
-    def _take(self, links: Links, words: Words, part: LanguagePairs) -> None:
-        sentence = part.sentence_of_pair[links.pairs]
-        self._parts.append(
-            _Linked(
-                part,
-                links.pairs,
-                find_tokens(self._student, words).first_token[
-                    words.offsets[sentence] + links.words[:, 1]
-                ],
-                links.words[:, 0],
-            )
+        if config.aligner is not None:
+            return load_aligner(config, config.aligner, self._student.device, self._progress)
+        return WordAligner(
+            self._student,
+            config.student,
+            layer=config.aligner_layer,
+            threshold=config.aligner_threshold,
         )
 
-    def _num_pairs(self) -> int:
-        return sum(len(linked.part.counts) for linked in self._parts)
-
-    def _columns(self, sources: WordTokens) -> Iterator[tuple[Rows, Rows, Rows]]:
-        """Training pair, token of the target and token of the source of all token pairs."""
-        begin = 0
-        for linked in self._parts:
-            part = linked.part
-            source = part.source_of_pair[linked.pair]
-            word = sources.words.offsets[source] + linked.source_word
-            yield begin + linked.pair, linked.target_token, sources.first_token[word]
-            num_pairs = len(part.counts)
-            if self._config.terminal_pair:
-                yield (
-                    begin + np.arange(num_pairs),
-                    part.tokens.lengths(part.sentence_of_pair) - 1,
-                    sources.tokens.lengths(part.source_of_pair) - 1,
-                )
-            begin += num_pairs
-
-
-@dataclass(frozen=True, eq=False)
-class _Linked:
-    """The linked words of a language.
-
-    Attributes:
-        part: the training pairs they stand in.
-        pair: (L,) which of them.
-        target_token: (L,) the first token of the word of the target sentence; -1 if it has none.
-        source_word: (L,) the word of the source sentence.
-    """
-
-    part: LanguagePairs
-    pair: Rows
-    target_token: Rows
-    source_word: Rows
+    def _take(self, links: Links, words: Words, part: LanguagePairs) -> None:
+        word = words.offsets[part.sentence_of_pair[links.pairs]] + links.words[:, 1]
+        target_token = find_tokens(self._student, words).first_token[word]
+        self._parts.append((part, links.pairs, target_token, links.words[:, 0]))
 
 
 class TokenBatch(NamedTuple):

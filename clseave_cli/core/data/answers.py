@@ -76,27 +76,25 @@ class AnswerFile:
         Raises:
             DataError: a finished file is damaged; nothing is cut off it.
         """
-        if self.finished:
-            with writing(self.target), self.target.open("rb") as stream:
-                for number, line in enumerate(stream, start=1):
-                    answer = _whole_answer(line)
-                    if answer is None:
-                        raise DataError.at(
-                            self.target,
-                            number,
-                            "damaged, not a whole answer; choose another --output, or leave out "
-                            "--resume to replace that file.",
-                        )
-                    yield answer
-        elif self.partial.exists():
-            with writing(self.partial), self.partial.open("r+b") as stream:
-                whole = 0
-                for line in stream:
-                    answer = _whole_answer(line)
-                    if answer is None:
-                        break
-                    whole += len(line)
-                    yield answer
+        path = self.target if self.finished else self.partial
+        if not path.exists():
+            return
+        with writing(path), path.open("rb" if self.finished else "r+b") as stream:
+            whole = 0
+            for number, line in enumerate(stream, start=1):
+                answer = _whole_answer(line)
+                if answer is None and self.finished:
+                    raise DataError.at(
+                        path,
+                        number,
+                        "damaged, not a whole answer; choose another --output, or leave out "
+                        "--resume to replace that file.",
+                    )
+                if answer is None:
+                    break
+                whole += len(line)
+                yield answer
+            if not self.finished:
                 stream.truncate(whole)
 
     def reopen(self) -> None:

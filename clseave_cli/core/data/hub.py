@@ -49,18 +49,17 @@ def _write(name: str, folder: Path, progress: Progress) -> None:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"--data hf:{name}: cannot be loaded ({reason}).") from None
-    known = {_SPLITS[split]: split for split in loaded if split in _SPLITS}
-    if not known:
+    splits = {_SPLITS[split]: rows for split, rows in loaded.items() if split in _SPLITS}
+    if not splits:
         raise DataError(f"--data hf:{name}: none of its splits is one of {', '.join(_SPLITS)}.")
     (folder / "images").mkdir()
-    for ours, theirs in known.items():
-        rows = loaded[theirs]
+    for split, rows in splits.items():
         with (
-            (folder / f"snli_ve_{ours}.jsonl").open("wb") as stream,
-            progress.task(f"{name}: {ours}", total=len(rows), unit="rows") as task,
+            (folder / f"snli_ve_{split}.jsonl").open("wb") as stream,
+            progress.task(f"{name}: {split}", total=len(rows), unit="rows") as task,
         ):
             for number, row in enumerate(rows):
-                plain = _plain_row(row, f"{ours}-{number}", rows.features, folder / "images")
+                plain = _plain_row(row, f"{split}-{number}", rows.features, folder / "images")
                 stream.write(json_line(plain))
                 task.advance()
 

@@ -83,15 +83,12 @@ _EXTRA_SPELLINGS = {code: spellings for code, *spellings in _read(_MORE_SPELLING
 LANGUAGES = {entry[0]: Language(*entry) for entry in _read(_TABLE)}
 
 
-def _aliases() -> dict[str, str]:
-    table: dict[str, str] = {}
-    for language in LANGUAGES.values():
-        for spelling in language.spellings:
-            table.setdefault(spelling.replace("_", "-").lower(), language.code)
-    return table
-
-
-_ALIASES = _aliases()
+# Where two languages share a spelling, the first one has it.
+_ALIASES = {
+    spelling.replace("_", "-").lower(): language.code
+    for language in reversed(LANGUAGES.values())
+    for spelling in language.spellings
+}
 
 # Letters per script: enough to tell them apart, not every block Unicode has.
 _SCRIPT_RANGES = {
@@ -178,20 +175,13 @@ def is_dense(code: str) -> bool:
     return language is not None and language.script in {"Jpan", "Hans", "Hant", "Hang"}
 
 
-_NAMES = {
-    "ar": "Arabic",
-    "de": "German",
-    "en": "English",
-    "es": "Spanish",
-    "fr": "French",
-    "ja": "Japanese",
-    "ko": "Korean",
-    "nl": "Dutch",
-    "ru": "Russian",
-    "zh": "Chinese",
-}
+# code, English name.
+_NAMES = """
+ar Arabic|de German|en English|es Spanish|fr French|ja Japanese|ko Korean|nl Dutch|ru Russian
+zh Chinese
+"""
 
 
 def language_name(code: str) -> str:
     """`German` for `de`; the code itself where the name is not listed."""
-    return _NAMES.get(code, code)
+    return dict(_read(_NAMES)).get(code, code)

@@ -305,9 +305,9 @@ def join(target: Split, source: Split | None, source_lang: str = ENGLISH) -> Par
             f"(first here {target.pair_ids[0]!r}, first there {source.pair_ids[0]!r})."
         )
     matched = target if len(rows) == len(target) else target.take(np.array(rows))
-    known = set(target.pair_ids)
+    target_ids = set(target.pair_ids)
     strays = [p for p in target.pair_ids if p not in by_id][:3]
-    strays += [p for p in source.pair_ids if p not in known][:3]
+    strays += [p for p in source.pair_ids if p not in target_ids][:3]
     return Parallel(
         target=matched,
         sources=[by_id[pair_id] for pair_id in matched.pair_ids],
@@ -419,8 +419,7 @@ class _Columns:
         """
         pair_id = require_text(row, ID_KEYS, "the row's unique id")
         hypothesis = require_text(row, HYPOTHESIS_KEYS, "the hypothesis")
-        label = self._label(row)
-        image = self._image(row)
+        label, image = self._label(row), self._image(row)
         source = row.get(self.source_key)
         if source is not None:
             source = require_text(row, (self.source_key,), "the sentence that was translated")

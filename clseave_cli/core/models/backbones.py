@@ -53,8 +53,8 @@ def load_clip_text(name: str | Path, saved: Mapping[str, Any] | None = None) -> 
         ModelError: it cannot be found or read, or has an unknown layout.
     """
     layout, is_whole = _layout(name, "text")
-    tower = layout.text_parts(*_load_tower(name, layout, "text", is_whole))
-    return _text_encoder(tower, _load_tokenizer(name), saved or {})
+    tower, projection = _load_tower(name, layout, "text", is_whole)
+    return _text_encoder(name, layout, tower, projection, saved or {})
 
 
 def load_clip_image(name: str | Path) -> ImageEncoder:
@@ -64,8 +64,7 @@ def load_clip_image(name: str | Path) -> ImageEncoder:
         ModelError: it cannot be found or read, or has an unknown layout.
     """
     layout, is_whole = _layout(name, "vision")
-    tower = layout.image_parts(*_load_tower(name, layout, "image", is_whole))
-    return _image_encoder(tower, load(name, layout.loader("processor")))
+    return _image_encoder(name, layout, *_load_tower(name, layout, "image", is_whole))
 
 
 def load_clip(name: str | Path) -> tuple[Any, SentenceEncoder, ImageEncoder]:
@@ -81,12 +80,8 @@ def load_clip(name: str | Path) -> tuple[Any, SentenceEncoder, ImageEncoder]:
             "spoil it; give it to finetune-ve as it is."
         )
     model = load(name, layout.loader("whole"), **_LOADING)
-    text, image = _split(model, layout, "text"), _split(model, layout, "image")
-    return (
-        model,
-        _text_encoder(layout.text_parts(*text), _load_tokenizer(name), {}),
-        _image_encoder(layout.image_parts(*image), load(name, layout.loader("processor"))),
-    )
+    text = _text_encoder(name, layout, *_split(model, layout, "text"), {})
+    return model, text, _image_encoder(name, layout, *_split(model, layout, "image"))
 
 
 def load_encoder(name: str | Path) -> tuple[Any, Any]:
@@ -242,90 +237,56 @@ def _split(model: Any, layout: Layout, part: Literal["text", "image"]) -> tuple[
     return model.vision_model, model.visual_projection
 
 
-def _text_encoder(tower: TextTower, tokenizer: Any, saved: Mapping[str, Any]) -> SentenceEncoder:
-    filling = None
-    if tower.fills:
-        filling = Filling(tokenizer.pad_token_id, tokenizer.padding_side)
+def _text_encoder(
+    name: str | Path, layout: Layout, tower: Any, projection: Any, saved: Mapping[str, Any]
+) -> SentenceEncoder:
+    tokenizer = _load_tokenizer(name)
+    backbone, norm, projection, hub_model = layout.text_parts(tower, projection)
     return SentenceEncoder(
-        tower.backbone,
+        backbone,
         tokenizer,
-        tower.norm,
-        tower.projection,
-        hub_model=tower.hub_model,
-        causal=tower.causal,
-        pooling=tower.pooling,
-        filling=filling,
-        **reading(tower.backbone, tokenizer, saved),
+        norm,
+        projection,
+        hub_model=hub_model,
+        causal=layout.causal,
+        pooling=layout.pooling,
+        filling=Filling(tokenizer.pad_token_id, tokenizer.padding_side) if layout.fills else None,
+        **reading(backbone, tokenizer, saved),
     )
 
 
-def _image_encoder(tower: ImageTower, processor: Any) -> ImageEncoder:
-    return ImageEncoder(tower.backbone, tower.projection, processor, hub_model=tower.hub_model)
+def _image_encoder(name: str | Path, layout: Layout, *tower: Any) -> ImageEncoder:
+    backbone, projection, hub_model = layout.image_parts(*tower)
+    processor = load(name, layout.loader("processor"))
+    return ImageEncoder(backbone, projection, processor, hub_model=hub_model)
 
 
 def _load_tokenizer(name: str | Path) -> Any:
-    tokenizer = _fast_tokenizer(name)
+    tokenizer = load(name, AutoTokenizer.from_pretrained)
+    if not tokenizer.is_fast:
+        try:
+            fast = load(name, PreTrainedTokenizerFast.from_pretrained)
+        except ModelError:
+            raise ModelError(
+                f"{name}: has no fast tokenizer (tokenizer.json); convert it first."
+            ) from None
+        if any(fast(text)["input_ids"] != tokenizer(text)["input_ids"] for text in _PROBES):
+            raise ModelError(
+                f"{name}: its tokenizer.json gives other tokens than its own tokenizer."
+            )
+        tokenizer = fast
     # Some were saved filling every text up to 128 tokens (sentence-transformers' models).
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()
     return tokenizer
 
 
-def _fast_tokenizer(name: str | Path) -> Any:
-    tokenizer = load(name, AutoTokenizer.from_pretrained)
-    if tokenizer.is_fast:
-        return tokenizer
-    try:
-        fast = load(name, PreTrainedTokenizerFast.from_pretrained)
-    except ModelError:
-        raise ModelError(
-            f"{name}: has no fast tokenizer (tokenizer.json); convert it first."
-        ) from None
-    if any(fast(text)["input_ids"] != tokenizer(text)["input_ids"] for text in _PROBES):
-        raise ModelError(f"{name}: its tokenizer.json gives other tokens than its own tokenizer.")
-    return fast
-
-
 #: Beside a tower for which transformers has no class with its projection.
 PROJECTION = "projection.safetensors"
 
-
-@dataclass(frozen=True)
-class TextTower:
-    """A text tower taken apart: backbone → pooled token → norm → projection.
-
-    Attributes:
-        backbone: gives `last_hidden_state`.
-        norm: applied to the pooled token.
-        projection: into the shared space.
-        hub_model: what saves the tower in Hugging Face layout.
-        pooling: the token that is read.
-        causal: tokens look back only.
-        fills: texts are padded up to the limit, and the padding is read as well.
-    """
-
-    backbone: Any
-    norm: nn.Module
-    projection: nn.Linear
-    hub_model: Any
-    pooling: Pooling = "terminal"
-    causal: bool = False
-    fills: bool = False
-
-
-@dataclass(frozen=True)
-class ImageTower:
-    """An image tower taken apart: backbone → pooled output → projection, if there is one.
-
-    Attributes:
-        backbone: gives `pooler_output`.
-        projection: into the shared space.
-        hub_model: what saves the tower in Hugging Face layout.
-    """
-
-    backbone: Any
-    projection: nn.Linear | None
-    hub_model: Any
+#: A tower taken apart: backbone, (norm of the token that is read,) projection, and what saves it.
+TextParts = tuple[Any, nn.Module, nn.Linear, Any]
+ImageParts = tuple[Any, nn.Linear | None, Any]
 
 
 @dataclass(frozen=True)
@@ -335,8 +296,12 @@ class Layout:
     Attributes:
         prefix: how the names of its transformers classes begin; the code of a family is imported
             only when it is used.
-        text_parts: takes a text tower (and its projection, if that lies outside) apart.
-        image_parts: takes an image tower apart likewise.
+        text_parts: takes a text tower (and its projection, if that lies outside) apart: into
+            backbone, norm, projection and hub model of a `SentenceEncoder`.
+        image_parts: likewise, into backbone, projection and hub model of an `ImageEncoder`.
+        pooling: the token of a text that is read.
+        causal: tokens look back only.
+        fills: texts are padded up to the limit, and the padding is read as well.
         tower_suffix: how the names of its towers' classes end.
         processor: prefix of its image processor; None: the same.
         projects_outside: the projections belong to the whole model, not to the towers.
@@ -344,8 +309,11 @@ class Layout:
     """
 
     prefix: str
-    text_parts: Callable[[Any, Any], TextTower]
-    image_parts: Callable[[Any, Any], ImageTower]
+    text_parts: Callable[[Any, Any], TextParts]
+    image_parts: Callable[[Any, Any], ImageParts]
+    pooling: Pooling = "terminal"
+    causal: bool = False
+    fills: bool = False
     tower_suffix: str = ""
     processor: str | None = None
     projects_outside: bool = False
@@ -416,56 +384,59 @@ class _NaFlex(nn.Module):
         )
 
 
-def _clip_text(model: Any, _: None) -> TextTower:
-    """CLIP: causal, read at [EOS]; the tower's own last normalisation, then a projection."""
-    return TextTower(model.text_model, nn.Identity(), model.text_projection, model, causal=True)
+def _clip_text(model: Any, _: None) -> TextParts:
+    """CLIP: the tower's own last normalisation, then a projection."""
+    return model.text_model, nn.Identity(), model.text_projection, model
 
 
-def _clip_image(model: Any, _: None) -> ImageTower:
-    return ImageTower(model.vision_model, model.visual_projection, model)
+def _clip_image(model: Any, _: None) -> ImageParts:
+    return model.vision_model, model.visual_projection, model
 
 
-def _siglip_text(tower: Any, _: None) -> TextTower:
-    """SigLIP: not causal; filled up with padding, which is looked at; read at the last place."""
+def _siglip_text(tower: Any, _: None) -> TextParts:
     head = tower.head
-    return TextTower(tower, nn.Identity(), head, _Headed(tower), fills=True)
+    return tower, nn.Identity(), head, _Headed(tower)
 
 
-def _siglip_image(tower: Any, _: None) -> ImageTower:
+def _siglip_image(tower: Any, _: None) -> ImageParts:
     """SigLIP: pooled by attention, and that is the embedding."""
-    return ImageTower(tower, None, tower)
+    return tower, None, tower
 
 
-def _siglip2_image(tower: Any, _: None) -> ImageTower:
-    return ImageTower(_NaFlex(tower), None, tower)
+def _siglip2_image(tower: Any, _: None) -> ImageParts:
+    return _NaFlex(tower), None, tower
 
 
-def _chinese_clip_text(tower: Any, projection: nn.Linear) -> TextTower:
-    """Chinese-CLIP: a BERT, read at [CLS] without normalisation, then a projection."""
+def _chinese_clip_text(tower: Any, projection: nn.Linear) -> TextParts:
+    """Chinese-CLIP: a BERT without normalisation, then a projection."""
     tower.pooler = None  # made up by transformers, see `_load_tower`
-    hub_model = _Projected(tower, projection)
-    return TextTower(tower, nn.Identity(), projection, hub_model, pooling="cls")
+    return tower, nn.Identity(), projection, _Projected(tower, projection)
 
 
-def _altclip_text(tower: Any, projection: nn.Linear) -> TextTower:
-    """AltCLIP: an XLM-RoBERTa, read at <s>; normalised, transformed to CLIP's width, projected."""
+def _altclip_text(tower: Any, projection: nn.Linear) -> TextParts:
+    """AltCLIP: an XLM-RoBERTa; normalised, transformed to CLIP's width, projected."""
     norm = nn.Sequential(tower.pre_LN, tower.transformation)
-    return TextTower(tower.roberta, norm, projection, _Projected(tower, projection), pooling="cls")
+    return tower.roberta, norm, projection, _Projected(tower, projection)
 
 
-def _projected_image(tower: Any, projection: nn.Linear) -> ImageTower:
-    return ImageTower(tower, projection, _Projected(tower, projection))
+def _projected_image(tower: Any, projection: nn.Linear) -> ImageParts:
+    return tower, projection, _Projected(tower, projection)
 
 
 #: By the `model_type` of the whole model; that of a tower ends in `_text_model`, `_vision_model`.
 LAYOUTS = {
-    "clip": Layout("CLIP", _clip_text, _clip_image, tower_suffix="WithProjection"),
-    "siglip": Layout("Siglip", _siglip_text, _siglip_image, contrastive=False),
-    "siglip2": Layout("Siglip2", _siglip_text, _siglip2_image, contrastive=False),
+    "clip": Layout("CLIP", _clip_text, _clip_image, causal=True, tower_suffix="WithProjection"),
+    "siglip": Layout("Siglip", _siglip_text, _siglip_image, fills=True, contrastive=False),
+    "siglip2": Layout("Siglip2", _siglip_text, _siglip2_image, fills=True, contrastive=False),
     "chinese_clip": Layout(
-        "ChineseCLIP", _chinese_clip_text, _projected_image, projects_outside=True
+        "ChineseCLIP", _chinese_clip_text, _projected_image, pooling="cls", projects_outside=True
     ),
     "altclip": Layout(
-        "AltCLIP", _altclip_text, _projected_image, processor="CLIP", projects_outside=True
+        "AltCLIP",
+        _altclip_text,
+        _projected_image,
+        pooling="cls",
+        processor="CLIP",
+        projects_outside=True,
     ),
 }

@@ -81,7 +81,7 @@ def unsealed(
                 _require_digest(folder / name, files[name], digest)
 
 
-def _require_digest(path: Path, expected: str, digest: str) -> None:
+def _require_digest(path: Path, expected: Any, digest: str) -> None:
     if digest != expected:
         raise ModelError(
             f"{path}: damaged, its content is not what was saved; "
@@ -121,11 +121,7 @@ def peek(folder: Path, format_name: str) -> dict[str, Any]:
             f"this clseave reads {FORMAT_VERSION}; update clseave."
         )
     content = {key: value for key, value in config.items() if key not in _NOT_CONTENT}
-    if config.get("fingerprint") != json_digest(content):
-        raise ModelError(
-            f"{folder / _CONFIG}: damaged, its content is not what was saved; "
-            "copy it again or train the model again."
-        )
+    _require_digest(folder / _CONFIG, config.get("fingerprint"), json_digest(content))
     return config
 
 

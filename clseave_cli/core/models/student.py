@@ -185,27 +185,20 @@ def save_student(
     """Writes a student into an existing folder; returns its fingerprint."""
     student.save_pretrained(folder / "encoder")
     save_weights(_added_parts(student), folder / "projection.safetensors")
-    vocabulary = {}
+    config: dict[str, Any] = {
+        "languages": list(languages),
+        "pooling": student.pooling,
+        **student.packing,
+        "projection": "linear",  # for earlier versions, which knew another
+        "embedding_dim": student.embedding_dim,
+        "teacher": teacher,
+    }
     if (trimmed := student.trimmed) is not None:
         save_file({"kept": torch.from_numpy(trimmed.kept)}, folder / _VOCABULARY)
-        vocabulary = {"vocabulary": {"num_tokens": trimmed.num_tokens, "encoder": trimmed.encoder}}
-    coding = {}
+        config["vocabulary"] = {"num_tokens": trimmed.num_tokens, "encoder": trimmed.encoder}
     if isinstance(student.norm, CodedState):
-        coding = {"coding": dataclasses.asdict(student.norm.coding)}
-    return seal(
-        folder,
-        FORMAT,
-        {
-            **vocabulary,
-            **coding,
-            "languages": list(languages),
-            "pooling": student.pooling,
-            **student.packing,
-            "projection": "linear",  # for earlier versions, which knew another
-            "embedding_dim": student.embedding_dim,
-            "teacher": teacher,
-        },
-    )
+        config["coding"] = dataclasses.asdict(student.norm.coding)
+    return seal(folder, FORMAT, config)
 
 
 def restore_student(folder: Path, encoder: str | Path | None = None) -> SentenceEncoder:
@@ -324,7 +317,8 @@ _AUTOENCODER_WEIGHTS = "autoencoder.safetensors"
 
 def coder(state_width: int, code_width: int, code: Code) -> nn.Sequential:
     """What makes codes of states: H → K, one layer (thesis 3.2.2: with a ReLU behind it)."""
-    return nn.Sequential(nn.Linear(state_width, code_width), *_activation(code))
+    activation = [nn.ReLU()] if code == "relu" else []
+    return nn.Sequential(nn.Linear(state_width, code_width), *activation)
 
 
 class Autoencoder(nn.Module):
@@ -340,7 +334,7 @@ class Autoencoder(nn.Module):
     def __init__(self, state_width: int, code_width: int, code: Code = "relu") -> None:
         super().__init__()
         self.encoder = coder(state_width, code_width, code)
-        self.decoder = nn.Sequential(nn.Linear(code_width, state_width), *_activation(code))
+        self.decoder = coder(code_width, state_width, code)
         self.widths = state_width, code_width
         self.code = code
 
@@ -353,17 +347,9 @@ class Autoencoder(nn.Module):
 def save_autoencoder(autoencoder: Autoencoder, folder: Path, *, languages: Sequence[str]) -> str:
     """Writes an autoencoder into an existing folder; returns its fingerprint."""
     save_weights(autoencoder, folder / _AUTOENCODER_WEIGHTS)
-    state_width, code_width = autoencoder.widths
-    return seal(
-        folder,
-        AUTOENCODER,
-        {
-            "languages": list(languages),
-            "state_width": state_width,
-            "code_width": code_width,
-            "code": autoencoder.code,
-        },
-    )
+    shape = dict(zip(("state_width", "code_width"), autoencoder.widths, strict=True))
+    config = {"languages": list(languages), **shape, "code": autoencoder.code}
+    return seal(folder, AUTOENCODER, config)
 
 
 def load_autoencoder(folder: Path, wanted: Autoencoder) -> tuple[Autoencoder, str]:
@@ -389,7 +375,3 @@ def load_autoencoder(folder: Path, wanted: Autoencoder) -> tuple[Autoencoder, st
             )
         load_weights(wanted, folder / _AUTOENCODER_WEIGHTS)
     return wanted.eval(), str(config["fingerprint"])
-
-
-def _activation(code: Code) -> list[nn.Module]:
-    return [nn.ReLU()] if code == "relu" else []

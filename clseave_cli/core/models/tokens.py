@@ -54,11 +54,9 @@ class TokenTable:
     def concatenate(cls, tables: Sequence[TokenTable]) -> TokenTable:
         """The sentences of several tables, one after another."""
         lengths = np.concatenate([np.diff(table.offsets) for table in tables])
-        offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
-        np.cumsum(lengths, out=offsets[1:])
         return cls(
             np.concatenate([table.ids for table in tables]),
-            offsets,
+            np.append(0, np.cumsum(lengths)),
             np.concatenate([table.truncated for table in tables]),
         )
 
@@ -131,7 +129,5 @@ def tokenize(
             flat.extend(ids)
             lengths[start + offset] = len(ids)
         parts.append(np.array(flat, dtype=np.int32))
-    offsets = np.zeros(len(sentences) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=offsets[1:])
     ids_flat = np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
-    return TokenTable(ids_flat, offsets, truncated)
+    return TokenTable(ids_flat, np.append(0, np.cumsum(lengths)), truncated)

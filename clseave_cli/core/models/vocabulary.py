@@ -51,22 +51,28 @@ def reduced_vocabulary(encoder: SentenceEncoder, *tables: TokenTable) -> Iterato
     kept = np.unique(np.concatenate([always, *(table.ids for table in tables)]))
     places = np.full(whole.num_embeddings, -1)
     places[kept] = np.arange(len(kept))
-    rows = torch.from_numpy(kept).to(whole.weight.device)
-    part = nn.Embedding(
-        len(kept),
-        whole.embedding_dim,
-        padding_idx=None if whole.padding_idx is None else int(places[whole.padding_idx]),
-        _weight=whole.weight.detach()[rows],
-    ).requires_grad_(whole.weight.requires_grad)
+    part = _part(whole, kept)
     encoder.backbone.set_input_embeddings(part)
     encoder.token_places = torch.from_numpy(places)
     try:
         yield
     finally:
         with torch.no_grad():
+            rows = torch.from_numpy(kept).to(whole.weight.device)
             whole.weight[rows] = part.weight.to(whole.weight.device)
         encoder.backbone.set_input_embeddings(whole)
         encoder.token_places = None
+
+
+def _part(whole: nn.Embedding, kept: npt.NDArray[np.integer[Any]]) -> nn.Embedding:
+    """The vectors of the kept tokens, in order; the padding token is among them."""
+    padding = whole.padding_idx
+    return nn.Embedding(
+        len(kept),
+        whole.embedding_dim,
+        padding_idx=None if padding is None else int(np.searchsorted(kept, padding)),
+        _weight=whole.weight.detach()[torch.from_numpy(kept).to(whole.weight.device)],
+    ).requires_grad_(whole.weight.requires_grad)
 
 
 #: Special ids that a model's own configuration names.
@@ -101,13 +107,7 @@ def trim_vocabulary(
     new_id = {int(old): new for new, old in enumerate(kept)}
     tokenizer = _reloaded(encoder.tokenizer, _renumbered(content, new_id), name)
     config = encoder.backbone.config
-    part = nn.Embedding(
-        len(kept),
-        whole.embedding_dim,
-        padding_idx=None if whole.padding_idx is None else new_id[whole.padding_idx],
-        _weight=whole.weight.detach()[torch.from_numpy(kept).to(whole.weight.device)].clone(),
-    ).requires_grad_(whole.weight.requires_grad)
-    encoder.backbone.set_input_embeddings(part)
+    encoder.backbone.set_input_embeddings(_part(whole, kept))
     config.vocab_size = len(kept)
     for key in (f"{kind}_token_id" for kind in _CONFIG_IDS):
         if getattr(config, key, None) in new_id:

@@ -22,7 +22,7 @@ import huggingface_hub
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig
 from transformers.utils import logging
 
@@ -120,18 +120,14 @@ def require_finite(module: nn.Module, source: str | Path) -> None:
         ModelError: a weight or buffer is infinite or not a number; names the first.
     """
     for name, value in module.state_dict().items():
-        if not _is_finite(value):
+        if not (value.is_floating_point() and value.numel()):
+            continue
+        # One pass without a copy; where there is a NaN, it is both bounds.
+        if not all(math.isfinite(bound) for bound in torch.aminmax(value)):
             raise ModelError(
                 f"{source}: {name} holds numbers that are not finite (NaN or infinity); copy the "
                 "model again or train it again."
             )
-
-
-def _is_finite(value: Tensor) -> bool:
-    if not (value.is_floating_point() and value.numel()):
-        return True
-    # One pass without a copy; where there is a NaN, it is both bounds.
-    return all(math.isfinite(bound) for bound in torch.aminmax(value))
 
 
 def load(

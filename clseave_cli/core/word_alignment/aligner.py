@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -122,19 +121,26 @@ class WordAligner:
         self._encoder.eval()
         parts: list[Tensor] = [torch.empty((0, 3), dtype=torch.int64)]
         with torch.no_grad(), progress.task(description, pairs.shape[1], "pairs") as task:
-            for numbers in _batches(sides, pairs):
+            # Pairs of like lengths together: what is padded is computed for nothing.
+            lengths = [side.tokens.lengths(rows) for side, rows in zip(sides, pairs, strict=True)]
+            order = np.lexsort(lengths[::-1])
+            for start in range(0, len(order), _PAIRS):
+                numbers = order[start : start + _PAIRS]
                 (source_states, source_words), (target_states, target_words) = (
                     self._states(side, sentences[numbers])
                     for side, sentences in zip(sides, pairs, strict=True)
                 )
-                links = link_words(
+                linked = link_words(
                     source_states, target_states, source_words, target_words, self.threshold
                 ).cpu()
-                links[:, 0] = torch.from_numpy(numbers)[links[:, 0]]
-                parts.append(links)
+                linked[:, 0] = torch.from_numpy(numbers)[linked[:, 0]]
+                parts.append(linked)
                 task.advance(len(numbers))
         self._encoder.train(was_training)
-        return _in_order(torch.cat(parts).numpy(), pairs.shape[1])
+        links = torch.cat(parts).numpy()
+        links = links[np.argsort(links[:, 0], kind="stable")]
+        offsets = np.searchsorted(links[:, 0], np.arange(pairs.shape[1] + 1))
+        return Links(links[:, 1:], np.ones(len(links), dtype=bool), offsets)
 
     def _states(self, side: WordTokens, sentences: npt.NDArray[np.intp]) -> tuple[Tensor, Tensor]:
         """(B, T, H) float32 states and (B, T) words of the tokens of some sentences."""
@@ -165,22 +171,6 @@ def load_aligner(
     return WordAligner(
         encoder, name, layer=config.aligner_layer, threshold=config.aligner_threshold
     )
-
-
-def _batches(
-    sides: tuple[WordTokens, WordTokens], pairs: npt.NDArray[np.intp]
-) -> Iterator[npt.NDArray[np.intp]]:
-    """The pairs in batches of like lengths: what is padded is computed for nothing."""
-    source, target = (side.tokens.lengths(rows) for side, rows in zip(sides, pairs, strict=True))
-    order = np.lexsort([target, source])
-    for start in range(0, len(order), _PAIRS):
-        yield order[start : start + _PAIRS]
-
-
-def _in_order(links: npt.NDArray[np.int64], num_pairs: int) -> Links:
-    links = links[np.argsort(links[:, 0], kind="stable")]
-    offsets = np.searchsorted(links[:, 0], np.arange(num_pairs + 1))
-    return Links(links[:, 1:], np.ones(len(links), dtype=bool), offsets)
 
 
 def take_states(states: Tensor, places: Tensor) -> Tensor:
@@ -240,20 +230,20 @@ def cached_links(key: str, compute: Callable[[], Links]) -> Links:
     Raises:
         ClseaveError: the disk is full.
     """
-    return processes().once(lambda: _find(cache_root() / "words", key, compute))
 
+    def find() -> Links:
+        folder = cache_root() / "words"
+        for path in folder.glob(f"{key}.*.safetensors"):
+            if path.suffixes[0] == f".{file_digest(path, _DIGEST_BYTES)}":
+                return Links(**load_file(path))
+            path.unlink(missing_ok=True)
+        links = compute()
+        # Its strides would be lost: safetensors keeps bytes in the order they lie in.
+        words = np.ascontiguousarray(links.words)
+        content = save({"words": words, "sure": links.sure, "offsets": links.offsets})
+        digest = hashlib.blake2b(content, digest_size=_DIGEST_BYTES).hexdigest()
+        with atomic_file(folder / f"{key}.{digest}.safetensors") as stream:
+            stream.write(content)
+        return links
 
-def _find(folder: Path, key: str, compute: Callable[[], Links]) -> Links:
-    for path in folder.glob(f"{key}.*.safetensors"):
-        if path.suffixes[0] == f".{file_digest(path, _DIGEST_BYTES)}":
-            kept = load_file(path)
-            return Links(kept["words"], kept["sure"], kept["offsets"])
-        path.unlink(missing_ok=True)
-    links = compute()
-    # Its strides would be lost: safetensors keeps bytes in the order they lie in.
-    words = np.ascontiguousarray(links.words)
-    content = save({"words": words, "sure": links.sure, "offsets": links.offsets})
-    digest = hashlib.blake2b(content, digest_size=_DIGEST_BYTES).hexdigest()
-    with atomic_file(folder / f"{key}.{digest}.safetensors") as stream:
-        stream.write(content)
-    return links
+    return processes().once(find)

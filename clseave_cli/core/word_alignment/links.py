@@ -95,7 +95,7 @@ def read_links(
     """
     numbers = np.arange(1, len(num_words) + 1) if lines is None else lines
     last = len(num_words) if num_lines is None else num_lines
-    content = _lines(path)
+    content = read_lines(path, "links such as 0-0 1-2")
     if len(content) > last:
         raise DataError.at(path, last + 1, f"more lines than sentences; {text} has {last}.")
     if len(content) < last:
@@ -130,13 +130,18 @@ def read_links(
     )
 
 
-def _lines(path: Path) -> list[str]:
+def read_lines(path: Path, expected: str) -> list[str]:
+    """The lines of a UTF-8 file.
+
+    Raises:
+        DataError: it cannot be read; says what was expected.
+    """
     try:
         content = path.read_text(encoding="utf-8")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError:
-        raise DataError(f"{path}: not UTF-8 text; expected links such as 0-0 1-2.") from None
+        raise DataError(f"{path}: not UTF-8 text; expected {expected}.") from None
     return content.removesuffix("\n").split("\n") if content else []
 
 

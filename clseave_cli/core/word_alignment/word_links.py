@@ -28,7 +28,13 @@ from clseave_cli.core.data.records import (
 from clseave_cli.core.files import atomic_file, locked_target, writing
 from clseave_cli.core.training.precision import resolve_device
 from clseave_cli.core.word_alignment.aligner import WordAligner, load_aligner
-from clseave_cli.core.word_alignment.links import AlignmentScore, Links, read_links, score
+from clseave_cli.core.word_alignment.links import (
+    AlignmentScore,
+    Links,
+    read_lines,
+    read_links,
+    score,
+)
 from clseave_cli.core.word_alignment.words import Words, split_words
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.progress import SILENT, Progress
@@ -185,12 +191,7 @@ def _best(
 
 def _read_file(path: Path) -> _Text:
     """A text of `source ||| target` lines, as aligners read it: words stand between spaces."""
-    try:
-        content = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: not UTF-8 text; expected lines of source ||| target.") from None
+    content = read_lines(path, "lines of source ||| target") or [""]
     rows = [line.split(_SEPARATOR) for line in content]
     for number, row in enumerate(rows, start=1):
         if len(row) != 2:

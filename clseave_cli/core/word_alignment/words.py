@@ -65,25 +65,24 @@ def split_words(sentences: Sequence[str], lang: str | None = None) -> Words:
     Raises:
         ExtraMissing: the language needs a segmenter that is not installed.
     """
-    spans = _spans_between_spaces
+    segmenter = None
     if lang is not None and (code := lang.split("-")[0]) in _SEGMENTERS:
-        spans = functools.partial(_spans_of, _segmenter(code))
+        segmenter = _segmenter(code)
     starts: list[int] = []
     ends: list[int] = []
     offsets = [0]
     for sentence in sentences:
-        for start, end in spans(sentence):
+        for start, end in _spans(sentence, segmenter):
             starts.append(start)
             ends.append(end)
         offsets.append(len(starts))
     return Words(sentences, *(np.array(part, dtype=np.int64) for part in (starts, ends, offsets)))
 
 
-def _spans_between_spaces(text: str) -> Iterator[tuple[int, int]]:
-    return (match.span() for match in _BETWEEN_SPACES.finditer(text))
-
-
-def _spans_of(segmenter: Segmenter, text: str) -> Iterator[tuple[int, int]]:
+def _spans(text: str, segmenter: Segmenter | None) -> Iterator[tuple[int, int]]:
+    if segmenter is None:
+        yield from (match.span() for match in _BETWEEN_SPACES.finditer(text))
+        return
     end = 0
     for word in map(str.strip, segmenter(text)):
         # A segmenter that normalises gives words that are not in the text; they are no words of it.
@@ -92,51 +91,32 @@ def _spans_of(segmenter: Segmenter, text: str) -> Iterator[tuple[int, int]]:
             yield start, end
 
 
+#: The package that finds words, by language.
+_SEGMENTERS = {"ja": "sudachipy", "zh": "rjieba", "ko": "python-mecab-ko", "th": "pythainlp"}
+
+
 @functools.cache
 def _segmenter(code: str) -> Segmenter:
-    make, package = _SEGMENTERS[code]
+    segmenter: Segmenter
     try:
-        return make()
+        if code == "ja":
+            from sudachipy import Dictionary, SplitMode
+
+            tokenizer = Dictionary(dict="small").tokenizer(mode=SplitMode.A)  # the shortest units
+            return lambda text: [word.surface() for word in tokenizer.tokenize(text)]
+        elif code == "zh":
+            from rjieba import cut as segmenter
+        elif code == "ko":
+            from mecab import MeCab
+
+            segmenter = MeCab().morphs
+        else:
+            from pythainlp import word_tokenize as segmenter
     except ImportError:
         raise ExtraMissing(
-            f"words in {code} need {package}; run: pip install -e '.[segment]'."
+            f"words in {code} need {_SEGMENTERS[code]}; run: pip install -e '.[segment]'."
         ) from None
-
-
-def _japanese() -> Segmenter:
-    from sudachipy import Dictionary, SplitMode
-
-    tokenizer = Dictionary(dict="small").tokenizer(mode=SplitMode.A)  # the shortest units
-    return lambda text: [word.surface() for word in tokenizer.tokenize(text)]
-
-
-def _chinese() -> Segmenter:
-    import rjieba
-
-    cut: Segmenter = rjieba.cut
-    return cut
-
-
-def _korean() -> Segmenter:
-    from mecab import MeCab
-
-    morphs: Segmenter = MeCab().morphs
-    return morphs
-
-
-def _thai() -> Segmenter:
-    from pythainlp import word_tokenize
-
-    segmenter: Segmenter = word_tokenize
     return segmenter
-
-
-_SEGMENTERS: dict[str, tuple[Callable[[], Segmenter], str]] = {
-    "ja": (_japanese, "sudachipy"),
-    "zh": (_chinese, "rjieba"),
-    "ko": (_korean, "python-mecab-ko"),
-    "th": (_thai, "pythainlp"),
-}
 
 
 #: Of a token that is in no word, or of a word that has no token.

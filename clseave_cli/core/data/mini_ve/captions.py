@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from random import Random
 
-from clseave_cli.core.data.mini_ve.grammar.english import NUMERALS, a, phrase
+from clseave_cli.core.data.mini_ve.grammar import a, numeral, phrase
 from clseave_cli.core.data.mini_ve.world import COLORS, SHAPES, Description, Scene
 
 #: How often the last caption of a scene is a whole sentence.
@@ -49,12 +49,12 @@ def _list(scene: Scene, rng: Random) -> str:
 
 def _thing(scene: Scene, rng: Random) -> str:
     count = len(scene.items)
-    return rng.choice([*_things(scene), f"{NUMERALS[count]} {'shape' if count == 1 else 'shapes'}"])
+    return rng.choice([*_things(scene), f"{numeral(count)} {'shape' if count == 1 else 'shapes'}"])
 
 
 def _sentence(scene: Scene, rng: Random) -> str:
     listed = enumeration([a(item) for item in rng.sample(scene.items, len(scene.items))])
-    count = NUMERALS[len(scene.items)]
+    count = numeral(len(scene.items))
     be, shapes = ("is", "shape") if len(scene.items) == 1 else ("are", "shapes")
     both = "both " if len(scene.items) == 2 else ""
     cover = rng.choice(_COVERED if scene.curtain else _OPEN)

@@ -30,7 +30,7 @@ from clseave_cli.core.data.mini_ve.world import (
     item_pairs,
 )
 from clseave_cli.core.files import atomic_folder, require_replaceable
-from clseave_cli.errors import DataError, UsageError
+from clseave_cli.errors import UsageError
 from clseave_cli.labels import LABELS, Label
 from clseave_cli.progress import SILENT, Progress
 
@@ -81,15 +81,11 @@ class Sizes:
 
     def scenes(self, split: str) -> int:
         """Scenes in `split`."""
-        return {"train": self.train_scenes, "dev": self.dev_scenes, "test": self.test_scenes}[split]
+        return int(getattr(self, f"{split}_scenes"))
 
     def hypotheses(self, split: str) -> int:
         """Hypotheses per scene of `split`."""
-        return {
-            "train": self.train_hypotheses,
-            "dev": self.dev_hypotheses,
-            "test": self.test_hypotheses,
-        }[split]
+        return int(getattr(self, f"{split}_hypotheses"))
 
 
 @dataclass(frozen=True)
@@ -139,18 +135,20 @@ def generate(
     nothing can be learnt from the sentence alone.
 
     Args:
-        out: The folder to write. An older world there is replaced.
+        out: The folder to write; new or empty.
         seed: Another seed gives other scenes.
         sizes: How many scenes, hypotheses and captions.
         progress: Told about every picture drawn.
 
     Raises:
-        DataError: `out` holds something that is not a world made here.
-        UsageError: `sizes` are not positive, or too small to balance the labels.
+        UsageError: `out` is not empty, or `sizes` are not positive, or too small to balance the
+            labels.
         ClseaveError: the disk is full or read-only.
     """
-    _check_sizes(sizes)
-    _check_replaceable(out)
+    for name, value in asdict(sizes).items():
+        if value < 1:
+            raise UsageError(f"mini-VE: {name} is {value}; it must be at least 1.")
+    require_replaceable(out, None)
     scenes = sample_scenes(seed, sizes)
     held_out = _held_out_pairs(seed)
     rows = {split: _sample_rows(split, scenes[split], held_out, seed, sizes) for split in SPLITS}
@@ -179,25 +177,11 @@ def generate(
                     task.advance()
         for split in SPLITS:
             _write_split(folder, split, scenes[split], rows[split], seed, sizes)
-        _write_lines(folder / "world.json", [_describe(world, sizes)], indent=2)
+        about = {"world": "mini-VE", "version": VERSION, "seed": seed, "sizes": asdict(sizes)}
+        counts = {name: value for name, value in vars(world).items() if name.startswith("num_")}
+        about |= {"languages": LANGUAGES, **counts}
+        _write_lines(folder / "world.json", [about], indent=2)
     return world
-
-
-def _check_sizes(sizes: Sizes) -> None:
-    for name, value in asdict(sizes).items():
-        if value < 1:
-            raise UsageError(f"mini-VE: {name} is {value}; it must be at least 1.")
-
-
-def _check_replaceable(out: Path) -> None:
-    if (
-        out.exists()
-        and not (out / "world.json").is_file()
-        and (not out.is_dir() or any(out.iterdir()))
-    ):
-        raise DataError(
-            f"{out}: already holds something that is not a mini-VE world; choose another folder."
-        )
 
 
 def _random(seed: int, purpose: str) -> Random:
@@ -223,18 +207,17 @@ def sample_scenes(seed: int, sizes: Sizes) -> dict[str, list[Scene]]:
 
 
 def _sample_scene(rng: Random) -> Scene:
-    curtain = _sample_curtain(rng) if rng.random() < _CURTAIN_PROBABILITY else None
+    curtain = None
+    if rng.random() < _CURTAIN_PROBABILITY:
+        columns, rows = rng.choice(_CURTAIN_SIZES)
+        column, row = rng.randint(0, GRID - columns), rng.randint(0, GRID - rows)
+        curtain = Curtain(column, row, columns, rows)
     hidden = curtain.cells() if curtain else ()
     in_view = [cell for cell in range(GRID * GRID) if cell not in hidden]
     [number] = rng.choices(list(_SHOWN_WEIGHTS), list(_SHOWN_WEIGHTS.values()))
     cells = sorted(rng.sample(in_view, number))
     # All different, so that a caption's list of things also says how many there are.
     return Scene(tuple(zip(cells, rng.sample(ITEMS, number), strict=True)), curtain)
-
-
-def _sample_curtain(rng: Random) -> Curtain:
-    columns, rows = rng.choice(_CURTAIN_SIZES)
-    return Curtain(rng.randint(0, GRID - columns), rng.randint(0, GRID - rows), columns, rows)
 
 
 # --- hypotheses ---------------------------------------------------------------------------------
@@ -254,10 +237,10 @@ def _pair(hypothesis: Hypothesis) -> frozenset[Item]:
 
 def _pools(split: str, held_out: set[frozenset[Item]]) -> list[tuple[float, list[Hypothesis]]]:
     """The hypotheses that `split` may use, in groups with their part of the rows."""
-    known: list[Hypothesis] = []
+    seen: list[Hypothesis] = []
     unseen: list[Hypothesis] = []
     for one, other in item_pairs():
-        pool = unseen if frozenset((one, other)) in held_out else known
+        pool = unseen if frozenset((one, other)) in held_out else seen
         pool += [Conjunction(one, other), Conjunction(other, one)]
     pools: list[tuple[float, list[Hypothesis]]] = [
         (FORM_SHARES["presence"], [Presence(what) for what in descriptions()]),
@@ -266,8 +249,8 @@ def _pools(split: str, held_out: set[frozenset[Item]]) -> list[tuple[float, list
     ]
     if split == "test":
         half = FORM_SHARES["conjunction"] / 2
-        return [*pools, (half, known), (half, unseen)]
-    return [*pools, (FORM_SHARES["conjunction"], known)]
+        return [*pools, (half, seen), (half, unseen)]
+    return [*pools, (FORM_SHARES["conjunction"], seen)]
 
 
 def _sample_rows(
@@ -351,28 +334,20 @@ def _write_split(
     rng = _random(seed, f"captions/{split}")
     texts = [captions(scene, sizes.captions, rng) for scene in scenes]
     if split != "test":
-        _write_lines(
-            folder / f"captions_{split}.jsonl",
-            (
-                {"image": _image_name(split, index), "caption": caption}
-                for index, several in enumerate(texts)
-                for caption in several
-            ),
+        said = (
+            {"image": _image_name(split, index), "caption": caption}
+            for index, several in enumerate(texts)
+            for caption in several
         )
+        _write_lines(folder / f"captions_{split}.jsonl", said)
     records = _records(split, texts, rows)
     _write_lines(folder / f"snli_ve_{split}.jsonl", records)
     for language in LANGUAGES[1:]:
-        _write_lines(
-            folder / f"snli_ve_{split}.{language}.jsonl",
-            (
-                {
-                    **record,
-                    "sentence2": say(*row.saying, language),
-                    "sentence2_en": record["sentence2"],
-                }
-                for record, row in zip(records, rows, strict=True)
-            ),
+        translated = (
+            record | {"sentence2": say(*row.saying, language), "sentence2_en": record["sentence2"]}
+            for record, row in zip(records, rows, strict=True)
         )
+        _write_lines(folder / f"snli_ve_{split}.{language}.jsonl", translated)
 
 
 def _records(split: str, texts: list[list[str]], rows: list[_Row]) -> list[dict[str, str]]:
@@ -400,18 +375,3 @@ def _write_lines(path: Path, values: Iterable[Any], indent: int | None = None) -
     with path.open("w", encoding="utf-8", newline="\n") as stream:
         for value in values:
             stream.write(encode(value) + "\n")
-
-
-def _describe(world: MiniVE, sizes: Sizes) -> dict[str, Any]:
-    return {
-        "world": "mini-VE",
-        "version": VERSION,
-        "seed": world.seed,
-        "sizes": asdict(sizes),
-        "languages": LANGUAGES,
-        "num_scenes": world.num_scenes,
-        "num_pairs": world.num_pairs,
-        "num_sentences": world.num_sentences,
-        "num_unseen": world.num_unseen,
-        "num_captions": world.num_captions,
-    }
