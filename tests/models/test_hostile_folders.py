@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from clseave_cli import VisualEntailment
+from clseave_cli.commands import serve
+from clseave_cli.core.config import ServeConfig
 from clseave_cli.core.models.backbones import load_clip, load_encoder
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.folder import seal
@@ -185,6 +187,24 @@ def test_a_configuration_that_is_no_sound_json(folder, runs, text):
             load(path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content["model"].update(vocab={"a": 3}),
+        lambda content: content.update(post_processor={"type": "X"}),
+    ],
+)
+def test_a_tokenizer_that_makes_no_sense_is_refused(runs, world, refused, change):
+    path = runs / "align-de" / "encoder" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    _reseal(path.parents[1], "student")
+    image = world / "images" / "test0.png"
+    error = refused("predict", image, "Rot.", "--lang", "de", "--runs", runs)
+    assert f"{path.parent}: cannot be loaded" in error
+
+
 def test_control_characters_are_shown_not_obeyed(folder, runs, refused, world, clseave):
     _configure(folder, model_type="\x1b[2Jevil")
     error = refused("align", "--lang", "de", "--student", folder, "--data", world, "--runs", runs)
@@ -194,7 +214,7 @@ def test_control_characters_are_shown_not_obeyed(folder, runs, refused, world, c
     assert set(find_students(runs)) == {"de", "nl"}
 
 
-def test_a_student_of_a_newer_format_holds_no_other_language_up(runs, world, refused):
+def test_a_student_of_a_newer_format_holds_no_other_language_up(runs, world, refused, capsys):
     path = runs / "align-nl" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
     image = world / "images" / "test0.png"
@@ -202,6 +222,10 @@ def test_a_student_of_a_newer_format_holds_no_other_language_up(runs, world, ref
         assert VisualEntailment.from_pretrained(runs, lang)(image, "Rot.").label
     error = refused("predict", image, "Rood.", "--lang", "nl", "--runs", runs)
     assert "format version 99" in error
+    assert serve._load(ServeConfig(runs=runs)).sources.keys() == {"en", "de"}
+    assert "nl is left out: " in capsys.readouterr().err
+    with pytest.raises(ModelError, match="format version 99"):
+        serve._load(ServeConfig(runs=runs, lang=("nl",)))
 
 
 def test_without_network_the_hub_is_given_up_at_once(tmp_path, world):

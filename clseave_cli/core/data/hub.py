@@ -1,7 +1,8 @@
-"""Data sets of the hub, written out once as an ordinary data folder."""
+"""The hub: whether it answers, and its data sets, written out once as an ordinary data folder."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from pathlib import Path
@@ -15,8 +16,24 @@ from clseave_cli.labels import LABELS
 from clseave_cli.progress import SILENT, Progress
 
 _PREFIX = "hf:"
+_TIMEOUT_SECONDS = 10.0
 #: Names under which the hub knows our splits.
 _SPLITS = {"train": "train", "validation": "dev", "dev": "dev", "test": "test"}
+
+
+@functools.cache
+def hub_answers() -> bool:
+    """Whether the hub can be reached; without it its client would try again for half a minute."""
+    import huggingface_hub
+
+    try:
+        huggingface_hub.get_session().head(
+            huggingface_hub.constants.ENDPOINT, timeout=_TIMEOUT_SECONDS
+        )
+    except Exception:
+        # Whatever goes wrong, down to HF_HUB_OFFLINE: what is in the cache must do.
+        return False
+    return True
 
 
 def data_folder(data: str, progress: Progress = SILENT, root: Path = Path("data")) -> Path:

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from clseave_cli.core.config import TranslateConfig
+from clseave_cli.core.data.hub import hub_answers
 from clseave_cli.core.data.languages import canonical, spellings
 from clseave_cli.core.files import atomic_folder, cache_root, file_digest, json_digest
 from clseave_cli.core.translation.engine import Identity, Limits, Rejection
 from clseave_cli.core.translation.quality import has_loop
-from clseave_cli.errors import ModelError, UsageError
+from clseave_cli.errors import ClseaveError, ModelError, UsageError
 from clseave_cli.processes import process_count, usable_cores
 
 #: MIT licence, a hundred languages, 1.9 GB: usable by everyone for everything.
@@ -41,9 +42,6 @@ _TEXT_CHARACTERS = 400
 _LENGTH_FACTOR, _LENGTH_EXTRA = 2, 16
 _CONVERTIBLE = {"marian", "m2m_100", "mbart", "t5", "bart", "pegasus"}
 _WEIGHTS_AND_WORDS = ("*.safetensors", "*.json", "*.spm", "*.model", "*.txt")
-_LOADING_ERRORS = (
-    ImportError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, OSError,
-)  # fmt: skip
 _UNLIMITED = 1 << 20
 # T5's relative positions have no end; what its family was trained on has.
 _MAX_TOKENS = 512
@@ -164,6 +162,8 @@ class Codec:
     def __init__(self, name: str, config: Any, source: str, target: str) -> None:
         from transformers import AutoTokenizer
 
+        from clseave_cli.core.models.weights import load
+
         self.tokenizer = load(name, AutoTokenizer.from_pretrained)
         self._name = name
         self._text_prefix = ""
@@ -234,14 +234,24 @@ class Codec:
 def _torch_decoder(name: str, codec: Codec, config: TranslateConfig) -> Decoder:
     """The model in torch, on the device and in the precision of `config`."""
     import torch
+    from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING as MODELS
     from transformers import AutoModelForSeq2SeqLM
 
+    from clseave_cli.core.models.weights import load
     from clseave_cli.core.training.precision import resolve_device
 
     device = resolve_device(config.device)
     dtype = getattr(torch, _TYPES[_precision(config)])
-    loader = AutoModelForSeq2SeqLM.from_pretrained
-    model = load(name, loader, dtype=dtype, use_safetensors=True).eval().to(device)
+    # Always said, or the configuration could name code of the hub.
+    has_sdpa = getattr(MODELS.get(type(load_config(name)), None), "_supports_sdpa", False)
+    model = load(
+        name,
+        AutoModelForSeq2SeqLM.from_pretrained,
+        attn_implementation="sdpa" if has_sdpa else "eager",
+        dtype=dtype,
+        use_safetensors=True,
+    )
+    model.eval().to(device)
     # The model's own length, often 200, would contradict the one chosen for each batch.
     model.generation_config.max_length = None
     prefix = {} if codec.prefix_id is None else {"forced_bos_token_id": codec.prefix_id}
@@ -309,14 +319,17 @@ def _converted(name: str, revision: str) -> Path:
     import ctranslate2
     from ctranslate2.converters import TransformersConverter
 
+    from clseave_cli.core.models.weights import first_line, quiet
+
     class Converter(TransformersConverter):  # type: ignore[misc]
-        """Reads safetensors only, and finds the language marks of M2M-100.
+        """Reads safetensors only, fetches no attention code, and finds the marks of M2M-100.
 
         transformers 5 no longer reports those under the name where the converter looks for them.
         """
 
         def load_model(self, model_class: Any, name: str, **arguments: Any) -> Any:
-            return super().load_model(model_class, name, use_safetensors=True, **arguments)
+            arguments |= {"use_safetensors": True, "attn_implementation": "eager"}
+            return super().load_model(model_class, name, **arguments)
 
         def load_tokenizer(self, tokenizer_class: Any, name: str, **arguments: Any) -> Any:
             tokenizer = super().load_tokenizer(tokenizer_class, name, **arguments)
@@ -333,11 +346,13 @@ def _converted(name: str, revision: str) -> Path:
     if not folder.is_dir():
         converter = Converter(name)
         try:
-            with atomic_folder(folder) as aside:
+            with atomic_folder(folder) as aside, quiet():
                 converter.convert(str(aside), force=True)
-        except _LOADING_ERRORS as error:
+        except ClseaveError:
+            raise  # the disk is full
+        except Exception as error:
             raise ModelError(
-                f"{name}: CTranslate2 cannot convert it ({_first_line(error)}); "
+                f"{name}: CTranslate2 cannot convert it ({first_line(error)}); "
                 "try --backend transformers."
             ) from None
     return folder
@@ -362,38 +377,17 @@ def load_config(name: str) -> Any:
     Raises:
         UsageError: it is not a sequence-to-sequence model.
     """
-    import transformers
+    from transformers import AutoConfig
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    config = load(name, transformers.AutoConfig.from_pretrained)
+    from clseave_cli.core.models.weights import load
+
+    config = load(name, AutoConfig.from_pretrained)
     if not config.is_encoder_decoder:
         raise UsageError(
             f"--model {name}: a {config.model_type} model; expected one that translates "
             "(Marian, M2M-100, NLLB, MADLAD-400, …)."
         )
     return config
-
-
-def load(name: str, loader: Callable[..., Any], **arguments: Any) -> Any:
-    """Whatever `loader` loads from a folder or the hub, never running code from there.
-
-    Raises:
-        ModelError: it cannot be loaded.
-    """
-    from safetensors import SafetensorError
-
-    try:
-        return loader(name, trust_remote_code=False, **arguments)
-    except (SafetensorError, *_LOADING_ERRORS) as error:
-        raise ModelError(
-            f"{name}: cannot be loaded ({_first_line(error)}); expected a Hugging Face folder with "
-            "safetensors weights (pickled ones are not read) and a tokenizer."
-        ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [repr(error)])[0][:200]
 
 
 def _has_ctranslate2() -> bool:
@@ -413,7 +407,7 @@ def _revision(name: str) -> str:
     from huggingface_hub import hf_hub_download
 
     try:
-        config_file = hf_hub_download(name, "config.json")
+        config_file = hf_hub_download(name, "config.json", local_files_only=not hub_answers())
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
