@@ -228,14 +228,17 @@ def test_a_student_of_a_newer_format_holds_no_other_language_up(runs, world, ref
         serve._load(ServeConfig(runs=runs, lang=("nl",)))
 
 
-def test_without_network_the_hub_is_given_up_at_once(tmp_path, world):
-    command = ["finetune-ve", "--clip", "some/model", "--data", world, "--runs", tmp_path]
+@pytest.mark.parametrize(
+    "command",
+    [("finetune-ve", "--clip", "some/model"), ("translate", "--lang", "fr", "--split", "dev")],
+)
+def test_without_network_the_hub_is_given_up_at_once(tmp_path, world, command):
     # Nobody listens on port 9.
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     environment.pop("HF_HUB_OFFLINE", None)
     done = subprocess.run(
-        [sys.executable, "-m", "clseave_cli", *map(str, command)],
-        env=environment, capture_output=True, text=True, check=False,
+        [sys.executable, "-m", "clseave_cli", *command, "--data", str(world)],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 1 and "http://127.0.0.1:9 does not answer" in done.stderr
     assert "Retry" not in done.stderr and len(done.stderr.splitlines()) == 1

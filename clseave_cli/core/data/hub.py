@@ -36,6 +36,16 @@ def hub_answers() -> bool:
     return True
 
 
+def hub_reason(error: Exception) -> str:
+    """Why something could not be had from the hub, short enough for a one-line message."""
+    import huggingface_hub
+
+    if not hub_answers():
+        hub = huggingface_hub.constants.ENDPOINT
+        return f"{hub} does not answer, or HF_HUB_OFFLINE is set"
+    return " ".join(str(error).split())[:200] or repr(error)[:200]
+
+
 def data_folder(data: str, progress: Progress = SILENT, root: Path = Path("data")) -> Path:
     """The local folder that `--data` means.
 

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.utils import logging
 
-from clseave_cli.core.data.hub import hub_answers
+from clseave_cli.core.data.hub import hub_answers, hub_reason
 from clseave_cli.core.files import read_json
 from clseave_cli.errors import ClseaveError, ModelError
 
@@ -159,10 +158,7 @@ def load(
         raise
     except Exception as error:  # a damaged file shows in any of them; tokenizers raises plain ones
         where = "folder" if is_local else "neither a folder here nor loadable as a hub id"
-        reason = first_line(error)
-        if not is_local and not hub_answers():
-            hub = huggingface_hub.constants.ENDPOINT
-            reason = f"{hub} does not answer, or HF_HUB_OFFLINE is set"
+        reason = first_line(error) if is_local else hub_reason(error)
         raise ModelError(f"{name}: cannot be loaded ({where}: {reason}).") from None
     _require_all_used(loaded, report, name, may_lack)
     require_finite(loaded, name)

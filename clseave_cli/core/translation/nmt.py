@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from clseave_cli.core.config import TranslateConfig
-from clseave_cli.core.data.hub import hub_answers
+from clseave_cli.core.data.hub import hub_answers, hub_reason
 from clseave_cli.core.data.languages import canonical, spellings
 from clseave_cli.core.files import atomic_folder, cache_root, file_digest, json_digest
 from clseave_cli.core.translation.engine import Identity, Limits, Rejection
@@ -409,9 +409,8 @@ def _revision(name: str) -> str:
     try:
         config_file = hf_hub_download(name, "config.json", local_files_only=not hub_answers())
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise ModelError(
-            f"{name}: neither a folder here nor to be had from the hub ({reason}); "
+            f"{name}: neither a folder here nor to be had from the hub ({hub_reason(error)}); "
             "name another with --model."
         ) from None
     return Path(config_file).parent.name  # …/snapshots/COMMIT/config.json
