@@ -230,14 +230,18 @@ def test_a_student_of_a_newer_format_holds_no_other_language_up(runs, world, ref
 
 @pytest.mark.parametrize(
     "command",
-    [("finetune-ve", "--clip", "some/model"), ("translate", "--lang", "fr", "--split", "dev")],
+    [
+        ("finetune-ve", "--clip", "some/model", "--data", "{world}"),
+        ("finetune-ve", "--data", "hf:some/data"),
+        ("translate", "--lang", "fr", "--split", "dev", "--data", "{world}"),
+    ],
 )
 def test_without_network_the_hub_is_given_up_at_once(tmp_path, world, command):
     # Nobody listens on port 9.
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     environment.pop("HF_HUB_OFFLINE", None)
     done = subprocess.run(
-        [sys.executable, "-m", "clseave_cli", *command, "--data", str(world)],
+        [sys.executable, "-m", "clseave_cli", *(part.format(world=world) for part in command)],
         cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 1 and "http://127.0.0.1:9 does not answer" in done.stderr

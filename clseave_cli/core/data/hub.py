@@ -70,7 +70,13 @@ def data_folder(data: str, progress: Progress = SILENT, root: Path = Path("data"
 
 def _write(name: str, folder: Path, progress: Progress) -> None:
     import datasets
+    from huggingface_hub import constants
 
+    if not (constants.HF_HUB_OFFLINE or hub_answers()):  # its client would try for a minute
+        raise DataError(
+            f"--data hf:{name}: {constants.ENDPOINT} does not answer; set HF_HUB_OFFLINE=1 to take "
+            "what was fetched before."
+        )
     try:
         loaded = datasets.load_dataset(name)
     except Exception as error:
