@@ -160,6 +160,10 @@ def main() -> None:
         if _debug:
             raise
         _fail(str(error), error.exit_code)
+    except ModuleNotFoundError as error:  # such as torch, without which some commands work
+        if _debug:
+            raise
+        _fail(f"{error.name} is not installed, and this needs it: pip install -e .", 1)
     except Exception as error:
         if hasattr(error, "format_message"):  # Typer's own refusals
             _refuse_usage(error)

@@ -205,6 +205,15 @@ def test_a_folder_that_may_not_be_written_is_told_before_the_work(
     assert process.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("place", ["/proc/x", "/proc/x/y", "loop", "loop/x"])
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_an_impossible_place_is_told(writers, command, refused, tmp_path, trained, place):
+    (tmp_path / "loop").symlink_to("loop")
+    answers = ["predict", "--input", "/dev/null", "--runs", trained, "--output"]
+    error = refused(*writers.get(command, answers), tmp_path / place)
+    assert "cannot be written (" in error or "is not a folder" in error
+
+
 def test_a_user_without_a_home_is_told_what_to_set(monkeypatch, refused, world, clip, tmp_path):
     monkeypatch.delenv("CLSEAVE_CACHE")
     monkeypatch.setattr(Path, "home", _no_home)

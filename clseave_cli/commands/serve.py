@@ -5,10 +5,14 @@ from __future__ import annotations
 import logging
 import socket
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from clseave_cli.commands import terminal
 from clseave_cli.core.config import ServeConfig
-from clseave_cli.errors import ClseaveError, ExtraMissing
+from clseave_cli.errors import ClseaveError, ExtraMissing, ModelError
+
+if TYPE_CHECKING:
+    from clseave_cli.core.prediction.inference import InferenceModel
 
 
 def run(config: ServeConfig) -> None:
@@ -20,14 +24,8 @@ def run(config: ServeConfig) -> None:
         from clseave_cli.core.prediction.service import create_app, make_server
     except ImportError as error:
         raise ExtraMissing(f"serve needs {error.name}: pip install -e '.[serve]'.") from None
-    from clseave_cli.core.prediction.inference import load_model
-    from clseave_cli.core.prediction.predictor import AUTO
-
     listening = _listen(config.host, config.port)
-    languages = None if config.lang in ((), (AUTO,)) else config.lang
-    model = load_model(config.runs, languages, device=config.device, precision=config.precision)
-    for lang in model.sources:  # loads every encoder now, not with its first request
-        model.embed_sentences(lang, ["."])
+    model = _load(config)
     # What the form's parser says of each bad request: whoever sends many would fill the log.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
     server = make_server(create_app(model, config))
@@ -44,6 +42,27 @@ def run(config: ServeConfig) -> None:
     # Ctrl-C is how this command is meant to end.
     with suppress(KeyboardInterrupt):
         server.run(sockets=[listening])
+
+
+def _load(config: ServeConfig) -> InferenceModel:
+    """Loads every encoder now, not with its first request.
+
+    Where no language is named, those whose model cannot be loaded are left out, with a note.
+    """
+    from clseave_cli.core.prediction.inference import load_model
+    from clseave_cli.core.prediction.predictor import AUTO
+
+    languages = None if config.lang in ((), (AUTO,)) else config.lang
+    model = load_model(config.runs, languages, device=config.device, precision=config.precision)
+    for lang in list(model.sources):
+        try:
+            model.embed_sentences(lang, ["."])
+        except ModelError as error:
+            if languages or len(model.sources) == 1:
+                raise
+            del model.sources[lang]
+            terminal.say(f"{lang} is left out: {error}", to_stderr=True)
+    return model
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -44,13 +44,18 @@ def writing(target: Path) -> Iterator[None]:
         # safetensors and tokenizers write from Rust, and give the system's error only in words.
         words = re.search(r"\(os error (\d+)\)", str(cause))
         number = cause.errno if isinstance(cause, OSError) else int(words[1]) if words else 0
+        if "Symlink loop" in str(cause):  # pathlib's RuntimeError
+            number = errno.ELOOP
         name = errno.errorcode.get(number or 0, "")
         if name in ("ENOSPC", "EDQUOT", "EFBIG"):
             raise ClseaveError(
                 f"{target}: the disk is full; what was there before is untouched. "
                 "Free some space and run the same command again."
             ) from cause
-        if name in _NOT_WRITABLE:
+        # Nothing can be made there (/proc), or somebody removed the folder meanwhile.
+        place = Path(os.path.realpath(getattr(cause, "filename", None) or os.curdir)).parent
+        is_gone = name == "ENOENT" and place in Path(os.path.realpath(target)).parents
+        if name in _NOT_WRITABLE or is_gone:
             raise ClseaveError(
                 f"{target}: cannot be written ({os.strerror(number or 0)}); choose another folder."
             ) from cause

@@ -297,7 +297,8 @@ class Run:
         kind, data = self.spoilt_data("train", "dev")
         skip = self.fuzzer.random.choice(([], ["--skip-bad"]))
         out = self.folder / "align-de"
-        shutil.rmtree(out, ignore_errors=True)
+        for place in (out, out.with_name("align-de.partial")):
+            shutil.rmtree(place, ignore_errors=True)
         shared = [part for key, value in tiny_world.QUICK.items() for part in
                   (f"--{key.replace('_', '-')}", value)]  # fmt: skip
         arguments = ["align", "--lang", "de", "--data", data, "--runs", self.runs, "--out", out]
@@ -309,9 +310,12 @@ class Run:
         kind, data = self.spoilt_data("test")
         rows = tiny_world.read_jsonl(self.world / "snli_ve_test.jsonl")
         translations = self.folder / "translations.tsv"
-        lines = [f"{row['pairID']}\t{self.fuzzer.text()}" for row in rows]
-        content = "\n".join(["pairID\ttranslation", *lines]).encode(errors="surrogatepass")
-        if self.fuzzer.random.random() < 0.3:
+        # One text of many that is not sound would have the whole file refused.
+        texts = [self.fuzzer.text().encode(errors="replace").decode() for _ in rows]
+        texts = [" ".join(text.replace('"', "").split()) or "Rouge." for text in texts]
+        lines = [f"{row['pairID']}\t{text}" for row, text in zip(rows, texts, strict=True)]
+        content = "\n".join(["pairID\ttranslation", *lines]).encode()
+        if self.fuzzer.random.random() < 0.2:
             content = self.fuzzer.damage(content)
         translations.write_bytes(content)
         (self.folder / "memory.sqlite").unlink(missing_ok=True)

@@ -89,6 +89,16 @@ def test_the_package_is_light_and_runs_as_a_module(tmp_path):
     )
 
 
+def test_without_torch_a_command_says_what_is_missing(tmp_path):
+    script = (
+        "import sys\nsys.modules['torch'] = None\nfrom clseave_cli import main\n"
+        "sys.argv = ['clseave', 'predict', 'image.png', 'Red.']\nmain.main()"
+    )
+    done = _python("-c", script, folder=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "clseave: torch is not installed, and this needs it: pip install -e .\n"
+
+
 @pytest.mark.parametrize("speak", ["print", "main.terminal.say"])
 @pytest.mark.parametrize("inside", [False, True], ids=["main", "a command"])
 def test_a_reader_that_goes_away_is_no_error(tmp_path, inside, speak):

@@ -142,6 +142,12 @@ def test_a_bad_row_is_refused_by_file_and_line(tmp_path, reason):
         assert rejected["row"] == json.loads(BAD_ROWS[reason])
     assert "1 bad rows set aside" in notes.text and "snli_ve_train.rejected.jsonl" in notes.text
 
+    read_split(tmp_path, "train", skip_bad=True)  # replaces its file, but none of the user's
+    write_jsonl(tmp_path / "snli_ve_train.rejected.jsonl", [{"line": 2, "note": "the user's"}])
+    with pytest.raises(DataError, match="--skip-bad did not write it; move it away"):
+        read_split(tmp_path, "train", skip_bad=True)
+    assert "the user's" in (tmp_path / "snli_ve_train.rejected.jsonl").read_text()
+
 
 @pytest.mark.parametrize(
     ("name", "content", "said"),

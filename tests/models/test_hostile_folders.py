@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from tiny_world import reseal
 
 from clseave_cli import VisualEntailment
+from clseave_cli.commands import serve
+from clseave_cli.core.config import ServeConfig
 from clseave_cli.core.models.backbones import load_clip, load_encoder
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.student import find_students, load_student
@@ -174,6 +176,24 @@ def test_a_configuration_that_is_no_sound_json(folder, runs, text):
             load(path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content["model"].update(vocab={"a": 3}),
+        lambda content: content.update(post_processor={"type": "X"}),
+    ],
+)
+def test_a_tokenizer_that_makes_no_sense_is_refused(runs, world, refused, change):
+    path = runs / "align-de" / "encoder" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    reseal(path.parents[1], "student")
+    image = world / "images" / "test0.png"
+    error = refused("predict", image, "Rot.", "--lang", "de", "--runs", runs)
+    assert f"{path.parent}: cannot be loaded" in error
+
+
 def test_control_characters_are_shown_not_obeyed(folder, runs, refused, world, clseave):
     _configure(folder, model_type="\x1b[2Jevil")
     error = refused("align", "--lang", "de", "--student", folder, "--data", world, "--runs", runs)
@@ -183,7 +203,7 @@ def test_control_characters_are_shown_not_obeyed(folder, runs, refused, world, c
     assert set(find_students(runs)) == {"de", "nl"}
 
 
-def test_a_student_of_a_newer_format_holds_no_other_language_up(runs, world, refused):
+def test_a_student_of_a_newer_format_holds_no_other_language_up(runs, world, refused, capsys):
     path = runs / "align-nl" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
     image = world / "images" / "test0.png"
@@ -191,16 +211,27 @@ def test_a_student_of_a_newer_format_holds_no_other_language_up(runs, world, ref
         assert VisualEntailment.from_pretrained(runs, lang)(image, "Rot.").label
     error = refused("predict", image, "Rood.", "--lang", "nl", "--runs", runs)
     assert "format version 99" in error
+    assert serve._load(ServeConfig(runs=runs)).sources.keys() == {"en", "de"}
+    assert "nl is left out: " in capsys.readouterr().err
+    with pytest.raises(ModelError, match="format version 99"):
+        serve._load(ServeConfig(runs=runs, lang=("nl",)))
 
 
-def test_without_network_the_hub_is_given_up_at_once(tmp_path, world):
-    command = ["finetune-ve", "--clip", "some/model", "--data", world, "--runs", tmp_path]
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("finetune-ve", "--clip", "some/model", "--data", "{world}"),
+        ("finetune-ve", "--data", "hf:some/data"),
+        ("translate", "--lang", "fr", "--split", "dev", "--data", "{world}"),
+    ],
+)
+def test_without_network_the_hub_is_given_up_at_once(tmp_path, world, command):
     # Nobody listens on port 9.
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     environment.pop("HF_HUB_OFFLINE", None)
     done = subprocess.run(
-        [sys.executable, "-m", "clseave_cli", *map(str, command)],
-        env=environment, capture_output=True, text=True, check=False,
+        [sys.executable, "-m", "clseave_cli", *(part.format(world=world) for part in command)],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 1 and "http://127.0.0.1:9 does not answer" in done.stderr
     assert "Retry" not in done.stderr and len(done.stderr.splitlines()) == 1

@@ -178,6 +178,8 @@ def test_packed_files(tmp_path: Path, name: str) -> None:
         ("x.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', r'x\.jsonl:2: "text" is missing'),
         ("x.jsonl", b'{"text": "a"}\n{"text": null}\n', r'x\.jsonl:2: "text" is null; expected a'),
         ("x.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"x\.jsonl:2: not UTF-8"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": "\xed\xa0\x80"}\n', r"x\.jsonl:2: not UTF-8"),
+        ("x.jsonl", '{"text": "é"}\n'.encode("utf-16-be"), r"x\.jsonl:1: not"),
         (
             "x.jsonl",
             b'{"id": 1, "line": "a"}\n',
@@ -186,7 +188,8 @@ def test_packed_files(tmp_path: Path, name: str) -> None:
         ("x.jsonl", b"[" * 100_000, r"x\.jsonl:1: not valid JSON"),
         ("x.csv", b"id,text\n1,a\n2,b,c\n", r"x\.csv:3: 3 cells; expected 2"),
         ("x.csv", b'id,text\n1,"a\n', r"x\.csv:2: not valid CSV"),
-        ("x.csv", b"id,text\n1,\xff\n", r"x\.csv:\d: not UTF-8"),
+        ("x.csv", b"id,text\n1,\xff\n", r"x\.csv:2: not UTF-8"),
+        ("x.csv", b"gr\xf6\xdfe,text\n1,a\n", r"x\.csv:1: not UTF-8"),
         ("x.csv", b"", "no field .* it has none. Name the field with --field"),
         ("x.txt", b"a\n\xff\n", r"x\.txt:2: not UTF-8"),
         ("x.parquet", b"PAR1 not really", "not a readable Parquet file"),

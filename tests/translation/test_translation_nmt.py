@@ -241,7 +241,7 @@ def test_models_that_do_not_fit(models: dict[str, Path], tmp_path: Path) -> None
         _engine(pair, "nl").translate(["A man."], 0)
     (pair / "model.safetensors").unlink()
     torch.save({}, pair / "pytorch_model.bin")
-    with pytest.raises(ModelError, match=r"cannot be loaded .*no file named model\.safetensors"):
+    with pytest.raises(ModelError, match=r"no file named model\.safetensors"):
         _engine(pair, "nl").translate(["A man."], 0)
 
 

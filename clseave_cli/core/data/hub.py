@@ -1,7 +1,8 @@
-"""Data sets of the hub, written out once as an ordinary data folder."""
+"""The hub: whether it answers, and its data sets, written out once as an ordinary data folder."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from pathlib import Path
@@ -15,8 +16,34 @@ from clseave_cli.labels import LABELS
 from clseave_cli.progress import SILENT, Progress
 
 _PREFIX = "hf:"
+_TIMEOUT_SECONDS = 10.0
 #: Names under which the hub knows our splits.
 _SPLITS = {"train": "train", "validation": "dev", "dev": "dev", "test": "test"}
+
+
+@functools.cache
+def hub_answers() -> bool:
+    """Whether the hub can be reached; without it its client would try again for half a minute."""
+    import huggingface_hub
+
+    try:
+        huggingface_hub.get_session().head(
+            huggingface_hub.constants.ENDPOINT, timeout=_TIMEOUT_SECONDS
+        )
+    except Exception:
+        # Whatever goes wrong, down to HF_HUB_OFFLINE: what is in the cache must do.
+        return False
+    return True
+
+
+def hub_reason(error: Exception) -> str:
+    """Why something could not be had from the hub, short enough for a one-line message."""
+    import huggingface_hub
+
+    if not hub_answers():
+        hub = huggingface_hub.constants.ENDPOINT
+        return f"{hub} does not answer, or HF_HUB_OFFLINE is set"
+    return " ".join(str(error).split())[:200] or repr(error)[:200]
 
 
 def data_folder(data: str, progress: Progress = SILENT, root: Path = Path("data")) -> Path:
@@ -43,7 +70,13 @@ def data_folder(data: str, progress: Progress = SILENT, root: Path = Path("data"
 
 def _write(name: str, folder: Path, progress: Progress) -> None:
     import datasets
+    from huggingface_hub import constants
 
+    if not (constants.HF_HUB_OFFLINE or hub_answers()):  # its client would try for a minute
+        raise DataError(
+            f"--data hf:{name}: {constants.ENDPOINT} does not answer; set HF_HUB_OFFLINE=1 to take "
+            "what was fetched before."
+        )
     try:
         loaded = datasets.load_dataset(name)
     except Exception as error:

@@ -32,8 +32,10 @@ from clseave_cli.core.data.rows import (
     first_value,
     image_name,
     json_line,
+    json_rows,
     missing,
     read_rows,
+    reading,
     require_text,
     short,
     split_name,
@@ -479,6 +481,14 @@ class _Columns:
 
 def _write_rejected(path: Path, rejected: list[dict[str, Any]]) -> Path:
     target = path.with_name(split_name(path)[0] + ".rejected.jsonl")
+    if target.exists():
+        with reading(target) as stream:
+            _, first, _ = next(json_rows(stream), (0, {}, b""))
+        if not isinstance(first, dict) or first.keys() != rejected[0].keys():
+            raise DataError(
+                f"{target}: is there already and --skip-bad did not write it; move it away, the "
+                "bad rows are set aside there."
+            )
     with atomic_file(target) as stream:
         for entry in rejected:
             try:

@@ -206,7 +206,7 @@ def json_rows(lines: Iterable[bytes]) -> Iterator[Record]:
 def _patient_json(line: bytes) -> Any:
     """What Python's laxer parser makes of a line that orjson refuses, or what is wrong with it."""
     try:
-        return json.loads(line)
+        return json.loads(line.decode())  # of bytes, it would also take UTF-16
     except UnicodeDecodeError:
         reason = "not UTF-8 text; convert the file."
     except json.JSONDecodeError as error:
@@ -245,6 +245,10 @@ class DelimitedRows:
 
     def __iter__(self) -> Iterator[Record]:
         names = [name.strip() for name in self.header]
+        try:
+            self.first_line.decode("utf-8", self._errors)
+        except UnicodeDecodeError:
+            yield 1, BadRow("not UTF-8; convert the file.", repr(self.first_line)), None
         reader = self._reader()
         line = 2
         while True:

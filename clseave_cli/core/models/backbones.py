@@ -25,7 +25,7 @@ from transformers import (
 
 from clseave_cli.core.config import Pooling
 from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
-from clseave_cli.core.models.tokens import Filling
+from clseave_cli.core.models.tokens import Filling, require_usable
 from clseave_cli.core.models.weights import load, load_linear, save_weights
 from clseave_cli.errors import ModelError
 
@@ -278,6 +278,7 @@ def _load_tokenizer(name: str | Path) -> Any:
     # Some were saved filling every text up to 128 tokens (sentence-transformers' models).
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()
+    require_usable(tokenizer.backend_tokenizer, name)
     return tokenizer
 
 

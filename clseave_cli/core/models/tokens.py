@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from clseave_cli.errors import DataError
+from clseave_cli.errors import DataError, ModelError
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,18 @@ class Trimmed:
     kept: npt.NDArray[np.int64]
     num_tokens: int
     encoder: str
+
+
+def require_usable(backend: Tokenizer, source: str | Path) -> None:
+    """Refuses a tokenizer that cannot take every text, such as one without its unknown token.
+
+    Raises:
+        ModelError: names `source`.
+    """
+    try:
+        backend.encode_batch_fast(["a", "犬\U0010fffd"])
+    except Exception as error:  # the library raises plain ones
+        raise ModelError(f"{source}: cannot be loaded (tokenizer.json: {error}).") from None
 
 
 def tokenize(

@@ -8,7 +8,6 @@ cannot take all memory.
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import re
@@ -18,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -26,12 +24,12 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.utils import logging
 
+from clseave_cli.core.data.hub import hub_answers, hub_reason
 from clseave_cli.core.files import read_json
-from clseave_cli.errors import ModelError
+from clseave_cli.errors import ClseaveError, ModelError
 
 #: `name` or `organisation/name`; anything else can only be a folder, and the hub is not asked.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_HUB_TIMEOUT_SECONDS = 10.0
 #: What a model of the hub may promise: its files are not here before it is built.
 _MOST_TENSORS, _MOST_NUMBERS = 10_000, 10**11
 _MOST_LABELS = 10_000
@@ -42,17 +40,6 @@ _SHARED = 4
 _LENGTH_BYTES = 8
 #: Tensors named in an error.
 _NAMED = 3
-
-_FAILURES = (
-    SafetensorError,
-    ImportError,  # a tokenizer may need a library
-    AttributeError,
-    KeyError,
-    TypeError,
-    ValueError,
-    RuntimeError,  # RecursionError too
-    OSError,
-)
 
 
 @contextmanager
@@ -154,7 +141,7 @@ def load(
         if is_local:
             _require_plausible(Path(name))
         else:
-            arguments["local_files_only"] = not _hub_answers()
+            arguments["local_files_only"] = not hub_answers()
         with quiet():
             if attention is None:  # no model
                 return loader(str(name), **arguments)
@@ -163,12 +150,11 @@ def load(
             # A kernel named in the file would be fetched from the hub and run.
             config._attn_implementation = attention
             loaded, report = loader(str(name), config=config, output_loading_info=True, **arguments)
-    except _FAILURES as error:
+    except ClseaveError:
+        raise
+    except Exception as error:  # a damaged file shows in any of them; tokenizers raises plain ones
         where = "folder" if is_local else "neither a folder here nor loadable as a hub id"
-        reason = first_line(error)
-        if not is_local and not _hub_answers():
-            hub = huggingface_hub.constants.ENDPOINT
-            reason = f"{hub} does not answer, or HF_HUB_OFFLINE is set"
+        reason = first_line(error) if is_local else hub_reason(error)
         raise ModelError(f"{name}: cannot be loaded ({where}: {reason}).") from None
     _require_all_used(loaded, report, name, may_lack)
     require_finite(loaded, name)
@@ -179,19 +165,6 @@ def first_line(error: Exception) -> str:
     """An exception of another library, short enough for a one-line message."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else repr(error)[:200]
-
-
-@functools.cache
-def _hub_answers() -> bool:
-    """Whether the hub can be reached; without it its client would try again for half a minute."""
-    try:
-        huggingface_hub.get_session().head(
-            huggingface_hub.constants.ENDPOINT, timeout=_HUB_TIMEOUT_SECONDS
-        )
-    except Exception:
-        # Whatever goes wrong, down to HF_HUB_OFFLINE: what is in the cache must do.
-        return False
-    return True
 
 
 def _require_all_used(

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from clseave_cli.core.data.images import Preparation
 from clseave_cli.core.data.records import require_language
 from clseave_cli.core.models.folder import peek, unsealed
-from clseave_cli.core.models.tokens import Filling, TokenTable, tokenize
+from clseave_cli.core.models.tokens import Filling, TokenTable, require_usable, tokenize
 from clseave_cli.core.prediction import Floats
 from clseave_cli.errors import ClseaveError, ExtraMissing, ModelError
 
@@ -200,6 +200,7 @@ class _Encoder:
             self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises plain Exception
             raise ModelError(f"{folder / 'tokenizer.json'}: cannot be loaded ({error}).") from None
+        require_usable(self._tokenizer, folder)
         self._session = _session(folder / "encoder.onnx", lasting)
         self._max_tokens, self._terminal_id, self._pad_id = max_tokens, terminal_id, pad_id
         self._filling = None if filling is None else Filling(**filling)

@@ -30,6 +30,7 @@ from clseave_cli.core.data.images import ImageFolder, open_image, require_shape
 from clseave_cli.core.data.pairs import Pair, read_pairs
 from clseave_cli.core.data.records import require_language
 from clseave_cli.core.data.rows import json_line
+from clseave_cli.core.files import writing
 from clseave_cli.core.prediction import Floats
 from clseave_cli.core.prediction.inference import InferenceModel, load_model, own_language
 from clseave_cli.errors import ClseaveError, DataError, ModelError, UsageError
@@ -424,7 +425,8 @@ def _answer_file(
     if isinstance(target, Path) and (target.is_file() or not target.exists()):
         if target.exists() and samestat(target.stat(), os.fstat(source.fileno())):
             raise UsageError(f"{target}: is both input and output; choose another --output.")
-        return AnswerFile(target.resolve(), config.resume)
+        with writing(target):
+            return AnswerFile(target.resolve(), config.resume)
     if isinstance(target, Path) and target.is_dir():
         raise UsageError(f"{target}: is a folder; expected a file for the answers.")
     if config.resume:

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from clseave_cli.core.config import TranslateConfig
+from clseave_cli.core.data.hub import hub_answers, hub_reason
 from clseave_cli.core.data.languages import canonical, spellings
 from clseave_cli.core.files import atomic_folder, cache_root, file_digest, json_digest
 from clseave_cli.core.translation.engine import Identity, Limits, Rejection
 from clseave_cli.core.translation.quality import has_loop
-from clseave_cli.errors import ModelError, UsageError
+from clseave_cli.errors import ClseaveError, ModelError, UsageError
 from clseave_cli.processes import process_count, usable_cores
 
 #: MIT licence, a hundred languages, 1.9 GB: usable by everyone for everything.
@@ -233,6 +234,7 @@ class Codec:
 def _torch_decoder(name: str, codec: Codec, config: TranslateConfig) -> Decoder:
     """The model in torch, on the device and in the precision of `config`."""
     import torch
+    from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING as MODELS
     from transformers import AutoModelForSeq2SeqLM
 
     from clseave_cli.core.models.weights import load
@@ -240,8 +242,16 @@ def _torch_decoder(name: str, codec: Codec, config: TranslateConfig) -> Decoder:
 
     device = resolve_device(config.device)
     dtype = getattr(torch, _TYPES[_precision(config)])
-    loader = AutoModelForSeq2SeqLM.from_pretrained
-    model = load(name, loader, dtype=dtype, use_safetensors=True).eval().to(device)
+    # Always said, or the configuration could name code of the hub.
+    has_sdpa = getattr(MODELS.get(type(load_config(name)), None), "_supports_sdpa", False)
+    model = load(
+        name,
+        AutoModelForSeq2SeqLM.from_pretrained,
+        attn_implementation="sdpa" if has_sdpa else "eager",
+        dtype=dtype,
+        use_safetensors=True,
+    )
+    model.eval().to(device)
     # The model's own length, often 200, would contradict the one chosen for each batch.
     model.generation_config.max_length = None
     prefix = {} if codec.prefix_id is None else {"forced_bos_token_id": codec.prefix_id}
@@ -312,13 +322,14 @@ def _converted(name: str, revision: str) -> Path:
     from clseave_cli.core.models.weights import first_line, quiet
 
     class Converter(TransformersConverter):  # type: ignore[misc]
-        """Reads safetensors only, and finds the language marks of M2M-100.
+        """Reads safetensors only, fetches no attention code, and finds the marks of M2M-100.
 
         transformers 5 no longer reports those under the name where the converter looks for them.
         """
 
         def load_model(self, model_class: Any, name: str, **arguments: Any) -> Any:
-            return super().load_model(model_class, name, use_safetensors=True, **arguments)
+            arguments |= {"use_safetensors": True, "attn_implementation": "eager"}
+            return super().load_model(model_class, name, **arguments)
 
         def load_tokenizer(self, tokenizer_class: Any, name: str, **arguments: Any) -> Any:
             tokenizer = super().load_tokenizer(tokenizer_class, name, **arguments)
@@ -334,9 +345,10 @@ def _converted(name: str, revision: str) -> Path:
     folder = cache_root() / "ctranslate2" / key
     if not folder.is_dir():
         try:
-            with quiet(), atomic_folder(folder) as aside:
+            with atomic_folder(folder) as aside, quiet():
                 Converter(name).convert(str(aside), force=True)
-        # Its converters raise whatever they stumble over.
+        except ClseaveError:
+            raise  # the disk is full
         except Exception as error:
             raise ModelError(
                 f"{name}: CTranslate2 cannot convert it ({first_line(error)}); "
@@ -394,11 +406,10 @@ def _revision(name: str) -> str:
     from huggingface_hub import hf_hub_download
 
     try:
-        config_file = hf_hub_download(name, "config.json")
+        config_file = hf_hub_download(name, "config.json", local_files_only=not hub_answers())
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise ModelError(
-            f"{name}: neither a folder here nor to be had from the hub ({reason}); "
+            f"{name}: neither a folder here nor to be had from the hub ({hub_reason(error)}); "
             "name another with --model."
         ) from None
     return Path(config_file).parent.name  # …/snapshots/COMMIT/config.json
