@@ -22,6 +22,7 @@ from clseave_cli.core.config import (
     TrainingConfig,
     WordAlignerConfig,
     flag_of,
+    metavar_of,
     preset_options,
     refuse_removed,
     toml_options,
@@ -35,7 +36,6 @@ ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", metavar="FILE.toml", help="Options from a TOML file; flags win."),
 ]
-
 
 #: Headings of the options that are not among the first, in the order of `--help-all`.
 _PANELS: dict[type, str] = {
@@ -51,7 +51,7 @@ _PANELS: dict[type, str] = {
 _MORE = "More options"
 
 #: What stands for a value in `--help`, by its type.
-_METAVARS = {int: "N", float: "N", str: "TEXT", Path: "PATH"}
+_METAVARS = {int: "N", float: "N", str: "TEXT"}
 #: Longer lists of choices go into the text.
 _LONGEST_METAVAR = 16
 
@@ -186,7 +186,7 @@ def _flag(
 ) -> inspect.Parameter:
     spelling = flag_of(field)
     help_text, default, kind = field.metadata["help"], field.default, value_type(annotation)
-    metavar = field.metadata["metavar"] or _METAVARS.get(kind)
+    metavar = metavar_of(field) or _METAVARS.get(kind)
     if get_origin(kind) is typing.Literal:
         metavar = "|".join(get_args(kind))
         if len(metavar) > _LONGEST_METAVAR:
