@@ -37,6 +37,9 @@ ConfigFile = Annotated[
     typer.Option("--config", metavar="FILE.toml", help="Options from a TOML file; flags win."),
 ]
 
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show fingerprints of data and models.")]
+
 #: Headings of the options that are not among the first, in the order of `--help-all`.
 _PANELS: dict[type, str] = {
     TokenConfig: "Token method",

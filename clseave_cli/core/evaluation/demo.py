@@ -41,40 +41,24 @@ C = TypeVar("C", bound=StageConfig)
 
 @dataclass(frozen=True)
 class Example:
-    """A picture and a sentence that every model judges rightly.
+    """A picture and a sentence that every model judges rightly."""
 
-    Attributes:
-        image: the picture's file.
-        label: the right label.
-        hypotheses: the sentence in each language.
-    """
-
-    image: Path
-    label: str
-    hypotheses: dict[str, str]
+    image: Path  # the picture's file
+    label: str  # the right label
+    hypotheses: dict[str, str]  # the sentence by language
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What a demo came to.
+    """What a demo came to."""
 
-    Attributes:
-        data: the world, an ordinary data folder.
-        runs: every stage's models.
-        encoder: the untrained encoder that the students start from.
-        report: the report with pictures.
-        results: the evaluation.
-        examples: one a label, where there is one that every language answers rightly.
-        seconds: what this sitting took.
-    """
-
-    data: Path
-    runs: Path
-    encoder: Path
-    report: Path
-    results: Results
-    examples: tuple[Example, ...]
-    seconds: float
+    data: Path  # the world, an ordinary data folder
+    runs: Path  # every stage's models
+    encoder: Path  # the untrained encoder that the students start from
+    report: Path  # the report with pictures
+    results: Results  # the evaluation
+    examples: tuple[Example, ...]  # one a label, where every language answers one rightly
+    seconds: float  # what this sitting took
 
 
 def demo(config: DemoConfig, progress: Progress = SILENT) -> DemoResult:

@@ -76,11 +76,8 @@ def examples(outputs: Mapping[str, Outputs], images: ImageFolder) -> Gallery:
     """A few rows with what every language's model says of them, all labels in turn."""
     first = next(iter(outputs.values()))
     pair_ids = first.split.pair_ids
-    everywhere = [
-        row
-        for row, pair_id in enumerate(pair_ids)
-        if all(pair_id in own.row_of_pair for own in outputs.values())
-    ]
+    places = [{id: row for row, id in enumerate(o.split.pair_ids)} for o in outputs.values()]
+    everywhere = [row for row, id in enumerate(pair_ids) if all(id in place for place in places)]
     chosen: dict[str, int] = {}
     # Scattered over the file, always the same: rows beside each other tend to share a photo.
     for row in sorted(everywhere, key=lambda r: (r * 2654435761) % 2**32):
@@ -93,7 +90,10 @@ def examples(outputs: Mapping[str, Outputs], images: ImageFolder) -> Gallery:
         GalleryItem(
             name,
             images.find(name, first.split.where(row)),
-            tuple(GalleryEntry.of(own, own.row_of_pair[pair_ids[row]]) for own in outputs.values()),
+            tuple(
+                GalleryEntry.of(of_system, place[pair_ids[row]])
+                for of_system, place in zip(outputs.values(), places, strict=True)
+            ),
         )
         for name, row in chosen.items()
     ]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -116,15 +117,9 @@ class SeedSummary:
         """
         if not values:
             raise ValueError("nothing to summarise")
-        return cls(
-            num_seeds=len(values),
-            mean=float(np.mean(values)),
-            std=float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
-            min=float(min(values)),
-            max=float(max(values)),
-            low=interval.low if interval else None,
-            high=interval.high if interval else None,
-        )
+        mean, std = np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0.0
+        ends = (interval.low, interval.high) if interval else ()
+        return cls(len(values), float(mean), float(std), min(values), max(values), *ends)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +224,8 @@ class Results:
 
     def to_json(self) -> dict[str, Any]:
         """The document as plain dicts, lists, strings, numbers and None."""
-        document: dict[str, Any] = _encode(asdict(self))
+        # Tuples become lists, so that the document equals what reading it back gives.
+        document: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return document
 
     @classmethod
@@ -348,27 +344,14 @@ def means(results: Results) -> Results:
 def _mean_result(result: LanguageResult, summaries: Mapping[str, SeedSummary]) -> LanguageResult:
     names = ("macro_f1", "loss", "ratio_to_english", "agreement_with_english")
     changed: dict[str, Any] = {name: summaries[name].mean for name in names if name in summaries}
-    if (accuracy := summaries.get("accuracy")) is not None:
-        changed |= {
-            "accuracy": accuracy.mean,
-            "accuracy_low": accuracy.low,
-            "accuracy_high": accuracy.high,
-            "kappa_with_english": None,
-        }
+    if (own := summaries.get("accuracy")) is not None:
+        changed |= {"accuracy": own.mean, "accuracy_low": own.low, "accuracy_high": own.high}
+        changed["kappa_with_english"] = None
     for name in ("difference_to_english", "difference_to_zero_shot"):
         first, mean = getattr(result, name), summaries.get(name)
         if first is not None and mean is not None:
             changed[name] = replace(first, value=mean.mean, low=mean.low, high=mean.high)
     return replace(result, **changed)
-
-
-def _encode(value: Any) -> Any:
-    """Tuples become lists, so that a document equals what reading it back gives."""
-    if isinstance(value, dict):
-        return {key: _encode(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_encode(item) for item in value]
-    return value
 
 
 def _decode(kind: Any, value: Any, where: str) -> Any:
