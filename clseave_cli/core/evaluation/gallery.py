@@ -86,17 +86,11 @@ def examples(outputs: Mapping[str, Outputs], images: ImageFolder) -> Gallery:
             chosen[name] = row
         if len(chosen) == _EXAMPLES:
             break
-    items = [
-        GalleryItem(
-            name,
-            images.find(name, first.split.where(row)),
-            tuple(
-                GalleryEntry.of(of_system, place[pair_ids[row]])
-                for of_system, place in zip(outputs.values(), places, strict=True)
-            ),
-        )
-        for name, row in chosen.items()
-    ]
+    items = []
+    for name, row in chosen.items():
+        rows = [place[pair_ids[row]] for place in places]
+        entries = tuple(map(GalleryEntry.of, outputs.values(), rows))
+        items.append(GalleryItem(name, images.find(name, first.split.where(row)), entries))
     return Gallery(
         "The same pictures in every language",
         "One hypothesis about each picture in every language, with what the models predict.",
@@ -110,14 +104,11 @@ def errors(outputs: Mapping[str, Outputs], images: ImageFolder) -> Gallery:
     items = []
     for own in outputs.values():
         rows = most_confident_errors(own.split.labels, probabilities(own.logits), own.images, count)
-        items += [
-            GalleryItem(
-                f"{language_name(own.split.lang)} · {own.images[row]}",
-                images.find(str(own.images[row]), own.split.where(row)),
-                (GalleryEntry.of(own, row),),
-            )
-            for row in rows.tolist()
-        ]
+        for row in rows.tolist():
+            name = str(own.images[row])
+            title = f"{language_name(own.split.lang)} · {name}"
+            image = images.find(name, own.split.where(row))
+            items.append(GalleryItem(title, image, (GalleryEntry.of(own, row),)))
     return Gallery(
         "The most confident errors",
         f"Where the model of each language is wrong and surest of it: at most {count} a language, "
@@ -140,16 +131,11 @@ def most_confident_errors(
     return by_confidence[np.sort(first_of_image)][:count]
 
 
-@dataclass(frozen=True)
-class Thumbnail:
-    """A picture as the page carries it."""
+def thumbnail(image: Path | bytes) -> tuple[str, int] | None:
+    """A picture scaled down for the page, as a `data:` URI, and its width in pixels.
 
-    data_uri: str
-    width: int
-
-
-def thumbnail(image: Path | bytes) -> Thumbnail | None:
-    """A picture scaled down for the page; None if it cannot be read."""
+    None if it cannot be read.
+    """
     try:
         picture = open_image(image)
     except DataError:
@@ -158,7 +144,7 @@ def thumbnail(image: Path | bytes) -> Thumbnail | None:
     picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
     picture.save(stream, kind, quality=85, optimize=True)
-    return Thumbnail(data_uri(stream.getvalue(), kind), picture.width)
+    return data_uri(stream.getvalue(), kind), picture.width
 
 
 def data_uri(encoded: bytes, kind: str) -> str:

@@ -220,12 +220,10 @@ def _systems(
             )
     systems = []
     for lang in wanted:
-        if lang == source_lang:
-            systems.append(System(lang, "zero-shot", None))
-            continue
-        if zero_shot and lang in students:
-            systems.append(System(lang, "zero-shot", students[lang]))
-        if config.mode != "zero-shot":
+        if lang == source_lang or (zero_shot and lang in students):
+            student = None if lang == source_lang else students[lang]
+            systems.append(System(lang, "zero-shot", student))
+        if lang != source_lang and config.mode != "zero-shot":
             systems.append(System(lang, "translate-test", None))
     return systems
 
@@ -395,14 +393,9 @@ def _with_seeds(
         for r in documents[0].results
         if all(r.key in of_run for of_run in correct)
     }
-    checkpoints: dict[str, str] = {}
-    for document in documents:
-        checkpoints |= document.signature.checkpoints
-    return replace(
-        documents[0],
-        signature=replace(documents[0].signature, checkpoints=checkpoints),
-        seeds=across_seeds(documents, intervals),
-    )
+    models = [item for d in documents for item in d.signature.checkpoints.items()]
+    signature = replace(documents[0].signature, checkpoints=dict(models))
+    return replace(documents[0], signature=signature, seeds=across_seeds(documents, intervals))
 
 
 def _mean_intervals(
@@ -440,20 +433,20 @@ def _write(plan: _Plan, document: Results, outputs: Mapping[str, Outputs]) -> No
         shown.setdefault(own.system.lang, own)
     students = [own.system.student for own in outputs.values() if own.system.student is not None]
     curves = map(read_learning_curve, dict.fromkeys([runs / "clip", runs / "clip-ve", *students]))
+    predictions = [
+        PredictedRows(
+            lang=own.system.key,
+            pair_ids=own.split.pair_ids,
+            images=own.images.tolist(),
+            labels=own.split.labels.astype(np.int64),
+            probabilities=metrics.probabilities(own.logits),
+        )
+        for own in outputs.values()
+    ]
     write_report(
         document,
         report,
-        predictions=[_predicted_rows(own) for own in outputs.values()],
+        predictions=predictions,
         curves=[curve for curve in curves if curve is not None],
         galleries=[examples(shown, plan.images), errors(shown, plan.images)],
-    )
-
-
-def _predicted_rows(own: Outputs) -> PredictedRows:
-    return PredictedRows(
-        lang=own.system.key,
-        pair_ids=own.split.pair_ids,
-        images=own.images.tolist(),
-        labels=own.split.labels.astype(np.int64),
-        probabilities=metrics.probabilities(own.logits),
     )

@@ -133,11 +133,7 @@ THESIS_SOURCE = "thesis Table 1.1 (URIEL)"
 LANG2VEC_SOURCE = "lang2vec (URIEL vectors, angular distance)"
 
 # The sets without gaps: URIEL fills them in from a language's neighbours.
-_LANG2VEC_SETS = {
-    "syntactic": "syntax_knn",
-    "phonological": "phonology_knn",
-    "inventory": "inventory_knn",
-}
+_LANG2VEC_SETS = {"syntactic": "syntax", "phonological": "phonology", "inventory": "inventory"}
 
 # All orders of up to eight points are tried (40,320); beyond, scipy's approximation is good.
 _MOST_EXACT_POINTS = 8
@@ -283,7 +279,7 @@ def lang2vec_distances(
     listed = {lang: code for lang, code in codes.items() if code in lang2vec.URIEL_LANGUAGES}
     result: dict[str, dict[str, float | None]] = {}
     for kind, feature_set in _LANG2VEC_SETS.items():
-        vectors = lang2vec.get_features(list(listed.values()), feature_set)
+        vectors = lang2vec.get_features(list(listed.values()), f"{feature_set}_knn")
         result[kind] = {
             lang: _angular(vectors[listed[source_lang]], vectors[listed[lang]])
             if lang in listed and source_lang in listed
