@@ -143,7 +143,7 @@ class HypothesisOnly:
             DataError: a bad row, or a photo of `split` among the training photos.
         """
         training = self.training_file(lang)
-        if training is not None and self._kept(training, split, read) is None:
+        if training is not None and self._kept(self._path(training, split, read), split) is None:
             self._checked_rows(lang, split)
 
     def guess(self, lang: str, split: Split, read: Sequence[str]) -> Guesses | None:
@@ -157,15 +157,15 @@ class HypothesisOnly:
         training = self.training_file(lang)
         if training is None:
             return None
-        guesses = self._kept(training, split, read)
+        path = self._path(training, split, read)
+        guesses = self._kept(path, split)
         if guesses is None:
             rows = self._checked_rows(lang, split)
             with self._progress.task(f"{lang}: hypothesis-only classifier", 1) as task:
                 labels = predict_from_hypotheses(rows.hypotheses, rows.labels, read)
                 task.advance()
             guesses = Guesses(majority_label(rows.labels), labels)
-            kept = {"majority": guesses.majority, "labels": labels.tolist()}
-            write_json(self._path(training, split, read), kept)
+            write_json(path, {"majority": guesses.majority, "labels": labels.tolist()})
         return guesses
 
     def _read_rows(self, lang: str) -> Split:
@@ -183,13 +183,10 @@ class HypothesisOnly:
         key = json_digest([_VERSION, sklearn.__version__, file_digest(training), asked])
         return cache_root() / "hypothesis-only" / f"{key}.json"
 
-    def _kept(self, training: Path, split: Split, read: Sequence[str]) -> Guesses | None:
+    def _kept(self, path: Path, split: Split) -> Guesses | None:
         """What the cache holds; None where it holds nothing, or a damaged file."""
-        path = self._path(training, split, read)
-        if not path.is_file():
-            return None
         try:
-            stored: Any = read_json(path)
+            stored: Any = read_json(path) if path.is_file() else {}
             majority, labels = stored["majority"], stored["labels"]
             if len(labels) != len(split) or not {majority, *labels} <= set(range(len(LABELS))):
                 return None

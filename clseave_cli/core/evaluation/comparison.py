@@ -60,16 +60,14 @@ def predicted_languages(folder: Path) -> list[str]:
     Raises:
         DataError: there is no such folder, or it holds no predictions.
     """
-    languages = sorted(
-        path.name.removeprefix(_PREFIX).removesuffix(_SUFFIX)
-        for path in folder.glob(f"{_PREFIX}*{_SUFFIX}")
-    )
+    names = [path.name for path in folder.glob(f"{_PREFIX}*{_SUFFIX}")]
+    languages = [name.removeprefix(_PREFIX).removesuffix(_SUFFIX) for name in names]
     if not languages:
         raise DataError(
             f"{folder}: no predictions.*.jsonl in it; write them with: "
             f"clseave evaluate --report {folder}"
         )
-    return sorted(languages, key=lambda lang: lang != "en")
+    return sorted(languages, key=lambda lang: (lang != "en", lang))
 
 
 def read_predicted_rows(folder: Path, lang: str) -> PredictedRows:

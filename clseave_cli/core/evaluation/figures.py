@@ -275,9 +275,8 @@ def _languages(document: Results) -> Figure:
     handles = _baseline_marks(axes, results)
     names = [_name(result, results, "\n") for result in results.results]
     many = len(names) > 6
-    axes.set_xticks(
-        range(len(names)), [name.replace("-", "-\n") if many else name for name in names]
-    )
+    names = [name.replace("-", "-\n") if many else name for name in names]
+    axes.set_xticks(range(len(names)), names)
     axes.tick_params(axis="x", labelsize=7 if many else 10, labelcolor=_INK)
     aside = 0.6 if len(names) > 1 else 1.0
     axes.set_xlim(-aside, len(names) - 1 + aside)
