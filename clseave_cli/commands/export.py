@@ -17,14 +17,9 @@ def run(config: ExportConfig, *, json: Json = False) -> None:
 
     result = export(config, terminal.TerminalProgress())
     if json:
-        terminal.print_json(
-            {
-                "folder": str(result.folder),
-                "languages": list(result.languages),
-                "bytes": result.num_bytes,
-                "difference": result.difference,
-            }
-        )
+        document = {"folder": result.folder, "languages": result.languages}
+        document |= {"bytes": result.num_bytes, "difference": result.difference}
+        terminal.print_json(document)
         return
     allowed = TOLERANCE["int8" if config.int8 else "fp32"]
     terminal.say(

@@ -107,11 +107,8 @@ def print_json(value: Any) -> None:
 
 
 def _metrics(fields: dict[str, float | int | str]) -> str:
-    shown = []
-    for name, value in fields.items():
-        text = f"{value:.4g}" if isinstance(value, float) else str(value)
-        shown.append(f"{name.replace('_', ' ')} {text}")
-    return " · ".join(shown)
+    texts = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in fields.items()}
+    return " · ".join(f"{name.replace('_', ' ')} {text}" for name, text in texts.items())
 
 
 class _Task:

@@ -191,11 +191,8 @@ def toml_options(config_class: type[StageConfig], path: Path) -> dict[str, Any]:
         raise UsageError(f"--config {path}: not valid TOML ({error}).") from None
     named_options(config_class, raw, f"--config {path}: ")
     hints = typing.get_type_hints(config_class)
-    return {
-        name: _convert(path, key, value, hints[name])
-        for key, value in raw.items()
-        for name in [key.replace("-", "_")]
-    }
+    names = {key: key.replace("-", "_") for key in raw}
+    return {names[key]: _convert(path, key, raw[key], hints[names[key]]) for key in raw}
 
 
 def _convert(path: Path, key: str, value: Any, annotation: Any) -> Any:
