@@ -17,7 +17,7 @@ from typing import Any
 import typer
 
 from clseave_cli import main
-from clseave_cli.core.config import StageConfig
+from clseave_cli.core.config import StageConfig, metavar_of
 
 REFERENCE = Path(__file__).with_name("cli.md")
 
@@ -85,7 +85,7 @@ def _table(
         names = [parameter.name.upper()] if is_argument else _flags(parameter)
         shown = " ".join(f"`{name}`" for name in names)
         is_flag = not is_argument and parameter.is_flag
-        declared = field.metadata["metavar"] if field else parameter.metavar
+        declared = metavar_of(field) if field else parameter.metavar
         if is_argument or declared == "N":  # as `--help` has it
             declared = None
         value = "" if is_flag else declared or _value(hints[parameter.name])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from clseave_cli.commands import terminal
+from clseave_cli.commands.options import Json, Verbose
 
 
 def run(
@@ -18,10 +20,8 @@ def run(
         int, typer.Option(min=1, help="Bootstrap resamples behind every interval.")
     ] = 2000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the resampling.")] = 0,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", help="Show fingerprints of data and models.")
-    ] = False,
+    json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """Compare two evaluations on the rows they share; a tie is called a tie.
 
@@ -33,10 +33,10 @@ def run(
 
     comparison = compare_reports(first, second, resamples=resamples, seed=seed)
     if json:
-        terminal.print_json(comparison.to_json())
-    else:
-        terminal.stdout().print(comparison_table(comparison, verbose=verbose))
-        alone = {"A": comparison.missing_in_second, "B": comparison.missing_in_first}
-        for name, languages in alone.items():
-            if languages:
-                terminal.stdout().print(f"only in {name}: {', '.join(languages)}", markup=False)
+        terminal.print_json(asdict(comparison))
+        return
+    terminal.stdout().print(comparison_table(comparison, verbose=verbose))
+    alone = {"A": comparison.missing_in_second, "B": comparison.missing_in_first}
+    for name, languages in alone.items():
+        if languages:
+            terminal.say(f"only in {name}: {', '.join(languages)}")

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
+from dataclasses import asdict
 
 from clseave_cli.commands import terminal
+from clseave_cli.commands.options import Json
 from clseave_cli.core.config import CurveConfig
 
 
-def run(
-    config: CurveConfig,
-    *,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
-) -> None:
+def run(config: CurveConfig, *, json: Json = False) -> None:
     """Train students on 100, 300, … all sentences and measure each.
 
     One student a language and number of sentences; --together adds one of
@@ -22,8 +17,6 @@ def run(
     curve.json and curve.png. Finished points are kept, and an interrupted
     one goes on where it stopped.
     """
-    from dataclasses import asdict
-
     from clseave_cli.commands.tables import data_curves_table
     from clseave_cli.core.evaluation.curve import data_curves
 
@@ -33,4 +26,4 @@ def run(
         return
     terminal.stdout().print(data_curves_table(curves))
     figure = (config.out or config.runs / "curve") / "curve.png"
-    terminal.stdout().print(f"figure: {figure}", soft_wrap=True, markup=False)
+    terminal.say(f"figure: {figure}")

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
 from clseave_cli.commands import terminal
+from clseave_cli.commands.options import Json, Verbose
 from clseave_cli.core.config import EvaluateConfig
 
 
-def run(
-    config: EvaluateConfig,
-    *,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", help="Show fingerprints of data and models.")
-    ] = False,
-) -> None:
+def run(config: EvaluateConfig, *, json: Json = False, verbose: Verbose = False) -> None:
     """Measure the models on a split: a table, JSON, or a report.
 
     Every accuracy comes with baselines that never see the photo. --report
@@ -36,4 +26,4 @@ def run(
     if results.seeds:
         terminal.stdout().print(seeds_table(results))
     if config.report is not None:
-        terminal.stdout().print(f"report: {config.report / 'report.html'}", soft_wrap=True)
+        terminal.say(f"report: {config.report / 'report.html'}")

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
 from clseave_cli.commands import terminal
+from clseave_cli.commands.options import Json
 from clseave_cli.core.config import ExportConfig
 
 
-def run(
-    config: ExportConfig,
-    *,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
-) -> None:
+def run(config: ExportConfig, *, json: Json = False) -> None:
     """Write the models as one folder that runs without torch.
 
     `clseave predict --runs DIR` and `clseave serve --runs DIR` read it; they start sooner and need
@@ -24,19 +17,12 @@ def run(
 
     result = export(config, terminal.TerminalProgress())
     if json:
-        terminal.print_json(
-            {
-                "folder": str(result.folder),
-                "languages": list(result.languages),
-                "bytes": result.num_bytes,
-                "difference": result.difference,
-            }
-        )
+        document = {"folder": result.folder, "languages": result.languages}
+        document |= {"bytes": result.num_bytes, "difference": result.difference}
+        terminal.print_json(document)
         return
     allowed = TOLERANCE["int8" if config.int8 else "fp32"]
-    terminal.stdout().print(
+    terminal.say(
         f"{result.folder}: {', '.join(result.languages)} · {result.num_bytes / 2**20:.1f} MiB · "
-        f"probabilities within {result.difference:.1g} of torch's (allowed: {allowed:g})",
-        soft_wrap=True,
-        markup=False,
+        f"probabilities within {result.difference:.1g} of torch's (allowed: {allowed:g})"
     )

@@ -13,22 +13,8 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 import typer
 import typer.core
 
-from clseave_cli.core.config import (
-    DataConfig,
-    EngineConfig,
-    ModelsConfig,
-    SeededConfig,
-    StageConfig,
-    TokenConfig,
-    TrainingConfig,
-    WordAlignerConfig,
-    flag_of,
-    preset_options,
-    project_options,
-    refuse_removed,
-    toml_options,
-    value_type,
-)
+from clseave_cli.core import config
+from clseave_cli.core.config import StageConfig, flag_of, metavar_of, value_type
 from clseave_cli.errors import UsageError
 
 C = TypeVar("C", bound=StageConfig)
@@ -38,22 +24,24 @@ ConfigFile = Annotated[
     typer.Option("--config", metavar="FILE.toml", help="Options from a TOML file; flags win."),
 ]
 
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show fingerprints of data and models.")]
 
 #: Headings of the options that are not among the first, in the order of `--help-all`.
 _PANELS: dict[type, str] = {
-    TokenConfig: "Token method",
-    WordAlignerConfig: "Word alignment",
-    EngineConfig: "Translation",
-    TrainingConfig: "Training",
-    DataConfig: "General",
-    ModelsConfig: "General",
-    SeededConfig: "General",
+    config.TokenConfig: "Token method",
+    config.WordAlignerConfig: "Word alignment",
+    config.EngineConfig: "Translation",
+    config.TrainingConfig: "Training",
+    config.DataConfig: "General",
+    config.ModelsConfig: "General",
+    config.SeededConfig: "General",
     StageConfig: "General",
 }
 _MORE = "More options"
 
 #: What stands for a value in `--help`, by its type.
-_METAVARS = {int: "N", float: "N", str: "TEXT", Path: "PATH"}
+_METAVARS = {int: "N", float: "N", str: "TEXT"}
 #: Longer lists of choices go into the text.
 _LONGEST_METAVAR = 16
 
@@ -76,7 +64,7 @@ class Subcommand(typer.core.TyperCommand):
         """Refuses what was removed, and shows the long help; the rest is Typer's."""
         config_class = getattr(self.callback, "config_class", None)
         if config_class is not None and not ctx.resilient_parsing:
-            refuse_removed(config_class, args)
+            config.refuse_removed(config_class, args)
             _refuse_keys(config_class, args)
         self._shows_all = "--help-all" in args
         return super().parse_args(ctx, ["--help"] if self._shows_all else args)
@@ -167,11 +155,11 @@ def resolve(
     Raises:
         UsageError: the preset or a key of the file does not exist, or a value has the wrong type.
     """
-    values = dict(preset_options(config_class, preset))
+    values = dict(config.preset_options(config_class, preset))
     if config_class.PROJECT_TABLE is not None:
-        values |= project_options(config_class, config_class.PROJECT_TABLE)
+        values |= config.project_options(config_class, config_class.PROJECT_TABLE)
     if config_file is not None:
-        values |= toml_options(config_class, config_file)
+        values |= config.toml_options(config_class, config_file)
     for name, value in flags.items():
         if value is not None and value != []:
             values[name] = tuple(value) if isinstance(value, list) else value
@@ -190,7 +178,7 @@ def _flag(
 ) -> inspect.Parameter:
     spelling = flag_of(field)
     help_text, default, kind = field.metadata["help"], field.default, value_type(annotation)
-    metavar = field.metadata["metavar"] or _METAVARS.get(kind)
+    metavar = metavar_of(field) or _METAVARS.get(kind)
     if get_origin(kind) is typing.Literal:
         metavar = "|".join(get_args(kind))
         if len(metavar) > _LONGEST_METAVAR:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from clseave_cli.commands import terminal
+from clseave_cli.commands.options import Json
 from clseave_cli.core.config import PredictConfig
 from clseave_cli.errors import ClseaveError, DataError, UsageError
 from clseave_cli.processes import use_one_thread
@@ -39,7 +40,7 @@ def run(
     target: Annotated[
         Path | None, typer.Option("--output", metavar="FILE", help="JSONL to write; -: stdout.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    json: Json = False,
 ) -> None:
     """Say whether an image entails, contradicts or leaves open a sentence.
 
@@ -71,9 +72,11 @@ def run(
     if isinstance(result, ClseaveError):
         raise result
     if result.truncated:
-        terminal.stderr().print("the hypothesis is too long and was cut at the encoder's limit.")
+        terminal.say(
+            "the hypothesis is too long and was cut at the encoder's limit.", to_stderr=True
+        )
     if result.warning:
-        terminal.stderr().print(f"warning: {result.warning}", soft_wrap=True, markup=False)
+        terminal.say(f"warning: {result.warning}", to_stderr=True)
     if json:
         terminal.print_json(result.to_json())
     else:
@@ -102,13 +105,9 @@ def _predict_file(config: PredictConfig, source: Path, target: Path, json: bool)
         )
     else:
         # Only answers go to a stdout that others read.
-        console = terminal.stderr() if target == _STREAM else terminal.stdout()
-        console.print(
-            f"{'stdout' if target == _STREAM else target}: {done.num_predicted} predicted, "
-            f"{done.num_errors} with an error",
-            soft_wrap=True,
-            markup=False,
-        )
+        name = "stdout" if target == _STREAM else str(target)
+        counts = f"{done.num_predicted} predicted, {done.num_errors} with an error"
+        terminal.say(f"{name}: {counts}", to_stderr=target == _STREAM)
     if done.num_errors and not done.num_predicted:
         raise DataError(f"no row could be judged; the first: {done.first_error}")
 

@@ -30,14 +30,11 @@ def run(config: ServeConfig) -> None:
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
     server = make_server(create_app(model, config))
     host = f"[{config.host}]" if ":" in config.host else config.host
-    terminal.stdout().print(
-        f"http://{host}:{listening.getsockname()[1]} · {', '.join(model.sources)}",
-        soft_wrap=True,
-        markup=False,
-    )
+    terminal.say(f"http://{host}:{listening.getsockname()[1]} · {', '.join(model.sources)}")
     if config.host not in ("127.0.0.1", "::1", "localhost") and not config.allowed_host:
-        terminal.stderr().print(
-            "only requests to localhost are answered; --allowed-host NAME allows another name."
+        terminal.say(
+            "only requests to localhost are answered; --allowed-host NAME allows another name.",
+            to_stderr=True,
         )
     # Ctrl-C is how this command is meant to end.
     with suppress(KeyboardInterrupt):

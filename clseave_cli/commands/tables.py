@@ -53,14 +53,8 @@ def _table(
     console, rows, shown = terminal.stdout(), list(rows), list(columns)
     width = console.width if width is None else width
     while True:
-        table = Table(
-            title=title,
-            title_justify="left",
-            caption_justify="left",
-            box=box.SIMPLE_HEAD,
-            collapse_padding=True,
-            pad_edge=False,
-        )
+        table = Table(title=title, title_justify="left", caption_justify="left")
+        table.box, table.collapse_padding, table.pad_edge = box.SIMPLE_HEAD, True, False
         for number, column in enumerate(shown):
             justify: Any = "right" if number else "left"
             table.add_column(column.head, justify=justify, style=column.style, no_wrap=True)
@@ -71,11 +65,9 @@ def _table(
         if Measurement.get(console, options, table).maximum <= width or not last.rank:
             break
         shown.remove(last)
-    left_out = [" ".join(c.head.split()) for c in columns if c not in shown]
-    notes = (
-        [*caption, f"Left out for want of room: {', '.join(left_out)}."] if left_out else caption
-    )
-    table.caption = "\n".join(notes)
+    table.caption = "\n".join(caption)
+    if left_out := [" ".join(c.head.split()) for c in columns if c not in shown]:
+        table.caption += f"\nLeft out for want of room: {', '.join(left_out)}."
     return table
 
 
@@ -91,10 +83,7 @@ def _range(low: float | None, high: float | None) -> str:
 def results_table(results: Results, width: int | None = None, *, verbose: bool = False) -> Table:
     """The language table: accuracy, how sure that is, and the baselines.
 
-    Args:
-        results: the document.
-        width: of the terminal; None: that of stdout.
-        verbose: show fingerprints of data and models.
+    `width` is that of the terminal (None: of stdout); `verbose` shows fingerprints.
     """
     source = results.source_lang
     baselines = {r.key: results.baselines.get(r.key) for r in results.results}
@@ -132,17 +121,14 @@ def seeds_table(results: Results, width: int | None = None) -> Table:
     def summary(r: LanguageResult, name: str = "accuracy") -> Any:
         return results.seeds[r.key].get(name)
 
+    ratio = f"ratio to {results.source_lang}"
     columns = [
         _Column("lang", lambda r: _name(r, results)),
         _Column("seeds", lambda r: str(summary(r).num_seeds), 2),
         _Column("accuracy", lambda r: mean_and_spread(summary(r))),
         _Column("95 % interval", lambda r: _range(summary(r).low, summary(r).high), 1),
         _Column("min – max", lambda r: _range(summary(r).min, summary(r).max), 4),
-        _Column(
-            f"ratio to {results.source_lang}",
-            lambda r: mean_and_spread(summary(r, "ratio_to_english")),
-            3,
-        ),
+        _Column(ratio, lambda r: mean_and_spread(summary(r, "ratio_to_english")), 3),
         _Column("macro-F1", lambda r: mean_and_spread(summary(r, "macro_f1")), 5),
     ]
     caption = (

@@ -88,11 +88,13 @@ def say(message: str, *, to_stderr: bool = False) -> None:
 def print_json(value: Any) -> None:
     """Prints exactly one JSON document on stdout, escaped where it cannot show a character.
 
+    Paths become texts.
+
     Raises:
         ClseaveError: a number in it is not finite.
     """
     try:
-        text = json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False)
+        text = json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False, default=str)
     except ValueError:
         raise ClseaveError(
             "a number of the result is not finite; are the models damaged?"
@@ -100,16 +102,13 @@ def print_json(value: Any) -> None:
     try:
         text.encode(sys.stdout.encoding)
     except UnicodeEncodeError:
-        text = json.dumps(value, indent=2)
+        text = json.dumps(value, indent=2, default=str)
     sys.stdout.write(text + "\n")
 
 
 def _metrics(fields: dict[str, float | int | str]) -> str:
-    shown = []
-    for name, value in fields.items():
-        text = f"{value:.4g}" if isinstance(value, float) else str(value)
-        shown.append(f"{name.replace('_', ' ')} {text}")
-    return " · ".join(shown)
+    texts = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in fields.items()}
+    return " · ".join(f"{name.replace('_', ' ')} {text}" for name, text in texts.items())
 
 
 class _Task:

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from clseave_cli.commands import terminal
+from clseave_cli.commands.options import Json
 from clseave_cli.core.config import TranslateConfig
 from clseave_cli.errors import TranslationError
 from clseave_cli.processes import is_first_process
 
 
-def run(
-    config: TranslateConfig,
-    *,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
-) -> None:
+def run(config: TranslateConfig, *, json: Json = False) -> None:
     """Translate the hypotheses of a data set, none lost and none asked for twice.
 
     Reads snli_ve_{train,dev,test}.jsonl (or --input FILE) and writes
@@ -33,10 +27,10 @@ def run(
     if not is_first_process():
         return  # under torchrun every process translates, and rank 0 reports
     if json:
-        terminal.print_json(_plain(dataclasses.asdict(summary)))
+        terminal.print_json(dataclasses.asdict(summary))
     else:
         for file in summary.files:
-            terminal.stdout().print(_line(file), soft_wrap=True, markup=False)
+            terminal.say(_line(file))
     num_failed = sum(file.num_failed for file in summary.files)
     lists = ", ".join(str(file.failed) for file in summary.files if file.failed)
     if summary.stopped:
@@ -74,11 +68,3 @@ def _line(file: Any) -> str:
         if path := getattr(file, name):
             parts.append(str(path))
     return f"{file.output}: " + " · ".join(parts)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value

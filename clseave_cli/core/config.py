@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal, get_args, get_origin
 from clseave_cli.errors import UsageError
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Schedule = Literal["constant", "linear", "cosine"]
 Tracking = Literal["none", "tensorboard", "wandb", "trackio"]
 
 #: Which hidden state stands for a sentence: the last token's (thesis 3.3.1), the first token's
@@ -36,6 +37,18 @@ Code = Literal["linear", "relu"]
 SentenceToken = Literal["terminal", "cls", "pooler"]
 #: How often each language is met in an epoch.
 Sampling = Literal["proportional", "uniform", "temperature", "self-paced"]
+
+#: The encoder of the thesis's students.
+MULTILINGUAL_BERT = "google-bert/bert-base-multilingual-cased"
+
+# What stands for the values of some options in `--help`; of other paths DIR.
+_METAVARS = {
+    "data": "DIR",
+    "allowed_host": "HOST",
+    **dict.fromkeys(("lang", "source_lang", "auxiliary"), "LANG"),
+    **dict.fromkeys(("model", "clip", "student", "aligner"), "NAME_OR_DIR"),
+    **dict.fromkeys(("input", "translations", "memory", "alignments", "words", "gold"), "FILE"),
+}
 
 
 def option(
@@ -54,7 +67,7 @@ def option(
         default: the value when neither flag, config file nor preset sets it.
         help: one line, shown by `--help`.
         flag: the flag's spelling where it is not the field's name with hyphens.
-        metavar: what stands for the value in `--help`.
+        metavar: what stands for the value in `--help`; unset: `metavar_of` chooses.
         least: the smallest value that makes sense; None: any does.
         most: the largest.
         zero_is_off: 0 means None, so that a flag can undo what a preset or a default sets.
@@ -70,6 +83,12 @@ def option(
             "zero_is_off": zero_is_off,
         },
     )
+
+
+def with_default(config_class: type[Any], name: str, default: Any) -> Any:
+    """The option of another class with another default."""
+    metadata: Any = config_class.__dataclass_fields__[name].metadata
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,11 +121,8 @@ class StageConfig:
             UsageError: a number is too small; names the flag.
         """
         for part in dataclasses.fields(self):
-            value, least = (
-                _of_type(str(part.type), getattr(self, part.name)),
-                part.metadata["least"],
-            )
-            most = part.metadata["most"]
+            value = _of_type(str(part.type), getattr(self, part.name))
+            least, most = part.metadata["least"], part.metadata["most"]
             object.__setattr__(self, part.name, value)
             if part.metadata["zero_is_off"] and value == 0:
                 object.__setattr__(self, part.name, None)
@@ -121,6 +137,12 @@ def flag_of(part: dataclasses.Field[Any]) -> str:
     """How the flag of a config's field is spelled."""
     spelling: str | None = part.metadata["flag"]
     return spelling or "--" + part.name.replace("_", "-")
+
+
+def metavar_of(part: dataclasses.Field[Any]) -> str | None:
+    """What stands for a field's value in `--help`, where its type does not say it."""
+    declared: str | None = part.metadata["metavar"] or _METAVARS.get(part.name)
+    return declared or ("DIR" if "Path" in str(part.type) else None)
 
 
 def preset_options(config_class: type[StageConfig], preset: str | None) -> dict[str, Any]:
@@ -185,11 +207,8 @@ def toml_options(
             raise UsageError(f"{shown}: {key} is not a table.")
     named_options(config_class, raw, f"{shown}: ")
     hints = typing.get_type_hints(config_class)
-    return {
-        name: _convert(shown, key, value, hints[name])
-        for key, value in raw.items()
-        for name in [key.replace("-", "_")]
-    }
+    names = {key: key.replace("-", "_") for key in raw}
+    return {names[key]: _convert(shown, key, raw[key], hints[names[key]]) for key in raw}
 
 
 def project_options(config_class: type[StageConfig], table: str) -> dict[str, Any]:
@@ -263,30 +282,20 @@ class SeededConfig(StageConfig):
 
     seed: int = option(0, "Seed of every random choice.", least=0, most=2**32 - 1)
 
-    def __post_init__(self) -> None:
-        """Refuses a seed that torch cannot take.
-
-        Raises:
-            UsageError: it is too large.
-        """
-        super().__post_init__()
-        if self.seed >= 1 << 64:
-            raise UsageError(f"--seed {self.seed}: expected less than 2^64.")
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModelsConfig(StageConfig):
     """A stage that reads or writes models."""
 
-    runs: Path = option(Path("runs"), "Folder of the models.", metavar="DIR")
+    runs: Path = option(Path("runs"), "Folder of the models.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where a stage's data lie and how strictly they are read."""
 
-    data: str = option("data", "Data folder, or hf:ORG/NAME.", metavar="DIR")
-    images: Path | None = option(None, "Image folder; unset: found in --data.", metavar="DIR")
+    data: str = option("data", "Data folder, or hf:ORG/NAME.")
+    images: Path | None = option(None, "Image folder; unset: found in --data.")
     skip_bad: bool = option(
         False, "Set bad rows aside in a .rejected.jsonl; leave out rows without their image."
     )
@@ -301,9 +310,7 @@ class TrainingConfig(ModelsConfig, SeededConfig):
     learning_rate: float = option(1e-4, "Peak learning rate.", least=0)
     weight_decay: float = option(0.0, "Decoupled weight decay (AdamW).", least=0)
     warmup_fraction: float = option(0.1, "Share of steps of rising rate.", least=0)
-    schedule: Literal["constant", "linear", "cosine"] = option(
-        "linear", "How the learning rate falls after the warm-up."
-    )
+    schedule: Schedule = option("linear", "How the learning rate falls after the warm-up.")
     accumulation: int = option(1, "Parts of a batch, to save memory.", least=1)
     clip_norm: float | None = option(
         None, "Largest gradient norm; 0: no clipping.", least=0, zero_is_off=True
@@ -317,9 +324,7 @@ class TrainingConfig(ModelsConfig, SeededConfig):
     max_steps: int | None = option(None, "Stop after this many optimiser steps.", least=1)
     checkpoint_minutes: float = option(10.0, "Minutes between saved states.", least=0)
     resume: bool = option(False, "Continue an interrupted run.")
-    tracker: Tracking = option(
-        "none", "Where metrics go, beside metrics.jsonl; each needs its extra."
-    )
+    tracker: Tracking = option("none", "Where metrics go, too; each needs its extra.")
     train_split: str = option("train", "Split to train on.")
     dev_split: str = option("dev", "Split that selects the checkpoint.")
     allow_leak: bool = option(False, "Allow an image to be in two splits.")
@@ -329,7 +334,7 @@ class TrainingConfig(ModelsConfig, SeededConfig):
 class DemoConfig(SeededConfig):
     """`demo`: the whole method on the built-in mini-VE world."""
 
-    out: Path = option(Path("demo"), "Folder for data, models and report.", metavar="DIR")
+    out: Path = option(Path("demo"), "Folder for data, models and report.")
     # Its matrices are so small that converting them to bfloat16 takes longer than multiplying them.
     precision: Precision = option("fp32", "Arithmetic of the matrix products.")
 
@@ -340,10 +345,7 @@ class EngineConfig:
 
     engine: str = option("nmt", "nmt (local), google, libre, file, or an installed plug-in.")
     model: str | None = option(
-        None,
-        "nmt: seq2seq model (hub id or folder), {lang} stands for the language;"
-        " unset: facebook/m2m100_418M.",
-        metavar="NAME_OR_DIR",
+        None, "nmt: seq2seq model; {lang} stands for the language; unset: facebook/m2m100_418M."
     )
     backend: Literal["auto", "transformers", "ctranslate2"] = option(
         "auto", "nmt: what computes; auto: ctranslate2 where it is installed and fits."
@@ -354,26 +356,22 @@ class EngineConfig:
     )
     url: str | None = option(None, "google, libre: address of the service.")
     translations: Path | None = option(
-        None,
-        "file: existing translations, .tsv or .jsonl; {lang} stands for the language.",
-        metavar="FILE",
+        None, "file: existing translations, .tsv or .jsonl; {lang} stands for the language."
     )
     match: Literal["auto", "pairID", "text"] = option(
         "auto", "file: what identifies a row; auto: pairID where the file has it."
     )
     requests_per_second: float | None = option(
-        None,
-        "At most so many requests a second; unset: google 5, otherwise no limit.",
-        least=0.001,
+        None, "At most so many requests a second; unset: google 5, otherwise no limit.", least=0.001
     )
     concurrency: int | None = option(
-        None, "Requests under way at a time; unset: what suits the engine.", least=1
+        None, "Requests under way; unset: what suits the engine.", least=1
     )
     timeout_seconds: float = option(30.0, "Longest wait for one answer.", least=0.001)
     retries: int = option(5, "Further tries of a request that failed.", least=0)
     retry_seconds: float = option(1.0, "Wait before the first of them; doubles each time.", least=0)
     memory: Path | None = option(
-        None, "Translation memory; unset: CACHE/translation/memory.sqlite.", metavar="FILE"
+        None, "Translation memory; unset: CACHE/translation/memory.sqlite."
     )
 
 
@@ -385,15 +383,14 @@ class TranslateConfig(SeededConfig, EngineConfig):
         "lang", "data", "split", "input", "out", "engine", "model", "url", "translations",
         "on_suspect", "review", "memory",
     )  # fmt: skip
-    data: Path = option(Path("data"), "Folder of the snli_ve_SPLIT files.", metavar="DIR")
+    data: Path = option(Path("data"), "Folder of the snli_ve_SPLIT files.")
     split: tuple[str, ...] = option(
         (), "Split to translate; repeat; unset: those of train, dev and test that exist."
     )
     input: tuple[Path, ...] = option(
-        (), "Translate this file instead (.jsonl, .csv, .tsv, .txt, .parquet); repeat.",
-        metavar="FILE",
-    )  # fmt: skip
-    out: Path | None = option(None, "Folder to write; unset: beside the input.", metavar="DIR")
+        (), "Translate this file instead (.jsonl, .csv, .tsv, .txt, .parquet); repeat."
+    )
+    out: Path | None = option(None, "Folder to write; unset: beside the input.")
     field: str | None = option(
         None, "Field to translate; unset: sentence2, hypothesis or text, whichever there is."
     )
@@ -439,14 +436,10 @@ class PretrainConfig(TrainingConfig):
         },
     }
 
-    data: Path = option(
-        Path("data"), "Folder of captions_train.jsonl and captions_dev.jsonl.", metavar="DIR"
-    )
-    images: Path | None = option(None, "Image folder; unset: found in --data.", metavar="DIR")
-    clip: str | None = option(
-        None, "Model to start from (hub id or folder); unset: from scratch.", metavar="NAME_OR_DIR"
-    )
-    out: Path | None = option(None, "Folder to write; unset: RUNS/clip.", metavar="DIR")
+    data: Path = option(Path("data"), "Folder of captions_train.jsonl and captions_dev.jsonl.")
+    images: Path | None = option(None, "Image folder; unset: found in --data.")
+    clip: str | None = option(None, "Model to start from (hub id or folder); unset: from scratch.")
+    out: Path | None = option(None, "Folder to write; unset: RUNS/clip.")
     captions_per_image: int = option(1, "Captions an image meets in one step.", least=1)
     image_size: int = option(224, "From scratch: picture size in pixels.")
     patch_size: int = option(16, "From scratch: patch size in pixels.")
@@ -458,12 +451,8 @@ class PretrainConfig(TrainingConfig):
     epochs: int = option(30, "Passes over the training data.", least=1)
     learning_rate: float = option(5e-4, "Peak learning rate.", least=0)
     weight_decay: float = option(0.1, "Decoupled weight decay (AdamW).", least=0)
-    schedule: Literal["constant", "linear", "cosine"] = option(
-        "cosine", "How the learning rate falls after the warm-up."
-    )
-    clip_norm: float | None = option(
-        1.0, "Largest gradient norm; 0: no clipping.", least=0, zero_is_off=True
-    )
+    schedule: Schedule = with_default(TrainingConfig, "schedule", "cosine")
+    clip_norm: float | None = with_default(TrainingConfig, "clip_norm", 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -502,25 +491,15 @@ class FinetuneConfig(TrainingConfig, DataConfig):
     clip: str = option(
         "openai/clip-vit-base-patch16",
         "CLIP, SigLIP, Chinese-CLIP or AltCLIP model to fine-tune (hub id or folder).",
-        metavar="NAME_OR_DIR",
     )
-    source_lang: str = option(
-        "en", "Language the model reads; all others are aligned to it.", metavar="LANG"
-    )
-    out: Path | None = option(None, "Folder to write; unset: RUNS/clip-ve.", metavar="DIR")
+    source_lang: str = option("en", "Language the model reads; all others are aligned to it.")
+    out: Path | None = option(None, "Folder to write; unset: RUNS/clip-ve.")
     epochs: int = option(20, "Passes over the training data, early stopping apart.", least=1)
     batch_size: int = option(64, "Examples in one optimiser step.", least=1)
     learning_rate: float = option(1e-6, "Peak learning rate.", least=0)
     warmup_fraction: float = option(0.0, "Share of steps of rising rate.", least=0)
-    schedule: Literal["constant", "linear", "cosine"] = option(
-        "constant", "How the learning rate falls after the warm-up."
-    )
-    patience: int | None = option(
-        1,
-        "Stop after this many epochs without a better dev metric; 0: never.",
-        least=1,
-        zero_is_off=True,
-    )
+    schedule: Schedule = with_default(TrainingConfig, "schedule", "constant")
+    patience: int | None = with_default(TrainingConfig, "patience", 1)
     select: Literal["loss", "accuracy"] = option("loss", "Dev metric that selects the checkpoint.")
     dev_fraction: float = option(
         0.05, "Share of the training images held out where there is no dev file."
@@ -534,14 +513,9 @@ class WordAlignerConfig:
     aligner_layer: int | None = option(
         None, "Layer whose states are compared; unset: 8, or the last there is.", least=1
     )
-    aligner_threshold: float = option(
-        1e-3, "Least probability of a link, in both directions.", least=0
-    )
+    aligner_threshold: float = option(1e-3, "Least probability of a link, both ways.", least=0)
     alignments: Path | None = option(
-        None,
-        "Pharaoh file of links (0-0 1-2 …) to take instead of finding them; {lang} stands for the "
-        "language.",
-        metavar="FILE",
+        None, "Pharaoh file of links (0-0 1-2 …) to take instead; {lang} stands for the language."
     )
 
 
@@ -563,17 +537,12 @@ class TokenConfig(WordAlignerConfig):
         "Token whose code stands for the sentence; pooler: pooled [CLS]; thesis: pooler.",
     )
     final_norm: Literal["once", "twice"] = option(
-        "once",
-        "How often the teacher's last normalisation is applied; thesis: twice.",
+        "once", "How often the teacher's last normalisation is applied; thesis: twice."
     )
     pretrained_code: bool = option(False, "Start from a trained autoencoder; thesis: yes.")
-    autoencoder: Path | None = option(
-        None, "Autoencoder to start from; unset: RUNS/autoencoder.", metavar="DIR"
-    )
+    autoencoder: Path | None = option(None, "Autoencoder to start from; unset: RUNS/autoencoder.")
     aligner: str | None = option(
-        None,
-        "Encoder whose states align words (hub id or folder); unset: --student, untrained.",
-        metavar="NAME_OR_DIR",
+        None, "Encoder whose states align words (hub id or folder); unset: --student, untrained."
     )
 
 
@@ -594,7 +563,7 @@ class StudentConfig(TrainingConfig, DataConfig, TokenConfig):
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "thesis": {
-            "student": "google-bert/bert-base-multilingual-cased",
+            "student": MULTILINGUAL_BERT,
             "batch_size": 128,
             "learning_rate": 1e-4,
             "weight_decay": 0.01,
@@ -610,34 +579,17 @@ class StudentConfig(TrainingConfig, DataConfig, TokenConfig):
             "final_norm": "twice",
             "pretrained_code": True,
         },
-        "mini-ve": {
-            "epochs": 8,
-            "batch_size": 32,
-            "learning_rate": 1.5e-3,
-            "precision": "fp32",
-        },
+        "mini-ve": {"epochs": 8, "batch_size": 32, "learning_rate": 1.5e-3, "precision": "fp32"},
     }
 
     method: Method = option("sentence", "What of a sentence is aligned (docs/methods.md).")
-    lang: tuple[str, ...] = option(
-        (), "Language to align; repeat: one student of several.", metavar="LANG"
-    )
-    student: str = option(
-        "google-bert/bert-base-multilingual-cased",
-        "Encoder to train (hub id or folder).",
-        metavar="NAME_OR_DIR",
-    )
-    teacher: Path | None = option(
-        None, "CLIP-VE folder to imitate; unset: RUNS/clip-ve.", metavar="DIR"
-    )
+    lang: tuple[str, ...] = option((), "Language to align; repeat: one student of several.")
+    student: str = option(MULTILINGUAL_BERT, "Encoder to train (hub id or folder).")
+    teacher: Path | None = option(None, "CLIP-VE folder to imitate; unset: RUNS/clip-ve.")
     objective: ObjectiveName = option("mse", "What the student is pulled towards.")
     pooling: Pooling = option("terminal", "Which hidden state stands for the sentence.")
     include_english: bool = option(False, "Train on the teacher's sentences, too.")
-    auxiliary: tuple[str, ...] = option(
-        (),
-        "Language to train along as a regulariser; repeat.",
-        metavar="LANG",
-    )
+    auxiliary: tuple[str, ...] = option((), "Language to train along as a regulariser; repeat.")
     auxiliary_weight: float = option(0.3, "Weight of its pairs in the loss.", least=0)
     sampling: Sampling = option(
         "proportional", "How often each language is met; self-paced: more where dev retrieval lags."
@@ -665,7 +617,7 @@ class AlignConfig(StudentConfig):
     """`align`: a multilingual student of the CLIP-VE text encoder (thesis 3.3)."""
 
     limit: int | None = option(None, "Distinct sentences of each language; unset: all.", least=1)
-    out: Path | None = option(None, "Folder to write; unset: RUNS/align-LANG.", metavar="DIR")
+    out: Path | None = option(None, "Folder to write; unset: RUNS/align-LANG.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -673,19 +625,9 @@ class CurveConfig(StudentConfig):
     """`curve`: how good a student gets from how many sentences."""
 
     FLAGS: ClassVar[tuple[str, ...]] = (
-        "lang",
-        "limits",
-        "together",
-        "student",
-        "data",
-        "images",
-        "runs",
-        "split",
-        "keep_models",
-        "out",
-        "seed",
-        "device",
-    )
+        "lang", "limits", "together", "student", "data", "images", "runs", "split",
+        "keep_models", "out", "seed", "device",
+    )  # fmt: skip
     FIRST: ClassVar[tuple[str, ...]] = FLAGS
 
     limits: tuple[int, ...] = option(
@@ -697,7 +639,7 @@ class CurveConfig(StudentConfig):
     split: str = option("test", "Split to measure on; where it is missing, dev figures alone.")
     resamples: int = option(2000, "Bootstrap resamples behind every interval.", least=1)
     keep_models: bool = option(False, "Keep the student of every point.")
-    out: Path | None = option(None, "Folder to write; unset: RUNS/curve.", metavar="DIR")
+    out: Path | None = option(None, "Folder to write; unset: RUNS/curve.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -711,7 +653,7 @@ class AutoencodeConfig(TrainingConfig, DataConfig):
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "thesis": {
-            "student": "google-bert/bert-base-multilingual-cased",
+            "student": MULTILINGUAL_BERT,
             "code": "relu",
             "epochs": 20,
             "batch_size": 256,
@@ -723,25 +665,19 @@ class AutoencodeConfig(TrainingConfig, DataConfig):
         "mini-ve": {"learning_rate": 1e-3, "precision": "fp32"},
     }
 
-    lang: tuple[str, ...] = option((), "Language to train on; repeat for several.", metavar="LANG")
-    student: str = option(
-        "google-bert/bert-base-multilingual-cased",
-        "Encoder whose states are coded (hub id or folder).",
-        metavar="NAME_OR_DIR",
-    )
+    lang: tuple[str, ...] = option((), "Language to train on; repeat for several.")
+    student: str = option(MULTILINGUAL_BERT, "Encoder whose states are coded (hub id or folder).")
     teacher: Path | None = option(
-        None, "CLIP-VE folder whose width codes get; unset: RUNS/clip-ve.", metavar="DIR"
+        None, "CLIP-VE folder whose width codes get; unset: RUNS/clip-ve."
     )
     code: Code = option("relu", "Whether both layers end in a ReLU, as the thesis's do.")
-    out: Path | None = option(None, "Folder to write; unset: RUNS/autoencoder.", metavar="DIR")
+    out: Path | None = option(None, "Folder to write; unset: RUNS/autoencoder.")
     epochs: int = option(20, "Passes over the training data.", least=1)
     batch_size: int = option(256, "Sentences in one optimiser step.", least=1)
     learning_rate: float = option(1e-5, "Peak learning rate.", least=0)
     weight_decay: float = option(1e-6, "Decoupled weight decay (AdamW).", least=0)
     warmup_fraction: float = option(0.0, "Share of steps of rising rate.", least=0)
-    schedule: Literal["constant", "linear", "cosine"] = option(
-        "constant", "How the learning rate falls after the warm-up."
-    )
+    schedule: Schedule = with_default(TrainingConfig, "schedule", "constant")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -752,32 +688,22 @@ class WordAlignConfig(StageConfig, WordAlignerConfig):
         "lang", "data", "split", "input", "out", "gold", "alignments", "words", "aligner",
         "aligner_layer", "aligner_threshold", "device",
     )  # fmt: skip
-    data: str = option("data", "Data folder, or hf:ORG/NAME.", metavar="DIR")
-    lang: str | None = option(None, "Language of the translations in --data.", metavar="LANG")
-    source_lang: str = option("en", "Language they were translated from.", metavar="LANG")
+    data: str = option("data", "Data folder, or hf:ORG/NAME.")
+    lang: str | None = option(None, "Language of the translations in --data.")
+    source_lang: str = option("en", "Language they were translated from.")
     split: str = option("train", "Split to align.")
     input: Path | None = option(
-        None,
-        "Align this file of source ||| target lines instead, words between spaces.",
-        metavar="FILE",
+        None, "Align this file of source ||| target lines instead, words between spaces."
     )
     skip_bad: bool = option(
         False, "Set bad rows aside in a .rejected.jsonl, leave bad links out, and go on."
     )
-    aligner: str = option(
-        "google-bert/bert-base-multilingual-cased",
-        "Encoder whose states align words (hub id or folder).",
-        metavar="NAME_OR_DIR",
-    )
-    out: Path | None = option(None, "File for the links; unset: they are printed.", metavar="FILE")
+    aligner: str = option(MULTILINGUAL_BERT, "Encoder whose states align words (hub id or folder).")
+    out: Path | None = option(None, "File for the links; unset: printed.", metavar="FILE")
     words: Path | None = option(
-        None,
-        "Also write the sentences as words, source ||| target, for other aligners.",
-        metavar="FILE",
+        None, "Also write the sentences as words, source ||| target, for other aligners."
     )
-    gold: Path | None = option(
-        None, "Score the links against those of this Pharaoh file.", metavar="FILE"
-    )
+    gold: Path | None = option(None, "Score the links against those of this Pharaoh file.")
     search: bool = option(
         False, "With --gold: try every layer and several thresholds, and take the best."
     )
@@ -795,14 +721,10 @@ class EvaluateConfig(SeededConfig, DataConfig, EngineConfig):
         "batch_size", "seed", "device",
     )  # fmt: skip
     runs: tuple[Path, ...] = option(
-        (Path("runs"),),
-        "Folder of the models; repeat for the same models of several seeds.",
-        metavar="DIR",
+        (Path("runs"),), "Folder of the models; repeat for the same models of several seeds."
     )
-    students: Path | None = option(None, "Folder of the students; unset: the same.", metavar="DIR")
-    lang: tuple[str, ...] = option(
-        (), "Language to evaluate; repeat; unset: all there are.", metavar="LANG"
-    )
+    students: Path | None = option(None, "Folder of the students; unset: the same.")
+    lang: tuple[str, ...] = option((), "Language to evaluate; repeat; unset: all there are.")
     mode: Literal["zero-shot", "translate-test", "both"] = option(
         "zero-shot",
         "zero-shot: a student reads the language; translate-test: CLIP-VE reads translations.",
@@ -812,7 +734,7 @@ class EvaluateConfig(SeededConfig, DataConfig, EngineConfig):
     train_split: str = option("train", "Split the hypothesis-only baseline learns from.")
     allow_leak: bool = option(False, "Allow an image to be in both splits.")
     resamples: int = option(2000, "Bootstrap resamples behind every interval.", least=1)
-    report: Path | None = option(None, "Folder for the report; unset: none.", metavar="DIR")
+    report: Path | None = option(None, "Folder for the report; unset: none.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -824,14 +746,10 @@ class PredictConfig(ModelsConfig):
     )  # fmt: skip
 
     lang: str | None = option(
-        None,
-        "Language of the hypothesis; auto: identified; unset: CLIP-VE's own.",
-        metavar="LANG",
+        None, "Language of the hypothesis; auto: identified; unset: CLIP-VE's own."
     )
     images: Path | None = option(
-        None,
-        "Folder to look the images of --input up in; unset: they are paths beside it.",
-        metavar="DIR",
+        None, "Folder to look the images of --input up in; unset: they are paths beside it."
     )
     batch_size: int = option(256, "Pairs computed at once.", least=1)
     resume: bool = option(False, "Continue an interrupted --output where it stopped.")
@@ -891,11 +809,9 @@ class ExportConfig(ModelsConfig):
         "out", "lang", "runs", "int8", "format", "device", "precision",
     )  # fmt: skip
 
-    out: Path = option(Path("exported"), "Folder to write.", metavar="DIR")
+    out: Path = option(Path("exported"), "Folder to write.")
     format: Literal["onnx"] = option("onnx", "What to write.")
-    lang: tuple[str, ...] = option(
-        (), "Language to put in; repeat; unset: all there are.", metavar="LANG"
-    )
+    lang: tuple[str, ...] = option((), "Language to put in; repeat; unset: all there are.")
     int8: bool = option(False, "Keep the matrices in 8 bits: smaller and less exact.")
 
 
@@ -908,12 +824,10 @@ class ServeConfig(ModelsConfig):
         "max_waiting", "max_megabytes", "max_megapixels", "max_characters",
     )  # fmt: skip
 
-    lang: tuple[str, ...] = option(
-        (), "Language to serve; repeat; auto: identified; unset: all there are.", metavar="LANG"
-    )
+    lang: tuple[str, ...] = option((), "Language to serve; repeat; auto: identified; unset: all.")
     host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0: every network.")
     allowed_host: tuple[str, ...] = option(
-        (), "Name by which clients reach it, besides localhost; repeat; *: any.", metavar="HOST"
+        (), "Name by which clients reach it, besides localhost; repeat; *: any."
     )
     port: int = option(8000, "Port to listen on; 0: any free one.", least=0)
     batch_size: int = option(16, "Most pairs computed at once.", least=1)

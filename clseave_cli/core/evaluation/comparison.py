@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from clseave_cli.core.data.rows import json_line, read_rows
 from clseave_cli.core.evaluation.metrics import Difference, compare_predictions
 from clseave_cli.core.evaluation.results import RESULTS_FILE, Results, Signature
 from clseave_cli.core.files import atomic_file
@@ -41,24 +41,16 @@ class PredictedRows:
     def write(self, folder: Path) -> Path:
         """Writes the rows into a report folder, atomically, and returns the file's path."""
         path = folder / f"{_PREFIX}{self.lang}{_SUFFIX}"
-        columns = zip(
-            self.pair_ids,
-            self.images,
-            self.labels.tolist(),
-            self.predicted.tolist(),
-            self.probabilities.tolist(),
-            strict=True,
-        )
+        columns = {
+            "pairID": self.pair_ids,
+            "image": self.images,
+            "label": [LABELS[label] for label in self.labels],
+            "predicted": [LABELS[label] for label in self.predicted],
+            "probabilities": self.probabilities.tolist(),
+        }
         with atomic_file(path) as stream:
-            for pair_id, image, label, predicted, probabilities in columns:
-                row = {
-                    "pairID": pair_id,
-                    "image": image,
-                    "label": LABELS[label],
-                    "predicted": LABELS[predicted],
-                    "probabilities": probabilities,
-                }
-                stream.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+            for row in zip(*columns.values(), strict=True):
+                stream.write(json_line(dict(zip(columns, row, strict=True))))
         return path
 
 
@@ -68,16 +60,14 @@ def predicted_languages(folder: Path) -> list[str]:
     Raises:
         DataError: there is no such folder, or it holds no predictions.
     """
-    languages = sorted(
-        path.name.removeprefix(_PREFIX).removesuffix(_SUFFIX)
-        for path in folder.glob(f"{_PREFIX}*{_SUFFIX}")
-    )
+    names = [path.name for path in folder.glob(f"{_PREFIX}*{_SUFFIX}")]
+    languages = [name.removeprefix(_PREFIX).removesuffix(_SUFFIX) for name in names]
     if not languages:
         raise DataError(
             f"{folder}: no predictions.*.jsonl in it; write them with: "
             f"clseave evaluate --report {folder}"
         )
-    return sorted(languages, key=lambda lang: lang != "en")
+    return sorted(languages, key=lambda lang: (lang != "en", lang))
 
 
 def read_predicted_rows(folder: Path, lang: str) -> PredictedRows:
@@ -87,15 +77,10 @@ def read_predicted_rows(folder: Path, lang: str) -> PredictedRows:
         DataError: the file is missing; or a line is damaged, or repeats a row: names it.
     """
     path = folder / f"{_PREFIX}{lang}{_SUFFIX}"
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
     pair_ids: dict[str, int] = {}
     images, labels, probabilities = [], [], []
-    for number, line in enumerate(lines, start=1):
+    for number, row, _ in read_rows(path, ()):
         try:
-            row: dict[str, Any] = json.loads(line)
             pair_id, label = str(row["pairID"]), LABEL_IDS[row["label"]]
             triple = [float(p) for p in row["probabilities"]]
             if len(triple) != len(LABELS) or not np.isfinite(triple).all():
@@ -150,21 +135,14 @@ class Comparison:
 
     first: str  # name of the first folder
     second: str  # name of the second
-    languages: tuple[LanguageComparison, ...]  # what both have, English first
-    missing_in_first: tuple[str, ...]  # languages that only the second has
-    missing_in_second: tuple[str, ...]  # languages that only the first has
+    languages: list[LanguageComparison]  # what both have, English first
+    missing_in_first: list[str]  # languages that only the second has
+    missing_in_second: list[str]  # languages that only the first has
     resamples: int  # bootstrap resamples
     seed: int  # their seed
     # Where the first evaluation's numbers come from; None: its folder has predictions alone.
     signature_first: Signature | None
     signature_second: Signature | None  # the same for the second
-
-    def to_json(self) -> dict[str, Any]:
-        """The comparison as plain dicts, lists, strings, numbers and None."""
-        document = asdict(self)
-        for name in ("languages", "missing_in_first", "missing_in_second"):
-            document[name] = list(document[name])
-        return document
 
 
 def compare_reports(
@@ -174,12 +152,6 @@ def compare_reports(
 
     Rows meet by `pairID`. Each interval speaks for one comparison; of many made at once, one in
     twenty ties will look like a difference.
-
-    Args:
-        first: report folder.
-        second: report folder.
-        resamples: bootstrap resamples.
-        seed: seed of the resampling.
 
     Raises:
         DataError: a folder has no predictions, they have no language or no row in common, or they
@@ -192,22 +164,17 @@ def compare_reports(
             f"{first} has {', '.join(ours)} and {second} has {', '.join(theirs)}: "
             "no language in common to compare."
         )
+    by: dict[str, Any] = {"resamples": resamples, "seed": seed}
     return Comparison(
         first=str(first),
         second=str(second),
-        languages=tuple(
-            compare_rows(
-                read_predicted_rows(first, lang),
-                read_predicted_rows(second, lang),
-                resamples=resamples,
-                seed=seed,
-            )
+        languages=[
+            compare_rows(*(read_predicted_rows(folder, lang) for folder in (first, second)), **by)
             for lang in common
-        ),
-        missing_in_first=tuple(lang for lang in theirs if lang not in ours),
-        missing_in_second=tuple(lang for lang in ours if lang not in theirs),
-        resamples=resamples,
-        seed=seed,
+        ],
+        missing_in_first=[lang for lang in theirs if lang not in ours],
+        missing_in_second=[lang for lang in ours if lang not in theirs],
+        **by,
         signature_first=_signature(first),
         signature_second=_signature(second),
     )
@@ -215,6 +182,16 @@ def compare_reports(
 
 def _signature(folder: Path) -> Signature | None:
     return Results.read(folder).signature if (folder / RESULTS_FILE).is_file() else None
+
+
+def rows_in_common(
+    first: Sequence[str], second: Sequence[str]
+) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """The rows that both have by their ids, by number in the one and in the other."""
+    place = {pair_id: row for row, pair_id in enumerate(second)}
+    rows = [(row, place[pair_id]) for row, pair_id in enumerate(first) if pair_id in place]
+    ours, others = np.array(rows, dtype=np.intp).reshape(-1, 2).T
+    return ours, others
 
 
 def compare_rows(
@@ -225,19 +202,15 @@ def compare_rows(
     Raises:
         DataError: no row in common, or the two disagree about a row's label or photo.
     """
-    place = {pair_id: row for row, pair_id in enumerate(second.pair_ids)}
-    pairs = [
-        (row, place[pair_id]) for row, pair_id in enumerate(first.pair_ids) if pair_id in place
-    ]
-    if not pairs:
+    rows, others = rows_in_common(first.pair_ids, second.pair_ids)
+    if not len(rows):
         raise DataError(f"{first.lang}: no pairID in common; were they the same split?")
-    for row, other in pairs:
+    for row, other in zip(rows, others, strict=True):
         if first.labels[row] != second.labels[other] or first.images[row] != second.images[other]:
             raise DataError(
                 f"{first.lang}: row {first.pair_ids[row]!r} has another label or image in the "
                 "second evaluation; only evaluations of the same data can be compared."
             )
-    rows, others = np.array(pairs).T
     right_first = first.predicted[rows] == first.labels[rows]
     right_second = second.predicted[others] == first.labels[rows]
     images = np.asarray(first.images)[rows]
@@ -246,10 +219,10 @@ def compare_rows(
     )
     return LanguageComparison(
         lang=first.lang,
-        num_examples=len(pairs),
+        num_examples=len(rows),
         num_images=len(np.unique(images)),
-        only_in_first=len(first) - len(pairs),
-        only_in_second=len(second) - len(pairs),
+        only_in_first=len(first) - len(rows),
+        only_in_second=len(second) - len(rows),
         accuracy_first=float(right_first.mean()),
         accuracy_second=float(right_second.mean()),
         agreement=float(np.mean(first.predicted[rows] == second.predicted[others])),

@@ -7,29 +7,21 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from clseave_cli.core import files
 from clseave_cli.core.alignment import align, count_sentences, student_languages
 from clseave_cli.core.config import AlignConfig, CurveConfig, EvaluateConfig, StudentConfig
 from clseave_cli.core.data.hub import data_folder
 from clseave_cli.core.data.records import split_path
 from clseave_cli.core.evaluation.figures import draw_lines
 from clseave_cli.core.evaluation.run import evaluate, require_rows
-from clseave_cli.core.files import (
-    Kind,
-    atomic_file,
-    file_digest,
-    json_digest,
-    locked_target,
-    read_json,
-    require_replaceable,
-    write_json,
-)
+from clseave_cli.core.files import read_json, write_json
 from clseave_cli.core.models.clip_ve import fingerprint, source_language
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.progress import SILENT, Progress
 from clseave_cli.version import __version__
 
 #: The folder of `curve`, finished or not.
-DATA_CURVE = Kind(
+DATA_CURVE = files.Kind(
     "a data curve",
     r"curve\.(json|md|png)|[\w+-]+-(\d+|all)(-[0-9a-f]{8})?/.+|\..+\.clseave-[0-9a-f]{8}",
 )
@@ -103,8 +95,8 @@ def data_curves(config: CurveConfig, progress: Progress = SILENT) -> DataCurves:
         raise UsageError(f"--limit {min(config.limits)}: expected at least 1.")
     student_languages(config)
     out = config.out or config.runs / "curve"
-    require_replaceable(out, DATA_CURVE, config)
-    with locked_target(out):
+    files.require_replaceable(out, DATA_CURVE, config)
+    with files.locked_target(out):
         return _draw(config, out, progress)
 
 
@@ -127,7 +119,7 @@ def _draw(config: CurveConfig, out: Path, progress: Progress) -> DataCurves:
             options |= {"lang": group, "limit": limit}
             decisive = {k: str(v) for k, v in options.items() if k not in _WITHOUT_EFFECT}
             measured = [config.split, config.resamples, english is not None]
-            name, digest = "+".join(group), json_digest([decisive, inputs, measured])[:8]
+            name, digest = "+".join(group), files.json_digest([decisive, inputs, measured])[:8]
             kept = out / f"{name}-{limit or 'all'}-{digest}"
             if (kept / "point.json").is_file():
                 progress.note(f"{kept}: already measured.")
@@ -144,7 +136,7 @@ def _draw(config: CurveConfig, out: Path, progress: Progress) -> DataCurves:
     curves = DataCurves(config.split, english, points, " · ".join(parts))
     write_json(out / "curve.json", asdict(curves))
     level = ("teacher", 100 * english) if english is not None else None
-    with atomic_file(out / "curve.png") as stream:
+    with files.atomic_file(out / "curve.png") as stream:
         lines = curves.lines()
         stream.write(draw_lines(lines, "sentences", curves.metric, level, curves.signature))
     return curves
@@ -154,7 +146,7 @@ def _inputs(config: CurveConfig, progress: Progress) -> dict[str, str]:
     """Fingerprints of everything that the points depend on."""
     folder, teacher = data_folder(config.data, progress), config.runs / "clip-ve"
     return {"teacher": fingerprint(teacher)} | {
-        path.relative_to(folder).as_posix(): file_digest(path)
+        path.relative_to(folder).as_posix(): files.file_digest(path)
         for lang in (source_language(teacher), *config.lang, *config.auxiliary)
         for split in (config.train_split, config.dev_split, config.split)
         if (path := split_path(folder, split, lang)) is not None

@@ -41,40 +41,24 @@ C = TypeVar("C", bound=StageConfig)
 
 @dataclass(frozen=True)
 class Example:
-    """A picture and a sentence that every model judges rightly.
+    """A picture and a sentence that every model judges rightly."""
 
-    Attributes:
-        image: the picture's file.
-        label: the right label.
-        hypotheses: the sentence in each language.
-    """
-
-    image: Path
-    label: str
-    hypotheses: dict[str, str]
+    image: Path  # the picture's file
+    label: str  # the right label
+    hypotheses: dict[str, str]  # the sentence by language
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What a demo came to.
+    """What a demo came to."""
 
-    Attributes:
-        data: the world, an ordinary data folder.
-        runs: every stage's models.
-        encoder: the untrained encoder that the students start from.
-        report: the report with pictures.
-        results: the evaluation.
-        examples: one a label, where there is one that every language answers rightly.
-        seconds: what this sitting took.
-    """
-
-    data: Path
-    runs: Path
-    encoder: Path
-    report: Path
-    results: Results
-    examples: tuple[Example, ...]
-    seconds: float
+    data: Path  # the world, an ordinary data folder
+    runs: Path  # every stage's models
+    encoder: Path  # the untrained encoder that the students start from
+    report: Path  # the report with pictures
+    results: Results  # the evaluation
+    examples: tuple[Example, ...]  # one a label, where every language answers one rightly
+    seconds: float  # what this sitting took
 
 
 def demo(config: DemoConfig, progress: Progress = SILENT) -> DemoResult:
@@ -89,9 +73,8 @@ def demo(config: DemoConfig, progress: Progress = SILENT) -> DemoResult:
     data = config.out / "data"
     if not (data / "world.json").is_file():
         require_replaceable(data, None)
-    models = {"clip": "pretrain", "clip-ve": "finetune-ve"}
-    models |= {f"align-{lang}": "align" for lang in LANGUAGES[1:]}
-    for name, stage in models.items():
+    students = {f"align-{lang}": "align" for lang in LANGUAGES[1:]}
+    for name, stage in ({"clip": "pretrain", "clip-ve": "finetune-ve"} | students).items():
         require_replaceable(config.out / "runs" / name, model_kind(stage))
     require_replaceable(config.out / "report", REPORT)
     try:
@@ -154,11 +137,8 @@ def _world(data: Path, encoder: Path, seed: int, progress: Progress) -> None:
     else:
         generate(data, seed=seed, progress=progress)
     if not encoder.is_dir():
-        sentences = [
-            hypothesis
-            for lang in LANGUAGES
-            for hypothesis in dict.fromkeys(read_split(data, "train", lang).hypotheses)
-        ]
+        splits = [read_split(data, "train", lang).hypotheses for lang in LANGUAGES]
+        sentences = [hypothesis for split in splits for hypothesis in dict.fromkeys(split)]
         with locked_target(encoder), atomic_folder(encoder) as unfinished:
             new_encoder(unfinished, sentences, seed=seed)
 
@@ -173,10 +153,7 @@ def _examples(data: Path, report: Path) -> tuple[Example, ...]:
         for pair_id, probability in zip(rows.pair_ids, right.tolist(), strict=True):
             certainty[pair_id] = min(certainty.get(pair_id, 1.0), probability)
     splits = {lang: read_split(data, "test", lang) for lang in LANGUAGES}
-    sentences = {
-        lang: dict(zip(split.pair_ids, split.hypotheses, strict=True))
-        for lang, split in splits.items()
-    }
+    sentences = {k: dict(zip(s.pair_ids, s.hypotheses, strict=True)) for k, s in splits.items()}
     source = splits[LANGUAGES[0]]
     examples = []
     for label_id, label in enumerate(LABELS):

@@ -7,7 +7,6 @@ Only language codes are written in them: the fonts that matplotlib brings have n
 from __future__ import annotations
 
 import io
-import json
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,6 +22,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from PIL import Image
 
+from clseave_cli.core.data.rows import read_rows
 from clseave_cli.core.evaluation.results import LanguageResult, Results, means
 from clseave_cli.core.evaluation.summary import BASELINES, DASH
 from clseave_cli.core.files import read_json
@@ -77,9 +77,8 @@ def read_learning_curve(model: Path) -> LearningCurve | None:
     if not path.is_file():
         return None
     stage, points, steps = "", [], []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, record, _ in read_rows(path, ()):
         try:
-            record: dict[str, Any] = json.loads(line)
             stage = str(record["stage"])
             if "dev" in record:
                 dev = {str(name): float(value) for name, value in record["dev"].items()}
@@ -142,14 +141,9 @@ def draw_lines(
     level: tuple[str, float] | None,
     signature: str,
 ) -> bytes:
-    """PNG of values with their intervals by a number on a logarithmic scale.
+    """PNG of points (number, value, low, high), by the name of their line, and a `level`.
 
-    Args:
-        lines: by name, points (number, value, low, high), in order.
-        x: what the numbers are.
-        y: what the values are.
-        level: name and value of a horizontal line.
-        signature: the small print.
+    `x` says what the numbers are, on a logarithmic scale, and `y` what the values are.
     """
     figure = _figure(3.4)
     axes = figure.add_subplot()
@@ -202,13 +196,10 @@ def _pixels(axes: Axes, image: Image.Image) -> tuple[int, int, int, int]:
     """Where a panel lies in the image, its titles and ticks included."""
     box = axes.get_tightbbox()
     assert box is not None
-    margin = 8
-    return (
-        max(0, int(box.x0) - margin),
-        max(0, image.height - int(box.y1) - margin),
-        min(image.width, int(box.x1) + margin),
-        min(image.height, image.height - int(box.y0) + margin),
-    )
+    margin, (width, height) = 8, image.size
+    left, top = int(box.x0) - margin, height - int(box.y1) - margin
+    right, bottom = int(box.x1) + margin, height - int(box.y0) + margin
+    return max(0, left), max(0, top), min(width, right), min(height, bottom)
 
 
 def _cropped(image: Image.Image, box: tuple[int, int, int, int]) -> bytes:
@@ -284,9 +275,8 @@ def _languages(document: Results) -> Figure:
     handles = _baseline_marks(axes, results)
     names = [_name(result, results, "\n") for result in results.results]
     many = len(names) > 6
-    axes.set_xticks(
-        range(len(names)), [name.replace("-", "-\n") if many else name for name in names]
-    )
+    names = [name.replace("-", "-\n") if many else name for name in names]
+    axes.set_xticks(range(len(names)), names)
     axes.tick_params(axis="x", labelsize=7 if many else 10, labelcolor=_INK)
     aside = 0.6 if len(names) > 1 else 1.0
     axes.set_xlim(-aside, len(names) - 1 + aside)

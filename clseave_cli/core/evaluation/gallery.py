@@ -76,11 +76,8 @@ def examples(outputs: Mapping[str, Outputs], images: ImageFolder) -> Gallery:
     """A few rows with what every language's model says of them, all labels in turn."""
     first = next(iter(outputs.values()))
     pair_ids = first.split.pair_ids
-    everywhere = [
-        row
-        for row, pair_id in enumerate(pair_ids)
-        if all(pair_id in own.row_of_pair for own in outputs.values())
-    ]
+    places = [{id: row for row, id in enumerate(o.split.pair_ids)} for o in outputs.values()]
+    everywhere = [row for row, id in enumerate(pair_ids) if all(id in place for place in places)]
     chosen: dict[str, int] = {}
     # Scattered over the file, always the same: rows beside each other tend to share a photo.
     for row in sorted(everywhere, key=lambda r: (r * 2654435761) % 2**32):
@@ -89,14 +86,11 @@ def examples(outputs: Mapping[str, Outputs], images: ImageFolder) -> Gallery:
             chosen[name] = row
         if len(chosen) == _EXAMPLES:
             break
-    items = [
-        GalleryItem(
-            name,
-            images.find(name, first.split.where(row)),
-            tuple(GalleryEntry.of(own, own.row_of_pair[pair_ids[row]]) for own in outputs.values()),
-        )
-        for name, row in chosen.items()
-    ]
+    items = []
+    for name, row in chosen.items():
+        rows = [place[pair_ids[row]] for place in places]
+        entries = tuple(map(GalleryEntry.of, outputs.values(), rows))
+        items.append(GalleryItem(name, images.find(name, first.split.where(row)), entries))
     return Gallery(
         "The same pictures in every language",
         "One hypothesis about each picture in every language, with what the models predict.",
@@ -110,14 +104,11 @@ def errors(outputs: Mapping[str, Outputs], images: ImageFolder) -> Gallery:
     items = []
     for own in outputs.values():
         rows = most_confident_errors(own.split.labels, probabilities(own.logits), own.images, count)
-        items += [
-            GalleryItem(
-                f"{language_name(own.split.lang)} · {own.images[row]}",
-                images.find(str(own.images[row]), own.split.where(row)),
-                (GalleryEntry.of(own, row),),
-            )
-            for row in rows.tolist()
-        ]
+        for row in rows.tolist():
+            name = str(own.images[row])
+            title = f"{language_name(own.split.lang)} · {name}"
+            image = images.find(name, own.split.where(row))
+            items.append(GalleryItem(title, image, (GalleryEntry.of(own, row),)))
     return Gallery(
         "The most confident errors",
         f"Where the model of each language is wrong and surest of it: at most {count} a language, "
@@ -140,16 +131,11 @@ def most_confident_errors(
     return by_confidence[np.sort(first_of_image)][:count]
 
 
-@dataclass(frozen=True)
-class Thumbnail:
-    """A picture as the page carries it."""
+def thumbnail(image: Path | bytes) -> tuple[str, int] | None:
+    """A picture scaled down for the page, as a `data:` URI, and its width in pixels.
 
-    data_uri: str
-    width: int
-
-
-def thumbnail(image: Path | bytes) -> Thumbnail | None:
-    """A picture scaled down for the page; None if it cannot be read."""
+    None if it cannot be read.
+    """
     try:
         picture = open_image(image)
     except DataError:
@@ -158,7 +144,7 @@ def thumbnail(image: Path | bytes) -> Thumbnail | None:
     picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
     picture.save(stream, kind, quality=85, optimize=True)
-    return Thumbnail(data_uri(stream.getvalue(), kind), picture.width)
+    return data_uri(stream.getvalue(), kind), picture.width
 
 
 def data_uri(encoded: bytes, kind: str) -> str:

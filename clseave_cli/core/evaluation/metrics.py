@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +51,10 @@ class Interval:
     low: float | None
     high: float | None
 
+    def ends(self) -> dict[str, float | None]:
+        """The three by what a key of the results has after its name."""
+        return {"": self.value, "_low": self.low, "_high": self.high}
+
 
 def cluster_sums(quantities: npt.ArrayLike, images: npt.ArrayLike) -> Floats:
     """(G, S) sums of (N, S) quantities over the rows of each photo.
@@ -60,10 +65,8 @@ def cluster_sums(quantities: npt.ArrayLike, images: npt.ArrayLike) -> Floats:
     values = np.asarray(quantities, dtype=np.float64)
     _, cluster = np.unique(np.asarray(images), return_inverse=True)
     num_clusters = int(cluster.max()) + 1 if len(cluster) else 0
-    return np.stack(
-        [np.bincount(cluster, weights=column, minlength=num_clusters) for column in values.T],
-        axis=1,
-    )
+    columns = [np.bincount(cluster, column, num_clusters) for column in values.T]
+    return np.stack(columns, axis=1)
 
 
 def resampled_sums(sums: Floats, resamples: int, seed: int) -> Floats:
@@ -71,12 +74,8 @@ def resampled_sums(sums: Floats, resamples: int, seed: int) -> Floats:
 
     Row r is w_r @ sums with w_r ~ Multinomial(G; 1/G, …, 1/G).
     """
-    return np.concatenate(
-        [
-            weights.astype(np.float64) @ sums
-            for weights in _weights(len(sums), resamples, np.random.default_rng(seed))
-        ]
-    )
+    chunks = _weights(len(sums), resamples, np.random.default_rng(seed))
+    return np.concatenate([weights.astype(np.float64) @ sums for weights in chunks])
 
 
 def _weights(num_clusters: int, resamples: int, generator: np.random.Generator) -> Iterator[Ints]:
@@ -216,15 +215,9 @@ def compare_predictions(
     gain = first.astype(np.float64) - second
     mean, p = _gain(gain, images, resamples=resamples, seed=seed)
     only_first, only_second = int(np.sum(gain > 0)), int(np.sum(gain < 0))
+    tests = p, mcnemar(only_first, only_second)
     return Difference(
-        value=mean.value,
-        low=mean.low,
-        high=mean.high,
-        p=p,
-        mcnemar_p=mcnemar(only_first, only_second),
-        only_first=only_first,
-        only_second=only_second,
-        num_examples=len(gain),
+        mean.value, mean.low, mean.high, *tests, only_first, only_second, num_examples=len(gain)
     )
 
 
@@ -360,27 +353,25 @@ def score(
     cells = np.zeros((len(gold), len(LABELS) ** 2))
     cells[np.arange(len(gold)), gold * len(LABELS) + predicted] = 1.0
     sums = cluster_sums(cells, images)
-    accuracy = accuracy_interval(gold == predicted, images, resamples=resamples, seed=seed)
-    f1 = interval(sums, macro_f1, resamples=resamples, seed=seed)
+    sampling: dict[str, Any] = {"resamples": resamples, "seed": seed}
     surprise = -log_p[np.arange(len(gold)), gold]
-    loss = mean_interval(surprise, images, resamples=resamples, seed=seed)
+    intervals = {
+        "accuracy": accuracy_interval(gold == predicted, images, **sampling),
+        "loss": mean_interval(surprise, images, **sampling),
+        "macro_f1": interval(sums, macro_f1, **sampling),
+    }
+    ends: dict[str, Any] = {
+        name + end: v for name, i in intervals.items() for end, v in i.ends().items()
+    }
     columns = precision_recall_fscore_support(gold, predicted, labels=ids, zero_division=0.0)
     ece, reliability = calibration(gold, np.exp(log_p))
     return Scores(
         num_examples=len(gold),
         num_images=len(sums),
-        accuracy=accuracy.value,
-        accuracy_low=accuracy.low,
-        accuracy_high=accuracy.high,
-        loss=loss.value,
-        loss_low=loss.low,
-        loss_high=loss.high,
-        macro_f1=f1.value,
-        macro_f1_low=f1.low,
-        macro_f1_high=f1.high,
+        **ends,
         per_class={
-            name: ClassScores(float(precision), float(recall), float(f1), int(support))
-            for name, precision, recall, f1, support in zip(LABELS, *columns, strict=True)
+            name: ClassScores(*(column[label].item() for column in columns))
+            for label, name in enumerate(LABELS)
         },
         confusion=tuple(map(tuple, confusion_matrix(gold, predicted, labels=ids).tolist())),
         ece=ece,

@@ -19,6 +19,7 @@ from clseave_cli.core.config import EvaluateConfig
 from clseave_cli.core.data.images import ImageFolder
 from clseave_cli.core.data.records import Split
 from clseave_cli.core.evaluation.baselines import shuffled_rows
+from clseave_cli.core.evaluation.comparison import rows_in_common
 from clseave_cli.core.evaluation.results import Mode, result_key
 from clseave_cli.core.features import Photos, image_features, tokenize_sentences
 from clseave_cli.core.models.clip_ve import ClipVE
@@ -60,11 +61,6 @@ class Outputs:
         """(N,) name of each row's image: the unit of the bootstrap."""
         return image_of_row(self.split)
 
-    @functools.cached_property
-    def row_of_pair(self) -> dict[str, int]:
-        """Row number by `pairID`."""
-        return {pair_id: row for row, pair_id in enumerate(self.split.pair_ids)}
-
     @property
     def correct(self) -> npt.NDArray[np.bool_]:
         """(N,) whether the predicted label is the gold label."""
@@ -89,16 +85,13 @@ def shared_rows(
     Raises:
         DataError: there are none.
     """
-    shared = [pair_id for pair_id in first.split.pair_ids if pair_id in second.row_of_pair]
-    if not shared:
+    rows, others = rows_in_common(first.split.pair_ids, second.split.pair_ids)
+    if not len(rows):
         raise DataError(
             f"{first.split.path}: none of its pairIDs occurs in {second.split.path}; "
             "rows of two languages belong together by pairID."
         )
-    return (
-        np.array([first.row_of_pair[pair_id] for pair_id in shared]),
-        np.array([second.row_of_pair[pair_id] for pair_id in shared]),
-    )
+    return rows, others
 
 
 def run_systems(
@@ -118,8 +111,20 @@ def run_systems(
         ModelError: a model is damaged, a student belongs to another CLIP-VE, or logits are NaN.
     """
     model = ClipVE.from_folder(clip_ve).to(resolve_device(config.device))
-    premises = _Premises(config, model, images, progress)
-    outputs = {}
+    outputs, premises = {}, {}
+    # Several files name the same images in the same order: they are looked up once.
+    photos_of = {
+        lang: (tuple(s.image_names), s.image_index.tobytes()) for lang, s in splits.items()
+    }
+    for lang, key in photos_of.items():
+        if key not in premises and any(system.lang == lang for system in systems):
+            premises[key] = image_features(
+                model.image,
+                splits[lang],
+                Photos.of(splits[lang], images),
+                autocast=autocast(config.precision, model.image.device),
+                progress=progress,
+            ).of_rows()
     # One student in memory at a time, whatever the order of its languages.
     for student in dict.fromkeys(system.student for system in systems):
         encoder = model.text
@@ -131,9 +136,9 @@ def run_systems(
                 read = split.hypotheses
                 if system.mode == "translate-test":
                     read = translations[system.lang].sentences
-                embeddings = _embed(config, encoder, system, split, read, progress)
                 with torch.no_grad():
-                    right = premises.of(split).to(embeddings.device)
+                    embeddings = _embed(config, encoder, system, split, read, progress)
+                    right = premises[photos_of[system.lang]].to(embeddings.device)
                     shuffled = right[shuffled_rows(image_of_row(split), config.seed)]
                     logits, others = model(embeddings, right), model(embeddings, shuffled)
                 outputs[system.key] = Outputs(
@@ -144,31 +149,6 @@ def run_systems(
                     _finite(others, student or clip_ve, split),
                 )
     return {system.key: outputs[system.key] for system in systems}
-
-
-class _Premises:
-    """The image embeddings of the rows, looked up once where several files name the same images."""
-
-    def __init__(
-        self, config: EvaluateConfig, model: ClipVE, images: ImageFolder, progress: Progress
-    ) -> None:
-        self._encoder, self._images, self._progress = model.image, images, progress
-        self._autocast = autocast(config.precision, model.image.device)
-        self._known: dict[tuple[tuple[str, ...], bytes], Tensor] = {}
-
-    def of(self, split: Split) -> Tensor:
-        """(N, D) on the CPU."""
-        key = tuple(split.image_names), split.image_index.tobytes()
-        if key not in self._known:
-            features = image_features(
-                self._encoder,
-                split,
-                Photos.of(split, self._images),
-                autocast=self._autocast,
-                progress=self._progress,
-            )
-            self._known[key] = features.of_rows()
-        return self._known[key]
 
 
 def _embed(
@@ -183,7 +163,6 @@ def _embed(
     sentences = tokenize_sentences(encoder, read, split.where, progress)
     embedded = []
     with (
-        torch.no_grad(),
         autocast(config.precision, encoder.device)(),
         progress.task(f"{system.key}: sentences", len(sentences.tokens)) as task,
     ):

@@ -51,18 +51,8 @@ def write_report(
 ) -> Path:
     """Writes `results.json`, `report.html`, `table.tex`, `figures/` and `predictions.*.jsonl`.
 
-    The folder appears as a whole, in place of an older report. `report.html` needs no other file.
-
-    Args:
-        results: the document.
-        folder: where to write.
-        predictions: of every row, to be compared with those of other models.
-        curves: learning curves of the models, see `figures.read_learning_curve`.
-        galleries: sections of pictures with sentences; empty ones are left out.
-        title: heading of the report.
-
-    Returns:
-        Path of `report.html`.
+    The folder appears as a whole, in place of an older report. `report.html` needs no other file;
+    its path is returned. Galleries without pictures are left out.
 
     Raises:
         ClseaveError: the disk is full or read-only.
@@ -86,17 +76,9 @@ def html_page(
     title: str, results: Results, drawn: Mapping[str, Drawing], galleries: Sequence[Gallery]
 ) -> str:
     """The page; `drawn`: figures by name."""
-    return _render(
-        "page.html",
-        results,
-        title=title,
-        galleries=galleries,
-        figures={
-            name: [data_uri(panel, "png") for panel in drawing.panels]
-            for name, drawing in drawn.items()
-        },
-        thumbnail=thumbnail,
-    )
+    figures = {name: [data_uri(panel, "png") for panel in d.panels] for name, d in drawn.items()}
+    shown = {"galleries": galleries, "figures": figures, "thumbnail": thumbnail}
+    return _render("page.html", results, title=title, **shown)
 
 
 def latex_table(results: Results) -> str:
@@ -123,9 +105,6 @@ def _render(template: str, results: Results, **more: Any) -> str:
     )
     environment.filters["latex"] = escape_latex
     public = {name: value for name, value in vars(summary).items() if not name.startswith("_")}
-    return environment.get_template(template).render(
-        public
-        | {"results": results, "mean": means(results), "language_name": language_name}
-        | {"labels": LABELS, "getattr": getattr}
-        | more
-    )
+    public |= {"language_name": language_name, "labels": LABELS, "getattr": getattr}
+    page = environment.get_template(template)
+    return page.render(public | more, results=results, mean=means(results))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -116,15 +117,9 @@ class SeedSummary:
         """
         if not values:
             raise ValueError("nothing to summarise")
-        return cls(
-            num_seeds=len(values),
-            mean=float(np.mean(values)),
-            std=float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
-            min=float(min(values)),
-            max=float(max(values)),
-            low=interval.low if interval else None,
-            high=interval.high if interval else None,
-        )
+        mean, std = np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0.0
+        ends = (interval.low, interval.high) if interval else ()
+        return cls(len(values), float(mean), float(std), min(values), max(values), *ends)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +224,8 @@ class Results:
 
     def to_json(self) -> dict[str, Any]:
         """The document as plain dicts, lists, strings, numbers and None."""
-        document: dict[str, Any] = _encode(asdict(self))
+        # Tuples become lists, so that the document equals what reading it back gives.
+        document: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return document
 
     @classmethod
@@ -273,14 +269,8 @@ class Results:
 
 #: The metrics that `across_seeds` summarises: keys of a result, and one of its baselines.
 SEED_METRICS = (
-    "accuracy",
-    "macro_f1",
-    "loss",
-    "ratio_to_english",
-    "agreement_with_english",
-    "difference_to_english",
-    "difference_to_zero_shot",
-    "shuffled_image",
+    *("accuracy", "macro_f1", "loss", "ratio_to_english", "agreement_with_english"),
+    *("difference_to_english", "difference_to_zero_shot", "shuffled_image"),
 )
 
 
@@ -289,13 +279,9 @@ def across_seeds(
 ) -> dict[str, dict[str, SeedSummary]]:
     """Summarises the same evaluation of several training seeds.
 
-    Args:
-        runs: one document a seed.
-        intervals: of the means, by `LanguageResult.key` and metric, where measured.
-
-    Returns:
-        By `LanguageResult.key` and metric (`SEED_METRICS`); results and metrics that a run lacks
-        are left out.
+    `runs` are one document a seed, `intervals` those of the means, where measured; these and what
+    is returned are by `LanguageResult.key` and metric (`SEED_METRICS`). Results and metrics that a
+    run lacks are left out.
     """
     by_run = [{result.key: _seed_metrics(result, run) for result in run.results} for run in runs]
     summary: dict[str, dict[str, SeedSummary]] = {}
@@ -334,13 +320,13 @@ def means(results: Results) -> Results:
         baselines={
             # A mean has no paired difference to its baselines.
             key: Baselines(
-                majority=own.majority,
-                hypothesis_only=own.hypothesis_only,
+                majority=first.majority,
+                hypothesis_only=first.hypothesis_only,
                 shuffled_image=results.seeds[key]["shuffled_image"].mean,
             )
             if "shuffled_image" in results.seeds.get(key, {})
-            else own
-            for key, own in results.baselines.items()
+            else first
+            for key, first in results.baselines.items()
         },
     )
 
@@ -348,13 +334,9 @@ def means(results: Results) -> Results:
 def _mean_result(result: LanguageResult, summaries: Mapping[str, SeedSummary]) -> LanguageResult:
     names = ("macro_f1", "loss", "ratio_to_english", "agreement_with_english")
     changed: dict[str, Any] = {name: summaries[name].mean for name in names if name in summaries}
-    if (accuracy := summaries.get("accuracy")) is not None:
-        changed |= {
-            "accuracy": accuracy.mean,
-            "accuracy_low": accuracy.low,
-            "accuracy_high": accuracy.high,
-            "kappa_with_english": None,
-        }
+    if (own := summaries.get("accuracy")) is not None:
+        changed |= {"accuracy": own.mean, "accuracy_low": own.low, "accuracy_high": own.high}
+        changed["kappa_with_english"] = None
     for name in ("difference_to_english", "difference_to_zero_shot"):
         first, mean = getattr(result, name), summaries.get(name)
         if first is not None and mean is not None:
@@ -362,43 +344,22 @@ def _mean_result(result: LanguageResult, summaries: Mapping[str, SeedSummary]) -
     return replace(result, **changed)
 
 
-def _encode(value: Any) -> Any:
-    """Tuples become lists, so that a document equals what reading it back gives."""
-    if isinstance(value, dict):
-        return {key: _encode(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_encode(item) for item in value]
-    return value
-
-
 def _decode(kind: Any, value: Any, where: str) -> Any:
     """Builds a value of type `kind` from JSON, checking types on the way."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in arguments:
-            return None
-        (inner,) = (argument for argument in arguments if argument is not type(None))
-        return _decode(inner, value, where)
-    if origin is Literal:
-        if value in arguments:
-            return value
-    elif origin is tuple:
-        if isinstance(value, list):
-            return tuple(
-                _decode(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value)
-            )
-    elif origin is dict:
-        if isinstance(value, dict):
-            return {
-                key: _decode(arguments[1], item, f"{where}.{key}") for key, item in value.items()
-            }
-    elif is_dataclass(kind):
-        if isinstance(value, dict):
-            return _decode_dataclass(kind, value, where)
-    elif kind is float:
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-    elif isinstance(value, kind) and not isinstance(value, bool):
+    if origin in (types.UnionType, typing.Union):  # of a type and None
+        return None if value is None else _decode(arguments[0], value, where)
+    if origin is Literal and value in arguments:
+        return value
+    if origin is tuple and isinstance(value, list):
+        return tuple(_decode(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {k: _decode(arguments[1], item, f"{where}.{k}") for k, item in value.items()}
+    if is_dataclass(kind) and isinstance(value, dict):
+        return _decode_dataclass(kind, value, where)
+    if kind is float and type(value) in (int, float):
+        return float(value)
+    if type(value) is kind:
         return value
     raise DataError(f"{where}: unexpected value {str(value)[:60]!r}.")
 
@@ -406,18 +367,11 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
 def _decode_dataclass(kind: Any, value: Mapping[str, Any], where: str) -> Any:
     hints = typing.get_type_hints(kind)
     # Keys with a default may be missing: an earlier version did not know them yet.
-    missing = [
-        item.name
-        for item in fields(kind)
-        if item.name not in value and item.default is MISSING and item.default_factory is MISSING
-    ]
-    if missing:
-        raise DataError(f"{where}: the key {missing[0]!r} is missing.")
+    given = {}
+    for item in fields(kind):
+        if item.name in value:
+            given[item.name] = _decode(hints[item.name], value[item.name], f"{where}.{item.name}")
+        elif item.default is MISSING and item.default_factory is MISSING:
+            raise DataError(f"{where}: the key {item.name!r} is missing.")
     # Keys that this version does not know are left alone: a later one may have added them.
-    return kind(
-        **{
-            item.name: _decode(hints[item.name], value[item.name], f"{where}.{item.name}")
-            for item in fields(kind)
-            if item.name in value
-        }
-    )
+    return kind(**given)

@@ -27,20 +27,12 @@ from clseave_cli.core.data.records import (
     require_split_path,
     split_path,
 )
+from clseave_cli.core.evaluation import metrics
 from clseave_cli.core.evaluation.baselines import Guesses, HypothesisOnly
 from clseave_cli.core.evaluation.comparison import PredictedRows
 from clseave_cli.core.evaluation.figures import read_learning_curve
 from clseave_cli.core.evaluation.gallery import errors, examples
-from clseave_cli.core.evaluation.metrics import (
-    Difference,
-    Interval,
-    accuracy_interval,
-    agreement,
-    compare_predictions,
-    mean_difference_interval,
-    probabilities,
-    score,
-)
+from clseave_cli.core.evaluation.metrics import Difference, Interval
 from clseave_cli.core.evaluation.outputs import Outputs, System, run_systems, shared_rows
 from clseave_cli.core.evaluation.report import REPORT, write_report
 from clseave_cli.core.evaluation.results import (
@@ -54,11 +46,7 @@ from clseave_cli.core.evaluation.results import (
 from clseave_cli.core.evaluation.transfer import analyse_distances, measure_transfer
 from clseave_cli.core.files import file_digest, locked_target, require_replaceable
 from clseave_cli.core.models.clip_ve import fingerprint, source_language
-from clseave_cli.core.models.student import (
-    find_students,
-    require_teacher,
-    student_fingerprint,
-)
+from clseave_cli.core.models.student import find_students, require_teacher, student_fingerprint
 from clseave_cli.core.training.precision import resolve_device, resolve_precision
 from clseave_cli.core.translation.corpus import TranslatedHypotheses, translate_hypotheses
 from clseave_cli.errors import DataError, ModelError, UsageError
@@ -91,16 +79,9 @@ def evaluate(config: EvaluateConfig, progress: Progress = SILENT) -> Results:
 def _evaluate(plan: _Plan, progress: Progress) -> Results:
     config = plan.config
     documents, correct = [], []
+    read = plan.splits, plan.translations, plan.images
     for number, runs in enumerate(config.runs):
-        outputs = run_systems(
-            config,
-            runs / "clip-ve",
-            plan.systems[number],
-            plan.splits,
-            plan.translations,
-            plan.images,
-            progress,
-        )
+        outputs = run_systems(config, runs / "clip-ve", plan.systems[number], *read, progress)
         documents.append(_document(plan, number, outputs))
         correct.append({key: own.correct for key, own in outputs.items()})
         if number == 0:
@@ -187,17 +168,8 @@ class _Plan:
             for lang, mode in every
             if mode == "translate-test"
         }
-        return cls(
-            config,
-            folder,
-            images,
-            source_lang,
-            along,
-            systems,
-            splits,
-            translations,
-            hypothesis_only,
-        )
+        models = source_lang, along, systems
+        return cls(config, folder, images, *models, splits, translations, hypothesis_only)
 
     def training_language(self, system: System) -> str:
         """Whose training rows the baselines learn from: those of the language the model reads."""
@@ -248,12 +220,10 @@ def _systems(
             )
     systems = []
     for lang in wanted:
-        if lang == source_lang:
-            systems.append(System(lang, "zero-shot", None))
-            continue
-        if zero_shot and lang in students:
-            systems.append(System(lang, "zero-shot", students[lang]))
-        if config.mode != "zero-shot":
+        if lang == source_lang or (zero_shot and lang in students):
+            student = None if lang == source_lang else students[lang]
+            systems.append(System(lang, "zero-shot", student))
+        if lang != source_lang and config.mode != "zero-shot":
             systems.append(System(lang, "translate-test", None))
     return systems
 
@@ -342,45 +312,42 @@ def _language_result(
     guesses: Guesses | None,
 ) -> LanguageResult:
     sampling: dict[str, Any] = {"resamples": config.resamples, "seed": config.seed}
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = {
+        "lang": own.split.lang,
+        "split": own.split.name,
+        "mode": own.system.mode,
+    }
     if guesses is not None:
         hard = ~own.is_gold(guesses.labels)
         more["num_hard"] = int(hard.sum())
         if hard.any():
-            measured = accuracy_interval(own.correct[hard], own.images[hard], **sampling)
-            more["hard_accuracy"] = measured.value
-            more["hard_accuracy_low"], more["hard_accuracy_high"] = measured.low, measured.high
+            measured = metrics.accuracy_interval(own.correct[hard], own.images[hard], **sampling)
+            more |= {f"hard_accuracy{end}": value for end, value in measured.ends().items()}
     if source is not None:
         more |= _against_source(config, own, source)
     student = outputs.get(own.system.lang)
     if student is not None and student is not own:
         more["difference_to_zero_shot"] = _difference(config, own, student.correct)
-    scores = score(own.split.labels, own.logits, own.images, **sampling)
-    return LanguageResult.from_scores(
-        scores, lang=own.split.lang, split=own.split.name, mode=own.system.mode, **more
-    )
+    scores = metrics.score(own.split.labels, own.logits, own.images, **sampling)
+    return LanguageResult.from_scores(scores, **more)
 
 
 def _against_source(config: EvaluateConfig, own: Outputs, source: Outputs) -> dict[str, Any]:
     """Paired metrics on the rows that both languages have."""
     ours, theirs = shared_rows(own, source)
     accuracy, source_accuracy = own.correct[ours].mean(), source.correct[theirs].mean()
-    share, kappa = agreement(own.logits[ours], source.logits[theirs])
+    share, kappa = metrics.agreement(own.logits[ours], source.logits[theirs])
     measured: dict[str, Any] = {
         "ratio_to_english": float(accuracy / source_accuracy) if source_accuracy else None,
         "agreement_with_english": share,
         "kappa_with_english": kappa,
     }
     if own is not source:
-        measured["difference_to_english"] = _difference(
-            config, own, source.correct[theirs], rows=ours
-        )
+        measured["difference_to_english"] = _difference(config, own, source.correct[theirs], ours)
     if own.system.student is not None:
-        measured["transfer"] = measure_transfer(
-            own.embeddings[ours],
-            source.embeddings[theirs],
-            np.array([source.split.hypotheses[row] for row in theirs]),
-        )
+        sentences = np.array(source.split.hypotheses)[theirs]
+        embeddings = own.embeddings[ours], source.embeddings[theirs]
+        measured["transfer"] = measure_transfer(*embeddings, sentences)
     return measured
 
 
@@ -388,17 +355,12 @@ def _difference(
     config: EvaluateConfig,
     own: Outputs,
     other_correct: npt.NDArray[np.bool_],
-    rows: npt.NDArray[np.intp] | None = None,
+    rows: npt.NDArray[np.intp] | slice = slice(None),
 ) -> Difference:
     """The paired difference to another system that is right in `other_correct`, on some rows."""
-    every = slice(None) if rows is None else rows
-    return compare_predictions(
-        own.correct[every],
-        other_correct,
-        own.images[every],
-        resamples=config.resamples,
-        seed=config.seed,
-    )
+    correct, images = own.correct[rows], own.images[rows]
+    sampling: dict[str, Any] = {"resamples": config.resamples, "seed": config.seed}
+    return metrics.compare_predictions(correct, other_correct, images, **sampling)
 
 
 def _baselines(config: EvaluateConfig, own: Outputs, guesses: Guesses | None) -> Baselines:
@@ -431,14 +393,9 @@ def _with_seeds(
         for r in documents[0].results
         if all(r.key in of_run for of_run in correct)
     }
-    checkpoints: dict[str, str] = {}
-    for document in documents:
-        checkpoints |= document.signature.checkpoints
-    return replace(
-        documents[0],
-        signature=replace(documents[0].signature, checkpoints=checkpoints),
-        seeds=across_seeds(documents, intervals),
-    )
+    models = [item for d in documents for item in d.signature.checkpoints.items()]
+    signature = replace(documents[0].signature, checkpoints=dict(models))
+    return replace(documents[0], signature=signature, seeds=across_seeds(documents, intervals))
 
 
 def _mean_intervals(
@@ -451,7 +408,8 @@ def _mean_intervals(
     """Intervals of one system's means over trainings, by metric."""
     sampling: dict[str, Any] = {"resamples": config.resamples, "seed": config.seed}
     right = [of_run[own.system.key] for of_run in correct]
-    intervals = {"accuracy": accuracy_interval(np.mean(right, axis=0), own.images, **sampling)}
+    shares = np.mean(right, axis=0)
+    intervals = {"accuracy": metrics.accuracy_interval(shares, own.images, **sampling)}
     compared = {
         "difference_to_english": first.get(source_lang),
         "difference_to_zero_shot": first.get(own.system.lang),
@@ -460,12 +418,8 @@ def _mean_intervals(
         if other is None or other is own or any(other.system.key not in c for c in correct):
             continue
         ours, theirs = shared_rows(own, other)
-        intervals[name] = mean_difference_interval(
-            [of_run[ours] for of_run in right],
-            [of_run[other.system.key][theirs] for of_run in correct],
-            own.images[ours],
-            **sampling,
-        )
+        pair = [of[ours] for of in right], [of[other.system.key][theirs] for of in correct]
+        intervals[name] = metrics.mean_difference_interval(*pair, own.images[ours], **sampling)
     return intervals
 
 
@@ -479,20 +433,20 @@ def _write(plan: _Plan, document: Results, outputs: Mapping[str, Outputs]) -> No
         shown.setdefault(own.system.lang, own)
     students = [own.system.student for own in outputs.values() if own.system.student is not None]
     curves = map(read_learning_curve, dict.fromkeys([runs / "clip", runs / "clip-ve", *students]))
+    predictions = [
+        PredictedRows(
+            lang=own.system.key,
+            pair_ids=own.split.pair_ids,
+            images=own.images.tolist(),
+            labels=own.split.labels.astype(np.int64),
+            probabilities=metrics.probabilities(own.logits),
+        )
+        for own in outputs.values()
+    ]
     write_report(
         document,
         report,
-        predictions=[_predicted_rows(own) for own in outputs.values()],
+        predictions=predictions,
         curves=[curve for curve in curves if curve is not None],
         galleries=[examples(shown, plan.images), errors(shown, plan.images)],
-    )
-
-
-def _predicted_rows(own: Outputs) -> PredictedRows:
-    return PredictedRows(
-        lang=own.system.key,
-        pair_ids=own.split.pair_ids,
-        images=own.images.tolist(),
-        labels=own.split.labels.astype(np.int64),
-        probabilities=probabilities(own.logits),
     )

@@ -187,15 +187,10 @@ def _verdicts(
 
 def _same_labels(tied: Sequence[LanguageResult]) -> str:
     """How often a tie is agreement: equal accuracies may come from different rows."""
-    measured = [
-        (r.agreement_with_english, r.kappa_with_english)
-        for r in tied
-        if r.agreement_with_english is not None and r.kappa_with_english is not None
-    ]
-    if len(measured) < len(tied):
+    if any(r.agreement_with_english is None or r.kappa_with_english is None for r in tied):
         return ""
-    shares, kappas = zip(*measured, strict=True)
-    share, kappa = _range(map(percent, shares)), _range(decimal(k, 2) for k in kappas)
+    share = _range(percent(r.agreement_with_english) for r in tied)
+    kappa = _range(decimal(r.kappa_with_english, 2) for r in tied)
     return f" (same label on {share} % of the rows, κ {kappa})"
 
 
@@ -211,17 +206,13 @@ def not_above(results: Results) -> list[str]:
     where there is none either, the accuracy itself.
     """
     mean = means(results)
-    level = [
-        (r, *max(without))
-        for r in mean.results
-        if (
-            without := [
-                (value, name)
-                for name, (value, difference) in compared_with(mean, r).items()
-                if not _is_above(r, value, difference)
-            ]
-        )
-    ]
+    level = []
+    for r in mean.results:
+        baselines = compared_with(mean, r).items()
+        if without := [
+            (value, name) for name, (value, d) in baselines if not _is_above(r, value, d)
+        ]:
+            level.append((r, *max(without)))
     if not level:
         return []
     names = joined(result_name(r, mean) for r, _, _ in level)
@@ -301,7 +292,6 @@ def notes(results: Results) -> tuple[str, ...]:
 
 def absent_labels(results: Results) -> str:
     """Labels that no row has as its gold label, in any language; empty: none."""
-    absent = [
-        name for name in LABELS if not any(r.per_class[name].support for r in results.results)
-    ]
+    support = {name: sum(r.per_class[name].support for r in results.results) for name in LABELS}
+    absent = [name for name, num_rows in support.items() if not num_rows]
     return joined(absent) if absent else ""

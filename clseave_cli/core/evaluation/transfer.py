@@ -133,11 +133,7 @@ THESIS_SOURCE = "thesis Table 1.1 (URIEL)"
 LANG2VEC_SOURCE = "lang2vec (URIEL vectors, angular distance)"
 
 # The sets without gaps: URIEL fills them in from a language's neighbours.
-_LANG2VEC_SETS = {
-    "syntactic": "syntax_knn",
-    "phonological": "phonology_knn",
-    "inventory": "inventory_knn",
-}
+_LANG2VEC_SETS = {"syntactic": "syntax", "phonological": "phonology", "inventory": "inventory"}
 
 # All orders of up to eight points are tried (40,320); beyond, scipy's approximation is good.
 _MOST_EXACT_POINTS = 8
@@ -180,13 +176,10 @@ def analyse_distances(
     None without the source language or without another; also where that is not English and
     lang2vec is not installed. `accuracies` are fractions by language.
     """
-    losses = {
-        lang: accuracies[source_lang] - accuracy
-        for lang, accuracy in accuracies.items()
-        if lang != source_lang and source_lang in accuracies
-    }
-    if not losses:
+    if source_lang not in accuracies or len(accuracies) == 1:
         return None
+    best = accuracies[source_lang]
+    losses = {lang: best - value for lang, value in accuracies.items() if lang != source_lang}
     missing = sorted(set(losses) - set(THESIS_DISTANCES["featural"]))
     distances: Mapping[str, Mapping[str, float | None]] = THESIS_DISTANCES
     source, gaps = THESIS_SOURCE, ""
@@ -201,10 +194,8 @@ def analyse_distances(
             unknown = [lang for lang in losses if all(d[lang] is None for d in distances.values())]
             if unknown:
                 gaps = f" lang2vec does not know {', '.join(unknown)}."
-    correlations = {
-        kind: _correlate({lang: by_language.get(lang) for lang in losses}, losses)
-        for kind, by_language in distances.items()
-    }
+    asked = {kind: {lang: of.get(lang) for lang in losses} for kind, of in distances.items()}
+    correlations = {kind: _correlate(of, losses) for kind, of in asked.items()}
     note = describe_power(len(losses), {k: c.smallest_p for k, c in correlations.items()})
     return DistanceAnalysis(source, losses, correlations, note + gaps)
 
@@ -214,10 +205,8 @@ def _correlate(distances: dict[str, float | None], losses: Mapping[str, float]) 
     x, y = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
     if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return Correlation(distances, len(x), None, None, None, None)
-    pearson, pearson_p, _ = _with_p(x, y)
-    return Correlation(
-        distances, len(x), pearson, pearson_p, *_with_p(stats.rankdata(x), stats.rankdata(y))
-    )
+    linear, ranks = _with_p(x, y), _with_p(stats.rankdata(x), stats.rankdata(y))
+    return Correlation(distances, len(x), *linear[:2], *ranks)
 
 
 def _with_p(
@@ -283,7 +272,7 @@ def lang2vec_distances(
     listed = {lang: code for lang, code in codes.items() if code in lang2vec.URIEL_LANGUAGES}
     result: dict[str, dict[str, float | None]] = {}
     for kind, feature_set in _LANG2VEC_SETS.items():
-        vectors = lang2vec.get_features(list(listed.values()), feature_set)
+        vectors = lang2vec.get_features(list(listed.values()), f"{feature_set}_knn")
         result[kind] = {
             lang: _angular(vectors[listed[source_lang]], vectors[listed[lang]])
             if lang in listed and source_lang in listed
