@@ -131,9 +131,8 @@ _QUICK = {
 
 @pytest.mark.parametrize(
     "name",
-    ["README", "docs/align", "docs/quickstart", "docs/training", "docs/predict", "docs/results",
-     "docs/export", "docs/word-align"],
-)  # fmt: skip
+    ["README", "docs/align", "docs/training", "docs/predict", "docs/export", "docs/word-align"],
+)
 def test_the_commands_of_a_page_run_in_order(
     name: str,
     tmp_path: Path,
