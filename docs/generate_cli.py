@@ -32,9 +32,10 @@ undone by `--no-resume`. `clseave --install-completion` sets up completion in ba
 Results go to stdout, progress and messages to stderr. Exit codes: 0 done; 1 an error, in one line;
 2 wrong usage; 130 interrupted, with everything finished so far kept.
 
-Beside other programs, threads that wait by spinning slow torch down. clseave lets them sleep
-(`OMP_WAIT_POLICY=passive`) unless you set `OMP_WAIT_POLICY`, `GOMP_SPINCOUNT` or `KMP_BLOCKTIME`;
-`OMP_NUM_THREADS` sets their number. `clseave --debug COMMAND` shows both.
+Beside other programs, threads that wait by spinning slow torch down. clseave soon lets them sleep
+(`GOMP_SPINCOUNT=1000`, and `OMP_WAIT_POLICY=passive` for runtimes other than libgomp) unless you
+set one of the two or `KMP_BLOCKTIME`; `OMP_NUM_THREADS` sets their number. Both are shown by
+`clseave --debug COMMAND`.
 
 Options win in this order: flag, `--config` file, `--preset`, default. A key of the `--config` file
 is the flag without its dashes: `batch_size = 64` or `batch-size = 64`.

@@ -197,10 +197,11 @@ class TerminalProgress:
             return
         from rich import progress
 
+        # The numbers come first: a bar is drawn only where it cuts none of them.
+        bar = [progress.BarColumn(bar_width=16)] if stderr().width >= 100 else []
         self._bars = progress.Progress(
-            progress.TextColumn("{task.description}", markup=False),
-            progress.BarColumn(bar_width=16),
-            progress.TextColumn("{task.fields[details]}", style="dim", markup=False),
+            progress.TextColumn("{task.description}: {task.fields[details]}", markup=False),
+            *bar,
             console=stderr(),
             transient=True,
         )

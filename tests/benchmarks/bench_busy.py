@@ -29,6 +29,7 @@ _VARIABLES = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "KMP_BLOCK
 SETTINGS = {
     "spinning": {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "300000"},  # libgomp's own default
     "brief": {"GOMP_SPINCOUNT": "1000"},
+    "brief and passive": {"GOMP_SPINCOUNT": "1000", "OMP_WAIT_POLICY": "passive"},
     "passive": {"OMP_WAIT_POLICY": "passive"},
     "one thread": {"OMP_NUM_THREADS": "1"},
     "default": {},
@@ -133,7 +134,7 @@ def main() -> None:
         reference = seconds.get(("spinning", 0))
         for setting in arguments.settings:
             medians = [statistics.median(seconds[setting, number]) for number in arguments.busy]
-            line = f"  {setting:<11}" + "".join(f"{median:9.3f}" for median in medians)
+            line = f"  {setting:<17}" + "".join(f"{median:9.3f}" for median in medians)
             if reference:
                 idle = statistics.median(reference)
                 line += "   × idle spinning:" + "".join(f"{m / idle:7.2f}" for m in medians)

@@ -144,18 +144,18 @@ def test_closed_streams_and_threads_that_wait(tmp_path):
         text=True, env={**os.environ, "PYTHONPATH": str(_REPOSITORY), "OMP_NUM_THREADS": "3"},
     )  # fmt: skip
     assert done.returncode == 1 and "--lang is missing" in done.stderr
-    assert done.stderr.startswith("threads: 3, OMP_WAIT_POLICY=")
+    assert done.stderr.startswith("threads: 3, GOMP_SPINCOUNT=1000, OMP_WAIT_POLICY=passive\n")
 
 
 @pytest.mark.parametrize("chosen", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}])
-def test_threads_wait_asleep_unless_the_user_says_how(monkeypatch, chosen):
+def test_threads_spin_only_briefly_unless_the_user_says_how(monkeypatch, chosen):
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in chosen.items():
         monkeypatch.setenv(name, value)
     processes.wait_without_spinning()
-    waiting = chosen or {"OMP_WAIT_POLICY": "passive"}
-    (said,) = (f"{name}={value}" for name, value in waiting.items())
+    waiting = chosen or {"GOMP_SPINCOUNT": "1000", "OMP_WAIT_POLICY": "passive"}
+    said = ", ".join(f"{name}={value}" for name, value in waiting.items())
     cores = processes.usable_cores()
     assert processes.thread_policy() == f"{cores} (every usable core), {said}"
 
@@ -192,9 +192,7 @@ def test_every_option_is_in_the_long_help_of_its_command(clseave, command):
     assert ("--preset" in out) == bool(COMMANDS[command].PRESETS)
 
 
-@pytest.mark.parametrize(
-    "command", [name for name in typer.main.get_command(app).commands if name != "curve"]
-)
+@pytest.mark.parametrize("command", typer.main.get_command(app).commands)
 @pytest.mark.parametrize(("flag", "most_lines"), [("--help", 45), ("--help-all", 110)])
 def test_help_fits_80_columns(clseave, monkeypatch, command, flag, most_lines):
     monkeypatch.setenv("COLUMNS", "80")
@@ -203,6 +201,17 @@ def test_help_fits_80_columns(clseave, monkeypatch, command, flag, most_lines):
     assert code == 0 and max(map(len, lines)) <= 80
     assert len(lines) <= most_lines
     assert "<" not in out and "..." not in out  # no types of Python's, nothing cut
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_flags_are_completed(tmp_path, shell):
+    done = _python(
+        "-c", "import sys; sys.argv = ['clseave']; from clseave_cli.main import main; main()",
+        folder=tmp_path, COMP_WORDS="clseave align --lea", COMP_CWORD="2",
+        _TYPER_COMPLETE_ARGS="clseave align --lea", _TYPER_COMPLETE_FISH_ACTION="get-args",
+        _CLSEAVE_COMPLETE=f"complete_{shell}",
+    )  # fmt: skip
+    assert "--learning-rate" in done.stdout, done.stderr
 
 
 def test_the_options_that_matter_come_first(clseave):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_world
 import typer
 
 from clseave_cli.commands import options
@@ -18,7 +20,7 @@ from clseave_cli.main import app
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 _INDENTED = re.compile(r"^    (\S.*)$", re.MULTILINE)
 _INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 _TOML = re.compile(r"^```toml\n# (\w+\.toml)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -93,6 +95,73 @@ def parse(arguments: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(options, "resolve", stop_after(options.resolve))
         group.main(arguments, "clseave", standalone_mode=False)
+
+
+#: What a command that no test runs here contains, and why.
+_NOT_RUN = {
+    "demo": "tests/evaluation/test_demo.py does",
+    "serve": "it does not end; tests/prediction/test_service.py",
+    "translate": "its model is on the hub; tests/cli/test_translate.py",
+    "Helsinki-NLP/": "hub",
+    "OFA-Sys/": "hub",
+    "sentence-transformers/": "hub",
+    "XVNLI/": "a data set of others",
+    "--lang auto": "needs the extra langid",
+    "--tracker": "needs the extra tensorboard",
+    "--source-lang": "tests/stages/test_backbones.py",
+    "--input -": "tests/prediction/test_predict_rows.py",
+    "--gold": "a text of others; tests/cli/test_word_align.py",
+    "--input sentences.txt": "the same",
+    "--alignments": "the same",
+    "runs-0": "tests/cli/test_command_line.py and tests/evaluation do",
+    "--debug": "an example of an error",
+    "compare": "tests/evaluation/test_comparison.py",
+}
+
+#: Models from the world instead of the hub, and options that make a command take a moment.
+_QUICK = {
+    "finetune-ve": "--clip models/clip --epochs 1 --batch-size 8",
+    "align": "--student models/encoder --epochs 1 --batch-size 8",
+    "autoencode": "--student models/encoder --epochs 1 --batch-size 8",
+    "curve": "--student models/encoder --config quick.toml",
+    "word-align": "--aligner models/encoder",
+    "evaluate": "--resamples 20",
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["README", "docs/align", "docs/training", "docs/predict", "docs/export", "docs/word-align"],
+)
+def test_the_commands_of_a_page_run_in_order(
+    name: str,
+    tmp_path: Path,
+    clip: Path,
+    encoder: Path,
+    trained: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    clseave: Callable[..., tuple[int, str, str]],
+) -> None:
+    text = (ROOT / f"{name}.md").read_text(encoding="utf-8")
+    shown = [line for _, block in _FENCE.findall(text) for line in joined(block)]
+    every = [arguments for line in shown for arguments in clseave_arguments(line)]
+    data = tiny_world.write_world(tmp_path / "data", languages=("en", "de", "nl", "ja", "ko", "zh"))
+    for source, folder in ((clip, "models/clip"), (encoder, "models/encoder")):
+        shutil.copytree(source, tmp_path / folder)
+    if ["finetune-ve"] not in every:  # otherwise the page starts from nothing
+        shutil.copytree(trained, tmp_path / "runs")
+    for photo in ("photo.jpg", "image.jpg"):
+        shutil.copy(data / "images" / "test0.png", tmp_path / photo)
+    (tmp_path / "pairs.jsonl").write_text('{"image": "photo.jpg", "hypothesis": "Ein Hund."}\n')
+    (tmp_path / "quick.toml").write_text("epochs = 1\nbatch_size = 8\n")
+    for file, body in _TOML.findall(text):
+        (tmp_path / file).write_text(body, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    for arguments in every:
+        words = " ".join(arguments)
+        if not any(part in words for part in _NOT_RUN):
+            code, _, err = clseave(*arguments, *_QUICK.get(arguments[0], "").split())
+            assert code == 0, f"{words}: {err}"
 
 
 def stop(**_: Any) -> None:

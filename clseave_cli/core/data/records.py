@@ -187,7 +187,7 @@ def require_split_path(folder: Path, split: str, lang: str) -> Path:
     if not folder.is_dir():
         raise DataError(
             f"{folder}: no such data folder; expected one with snli_ve_{split}.jsonl "
-            "(--data DIR says where)."
+            "(choose the folder with --data DIR)."
         )
     try:
         path = split_path(folder, split, lang)
