@@ -60,7 +60,7 @@ def test_a_missing_data_folder(commands, refused, data, keep, command):
     shutil.rmtree(data)
     error = refused(*commands[command])
     assert f"{data}: no such data folder; expected one with snli_ve_" in error
-    assert "--data DIR says where" in error
+    assert "choose the folder with --data DIR" in error
 
 
 @pytest.mark.parametrize("command", READERS)

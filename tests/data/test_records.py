@@ -155,7 +155,11 @@ def test_a_bad_row_is_refused_by_file_and_line(tmp_path, reason):
         ("train.jsonl", b'\n{"pairID": "\xff\xfe"}\n', r"train\.jsonl:2: not UTF-8 text"),
         ("train.csv", b"pairID,sentence2\np1,\xff\xfe\n", r"train\.csv:2: not UTF-8"),
         ("train.jsonl", b"\n", r"train\.jsonl: no usable rows; expected one JSON object a line"),
-        ("train.jsonl.gz", gzip.compress(b"{}", mtime=0)[:-9], r"train\.jsonl\.gz: damaged or cut short"),
+        (
+            "train.jsonl.gz",
+            gzip.compress(b"{}", mtime=0)[:-9],
+            r"train\.jsonl\.gz: damaged or cut short",
+        ),
     ],
 )
 def test_bytes_that_are_no_rows(tmp_path, name, content, said):
