@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tiny_world import QUICK, killed_at_step, read_jsonl, weights
+from tiny_world import QUICK, Notes, killed_at_step, read_jsonl, weights
 from torch import Tensor, nn
 
 from clseave_cli.core.alignment import align
-from clseave_cli.core.config import AlignConfig, FinetuneConfig
+from clseave_cli.core.config import AlignConfig, FinetuneConfig, TrainingConfig
 from clseave_cli.core.finetuning import finetune
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.training import loop
@@ -193,3 +193,37 @@ def test_batches_filled_up_train_as_others_do(
         losses[filled] = [entry["loss"] for entry in metrics]
     assert losses[True] == pytest.approx(losses[False], rel=1e-3)
     assert all(recorder.replays for recorder in replayed)
+
+
+def test_batches_that_leave_parameters_without_gradient_run_plainly(tmp_path, monkeypatch):
+    """An optimiser leaves those parameters alone, whatever their momentum: no step is captured."""
+
+    def trained(name):
+        torch.manual_seed(0)
+        layers = nn.ModuleList([nn.Linear(2, 1), nn.Linear(2, 1)])
+
+        def loss(batch):
+            used = layers if batch[0, 0] < 4 else layers[:1]
+            return torch.stack([(layer(batch) - 1).square().mean() for layer in used]).sum()
+
+        stage = loop.Stage(
+            name="uneven",
+            module=layers,
+            num_examples=8,
+            prepare=lambda rows: torch.full((1, 2), float(rows[0])),
+            loss=loss,
+            evaluate=lambda: {"loss": 0.0},
+            selection=loop.Selection("loss", "lowest"),
+        )
+        config = TrainingConfig(
+            epochs=3, batch_size=1, learning_rate=1e-2, weight_decay=0.1, device="cpu"
+        )
+        notes = Notes()
+        loop.train(stage, config, device=CPU, folder=tmp_path / name, progress=notes)
+        return layers.state_dict(), notes.text
+
+    plain, _ = trained("plain")
+    monkeypatch.setattr(loop._Run, "_recorder", lambda run: Replayer())
+    captured, said = trained("captured")
+    assert all(torch.equal(plain[name], captured[name]) for name in plain)
+    assert said.count("steps are not captured") == 1 and "no gradient" in said

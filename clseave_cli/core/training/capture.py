@@ -162,19 +162,24 @@ class Captured(Generic[Batch]):
         try:
             replay, result = recorder.capture(lambda: self._function(own))
         except RuntimeError as error:
-            self._give_up(str(error).splitlines()[0])
+            self.give_up(str(error).splitlines()[0])
             return None
         return _Graph(tensors_of(own), replay, result)
 
     def _remember(self, shape: Hashable) -> None:
         self._met.add(shape)
         if not self._graphs and len(self._met) > _MOST_SINGLE_SHAPES:
-            self._give_up("hardly two batches have the same shape")
+            self.give_up("hardly two batches have the same shape")
 
-    def _give_up(self, reason: str) -> None:
+    def give_up(self, reason: str) -> None:
+        """From now on every batch is computed plainly; says why."""
         self._recorder = None
         self._graphs.clear()
         self._note(f"steps are not captured as CUDA graphs ({reason}); they run one by one.")
+
+
+class UnevenGradients(RuntimeError):
+    """Other parameters have a gradient than in the first batch."""
 
 
 class Gradients:
@@ -203,14 +208,14 @@ class Gradients:
             add: to what an earlier part of the batch left here.
 
         Raises:
-            RuntimeError: other parameters have a gradient than the first time; an optimiser would
-                treat those without one in another way.
+            UnevenGradients: other parameters have a gradient than the first time; an optimiser
+                leaves those without one alone, and a captured step cannot.
         """
         fresh = [parameter.grad for parameter in self._parameters]
         if self._sums is None:
             self._sums = [None if new is None else torch.empty_like(new) for new in fresh]
         if [new is None for new in fresh] != [own is None for own in self._sums]:
-            raise RuntimeError("a part of the model has no gradient in one batch of several")
+            raise UnevenGradients("a part of the model has no gradient in one batch of several")
         own, new = (
             [tensor for tensor in tensors if tensor is not None] for tensors in (self._sums, fresh)
         )

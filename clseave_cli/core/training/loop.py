@@ -30,7 +30,13 @@ from torch import Tensor, nn
 
 from clseave_cli.core.config import TrainingConfig
 from clseave_cli.core.files import write_json, writing
-from clseave_cli.core.training.capture import Captured, CudaRecorder, Gradients, Recorder
+from clseave_cli.core.training.capture import (
+    Captured,
+    CudaRecorder,
+    Gradients,
+    Recorder,
+    UnevenGradients,
+)
 from clseave_cli.core.training.checkpoint import (
     LoopState,
     load_state,
@@ -334,8 +340,14 @@ class _Run:
     def _backward(self, parts: list[_Part]) -> Tensor:
         """The gradient of a batch; returns the means of its loss and the stage's figures."""
         sums = torch.zeros_like(self.sums)
-        for part in parts:
-            sums += self.gradient(part)
+        try:
+            for part in parts:
+                sums += self.gradient(part)
+        except UnevenGradients as error:
+            self.gradients = None
+            self.gradient.give_up(str(error))
+            self.update = Captured(self._update, self.device, None, self._note)
+            return self._backward(parts)
         return sums
 
     def _gradient(self, part: _Part) -> Tensor:
