@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from clseave_cli.core.training.placement import on_device, tensors_of
 
-#: Shapes that are captured. Each graph takes some seconds' worth of plain steps to pay for itself,
-#: and a few megabytes of driver memory.
+#: Shapes that are captured: a bound on what the driver keeps for graphs. Filled-up batches of one
+#: size come in about five.
 _MOST_GRAPHS = 48
 #: So many shapes of which none came twice, and no more is expected of this kind of batch.
 _MOST_SINGLE_SHAPES = 256
