@@ -69,7 +69,9 @@ def _run(folder: Path, server: Loopback | None = None, **options: Any) -> Transl
     return translate(TranslateConfig(**{**defaults, **options}))
 
 
-def test_all_splits_that_exist_in_several_languages(tmp_path: Path, google: Loopback) -> None:
+def test_all_splits_that_exist_in_several_languages(
+    tmp_path: Path, google: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _write(tmp_path / "snli_ve_train.jsonl", ["A man.", "A dog.", "A man."])
     _write(tmp_path / "snli_ve_test.jsonl", ["A dog.", "A cat."])
     summary = _run(tmp_path, google, lang=("de", "zh_CN"))
@@ -83,8 +85,10 @@ def test_all_splits_that_exist_in_several_languages(tmp_path: Path, google: Loop
     }  # fmt: skip
     assert Counter(google.requested) == {"A man.": 2, "A dog.": 2, "A cat.": 2}  # twice: two langs
     before = {path: path.read_bytes() for path in tmp_path.glob("*.jsonl")}
+    lookups, find = [], Memory.find
+    monkeypatch.setattr(Memory, "find", lambda *a: lookups.append(a) or find(*a))
     again = _run(tmp_path, google, lang=("de", "zh"))
-    assert len(google.requested) == 6
+    assert len(google.requested) == 6 and len(lookups) == 4  # what is in the memory is read once
     assert [f.num_from_memory for f in again.files] == [3, 2, 3, 2]
     assert before == {path: path.read_bytes() for path in tmp_path.glob("*.jsonl")}
 
@@ -431,6 +435,21 @@ def test_existing_translations_that_are_unclear(tmp_path: Path, content: str, sa
     (tmp_path / "t.tsv").write_text(content)
     with pytest.raises(DataError, match=said):
         _run(tmp_path, engine="file", translations=tmp_path / "t.tsv")
+
+
+def test_a_gap_far_into_a_file_is_filled(tmp_path: Path) -> None:
+    """The rows before it have been written when it is met; they are written anew."""
+    translations = tmp_path / "t.tsv"
+    translations.write_text("".join(f"man {n}\tMann {n}\n" for n in range(10_050)))
+    options = {"engine": "file", "translations": translations}
+    for num_rows in (10_020, 10_050):
+        _write(tmp_path / "snli_ve_dev.jsonl", [f"man {n}" for n in range(num_rows)])
+        file = _run(tmp_path, **options).files[0]
+        assert [row["sentence2"] for row in _read(file.output)] == [
+            f"Mann {n}" for n in range(num_rows)
+        ]
+    assert (file.num_rows, file.num_from_memory, file.num_translated) == (10_050, 10_020, 30)
+    assert len(list(tmp_path.glob(".*"))) == 0  # nothing half-written
 
 
 def test_an_engine_of_somebody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,6 @@ from clseave_cli.core.translation.engine import (
     Unreachable,
 )
 from clseave_cli.core.translation.memory import Entry, Memory
-from clseave_cli.core.translation.quality import Checks
 from clseave_cli.errors import Interrupted, TranslationError
 from clseave_cli.progress import SILENT
 
@@ -32,8 +31,8 @@ class FakeEngine:
     licence = "none"
     identity = Identity("fake", "", "", "", "en", "de")
 
-    def __init__(self, batch_size: int = 1, concurrency: int = 1, by_length: bool = False) -> None:
-        self.limits = Limits(batch_size, 10_000, 1_000, concurrency, None, by_length)
+    def __init__(self, batch_size: int = 1, concurrency: int = 1) -> None:
+        self.limits = Limits(batch_size, 10_000, 1_000, concurrency)
         self.calls: list[tuple[str, ...]] = []
         self.attempts: list[int] = []
         self.misbehave: Callable[[int, Sequence[str]], list[str] | None] = lambda call, texts: None
@@ -87,13 +86,16 @@ def _drive(
 ) -> tuple[Driver, Pace, dict[str, str], dict[str, str]]:
     """Drives; returns driver and pace, what the memory holds, and why the rest is missing."""
     number = memory.identity_id(engine.identity)
-    config = TranslateConfig(requests_per_second=per_second, retries=retries, retry_seconds=0.001)
+    config = TranslateConfig(
+        requests_per_second=per_second, retries=retries, retry_seconds=0.001,
+        on_suspect="retry" if retry_suspect else "keep",
+    )  # fmt: skip
     pace = Pace(config, engine.limits)
-    driver = Driver(engine, memory, Checks("en", "de"), pace, retry_suspect)
+    driver = Driver(config, engine, memory, pace)
     with SILENT.task("") as task:
         driver.run(dict.fromkeys(texts, 0), task)
     held = {text: entry.translation for text, entry in memory.find(number, texts).items()}
-    return driver, pace, held, memory.reasons(number, texts)
+    return driver, pace, held, driver.failures
 
 
 @pytest.mark.parametrize(("batch_size", "concurrency"), [(1, 1), (1, 4), (7, 1), (7, 3)])
@@ -105,12 +107,12 @@ def test_translates_everything_once(memory: Memory, batch_size: int, concurrency
     assert sorted(text for call in engine.calls for text in call) == sorted(texts)
     assert max(map(len, engine.calls)) <= batch_size
     assert engine.most_under_way <= concurrency
-    assert (driver.num_translated, driver.num_failed, pace.stopped) == (200, 0, None)
+    assert (driver.num_translated, len(driver.failures), pace.stopped) == (200, 0, None)
 
 
 def test_batches_hold_texts_of_like_length(memory: Memory) -> None:
     texts = [f"a {'b' * (index * 37 % 100)} {index}" for index in range(100)]
-    engine = FakeEngine(batch_size=10, by_length=True)
+    engine = FakeEngine(batch_size=10)
     _drive(engine, memory, texts)
     lengths = [len(text) for call in sorted(engine.calls, key=lambda c: len(c[0])) for text in call]
     assert lengths == sorted(lengths)
@@ -162,7 +164,7 @@ def test_a_fault_is_asked_again_and_then_given_up(memory: Memory) -> None:
     assert held == {"one": "ONE", "two": "TWO", "three": "THREE"}
     assert reasons == {"never": "HTTP 500, 3 times"}
     assert engine.calls.count(("never",)) == 3
-    assert (driver.num_translated, driver.num_failed) == (3, 1)
+    assert (driver.num_translated, len(driver.failures)) == (3, 1)
     assert pace.num_requests == len(engine.calls)
 
 
@@ -258,8 +260,8 @@ def test_stops_when_every_text_fails(memory: Memory) -> None:
     texts = [f"text {index}" for index in range(100)]
     driver, pace, _, reasons = _drive(engine, memory, texts, retries=0)
     assert pace.stopped is not None and "fails on every text" in pace.stopped
-    assert driver.num_failed < 20
-    assert list(reasons.values()) == ["HTTP 503, 1 times"] * driver.num_failed
+    assert len(driver.failures) < 20
+    assert list(reasons.values()) == ["HTTP 503, 1 times"] * len(driver.failures)
 
 
 def test_retry_after_and_rate_are_kept(memory: Memory) -> None:
@@ -303,12 +305,11 @@ def test_ctrl_c_keeps_what_was_answered(memory: Memory, monkeypatch: pytest.Monk
     keep = Driver._keep
     pressed: list[bool] = []
 
-    def interrupted(self: Driver, *rest: object) -> int:
-        done = keep(self, *rest)  # type: ignore[arg-type]
+    def interrupted(self: Driver, *rest: object) -> None:
+        keep(self, *rest)  # type: ignore[arg-type]
         if self.num_translated >= 20 and not pressed:
             pressed.append(True)
             raise KeyboardInterrupt
-        return done
 
     monkeypatch.setattr(Driver, "_keep", interrupted)
     texts = [f"text {index}" for index in range(1000)]

@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clseave_cli.core.data.text_files import open_text_file, packing, split_name
+from clseave_cli.core.data.rows import packing, split_name
+from clseave_cli.core.data.text_files import open_text_file
 from clseave_cli.errors import DataError, UsageError
 
 _JSON = st.recursive(
@@ -33,15 +34,13 @@ def _rewrite(path: Path, answers: Any = str.upper, field: str | None = None) -> 
     """Translates a file by `answers`, leaving out the rows it has None for."""
     file = open_text_file(path, field, "en")
     buffer = io.BytesIO()
-    with packing(path, buffer) as stream:
-        writer = file.writer(stream)
+    with packing(path, buffer) as stream, file.writer(stream) as write:
         for row in file.rows():
             answer = answers(row.text)
-            if answer is None:
-                writer.leave_out(row)
-            else:
-                writer.write(row, answer, ("length",) if "odd" in row.text else ())
-        writer.close()
+            if answer is not None:
+                write(row, answer, ("length",) if "odd" in row.text else ())
+            elif not file.marks_rows:
+                write(row, "", ())
     return buffer.getvalue()
 
 

@@ -172,10 +172,10 @@ def languages(folder: Path, split: str) -> list[str]:
     endings = "|".join(map(re.escape, EXTENSIONS))
     pattern = re.compile(rf"(?:snli_ve_)?{re.escape(split)}\.({_LANGUAGE.pattern})(?:{endings})")
     names = [path.name for path in folder.iterdir()]
-    found = {match[1] for name in names if (match := pattern.fullmatch(name))}
-    found |= {name for name in names if _LANGUAGE.fullmatch(name)} | {ENGLISH}
-    found = {lang for lang in found if split_path(folder, split, lang)}
-    return sorted(found, key=lambda lang: (lang != ENGLISH, lang))
+    codes = {match[1] for name in names if (match := pattern.fullmatch(name))}
+    codes |= {name for name in names if _LANGUAGE.fullmatch(name)} | {ENGLISH}
+    existing = [lang for lang in codes if split_path(folder, split, lang)]
+    return sorted(existing, key=lambda lang: (lang != ENGLISH, lang))
 
 
 def require_split_path(folder: Path, split: str, lang: str) -> Path:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -22,18 +24,11 @@ from clseave_cli.core.data.rows import (
     first_value,
     format_of,
     json_rows,
-    packing,
     reading,
     reading_parquet,
     short,
-    split_name,
 )
 from clseave_cli.errors import DataError
-
-__all__ = [
-    "FIELDS", "SUSPECT_FIELD", "Row", "TextFile", "Writer", "open_text_file", "packing", "reading",
-    "split_name",
-]  # fmt: skip
 
 #: Fields that hold the text, where the user names none.
 FIELDS = (*HYPOTHESIS_KEYS, "text")
@@ -60,18 +55,8 @@ class Row(NamedTuple):
     record: Any
 
 
-class Writer:
-    """Writes the rows of one translated file."""
-
-    def write(self, row: Row, translation: str, suspicions: tuple[str, ...]) -> None:
-        """Writes a row with its text replaced, and where it is marked, its suspicions."""
-        raise NotImplementedError
-
-    def leave_out(self, row: Row) -> None:
-        """Takes a row there is no translation for: an empty line where lines keep their places."""
-
-    def close(self) -> None:
-        """Writes what is still held back, and leaves the stream open."""
+#: Writes a row with its text replaced, and its suspicions where the format has a place for them.
+Write = Callable[[Row, str, tuple[str, ...]], None]
 
 
 class TextFile:
@@ -83,13 +68,14 @@ class TextFile:
         source: language of the text.
 
     Attributes:
-        marks_rows: whether a kept row can carry the names of its suspicions.
+        marks_rows: whether a kept row can carry the names of its suspicions. Where none can, every
+            line keeps its place, and one without a translation is to be written empty.
     """
 
     marks_rows = True
 
     def __init__(self, path: Path, field: str | None, source: str) -> None:
-        self._path, self._field, self._source = path, field, source
+        self.path, self._field, self._source = path, field, source
 
     def rows(self) -> Iterator[Row]:
         """The rows, in order.
@@ -99,8 +85,8 @@ class TextFile:
         """
         raise NotImplementedError
 
-    def writer(self, stream: BinaryIO) -> Writer:
-        """A writer of the same format into a stream."""
+    def writer(self, stream: BinaryIO) -> AbstractContextManager[Write]:
+        """What writes rows in the same format into a stream, which stays open after the block."""
         raise NotImplementedError
 
     def _choose_field(self, names: list[str]) -> str:
@@ -114,12 +100,12 @@ class TextFile:
             if name in names:
                 return name
         raise DataError(
-            f"{self._path}: no field {' or '.join(wanted)}; it has {', '.join(names) or 'none'}. "
+            f"{self.path}: no field {' or '.join(wanted)}; it has {', '.join(names) or 'none'}. "
             "Name the field with --field."
         )
 
     def _refused(self, line: int, reason: str) -> DataError:
-        return DataError.at(self._path, line, reason)
+        return DataError.at(self.path, line, reason)
 
 
 def open_text_file(path: Path, field: str | None, source: str) -> TextFile:
@@ -159,7 +145,7 @@ class _JsonLinesFile(TextFile):
 
     def rows(self) -> Iterator[Row]:
         """The rows; blank lines are skipped. A row's record is its line and its values."""
-        with reading(self._path) as stream:
+        with reading(self.path) as stream:
             for number, values, line in json_rows(stream):
                 if isinstance(values, BadRow):
                     raise self._refused(number, str(values))
@@ -171,40 +157,34 @@ class _JsonLinesFile(TextFile):
                     raise self._refused(number, f'"{self._field}" {what}; expected a string.')
                 yield Row(number, text, _pair_id(values), (line, values))
 
-    def writer(self, stream: BinaryIO) -> Writer:
-        # A file without rows has not told its field, and needs none.
-        return _JsonLinesWriter(stream, self._field or "", self._source)
+    @contextmanager
+    def writer(self, stream: BinaryIO) -> Iterator[Write]:
+        """The source and the marks are added at the end of a row."""
+        field = self._field or ""  # a file without rows has not told it, and needs none
+        key, source_field = _quote(field), f"{field}_{self._source}"
+        source_key = b", " + _quote(source_field) + b": "
 
+        def write(row: Row, translation: str, suspicions: tuple[str, ...]) -> None:
+            line, values = row.record
+            quoted = _quote(row.text)
+            start = line.find(key + b": " + quoted) + len(key) + 2
+            end = start + len(quoted)
+            # Nearly every row is flat and names the field once; such a name is not part of a
+            # string, where its quotes would be escaped.
+            if start < len(key) + 2 or line.count(key) > 1 or line.count(b"{") > 1:
+                start, end = _search(line, field)
+            close = line.rindex(b"}")
+            added = b"" if source_field in values else source_key + line[start:end]
+            if suspicions:
+                added += f', "{SUSPECT_FIELD}": {json.dumps(suspicions)}'.encode()
+            if added and line[close - 1 : close].isspace():
+                close = len(line[:close].rstrip())
+            rest = line[close:] if line.endswith(b"\n") else line[close:] + b"\n"
+            stream.write(
+                b"%b%b%b%b%b" % (line[:start], _quote(translation), line[end:close], added, rest)
+            )
 
-class _JsonLinesWriter(Writer):
-    """Writes rows back with the value replaced, and the source and the marks added at the end."""
-
-    def __init__(self, stream: BinaryIO, field: str, source: str) -> None:
-        self._stream, self._field, self._key = stream, field, _quote(field)
-        self._source_field = f"{field}_{source}"
-        self._source_key = b", " + _quote(self._source_field) + b": "
-
-    def write(self, row: Row, translation: str, suspicions: tuple[str, ...]) -> None:
-        line, values = row.record
-        quoted = _quote(row.text)
-        start = line.find(self._key + b": " + quoted) + len(self._key) + 2
-        end = start + len(quoted)
-        # Nearly every row is flat and names the field once; such a name is not part of a string,
-        # where its quotes would be escaped.
-        if start < len(self._key) + 2 or line.count(self._key) > 1 or line.count(b"{") > 1:
-            start, end = _search(line, self._field)
-        close = line.rindex(b"}")
-        added = b""
-        if self._source_field not in values:
-            added = self._source_key + line[start:end]
-        if suspicions:
-            added += f', "{SUSPECT_FIELD}": {json.dumps(suspicions)}'.encode()
-        if added and line[close - 1 : close].isspace():
-            close = len(line[:close].rstrip())
-        rest = line[close:] if line.endswith(b"\n") else line[close:] + b"\n"
-        self._stream.write(
-            b"%b%b%b%b%b" % (line[:start], _quote(translation), line[end:close], added, rest)
-        )
+        yield write
 
 
 def _quote(text: str) -> bytes:
@@ -241,7 +221,7 @@ class _DelimitedFile(TextFile):
     """CSV or TSV, with a header. Cells may hold line breaks; a row's record is its cells."""
 
     def rows(self) -> Iterator[Row]:
-        with reading(self._path) as stream:
+        with reading(self.path) as stream:
             records = DelimitedRows(stream)
             column = records.header.index(self._choose_field(records.header))
             for number, values, cells in records:
@@ -249,43 +229,36 @@ class _DelimitedFile(TextFile):
                     raise self._refused(number, str(values))
                 yield Row(number, cells[column], _pair_id(values), cells)
 
-    def writer(self, stream: BinaryIO) -> Writer:
-        with reading(self._path) as lines:
+    @contextmanager
+    def writer(self, stream: BinaryIO) -> Iterator[Write]:
+        """Keeps delimiter, line ends and quoting; source and suspicions are the last columns."""
+        with reading(self.path) as lines:
             records = DelimitedRows(lines)
-        field = self._choose_field(records.header)
-        return _DelimitedWriter(stream, records, field, self._source)
-
-
-class _DelimitedWriter(Writer):
-    """Keeps delimiter, line ends and quoting; source and suspicions are the last columns."""
-
-    def __init__(self, stream: BinaryIO, records: DelimitedRows, field: str, source: str) -> None:
         line, header = records.first_line, records.header
-        bom = line.startswith(b"\xef\xbb\xbf")
         cells = line.decode("utf-8-sig", "replace").strip().split(records.delimiter)
         quotes_all = all(cell.startswith('"') and cell.endswith('"') for cell in cells)
-        self._text = io.TextIOWrapper(stream, "utf-8-sig" if bom else "utf-8", newline="")
-        self._writer = csv.writer(
-            self._text,
+        encoding = "utf-8-sig" if line.startswith(b"\xef\xbb\xbf") else "utf-8"
+        text = io.TextIOWrapper(stream, encoding, newline="")
+        out = csv.writer(
+            text,
             delimiter=records.delimiter,
             lineterminator="\r\n" if line.endswith(b"\r\n") else "\n",
             quoting=csv.QUOTE_ALL if quotes_all else csv.QUOTE_MINIMAL,
         )
-        self._column = header.index(field)
-        source_field = f"{field}_{source}"
-        self._keeps_source = source_field not in header
-        added = [source_field] if self._keeps_source else []
-        self._writer.writerow([*header, *added, SUSPECT_FIELD])
+        field = self._choose_field(header)
+        column, source_field = header.index(field), f"{field}_{self._source}"
+        added = [] if source_field in header else [source_field]
+        out.writerow([*header, *added, SUSPECT_FIELD])
 
-    def write(self, row: Row, translation: str, suspicions: tuple[str, ...]) -> None:
-        cells = list(row.record)
-        cells[self._column] = translation
-        if self._keeps_source:
-            cells.append(row.text)
-        self._writer.writerow([*cells, " ".join(suspicions)])
+        def write(row: Row, translation: str, suspicions: tuple[str, ...]) -> None:
+            cells = [*row.record, *([row.text] if added else []), " ".join(suspicions)]
+            cells[column] = translation
+            out.writerow(cells)
 
-    def close(self) -> None:
-        self._text.detach()
+        try:
+            yield write
+        finally:
+            text.detach()
 
 
 class _PlainFile(TextFile):
@@ -295,7 +268,7 @@ class _PlainFile(TextFile):
 
     def rows(self) -> Iterator[Row]:
         """The lines, empty ones too; a row's record is its line break."""
-        with reading(self._path) as stream:
+        with reading(self.path) as stream:
             for number, data in enumerate(stream, 1):
                 try:
                     line = data.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -304,23 +277,14 @@ class _PlainFile(TextFile):
                 text = line.removesuffix("\n").removesuffix("\r")
                 yield Row(number, text, None, line[len(text) :])
 
-    def writer(self, stream: BinaryIO) -> Writer:
-        return _PlainWriter(stream)
+    @contextmanager
+    def writer(self, stream: BinaryIO) -> Iterator[Write]:
+        def write(row: Row, translation: str, suspicions: tuple[str, ...]) -> None:
+            # A line break that an engine made up would shift all lines below.
+            line = " ".join(translation.splitlines()) if row.text != translation else translation
+            stream.write((line + row.record).encode("utf-8", "replace"))
 
-
-class _PlainWriter(Writer):
-    """Writes one line for every line read."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-
-    def write(self, row: Row, translation: str, suspicions: tuple[str, ...]) -> None:
-        # A line break that an engine made up would shift all lines below.
-        line = " ".join(translation.splitlines()) if row.text != translation else translation
-        self._stream.write((line + row.record).encode("utf-8", "replace"))
-
-    def leave_out(self, row: Row) -> None:
-        self._stream.write(row.record.encode())
+        yield write
 
 
 class _ParquetFile(TextFile):
@@ -342,7 +306,7 @@ class _ParquetFile(TextFile):
     def rows(self) -> Iterator[Row]:
         keys = [name for name in (self._column, *ID_KEYS) if name in self._schema.names]
         number = 0
-        with reading_parquet(self._path, self._path) as file:
+        with reading_parquet(self.path, self.path) as file:
             for batch in file.iter_batches(PARQUET_BATCH):
                 for index, values in enumerate(batch.select(keys).to_pylist()):
                     number += 1
@@ -351,64 +315,50 @@ class _ParquetFile(TextFile):
                         raise self._refused(number, f"{self._column} is null; expected a string.")
                     yield Row(number, text, _pair_id(values), (batch, index))
 
-    def writer(self, stream: BinaryIO) -> Writer:
-        return _ParquetWriter(stream, self._schema, self._column, self._source, self._compression)
-
-
-class _ParquetWriter(Writer):
-    """Writes the same schema, and columns for source and suspicions at the end."""
-
-    def __init__(
-        self, stream: BinaryIO, schema: Any, field: str, source: str, compression: str
-    ) -> None:
+    @contextmanager
+    def writer(self, stream: BinaryIO) -> Iterator[Write]:
+        """The schema gets columns for source and suspicions at its end."""
         import pyarrow
         import pyarrow.parquet
 
-        self._arrow = pyarrow
-        self._field, self._source_field = field, f"{field}_{source}"
-        self._keeps_source = self._source_field not in schema.names
-        if self._keeps_source:
-            schema = schema.append(pyarrow.field(self._source_field, pyarrow.string()))
-        marks = pyarrow.field(SUSPECT_FIELD, pyarrow.list_(pyarrow.string()))
-        self._schema = schema.append(marks)
-        self._writer = pyarrow.parquet.ParquetWriter(stream, self._schema, compression=compression)
-        self._batch: Any = None
-        self._kept: list[tuple[int, str, str, tuple[str, ...]]] = []
-        self._tables: list[Any] = []
-        self._num_rows = self._num_bytes = 0
+        source_field = f"{self._column}_{self._source}"
+        schema = self._schema
+        if source_field not in schema.names:
+            schema = schema.append(pyarrow.field(source_field, pyarrow.string()))
+        schema = schema.append(pyarrow.field(SUSPECT_FIELD, pyarrow.list_(pyarrow.string())))
+        kept: list[tuple[Row, str, tuple[str, ...]]] = []
+        num_bytes = 0
 
-    def write(self, row: Row, translation: str, suspicions: tuple[str, ...]) -> None:
-        batch, index = row.record
-        if batch is not self._batch:
-            self._finish_batch()
-            self._batch = batch
-        self._kept.append((index, row.text, translation, suspicions))
+        def write(row: Row, translation: str, suspicions: tuple[str, ...]) -> None:
+            nonlocal num_bytes
+            batch, _ = row.record
+            if not kept or batch is not kept[-1][0].record[0]:
+                num_bytes += batch.nbytes
+            kept.append((row, translation, suspicions))
+            if len(kept) >= _GROUP_ROWS or num_bytes >= _GROUP_BYTES:
+                write_group()
 
-    def close(self) -> None:
-        self._finish_batch()
-        self._write_group()
-        self._writer.close()
+        def write_group() -> None:
+            nonlocal num_bytes
+            if not kept:
+                return
+            rows, translations, suspicions = zip(*kept, strict=True)
+            batches = []
+            records = (row.record for row in rows)
+            for _, group in itertools.groupby(records, key=lambda record: id(record[0])):
+                (batch, *_), indices = zip(*group, strict=True)
+                batches.append(batch.take(pyarrow.array(indices)))
+            table = pyarrow.Table.from_batches(batches)
+            columns = dict(zip(table.column_names, table.columns, strict=True))
+            columns[self._column] = pyarrow.array(translations, schema.field(self._column).type)
+            columns.setdefault(source_field, pyarrow.array([row.text for row in rows]))
+            columns[SUSPECT_FIELD] = pyarrow.array([list(names) for names in suspicions])
+            arrays = [columns[part.name].cast(part.type) for part in schema]
+            out.write_table(pyarrow.Table.from_arrays(arrays, schema=schema))
+            kept.clear()
+            num_bytes = 0
 
-    def _finish_batch(self) -> None:
-        if not self._kept:
-            return
-        indices, texts, translations, suspicions = zip(*self._kept, strict=True)
-        array = self._arrow.array
-        taken = self._batch.take(array(indices))
-        columns = dict(zip(taken.schema.names, taken.columns, strict=True))
-        columns[self._field] = array(translations, self._schema.field(self._field).type)
-        if self._keeps_source:
-            columns[self._source_field] = array(texts, self._arrow.string())
-        columns[SUSPECT_FIELD] = array([list(names) for names in suspicions])
-        arrays = [columns[name].cast(self._schema.field(name).type) for name in self._schema.names]
-        self._tables.append(self._arrow.Table.from_arrays(arrays, schema=self._schema))
-        self._kept = []
-        self._num_rows += len(indices)
-        self._num_bytes += self._tables[-1].nbytes
-        if self._num_rows >= _GROUP_ROWS or self._num_bytes >= _GROUP_BYTES:
-            self._write_group()
-
-    def _write_group(self) -> None:
-        if self._tables:
-            self._writer.write_table(self._arrow.concat_tables(self._tables))
-        self._tables, self._num_rows, self._num_bytes = [], 0, 0
+        out = pyarrow.parquet.ParquetWriter(stream, schema, compression=self._compression)
+        with closing(out):
+            yield write
+            write_group()

@@ -24,10 +24,9 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from clseave_cli.core.config import Precision, PredictConfig
-from clseave_cli.core.data.answers import AnswerFile
-from clseave_cli.core.data.identification import LanguageIdentifier, language_warning
 from clseave_cli.core.data.images import ImageFolder, open_image, require_shape
-from clseave_cli.core.data.pairs import Pair, read_pairs
+from clseave_cli.core.data.languages import LanguageIdentifier, language_warning
+from clseave_cli.core.data.pairs import AnswerFile, Pair, read_pairs
 from clseave_cli.core.data.records import require_language
 from clseave_cli.core.data.rows import json_line
 from clseave_cli.core.files import writing

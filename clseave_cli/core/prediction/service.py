@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from clseave_cli.core.config import ServeConfig
-from clseave_cli.core.data.identification import LanguageIdentifier
+from clseave_cli.core.data.languages import LanguageIdentifier
 from clseave_cli.core.prediction.batching import Batcher, Busy, TooLarge
 from clseave_cli.core.prediction.inference import InferenceModel
 from clseave_cli.core.prediction.predictor import AUTO, VisualEntailment, problem_of

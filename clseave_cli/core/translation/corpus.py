@@ -1,42 +1,45 @@
 """The two use cases: files of a data set in other languages, and a split's hypotheses.
 
-Both make the same two passes: the first has translated what the memory lacks, straight into the
-memory; the second reads the translations from it. So a run may end at any moment.
+Both read the translations from the memory. If it lacks some, they are translated straight into the
+memory first, and the rows are read from it again. So a run may end at any moment.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import time
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from clseave_cli.core.config import EngineConfig, EvaluateConfig, TranslateConfig
 from clseave_cli.core.data.languages import canonical
 from clseave_cli.core.data.records import Split
-from clseave_cli.core.data.text_files import Row, open_text_file, split_name
+from clseave_cli.core.data.rows import EXTENSIONS, split_name
+from clseave_cli.core.data.text_files import Row, open_text_file
 from clseave_cli.core.files import locked_target
-from clseave_cli.core.translation.driver import MAX_ATTEMPTS, Driver, Pace
-from clseave_cli.core.translation.engine import Engine, create_engine, find_engine
+from clseave_cli.core.translation.driver import Driver, Pace
+from clseave_cli.core.translation.engine import create_engine, find_engine
 from clseave_cli.core.translation.memory import Entry, Memory, default_path
 from clseave_cli.core.translation.output import COUNTS, LISTS, Outputs, review_path, write_file
-from clseave_cli.core.translation.quality import CHECKS, Checks, needs_translation
+from clseave_cli.core.translation.quality import CHECKS, needs_translation
 from clseave_cli.errors import DataError, TranslationError, UsageError
 from clseave_cli.processes import is_first_process
 from clseave_cli.progress import SILENT, Progress, Task
 
 _SPLITS = ("train", "dev", "test")
-_ENDINGS = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
 _ROWS_AT_ONCE = 10_000
 #: Texts held at a time while they are translated; enough to put texts of like length together.
 _TEXTS_AT_ONCE = 100_000
 _MASK = (1 << 64) - 1
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -98,127 +101,126 @@ class TranslationSummary:
     stopped: str | None
 
 
-#: A row and what the memory holds for it.
-_Held = tuple[Row, Entry | None]
+#: A row and its translation, or the reason why it has none.
+_Translated = tuple[Row, Entry | str]
+
+
+class _Incomplete(Exception):
+    """Ends a pass over rows that are not all in the memory; carries the number of missing texts."""
 
 
 class _Passes:
-    """The two passes over rows, which `rows` starts; `path` is for messages.
+    """The passes over the rows of a file.
+
+    Args:
+        driver: has the texts translated that the memory lacks.
+        path: the file, for messages.
+        rows: starts a pass.
 
     Attributes:
-        num_from_memory: rows whose translation was in the memory before `fill`.
+        num_from_memory: rows whose translation was in the memory before `run`.
     """
 
-    def __init__(
-        self,
-        config: TranslateConfig,
-        engine: Engine,
-        memory: Memory,
-        pace: Pace,
-        path: Path,
-        rows: Callable[[], Iterable[Row]],
-    ) -> None:
-        self._engine, self._memory, self._pace = engine, memory, pace
-        self._path, self._rows = path, rows
-        self._identity = memory.identity_id(engine.identity)
-        self._checks = Checks(engine.identity.source, engine.identity.target)
-        self._is_exact = engine.limits.text_characters is None
-        self._retries_suspect = config.on_suspect == "retry" and not self._is_exact
+    def __init__(self, driver: Driver, path: Path, rows: Callable[[], Iterable[Row]]) -> None:
+        self._driver, self._path, self._rows = driver, path, rows
+        limits = driver.engine.limits
+        self._by_pair_id, self._is_exact = limits.by_pair_id, limits.text_characters is None
         self.num_from_memory = 0
 
-    def fill(self, progress: Progress) -> None:
-        """The first pass: has translated what the memory lacks."""
-        missing = array("Q")  # hashes, because millions of texts would fill the memory
+    def run(self, use: Callable[[Iterator[_Translated]], _T], progress: Progress) -> _T:
+        """Gives `use` all rows with their translations, and returns its result.
+
+        If the memory lacks any, `use` first meets an exception at the end of its rows; it is called
+        again after the memory has been filled. So a file that is all in the memory is read once.
+        """
         with progress.task(f"reading {self._path.name}", unit="rows") as task:
-            for chunk in self._chunks():
-                for row, entry in chunk:
-                    if not self._is_final(entry):
-                        missing.append(hash(self._key(row)) & _MASK)
-                    self.num_from_memory += entry is not None and entry.attempts > 0
-                task.advance(
-                    len(chunk), from_memory=self.num_from_memory, to_translate=len(missing)
-                )
-        if not missing:
-            return
-        import numpy as np
+            try:
+                return use(self._from_memory(task))
+            except _Incomplete as error:
+                num_missing = error.args[0]
+        target = self._driver.engine.identity.target
+        with progress.task(f"{self._path.name} into {target}", num_missing, "texts") as task:
+            self._fill(task)
+        with progress.task(f"collecting {self._path.name} in {target}", unit="rows") as task:
+            return use(self._from_all(task))
 
-        total = len(np.unique(np.frombuffer(missing, np.uint64)))
-        driver = Driver(self._engine, self._memory, self._checks, self._pace, self._retries_suspect)
-        title = f"{self._path.name} into {self._engine.identity.target}"
-        with progress.task(title, total=total, unit="texts") as task:
-            for texts in self._missing():
-                driver.run(texts, task)
-                if self._pace.stopped:
-                    break
+    def _from_memory(self, task: Task) -> Iterator[_Translated]:
+        """The first pass: the rows, up to the piece of which the memory lacks a translation.
 
-    def translations(self, task: Task | None = None) -> Iterator[tuple[Row, Entry | str]]:
-        """The second pass: each row with its translation, or with the reason why it has none."""
+        Raises:
+            _Incomplete: at the end, if there is such a piece.
+        """
+        missing = array("Q")  # hashes, because millions of texts would need too much memory
         for chunk in self._chunks():
-            without = [self._key(row) or "" for row, entry in chunk if entry is None]
-            reasons = self._memory.reasons(self._identity, without) if without else {}
-            default = f"not asked: {self._pace.stopped or 'its entry in the memory is damaged'}"
-            for row, entry in self._checked(chunk):
-                yield row, entry or reasons.get(self._key(row) or "", default)
-            if task:
-                task.advance(len(chunk))
+            for _, key, entry in chunk:
+                if not self._driver.is_final(entry):
+                    missing.append(hash(key) & _MASK)
+                self.num_from_memory += entry is not None and entry.attempts > 0
+            task.advance(len(chunk), from_memory=self.num_from_memory, to_translate=len(missing))
+            if not missing:
+                yield from ((row, entry) for row, _, entry in chunk if entry)
+        if missing:
+            import numpy as np
 
-    def _chunks(self) -> Iterator[list[_Held]]:
-        """The rows in pieces, each row with what the memory holds for it."""
+            raise _Incomplete(len(np.unique(np.frombuffer(missing, np.uint64))))
+
+    def _fill(self, task: Task) -> None:
+        """Has translated what the memory lacks, many texts at a time."""
+        driver = self._driver
+        texts: dict[str, int] = {}  # with the attempt each is at
+        for chunk in itertools.chain(self._chunks(), ([],)):
+            for _, key, entry in chunk:
+                if not (driver.is_final(entry) or key in driver.failures):
+                    texts[key or ""] = int(entry is not None)
+            if len(texts) >= _TEXTS_AT_ONCE or not chunk:
+                driver.run(texts, task)
+                texts = {}
+                if driver.pace.stopped:
+                    return
+
+    def _from_all(self, task: Task) -> Iterator[_Translated]:
+        """The last pass: each row with its translation, or with the reason why it has none."""
+        driver = self._driver
+        default = f"not asked: {driver.pace.stopped or 'its entry in the memory is damaged'}"
+        for chunk in self._chunks():
+            for row, key, entry in chunk:
+                yield row, entry or driver.failures.get(key or "", default)
+            task.advance(len(chunk))
+
+    def _chunks(self) -> Iterator[list[tuple[Row, str | None, Entry | None]]]:
+        """The rows in pieces, each with its key and its entry in the memory, checked.
+
+        A text that needs no translation has no key, and itself as entry.
+        """
+        memory, identity, checks = self._driver.memory, self._driver.identity, self._driver.checks
         rows = iter(self._rows())
         while chunk := list(itertools.islice(rows, _ROWS_AT_ONCE)):
             keys = [self._key(row) for row in chunk]
-            entries = self._memory.find(self._identity, {key for key in keys if key is not None})
-            yield [
-                (row, Entry(row.text, 0, "", ()) if key is None else entries.get(key))
-                for row, key in zip(chunk, keys, strict=True)
-            ]
-
-    def _missing(self) -> Iterator[dict[str, int]]:
-        """Texts that the memory lacks, many at a time, with the attempt each is at."""
-        texts: dict[str, int] = {}
-        for chunk in itertools.chain(self._chunks(), (None,)):
-            for row, entry in chunk or ():
-                if not self._is_final(entry):
-                    texts[self._key(row) or ""] = int(entry is not None)
-            if texts and (chunk is None or len(texts) >= _TEXTS_AT_ONCE):
-                for text in self._memory.reasons(self._identity, texts):
-                    del texts[text]
-                yield texts
-                texts = {}
+            entries = memory.find(identity, {key for key in keys if key is not None})
+            renewed: dict[str, Entry] = {}
+            checked = []
+            for row, key in zip(chunk, keys, strict=True):
+                entry = Entry(row.text, 0, "", ()) if key is None else entries.get(key)
+                if entry is not None and entry.checked != checks.version:
+                    suspicions = checks.find(row.text, entry.translation)
+                    entry = entry._replace(checked=checks.version, suspicions=suspicions)
+                    if entry.attempts:
+                        renewed[row.text] = entry
+                checked.append((row, key, entry))
+            # Stored by pairID, a translation may belong to rows of different texts.
+            if renewed and not self._by_pair_id:
+                memory.store(identity, renewed.items())
+            yield checked
 
     def _key(self, row: Row) -> str | None:
-        """What the memory knows a row by; None for a text that needs no translation."""
-        if self._engine.limits.by_pair_id:
+        """What the memory finds a row by; None for a text that needs no translation."""
+        if self._by_pair_id:
             if row.pair_id is None:
                 raise DataError.at(
                     self._path, row.line, "no pairID to find the translation by; try --match text."
                 )
             return row.pair_id
         return row.text if self._is_exact or needs_translation(row.text) else None
-
-    def _is_final(self, entry: Entry | None) -> bool:
-        """Whether an entry is to be written as it is rather than asked for (once more)."""
-        if entry is None:
-            return False
-        asked_once = 0 < entry.attempts < MAX_ATTEMPTS
-        return not (self._retries_suspect and entry.suspicions and asked_once)
-
-    def _checked(self, chunk: list[_Held]) -> list[_Held]:
-        """The chunk, with the checks made where the memory holds none of this version."""
-        version = self._checks.version
-        checked: list[_Held] = []
-        renewed: dict[str, Entry] = {}
-        for row, entry in chunk:
-            if entry is not None and entry.checked != version:
-                suspicions = self._checks.find(row.text, entry.translation)
-                entry = entry._replace(checked=version, suspicions=suspicions)
-                if entry.attempts:
-                    renewed[row.text] = entry
-            checked.append((row, entry))
-        # Known by its pairID, a translation may belong to rows of different texts.
-        if renewed and not self._engine.limits.by_pair_id:
-            self._memory.store(self._identity, renewed.items())
-        return checked
 
 
 def translate(config: TranslateConfig, progress: Progress = SILENT) -> TranslationSummary:
@@ -240,31 +242,28 @@ def translate(config: TranslateConfig, progress: Progress = SILENT) -> Translati
     if source in langs:
         raise UsageError(f"--lang {source}: that is the language of the input (--source).")
     inputs = _inputs(config)
-    is_first = is_first_process()
     summaries: list[FileSummary] = []
     pace: Pace | None = None
     with ExitStack() as stack:
         memory = stack.enter_context(Memory(config.memory or default_path()))
         outputs = Outputs(memory, config.overwrite)
         targets = [output_path(config, path, lang) for lang in langs for path in inputs]
-        for target in targets if is_first else ():
+        for target in targets if is_first_process() else ():
             stack.enter_context(locked_target(target))
             outputs.check(target)
             if config.review:
                 outputs.check(review_path(target))
         for lang in langs:
-            engine = create_engine(config, source, lang)
-            if pace is None:
-                progress.note(f"engine {config.engine}: {engine.licence}")
-                pace = Pace(config, engine.limits)  # one for all files and languages
-            try:
+            with closing(create_engine(config, source, lang)) as engine:
+                if pace is None:
+                    progress.note(f"engine {config.engine}: {engine.licence}")
+                    pace = Pace(config, engine.limits)  # one for all files and languages
+                driver = Driver(config, engine, memory, pace)
                 for path in inputs:
-                    summary = _translate_file(config, engine, memory, outputs, pace, path, progress)
+                    summary = _translate_file(config, driver, outputs, path, progress)
                     summaries += [summary] if summary else []
                     if pace.stopped:
                         break
-            finally:
-                engine.close()
             if pace.stopped:
                 break
     name = engine.identity
@@ -275,25 +274,19 @@ def translate(config: TranslateConfig, progress: Progress = SILENT) -> Translati
 
 
 def _translate_file(
-    config: TranslateConfig,
-    engine: Engine,
-    memory: Memory,
-    outputs: Outputs,
-    pace: Pace,
-    path: Path,
-    progress: Progress,
+    config: TranslateConfig, driver: Driver, outputs: Outputs, path: Path, progress: Progress
 ) -> FileSummary | None:
     """Translates one file into one language; only rank 0 writes it and returns a summary."""
-    start, num_requests = time.monotonic(), pace.num_requests
-    target = output_path(config, path, engine.identity.target)
-    file = open_text_file(path, config.field, engine.identity.source)
-    passes = _Passes(config, engine, memory, pace, path, file.rows)
-    passes.fill(progress)
+    start, num_requests = time.monotonic(), driver.pace.num_requests
+    identity = driver.engine.identity
+    target = output_path(config, path, identity.target)
+    file = open_text_file(path, config.field, identity.source)
+    passes = _Passes(driver, path, file.rows)
     if not is_first_process():
+        passes.run(lambda rows: deque(rows, maxlen=0), progress)
         return None
-    with progress.task(f"writing {target.name}", unit="rows") as task:
-        rows = passes.translations(task)
-        counts, paths = write_file(file, path, target, config, outputs, rows)
+    write = functools.partial(write_file, file, target, config, outputs)
+    counts, paths = passes.run(write, progress)
     num_asked = counts["rows"] - counts["unchanged"] - counts["failed"]
     num_from_memory = min(passes.num_from_memory, num_asked)
     numbers: dict[str, Any] = {f"num_{name}": counts[name] for name in COUNTS}
@@ -301,12 +294,12 @@ def _translate_file(
     return FileSummary(
         input=path,
         output=target,
-        lang=engine.identity.target,
+        lang=identity.target,
         is_written="output" in paths,
         num_from_memory=num_from_memory,
         num_translated=num_asked - num_from_memory,
         suspicions={name: counts[name] for name in CHECKS if counts[name]},
-        num_requests=pace.num_requests - num_requests,
+        num_requests=driver.pace.num_requests - num_requests,
         seconds=time.monotonic() - start,
         **numbers,
         **lists,
@@ -316,11 +309,11 @@ def _translate_file(
 def _inputs(config: TranslateConfig) -> list[Path]:
     paths = list(config.input)
     for split in () if paths else config.split or _SPLITS:
-        names = [f"snli_ve_{split}{ending}" for ending in _ENDINGS]
-        found = [config.data / name for name in names if (config.data / name).is_file()]
-        if config.split and not found:
-            raise DataError(f"{config.data / names[0]}: no such file; is --data the right folder?")
-        paths += found[:1]
+        candidates = [config.data / f"snli_ve_{split}{ending}" for ending in EXTENSIONS]
+        existing = [path for path in candidates if path.is_file()]
+        if config.split and not existing:
+            raise DataError(f"{candidates[0]}: no such file; is --data the right folder?")
+        paths += existing[:1]
     if not paths:
         raise DataError(
             f"{config.data}: no snli_ve_train.jsonl, snli_ve_dev.jsonl or snli_ve_test.jsonl "
@@ -367,20 +360,17 @@ def translate_hypotheses(
         Interrupted: by Ctrl-C; what was answered is kept.
     """
     request = _translate_config(config, split.lang)
-    engine = create_engine(request, canonical(split.lang), canonical(into))
-    progress.note(f"{split.path} into {into}, engine {request.engine}: {engine.licence}")
     rows = [
         Row(number, text, pair_id, None)
         for number, (text, pair_id) in enumerate(zip(split.hypotheses, split.pair_ids, strict=True))
     ]
-    try:
-        with Memory(request.memory or default_path()) as memory:
-            pace = Pace(request, engine.limits)
-            passes = _Passes(request, engine, memory, pace, split.path, lambda: rows)
-            passes.fill(progress)
-            results = list(passes.translations())
-    finally:
-        engine.close()
+    with (
+        closing(create_engine(request, canonical(split.lang), canonical(into))) as engine,
+        Memory(request.memory or default_path()) as memory,
+    ):
+        progress.note(f"{split.path} into {into}, engine {request.engine}: {engine.licence}")
+        driver = Driver(request, engine, memory, Pace(request, engine.limits))
+        results = _Passes(driver, split.path, lambda: rows).run(list, progress)
     failures = [(row, reason) for row, reason in results if isinstance(reason, str)]
     if failures:
         row, reason = failures[0]

@@ -15,8 +15,9 @@ import re
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from typing import NamedTuple
 
 from clseave_cli.core.config import TranslateConfig
 from clseave_cli.core.translation.engine import (
@@ -26,6 +27,7 @@ from clseave_cli.core.translation.engine import (
     Refusal,
     Rejection,
     Unreachable,
+    encode,
 )
 from clseave_cli.core.translation.memory import Entry, Memory
 from clseave_cli.core.translation.quality import Checks, needs_translation
@@ -43,8 +45,6 @@ FAILURE_ROUNDS = 5
 LONGEST_WAIT_SECONDS = 300.0
 #: The first request for a text, and a second one if the first answer is suspect or unusable.
 MAX_ATTEMPTS = 2
-
-_T = TypeVar("_T")
 
 _LONGEST_BACKOFF_SECONDS = 60.0
 _FAREWELL_SECONDS = 5.0
@@ -104,7 +104,6 @@ class Pace:
         limits: concurrency, and the rate that suits the engine otherwise.
 
     Attributes:
-        retries: further tries of a call that failed.
         num_requests: calls made, failed ones included.
         stopped: why the run is over before the work is, None while it is not.
     """
@@ -119,7 +118,6 @@ class Pace:
         self._next = 0.0
         self._refusals = self._failures = 0
         self._has_answers = False
-        self.retries = config.retries
         self.num_requests = 0
         self.stopped: str | None = None
 
@@ -189,32 +187,24 @@ class Pace:
             raise _Stopped
 
 
-class _Item(NamedTuple):
-    """One text to ask for; `attempt` as in `Engine.translate`."""
+class _Batch(NamedTuple):
+    """Texts to ask for together; `attempt` as in `Engine.translate`."""
 
-    text: str
+    texts: list[str]
     attempt: int
 
 
-class _Answer(NamedTuple):
-    """What became of one item: a translation, or the reason why there is none."""
-
-    item: _Item
-    translation: str | None
-    reason: str = ""
-
-
-def _calls(items: Iterable[_T], length: Callable[[_T], int], limits: Limits) -> list[list[_T]]:
-    """Items in as few calls as an engine's limits allow, in their order."""
-    calls: list[list[_T]] = []
+def _calls(texts: Iterable[str], limits: Limits) -> list[list[str]]:
+    """Texts in as few calls as an engine's limits allow, in their order."""
+    calls: list[list[str]] = []
     characters = 0
-    for item in items:
-        characters += length(item)
+    for text in texts:
+        characters += len(text)
         full = not calls or len(calls[-1]) == limits.batch_size
         if full or characters > limits.batch_characters:
             calls.append([])
-            characters = length(item)
-        calls[-1].append(item)
+            characters = len(text)
+        calls[-1].append(text)
     return calls
 
 
@@ -227,24 +217,34 @@ class Driver:
     """Has texts translated and stores the answers in a `Memory`.
 
     Args:
+        config: says whether suspect translations are asked for a second time.
         engine: translates.
-        memory: where answers and failures go.
-        checks: made on every answer.
+        memory: where answers go.
         pace: how the service is treated.
-        retries_suspect: ask a second time for what fails a check.
+
+    Attributes:
+        identity: the number under which the memory keeps the engine's translations.
+        checks: made on every answer.
+        num_translated: texts translated so far.
+        failures: texts given up, with the reason.
     """
 
-    def __init__(
-        self, engine: Engine, memory: Memory, checks: Checks, pace: Pace, retries_suspect: bool
-    ) -> None:
-        self._engine, self._memory, self._checks, self._pace = engine, memory, checks, pace
-        self._identity = memory.identity_id(engine.identity)
-        self._retries_suspect = retries_suspect
-        self._queue: queue.SimpleQueue[list[_Item] | None] = queue.SimpleQueue()
-        # What workers tell the main thread: answers, or the end of a batch with its error if any.
-        self._reports: queue.SimpleQueue[list[_Answer] | BaseException | None] = queue.SimpleQueue()
-        self._start = time.monotonic()
-        self.num_translated = self.num_failed = 0
+    def __init__(self, config: TranslateConfig, engine: Engine, memory: Memory, pace: Pace) -> None:
+        self.engine, self.memory, self.pace, self._config = engine, memory, pace, config
+        self.identity = memory.identity_id(engine.identity)
+        self.checks = Checks(engine.identity.source, engine.identity.target)
+        is_exact = engine.limits.text_characters is None
+        self._retries_suspect = config.on_suspect == "retry" and not is_exact
+        self.num_translated = 0
+        self.failures: dict[str, str] = {}
+        self._start = 0.0
+        # What is still to be asked, the last batch first; and how many are with the workers.
+        self._batches: list[_Batch] = []
+        self._under_way = 0
+        self._queue: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
+        # What workers tell the main thread of a batch: a translation for each text, or an error.
+        self._reports: queue.SimpleQueue[tuple[_Batch, list[str] | BaseException]]
+        self._reports = queue.SimpleQueue()
 
     def run(self, texts: Mapping[str, int], task: Task) -> None:
         """Works until every text is in the memory or has failed, or the pace stops it.
@@ -257,177 +257,168 @@ class Driver:
             Interrupted: by Ctrl-C; what was answered is in the memory.
             TranslationError: the engine cannot work at all.
         """
-        concurrency = self._engine.limits.concurrency
+        concurrency = self.engine.limits.concurrency
         for _ in range(concurrency):
             # Daemons: an interrupted program does not wait for a server that hangs.
             threading.Thread(target=self._work, daemon=True).start()
         # A local engine, one call at a time, has its next batch ready when it ends one.
-        places = concurrency if concurrency > 1 else 2
-        batches = self._batches(texts)
-        under_way = 0
+        places = max(2, concurrency)
+        self._batches, self._under_way = self._in_batches(texts), 0
+        self._start = self._start or time.monotonic()
         try:
             while True:
-                while under_way < places and batches and not self._pace.stopped:
-                    if batch := self._still_missing(batches.pop(), task):
-                        self._queue.put(batch)
-                        under_way += 1
-                if not under_way:
+                while self._under_way < places and self._batches and not self.pace.stopped:
+                    batch = self._batches.pop()
+                    if missing := self._still_missing(batch, task):
+                        self._queue.put(_Batch(missing, batch.attempt))
+                        self._under_way += 1
+                if not self._under_way:
                     break
-                under_way -= self._keep(batches, task)
+                self._keep(task)
         except KeyboardInterrupt:
-            self._pace.stop("interrupted")
-            self._say_farewell(under_way, batches, task)
+            self.pace.stop("interrupted")
+            self._say_farewell(task)
             raise Interrupted(
                 f"interrupted; {self.num_translated} new translations are in the memory. "
                 "Run the same command again to go on."
             ) from None
         except BaseException:
-            self._pace.stop()
+            self.pace.stop()
             raise
         finally:
             for _ in range(concurrency):
                 self._queue.put(None)
 
+    def is_final(self, entry: Entry | None) -> bool:
+        """Whether an entry is to be written as it is rather than asked for (once more)."""
+        if entry is None:
+            return False
+        asked_once = 0 < entry.attempts < MAX_ATTEMPTS
+        return not (self._retries_suspect and entry.suspicions and asked_once)
+
     def _work(self) -> None:
         while (batch := self._queue.get()) is not None:
-            end = None
+            outcome: list[str] | BaseException
             try:
-                self._translate(batch)
-            except _Stopped:
-                pass
+                outcome = self._translate(batch)
             except BaseException as error:
-                end = error
-            self._reports.put(end)
+                outcome = error
+            self._reports.put((batch, outcome))
 
-    def _translate(self, batch: list[_Item]) -> None:
-        """Has a batch translated, in a worker; reports answers as soon as they are there."""
-        limits, attempt = self._engine.limits, batch[0].attempt
-        texts = [segments(item.text, limits.text_characters) for item in batch]
-        calls = _calls([part for text in texts for part in text[1::2]], len, limits)
-        try:
-            answers = iter([answer for parts in calls for answer in self._call(parts, attempt)])
-        except (Fault, Rejection) as error:
-            if len(batch) > 1:  # one may have spoilt it for the others: now each on its own
-                for item in batch:
-                    self._translate([item])
-                return
-            reason = str(error)
-            if isinstance(error, Fault):
-                self._pace.gave_up(reason)
-                reason += f", {self._pace.retries + 1} times"
-            self._reports.put([_Answer(batch[0], None, reason)])
-            return
-        done, again = [], []
-        for item, text in zip(batch, texts, strict=True):
+    def _translate(self, batch: _Batch) -> list[str]:
+        """A translation for each text, empty where the answer is of no use; runs in a worker."""
+        limits = self.engine.limits
+        texts = [segments(text, limits.text_characters) for text in batch.texts]
+        calls = _calls([part for text in texts for part in text[1::2]], limits)
+        answers = iter([answer for parts in calls for answer in self._call(parts, batch.attempt)])
+        for text in texts:
             text[1::2] = itertools.islice(answers, len(text) // 2)
-            if all(map(_is_usable, text[1::2])):
-                done.append(_Answer(item, "".join(text)))
-            elif item.attempt + 1 < MAX_ATTEMPTS:  # an engine that can decodes differently then
-                again.append(item._replace(attempt=item.attempt + 1))
-            else:
-                name = self._engine.identity.engine
-                done.append(_Answer(item, None, f"{name}: an empty or invalid answer"))
-        self._reports.put(done)
-        for item in again:
-            self._translate([item])
+        return ["".join(text) if all(map(_is_usable, text[1::2])) else "" for text in texts]
 
     def _call(self, parts: list[str], attempt: int) -> list[str]:
         tries = refusals = 0
         while True:
-            self._pace.wait_for_turn()
+            self.pace.wait_for_turn()
             try:
-                answers = self._engine.translate(parts, attempt)
+                answers = self.engine.translate(parts, attempt)
                 if len(answers) != len(parts):
                     raise Fault(
-                        f"{self._engine.identity.engine}: {len(answers)} translations "
+                        f"{self.engine.identity.engine}: {len(answers)} translations "
                         f"for {len(parts)} texts"
                     )
             except Fault as fault:
                 refused = isinstance(fault, Refusal)
                 refusals += refused
                 tries += not refused
-                if tries > self._pace.retries or refusals > CALL_REFUSALS:
+                if tries > self._config.retries or refusals > CALL_REFUSALS:
                     raise
-                self._pace.back_off(fault, tries - 1)
+                self.pace.back_off(fault, tries - 1)
             else:
-                self._pace.succeeded()
+                self.pace.succeeded()
                 return answers
 
-    def _batches(self, texts: Mapping[str, int]) -> list[list[_Item]]:
+    def _in_batches(self, texts: Mapping[str, int]) -> list[_Batch]:
         """The texts in calls of one attempt each; the last one is to be made first.
 
         Processes that a launcher started begin with different shares. Others begin anywhere, so
         that two at once seldom have the same text under way.
         """
         count, rank = process_count(), process_rank()
-        groups: dict[tuple[bool, int], list[_Item]] = {}
+        groups: dict[tuple[bool, int], list[str]] = {}
         for text, attempt in texts.items():
-            share = zlib.crc32(text.encode("utf-8", "surrogatepass")) % count
-            groups.setdefault((share == rank, attempt), []).append(_Item(text, attempt))
-        batches: list[list[_Item]] = []
-        for _, items in sorted(groups.items()):
-            if self._engine.limits.by_length:
-                items.sort(key=lambda item: len(item.text))
-            calls = _calls(items, lambda item: len(item.text), self._engine.limits)
+            share = zlib.crc32(encode(text)) % count
+            groups.setdefault((share == rank, attempt), []).append(text)
+        batches: list[_Batch] = []
+        for (_, attempt), group in sorted(groups.items()):
+            calls = _calls(sorted(group, key=len), self.engine.limits)  # like lengths: less padding
             random.shuffle(calls)
-            batches += calls
+            batches += [_Batch(call, attempt) for call in calls]
         return batches
 
-    def _still_missing(self, batch: list[_Item], task: Task) -> list[_Item]:
-        """A batch without what another process has had translated in the meantime."""
-        entries = self._memory.find(self._identity, [item.text for item in batch])
+    def _still_missing(self, batch: _Batch, task: Task) -> list[str]:
+        """The texts of a batch that no other process has had translated in the meantime."""
+        entries = self.memory.find(self.identity, batch.texts)
         attempts = {text: entry.attempts for text, entry in entries.items()}
-        missing = [item for item in batch if attempts.get(item.text, 0) <= item.attempt]
-        task.advance(len(batch) - len(missing))
+        missing = [text for text in batch.texts if attempts.get(text, 0) <= batch.attempt]
+        task.advance(len(batch.texts) - len(missing))
         return missing
 
-    def _keep(self, batches: list[list[_Item]], task: Task, timeout: float | None = None) -> int:
-        """Stores what one report brings, and returns how many batches it ends."""
-        report = self._reports.get(timeout=timeout)
-        if isinstance(report, ClseaveError):
-            raise report
-        if isinstance(report, BaseException):
-            name = self._engine.identity.engine
-            raise TranslationError(f"engine {name}: {type(report).__name__}: {report}") from report
-        if not report:
-            return int(report is None)
-        entries = {
-            answer.item: self._entry(answer.item, answer.translation)
-            for answer in report
-            if answer.translation is not None
-        }
-        again = [
-            item._replace(attempt=1)
-            for item, entry in entries.items()
-            if self._retries_suspect and entry.suspicions and entry.attempts < MAX_ATTEMPTS
-        ]
-        failures = {a.item.text: a.reason for a in report if a.translation is None}
-        self._memory.store(self._identity, [(item.text, e) for item, e in entries.items()])
-        self._memory.fail(self._identity, failures)
-        self.num_translated += len(entries) - len(again)
-        self.num_failed += len(failures)
+    def _keep(self, task: Task, timeout: float | None = None) -> None:
+        """Stores what a worker reports; what has to be asked again comes before the rest."""
+        batch, outcome = self._reports.get(timeout=timeout)
+        self._under_way -= 1
+        if isinstance(outcome, _Stopped):
+            return
+        name = self.engine.identity.engine
+        entries: dict[str, Entry] = {}
+        again: list[str] = []
+        num_failed = len(self.failures)
+        if isinstance(outcome, Fault | Rejection):
+            if len(batch.texts) > 1:  # one may have spoilt it for the others: now each on its own
+                self._batches += [_Batch([text], batch.attempt) for text in batch.texts]
+                return
+            reason = str(outcome)
+            if isinstance(outcome, Fault):
+                self.pace.gave_up(reason)
+                reason += f", {self._config.retries + 1} times"
+            self.failures[batch.texts[0]] = reason
+        elif isinstance(outcome, ClseaveError):
+            raise outcome
+        elif isinstance(outcome, BaseException):
+            problem = f"engine {name}: {type(outcome).__name__}: {outcome}"
+            raise TranslationError(problem) from outcome
+        else:
+            for text, translation in zip(batch.texts, outcome, strict=True):
+                entry = self._entry(text, batch.attempt, translation) if translation else None
+                if entry is not None:
+                    entries[text] = entry
+                if not self.is_final(entry) and batch.attempt + 1 < MAX_ATTEMPTS:
+                    again.append(text)
+                elif entry is None:
+                    self.failures[text] = f"{name}: an empty or invalid answer"
+        self.memory.store(self.identity, entries.items())
         if again:
-            batches.append(again)
+            self._batches.append(_Batch(again, batch.attempt + 1))
+        num_done = len(batch.texts) - len(again)
+        self.num_translated += num_done - len(self.failures) + num_failed
         rate = self.num_translated / max(1e-9, time.monotonic() - self._start)
-        task.advance(len(report) - len(again), per_second=rate, failed=self.num_failed)
-        return 0
+        task.advance(num_done, per_second=rate, failed=len(self.failures))
 
-    def _entry(self, item: _Item, translation: str) -> Entry:
-        attempts = item.attempt + 1
-        if self._engine.limits.by_pair_id:  # the text is not available here; checked when written
+    def _entry(self, text: str, attempt: int, translation: str) -> Entry:
+        """What the memory is to hold: the better one of this answer and an earlier one."""
+        attempts = attempt + 1
+        if self.engine.limits.by_pair_id:  # the text is not available here; checked when written
             return Entry(translation, attempts, "", ())
-        suspicions = self._checks.find(item.text, translation)
-        if item.attempt and suspicions:
-            before = self._memory.find(self._identity, [item.text]).get(item.text)
+        suspicions = self.checks.find(text, translation)
+        if attempt and suspicions:
+            before = self.memory.find(self.identity, [text]).get(text)
             if before is not None and len(before.suspicions) <= len(suspicions):
                 return before._replace(attempts=attempts)
-        return Entry(translation, attempts, self._checks.version, suspicions)
+        return Entry(translation, attempts, self.checks.version, suspicions)
 
-    def _say_farewell(self, under_way: int, batches: list[list[_Item]], task: Task) -> None:
+    def _say_farewell(self, task: Task) -> None:
         """Keeps what workers still bring within a moment, for it has been paid for."""
         deadline = time.monotonic() + _FAREWELL_SECONDS
-        while under_way and (left := deadline - time.monotonic()) > 0:
-            try:
-                under_way -= self._keep(batches, task, left)
-            except (queue.Empty, ClseaveError):
-                return
+        with suppress(queue.Empty, ClseaveError):
+            while self._under_way and (left := deadline - time.monotonic()) > 0:
+                self._keep(task, left)

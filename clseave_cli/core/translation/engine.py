@@ -92,7 +92,6 @@ class Limits:
             line breaks. None: texts are passed exactly as they are.
         concurrency: calls under way at a time.
         requests_per_second: at most so many unless the user says otherwise; None: no limit.
-        by_length: texts of similar length in one call (saves padding).
         by_pair_id: asked for the `pairID` of rows instead of for their text.
     """
 
@@ -101,7 +100,6 @@ class Limits:
     text_characters: int | None
     concurrency: int
     requests_per_second: float | None = None
-    by_length: bool = False
     by_pair_id: bool = False
 
 

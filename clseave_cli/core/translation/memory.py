@@ -12,12 +12,12 @@ import os
 import re
 import sqlite3
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from clseave_cli.core.files import cache_root
+from clseave_cli.core.files import cache_root, file_digest
 from clseave_cli.core.translation.engine import Identity, encode
 from clseave_cli.errors import ClseaveError, TranslationError
 
@@ -40,9 +40,6 @@ _SCHEMA = (
     " WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS outputs (path BLOB NOT NULL, digest TEXT NOT NULL,"
     " PRIMARY KEY (path, digest)) WITHOUT ROWID",
-    # In a private temporary file: what failed in this run, and why.
-    "CREATE TEMP TABLE failures (identity INTEGER NOT NULL, text NOT NULL, reason TEXT NOT NULL,"
-    " PRIMARY KEY (identity, text)) WITHOUT ROWID",
 )
 # Format 1 had no checksums, held answers that no reader takes, texts as TEXT, and claims.
 _FROM_FORMAT_1 = (
@@ -55,7 +52,7 @@ _FROM_FORMAT_1 = (
 _IDENTITY = "engine, model, revision, settings, source, target"
 # By what SQLite says.
 _ADVICE = {
-    "full": "free some space there and in TMPDIR and run the same command again.",
+    "full": "free some space there and run the same command again.",
     "locked|busy": f"another process has kept it locked for {_BUSY_SECONDS:.0f} s; try again.",
     "readonly|unable to open": "choose another file with --memory.",
 }
@@ -159,13 +156,22 @@ class Memory(AbstractContextManager["Memory"]):
         """What the memory holds for `texts`; a damaged entry counts as missing."""
         entries: dict[str, Entry] = {}
         seed = self._seeds.get(identity, 0)
-        columns = "text, translation, attempts, checked, suspicions, checksum"
-        for *values, checksum in self._select(columns, "translations", identity, texts):
-            if _checksum(seed, *values) == checksum:
-                text, translation, attempts, checked, suspicions = values
-                marks = tuple(suspicions.decode().split()) if suspicions else ()
-                text, checked = _decode(text), checked.decode()
-                entries[text] = Entry(_decode(translation), attempts, checked, marks)
+        keys = [encode(text) for text in texts]
+        for start in range(0, len(keys), _MAX_VARIABLES):
+            chunk = keys[start : start + _MAX_VARIABLES]
+            query = (
+                "SELECT text, translation, attempts, checked, suspicions, checksum"
+                " FROM translations WHERE identity = ?"
+                f" AND text IN ({','.join('?' * len(chunk))})"
+            )
+            with self._errors():
+                rows = self._connection.execute(query, (identity, *chunk)).fetchall()
+            for *values, checksum in rows:
+                if _checksum(seed, *values) == checksum:
+                    text, translation, attempts, checked, suspicions = values
+                    marks = tuple(suspicions.decode().split()) if suspicions else ()
+                    entry = Entry(_decode(translation), attempts, checked.decode(), marks)
+                    entries[_decode(text)] = entry
         return entries
 
     def store(self, identity: int, entries: Iterable[tuple[str, Entry]]) -> None:
@@ -179,53 +185,24 @@ class Memory(AbstractContextManager["Memory"]):
                 "INSERT OR REPLACE INTO translations VALUES (?, ?, ?, ?, ?, ?, ?)", rows
             )
 
-    def fail(self, identity: int, reasons: Mapping[str, str]) -> None:
-        """Records, for as long as this connection lasts, why texts were not translated."""
-        rows = [(identity, encode(text), encode(why)) for text, why in reasons.items()]
-        with self._errors():
-            self._connection.executemany("INSERT OR REPLACE INTO failures VALUES (?, ?, ?)", rows)
-
-    def reasons(self, identity: int, texts: Iterable[str]) -> dict[str, str]:
-        """Those of `texts` that failed in this run, with the reason."""
-        rows = self._select("text, reason", "failures", identity, texts)
-        return {_decode(text): _decode(reason) for text, reason in rows}
-
-    def record_output(self, path: Path, digest: str) -> None:
-        """Records that `translate` writes these contents to this path."""
+    def record_output(self, path: Path, contents: Path) -> None:
+        """Records that `translate` writes what `contents` holds to `path`."""
+        values = _path_key(path), file_digest(contents)
         with self._writing():
-            self._connection.execute(
-                "INSERT OR IGNORE INTO outputs VALUES (?, ?)", (_path_key(path), digest)
-            )
+            self._connection.execute("INSERT OR IGNORE INTO outputs VALUES (?, ?)", values)
 
-    def has_output(self, path: Path, digest: str) -> bool:
-        """Whether `translate` has written these contents to this path."""
-        query = "SELECT count(*) FROM outputs WHERE path = ? AND digest = ?"
+    def has_written(self, path: Path) -> bool:
+        """Whether `translate` wrote the file at `path`, and nobody has changed it since."""
+        query = "SELECT 1 FROM outputs WHERE path = ? AND digest = ?"
+        values = _path_key(path), file_digest(path)
         with self._errors():
-            return bool(self._connection.execute(query, (_path_key(path), digest)).fetchone()[0])
-
-    def _select(
-        self, columns: str, table: str, identity: int, texts: Iterable[str]
-    ) -> Iterator[tuple[Any, ...]]:
-        keys = [encode(text) for text in texts]
-        with self._errors():
-            for start in range(0, len(keys), _MAX_VARIABLES):
-                chunk = keys[start : start + _MAX_VARIABLES]
-                yield from self._connection.execute(
-                    f"SELECT {columns} FROM {table}"
-                    f" WHERE identity = ? AND text IN ({','.join('?' * len(chunk))})",
-                    (identity, *chunk),
-                )
+            return self._connection.execute(query, values).fetchone() is not None
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        with self._errors():
+        with self._errors(), self._connection:  # commits, or rolls back after an exception
             self._connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-            except BaseException:
-                self._connection.rollback()
-                raise
-            self._connection.commit()
+            yield
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -247,7 +224,7 @@ class Memory(AbstractContextManager["Memory"]):
 
 
 def _checksum(seed: int, *values: object) -> int:
-    data = b"\0".join(v if type(v) is bytes else str(v).encode() for v in values)
+    data = b"\0".join([v if type(v) is bytes else str(v).encode() for v in values])
     return zlib.crc32(data, seed)
 
 

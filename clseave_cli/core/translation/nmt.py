@@ -77,9 +77,9 @@ class NmtEngine:
             batch_characters=_BATCH_CHARACTERS,
             text_characters=_TEXT_CHARACTERS,
             concurrency=1,
-            by_length=True,
         )
-        if config.backend == "ctranslate2" and not _has_ctranslate2():
+        self._has_ctranslate2 = importlib.util.find_spec("ctranslate2") is not None
+        if config.backend == "ctranslate2" and not self._has_ctranslate2:
             raise UsageError(
                 "--backend ctranslate2: not installed; pip install -e '.[ctranslate2]'."
             )
@@ -134,7 +134,7 @@ class NmtEngine:
                 f"{self._name}: CTranslate2 does not support {model_config.model_type} models; "
                 "use --backend transformers."
             )
-        uses = self._config.backend != "transformers" and fits and _has_ctranslate2()
+        uses = self._config.backend != "transformers" and fits and self._has_ctranslate2
         if self._config.int8 and not uses:
             raise UsageError(
                 f"--int8: {self._name} would run in transformers, which does not have it; it needs "
@@ -387,10 +387,6 @@ def load_config(name: str) -> Any:
             "(Marian, M2M-100, NLLB, MADLAD-400, …)."
         )
     return config
-
-
-def _has_ctranslate2() -> bool:
-    return importlib.util.find_spec("ctranslate2") is not None
 
 
 def _revision(name: str) -> str:

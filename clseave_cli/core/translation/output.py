@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from clseave_cli.core.config import TranslateConfig
-from clseave_cli.core.data.text_files import Row, TextFile, packing, split_name
-from clseave_cli.core.files import atomic_file, file_digest, sweep
+from clseave_cli.core.data.rows import json_line, packing, split_name
+from clseave_cli.core.data.text_files import Row, TextFile
+from clseave_cli.core.files import atomic_file, sweep
 from clseave_cli.core.translation.memory import Entry, Memory
 from clseave_cli.errors import DataError
 
@@ -36,14 +36,11 @@ class Outputs:
 
     def check(self, target: Path) -> None:
         """Raises a DataError if `target` must not be replaced."""
-        if not self._overwrite and target.exists() and not self._is_from_here(target):
+        if not self._overwrite and target.exists() and not self._memory.has_written(target):
             raise DataError(
                 f"{target}: exists already, and `translate` did not write it or it was changed "
                 "since; move it away, or replace it with --overwrite."
             )
-
-    def _is_from_here(self, target: Path) -> bool:
-        return self._memory.has_output(target, file_digest(target))
 
     @contextmanager
     def replacing(self, target: Path) -> Iterator[BinaryIO]:
@@ -53,11 +50,11 @@ class Outputs:
             stream.flush()
             self.check(target)
             # Before the file gets its name: a kill in between must not make it somebody else's.
-            self._memory.record_output(target, file_digest(Path(stream.name)))
+            self._memory.record_output(target, Path(stream.name))
 
     def remove(self, target: Path) -> None:
         """Removes what an earlier run wrote; leaves other files alone."""
-        if target.exists() and self._is_from_here(target):
+        if target.exists() and self._memory.has_written(target):
             target.unlink()
 
 
@@ -77,8 +74,7 @@ class _RowList(ExitStack):
         entry = {key: value for key, value in entry.items() if value is not None}
         if self._stream is None:
             self._stream = self.enter_context(self._outputs.replacing(self.path))
-        # Escaped, because a text may hold what UTF-8 cannot (lone surrogates).
-        self._stream.write((json.dumps({**entry, "reason": reason}) + "\n").encode())
+        self._stream.write(json_line({**entry, "reason": reason}))
         self.num_rows += 1
 
 
@@ -93,7 +89,6 @@ def review_path(target: Path) -> Path:
 
 def write_file(
     file: TextFile,
-    source: Path,
     target: Path,
     config: TranslateConfig,
     outputs: Outputs,
@@ -103,7 +98,6 @@ def write_file(
 
     Args:
         file: the file that is translated.
-        source: its path.
         target: where the translation goes; left as it is if no row would be translated.
         config: what happens to suspect rows, and how large the sample is.
         outputs: guards the user's files.
@@ -120,7 +114,7 @@ def write_file(
     # Whoever holds the target's lock is alone with its lists, too.
     sweep(target.parent, rf"{re.escape(stem)}\.(failed|rejected|suspect|review)\.\w+")
     lists = {name: _RowList(target.with_name(f"{stem}.{name}.jsonl"), outputs) for name in LISTS}
-    sample = Sample(config.review, config.seed, source.name)
+    sample = Sample(config.review, config.seed, file.path.name)
     counts: Counter[str] = Counter()
     paths = {}
     with (
@@ -130,32 +124,30 @@ def write_file(
         suppress(_NothingTranslated),
         outputs.replacing(target) as stream,
         packing(target, stream) as packed,
-        closing(file.writer(packed)) as writer,
+        file.writer(packed) as write,
     ):
         for row, entry in rows:
-            counts["rows"] += 1
+            kept = None if isinstance(entry, str) else entry
             if isinstance(entry, str):
-                counts["failed"] += 1
                 lists["failed"].add(row, entry)
-                writer.leave_out(row)
-                continue
-            translation, suspicions = entry.translation, entry.suspicions
-            if suspicions:
-                counts["suspect"] += 1
-                counts.update(suspicions)
+            elif suspicions := entry.suspicions:
+                counts.update(("suspect", *suspicions))
                 drops = config.on_suspect == "drop"
                 if drops or not file.marks_rows:
                     rows_aside = lists["rejected" if drops else "suspect"]
                     reason = f"suspect: {', '.join(suspicions)}"
-                    rows_aside.add(row, reason, translation=translation)
-                if drops:
-                    counts["dropped"] += 1
-                    writer.leave_out(row)
-                    continue
-            counts["translated" if entry.attempts else "unchanged"] += 1
-            writer.write(row, translation, suspicions)
-            sample.offer(row, translation, suspicions)
+                    rows_aside.add(row, reason, translation=entry.translation)
+                kept = None if drops else entry
+            if kept is not None:
+                counts["translated" if kept.attempts else "unchanged"] += 1
+                write(row, kept.translation, kept.suspicions)
+                if config.review:
+                    sample.offer(row, kept)
+            elif not file.marks_rows:
+                write(row, "", ())  # its line keeps its place
+        counts["failed"], counts["dropped"] = lists["failed"].num_rows, lists["rejected"].num_rows
         left_out = counts["failed"] + counts["dropped"]
+        counts["rows"] = counts["translated"] + counts["unchanged"] + left_out
         if not counts["translated"] and (left_out or (not counts["rows"] and target.exists())):
             raise _NothingTranslated
         paths["output"] = target
@@ -188,18 +180,19 @@ class Sample:
         self._picks: dict[bool, list[tuple[int, str]]] = {True: [], False: []}
         self._seen = {True: 0, False: 0}
 
-    def offer(self, row: Row, translation: str, suspicions: tuple[str, ...]) -> None:
+    def offer(self, row: Row, entry: Entry) -> None:
         """Takes a row into the sample, or does not (reservoir sampling, algorithm R)."""
-        picks = self._picks[bool(suspicions)]
-        self._seen[bool(suspicions)] += 1
+        is_suspect = bool(entry.suspicions)
+        picks = self._picks[is_suspect]
+        self._seen[is_suspect] += 1
         place = len(picks)
         if place == self._size:
-            place = self._random.randrange(self._seen[bool(suspicions)])
+            place = self._random.randrange(self._seen[is_suspect])
             if place >= self._size:
                 return
             picks.pop(place)
         name = row.pair_id or f"line {row.line}"
-        cells = (name, row.text, translation, ", ".join(suspicions), "")
+        cells = (name, row.text, entry.translation, ", ".join(entry.suspicions), "")
         picks.insert(place, (row.line, "| " + " | ".join(map(_cell, cells)) + " |"))
 
     def markdown(self) -> str:

@@ -19,8 +19,7 @@ import re
 import unicodedata
 from collections import Counter
 
-from clseave_cli.core.data.identification import LanguageIdentifier
-from clseave_cli.core.data.languages import is_dense, letters_of
+from clseave_cli.core.data.languages import LanguageIdentifier, is_dense, letters_of
 
 #: Names of all checks, in the order of summaries.
 CHECKS = (

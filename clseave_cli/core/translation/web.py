@@ -7,7 +7,6 @@ at any time, and Google's terms decide what the translations may be used for.
 
 from __future__ import annotations
 
-import email.utils
 import html
 import json
 import os
@@ -15,11 +14,12 @@ import queue
 import re
 import threading
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import requests
+from urllib3.exceptions import InvalidHeader
+from urllib3.util import Retry
 
 from clseave_cli.core.config import TranslateConfig
 from clseave_cli.core.data.languages import canonical, spellings
@@ -70,18 +70,25 @@ _TAG = re.compile(r"<[^>]*>")
 _Outcome = queue.SimpleQueue[requests.Response | Exception]
 
 
-class Client:
-    """Requests with a deadline for the whole exchange, and errors that say what to do.
+class _WebEngine:
+    """What the two engines share: requests with a deadline, and errors that say what to do.
 
-    Safe to use from several threads. Redirects are never followed: they would carry an API key to
+    Several threads may use it. Redirects are never followed: they would carry an API key to
     whatever address they name. The deadline runs from looking up the name to the last byte.
     """
 
-    def __init__(self, timeout_seconds: float) -> None:
-        self._timeout_seconds = timeout_seconds
+    def __init__(
+        self, name: str, config: TranslateConfig, url: str, source: str, target: str
+    ) -> None:
+        self._url = check_url(url)
+        self._timeout_seconds = config.timeout_seconds
+        self.identity = Identity(name, address(url), "", "", source, target)
         self._idle: queue.SimpleQueue[requests.Session] = queue.SimpleQueue()
 
-    def request(self, method: str, url: str, **arguments: Any) -> requests.Response:
+    def close(self) -> None:
+        """Nothing to free."""
+
+    def _request(self, method: str, url: str, **arguments: Any) -> requests.Response:
         """Sends one request and reads the whole answer, which is then in `content`.
 
         Raises:
@@ -134,7 +141,7 @@ class Client:
 
 
 def _judge(response: requests.Response, where: str) -> None:
-    """Raises what an answer means if it is not a translation; see `Client.request`."""
+    """Raises what an answer means if it is not a translation; see `_WebEngine._request`."""
     status = response.status_code
     wait = retry_after(response.headers.get("Retry-After"))
     target = response.headers.get("Location", "") if 300 <= status < 400 else ""
@@ -182,14 +189,10 @@ def retry_after(header: str | None) -> float | None:
     """Seconds a `Retry-After` header asks to wait; None when absent or unreadable."""
     if header is None:
         return None
-    if re.fullmatch(r"[0-9]+", header.strip()):
-        return float(header)
     try:
-        moment = email.utils.parsedate_to_datetime(header)
-        if moment.tzinfo is None:
-            moment = moment.replace(tzinfo=UTC)
-        return max(0.0, (moment - datetime.now(UTC)).total_seconds())
-    except (ValueError, OverflowError):
+        is_number = re.fullmatch(r"\s*[0-9]+\s*", header)
+        return float(header) if is_number else Retry().parse_retry_after(header)
+    except (InvalidHeader, ValueError, OverflowError):
         return None
 
 
@@ -200,20 +203,6 @@ def is_captcha(response: requests.Response) -> bool:
     page = response.content[:20_000].decode("utf-8", "replace").lower()
     # A translation may well speak of captchas; a page that carries one is no result page.
     return "result-container" not in page and any(sign in page for sign in _CAPTCHA_SIGNS)
-
-
-class _WebEngine:
-    """What the two engines share."""
-
-    def __init__(
-        self, name: str, config: TranslateConfig, url: str, source: str, target: str
-    ) -> None:
-        self._url = check_url(url)
-        self._client = Client(config.timeout_seconds)
-        self.identity = Identity(name, address(url), "", "", source, target)
-
-    def close(self) -> None:
-        """Nothing to free."""
 
 
 class LibreEngine(_WebEngine):
@@ -277,7 +266,7 @@ class LibreEngine(_WebEngine):
         return pair
 
     def _ask(self, method: str, path: str, **arguments: Any) -> Any:
-        response = self._client.request(method, f"{self._url}/{path}", **arguments)
+        response = self._request(method, f"{self._url}/{path}", **arguments)
         if not response.content.strip():
             raise Fault(f"{address(self._url)}/{path}: an empty answer")
         try:
@@ -331,7 +320,7 @@ class GoogleEngine(_WebEngine):
         return [self._translate(text) for text in texts]
 
     def _translate(self, text: str) -> str:
-        response = self._client.request("GET", self._url, params={**self._codes, "q": text})
+        response = self._request("GET", self._url, params={**self._codes, "q": text})
         # Without a charset in the header, requests would read German umlauts as Latin-1.
         result = _GOOGLE_RESULT.search(response.content.decode("utf-8", "replace"))
         if result is None:

@@ -19,8 +19,8 @@ from typing import Literal
 import numpy as np
 
 from clseave_cli.core.config import CheckConfig
-from clseave_cli.core.data.identification import LanguageIdentifier
 from clseave_cli.core.data.images import open_image
+from clseave_cli.core.data.languages import LanguageIdentifier
 from clseave_cli.core.files import json_digest
 from clseave_cli.core.prediction import Floats
 from clseave_cli.core.prediction.checking.pictures import Picture
