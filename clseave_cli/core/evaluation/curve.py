@@ -116,7 +116,5 @@ def _points(
         # Of several languages the dev metrics are recorded as `mse/de`; of one as `mse`.
         dev = {k.partition("/")[0]: v for k, v in summary["dev"].items() if k.endswith(f"/{lang}")}
         common = list(counts), min(limit or count, count), dev or summary["dev"]
-        points.append(
-            DataPoint(lang, *common, summary["wall_seconds"], *accuracies.get(lang, ()))
-        )
+        points.append(DataPoint(lang, *common, summary["wall_seconds"], *accuracies.get(lang, ())))
     return points

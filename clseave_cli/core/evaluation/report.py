@@ -69,9 +69,7 @@ def write_report(
     return folder / HTML_FILE
 
 
-def html_page(
-    results: Results, drawn: Mapping[str, Drawing], galleries: Sequence[Gallery]
-) -> str:
+def html_page(results: Results, drawn: Mapping[str, Drawing], galleries: Sequence[Gallery]) -> str:
     """The page; `drawn`: figures by name."""
     figures = {name: [data_uri(panel, "png") for panel in d.panels] for name, d in drawn.items()}
     shown = {"galleries": galleries, "figures": figures, "thumbnail": thumbnail}

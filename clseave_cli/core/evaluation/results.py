@@ -71,6 +71,7 @@ class LanguageResult(Scores):
         """What names the result in `baselines`, `seeds` and the files of predictions."""
         return result_key(self.lang, self.mode)
 
+
 @dataclass(frozen=True, kw_only=True)
 class Baselines:
     """Accuracies on one language's rows without seeing the photo, or with another one.
@@ -360,7 +361,7 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
             # Keys with a default may be missing: an earlier version did not know them yet.
             elif item.default is MISSING and item.default_factory is MISSING:
                 raise DataError(f"{where}: the key {item.name!r} is missing.")
-        return kind(**given)
+        return kind(**given)  # type: ignore[operator]
     if kind is float and type(value) in (int, float):
         return float(value)
     if type(value) is kind:

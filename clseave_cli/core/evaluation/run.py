@@ -398,9 +398,7 @@ def _with_seeds(
     return replace(documents[0], signature=signature, seeds=across_seeds(documents, intervals))
 
 
-def _write(
-    plan: _Plan, report: Path, document: Results, by_system: Mapping[str, Outputs]
-) -> None:
+def _write(plan: _Plan, report: Path, document: Results, by_system: Mapping[str, Outputs]) -> None:
     """The report, with the predictions that `compare` reads."""
     runs, evaluated = plan.config.runs[0], [by_system[r.key] for r in document.results]
     # One reading of each language: its student's where it has one, which comes first.

@@ -201,9 +201,7 @@ def _correlate(distances: dict[str, float | None], losses: Mapping[str, float]) 
     return Correlation(distances, len(x), *linear[:2], *ranks)
 
 
-def _with_p(
-    x: _Vector, y: _Vector
-) -> tuple[float, float, float | None]:
+def _with_p(x: _Vector, y: _Vector) -> tuple[float, float, float | None]:
     """Pearson's r, how often a random order of `y` gives one as far from zero, and the same p of
     the best order of `y`."""
     if len(x) > _MOST_EXACT_POINTS:
