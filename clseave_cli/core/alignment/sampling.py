@@ -70,7 +70,7 @@ class Sampler:
                 # From 1: a 0 at the end is nothing to numpy, and the epoch's generator has none.
                 random = np.random.default_rng([self._config.seed, number, language + 1])
             drawn.append(random.permutation(size))
-        return self._firsts[language] + np.concatenate(drawn)[skipped : skipped + count]
+        return np.concatenate(drawn)[skipped : skipped + count] + int(self._firsts[language])
 
     def shares(self, dev: dict[str, float]) -> npt.NDArray[np.float64]:
         """(L,) the languages' shares of an epoch, given the dev metrics of the one before."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -47,9 +47,9 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """The batch on another device."""
-        tensors = {key: part for key, part in vars(self).items() if isinstance(part, Tensor)}
-        moved = {key: part.to(device, non_blocking=True) for key, part in tensors.items()}
-        return replace(self, **moved)
+        tensors = (self.input_ids, self.positions, self.segments, self.terminals)
+        moved = (part.to(device, non_blocking=True) for part in tensors)
+        return PackedBatch(*moved, self.groups)
 
     def parts(self) -> Iterator[PackedBatch]:
         """Each group of rows by itself, cut to the places it uses; it knows no terminals."""

@@ -272,6 +272,7 @@ def find_students(runs: Path) -> dict[str, Path]:
     other does: `load_student` says what is wrong with it, and no other language is held up.
     """
     ranked: dict[str, tuple[bool, int, Path]] = {}
+    languages: Any
     for config in sorted(runs.glob("[!.]*/config.json")):
         folder, content = config.parent, json_object(config)
         if not (folder.name.startswith("align-") or content.get("format") == FORMAT):
@@ -279,7 +280,7 @@ def find_students(runs: Path) -> dict[str, Path]:
         try:
             is_unreadable, languages = False, list(peek(folder, FORMAT)["languages"])
         except (ModelError, KeyError, TypeError):
-            is_unreadable, languages = True, content.get("languages")
+            is_unreadable, languages = True, content.get("languages", ())
             if not isinstance(languages, list):
                 languages = folder.name.removeprefix("align-").split("+")
         for language in filter(is_language, map(str, languages)):
