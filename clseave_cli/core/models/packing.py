@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -47,9 +48,12 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """The batch on another device."""
-        tensors = (self.input_ids, self.positions, self.segments, self.terminals)
-        moved = (part.to(device, non_blocking=True) for part in tensors)
-        return PackedBatch(*moved, self.groups)
+        moved: dict[str, Any] = {
+            name: part.to(device, non_blocking=True)
+            for name, part in vars(self).items()
+            if isinstance(part, Tensor)
+        }
+        return replace(self, **moved)
 
     def parts(self) -> Iterator[PackedBatch]:
         """Each group of rows by itself, cut to the places it uses; it knows no terminals."""
