@@ -296,9 +296,7 @@ class DataConfig:
 
     data: str = option("data", "Data folder, or hf:ORG/NAME.")
     images: Path | None = option(None, "Image folder; unset: found in --data.")
-    skip_bad: bool = option(
-        False, "Set bad rows aside in a .rejected.jsonl; leave out rows without their image."
-    )
+    skip_bad: bool = option(False, "Put bad rows into .rejected.jsonl; skip rows without image.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,9 +349,7 @@ class EngineConfig:
         "auto", "nmt: what computes; auto: ctranslate2 where it is installed and fits."
     )
     beams: int = option(4, "nmt: width of the beam search.", least=1)
-    int8: bool = option(
-        False, "nmt, ctranslate2: matrices in 8 bits: faster, and not quite the same words."
-    )
+    int8: bool = option(False, "nmt, ctranslate2: 8-bit matrices; faster, words may differ.")
     url: str | None = option(None, "google, libre: address of the service.")
     translations: Path | None = option(
         None, "file: existing translations, .tsv or .jsonl; {lang} stands for the language."
@@ -364,15 +360,11 @@ class EngineConfig:
     requests_per_second: float | None = option(
         None, "At most so many requests a second; unset: google 5, otherwise no limit.", least=0.001
     )
-    concurrency: int | None = option(
-        None, "Requests under way; unset: what suits the engine.", least=1
-    )
+    concurrency: int | None = option(None, "Requests at once; unset: the engine's choice.", least=1)
     timeout_seconds: float = option(30.0, "Longest wait for one answer.", least=0.001)
     retries: int = option(5, "Further tries of a request that failed.", least=0)
     retry_seconds: float = option(1.0, "Wait before the first of them; doubles each time.", least=0)
-    memory: Path | None = option(
-        None, "Translation memory; unset: CACHE/translation/memory.sqlite."
-    )
+    memory: Path | None = option(None, "Memory file; unset: CACHE/translation/memory.sqlite.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -391,21 +383,15 @@ class TranslateConfig(SeededConfig, EngineConfig):
         (), "Translate this file instead (.jsonl, .csv, .tsv, .txt, .parquet); repeat."
     )
     out: Path | None = option(None, "Folder to write; unset: beside the input.")
-    field: str | None = option(
-        None, "Field to translate; unset: sentence2, hypothesis or text, whichever there is."
-    )
+    field: str | None = option(None, "Field to translate; unset: sentence2, hypothesis or text.")
     lang: tuple[str, ...] = option((), "Language to translate into; repeat for several.")
     source: str = option("en", "Language to translate from.")
-    batch_size: int | None = option(
-        None, "Texts in one call of the engine; unset: what suits the engine.", least=1
-    )
+    batch_size: int | None = option(None, "Texts in one call; unset: the engine's choice.", least=1)
     on_suspect: Literal["keep", "retry", "drop"] = option(
         "keep", "What happens to a translation that fails a check; kept ones are marked."
     )
     review: int = option(0, "Rows in a side-by-side sample for a speaker to review.", least=0)
-    overwrite: bool = option(
-        False, "Replace files that translate did not write, or that were changed since."
-    )
+    overwrite: bool = option(False, "Replace files not written by translate, or changed since.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -414,7 +400,7 @@ class PretrainConfig(TrainingConfig):
 
     FIRST: ClassVar[tuple[str, ...]] = (
         "data", "images", "clip", "runs", "epochs", "batch_size", "learning_rate", "resume",
-        "skip_bad", "seed", "device", "precision",
+        "seed", "device", "precision",
     )  # fmt: skip
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -501,18 +487,14 @@ class FinetuneConfig(TrainingConfig, DataConfig):
     schedule: Schedule = with_default(TrainingConfig, "schedule", "constant")
     patience: int | None = with_default(TrainingConfig, "patience", 1)
     select: Literal["loss", "accuracy"] = option("loss", "Dev metric that selects the checkpoint.")
-    dev_fraction: float = option(
-        0.05, "Share of the training images held out where there is no dev file."
-    )
+    dev_fraction: float = option(0.05, "Share of training images held out if there is no dev file.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class WordAlignerConfig:
     """Which words translate each other: an encoder finds out, or another aligner did."""
 
-    aligner_layer: int | None = option(
-        None, "Layer whose states are compared; unset: 8, or the last there is.", least=1
-    )
+    aligner_layer: int | None = option(None, "Layer to compare; unset: 8, or the last.", least=1)
     aligner_threshold: float = option(1e-3, "Least probability of a link, both ways.", least=0)
     alignments: Path | None = option(
         None, "Pharaoh file of links (0-0 1-2 …) to take instead; {lang} stands for the language."
@@ -523,15 +505,9 @@ class WordAlignerConfig:
 class TokenConfig(WordAlignerConfig):
     """The token method (CLTEAVE, thesis 3.2); its defaults mend the faults of the thesis's."""
 
-    token_weight: float = option(
-        1.0, "sentence+token: weight of the token pairs beside the sentences.", least=0
-    )
-    code: Code = option(
-        "linear", "How a student's state becomes one of the teacher's width; thesis: relu."
-    )
-    terminal_pair: bool = option(
-        True, "Pair the terminal tokens too, which the head reads; thesis: no."
-    )
+    token_weight: float = option(1.0, "sentence+token: weight of the token loss.", least=0)
+    code: Code = option("linear", "How student states get the teacher's width; thesis: relu.")
+    terminal_pair: bool = option(True, "Pair terminal tokens, which the head reads; thesis: no.")
     sentence_token: SentenceToken = option(
         "terminal",
         "Token whose code stands for the sentence; pooler: pooled [CLS]; thesis: pooler.",
@@ -606,9 +582,7 @@ class StudentConfig(TrainingConfig, DataConfig, TokenConfig):
         "Dev metric that selects the checkpoint; auto: accuracy if there are images, otherwise "
         "the objective's.",
     )
-    dev_fraction: float = option(
-        0.05, "Share of the training sentences held out where there is no dev file."
-    )
+    dev_fraction: float = option(0.05, "Share of sentences held out if there is no dev file.")
     skip_suspect: bool = option(False, "Leave out rows marked translation_suspect.")
 
 
@@ -636,7 +610,7 @@ class CurveConfig(StudentConfig):
         flag="--limit",
     )
     together: bool = option(False, "Also train one student of all the languages at every point.")
-    split: str = option("test", "Split to measure on; where it is missing, dev figures alone.")
+    split: str = option("test", "Split to measure on; where it is missing, dev metrics alone.")
     resamples: int = option(2000, "Bootstrap resamples behind every interval.", least=1)
     keep_models: bool = option(False, "Keep the student of every point.")
     out: Path | None = option(None, "Folder to write; unset: RUNS/curve.")
@@ -667,9 +641,7 @@ class AutoencodeConfig(TrainingConfig, DataConfig):
 
     lang: tuple[str, ...] = option((), "Language to train on; repeat for several.")
     student: str = option(MULTILINGUAL_BERT, "Encoder whose states are coded (hub id or folder).")
-    teacher: Path | None = option(
-        None, "CLIP-VE folder whose width codes get; unset: RUNS/clip-ve."
-    )
+    teacher: Path | None = option(None, "CLIP-VE that sets the code's width; unset: RUNS/clip-ve.")
     code: Code = option("relu", "Whether both layers end in a ReLU, as the thesis's do.")
     out: Path | None = option(None, "Folder to write; unset: RUNS/autoencoder.")
     epochs: int = option(20, "Passes over the training data.", least=1)
@@ -695,18 +667,12 @@ class WordAlignConfig(StageConfig, WordAlignerConfig):
     input: Path | None = option(
         None, "Align this file of source ||| target lines instead, words between spaces."
     )
-    skip_bad: bool = option(
-        False, "Set bad rows aside in a .rejected.jsonl, leave bad links out, and go on."
-    )
+    skip_bad: bool = option(False, "Put bad rows into .rejected.jsonl; skip bad links.")
     aligner: str = option(MULTILINGUAL_BERT, "Encoder whose states align words (hub id or folder).")
     out: Path | None = option(None, "File for the links; unset: printed.", metavar="FILE")
-    words: Path | None = option(
-        None, "Also write the sentences as words, source ||| target, for other aligners."
-    )
+    words: Path | None = option(None, "Also write words, source ||| target, for other aligners.")
     gold: Path | None = option(None, "Score the links against those of this Pharaoh file.")
-    search: bool = option(
-        False, "With --gold: try every layer and several thresholds, and take the best."
-    )
+    search: bool = option(False, "With --gold: take the best of all layers and several thresholds.")
     gold_base: Literal["auto", "0", "1"] = option(
         "auto", "Number of a sentence's first word in --gold; auto: 1 where no word is 0."
     )
@@ -745,12 +711,8 @@ class PredictConfig(ModelsConfig):
         "lang", "runs", "images", "batch_size", "resume", "device", "precision",
     )  # fmt: skip
 
-    lang: str | None = option(
-        None, "Language of the hypothesis; auto: identified; unset: CLIP-VE's own."
-    )
-    images: Path | None = option(
-        None, "Folder to look the images of --input up in; unset: they are paths beside it."
-    )
+    lang: str | None = option(None, "Language of the hypothesis; auto: identify; unset: CLIP-VE's.")
+    images: Path | None = option(None, "Image folder of --input; unset: paths are relative to it.")
     batch_size: int = option(256, "Pairs computed at once.", least=1)
     resume: bool = option(False, "Continue an interrupted --output where it stopped.")
 
@@ -766,9 +728,7 @@ class CheckConfig(ModelsConfig):
     )  # fmt: skip
 
     lang: str = option("auto", "Language of the texts; auto: that of each.", metavar="LANG")
-    min_confidence: float = option(
-        0.7, "Least probability of a verdict; below, it is unsure.", least=0
-    )
+    min_confidence: float = option(0.7, "Least probability of a verdict; below: unsure.", least=0)
     max_characters: int = option(250, "Longest text.", least=1)
     max_same: int = option(3, "Most different pictures that may have the same text.", least=1)
     judge: bool = option(True, "Ask the model; --no-judge: only what needs none.")

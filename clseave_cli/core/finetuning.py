@@ -139,7 +139,7 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult
             loss=loss,
             evaluate=evaluate,
             selection=Selection(config.select, "lowest" if config.select == "loss" else "highest"),
-            figures=("accuracy",),
+            metrics=("accuracy",),
         )
         tokens = [pairs.sentences.tokens for pairs in (train_pairs, dev_pairs)]
         with reduced_vocabulary(model.text, *tokens):

@@ -162,7 +162,7 @@ def test_shards_of_several_processes_add_up(teacher, encoder, monkeypatch):
 def test_each_distinct_english_sentence_is_encoded_once(teacher, encoder):
     student = new_token_student(encoder, teacher.text, "linear").eval()
     objective = _objective(student, teacher, True)
-    objective._sentences.pairs.teacher.index = np.array([1, 1])
+    objective.sentences.pairs.teacher.index = np.array([1, 1])
     assert len(objective.prepare(np.arange(2)).source.terminals) == 1
 
 
@@ -213,7 +213,7 @@ def test_both_losses_add_up_and_pack_the_sentences_once(teacher, encoder, monkey
     student = new_token_student(encoder, teacher.text, "linear").eval()
     tokens = _objective(student, teacher, True)
     both = _objective(student, teacher, True, both=(1.0, 0.5))
-    sentences = both._sentences
+    sentences = both.sentences
     rows = np.array([1, 0])
     wanted = sentences.loss(sentences.prepare(rows)) + 0.5 * tokens.loss(tokens.prepare(rows))
     packed = []
@@ -272,9 +272,13 @@ def test_english_words_pair_with_themselves(teacher, encoder):
         ENGLISH,
     )  # fmt: skip
     found = corpus.pairs(ENGLISH)
-    assert np.diff(found.offsets).tolist() == [4, 4]
-    names = teacher.text.tokenizer.convert_ids_to_tokens(found.sources.ids[found.source[:4]])
-    own = student.tokenizer.convert_ids_to_tokens(student.tokenize(ENGLISH).ids[found.target[:4]])
+    assert np.diff(found.links.offsets).tolist() == [4, 4]
+    names = teacher.text.tokenizer.convert_ids_to_tokens(
+        found.sources.ids[found.links.words[:4, 0]]
+    )
+    own = student.tokenizer.convert_ids_to_tokens(
+        student.tokenize(ENGLISH).ids[found.links.words[:4, 1]]
+    )
     for english, theirs in zip(own, names, strict=True):
         assert english.lower()[0] == theirs[0]
 
@@ -436,7 +440,7 @@ def test_any_encoder_can_be_the_student(name, method, world, trained, tmp_path):
 
 def test_token_pairs_are_stored_flat(teacher, encoder):
     student = new_token_student(encoder, teacher.text, "linear")
-    found = _objective(student, teacher, True)._tokens
-    assert isinstance(found, TokenPairs) and found.offsets.tolist() == [0, 4, 8]
+    found = _objective(student, teacher, True).tokens
+    assert isinstance(found, TokenPairs) and found.links.offsets.tolist() == [0, 4, 8]
     lengths = student.tokenize(GERMAN).lengths(np.arange(2))
-    assert found.target[[3, 7]].tolist() == (lengths - 1).tolist()
+    assert found.links.words[[3, 7], 1].tolist() == (lengths - 1).tolist()

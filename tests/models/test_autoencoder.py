@@ -77,7 +77,7 @@ def test_training_brings_the_states_back(world, trained, encoder, tmp_path):
 
 
 def test_the_loss_is_that_of_the_words_first_tokens(world, trained, encoder, tmp_path):
-    """The last dev figure, computed anew with transformers alone."""
+    """The last dev metric, computed anew with transformers alone."""
     from transformers import AutoModel, AutoTokenizer
 
     result = _autoencode(world, trained, encoder, tmp_path / "a")

@@ -51,7 +51,7 @@ class _Task:
         self.module = nn.Sequential(
             nn.Linear(5, 16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, 3)
         )
-        self.dev = None  # dev figures to give in turn; None: the true ones
+        self.dev = None  # dev metrics to give in turn; None: the true ones
         self.steps = []  # called with the number of every step
         self.seen = []
 
@@ -228,7 +228,7 @@ def test_what_is_not_finite_ends_the_run_and_is_never_saved(tmp_path, lose, opti
 def test_a_dev_figure_that_is_not_finite_ends_the_run(tmp_path, figure):
     task = _Task()
     task.dev = [0.6, figure, 0.4]
-    with pytest.raises(TrainingError, match=r"^task: the dev figure loss is not finite at step 8;"):
+    with pytest.raises(TrainingError, match=r"^task: the dev metric loss is not finite at step 8;"):
         task.run(tmp_path)
     assert not (tmp_path / "summary.json").exists()
 

@@ -24,17 +24,12 @@ from clseave_cli.core.alignment.corpus import (
 from clseave_cli.core.alignment.dev import (
     CollapseWatch,
     DevRows,
-    dev_set,
+    dev_sets,
     evaluate_student,
     judged_rows,
     selection,
 )
-from clseave_cli.core.alignment.objectives import (
-    Objective,
-    SentenceObjective,
-    comparison,
-    require_fitting,
-)
+from clseave_cli.core.alignment.objectives import SentenceObjective, comparison, require_fitting
 from clseave_cli.core.alignment.sampling import Sampler
 from clseave_cli.core.alignment.token import (
     TokenCorpus,
@@ -50,7 +45,7 @@ from clseave_cli.core.files import json_digest
 from clseave_cli.core.models.clip_ve import ClipVE, source_language
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.student import new_student, save_student
-from clseave_cli.core.models.vocabulary import reduced_vocabulary, trim_vocabulary
+from clseave_cli.core.models.vocabulary import reduced_vocabulary
 from clseave_cli.core.training.loop import Stage, TrainingResult, overall, train
 from clseave_cli.core.training.run import Run, StageResult, public_name, set_up
 from clseave_cli.errors import UsageError
@@ -81,20 +76,10 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> StageResult:
     corpus, token_pairs, dev, text_inputs = _read(config, folder, student, teacher, progress)
     with Run("align", out, config, inputs | text_inputs) as run:
         if config.trim_vocabulary:
-            corpus.renumber_tokens(trim_vocabulary(student, corpus.token_ids(), config.student))
-        pairs = corpus.pairs(teacher, with_autocast, progress)
-        dev_sets = [
-            dev_set(
-                student,
-                teacher,
-                *rows,
-                counts=lang in languages,
-                with_autocast=with_autocast,
-                progress=progress,
-            )
-            for lang, rows in dev.items()
-        ]
-        select = selection(config, with_photos=dev_sets[0].premises is not None)
+            corpus.trim_vocabulary(config.student)
+        pairs = corpus.pairs(teacher, with_autocast)
+        judged = dev_sets(student, teacher, dev, languages, with_autocast, progress)
+        select = selection(config, with_photos=judged[0].premises is not None)
         objective = _objective(config, student, teacher, pairs, token_pairs)
         del corpus, dev, token_pairs
 
@@ -107,17 +92,17 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> StageResult:
             name="align",
             title=f"align {'+'.join(languages)}"
             + (f", {config.limit:,} sentences" if config.limit else ""),
-            module=objective.module,
+            module=student,
             num_examples=sampler.num_examples,
             prepare=objective.prepare,
             loss=objective.loss,
-            evaluate=lambda: watch.during(evaluate_student(student, teacher, dev_sets)),
+            evaluate=lambda: watch.during(evaluate_student(student, teacher, judged)),
             selection=select,
             sample=sampler.batches,
             # The last epoch shows all that ever spread: had some been lost, the run had ended.
             resumed=watch.during,
         )
-        tokens = [pairs.sentences.tokens, *(each.sentences.tokens for each in dev_sets)]
+        tokens = [pairs.sentences.tokens, *(each.sentences.tokens for each in judged)]
         with reduced_vocabulary(student, *tokens):
             result = train(stage, config, device=device, folder=run.folder, progress=progress)
         watch.during(result.dev, at_the_end=True)
@@ -206,7 +191,7 @@ def _objective(
     teacher: ClipVE,
     pairs: TrainingPairs,
     token_pairs: TokenPairs | None,
-) -> Objective:
+) -> SentenceObjective | TokenObjective:
     sentences = SentenceObjective(student, pairs, comparison(config, pairs))
     if token_pairs is None:
         return sentences

@@ -7,9 +7,8 @@ width.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +38,7 @@ from clseave_cli.core.features import (
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.tokens import TokenTable
+from clseave_cli.core.models.vocabulary import trim_vocabulary
 from clseave_cli.core.training.loop import Rows
 from clseave_cli.core.training.precision import Autocast
 from clseave_cli.errors import DataError
@@ -48,34 +48,25 @@ from clseave_cli.progress import SILENT, Progress
 _HEAVIEST = 5.0
 
 
+@dataclass(eq=False)
 class ParallelReader:
-    """Reads the parallel text of one language after another; the source side once for all."""
+    """Reads the parallel text of one language after another; the source side once for all.
 
-    def __init__(
-        self,
-        folder: Path,
-        config: StudentConfig,
-        progress: Progress,
-        source_lang: str = ENGLISH,
-    ) -> None:
-        """Reads nothing yet.
+    Attributes:
+        folder: the data folder.
+        config: the languages of the run, names of the splits, what to do with bad rows.
+        progress: hears what was left out.
+        source_lang: the teacher's language.
+        left_out: by language, the translations left out because other languages hold them out.
+    """
 
-        Args:
-            folder: the data folder.
-            config: the languages of the run, names of the splits, what to do with bad rows.
-            progress: told what was left out.
-            source_lang: the teacher's language.
-        """
-        self._folder = folder
-        self._source_lang = source_lang
-        self._config = config
-        self._progress = progress
-        self._source = functools.cache(
-            functools.partial(self._split, source_lang, progress=progress)
-        )
-        self._held_out: dict[str, HeldOut] = {}
-        #: By language, the translations left out because other languages hold them out.
-        self.left_out: dict[str, list[str]] = {}
+    folder: Path
+    config: StudentConfig
+    progress: Progress
+    source_lang: str = ENGLISH
+    left_out: dict[str, list[str]] = field(default_factory=dict, init=False)
+    _held_out: dict[str, HeldOut] = field(default_factory=dict, init=False)
+    _sources: dict[str, Split] = field(default_factory=dict, init=False)
 
     def read(self, lang: str) -> tuple[Parallel, Parallel]:
         """The parallel training and dev text of a language.
@@ -87,16 +78,16 @@ class ParallelReader:
             DataError: a file is missing, bad, or shares images with another split, or there is too
                 little text to hold some of it out.
         """
-        config = self._config
-        training = self._joined(lang, config.train_split, self._progress)
+        config = self.config
+        training = self._joined(lang, config.train_split, self.progress)
         if self._has_dev_file(lang):
-            dev = self._joined(lang, config.dev_split, self._progress)
+            dev = self._joined(lang, config.dev_split, self.progress)
             if not config.allow_leak and config.dev_split != config.train_split:
                 check_leak(training.target, dev.target)
         else:
             held = held_out(training, config.dev_fraction, config.seed)
-            self._progress.note(
-                f"{self._folder}: no {config.dev_split} file for {lang}; holding out "
+            self.progress.note(
+                f"{self.folder}: no {config.dev_split} file for {lang}; holding out "
                 f"{config.dev_fraction:.0%} of the {config.train_split} "
                 f"{'photos' if held.photos else 'sentences'} instead."
             )
@@ -106,7 +97,7 @@ class ParallelReader:
 
     def _without_those_of_others(self, training: Parallel) -> Parallel:
         """Leaves out what is held out for the other languages of the run."""
-        config, lang, path = self._config, training.target.lang, training.target.path
+        config, lang, path = self.config, training.target.lang, training.target.path
         held = HeldOut()
         for other in (*config.lang, *config.auxiliary):
             if other == lang or self._has_dev_file(other):
@@ -125,19 +116,21 @@ class ParallelReader:
                 "languages. Give them a dev file, or a smaller --dev-fraction."
             )
         self.left_out[lang] = left_out.target.hypotheses
-        self._progress.note(
-            f"{path}: {len(left_out.target)} pairs left out; their photos or {self._source_lang} "
+        self.progress.note(
+            f"{path}: {len(left_out.target)} pairs left out; their photos or {self.source_lang} "
             "sentences are held out for other languages."
         )
         return kept
 
     def _has_dev_file(self, lang: str) -> bool:
-        return split_path(self._folder, self._config.dev_split, lang) is not None
+        return split_path(self.folder, self.config.dev_split, lang) is not None
 
     def _joined(self, lang: str, split: str, progress: Progress) -> Parallel:
-        source_lang = self._source_lang
-        source = self._source(split) if split_path(self._folder, split, source_lang) else None
-        parallel = join(self._split(lang, split, progress=progress), source, source_lang)
+        source_lang = self.source_lang
+        if split not in self._sources and split_path(self.folder, split, source_lang):
+            self._sources[split] = self._split(source_lang, split, self.progress)
+        target = self._split(lang, split, progress)
+        parallel = join(target, self._sources.get(split), source_lang)
         if parallel.num_unmatched_target or parallel.num_unmatched_source:
             progress.note(
                 f"{parallel.target.path}: {parallel.num_unmatched_target} rows have no "
@@ -147,17 +140,17 @@ class ParallelReader:
             )
         return parallel
 
-    def _split(self, lang: str, split: str, *, progress: Progress) -> Split:
+    def _split(self, lang: str, split: str, progress: Progress) -> Split:
         """A split in one language: sentences count, labels and images only where they are."""
         return read_split(
-            self._folder,
+            self.folder,
             split,
             lang,
             labelled=False,
             with_images=False,
-            source_lang=self._source_lang,
-            skip_bad=self._config.skip_bad,
-            skip_suspect=self._config.skip_suspect,
+            source_lang=self.source_lang,
+            skip_bad=self.config.skip_bad,
+            skip_suspect=self.config.skip_suspect,
             progress=progress,
         )
 
@@ -230,7 +223,7 @@ def limited(parallel: Parallel, limit: int | None, seed: int, progress: Progress
         parallel: the training text of a language.
         limit: how many sentences; None: all.
         seed: of the order.
-        progress: told where there are fewer.
+        progress: hears where there are fewer.
     """
     if limit is None:
         return parallel
@@ -253,7 +246,16 @@ def as_source(parallel: Parallel, source_lang: str) -> Parallel:
 
 @dataclass(frozen=True, eq=False)
 class LanguagePairs:
-    """What a language brings: its sentences, and its distinct pairs with source ones."""
+    """What a language brings: its sentences, and its P distinct pairs with source ones.
+
+    Attributes:
+        lang: the language.
+        tokens: its distinct sentences, tokenised for the student.
+        sentence_of_pair: (P,) which of them.
+        source_of_pair: (P,) which of the corpus's source sentences.
+        counts: (P,) how often each pair stands in the data.
+        weight: of its pairs in the loss, on average.
+    """
 
     lang: str
     tokens: TokenTable
@@ -273,25 +275,23 @@ class LanguagePairs:
         return pairs, (self.weight * weights / times)[pairs]
 
 
+@dataclass(eq=False)
 class Corpus:
     """The parallel text to train on, taken in language by language.
 
     Ten languages of SNLI-VE are five million rows: what stays of a row is its tokens and a few
     numbers, not its strings.
+
+    Attributes:
+        student: whose tokens the sentences become.
+        progress: hears about sentences that are cut.
     """
 
-    def __init__(self, student: SentenceEncoder, progress: Progress) -> None:
-        """An empty one.
-
-        Args:
-            student: whose tokens the sentences become.
-            progress: told about sentences that are cut.
-        """
-        self._student = student
-        self._progress = progress
-        self._sources: dict[str, int] = {}
-        self._parts: list[LanguagePairs] = []
-        self._kept = np.empty(0, dtype=np.int32)
+    student: SentenceEncoder
+    progress: Progress
+    _sources: dict[str, int] = field(default_factory=dict, init=False)
+    _parts: list[LanguagePairs] = field(default_factory=list, init=False)
+    _kept: npt.NDArray[np.int32] = field(init=False, default_factory=lambda: np.empty(0, np.int32))
 
     @property
     def sources(self) -> list[str]:
@@ -306,9 +306,7 @@ class Corpus:
             weight: of its pairs in the loss, on average.
         """
         target, numbers = text.target, self._sources
-        sentences = tokenize_sentences(
-            self._student, target.hypotheses, target.where, self._progress
-        )
+        sentences = tokenize_sentences(self.student, target.hypotheses, target.where, self.progress)
         sources = np.array(
             [numbers.setdefault(s, len(numbers)) for s in text.sources], dtype=np.intp
         )
@@ -322,46 +320,33 @@ class Corpus:
         """Takes in every source sentence so far as its own translation."""
         every_source = np.arange(len(self._sources))
         standing = np.concatenate([np.repeat(p.source_of_pair, p.counts) for p in self._parts])
-        sentences = tokenize_sentences(
-            self._student,
-            self.sources,
-            lambda _: f"the {source_lang} sentences",
-            self._progress,
-        )
         counts = np.bincount(standing, minlength=len(every_source))
+        where = f"the {source_lang} sentences"
+        sentences = tokenize_sentences(self.student, self.sources, lambda _: where, self.progress)
         part = LanguagePairs(source_lang, sentences.tokens, every_source, every_source, counts)
         self._parts.append(part)
         return part
 
     def keep_tokens(self, sentences: Sequence[str]) -> None:
         """Counts the tokens of sentences among those that occur, though nothing trains on them."""
-        tokens = self._student.tokenize(list(dict.fromkeys(sentences)))
+        tokens = self.student.tokenize(list(dict.fromkeys(sentences)))
         self._kept = np.union1d(self._kept, tokens.ids)
 
-    def token_ids(self) -> npt.NDArray[np.int32]:
-        """The ids that occur, in order."""
-        return np.unique(np.concatenate([self._kept, *(part.tokens.ids for part in self._parts)]))
+    def trim_vocabulary(self, name: str) -> None:
+        """Reduces the student, called `name`, to the tokens that occur, and renumbers them."""
+        used = np.unique(np.concatenate([self._kept, *(part.tokens.ids for part in self._parts)]))
+        places = trim_vocabulary(self.student, used, name)
+        for part in self._parts:
+            part.tokens.ids[:] = places[part.tokens.ids]
 
-    def renumber_tokens(self, places: npt.NDArray[np.intp]) -> None:
-        """Gives tokens new ids: `places` of the old ones."""
-        self._parts = [
-            dataclasses.replace(
-                part,
-                tokens=dataclasses.replace(
-                    part.tokens, ids=places[part.tokens.ids].astype(np.int32)
-                ),
-            )
-            for part in self._parts
-        ]
-
-    def pairs(self, teacher: ClipVE, with_autocast: Autocast, progress: Progress) -> TrainingPairs:
+    def pairs(self, teacher: ClipVE, with_autocast: Autocast) -> TrainingPairs:
         """Everything taken in, with the teacher's embeddings."""
         vectors = sentence_embeddings(
             teacher.text,
             self.sources,
             autocast=with_autocast,
             description="teacher embeddings",
-            progress=progress,
+            progress=self.progress,
         )
         starts = np.cumsum([0, *(len(part.tokens) for part in self._parts)])
         sentences, sources, weights, distinct_pairs = [], [], [], []

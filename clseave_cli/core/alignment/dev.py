@@ -53,7 +53,7 @@ _TEXT_SELECTION = {
 
 @dataclass(frozen=True, eq=False)
 class DevSet:
-    """One language's dev rows: what the teacher says, and what the labels are where known.
+    """One language's dev rows: what the teacher says, and what the labels are where there are any.
 
     Attributes:
         lang: the language.
@@ -138,44 +138,40 @@ def selection(config: StudentConfig, with_photos: bool) -> Selection:
     return Selection(config.select, "lowest" if config.select == "mse" else "highest")
 
 
-def dev_set(
+def dev_sets(
     student: SentenceEncoder,
     teacher: ClipVE,
-    parallel: Parallel,
-    photos: Photos | None,
-    *,
-    counts: bool,
+    rows: dict[str, DevRows],
+    languages: Sequence[str],
     with_autocast: Autocast,
     progress: Progress,
-) -> DevSet:
-    """Prepares the dev rows of a language."""
-    target = parallel.target
-    sources, source_of_row = distinct(parallel.sources)
-    vectors = sentence_embeddings(
-        teacher.text,
-        sources,
-        autocast=with_autocast,
-        description=f"{target.name}: teacher embeddings",
-        progress=progress,
-    )
-    return DevSet(
-        target.lang,
-        counts,
-        tokenize_sentences(student, target.hypotheses, target.where, progress),
-        Features(vectors, source_of_row),
-        None
-        if photos is None
-        else image_features(
-            teacher.image, target, photos, autocast=with_autocast, progress=progress
-        ),
-        torch.from_numpy(target.labels.astype(np.int64)),
-    )
+) -> list[DevSet]:
+    """Prepares the dev rows of each language; `languages` are the student's."""
+    prepared = []
+    for lang, (parallel, photos) in rows.items():
+        target = parallel.target
+        sources, source_of_row = distinct(parallel.sources)
+        vectors = sentence_embeddings(
+            teacher.text,
+            sources,
+            autocast=with_autocast,
+            description=f"{target.name}: teacher embeddings",
+            progress=progress,
+        )
+        sentences = tokenize_sentences(student, target.hypotheses, target.where, progress)
+        premises = None
+        if photos is not None:
+            premises = image_features(
+                teacher.image, target, photos, autocast=with_autocast, progress=progress
+            )
+        labels = torch.from_numpy(target.labels.astype(np.int64))
+        wanted = Features(vectors, source_of_row)
+        prepared.append(DevSet(lang, lang in languages, sentences, wanted, premises, labels))
+    return prepared
 
 
 def evaluate_student(
-    student: SentenceEncoder,
-    teacher: ClipVE,
-    dev_sets: Sequence[DevSet],
+    student: SentenceEncoder, teacher: ClipVE, dev_sets: Sequence[DevSet]
 ) -> dict[str, float]:
     """Dev metrics, averaged over the student's languages; of several, also `metric/language`.
 

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from clseave_cli.core.alignment.corpus import TrainingPairs
@@ -30,33 +29,12 @@ _TEMPERATURE = 0.05
 _VARIANCE_SAMPLE = 20_000
 
 
-class Objective(Protocol):
-    """A loss, as the flow hands it to the training loop.
-
-    Attributes:
-        module: what is trained: the student, and whatever is trained along with it.
-    """
-
-    module: nn.Module
-
-    def prepare(self, rows: Rows) -> Any:
-        """What the loss of some training pairs needs; depends on their numbers and the seed only.
-
-        Called ahead of time in another thread.
-        """
-        ...
-
-    def loss(self, batch: Any) -> Tensor:
-        """The mean loss of a prepared batch; of several processes, each gives that of all of it."""
-        ...
-
-
 @dataclass(frozen=True, eq=False)
 class SentenceBatch:
     """B training pairs, made ready.
 
     Attributes:
-        sentences: this process's share of the targets, packed.
+        sentences: this process's shard of the targets, packed.
         teacher: (S, D) the teacher's embeddings of the distinct source sentences; where batches are
             filled up to few shapes (B, D), those behind them no pair's.
         source: (B,) int64, which of them each pair has.
@@ -78,44 +56,45 @@ class SentenceBatch:
 Comparison = Callable[[Tensor, SentenceBatch], Tensor]
 
 
+@dataclass(frozen=True, eq=False)
 class SentenceObjective:
-    """The student's sentence embedding against the teacher's (thesis 3.3)."""
+    """The student's sentence embedding against the teacher's (thesis 3.3).
 
-    def __init__(self, student: SentenceEncoder, pairs: TrainingPairs, compare: Comparison) -> None:
-        """Puts the parts together.
+    Attributes:
+        student: what is trained.
+        pairs: what it is trained on.
+        compare: the loss of each pair.
+    """
 
-        Args:
-            student: what is trained.
-            pairs: what it is trained on.
-            compare: the loss of each pair.
-        """
-        self.module: nn.Module = student
-        self._student = student
-        self.pairs = pairs
-        self._compare = compare
+    student: SentenceEncoder
+    pairs: TrainingPairs
+    compare: Comparison
 
     def prepare(self, rows: Rows) -> SentenceBatch:
-        """Packs this process's share; the teacher's side is that of all rows."""
+        """Packs this process's shard; the teacher's side is that of all rows.
+
+        Called ahead of time in another thread; depends on the numbers of the pairs alone.
+        """
         pairs, shard = self.pairs, processes().shard(rows)
         sources, source = np.unique(pairs.teacher.index[rows], return_inverse=True)
-        if self._student.few_shapes:
+        if self.student.few_shapes:
             sources = np.pad(sources, (0, len(rows) - len(sources)), mode="edge")
         return SentenceBatch(
-            self._student.pack(pairs.sentences.tokens, pairs.sentences.index[shard]),
+            self.student.pack(pairs.sentences.tokens, pairs.sentences.index[shard]),
             pairs.teacher.vectors.rows(sources),
             torch.from_numpy(source),
             pairs.weights[torch.from_numpy(rows)],
         )
 
     def loss(self, batch: SentenceBatch) -> Tensor:
-        """Embeds the share, gathers those of all processes, compares."""
-        embeddings = processes().gather(lambda: self._student(batch.sentences), len(batch.weights))
+        """The mean loss: embeds the shard, gathers those of all processes, compares."""
+        embeddings = processes().gather(lambda: self.student(batch.sentences), len(batch.weights))
         return self.loss_of(embeddings, batch)
 
     def loss_of(self, embeddings: Tensor, batch: SentenceBatch) -> Tensor:
         """The loss of (B, D) embeddings that were computed already."""
         with torch.autocast(embeddings.device.type, enabled=False):
-            per_pair = self._compare(embeddings.float(), batch)  # (B,)
+            per_pair = self.compare(embeddings.float(), batch)  # (B,)
         return torch.mean(per_pair * batch.weights)
 
 
@@ -135,13 +114,9 @@ def require_fitting(config: StudentConfig, teacher: ClipVE) -> None:
 
 def comparison(config: StudentConfig, pairs: TrainingPairs) -> Comparison:
     """The loss that `--objective` names (docs/methods.md, "Objectives")."""
-    name = config.objective
-    if name == "mse":
-        return squared_error
-    if name == "cosine":
-        return cosine_distance
-    if name == "contrastive":
-        return contrastive
+    plain = {"mse": squared_error, "cosine": cosine_distance, "contrastive": contrastive}
+    if config.objective in plain:
+        return plain[config.objective]
     variance = _variance(pairs.teacher.vectors)
     return lambda embeddings, batch: (
         squared_error(embeddings, batch) / variance + cosine_distance(embeddings, batch)

@@ -6,7 +6,6 @@ Legend: U distinct training pairs · N pairs met in an epoch · L languages.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +19,7 @@ _SELF_PACED_TEMPERATURE = 0.1
 
 
 class Sampler:
-    """The batches of each epoch, from its number and the last dev figures alone.
+    """The batches of each epoch, from its number and the last dev metrics alone.
 
     - `proportional`: every pair once.
     - `uniform`: every language equally often.
@@ -29,7 +28,7 @@ class Sampler:
       the nearest ten after the epoch before; in the first epoch, equally often (visually grounded
       cross-lingual transfer, "Multilingual as Multitask", a).
 
-    A language's pairs are gone through in round after round, each in an order of its own, and an
+    A language's pairs are gone through in round after round, each in another order, and an
     epoch goes on where the one before stopped: none is met twice before all were met once. Not so
     if self-paced, where no epoch knows how far the others came: each begins its rounds anew.
     """
@@ -47,7 +46,7 @@ class Sampler:
 
         Args:
             epoch: its number, from 0.
-            dev: the figures after the epoch before; empty before the first.
+            dev: the dev metrics after the epoch before; empty before the first.
         """
         config = self._config
         if config.sampling == "proportional" and self.num_examples == self._sizes.sum():
@@ -56,31 +55,28 @@ class Sampler:
         random = np.random.default_rng([config.seed, epoch])
         counts = whole_parts(self.shares(dev), self.num_examples)
         drawn = [
-            first + self._drawn(language, count, epoch, random)
-            for language, (first, count) in enumerate(
-                zip(self._firsts, counts.tolist(), strict=True)
-            )
+            self._drawn(language, count, epoch, random)
+            for language, count in enumerate(counts.tolist())
         ]
         return np.array_split(random.permutation(np.concatenate(drawn)), num_batches)
 
     def _drawn(self, language: int, count: int, epoch: int, random: np.random.Generator) -> Rows:
-        """What an epoch meets of a language, by number within it."""
-        size = int(self._sizes[language])
-        if self._config.sampling == "self-paced":
-            return _stretch(size, 0, count, lambda _: random)
-        # From 1: a 0 at the end is nothing to numpy, and the epoch's own generator has none.
-        return _stretch(
-            size,
-            epoch * count,
-            count,
-            lambda number: np.random.default_rng([self._config.seed, number, language + 1]),
-        )
+        """What an epoch meets of a language."""
+        size, self_paced = int(self._sizes[language]), self._config.sampling == "self-paced"
+        first, skipped = divmod(0 if self_paced else epoch * count, size)
+        drawn = [np.empty(0, dtype=np.intp)]
+        for number in range(first, first + math.ceil((skipped + count) / size)):
+            if not self_paced:
+                # From 1: a 0 at the end is nothing to numpy, and the epoch's generator has none.
+                random = np.random.default_rng([self._config.seed, number, language + 1])
+            drawn.append(random.permutation(size))
+        return np.concatenate(drawn)[skipped : skipped + count] + int(self._firsts[language])
 
     def shares(self, dev: dict[str, float]) -> npt.NDArray[np.float64]:
-        """(L,) the languages' shares of an epoch, given the dev figures of the one before."""
+        """(L,) the languages' shares of an epoch, given the dev metrics of the one before."""
         sampling = self._config.sampling
         if sampling == "self-paced":
-            # All alike where nothing is known yet.
+            # All alike before the first evaluation.
             recall = np.array([dev.get(f"recall_at_10/{lang}", 0.0) for lang in self._languages])
             weights = np.exp(-(recall - recall.min()) / _SELF_PACED_TEMPERATURE)
         else:
@@ -101,20 +97,3 @@ def whole_parts(shares: npt.NDArray[np.float64], total: int) -> Rows:
     short = total - int(parts.sum())
     parts[np.argsort(parts - exact, kind="stable")[:short]] += 1
     return parts
-
-
-def _stretch(
-    size: int, start: int, count: int, generator: Callable[[int], np.random.Generator]
-) -> Rows:
-    """A part of an endless row of permutations of `size` items.
-
-    Args:
-        size: how many items there are.
-        start: where the part begins.
-        count: how long it is.
-        generator: gives what draws the permutation of a round, from the round's number.
-    """
-    first, skipped = divmod(start, size)
-    rounds = range(first, first + math.ceil((skipped + count) / size))
-    drawn = [generator(number).permutation(size) for number in rounds]
-    return np.concatenate([np.empty(0, dtype=np.intp), *drawn])[skipped : skipped + count]

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clseave_cli.core.alignment.corpus import LanguagePairs
 from clseave_cli.core.alignment.objectives import SentenceBatch, SentenceObjective
@@ -103,49 +102,37 @@ def token_student(
 
 @dataclass(frozen=True, eq=False)
 class TokenPairs:
-    """The paired tokens of P different training pairs, stored flat as `Links` are.
+    """The paired tokens of P different training pairs.
 
     Attributes:
         sources: tokens of the distinct source sentences, for the teacher.
-        target: (L,) int64, which token of the target sentence.
-        source: (L,) int64, which token of the source sentence.
-        offsets: (P + 1,) int64.
+        links: which token of the source sentence belongs to which of the target.
     """
 
     sources: TokenTable
-    target: npt.NDArray[np.int64]
-    source: npt.NDArray[np.int64]
-    offsets: npt.NDArray[np.int64]
+    links: Links
 
 
+@dataclass(eq=False)
 class TokenCorpus:
-    """Finds or reads word pairs, language by language, beside `Corpus`."""
+    """Finds or reads word pairs, language by language, beside `Corpus`.
 
-    def __init__(
-        self,
-        student: SentenceEncoder,
-        teacher: SentenceEncoder,
-        source_lang: str,
-        config: StudentConfig,
-        progress: Progress,
-    ) -> None:
-        """An empty one.
+    Attributes:
+        student: as it is before training; unless `--aligner` names another, it aligns words.
+        teacher: the text tower to imitate.
+        source_lang: its language.
+        config: where word pairs come from.
+        progress: shows how far the alignment is.
+    """
 
-        Args:
-            student: as it is before training; unless `--aligner` names another, it aligns words.
-            teacher: the text tower to imitate.
-            source_lang: its language.
-            config: where word pairs come from.
-            progress: told how far the alignment is.
-        """
-        self._student = student
-        self._teacher = teacher
-        self._source_lang = source_lang
-        self._config = config
-        self._progress = progress
-        #: Of the linked words of each language: the training pairs they stand in, which of them,
-        #: the first token of the target's word (or `NONE`), and the source's word.
-        self._parts: list[tuple[LanguagePairs, Rows, Rows, Rows]] = []
+    student: SentenceEncoder
+    teacher: SentenceEncoder
+    source_lang: str
+    config: StudentConfig
+    progress: Progress
+    #: Of the linked words of each language: the training pairs they stand in, which of them, the
+    #: first token of the target's word (or `NONE`), and the source's word.
+    _parts: list[tuple[LanguagePairs, Rows, Rows, Rows]] = field(default_factory=list, init=False)
 
     def add(self, text: Parallel, part: LanguagePairs, sources: Sequence[str]) -> dict[str, str]:
         """Takes in the text of a language.
@@ -166,11 +153,11 @@ class TokenCorpus:
         inputs = {}
         targets, target_of_row = distinct(text.target.hypotheses)
         numbers, source_of_pair = np.unique(part.source_of_pair, return_inverse=True)
-        source_words = split_words([sources[number] for number in numbers], self._source_lang)
+        source_words = split_words([sources[number] for number in numbers], self.source_lang)
         words = split_words(targets, lang)
         pairs = np.stack([source_of_pair, part.sentence_of_pair])
-        if self._config.alignments is not None:
-            path = Path(str(self._config.alignments).replace("{lang}", lang))
+        if self.config.alignments is not None:
+            path = Path(str(self.config.alignments).replace("{lang}", lang))
             inputs[f"alignments: {lang}"] = file_digest(path)
             places = {source: place for place, source in enumerate(source_words.sentences)}
             source_of_row = np.array([places[source] for source in text.sources])
@@ -180,8 +167,8 @@ class TokenCorpus:
                 text=str(text.target.path),
                 lines=text.target.lines,
                 num_lines=text.target.num_lines,
-                skip_bad=self._config.skip_bad,
-                progress=self._progress,
+                skip_bad=self.config.skip_bad,
+                progress=self.progress,
             )
             # A pair that stands in several rows has the links of the first.
             _, row = np.unique(target_of_row * len(numbers) + source_of_row, return_index=True)
@@ -193,14 +180,14 @@ class TokenCorpus:
                 words,
                 pairs,
                 description=f"{lang}: word alignment",
-                progress=self._progress,
+                progress=self.progress,
             )
         self._take(links, words, part)
         return inputs
 
     def add_source(self, part: LanguagePairs, sources: Sequence[str]) -> None:
         """Takes in source sentences as their own translations: every word pairs with itself."""
-        words = split_words(sources, self._source_lang)
+        words = split_words(sources, self.source_lang)
         word = np.arange(len(words.starts)) - np.repeat(words.offsets[:-1], words.counts)
         every = np.ones(len(word), dtype=bool)
         self._take(Links(np.stack([word, word], axis=1), every, words.offsets), words, part)
@@ -211,13 +198,13 @@ class TokenCorpus:
         Raises:
             DataError: there is not one token pair.
         """
-        places = find_tokens(self._teacher, split_words(sources, self._source_lang))
+        places = find_tokens(self.teacher, split_words(sources, self.source_lang))
         columns: list[tuple[Rows, Rows, Rows]] = []  # training pair, token of target and source
         num_pairs = 0
         for part, pair, target_token, source_word in self._parts:
             word = places.words.offsets[part.source_of_pair[pair]] + source_word
             columns.append((num_pairs + pair, target_token, places.first_token[word]))
-            if self._config.terminal_pair:
+            if self.config.terminal_pair:
                 columns.append(
                     (
                         num_pairs + np.arange(len(part.counts)),
@@ -230,17 +217,16 @@ class TokenCorpus:
         kept = np.flatnonzero((target != NONE) & (source != NONE))
         if not len(kept):
             raise DataError("no words are linked; there is nothing for --method token to learn.")
-        order = kept[np.argsort(pair[kept], kind="stable")]
-        offsets = np.searchsorted(pair[order], np.arange(num_pairs + 1))
-        return TokenPairs(places.tokens, target[order], source[order], offsets)
+        tokens = np.stack([source[kept], target[kept]], axis=1)
+        return TokenPairs(places.tokens, Links.of(pair[kept], tokens, num_pairs))
 
     @functools.cached_property
     def _aligner(self) -> WordAligner:
-        config = self._config
+        config = self.config
         if config.aligner is not None:
-            return load_aligner(config, config.aligner, self._student.device, self._progress)
+            return load_aligner(config, config.aligner, self.student.device, self.progress)
         return WordAligner(
-            self._student,
+            self.student,
             config.student,
             layer=config.aligner_layer,
             threshold=config.aligner_threshold,
@@ -248,7 +234,7 @@ class TokenCorpus:
 
     def _take(self, links: Links, words: Words, part: LanguagePairs) -> None:
         word = words.offsets[part.sentence_of_pair[links.pairs]] + links.words[:, 1]
-        target_token = find_tokens(self._student, words).first_token[word]
+        target_token = find_tokens(self.student, words).first_token[word]
         self._parts.append((part, links.pairs, target_token, links.words[:, 0]))
 
 
@@ -272,56 +258,42 @@ class TokenBatch(NamedTuple):
     num_tokens: Tensor
 
 
+@dataclass(frozen=True, eq=False)
 class TokenObjective:
-    """The codes of the student's paired tokens against the teacher's states (thesis 3.2.1)."""
+    """The codes of the student's paired tokens against the teacher's states (thesis 3.2.1).
 
-    def __init__(
-        self,
-        student: SentenceEncoder,
-        teacher: SentenceEncoder,
-        tokens: TokenPairs,
-        sentences: SentenceObjective,
-        *,
-        sentence_weight: float,
-        token_weight: float,
-    ) -> None:
-        """Puts the parts together.
+    Attributes:
+        student: what is trained; of `token_student`.
+        teacher: the frozen text tower.
+        tokens: the paired tokens.
+        sentences: the sentences they stand in, and a loss on their embeddings.
+        sentence_weight: of that loss; 0: embeddings are not computed.
+        token_weight: of the token pairs' loss.
+    """
 
-        Args:
-            student: what is trained; of `token_student`.
-            teacher: the frozen text tower.
-            tokens: the paired tokens.
-            sentences: the sentences they stand in, and a loss on their embeddings.
-            sentence_weight: of that loss; 0: embeddings are not computed.
-            token_weight: of the token pairs' loss.
-        """
-        self.module: nn.Module = student
-        self._student = student
-        self._coder = _coded_state(student).coder
-        self._teacher = teacher
-        self._tokens = tokens
-        self._sentences = sentences
-        self._sentence_weight, self._token_weight = sentence_weight, token_weight
+    student: SentenceEncoder
+    teacher: SentenceEncoder
+    tokens: TokenPairs
+    sentences: SentenceObjective
+    sentence_weight: float
+    token_weight: float
 
     def prepare(self, rows: Rows) -> TokenBatch:
         """Packs this process's shard of both sides; every source sentence once."""
-        pairs, tokens, shard = self._sentences.pairs, self._tokens, processes().shard(rows)
-        batch = self._sentences.prepare(rows)
+        pairs, tokens, shard = self.sentences.pairs, self.tokens, processes().shard(rows)
+        batch = self.sentences.prepare(rows)
         sources, source_of_pair = np.unique(pairs.teacher.index[shard], return_inverse=True)
-        source = self._teacher.pack(tokens.sources, sources)
-        counts, linked = np.diff(tokens.offsets), pairs.distinct[shard]
-        owner = np.repeat(np.arange(len(shard)), counts[linked])
-        within = np.arange(len(owner)) - np.repeat(
-            np.cumsum(counts[linked]) - counts[linked], counts[linked]
-        )
-        at = tokens.offsets[linked][owner] + within
+        source = self.teacher.pack(tokens.sources, sources)
+        links = tokens.links.take(pairs.distinct[shard])
+        owner = links.pairs
+        source_token, target_token = map(torch.from_numpy, links.words.T)
         return TokenBatch(
             batch,
             source,
-            batch.sentences.starts[owner] + torch.from_numpy(tokens.target[at]),
-            source.starts[source_of_pair[owner]] + torch.from_numpy(tokens.source[at]),
+            batch.sentences.starts[owner] + target_token,
+            source.starts[source_of_pair[owner]] + source_token,
             torch.from_numpy(owner),
-            torch.from_numpy(counts[pairs.distinct[rows]]),
+            torch.from_numpy(tokens.links.counts(pairs.distinct[rows])),
         )
 
     def loss(self, batch: TokenBatch) -> Tensor:
@@ -330,10 +302,10 @@ class TokenObjective:
         gathered = processes().gather(lambda: self._errors(batch), len(weights))
         num_tokens = (weights * batch.num_tokens).sum()
         loss = (weights * gathered[:, 0].float()).sum() / num_tokens.clamp(min=1e-9)
-        if not self._sentence_weight:
-            return self._token_weight * loss
-        sentence_loss = self._sentences.loss_of(gathered[:, 1:], batch.pairs)
-        return self._sentence_weight * sentence_loss + self._token_weight * loss
+        if not self.sentence_weight:
+            return self.token_weight * loss
+        sentence_loss = self.sentences.loss_of(gathered[:, 1:], batch.pairs)
+        return self.sentence_weight * sentence_loss + self.token_weight * loss
 
     def _errors(self, batch: TokenBatch) -> Tensor:
         """For each pair of the shard the summed error of its tokens and, if asked, its embedding.
@@ -342,19 +314,19 @@ class TokenObjective:
             (shard, 1) or (shard, 1 + D).
         """
         target = batch.pairs.sentences
-        hidden = self._student.hidden_states(target)
-        codes = self._coder(hidden.flatten(0, 1)[batch.target_place])  # (L, K)
+        hidden = self.student.hidden_states(target)
+        codes = _coded_state(self.student).coder(hidden.flatten(0, 1)[batch.target_place])  # (L, K)
         with torch.no_grad():
-            states = self._teacher.hidden_states(batch.source).flatten(0, 1)
+            states = self.teacher.hidden_states(batch.source).flatten(0, 1)
         errors = (codes.float() - states[batch.source_place].float()).square().mean(dim=1)
         # A product with zeros and ones: adding at indices on a GPU gives other bits every time.
         sentences = torch.arange(len(target.terminals), device=hidden.device)
         belongs = (sentences[:, None] == batch.owner).float()  # (shard, L)
         with torch.autocast(hidden.device.type, enabled=False):
             summed: Tensor = belongs @ errors[:, None]
-        if not self._sentence_weight:
+        if not self.sentence_weight:
             return summed
-        embeddings = self._student.project(pool(hidden, target, self._student.pooling))
+        embeddings = self.student.project(pool(hidden, target, self.student.pooling))
         return torch.cat([summed, embeddings.float()], dim=1)
 
 

@@ -6,6 +6,7 @@ never run, and only safetensors weights are read: pickled ones could run code.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from transformers import (
 )
 
 from clseave_cli.core.config import Pooling
-from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
+from clseave_cli.core.models.encoders import ImageEncoder, Save, SentenceEncoder
 from clseave_cli.core.models.tokens import Filling, require_usable
 from clseave_cli.core.models.weights import load, load_linear, save_weights
 from clseave_cli.errors import ModelError
@@ -241,13 +242,13 @@ def _text_encoder(
     name: str | Path, layout: Layout, tower: Any, projection: Any, saved: Mapping[str, Any]
 ) -> SentenceEncoder:
     tokenizer = _load_tokenizer(name)
-    backbone, norm, projection, hub_model = layout.text_parts(tower, projection)
+    backbone, norm, projection, save = layout.text_parts(tower, projection)
     return SentenceEncoder(
         backbone,
         tokenizer,
         norm,
         projection,
-        hub_model=hub_model,
+        save=save,
         causal=layout.causal,
         pooling=layout.pooling,
         filling=Filling(tokenizer.pad_token_id, tokenizer.padding_side) if layout.fills else None,
@@ -256,9 +257,9 @@ def _text_encoder(
 
 
 def _image_encoder(name: str | Path, layout: Layout, *tower: Any) -> ImageEncoder:
-    backbone, projection, hub_model = layout.image_parts(*tower)
+    backbone, projection, save = layout.image_parts(*tower)
     processor = load(name, layout.loader("processor"))
-    return ImageEncoder(backbone, projection, processor, hub_model=hub_model)
+    return ImageEncoder(backbone, projection, processor, save)
 
 
 def _load_tokenizer(name: str | Path) -> Any:
@@ -286,8 +287,8 @@ def _load_tokenizer(name: str | Path) -> Any:
 PROJECTION = "projection.safetensors"
 
 #: A tower taken apart: backbone, (norm of the token that is read,) projection, and what saves it.
-TextParts = tuple[Any, nn.Module, nn.Linear, Any]
-ImageParts = tuple[Any, nn.Linear | None, Any]
+TextParts = tuple[Any, nn.Module, nn.Linear, Save]
+ImageParts = tuple[Any, nn.Linear | None, Save]
 
 
 @dataclass(frozen=True)
@@ -298,8 +299,8 @@ class Layout:
         prefix: how the names of its transformers classes begin; the code of a family is imported
             only when it is used.
         text_parts: takes a text tower (and its projection, if that lies outside) apart: into
-            backbone, norm, projection and hub model of a `SentenceEncoder`.
-        image_parts: likewise, into backbone, projection and hub model of an `ImageEncoder`.
+            backbone, norm, projection and what saves it, of a `SentenceEncoder`.
+        image_parts: likewise, into backbone, projection and what saves it, of an `ImageEncoder`.
         pooling: the token of a text that is read.
         causal: tokens look back only.
         fills: texts are padded up to the limit, and the padding is read as well.
@@ -332,32 +333,19 @@ class Layout:
         return loader
 
 
-class _Projected:
-    """A tower and its projection, which no class of transformers holds together."""
-
-    def __init__(self, tower: Any, projection: nn.Linear) -> None:
-        self._tower, self._projection = tower, projection
-
-    def save_pretrained(self, folder: Path) -> None:
-        """Writes the tower in Hugging Face layout, the projection beside it."""
-        self._tower.save_pretrained(folder)
-        save_weights(self._projection, folder / PROJECTION)
+def _save_projected(tower: Any, projection: nn.Linear, folder: Path) -> None:
+    """Writes a tower and its projection, which no class of transformers holds together."""
+    tower.save_pretrained(folder)
+    save_weights(projection, folder / PROJECTION)
 
 
-class _Headed:
-    """A tower whose last layer is read by itself; put back for saving."""
-
-    def __init__(self, tower: Any) -> None:
-        self._tower, self._head = tower, tower.head
-        tower.head = nn.Identity()  # or its weights would stand in the encoder twice
-
-    def save_pretrained(self, folder: Path) -> None:
-        """Writes the tower with its head in Hugging Face layout."""
-        self._tower.head = self._head
-        try:
-            self._tower.save_pretrained(folder)
-        finally:
-            self._tower.head = nn.Identity()
+def _save_headed(tower: Any, head: nn.Linear, folder: Path) -> None:
+    """Writes a tower whose last layer was taken out to be read by itself."""
+    tower.head = head
+    try:
+        tower.save_pretrained(folder)
+    finally:
+        tower.head = nn.Identity()
 
 
 class _NaFlex(nn.Module):
@@ -387,41 +375,42 @@ class _NaFlex(nn.Module):
 
 def _clip_text(model: Any, _: None) -> TextParts:
     """CLIP: the tower's own last normalisation, then a projection."""
-    return model.text_model, nn.Identity(), model.text_projection, model
+    return model.text_model, nn.Identity(), model.text_projection, model.save_pretrained
 
 
 def _clip_image(model: Any, _: None) -> ImageParts:
-    return model.vision_model, model.visual_projection, model
+    return model.vision_model, model.visual_projection, model.save_pretrained
 
 
 def _siglip_text(tower: Any, _: None) -> TextParts:
     head = tower.head
-    return tower, nn.Identity(), head, _Headed(tower)
+    tower.head = nn.Identity()  # or its weights would stand in the encoder twice
+    return tower, nn.Identity(), head, functools.partial(_save_headed, tower, head)
 
 
 def _siglip_image(tower: Any, _: None) -> ImageParts:
     """SigLIP: pooled by attention, and that is the embedding."""
-    return tower, None, tower
+    return tower, None, tower.save_pretrained
 
 
 def _siglip2_image(tower: Any, _: None) -> ImageParts:
-    return _NaFlex(tower), None, tower
+    return _NaFlex(tower), None, tower.save_pretrained
 
 
 def _chinese_clip_text(tower: Any, projection: nn.Linear) -> TextParts:
     """Chinese-CLIP: a BERT without normalisation, then a projection."""
     tower.pooler = None  # made up by transformers, see `_load_tower`
-    return tower, nn.Identity(), projection, _Projected(tower, projection)
+    return tower, nn.Identity(), projection, functools.partial(_save_projected, tower, projection)
 
 
 def _altclip_text(tower: Any, projection: nn.Linear) -> TextParts:
     """AltCLIP: an XLM-RoBERTa; normalised, transformed to CLIP's width, projected."""
     norm = nn.Sequential(tower.pre_LN, tower.transformation)
-    return tower.roberta, norm, projection, _Projected(tower, projection)
+    return tower.roberta, norm, projection, functools.partial(_save_projected, tower, projection)
 
 
 def _projected_image(tower: Any, projection: nn.Linear) -> ImageParts:
-    return tower, projection, _Projected(tower, projection)
+    return tower, projection, functools.partial(_save_projected, tower, projection)
 
 
 #: By the `model_type` of the whole model; that of a tower ends in `_text_model`, `_vision_model`.

@@ -6,7 +6,7 @@ Legend: B sentences or images · R rows · T tokens in a row · H hidden width �
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,9 @@ _EMBEDDED_AT_ONCE = {"cuda": 4096, "cpu": 512}
 #: What a configuration says of how it was saved, not of what the model computes.
 _OF_SAVING = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 
+#: Writes a tower into a folder, in Hugging Face layout.
+Save = Callable[[Path], object]
+
 #: What packing is checked on; the long one reaches beyond the windows of local attention.
 _PROBES = (
     "a",
@@ -65,7 +68,7 @@ class SentenceEncoder(nn.Module):
         norm: nn.Module,
         projection: nn.Linear,
         *,
-        hub_model: Any,
+        save: Save,
         causal: bool,
         max_tokens: int,
         first_position: int | None,
@@ -83,8 +86,8 @@ class SentenceEncoder(nn.Module):
             norm: applied to the pooled hidden state (identity where the backbone ends in a
                 normalisation of its own).
             projection: H → D.
-            hub_model: what saves itself in Hugging Face layout (`save_pretrained`): the backbone,
-                or a model around it that shares its weights.
+            save: writes it in Hugging Face layout: the backbone, or a model around it that shares
+                its weights.
             causal: tokens look back only (CLIP).
             max_tokens: longest sentence, terminal token included.
             first_position: position id of a sentence's first token; None: the backbone is never
@@ -99,7 +102,7 @@ class SentenceEncoder(nn.Module):
         self.norm = norm
         self.projection = projection
         self.tokenizer = tokenizer
-        self._hub_model = (hub_model,)  # a tuple, so that its weights are not registered twice
+        self._save = save
         self.causal = causal
         self.max_tokens = max_tokens
         self.first_position = first_position
@@ -256,7 +259,7 @@ class SentenceEncoder(nn.Module):
     @quiet()
     def save_pretrained(self, folder: Path) -> None:
         """Writes model and tokenizer in Hugging Face layout."""
-        self._hub_model[0].save_pretrained(folder)
+        self._save(folder)
         self.tokenizer.save_pretrained(folder)
 
     def digest(self) -> str:
@@ -318,12 +321,7 @@ class ImageEncoder(nn.Module):
     _std: Tensor
 
     def __init__(
-        self,
-        backbone: Any,
-        projection: nn.Linear | None,
-        processor: Any,
-        *,
-        hub_model: Any,
+        self, backbone: Any, projection: nn.Linear | None, processor: Any, save: Save
     ) -> None:
         """Puts the parts together.
 
@@ -331,14 +329,14 @@ class ImageEncoder(nn.Module):
             backbone: gives a `pooler_output` for `pixel_values`.
             projection: H → D, no bias; None: the pooled output is the embedding (SigLIP).
             processor: its image processor.
-            hub_model: what saves itself in Hugging Face layout: the transformers model around both.
+            save: writes both in Hugging Face layout.
         """
         super().__init__()
         self.backbone = backbone
         self.projection = nn.Identity() if projection is None else projection
         self.processor = processor
         self._width = backbone.config.hidden_size if projection is None else projection.out_features
-        self._hub_model = (hub_model,)  # a tuple, so that its weights are not registered twice
+        self._save = save
         self._preparation = Preparation.of(processor)
         if self._preparation is not None:
             for name in ("mean", "std"):
@@ -358,7 +356,7 @@ class ImageEncoder(nn.Module):
     @quiet()
     def save_pretrained(self, folder: Path) -> None:
         """Writes model and image processor in Hugging Face layout."""
-        self._hub_model[0].save_pretrained(folder)
+        self._save(folder)
         self.processor.save_pretrained(folder)
 
     def digest(self) -> str:

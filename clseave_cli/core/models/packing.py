@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -47,17 +48,12 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """The batch on another device."""
-
-        def move(part: Tensor) -> Tensor:
-            return part.to(device, non_blocking=True)
-
-        return PackedBatch(
-            move(self.input_ids),
-            move(self.positions),
-            move(self.segments),
-            move(self.terminals),
-            self.groups,
-        )
+        moved: dict[str, Any] = {
+            name: part.to(device, non_blocking=True)
+            for name, part in vars(self).items()
+            if isinstance(part, Tensor)
+        }
+        return replace(self, **moved)
 
     def parts(self) -> Iterator[PackedBatch]:
         """Each group of rows by itself, cut to the places it uses; it knows no terminals."""

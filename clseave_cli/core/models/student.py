@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from clseave_cli.core.config import Code, Pooling, SentenceToken
 from clseave_cli.core.data.records import is_language
-from clseave_cli.core.files import read_json
+from clseave_cli.core.files import json_object
 from clseave_cli.core.models import backbones
 from clseave_cli.core.models.encoders import SentenceEncoder
-from clseave_cli.core.models.folder import is_of_format, peek, seal, unsealed
+from clseave_cli.core.models.folder import peek, seal, unsealed
 from clseave_cli.core.models.tokens import Trimmed
-from clseave_cli.core.models.vocabulary import restore_vocabulary
 from clseave_cli.core.models.weights import load_weights, save_weights
 from clseave_cli.errors import ModelError
 
@@ -212,16 +211,33 @@ def restore_student(folder: Path, encoder: str | Path | None = None) -> Sentence
         ModelError: as `load_student`, or its vocabulary is whole, or that is another encoder.
     """
     student = load_student(folder)
-    if student.trimmed is None:
+    trimmed = student.trimmed
+    if trimmed is None:
         raise ModelError(f"{folder}: its vocabulary is whole already; nothing to restore.")
     whole = _student(
-        *backbones.load_encoder(encoder or student.trimmed.encoder),
+        *backbones.load_encoder(encoder or trimmed.encoder),
         student.embedding_dim,
         student.pooling,
         student.norm.coding if isinstance(student.norm, CodedState) else None,
         student.packing,
     )
-    return restore_vocabulary(student, whole).eval()
+    table = whole.backbone.get_input_embeddings()
+    names = whole.tokenizer.convert_ids_to_tokens(trimmed.kept.tolist())
+    if (
+        table.num_embeddings != trimmed.num_tokens
+        or names != student.tokenizer.convert_ids_to_tokens(list(range(len(names))))
+    ):
+        raise ModelError(
+            f"{whole.tokenizer.name_or_path}: not the encoder that was trimmed "
+            f"({trimmed.encoder}, {trimmed.num_tokens} tokens)."
+        )
+    state = student.state_dict()
+    rows = student.backbone.get_input_embeddings().weight.detach()
+    (key,) = (name for name, value in whole.named_parameters() if value is table.weight)
+    state[key] = table.weight.detach().clone()
+    state[key][torch.from_numpy(trimmed.kept)] = rows.to(state[key].device)
+    whole.load_state_dict(state)
+    return whole.eval()
 
 
 def student_fingerprint(folder: Path) -> str:
@@ -256,26 +272,21 @@ def find_students(runs: Path) -> dict[str, Path]:
     other does: `load_student` says what is wrong with it, and no other language is held up.
     """
     ranked: dict[str, tuple[bool, int, Path]] = {}
+    languages: Any
     for config in sorted(runs.glob("[!.]*/config.json")):
-        folder = config.parent
-        if not (folder.name.startswith("align-") or is_of_format(folder, FORMAT)):
+        folder, content = config.parent, json_object(config)
+        if not (folder.name.startswith("align-") or content.get("format") == FORMAT):
             continue
         try:
-            is_unreadable, languages = False, list(map(str, peek(folder, FORMAT)["languages"]))
+            is_unreadable, languages = False, list(peek(folder, FORMAT)["languages"])
         except (ModelError, KeyError, TypeError):
-            is_unreadable, languages = True, _languages_named(folder)
-        for language in filter(is_language, languages):
+            is_unreadable, languages = True, content.get("languages", ())
+            if not isinstance(languages, list):
+                languages = folder.name.removeprefix("align-").split("+")
+        for language in filter(is_language, map(str, languages)):
             rank = (is_unreadable, len(languages), folder)
             ranked[language] = min(rank, ranked.get(language, rank))
     return {language: folder for language, (_, _, folder) in sorted(ranked.items())}
-
-
-def _languages_named(folder: Path) -> list[str]:
-    """The languages of a student whose config cannot be relied on."""
-    try:
-        return list(map(str, read_json(folder / "config.json")["languages"]))
-    except (ModelError, KeyError, TypeError):
-        return folder.name.removeprefix("align-").split("+")
 
 
 def _student(
@@ -298,7 +309,7 @@ def _student(
         tokenizer,
         norm,
         projection,
-        hub_model=model,
+        save=model.save_pretrained,
         causal=False,
         pooling=pooling,
         **backbones.reading(model, tokenizer, saved or {}),

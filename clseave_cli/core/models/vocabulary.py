@@ -123,40 +123,6 @@ def trim_vocabulary(
     return places
 
 
-def restore_vocabulary(encoder: SentenceEncoder, whole: SentenceEncoder) -> SentenceEncoder:
-    """Undoes `trim_vocabulary`: the encoder as if it had been trained without it.
-
-    Args:
-        encoder: a trimmed one.
-        whole: the encoder it was trimmed from, as it was; it is changed and returned.
-
-    Returns:
-        `whole`, with the word vectors of the kept tokens and every other weight of `encoder`.
-
-    Raises:
-        ModelError: `whole` is another encoder.
-    """
-    trimmed = encoder.trimmed
-    assert trimmed is not None
-    table = whole.backbone.get_input_embeddings()
-    names = whole.tokenizer.convert_ids_to_tokens(trimmed.kept.tolist())
-    if (
-        table.num_embeddings != trimmed.num_tokens
-        or names != encoder.tokenizer.convert_ids_to_tokens(list(range(len(trimmed.kept))))
-    ):
-        raise ModelError(
-            f"{whole.tokenizer.name_or_path}: not the encoder that was trimmed "
-            f"({trimmed.encoder}, {trimmed.num_tokens} tokens)."
-        )
-    state = encoder.state_dict()
-    rows = encoder.backbone.get_input_embeddings().weight.detach()
-    (key,) = (name for name, value in whole.named_parameters() if value is table.weight)
-    state[key] = table.weight.detach().clone()
-    state[key][torch.from_numpy(trimmed.kept)] = rows.to(state[key].device)
-    whole.load_state_dict(state)
-    return whole
-
-
 def _closure(content: dict[str, Any], used: set[int], name: str) -> set[int]:
     """Used tokens, and all that must stay with them."""
     model = content["model"]

@@ -11,9 +11,9 @@ as they would without a graph, so a state saved in between holds all that the ne
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,22 +29,6 @@ _MOST_SINGLE_SHAPES = 256
 Batch = TypeVar("Batch")
 
 
-class Recorder(Protocol):
-    """What captures the work of a function and repeats it; on a GPU, a CUDA graph."""
-
-    def capture(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """Records `work` without running it.
-
-        Returns:
-            What runs it again, and the tensor its result is written to each time.
-        """
-        ...
-
-    def beside(self) -> AbstractContextManager[Any]:
-        """Where recorded and plain work both run, in order with what comes before and after."""
-        ...
-
-
 class CudaRecorder:
     """CUDA graphs that share one pool of memory: at any time only one of them is being run.
 
@@ -57,7 +41,11 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def capture(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """See `Recorder`."""
+        """Records `work` without running it.
+
+        Returns:
+            What runs it again, and the tensor its result is written to each time.
+        """
         graph = torch.cuda.CUDAGraph()
         # Another thread is locking pages for the next batches meanwhile, which is no part of this.
         mode = "thread_local"
@@ -71,26 +59,16 @@ class CudaRecorder:
             raise
         return graph.replay, result
 
-    def beside(self) -> AbstractContextManager[Any]:
-        """See `Recorder`."""
-        return _Beside(self._stream)
-
-
-class _Beside:
-    """A stream that waits for the current one when entered, and is waited for when left."""
-
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._stream = stream
-        self._context = torch.cuda.stream(stream)
-
-    def __enter__(self) -> None:
-        self._before = torch.cuda.current_stream(self._stream.device)
-        self._stream.wait_stream(self._before)
-        self._context.__enter__()  # type: ignore[no-untyped-call]
-
-    def __exit__(self, *error: object) -> None:
-        self._context.__exit__(*error)
-        self._before.wait_stream(self._stream)
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Where recorded and plain work both run, in order with what comes before and after."""
+        before = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(before)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            before.wait_stream(self._stream)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -118,7 +96,7 @@ class Captured(Generic[Batch]):
         self,
         function: Callable[[Batch], Tensor],
         device: torch.device,
-        recorder: Recorder | None,
+        recorder: CudaRecorder | None,
         note: Callable[[str], None],
     ) -> None:
         self._function = function
@@ -139,9 +117,9 @@ class Captured(Generic[Batch]):
         The result is overwritten by the next call.
         """
         recorder = self._recorder
-        with nullcontext() if recorder is None else recorder.beside():
-            if recorder is None:
-                return self._function(on_device(batch, self._device))
+        if recorder is None:
+            return self._function(on_device(batch, self._device))
+        with recorder.beside():
             shape = _shape(batch)
             graph = self._graphs.get(shape)
             if graph is None and shape in self._met and len(self._graphs) < _MOST_GRAPHS:
@@ -151,20 +129,20 @@ class Captured(Generic[Batch]):
             if graph is None:
                 self._remember(shape)
                 return self._function(on_device(batch, self._device))
-            for own, given in zip(graph.inputs, tensors_of(batch), strict=True):
-                own.copy_(given, non_blocking=True)
+            for copied, given in zip(graph.inputs, tensors_of(batch), strict=True):
+                copied.copy_(given, non_blocking=True)
             graph.replay()
             return graph.result
 
-    def _capture(self, recorder: Recorder, batch: Batch) -> _Graph | None:
+    def _capture(self, recorder: CudaRecorder, batch: Batch) -> _Graph | None:
         # Outside of the recording, so that the copies are no part of it.
-        own = on_device(batch, self._device, copy=True)
+        copied = on_device(batch, self._device, copy=True)
         try:
-            replay, result = recorder.capture(lambda: self._function(own))
+            replay, result = recorder.capture(lambda: self._function(copied))
         except RuntimeError as error:
             self.give_up(str(error).splitlines()[0])
             return None
-        return _Graph(tensors_of(own), replay, result)
+        return _Graph(tensors_of(copied), replay, result)
 
     def _remember(self, shape: Hashable) -> None:
         self._met.add(shape)
@@ -214,15 +192,15 @@ class Gradients:
         fresh = [parameter.grad for parameter in self._parameters]
         if self._sums is None:
             self._sums = [None if new is None else torch.empty_like(new) for new in fresh]
-        if [new is None for new in fresh] != [own is None for own in self._sums]:
+        if [new is None for new in fresh] != [kept is None for kept in self._sums]:
             raise UnevenGradients("a part of the model has no gradient in one batch of several")
-        own, new = (
+        kept, new = (
             [tensor for tensor in tensors if tensor is not None] for tensors in (self._sums, fresh)
         )
         if add:
-            torch._foreach_add_(own, new)
+            torch._foreach_add_(kept, new)
         else:
-            torch._foreach_copy_(own, new)
+            torch._foreach_copy_(kept, new)
         for parameter, gradient in zip(self._parameters, self._sums, strict=True):
             parameter.grad = gradient
 

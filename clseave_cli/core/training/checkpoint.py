@@ -1,7 +1,7 @@
 """Training state on disk: everything the next step depends on, as safetensors and JSON.
 
 A state is a folder `state-{step}`, written aside and renamed, with a digest per file. What is not
-stored is derived: the order of the examples from seed, epoch and the dev figures of the last one,
+stored is derived: the order of the examples from seed, epoch and the dev metrics of the last one,
 the learning rate from the step.
 """
 
@@ -17,13 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from clseave_cli.core.files import (
-    atomic_folder,
-    file_digest,
-    json_digest,
-    read_json,
-    write_json,
-)
+from clseave_cli.core.files import atomic_folder, file_digest, json_digest, read_json, write_json
 from clseave_cli.errors import ModelError
 
 #: Name of a state's folder.
@@ -39,12 +33,12 @@ class LoopState:
         pairs: examples trained on, repeats counted.
         epoch: epochs done.
         batch: batches of the current epoch done.
-        best: the dev figure of the best epoch so far.
+        best: the dev metric of the best epoch so far.
         best_epoch: that epoch, counted from 1.
-        dev: all dev figures of the best epoch.
+        dev: all dev metrics of the best epoch.
         last_dev: those of the last epoch done.
         epochs_without_gain: epochs since then.
-        sums: of the training loss and the stage's figures over this epoch's examples.
+        sums: of the training loss and the stage's metrics over this epoch's examples.
         num_seen: examples seen this epoch.
         seconds: wall time of earlier sittings and this one.
         metrics_bytes: length of metrics.jsonl at this point.
@@ -113,15 +107,14 @@ def load_state(
     """
     states = sorted(_states(folder), reverse=True)
     for path in states:
-        if not _sound(path):
+        stored = _sound_record(path)
+        if stored is None:
             continue
-        stored = _read_record(path)
         restore(module, load_file(path / "module.safetensors"))
         _restore_optimizer(optimizer, load_file(path / "optimizer.safetensors"))
         # Empty where the run scaled no loss so far: `auto` is another precision on another device.
         if scale := stored.pop("scaler"):
             scaler.load_state_dict(scale)
-        stored.pop("files")
         best_path = path / "best.safetensors"
         best = load_file(best_path) if best_path.exists() else None
         _restore_random(load_file(path / "random.safetensors"), device)
@@ -161,33 +154,28 @@ def _frozen(module: nn.Module) -> set[str]:
 
 
 def _states(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return [path for path in folder.iterdir() if STATE.fullmatch(path.name)]
+    return [path for path in folder.glob("state-*") if STATE.fullmatch(path.name)]
 
 
-def _sound(path: Path) -> bool:
+def _sound_record(path: Path) -> dict[str, Any] | None:
+    """What a state says of itself; None if it, or a file that it lists, is damaged or missing."""
     try:
-        files = _read_record(path)["files"]
-        return all(file_digest(path / Path(name).name) == files[name] for name in files)
+        record: dict[str, Any] = read_json(path / "state.json")
+        intact = record.pop("digest") == json_digest(record)
+        files = record.pop("files")
+        intact &= all(file_digest(path / Path(name).name) == files[name] for name in files)
     except Exception:
         # Whatever is wrong with it, an unsound state is one we do not use.
-        return False
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    record: dict[str, Any] = read_json(path / "state.json")
-    if record.pop("digest") != json_digest(record):
-        raise ModelError(f"{path / 'state.json'}: damaged.")
-    return record
+        return None
+    return record if intact else None
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors = {}
-    for number, values in optimizer.state_dict()["state"].items():
-        for name, value in values.items():
-            tensors[f"{number}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
-    return tensors
+    return {
+        f"{number}.{name}": torch.as_tensor(value).detach().cpu().contiguous()
+        for number, values in optimizer.state_dict()["state"].items()
+        for name, value in values.items()
+    }
 
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:

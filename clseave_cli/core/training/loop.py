@@ -1,7 +1,7 @@
 """The training loop of every stage: a step function in, a frozen result out.
 
 The loop knows no model. It is given a module to train, a function from example numbers to a loss,
-and a function that gives dev figures; it does batching, schedule, precision, early stopping,
+and a function that gives dev metrics; it does batching, schedule, precision, early stopping,
 records, interruption and resumption.
 """
 
@@ -17,8 +17,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, TypeVar
@@ -28,15 +28,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from clseave_cli.core.config import TrainingConfig
+from clseave_cli.core.config import Schedule, TrainingConfig
 from clseave_cli.core.files import write_json, writing
-from clseave_cli.core.training.capture import (
-    Captured,
-    CudaRecorder,
-    Gradients,
-    Recorder,
-    UnevenGradients,
-)
+from clseave_cli.core.training.capture import Captured, CudaRecorder, Gradients, UnevenGradients
 from clseave_cli.core.training.checkpoint import (
     LoopState,
     load_state,
@@ -52,7 +46,7 @@ from clseave_cli.errors import Interrupted, TrainingError
 from clseave_cli.processes import ahead
 from clseave_cli.progress import SILENT, Progress
 
-#: Records in metrics.jsonl per epoch, the one with the dev figures apart.
+#: Records in metrics.jsonl per epoch, the one with the dev metrics apart.
 _RECORDS_PER_EPOCH = 20
 
 #: Batches prepared ahead of the step.
@@ -64,7 +58,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Selection:
-    """The dev figure that chooses the checkpoint and stops the run."""
+    """The dev metric that chooses the checkpoint and stops the run."""
 
     metric: str
     best: Literal["lowest", "highest"]
@@ -88,16 +82,16 @@ class Stage:
             depends on their numbers alone. Tensors, or data classes and tuples of them: the loop
             brings them to the device.
         loss: the mean loss of prepared examples, a scalar that can be differentiated; of several
-            processes, each gives that of all examples (`distribution`). Where `figures` are named,
-            their means stand behind it: (1 + figures,).
-        evaluate: dev figures; called with the module in eval mode and gradients off.
+            processes, each gives that of all examples (`distribution`). Where `metrics` are named,
+            their means stand behind it: (1 + metrics,).
+        evaluate: dev metrics; called with the module in eval mode and gradients off.
         selection: which of them chooses the checkpoint.
         title: goes into progress and messages, such as `align de`; otherwise the name.
-        sample: the batches of an epoch, from its number and the dev figures after the one before
+        sample: the batches of an epoch, from its number and the dev metrics after the one before
             (none before the first); as many as `batches` makes of `num_examples`. None: `batches`.
-        resumed: told the last dev figures when a saved state is gone on with, for an `evaluate`
-            that looks at the epoch before.
-        figures: what else is recorded of the training examples, averaged as the loss is.
+        resumed: given the last dev metrics when a saved state is resumed, for an `evaluate` that
+            looks at the epoch before.
+        metrics: what else is recorded of the training examples, averaged as the loss is.
     """
 
     name: str
@@ -110,7 +104,7 @@ class Stage:
     title: str = ""
     sample: Callable[[int, dict[str, float]], list[Rows]] | None = None
     resumed: Callable[[dict[str, float]], object] | None = None
-    figures: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.title or self.name
@@ -128,7 +122,7 @@ class TrainingResult:
         pairs_per_second: `pairs` over the time spent in training steps.
         peak_memory_bytes: largest memory of the process, or of the GPU where one is used.
         best_epoch: the epoch whose weights were kept, counted from 1.
-        dev: its dev figures.
+        dev: its dev metrics.
         stopped_early: whether patience ran out before the last epoch.
     """
 
@@ -154,7 +148,7 @@ def batches(num_examples: int, batch_size: int, *, seed: int, epoch: int) -> lis
 
 
 def overall(dev: dict[str, float]) -> dict[str, float]:
-    """The dev figures that are of the whole; those of a part are named `figure/part`."""
+    """The dev metrics of the whole; those of a part are named `metric/part`."""
     return {name: value for name, value in dev.items() if "/" not in name}
 
 
@@ -171,7 +165,7 @@ def train(
     Writes `metrics.jsonl`, `summary.json` and, while under way, `state-*` into `folder`.
 
     Raises:
-        TrainingError: the loss, a weight, or the dev figure that chooses is no longer finite.
+        TrainingError: the loss, a weight, or the dev metric that chooses is no longer finite.
         Interrupted: Ctrl-C or SIGTERM; the state was saved first.
         ClseaveError: the disk is full; the last good state is kept.
     """
@@ -222,12 +216,12 @@ class _Run:
         self.state = LoopState()
         self.best_weights: dict[str, Tensor] | None = None
         # Summed on the device in float64: exact enough, and reading it is the only wait.
-        self.sums = torch.zeros(1 + len(stage.figures), dtype=torch.float64, device=device)
+        self.sums = torch.zeros(1 + len(stage.metrics), dtype=torch.float64, device=device)
         self.step_seconds = 0.0
         self.pairs_stepped = 0
         self.earlier_seconds = 0.0
         self.started = self.saved_at = time.monotonic()
-        self.metrics = folder / "metrics.jsonl"
+        self.metrics_path = folder / "metrics.jsonl"
 
     def run(self) -> TrainingResult:
         torch.manual_seed(self.config.seed)
@@ -240,7 +234,13 @@ class _Run:
         stopped_early = False
         with (
             deterministic(self.device) as self.relax,
-            self._tracker() as self.show,
+            tracker(
+                self.config,
+                title=str(self.stage),
+                folder=self.folder,
+                first_step=self.state.step + 1,
+                progress=self.progress,
+            ) as self.show,
             _stop_signals() as stop_requested,
         ):
             if self.relax is not None and self.state.relaxed:
@@ -266,10 +266,10 @@ class _Run:
             for rows, parts in self._prepared(todo):
                 learning_rate = self._step(rows, parts)
                 recorded = state.step % self.record_every == 0
-                figures = self._record_step(learning_rate) if recorded else {}
+                metrics = self._record_step(learning_rate) if recorded else {}
                 self.step_seconds += time.monotonic() - begin
                 self.pairs_stepped += len(rows)
-                task.advance(len(rows), **figures)
+                task.advance(len(rows), **metrics)
                 self._save_if_due(stop_requested)
                 begin = time.monotonic()
 
@@ -338,7 +338,7 @@ class _Run:
         return compute()
 
     def _backward(self, parts: list[_Part]) -> Tensor:
-        """The gradient of a batch; returns the means of its loss and the stage's figures."""
+        """The gradient of a batch; returns the means of its loss and the stage's metrics."""
         sums = torch.zeros_like(self.sums)
         try:
             for part in parts:
@@ -378,7 +378,7 @@ class _Run:
         self.scaler.update()
         return learning_rate
 
-    def _recorder(self) -> Recorder | None:
+    def _recorder(self) -> CudaRecorder | None:
         """What captures steps, where they can be captured."""
         if self.device.type != "cuda":
             return None
@@ -395,10 +395,10 @@ class _Run:
         self.progress.note(f"{self.stage}: {message}")
 
     def _means(self) -> dict[str, float]:
-        """The loss and the stage's figures, of this epoch's examples so far."""
+        """The loss and the stage's metrics, of this epoch's examples so far."""
         means = (self.sums / self.state.num_seen).tolist()
         self._require_finite("the loss", means[0])
-        return dict(zip(("loss", *self.stage.figures), means, strict=True))
+        return dict(zip(("loss", *self.stage.metrics), means, strict=True))
 
     def _require_finite_weights(self) -> None:
         # The loss is that of the weights before the step. The largest one says it of all, at once.
@@ -413,40 +413,29 @@ class _Run:
             )
 
     def _record_step(self, learning_rate: float) -> dict[str, float]:
-        figures = {
+        metrics = {
             **self._means(),
             "learning_rate": learning_rate,
             "pairs_per_second": self.pairs_stepped / max(self.step_seconds, 1e-9),
         }
-        self._record(figures)
-        return {"loss": figures["loss"], "pairs/s": round(figures["pairs_per_second"])}
+        self._record(metrics)
+        return {"loss": metrics["loss"], "pairs/s": round(metrics["pairs_per_second"])}
 
-    def _record(self, figures: dict[str, Any]) -> None:
+    def _record(self, metrics: dict[str, Any]) -> None:
         if not self.processes.is_rank_0:
             return
         entry = {
             "stage": self.stage.name,
             "step": self.state.step,
             "epoch": self.state.epoch + 1,
-            **figures,
+            **metrics,
         }
-        with writing(self.metrics), self.metrics.open("a", encoding="utf-8") as stream:
+        with writing(self.metrics_path), self.metrics_path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(entry) + "\n")
         self.show(entry)
 
-    def _tracker(self) -> AbstractContextManager[Callable[[dict[str, Any]], object]]:
-        # Several processes are one run.
-        config = self.config if self.processes.is_rank_0 else replace(self.config, tracker="none")
-        return tracker(
-            config,
-            title=str(self.stage),
-            folder=self.folder,
-            first_step=self.state.step + 1,
-            progress=self.progress,
-        )
-
     def _end_epoch(self) -> bool:
-        """Dev figures, the best weights, the books of the epoch; True when patience is out."""
+        """Evaluates, keeps the best weights, closes the epoch; True when patience runs out."""
         means = self._means()
         self._require_finite_weights()
         self.stage.module.eval()
@@ -454,7 +443,7 @@ class _Run:
             dev = self.processes.agree(self._repeatable(self.stage.evaluate))
         metric = self.stage.selection.metric
         value = dev[metric]
-        self._require_finite(f"the dev figure {metric}", value)
+        self._require_finite(f"the dev metric {metric}", value)
         state = self.state
         state.last_dev = dev
         if self.stage.selection.better(value, state.best):
@@ -507,7 +496,7 @@ class _Run:
     def _save(self) -> None:
         self.state.sums = self.sums.tolist()
         self.state.seconds = self._seconds()
-        with writing(self.metrics), self.metrics.open("ab") as stream:
+        with writing(self.metrics_path), self.metrics_path.open("ab") as stream:
             # The state counts on these records: they must be on the disk before it is.
             os.fsync(stream.fileno())
             self.state.metrics_bytes = stream.tell()
@@ -540,7 +529,7 @@ class _Run:
 
     def _truncate_metrics(self) -> None:
         """Forgets records written after the state that the run continues from, and a torn one."""
-        with writing(self.metrics), self.metrics.open("a+b") as stream:
+        with writing(self.metrics_path), self.metrics_path.open("a+b") as stream:
             stream.seek(0)
             kept = stream.read(self.state.metrics_bytes)
             stream.truncate(kept.rfind(b"\n") + 1)
@@ -607,13 +596,7 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def learning_rate_factor(
-    step: int,
-    *,
-    total: int,
-    warmup: int,
-    schedule: Literal["constant", "linear", "cosine"],
-) -> float:
+def learning_rate_factor(step: int, *, total: int, warmup: int, schedule: Schedule) -> float:
     """The share of the peak learning rate used in a step.
 
     Args:

@@ -24,20 +24,22 @@ def resolve_device(name: str) -> torch.device:
         UsageError: no device is called so.
         ClseaveError: there is no such device here.
     """
-    if name == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        _fix_workspaces()
-        rank = local_rank()
-        return torch.device("cuda" if rank is None else f"cuda:{rank % torch.cuda.device_count()}")
+    rank = local_rank()
+    if name != "auto":
+        chosen = name
+    elif not torch.cuda.is_available():
+        chosen = "cpu"
+    else:
+        chosen = "cuda" if rank is None else f"cuda:{rank % torch.cuda.device_count()}"
     try:
-        device = torch.device(name)
+        device = torch.device(chosen)
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {name}: unknown; expected auto, cpu, cuda or cuda:N.")
     if device.type == "cuda":
-        _fix_workspaces()
+        # cuBLAS repeats itself to the bit only with a fixed workspace; it asks once, at its start.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
             raise ClseaveError(
@@ -76,7 +78,10 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
         return precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if _cpu_multiplies_bf16() else "fp32"
+    # torch also runs bfloat16 where it must emulate it, several times slower than float32.
+    capabilities = torch.cpu.get_capabilities()
+    multiplies = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return "bf16" if multiplies else "fp32"
 
 
 @dataclass(frozen=True)
@@ -103,14 +108,3 @@ class Autocast:
 def autocast(precision: Precision, device: torch.device) -> Autocast:
     """What `--precision` means on a device."""
     return Autocast(resolve_precision(precision, device), device.type)
-
-
-def _fix_workspaces() -> None:
-    # cuBLAS repeats itself to the bit only with a fixed workspace, and asks for it at its start.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-
-def _cpu_multiplies_bf16() -> bool:
-    # torch also runs bfloat16 where it must emulate it, several times slower than float32.
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import transformers
 
-from clseave_cli.core.config import StageConfig, TrainingConfig
+from clseave_cli.core.config import TrainingConfig
 from clseave_cli.core.data.hub import data_folder
 from clseave_cli.core.files import (
     Kind,
@@ -88,11 +88,12 @@ class Run:
         self.out = out
         self._partial = _partial(out)
         self.folder = self._partial / "training"
-        self._stage, self._config, self._resume = stage, config, config.resume
+        self._stage, self._config = stage, config
         self._lock = ExitStack()
-        self._record = {
+        self._record: dict[str, Any] = {
             "stage": stage,
-            "options": plain_options(config),
+            # As JSON keeps them, to be compared with those of a run to be resumed.
+            "options": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
             "inputs": inputs,
             "versions": {
                 "clseave": __version__,
@@ -123,17 +124,32 @@ class Run:
                 with atomic_folder(self.folder) as folder:
                     write_json(folder / "run.json", self._record)
                 fsync_folder(self.out.parent)
-            elif not self._resume:
+            elif not self._config.resume:
                 raise UsageError(
                     f"{self._partial}: an unfinished run lies there; --resume continues it, "
                     "deleting that folder forgets it."
                 )
             record = read_json(self.folder / "run.json")
-            require_same(record, self._record, self._partial)
+            self._require_same(record)
             sweep(self._partial)
             sweep(self.folder)
             self._lock = lock.pop_all()
         return int(record.get("threads", torch.get_num_threads()))
+
+    def _require_same(self, record: dict[str, Any]) -> None:
+        """Refuses to resume a run that was started with other options or inputs.
+
+        Raises:
+            UsageError: names the first that differs.
+        """
+        for group in ("options", "inputs"):
+            for name, value in self._record[group].items():
+                old = record[group].get(name)
+                if name not in _FREE_OPTIONS and not _same(old, value):
+                    raise UsageError(
+                        f"{self._partial}: was run with {name} = {old!r}, not {value!r}; "
+                        "resume with the same options and data, or delete that folder."
+                    )
 
     def _require_replaceable(self) -> None:
         require_replaceable(self.out, model_kind(self._stage), self._config)
@@ -149,21 +165,22 @@ class Run:
         Raises:
             ClseaveError: the disk is full, or a file is in the way; the partial folder is kept.
         """
-        processes().once(lambda: self._publish(save, card))
 
-    def _publish(self, save: Callable[[Path], Any], card: str) -> None:
-        with atomic_folder(self.out) as folder:
-            save(folder)
-            (folder / "README.md").write_text(card, encoding="utf-8")
-            (folder / "training").mkdir()
-            for name in _RECORDS:
-                shutil.copyfile(self.folder / name, folder / "training" / name)
-            if (events := self.folder / tracking.TENSORBOARD_FOLDER).is_dir():
-                shutil.copytree(events, folder / "training" / events.name)
-            self._require_replaceable()
-        # In one step, so that a kill leaves no half of it behind to be resumed.
-        doomed = self._partial.rename(aside(self._partial))
-        shutil.rmtree(doomed, ignore_errors=True)
+        def write() -> None:
+            with atomic_folder(self.out) as folder:
+                save(folder)
+                (folder / "README.md").write_text(card, encoding="utf-8")
+                (folder / "training").mkdir()
+                for name in _RECORDS:
+                    shutil.copyfile(self.folder / name, folder / "training" / name)
+                if (events := self.folder / tracking.TENSORBOARD_FOLDER).is_dir():
+                    shutil.copytree(events, folder / "training" / events.name)
+                self._require_replaceable()
+            # In one step, so that a kill leaves no half of it behind to be resumed.
+            doomed = self._partial.rename(aside(self._partial))
+            shutil.rmtree(doomed, ignore_errors=True)
+
+        processes().once(write)
 
 
 def is_complete(out: Path) -> bool:
@@ -202,32 +219,6 @@ def public_name(model: str) -> str:
     """How a model card calls a model: its hub id, or a folder's name without the local path."""
     path = Path(model)
     return path.resolve().name if path.is_dir() or len(path.parts) > 2 else model
-
-
-def plain_options(config: StageConfig) -> dict[str, Any]:
-    """Every resolved option, as JSON keeps it."""
-    options: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    return options
-
-
-def require_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
-    """Refuses to go on with what was made in another way.
-
-    Args:
-        old: `options` and `inputs` of the record that lies there.
-        new: those of this run.
-        folder: where it lies.
-
-    Raises:
-        UsageError: they differ; names the first.
-    """
-    for group in ("options", "inputs"):
-        for name, value in new[group].items():
-            if name not in _FREE_OPTIONS and not _same(old[group].get(name), value):
-                raise UsageError(
-                    f"{folder}: was run with {name} = {old[group].get(name)!r}, not {value!r}; "
-                    "resume with the same options and data, or delete that folder."
-                )
 
 
 def _same(old: Any, new: Any) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 from clseave_cli.core.config import TrainingConfig
 from clseave_cli.errors import ClseaveError
+from clseave_cli.processes import is_first_process
 from clseave_cli.progress import Progress
 
 TENSORBOARD_FOLDER = "tensorboard"  # beside metrics.jsonl
@@ -45,11 +46,11 @@ def tracker(
                 return call(*arguments)
         except Exception as error:  # whatever it is, the training is worth more
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            told = f"failed ({reason}); the run goes on without it, metrics.jsonl has everything."
-            progress.note(f"--tracker {config.tracker}: {told}")
+            rest = "the run goes on without it, metrics.jsonl has everything."
+            progress.note(f"--tracker {config.tracker}: failed ({reason}); {rest}")
             calls.clear()
 
-    if config.tracker != "none":
+    if config.tracker != "none" and is_first_process():  # several processes are one run
         calls += attempt(_open, config, title, folder, first_step) or ()
 
     try:

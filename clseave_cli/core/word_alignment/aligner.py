@@ -138,9 +138,7 @@ class WordAligner:
                 task.advance(len(numbers))
         self._encoder.train(was_training)
         links = torch.cat(parts).numpy()
-        links = links[np.argsort(links[:, 0], kind="stable")]
-        offsets = np.searchsorted(links[:, 0], np.arange(pairs.shape[1] + 1))
-        return Links(links[:, 1:], np.ones(len(links), dtype=bool), offsets)
+        return Links.of(links[:, 0], links[:, 1:], pairs.shape[1])
 
     def _states(self, side: WordTokens, sentences: npt.NDArray[np.intp]) -> tuple[Tensor, Tensor]:
         """(B, T, H) float32 states and (B, T) words of the tokens of some sentences."""
@@ -153,7 +151,9 @@ class WordAligner:
         words = torch.from_numpy(side.word_of_token)[torch.where(inside, offsets + token, 0)]
         words = words.masked_fill(~inside, NONE).to(states.device)
         places = batch.starts[:, None] + torch.where(inside, token, 0).to(states.device)
-        return take_states(states, places).float(), words
+        # In half the time of indexing.
+        states = states.index_select(0, places.flatten()).view(*places.shape, -1)
+        return states.float(), words
 
 
 def load_aligner(
@@ -171,11 +171,6 @@ def load_aligner(
     return WordAligner(
         encoder, name, layer=config.aligner_layer, threshold=config.aligner_threshold
     )
-
-
-def take_states(states: Tensor, places: Tensor) -> Tensor:
-    """(B, T, H) the states at (B, T) places of flattened rows; in half the time of indexing."""
-    return states.index_select(0, places.flatten()).view(*places.shape, -1)
 
 
 def link_words(

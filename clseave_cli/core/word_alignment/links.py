@@ -49,9 +49,28 @@ class Links:
         """(L,) the sentence pair that each link belongs to."""
         return np.repeat(np.arange(len(self)), np.diff(self.offsets))
 
+    @classmethod
+    def of(
+        cls, pairs: npt.NDArray[np.int64], words: npt.NDArray[np.int64], num_pairs: int
+    ) -> Links:
+        """Sure links in any order.
+
+        Args:
+            pairs: (L,) the sentence pair of each.
+            words: (L, 2) its words.
+            num_pairs: P.
+        """
+        order = np.argsort(pairs, kind="stable")
+        offsets = np.searchsorted(pairs[order], np.arange(num_pairs + 1))
+        return cls(words[order], np.ones(len(words), dtype=bool), offsets)
+
+    def counts(self, pairs: npt.NDArray[np.intp]) -> npt.NDArray[np.int64]:
+        """How many links the given pairs have."""
+        return self.offsets[pairs + 1] - self.offsets[pairs]
+
     def take(self, pairs: npt.NDArray[np.intp]) -> Links:
         """The links of the given pairs, in the given order."""
-        counts = np.diff(self.offsets)[pairs]
+        counts = self.counts(pairs)
         offsets = np.cumsum([0, *counts])
         at = np.arange(offsets[-1]) + np.repeat(self.offsets[pairs] - offsets[:-1], counts)
         return Links(self.words[at], self.sure[at], offsets)
