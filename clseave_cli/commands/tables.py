@@ -25,7 +25,7 @@ from clseave_cli.core.evaluation.summary import (
 
 if TYPE_CHECKING:
     from clseave_cli.core.evaluation.comparison import Comparison
-    from clseave_cli.core.evaluation.curve import DataCurves
+    from clseave_cli.core.evaluation.figures import DataCurves
     from clseave_cli.core.evaluation.results import LanguageResult, Results
 
 

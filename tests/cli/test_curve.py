@@ -8,7 +8,8 @@ from PIL import Image
 from tiny_world import read_jsonl, write_jsonl
 
 from clseave_cli.core.config import AlignConfig, CurveConfig, EvaluateConfig
-from clseave_cli.core.evaluation.curve import DataCurves, DataPoint, data_curves
+from clseave_cli.core.evaluation.curve import data_curves
+from clseave_cli.core.evaluation.figures import DataCurves, DataPoint
 from clseave_cli.core.evaluation.run import evaluate
 from clseave_cli.errors import UsageError
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clseave_cli.core.evaluation.figures import CurvePoint, LearningCurve
+from clseave_cli.core.evaluation.figures import LearningCurve
 from clseave_cli.core.evaluation.gallery import Gallery, GalleryEntry, GalleryItem
 from clseave_cli.core.evaluation.metrics import agreement, compare_predictions, score
 from clseave_cli.core.evaluation.results import Baselines, LanguageResult, Results, Signature
@@ -36,8 +36,8 @@ def make_results(languages=LANGUAGES, seed=0, num_rows=600):
                 "transfer": measure_transfer(student, teacher, np.arange(num_rows)),
             }
         results.append(
-            LanguageResult.from_scores(
-                scores,
+            LanguageResult(
+                **vars(scores),
                 lang=lang,
                 split="test",
                 hard_accuracy=float(right[::2].mean()),
@@ -91,17 +91,15 @@ def encoded_image(width, height, *, noise):
 
 @pytest.fixture(scope="session")
 def curves():
-    def points(figures):
-        return tuple(
-            CurvePoint(epoch, 1 / epoch, {name: value / epoch for name, value in figures.items()})
-            for epoch in range(1, 5)
-        )
+    def lines(**values):
+        values = {"train loss": 1.0} | {f"dev {name}": value for name, value in values.items()}
+        return {name: [(n, value / n) for n in range(1, 5)] for name, value in values.items()}
 
     return [
-        LearningCurve("pretrain", "clip", points({"loss": 2.0}), 4),
-        LearningCurve("finetune-ve", "clip-ve", points({"loss": 1.1, "accuracy": 0.8}), 3),
-        LearningCurve("align", "align-de", points({"mse": 0.03, "accuracy": 0.8}), None),
-        LearningCurve("align", "align-$ja$-円", points({"mse": 0.04, "accuracy": 0.7}), 4),
+        LearningCurve("pretrain", "clip", lines(loss=2.0), 4),
+        LearningCurve("finetune-ve", "clip-ve", lines(loss=1.1, accuracy=0.8), 3),
+        LearningCurve("align", "align-de", lines(mse=0.03, accuracy=0.8), None),
+        LearningCurve("align", "align-$ja$-円", lines(mse=0.04, accuracy=0.7), 4),
     ]
 
 

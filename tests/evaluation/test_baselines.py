@@ -13,7 +13,6 @@ from clseave_cli.core.evaluation.baselines import (
 from clseave_cli.core.evaluation.metrics import (
     accuracy_interval,
     compare_predictions,
-    mean_difference_interval,
 )
 from clseave_cli.core.evaluation.results import SeedSummary
 
@@ -120,16 +119,15 @@ def test_the_interval_of_one_training_is_that_of_its_accuracy():
     assert (again.low, again.high) == (pytest.approx(one.low), pytest.approx(one.high))
 
 
-def test_the_interval_of_one_difference_is_that_of_the_comparison():
+def test_the_difference_of_several_trainings_is_that_of_their_means():
     generator = np.random.default_rng(0)
     images = np.arange(400) // 8
     options = {"resamples": 300, "seed": 3}
     first, second = ([generator.random(400) < p for _ in range(3)] for p in (0.8, 0.7))
-    alone = mean_difference_interval(first[:1], second[:1], images, **options)
-    compared = compare_predictions(first[0], second[0], images, **options)
-    assert (alone.value, alone.low, alone.high) == (compared.value, compared.low, compared.high)
-    mean = mean_difference_interval(first, second, images, **options)
+    alone = compare_predictions(first[0], second[0], images, **options)
+    shares = [np.mean(of, axis=0) for of in (first, second)]
+    mean = compare_predictions(*shares, images, **options)
     assert mean.value == pytest.approx(np.mean(first) - np.mean(second))
     assert mean.high - mean.low < alone.high - alone.low
-    equal = mean_difference_interval(first, first, images, **options)
+    equal = compare_predictions(shares[0], shares[0], images, **options)
     assert (equal.value, equal.low, equal.high) == (0, 0, 0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clseave_cli.core.evaluation.figures import CurvePoint, LearningCurve, read_learning_curve
+from clseave_cli.core.evaluation.figures import LearningCurve, read_learning_curve
 from clseave_cli.core.evaluation.gallery import (
     THUMBNAIL_PIXELS,
     most_confident_errors,
@@ -36,12 +36,14 @@ def test_reads_the_epochs_of_a_run(tmp_path):
     assert read_learning_curve(model) == LearningCurve(
         "align",
         "align-de",
-        (
-            CurvePoint(1, 0.8, {"mse": 0.02, "accuracy": 0.6}, 0.5),
-            CurvePoint(2, 0.5, {"mse": 0.01}),
-        ),
+        {
+            "train loss": [(1, 0.8), (2, 0.5)],
+            "train accuracy": [(1, 0.5)],
+            "dev mse": [(1, 0.02), (2, 0.01)],
+            "dev accuracy": [(1, 0.6)],
+            "learning rate": [(0.5, 1e-4)],
+        },
         2,
-        ((0.5, 1e-4),),
     )
 
 

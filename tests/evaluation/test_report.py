@@ -75,7 +75,7 @@ def folder(results, curves, galleries, tmp_path_factory):
     results.write(folder)
     (folder / "figures").mkdir()
     (folder / "figures" / "old.png").write_bytes(b"of an older report")
-    path = write_report(results, folder, curves=curves, galleries=galleries, title=HOSTILE)
+    path = write_report(results, folder, curves=curves, galleries=galleries)
     assert path == folder / "report.html"
     return folder
 
@@ -274,7 +274,7 @@ def test_names_from_outside_cannot_break_a_figure(results):
 def page(results, figures=()):
     """The page of a document, without drawing anything."""
     drawn = dict.fromkeys(figures, Drawing(b"", (b"",)))
-    return Page(html_page("title", results, drawn, []))
+    return Page(html_page(results, drawn, []))
 
 
 def test_sections_show_what_was_measured(results):

@@ -19,7 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
 from clseave_cli.core.config import EvaluateConfig
-from clseave_cli.core.data.records import Split, check_leak, read_split, split_path
+from clseave_cli.core.data.records import Split, check_leak, distinct, read_split, split_path
 from clseave_cli.core.evaluation.metrics import Ints
 from clseave_cli.core.files import cache_root, file_digest, json_digest, read_json, write_json
 from clseave_cli.errors import ModelError
@@ -75,9 +75,9 @@ def predict_from_hypotheses(
     frequencies = TfidfVectorizer(token_pattern=_TOKEN, sublinear_tf=True, **grams)
     model = make_pipeline(frequencies, LogisticRegression(max_iter=1000, tol=1e-3))
     model.fit(texts, labels, logisticregression__sample_weight=weights)
-    distinct = sorted({_normalised(text) for text in test_hypotheses})
-    guesses = dict(zip(distinct, model.predict(distinct).tolist(), strict=True))
-    return np.array([guesses[_normalised(text)] for text in test_hypotheses], dtype=np.int64)
+    asked, index = distinct([_normalised(text) for text in test_hypotheses])
+    guesses: Ints = model.predict(asked)[index]
+    return guesses
 
 
 def _normalised(text: str) -> str:
@@ -112,6 +112,16 @@ def shuffled_rows(images: npt.ArrayLike, seed: int) -> Ints:
 
 
 @dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows to evaluate, as a model reads them."""
+
+    split: Split
+    lang: str  # language that the model reads
+    hypotheses: Sequence[str]  # (N,) in that language
+    translator: str = ""  # what translated them, if anything did
+
+
+@dataclass(frozen=True, eq=False)
 class Guesses:
     """Labels guessed without a photo."""
 
@@ -129,66 +139,63 @@ class HypothesisOnly:
     def __init__(self, config: EvaluateConfig, folder: Path, progress: Progress = SILENT) -> None:
         self._config, self._folder, self._progress = config, folder, progress
         self._must_not_leak = not config.allow_leak and config.train_split != config.split
+        options: dict[str, Any] = {"with_images": False, "skip_bad": config.skip_bad}
+        read = functools.partial(read_split, folder, config.train_split, **options)
         # The source language, and the language at hand: half a million rows each.
-        self._rows = functools.lru_cache(maxsize=2)(self._read_rows)
+        self._read = functools.lru_cache(maxsize=2)(read)
 
     def training_file(self, lang: str) -> Path | None:
         """Where the training rows of a language are; None: there are none to learn from."""
         return split_path(self._folder, self._config.train_split, lang)
 
-    def require(self, lang: str, split: Split, read: Sequence[str]) -> None:
+    def require(self, rows: Rows) -> None:
         """Refuses training rows that `guess` would refuse, without learning from them.
 
         Raises:
-            DataError: a bad row, or a photo of `split` among the training photos.
+            DataError: a bad row, or a photo of the rows among the training photos.
         """
-        training = self.training_file(lang)
-        if training is not None and self._kept(self._path(training, split, read), split) is None:
-            self._checked_rows(lang, split)
+        training = self.training_file(rows.lang)
+        if training is not None and self._kept(self._path(training, rows), rows) is None:
+            self._training_rows(rows)
 
-    def guess(self, lang: str, split: Split, read: Sequence[str]) -> Guesses | None:
-        """The guesses for a split; None without training rows.
-
-        `lang` is the language that the model reads, `read` are the (N,) hypotheses in it.
+    def guess(self, rows: Rows) -> Guesses | None:
+        """The guesses for some rows; None without training rows in the language the model reads.
 
         Raises:
             DataError: as `require`.
         """
-        training = self.training_file(lang)
+        training = self.training_file(rows.lang)
         if training is None:
             return None
-        path = self._path(training, split, read)
-        guesses = self._kept(path, split)
+        path = self._path(training, rows)
+        guesses = self._kept(path, rows)
         if guesses is None:
-            rows = self._checked_rows(lang, split)
-            with self._progress.task(f"{lang}: hypothesis-only classifier", 1) as task:
-                labels = predict_from_hypotheses(rows.hypotheses, rows.labels, read)
+            learnt = self._training_rows(rows)
+            with self._progress.task(f"{rows.lang}: hypothesis-only classifier", 1) as task:
+                labels = predict_from_hypotheses(learnt.hypotheses, learnt.labels, rows.hypotheses)
                 task.advance()
-            guesses = Guesses(majority_label(rows.labels), labels)
+            guesses = Guesses(majority_label(learnt.labels), labels)
             write_json(path, {"majority": guesses.majority, "labels": labels.tolist()})
         return guesses
 
-    def _read_rows(self, lang: str) -> Split:
-        split, skip_bad = self._config.train_split, self._config.skip_bad
-        return read_split(self._folder, split, lang, with_images=False, skip_bad=skip_bad)
-
-    def _checked_rows(self, lang: str, split: Split) -> Split:
-        rows = self._rows(lang)
+    def _training_rows(self, rows: Rows) -> Split:
+        training = self._read(rows.lang)
         if self._must_not_leak:
-            check_leak(rows, split)
-        return rows
+            check_leak(training, rows.split)
+        return training
 
-    def _path(self, training: Path, split: Split, read: Sequence[str]) -> Path:
-        asked = [list(read), split.image_names, self._config.skip_bad, self._must_not_leak]
+    def _path(self, training: Path, rows: Rows) -> Path:
+        names, skip_bad = rows.split.image_names, self._config.skip_bad
+        asked = [list(rows.hypotheses), names, skip_bad, self._must_not_leak]
         key = json_digest([_VERSION, sklearn.__version__, file_digest(training), asked])
         return cache_root() / "hypothesis-only" / f"{key}.json"
 
-    def _kept(self, path: Path, split: Split) -> Guesses | None:
+    def _kept(self, path: Path, rows: Rows) -> Guesses | None:
         """What the cache holds; None where it holds nothing, or a damaged file."""
         try:
             stored: Any = read_json(path) if path.is_file() else {}
             majority, labels = stored["majority"], stored["labels"]
-            if len(labels) != len(split) or not {majority, *labels} <= set(range(len(LABELS))):
+            if len(labels) != len(rows.split) or not {majority, *labels} <= {*range(len(LABELS))}:
                 return None
         except (ModelError, TypeError, KeyError):
             return None

@@ -83,9 +83,8 @@ def read_predicted_rows(folder: Path, lang: str) -> PredictedRows:
         try:
             pair_id, label = str(row["pairID"]), LABEL_IDS[row["label"]]
             triple = [float(p) for p in row["probabilities"]]
-            if len(triple) != len(LABELS) or not np.isfinite(triple).all():
-                raise ValueError
-            if LABEL_IDS[row["predicted"]] != int(np.argmax(triple)):
+            is_predicted = LABEL_IDS[row["predicted"]] == int(np.argmax(triple))
+            if len(triple) != len(LABELS) or not np.isfinite(triple).all() or not is_predicted:
                 raise ValueError
         except (ValueError, KeyError, TypeError):
             raise DataError.at(
@@ -157,11 +156,11 @@ def compare_reports(
         DataError: a folder has no predictions, they have no language or no row in common, or they
             disagree about a row's label or photo; or a `results.json` is of another format.
     """
-    ours, theirs = predicted_languages(first), predicted_languages(second)
-    common = [lang for lang in ours if lang in theirs]
+    in_first, in_second = predicted_languages(first), predicted_languages(second)
+    common = [lang for lang in in_first if lang in in_second]
     if not common:
         raise DataError(
-            f"{first} has {', '.join(ours)} and {second} has {', '.join(theirs)}: "
+            f"{first} has {', '.join(in_first)} and {second} has {', '.join(in_second)}: "
             "no language in common to compare."
         )
     by: dict[str, Any] = {"resamples": resamples, "seed": seed}
@@ -172,8 +171,8 @@ def compare_reports(
             compare_rows(*(read_predicted_rows(folder, lang) for folder in (first, second)), **by)
             for lang in common
         ],
-        missing_in_first=[lang for lang in theirs if lang not in ours],
-        missing_in_second=[lang for lang in ours if lang not in theirs],
+        missing_in_first=[lang for lang in in_second if lang not in in_first],
+        missing_in_second=[lang for lang in in_first if lang not in in_second],
         **by,
         signature_first=_signature(first),
         signature_second=_signature(second),
@@ -189,9 +188,9 @@ def rows_in_common(
 ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
     """The rows that both have by their ids, by number in the one and in the other."""
     place = {pair_id: row for row, pair_id in enumerate(second)}
-    rows = [(row, place[pair_id]) for row, pair_id in enumerate(first) if pair_id in place]
-    ours, others = np.array(rows, dtype=np.intp).reshape(-1, 2).T
-    return ours, others
+    pairs = [(row, place[pair_id]) for row, pair_id in enumerate(first) if pair_id in place]
+    rows, others = np.array(pairs, dtype=np.intp).reshape(-1, 2).T
+    return rows, others
 
 
 def compare_rows(

@@ -1,4 +1,4 @@
-"""The report's figures, as PNG files, and the learning curves that some of them show.
+"""The figures, as PNG files, and the curves that some of them show.
 
 Drawn with matplotlib's objects, never with pyplot, whose global state a library must not touch.
 Only language codes are written in them: the fonts that matplotlib brings have no CJK.
@@ -9,8 +9,9 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -36,32 +37,20 @@ _BLUES = LinearSegmentedColormap.from_list("blues", ["#ffffff", "#bcd3f5", "#3b7
 _DOTS_PER_INCH = 160
 _WIDTH = 7.6
 _LETTERS = [name[0].upper() for name in LABELS]
-_Points = Sequence[tuple[float, float]]
 
 
-# --- learning curves ---
-
-
-@dataclass(frozen=True)
-class CurvePoint:
-    """One epoch."""
-
-    epoch: int  # its number, from 1
-    train_loss: float  # mean loss of its training examples
-    dev: dict[str, float]  # the dev metrics after it, by name
-    train_accuracy: float | None = None  # of its training examples, where the stage measures it
+# --- curves ---
 
 
 @dataclass(frozen=True)
 class LearningCurve:
-    """How one training run went, epoch by epoch."""
+    """How one training run went."""
 
     stage: str  # `pretrain`, `finetune-ve` or `align`
     name: str  # name of the model folder, such as `align-de`
-    points: tuple[CurvePoint, ...]  # one an epoch, in order
+    # (epochs done, value) by metric: `train loss`, `dev mse`, … and the `learning rate`.
+    lines: dict[str, list[tuple[float, float]]]
     best_epoch: int | None = None  # the epoch whose weights were kept, if recorded
-    # The learning rate on the way: epochs done, and the rate.
-    rates: tuple[tuple[float, float], ...] = ()
 
 
 def read_learning_curve(model: Path) -> LearningCurve | None:
@@ -76,26 +65,78 @@ def read_learning_curve(model: Path) -> LearningCurve | None:
     path = model / "training" / "metrics.jsonl"
     if not path.is_file():
         return None
-    stage, points, steps = "", [], []
+    lines: dict[str, list[tuple[float, float]]] = {}
+    stage, steps = "", []
     for number, record, _ in read_rows(path, ()):
         try:
             stage = str(record["stage"])
             if "dev" in record:
-                dev = {str(name): float(value) for name, value in record["dev"].items()}
-                accuracy = float(record["accuracy"]) if "accuracy" in record else None
-                epoch, loss = int(record["epoch"]), float(record["loss"])
-                points.append(CurvePoint(epoch, loss, dev, accuracy))
-                per_epoch = int(record["step"]) / epoch
+                epoch, metrics = int(record["epoch"]), {"train loss": record["loss"]}
+                if "accuracy" in record:
+                    metrics["train accuracy"] = record["accuracy"]
+                metrics |= {f"dev {name}": value for name, value in record["dev"].items()}
+                for name, value in metrics.items():
+                    lines.setdefault(name, []).append((epoch, float(value)))
+                steps_per_epoch = int(record["step"]) / epoch
             else:
                 steps.append((int(record["step"]), float(record["learning_rate"])))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise DataError.at(path, number, "not a record of training; train again.") from None
-    if not points:
+    if not lines:
         return None
+    if steps:
+        lines["learning rate"] = [(step / steps_per_epoch, rate) for step, rate in steps]
     summary = path.with_name("summary.json")
     best = read_json(summary).get("best_epoch") if summary.is_file() else None
-    rates = tuple((step / per_epoch, rate) for step, rate in steps)
-    return LearningCurve(stage, model.name, tuple(points), best, rates)
+    return LearningCurve(stage, model.name, lines, best)
+
+
+@dataclass(frozen=True)
+class DataPoint:
+    """One student in one of its languages. None: not measured."""
+
+    lang: str
+    languages: list[str]  # all that it reads
+    num_sentences: int  # of each language, that it was trained on
+    dev: dict[str, float]  # dev metrics of its weights in `lang`
+    seconds: float
+    accuracy: float | None = None  # on the test split, with its 95 % interval
+    accuracy_low: float | None = None
+    accuracy_high: float | None = None
+
+
+@dataclass(frozen=True)
+class DataCurves:
+    """How good students get from how many sentences: the document `curve.json`."""
+
+    split: str
+    english: float | None  # the teacher's accuracy in its own language
+    points: list[DataPoint]
+    signature: str
+
+    @property
+    def metric(self) -> str:
+        """The most telling metric that every point has."""
+        if all(point.accuracy is not None for point in self.points):
+            return f"accuracy on {self.split}, %"
+        has_accuracy = all("accuracy" in point.dev for point in self.points)
+        return "dev accuracy, %" if has_accuracy else "dev retrieval among the nearest ten, %"
+
+    def lines(self) -> dict[str, list[tuple[int, float, float, float]]]:
+        """Numbers of sentences with that metric and its interval's ends, in per cent.
+
+        By `de`, or `de of de+nl` where a student reads several languages.
+        """
+        lines: dict[str, list[tuple[int, float, float, float]]] = {}
+        key = "accuracy" if "accuracy" in self.metric else "recall_at_10"
+        for p in sorted(self.points, key=lambda p: (len(p.languages), p.lang, p.num_sentences)):
+            ends = p.accuracy, p.accuracy_low, p.accuracy_high
+            value, low, high = (p.dev[key],) * 3 if self.metric.startswith("dev") else ends
+            assert value is not None
+            low, high = (value if end is None else end for end in (low, high))
+            name = p.lang if len(p.languages) == 1 else f"{p.lang} of {'+'.join(p.languages)}"
+            lines.setdefault(name, []).append((p.num_sentences, 100 * value, 100 * low, 100 * high))
+        return lines
 
 
 # --- figures ---
@@ -134,34 +175,25 @@ def draw_figures(results: Results, curves: Sequence[LearningCurve]) -> dict[str,
     return drawings
 
 
-def draw_lines(
-    lines: Mapping[str, Sequence[tuple[float, float, float, float]]],
-    x: str,
-    y: str,
-    level: tuple[str, float] | None,
-    signature: str,
-) -> bytes:
-    """PNG of points (number, value, low, high), by the name of their line, and a `level`.
-
-    `x` says what the numbers are, on a logarithmic scale, and `y` what the values are.
-    """
-    figure = _figure(3.4)
+def draw_data_curves(curves: DataCurves) -> bytes:
+    """PNG of the students' metric over the number of sentences, with the teacher's accuracy."""
+    figure, lines = _figure(3.4), curves.lines()
     axes = figure.add_subplot()
     _tidy(axes)
-    for number, (name, points) in enumerate(lines.items()):
+    for (name, points), colour in zip(lines.items(), cycle(_SERIES), strict=False):
         numbers, values, low, high = zip(*points, strict=True)
-        colour = _SERIES[number % len(_SERIES)]
         axes.plot(numbers, values, "o-", color=colour, markersize=3.5, label=_plain(name))
         axes.fill_between(numbers, low, high, color=colour, alpha=0.12, linewidth=0)
-    if level is not None:
-        axes.axhline(level[1], color=_MUTED, linewidth=0.8, linestyle=":", label=level[0])
+    if curves.english is not None:
+        teacher = 100 * curves.english
+        axes.axhline(teacher, color=_MUTED, linewidth=0.8, linestyle=":", label="teacher")
     axes.set_xscale("log")
     ticks = sorted({point[0] for points in lines.values() for point in points})
     axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
     axes.xaxis.set_minor_formatter(NullFormatter())
-    _axis_names(axes, x, y)
+    _axis_names(axes, "sentences", curves.metric)
     figure.legend(loc="outside upper left", ncols=6, frameon=False, fontsize=8, labelcolor=_MUTED)
-    return draw(figure, signature, whole=True).encoded
+    return draw(figure, curves.signature, whole=True).encoded
 
 
 def draw(figure: Figure, signature: str, *, whole: bool = False) -> Drawing:
@@ -266,8 +298,8 @@ def _languages(document: Results) -> Figure:
             axes.errorbar(x, value, yerr=ends, color=_INK, capsize=4, linewidth=1.1, zorder=4)
         beside = ""
         if document.seeds:
-            own = document.spread(result)
-            beside = "first alone" if own is None else f"± {100 * own.std:.1f}"
+            spread = document.spread(result)
+            beside = "first alone" if spread is None else f"± {100 * spread.std:.1f}"
         number: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "color": _INK}
         place = (0, 11 if beside else 3)
         axes.annotate(f"{value:.1f}", (x, top), place, size=9, weight="bold", **number)
@@ -384,61 +416,46 @@ def _distances(results: Results) -> Figure | None:
     return figure
 
 
-# What a stage records, by panel: the lines of one run, dashed for training rows.
-_PANELS: dict[str, Callable[[LearningCurve], dict[str, _Points]]] = {
-    "loss": lambda run: {
-        "train": [(p.epoch, p.train_loss) for p in run.points],
-        "dev": _dev(run, "loss"),
-    },
-    "accuracy, %": lambda run: {
-        "train": [
-            (p.epoch, 100 * p.train_accuracy) for p in run.points if p.train_accuracy is not None
-        ],
-        "dev": [(epoch, 100 * value) for epoch, value in _dev(run, "accuracy")],
-    },
-    "dev MSE per dimension": lambda run: {"dev": _dev(run, "mse")},
-    "dev MAE per dimension": lambda run: {"dev": _dev(run, "mae")},
-    "learning rate": lambda run: {"": list(run.rates)},
+# What a stage records, by panel.
+_PANELS = {
+    "loss": ("train loss", "dev loss"),
+    "accuracy, %": ("train accuracy", "dev accuracy"),
+    "dev MSE per dimension": ("dev mse",),
+    "dev MAE per dimension": ("dev mae",),
+    "learning rate": ("learning rate",),
 }
-
-
-def _dev(run: LearningCurve, name: str) -> _Points:
-    """A dev metric by epoch."""
-    return [(point.epoch, point.dev[name]) for point in run.points if name in point.dev]
 
 
 def _curves(runs: Sequence[LearningCurve]) -> Figure:
     """What training recorded, by epoch: the thesis's Figures 3.2 and 4.1."""
-    drawn = {
-        title: read for title, read in _PANELS.items() if any(any(read(r).values()) for r in runs)
-    }
+    recorded = {name for run in runs for name in run.lines}
+    drawn = {title: names for title, names in _PANELS.items() if recorded.intersection(names)}
     # Errors of an alignment fall over orders of magnitude; losses of classifiers do not.
-    falls = any("mse" in point.dev for run in runs for point in run.points)
+    logarithmic = {"loss", "dev MSE per dimension"} if "dev mse" in recorded else set()
     figure, panels = _grid(2.4, drawn, columns=2)
-    for axes, (title, read) in zip(panels, drawn.items(), strict=True):
+    for axes, (title, names) in zip(panels, drawn.items(), strict=True):
         _tidy(axes)
         for number, run in enumerate(runs):
             colour = _SERIES[number % len(_SERIES)]
-            for kind, points in read(run).items():
-                if not points:
-                    continue
-                name = " ".join([*[run.name.removeprefix("align-")] * (len(runs) > 1), kind])
+            for name in (name for name in names if name in run.lines):
+                points = {x: 100 * y if "%" in title else y for x, y in run.lines[name]}
+                kind = "" if name == title else name.split()[0]
+                label = " ".join([*[run.name.removeprefix("align-")] * (len(runs) > 1), kind])
                 style = {"train": "o--", "dev": "o-"}.get(kind, "-")
                 line: dict[str, Any] = {"color": colour, "markersize": 3, "linewidth": 1.3}
-                axes.plot(*zip(*points, strict=True), style, label=_plain(name), **line)
-                if kind == "dev" and run.best_epoch in dict(points):
-                    kept = run.best_epoch, dict(points)[run.best_epoch]
+                axes.plot(*zip(*points.items(), strict=True), style, label=_plain(label), **line)
+                if kind == "dev" and run.best_epoch in points:
+                    kept = run.best_epoch, points[run.best_epoch]
                     # Rings of growing size: where several runs meet, none hides another.
                     size = 6 + 1.6 * (number % len(_SERIES))
                     (ring,) = axes.plot(*kept, "o", color=colour, fillstyle="none", ms=size)
                     ring.set_clip_on(False)
-        logarithmic = falls and title in ("loss", "dev MSE per dimension")
-        if logarithmic:
+        if title in logarithmic:
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.yaxis.set_minor_formatter(NullFormatter())
-        _axis_names(axes, "epoch", "logarithmic scale" if logarithmic else "linear scale")
+        _axis_names(axes, "epoch", "logarithmic scale" if title in logarithmic else "linear scale")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if title != "learning rate" or len(runs) > 1:
             axes.legend(frameon=False, fontsize=7, labelcolor=_MUTED)

@@ -102,13 +102,14 @@ def errors(outputs: Mapping[str, Outputs], images: ImageFolder) -> Gallery:
     """The most confident errors of every language."""
     count = _ERRORS_ALONE if len(outputs) == 1 else _ERRORS_EACH
     items = []
-    for own in outputs.values():
-        rows = most_confident_errors(own.split.labels, probabilities(own.logits), own.images, count)
+    for each in outputs.values():
+        sure = probabilities(each.logits)
+        rows = most_confident_errors(each.split.labels, sure, each.images, count)
         for row in rows.tolist():
-            name = str(own.images[row])
-            title = f"{language_name(own.split.lang)} · {name}"
-            image = images.find(name, own.split.where(row))
-            items.append(GalleryItem(title, image, (GalleryEntry.of(own, row),)))
+            name = str(each.images[row])
+            title = f"{language_name(each.split.lang)} · {name}"
+            image = images.find(name, each.split.where(row))
+            items.append(GalleryItem(title, image, (GalleryEntry.of(each, row),)))
     return Gallery(
         "The most confident errors",
         f"Where the model of each language is wrong and surest of it: at most {count} a language, "

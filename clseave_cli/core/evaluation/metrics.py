@@ -12,7 +12,7 @@ S summed quantities. Throughout, `images` are the (N,) photos of the rows, numbe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,17 +74,16 @@ def resampled_sums(sums: Floats, resamples: int, seed: int) -> Floats:
 
     Row r is w_r @ sums with w_r ~ Multinomial(G; 1/G, …, 1/G).
     """
-    chunks = _weights(len(sums), resamples, np.random.default_rng(seed))
-    return np.concatenate([weights.astype(np.float64) @ sums for weights in chunks])
-
-
-def _weights(num_clusters: int, resamples: int, generator: np.random.Generator) -> Iterator[Ints]:
+    generator, num_clusters = np.random.default_rng(seed), len(sums)
     chunk = max(1, _WEIGHTS_AT_ONCE // num_clusters)
+    totals = []
     for start in range(0, resamples, chunk):
         count = min(chunk, resamples - start)
         drawn = generator.integers(num_clusters, size=(count, num_clusters))
         drawn += np.arange(count)[:, None] * num_clusters
-        yield np.bincount(drawn.ravel(), minlength=count * num_clusters).reshape(count, -1)
+        weights = np.bincount(drawn.ravel(), minlength=count * num_clusters)
+        totals.append(weights.reshape(count, -1).astype(np.float64) @ sums)
+    return np.concatenate(totals)
 
 
 def interval(
@@ -172,14 +171,12 @@ def accuracy_interval(
 
 
 @dataclass(frozen=True)
-class Difference:
-    """How two sets of predictions for the same rows differ in accuracy (first minus second)."""
+class Difference(Interval):
+    """How two sets of predictions for the same rows differ in accuracy (first minus second).
 
-    value: float  # the difference of the accuracies, a fraction
-    # Lower end of its 95 % interval (paired, clustered by photo); None: too few photos or
-    # resamples for one.
-    low: float | None
-    high: float | None  # upper end
+    The interval is paired and clustered by photo.
+    """
+
     p: float | None  # two-sided p of the same test: below 0.05 where the interval leaves out zero
     # Exact McNemar p, which takes rows for independent: too small where they are not.
     mcnemar_p: float
@@ -201,42 +198,36 @@ def compare_predictions(
     resamples: int,
     seed: int,
 ) -> Difference:
-    """The paired difference in accuracy of two models, both (N,) bool, on the same rows.
+    """The paired difference in accuracy of two models on the same rows.
+
+    Both `correct` are (N,) bool; of several trainings each, the share of them that is right.
 
     Both are scored on the same resamples of photos, so what a hard photo takes from both cancels
     out. If one model gets every row right and the other none, interval and p are those of the sign
     test over photos, which is exact. If the resamples are too few for the interval's tail (very few
     photos need one far out), there is no interval.
     """
-    first = np.asarray(correct_first, dtype=bool)
-    second = np.asarray(correct_second, dtype=bool)
+    first = np.asarray(correct_first, dtype=np.float64)
+    second = np.asarray(correct_second, dtype=np.float64)
     if first.shape != second.shape or first.ndim != 1 or not len(first):
         raise ValueError(f"need two equal, non-empty rows, not {first.shape} and {second.shape}")
-    gain = first.astype(np.float64) - second
-    mean, p = _gain(gain, images, resamples=resamples, seed=seed)
+    gain = first - second
+    sums = _counted(gain, images)
+    ends: tuple[float | None, float | None] = (None, None)
+    p: float | None = None
+    if len(sums) > 1 and abs(gain.sum()) == len(gain):
+        # A photo that was not seen could at worst be the other model's alone.
+        worst = 2 * _smallest_share(len(sums)) - 1
+        ends = (worst, 1.0) if gain[0] > 0 else (-1.0, -worst)
+        p = mcnemar(len(sums), 0)
+    elif len(sums) > 1:
+        resampled = _mean(resampled_sums(sums, resamples, seed))
+        ends, p = _percentiles(resampled, len(sums)), _two_sided_p(resampled, len(sums))
     only_first, only_second = int(np.sum(gain > 0)), int(np.sum(gain < 0))
     tests = p, mcnemar(only_first, only_second)
     return Difference(
-        mean.value, mean.low, mean.high, *tests, only_first, only_second, num_examples=len(gain)
+        float(gain.mean()), *ends, *tests, only_first, only_second, num_examples=len(gain)
     )
-
-
-def _gain(
-    gain: Floats, images: npt.ArrayLike, *, resamples: int, seed: int
-) -> tuple[Interval, float | None]:
-    """The mean of (N,) paired differences with its 95 % interval and p."""
-    sums = _counted(gain, images)
-    value = float(gain.mean())
-    if len(sums) < 2:
-        return Interval(value, None, None), None
-    if abs(gain.sum()) == len(gain):
-        # A photo that was not seen could at worst be the other model's alone.
-        worst = 2 * _smallest_share(len(sums)) - 1
-        low, high = (worst, 1.0) if gain[0] > 0 else (-1.0, -worst)
-        return Interval(value, low, high), mcnemar(len(sums), 0)
-    resampled = _mean(resampled_sums(sums, resamples, seed))
-    ends = _percentiles(resampled, len(sums))
-    return Interval(value, *ends), _two_sided_p(resampled, len(sums))
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
@@ -260,26 +251,6 @@ def agreement(logits_first: npt.ArrayLike, logits_second: npt.ArrayLike) -> tupl
     # Where everything agrees, chance may too: scikit-learn would divide by zero.
     kappa = 1.0 if share == 1 else float(cohen_kappa_score(*labels))
     return share, kappa
-
-
-# --- several trainings ---
-
-
-def mean_difference_interval(
-    first: Sequence[npt.ArrayLike],
-    second: Sequence[npt.ArrayLike],
-    images: npt.ArrayLike,
-    *,
-    resamples: int,
-    seed: int,
-) -> Interval:
-    """The mean over trainings, (N,) bool each, of a paired difference, with its 95 % interval."""
-    gains = [
-        np.asarray(right, dtype=np.float64) - np.asarray(other, dtype=np.float64)
-        for right, other in zip(first, second, strict=True)
-    ]
-    gain: Floats = np.mean(gains, axis=0)
-    return _gain(gain, images, resamples=resamples, seed=seed)[0]
 
 
 # --- one model ---

@@ -5,7 +5,6 @@ N rows · D embedding width · C labels
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor
 from clseave_cli.core.config import EvaluateConfig
 from clseave_cli.core.data.images import ImageFolder
 from clseave_cli.core.data.records import Split
-from clseave_cli.core.evaluation.baselines import shuffled_rows
+from clseave_cli.core.evaluation.baselines import Rows, shuffled_rows
 from clseave_cli.core.evaluation.comparison import rows_in_common
 from clseave_cli.core.evaluation.results import Mode, result_key
 from clseave_cli.core.features import Photos, image_features, tokenize_sentences
@@ -26,7 +25,6 @@ from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.student import load_student
 from clseave_cli.core.training.precision import autocast, resolve_device
-from clseave_cli.core.translation.corpus import TranslatedHypotheses
 from clseave_cli.errors import DataError, ModelError
 from clseave_cli.progress import SILENT, Progress
 
@@ -51,15 +49,11 @@ class Outputs:
 
     system: System  # what was evaluated
     split: Split  # the rows
+    images: npt.NDArray[np.str_]  # (N,) name of each row's image: the unit of the bootstrap
     embeddings: npt.NDArray[np.float32]  # (N, D) of the hypotheses
     logits: npt.NDArray[np.float32]  # (N, C), finite
     # (N, C) with every row's photo exchanged for another row's.
     shuffled_logits: npt.NDArray[np.float32]
-
-    @functools.cached_property
-    def images(self) -> npt.NDArray[np.str_]:
-        """(N,) name of each row's image: the unit of the bootstrap."""
-        return image_of_row(self.split)
 
     @property
     def correct(self) -> npt.NDArray[np.bool_]:
@@ -70,11 +64,6 @@ class Outputs:
         """(N,) whether `predicted` label ids (or one for all rows) are the gold labels."""
         correct: npt.NDArray[np.bool_] = np.asarray(predicted) == self.split.labels
         return correct
-
-
-def image_of_row(split: Split) -> npt.NDArray[np.str_]:
-    """(N,) name of each row's image."""
-    return np.array(split.image_names)[split.image_index]
 
 
 def shared_rows(
@@ -98,73 +87,65 @@ def run_systems(
     config: EvaluateConfig,
     clip_ve: Path,
     systems: Sequence[System],
-    splits: Mapping[str, Split],
-    translations: Mapping[str, TranslatedHypotheses],
+    rows: Mapping[str, Rows],
     images: ImageFolder,
     progress: Progress = SILENT,
 ) -> dict[str, Outputs]:
     """Runs systems of the CLIP-VE in a folder on their rows; each model is loaded once.
 
-    Rows and translations are by language, the outputs by `System.key`, in the order of `systems`.
+    Rows and outputs are by `System.key`, the outputs in the order of `systems`.
 
     Raises:
         ModelError: a model is damaged, a student belongs to another CLIP-VE, or logits are NaN.
     """
     model = ClipVE.from_folder(clip_ve).to(resolve_device(config.device))
-    outputs, premises = {}, {}
-    # Several files name the same images in the same order: they are looked up once.
-    photos_of = {
-        lang: (tuple(s.image_names), s.image_index.tobytes()) for lang, s in splits.items()
-    }
-    for lang, key in photos_of.items():
-        if key not in premises and any(system.lang == lang for system in systems):
-            premises[key] = image_features(
+    outputs, premises, features = {}, {}, {}
+    for system in systems:
+        split = rows[system.key].split
+        # Several files name the same images in the same order: they are looked up once.
+        images_of_rows = tuple(split.image_names), split.image_index.tobytes()
+        if images_of_rows not in features:
+            features[images_of_rows] = image_features(
                 model.image,
-                splits[lang],
-                Photos.of(splits[lang], images),
+                split,
+                Photos.of(split, images),
                 autocast=autocast(config.precision, model.image.device),
                 progress=progress,
             ).of_rows()
+        premises[system.key] = features[images_of_rows]
     # One student in memory at a time, whatever the order of its languages.
     for student in dict.fromkeys(system.student for system in systems):
         encoder = model.text
         if student is not None:
             encoder = load_student(student, model.fingerprint).to(model.text.device)
-        for system in systems:
-            if system.student == student:
-                split = splits[system.lang]
-                read = split.hypotheses
-                if system.mode == "translate-test":
-                    read = translations[system.lang].sentences
-                with torch.no_grad():
-                    embeddings = _embed(config, encoder, system, split, read, progress)
-                    right = premises[photos_of[system.lang]].to(embeddings.device)
-                    shuffled = right[shuffled_rows(image_of_row(split), config.seed)]
-                    logits, others = model(embeddings, right), model(embeddings, shuffled)
-                outputs[system.key] = Outputs(
-                    system,
-                    split,
-                    embeddings.cpu().numpy(),
-                    _finite(logits, student or clip_ve, split),
-                    _finite(others, student or clip_ve, split),
-                )
+        for system in (system for system in systems if system.student == student):
+            split = rows[system.key].split
+            photos = np.array(split.image_names)[split.image_index]
+            with torch.no_grad():
+                embeddings = _embed(config, encoder, system.key, rows[system.key], progress)
+                right = premises[system.key].to(embeddings.device)
+                shuffled = right[shuffled_rows(photos, config.seed)]
+                logits, others = model(embeddings, right), model(embeddings, shuffled)
+            outputs[system.key] = Outputs(
+                system,
+                split,
+                photos,
+                embeddings.cpu().numpy(),
+                _finite(logits, student or clip_ve, split),
+                _finite(others, student or clip_ve, split),
+            )
     return {system.key: outputs[system.key] for system in systems}
 
 
 def _embed(
-    config: EvaluateConfig,
-    encoder: SentenceEncoder,
-    system: System,
-    split: Split,
-    read: Sequence[str],
-    progress: Progress,
+    config: EvaluateConfig, encoder: SentenceEncoder, name: str, rows: Rows, progress: Progress
 ) -> Tensor:
     """(N, D) embeddings of the hypotheses; each distinct sentence is embedded once."""
-    sentences = tokenize_sentences(encoder, read, split.where, progress)
+    sentences = tokenize_sentences(encoder, rows.hypotheses, rows.split.where, progress)
     embedded = []
     with (
         autocast(config.precision, encoder.device)(),
-        progress.task(f"{system.key}: sentences", len(sentences.tokens)) as task,
+        progress.task(f"{name}: sentences", len(sentences.tokens)) as task,
     ):
         for part in encoder.embed(sentences.tokens, config.batch_size):
             embedded.append(part.float())

@@ -31,8 +31,6 @@ REPORT = Kind(
     lambda document: "results" in document and "signature" in document,
 )
 
-_DEFAULT_TITLE = "Visual entailment across languages"
-
 _LATEX_SPECIAL = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -47,7 +45,6 @@ def write_report(
     predictions: Sequence[PredictedRows] = (),
     curves: Sequence[LearningCurve] = (),
     galleries: Sequence[Gallery] = (),
-    title: str = _DEFAULT_TITLE,
 ) -> Path:
     """Writes `results.json`, `report.html`, `table.tex`, `figures/` and `predictions.*.jsonl`.
 
@@ -58,7 +55,7 @@ def write_report(
         ClseaveError: the disk is full or read-only.
     """
     drawn = draw_figures(results, curves)
-    page = html_page(title, results, drawn, [gallery for gallery in galleries if gallery.items])
+    page = html_page(results, drawn, [gallery for gallery in galleries if gallery.items])
     with atomic_folder(folder) as unfinished:
         (unfinished / "figures").mkdir()
         for name, drawing in drawn.items():
@@ -72,13 +69,11 @@ def write_report(
     return folder / HTML_FILE
 
 
-def html_page(
-    title: str, results: Results, drawn: Mapping[str, Drawing], galleries: Sequence[Gallery]
-) -> str:
+def html_page(results: Results, drawn: Mapping[str, Drawing], galleries: Sequence[Gallery]) -> str:
     """The page; `drawn`: figures by name."""
     figures = {name: [data_uri(panel, "png") for panel in d.panels] for name, d in drawn.items()}
     shown = {"galleries": galleries, "figures": figures, "thumbnail": thumbnail}
-    return _render("page.html", results, title=title, **shown)
+    return _render("page.html", results, **shown)
 
 
 def latex_table(results: Results) -> str:

@@ -71,11 +71,6 @@ class LanguageResult(Scores):
         """What names the result in `baselines`, `seeds` and the files of predictions."""
         return result_key(self.lang, self.mode)
 
-    @classmethod
-    def from_scores(cls, scores: Scores, **more: Any) -> LanguageResult:
-        """A result from `metrics.score`; `more`: the fields above."""
-        return cls(**vars(scores), **more)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Baselines:
@@ -168,7 +163,7 @@ class Signature:
             trainings.setdefault(training, {})[model] = digest
         if len(trainings) < 2:
             return _digests(self.checkpoints, "models")
-        digests = {f"training {name}": json_digest(own) for name, own in trainings.items()}
+        digests = {f"training {name}": json_digest(models) for name, models in trainings.items()}
         return _digests(digests, "trainings")
 
 
@@ -283,17 +278,19 @@ def across_seeds(
     is returned are by `LanguageResult.key` and metric (`SEED_METRICS`). Results and metrics that a
     run lacks are left out.
     """
+    measured = intervals or {}
     by_run = [{result.key: _seed_metrics(result, run) for result in run.results} for run in runs]
-    summary: dict[str, dict[str, SeedSummary]] = {}
-    for key in by_run[0] if by_run else ():
-        if all(key in results for results in by_run):
-            measured = intervals.get(key, {}) if intervals else {}
-            summary[key] = {
-                name: SeedSummary.of([run[key][name] for run in by_run], measured.get(name))
-                for name in SEED_METRICS
-                if all(name in run[key] for run in by_run)
-            }
-    return summary
+    return {
+        key: {
+            name: SeedSummary.of(
+                [of_run[key][name] for of_run in by_run], measured.get(key, {}).get(name)
+            )
+            for name in SEED_METRICS
+            if all(name in of_run[key] for of_run in by_run)
+        }
+        for key in (by_run[0] if by_run else ())
+        if all(key in of_run for of_run in by_run)
+    }
 
 
 def _seed_metrics(result: LanguageResult, run: Results) -> dict[str, float]:
@@ -314,33 +311,31 @@ def means(results: Results) -> Results:
     first's), macro-F1 and loss, ratios, agreements and shuffled images. All else, and every
     language that not all trainings have, is of the first. A document of one training is itself.
     """
-    return replace(
-        results,
-        results=tuple(_mean_result(r, results.seeds.get(r.key, {})) for r in results.results),
-        baselines={
+    baselines = dict(results.baselines)
+    for key, summaries in results.seeds.items():
+        if key in baselines and "shuffled_image" in summaries:
             # A mean has no paired difference to its baselines.
-            key: Baselines(
-                majority=first.majority,
-                hypothesis_only=first.hypothesis_only,
-                shuffled_image=results.seeds[key]["shuffled_image"].mean,
+            baselines[key] = Baselines(
+                majority=baselines[key].majority,
+                hypothesis_only=baselines[key].hypothesis_only,
+                shuffled_image=summaries["shuffled_image"].mean,
             )
-            if "shuffled_image" in results.seeds.get(key, {})
-            else first
-            for key, first in results.baselines.items()
-        },
-    )
+    shown = tuple(_mean_result(r, results.seeds.get(r.key, {})) for r in results.results)
+    return replace(results, results=shown, baselines=baselines)
 
 
 def _mean_result(result: LanguageResult, summaries: Mapping[str, SeedSummary]) -> LanguageResult:
-    names = ("macro_f1", "loss", "ratio_to_english", "agreement_with_english")
-    changed: dict[str, Any] = {name: summaries[name].mean for name in names if name in summaries}
-    if (own := summaries.get("accuracy")) is not None:
-        changed |= {"accuracy": own.mean, "accuracy_low": own.low, "accuracy_high": own.high}
+    changed: dict[str, Any] = {}
+    for name, summary in summaries.items():
+        first = getattr(result, name, None)
+        if isinstance(first, Difference):
+            mean = replace(first, value=summary.mean, low=summary.low, high=summary.high)
+            changed[name] = mean
+        elif first is not None:
+            changed[name] = summary.mean
+    if (accuracy := summaries.get("accuracy")) is not None:
+        changed |= {"accuracy_low": accuracy.low, "accuracy_high": accuracy.high}
         changed["kappa_with_english"] = None
-    for name in ("difference_to_english", "difference_to_zero_shot"):
-        first, mean = getattr(result, name), summaries.get(name)
-        if first is not None and mean is not None:
-            changed[name] = replace(first, value=mean.mean, low=mean.low, high=mean.high)
     return replace(result, **changed)
 
 
@@ -356,22 +351,19 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
     if origin is dict and isinstance(value, dict):
         return {k: _decode(arguments[1], item, f"{where}.{k}") for k, item in value.items()}
     if is_dataclass(kind) and isinstance(value, dict):
-        return _decode_dataclass(kind, value, where)
+        hints = typing.get_type_hints(kind)
+        given: dict[str, Any] = {}
+        # Keys that this version does not know are left alone: a later one may have added them.
+        for item in fields(kind):
+            key = f"{where}.{item.name}"
+            if item.name in value:
+                given[item.name] = _decode(hints[item.name], value[item.name], key)
+            # Keys with a default may be missing: an earlier version did not know them yet.
+            elif item.default is MISSING and item.default_factory is MISSING:
+                raise DataError(f"{where}: the key {item.name!r} is missing.")
+        return kind(**given)  # type: ignore[operator]
     if kind is float and type(value) in (int, float):
         return float(value)
     if type(value) is kind:
         return value
     raise DataError(f"{where}: unexpected value {str(value)[:60]!r}.")
-
-
-def _decode_dataclass(kind: Any, value: Mapping[str, Any], where: str) -> Any:
-    hints = typing.get_type_hints(kind)
-    # Keys with a default may be missing: an earlier version did not know them yet.
-    given = {}
-    for item in fields(kind):
-        if item.name in value:
-            given[item.name] = _decode(hints[item.name], value[item.name], f"{where}.{item.name}")
-        elif item.default is MISSING and item.default_factory is MISSING:
-            raise DataError(f"{where}: the key {item.name!r} is missing.")
-    # Keys that this version does not know are left alone: a later one may have added them.
-    return kind(**given)

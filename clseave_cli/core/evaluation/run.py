@@ -20,7 +20,6 @@ from clseave_cli.core.config import EvaluateConfig
 from clseave_cli.core.data.hub import data_folder
 from clseave_cli.core.data.images import ImageFolder
 from clseave_cli.core.data.records import (
-    Split,
     languages,
     read_split,
     require_language,
@@ -28,7 +27,7 @@ from clseave_cli.core.data.records import (
     split_path,
 )
 from clseave_cli.core.evaluation import metrics
-from clseave_cli.core.evaluation.baselines import Guesses, HypothesisOnly
+from clseave_cli.core.evaluation.baselines import Guesses, HypothesisOnly, Rows
 from clseave_cli.core.evaluation.comparison import PredictedRows
 from clseave_cli.core.evaluation.figures import read_learning_curve
 from clseave_cli.core.evaluation.gallery import errors, examples
@@ -48,7 +47,7 @@ from clseave_cli.core.files import file_digest, locked_target, require_replaceab
 from clseave_cli.core.models.clip_ve import fingerprint, source_language
 from clseave_cli.core.models.student import find_students, require_teacher, student_fingerprint
 from clseave_cli.core.training.precision import resolve_device, resolve_precision
-from clseave_cli.core.translation.corpus import TranslatedHypotheses, translate_hypotheses
+from clseave_cli.core.translation.corpus import translate_hypotheses
 from clseave_cli.errors import DataError, ModelError, UsageError
 from clseave_cli.progress import SILENT, Progress
 from clseave_cli.version import __version__
@@ -73,28 +72,24 @@ def evaluate(config: EvaluateConfig, progress: Progress = SILENT) -> Results:
         if config.report is not None:
             require_replaceable(config.report, REPORT, config)
             stack.enter_context(locked_target(config.report))
-        return _evaluate(_Plan.of(config, progress), progress)
-
-
-def _evaluate(plan: _Plan, progress: Progress) -> Results:
-    config = plan.config
-    documents, correct = [], []
-    read = plan.splits, plan.translations, plan.images
-    for number, runs in enumerate(config.runs):
-        outputs = run_systems(config, runs / "clip-ve", plan.systems[number], *read, progress)
-        documents.append(_document(plan, number, outputs))
-        correct.append({key: own.correct for key, own in outputs.items()})
-        if number == 0:
-            first = outputs
-        # Of the others only right or wrong is needed: embeddings take a lot of memory.
-        del outputs
-    document = documents[0]
-    if document.of_training_rows:
-        progress.note(TRAINING_ROWS)
-    if len(documents) > 1:
-        document = _with_seeds(config, documents, first, correct)
-    if config.report is not None:
-        _write(plan, document, {r.key: first[r.key] for r in document.results})
+        plan = _Plan.of(config, progress)
+        documents, correct = [], []
+        for number, runs in enumerate(config.runs):
+            systems, clip_ve = plan.systems[number], runs / "clip-ve"
+            by_system = run_systems(config, clip_ve, systems, plan.rows, plan.images, progress)
+            correct.append({key: outputs.correct for key, outputs in by_system.items()})
+            documents.append(_document(plan, number, by_system, correct[-1]))
+            if number == 0:
+                first = by_system
+            # Of the others only right or wrong is needed: embeddings take a lot of memory.
+            del by_system
+        document = documents[0]
+        if document.of_training_rows:
+            progress.note(TRAINING_ROWS)
+        if len(documents) > 1:
+            document = _with_seeds(plan, documents, first, correct)
+        if config.report is not None:
+            _write(plan, config.report, document, first)
     return document
 
 
@@ -112,9 +107,10 @@ def require_rows(config: EvaluateConfig, langs: Iterable[str], progress: Progres
 
 def _read_rows(
     config: EvaluateConfig, folder: Path, lang: str, images: ImageFolder, progress: Progress
-) -> Split:
+) -> Rows:
     split = read_split(folder, config.split, lang, skip_bad=config.skip_bad, progress=progress)
-    return images.rows_with_image(split, config.skip_bad, progress)
+    split = images.rows_with_image(split, config.skip_bad, progress)
+    return Rows(split, lang, split.hypotheses)
 
 
 # --- what is evaluated ---
@@ -130,9 +126,7 @@ class _Plan:
     source_lang: str  # the language that CLIP-VE reads
     along: str | None  # key of a system that is run for comparison only, and gets no result
     systems: list[list[System]]  # what to run, for each folder of models
-    splits: dict[str, Split]  # rows by language
-    # Hypotheses in the source language, by language, for translate-test.
-    translations: dict[str, TranslatedHypotheses]
+    rows: dict[str, Rows]  # by `System.key`
     hypothesis_only: HypothesisOnly  # the baseline that learns from the training rows
 
     @classmethod
@@ -148,39 +142,33 @@ class _Plan:
         _check_models(config.runs, systems)
         resolve_device(config.device)
         images = ImageFolder.of(folder, config.images)
-        every = dict.fromkeys((s.lang, s.mode) for of_models in systems for s in of_models)
-        splits: dict[str, Split] = {}
-        for lang in dict.fromkeys(lang for lang, _ in every):
-            splits[lang] = _read_rows(config, folder, lang, images, progress)
-        if source_lang not in splits and split_path(folder, config.split, source_lang):
+        every = {system.key: system for of_models in systems for system in of_models}
+        rows: dict[str, Rows] = {}
+        for lang in dict.fromkeys(system.lang for system in every.values()):
+            rows[lang] = _read_rows(config, folder, lang, images, progress)
+        if source_lang not in rows and split_path(folder, config.split, source_lang):
             try:
-                splits[source_lang] = _read_rows(config, folder, source_lang, images, progress)
+                rows[source_lang] = _read_rows(config, folder, source_lang, images, progress)
                 source = System(source_lang, "zero-shot", None)
                 systems, along = [[source, *of_models] for of_models in systems], source.key
             except DataError as error:
                 progress.note(f"{error} Nothing is compared with {source_lang}.")
         hypothesis_only = HypothesisOnly(config, folder, progress)
-        for lang, mode in every:
-            if mode == "zero-shot":
-                hypothesis_only.require(lang, splits[lang], splits[lang].hypotheses)
-        translations = {
-            lang: translate_hypotheses(config, splits[lang], source_lang, progress)
-            for lang, mode in every
-            if mode == "translate-test"
-        }
+        for key, system in every.items():
+            if system.mode == "zero-shot":
+                hypothesis_only.require(rows[key])
+        for key, system in every.items():
+            if system.mode == "translate-test":
+                split = rows[system.lang].split
+                translated = translate_hypotheses(config, split, source_lang, progress)
+                rows[key] = Rows(split, source_lang, translated.sentences, translated.translator)
         models = source_lang, along, systems
-        return cls(config, folder, images, *models, splits, translations, hypothesis_only)
+        return cls(config, folder, images, *models, rows, hypothesis_only)
 
-    def training_language(self, system: System) -> str:
-        """Whose training rows the baselines learn from: those of the language the model reads."""
-        return self.source_lang if system.mode == "translate-test" else system.lang
-
-    def guess(self, system: System) -> Guesses | None:
-        """What the hypothesis-only baseline says of a system's rows."""
-        split = self.splits[system.lang]
-        translated = system.mode == "translate-test"
-        read = self.translations[system.lang].sentences if translated else split.hypotheses
-        return self.hypothesis_only.guess(self.training_language(system), split, read)
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """How every interval resamples the photos."""
+        return {"resamples": self.config.resamples, "seed": self.config.seed}
 
 
 def _source_language(config: EvaluateConfig) -> str:
@@ -196,23 +184,22 @@ def _systems(
     config: EvaluateConfig, runs: Path, source_lang: str, folder: Path, progress: Progress
 ) -> list[System]:
     """What to evaluate of one folder of models: the source language first, then the others."""
-    students = find_students(config.students or runs)
-    zero_shot = config.mode != "translate-test"
-    if config.lang:
-        for lang in config.lang:
-            require_language(lang)
-            require_split_path(folder, config.split, lang)
-            if zero_shot and lang != source_lang and lang not in students:
-                there = ", ".join(dict.fromkeys([source_lang, *students]))
-                raise ModelError(
-                    f"{runs}: no student for {lang} (there are models for {there}); "
-                    f"`clseave align --lang {lang}` makes one; --mode translate-test needs none."
-                )
-        wanted = list(dict.fromkeys(config.lang))
-    else:
+    zero_shot, students = config.mode != "translate-test", find_students(config.students or runs)
+    # The source language comes first, and CLIP-VE itself reads it.
+    readers: dict[str, Path | None] = {source_lang: None, **students} | {source_lang: None}
+    for lang in config.lang:
+        require_language(lang)
+        require_split_path(folder, config.split, lang)
+        if zero_shot and lang not in readers:
+            raise ModelError(
+                f"{runs}: no student for {lang} (there are models for {', '.join(readers)}); "
+                f"`clseave align --lang {lang}` makes one; --mode translate-test needs none."
+            )
+    wanted = list(dict.fromkeys(config.lang))
+    if not wanted:
         require_split_path(folder, config.split, source_lang)
         wanted = sorted(languages(folder, config.split), key=lambda lang: lang != source_lang)
-        without = [lang for lang in wanted if lang != source_lang and lang not in students]
+        without = [lang for lang in wanted if lang not in readers]
         if zero_shot and without:
             progress.note(
                 f"{runs}: no student for {', '.join(without)}; `clseave align --lang "
@@ -220,9 +207,8 @@ def _systems(
             )
     systems = []
     for lang in wanted:
-        if lang == source_lang or (zero_shot and lang in students):
-            student = None if lang == source_lang else students[lang]
-            systems.append(System(lang, "zero-shot", student))
+        if lang == source_lang or (zero_shot and lang in readers):
+            systems.append(System(lang, "zero-shot", readers[lang]))
         if lang != source_lang and config.mode != "zero-shot":
             systems.append(System(lang, "translate-test", None))
     return systems
@@ -251,34 +237,40 @@ def _check_models(runs: Sequence[Path], systems: Sequence[list[System]]) -> None
 # --- one folder of models ---
 
 
-def _document(plan: _Plan, number: int, outputs: dict[str, Outputs]) -> Results:
+def _document(
+    plan: _Plan,
+    number: int,
+    by_system: Mapping[str, Outputs],
+    correct: Mapping[str, npt.NDArray[np.bool_]],
+) -> Results:
     """The results of one folder of models, the `number`-th."""
-    config, source = plan.config, outputs.get(plan.source_lang)
+    config, source = plan.config, by_system.get(plan.source_lang)
     results, baselines, training = [], {}, {}
-    for key, own in outputs.items():
+    for key, outputs in by_system.items():
         if key != plan.along:
-            guesses = plan.guess(own.system)
-            results.append(_language_result(config, own, source, outputs, guesses))
-            baselines[key] = _baselines(config, own, guesses)
-            path = plan.hypothesis_only.training_file(plan.training_language(own.system))
+            guesses = plan.hypothesis_only.guess(plan.rows[key])
+            differences = _differences(plan, outputs, by_system, correct)
+            results.append(_language_result(plan, outputs, source, guesses, differences))
+            baselines[key] = _baselines(plan, outputs, guesses)
+            path = plan.hypothesis_only.training_file(plan.rows[key].lang)
             if path is not None:
                 training[path.relative_to(plan.folder).as_posix()] = file_digest(path)
     accuracies = {r.lang: r.accuracy for r in results if r.mode == "zero-shot"}
     if source is not None:
         accuracies[plan.source_lang] = float(source.correct.mean())
     device = resolve_device(config.device)
-    splits = [own.split for own in outputs.values()]
+    splits = [outputs.split for outputs in by_system.values()]
     return Results(
         results=tuple(results),
         baselines=baselines,
         signature=Signature(
             version=__version__,
             data={split.path.relative_to(plan.folder).as_posix(): split.digest for split in splits},
-            checkpoints=_checkpoints(config.runs, number, outputs),
+            checkpoints=_checkpoints(config.runs, number, plan.systems[number]),
             seed=config.seed,
             resamples=config.resamples,
             num_examples=max(map(len, splits)),
-            translators={lang: t.translator for lang, t in plan.translations.items()},
+            translators={r.split.lang: r.translator for r in plan.rows.values() if r.translator},
             source_lang=plan.source_lang,
             training=training,
             precision=resolve_precision(config.precision, device),
@@ -290,88 +282,94 @@ def _document(plan: _Plan, number: int, outputs: dict[str, Outputs]) -> Results:
     )
 
 
-def _checkpoints(
-    runs: Sequence[Path], number: int, outputs: Mapping[str, Outputs]
-) -> dict[str, str]:
+def _checkpoints(runs: Sequence[Path], number: int, systems: Sequence[System]) -> dict[str, str]:
     """Fingerprints by name: of several trainings with their folder's, without any path before it;
     with a number where two folders have one name."""
     names = [folder.resolve().name for folder in runs]
     name = names[number] if len(set(names)) == len(names) else str(number + 1)
     prefix = f"{name}/" if len(runs) > 1 else ""
-    students = [own.system.student for own in outputs.values() if own.system.student is not None]
     return {f"{prefix}clip-ve": fingerprint(runs[number] / "clip-ve")} | {
-        prefix + student.name: student_fingerprint(student) for student in students
+        prefix + system.student.name: student_fingerprint(system.student)
+        for system in systems
+        if system.student is not None
     }
 
 
 def _language_result(
-    config: EvaluateConfig,
-    own: Outputs,
+    plan: _Plan,
+    outputs: Outputs,
     source: Outputs | None,
-    outputs: Mapping[str, Outputs],
     guesses: Guesses | None,
+    differences: Mapping[str, Difference],
 ) -> LanguageResult:
-    sampling: dict[str, Any] = {"resamples": config.resamples, "seed": config.seed}
-    more: dict[str, Any] = {
-        "lang": own.split.lang,
-        "split": own.split.name,
-        "mode": own.system.mode,
-    }
+    split, images = outputs.split, outputs.images
+    more: dict[str, Any] = {"lang": split.lang, "split": split.name, "mode": outputs.system.mode}
     if guesses is not None:
-        hard = ~own.is_gold(guesses.labels)
+        hard = ~outputs.is_gold(guesses.labels)
         more["num_hard"] = int(hard.sum())
         if hard.any():
-            measured = metrics.accuracy_interval(own.correct[hard], own.images[hard], **sampling)
+            right = outputs.correct[hard]
+            measured = metrics.accuracy_interval(right, images[hard], **plan.sampling)
             more |= {f"hard_accuracy{end}": value for end, value in measured.ends().items()}
     if source is not None:
-        more |= _against_source(config, own, source)
-    student = outputs.get(own.system.lang)
-    if student is not None and student is not own:
-        more["difference_to_zero_shot"] = _difference(config, own, student.correct)
-    scores = metrics.score(own.split.labels, own.logits, own.images, **sampling)
-    return LanguageResult.from_scores(scores, **more)
+        more |= _against_source(outputs, source)
+    more |= differences
+    scores = metrics.score(split.labels, outputs.logits, images, **plan.sampling)
+    return LanguageResult(**vars(scores), **more)
 
 
-def _against_source(config: EvaluateConfig, own: Outputs, source: Outputs) -> dict[str, Any]:
-    """Paired metrics on the rows that both languages have."""
-    ours, theirs = shared_rows(own, source)
-    accuracy, source_accuracy = own.correct[ours].mean(), source.correct[theirs].mean()
-    share, kappa = metrics.agreement(own.logits[ours], source.logits[theirs])
+def _against_source(outputs: Outputs, source: Outputs) -> dict[str, Any]:
+    """Metrics on the rows that both languages have."""
+    rows, source_rows = shared_rows(outputs, source)
+    accuracy, source_accuracy = outputs.correct[rows].mean(), source.correct[source_rows].mean()
+    share, kappa = metrics.agreement(outputs.logits[rows], source.logits[source_rows])
     measured: dict[str, Any] = {
         "ratio_to_english": float(accuracy / source_accuracy) if source_accuracy else None,
         "agreement_with_english": share,
         "kappa_with_english": kappa,
     }
-    if own is not source:
-        measured["difference_to_english"] = _difference(config, own, source.correct[theirs], ours)
-    if own.system.student is not None:
-        sentences = np.array(source.split.hypotheses)[theirs]
-        embeddings = own.embeddings[ours], source.embeddings[theirs]
+    if outputs.system.student is not None:
+        sentences = np.array(source.split.hypotheses)[source_rows]
+        embeddings = outputs.embeddings[rows], source.embeddings[source_rows]
         measured["transfer"] = measure_transfer(*embeddings, sentences)
     return measured
 
 
-def _difference(
-    config: EvaluateConfig,
-    own: Outputs,
-    other_correct: npt.NDArray[np.bool_],
-    rows: npt.NDArray[np.intp] | slice = slice(None),
-) -> Difference:
-    """The paired difference to another system that is right in `other_correct`, on some rows."""
-    correct, images = own.correct[rows], own.images[rows]
-    sampling: dict[str, Any] = {"resamples": config.resamples, "seed": config.seed}
-    return metrics.compare_predictions(correct, other_correct, images, **sampling)
+def _differences(
+    plan: _Plan,
+    outputs: Outputs,
+    by_system: Mapping[str, Outputs],
+    correct: Mapping[str, npt.NDArray[Any]],
+) -> dict[str, Difference]:
+    """The paired differences to the source language, and of translations to the student.
+
+    `correct` says by system which of its (N,) rows are right, or in what share of the trainings.
+    """
+    others = {
+        "difference_to_english": plan.source_lang,
+        "difference_to_zero_shot": outputs.system.lang,
+    }
+    measured = {}
+    for name, key in others.items():
+        if key in correct and key != outputs.system.key:
+            rows, other_rows = shared_rows(outputs, by_system[key])
+            pair = correct[outputs.system.key][rows], correct[key][other_rows]
+            images = outputs.images[rows]
+            measured[name] = metrics.compare_predictions(*pair, images, **plan.sampling)
+    return measured
 
 
-def _baselines(config: EvaluateConfig, own: Outputs, guesses: Guesses | None) -> Baselines:
+def _baselines(plan: _Plan, outputs: Outputs, guesses: Guesses | None) -> Baselines:
     """What the same rows give away without their photos, and how the system compares."""
-    correct = {"shuffled_image": own.is_gold(own.shuffled_logits.argmax(axis=1))}
+    correct = {"shuffled_image": outputs.is_gold(outputs.shuffled_logits.argmax(axis=1))}
     if guesses is not None:
-        correct["majority"] = own.is_gold(guesses.majority)
-        correct["hypothesis_only"] = own.is_gold(guesses.labels)
+        correct["majority"] = outputs.is_gold(guesses.majority)
+        correct["hypothesis_only"] = outputs.is_gold(guesses.labels)
     measured: dict[str, Any] = {name: float(right.mean()) for name, right in correct.items()}
     for name, right in correct.items():
-        measured[f"difference_to_{name}"] = _difference(config, own, right)
+        pair = outputs.correct, right
+        difference = metrics.compare_predictions(*pair, outputs.images, **plan.sampling)
+        measured[f"difference_to_{name}"] = difference
     return Baselines(**measured)
 
 
@@ -379,7 +377,7 @@ def _baselines(config: EvaluateConfig, own: Outputs, guesses: Guesses | None) ->
 
 
 def _with_seeds(
-    config: EvaluateConfig,
+    plan: _Plan,
     documents: Sequence[Results],
     first: Mapping[str, Outputs],
     correct: Sequence[Mapping[str, npt.NDArray[np.bool_]]],
@@ -388,60 +386,36 @@ def _with_seeds(
 
     `first` are the first training's outputs, `correct` is which rows are right, of each training.
     """
-    intervals = {
-        r.key: _mean_intervals(config, first[r.key], first, documents[0].source_lang, correct)
-        for r in documents[0].results
-        if all(r.key in of_run for of_run in correct)
-    }
+    everywhere = [key for key in first if all(key in of_run for of_run in correct)]
+    shares = {key: np.mean([of_run[key] for of_run in correct], axis=0) for key in everywhere}
+    intervals: dict[str, dict[str, Interval]] = {}
+    for key in shares:
+        accuracy = metrics.accuracy_interval(shares[key], first[key].images, **plan.sampling)
+        differences = _differences(plan, first[key], first, shares)
+        intervals[key] = {"accuracy": accuracy, **differences}
     models = [item for d in documents for item in d.signature.checkpoints.items()]
     signature = replace(documents[0].signature, checkpoints=dict(models))
     return replace(documents[0], signature=signature, seeds=across_seeds(documents, intervals))
 
 
-def _mean_intervals(
-    config: EvaluateConfig,
-    own: Outputs,
-    first: Mapping[str, Outputs],
-    source_lang: str,
-    correct: Sequence[Mapping[str, npt.NDArray[np.bool_]]],
-) -> dict[str, Interval]:
-    """Intervals of one system's means over trainings, by metric."""
-    sampling: dict[str, Any] = {"resamples": config.resamples, "seed": config.seed}
-    right = [of_run[own.system.key] for of_run in correct]
-    shares = np.mean(right, axis=0)
-    intervals = {"accuracy": metrics.accuracy_interval(shares, own.images, **sampling)}
-    compared = {
-        "difference_to_english": first.get(source_lang),
-        "difference_to_zero_shot": first.get(own.system.lang),
-    }
-    for name, other in compared.items():
-        if other is None or other is own or any(other.system.key not in c for c in correct):
-            continue
-        ours, theirs = shared_rows(own, other)
-        pair = [of[ours] for of in right], [of[other.system.key][theirs] for of in correct]
-        intervals[name] = metrics.mean_difference_interval(*pair, own.images[ours], **sampling)
-    return intervals
-
-
-def _write(plan: _Plan, document: Results, outputs: Mapping[str, Outputs]) -> None:
+def _write(plan: _Plan, report: Path, document: Results, by_system: Mapping[str, Outputs]) -> None:
     """The report, with the predictions that `compare` reads."""
-    report, runs = plan.config.report, plan.config.runs[0]
-    assert report is not None
+    runs, evaluated = plan.config.runs[0], [by_system[r.key] for r in document.results]
     # One reading of each language: its student's where it has one, which comes first.
     shown: dict[str, Outputs] = {}
-    for own in outputs.values():
-        shown.setdefault(own.system.lang, own)
-    students = [own.system.student for own in outputs.values() if own.system.student is not None]
+    for outputs in evaluated:
+        shown.setdefault(outputs.system.lang, outputs)
+    students = [o.system.student for o in evaluated if o.system.student is not None]
     curves = map(read_learning_curve, dict.fromkeys([runs / "clip", runs / "clip-ve", *students]))
     predictions = [
         PredictedRows(
-            lang=own.system.key,
-            pair_ids=own.split.pair_ids,
-            images=own.images.tolist(),
-            labels=own.split.labels.astype(np.int64),
-            probabilities=metrics.probabilities(own.logits),
+            lang=outputs.system.key,
+            pair_ids=outputs.split.pair_ids,
+            images=outputs.images.tolist(),
+            labels=outputs.split.labels.astype(np.int64),
+            probabilities=metrics.probabilities(outputs.logits),
         )
-        for own in outputs.values()
+        for outputs in evaluated
     ]
     write_report(
         document,

@@ -132,8 +132,8 @@ def headline(results: Results) -> str:
     modes = [(language_name(r.lang), r, r.difference_to_zero_shot) for r in others]
     if source is not None:
         sentences += _verdicts(compared, "level with it")
-    elif told := _verdicts(modes, "level"):
-        sentences += [f"Translate-test against zero-shot: {told[0]}", *told[1:]]
+    elif verdicts := _verdicts(modes, "level"):
+        sentences += [f"Translate-test against zero-shot: {verdicts[0]}", *verdicts[1:]]
     else:
         sentences += _verdicts(compared, f"level with {language_name(mean.source_lang)}")
     return " ".join([*sentences, *not_above(results)])
@@ -153,8 +153,8 @@ def _reached(
         text = f"{joined(names)} {'reaches' if len(names) == 1 else 'reach'} {joined(accuracies)}"
     if of := _mean_of(results, shown):
         text += f", the {of}"
-        own = results.spread(source) if source is not None else None
-        text += f" (± {percent(own.std)})" if own is not None else ""
+        spread = results.spread(source) if source is not None else None
+        text += f" (± {percent(spread.std)})" if spread is not None else ""
     return f"{text}."
 
 
@@ -229,11 +229,11 @@ def compared_with(
     results: Results, result: LanguageResult
 ) -> dict[str, tuple[float, Difference | None]]:
     """The baselines that were measured: accuracy and the paired difference to it, by name."""
-    own = results.baselines.get(result.key) or Baselines()
+    baselines = results.baselines.get(result.key) or Baselines()
     return {
-        name: (value, getattr(own, f"difference_to_{key}"))
+        name: (value, getattr(baselines, f"difference_to_{key}"))
         for key, name in BASELINES.items()
-        if (value := getattr(own, key)) is not None
+        if (value := getattr(baselines, key)) is not None
     }
 
 
@@ -251,8 +251,8 @@ def highlights(results: Results) -> tuple[Highlight, ...]:
     source, others = _source_and_others(mean)
     if source is not None:
         note = f"95 % interval {span(source.accuracy_low, source.accuracy_high)}"
-        if own := results.spread(source):
-            note = f"± {percent(own.std)}, {_mean_of(results, [source])}; {note}"
+        if spread := results.spread(source):
+            note = f"± {percent(spread.std)}, {_mean_of(results, [source])}; {note}"
         tiles.append(Highlight(name, f"{percent(source.accuracy)} %", note))
     if others:
         low, high = (percent(f(r.accuracy for r in others)) for f in (min, max))
@@ -277,17 +277,19 @@ def highlights(results: Results) -> tuple[Highlight, ...]:
 
 def notes(results: Results) -> tuple[str, ...]:
     """What a reader must know before the numbers; mostly nothing."""
-    told = [TRAINING_ROWS] if results.of_training_rows else []
+    sentences = [TRAINING_ROWS] if results.of_training_rows else []
     if results.seeds:
-        told.append(
+        sentences.append(
             f"Of {results.num_trainings} trainings: the numbers above, the section Over seeds and "
             "table.tex show means over all of them (± sample standard deviation). All other "
             "numbers, tables and pictures are those of the first training."
         )
         alone = [result_name(r, results) for r in results.results if results.spread(r) is None]
         if alone:
-            told.append(f"Not every training has {joined(alone)}: numbers of the first throughout.")
-    return tuple(told)
+            sentences.append(
+                f"Not every training has {joined(alone)}: numbers of the first throughout."
+            )
+    return tuple(sentences)
 
 
 def absent_labels(results: Results) -> str:

@@ -19,10 +19,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
+from sklearn.preprocessing import normalize
 
 from clseave_cli.errors import ExtraMissing
 
 _Matrix = npt.NDArray[np.float32]
+_Vector = npt.NDArray[np.float64]
 
 # Similarities held at once, as float32: 64 MB.
 _SIMILARITIES_AT_ONCE = 16_000_000
@@ -63,40 +65,30 @@ def measure_transfer(
     Raises:
         ValueError: no rows, or shapes that do not match.
     """
-    ours = np.asarray(student, dtype=np.float32)
-    target = np.asarray(teacher, dtype=np.float32)
-    if ours.ndim != 2 or ours.shape != target.shape or not ours.size:
-        raise ValueError(f"need equal (N, D) embeddings, not {ours.shape} and {target.shape}")
+    predicted = np.asarray(student, dtype=np.float32)
+    wanted = np.asarray(teacher, dtype=np.float32)
+    if predicted.ndim != 2 or predicted.shape != wanted.shape or not predicted.size:
+        raise ValueError(f"need equal (N, D) embeddings, not {predicted.shape} and {wanted.shape}")
     _, groups = np.unique(np.asarray(sentences), return_inverse=True)
-    if groups.shape != ours.shape[:1]:
-        raise ValueError(f"{len(ours)} embeddings need as many sentences, not {groups.shape}")
-    error = ours - target
+    if groups.shape != predicted.shape[:1]:
+        raise ValueError(f"{len(predicted)} embeddings need as many sentences, not {groups.shape}")
+    error = predicted - wanted
     mse = float(np.mean(np.square(error), dtype=np.float64))
     mae = float(np.mean(np.abs(error), dtype=np.float64))
-    ours_unit, target_unit = _unit(ours), _unit(target)
+    # A zero row stays zero, with cosine 0 to everything.
+    student_unit, teacher_unit = normalize(predicted), normalize(wanted)
     return Transfer(
-        num_sentences=len(ours),
+        num_sentences=len(predicted),
         mse=mse,
         mae=mae,
-        mse_sum=mse * ours.shape[1],
-        mae_sum=mae * ours.shape[1],
-        cosine=float(np.mean(np.sum(ours_unit * target_unit, axis=1), dtype=np.float64)),
-        retrieval_to_teacher=_retrieval(ours_unit, target_unit, groups),
-        retrieval_to_student=_retrieval(target_unit, ours_unit, groups),
-        variance_student=_variance(ours),
-        variance_teacher=_variance(target),
+        mse_sum=mse * predicted.shape[1],
+        mae_sum=mae * predicted.shape[1],
+        cosine=float(np.mean(np.sum(student_unit * teacher_unit, axis=1), dtype=np.float64)),
+        retrieval_to_teacher=_retrieval(student_unit, teacher_unit, groups),
+        retrieval_to_student=_retrieval(teacher_unit, student_unit, groups),
+        variance_student=float(np.var(predicted, axis=0, dtype=np.float64).mean()),
+        variance_teacher=float(np.var(wanted, axis=0, dtype=np.float64).mean()),
     )
-
-
-def _unit(vectors: _Matrix) -> _Matrix:
-    """Rows scaled to length 1; a zero row stays zero, with cosine 0 to everything."""
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    unit: _Matrix = np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0)
-    return unit
-
-
-def _variance(vectors: _Matrix) -> float:
-    return float(np.var(vectors, axis=0, dtype=np.float64).mean())
 
 
 def _retrieval(queries: _Matrix, candidates: _Matrix, groups: npt.NDArray[np.int64]) -> float:
@@ -209,9 +201,7 @@ def _correlate(distances: dict[str, float | None], losses: Mapping[str, float]) 
     return Correlation(distances, len(x), *linear[:2], *ranks)
 
 
-def _with_p(
-    x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]
-) -> tuple[float, float, float | None]:
+def _with_p(x: _Vector, y: _Vector) -> tuple[float, float, float | None]:
     """Pearson's r, how often a random order of `y` gives one as far from zero, and the same p of
     the best order of `y`."""
     if len(x) > _MOST_EXACT_POINTS:
@@ -265,7 +255,16 @@ def lang2vec_distances(
     Raises:
         ExtraMissing: the `lang2vec` extra is not installed.
     """
-    lang2vec = _lang2vec()
+    try:
+        # It needs pkg_resources, which setuptools has dropped: the extra asks for an older one, and
+        # the warning about that is nothing the user can act on.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            lang2vec: Any = import_module("lang2vec.lang2vec")
+    except ImportError:
+        raise ExtraMissing(
+            "lang2vec is not installed; run: pip install -e '.[lang2vec]'."
+        ) from None
     # Script and region do not make another language of it: zh-Hant, pt-BR.
     bare = {lang: lang.partition("-")[0] for lang in (*languages, source_lang)}
     codes = {lang: lang2vec.LETTER_CODES.get(code, code) for lang, code in bare.items()}
@@ -273,31 +272,15 @@ def lang2vec_distances(
     result: dict[str, dict[str, float | None]] = {}
     for kind, feature_set in _LANG2VEC_SETS.items():
         vectors = lang2vec.get_features(list(listed.values()), f"{feature_set}_knn")
-        result[kind] = {
-            lang: _angular(vectors[listed[source_lang]], vectors[listed[lang]])
-            if lang in listed and source_lang in listed
-            else None
-            for lang in languages
-        }
+        of_lang = {lang: np.array(vectors[code], dtype=np.float64) for lang, code in listed.items()}
+        source = of_lang.get(source_lang)
+        result[kind] = {lang: _angular(source, of_lang.get(lang)) for lang in languages}
     return result
 
 
-def _lang2vec() -> Any:
-    try:
-        # It needs pkg_resources, which setuptools has dropped: the extra asks for an older one, and
-        # the warning about that is nothing the user can act on.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return import_module("lang2vec.lang2vec")
-    except ImportError:
-        raise ExtraMissing(
-            "lang2vec is not installed; run: pip install -e '.[lang2vec]'."
-        ) from None
-
-
-def _angular(first: Sequence[float], second: Sequence[float]) -> float | None:
-    x, y = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    lengths = np.sqrt((x @ x) * (y @ y))
-    if lengths == 0:
+def _angular(first: _Vector | None, second: _Vector | None) -> float | None:
+    """The angle as a share of a right angle; None for a vector that is missing or zero."""
+    if first is None or second is None or not first.any() or not second.any():
         return None
-    return 2 / pi * acos(min(1.0, float(x @ y / lengths)))
+    cosine = first @ second / np.sqrt((first @ first) * (second @ second))
+    return 2 / pi * acos(min(1.0, float(cosine)))

@@ -18,17 +18,13 @@ from PIL import Image
 
 from clseave_cli.core.data.images import FORMATS
 from clseave_cli.core.prediction.predictor import Prediction, VisualEntailment
-from clseave_cli.errors import ClseaveError, DataError
+from clseave_cli.errors import ClseaveError, DataError, ModelError
 
 _LOG = logging.getLogger(__name__)
 
 
 class Busy(Exception):
     """More requests wait than may, or the service is stopping."""
-
-
-class Failed(ClseaveError):
-    """The model could not compute this request, even alone."""
 
 
 class TooLarge(DataError):
@@ -95,7 +91,7 @@ class Batcher:
         Raises:
             Busy: too many questions wait already, or the service is stopping.
             DataError: the image is damaged, or too large (`TooLarge`).
-            Failed: the model raised an exception.
+            ModelError: the model raised an exception, even on this request alone.
         """
         self.require_room(len(questions))
         self._num_inside += len(questions)
@@ -127,17 +123,19 @@ class Batcher:
                 batch.append(self.waiting.popleft())
             if not self.waiting:
                 self._arrived.clear()
-            await self._answer([each for each in batch if not each.answer.done()])
+            if batch := [each for each in batch if not each.answer.done()]:
+                await self._answer(batch)
 
     async def _answer(self, batch: list[_Question]) -> None:
         """Computes a batch; if that fails, each question alone, so that one spoils no other."""
-        loop = asyncio.get_running_loop()
+        loop, judge = asyncio.get_running_loop(), self._model.predict
+        pairs = [(each.image, each.sentence) for each in batch]
+        languages = [each.lang for each in batch]
         try:
-            if batch:
-                predictions = await loop.run_in_executor(self._computing, self._compute, batch)
-                for question, prediction in zip(batch, predictions, strict=True):
-                    if not question.answer.done():
-                        question.answer.set_result(prediction)
+            predictions = await loop.run_in_executor(self._computing, judge, pairs, languages)
+            for question, prediction in zip(batch, predictions, strict=True):
+                if not question.answer.done():
+                    question.answer.set_result(prediction)
         # Whatever the model raises must neither end `run` nor leave anyone without an answer.
         except Exception as error:
             if len(batch) > 1:
@@ -146,11 +144,7 @@ class Batcher:
                 return
             _LOG.error("a request failed: %.300r", error)
             if not batch[0].answer.done():
-                batch[0].answer.set_exception(Failed("the model failed on this request."))
-
-    def _compute(self, batch: list[_Question]) -> list[Prediction | ClseaveError]:
-        pairs = [(each.image, each.sentence) for each in batch]
-        return self._model.predict(pairs, [each.lang for each in batch])
+                batch[0].answer.set_exception(ModelError("the model failed on this request."))
 
     def stop(self) -> None:
         """Turns away what waits and what comes; the batch in the making is answered."""

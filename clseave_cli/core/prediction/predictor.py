@@ -237,35 +237,30 @@ class VisualEntailment:
         pairs = list(pairs)
         languages = self._languages(lang, len(pairs))
         photos = [Photo.of(image) for image, _ in pairs]
-        vectors = self._embed({photo.key: photo for photo in photos})
+        vectors, problems = self._embed({photo.key: photo for photo in photos})
         results: dict[int, Prediction | ClseaveError] = {}
-        premises: dict[int, Floats] = {}
         rows_of: dict[str, list[int]] = {}
         for row, (photo, sentence_lang) in enumerate(zip(photos, languages, strict=True)):
-            vector, sentence = vectors[photo.key], pairs[row][1]
-            if isinstance(vector, DataError):
-                results[row] = vector
+            sentence = pairs[row][1]
+            if photo.key in problems:
+                results[row] = problems[photo.key]
             elif problem := problem_of(sentence):
                 results[row] = DataError(f"{photo.name}: {problem}")
             else:
-                premises[row] = vector
                 if sentence_lang == AUTO and self._identifier:
                     sentence_lang = self._identifier.identify(sentence)[0]
                 rows_of.setdefault(sentence_lang, []).append(row)
         for each, rows in rows_of.items():
-            sentences = [pairs[row][1] for row in rows]
+            source, sentences = self._model.sources[each], [pairs[row][1] for row in rows]
             hypotheses, truncated = self._model.embed_sentences(each, sentences)
-            probabilities = self._model.probabilities(
-                hypotheses, np.stack([premises[row] for row in rows])
-            )
-            for row, sentence, scores, cut in zip(
-                rows, sentences, probabilities, truncated, strict=True
-            ):
+            premises = np.stack([vectors[photos[row].key] for row in rows])
+            judged = self._model.probabilities(hypotheses, premises)
+            for row, sentence, scores, cut in zip(rows, sentences, judged, truncated, strict=True):
                 if not np.isfinite(scores).all():
                     results[row] = ModelError(
-                        f"{self._model.sources[each]}: gives probabilities that are not finite "
-                        "numbers; its weights or CLIP-VE's are damaged: copy or train it again. "
-                        "With --precision fp16, try fp32."
+                        f"{source}: gives probabilities that are not finite numbers; its weights "
+                        "or CLIP-VE's are damaged: copy or train it again. With --precision fp16, "
+                        "try fp32."
                     )
                     continue
                 results[row] = Prediction(
@@ -274,32 +269,32 @@ class VisualEntailment:
                     lang=each,
                     label=LABELS[int(scores.argmax())],
                     probabilities=dict(zip(LABELS, scores.tolist(), strict=True)),
-                    model=self._model.sources[each],
+                    model=source,
                     truncated=bool(cut),
                     warning=language_warning(sentence, each, len(pairs) <= _FEW_SENTENCES),
                 )
         return [results[row] for row in range(len(pairs))]
 
-    def _embed(self, photos: Mapping[Hashable, Photo]) -> dict[Hashable, Floats | DataError]:
-        """(D,) embedding of each photo, or what is wrong with it; several are decoded at a time."""
-        vectors: dict[Hashable, Floats | DataError] = {
-            key: self._images[key] for key in photos if key in self._images
-        }
+    def _embed(
+        self, photos: Mapping[Hashable, Photo]
+    ) -> tuple[dict[Hashable, Floats], dict[Hashable, DataError]]:
+        """(D,) embeddings of the photos that can be read, and what is wrong with the others."""
+        vectors = {key: self._images[key] for key in photos if key in self._images}
+        problems: dict[Hashable, DataError] = {}
         new = [photo for key, photo in photos.items() if key not in vectors]
         with ThreadPoolExecutor(max_workers=usable_cores()) as pool:
             decoded = zip(new, ahead(pool, self._prepare, new, _IMAGES_AHEAD), strict=True)
             while batch := list(islice(decoded, _IMAGE_BATCH)):
-                vectors |= {photo.key: pixels for photo, pixels in batch}
-                good = {p.key: each for p, each in batch if not isinstance(each, DataError)}
-                if good:
-                    embedded = self._model.embed_images(np.stack(list(good.values())))
+                problems |= {p.key: each for p, each in batch if isinstance(each, DataError)}
+                pixels = {p.key: each for p, each in batch if not isinstance(each, DataError)}
+                if pixels:
+                    embedded = self._model.embed_images(np.stack(list(pixels.values())))
                     # Copies, so that what is kept does not keep the whole batch.
-                    good = dict(zip(good, (vector.copy() for vector in embedded), strict=True))
-                vectors |= good
-                self._images |= good
+                    vectors |= dict(zip(pixels, (each.copy() for each in embedded), strict=True))
+                    self._images |= vectors
         while len(self._images) > _KEPT_IMAGES:
             del self._images[next(iter(self._images))]
-        return vectors
+        return vectors, problems
 
     def _prepare(self, photo: Photo) -> Floats | DataError:
         """(3, height, width) pixels; called from several threads."""
