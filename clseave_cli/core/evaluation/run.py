@@ -155,8 +155,9 @@ class _Plan:
                 progress.note(f"{error} Nothing is compared with {source_lang}.")
         hypothesis_only = HypothesisOnly(config, folder, progress)
         for key, system in every.items():
-            if system.mode == "zero-shot":
-                hypothesis_only.require(rows[key])
+            translated_later = system.mode == "translate-test"
+            unread = replace(rows[system.lang], lang=source_lang)
+            hypothesis_only.require(unread if translated_later else rows[key])
         for key, system in every.items():
             if system.mode == "translate-test":
                 split = rows[system.lang].split
