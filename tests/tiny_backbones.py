@@ -336,3 +336,9 @@ STUDENTS: dict[str, Callable[[Path, Iterable[str]], Path]] = {
         local_attention=8, eos_token_id=1, bos_token_id=2, cls_token_id=2, sep_token_id=1,
     ),
 }  # fmt: skip
+
+
+def embeddings(encoder: Any, texts: Iterable[str]) -> torch.Tensor:
+    """What a sentence encoder of the package makes of texts: (B, D)."""
+    with torch.no_grad():
+        return torch.cat(list(encoder.embed(encoder.tokenize(texts))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import itertools
 import json
@@ -11,6 +12,7 @@ import signal
 import socket
 import struct
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -190,6 +192,18 @@ def quick_align(
     return align(AlignConfig(**shared, **(defaults | options)), progress)
 
 
+def stage_command(stage: str, data: Path, trained: Path, model: Path, *more: object) -> list[str]:
+    """The command line of a stage that starts from a model; `align` is of de and nl."""
+    teacher = trained / "clip-ve"
+    options = {
+        "finetune-ve": ["--clip", model, "--patience", "9"],
+        "align": ["--lang", "de", "--lang", "nl", "--student", model, "--teacher", teacher],
+        "pretrain": ["--clip", model],
+    }[stage]
+    shared = ["--data", data, "--device", "cpu", "--precision", "fp32"]
+    return [str(argument) for argument in (stage, *options, *shared, *more)]
+
+
 def tree(folder: Path) -> dict[str, bytes]:
     """The bytes of every file in a folder."""
     return {
@@ -274,8 +288,6 @@ def warm_processes() -> multiprocessing.context.ForkServerContext:
 
 def slow_steps() -> None:
     """Makes every optimiser step of this process last long enough to be interrupted."""
-    import time
-
     import torch
 
     os.fsync = lambda descriptor: None  # a kill, unlike a power cut, loses nothing written
@@ -311,6 +323,11 @@ def killed_at_step(number: int) -> Iterator[None]:
             raise AssertionError("the training ended before the step")
     finally:
         torch.optim.AdamW.step = step
+
+
+def full_disk(*_arguments: object, **_more: object) -> None:
+    """Stands for a function that writes to a full disk."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def small_files() -> None:
@@ -361,6 +378,13 @@ class CommandProcess:
         self.process.join(120)
         assert self.process.exitcode is not None, "still running after two minutes"
         return self.process.exitcode
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Waits until something holds, or the process has ended."""
+        deadline = time.monotonic() + 60
+        while not condition() and self.alive:
+            assert time.monotonic() < deadline, self.stderr
+            time.sleep(0.005)
 
     @property
     def alive(self) -> bool:

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import shutil
-import time
 
 import numpy as np
 import pytest
@@ -12,15 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_world import (
-    CommandProcess,
     Notes,
     edit_row,
+    killed_at_step,
     metrics_of,
     quick_align,
     read_jsonl,
-    slow_steps,
+    stage_command,
     start_team,
-    tree,
+    weights,
     write_jsonl,
 )
 
@@ -32,31 +31,23 @@ from clseave_cli.core.config import AlignConfig, EvaluateConfig
 from clseave_cli.core.data.records import read_split
 from clseave_cli.core.evaluation.run import evaluate
 from clseave_cli.core.features import Features, Vectors
+from clseave_cli.core.models.student import new_student
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.progress import SILENT
 
 
-def _config(**options):
-    return AlignConfig(**({"batch_size": 4} | options))
-
-
-def _pairs(sources_of_language):
-    """Pairs of languages a, b, …, given the English sentence of each."""
-    languages = tuple("abcdef"[: len(sources_of_language)])
-    sources = np.concatenate(sources_of_language)
-    vectors = Vectors(int(sources.max()) + 1, 1)
-    return corpus.TrainingPairs(
+def _sampler(sizes, **options):
+    """Of languages a, b, …, with so many pairs each."""
+    sources = np.concatenate([np.arange(size) for size in sizes])
+    pairs = corpus.TrainingPairs(
         None,
-        Features(vectors, sources),
+        Features(Vectors(max(sizes), 1), sources),
         torch.ones(len(sources)),
-        languages,
-        np.repeat(np.arange(len(languages)), [len(own) for own in sources_of_language]),
+        tuple("abcdef"[: len(sizes)]),
+        np.repeat(np.arange(len(sizes)), sizes),
         np.arange(len(sources)),
     )
-
-
-def _sampler(sizes, **options):
-    return Sampler(_pairs([np.arange(size) for size in sizes]), _config(**options))
+    return Sampler(pairs, AlignConfig(**({"batch_size": 4} | options)))
 
 
 def _shares(batches, sizes):
@@ -65,11 +56,6 @@ def _shares(batches, sizes):
 
 
 # --- shares ---
-
-
-def test_proportional_is_every_pair_once():
-    batches = _sampler([7, 3]).batches(0, {})
-    assert sorted(np.concatenate(batches).tolist()) == list(range(10))
 
 
 def test_shares_by_hand():
@@ -106,15 +92,6 @@ def test_an_epoch_is_as_long_as_ever_and_repeats_evenly(sampling):
     assert not np.array_equal(np.concatenate(sampler.batches(4, dev)), drawn)
 
 
-@pytest.mark.parametrize("length", [9, 40, 100])
-def test_an_epoch_can_be_of_any_length(length):
-    sampler = _sampler([30, 10], epoch_pairs=length)
-    batches = sampler.batches(0, {})
-    counts = np.bincount(np.concatenate(batches), minlength=40)
-    assert counts.sum() == length == sampler.num_examples
-    assert counts.max() - counts.min() <= 1 and len(batches) == math.ceil(length / 4)
-
-
 @settings(max_examples=50, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 30), min_size=1, max_size=4),
@@ -124,9 +101,14 @@ def test_an_epoch_can_be_of_any_length(length):
 )
 def test_no_pair_is_met_twice_before_all_were_met_once(sizes, epoch_pairs, sampling, seed):
     sampler = _sampler(sizes, sampling=sampling, epoch_pairs=epoch_pairs, seed=seed)
+    assert sampler.num_examples == (epoch_pairs or sum(sizes))
     counts = np.zeros(sum(sizes), dtype=int)
     for epoch in range(8):
-        counts += np.bincount(np.concatenate(sampler.batches(epoch, {})), minlength=len(counts))
+        batches = sampler.batches(epoch, {})
+        assert len(batches) == math.ceil(sampler.num_examples / 4)
+        drawn = np.concatenate(batches)
+        assert len(drawn) == sampler.num_examples
+        counts += np.bincount(drawn, minlength=len(counts))
         for own in np.split(counts, np.cumsum(sizes)[:-1]):
             assert own.max() - own.min() <= 1
 
@@ -147,10 +129,9 @@ def test_short_epochs_meet_everything_in_turn():
 
 def test_whole_epochs_keep_their_order():
     """That of the versions before `--epoch-pairs` went on from epoch to epoch."""
-    sources = [np.arange(30), np.arange(30)]
     for epoch in range(3):
         order = np.random.default_rng([5, epoch])
-        plain = Sampler(_pairs(sources), _config(seed=5)).batches(epoch, {})
+        plain = _sampler([30, 30], seed=5).batches(epoch, {})
         assert np.array_equal(np.concatenate(plain), order.permutation(60))
         order = np.random.default_rng([5, epoch])
         paced = _sampler([30, 10], seed=5, sampling="self-paced").batches(epoch, {})
@@ -186,42 +167,28 @@ def test_dev_figures_are_told_by_language(world, tmp_path, trained, encoder):
     assert not any("/" in name for name in single.training.dev)
 
 
-def test_self_paced_sampling_resumes_to_the_bit(world, tmp_path, trained, encoder, clseave):
-    arguments = [
-        "align", "--lang", "de", "--lang", "nl", "--student", encoder, "--data", world,
-        "--teacher", trained / "clip-ve", "--sampling", "self-paced",
-        "--epochs", "4", "--batch-size", "2", "--device", "cpu", "--precision", "fp32",
-        "--learning-rate", "2e-3", "--select", "recall_at_10",
-    ]  # fmt: skip
-    arguments = [str(argument) for argument in arguments]
-    assert clseave(*arguments, "--runs", tmp_path / "whole")[0] == 0
-    out = tmp_path / "parts" / "align-de+nl"
-    command = [*arguments, "--runs", str(tmp_path / "parts")]
-    process = CommandProcess(*command, folder=tmp_path / "said", before=slow_steps)
-    metrics = out.with_name(out.name + ".partial") / "training" / "metrics.jsonl"
-    while process.alive and not (metrics.exists() and metrics.read_text().count('"dev"') >= 2):
-        time.sleep(0.01)
-    process.signal(15)
-    assert process.wait() == 130
-    code, _, err = clseave(*command, "--resume")
-    assert code == 0 and "resuming at step" in err
-    reference = tmp_path / "whole" / "align-de+nl"
-    assert metrics_of(out / "training") == metrics_of(reference / "training")
-    for name, content in tree(reference).items():
-        if name.endswith(".safetensors"):
-            assert (out / name).read_bytes() == content
+def test_self_paced_sampling_resumes_to_the_bit(world, tmp_path, trained, encoder):
+    def run(name, **options):
+        return quick_align(
+            world, tmp_path / name, trained, encoder, "de", "nl", sampling="self-paced",
+            select="recall_at_10", epochs=4, batch_size=2, **options,
+        )  # fmt: skip
+
+    whole = run("whole")
+    with killed_at_step(whole.training.steps // 2 + 3):  # in the middle of the third epoch
+        run("parts", checkpoint_minutes=0)
+    parts = run("parts", resume=True)
+    assert metrics_of(parts.folder / "training") == metrics_of(whole.folder / "training")
+    assert weights(parts.folder) == weights(whole.folder)
 
 
 def test_contrastive_batches_span_processes(world, tmp_path, trained, encoder, clseave):
-    arguments = [
-        "align", "--lang", "de", "--lang", "nl", "--student", encoder, "--data", world,
-        "--teacher", trained / "clip-ve", "--objective", "contrastive",
-        "--include-english", "--pooling", "mean", "--epochs", "1", "--batch-size", "6",
-        "--device", "cpu", "--precision", "fp32", "--learning-rate", "1e-3",
-    ]  # fmt: skip
-    arguments = [str(argument) for argument in arguments]
-    assert clseave(*arguments, "--out", tmp_path / "alone")[0] == 0
-    team = start_team(*arguments, "--out", str(tmp_path / "team"), folder=tmp_path / "said")
+    command = stage_command(
+        "align", world, trained, encoder, "--objective", "contrastive", "--include-english",
+        "--pooling", "mean", "--epochs", 1, "--batch-size", 6, "--learning-rate", 1e-3,
+    )  # fmt: skip
+    assert clseave(*command, "--out", tmp_path / "alone")[0] == 0
+    team = start_team(*command, "--out", str(tmp_path / "team"), folder=tmp_path / "said")
     assert [process.wait() for process in team] == [0, 0], team[0].stderr
     for own, other in zip(
         metrics_of(tmp_path / "team" / "training"),
@@ -253,11 +220,12 @@ def test_english_is_its_own_translation(world, tmp_path, runs, encoder):
     assert "many" not in document.signature.checkpoints
 
 
-def test_the_english_pairs_are_those_of_every_language(world, encoder):
-    from clseave_cli.core.models.student import new_student
+def _reader(data, progress=SILENT, **options):
+    return corpus.ParallelReader(data, AlignConfig(data=str(data), **options), progress)
 
-    taken = corpus.Corpus(new_student(encoder, 16), SILENT)
-    reader = corpus.ParallelReader(world, AlignConfig(data=str(world)), SILENT)
+
+def test_the_english_pairs_are_those_of_every_language(world, encoder):
+    taken, reader = corpus.Corpus(new_student(encoder, 16), SILENT), _reader(world)
     for lang in ("de", "nl"):
         taken.add(reader.read(lang)[0])
     taken.add_source("en")
@@ -279,14 +247,10 @@ def test_an_auxiliary_language_is_trained_along_and_does_not_count(
     dev = result.training.dev
     assert dev["accuracy"] == dev["accuracy/de"] and "accuracy/nl" in dev
     assert result.training.pairs == 10
-    reader = corpus.ParallelReader(world, AlignConfig(data=str(world)), SILENT)
-    from clseave_cli.core.models.student import new_student
-
-    taken = corpus.Corpus(new_student(encoder, 16), SILENT)
+    taken, reader = corpus.Corpus(new_student(encoder, 16), SILENT), _reader(world)
     taken.add(reader.read("de")[0])
     taken.add(reader.read("nl")[0], 0.25)
-    weights = [part.portions()[1].mean() for part in taken._parts]
-    assert weights == pytest.approx([1, 0.25])
+    assert [part.portions()[1].mean() for part in taken._parts] == pytest.approx([1, 0.25])
 
 
 @pytest.mark.parametrize(
@@ -306,8 +270,7 @@ def test_auxiliary_languages_that_are_none(world, tmp_path, trained, encoder, op
 
 
 def test_a_smaller_limit_is_a_part_of_a_larger_one_and_languages_share_it(world):
-    reader = corpus.ParallelReader(world, AlignConfig(data=str(world)), SILENT)
-    texts = {lang: reader.read(lang)[0] for lang in ("de", "nl")}
+    texts = {lang: _reader(world).read(lang)[0] for lang in ("de", "nl")}
 
     def sources(lang, limit, seed=0):
         return set(corpus.limited(texts[lang], limit, seed, SILENT).sources)
@@ -333,26 +296,20 @@ def test_the_student_learns_from_so_many_sentences(world, tmp_path, trained, enc
 
 
 def test_a_language_with_no_rows_is_told(data, tmp_path, trained, encoder, refused):
-    (data / "snli_ve_train.nl.jsonl").write_text("")
-    arguments = [
-        "align", "--lang", "de", "--lang", "nl", "--data", data, "--runs", tmp_path,
-        "--student", encoder, "--teacher", trained / "clip-ve",
-    ]  # fmt: skip
-    error = refused(*arguments)
-    assert "snli_ve_train.nl.jsonl: no usable rows" in error
+    path = data / "snli_ve_train.nl.jsonl"
+    path.write_text("")
+    command = stage_command("align", data, trained, encoder, "--runs", tmp_path)
+    assert "snli_ve_train.nl.jsonl: no usable rows" in refused(*command)
     assert not list(tmp_path.glob("align*"))
     rows = read_jsonl(data / "snli_ve_train.de.jsonl")
-    write_jsonl(
-        data / "snli_ve_train.nl.jsonl", [row | {"pairID": row["pairID"] + "x"} for row in rows]
-    )
-    assert "none of its pairIDs occurs in" in refused(*arguments)
+    write_jsonl(path, [row | {"pairID": row["pairID"] + "x"} for row in rows])
+    assert "none of its pairIDs occurs in" in refused(*command)
 
 
 def _texts(data, progress=SILENT, lang=("de", "nl"), **options):
     """What a run trains on and holds out."""
-    config = AlignConfig(data=str(data), lang=lang, dev_fraction=0.4, **options)
-    reader = corpus.ParallelReader(data, config, progress)
-    return {lang: reader.read(lang) for lang in (*config.lang, *config.auxiliary)}
+    reader = _reader(data, progress, lang=lang, dev_fraction=0.4, **options)
+    return {lang: reader.read(lang) for lang in (*lang, *options.get("auxiliary", ()))}
 
 
 def _keep_sentences(path, kept):
@@ -395,12 +352,7 @@ def test_photos_are_held_out_with_all_their_rows_in_every_language(
     assert "accuracy" in dev and "holding out 5% of the train photos instead" in notes.text
     # A language of plain text spares the sentences beside the photos of another.
     shutil.copy(data / "snli_ve_dev.jsonl", data / "snli_ve_dev.nl.jsonl")
-    cat = {
-        "pairID": "cat",
-        "sentence2": "A cat.",
-        "gold_label": "neutral",
-        "sentence2_en": "A cat.",
-    }
+    cat = {"pairID": "c", "sentence2": "A cat.", "sentence2_en": "A cat.", "gold_label": "neutral"}
     _forget_photos(data / "snli_ve_train.nl.jsonl", cat)
     write_jsonl(
         data / "snli_ve_train.jsonl",
@@ -427,8 +379,7 @@ def test_held_out_sentences_are_held_out_in_every_language(plain):
 
 def test_the_translations_left_out_are_known_for_the_vocabulary(plain):
     (plain / "snli_ve_dev.nl.jsonl").unlink()
-    config = AlignConfig(data=str(plain), lang=("de", "nl"), dev_fraction=0.4)
-    reader = corpus.ParallelReader(plain, config, SILENT)
+    reader = _reader(plain, lang=("de", "nl"), dev_fraction=0.4)
     german, held = reader.read("de")[0], set(reader.read("nl")[1].sources)
     english = {row["pairID"]: row["sentence2"] for row in read_jsonl(plain / "snli_ve_train.jsonl")}
     rows = read_jsonl(plain / "snli_ve_train.de.jsonl")

@@ -32,36 +32,33 @@ def _dataset(colours, labels):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A hub with one data set; gives the names that were asked for."""
-    loaded = datasets.DatasetDict(
-        train=_dataset(["red", "green", "red"], [1, 0, -1]),
-        validation=_dataset(["blue"], [2]),
-        other=_dataset(["black"], [2]),
-    )
-    asked = []
+    """Data sets by name; each can be asked for once."""
+    held = {
+        "org/ve": datasets.DatasetDict(
+            train=_dataset(["red", "green", "red"], [1, 0, -1]),
+            validation=_dataset(["blue"], [2]),
+            other=_dataset(["black"], [2]),
+        )
+    }
 
     def load(name):
-        asked.append(name)
-        if name != "org/ve":
+        if name not in held:
             raise FileNotFoundError(f"Couldn't find {name}\nmore")
-        return loaded
+        return held.pop(name)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    return asked
+    return held
 
 
 def test_a_local_folder_is_itself(tmp_path, hub):
     assert data_folder(str(tmp_path)) == tmp_path
-    assert hub == []
 
 
 def test_a_data_set_is_written_out_once_as_an_ordinary_folder(tmp_path, hub):
     folder = data_folder("hf:org/ve", root=tmp_path)
     assert folder == tmp_path / "org--ve"
-    assert sorted(path.name for path in folder.glob("*.jsonl")) == [
-        "snli_ve_dev.jsonl",
-        "snli_ve_train.jsonl",
-    ]
+    names = sorted(path.name for path in folder.glob("*.jsonl"))
+    assert names == ["snli_ve_dev.jsonl", "snli_ve_train.jsonl"]
     train = read_split(folder, "train", labelled=False)
     assert train.labels.tolist() == [0, 2, -1]
     assert train.image_index.tolist() == [0, 1, 0]  # a photo of several rows stays one photo
@@ -74,35 +71,36 @@ def test_a_data_set_is_written_out_once_as_an_ordinary_folder(tmp_path, hub):
     assert colours == [(255, 0, 0), (0, 128, 0), (255, 0, 0)]
     assert read_split(folder, "dev").labels.tolist() == [1]
 
-    assert data_folder("hf:org/ve", root=tmp_path) == folder
-    assert hub == ["org/ve"]
+    assert data_folder("hf:org/ve", root=tmp_path) == folder and not hub  # not asked for again
 
 
-def test_a_photo_in_two_splits_of_the_hub_is_a_leak(tmp_path, monkeypatch):
-    loaded = datasets.DatasetDict(train=_dataset(["red"], [1]), test=_dataset(["red"], [0]))
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: loaded)
+def test_a_photo_in_two_splits_of_the_hub_is_a_leak(tmp_path, hub):
+    hub["org/leaky"] = datasets.DatasetDict(
+        train=_dataset(["red"], [1]), test=_dataset(["red"], [0])
+    )
     folder = data_folder("hf:org/leaky", root=tmp_path)
     with pytest.raises(DataError, match="1 of its images are also in"):
         check_leak(read_split(folder, "train"), read_split(folder, "test"))
 
 
-def test_a_name_cannot_leave_the_data_folder(tmp_path, hub, monkeypatch):
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: {"train": _dataset(["red"], [1])})
+def test_a_name_cannot_leave_the_data_folder(tmp_path, hub):
+    hub["../../evil"] = {"train": _dataset(["red"], [1])}
     root = tmp_path / "in" / "data"
     folder = data_folder("hf:../../evil", root=root)
     assert folder.parent == root and folder.is_dir()
 
 
-def test_what_cannot_be_loaded_leaves_nothing_behind(tmp_path, hub):
-    with pytest.raises(DataError, match=r"--data hf:org/none: cannot be loaded \(Couldn't find"):
-        data_folder("hf:org/none", root=tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_splits_we_do_not_know_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: {"all": _dataset(["red"], [1])})
-    with pytest.raises(DataError, match="none of its splits"):
-        data_folder("hf:org/odd", Notes(), root=tmp_path)
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("org/none", r"--data hf:org/none: cannot be loaded \(Couldn't find"),
+        ("org/odd", "none of its splits"),
+    ],
+)
+def test_what_cannot_be_used_leaves_nothing_behind(tmp_path, hub, name, said):
+    hub["org/odd"] = {"all": _dataset(["red"], [1])}
+    with pytest.raises(DataError, match=said):
+        data_folder(f"hf:{name}", Notes(), root=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

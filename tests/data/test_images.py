@@ -11,6 +11,9 @@ from clseave_cli.core.data.images import FORMATS, ImageFolder, open_image
 from clseave_cli.core.data.records import read_split
 from clseave_cli.errors import DataError
 
+#: Pixels that Pillow takes.
+_LIMIT = Image.MAX_IMAGE_PIXELS
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -72,25 +75,28 @@ def test_a_truncated_jpeg_is_refused(tmp_path):
     assert open_image(path).size == (64, 64)
 
 
-def test_what_is_no_image_is_refused(tmp_path):
-    (tmp_path / "a.jpg").write_text("<html>404</html>")
-    with pytest.raises(DataError, match=r"a.jpg: damaged or not an image"):
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda path: path.write_text("<html>404</html>"), "damaged or not an image"),
+        (lambda path: path.mkdir(), "damaged or not an image"),
+        (lambda path: None, "no such image"),
+        (lambda path: path.symlink_to(path.name), r"cannot be read \(Too many levels"),
+        # Over twice Pillow's limit, and over once, where Pillow only warns.
+        (
+            lambda path: path.write_bytes(png(60_000, 60_000)),
+            f"more pixels than .* {_LIMIT}; scale",
+        ),
+        (
+            lambda path: path.write_bytes(png(10_000, 10_000)),
+            f"more pixels than .* {_LIMIT}; scale",
+        ),
+    ],
+)
+def test_what_is_no_image_is_refused(tmp_path, make, said):
+    make(tmp_path / "a.jpg")
+    with pytest.raises(DataError, match=rf"a\.jpg: {said}"):
         open_image(tmp_path / "a.jpg")
-    with pytest.raises(DataError, match=r"b.jpg: no such image"):
-        open_image(tmp_path / "b.jpg")
-    with pytest.raises(DataError, match="damaged or not an image"):
-        open_image(tmp_path)
-
-
-@pytest.mark.parametrize("size", [(60_000, 60_000), (10_000, 10_000)])
-def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, size):
-    # The first is over twice Pillow's limit, the second over once, where Pillow only warns.
-    limit = Image.MAX_IMAGE_PIXELS
-    assert size[0] * size[1] > limit
-    path = tmp_path / "bomb.png"
-    path.write_bytes(png(*size))
-    with pytest.raises(DataError, match=rf"bomb.png: more pixels than the limit of {limit}; scale"):
-        open_image(path)
 
 
 def test_an_image_stands_as_its_camera_meant_it(tmp_path):
@@ -110,12 +116,6 @@ def test_16_bit_greys_keep_their_shades(tmp_path):
     Image.fromarray(shades).save(tmp_path / "a.png")
     greys = np.asarray(open_image(tmp_path / "a.png"))
     assert greys.tolist() == [[[0] * 3, [1] * 3, [127] * 3, [255] * 3]]
-
-
-def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
-    (tmp_path / "a.png").symlink_to("a.png")
-    with pytest.raises(DataError, match=r"a\.png: cannot be read \(Too many levels"):
-        open_image(tmp_path / "a.png")
 
 
 def _split(folder, images):

@@ -1,7 +1,5 @@
 """One spelling for the user, every spelling for the engines."""
 
-from __future__ import annotations
-
 import re
 
 import pytest
@@ -20,23 +18,23 @@ from clseave_cli.errors import UsageError
         ("tlh", "tlh"), ("pt-BR", "pt-BR"),
     ],
 )  # fmt: skip
-def test_any_engines_spelling_is_understood(given: str, expected: str) -> None:
+def test_any_engines_spelling_is_understood(given, expected):
     assert canonical(given) == expected
 
 
 @pytest.mark.parametrize("bad", ["", "german", "d", "de/../x", "de fr", "zh;"])
-def test_what_is_no_code_is_refused(bad: str) -> None:
+def test_what_is_no_code_is_refused(bad):
     with pytest.raises(UsageError, match="expected one such as de"):
         canonical(bad)
 
 
-def test_spellings_of_one_language_lead_back_to_it() -> None:
+def test_spellings_of_one_language_lead_back_to_it():
     for code in LANGUAGES:
         assert code in {canonical(spelling) for spelling in spellings(code)}
         assert canonical(code) == code
 
 
-def test_engine_spellings_from_their_own_tables() -> None:
+def test_engine_spellings_from_their_own_tables():
     from transformers.models.m2m_100.tokenization_m2m_100 import (
         FAIRSEQ_LANGUAGE_CODES as m2m_codes,
     )
@@ -59,13 +57,13 @@ def test_engine_spellings_from_their_own_tables() -> None:
     [("ja", "赤いシャツ", "A"), ("ko", "남자", "男a"[1]), ("ru", "Мяч", "M"), ("ar", "رجل", "m"),
      ("zh", "红色", "あ"), ("de", "Übergrößen", "ж"), ("hi", "आदमी"[0], "a")],
 )  # fmt: skip
-def test_letters(code: str, inside: str, outside: str) -> None:
+def test_letters(code, inside, outside):
     letters = re.compile(f"[{letters_of(code)}]")
     assert all(letters.match(character) for character in inside)
     assert not any(letters.match(character) for character in outside)
 
 
-def test_every_language_of_the_table_has_letters() -> None:
+def test_every_language_of_the_table_has_letters():
     for code in LANGUAGES:
         assert letters_of(code)
     assert letters_of("tlh") is None

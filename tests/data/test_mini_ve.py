@@ -7,23 +7,17 @@ the caption, which says all there is to know about a scene.
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
 from tiny_world import read_jsonl, tree
 
-from clseave_cli.core.data.mini_ve import MiniVE, Sizes, generate
+from clseave_cli.core.data.mini_ve import Sizes, generate
 from clseave_cli.core.data.mini_ve.generation import sample_scenes
 from clseave_cli.core.data.mini_ve.world import COLORS, SHAPES
 from clseave_cli.errors import ClseaveError, UsageError
 from clseave_cli.labels import LABELS
-from clseave_cli.progress import Task
 
 SPLITS = ("train", "dev", "test")
 TRANSLATIONS = ("de", "nl", "ja", "zh", "ko")
@@ -37,16 +31,14 @@ SMALL = Sizes(
     test_hypotheses=3,
 )
 
-Rows = list[dict[str, str]]
-
 
 @pytest.fixture(scope="module", params=[0, 1, 2], ids="seed {}".format)
-def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> MiniVE:
-    seed: int = request.param
-    return generate(tmp_path_factory.mktemp("mini-ve") / "world", seed=seed, sizes=SIZES)
+def world(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mini-ve") / "world"
+    return generate(folder, seed=request.param, sizes=SIZES)
 
 
-def rows_of(world: MiniVE, split: str, language: str = "en") -> Rows:
+def rows_of(world, split, language="en"):
     suffix = "" if language == "en" else f".{language}"
     return read_jsonl(world.folder / f"snli_ve_{split}{suffix}.jsonl")
 
@@ -58,7 +50,7 @@ ABSENT = re.compile(r"\b(?:but no|Nowhere in view is there an?) (?:(\w+) shape|(
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5}
 
 
-def things(text: str) -> list[tuple[str | None, str | None]]:
+def things(text):
     return [
         (color or None, None if shape == "shape" else shape)
         for color, shape in THING.findall(text)
@@ -66,11 +58,11 @@ def things(text: str) -> list[tuple[str | None, str | None]]:
     ]
 
 
-def is_covered(caption: str) -> bool:
+def is_covered(caption):
     return "curtain" in caption and "no curtain" not in caption
 
 
-def form_of(sentence: str) -> str:
+def form_of(sentence):
     if "exactly" in sentence:
         return "count"
     if re.search(r"\b(no|Nowhere)\b", sentence):
@@ -78,11 +70,11 @@ def form_of(sentence: str) -> str:
     return "conjunction" if " and " in sentence else "presence"
 
 
-def label_of(sentence: str, caption: str) -> str:
+def label_of(sentence, caption):
     """The label, given that a curtain always hides more cells than a sentence speaks of."""
     shown, covered = things(caption), is_covered(caption)
 
-    def in_view(color: str | None, shape: str | None) -> bool:
+    def in_view(color, shape):
         return any(color in (None, c) and shape in (None, s) for c, s in shown)
 
     form = form_of(sentence)
@@ -102,38 +94,24 @@ def label_of(sentence: str, caption: str) -> str:
 # --- what the rows say --------------------------------------------------------------------------
 
 
-def test_every_label_follows_from_what_the_caption_says(world: MiniVE) -> None:
+def test_every_label_follows_from_what_the_caption_says(world):
     for split in SPLITS:
         for row in rows_of(world, split):
             expected = label_of(row["sentence2"], row["sentence1"])
             assert row["gold_label"] == expected, row
 
 
-def test_every_sentence_has_each_label_equally_often(world: MiniVE) -> None:
+def test_every_sentence_has_each_label_equally_often(world):
+    """So whatever a function of the text answers, it is right in one row of three."""
     for split in SPLITS:
-        by_sentence: dict[str, Counter[str]] = defaultdict(Counter)
+        by_sentence = defaultdict(Counter)
         for row in rows_of(world, split):
             by_sentence[row["sentence2"]][row["gold_label"]] += 1
         for sentence, counts in by_sentence.items():
             assert len(set(counts[label] for label in LABELS)) == 1, (sentence, counts)
 
 
-def test_the_text_alone_is_worth_nothing(world: MiniVE) -> None:
-    train, test = rows_of(world, "train"), rows_of(world, "test")
-    vectorizer = TfidfVectorizer(ngram_range=(1, 3))
-    classifier = LogisticRegression(max_iter=500).fit(
-        vectorizer.fit_transform([row["sentence2"] for row in train]),
-        [row["gold_label"] for row in train],
-    )
-    accuracy = classifier.score(
-        vectorizer.transform([row["sentence2"] for row in test]),
-        [row["gold_label"] for row in test],
-    )
-    # Whatever a function of the text answers, it is right in one row of three.
-    assert accuracy == pytest.approx(1 / 3)
-
-
-def test_a_perfect_reader_of_the_wrong_pictures_is_near_chance(world: MiniVE) -> None:
+def test_a_perfect_reader_of_the_wrong_pictures_is_near_chance(world):
     rows = rows_of(world, "test")
     hits = [
         label_of(row["sentence2"], rows[(index + shift) % len(rows)]["sentence1"])
@@ -144,8 +122,8 @@ def test_a_perfect_reader_of_the_wrong_pictures_is_near_chance(world: MiniVE) ->
     assert sum(hits) / len(hits) < 0.4
 
 
-def test_the_curtain_alone_is_not_enough(world: MiniVE) -> None:
-    by_form: Counter[tuple[str, bool, str]] = Counter()
+def test_the_curtain_alone_is_not_enough(world):
+    by_form = Counter()
     rows = rows_of(world, "test")
     for row in rows:
         covered = is_covered(row["sentence1"])
@@ -159,8 +137,8 @@ def test_the_curtain_alone_is_not_enough(world: MiniVE) -> None:
     assert best / len(rows) == pytest.approx(2 / 3, abs=0.03)
 
 
-def test_half_of_the_tested_conjunctions_are_new(world: MiniVE) -> None:
-    def pairs(split: str) -> list[frozenset[Any]]:
+def test_half_of_the_tested_conjunctions_are_new(world):
+    def pairs(split):
         return [
             frozenset(things(row["sentence2"]))
             for row in rows_of(world, split)
@@ -176,7 +154,7 @@ def test_half_of_the_tested_conjunctions_are_new(world: MiniVE) -> None:
 # --- what the files hold ------------------------------------------------------------------------
 
 
-def test_no_scene_or_picture_is_in_two_splits(world: MiniVE) -> None:
+def test_no_scene_or_picture_is_in_two_splits(world):
     images = {split: {row["Flickr30K_ID"] for row in rows_of(world, split)} for split in SPLITS}
     scenes = {split: set(drawn) for split, drawn in sample_scenes(world.seed, SIZES).items()}
     for one, other in (("train", "dev"), ("train", "test"), ("dev", "test")):
@@ -186,7 +164,7 @@ def test_no_scene_or_picture_is_in_two_splits(world: MiniVE) -> None:
     assert len(set(contents)) == len(contents) == sum(world.num_scenes.values())
 
 
-def test_every_scene_is_asked_about(world: MiniVE) -> None:
+def test_every_scene_is_asked_about(world):
     for split, per_scene in (("train", 5), ("dev", 6), ("test", 6)):
         rows = rows_of(world, split)
         asked = Counter(row["Flickr30K_ID"] for row in rows)
@@ -197,7 +175,7 @@ def test_every_scene_is_asked_about(world: MiniVE) -> None:
         assert max(Counter((r["Flickr30K_ID"], r["sentence2"]) for r in rows).values()) == 1
 
 
-def test_ids_are_unique_and_images_are_there(world: MiniVE) -> None:
+def test_ids_are_unique_and_images_are_there(world):
     rows = [row for split in SPLITS for row in rows_of(world, split)]
     assert len({row["pairID"] for row in rows}) == len(rows)
     for row in rows:
@@ -208,12 +186,12 @@ def test_ids_are_unique_and_images_are_there(world: MiniVE) -> None:
             assert (picture.format, picture.size, picture.mode) == ("PNG", (64, 64), "RGB")
 
 
-def test_the_languages_are_parallel(world: MiniVE) -> None:
+def test_the_languages_are_parallel(world):
     for split in SPLITS:
         english = rows_of(world, split)
         for language in TRANSLATIONS:
             translated = rows_of(world, split, language)
-            translations: dict[str, str] = {}
+            translations = {}
             for row, other in zip(english, translated, strict=True):
                 assert other == {
                     **row,
@@ -225,7 +203,7 @@ def test_the_languages_are_parallel(world: MiniVE) -> None:
                 assert known == other["sentence2"]
 
 
-def test_captions_tell_the_truth(world: MiniVE) -> None:
+def test_captions_tell_the_truth(world):
     known = {
         row["Flickr30K_ID"]: row["sentence1"]
         for split in ("train", "dev")
@@ -234,7 +212,7 @@ def test_captions_tell_the_truth(world: MiniVE) -> None:
     for split in ("train", "dev"):
         lines = read_jsonl(world.folder / f"captions_{split}.jsonl")
         assert len(lines) == world.num_captions[split] == 4 * world.num_scenes[split]
-        complete: Counter[str] = Counter()
+        complete = Counter()
         for line in lines:
             image, caption = line["image"], line["caption"]
             shown = set(things(known[image]))
@@ -253,7 +231,7 @@ def test_captions_tell_the_truth(world: MiniVE) -> None:
         assert min(complete.values()) >= 2
 
 
-def test_the_report_counts_what_is_written(world: MiniVE) -> None:
+def test_the_report_counts_what_is_written(world):
     written = json.loads((world.folder / "world.json").read_text(encoding="utf-8"))
     assert written["seed"] == world.seed
     assert written["num_scenes"] == {"train": 200, "dev": 60, "test": 100}
@@ -273,25 +251,16 @@ def test_the_report_counts_what_is_written(world: MiniVE) -> None:
 class Counting:
     """A `Progress` that adds up."""
 
-    def __init__(self) -> None:
-        self.total: int | None = None
-        self.done = 0
-
     @contextmanager
-    def task(
-        self, description: str, total: int | None = None, unit: str = "", *, noted: bool = False
-    ) -> Iterator[Task]:
-        self.total = total
+    def task(self, description, total=None, unit="", *, noted=False):
+        self.total, self.done = total, 0
         yield self
 
-    def advance(self, amount: int = 1, **fields: float | int | str) -> None:
+    def advance(self, amount=1, **fields):
         self.done += amount
 
-    def note(self, message: str) -> None:
-        raise AssertionError(message)
 
-
-def test_a_seed_gives_the_same_bytes_and_another_seed_other_scenes(tmp_path: Path) -> None:
+def test_a_seed_gives_the_same_bytes_and_another_seed_other_scenes(tmp_path):
     progress = Counting()
     first = generate(tmp_path / "a", seed=7, sizes=SMALL, progress=progress)
     assert progress.done == progress.total == 130
@@ -307,7 +276,7 @@ def test_a_seed_gives_the_same_bytes_and_another_seed_other_scenes(tmp_path: Pat
     assert tree(tmp_path / "a") != tree(tmp_path / "c")
 
 
-def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UsageError, match="is there already"):
         generate(tmp_path, sizes=SMALL)
@@ -324,7 +293,7 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path) -> Non
         (Sizes(train_scenes=20, train_hypotheses=40), "20 train scenes are too few"),
     ],
 )
-def test_impossible_sizes_are_refused(tmp_path: Path, sizes: Sizes, message: str) -> None:
+def test_impossible_sizes_are_refused(tmp_path, sizes, message):
     with pytest.raises(UsageError, match=message):
         generate(tmp_path / "world", sizes=sizes)
     assert not list(tmp_path.iterdir())

@@ -9,22 +9,22 @@ from clseave_cli.core.data.mini_ve.drawing import CELL, draw
 from clseave_cli.core.data.mini_ve.world import GRID, ITEMS, SHAPES, Curtain, Item, Scene
 
 
-def pixels(scene: Scene, seed: int = 0) -> np.ndarray:
+def pixels(scene, seed=0):
     return np.asarray(draw(scene, Random(seed))).astype(int)
 
 
-def cell_of(picture: np.ndarray, cell: int) -> np.ndarray:
+def cell_of(picture, cell):
     row, column = divmod(cell, GRID)
     return picture[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
 
 
-def test_a_picture_is_64_pixels_a_side_and_rgb() -> None:
+def test_a_picture_is_64_pixels_a_side_and_rgb():
     picture = draw(Scene(()), Random(0))
     assert (picture.size, picture.mode) == ((64, 64), "RGB")
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_shape_stays_inside_its_cell(shape: str) -> None:
+def test_a_shape_stays_inside_its_cell(shape):
     for seed in range(40):
         picture = pixels(Scene(((5, Item("blue", shape)),)), seed)
         inked = (picture != picture[-1, -1]).any(axis=2)
@@ -41,15 +41,13 @@ def test_a_shape_stays_inside_its_cell(shape: str) -> None:
         ("black", (False, False, False)),
     ],
 )
-def test_a_color_is_bright_in_its_own_channels(
-    color: str, channels: tuple[bool, bool, bool]
-) -> None:
+def test_a_color_is_bright_in_its_own_channels(color, channels):
     for seed in range(10):
         red, green, blue = cell_of(pixels(Scene(((10, Item(color, "circle")),)), seed), 10)[8, 8]
         assert (red > 130, green > 130, blue > 130) == channels
 
 
-def test_shapes_cover_different_pixels() -> None:
+def test_shapes_cover_different_pixels():
     masks = []
     for shape in SHAPES:
         drawn = [cell_of(pixels(Scene(((0, Item("black", shape)),)), s), 0) for s in range(20)]
@@ -59,7 +57,7 @@ def test_shapes_cover_different_pixels() -> None:
             assert np.abs(mask - other).sum() > 15
 
 
-def test_the_curtain_covers_its_cells_and_no_others() -> None:
+def test_the_curtain_covers_its_cells_and_no_others():
     curtain = Curtain(1, 2, 2, 2)
     for seed in range(10):
         picture = pixels(Scene((), curtain), seed)
@@ -69,7 +67,7 @@ def test_the_curtain_covers_its_cells_and_no_others() -> None:
         assert tuple(np.flatnonzero(touched.any(axis=(1, 3)))) == curtain.cells()
 
 
-def test_pictures_of_one_scene_differ_by_the_generator_only() -> None:
+def test_pictures_of_one_scene_differ_by_the_generator_only():
     scene = Scene(tuple(enumerate(ITEMS[:3])), Curtain(0, 3, 4, 1))
     assert (pixels(scene, 1) == pixels(scene, 1)).all()
     assert (pixels(scene, 1) != pixels(scene, 2)).any()

@@ -2,7 +2,6 @@
 
 import csv
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from clseave_cli.core.data.mini_ve.world import (
     Conjunction,
     Count,
     Description,
-    Hypothesis,
     Item,
     Presence,
     descriptions,
@@ -22,12 +20,11 @@ from clseave_cli.core.data.mini_ve.world import (
 )
 
 
-def _by_hand() -> Iterator[tuple[Hypothesis, int, list[str]]]:
+def _by_hand():
     """Hypothesis, paraphrase, and its sentence in each language."""
     forms = {"Presence": Presence, "Absence": Absence}
     with Path(__file__).with_name("mini_ve_sentences.tsv").open(encoding="utf-8") as table:
         for row in csv.DictReader(table, delimiter="\t"):
-            hypothesis: Hypothesis
             if row["form"] == "Count":
                 hypothesis = Count(int(row["about"]))
             elif row["form"] == "Conjunction":
@@ -44,13 +41,11 @@ def _by_hand() -> Iterator[tuple[Hypothesis, int, list[str]]]:
     ("hypothesis", "template", "sentences"),
     [pytest.param(*row, id=row[2][0]) for row in _by_hand()],
 )
-def test_sentences_written_by_hand(
-    hypothesis: Hypothesis, template: int, sentences: list[str]
-) -> None:
+def test_sentences_written_by_hand(hypothesis, template, sentences):
     assert [say(hypothesis, template, language) for language in LANGUAGES] == sentences
 
 
-def every_hypothesis() -> list[Hypothesis]:
+def every_hypothesis():
     return [
         *(Presence(what) for what in descriptions()),
         *(Absence(what) for what in descriptions()),
@@ -61,7 +56,7 @@ def every_hypothesis() -> list[Hypothesis]:
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_no_two_hypotheses_share_a_sentence(language: str) -> None:
+def test_no_two_hypotheses_share_a_sentence(language):
     """So a translation back and forth returns the same row, and a label can be looked up."""
     hypotheses = every_hypothesis()
     sentences = {
@@ -73,7 +68,7 @@ def test_no_two_hypotheses_share_a_sentence(language: str) -> None:
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_sentences_are_well_formed(language: str) -> None:
+def test_sentences_are_well_formed(language):
     letters = (
         r"a-zA-ZäöüÄÖÜßèé" if language in ("en", "de", "nl") else r"\u3040-\u9fff\uac00-\ud7a3"
     )

@@ -16,7 +16,6 @@ from clseave_cli.core.data.mini_ve.world import (
     Count,
     Curtain,
     Description,
-    Hypothesis,
     Item,
     Presence,
     Scene,
@@ -53,20 +52,20 @@ ONE_CELL_HIDDEN = Scene(((0, RED_CIRCLE),), Curtain(3, 3, 1, 1))
         (Conjunction(Item("red", "star"), GREEN_SQUARE), "contradiction", "neutral"),
     ],
 )
-def test_labels_worked_by_hand(hypothesis: Hypothesis, open_label: str, covered_label: str) -> None:
+def test_labels_worked_by_hand(hypothesis, open_label, covered_label):
     assert hypothesis.judge(OPEN) == open_label
     assert hypothesis.judge(COVERED) == covered_label
 
 
-def test_one_hidden_cell_cannot_make_up_for_two_missing_shapes() -> None:
+def test_one_hidden_cell_cannot_make_up_for_two_missing_shapes():
     assert Conjunction(RED_CIRCLE, BLUE_STAR).judge(ONE_CELL_HIDDEN) == "neutral"
     assert Conjunction(GREEN_SQUARE, BLUE_STAR).judge(ONE_CELL_HIDDEN) == "contradiction"
 
 
-def holds(hypothesis: Hypothesis, items: list[Item]) -> bool:
+def holds(hypothesis, items):
     """Whether a hypothesis is true when nothing is hidden, written without looking at `judge`."""
 
-    def any_fits(what: Description) -> bool:
+    def any_fits(what):
         return any(
             (what.color or item.color, what.shape or item.shape) == tuple(item) for item in items
         )
@@ -82,7 +81,7 @@ def holds(hypothesis: Hypothesis, items: list[Item]) -> bool:
             return first in items and second in items
 
 
-def label_by_filling(hypothesis: Hypothesis, scene: Scene, vocabulary: tuple[Item, ...]) -> str:
+def label_by_filling(hypothesis, scene, vocabulary):
     truths = {
         holds(hypothesis, [*scene.items, *(item for item in filling if item)])
         for filling in product((None, *vocabulary), repeat=scene.num_hidden)
@@ -92,13 +91,13 @@ def label_by_filling(hypothesis: Hypothesis, scene: Scene, vocabulary: tuple[Ite
     return "entailment" if truths.pop() else "contradiction"
 
 
-def test_judge_agrees_with_every_filling_of_a_small_vocabulary() -> None:
+def test_judge_agrees_with_every_filling_of_a_small_vocabulary():
     vocabulary = tuple(Item(*words) for words in product(("red", "blue"), ("circle", "star")))
     about = [
         Description(color, shape)
         for color, shape in product(("red", "blue", None), ("circle", "star", None))
     ]
-    hypotheses: list[Hypothesis] = [
+    hypotheses = [
         *(form(what) for form in (Presence, Absence) for what in about),
         *(Count(number) for number in range(7)),
         *(Conjunction(*pair) for pair in combinations(vocabulary, 2)),
@@ -117,9 +116,9 @@ def test_judge_agrees_with_every_filling_of_a_small_vocabulary() -> None:
     assert len(labels) == 4 * 3
 
 
-def test_judge_agrees_with_every_filling_of_the_full_vocabulary() -> None:
+def test_judge_agrees_with_every_filling_of_the_full_vocabulary():
     rng = Random(1)
-    hypotheses: list[Hypothesis] = [
+    hypotheses = [
         *(Presence(what) for what in descriptions()),
         *(Absence(what) for what in descriptions()),
         *(Count(number) for number in COUNTS),
@@ -133,12 +132,12 @@ def test_judge_agrees_with_every_filling_of_the_full_vocabulary() -> None:
             assert hypothesis.judge(scene) == expected, (hypothesis, scene)
 
 
-def test_the_vocabulary_is_complete() -> None:
+def test_the_vocabulary_is_complete():
     assert len(ITEMS) == len(set(ITEMS)) == len(COLORS) * len(SHAPES)
     assert len(set(descriptions())) == len(ITEMS) + len(COLORS) + len(SHAPES)
     assert len(item_pairs()) == len(ITEMS) * (len(ITEMS) - 1) // 2
 
 
-def test_curtain_cells_are_numbered_row_by_row() -> None:
+def test_curtain_cells_are_numbered_row_by_row():
     assert Curtain(column=1, row=2, columns=2, rows=2).cells() == (9, 10, 13, 14)
     assert Curtain(column=0, row=0, columns=GRID, rows=GRID).cells() == tuple(range(GRID * GRID))

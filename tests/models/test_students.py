@@ -6,12 +6,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from tiny_backbones import CANNOT_BE_PACKED, MAX_TOKENS, STUDENTS, save_word_tokenizer
-from tiny_world import sentences
+from tiny_backbones import CANNOT_BE_PACKED, MAX_TOKENS, STUDENTS, embeddings, save_word_tokenizer
+from tiny_world import reseal, sentences
 from tokenizers import Tokenizer
 from transformers import AutoModel, AutoTokenizer, T5Config
 
-from clseave_cli.core.files import json_digest
 from clseave_cli.core.models import backbones
 from clseave_cli.core.models.encoders import module_digest
 from clseave_cli.core.models.student import load_student, new_student, save_student
@@ -25,93 +24,101 @@ TEXTS = [
     "Das Quadrat ist grün. Draußen wartet ein Hund.",
 ]
 
+#: Name of the encoder, pooling.
+KINDS = [(name, "terminal") for name in STUDENTS] + [("mBERT", "cls"), ("mBERT", "mean")]
 
-@pytest.fixture(scope="module", params=list(STUDENTS))
-def name(request):
+
+@pytest.fixture(scope="module", params=KINDS, ids="-".join)
+def kind(request):
     return request.param
 
 
 @pytest.fixture(scope="module")
-def backbone(name, tmp_path_factory, world):
-    return STUDENTS[name](tmp_path_factory.mktemp(name), sentences(world))
+def backbone(kind, tmp_path_factory, world):
+    return STUDENTS[kind[0]](tmp_path_factory.mktemp(kind[0]), sentences(world))
 
 
 @pytest.fixture
-def student(backbone):
+def student(kind, backbone):
     torch.manual_seed(0)
-    student = new_student(backbone, 16).eval()
+    student = new_student(backbone, 16, kind[1]).eval()
     torch.nn.init.normal_(student.norm.weight)
     torch.nn.init.normal_(student.norm.bias)
     return student
 
 
-def _embed(student):
-    with torch.no_grad():
-        return torch.cat(list(student.embed(student.tokenize(TEXTS))))
-
-
 def _reference(backbone, student):
-    """One sentence at a time, unpadded: hidden state at the last token, normalised, projected."""
-    model, tokenizer = (
-        AutoModel.from_pretrained(backbone).eval(),
-        AutoTokenizer.from_pretrained(backbone),
-    )
+    """One sentence at a time, unpadded: its states pooled, normalised, projected."""
+    model = AutoModel.from_pretrained(backbone).eval()
+    tokenizer = AutoTokenizer.from_pretrained(backbone)
     wanted = []
     for text in TEXTS:
         inputs = tokenizer(text, truncation=True, return_tensors="pt")
         assert inputs["input_ids"][0, -1] == student.terminal_id
         with torch.no_grad():
-            state = model(**inputs).last_hidden_state[0, -1]
+            states = model(**inputs).last_hidden_state[0]
+            poolings = {"terminal": states[-1], "cls": states[0], "mean": states.mean(dim=0)}
+            state = poolings[student.pooling]
             state = (state - state.mean()) / torch.sqrt(state.var(unbiased=False) + 1e-5)
             state = state * student.norm.weight + student.norm.bias
             wanted.append(state @ student.projection.weight.T)
     return torch.stack(wanted)
 
 
-def test_sentence_embeddings_are_what_transformers_computes(name, backbone, student):
+def test_sentence_embeddings_are_what_transformers_computes(kind, backbone, student):
     packs = student.verify_packing()
-    assert packs == (name not in CANNOT_BE_PACKED)
+    assert packs == (kind[0] not in CANNOT_BE_PACKED)
     assert student.max_tokens == MAX_TOKENS
     tokens = student.tokenize(TEXTS)
     assert tokens.truncated.tolist() == [False, False, False, True, False]
     wanted = _reference(backbone, student)
     assert torch.pdist(wanted).min() > 1e-3
-    torch.testing.assert_close(_embed(student), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(embeddings(student, TEXTS), wanted, rtol=1e-4, atol=1e-4)
+    rows = np.arange(len(TEXTS))[::-1]
     if packs:
-        assert len(student.pack(tokens, np.arange(len(TEXTS))).input_ids) < len(TEXTS)
+        assert len(student.pack(tokens, rows).input_ids) < len(TEXTS)
+    with torch.no_grad():
+        backwards = student(student.pack(tokens, rows))
+    torch.testing.assert_close(backwards.flip(0), wanted, rtol=1e-4, atol=1e-4)
     student.packs = False
-    torch.testing.assert_close(_embed(student), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(embeddings(student, TEXTS), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_a_student_of_any_kind_is_the_same_after_save_and_load(student, tmp_path):
     student.verify_packing()
-    save_student(student, tmp_path, languages=["de"], teacher="t" * 64)
+    fingerprint = save_student(student, tmp_path, languages=["de"], teacher="t" * 64)
     again = load_student(tmp_path, "t" * 64)
+    assert again.fingerprint == fingerprint and not again.training
     assert module_digest(again) == module_digest(student)
     assert again.packing == student.packing  # or evaluate and predict would pack what cannot be
     assert again.digest() == student.digest()
-    assert torch.equal(_embed(again), _embed(student))
+    assert torch.equal(embeddings(again, TEXTS), embeddings(student, TEXTS))
     model = AutoModel.from_pretrained(tmp_path / "encoder")
     saved, ours = model.state_dict(), student.backbone.state_dict()
     assert all(torch.equal(saved[key], weight) for key, weight in ours.items())
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["languages"] == ["de"] and config["pooling"] == student.pooling
+    assert config["teacher"] == "t" * 64 and config["format_version"] == 1
+    # What earlier versions could train is refused, not read as something else.
+    reseal(tmp_path, "student", projection="mlp")
+    with pytest.raises(ModelError, match="its projection is of a kind"):
+        load_student(tmp_path)
 
 
-def test_what_was_found_out_about_packing_is_saved(name, backbone, student, tmp_path, monkeypatch):
+def test_what_was_found_out_about_packing_is_saved(kind, student, tmp_path, monkeypatch):
     student.verify_packing()
-    assert student.first_position == (2 if name in ("XLM-R", "data2vec", "MPNet") else 0)
+    assert student.first_position == (2 if kind[0] in ("XLM-R", "data2vec", "MPNet") else 0)
     save_student(student, tmp_path, languages=["de"], teacher="t" * 64)
     with monkeypatch.context() as patch:
         patch.setattr(backbones, "_first", None)  # not found out again
         assert load_student(tmp_path).packing == student.packing
-    path = tmp_path / "config.json"
-    content = json.loads(path.read_text())
     # A folder of an earlier version: positions were not in it.
-    assert content.pop("first_position") == student.first_position
-    del content["fingerprint"], content["clseave_version"]
-    path.write_text(json.dumps(content | {"fingerprint": json_digest(content)}))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["first_position"] == student.first_position
+    reseal(tmp_path, "student", without=("first_position",))
     again = load_student(tmp_path)
     assert again.packing == student.packing
-    assert torch.equal(_embed(again), _embed(student))
+    assert torch.equal(embeddings(again, TEXTS), embeddings(student, TEXTS))
 
 
 def test_positions_that_are_not_found_are_never_given(tmp_path, world, monkeypatch):
@@ -119,10 +126,12 @@ def test_positions_that_are_not_found_are_never_given(tmp_path, world, monkeypat
     folder = STUDENTS["XLM-R"](tmp_path, sentences(world))
     student = new_student(folder, 16).eval()
     assert student.first_position is None and not student.verify_packing()
-    torch.testing.assert_close(_embed(student), _reference(folder, student), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        embeddings(student, TEXTS), _reference(folder, student), rtol=1e-4, atol=1e-4
+    )
 
 
-def test_the_position_table_is_a_limit_of_its_own(name, backbone, student, tmp_path):
+def test_the_position_table_is_a_limit_of_its_own(backbone, tmp_path):
     folder = shutil.copytree(backbone, tmp_path / "unlimited")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.model_max_length = 10**9

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tiny_backbones import EMBEDDING_DIM, MAX_TOKENS, TEACHERS, new_siglip
+from safetensors.torch import load_file
+from tiny_backbones import EMBEDDING_DIM, MAX_TOKENS, TEACHERS, embeddings, new_siglip
 from tiny_world import flip_byte, sentences
 
 from clseave_cli.core.data.images import open_image
 from clseave_cli.core.models import backbones
-from clseave_cli.core.models.clip_ve import ClipVE
+from clseave_cli.core.models.clip_ve import ClipVE, fingerprint
 from clseave_cli.core.models.encoders import module_digest
 from clseave_cli.core.models.packing import pack
 from clseave_cli.errors import ModelError
@@ -37,44 +38,37 @@ def _whole(folder):
     return model, transformers.AutoTokenizer.from_pretrained(folder)
 
 
-def _inputs(model, tokenizer, texts):
-    """A text's tokens as the model's authors prescribe them; SigLIP looks at its padding."""
-    if model.config.model_type.startswith("siglip"):
-        inputs = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
-        assert inputs["input_ids"].shape[1] == MAX_TOKENS
-        return {"input_ids": inputs["input_ids"]}
-    return tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-
-
-def _reference(folder, texts):
+def _reference(folder):
+    """The texts read as the model's authors prescribe it; SigLIP looks at its padding."""
     model, tokenizer = _whole(folder)
+    is_siglip = model.config.model_type.startswith("siglip")
+    padding = "max_length" if is_siglip else "longest"
+    inputs = tokenizer(TEXTS, padding=padding, truncation=True, return_tensors="pt")
+    if is_siglip:
+        assert inputs["input_ids"].shape[1] == MAX_TOKENS
+        inputs = {"input_ids": inputs["input_ids"]}
     with torch.no_grad():
-        return model.get_text_features(**_inputs(model, tokenizer, texts)).pooler_output
+        return model.get_text_features(**inputs).pooler_output
 
 
-def _embed(encoder, texts, row_tokens):
-    tokens = encoder.tokenize(texts)
-    rows = np.arange(len(texts))
+def _embed(encoder, row_tokens):
+    tokens, rows = encoder.tokenize(TEXTS), np.arange(len(TEXTS))
     with torch.no_grad():
         return encoder(pack(tokens, rows, row_tokens=row_tokens, pad_id=encoder.pad_id))
 
 
 def test_text_embeddings_are_what_transformers_computes(teacher):
     text = backbones.load_clip_text(teacher).eval()
-    wanted = _reference(teacher, TEXTS)
+    wanted = _reference(teacher)
     assert wanted.shape == (len(TEXTS), EMBEDDING_DIM)
     assert torch.pdist(wanted).min() > 1e-3
     assert text.tokenize(TEXTS).truncated.tolist() == [False] * 4 + [True, False]
-    alone = torch.cat([_reference(teacher, [sentence]) for sentence in TEXTS])
-    torch.testing.assert_close(wanted, alone, rtol=1e-4, atol=1e-4)
-    packed = _embed(text, TEXTS, text.row_tokens)
-    torch.testing.assert_close(packed, wanted, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(_embed(text, TEXTS, None), wanted, rtol=1e-4, atol=1e-4)
-    ours = torch.cat([_embed(text, [sentence], text.row_tokens) for sentence in TEXTS])
-    torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
+    alone = torch.cat([embeddings(text, [sentence]) for sentence in TEXTS])
+    for ours in (alone, _embed(text, text.row_tokens), _embed(text, None)):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
     assert text.verify_packing()
     text.packs = False  # the plain, padded layout
-    torch.testing.assert_close(_embed(text, TEXTS, None), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(_embed(text, None), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_image_embeddings_are_what_transformers_computes(teacher, world):
@@ -93,20 +87,21 @@ def test_image_embeddings_are_what_transformers_computes(teacher, world):
 
 def test_a_clip_ve_of_any_layout_is_the_same_after_save_and_load(teacher, tmp_path):
     torch.manual_seed(0)
-    model = ClipVE.from_clip(teacher).eval()
-    torch.nn.init.normal_(model.text.projection.weight)  # as training changes it
+    model = ClipVE.from_clip(teacher)
+    h, p = torch.randn(2, 8, EMBEDDING_DIM)
+    model(h, p)  # running statistics of its own
+    torch.nn.init.normal_(model.eval().text.projection.weight)  # as training changes it
     model.save(tmp_path)
     again = ClipVE.from_folder(tmp_path)
-    assert module_digest(again) == module_digest(model)
+    assert module_digest(again) == module_digest(model) and not again.training
     assert again.text.digest() == model.text.digest()
     assert again.image.digest() == model.image.digest()
-    assert torch.equal(
-        _embed(again.text, TEXTS, again.text.row_tokens),
-        _embed(model.text, TEXTS, model.text.row_tokens),
-    )
+    assert torch.equal(embeddings(again.text, TEXTS), embeddings(model.text, TEXTS))
+    with torch.no_grad():
+        assert torch.equal(again(h, p), model(h, p))
     (tmp_path / "again").mkdir()
     again.save(tmp_path / "again")
-    assert again.fingerprint == model.fingerprint
+    assert again.fingerprint == model.fingerprint == fingerprint(tmp_path) != ""
 
 
 #: Classes that read what stands in `text/` and `image/`.
@@ -120,24 +115,22 @@ TOWERS = {
 
 
 def test_the_towers_load_with_transformers_alone(teacher, tmp_path):
-    from safetensors.torch import load_file
-
     ClipVE.from_clip(teacher).save(tmp_path)
     whole, _ = _whole(teacher)
-    for part, class_name in zip(("text", "image"), TOWERS[whole.config.model_type], strict=True):
-        tower = getattr(transformers, class_name).from_pretrained(tmp_path / part)
-        kept = tower.state_dict()
-        if (tmp_path / part / "projection.safetensors").exists():
-            name = "visual_projection" if part == "image" else "text_projection"
-            wanted = whole.state_dict()[f"{name}.weight"]
-            file = load_file(tmp_path / part / "projection.safetensors")
-            assert torch.equal(file["weight"], wanted)
-        whole_tower = whole.text_model if part == "text" else whole.vision_model
-        for name, weight in whole_tower.state_dict().items():
-            own = kept[name] if name in kept else kept[f"{part}_model.{name}".replace(
-                "image_model", "vision_model"
-            )]  # fmt: skip
-            assert torch.equal(own, weight), name
+    weights = whole.state_dict()
+    for part, model, projection, class_name in zip(
+        ("text", "image"),
+        ("text_model", "vision_model"),
+        ("text_projection", "visual_projection"),
+        TOWERS[whole.config.model_type],
+        strict=True,
+    ):
+        kept = getattr(transformers, class_name).from_pretrained(tmp_path / part).state_dict()
+        for name, weight in getattr(whole, model).state_dict().items():
+            assert torch.equal(kept.get(name, kept.get(f"{model}.{name}")), weight), name
+        file = tmp_path / part / "projection.safetensors"
+        if file.exists():
+            assert torch.equal(load_file(file)["weight"], weights[f"{projection}.weight"])
     transformers.AutoTokenizer.from_pretrained(tmp_path / "text")
     transformers.AutoImageProcessor.from_pretrained(tmp_path / "image", backend="pil")
 

@@ -5,14 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny_world import flip_byte, quick_align, read_jsonl, sentences
+from tiny_backbones import STUDENTS, embeddings
+from tiny_world import ENCODER_SHAPE, flip_byte, quick_align, read_jsonl, sentences
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModel,
     AutoTokenizer,
-    BertConfig,
-    BertModel,
-    BertTokenizer,
     PreTrainedTokenizerFast,
     XLMRobertaConfig,
     XLMRobertaModel,
@@ -21,12 +19,8 @@ from transformers import (
 from clseave_cli import VisualEntailment
 from clseave_cli.core.models import vocabulary
 from clseave_cli.core.models.encoders import module_digest
-from clseave_cli.core.models.student import (
-    load_student,
-    new_student,
-    restore_student,
-    save_student,
-)
+from clseave_cli.core.models.scratch import new_encoder
+from clseave_cli.core.models.student import load_student, new_student, restore_student, save_student
 from clseave_cli.core.models.vocabulary import trim_vocabulary
 from clseave_cli.errors import ModelError
 
@@ -45,52 +39,37 @@ OTHERS = [*CORPUS[2:6], "Quadratisch, rotblau!", "🙂 x", ""]
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
 
 
-def _unigram():
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.normalizer = normalizers.NFKC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=200, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False
-    )
+def _tokenizer(kind):
+    """One of sub-words, learnt from the corpus; each frames a text by another class."""
+    roberta = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    options = {"special_tokens": SPECIAL, "show_progress": False}
+    if kind == "unigram":
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.normalizer = normalizers.NFKC()
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        frame = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+        )
+        trainer = trainers.UnigramTrainer(vocab_size=200, unk_token="<unk>", **options)
+    elif kind == "bpe":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        frame = processors.Sequence([processors.ByteLevel(trim_offsets=False), roberta])
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, **options)
+    else:  # marks continuations, as WordPiece does
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>", continuing_subword_prefix="##"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        frame = roberta
+        trainer = trainers.BpeTrainer(vocab_size=220, continuing_subword_prefix="##", **options)
     tokenizer.train_from_iterator(CORPUS, trainer)
-    tokenizer.add_special_tokens(["<mask>"])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-    )
+    tokenizer.add_special_tokens(["<mask>"] if kind == "unigram" else [])
+    tokenizer.post_processor = frame
     return tokenizer
 
 
-def _bpe():
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    trainer = trainers.BpeTrainer(
-        vocab_size=420, special_tokens=SPECIAL, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    tokenizer.post_processor = processors.Sequence(
-        [
-            processors.ByteLevel(trim_offsets=False),
-            processors.RobertaProcessing(("</s>", 2), ("<s>", 0)),
-        ]
-    )
-    return tokenizer
-
-
-def _wordpiece_bpe():
-    """BPE that marks continuations, as WordPiece does."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", continuing_subword_prefix="##"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(
-        vocab_size=220, special_tokens=SPECIAL, continuing_subword_prefix="##",
-        show_progress=False,
-    )  # fmt: skip
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
-    return tokenizer
-
-
-def _write_xlmr(folder, tokenizer):
+def _write_xlmr(folder, kind):
+    tokenizer = _tokenizer(kind)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", sep_token="</s>",
         cls_token="<s>", unk_token="<unk>", pad_token="<pad>",
@@ -105,32 +84,14 @@ def _write_xlmr(folder, tokenizer):
     XLMRobertaModel(config, add_pooling_layer=False).save_pretrained(folder)
 
 
-def _write_bert(folder):
-    empty = BertTokenizer(do_lower_case=False)
-    trained, special = empty.backend_tokenizer, empty.get_vocab()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=250, special_tokens=sorted(special, key=special.__getitem__),
-        show_progress=False,
-    )  # fmt: skip
-    trained.train_from_iterator(CORPUS, trainer)
-    BertTokenizer(vocab=trained.get_vocab(), do_lower_case=False).save_pretrained(folder)
-    config = BertConfig(
-        vocab_size=len(trained.get_vocab()), hidden_size=32, num_hidden_layers=1,
-        num_attention_heads=2, intermediate_size=32, max_position_embeddings=130,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
-
-
 @pytest.fixture(scope="module", params=["wordpiece", "unigram", "bpe", "bpe with prefix"])
 def whole(request, tmp_path_factory):
     """An untrained encoder of each kind of tokenizer; read only."""
     folder = tmp_path_factory.mktemp("whole")
     if request.param == "wordpiece":
-        _write_bert(folder)
+        new_encoder(folder, CORPUS, **{**ENCODER_SHAPE, "vocab_size": 250, "max_tokens": 128})
     else:
-        make = {"unigram": _unigram, "bpe": _bpe, "bpe with prefix": _wordpiece_bpe}
-        _write_xlmr(folder, make[request.param]())
+        _write_xlmr(folder, request.param)
     return folder
 
 
@@ -139,14 +100,9 @@ def _student(folder):
     return new_student(folder, 8).eval()
 
 
-def _embed(student, texts):
-    with torch.no_grad():
-        return torch.cat(list(student.embed(student.tokenize(texts))))
-
-
-def _trimmed(folder, texts=USED):
+def _trimmed(folder):
     student = _student(folder)
-    tokens = student.tokenize(texts)
+    tokens = student.tokenize(USED)
     places = trim_vocabulary(student, np.unique(tokens.ids), str(folder))
     return student, tokens, places
 
@@ -157,12 +113,12 @@ def test_the_text_in_use_has_the_same_tokens_and_vectors(whole):
     assert len(student.trimmed.kept) < 0.8 * student.trimmed.num_tokens
     again = student.tokenize(USED)
     assert again.ids.tolist() == places[tokens.ids].tolist()
-    assert torch.equal(_embed(student, USED), _embed(before, USED))
+    assert torch.equal(embeddings(student, USED), embeddings(before, USED))
     # Pieces of the text are text too.
     words = [word for text in USED for word in text.split()]
     kept_words = [w for w in words if (places[before.tokenize([w]).ids] >= 0).all()]
     assert kept_words
-    assert torch.equal(_embed(student, kept_words), _embed(before, kept_words))
+    assert torch.equal(embeddings(student, kept_words), embeddings(before, kept_words))
 
 
 def test_other_text_is_still_tokenised(whole):
@@ -198,7 +154,7 @@ def test_transformers_alone_loads_it(whole, tmp_path):
             theirs = reference(**old(text, return_tensors="pt")).last_hidden_state
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     loaded = load_student(tmp_path)
-    assert torch.equal(_embed(loaded, USED), _embed(before, USED))
+    assert torch.equal(embeddings(loaded, USED), embeddings(before, USED))
     assert np.array_equal(loaded.trimmed.kept, student.trimmed.kept)
 
 
@@ -216,7 +172,7 @@ def test_it_can_be_undone(whole, tmp_path):
     save_student(student, tmp_path, languages=["de"], teacher="t" * 64)
     restored = restore_student(tmp_path)
     assert module_digest(restored) == module_digest(before)
-    assert torch.equal(_embed(restored, OTHERS), _embed(before, OTHERS))
+    assert torch.equal(embeddings(restored, OTHERS), embeddings(before, OTHERS))
     assert restored.tokenizer.get_vocab() == before.tokenizer.get_vocab()
 
 
@@ -238,19 +194,14 @@ def test_what_cannot_be_undone_is_told(whole, tmp_path, encoder):
 
 
 def test_a_tokenizer_of_words_is_refused(tmp_path):
-    words = dict.fromkeys([*SPECIAL, *" ".join(CORPUS).split()])
-    vocabulary = {word: number for number, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
-    _write_xlmr(tmp_path, tokenizer)
+    STUDENTS["XLM-R"](tmp_path, CORPUS)
     with pytest.raises(ModelError, match=r"knows WordPiece, Unigram and BPE .*, not WordLevel"):
         _trimmed(tmp_path)
 
 
 def test_the_least_probable_piece_stays(tmp_path):
     """The penalty of an unknown character hangs on it."""
-    _write_xlmr(tmp_path, _unigram())
+    _write_xlmr(tmp_path, "unigram")
     student, _, _ = _trimmed(tmp_path)
     before = json.loads(_student(tmp_path).tokenizer.backend_tokenizer.to_str())
     after = json.loads(student.tokenizer.backend_tokenizer.to_str())
@@ -278,7 +229,7 @@ def test_a_trimmed_student_is_the_untrimmed_one_on_its_text(world, tmp_path, tra
     short = _align(world, tmp_path / "short", trained, encoder, trim_vocabulary=True)
     texts = [row["sentence2"] for row in read_jsonl(world / "snli_ve_train.de.jsonl")]
     whole, trimmed = load_student(plain.folder), load_student(short.folder)
-    assert torch.equal(_embed(trimmed, texts), _embed(whole, texts))
+    assert torch.equal(embeddings(trimmed, texts), embeddings(whole, texts))
     assert short.training.dev == plain.training.dev
     size = [(r.folder / "encoder" / "model.safetensors").stat().st_size for r in (plain, short)]
     assert size[1] < size[0]

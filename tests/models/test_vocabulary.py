@@ -3,7 +3,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from tiny_backbones import new_mpnet
+from tiny_backbones import embeddings, new_mpnet
 from torch import nn
 
 from clseave_cli.core.models import backbones
@@ -19,10 +19,6 @@ def sentence_encoder(request, clip, encoder):
     torch.manual_seed(0)
     made = backbones.load_clip_text(clip) if request.param == "clip" else new_student(encoder, 16)
     return made.eval()
-
-
-def _embed(encoder, tokens):
-    return torch.cat(list(encoder.embed(tokens)))
 
 
 def _words(encoder):
@@ -45,7 +41,9 @@ def _optimise(encoder, tokens, weight_decay):
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_the_kept_words_are_trained_as_in_the_whole_table(sentence_encoder, weight_decay):
+def test_words_in_use_are_trained_as_in_the_whole_table_and_no_others(
+    sentence_encoder, weight_decay
+):
     before = _words(sentence_encoder).detach().clone()
     tokens = sentence_encoder.tokenize(TRAINED)
     whole, reduced = sentence_encoder, copy.deepcopy(sentence_encoder)
@@ -54,6 +52,8 @@ def test_the_kept_words_are_trained_as_in_the_whole_table(sentence_encoder, weig
         assert len(_words(reduced)) < len(before)
         _optimise(reduced, tokens, weight_decay)
     used = np.unique(tokens.ids)
+    unused = np.setdiff1d(np.arange(len(before)), [*used, reduced.pad_id])
+    assert unused.size and torch.equal(_words(reduced)[unused], before[unused])
     for name, value in reduced.named_parameters():
         wanted = whole.get_parameter(name)
         if value is _words(reduced):
@@ -62,24 +62,15 @@ def test_the_kept_words_are_trained_as_in_the_whole_table(sentence_encoder, weig
         torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-6)
 
 
-def test_the_other_words_stay_as_they_are(sentence_encoder):
-    before = _words(sentence_encoder).detach().clone()
-    tokens = sentence_encoder.tokenize(TRAINED)
-    with reduced_vocabulary(sentence_encoder, tokens):
-        _optimise(sentence_encoder, tokens, weight_decay=0.1)
-    unused = np.setdiff1d(np.arange(len(before)), [*tokens.ids, sentence_encoder.pad_id])
-    assert unused.size and torch.equal(_words(sentence_encoder)[unused], before[unused])
-
-
 def test_embeddings_are_the_same_inside_and_outside(sentence_encoder):
+    def embedded():
+        return embeddings(sentence_encoder, [*TRAINED, *OTHERS])
+
     trained, others = (sentence_encoder.tokenize(texts) for texts in (TRAINED, OTHERS))
-    with torch.no_grad():
-        wanted = _embed(sentence_encoder, trained), _embed(sentence_encoder, others)
-        with reduced_vocabulary(sentence_encoder, trained, others):
-            inside = _embed(sentence_encoder, trained), _embed(sentence_encoder, others)
-        after = _embed(sentence_encoder, trained), _embed(sentence_encoder, others)
-    for one, two, three in zip(wanted, inside, after, strict=True):
-        assert torch.equal(one, two) and torch.equal(one, three)
+    wanted = embedded()
+    with reduced_vocabulary(sentence_encoder, trained, others):
+        assert torch.equal(embedded(), wanted)
+    assert torch.equal(embedded(), wanted)
 
 
 def test_no_other_token_takes_the_id_that_positions_are_counted_by(tmp_path):
@@ -89,11 +80,9 @@ def test_no_other_token_takes_the_id_that_positions_are_counted_by(tmp_path):
     }  # fmt: skip
     student = new_student(new_mpnet(tmp_path, TRAINED, special), 16).eval()
     assert not student.verify_packing() and student.pad_id == 1
-    tokens = student.tokenize(TRAINED)
-    with torch.no_grad():
-        wanted = _embed(student, tokens)
-        with reduced_vocabulary(student, tokens):
-            assert torch.equal(_embed(student, tokens), wanted)
+    wanted = embeddings(student, TRAINED)
+    with reduced_vocabulary(student, student.tokenize(TRAINED)):
+        assert torch.equal(embeddings(student, TRAINED), wanted)
 
 
 def test_an_encoder_is_whole_again_after_a_failure(sentence_encoder):

@@ -4,13 +4,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_world import metrics_of, model_files, start_team, write_captions
+from tiny_world import metrics_of, model_files, stage_command, start_team, write_captions
 
 from clseave_cli.core.files import locked_target
 from clseave_cli.core.training.distribution import Processes, processes
@@ -20,20 +19,14 @@ NAMES = {"finetune-ve": "clip-ve", "align": "align-de+nl", "pretrain": "clip"}
 
 @pytest.fixture
 def stage(request, world, trained, clip, encoder, tmp_path):
-    """A stage's name and arguments."""
-    shared = [
-        "--data", world, "--runs", tmp_path / "runs", "--epochs", "6", "--batch-size", "5",
-        "--device", "cpu", "--precision", "fp32", "--learning-rate", "1e-4", "--clip-norm", "0.5",
-    ]  # fmt: skip
-    arguments = {
-        "finetune-ve": ["--clip", clip, "--patience", "9", "--accumulation", "2"],
-        "align": [
-            "--lang", "de", "--lang", "nl", "--student", encoder,
-            "--teacher", trained / "clip-ve",
-        ],
-        "pretrain": ["--clip", clip],
-    }[request.param]  # fmt: skip
-    return request.param, [str(argument) for argument in (request.param, *arguments, *shared)]
+    """A stage's name and command."""
+    name = request.param
+    more = ["--accumulation", "2"] if name == "finetune-ve" else []
+    return name, stage_command(
+        name, world, trained, encoder if name == "align" else clip, "--runs", tmp_path / "runs",
+        "--epochs", "6", "--batch-size", "5", "--learning-rate", "1e-4", "--clip-norm", "0.5",
+        *more,
+    )  # fmt: skip
 
 
 def _finish(team):
@@ -68,12 +61,10 @@ def _assert_close(folder, reference):
 
 
 def _wait_for_state(process, out, step):
-    deadline = time.monotonic() + 60
-    folder = out.with_name(out.name + ".partial") / "training"
-    names = [f"state-{number:08d}" for number in range(step, 100)]
-    while not any((folder / name).exists() for name in names) and process.alive:
-        assert time.monotonic() < deadline, process.stderr
-        time.sleep(0.005)
+    training = out.with_name(out.name + ".partial") / "training"
+    process.wait_until(
+        lambda: any(path.name >= f"state-{step:08d}" for path in training.glob("state-*"))
+    )
 
 
 @pytest.mark.parametrize("stage", ["finetune-ve", "align"], indirect=True)

@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import time
 from contextlib import suppress
 
 import pytest
@@ -15,79 +14,65 @@ from tiny_world import (
     model_files,
     slow_steps,
     small_files,
+    stage_command,
     tree,
 )
 
 
-def _arguments(stage, world, runs, trained, clip, encoder):
-    shared = [
-        "--data", world, "--runs", runs, "--epochs", "4", "--batch-size", "4", "--device", "cpu",
-        "--precision", "fp32", "--learning-rate", "2e-3",
-    ]  # fmt: skip
-    if stage == "finetune-ve":
-        arguments = ["finetune-ve", "--clip", clip, *shared, "--patience", "9"]
-    else:
-        arguments = ["align", "--lang", "de", "--lang", "nl", "--student", encoder, *shared]
-        arguments += ["--teacher", trained / "clip-ve"]
-    return [str(argument) for argument in arguments]
-
-
-_NAMES = {"finetune-ve": "clip-ve", "align": "align-de+nl"}
-
-
 @pytest.fixture(scope="module", params=["finetune-ve", "align"])
 def stage(request, tmp_path_factory, world, trained, clip, encoder):
-    """A stage's name, its arguments by runs folder, and what the uninterrupted run gives."""
-    from clseave_cli import main as command
+    """A stage's command by runs folder, and what it makes uninterrupted."""
+    from clseave_cli import main as program
+
+    model = clip if request.param == "finetune-ve" else encoder
+
+    def command(runs):
+        return stage_command(
+            request.param, world, trained, model, "--runs", runs, "--epochs", "4",
+            "--batch-size", "4", "--learning-rate", "2e-3",
+        )  # fmt: skip
 
     runs = tmp_path_factory.mktemp("uninterrupted")
-
-    def arguments(runs):
-        return _arguments(request.param, world, runs, trained, clip, encoder)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CLSEAVE_CACHE", str(runs / "cache"))
-        patch.setattr("sys.argv", ["clseave", *arguments(runs)])
+        patch.setenv("CLSEAVE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr("sys.argv", ["clseave", *command(runs)])
         with pytest.raises(SystemExit) as end:
-            command.main()
+            program.main()
     assert not end.value.code
-    return request.param, arguments, runs / _NAMES[request.param]
+    (reference,) = runs.iterdir()
+    return command, reference
+
+
+@pytest.fixture
+def attempt(stage, tmp_path):
+    """The command, the folder it writes, and what has to be in there in the end."""
+    command, reference = stage
+    return command(tmp_path / "runs"), tmp_path / "runs" / reference.name, reference
 
 
 def _steps(out):
     """Steps that an unfinished run has recorded."""
     metrics = out.with_name(out.name + ".partial") / "training" / "metrics.jsonl"
-    if not metrics.exists():
-        return 0
-    text = metrics.read_text()
-    return text.count('"learning_rate"')
-
-
-def _wait_for_steps(process, out, number):
-    deadline = time.monotonic() + 60
-    while _steps(out) < number and process.alive:
-        assert time.monotonic() < deadline, process.stderr
-        time.sleep(0.005)
+    return metrics.read_text().count('"learning_rate"') if metrics.exists() else 0
 
 
 def _assert_same(reference, out):
     assert model_files(out) == model_files(reference)
     assert metrics_of(out / "training") == metrics_of(reference / "training")
-    assert not out.with_name(out.name + ".partial").exists()
+    assert list(out.parent.iterdir()) == [out]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_run_goes_on_as_if_uninterrupted(stage, number, tmp_path, clseave):
+def test_a_stopped_run_goes_on_as_if_uninterrupted(attempt, number, tmp_path, clseave):
     """G6."""
-    name, arguments, reference = stage
-    out = tmp_path / "runs" / _NAMES[name]
-    command = arguments(tmp_path / "runs")
+    command, out, reference = attempt
     process = CommandProcess(*command, folder=tmp_path / "said", before=slow_steps)
-    _wait_for_steps(process, out, 5)
+    process.wait_until(lambda: _steps(out) >= 5)
     process.signal(number)
     assert process.wait() == 130
     last = process.stderr.splitlines()[-1]
-    assert last.startswith(f"clseave: {name}") and "the same command with --resume" in last
+    assert last.startswith(f"clseave: {command[0]}")
+    assert "the same command with --resume" in last
     assert "Traceback" not in process.stderr
     assert not out.exists()
 
@@ -99,15 +84,14 @@ def test_a_stopped_run_goes_on_as_if_uninterrupted(stage, number, tmp_path, clse
     _assert_same(reference, out)
 
 
-def test_a_run_killed_again_and_again_ends_in_the_same_weights(stage, tmp_path, clseave):
+def test_a_run_killed_again_and_again_ends_in_the_same_weights(attempt, tmp_path, clseave):
     """G6."""
-    name, arguments, reference = stage
-    out = tmp_path / "runs" / _NAMES[name]
-    command = [*arguments(tmp_path / "runs"), "--checkpoint-minutes", "0", "--resume"]
+    command, out, reference = attempt
+    command = [*command, "--checkpoint-minutes", "0", "--resume"]
     last = len([r for r in metrics_of(reference / "training") if "dev" not in r])
     for kill, steps in enumerate((1, last // 2, last)):
         process = CommandProcess(*command, folder=tmp_path / str(kill), before=slow_steps)
-        _wait_for_steps(process, out, steps)
+        process.wait_until(lambda steps=steps: _steps(out) >= steps)
         process.signal(signal.SIGKILL)
         # The last one may have come too late, which is a moment too.
         assert process.wait() in (-signal.SIGKILL, 0), process.stderr
@@ -127,11 +111,10 @@ def _hidden(runs):
 
 
 @pytest.mark.parametrize("stage", ["align"], indirect=True)
-def test_kills_while_something_is_written_do_not_fill_the_disk(stage, tmp_path, clseave):
+def test_kills_while_something_is_written_do_not_fill_the_disk(attempt, tmp_path, clseave):
     """G4."""
-    name, arguments, reference = stage
-    out = tmp_path / "runs" / _NAMES[name]
-    command = [*arguments(tmp_path / "runs"), "--checkpoint-minutes", "0", "--resume"]
+    command, out, reference = attempt
+    command = [*command, "--checkpoint-minutes", "0", "--resume"]
     for kill in (killed_while_saving, killed_while_publishing):
         process = CommandProcess(*command, folder=tmp_path / kill.__name__, before=kill)
         assert process.wait() == -signal.SIGKILL, process.stderr
@@ -140,17 +123,15 @@ def test_kills_while_something_is_written_do_not_fill_the_disk(stage, tmp_path, 
     code, _, err = clseave(*command)
     assert code == 0, err
     _assert_same(reference, out)
-    assert list(out.parent.iterdir()) == [out]
 
 
 @pytest.mark.parametrize("stage", ["align"], indirect=True)
-def test_a_run_under_way_is_left_alone(stage, tmp_path, refused):
+def test_a_run_under_way_is_left_alone(attempt, tmp_path, refused):
     """G3."""
-    name, arguments, reference = stage
-    out = tmp_path / "runs" / _NAMES[name]
-    command = [*arguments(tmp_path / "runs"), "--checkpoint-minutes", "0"]
+    command, out, reference = attempt
+    command = [*command, "--checkpoint-minutes", "0"]
     process = CommandProcess(*command, folder=tmp_path / "said", before=slow_steps)
-    _wait_for_steps(process, out, 5)
+    process.wait_until(lambda: _steps(out) >= 5)
     process.signal(signal.SIGSTOP)
     for more in ([], ["--resume"]):
         before = tree(out.parent)
@@ -162,10 +143,8 @@ def test_a_run_under_way_is_left_alone(stage, tmp_path, refused):
     _assert_same(reference, out)
 
 
-def test_a_file_system_that_takes_no_more(stage, tmp_path, clseave):
-    name, arguments, reference = stage
-    out = tmp_path / "runs" / _NAMES[name]
-    command = arguments(tmp_path / "runs")
+def test_a_file_system_that_takes_no_more(attempt, tmp_path, clseave):
+    command, out, reference = attempt
     process = CommandProcess(*command, folder=tmp_path / "said", before=small_files)
     assert process.wait() == 1
     errors = [line for line in process.stderr.splitlines() if line.startswith("clseave:")]
@@ -194,25 +173,23 @@ def small_disk(tmp_path):
 
 
 def test_a_disk_that_is_really_full(stage, small_disk, refused):
-    name, arguments, _ = stage
-    out = small_disk / _NAMES[name]
+    command, reference = stage
     (small_disk / "precious").write_text("older work")
-    error = refused(*arguments(small_disk), "--checkpoint-minutes", "0")
+    error = refused(*command(small_disk), "--checkpoint-minutes", "0")
     assert "the disk is full; what was there before is untouched. Free some space" in error
     assert str(small_disk) in error
     assert (small_disk / "precious").read_text() == "older work"
-    assert not out.exists()
-    left = [path.name for path in small_disk.iterdir() if path.name.startswith(".")]
-    assert left == []
+    left = [path.name for path in small_disk.iterdir()]
+    assert reference.name not in left and not any(name.startswith(".") for name in left)
 
 
-def test_a_cache_on_a_full_disk(stage, small_disk, refused, monkeypatch, tmp_path):
-    _, arguments, _ = stage
+def test_a_cache_on_a_full_disk(attempt, small_disk, refused, monkeypatch):
+    command, _, _ = attempt
     filler = os.open(small_disk / "filler", os.O_CREAT | os.O_WRONLY)
     with suppress(OSError):
         while os.write(filler, b"x" * 4096):
             pass
     os.close(filler)
     monkeypatch.setenv("CLSEAVE_CACHE", str(small_disk / "cache"))
-    error = refused(*arguments(tmp_path / "runs"))
+    error = refused(*command)
     assert "the disk is full" in error and "cache" in error

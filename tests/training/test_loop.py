@@ -1,4 +1,3 @@
-import errno
 import json
 import os
 import shutil
@@ -10,16 +9,13 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from tiny_world import Notes, flip_byte, metrics_of, read_jsonl
+from tiny_task import Task
+from tiny_world import Killed, Notes, flip_byte, full_disk, killed_at_step, metrics_of, read_jsonl
 from torch import nn
-from torch.nn import functional
 
-from clseave_cli.core.config import TrainingConfig
-from clseave_cli.core.training import checkpoint
-from clseave_cli.core.training.loop import Selection, Stage, batches, train
+from clseave_cli.core.training import checkpoint, loop
+from clseave_cli.core.training.loop import Selection, batches, learning_rate_factor
 from clseave_cli.errors import ClseaveError, Interrupted, ModelError, TrainingError
-
-CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("num_examples", "size"), [(1, 8), (8, 8), (9, 8), (100, 7), (64, 1)])
@@ -40,65 +36,33 @@ def test_the_order_depends_on_seed_and_epoch_alone():
     assert order(seed=1) != order(epoch=1)
 
 
-class _Task:
-    """Five numbers to three classes, learnt by a small network with or without dropout."""
-
-    def __init__(self, dropout=0.0, num_examples=20):
-        generator = torch.Generator().manual_seed(5)
-        self.inputs = torch.randn(num_examples, 5, generator=generator)
-        self.labels = (self.inputs @ torch.randn(5, 3, generator=generator)).argmax(dim=1)
-        torch.manual_seed(11)
-        self.module = nn.Sequential(
-            nn.Linear(5, 16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, 3)
-        )
-        self.dev = None  # dev metrics to give in turn; None: the true ones
-        self.steps = []  # called with the number of every step
-        self.seen = []
-
-    def stage(self):
-        def loss(rows):
-            for hook in self.steps:
-                hook(len(self.seen))
-            self.seen.append(rows.tolist())
-            rows = torch.from_numpy(rows)
-            return functional.cross_entropy(self.module(self.inputs[rows]), self.labels[rows])
-
-        def evaluate():
-            assert not self.module.training and not torch.is_grad_enabled()
-            if self.dev is not None:
-                return {"loss": self.dev.pop(0)}
-            return {"loss": functional.cross_entropy(self.module(self.inputs), self.labels).item()}
-
-        return Stage(
-            name="task",
-            module=self.module,
-            num_examples=len(self.inputs),
-            prepare=lambda rows: rows,
-            loss=loss,
-            evaluate=evaluate,
-            selection=Selection("loss", "lowest"),
-        )
-
-    def run(self, folder, progress=None, **options):
-        defaults = {"epochs": 3, "batch_size": 6, "learning_rate": 0.01, "precision": "fp32"}
-        config = TrainingConfig(**(defaults | options))
-        arguments = {} if progress is None else {"progress": progress}
-        return train(self.stage(), config, device=CPU, folder=folder, **arguments)
-
-    @property
-    def weights(self):
-        return torch.cat([p.detach().flatten() for p in self.module.parameters()])
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "expected"),
+    [
+        # Four steps of warm-up: quarters up, then what is worked out by hand.
+        ("constant", 4, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1]),
+        ("linear", 4, [0.25, 0.5, 0.75, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
+        ("cosine", 4, [0.25, 0.5, 0.75, 1, 1, 0.9330127, 0.75, 0.5, 0.25, 0.0669873]),
+        ("linear", 0, [1, 2 / 3, 1 / 3]),
+        ("cosine", 2, [0.5, 1]),  # nothing but warm-up
+    ],
+)
+def test_rates_by_hand(schedule, warmup, expected):
+    total = len(expected)
+    rates = [learning_rate_factor(n, total=total, warmup=warmup, schedule=schedule)
+             for n in range(total)]  # fmt: skip
+    assert rates == pytest.approx(expected)
 
 
 def test_a_tiny_batch_is_learnt_by_heart(tmp_path):
-    task = _Task(num_examples=8)
+    task = Task(num_examples=8)
     result = task.run(tmp_path, epochs=150, batch_size=8, learning_rate=0.03, schedule="constant")
     assert result.dev["loss"] < 0.01
     assert (task.module(task.inputs).argmax(dim=1) == task.labels).all()
 
 
 def test_every_epoch_sees_every_example(tmp_path):
-    task = _Task()
+    task = Task()
     result = task.run(tmp_path)
     per_epoch = np.array_split(np.array(task.seen, dtype=object), 3)
     for epoch in per_epoch:
@@ -108,7 +72,7 @@ def test_every_epoch_sees_every_example(tmp_path):
 
 @pytest.mark.parametrize("accumulation", [2, 3, 50])
 def test_accumulation_changes_nothing(tmp_path, accumulation):
-    whole, parts = _Task(), _Task()
+    whole, parts = Task(), Task()
     whole.run(tmp_path / "whole", clip_norm=0.5)
     parts.run(tmp_path / "parts", clip_norm=0.5, accumulation=accumulation)
     assert len(parts.seen) > len(whole.seen)
@@ -120,46 +84,30 @@ def test_accumulation_changes_nothing(tmp_path, accumulation):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_the_gradient_norm_is_clipped(tmp_path):
-    norms = []
+def test_the_gradient_norm_is_clipped(tmp_path, monkeypatch):
+    norms, step = [], torch.optim.AdamW.step
 
-    def record(task):
-        def hook(step):
-            if step:
-                squares = [p.grad.square().sum() for p in task.module.parameters()]
-                norms.append(float(torch.stack(squares).sum().sqrt()))
+    def watched(*arguments, **more):
+        gradients = [parameter.grad for parameter in task.module.parameters()]
+        norms.append(nn.utils.get_total_norm(gradients).item())
+        return step(*arguments, **more)
 
-        return hook
-
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
     for clip_norm in (None, 0.05):
-        task = _Task()
-        task.steps.append(record(task))
-        # Gradients are cleared in a step before its loss; keep them to look at.
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.optim.AdamW, "zero_grad", lambda self, set_to_none=True: None)
-            task.run(tmp_path / str(clip_norm), epochs=1, batch_size=10, clip_norm=clip_norm)
+        task = Task()
+        task.run(tmp_path / str(clip_norm), epochs=1, batch_size=20, clip_norm=clip_norm)
     free, clipped = norms
     assert free > 0.05 and clipped == pytest.approx(0.05, rel=1e-3)
 
 
 def test_the_best_weights_are_kept_and_patience_stops(tmp_path):
-    task = _Task()
+    task, weights = Task(), []
     task.dev = [3.0, 1.0, 2.0, 1.5, 0.5]
-    at_epoch_end = []
-    stage = task.stage()
-    evaluate = stage.evaluate
-
-    def watch():
-        at_epoch_end.append(task.weights.clone())
-        return evaluate()
-
-    object.__setattr__(stage, "evaluate", watch)
-    config = TrainingConfig(epochs=9, batch_size=6, learning_rate=0.01, patience=2)
-    result = train(stage, config, device=CPU, folder=tmp_path)
+    task.at_epoch_end.append(lambda: weights.append(task.weights))
+    result = task.run(tmp_path, epochs=9, patience=2)
     assert (result.epochs, result.best_epoch, result.dev) == (4, 2, {"loss": 1.0})
     assert result.stopped_early
-    assert torch.equal(task.weights, at_epoch_end[1])
-    assert not torch.equal(task.weights, at_epoch_end[3])
+    assert torch.equal(task.weights, weights[1]) and not torch.equal(task.weights, weights[3])
     assert not task.module.training
 
 
@@ -168,7 +116,7 @@ def test_the_best_weights_are_kept_and_patience_stops(tmp_path):
 )
 def test_patience_one_stops_at_the_first_rise(tmp_path, dev, epochs, best, early):
     """Running out of epochs is not stopping early."""
-    task, notes = _Task(), Notes()
+    task, notes = Task(), Notes()
     task.dev = list(dev)
     result = task.run(tmp_path, epochs=epochs, patience=1, progress=notes)
     assert result.stopped_early == early == ("stopped early: no better dev" in notes.text)
@@ -194,6 +142,10 @@ def _lose_weights(task, step):
     task.steps.append(lose)
 
 
+#: One step an epoch: no loss is computed from the weights that this step leaves.
+_ONE_STEP = {"epochs": 1, "batch_size": 20, "learning_rate": 1e39}
+
+
 @pytest.mark.parametrize(
     ("lose", "options", "said", "kept"),
     [
@@ -201,23 +153,17 @@ def _lose_weights(task, step):
         (lambda task: _lose_inputs(task, float("inf"), 3), {}, "the loss is not", 3),
         # In the step before a save.
         (lambda task: _lose_weights(task, 4), {}, "a weight is not", 4),
-        # One step an epoch: no loss is computed from the weights that this step leaves.
-        (
-            lambda task: None,
-            {"epochs": 1, "batch_size": 20, "learning_rate": 1e39},
-            "a weight is not",
-            0,
-        ),
+        (lambda task: None, _ONE_STEP, "a weight is not", 0),
     ],
 )
 def test_what_is_not_finite_ends_the_run_and_is_never_saved(tmp_path, lose, options, said, kept):
-    task = _Task()
+    task = Task()
     lose(task)
-    with pytest.raises(TrainingError, match=f"^task: {said} finite at step {kept + 1}; lower"):
+    with pytest.raises(TrainingError, match=f"^task de: {said} finite at step {kept + 1}; lower"):
         task.run(tmp_path, checkpoint_minutes=0, **options)
     assert [state.name for state in tmp_path.glob("state-*")] == [f"state-{kept:08}"] * bool(kept)
     for state in tmp_path.glob("state-*"):
-        weights = checkpoint.load_file(state / "module.safetensors")
+        weights = load_file(state / "module.safetensors")
         assert all(value.isfinite().all() for value in weights.values())
     records = read_jsonl(tmp_path / "metrics.jsonl") if kept else []
     assert all(np.isfinite(record["loss"]) for record in records)
@@ -226,15 +172,17 @@ def test_what_is_not_finite_ends_the_run_and_is_never_saved(tmp_path, lose, opti
 
 @pytest.mark.parametrize("figure", [float("nan"), float("inf")])
 def test_a_dev_figure_that_is_not_finite_ends_the_run(tmp_path, figure):
-    task = _Task()
+    task = Task()
     task.dev = [0.6, figure, 0.4]
-    with pytest.raises(TrainingError, match=r"^task: the dev metric loss is not finite at step 8;"):
+    said = "^task de: the dev metric loss is not finite at step 8;"
+    with pytest.raises(TrainingError, match=said):
         task.run(tmp_path)
     assert not (tmp_path / "summary.json").exists()
 
 
 def test_records_and_summary_have_the_documented_keys(tmp_path):
-    result = _Task().run(tmp_path)
+    task = Task()
+    result = task.run(tmp_path)
     records = read_jsonl(tmp_path / "metrics.jsonl")
     steps = [record for record in records if "dev" not in record]
     epochs = [record for record in records if "dev" in record]
@@ -246,6 +194,10 @@ def test_records_and_summary_have_the_documented_keys(tmp_path):
     assert [record["epoch"] for record in epochs] == [1, 2, 3]
     assert steps[0]["learning_rate"] == pytest.approx(0.01)  # one step of warm-up
     assert steps[-1]["learning_rate"] == pytest.approx(0.01 / 11)
+    # The recorded loss is the mean so far this epoch.
+    counts = [len(rows) for rows in task.seen[:4]]
+    means = [np.average(task.losses[:n], weights=counts[:n]) for n in range(1, 5)]
+    assert [record["loss"] for record in steps[:4]] == pytest.approx(means, rel=1e-6)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert set(summary) >= {
         "pairs", "epochs", "wall_seconds", "pairs_per_second", "peak_memory_bytes",
@@ -255,29 +207,9 @@ def test_records_and_summary_have_the_documented_keys(tmp_path):
     assert summary["peak_memory_bytes"] > 1 << 20
 
 
-def test_the_recorded_loss_is_the_mean_so_far_this_epoch(tmp_path):
-    task = _Task()
-    losses = []
-    stage = task.stage()
-    inner = stage.loss
-
-    def loss(rows):
-        value = inner(rows)
-        losses.append((value.item(), len(rows)))
-        return value
-
-    object.__setattr__(stage, "loss", loss)
-    config = TrainingConfig(epochs=1, batch_size=6, precision="fp32")
-    train(stage, config, device=CPU, folder=tmp_path)
-    records = [r for r in read_jsonl(tmp_path / "metrics.jsonl") if "dev" not in r]
-    for number, record in enumerate(records, start=1):
-        values, counts = np.array(losses[:number]).T
-        assert record["loss"] == pytest.approx((values * counts).sum() / counts.sum(), rel=1e-6)
-
-
 def test_max_steps_ends_in_the_middle_of_an_epoch(tmp_path):
-    result = _Task().run(tmp_path, max_steps=6)
-    assert (result.steps, result.epochs, result.best_epoch) == (6, 2, result.best_epoch)
+    result = Task().run(tmp_path, max_steps=6)
+    assert (result.steps, result.epochs) == (6, 2)
     rates = [r["learning_rate"] for r in read_jsonl(tmp_path / "metrics.jsonl") if "dev" not in r]
     assert rates[-1] == pytest.approx(0.01 / 5)  # the schedule falls over the six steps
 
@@ -285,40 +217,25 @@ def test_max_steps_ends_in_the_middle_of_an_epoch(tmp_path):
 # --- resuming ---
 
 
-class _KilledError(BaseException):
-    """Stands for a kill at a given step: nothing catches it."""
-
-
-@contextmanager
-def _killed():
-    with pytest.raises(_KilledError):
-        yield
-
-
-def _kill_at(task, step):
-    def hook(number):
-        if number == step:
-            raise _KilledError
-
-    task.steps.append(hook)
+def _killed_after(steps, task, folder, **options):
+    """Runs a task until so many steps are done and saved."""
+    with killed_at_step(steps + 1):
+        task.run(folder, checkpoint_minutes=0, **options)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
-    task = _Task(dropout=0.3)
+    task = Task(dropout=0.3)
     return task, task.run(folder), metrics_of(folder)
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 4, 5, 8, 11])
 def test_resuming_after_a_kill_is_as_if_it_had_not_happened(tmp_path, uninterrupted, step):
     reference, result, records = uninterrupted
-    killed = _Task(dropout=0.3)
-    _kill_at(killed, step)
-    with _killed():
-        killed.run(tmp_path, checkpoint_minutes=0)
+    _killed_after(step, Task(dropout=0.3), tmp_path)
     torch.manual_seed(99)  # another process has another state of the generator
-    task = _Task(dropout=0.3)
+    task = Task(dropout=0.3)
     resumed = task.run(tmp_path, resume=True, checkpoint_minutes=0)
     assert torch.equal(task.weights, reference.weights)
     assert (resumed.steps, resumed.pairs, resumed.dev) == (result.steps, result.pairs, result.dev)
@@ -329,24 +246,18 @@ def test_resuming_after_a_kill_is_as_if_it_had_not_happened(tmp_path, uninterrup
 @pytest.mark.parametrize("max_steps", [None, 6])
 def test_resuming_after_a_kill_in_the_last_dev_evaluation(tmp_path, max_steps):
     # All steps are done and saved, and the last epoch's weights may yet be the best.
-    reference = _Task(dropout=0.3)
+    reference = Task(dropout=0.3)
     result = reference.run(tmp_path / "whole", max_steps=max_steps)
-    killed = _Task(dropout=0.3)
-    stage = killed.stage()
-    evaluations = []
+    killed, epochs = Task(dropout=0.3), iter(range(result.epochs - 1))
 
-    def evaluate():
-        evaluations.append(None)
-        if len(evaluations) == result.epochs:
-            raise _KilledError
-        return stage.evaluate()
+    def kill():
+        if next(epochs, None) is None:
+            raise Killed
 
-    dying = Stage(**{**vars(stage), "evaluate": evaluate})
-    options = {"epochs": 3, "batch_size": 6, "learning_rate": 0.01, "precision": "fp32"}
-    config = TrainingConfig(**options, max_steps=max_steps, checkpoint_minutes=0)
-    with _killed():
-        train(dying, config, device=CPU, folder=tmp_path / "killed")
-    task = _Task(dropout=0.3)
+    killed.at_epoch_end.append(kill)
+    with pytest.raises(Killed):
+        killed.run(tmp_path / "killed", max_steps=max_steps, checkpoint_minutes=0)
+    task = Task(dropout=0.3)
     resumed = task.run(tmp_path / "killed", resume=True, max_steps=max_steps)
     assert task.seen == []
     assert (resumed.epochs, resumed.best_epoch) == (result.epochs, result.best_epoch)
@@ -355,14 +266,11 @@ def test_resuming_after_a_kill_in_the_last_dev_evaluation(tmp_path, max_steps):
 
 
 def test_records_that_were_lost_are_not_replaced_by_anything(tmp_path, uninterrupted):
-    killed = _Task(dropout=0.3)
-    _kill_at(killed, 5)
-    with _killed():
-        killed.run(tmp_path, checkpoint_minutes=0)
+    _killed_after(5, Task(dropout=0.3), tmp_path)
     metrics = tmp_path / "metrics.jsonl"
     lines = metrics.read_bytes().splitlines(keepends=True)
     metrics.write_bytes(b"".join(lines[:3]) + lines[3][:20])  # as a power cut may leave it
-    _Task(dropout=0.3).run(tmp_path, resume=True)
+    Task(dropout=0.3).run(tmp_path, resume=True)
     records = uninterrupted[2]
     assert metrics_of(tmp_path) == records[:3] + records[6:]
 
@@ -370,9 +278,9 @@ def test_records_that_were_lost_are_not_replaced_by_anything(tmp_path, uninterru
 def test_the_records_are_on_the_disk_before_the_state_is(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_ino))
-    monkeypatch.setattr(checkpoint, "save_file", _full)
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
     with pytest.raises(ClseaveError, match="the disk is full"):
-        _Task().run(tmp_path, checkpoint_minutes=0)
+        Task().run(tmp_path, checkpoint_minutes=0)
     assert synced == [(tmp_path / "metrics.jsonl").stat().st_ino]
 
 
@@ -396,9 +304,8 @@ def _number(gpu):
 def test_every_process_goes_on_with_the_random_numbers_of_the_first_ones_gpu(tmp_path, monkeypatch):
     # The first process has used its GPU, number 0, and never that of the second.
     module = nn.Linear(2, 2)
-    optimizer, scaler = torch.optim.AdamW(module.parameters()), torch.amp.GradScaler("cpu")
+    run = (module, torch.optim.AdamW(module.parameters()), torch.amp.GradScaler("cpu"))
     _Gpus(monkeypatch, 7, 0)
-    run = (module, optimizer, scaler)
     checkpoint.save_state(
         tmp_path, checkpoint.LoopState(step=1), *run, None, torch.device("cuda:0")
     )
@@ -409,62 +316,53 @@ def test_every_process_goes_on_with_the_random_numbers_of_the_first_ones_gpu(tmp
         assert restored[own] == 7 and restored[1 - own] == (1, 2)[1 - own]
 
 
-@contextmanager
-def _strict(device):
-    """What `deterministic` is on a GPU."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield lambda: torch.use_deterministic_algorithms(False)
-    finally:
-        torch.use_deterministic_algorithms(False)
+@pytest.fixture
+def strict(monkeypatch):
+    """Algorithms are deterministic until the run is told otherwise, as on a GPU."""
+
+    @contextmanager
+    def deterministic(device):
+        torch.use_deterministic_algorithms(True)
+        try:
+            yield lambda: torch.use_deterministic_algorithms(False)
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    monkeypatch.setattr(loop, "deterministic", deterministic)
+
+
+def _has_none(*_):
+    """Stands for something that has no deterministic algorithm."""
+    if torch.are_deterministic_algorithms_enabled():
+        raise RuntimeError("task_backward does not have a deterministic implementation")
 
 
 def test_where_no_algorithm_is_deterministic_the_run_says_so_and_goes_on(
-    tmp_path, monkeypatch, uninterrupted
+    tmp_path, strict, uninterrupted
 ):
-    monkeypatch.setattr("clseave_cli.core.training.loop.deterministic", _strict)
-    task, notes = _Task(dropout=0.3), Notes()
-
-    def fail(_):
-        if torch.are_deterministic_algorithms_enabled():
-            raise RuntimeError("task_backward does not have a deterministic implementation")
-
-    task.steps.append(fail)
+    task, notes = Task(dropout=0.3), Notes()
+    task.steps.append(_has_none)
     task.run(tmp_path, notes)
     assert sum("no deterministic algorithm" in line for line in notes.lines) == 1
     assert torch.equal(task.weights, uninterrupted[0].weights)
 
 
 @pytest.mark.parametrize("step", [1, 4, 5])
-def test_a_resumed_run_knows_that_nothing_is_deterministic(tmp_path, monkeypatch, step):
+def test_a_resumed_run_knows_that_nothing_is_deterministic(tmp_path, strict, step):
     """The attempt draws random numbers, so there is one in a run, resumed or not."""
-    monkeypatch.setattr("clseave_cli.core.training.loop.deterministic", _strict)
-
-    def task(kill_at=None):
-        made = _Task(dropout=0.3)
-        if kill_at is not None:
-            _kill_at(made, kill_at)
-
-        def fail(module, inputs, output):
-            if torch.are_deterministic_algorithms_enabled():
-                raise RuntimeError("task does not have a deterministic implementation")
-
-        made.module.register_forward_hook(fail)
-        return made
-
-    whole = task()
+    whole, killed, resumed = tasks = [Task(dropout=0.3) for _ in range(3)]
+    for task in tasks:
+        task.module.register_forward_hook(_has_none)
     whole.run(tmp_path / "whole")
-    with _killed():
-        task(step + 1).run(tmp_path / "killed", checkpoint_minutes=0)
-    notes, resumed = Notes(), task()
+    _killed_after(step, killed, tmp_path / "killed")
+    notes = Notes()
     resumed.run(tmp_path / "killed", notes, resume=True, checkpoint_minutes=0)
     assert "resuming at step" in notes.text and "no deterministic" not in notes.text
     assert torch.equal(resumed.weights, whole.weights)
 
 
-def test_another_error_of_a_step_is_not_swallowed(tmp_path, monkeypatch):
-    monkeypatch.setattr("clseave_cli.core.training.loop.deterministic", _strict)
-    task = _Task()
+def test_another_error_of_a_step_is_not_swallowed(tmp_path, strict):
+    task = Task()
 
     def fail(_):
         raise RuntimeError("shapes do not match")
@@ -477,18 +375,15 @@ def test_another_error_of_a_step_is_not_swallowed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_resuming_in_mixed_precision(tmp_path, precision):
-    def task(kill_at=None):
-        task = _Task(dropout=0.3)
-        weight = task.module[0].weight
+    def overflowing():
+        task = Task(dropout=0.3)
 
         def overflow(gradient):
             # Once, in step 3: the step is left out, and fp16's scale goes down for good.
             return gradient * float("inf") if len(task.seen) == 3 and precision == "fp16" else None
 
-        weight.register_hook(overflow)
+        task.module[0].weight.register_hook(overflow)
         task.module[3].register_forward_hook(lambda module, inputs, output: types.add(output.dtype))
-        if kill_at is not None:
-            _kill_at(task, kill_at)
         return task
 
     def scaler(folder):
@@ -496,11 +391,9 @@ def test_resuming_in_mixed_precision(tmp_path, precision):
 
     types = set()
     options = {"precision": precision, "checkpoint_minutes": 0}
-    whole = task()
+    whole, resumed = overflowing(), overflowing()
     whole.run(tmp_path / "whole", **options)
-    with _killed():
-        task(kill_at=5).run(tmp_path / "killed", **options)
-    resumed = task()
+    _killed_after(5, overflowing(), tmp_path / "killed", precision=precision)
     resumed.seen = whole.seen[:5]
     resumed.run(tmp_path / "killed", resume=True, **options)
     assert types == {torch.bfloat16 if precision == "bf16" else torch.float16}
@@ -514,21 +407,21 @@ def test_resuming_in_mixed_precision(tmp_path, precision):
 
 
 def test_a_stop_signal_saves_and_says_how_to_go_on(tmp_path, uninterrupted):
-    task = _Task(dropout=0.3)
+    task = Task(dropout=0.3)
     task.steps.append(lambda step: signal.raise_signal(signal.SIGTERM) if step == 4 else None)
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted, match=r"stopped at step 5, state saved in .*--resume"):
         task.run(tmp_path)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     assert [path.name for path in tmp_path.glob("state-*")] == ["state-00000005"]
-    again = _Task(dropout=0.3)
+    again = Task(dropout=0.3)
     again.run(tmp_path, resume=True)
     assert torch.equal(again.weights, uninterrupted[0].weights)
     assert Interrupted("").exit_code == 130
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
-    task = _Task()
+    task = Task()
 
     def impatient(step):
         if step == 2:
@@ -542,34 +435,27 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
 
 
 def test_resuming_where_nothing_was_saved_starts_afresh(tmp_path, uninterrupted):
-    notes, task = Notes(), _Task(dropout=0.3)
+    notes, task = Notes(), Task(dropout=0.3)
     task.run(tmp_path, resume=True, progress=notes)
     assert "no saved state to resume; starting afresh" in notes.text
     assert torch.equal(task.weights, uninterrupted[0].weights)
 
 
-def _two_states(tmp_path, monkeypatch):
+@pytest.fixture
+def two_states(tmp_path):
     """The states of steps 5 and 6, as a kill between writing one and removing the other leaves."""
-    task = _Task(dropout=0.3)
-    _kill_at(task, 6)
-    kept = tmp_path / "kept"
-
-    def keep(step):
-        for path in (tmp_path / "run").glob("state-00000005"):
-            shutil.copytree(path, kept)
-
-    task.steps.insert(0, lambda step: keep(step) if step == 5 else None)
-    with _killed():
-        task.run(tmp_path / "run", checkpoint_minutes=0)
-    kept.rename(tmp_path / "run" / "state-00000005")
-    assert sorted(path.name[-1] for path in (tmp_path / "run").glob("state-*")) == ["5", "6"]
-    return tmp_path / "run"
+    folder, kept = tmp_path / "run", tmp_path / "kept"
+    task, state = Task(dropout=0.3), folder / "state-00000005"
+    task.steps.append(lambda step: shutil.copytree(state, kept) if step == 5 else None)
+    _killed_after(6, task, folder)
+    kept.rename(state)
+    assert sorted(path.name[-1] for path in folder.glob("state-*")) == ["5", "6"]
+    return folder
 
 
 @pytest.mark.parametrize("file", ["module", "optimizer", "random", "best", "state", "missing"])
-def test_of_two_states_the_sound_one_is_used(tmp_path, monkeypatch, uninterrupted, file):
-    folder = _two_states(tmp_path, monkeypatch)
-    state = folder / "state-00000006"
+def test_of_two_states_the_sound_one_is_used(two_states, uninterrupted, file):
+    state = two_states / "state-00000006"
     if file == "state":
         # Still JSON, but not what was saved.
         text = (state / "state.json").read_text()
@@ -579,34 +465,29 @@ def test_of_two_states_the_sound_one_is_used(tmp_path, monkeypatch, uninterrupte
         (state / "optimizer.safetensors").unlink()
     else:
         flip_byte(state / f"{file}.safetensors")
-    notes, task = Notes(), _Task(dropout=0.3)
-    task.run(folder, resume=True, progress=notes)
+    notes, task = Notes(), Task(dropout=0.3)
+    task.run(two_states, resume=True, progress=notes)
     assert "resuming at step 5" in notes.text
     assert torch.equal(task.weights, uninterrupted[0].weights)
-    assert metrics_of(folder) == uninterrupted[2]
+    assert metrics_of(two_states) == uninterrupted[2]
 
 
-def test_a_damaged_state_alone_is_refused(tmp_path, monkeypatch):
-    folder = _two_states(tmp_path, monkeypatch)
-    for path in folder.glob("state-*/module.safetensors"):
+def test_a_damaged_state_alone_is_refused(two_states):
+    for path in two_states.glob("state-*/module.safetensors"):
         flip_byte(path)
     with pytest.raises(ModelError, match=r"state-00000006: the saved training state is damaged"):
-        _Task(dropout=0.3).run(folder, resume=True)
+        Task(dropout=0.3).run(two_states, resume=True)
 
 
 # --- a full disk ---
 
 
-def _full(*_arguments, **_more):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
 def test_a_full_disk_while_saving_keeps_the_last_good_state(tmp_path, monkeypatch, uninterrupted):
-    task = _Task(dropout=0.3)
+    task = Task(dropout=0.3)
 
     def fill(step):
         if step == 5:
-            monkeypatch.setattr(checkpoint, "write_json", _full)
+            monkeypatch.setattr(checkpoint, "write_json", full_disk)
 
     task.steps.append(fill)
     with pytest.raises(ClseaveError, match=r"state-00000006: the disk is full.*same command again"):
@@ -614,7 +495,7 @@ def test_a_full_disk_while_saving_keeps_the_last_good_state(tmp_path, monkeypatc
     assert [path.name for path in tmp_path.glob("*state-*")] == ["state-00000005"]
     assert not list(tmp_path.glob(".*"))
     monkeypatch.undo()
-    again = _Task(dropout=0.3)
+    again = Task(dropout=0.3)
     again.run(tmp_path, resume=True)
     assert torch.equal(again.weights, uninterrupted[0].weights)
 
@@ -634,45 +515,29 @@ def test_only_a_full_disk_is_called_full(tmp_path, monkeypatch, error, raised, s
 
     monkeypatch.setattr(checkpoint, "save_file", fail)
     with pytest.raises(raised, match=said):
-        _Task().run(tmp_path, checkpoint_minutes=0)
+        Task().run(tmp_path, checkpoint_minutes=0)
     assert raised is ValueError or not list(tmp_path.glob("*state-*"))
-
-
-def _stopped_at(step, folder, task, **options):
-    """Runs a task that fails in a step, each state before it saved."""
-
-    def fail(number):
-        if number == step:
-            raise RuntimeError("stopped")
-
-    task.steps.append(fail)
-    with pytest.raises(RuntimeError, match="stopped"):
-        task.run(folder, checkpoint_minutes=0, **options)
 
 
 @pytest.mark.parametrize(("before", "after"), [("fp32", "fp16"), ("fp16", "fp32")])
 def test_a_run_goes_on_where_auto_means_another_precision(tmp_path, before, after):
-    _stopped_at(6, tmp_path, _Task(), precision=before)
-    assert _Task().run(tmp_path, resume=True, precision=after).steps == 12
+    _killed_after(6, Task(), tmp_path, precision=before)
+    assert Task().run(tmp_path, resume=True, precision=after).steps == 12
 
 
 def test_states_hold_what_is_trained(tmp_path):
-    def frozen():
-        task = _Task(dropout=0.2)
+    whole, killed, resumed = tasks = [Task(dropout=0.2) for _ in range(3)]
+    for task in tasks:
         task.module[0].requires_grad_(False)
-        return task
-
-    whole, task = frozen(), frozen()
     whole.run(tmp_path / "whole")
-    _stopped_at(9, tmp_path / "parts", task)
+    _killed_after(9, killed, tmp_path / "parts")
     (state,) = (tmp_path / "parts").glob("state-*")
     for name in ("module", "best"):
         assert set(load_file(state / f"{name}.safetensors")) == {"3.weight", "3.bias"}
-    task = frozen()
-    task.run(tmp_path / "parts", resume=True)
-    assert torch.equal(task.weights, whole.weights)
+    resumed.run(tmp_path / "parts", resume=True)
+    assert torch.equal(resumed.weights, whole.weights)
     # Those of earlier versions hold everything.
-    checkpoint.restore(task.module, _Task().module.state_dict())
-    for strange in ({"4.weight": torch.zeros(1)}, {"3.weight": task.module[3].weight}):
+    checkpoint.restore(resumed.module, Task().module.state_dict())
+    for strange in ({"4.weight": torch.zeros(1)}, {"3.weight": resumed.module[3].weight}):
         with pytest.raises(RuntimeError, match="another module, which differs in"):
-            checkpoint.restore(task.module, strange)
+            checkpoint.restore(resumed.module, strange)

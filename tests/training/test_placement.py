@@ -1,7 +1,5 @@
 """Batches on their way to a device."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,7 +23,7 @@ class _Nested:
     missing: Tensor | None
 
 
-def _batch() -> _Nested:
+def _batch():
     tokens = torch.arange(4).reshape(1, 4)
     return _Nested(
         _Named(torch.arange(3), 3),
@@ -35,7 +33,7 @@ def _batch() -> _Nested:
     )
 
 
-def test_every_tensor_moves_and_the_rest_stays() -> None:
+def test_every_tensor_moves_and_the_rest_stays():
     moved = on_device(_batch(), torch.device("meta"))
     tensors = [moved.inner.rows, moved.sentences.input_ids, moved.sentences.terminals, *moved.pair]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
@@ -43,6 +41,6 @@ def test_every_tensor_moves_and_the_rest_stays() -> None:
     assert moved.sentences.groups == ((1, 4),) and moved.missing is None
 
 
-def test_for_a_cpu_nothing_is_copied() -> None:
+def test_for_a_cpu_nothing_is_copied():
     batch = _batch()
     assert on_device(page_locked(batch, torch.device("cpu")), torch.device("cpu")) is batch

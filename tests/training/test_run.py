@@ -1,12 +1,10 @@
-import errno
 import json
-import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_world import Notes, tree
+from tiny_world import Notes, full_disk, tree
 
 from clseave_cli.core import files
 from clseave_cli.core.config import FinetuneConfig, TrainingConfig
@@ -51,10 +49,6 @@ def _publish_in(run, text):
 
 def _kind(folder):
     return UNFINISHED if folder.endswith(".partial") else model_kind("stage")
-
-
-def _full(*_arguments):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_run_appears_whole_and_leaves_nothing_beside_it(tmp_path):
@@ -178,20 +172,18 @@ def test_a_resumed_run_goes_on_with_its_number_of_threads(tmp_path, monkeypatch)
     assert numbers[-1] == 1
 
 
-def test_a_folder_by_another_name_is_the_same_folder(tmp_path, monkeypatch):
+@pytest.mark.parametrize("other", ["data/", "./data", "{here}/data"])
+def test_a_folder_by_another_name_is_the_same_folder(tmp_path, monkeypatch, other):
+    def start(data, **options):
+        with Run("stage", tmp_path / "run", FinetuneConfig(data=data, **options), INPUTS):
+            pass
+
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
-    for number, other in enumerate(("data/", "./data", str(tmp_path / "data"))):
-        config = FinetuneConfig(data="data")
-        with Run("stage", tmp_path / str(number), config, INPUTS):
-            pass
-        again = FinetuneConfig(data=other, resume=True)
-        with Run("stage", tmp_path / str(number), again, INPUTS):
-            pass
-        with pytest.raises(UsageError, match="was run with data = 'data', not 'd'"):
-            Run(
-                "stage", tmp_path / str(number), FinetuneConfig(data="d", resume=True), INPUTS
-            ).__enter__()
+    start("data")
+    start(other.format(here=tmp_path), resume=True)
+    with pytest.raises(UsageError, match="was run with data = 'data', not 'd'"):
+        start("d", resume=True)
 
 
 def test_a_full_disk_keeps_the_old_model_and_the_unfinished_run(tmp_path, monkeypatch):
@@ -200,7 +192,7 @@ def test_a_full_disk_keeps_the_old_model_and_the_unfinished_run(tmp_path, monkey
     _publish(_run(out), "old")
     _open(out)
     run = _run(out, resume=True)
-    monkeypatch.setattr(files.os, "fsync", _full)
+    monkeypatch.setattr(files.os, "fsync", full_disk)
     with pytest.raises(ClseaveError, match=r"model: the disk is full; what was there before is un"):
         _publish(run, "new")
     monkeypatch.undo()

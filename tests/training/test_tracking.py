@@ -4,13 +4,11 @@ import sys
 import types
 
 import pytest
-import torch
+from tiny_task import Task
 from tiny_world import Notes, read_jsonl
-from torch import nn
 
 from clseave_cli.core.config import TrainingConfig
 from clseave_cli.core.training import tracking
-from clseave_cli.core.training.loop import Selection, Stage, train
 from clseave_cli.core.training.run import Run
 from clseave_cli.errors import ClseaveError
 
@@ -18,22 +16,9 @@ SECRET = "hunter2"
 
 
 def _train(folder, progress, **options):
-    torch.manual_seed(0)
-    module = nn.Linear(2, 1)
-    stage = Stage(
-        name="task",
-        module=module,
-        num_examples=8,
-        prepare=lambda rows: torch.ones(len(rows), 2),
-        loss=lambda inputs: module(inputs).square().mean(),
-        evaluate=lambda: {"loss": 1.0, "mse": 0.5},
-        selection=Selection("loss", "lowest"),
-        title="task de",
-    )
-    config = TrainingConfig(
-        **({"epochs": 2, "batch_size": 4, "precision": "fp32", "runs": folder / SECRET} | options)
-    )
-    return train(stage, config, device=torch.device("cpu"), folder=folder, progress=progress)
+    """Two epochs of two steps: six records."""
+    defaults = {"epochs": 2, "batch_size": 4, "runs": folder / SECRET}
+    return Task(num_examples=8).run(folder, progress, **(defaults | options))
 
 
 class _Service:
@@ -90,20 +75,17 @@ def _wanted(folder):
         yield step, record | dev
 
 
-def test_a_tracker_gets_the_figures_of_the_record(tmp_path, monkeypatch, name, capsys):
+def test_a_tracker_gets_the_figures_of_the_record_and_numbers_only(
+    tmp_path, monkeypatch, name, capsys
+):
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
     service = _installed(monkeypatch, name)
     _train(tmp_path, Notes(), tracker=name)
     assert service.logged == list(_wanted(tmp_path)) and len(service.logged) == 6
     assert service.calls[0] == "init" and service.calls[-1] == "finish"
     assert service.arguments["name"] == "task de"
     assert capsys.readouterr().out == ""  # standard output is the command's own
-
-
-def test_a_tracker_gets_numbers_only(tmp_path, monkeypatch, name):
-    monkeypatch.setenv("WANDB_API_KEY", SECRET)
-    service = _installed(monkeypatch, name)
-    _train(tmp_path, Notes(), tracker=name)
-    assert service.arguments["config"]["learning_rate"] == 1e-4
+    assert service.arguments["config"]["learning_rate"] == 0.01
     assert all(isinstance(value, int | float) for value in service.arguments["config"].values())
     assert SECRET not in repr((service.arguments, service.logged))
 
@@ -161,4 +143,5 @@ def test_tensorboard_events_are_kept_with_the_model(tmp_path):
     shown = events.Scalars("loss")
     assert [event.step for event in shown] == list(steps)
     assert [event.value for event in shown] == pytest.approx([each["loss"] for each in wanted])
-    assert [event.value for event in events.Scalars("dev/mse")] == [0.5, 0.5]
+    dev = [each["dev/loss"] for each in wanted if "dev/loss" in each]
+    assert [event.value for event in events.Scalars("dev/loss")] == pytest.approx(dev)

@@ -1,7 +1,5 @@
 """Real HTTP servers on loopback that translate by a rule, and misbehave on demand."""
 
-from __future__ import annotations
-
 import html
 import itertools
 import json
@@ -10,17 +8,12 @@ import socket
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
-
-#: A fault: given the handler and its proper answer, it answers otherwise; returns False to pass.
-Fault = Callable[["_Handler", bytes, list[str]], bool]
 
 CAPTCHA = b"<html><body>Our systems have detected unusual traffic. <form id=captcha-form></body>"
 
 
-def translated(text: str, target: str = "de") -> str:
+def translated(text, target="de"):
     """What the servers answer: the words, each marked with the language, in the same order."""
     return " ".join(f"{target}{word}" for word in text.split(" "))
 
@@ -28,9 +21,8 @@ def translated(text: str, target: str = "de") -> str:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = 30
-    server: _Server
 
-    def do_GET(self) -> None:
+    def do_GET(self):
         split = urllib.parse.urlsplit(self.path)
         query = urllib.parse.parse_qs(split.query, keep_blank_values=True)
         if split.path.endswith("/languages"):
@@ -46,7 +38,7 @@ class _Handler(BaseHTTPRequestHandler):
         )
         self.answer([text], page.encode(), "text/html", query)
 
-    def do_POST(self) -> None:
+    def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         request = json.loads(body)
         texts = request["q"]
@@ -54,7 +46,7 @@ class _Handler(BaseHTTPRequestHandler):
         payload = json.dumps({"translatedText": answers}).encode()
         self.answer(texts, payload, "application/json", request)
 
-    def answer(self, texts: list[str], body: bytes, kind: str, request: Any) -> None:
+    def answer(self, texts, body, kind, request):
         loopback = self.server.loopback
         with loopback.lock:
             loopback.requested += texts
@@ -71,9 +63,7 @@ class _Handler(BaseHTTPRequestHandler):
             with loopback.lock:
                 loopback.under_way -= 1
 
-    def send(
-        self, status: int, body: bytes, kind: str = "application/json", **headers: str
-    ) -> None:
+    def send(self, status, body, kind="application/json", **headers):
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
@@ -82,7 +72,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def half_send(self, body: bytes, kind: str, with_length: bool) -> None:
+    def half_send(self, body, kind, with_length):
         """Half of the answer, and then the connection is closed."""
         self.send_response(200)
         self.send_header("Content-Type", kind)
@@ -93,21 +83,20 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body[: len(body) * 2 // 3])
         self.close_connection = True
 
-    def hang_up(self) -> None:
+    def hang_up(self):
         """No answer, and the connection is closed."""
         self.connection.shutdown(socket.SHUT_RDWR)
         self.close_connection = True
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, format, *args):
         """Quiet."""
 
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
-    loopback: Loopback
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
+    def handle_error(self, request, client_address):
         """A client that is killed hangs up; nothing to report."""
 
 
@@ -115,20 +104,23 @@ class Loopback:
     """A server that lives as long as the `with` block.
 
     Attributes:
+        kind: the service it plays, `google` or `libre`.
         url: where it listens.
-        fault: makes it misbehave, None for a good server.
+        fault: makes it misbehave: given the handler, its proper answer and the texts, it answers
+            otherwise, or returns False to pass. None for a good server.
         delay_seconds: how long it takes for an answer.
         requested: every text it was asked for, in order, repetitions included.
         agents: the User-Agents seen.
         last_request: query or JSON body of the last request.
     """
 
-    def __init__(self, kind: str, port: int = 0) -> None:
-        self.fault: Fault | None = None
+    def __init__(self, kind, port=0):
+        self.kind = kind
+        self.fault = None
         self.delay_seconds = 0.0
-        self.requested: list[str] = []
-        self.agents: set[str] = set()
-        self.last_request: Any = None
+        self.requested = []
+        self.agents = set()
+        self.last_request = None
         self.under_way = 0
         self.lock = threading.Lock()
         self._server = _Server(("127.0.0.1", port), _Handler)
@@ -136,28 +128,28 @@ class Loopback:
         path = "/m" if kind == "google" else ""
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}{path}"
 
-    def settle(self) -> None:
+    def settle(self):
         """Waits until requests of a client that died have been read, and dealt with."""
         time.sleep(0.02)
         while self.under_way > 0:
             time.sleep(0.001)
 
-    def __enter__(self) -> Loopback:
+    def __enter__(self):
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_):
         self._server.shutdown()
         self._server.server_close()
 
 
-def misbehave_at_random(seed: int) -> Fault:
+def misbehave_at_random(seed):
     """A fault of a server that goes wrong in every way, half of the time."""
     choose = random.Random(seed)
     lock = threading.Lock()
     numbers = itertools.count()
 
-    def misbehave(handler: Any, body: bytes, texts: list[str]) -> bool:
+    def misbehave(handler, body, texts):
         with lock:
             kind = choose.randrange(16)
             number = next(numbers)

@@ -1,27 +1,24 @@
 """The whole use case: files in, files out, nothing lost and nothing asked for twice."""
 
-from __future__ import annotations
-
+import functools
 import gzip
 import json
 import os
 import random
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
-from loopback import Loopback, misbehave_at_random, translated
-from tiny_world import CommandProcess
+from loopback import misbehave_at_random, translated
+from tiny_world import CommandProcess, read_jsonl
 
 from clseave_cli.core.config import TranslateConfig
 from clseave_cli.core.files import locked_target
-from clseave_cli.core.translation.corpus import TranslationSummary, translate
+from clseave_cli.core.translation.corpus import translate
 from clseave_cli.core.translation.engine import Identity
 from clseave_cli.core.translation.memory import Memory
 from clseave_cli.errors import ClseaveError, DataError, TranslationError, UsageError
@@ -43,7 +40,7 @@ _ODD = [
 ]  # fmt: skip
 
 
-def _write(path: Path, texts: list[str], **more: Any) -> None:
+def _write(path, texts, **more):
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [
         {"pairID": f"{index}.jpg", "sentence2": text, "gold_label": "neutral", **more}
@@ -52,16 +49,11 @@ def _write(path: Path, texts: list[str], **more: Any) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def _numbered(count):
+    return [f"A man number {index} sleeps." for index in range(count)]
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    data = path.read_bytes().decode("utf-8", "surrogatepass")
-    return [json.loads(line) for line in data.split("\n") if line]
-
-
-def _run(folder: Path, server: Loopback | None = None, **options: Any) -> TranslationSummary:
+def _run(folder, server=None, **options):
     defaults = {
         "data": folder, "lang": ("de",), "engine": "google", "requests_per_second": 1e6,
         "retry_seconds": 0.001, "timeout_seconds": 5.0, "url": server and server.url,
@@ -69,9 +61,7 @@ def _run(folder: Path, server: Loopback | None = None, **options: Any) -> Transl
     return translate(TranslateConfig(**{**defaults, **options}))
 
 
-def test_all_splits_that_exist_in_several_languages(
-    tmp_path: Path, google: Loopback, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_splits_that_exist_in_several_languages(tmp_path, google, monkeypatch):
     _write(tmp_path / "snli_ve_train.jsonl", ["A man.", "A dog.", "A man."])
     _write(tmp_path / "snli_ve_test.jsonl", ["A dog.", "A cat."])
     summary = _run(tmp_path, google, lang=("de", "zh_CN"))
@@ -79,7 +69,7 @@ def test_all_splits_that_exist_in_several_languages(
         ("snli_ve_train.de.jsonl", 3, 0), ("snli_ve_test.de.jsonl", 2, 1),
         ("snli_ve_train.zh.jsonl", 3, 0), ("snli_ve_test.zh.jsonl", 2, 1),
     ]  # fmt: skip
-    assert _read(tmp_path / "snli_ve_train.de.jsonl")[2] == {
+    assert read_jsonl(tmp_path / "snli_ve_train.de.jsonl")[2] == {
         "pairID": "2.jpg", "sentence2": "deA deman.", "gold_label": "neutral",
         "sentence2_en": "A man.",
     }  # fmt: skip
@@ -93,12 +83,11 @@ def test_all_splits_that_exist_in_several_languages(
     assert before == {path: path.read_bytes() for path in tmp_path.glob("*.jsonl")}
 
 
-@pytest.mark.parametrize("name", ["google", "libre"])
-def test_odd_text_goes_round(tmp_path: Path, name: str, request: pytest.FixtureRequest) -> None:
-    server: Loopback = request.getfixturevalue(name)
+def test_odd_text_goes_round(tmp_path, server):
     _write(tmp_path / "snli_ve_dev.jsonl", [*_ODD, "lone \ud800 surrogate"], note="\udfff")
-    summary = _run(tmp_path, server, engine=name)
-    rows = _lines(tmp_path / "snli_ve_dev.de.jsonl")
+    summary = _run(tmp_path, server, engine=server.kind)
+    written = (tmp_path / "snli_ve_dev.de.jsonl").read_bytes().decode("utf-8", "surrogatepass")
+    rows = [json.loads(line) for line in written.split("\n") if line]
     assert [row["sentence2_en"] for row in rows] == [*_ODD, "lone \ud800 surrogate"]
     assert {row["note"] for row in rows} == {"\udfff"}
     # Each word comes back with its mark, everything between words as it was.
@@ -111,8 +100,8 @@ def test_odd_text_goes_round(tmp_path: Path, name: str, request: pytest.FixtureR
     assert not any("\n" in text or "\0" in text for text in server.requested)
 
 
-def test_faulty_server_every_row_ends_somewhere(tmp_path: Path, libre: Loopback) -> None:
-    texts = [f"A man number {index} sleeps." for index in range(150)]
+def test_faulty_server_every_row_ends_somewhere(tmp_path, libre):
+    texts = _numbered(150)
     texts[40] = texts[90] = "A poison sentence."
     _write(tmp_path / "snli_ve_test.jsonl", texts)
     libre.fault = misbehave_at_random(seed=1)
@@ -120,12 +109,12 @@ def test_faulty_server_every_row_ends_somewhere(tmp_path: Path, libre: Loopback)
     summary = _run(tmp_path, libre, **options)
     file = summary.files[0]
     assert summary.stopped is None and file.num_failed == 2 and file.failed is not None
-    rows = _read(file.output)
+    rows = read_jsonl(file.output)
     assert [(row["pairID"], row["sentence2"]) for row in rows] == [
         (f"{index}.jpg", translated(text))
         for index, text in enumerate(texts) if "poison" not in text
     ]  # fmt: skip
-    failed = _read(file.failed)
+    failed = read_jsonl(file.failed)
     assert [(row["line"], row["pairID"], row["text"]) for row in failed] == [
         (41, "40.jpg", texts[40]), (91, "90.jpg", texts[40]),
     ]  # fmt: skip
@@ -135,15 +124,15 @@ def test_faulty_server_every_row_ends_somewhere(tmp_path: Path, libre: Loopback)
     healed = _run(tmp_path, libre, **options)
     assert libre.requested == ["A poison sentence."]  # only what had failed
     assert healed.files[0].failed is None and not file.failed.exists()
-    assert len(_read(file.output)) == 150
+    assert len(read_jsonl(file.output)) == 150
 
 
-def test_shut_out_half_way(tmp_path: Path, google: Loopback) -> None:
-    texts = [f"A man number {index} sleeps." for index in range(200)]
+def test_shut_out_half_way(tmp_path, google):
+    texts = _numbered(200)
     _write(tmp_path / "snli_ve_dev.jsonl", texts)
     _write(tmp_path / "snli_ve_test.jsonl", texts)
 
-    def shut(handler: Any, body: bytes, asked: list[str]) -> bool:
+    def shut(handler, body, asked):
         if len(google.requested) <= 50:
             return False
         handler.send(429, b"")
@@ -154,16 +143,25 @@ def test_shut_out_half_way(tmp_path: Path, google: Loopback) -> None:
     assert summary.stopped is not None and "shut us out" in summary.stopped
     (file,) = summary.files  # the second is not even tried
     assert file.failed is not None
-    rows, failed = _read(file.output), _read(file.failed)
+    rows, failed = read_jsonl(file.output), read_jsonl(file.failed)
     assert len(rows) + len(failed) == 200 and len(rows) >= 40
     assert sum(row["reason"].startswith("not asked: the service") for row in failed) > 100
 
 
-def _without_lingua() -> None:
-    sys.modules["lingua"] = None  # type: ignore[assignment]  # slow to load, and not needed here
+def _prepare(rank=None):
+    """What a process does first; of a rank, as torchrun would have it."""
+    sys.modules["lingua"] = None  # slow to load, and not needed here
+    if rank is not None:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
 
 
-def test_killed_again_and_again(tmp_path: Path, google: Loopback) -> None:
+def _start(google, folder, *arguments, before=_prepare):
+    command = ["translate", "--lang", "de", "--engine", "google", "--url", google.url,
+               "--requests-per-second", 1e6, *arguments]  # fmt: skip
+    return CommandProcess(*map(str, command), folder=folder, before=before)
+
+
+def test_killed_again_and_again(tmp_path, google):
     """G8."""
     generator, concurrency = random.Random(3), 4
     texts = [f"A man number {index % 300} sleeps." for index in range(400)]
@@ -171,11 +169,9 @@ def test_killed_again_and_again(tmp_path: Path, google: Loopback) -> None:
     _write(data / "snli_ve_train.jsonl", texts)
     output = data / "snli_ve_train.de.jsonl"
 
-    def start(memory: Path) -> CommandProcess:
-        arguments = ["translate", "--data", data, "--lang", "de", "--engine", "google", "--url",
-                     google.url, "--memory", memory, "--concurrency", concurrency,
-                     "--requests-per-second", 1e6]  # fmt: skip
-        return CommandProcess(*map(str, arguments), folder=tmp_path, before=_without_lingua)
+    def start(memory):
+        options = ["--data", data, "--memory", memory, "--concurrency", concurrency]
+        return _start(google, tmp_path, *options)
 
     assert start(tmp_path / "undisturbed.sqlite").wait() == 0
     expected = output.read_bytes()
@@ -205,74 +201,61 @@ def test_killed_again_and_again(tmp_path: Path, google: Loopback) -> None:
     assert {path.name for path in data.iterdir()} == {"snli_ve_train.jsonl", output.name}
 
 
-_TWO = """
-import sys
-sys.modules["lingua"] = None  # slow to load, and not what this is about
-from pathlib import Path
-from clseave_cli.core.config import TranslateConfig
-from clseave_cli.core.translation.corpus import translate
-translate(TranslateConfig(data=Path(sys.argv[1]), lang=("de",), engine="google", url=sys.argv[2],
-          requests_per_second=1e6, out=Path(sys.argv[3])))
-"""
-
-
 @pytest.mark.parametrize("torchrun", [False, True])
-def test_two_processes_divide_the_work(tmp_path: Path, google: Loopback, torchrun: bool) -> None:
-    texts = [f"A man number {index} sleeps." for index in range(600)]
+def test_two_processes_divide_the_work(tmp_path, google, torchrun):
+    texts = _numbered(600)
     _write(tmp_path / "snli_ve_dev.jsonl", texts)
     google.delay_seconds = 0.005
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    processes = []
-    for rank in range(2):
-        if torchrun:
-            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        arguments = [str(tmp_path), google.url, str(tmp_path / f"out{rank}")]
-        processes.append(
-            subprocess.Popen([sys.executable, "-c", _TWO, *arguments], env=environment)
+    outputs = [tmp_path / f"out{rank}" / "snli_ve_dev.de.jsonl" for rank in range(2)]
+    processes = [
+        _start(
+            google, tmp_path / f"said{rank}", "--data", tmp_path, "--out", output.parent,
+            before=functools.partial(_prepare, rank if torchrun else None),
         )
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+        for rank, output in enumerate(outputs)
+    ]  # fmt: skip
+    assert [process.wait() for process in processes] == [0, 0]
     # Asked for twice is only what both had under way.
     assert set(google.requested) == set(texts) and len(google.requested) < 1.1 * len(texts)
-    for rank in range(2):
-        output = tmp_path / f"out{rank}" / "snli_ve_dev.de.jsonl"
-        if torchrun and rank:
-            assert not output.exists()
-        else:
-            assert [row["sentence2"] for row in _read(output)] == [translated(t) for t in texts]
+    assert outputs[1].exists() != torchrun
+    for output in outputs[: 1 if torchrun else 2]:
+        assert [row["sentence2"] for row in read_jsonl(output)] == [translated(t) for t in texts]
 
 
-def test_suspect_rows(tmp_path: Path, google: Loopback) -> None:
+def test_suspect_rows(tmp_path, google):
     texts = ["A man sees 12 dogs.", "A cat sleeps in the sun."]
     _write(tmp_path / "snli_ve_dev.jsonl", texts)
 
-    def lose_numbers(handler: Any, body: bytes, asked: list[str]) -> bool:
+    def lose_numbers(handler, body, asked):
         handler.send(200, body.replace(b"de12 ", b""), "text/html")
         return True
 
     google.fault = lose_numbers
     kept = _run(tmp_path, google).files[0]
     assert kept.suspicions["numerals"] == 1 and kept.num_dropped == 0
-    assert kept.num_suspect == sum("translation_suspect" in row for row in _read(kept.output)) > 0
-    assert "numerals" in _read(kept.output)[0]["translation_suspect"]
+    assert (
+        kept.num_suspect == sum("translation_suspect" in row for row in read_jsonl(kept.output)) > 0
+    )
+    assert "numerals" in read_jsonl(kept.output)[0]["translation_suspect"]
     dropped = _run(tmp_path, google, on_suspect="drop").files[0]
     assert dropped.num_dropped >= 1 and dropped.rejected is not None
     assert "12" not in dropped.output.read_text()
-    assert _read(dropped.rejected)[0] == {
+    assert read_jsonl(dropped.rejected)[0] == {
         "line": 1, "pairID": "0.jpg", "text": texts[0], "translation": "deA deman desees dedogs.",
-        "reason": _read(dropped.rejected)[0]["reason"],
+        "reason": read_jsonl(dropped.rejected)[0]["reason"],
     }  # fmt: skip
     assert sorted(google.requested) == sorted(texts)
     google.fault = None
     retried = _run(tmp_path, google, on_suspect="retry").files[0]
     assert texts[0] in google.requested[2:] and "numerals" not in retried.suspicions
-    assert _read(retried.output)[0]["sentence2"] == translated(texts[0])
+    assert read_jsonl(retried.output)[0]["sentence2"] == translated(texts[0])
     assert retried.rejected is None and not dropped.rejected.exists()
     num_requests = len(google.requested)
     _run(tmp_path, google, on_suspect="retry")
     assert len(google.requested) == num_requests  # a second chance, not a third
 
 
-def test_a_file_of_somebody_else_is_not_replaced(tmp_path: Path, google: Loopback) -> None:
+def test_a_file_of_somebody_else_is_not_replaced(tmp_path, google):
     """G2."""
     _write(tmp_path / "snli_ve_dev.jsonl", ["A man.", "A dog."])
     output = tmp_path / "snli_ve_dev.de.jsonl"
@@ -299,11 +282,11 @@ def test_a_file_of_somebody_else_is_not_replaced(tmp_path: Path, google: Loopbac
 
 
 @pytest.mark.parametrize("reason", ["no match", "dead server", "all suspect", "no rows"])
-def test_a_result_without_a_translated_row_replaces_nothing(tmp_path: Path, reason: str) -> None:
+def test_a_result_without_a_translated_row_replaces_nothing(tmp_path, reason):
     source, output = tmp_path / "snli_ve_dev.jsonl", tmp_path / "snli_ve_dev.de.jsonl"
     _write(source, ["A man sees 3 dogs.", "42"])
     (tmp_path / "t.tsv").write_text("A man sees 3 dogs.\tEin Mann sieht Hunde.\n42\t42\n")
-    options: dict[str, Any] = {"engine": "file", "translations": tmp_path / "t.tsv"}
+    options = {"engine": "file", "translations": tmp_path / "t.tsv"}
     _run(tmp_path, **options)
     before = output.read_bytes()
     if reason == "no match":
@@ -322,7 +305,7 @@ def test_a_result_without_a_translated_row_replaces_nothing(tmp_path: Path, reas
     assert _run(tmp_path, **options).files[0].is_written == output.exists() == (reason == "no rows")
 
 
-def test_a_closed_port_is_named_at_once(tmp_path: Path) -> None:
+def test_a_closed_port_is_named_at_once(tmp_path):
     _write(tmp_path / "snli_ve_dev.jsonl", [f"A man number {index}." for index in range(50)])
     config = TranslateConfig(data=tmp_path, lang=("de",), engine="libre", url="http://127.0.0.1:9")
     summary = translate(config)
@@ -331,7 +314,7 @@ def test_a_closed_port_is_named_at_once(tmp_path: Path) -> None:
     assert summary.files[0].num_requests <= 2  # one for each worker, none again
 
 
-def test_google_is_asked_five_times_a_second_at_most(tmp_path: Path, google: Loopback) -> None:
+def test_google_is_asked_five_times_a_second_at_most(tmp_path, google):
     texts = [f"A man number {index}." for index in range(4)]
     _write(tmp_path / "snli_ve_dev.jsonl", texts)
     _write(tmp_path / "snli_ve_test.jsonl", ["A dog.", "A cat."])
@@ -341,15 +324,13 @@ def test_google_is_asked_five_times_a_second_at_most(tmp_path: Path, google: Loo
     assert len(google.requested) == 6 and time.monotonic() - start >= 5 / 5
 
 
-def test_a_rank_left_in_the_environment_is_no_launcher(
-    tmp_path: Path, google: Loopback, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rank_left_in_the_environment_is_no_launcher(tmp_path, google, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     _write(tmp_path / "snli_ve_dev.jsonl", ["A man."])
     assert _run(tmp_path, google).files[0].output.exists()
 
 
-def test_two_at_one_output(tmp_path: Path, google: Loopback) -> None:
+def test_two_at_one_output(tmp_path, google):
     """G3."""
     _write(tmp_path / "snli_ve_dev.jsonl", ["A man."])
     with (
@@ -361,7 +342,7 @@ def test_two_at_one_output(tmp_path: Path, google: Loopback) -> None:
     assert _run(tmp_path, google).files[0].num_translated == 1
 
 
-def test_review_sample(tmp_path: Path, google: Loopback) -> None:
+def test_review_sample(tmp_path, google):
     _write(tmp_path / "snli_ve_dev.jsonl", [f"A | man\n{i} <b>." for i in range(50)])
     review = _run(tmp_path, google, review=6).files[0].review
     assert review is not None
@@ -376,7 +357,7 @@ def test_review_sample(tmp_path: Path, google: Loopback) -> None:
 
 
 @pytest.mark.parametrize("name", ["dev.txt", "dev.csv.gz", "dev.tsv"])
-def test_other_files(tmp_path: Path, google: Loopback, name: str) -> None:
+def test_other_files(tmp_path, google, name):
     content = {
         "dev.txt": "A man.\n\nA dog.\n", "dev.csv.gz": "id,text\n1,A man.\n2,A dog.\n",
         "dev.tsv": "id\ttext\n1\tA man.\n2\tA dog.\n",
@@ -392,7 +373,9 @@ def test_other_files(tmp_path: Path, google: Loopback, name: str) -> None:
     assert len(text.splitlines()) == len(content.decode().splitlines())
     if name == "dev.txt":
         assert text == "deA deman.\n\ndeA dedog.\n"
-        assert file.suspect is not None and _read(file.suspect)[0]["reason"] == "suspect: empty"
+        assert (
+            file.suspect is not None and read_jsonl(file.suspect)[0]["reason"] == "suspect: empty"
+        )
 
 
 @pytest.mark.parametrize(
@@ -409,14 +392,14 @@ def test_other_files(tmp_path: Path, google: Loopback, name: str) -> None:
          '{"source": "A dog.", "translation": "Hund"}\n', "auto"),
     ],
 )  # fmt: skip
-def test_existing_translations(tmp_path: Path, name: str, content: str, match: Any) -> None:
+def test_existing_translations(tmp_path, name, content, match):
     _write(tmp_path / "snli_ve_dev.jsonl", ["A man.", "A dog.", "A cat\nsleeps."])
     (tmp_path / name).write_text(content, encoding="utf-8")
     summary = _run(tmp_path, engine="file", translations=tmp_path / name, match=match)
     file = summary.files[0]
-    assert [row["sentence2"] for row in _read(file.output)] == ["Mann", "Hund"]
+    assert [row["sentence2"] for row in read_jsonl(file.output)] == ["Mann", "Hund"]
     assert file.failed is not None
-    assert "has no translation for it" in _read(file.failed)[0]["reason"]
+    assert "has no translation for it" in read_jsonl(file.failed)[0]["reason"]
     assert summary.engine == "file" and len(summary.revision) == 16  # the file's digest
 
 
@@ -430,14 +413,14 @@ def test_existing_translations(tmp_path: Path, name: str, content: str, match: A
         ("a\tb\tc\n", r"t\.tsv:1: 3 columns; expected two"),
     ],
 )
-def test_existing_translations_that_are_unclear(tmp_path: Path, content: str, said: str) -> None:
+def test_existing_translations_that_are_unclear(tmp_path, content, said):
     _write(tmp_path / "snli_ve_dev.jsonl", ["A man."])
     (tmp_path / "t.tsv").write_text(content)
     with pytest.raises(DataError, match=said):
         _run(tmp_path, engine="file", translations=tmp_path / "t.tsv")
 
 
-def test_a_gap_far_into_a_file_is_filled(tmp_path: Path) -> None:
+def test_a_gap_far_into_a_file_is_filled(tmp_path):
     """The rows before it have been written when it is met; they are written anew."""
     translations = tmp_path / "t.tsv"
     translations.write_text("".join(f"man {n}\tMann {n}\n" for n in range(10_050)))
@@ -445,14 +428,13 @@ def test_a_gap_far_into_a_file_is_filled(tmp_path: Path) -> None:
     for num_rows in (10_020, 10_050):
         _write(tmp_path / "snli_ve_dev.jsonl", [f"man {n}" for n in range(num_rows)])
         file = _run(tmp_path, **options).files[0]
-        assert [row["sentence2"] for row in _read(file.output)] == [
-            f"Mann {n}" for n in range(num_rows)
-        ]
+        written = [row["sentence2"] for row in read_jsonl(file.output)]
+        assert written == [f"Mann {n}" for n in range(num_rows)]
     assert (file.num_rows, file.num_from_memory, file.num_translated) == (10_050, 10_020, 30)
     assert len(list(tmp_path.glob(".*"))) == 0  # nothing half-written
 
 
-def test_an_engine_of_somebody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_of_somebody_else(tmp_path, monkeypatch):
     package = tmp_path / "site"
     info = package / "shouting-1.0.dist-info"
     info.mkdir(parents=True)
@@ -476,7 +458,7 @@ def test_an_engine_of_somebody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.syspath_prepend(package)
     _write(tmp_path / "snli_ve_dev.jsonl", ["A man.", "A dog."])
     summary = _run(tmp_path, engine="shout")
-    assert [row["sentence2"] for row in _read(summary.files[0].output)] == ["A MAN.", "A DOG."]
+    assert [row["sentence2"] for row in read_jsonl(summary.files[0].output)] == ["A MAN.", "A DOG."]
     assert summary.licence == "public domain"
 
 
@@ -497,16 +479,14 @@ def test_an_engine_of_somebody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ({"input": (Path("a/x.txt"), Path("b/x.txt")), "out": Path("c")}, UsageError, "two inputs"),
     ],
 )  # fmt: skip
-def test_refusals(
-    tmp_path: Path, google: Loopback, options: dict[str, Any], error: type[Exception], said: str
-) -> None:
+def test_refusals(tmp_path, google, options, error, said):
     _write(tmp_path / "snli_ve_dev.jsonl", ["A man."])
     with pytest.raises(error, match=said):
         _run(tmp_path, google, **options)
     assert google.requested == []
 
 
-def test_a_bad_row_is_found_before_anything_is_asked(tmp_path: Path, google: Loopback) -> None:
+def test_a_bad_row_is_found_before_anything_is_asked(tmp_path, google):
     _write(tmp_path / "snli_ve_dev.jsonl", ["A man.", "A dog."])
     with (tmp_path / "snli_ve_dev.jsonl").open("a") as stream:
         stream.write("{oops\n")
@@ -515,7 +495,7 @@ def test_a_bad_row_is_found_before_anything_is_asked(tmp_path: Path, google: Loo
     assert google.requested == [] and not (tmp_path / "snli_ve_dev.de.jsonl").exists()
 
 
-def test_a_wrong_address_ends_at_once(tmp_path: Path, google: Loopback) -> None:
+def test_a_wrong_address_ends_at_once(tmp_path, google):
     _write(tmp_path / "snli_ve_dev.jsonl", ["A man."] * 3)
     google.fault = lambda handler, body, texts: handler.send(404, b"") is None
     with pytest.raises(TranslationError, match=r"HTTP 404: is this the address of the service"):

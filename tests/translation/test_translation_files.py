@@ -1,14 +1,11 @@
 """Formats: the text is replaced, and everything else stays as it was."""
 
-from __future__ import annotations
-
 import csv
 import gzip
 import io
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,9 +27,9 @@ _JSON = st.recursive(
 _ANY_TEXT = st.text(st.characters(codec=None), max_size=30)
 
 
-def _rewrite(path: Path, answers: Any = str.upper, field: str | None = None) -> bytes:
+def _rewrite(path, answers=str.upper):
     """Translates a file by `answers`, leaving out the rows it has None for."""
-    file = open_text_file(path, field, "en")
+    file = open_text_file(path, None, "en")
     buffer = io.BytesIO()
     with packing(path, buffer) as stream, file.writer(stream) as write:
         for row in file.rows():
@@ -44,7 +41,7 @@ def _rewrite(path: Path, answers: Any = str.upper, field: str | None = None) -> 
     return buffer.getvalue()
 
 
-def test_jsonl_bytes_around_the_text_are_untouched(tmp_path: Path) -> None:
+def test_jsonl_bytes_around_the_text_are_untouched(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(
         b'{"pairID":1.50,  "sentence2" : "a \\u00e4 dog" ,"x": [1e5, {"sentence2": "inner"}]}\r\n'
@@ -70,9 +67,7 @@ def test_jsonl_bytes_around_the_text_are_untouched(tmp_path: Path) -> None:
     st.dictionaries(_ANY_TEXT, _JSON, max_size=4), _ANY_TEXT, _ANY_TEXT,
     st.booleans(), st.sampled_from([None, 1]),
 )  # fmt: skip
-def test_jsonl_of_any_shape(
-    others: dict[str, Any], text: str, answer: str, ascii: bool, indent: int | None
-) -> None:
+def test_jsonl_of_any_shape(others, text, answer, ascii, indent):
     others.pop("sentence2_en", None)
     values = {**others, "sentence2": text, "last": {"sentence2": 1}}
     line = json.dumps(values, ensure_ascii=True, separators=(", ", " :  ") if indent else None)
@@ -93,7 +88,7 @@ def test_jsonl_of_any_shape(
     assert list(json.loads(written)) == [*expected, *marks]
 
 
-def test_csv_like_e_snli_ve(tmp_path: Path) -> None:
+def test_csv_like_e_snli_ve(tmp_path):
     path = tmp_path / "esnlive_dev.csv"
     rows = [
         ["", "Flickr30kID", "hypothesis", "gold_label", "Explanation_1"],
@@ -115,7 +110,7 @@ def test_csv_like_e_snli_ve(tmp_path: Path) -> None:
     assert lines == [2, 4, 5]
 
 
-def test_csv_keeps_bom_and_quotes(tmp_path: Path) -> None:
+def test_csv_keeps_bom_and_quotes(tmp_path):
     path = tmp_path / "x.tsv"
     path.write_bytes(b'\xef\xbb\xbf"text"\t"n"\n"a"\t"1"\n')
     assert _rewrite(path) == (
@@ -123,14 +118,14 @@ def test_csv_keeps_bom_and_quotes(tmp_path: Path) -> None:
     )
 
 
-def test_plain_text_keeps_its_lines(tmp_path: Path) -> None:
+def test_plain_text_keeps_its_lines(tmp_path):
     path = tmp_path / "x.txt"
     path.write_bytes("a\r\n\ngone\nzwei\u2028drei\nlast".encode())
     written = _rewrite(path, lambda text: None if text == "gone" else f"{text}\n!" if text else "")
     assert written == b"a !\r\n\n\nzwei drei !\nlast !"
 
 
-def test_parquet(tmp_path: Path) -> None:
+def test_parquet(tmp_path):
     path = tmp_path / "x.parquet"
     table = pa.table(
         {
@@ -156,7 +151,7 @@ def test_parquet(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["x.jsonl.gz", "x.csv.gz", "x.txt.gz"])
-def test_packed_files(tmp_path: Path, name: str) -> None:
+def test_packed_files(tmp_path, name):
     content = {"x.jsonl.gz": b'{"text": "a"}\n', "x.csv.gz": b"text\na\n", "x.txt.gz": b"a\n"}[name]
     (tmp_path / name).write_bytes(gzip.compress(content))
     plain = tmp_path / name.removesuffix(".gz")
@@ -164,27 +159,18 @@ def test_packed_files(tmp_path: Path, name: str) -> None:
     written = _rewrite(tmp_path / name)
     assert gzip.decompress(written) == _rewrite(plain)
     assert written == _rewrite(tmp_path / name)
-    (tmp_path / name).write_bytes(gzip.compress(content * 500)[:-9])
-    with pytest.raises(DataError, match="damaged or cut short"):
-        list(open_text_file(tmp_path / name, "text", "en").rows())
 
 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
         ("x.jsonl", b'{"text": "a"}\n{"text": "b"\n', r"x\.jsonl:2: not valid JSON"),
-        ("x.jsonl", b'{"text": "a"}\n["b"]\n', r"x\.jsonl:2: expected a JSON object"),
         ("x.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', r'x\.jsonl:2: "text" is missing'),
         ("x.jsonl", b'{"text": "a"}\n{"text": null}\n', r'x\.jsonl:2: "text" is null; expected a'),
         ("x.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"x\.jsonl:2: not UTF-8"),
         ("x.jsonl", b'{"text": "a"}\n{"text": "\xed\xa0\x80"}\n', r"x\.jsonl:2: not UTF-8"),
         ("x.jsonl", '{"text": "é"}\n'.encode("utf-16-be"), r"x\.jsonl:1: not"),
-        (
-            "x.jsonl",
-            b'{"id": 1, "line": "a"}\n',
-            r"no field sentence2 or hypothesis or text; it has",
-        ),
-        ("x.jsonl", b"[" * 100_000, r"x\.jsonl:1: not valid JSON"),
+        ("x.jsonl", b'{"id": 1}\n', "no field sentence2 or hypothesis or text; it has"),
         ("x.csv", b"id,text\n1,a\n2,b,c\n", r"x\.csv:3: 3 cells; expected 2"),
         ("x.csv", b'id,text\n1,"a\n', r"x\.csv:2: not valid CSV"),
         ("x.csv", b"id,text\n1,\xff\n", r"x\.csv:2: not UTF-8"),
@@ -194,13 +180,13 @@ def test_packed_files(tmp_path: Path, name: str) -> None:
         ("x.parquet", b"PAR1 not really", "not a readable Parquet file"),
     ],
 )
-def test_damaged_files(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+def test_damaged_files(tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=said):
         list(open_text_file(tmp_path / name, None, "en").rows())
 
 
-def test_files_of_no_known_kind(tmp_path: Path) -> None:
+def test_files_of_no_known_kind(tmp_path):
     with pytest.raises(UsageError, match="cannot tell the format by the ending"):
         open_text_file(tmp_path / "x.docx", None, "en")
     with pytest.raises(DataError, match="no such file"):

@@ -1,7 +1,5 @@
 """Each check finds what it is for, and leaves good translations alone."""
 
-from __future__ import annotations
-
 import importlib.util
 
 import pytest
@@ -32,7 +30,7 @@ _SOURCE = "A man in a red shirt is riding a bicycle."
         ("ja", "A dog sees a man.", "犬がいる。男を見ている。", {"added-sentence"}),
     ],
 )  # fmt: skip
-def test_finds(target: str, source: str, translation: str, expected: set[str]) -> None:
+def test_finds(target, source, translation, expected):
     found = set(Checks("en", target).find(source, translation)) - {"language"}
     assert found == expected
     assert found <= set(CHECKS)
@@ -58,11 +56,11 @@ def test_finds(target: str, source: str, translation: str, expected: set[str]) -
         ("de", "haha haha haha haha haha", "haha haha haha haha haha"[:19] + " hihi"),
     ],
 )  # fmt: skip
-def test_leaves_good_ones_alone(target: str, source: str, translation: str) -> None:
+def test_leaves_good_ones_alone(target, source, translation):
     assert set(Checks("en", target).find(source, translation)) - {"language"} == set()
 
 
-def test_a_language_without_known_script_is_not_judged_by_it() -> None:
+def test_a_language_without_known_script_is_not_judged_by_it():
     assert Checks("en", "tlh").find("A man sees a dog.", "loD legh targh'e'") == ()
 
 
@@ -71,12 +69,12 @@ def test_a_language_without_known_script_is_not_judged_by_it() -> None:
     [("ha ha ha ha ha", True), ("aaaaaaaa", True), ("a very very very good dog", False),
      ("der der der der", True), ("赤い赤い赤い赤い", True), ("1000000000", True), ("", False)],
 )  # fmt: skip
-def test_loops(text: str, loops: bool) -> None:
+def test_loops(text, loops):
     assert has_loop(text) is loops
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lingua") is None, reason="needs the langid extra")
-def test_language_identification() -> None:
+def test_language_identification():
     checks = Checks("en", "nl")
     assert checks.version.endswith("+language")
     assert "language" in checks.find(_SOURCE, "Ein Mann in einem roten Hemd fährt mit dem Fahrrad.")
