@@ -41,7 +41,6 @@ import transformers
 from bench_full_size import write_bert, write_clip
 from bench_training import (
     SMALL_BERT,
-    equal_student,
     parallel_pairs,
     sentence_transformers,
     write_pairs,
@@ -384,8 +383,7 @@ def peer(
     vectors = torch.zeros(len(some), 512)
     precision = resolve_precision(arguments.precision, torch.device(arguments.device))
     rate, _ = sentence_transformers(
-        equal_student, precision, given, out, some, vectors, some[:64], vectors[:64],
-        arguments.device,
+        precision, given, out, some, vectors, some[:64], vectors[:64], arguments.device
     )  # fmt: skip
     print(f"peer         sentence-transformers, {precision}: {rate:,.0f} pairs/s; align is "
           f"{ours / rate:.1f} times as fast", flush=True)  # fmt: skip

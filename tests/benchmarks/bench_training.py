@@ -127,13 +127,11 @@ def bench_align(arguments: argparse.Namespace, out: Path) -> None:
         write_bert(out / "bert", arguments.bert_vocabulary, **SMALL_BERT)
     teacher = ClipVE.from_folder(out / "runs" / "clip-ve")
 
-    def wanted(some: Pairs) -> Tensor:
-        sentences, index = distinct([english for english, _ in some])
+    def wanted(pairs: Pairs) -> Tensor:
+        sentences, index = distinct([english for english, _ in pairs])
+        exact = autocast("fp32", CPU)
         vectors = sentence_embeddings(
-            teacher.text,
-            sentences,
-            autocast=autocast("fp32", CPU),
-            description="teacher",
+            teacher.text, sentences, autocast=exact, description="teacher"
         )
         return vectors.rows(index)
 
@@ -159,32 +157,23 @@ def bench_align(arguments: argparse.Namespace, out: Path) -> None:
     seconds = time.perf_counter() - begin
     assert result.training is not None
     ours = result.training.pairs_per_second
-    own = resolve_precision(arguments.precision, CPU)
+    precision = resolve_precision(arguments.precision, CPU)
     print(
-        f"clseave align                     {own} {ours:6.1f} pairs/s · dev MSE "
+        f"clseave align                     {precision} {ours:6.1f} pairs/s · dev MSE "
         f"{result.training.dev['mse']:.4f} · everything {seconds:.0f} s · {peak:.2f} GiB",
         flush=True,
     )
-    # Its trainer computes in float32 unless told otherwise, and the recipe does not tell it.
-    for title, recipe, precision in (
-        ("equal", equal_student, own),
-        ("as shipped", shipped_student, "fp32"),
-    ):
-        (rate, mse), peak = apart(
-            sentence_transformers,
-            *(recipe, precision, arguments, out, training, training_vectors, held_out, dev_vectors),
-        )
-        print(
-            f"sentence-transformers, {title:<10} {precision} {rate:6.1f} pairs/s · "
-            f"dev MSE {mse:.4f} · "
-            f"{peak:.2f} GiB · ratio {ours / rate:.2f}",
-            flush=True,
-        )
+    (rate, mse), peak = apart(
+        sentence_transformers, precision, arguments, out, training, training_vectors, held_out,
+        dev_vectors,
+    )  # fmt: skip
+    print(f"sentence-transformers             {precision} {rate:6.1f} pairs/s · dev MSE "
+          f"{mse:.4f} · {peak:.2f} GiB · ratio {ours / rate:.2f}", flush=True)  # fmt: skip
 
 
-def equal_student(encoder: Path, device: str) -> tuple[Any, dict[str, Any], Any, dict[str, Any]]:
-    """The same student from the same weights, trained on the same column with the same options."""
-    from sentence_transformers import SentenceTransformer, losses
+def equal_student(encoder: Path, device: str) -> Any:
+    """The same student from the same weights, as a model of sentence-transformers."""
+    from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Dense, Transformer
     from sentence_transformers.sentence_transformer.modules import LayerNorm, Pooling
 
@@ -200,31 +189,11 @@ def equal_student(encoder: Path, device: str) -> tuple[Any, dict[str, Any], Any,
         activation_function=None,
         init_weight=reference.projection.weight.detach().clone(),
     )
-    student = SentenceTransformer(
-        modules=[Transformer(str(encoder)), Pooling(width, "lasttoken"), norm, dense],
-        device=device,
-    )
-    columns = {"non_english": 1}
-    options = {
-        "per_device_train_batch_size": AlignConfig.batch_size,
-        "weight_decay": AlignConfig.weight_decay,
-    }
-    return student, columns, losses.MSELoss(student), options
-
-
-def shipped_student(encoder: Path, device: str) -> tuple[Any, dict[str, Any], Any, dict[str, Any]]:
-    """The documented multilingual recipe: mean pooling, both languages, batches of 64."""
-    from sentence_transformers import SentenceTransformer, losses
-
-    student = SentenceTransformer(str(encoder), device=device)
-    student.max_seq_length = 128
-    columns = {"english": 0, "non_english": 1}
-    options = {"per_device_train_batch_size": 64, "learning_rate": 2e-5, "num_train_epochs": 1}
-    return student, columns, losses.MSELoss(student, projection_dim=512), options
+    modules = [Transformer(str(encoder)), Pooling(width, "lasttoken"), norm, dense]
+    return SentenceTransformer(modules=modules, device=device)
 
 
 def sentence_transformers(
-    recipe: Any,
     precision: Precision,
     arguments: argparse.Namespace,
     out: Path,
@@ -234,45 +203,39 @@ def sentence_transformers(
     dev_vectors: Tensor,
     device: str = "cpu",
 ) -> tuple[float, float]:
-    """Pairs a second in its trainer, and the dev MSE afterwards."""
+    """Pairs a second of that student in its trainer, and the dev MSE afterwards."""
     from datasets import Dataset
     from sentence_transformers import (
         SentenceTransformerTrainer,
         SentenceTransformerTrainingArguments,
+        losses,
     )
 
-    student, columns, loss, options = recipe(out / "bert", device)
+    student = equal_student(out / "bert", device)
     dataset = Dataset.from_dict(
-        {name: [pair[side] for pair in training] for name, side in columns.items()}
-        | {"label": list(vectors.numpy())}
+        {"non_english": [target for _, target in training], "label": list(vectors.numpy())}
     )
     trainer = SentenceTransformerTrainer(
         model=student,
         train_dataset=dataset,
-        loss=loss,
+        loss=losses.MSELoss(student),
         args=SentenceTransformerTrainingArguments(
             output_dir=str(out / "peer"),
-            **{
-                "num_train_epochs": arguments.epochs,
-                "learning_rate": arguments.learning_rate,
-                "warmup_steps": 0.1,
-                "save_strategy": "no",
-                "report_to": "none",
-                "disable_tqdm": True,
-                "use_cpu": device == "cpu",
-                "bf16": precision == "bf16",
-            }
-            | options,
+            num_train_epochs=arguments.epochs,
+            per_device_train_batch_size=AlignConfig.batch_size,
+            learning_rate=arguments.learning_rate,
+            weight_decay=AlignConfig.weight_decay,
+            warmup_steps=0.1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=device == "cpu",
+            bf16=precision == "bf16",
         ),
     )
-    metrics = trainer.train().metrics
+    rate = trainer.train().metrics["train_samples_per_second"]
     embeddings = student.encode([target for _, target in held_out], convert_to_tensor=True)
-    if loss.projection is not None:
-        with torch.no_grad():
-            embeddings = loss.projection(embeddings)
-    return metrics["train_samples_per_second"], functional.mse_loss(
-        embeddings.cpu(), dev_vectors
-    ).item()
+    return rate, functional.mse_loss(embeddings.cpu(), dev_vectors).item()
 
 
 # --- the loop itself ---

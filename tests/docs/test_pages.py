@@ -134,14 +134,8 @@ _QUICK = {
     ["README", "docs/align", "docs/training", "docs/predict", "docs/export", "docs/word-align"],
 )
 def test_the_commands_of_a_page_run_in_order(
-    name: str,
-    tmp_path: Path,
-    clip: Path,
-    encoder: Path,
-    trained: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    clseave: Callable[..., tuple[int, str, str]],
-) -> None:
+    name, tmp_path, clip, encoder, trained, monkeypatch, clseave
+):
     text = (ROOT / f"{name}.md").read_text(encoding="utf-8")
     shown = [line for _, block in _FENCE.findall(text) for line in joined(block)]
     every = [arguments for line in shown for arguments in clseave_arguments(line)]
@@ -176,7 +170,7 @@ def stop_after(resolve: Callable[..., Any]) -> Callable[..., None]:
     return call
 
 
-def test_commands_are_found_and_told_from_sentences() -> None:
+def test_commands_are_found_and_told_from_sentences():
     text = "\n".join(
         [
             'Type `clseave predict image.jpg "a man\'s dog" --lang ja`; `clseave` is its name.',
@@ -198,7 +192,7 @@ def test_commands_are_found_and_told_from_sentences() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_lead_somewhere(page):
     text = page.read_text(encoding="utf-8")
     for target in _LINK.findall(_FENCE.sub("", text)):
         if re.match(r"https?://", target):
@@ -211,9 +205,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_every_command_shown_is_one_the_program_takes(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_command_shown_is_one_the_program_takes(page, tmp_path, monkeypatch):
     if page.name == "cli.md":
         return  # its usage lines are patterns; the reference has tests of its own
     text = page.read_text(encoding="utf-8")
@@ -244,19 +236,19 @@ def test_every_command_shown_is_one_the_program_takes(
     ],
     ids=" ".join,
 )
-def test_the_parse_check_refuses_what_the_program_refuses(wrong: list[str]) -> None:
+def test_the_parse_check_refuses_what_the_program_refuses(wrong):
     with pytest.raises(Exception) as caught:
         parse(wrong)
     assert not isinstance(caught.value, _Understood)
 
 
-def test_the_readme_has_the_two_commands_each_in_a_block_of_its_own() -> None:
+def test_the_readme_has_the_two_commands_each_in_a_block_of_its_own():
     blocks = [body for _, body in _FENCE.findall((ROOT / "README.md").read_text(encoding="utf-8"))]
     assert "pip install -e . && clseave demo\n" in blocks
     assert 'pip install -e ".[test]" && pytest\n' in blocks
 
 
-def test_extras_named_in_the_pages_exist() -> None:
+def test_extras_named_in_the_pages_exist():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     for page in PAGES:
         for names in re.findall(r"pip install [^\n`]*?\[([\w,-]+)\]", page.read_text("utf-8")):
@@ -264,14 +256,14 @@ def test_extras_named_in_the_pages_exist() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_files_of_the_repository_named_in_the_pages_exist(page: Path) -> None:
+def test_files_of_the_repository_named_in_the_pages_exist(page):
     for name in _INLINE.findall(page.read_text(encoding="utf-8")):
         if re.fullmatch(r"(clseave_cli|tests|docs|\.ci|commands|core)(/[\w.]+)+/?", name):
             candidates = (ROOT / name, ROOT / "clseave_cli" / name)
             assert any(path.exists() for path in candidates), f"{page_id(page)}: {name}"
 
 
-def test_every_guarantee_is_cited_by_a_test() -> None:
+def test_every_guarantee_is_cited_by_a_test():
     promised = set(
         re.findall(
             r"^- \*\*(G\d+)\.",
