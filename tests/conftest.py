@@ -73,18 +73,17 @@ def encoder(tmp_path_factory, world):
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, world, clip, encoder):
     """Models for en and de (one student) and nl (another); read only."""
-    from clseave_cli.core.alignment import align
-    from clseave_cli.core.config import AlignConfig, FinetuneConfig
+    from clseave_cli.core.config import FinetuneConfig
     from clseave_cli.core.finetuning import finetune
 
     base = tmp_path_factory.mktemp("trained")
-    shared = {"data": str(world), "runs": base / "runs", "epochs": 2, **tiny_world.QUICK}
+    runs, shared = base / "runs", {"epochs": 2, **tiny_world.QUICK}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CLSEAVE_CACHE", str(base / "cache"))
-        finetune(FinetuneConfig(clip=str(clip), **shared))
+        finetune(FinetuneConfig(data=str(world), runs=runs, clip=str(clip), **shared))
         for lang in ("de", "nl"):
-            align(AlignConfig(lang=(lang,), student=str(encoder), **shared))
-    return base / "runs"
+            tiny_world.quick_align(world, runs, runs, encoder, lang, epochs=2)
+    return runs
 
 
 @pytest.fixture

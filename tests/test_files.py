@@ -322,14 +322,6 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_is_no_folder_to_be_replaced(tmp_path):
-    """G2."""
-    (tmp_path / "x").write_text("the user's")
-    with pytest.raises(ClseaveError, match="x: cannot be written"):
-        _write(tmp_path / "x", "new")
-    assert tree(tmp_path) == {"x": b"the user's"}
-
-
 def test_a_link_to_a_folder_stays_one(tmp_path):
     (tmp_path / "disk" / "model").mkdir(parents=True)
     (tmp_path / "model").symlink_to(tmp_path / "disk" / "model")

@@ -1,6 +1,4 @@
-"""Work done ahead, and on how many cores."""
-
-from __future__ import annotations
+"""How many processes there are, which this one is, and how many cores it may use."""
 
 import os
 
@@ -9,23 +7,21 @@ import pytest
 from clseave_cli.processes import local_rank, process_count, process_rank, usable_cores
 
 
-def test_usable_cores_are_those_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3}, raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    assert usable_cores() == 1
-
-
-@pytest.mark.parametrize(("counted", "usable"), [(8, 8), (None, 1)])
-def test_without_affinity_they_are_those_of_the_machine(
-    monkeypatch: pytest.MonkeyPatch, counted: int | None, usable: int
-) -> None:
+@pytest.mark.parametrize(
+    ("affinity", "counted", "usable"), [({3}, 8, 1), (None, 8, 8), (None, None, 1)]
+)
+def test_usable_cores_are_those_of_the_process_or_of_the_machine(
+    monkeypatch, affinity, counted, usable
+):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    if affinity:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: affinity, raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: counted)
     assert usable_cores() == usable
 
 
 @pytest.mark.parametrize(
-    ("environment", "wanted"),
+    ("environment", "expected"),
     [
         ({}, (1, 0, None)),
         ({"RANK": "1"}, (1, 0, None)),
@@ -36,13 +32,9 @@ def test_without_affinity_they_are_those_of_the_machine(
         ({"RANK": "one", "WORLD_SIZE": "4"}, (1, 0, None)),
     ],
 )
-def test_a_launcher_sets_several_variables(
-    monkeypatch: pytest.MonkeyPatch,
-    environment: dict[str, str],
-    wanted: tuple[int, int, int | None],
-) -> None:
+def test_a_launcher_sets_several_variables(monkeypatch, environment, expected):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert (process_count(), process_rank(), local_rank()) == wanted
+    assert (process_count(), process_rank(), local_rank()) == expected

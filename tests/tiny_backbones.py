@@ -180,45 +180,36 @@ def new_siglip2(folder: Path, sentences: Iterable[str]) -> Path:
     return _save(folder, Siglip2Model(config), processor, factor=1.0)
 
 
-def new_chinese_clip(folder: Path, sentences: Iterable[str]) -> Path:
-    from transformers import ChineseCLIPConfig, ChineseCLIPImageProcessorPil, ChineseCLIPModel
+def _teacher(
+    kind: str,
+    processor_kind: str,
+    save_tokenizer: Callable[[Path, Iterable[str]], Any],
+    max_positions: int = MAX_TOKENS,
+    **text: Any,
+) -> Callable[[Path, Iterable[str]], Path]:
+    """Makes a small CLIP of a kind, such as `AltCLIP`, with a BERT's or RoBERTa's text tower."""
 
-    tokenizer = _save_bert_tokenizer(folder, sentences)
-    torch.manual_seed(0)
-    config = ChineseCLIPConfig(
-        text_config={
-            **_TOWER,
-            **_NO_DROPOUT,
+    def make(folder: Path, sentences: Iterable[str]) -> Path:
+        import transformers
+
+        tokenizer = save_tokenizer(folder, sentences)
+        torch.manual_seed(0)
+        tower = {
             "vocab_size": len(tokenizer),
-            "max_position_embeddings": MAX_TOKENS,
+            "max_position_embeddings": max_positions,
             "pad_token_id": tokenizer.pad_token_id,
-        },
-        vision_config={**_TOWER, **_IMAGE},
-        projection_dim=EMBEDDING_DIM,
-    )
-    size = {"height": 32, "width": 32}
-    processor = ChineseCLIPImageProcessorPil(size=size, crop_size=size)
-    return _save(folder, ChineseCLIPModel(config), processor)
+        }
+        config = getattr(transformers, f"{kind}Config")(
+            text_config=_TOWER | _NO_DROPOUT | tower | text,
+            vision_config={**_TOWER, **_IMAGE},
+            projection_dim=EMBEDDING_DIM,
+        )
+        size = {"height": 32, "width": 32}
+        processor = getattr(transformers, f"{processor_kind}ImageProcessorPil")
+        model = getattr(transformers, f"{kind}Model")(config)
+        return _save(folder, model, processor(size=size, crop_size=size))
 
-
-def new_altclip(folder: Path, sentences: Iterable[str]) -> Path:
-    from transformers import AltCLIPConfig, AltCLIPModel, CLIPImageProcessorPil
-
-    tokenizer = _save_roberta_tokenizer(folder, sentences)
-    torch.manual_seed(0)
-    config = AltCLIPConfig(
-        text_config={
-            **_TOWER,
-            **_NO_DROPOUT,
-            "vocab_size": len(tokenizer),
-            "max_position_embeddings": MAX_TOKENS + 2,
-            "project_dim": 24,
-        },
-        vision_config={**_TOWER, **_IMAGE},
-        projection_dim=EMBEDDING_DIM,
-    )
-    size = {"height": 32, "width": 32}
-    return _save(folder, AltCLIPModel(config), CLIPImageProcessorPil(size=size, crop_size=size))
+    return make
 
 
 #: Teachers by the `model_type` of their configuration.
@@ -226,8 +217,8 @@ TEACHERS: dict[str, Callable[[Path, Iterable[str]], Path]] = {
     "clip": new_clip,
     "siglip": new_siglip,
     "siglip2": new_siglip2,
-    "chinese_clip": new_chinese_clip,
-    "altclip": new_altclip,
+    "chinese_clip": _teacher("ChineseCLIP", "ChineseCLIP", _save_bert_tokenizer),
+    "altclip": _teacher("AltCLIP", "CLIP", _save_roberta_tokenizer, MAX_TOKENS + 2, project_dim=24),
 }
 
 

@@ -40,10 +40,7 @@ import torch
 import transformers
 from bench_full_size import write_bert, write_clip
 from bench_training import (
-    LABELS,
     SMALL_BERT,
-    Clock,
-    equal_student,
     parallel_pairs,
     sentence_transformers,
     write_pairs,
@@ -64,7 +61,9 @@ from clseave_cli.core.training import loop
 from clseave_cli.core.training.loop import TrainingResult
 from clseave_cli.core.training.precision import autocast, resolve_device, resolve_precision
 from clseave_cli.errors import TrainingError
+from clseave_cli.labels import LABELS
 from clseave_cli.processes import usable_cores
+from clseave_cli.progress import SILENT
 
 #: Dense bf16 peak of an H200 (SXM) in the vendor's data sheet, FLOP/s.
 H200_PEAK = 989e12
@@ -139,6 +138,25 @@ def write_entailment(folder: Path, split: str, hypotheses: list[str], photos: li
                 "gold_label": LABELS[number % 3],
             }
             stream.write(json.dumps(row) + "\n")
+
+
+class Clock:
+    """A `Progress` that adds up how long each piece of work took."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def task(
+        self, description: str, total: int | None = None, unit: str = "", *, noted: bool = False
+    ) -> Iterator[Any]:
+        begin = time.perf_counter()
+        with SILENT.task(description) as task:
+            yield task
+        self.seconds[description] = time.perf_counter() - begin
+
+    def note(self, message: str) -> None:
+        return
 
 
 def matrix_weights(backbone: nn.Module) -> int:
@@ -365,8 +383,7 @@ def peer(
     vectors = torch.zeros(len(some), 512)
     precision = resolve_precision(arguments.precision, torch.device(arguments.device))
     rate, _ = sentence_transformers(
-        equal_student, precision, given, out, some, vectors, some[:64], vectors[:64],
-        arguments.device,
+        precision, given, out, some, vectors, some[:64], vectors[:64], arguments.device
     )  # fmt: skip
     print(f"peer         sentence-transformers, {precision}: {rate:,.0f} pairs/s; align is "
           f"{ours / rate:.1f} times as fast", flush=True)  # fmt: skip

@@ -11,19 +11,21 @@ made once and kept in `--out`.
 `cold`: processes that start, answer one question and end, with torch and with each exported folder,
 in turn with processes that import torch and the two model classes and map the weights; the first of
 each is dropped.
-`batch`: `predict --input --output` beside the same modules called on tensors that are ready, and
-beside transformers' own forward on padded batches, in the same process and in turn.
+`batch`: `predict --input --output` beside the same modules called on tensors that are ready, in the
+same process and in turn.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 LANG = "de"
@@ -76,20 +78,16 @@ def models(arguments: argparse.Namespace) -> Path:
 
 def rows(arguments: argparse.Namespace, num_images: int, num_sentences: int) -> list[dict]:
     """Pairs of the picture folder: each of `num_images` with `num_sentences` sentences."""
-    lines = (arguments.pictures / "snli_ve_test.jsonl").read_text().splitlines()
-    pairs = [json.loads(line) for line in lines]
-    keys = ("Flickr30K_ID", "Flikr30kID", "Flickr30kID", "image")
-    names = dict.fromkeys(next(pair[key] for key in keys if key in pair) for pair in pairs)
-    files = {path.stem: path for path in (arguments.pictures / "images").iterdir()}
-    images = [files[Path(name).stem] for name in list(names)[:num_images]]
-    sentences = [pair["sentence2"] for pair in pairs]
+    from clseave_cli.core.data.images import ImageFolder
+    from clseave_cli.core.data.records import read_split
+
+    split, folder = read_split(arguments.pictures, "test"), ImageFolder.of(arguments.pictures, None)
+    images = [folder.find(name, str(split.path)) for name in split.image_names[:num_images]]
+    sentences = itertools.cycle(split.hypotheses)
     return [
-        {
-            "image": str(image),
-            "hypothesis": sentences[(number * num_sentences + which) % len(sentences)],
-        }
-        for number, image in enumerate(images)
-        for which in range(num_sentences)
+        {"image": str(image), "hypothesis": next(sentences)}
+        for image in images
+        for _ in range(num_sentences)
     ]
 
 
@@ -132,7 +130,6 @@ def batch(arguments: argparse.Namespace) -> None:
     """Prints pairs a second of `predict` and of the models alone."""
     import torch
     import transformers
-    from transformers import AutoTokenizer, BertModel, CLIPVisionModelWithProjection
 
     from clseave_cli.core.config import PredictConfig
     from clseave_cli.core.data.images import open_image
@@ -144,9 +141,6 @@ def batch(arguments: argparse.Namespace) -> None:
     print(f"torch {torch.__version__} · transformers {transformers.__version__}")
     student = load_student(runs / f"align-{LANG}")
     model = ClipVE.from_folder(runs / "clip-ve", text=student)
-    vision = CLIPVisionModelWithProjection.from_pretrained(runs / "clip-ve" / "image").eval()
-    bert = BertModel.from_pretrained(runs / f"align-{LANG}" / "encoder").eval()
-    tokenizer = AutoTokenizer.from_pretrained(runs / f"align-{LANG}" / "encoder")
     for num_images, num_sentences in ((arguments.images, 18), (2 * arguments.images, 1)):
         pairs = rows(arguments, num_images, num_sentences)
         names = list(dict.fromkeys(pair["image"] for pair in pairs))
@@ -160,18 +154,6 @@ def batch(arguments: argparse.Namespace) -> None:
             images = torch.cat([model.image(part) for part in pixels.split(32)])
             model(torch.cat(list(student.embed(tokens, 256))), images[index]).softmax(1).tolist()
 
-        @torch.no_grad()
-        def plain(pixels=pixels, sentences=sentences, index=index) -> None:
-            images = torch.cat([vision(part).image_embeds for part in pixels.split(32)])
-            hidden = []
-            for start in range(0, len(sentences), 32):
-                part = tokenizer(sentences[start : start + 32], padding=True, return_tensors="pt")
-                states = bert(**part).last_hidden_state
-                ends = part["attention_mask"].sum(dim=1) - 1
-                hidden.append(states[torch.arange(len(ends)), ends])
-            embeddings = student.projection(student.norm(torch.cat(hidden)))
-            model(embeddings, images[index]).softmax(1).tolist()
-
         with tempfile.TemporaryDirectory() as folder:
             source, target = Path(folder, "pairs.jsonl"), Path(folder, "answers.jsonl")
             source.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
@@ -179,13 +161,11 @@ def batch(arguments: argparse.Namespace) -> None:
             empty = Path(folder, "empty.jsonl")
             empty.touch()
 
-            def whole(source=source, target=target, config=config) -> None:
-                predict_file(config, source, target)
-
-            def load_only(source=empty, target=target, config=config) -> None:
-                predict_file(config, source, target)
-
-            work = {"modules": modules, "plain": plain, "predict": whole, "load": load_only}
+            work = {
+                "modules": modules,
+                "predict": partial(predict_file, config, source, target),
+                "load": partial(predict_file, config, empty, target),
+            }
             best = dict.fromkeys(work, float("inf"))
             for _ in range(arguments.repeats):
                 for name, run in work.items():
@@ -194,7 +174,7 @@ def batch(arguments: argparse.Namespace) -> None:
                     best[name] = min(best[name], time.perf_counter() - begin)
         best["predict"] -= best["load"]  # loading the models again is not the rate's
         print(f"{len(pairs)} pairs on {len(names)} images:")
-        for name in ("modules", "plain", "predict"):
+        for name in ("modules", "predict"):
             rate, share = len(pairs) / best[name], best["modules"] / best[name]
             print(f"  {name:<8} {rate:7.2f} pairs/s · {100 * share:5.1f} % of the modules alone")
         print(f"  loading  {best['load']:7.2f} s, not counted", flush=True)

@@ -23,7 +23,6 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +36,12 @@ from tiny_world import png
 _BOUNDARY = "clseave-load"
 _NO_ANSWER = 0
 _MEGABYTE = 1_000_000
+#: Requests that break off: bytes sent, what ends them, and what may be answered.
+_BROKEN: dict[str, tuple[int | None, str, set[int]]] = {
+    "half-closed after the request": (None, "eof", {200, _NO_ANSWER}),
+    "half-closed within the request": (4000, "eof", {400, _NO_ANSWER}),
+    "broken off": (4000, "reset", {_NO_ANSWER}),
+}
 
 
 def multipart(image: bytes | None, **fields: str) -> bytes:
@@ -77,92 +82,62 @@ class Load:
         self.answers: dict[str, Counter[int]] = defaultdict(Counter)
         self.seconds: list[float] = []
         self.unexpected: list[str] = []
-        known = [photo(number) for number in range(40)]
+        photos = [photo(number) for number in range(40)]
         text = {"hypothesis": "A dog runs through the park.", "lang": lang}
         flat = png(8000, 4000, bytes(1) * (24001 * 4000))  # 32 megapixels in 93 kB: allowed
         webp = io.BytesIO()
         Image.new("RGB", (8000, 5000)).save(webp, "WEBP", quality=0)
-        cut = known[0][: len(known[0]) // 2]
-        fixed = {
-            "damaged image": (request(multipart(cut, **text)), {400}),
-            "no image": (request(multipart(b"hello", **text)), {400}),
-            "bomb, 3600 megapixels": (
-                request(multipart(png(60_000, 60_000, bytes(_MEGABYTE)), **text)),
-                {413},
-            ),
-            "bomb, 60 megapixels": (
-                request(multipart(png(10_000, 6_000, bytes(_MEGABYTE)), **text)),
-                {413},
-            ),
-            "20,000 × 1 pixels": (
-                request(multipart(png(20_000, 1, bytes(60_001)), **text)),
-                {400},
-            ),
-            "40 megapixels in WebP": (request(multipart(webp.getvalue(), **text)), {200}),
-            "another host": (request(multipart(known[0], **text), host="evil.example"), {400}),
-            "32 megapixels in 93 kB": (request(multipart(flat, **text)), {200}),
+
+        def ask(image: bytes | None = photos[0], **fields: str) -> bytes:
+            return request(multipart(image, **text | fields))
+
+        self._fixed = {
+            "damaged image": (ask(photos[0][: len(photos[0]) // 2]), {400}),
+            "no image": (ask(b"hello"), {400}),
+            "bomb, 3600 megapixels": (ask(png(60_000, 60_000, bytes(_MEGABYTE))), {413}),
+            "bomb, 60 megapixels": (ask(png(10_000, 6_000, bytes(_MEGABYTE))), {413}),
+            "20,000 × 1 pixels": (ask(png(20_000, 1, bytes(60_001))), {400}),
+            "40 megapixels in WebP": (ask(webp.getvalue()), {200}),
+            "32 megapixels in 93 kB": (ask(flat), {200}),
+            "empty sentence": (ask(hypothesis=" "), {422}),
+            "long sentence": (ask(hypothesis="x" * 5000), {422}),
+            "unknown language": (ask(lang="../xx"), {422}),
+            "form without image": (ask(None), {422}),
+            "form that is none": (request(b"\x00" * 300), {400, 422}),
+            "no HTTP": (b"\x16\x03\x01 hello\r\n\r\n", {400}),
+            "another host": (request(multipart(photos[0], **text), host="evil.example"), {400}),
             "oversized, announced": (request(b"", length=50 * _MEGABYTE), {413}),
             "oversized, chunked": (
                 request(multipart(bytes(12 * _MEGABYTE), **text), chunked=True),
                 {413},
             ),
-            "empty sentence": (request(multipart(known[0], hypothesis=" ", lang=lang)), {422}),
-            "long sentence": (
-                request(multipart(known[0], hypothesis="x" * 5000, lang=lang)),
-                {422},
-            ),
-            "unknown language": (
-                request(multipart(known[0], hypothesis="x", lang="../xx")),
-                {422},
-            ),
-            "form without image": (request(multipart(None, **text)), {422}),
-            "form that is none": (request(b"\x00" * 300), {400, 422}),
-            "no HTTP": (b"\x16\x03\x01 hello\r\n\r\n", {400}),
         }
-        self._fixed = fixed
-        self._good = [request(multipart(image, **text)) for image in known]
+        self._good = [ask(image) for image in photos]
         self._text = text
 
     async def client(self, until: float) -> None:
         """Sends one request after another."""
-        kinds: list[Callable[[], Awaitable[None]]] = [self._new, self._half, self._cut, self._reset]
-        weights = [10, 3, 3, 3]
         while time.monotonic() < until:
             choice = self._random.random()
             if choice < 0.6:
-                await self._known()
-            elif choice < 0.8:
+                await self._timed("good, known photo", self._random.choice(self._good))
+            elif choice < 0.7:
+                image = photo(self._random.randrange(10**9))
+                await self._timed("good, new photo", request(multipart(image, **self._text)))
+            elif choice < 0.9:
                 name = self._random.choice(list(self._fixed))
                 payload, expected = self._fixed[name]
                 self._note(name, await self._send(payload), expected)
             else:
-                await self._random.choices(kinds, weights)[0]()
-
-    async def _known(self) -> None:
-        await self._timed("good, known photo", self._random.choice(self._good))
-
-    async def _new(self) -> None:
-        image = photo(self._random.randrange(10**9))
-        await self._timed("good, new photo", request(multipart(image, **self._text)))
+                name = self._random.choice(list(_BROKEN))
+                length, finish, expected = _BROKEN[name]
+                self._note(name, await self._send(self._good[0][:length], finish), expected)
 
     async def _timed(self, name: str, payload: bytes) -> None:
         begin = time.perf_counter()
         status = await self._send(payload)
         self.seconds.append(time.perf_counter() - begin)
         self._note(name, status, {200})
-
-    async def _half(self) -> None:
-        """All is sent, then the sending side is closed: an answer may come, or none."""
-        status = await self._send(self._good[0], finish="eof")
-        self._note("half-closed after the request", status, {200, _NO_ANSWER})
-
-    async def _cut(self) -> None:
-        status = await self._send(self._good[0][:4000], finish="eof")
-        self._note("half-closed within the request", status, {400, _NO_ANSWER})
-
-    async def _reset(self) -> None:
-        status = await self._send(self._good[0][:4000], finish="reset")
-        self._note("broken off", status, {_NO_ANSWER})
 
     async def _send(self, payload: bytes, finish: str = "") -> int:
         """Sends bytes on a connection of their own; the answer's status, 0 for none."""

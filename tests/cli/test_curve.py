@@ -56,32 +56,21 @@ def test_points_are_those_of_align_and_evaluate(world, runs, encoder, arguments,
             out=students / "x",
         )
     )  # fmt: skip
-    found = evaluate(
+    english, dutch = evaluate(
         EvaluateConfig(
-            data=str(world), runs=(runs,), students=students, lang=("nl",), resamples=20,
+            data=str(world), runs=(runs,), students=students, lang=("en", "nl"), resamples=20,
             device="cpu", precision="fp32",
         )
-    )  # fmt: skip
-    own = points["nl", "de+nl", 2]
-    assert own["accuracy"] == found.results[0].accuracy
-    assert (
-        document["english"]
-        == evaluate(
-            EvaluateConfig(
-                data=str(world), runs=(runs,), lang=("en",), device="cpu", precision="fp32"
-            )
-        )
-        .results[0]
-        .accuracy
-    )
-    assert (own["accuracy_low"], own["accuracy_high"]) == (
-        found.results[0].accuracy_low, found.results[0].accuracy_high,
-    )  # fmt: skip
+    ).results  # fmt: skip
+    point = points["nl", "de+nl", 2]
+    assert document["english"] == english.accuracy
+    for key in ("accuracy", "accuracy_low", "accuracy_high"):
+        assert point[key] == getattr(dutch, key)
     (model,) = (runs / "curve").glob("de+nl-2-*/align-de+nl")
     assert (model / "projection.safetensors").read_bytes() == (
         students / "x" / "projection.safetensors"
     ).read_bytes()
-    assert own["dev"]["mse"] != points["de", "de+nl", 2]["dev"]["mse"]
+    assert point["dev"]["mse"] != points["de", "de+nl", 2]["dev"]["mse"]
 
     # What is there is kept, also by a call that asks for more.
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("point.json")}

@@ -143,13 +143,6 @@ def test_real_gold_files(clseave, assets, tmp_path, name, num_misnumbered):
     assert score["num_pairs"] == len(lines) and score["num_possible"] >= score["num_sure"]
 
 
-def test_real_text_goes_through_an_encoder(clseave, assets, encoder, tmp_path):
-    text = tmp_path / "text"
-    lines = (assets / "alignment" / "jaen.src-tgt").read_text().splitlines(keepends=True)
-    text.write_text("".join(lines[:20]))
-    assert len(_links(clseave, "--input", text, "--aligner", encoder)) == 20
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -54,28 +55,31 @@ def floor(module: str) -> int:
     raise AssertionError(f"{module}: on no floor; see docs/architecture.md")
 
 
-def imported(path: Path) -> list[tuple[int, str]]:
-    """The modules of this package that a file imports, anywhere in it, with the line."""
-    found = []
+def import_names(path: Path) -> Iterator[tuple[int, str]]:
+    """Every module that a file imports, anywhere in it, with the line."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: a relative import"
-            names = [node.module or ""]
             # `from package import module` imports the module as well.
-            names += [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
         else:
             continue
-        for name in names:
-            if name == PACKAGE or name.startswith(PACKAGE + "."):
-                module = name.removeprefix(PACKAGE).removeprefix(".")
-                if module in MODULES:
-                    found.append((node.lineno, module))
-    return found
+        yield from ((node.lineno, name) for name in names)
 
 
-def test_the_test_sees_imports_of_every_spelling(tmp_path: Path) -> None:
+def imported(path: Path) -> list[tuple[int, str]]:
+    """The modules of this package among them, without the package's name."""
+    ours = [
+        (line, name.removeprefix(f"{PACKAGE}."))
+        for line, name in import_names(path)
+        if name.startswith(f"{PACKAGE}.")
+    ]
+    return [(line, module) for line, module in ours if module in MODULES]
+
+
+def test_the_test_sees_imports_of_every_spelling(tmp_path):
     source = tmp_path / "module.py"
     source.write_text(
         "import clseave_cli.errors\n"
@@ -89,36 +93,30 @@ def test_the_test_sees_imports_of_every_spelling(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name])  # "" is the package itself
-def test_imports_go_downward_only(module: str) -> None:
+def test_imports_go_downward_only(module):
     for line, other in imported(MODULES[module]):
-        if other:
-            assert room(other) == room(module) or floor(other) > floor(module), (
-                f"{MODULES[module]}:{line}: imports {other}, which is not on a lower floor"
-            )
+        assert room(other) == room(module) or floor(other) > floor(module), (
+            f"{MODULES[module]}:{line}: imports {other}, which is not on a lower floor"
+        )
 
 
-def test_no_two_modules_import_each_other() -> None:
+def test_no_two_modules_import_each_other():
     below = {name: {other for _, other in imported(path)} for name, path in MODULES.items()}
     mutual = {
         tuple(sorted((module, other)))
         for module, others in below.items()
         for other in others
-        if module and module != other and module in below[other]
+        if module != other and module in below[other]
     }
     assert not mutual
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("core")])
-def test_the_core_knows_no_terminal_and_prints_nothing(module: str) -> None:
+def test_the_core_knows_no_terminal_and_prints_nothing(module):
     path = MODULES[module]
+    for line, name in import_names(path):
+        assert name.split(".")[0] not in ("typer", "click", "rich"), f"{path}:{line}: {name}"
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names = [node.module or ""]
-        for name in names:
-            assert name.split(".")[0] not in ("typer", "click", "rich"), f"{path}: {name}"
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in ("print", "input"), f"{path}:{node.lineno}: prints"
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):

@@ -149,14 +149,8 @@ def block_commands(block: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands_to_run(page)], ids=page_id)
 def test_the_commands_of_a_page_run_in_order(
-    page: Path,
-    tmp_path: Path,
-    clip: Path,
-    encoder: Path,
-    trained: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    clseave: Callable[..., tuple[int, str, str]],
-) -> None:
+    page, tmp_path, clip, encoder, trained, monkeypatch, clseave
+):
     text = page.read_text(encoding="utf-8")
     every = commands_to_run(page)
     data = tiny_world.write_world(tmp_path / "data", languages=("en", "de", "nl", "ja", "ko", "zh"))
@@ -188,7 +182,7 @@ def stop_after(resolve: Callable[..., Any]) -> Callable[..., None]:
     return call
 
 
-def test_commands_are_found_and_told_from_sentences() -> None:
+def test_commands_are_found_and_told_from_sentences():
     text = "\n".join(
         [
             'Type `clseave predict image.jpg "a man\'s dog" --lang ja`; `clseave` is its name.',
@@ -210,7 +204,7 @@ def test_commands_are_found_and_told_from_sentences() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_lead_somewhere(page):
     text = page.read_text(encoding="utf-8")
     for target in _LINK.findall(_FENCE.sub("", text)):
         if re.match(r"https?://", target):
@@ -223,9 +217,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_every_command_shown_is_one_the_program_takes(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_command_shown_is_one_the_program_takes(page, tmp_path, monkeypatch):
     if page.name == "cli.md":
         return  # its usage lines are patterns; the reference has tests of its own
     text = page.read_text(encoding="utf-8")
@@ -256,19 +248,19 @@ def test_every_command_shown_is_one_the_program_takes(
     ],
     ids=" ".join,
 )
-def test_the_parse_check_refuses_what_the_program_refuses(wrong: list[str]) -> None:
+def test_the_parse_check_refuses_what_the_program_refuses(wrong):
     with pytest.raises(Exception) as caught:
         parse(wrong)
     assert not isinstance(caught.value, _Understood)
 
 
-def test_the_readme_has_the_two_commands_each_in_a_block_of_its_own() -> None:
+def test_the_readme_has_the_two_commands_each_in_a_block_of_its_own():
     blocks = [body for _, body in _FENCE.findall((ROOT / "README.md").read_text(encoding="utf-8"))]
     assert "pip install -e . && clseave demo\n" in blocks
     assert 'pip install -e ".[test]" && pytest\n' in blocks
 
 
-def test_extras_named_in_the_pages_exist() -> None:
+def test_extras_named_in_the_pages_exist():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     for page in PAGES:
         for names in re.findall(r"pip install [^\n`]*?\[([\w,-]+)\]", page.read_text("utf-8")):
@@ -276,14 +268,14 @@ def test_extras_named_in_the_pages_exist() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_files_of_the_repository_named_in_the_pages_exist(page: Path) -> None:
+def test_files_of_the_repository_named_in_the_pages_exist(page):
     for name in _INLINE.findall(page.read_text(encoding="utf-8")):
         if re.fullmatch(r"(clseave_cli|tests|docs|\.ci|commands|core)(/[\w.]+)+/?", name):
             candidates = (ROOT / name, ROOT / "clseave_cli" / name)
             assert any(path.exists() for path in candidates), f"{page_id(page)}: {name}"
 
 
-def test_every_guarantee_is_cited_by_a_test() -> None:
+def test_every_guarantee_is_cited_by_a_test():
     promised = set(
         re.findall(
             r"^- \*\*(G\d+)\.",

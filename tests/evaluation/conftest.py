@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,8 +7,14 @@ from PIL import Image
 
 from clseave_cli.core.evaluation.figures import LearningCurve
 from clseave_cli.core.evaluation.gallery import Gallery, GalleryEntry, GalleryItem
-from clseave_cli.core.evaluation.metrics import agreement, compare_predictions, score
-from clseave_cli.core.evaluation.results import Baselines, LanguageResult, Results, Signature
+from clseave_cli.core.evaluation.metrics import Interval, agreement, compare_predictions, score
+from clseave_cli.core.evaluation.results import (
+    Baselines,
+    LanguageResult,
+    Results,
+    Signature,
+    across_seeds,
+)
 from clseave_cli.core.evaluation.transfer import analyse_distances, measure_transfer
 
 LANGUAGES = ("en", "de", "nl", "ja", "zh", "ko")
@@ -123,3 +130,25 @@ def galleries():
         ),
         Gallery("Errors", HOSTILE, (GalleryItem(HOSTILE, b"not an image", entries[:1]),)),
     ]
+
+
+@pytest.fixture
+def trainings(results):
+    """Three trainings; English at 70, 80 and 90 %, German two points lower each time."""
+    runs = []
+    for accuracy in (0.7, 0.8, 0.9):
+        english, german = (
+            replace(result, accuracy=accuracy - lost)
+            for result, lost in zip(results.results[:2], (0, 0.02), strict=True)
+        )
+        paired = replace(german.difference_to_english, value=-0.02, low=-0.03, high=0.01)
+        pair = (english, replace(german, difference_to_english=paired))
+        runs.append(replace(results, results=pair, distances=None))
+    intervals = {
+        "en": {"accuracy": Interval(0.8, 0.77, 0.83)},
+        "de": {
+            "accuracy": Interval(0.78, 0.75, 0.81),
+            "difference_to_english": Interval(-0.02, -0.028, -0.012),
+        },
+    }
+    return replace(runs[0], seeds=across_seeds(runs, intervals))

@@ -1,14 +1,11 @@
 """The demo's orchestration: what it takes up, what it advises, which examples it ends on."""
 
-from __future__ import annotations
-
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from clseave_cli.core.config import DemoConfig, PretrainConfig
+from clseave_cli.core.config import DemoConfig
 from clseave_cli.core.data.records import read_split
 from clseave_cli.core.evaluation import demo as module
 from clseave_cli.core.evaluation.comparison import PredictedRows
@@ -16,9 +13,7 @@ from clseave_cli.errors import Interrupted
 from clseave_cli.labels import LABELS
 
 
-def test_examples_are_rows_that_every_language_answers_rightly(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_examples_are_rows_that_every_language_answers_rightly(world, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "LANGUAGES", ("en", "de"))
     split = read_split(world, "test", "en")
     labels = split.labels.astype(np.int64)
@@ -44,12 +39,10 @@ def test_examples_are_rows_that_every_language_answers_rightly(
 
 
 @pytest.mark.parametrize("error", [Interrupted("state saved; --resume"), KeyboardInterrupt()])
-def test_an_interrupted_demo_says_what_continues_it_and_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
-) -> None:
-    resumed: list[bool] = []
+def test_an_interrupted_demo_says_what_continues_it_and_does(tmp_path, monkeypatch, error):
+    resumed = []
 
-    def pretrain(config: PretrainConfig, _: object) -> None:
+    def pretrain(config, _):
         resumed.append(config.resume)
         (config.runs / "clip.partial").mkdir(parents=True, exist_ok=True)
         raise error

@@ -3,14 +3,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from clseave_cli.core.evaluation.metrics import Interval, compare_predictions
-from clseave_cli.core.evaluation.results import TRAINING_ROWS, Baselines, across_seeds, means
-from clseave_cli.core.evaluation.summary import (
-    headline,
-    highlights,
-    notes,
-    verdict,
-)
+from clseave_cli.core.evaluation.metrics import compare_predictions
+from clseave_cli.core.evaluation.results import Baselines, means
+from clseave_cli.core.evaluation.summary import headline, highlights, notes, verdict
 
 
 def difference(first, second):
@@ -115,27 +110,6 @@ def test_the_headline_says_where_looking_did_not_help(figures):
         assert "no better" not in fine
 
 
-@pytest.fixture
-def trainings(results):
-    """Three trainings; English at 70, 80 and 90 %, German two points lower each time."""
-    runs = []
-    for accuracy in (0.7, 0.8, 0.9):
-        english, german = (
-            replace(result, accuracy=accuracy - lost)
-            for result, lost in zip(results.results[:2], (0, 0.02), strict=True)
-        )
-        german = measured(german, -0.02, -0.03, 0.01)
-        runs.append(replace(results, results=(english, german), distances=None))
-    intervals = {
-        "en": {"accuracy": Interval(0.8, 0.77, 0.83)},
-        "de": {
-            "accuracy": Interval(0.78, 0.75, 0.81),
-            "difference_to_english": Interval(-0.02, -0.028, -0.012),
-        },
-    }
-    return replace(runs[0], seeds=across_seeds(runs, intervals))
-
-
 def test_several_trainings_are_shown_by_their_means(trainings):
     assert headline(trainings) == (
         "English reaches 80.0 %, the mean of 3 trainings (± 10.0). German is lower, by 2.0 points."
@@ -159,11 +133,6 @@ def test_a_language_that_not_all_trainings_have_is_told(trainings):
 
 def test_one_training_is_its_own_mean(results):
     assert means(results) == results and notes(results) == ()
-
-
-def test_rows_of_training_are_told(results):
-    signature = replace(results.signature, training=results.signature.data)
-    assert notes(replace(results, signature=signature)) == (TRAINING_ROWS,)
 
 
 def test_highlights(results):

@@ -1,11 +1,186 @@
+import sys
+from types import ModuleType
+
 import numpy as np
 import pytest
+from scipy import stats
 
 from clseave_cli.core.evaluation import transfer
-from clseave_cli.core.evaluation.transfer import measure_transfer
+from clseave_cli.core.evaluation.transfer import (
+    LANG2VEC_SOURCE,
+    THESIS_DISTANCES,
+    THESIS_SOURCE,
+    ExtraMissing,
+    analyse_distances,
+    describe_power,
+    lang2vec_distances,
+    measure_transfer,
+)
+
+# The thesis's test accuracies.
+THESIS = {"en": 0.7317, "de": 0.7319, "nl": 0.7135, "ja": 0.7082, "zh": 0.6994, "ko": 0.6875}
 
 
-def test_distances_worked_by_hand():
+def test_the_thesis_accuracies_against_its_distances():
+    analysis = analyse_distances(THESIS)
+    assert analysis.source == THESIS_SOURCE
+    assert analysis.losses["ko"] == pytest.approx(0.0442)
+    languages = ["de", "nl", "ja", "zh", "ko"]
+    losses = [THESIS["en"] - THESIS[lang] for lang in languages]
+    for kind in ("featural", "syntactic", "phonological", "inventory"):
+        distances = [THESIS_DISTANCES[kind][lang] for lang in languages]
+        found = analysis.correlations[kind]
+        assert found.pearson == pytest.approx(stats.pearsonr(distances, losses).statistic)
+        assert found.spearman == pytest.approx(stats.spearmanr(distances, losses).statistic)
+        assert found.num_languages == 5
+    # By hand: ranks of the syntactic distance 1, 2, 3.5, 3.5, 5 and of the loss 1, 2, 3, 4, 5.
+    assert analysis.correlations["syntactic"].spearman == pytest.approx(9.5 / np.sqrt(95))
+
+
+def test_lost_cells_are_left_out_and_two_points_give_no_correlation():
+    analysis = analyse_distances(THESIS)
+    assert analysis.correlations["genetic"].distances["ja"] is None
+    assert analysis.correlations["genetic"].num_languages == 2
+    assert analysis.correlations["genetic"].pearson is None
+    assert analysis.correlations["geographic"].spearman_p is None
+
+
+def test_p_counts_all_orders():
+    # Five points in perfect order: 2 of 120 orders are as extreme. One neighbouring swap: the
+    # table of Spearman's rho (n = 5) gives 0.0833 (two-sided) for 0.9.
+    perfect = {"en": 0.9, "de": 0.8, "nl": 0.7, "ja": 0.5, "zh": 0.5, "ko": 0.4}
+    order = analyse_distances({**perfect, "ja": 0.6}).correlations["syntactic"]
+    assert order.spearman < 1  # ja and zh are equally far: no perfect ranking is possible
+    distances = {kind: dict.fromkeys(("de", "nl", "ja", "zh", "ko")) for kind in ("x",)}
+    distances["x"] = {"de": 0.1, "nl": 0.2, "ja": 0.3, "zh": 0.4, "ko": 0.5}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transfer, "THESIS_DISTANCES", {"featural": distances["x"]})
+        ranked = analyse_distances({**perfect, "ja": 0.6}).correlations["featural"]
+        assert (ranked.spearman, ranked.spearman_p) == (pytest.approx(1), pytest.approx(2 / 120))
+        swapped = analyse_distances({**perfect, "ja": 0.45, "zh": 0.55}).correlations["featural"]
+        assert swapped.spearman == pytest.approx(0.9)
+        assert swapped.spearman_p == pytest.approx(0.0833, abs=1e-4)
+
+
+def test_equal_losses_give_no_correlation():
+    assert analyse_distances(dict.fromkeys(THESIS, 0.7)).correlations["syntactic"].pearson is None
+
+
+def test_without_english_or_another_language_there_is_nothing_to_analyse():
+    assert analyse_distances({"de": 0.7, "nl": 0.6}) is None
+    assert analyse_distances({"en": 0.7}) is None
+
+
+def test_the_note_says_what_n_points_can_show():
+    assert "too few" in describe_power(2, {})
+    assert "below 0.05 for none" in describe_power(4, {"syntactic": 2 / 24, "genetic": None})
+    five = describe_power(5, {"syntactic": 4 / 120, "featural": 8 / 120, "inventory": 4 / 120})
+    assert "below 0.05 for syntactic, inventory." in five and "cannot show a cause" in five
+    assert "smallest p" not in describe_power(3, {"syntactic": None, "genetic": None})
+    assert describe_power(12, {}).startswith("12 languages")
+
+
+def test_the_smallest_p_counts_ties_of_distances():
+    found = analyse_distances(THESIS).correlations
+    # By hand: 5! orders; two equal distances may swap, three in six ways; and all that reversed.
+    assert found["syntactic"].smallest_p == pytest.approx(2 * 2 / 120)
+    assert found["inventory"].smallest_p == pytest.approx(2 * 2 / 120)
+    assert found["featural"].smallest_p == pytest.approx(2 * 2 * 2 / 120)
+    assert found["phonological"].smallest_p == pytest.approx(2 * 6 / 120)
+    assert found["genetic"].smallest_p is None
+    # As good a ranking as there can be has that p.
+    perfect = {"en": 0.9, "de": 0.8, "nl": 0.7, "ja": 0.6, "zh": 0.5, "ko": 0.4}
+    syntactic = analyse_distances(perfect).correlations["syntactic"]
+    assert syntactic.spearman_p == syntactic.smallest_p
+
+
+def test_many_languages_use_the_approximation(monkeypatch):
+    generator = np.random.default_rng(0)
+    languages = [f"l{index}" for index in range(12)]
+    distances = dict(zip(languages, generator.random(12).tolist(), strict=True))
+    monkeypatch.setattr(transfer, "THESIS_DISTANCES", {"featural": distances})
+    losses = generator.random(12)
+    accuracies = {"en": 1.0, **dict(zip(languages, (1 - losses).tolist(), strict=True))}
+    found = analyse_distances(accuracies).correlations["featural"]
+    assert found.pearson_p == pytest.approx(stats.pearsonr(list(distances.values()), losses).pvalue)
+    assert found.smallest_p is None
+
+
+@pytest.fixture
+def fake_lang2vec(monkeypatch):
+    """A stand-in with lang2vec 1.1.2's interface and two-dimensional vectors."""
+    module = ModuleType("lang2vec.lang2vec")
+    module.LETTER_CODES = {"fr": "fra", "de": "deu", "ar": "ara", "eo": "epo", "en": "eng"}
+    vectors = {"eng": [1.0, 0.0], "fra": [1.0, 1.0], "deu": [1.0, 0.0], "ara": [0.0, 1.0]}
+    vectors["epo"] = [0.0, 0.0]
+
+    module.URIEL_LANGUAGES = set(vectors)
+
+    def get_features(codes, feature_set):
+        return {code: vectors[code] for code in codes}
+
+    module.get_features = get_features
+    package = ModuleType("lang2vec")
+    package.lang2vec = module
+    monkeypatch.setitem(sys.modules, "lang2vec", package)
+    monkeypatch.setitem(sys.modules, "lang2vec.lang2vec", module)
+
+
+def test_other_languages_come_from_lang2vec(fake_lang2vec):
+    distances = lang2vec_distances(["fr", "de", "ara", "eo"])
+    assert distances["syntactic"]["fr"] == pytest.approx(0.5)  # 45 of 90 degrees
+    assert distances["syntactic"]["de"] == pytest.approx(0)
+    assert distances["inventory"]["ara"] == pytest.approx(1)
+    assert distances["inventory"]["eo"] is None
+
+
+def test_one_source_for_all_languages(fake_lang2vec):
+    analysis = analyse_distances({"en": 0.8, "de": 0.7, "fr": 0.6, "ar": 0.5})
+    assert analysis.source == LANG2VEC_SOURCE
+    assert analysis.correlations["syntactic"].distances["de"] == pytest.approx(0)
+    assert analysis.correlations["syntactic"].spearman == pytest.approx(1)
+
+
+def test_distances_are_to_the_source_language(fake_lang2vec, monkeypatch):
+    accuracies = {"fr": 0.8, "en": 0.7, "ar": 0.6}
+    analysis = analyse_distances(accuracies, "fr")
+    assert analysis.source == LANG2VEC_SOURCE
+    assert analysis.losses == pytest.approx({"en": 0.1, "ar": 0.2})
+    assert analysis.correlations["syntactic"].distances == pytest.approx({"en": 0.5, "ar": 0.5})
+    unknown = analyse_distances({"tlh": 0.8, "en": 0.7}, "tlh")
+    assert unknown.correlations["syntactic"].distances == {"en": None}
+    monkeypatch.setitem(sys.modules, "lang2vec.lang2vec", None)
+    assert analyse_distances(accuracies, "fr") is None  # the table has English alone
+
+
+def test_a_script_or_region_is_the_same_language(fake_lang2vec):
+    assert lang2vec_distances(["fr-CA"])["syntactic"]["fr-CA"] == pytest.approx(0.5)
+
+
+def test_an_unknown_language_is_a_gap_that_is_named(fake_lang2vec):
+    analysis = analyse_distances({"en": 0.8, "fr": 0.7, "tlh": 0.6})
+    assert analysis.correlations["syntactic"].distances["tlh"] is None
+    assert "lang2vec does not know tlh." in analysis.note
+
+
+def test_the_real_lang2vec_where_it_is_installed():
+    pytest.importorskip("lang2vec.lang2vec", exc_type=ImportError)
+    distances = lang2vec_distances(["fr", "ar", "zh-Hant", "tlh"])["syntactic"]
+    assert 0 < distances["fr"] < distances["ar"] < 1
+    assert distances["tlh"] is None
+
+
+def test_without_the_extra_the_table_is_used_with_gaps(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lang2vec", None)
+    with pytest.raises(ExtraMissing, match=r"pip install -e '\.\[lang2vec\]'"):
+        lang2vec_distances(["fr"])
+    analysis = analyse_distances({"en": 0.8, "de": 0.7, "fr": 0.6})
+    assert analysis.source == THESIS_SOURCE
+    assert analysis.correlations["syntactic"].distances == {"de": 0.42, "fr": None}
+    assert "No distances of fr" in analysis.note
+
+
+def test_errors_worked_by_hand():
     student = [[1.0, 0.0], [0.0, 2.0]]
     teacher = [[1.0, 1.0], [0.0, -1.0]]
     measured = measure_transfer(student, teacher, ["a", "b"])

@@ -252,17 +252,6 @@ def test_stdin_to_stdout(clseave, source, trained, monkeypatch, tmp_path):
     assert code == 1 and f"{tmp_path / 'no'}: cannot be read" in err
 
 
-def test_csv_gets_the_answers_that_json_lines_get(trained, data, tmp_path):
-    rows = [(f"images/test{n}.png", "Das Quadrat ist rot.") for n in range(3)]
-    cells = [("image", "hypothesis"), *rows]
-    (data / "pairs.csv").write_text("".join(f"{a},{b}\n" for a, b in cells))
-    write_jsonl(data / "pairs.jsonl", [{"image": a, "hypothesis": b} for a, b in rows])
-    for kind in ("csv", "jsonl"):
-        predict_file(_config(trained), data / f"pairs.{kind}", tmp_path / kind)
-    assert (tmp_path / "csv").read_bytes() == (tmp_path / "jsonl").read_bytes()
-    assert all("label" in answer for answer in read_jsonl(tmp_path / "csv"))
-
-
 # --- pictures ---
 
 

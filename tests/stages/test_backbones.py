@@ -1,12 +1,15 @@
 """Every layout of teacher and kind of student through the stages, and a source that is Chinese."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+import torch
 from tiny_backbones import CANNOT_BE_PACKED, STUDENTS, TEACHERS, new_siglip, save_word_tokenizer
 from tiny_world import (
     QUICK,
+    quick_align,
     read_jsonl,
     reseal,
     sentences,
@@ -16,22 +19,29 @@ from tiny_world import (
 )
 
 from clseave_cli import VisualEntailment
-from clseave_cli.core.alignment import align
 from clseave_cli.core.config import (
-    AlignConfig,
     EvaluateConfig,
     ExportConfig,
     FinetuneConfig,
     PredictConfig,
     PretrainConfig,
 )
+from clseave_cli.core.data.images import open_image
 from clseave_cli.core.evaluation.results import Results
 from clseave_cli.core.evaluation.run import evaluate
 from clseave_cli.core.finetuning import finetune
-from clseave_cli.core.models.clip_ve import ClipVE, source_language
+from clseave_cli.core.models.backbones import load_encoder
+from clseave_cli.core.models.clip_ve import (
+    ClipVE,
+    EntailmentHead,
+    HeadConfig,
+    source_language,
+)
 from clseave_cli.core.models.encoders import module_digest
-from clseave_cli.core.models.student import load_student
+from clseave_cli.core.models.student import load_student, new_student, save_student
+from clseave_cli.core.models.weights import save_weights
 from clseave_cli.core.prediction.export import export
+from clseave_cli.core.prediction.inference import load_model
 from clseave_cli.core.prediction.predictor import predict_file
 from clseave_cli.core.prediction.torch_model import TorchModel
 from clseave_cli.core.pretraining import pretrain
@@ -39,9 +49,9 @@ from clseave_cli.errors import ModelError
 
 
 def _train(data, runs, clip, encoder, *languages, **more):
-    shared = {"data": str(data), "runs": runs, "epochs": 1, **QUICK}
-    finetune(FinetuneConfig(clip=str(clip), **shared, **more))
-    align(AlignConfig(lang=languages, student=str(encoder), **shared))
+    config = FinetuneConfig(data=str(data), runs=runs, clip=str(clip), epochs=1, **QUICK, **more)
+    finetune(config)
+    quick_align(data, runs, runs, encoder, *languages)
 
 
 def _evaluate(data, runs, *languages, **more):
@@ -79,7 +89,8 @@ def test_a_teacher_of_any_layout_goes_through_all_stages(layout, world, tmp_path
 def test_a_teacher_of_any_layout_is_exported_or_refused(layout, world, tmp_path):
     pytest.importorskip("onnxruntime")
     clip = TEACHERS[layout](tmp_path / "clip", sentences(world))
-    ClipVE.from_clip(clip).save(_made(tmp_path / "clip-ve"))
+    (tmp_path / "clip-ve").mkdir()
+    ClipVE.from_clip(clip).save(tmp_path / "clip-ve")
     config = ExportConfig(runs=tmp_path, out=tmp_path / "onnx", lang=("en",))
     if layout == "siglip2":
         with pytest.raises(ModelError, match="preprocessing cannot be exported"):
@@ -88,14 +99,12 @@ def test_a_teacher_of_any_layout_is_exported_or_refused(layout, world, tmp_path)
         return
     assert export(config).difference < 1e-4
     ours = TorchModel.from_runs(tmp_path, ["en"], "cpu", "fp32")
-    from clseave_cli.core.prediction.inference import load_model
-
     theirs = load_model(tmp_path / "onnx")
     texts = ["The square is red.", "x", "The square is " + "green. The square is blue. " * 30]
     wanted, cut = ours.embed_sentences("en", texts)
     found, found_cut = theirs.embed_sentences("en", texts)
     assert found == pytest.approx(wanted, abs=1e-3) and found_cut.tolist() == cut.tolist()
-    picture = _picture(world)
+    picture = open_image(world / "images" / "test0.png").resize((50, 35))
     pixels = ours.prepare(picture)
     assert theirs.prepare(picture) == pytest.approx(pixels, abs=1e-5)
     batch = np.stack([pixels, pixels[:, ::-1].copy()])
@@ -105,24 +114,22 @@ def test_a_teacher_of_any_layout_is_exported_or_refused(layout, world, tmp_path)
 @pytest.mark.parametrize("name", [name for name in STUDENTS if name != "mBERT"])
 def test_a_student_of_any_kind_goes_through_all_stages(name, world, tmp_path, runs):
     backbone = STUDENTS[name](tmp_path / "encoder", sentences(world))
-    shared = {"data": str(world), "runs": runs, "epochs": 1, **QUICK}
-    folder = align(AlignConfig(lang=("nl",), student=str(backbone), **shared)).folder
+    folder = quick_align(world, runs, runs, backbone, "nl").folder
     results = _evaluate(world, runs, "en", "nl", batch_size=5)
     assert results.results[1].accuracy == pytest.approx(_predict_right(world, runs, "nl"))
     student = load_student(folder)
     assert student.packs == (name not in CANNOT_BE_PACKED)
-    assert module_digest(student.backbone) != module_digest(_backbone(backbone))
+    assert module_digest(student.backbone) != module_digest(load_encoder(backbone)[0])
 
 
 @pytest.mark.parametrize("name", list(STUDENTS))
 def test_a_student_of_any_kind_is_exported(name, world, tmp_path, runs):
     pytest.importorskip("onnxruntime")
-    from clseave_cli.core.models.student import new_student, save_student
-
     teacher = ClipVE.from_folder(runs / "clip-ve")
     student = new_student(STUDENTS[name](tmp_path / "encoder", sentences(world)), 16)
     student.verify_packing()
-    save_student(student, _made(runs / "it"), languages=["it"], teacher=teacher.fingerprint)
+    (runs / "it").mkdir()
+    save_student(student, runs / "it", languages=["it"], teacher=teacher.fingerprint)
     config = ExportConfig(runs=runs, out=tmp_path / "onnx", lang=("it",))
     assert export(config).difference < 1e-3
 
@@ -175,9 +182,6 @@ def test_bad_teachers_and_students_get_one_line(world, tmp_path, runs, refused):
 
 
 def test_a_head_of_another_width_is_refused(world, tmp_path, runs, refused):
-    from clseave_cli.core.models.clip_ve import EntailmentHead, HeadConfig
-    from clseave_cli.core.models.weights import save_weights
-
     folder = runs / "clip-ve"
     save_weights(EntailmentHead(HeadConfig(embedding_dim=20)), folder / "head.safetensors")
     reseal(folder, "clip-ve", head={"embedding_dim": 20})
@@ -284,9 +288,8 @@ def test_evaluate_compares_with_the_source_language(chinese, chinese_world, clse
 
 
 def test_translations_go_into_the_source_language(chinese, chinese_world, tmp_path):
-    rows = read_jsonl(chinese_world / "snli_ve_test.zh.jsonl")
     translations = tmp_path / "de.jsonl"
-    translations.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copy(chinese_world / "snli_ve_test.zh.jsonl", translations)
     results = _evaluate(
         chinese_world, chinese, "zh", "de", mode="translate-test", engine="file",
         translations=translations, memory=tmp_path / "memory.sqlite",
@@ -304,17 +307,9 @@ def test_the_teachers_own_language_cannot_be_aligned(chinese, chinese_world, ref
 
 
 def test_a_student_can_read_the_source_language_too(chinese, chinese_world, tmp_path, encoder):
-    config = AlignConfig(
-        data=str(chinese_world), runs=chinese, lang=("de",), student=str(encoder), epochs=1,
-        include_english=True, out=tmp_path / "out", **QUICK,
-    )  # fmt: skip
-    assert align(config).languages == ("de", "zh")
-
-
-def test_predict_names_the_languages_there_are(chinese, chinese_world, refused):
-    image = chinese_world / "images" / "test0.png"
-    line = refused("predict", image, "…", "--lang", "fr", "--runs", chinese)
-    assert "no model for fr; languages there: zh, de, en." in line
+    options = {"include_english": True, "out": tmp_path / "out"}
+    result = quick_align(chinese_world, chinese, chinese, encoder, "de", **options)
+    assert result.languages == ("de", "zh")
 
 
 def test_a_source_file_is_needed(chinese, chinese_world, tmp_path, refused, encoder):
@@ -337,13 +332,10 @@ def test_source_sentences_kept_beside_translations_are_taken(chinese, tmp_path, 
         source = {row["pairID"]: row["sentence2"] for row in read_jsonl(originals)}
         path = folder / f"snli_ve_{split}.de.jsonl"
         rows = [row | {"sentence2_zh": source[row["pairID"]]} for row in read_jsonl(path)]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_jsonl(path, rows)
         originals.unlink()
-    config = AlignConfig(
-        data=str(folder), runs=chinese, lang=("de",), student=str(encoder), epochs=1,
-        out=tmp_path / "out", **QUICK,
-    )  # fmt: skip
-    assert align(config).folder == tmp_path / "out"
+    out = tmp_path / "out"
+    assert quick_align(folder, chinese, chinese, encoder, "de", out=out).folder == out
 
 
 def test_models_of_several_sources_are_not_averaged(chinese, chinese_world, trained, refused):
@@ -356,25 +348,6 @@ def test_models_of_several_sources_are_not_averaged(chinese, chinese_world, trai
 # --- helpers ---
 
 
-def _made(folder):
-    folder.mkdir()
-    return folder
-
-
-def _backbone(folder):
-    from clseave_cli.core.models.backbones import load_encoder
-
-    return load_encoder(folder)[0]
-
-
 def _embed(encoder, texts):
-    import torch
-
     with torch.no_grad():
         return torch.cat(list(encoder.embed(encoder.tokenize(texts)))).numpy()
-
-
-def _picture(world):
-    from clseave_cli.core.data.images import open_image
-
-    return open_image(world / "images" / "test0.png").resize((50, 35))

@@ -15,6 +15,7 @@ from tiny_world import (
     Notes,
     edit_row,
     enlarge_weights,
+    quick_align,
     read_jsonl,
     tree,
     write_jsonl,
@@ -22,9 +23,9 @@ from tiny_world import (
 
 from clseave_cli import VisualEntailment
 from clseave_cli.core import alignment, finetuning
-from clseave_cli.core.alignment import align, corpus
+from clseave_cli.core.alignment import corpus
 from clseave_cli.core.alignment.dev import CollapseWatch
-from clseave_cli.core.config import AlignConfig, EvaluateConfig, FinetuneConfig, PredictConfig
+from clseave_cli.core.config import AlignConfig, EvaluateConfig, FinetuneConfig
 from clseave_cli.core.data.records import read_split
 from clseave_cli.core.evaluation.run import evaluate
 from clseave_cli.core.finetuning import finetune
@@ -45,12 +46,14 @@ def _finetune(data, runs, clip, progress=SILENT, **options):
     return finetune(config, progress)
 
 
-def _align(data, runs, encoder, *languages, progress=None, **options):
-    defaults = {"epochs": 1, **QUICK}
-    config = AlignConfig(
-        data=str(data), runs=runs, lang=languages, student=str(encoder), **(defaults | options)
-    )
-    return align(config, *([progress] if progress else []))
+@pytest.fixture
+def aligned(trained, encoder):
+    """`align`, against the trained teacher and, unless other languages are given, to German."""
+
+    def run(data, runs, *languages, **options):
+        return quick_align(data, runs, trained, encoder, *(languages or ("de",)), **options)
+
+    return run
 
 
 # --- finetune-ve ---
@@ -141,7 +144,7 @@ def _english_logits(world, runs, split):
     return torch.stack(logits), labels
 
 
-def test_captions_never_reach_a_tokenizer(world, tmp_path, clip, encoder, monkeypatch):
+def test_captions_never_reach_a_tokenizer(world, tmp_path, clip, aligned, monkeypatch):
     read = []
     tokenize = tokens.tokenize
 
@@ -152,7 +155,7 @@ def test_captions_never_reach_a_tokenizer(world, tmp_path, clip, encoder, monkey
     monkeypatch.setattr("clseave_cli.core.models.encoders.tokenize", spy)
     assert CAPTION in (world / "snli_ve_train.jsonl").read_text()
     _finetune(world, tmp_path, clip)
-    _align(world, tmp_path, encoder, "de")
+    aligned(world, tmp_path, teacher=tmp_path / "clip-ve")
     evaluate(EvaluateConfig(data=str(world), runs=(tmp_path,), resamples=10))
     assert "The square is red." in read and "Das Quadrat ist rot." in read
     assert not [sentence for sentence in read if CAPTION in sentence]
@@ -164,7 +167,7 @@ def test_a_finished_stage_is_not_run_again_on_resume(world, trained, clip):
     assert result.training is None and tree(trained / "clip-ve") == before
 
 
-def test_an_image_in_train_and_dev_is_refused(data, tmp_path, clip, encoder):
+def test_an_image_in_train_and_dev_is_refused(data, tmp_path, clip, aligned):
     edit_row(data / "snli_ve_dev.jsonl", 1, Flickr30K_ID="train0")
     edit_row(data / "snli_ve_dev.de.jsonl", 1, Flickr30K_ID="train0")
     with pytest.raises(DataError, match=r"1 of its images are also in .*--allow-leak"):
@@ -172,7 +175,7 @@ def test_an_image_in_train_and_dev_is_refused(data, tmp_path, clip, encoder):
     assert not (tmp_path / "runs").exists()
     _finetune(data, tmp_path / "runs", clip, allow_leak=True)
     with pytest.raises(DataError, match=r"1 of its images are also in"):
-        _align(data, tmp_path / "runs", encoder, "de")
+        aligned(data, tmp_path / "runs")
 
 
 def test_too_few_examples_for_batch_statistics(data, tmp_path, clip):
@@ -194,9 +197,9 @@ def test_rows_of_one_label_are_no_training_data(data, tmp_path, clip):
 # --- align ---
 
 
-def test_a_student_learns_its_teacher_by_heart(world, tmp_path, trained, encoder):
-    result = _align(
-        world, tmp_path, encoder, "de", teacher=trained / "clip-ve", epochs=120,
+def test_a_student_learns_its_teacher_by_heart(world, tmp_path, trained, aligned):
+    result = aligned(
+        world, tmp_path, epochs=120,
         learning_rate=2e-3, weight_decay=0.0, select="mse",
     )  # fmt: skip
     records = read_jsonl(result.folder / "training" / "metrics.jsonl")
@@ -213,7 +216,7 @@ def test_a_student_learns_its_teacher_by_heart(world, tmp_path, trained, encoder
     assert (ours - theirs).square().mean() < 0.6 * theirs.var(dim=0).mean()
 
 
-def test_the_teacher_is_left_as_it_is(world, tmp_path, runs, encoder, monkeypatch):
+def test_the_teacher_is_left_as_it_is(world, tmp_path, runs, aligned, monkeypatch):
     before = tree(runs / "clip-ve")
     teachers = []
     load = ClipVE.from_folder.__func__
@@ -231,7 +234,7 @@ def test_the_teacher_is_left_as_it_is(world, tmp_path, runs, encoder, monkeypatc
         return evaluate_dev(student, teacher, dev_sets, **more)
 
     monkeypatch.setattr(alignment, "evaluate_student", watch)
-    _align(world, tmp_path, encoder, "de", teacher=runs / "clip-ve", epochs=2)
+    aligned(world, tmp_path, teacher=runs / "clip-ve", epochs=2)
     assert tree(runs / "clip-ve") == before
     (teacher,) = teachers
     assert modes == [False, False] and not any(m.training for m in teacher.modules())
@@ -240,31 +243,25 @@ def test_the_teacher_is_left_as_it_is(world, tmp_path, runs, encoder, monkeypatc
     assert module_digest(teacher) == module_digest(ClipVE.from_folder(runs / "clip-ve"))
 
 
-def test_a_student_knows_its_teacher_and_language(trained):
-    config = json.loads((trained / "align-de" / "config.json").read_text())
-    teacher = json.loads((trained / "clip-ve" / "config.json").read_text())
-    assert config["languages"] == ["de"] and config["teacher"] == teacher["fingerprint"]
-
-
-def test_dev_accuracy_chooses_where_there_are_images(data, tmp_path, trained, encoder):
-    teacher = trained / "clip-ve"
-    auto = _align(data, tmp_path / "a", encoder, "de", teacher=teacher)
+def test_dev_accuracy_chooses_where_there_are_images(data, tmp_path, trained, aligned):
+    auto = aligned(data, tmp_path / "a")
     assert set(auto.training.dev) == {
         "mse", "mae", "cosine", "recall_at_10", "variance_ratio", "accuracy",
     }  # fmt: skip
     # Recomputed with the saved student, on the dev rows.
     student = {auto.folder: load_student(auto.folder)}
-    judged = TorchModel(ClipVE.from_folder(teacher), {"de": auto.folder}, student, "fp32")
+    teacher = ClipVE.from_folder(trained / "clip-ve")
+    judged = TorchModel(teacher, {"de": auto.folder}, student, "fp32")
     model = VisualEntailment(judged, "de")
     rows = read_jsonl(data / "snli_ve_dev.de.jsonl")
     answers = model.predict([(data / "images" / r["Flickr30K_ID"], r["sentence2"]) for r in rows])
     right = [a.label == r["gold_label"] for a, r in zip(answers, rows, strict=True)]
     assert auto.training.dev["accuracy"] == pytest.approx(np.mean(right))
-    by_mse = _align(data, tmp_path / "b", encoder, "de", teacher=teacher, select="mse")
+    by_mse = aligned(data, tmp_path / "b", select="mse")
     assert "accuracy" not in by_mse.training.dev
 
 
-def test_text_alone_is_enough(data, tmp_path, trained, encoder):
+def test_text_alone_is_enough(data, tmp_path, aligned):
     """No images, no labels, English only beside the translation: SICK's and OPUS's shape."""
     text = tmp_path / "text"
     text.mkdir()
@@ -279,19 +276,17 @@ def test_text_alone_is_enough(data, tmp_path, trained, encoder):
             for r in read_jsonl(data / f"snli_ve_{split}.de.jsonl")
         ]
         write_jsonl(text / f"{split}.de.jsonl", rows)
-    options = {"teacher": trained / "clip-ve", "select": "mse"}
-    from_text = _align(text, tmp_path / "a", encoder, "de", **options)
-    from_ve = _align(data, tmp_path / "b", encoder, "de", **options)
-    names = ["projection.safetensors", "encoder/model.safetensors"]
-    for name in names:
+    from_text = aligned(text, tmp_path / "a", select="mse")
+    from_ve = aligned(data, tmp_path / "b", select="mse")
+    for name in ("projection.safetensors", "encoder/model.safetensors"):
         assert (from_text.folder / name).read_bytes() == (from_ve.folder / name).read_bytes()
-    auto = _align(text, tmp_path / "c", encoder, "de", teacher=trained / "clip-ve")
+    auto = aligned(text, tmp_path / "c")
     assert "accuracy" not in auto.training.dev
     with pytest.raises(DataError, match=r"--select accuracy needs dev rows with labels and images"):
-        _align(text, tmp_path / "d", encoder, "de", **(options | {"select": "accuracy"}))
+        aligned(text, tmp_path / "d", select="accuracy")
 
 
-def test_without_a_dev_file_sentences_are_held_out(data, tmp_path, trained, encoder, monkeypatch):
+def test_without_a_dev_file_sentences_are_held_out(data, tmp_path, aligned, monkeypatch):
     (data / "snli_ve_dev.de.jsonl").unlink()
     for line in range(1, 25):  # plain text; with photos, it is photos that are held out
         edit_row(data / "snli_ve_train.de.jsonl", line, Flickr30K_ID=None)
@@ -303,10 +298,7 @@ def test_without_a_dev_file_sentences_are_held_out(data, tmp_path, trained, enco
         return parts[-1]
 
     monkeypatch.setattr(corpus.ParallelReader, "read", watch)
-    _align(
-        data, tmp_path, encoder, "de", teacher=trained / "clip-ve", select="mse",
-        dev_fraction=0.6, progress=notes,
-    )  # fmt: skip
+    aligned(data, tmp_path, select="mse", dev_fraction=0.6, progress=notes)
     assert "no dev file for de; holding out 60% of the train sentences instead" in notes.text
     ((training, dev),) = parts
     assert not set(training.sources) & set(dev.sources)
@@ -316,7 +308,7 @@ def test_without_a_dev_file_sentences_are_held_out(data, tmp_path, trained, enco
         row["pairID"] for row in rows
     )
     with pytest.raises(DataError, match="too few to hold out 100%"):
-        _align(data, tmp_path / "x", encoder, "de", teacher=trained / "clip-ve", dev_fraction=1.0)
+        aligned(data, tmp_path / "x", dev_fraction=1.0)
 
 
 def test_a_pair_counts_as_often_as_it_stands_but_never_much_at_once():
@@ -332,11 +324,11 @@ def test_a_pair_counts_as_often_as_it_stands_but_never_much_at_once():
     assert np.bincount(pairs)[[0, 1, 3, 5, 6, 7]].max() == 1  # ordinary pairs are not multiplied
 
 
-def test_one_student_of_several_languages(world, tmp_path, runs, encoder):
-    result = _align(world, runs, encoder, "nl", "de", "nl", out=tmp_path / "runs" / "align-nl+de")
+def test_one_student_of_several_languages(world, tmp_path, runs, aligned):
+    result = aligned(world, runs, "nl", "de", "nl", out=tmp_path / "runs" / "align-nl+de")
     assert result.languages == ("nl", "de")
     assert json.loads((result.folder / "config.json").read_text())["languages"] == ["nl", "de"]
-    default = _align(world, tmp_path / "r", encoder, "nl", "de", teacher=runs / "clip-ve")
+    default = aligned(world, tmp_path / "r", "nl", "de")
     assert default.folder == tmp_path / "r" / "align-nl+de"
     (tmp_path / "r" / "clip-ve").symlink_to(runs / "clip-ve")
     for lang, sentence in (("de", "Das Quadrat ist rot."), ("nl", "Het vierkant is rood.")):
@@ -345,45 +337,42 @@ def test_one_student_of_several_languages(world, tmp_path, runs, encoder):
         assert answer.lang == lang and answer.model.endswith("align-nl+de")
 
 
-def test_a_repeated_pair_is_weighed_not_repeated(data, tmp_path, trained, encoder):
+def test_a_repeated_pair_is_weighed_not_repeated(data, tmp_path, aligned):
     """Twice the same rows under other ids: the same student, bit for bit."""
-    options = {"teacher": trained / "clip-ve", "epochs": 3, "select": "mse"}
-    once = _align(data, tmp_path / "once", encoder, "de", **options)
+    options = {"epochs": 3, "select": "mse"}
+    once = aligned(data, tmp_path / "once", **options)
     for lang in ("", ".de"):
         path = data / f"snli_ve_train{lang}.jsonl"
         rows = read_jsonl(path)
         write_jsonl(path, rows + [row | {"pairID": row["pairID"] + "'"} for row in rows])
-    twice = _align(data, tmp_path / "twice", encoder, "de", **options)
+    twice = aligned(data, tmp_path / "twice", **options)
     for name in ("projection.safetensors", "encoder/model.safetensors"):
         assert (once.folder / name).read_bytes() == (twice.folder / name).read_bytes()
     assert once.training.pairs == twice.training.pairs == 3 * 5
 
 
-def test_rows_without_a_partner_are_counted_and_named(data, tmp_path, trained, encoder):
+def test_rows_without_a_partner_are_counted_and_named(data, tmp_path, aligned):
     edit_row(data / "snli_ve_train.de.jsonl", 3, pairID="stray")
     notes = Notes()
-    _align(data, tmp_path, encoder, "de", teacher=trained / "clip-ve", progress=notes)
+    aligned(data, tmp_path, progress=notes)
     assert "1 rows have no en row and 1 en rows no de row (such as stray, " in notes.text
 
 
-def test_a_dev_row_without_image_does_not_borrow_another(data, tmp_path, trained, encoder):
-    options = {"teacher": trained / "clip-ve"}
+def test_a_dev_row_without_image_does_not_borrow_another(data, tmp_path, aligned):
     path = data / "snli_ve_dev.de.jsonl"
     rows = read_jsonl(path)
     write_jsonl(path, rows[1:])
-    without = _align(data, tmp_path / "a", encoder, "de", **options).training.dev
+    without = aligned(data, tmp_path / "a").training.dev
     # The same dev set, plus a row that no accuracy can be measured on.
     write_jsonl(path, rows)
     edit_row(path, 1, Flickr30K_ID=None)
     notes = Notes()
-    nameless = _align(data, tmp_path / "b", encoder, "de", progress=notes, **options).training.dev
+    nameless = aligned(data, tmp_path / "b", progress=notes).training.dev
     assert nameless == without
     assert f"{path}: 1 rows without label or image; the dev metrics leave them out." in notes.text
 
 
-def test_a_student_that_says_the_same_to_all_is_refused(
-    world, tmp_path, trained, encoder, monkeypatch
-):
+def test_a_student_that_says_the_same_to_all_is_refused(world, tmp_path, aligned, monkeypatch):
     new_student = alignment.new_student
 
     def collapsed(*arguments):
@@ -393,7 +382,7 @@ def test_a_student_that_says_the_same_to_all_is_refused(
 
     monkeypatch.setattr(alignment, "new_student", collapsed)
     with pytest.raises(TrainingError, match=r"de: the student gives every sentence the same embe"):
-        _align(world, tmp_path, encoder, "de", teacher=trained / "clip-ve", learning_rate=0.0)
+        aligned(world, tmp_path, learning_rate=0.0)
 
 
 def test_a_student_may_start_without_spread_but_not_lose_it():
@@ -412,9 +401,7 @@ def test_a_student_may_start_without_spread_but_not_lose_it():
             CollapseWatch("de").during({"variance_ratio": math.nan}, at_the_end=at_the_end)
 
 
-def test_a_resumed_student_may_not_lose_its_spread_either(
-    world, tmp_path, trained, encoder, monkeypatch
-):
+def test_a_resumed_student_may_not_lose_its_spread_either(world, tmp_path, aligned, monkeypatch):
     def evaluated(*outcomes):
         """Figures of the epochs to come; None kills the run."""
         ratios = iter(outcomes)
@@ -426,21 +413,19 @@ def test_a_resumed_student_may_not_lose_its_spread_either(
 
         monkeypatch.setattr(alignment, "evaluate_student", evaluate_student)
 
-    options = {
-        "teacher": trained / "clip-ve", "select": "mse", "epochs": 2, "checkpoint_minutes": 0,
-    }  # fmt: skip
+    options = {"select": "mse", "epochs": 2, "checkpoint_minutes": 0}
     evaluated(0.5, None)
     with pytest.raises(KeyboardInterrupt):
-        _align(world, tmp_path, encoder, "de", **options)
+        aligned(world, tmp_path, **options)
     evaluated(1e-6)
     with pytest.raises(TrainingError, match=r"^de: the student gives every sentence the same"):
-        _align(world, tmp_path, encoder, "de", resume=True, **options)
+        aligned(world, tmp_path, resume=True, **options)
 
 
-def test_one_dev_row_has_no_spread_that_could_be_lost(data, tmp_path, trained, encoder):
+def test_one_dev_row_has_no_spread_that_could_be_lost(data, tmp_path, aligned):
     path = data / "snli_ve_dev.de.jsonl"
     write_jsonl(path, read_jsonl(path)[:1])
-    result = _align(data, tmp_path, encoder, "de", teacher=trained / "clip-ve", epochs=1)
+    result = aligned(data, tmp_path, epochs=1)
     assert result.training.dev["variance_ratio"] == 1
 
 
@@ -456,12 +441,31 @@ def _killed_in_training(module, stage, *arguments, **options):
             stage(*arguments, **options)
 
 
-def test_a_resumed_student_must_see_the_same_english(data, tmp_path, trained, encoder):
-    options = {"teacher": trained / "clip-ve", "select": "mse"}
-    _killed_in_training(alignment, _align, data, tmp_path, encoder, "de", **options)
-    edit_row(data / "snli_ve_train.jsonl", 1, sentence2="The square is black.")
-    with pytest.raises(UsageError, match="resume with the same options and data"):
-        _align(data, tmp_path, encoder, "de", resume=True, **options)
+def test_an_alignment_resumes_with_the_same_english_photos_and_aligner_only(
+    data, tmp_path, aligned, encoder
+):
+    aligner = shutil.copytree(encoder, tmp_path / "aligner")
+    options = {"method": "token", "aligner": str(aligner)}
+    _killed_in_training(alignment, aligned, data, tmp_path, **options)
+    _repaint(data, "train0.png")  # a photo that is not looked at may change
+    _killed_in_training(alignment, aligned, data, tmp_path, resume=True, **options)
+
+    def refused(said):
+        with pytest.raises(UsageError, match=said):
+            aligned(data, tmp_path, resume=True, **options)
+
+    english = data / "snli_ve_train.jsonl"
+    rows = read_jsonl(english)
+    edit_row(english, 1, sentence2="The square is black.")
+    refused("resume with the same options and data")
+    write_jsonl(english, rows)
+    photo = data / "images" / "dev0.png"
+    shown = photo.read_bytes()
+    _repaint(data, "dev0.png")
+    refused("was run with photos: dev of de = ")
+    photo.write_bytes(shown)
+    enlarge_weights(aligner, 2.0)
+    refused("was run with aligner = ")
 
 
 def _repaint(data, name):
@@ -483,35 +487,6 @@ def test_fine_tuning_resumes_with_the_same_towers_and_photos_only(data, tmp_path
         _repaint(data, f"{split}0.png")
         with pytest.raises(UsageError, match=f"was run with photos: {split} = "):
             _finetune(*run, resume=True)
-
-
-def test_an_alignment_resumes_with_the_same_photos_only(data, tmp_path, trained, encoder):
-    options = {"teacher": trained / "clip-ve"}
-    _killed_in_training(alignment, _align, data, tmp_path, encoder, "de", **options)
-    # A photo that is not looked at may change.
-    _repaint(data, "train0.png")
-    _killed_in_training(alignment, _align, data, tmp_path, encoder, "de", resume=True, **options)
-    _repaint(data, "dev0.png")
-    with pytest.raises(UsageError, match="was run with photos: dev of de = "):
-        _align(data, tmp_path, encoder, "de", resume=True, **options)
-
-
-def test_an_alignment_resumes_with_the_same_aligner_only(data, tmp_path, trained, encoder):
-    aligner = shutil.copytree(encoder, tmp_path / "aligner")
-    options = {"teacher": trained / "clip-ve", "method": "token", "aligner": str(aligner)}
-    _killed_in_training(alignment, _align, data, tmp_path, encoder, "de", **options)
-    enlarge_weights(aligner, 2.0)
-    with pytest.raises(UsageError, match="was run with aligner = "):
-        _align(data, tmp_path, encoder, "de", resume=True, **options)
-
-
-@pytest.mark.parametrize(
-    ("languages", "said"),
-    [((), "--lang is missing"), (("en",), "the teacher's own language"), (("../x",), "not a lang")],
-)
-def test_languages_that_cannot_be_aligned(world, runs, encoder, languages, said):
-    with pytest.raises(UsageError, match=said):
-        _align(world, runs, encoder, *languages)
 
 
 # --- evaluate and predict ---
@@ -580,20 +555,17 @@ def test_languages_without_a_student_are_told_not_dropped(data, trained):
         evaluate(EvaluateConfig(data=str(data), runs=(trained,), lang=("ja",)))
 
 
-def test_one_prediction(world, trained):
-    model = VisualEntailment.from_pretrained(trained, "de", "cpu", "fp32")
-    answer = model(world / "images" / "test1.png", "Das Quadrat ist grün.")
-    assert sum(answer.probabilities.values()) == pytest.approx(1)
-    assert answer.label == max(answer.probabilities, key=answer.probabilities.get)
-    assert list(answer.probabilities) == list(LABELS) and not answer.truncated
-    assert answer.model == str(trained / "align-de")
+def test_a_prediction_is_what_transformers_gives(world, trained):
     logits, _ = _english_logits(world, trained, "test")
-    english = VisualEntailment.from_pretrained(trained, device="cpu", precision="fp32")
+    model = VisualEntailment.from_pretrained(trained, device="cpu", precision="fp32")
     row = read_jsonl(world / "snli_ve_test.jsonl")[4]
-    answer = english(world / "images" / row["Flickr30K_ID"], row["sentence2"])
+    answer = model(world / "images" / row["Flickr30K_ID"], row["sentence2"])
     assert list(answer.probabilities.values()) == pytest.approx(
         logits[4].softmax(0).tolist(), rel=1e-3
     )
+    assert list(answer.probabilities) == list(LABELS) and not answer.truncated
+    assert answer.label == max(answer.probabilities, key=answer.probabilities.get)
+    assert answer.model == str(trained / "clip-ve")
 
 
 def test_many_predictions_keep_their_order_and_their_errors(world, trained):
@@ -636,40 +608,6 @@ def test_an_image_used_often_is_encoded_once_and_few_are_kept(world, trained, mo
     assert one.probabilities == pytest.approx(many[3].probabilities, rel=1e-5)
     model(world / "images" / "test0.png", "The square is red.")
     assert len(opened) == 4  # forgotten
-
-
-def test_a_file_of_pairs(world, trained, tmp_path):
-    rows = [
-        {"image": "test0.png", "hypothesis": "Das Quadrat ist rot."},
-        {"image": str(world / "images" / "test1.png"), "hypothesis": "Das Quadrat ist blau."},
-        {"image": "none.png", "hypothesis": "x"},
-        {"image": "test0.png", "hypothesis": ""},
-        {"image": 3},
-    ]
-    source = world / "images" / "pairs.jsonl"
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n")
-    try:
-        config = PredictConfig(runs=trained, lang="de", batch_size=2)
-        counts = prediction.predict_file(config, source, tmp_path / "out" / "answers.jsonl")
-    finally:
-        source.unlink()
-    answers = read_jsonl(tmp_path / "out" / "answers.jsonl")
-    assert (counts.num_predicted, counts.num_errors) == (2, 4)
-    assert [("label" in answer, "error" in answer) for answer in answers] == [
-        (True, False), (True, False), *[(False, True)] * 4,
-    ]  # fmt: skip
-    assert [answer.get("image") for answer in answers][:4] == [row["image"] for row in rows[:4]]
-    assert "pairs.jsonl:5: expected an object" in answers[4]["error"]
-    assert "pairs.jsonl:6: not valid JSON" in answers[5]["error"]
-
-
-def test_the_package_says_what_it_offers():
-    import clseave_cli
-
-    assert clseave_cli.VisualEntailment is VisualEntailment
-    assert clseave_cli.Prediction is prediction.Prediction
-    with pytest.raises(AttributeError):
-        _ = clseave_cli.nothing
 
 
 def test_a_training_that_learns_nothing_says_what_to_try(world, tmp_path, clip):
