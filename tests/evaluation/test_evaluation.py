@@ -165,7 +165,7 @@ def test_translations_of_a_file_by_pair_id(data, trained, tmp_path, translations
 def test_training_photos_are_looked_for_before_anything_is_translated(data, trained, glossary):
     edit_row(_test_file(data, "de"), 1, Flickr30K_ID="train0")
     with pytest.raises(DataError, match="also in"):
-        evaluate(_config(data, trained, mode="translate-test", engine="glossary", lang=("de",)))
+        _evaluate(data, trained, mode="translate-test", engine="glossary", lang=("de",))
     assert not glossary[1]
 
 

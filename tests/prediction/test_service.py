@@ -340,7 +340,9 @@ def test_a_body_over_the_limit_is_refused(serve, announced):
     assert "larger than 0.01 MB" in answer.json()["detail"]
 
 
-def test_a_body_that_never_ends_arriving_is_given_up(model, monkeypatch):
+@pytest.mark.parametrize(("announced", "code"), [(b"100", 408), (b"50000000", 413)])
+def test_a_body_that_never_arrives_is_given_up(model, monkeypatch, announced, code):
+    """At once, where it announces that it is too long."""
     import asyncio
 
     monkeypatch.setattr(service, "_BODY_SECONDS", 0.05)
@@ -355,11 +357,14 @@ def test_a_body_that_never_ends_arriving_is_given_up(model, monkeypatch):
 
     scope = {
         "type": "http", "method": "POST", "path": "/predict", "query_string": b"",
-        "headers": [(b"content-type", b"multipart/form-data; boundary=x"), (b"host", b"localhost")],
+        "headers": [
+            (b"content-type", b"multipart/form-data; boundary=x"), (b"host", b"localhost"),
+            (b"content-length", announced),
+        ],
         "asgi": {"version": "3.0"}, "http_version": "1.1",
     }  # fmt: skip
     asyncio.run(app(scope, receive, send))
-    assert sent[0]["status"] == 408
+    assert sent[0]["status"] == code
 
 
 def test_bad_requests_leave_no_line_in_the_log(model, monkeypatch, caplog):

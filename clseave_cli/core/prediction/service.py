@@ -242,12 +242,14 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         received, finished = 0, False
+        announced = int(dict(scope["headers"]).get(b"content-length", 0))
         deadline = asyncio.get_running_loop().time() + self._timeout_seconds
 
         async def counted() -> Message:
             nonlocal received, finished
             if finished:  # the server's word that the client is gone may take as long as it likes
                 return await receive()
+            self._refuse_if_longer(announced)
             try:
                 async with asyncio.timeout_at(deadline):
                     message = await receive()
@@ -261,12 +263,7 @@ class BodyLimit:
             received += size
             self._free_bytes -= size
             finished = not message.get("more_body", False)
-            if received > self._max_bytes:
-                raise HTTPException(
-                    413,
-                    f"the upload is larger than {self._max_bytes / 1e6:g} MB; "
-                    "scale the image down.",
-                )
+            self._refuse_if_longer(received)
             if self._free_bytes < 0:
                 raise HTTPException(503, "too many uploads at once.", {"Retry-After": "1"})
             return message
@@ -275,6 +272,13 @@ class BodyLimit:
             await self._app(scope, counted, send)
         finally:
             self._free_bytes += received
+
+    def _refuse_if_longer(self, size: int) -> None:
+        if size > self._max_bytes:
+            raise HTTPException(
+                413,
+                f"the upload is larger than {self._max_bytes / 1e6:g} MB; scale the image down.",
+            )
 
 
 class _Connection(H11Protocol):
