@@ -319,7 +319,16 @@ class TrainingConfig(ModelsConfig, SeededConfig):
         least=1,
         zero_is_off=True,
     )
-    max_steps: int | None = option(None, "Stop after this many optimiser steps.", least=1)
+    stop_epoch: int | None = option(
+        None,
+        "Stop after this epoch; the schedule is that of --epochs. 0: do not.",
+        least=1,
+        zero_is_off=True,
+    )
+    max_steps: int | None = option(
+        None, "Stop after this many optimiser steps; the schedule is that of --epochs.", least=1
+    )
+    keep: Literal["best", "last"] = option("best", "Epoch whose weights are published.")
     checkpoint_minutes: float = option(10.0, "Minutes between saved states.", least=0)
     resume: bool = option(False, "Continue an interrupted run.")
     tracker: Tracking = option("none", "Where metrics go, too; each needs its extra.")
@@ -546,6 +555,7 @@ class StudentConfig(TrainingConfig, DataConfig, TokenConfig):
             "warmup_fraction": 0.1,
             "schedule": "linear",
             "epochs": 22,
+            "stop_epoch": 9,
             "patience": 9,
             "select": "mse",
             # Of the token method alone:

@@ -430,7 +430,8 @@ def test_the_presets_are_those_of_the_thesis():
     assert (finetune.patience, finetune.select, finetune.schedule) == (1, "loss", "constant")
     align = resolve(AlignConfig, {}, preset="thesis")
     assert align.student == "google-bert/bert-base-multilingual-cased"
-    assert (align.batch_size, align.learning_rate, align.epochs) == (128, 1e-4, 22)
+    assert (align.batch_size, align.learning_rate) == (128, 1e-4)
+    assert (align.epochs, align.stop_epoch, align.patience) == (22, 9, 9)
     assert (align.warmup_fraction, align.schedule, align.clip_norm) == (0.1, "linear", None)
 
 

@@ -100,17 +100,6 @@ def test_the_gradient_norm_is_clipped(tmp_path, monkeypatch):
     assert free > 0.05 and clipped == pytest.approx(0.05, rel=1e-3)
 
 
-def test_the_best_weights_are_kept_and_patience_stops(tmp_path):
-    task, weights = Task(), []
-    task.dev = [3.0, 1.0, 2.0, 1.5, 0.5]
-    task.at_epoch_end.append(lambda: weights.append(task.weights))
-    result = task.run(tmp_path, epochs=9, patience=2)
-    assert (result.epochs, result.best_epoch, result.dev) == (4, 2, {"loss": 1.0})
-    assert result.stopped_early
-    assert torch.equal(task.weights, weights[1]) and not torch.equal(task.weights, weights[3])
-    assert not task.module.training
-
-
 @pytest.mark.parametrize(
     ("dev", "epochs", "best", "early"), [([1.0, 0.9, 0.95], 5, 2, True), ([1.0, 1.1], 2, 1, False)]
 )
@@ -207,11 +196,42 @@ def test_records_and_summary_have_the_documented_keys(tmp_path):
     assert summary["peak_memory_bytes"] > 1 << 20
 
 
-def test_max_steps_ends_in_the_middle_of_an_epoch(tmp_path):
-    result = Task().run(tmp_path, max_steps=6)
-    assert (result.steps, result.epochs) == (6, 2)
-    rates = [r["learning_rate"] for r in read_jsonl(tmp_path / "metrics.jsonl") if "dev" not in r]
-    assert rates[-1] == pytest.approx(0.01 / 5)  # the schedule falls over the six steps
+@pytest.mark.parametrize(
+    ("options", "steps", "epochs"),
+    [({"max_steps": 6}, 6, 2), ({"stop_epoch": 2}, 8, 2), ({"stop_epoch": 9}, 12, 3)],
+)
+def test_a_run_that_stops_before_its_last_epoch_keeps_the_schedule(
+    tmp_path, uninterrupted, options, steps, epochs
+):
+    task, records = Task(dropout=0.3), [r for r in uninterrupted[2] if "dev" not in r]
+    result = task.run(tmp_path / "whole", **options)
+    assert (result.steps, result.epochs) == (steps, epochs)
+    assert [r for r in metrics_of(tmp_path / "whole") if "dev" not in r] == records[:steps]
+    _killed_after(5, Task(dropout=0.3), tmp_path / "killed", **options)
+    resumed = Task(dropout=0.3)
+    assert resumed.run(tmp_path / "killed", resume=True, **options).dev == result.dev
+    assert torch.equal(resumed.weights, task.weights)
+
+
+@pytest.mark.parametrize(("keep", "kept"), [("best", 2), ("last", 4)])
+def test_which_weights_are_kept(tmp_path, keep, kept):
+    """Patience counts from the best epoch either way, across a resumed run too."""
+    task, weights = Task(), []
+    task.dev = [3.0, 1.0, 2.0, 1.5, 0.5]
+    task.at_epoch_end.append(lambda: weights.append(task.weights))
+    options = {"epochs": 9, "patience": 2, "keep": keep}
+    result = task.run(tmp_path / "whole", **options)
+    assert (result.epochs, result.best_epoch, result.stopped_early) == (4, kept, True)
+    assert result.dev == {"loss": [3.0, 1.0, 2.0, 1.5][kept - 1]}
+    assert torch.equal(task.weights, weights[kept - 1]) and not torch.equal(*weights[1::2])
+    assert not task.module.training
+    killed = Task()
+    killed.dev = [3.0, 1.0, 2.0]
+    _killed_after(13, killed, tmp_path / "killed", **options)
+    resumed = Task()
+    resumed.dev = [1.5, 0.5]
+    assert resumed.run(tmp_path / "killed", resume=True, **options).best_epoch == kept
+    assert torch.equal(resumed.weights, task.weights)
 
 
 # --- resuming ---

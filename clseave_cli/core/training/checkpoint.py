@@ -33,11 +33,11 @@ class LoopState:
         pairs: examples trained on, repeats counted.
         epoch: epochs done.
         batch: batches of the current epoch done.
-        best: the dev metric of the best epoch so far.
-        best_epoch: that epoch, counted from 1.
-        dev: all dev metrics of the best epoch.
+        best: the best dev metric so far.
+        best_epoch: the epoch whose weights are kept, counted from 1.
+        dev: all dev metrics of that epoch.
         last_dev: those of the last epoch done.
-        epochs_without_gain: epochs since then.
+        epochs_without_gain: epochs since the best dev metric.
         sums: of the training loss and the stage's metrics over this epoch's examples.
         num_seen: examples seen this epoch.
         seconds: wall time of earlier sittings and this one.
@@ -100,7 +100,7 @@ def load_state(
     """Restores the newest sound state into the given objects, and the random numbers of `device`.
 
     Returns:
-        Where the loop stands and the best weights so far; None if there is no state.
+        Where the loop stands and the weights kept so far; None if there is no state.
 
     Raises:
         ModelError: there are states, and none is sound.

@@ -76,7 +76,7 @@ class Stage:
 
     Attributes:
         name: goes into records, such as `align`.
-        module: its parameters with `requires_grad` are trained; it is left with the best weights.
+        module: its parameters with `requires_grad` are trained; it is left with the kept weights.
         num_examples: N; examples are numbered 0 to N − 1.
         prepare: gathers what some examples need, on the CPU, ahead of time in another thread; it
             depends on their numbers alone. Tensors, or data classes and tuples of them: the loop
@@ -208,13 +208,16 @@ class _Run:
         self.gradient = Captured(self._gradient, device, recorder, self._note)
         self.update = Captured(self._update, device, recorder, self._note)
         self.steps_per_epoch = math.ceil(stage.num_examples / config.batch_size)
-        self.total_steps = self.steps_per_epoch * config.epochs
+        self.last_epoch = min(config.epochs, config.stop_epoch or config.epochs)
+        # The schedule is that of all epochs, wherever the run stops.
+        self.planned_steps = self.steps_per_epoch * config.epochs
+        self.warmup_steps = round(config.warmup_fraction * self.planned_steps)
+        self.total_steps = self.steps_per_epoch * self.last_epoch
         if config.max_steps is not None:
             self.total_steps = min(self.total_steps, config.max_steps)
-        self.warmup_steps = round(config.warmup_fraction * self.total_steps)
         self.record_every = max(1, self.steps_per_epoch // _RECORDS_PER_EPOCH)
         self.state = LoopState()
-        self.best_weights: dict[str, Tensor] | None = None
+        self.kept_weights: dict[str, Tensor] | None = None
         # Summed on the device in float64: exact enough, and reading it is the only wait.
         self.sums = torch.zeros(1 + len(stage.metrics), dtype=torch.float64, device=device)
         self.step_seconds = 0.0
@@ -249,8 +252,8 @@ class _Run:
             while (self.state.step < self.total_steps or self.state.batch) and not stopped_early:
                 self._epoch(stop_requested)
                 stopped_early = self._end_epoch()
-        assert self.best_weights is not None
-        restore(self.stage.module, self.best_weights)
+        assert self.kept_weights is not None
+        restore(self.stage.module, self.kept_weights)
         self.stage.module.eval()
         return self._finish(stopped_early)
 
@@ -259,7 +262,7 @@ class _Run:
         state = self.state
         todo = self._batches()[state.batch : state.batch + self.total_steps - state.step]
         self.stage.module.train()
-        title = f"{self.stage}: epoch {state.epoch + 1}/{self.config.epochs}"
+        title = f"{self.stage}: epoch {state.epoch + 1}/{self.last_epoch}"
         with self.progress.task(title, self.stage.num_examples, "pairs", noted=True) as task:
             task.advance(state.num_seen)
             begin = time.monotonic()
@@ -301,7 +304,7 @@ class _Run:
         """One optimiser step on a batch; returns its learning rate."""
         learning_rate = self.config.learning_rate * learning_rate_factor(
             self.state.step,
-            total=self.total_steps,
+            total=self.planned_steps,
             warmup=self.warmup_steps,
             schedule=self.config.schedule,
         )
@@ -435,7 +438,7 @@ class _Run:
         self.show(entry)
 
     def _end_epoch(self) -> bool:
-        """Evaluates, keeps the best weights, closes the epoch; True when patience runs out."""
+        """Evaluates, keeps the weights, closes the epoch; True when patience runs out."""
         means = self._means()
         self._require_finite_weights()
         self.stage.module.eval()
@@ -446,16 +449,17 @@ class _Run:
         self._require_finite(f"the dev metric {metric}", value)
         state = self.state
         state.last_dev = dev
-        if self.stage.selection.better(value, state.best):
-            state.best, state.best_epoch, state.dev = value, state.epoch + 1, dev
-            state.epochs_without_gain = 0
-            self.best_weights = snapshot(self.stage.module)
-        else:
-            state.epochs_without_gain += 1
+        state.epochs_without_gain += 1
+        is_better = self.stage.selection.better(value, state.best)
+        if is_better:
+            state.best, state.epochs_without_gain = value, 0
+        if is_better or self.config.keep == "last":
+            state.best_epoch, state.dev = state.epoch + 1, dev
+            self.kept_weights = snapshot(self.stage.module)
         self._record({**means, "dev": dev})
         # One line of 80 columns; metrics.jsonl has every dev metric.
         self.progress.note(
-            f"{self.stage}: epoch {state.epoch + 1}/{self.config.epochs}: "
+            f"{self.stage}: epoch {state.epoch + 1}/{self.last_epoch}: "
             f"loss {means['loss']:.4f} · dev {metric} {value:.4g} · "
             f"{self.pairs_stepped / max(self.step_seconds, 1e-9):.0f} pairs/s"
         )
@@ -506,7 +510,7 @@ class _Run:
             self.stage.module,
             self.optimizer,
             self.scaler,
-            self.best_weights,
+            self.kept_weights,
             self.device,
         )
 
@@ -520,7 +524,7 @@ class _Run:
         if loaded is None:
             self.progress.note(f"{self.stage}: no saved state to resume; starting afresh.")
             return
-        self.state, self.best_weights = loaded
+        self.state, self.kept_weights = loaded
         self.sums.copy_(torch.tensor(self.state.sums, dtype=torch.float64))
         self.earlier_seconds = self.state.seconds
         if self.stage.resumed is not None and self.state.last_dev is not None:
@@ -601,7 +605,7 @@ def learning_rate_factor(step: int, *, total: int, warmup: int, schedule: Schedu
 
     Args:
         step: 0-based optimiser step.
-        total: optimiser steps of the whole run.
+        total: optimiser steps that the schedule is planned for.
         warmup: steps over which the rate rises linearly; the first already moves.
         schedule: the fall afterwards, to zero just after the last step.
     """
