@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -197,7 +198,9 @@ def test_control_characters_are_shown_not_obeyed(folder, runs, refused, world, c
     assert set(find_students(runs)) == {"de", "nl"}
 
 
-def test_a_student_of_a_newer_format_holds_no_other_language_up(runs, world, refused, capsys):
+def test_a_student_of_a_newer_format_holds_no_other_language_up(
+    runs, world, clseave, refused, capsys
+):
     path = runs / "align-nl" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
     image = world / "images" / "test0.png"
@@ -209,6 +212,17 @@ def test_a_student_of_a_newer_format_holds_no_other_language_up(runs, world, ref
     assert "nl is left out: " in capsys.readouterr().err
     with pytest.raises(ModelError, match="format version 99"):
         serve._load(ServeConfig(runs=runs, lang=("nl",)))
+    out = runs.parent / "onnx"
+    for command in (
+        ("evaluate", "--runs", runs, "--data", world, "--resamples", "10"),
+        ("export", "--runs", runs, "--out", out),
+    ):
+        code, printed, said = clseave(*command)
+        note = f"{runs / 'align-nl'}: format version 99, this clseave reads 1; nl is left out."
+        assert code == 0 and note in said.replace("\n", " ")
+        assert "clseave align" not in said  # it has a student
+        assert re.search(r"\bde\b", printed) and not re.search(r"\bnl\b", printed)
+        assert "format version 99" in refused(*command, "--lang", "nl")
 
 
 @pytest.mark.parametrize(

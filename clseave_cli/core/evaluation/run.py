@@ -45,6 +45,7 @@ from clseave_cli.core.evaluation.results import (
 from clseave_cli.core.evaluation.transfer import analyse_distances, measure_transfer
 from clseave_cli.core.files import file_digest, locked_target, require_replaceable
 from clseave_cli.core.models.clip_ve import fingerprint, source_language
+from clseave_cli.core.models.folder import leave_out_other_versions
 from clseave_cli.core.models.student import find_students, require_teacher, student_fingerprint
 from clseave_cli.core.training.precision import resolve_device, resolve_precision
 from clseave_cli.core.translation.corpus import translate_hypotheses
@@ -201,6 +202,9 @@ def _systems(
         require_split_path(folder, config.split, source_lang)
         wanted = sorted(languages(folder, config.split), key=lambda lang: lang != source_lang)
         without = [lang for lang in wanted if lang not in readers]
+        if zero_shot:
+            readers = {lang: readers[lang] for lang in wanted if lang in readers}
+            leave_out_other_versions(readers, progress)
         if zero_shot and without:
             progress.note(
                 f"{runs}: no student for {', '.join(without)}; `clseave align --lang "

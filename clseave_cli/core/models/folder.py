@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from clseave_cli.core.files import file_digest, json_digest, read_json, write_json
+from clseave_cli.core.files import file_digest, json_digest, json_object, read_json, write_json
 from clseave_cli.errors import ModelError
+from clseave_cli.progress import Progress
 from clseave_cli.version import __version__
 
 FORMAT_VERSION = 1
@@ -114,6 +115,23 @@ def peek(folder: Path, format_name: str) -> dict[str, Any]:
     content = {key: value for key, value in config.items() if key not in _NOT_CONTENT}
     _require_digest(folder / _CONFIG, config.get("fingerprint"), json_digest(content))
     return config
+
+
+def leave_out_other_versions(folders: dict[str, Any], progress: Progress) -> None:
+    """Takes model folders of another format version out, each with a note.
+
+    Args:
+        folders: by the language that the model reads; None stays.
+        progress: gets the notes.
+    """
+    for lang, folder in list(folders.items()):
+        config = json_object(Path(folder) / _CONFIG) if folder else {}
+        if (version := config.get("format_version", FORMAT_VERSION)) != FORMAT_VERSION:
+            del folders[lang]
+            progress.note(
+                f"{folder}: format version {version}, this clseave reads {FORMAT_VERSION}; "
+                f"{lang} is left out. Update clseave to read it."
+            )
 
 
 def _members(folder: Path) -> list[Path]:
