@@ -155,6 +155,8 @@ def test_tables(site):
     assert "--image-column width: choose a column; there are: id, Image, text." in (
         read("a.csv", image_column="width")[0].problem
     )
+    (site / "e.csv").write_bytes("image,text\nred.png,x\n".encode("utf-16"))
+    assert read("e.csv")[0].problem == "not UTF-8; convert the file."
 
 
 def test_coco_captions_and_pictures_elsewhere(site):

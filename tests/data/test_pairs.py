@@ -123,6 +123,9 @@ def test_csv_that_breaks_goes_on_with_the_next_row(tmp_path, monkeypatch):
 
 def test_a_csv_file_needs_the_two_columns(tmp_path):
     path = tmp_path / "pairs.csv"
+    path.write_bytes("image,hypothesis\na.png,x\n".encode("utf-16"))
+    with pytest.raises(DataError, match=r"pairs\.csv:1: not UTF-8; convert the file\.$"):
+        _flat(path)
     path.write_text("image,sentence\na.png,x\n")
     with pytest.raises(DataError, match=r"pairs\.csv:1: expected a header with the columns image"):
         _read(path)

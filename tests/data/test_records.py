@@ -148,7 +148,7 @@ def test_a_bad_row_is_refused_by_file_and_line(tmp_path, reason, bad):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("train.jsonl", b'\n{"pairID": "\xff\xfe"}\n', r"train\.jsonl:2: not UTF-8 text"),
+        ("train.jsonl", b'\n{"pairID": "\xff\xfe"}\n', r"train\.jsonl:2: not UTF-8; convert"),
         ("train.csv", b"pairID,sentence2\np1,\xff\xfe\n", r"train\.csv:2: not UTF-8"),
         ("train.jsonl", b"\n", r"train\.jsonl: no usable rows; expected one JSON object a line"),
         ("train.jsonl.gz", gzip.compress(b"{}", mtime=0)[:-9], r"jsonl\.gz: damaged or cut short"),

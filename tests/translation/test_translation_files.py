@@ -175,6 +175,8 @@ def test_packed_files(tmp_path, name):
         ("x.csv", b'id,text\n1,"a\n', r"x\.csv:2: not valid CSV"),
         ("x.csv", b"id,text\n1,\xff\n", r"x\.csv:2: not UTF-8"),
         ("x.csv", b"gr\xf6\xdfe,text\n1,a\n", r"x\.csv:1: not UTF-8"),
+        ("x.csv", "id,text\n".encode("utf-16"), r"x\.csv:1: not UTF-8; convert the file\.$"),
+        ("x.csv", "id,text\n".encode("utf-16-be"), r"x\.csv:1: not UTF-8; convert the file\.$"),
         ("x.csv", b"", "no field .* it has none. Name the field with --field"),
         ("x.txt", b"a\n\xff\n", r"x\.txt:2: not UTF-8"),
         ("x.parquet", b"PAR1 not really", "not a readable Parquet file"),

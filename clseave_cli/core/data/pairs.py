@@ -23,11 +23,13 @@ from typing import Any, BinaryIO, NamedTuple
 from clseave_cli.core.data.rows import (
     HYPOTHESIS_KEYS,
     IMAGE_KEYS,
+    NOT_UTF8,
     BadRow,
     DelimitedRows,
     first_value,
     header_of,
     image_name,
+    is_garbled,
     json_rows,
     parquet_rows,
 )
@@ -72,13 +74,13 @@ def read_pairs(stream: BinaryIO, name: str, batch_size: int) -> Iterator[list[Pa
         lines.ended = True
         rows = parquet_rows(stream, Path(name), None)
     else:
-        header = set(map(str.strip, header_of(lines.peek())[1]))
+        names = header_of(lines.peek())[1]
+        header = set(map(str.strip, names))
         if header & {*IMAGE_KEYS} and header & {*HYPOTHESIS_KEYS}:
             rows = iter(DelimitedRows(lines, errors="surrogateescape"))
         elif name.removesuffix(".gz").endswith((".csv", ".tsv")):
-            raise DataError.at(
-                name, 1, "expected a header with the columns image and hypothesis, or SNLI-VE's."
-            )
+            wanted = "expected a header with the columns image and hypothesis, or SNLI-VE's."
+            raise DataError.at(name, 1, NOT_UTF8 if is_garbled(names) else wanted)
         else:
             rows = json_rows(lines)
     pairs = (_pair(values, name, line) for line, values, _ in rows)

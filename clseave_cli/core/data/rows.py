@@ -39,6 +39,7 @@ _FORMATS = {
     ".parquet": "parquet",
 }  # fmt: skip
 
+NOT_UTF8 = "not UTF-8; convert the file."
 _BOM = b"\xef\xbb\xbf"
 _DELIMITERS = ",;\t"
 # The longest cell; csv's own limit, 128 KiB, is lower than some explanations are long.
@@ -208,7 +209,7 @@ def _patient_json(line: bytes) -> Any:
     try:
         return json.loads(line.decode())  # of bytes, it would also take UTF-16
     except UnicodeDecodeError:
-        reason = "not UTF-8 text; convert the file."
+        reason = NOT_UTF8
     except json.JSONDecodeError as error:
         reason = f"not valid JSON ({error.msg} at column {error.colno})."
     except RecursionError:
@@ -248,7 +249,7 @@ class DelimitedRows:
         try:
             self.first_line.decode("utf-8", self._errors)
         except UnicodeDecodeError:
-            yield 1, BadRow("not UTF-8; convert the file.", repr(self.first_line)), None
+            yield 1, BadRow(NOT_UTF8, repr(self.first_line)), None
         reader = self._reader()
         line = 2
         while True:
@@ -257,7 +258,7 @@ class DelimitedRows:
             except StopIteration:
                 return
             except UnicodeDecodeError:
-                reason = "not UTF-8; convert the file."
+                reason = NOT_UTF8
             except csv.Error as error:
                 reason = f"not valid CSV ({error})."
             else:
@@ -322,6 +323,11 @@ def header_of(line: bytes) -> tuple[str, list[str]]:
         return delimiter, next(csv.reader([text], delimiter=delimiter), [])
     except csv.Error:
         return delimiter, [text]
+
+
+def is_garbled(names: Iterable[str]) -> bool:
+    """Whether names of columns were decoded from something else than UTF-8, such as UTF-16."""
+    return not {"\0", "\ufffd"}.isdisjoint("".join(names))
 
 
 @contextmanager

@@ -17,12 +17,14 @@ import orjson
 from clseave_cli.core.data.rows import (
     HYPOTHESIS_KEYS,
     ID_KEYS,
+    NOT_UTF8,
     PARQUET_BATCH,
     SUSPECT_FIELD,
     BadRow,
     DelimitedRows,
     first_value,
     format_of,
+    is_garbled,
     json_rows,
     reading,
     reading_parquet,
@@ -93,12 +95,14 @@ class TextFile:
         """The field to translate, out of those the file has.
 
         Raises:
-            DataError: the file does not have it.
+            DataError: the file does not have it, or is not UTF-8.
         """
         wanted = FIELDS if self._field is None else (self._field,)
         for name in wanted:
             if name in names:
                 return name
+        if is_garbled(names):
+            raise self._refused(1, NOT_UTF8)
         raise DataError(
             f"{self.path}: no field {' or '.join(wanted)}; it has {', '.join(names) or 'none'}. "
             "Name the field with --field."
@@ -273,7 +277,7 @@ class _PlainFile(TextFile):
                 try:
                     line = data.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError:
-                    raise self._refused(number, "not UTF-8; convert the file.") from None
+                    raise self._refused(number, NOT_UTF8) from None
                 text = line.removesuffix("\n").removesuffix("\r")
                 yield Row(number, text, None, line[len(text) :])
 

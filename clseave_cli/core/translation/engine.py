@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from clseave_cli.core.config import TranslateConfig
-from clseave_cli.core.data.rows import BadRow, json_rows, reading, split_name
+from clseave_cli.core.data.rows import NOT_UTF8, BadRow, json_rows, reading, split_name
 from clseave_cli.core.data.text_files import FIELDS
 from clseave_cli.core.files import file_digest
 from clseave_cli.errors import DataError, TranslationError, UsageError
@@ -236,7 +236,7 @@ class ImportedEngine:
                 try:
                     line = data.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
                 except UnicodeDecodeError:
-                    raise DataError.at(self._path, number, "not UTF-8; convert the file.") from None
+                    raise DataError.at(self._path, number, NOT_UTF8) from None
                 if not line:
                     continue
                 cells = line.split("\t")

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from clseave_cli.core.config import CheckConfig
+from clseave_cli.core.data.rows import NOT_UTF8, is_garbled
 from clseave_cli.core.prediction.checking import pages
 from clseave_cli.core.prediction.checking.pictures import MAX_BYTES, Locator, Picture
 from clseave_cli.errors import DataError, UsageError
@@ -97,7 +98,7 @@ class _File:
         """The columns of pictures and texts; None in a file that only lies there.
 
         Raises:
-            DataError: they or the file were named, and they are not there.
+            DataError: they or the file were named, and they are not there, or it is not UTF-8.
         """
         by_name = {name.strip().lower(): name for name in reversed(names)}
         chosen = []
@@ -109,6 +110,8 @@ class _File:
             column = next((by_name[option] for option in options if option in by_name), None)
             if column is None and not wanted and not self.named:
                 return None
+            if column is None and is_garbled(names):
+                raise DataError(NOT_UTF8)
             if column is None:
                 there = ", ".join(names)[:200]
                 raise DataError(f"{flag} {wanted or 'NAME'}: choose a column; there are: {there}.")
