@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
+import numbers
 import tomllib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin
@@ -41,6 +42,14 @@ Sampling = Literal["proportional", "uniform", "temperature", "self-paced"]
 #: The encoder of the thesis's students.
 MULTILINGUAL_BERT = "google-bert/bert-base-multilingual-cased"
 
+# For the type of a field, the types of values that become it, and what messages call them.
+_ACCEPTED: dict[Any, tuple[Any, str]] = {
+    bool: (bool, "true or false"),
+    int: (numbers.Integral, "a whole number"),
+    float: (numbers.Real, "a number"),
+    str: (str | Path, "text"),
+    Path: (str | Path, "text (a path)"),
+}
 # What stands for the values of some options in `--help`; of other paths DIR.
 _METAVARS = {
     "data": "DIR",
@@ -112,16 +121,17 @@ class StageConfig:
     precision: Precision = option("auto", "Arithmetic of the matrix products.")
 
     def __post_init__(self) -> None:
-        """Takes what Python callers like to give, and refuses numbers out of range.
+        """Takes what Python callers like to give, and refuses what a field cannot be.
 
         A 0 that means "off" becomes None, a list a tuple, a single text where several are taken a
-        tuple of one; a path and a text become what the field is.
+        tuple of one; numbers, paths and texts become what the field is.
 
         Raises:
-            UsageError: a number is too small; names the flag.
+            UsageError: a value is of another type, or a number out of range; names the flag.
         """
+        hints = typing.get_type_hints(type(self))
         for part in dataclasses.fields(self):
-            value = _of_type(str(part.type), getattr(self, part.name))
+            value = _convert(flag_of(part), getattr(self, part.name), hints[part.name])
             least, most = part.metadata["least"], part.metadata["most"]
             object.__setattr__(self, part.name, value)
             if part.metadata["zero_is_off"] and value == 0:
@@ -208,7 +218,7 @@ def toml_options(
     named_options(config_class, raw, f"{shown}: ")
     hints = typing.get_type_hints(config_class)
     names = {key: key.replace("-", "_") for key in raw}
-    return {names[key]: _convert(shown, key, raw[key], hints[names[key]]) for key in raw}
+    return {names[key]: _convert(f"{shown}: {key} =", raw[key], hints[names[key]]) for key in raw}
 
 
 def project_options(config_class: type[StageConfig], table: str) -> dict[str, Any]:
@@ -225,25 +235,28 @@ def project_options(config_class: type[StageConfig], table: str) -> dict[str, An
     return {}
 
 
-def _convert(shown: str, key: str, value: Any, annotation: Any) -> Any:
-    """`value` as the field's type, by the few types that config fields have."""
+def _convert(where: str, value: Any, annotation: Any) -> Any:
+    """`value` as the field's type, by the few types that config fields have.
+
+    Raises:
+        UsageError: it is of another type; `where` stands before it in the message.
+    """
     if get_origin(annotation) is tuple:
-        items = value if isinstance(value, list) else [value]
-        return tuple(_convert(shown, key, item, value_type(annotation)) for item in items)
-    annotation = value_type(annotation)
-    if get_origin(annotation) is Literal:
-        if value in get_args(annotation):
+        is_one = isinstance(value, str | dict) or not isinstance(value, Iterable)
+        items = [value] if is_one else value
+        return tuple(_convert(where, item, value_type(annotation)) for item in items)
+    if value is None and type(None) in get_args(annotation):
+        return None
+    kind = value_type(annotation)
+    if get_origin(kind) is Literal:
+        if value in get_args(kind):
             return value
-        expected = " or ".join(map(str, get_args(annotation)))
-    elif annotation is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    elif annotation is Path and isinstance(value, str):
-        return Path(value)
-    elif type(value) is annotation:
-        return value
+        expected = " or ".join(map(str, get_args(kind)))
     else:
-        expected = annotation.__name__
-    raise UsageError(f"{shown}: {key} = {value!r}, expected {expected}.")
+        accepted, expected = _ACCEPTED[kind]
+        if isinstance(value, accepted) and isinstance(value, bool) == (kind is bool):
+            return kind(value)
+    raise UsageError(f"{where} {value!r}, expected {expected}.")
 
 
 def value_type(annotation: Any) -> Any:
@@ -264,16 +277,6 @@ def refuse_removed(config_class: type[StageConfig], arguments: list[str], where:
         for removed in (word, f"{word} {value}"):
             if advice := config_class.REMOVED.get(removed):
                 raise UsageError(f"{where}{removed} was removed: {advice}.")
-
-
-def _of_type(declared: str, value: Any) -> Any:
-    """A value as its field declares it, where it is a path, a text, or several of them."""
-    if declared.startswith("tuple["):
-        many = (value,) if isinstance(value, str | Path) else tuple(value)
-        return tuple(_of_type(declared.removeprefix("tuple[").split(",")[0], v) for v in many)
-    if isinstance(value, Path) and declared.startswith("str"):
-        return str(value)
-    return Path(value) if isinstance(value, str) and declared.startswith("Path") else value
 
 
 @dataclass(frozen=True, kw_only=True)

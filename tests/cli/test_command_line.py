@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 from tiny_world import read_jsonl, write_jsonl
@@ -16,6 +17,7 @@ from clseave_cli import __version__, processes
 from clseave_cli.commands.options import resolve
 from clseave_cli.core.config import (
     AlignConfig,
+    CurveConfig,
     DemoConfig,
     EvaluateConfig,
     ExportConfig,
@@ -449,13 +451,15 @@ def test_a_file_may_name_several_languages_or_one(tmp_path):
     [
         ("epoch = 3", "no option named epoch; did you mean epochs?"),
         ("zzz = 3", "no option named zzz; there are: "),
-        ("epochs = 'many'", "epochs = 'many', expected int"),
-        ("epochs = true", "epochs = True, expected int"),
-        ("epochs = 2.5", "epochs = 2.5, expected int"),
+        ("epochs = 'many'", "epochs = 'many', expected a whole number."),
+        ("epochs = true", "epochs = True, expected a whole number."),
+        ("epochs = 2.5", "epochs = 2.5, expected a whole number."),
+        ("epochs = [3]", "epochs = [3], expected a whole number."),
+        ("learning-rate = '1'", "learning-rate = '1', expected a number."),
         ("select = 'best'", "select = 'best', expected loss or accuracy"),
-        ("skip-bad = 1", "skip-bad = 1, expected bool"),
-        ("clip = 3", "clip = 3, expected str"),
-        ("out = 3", "out = 3, expected Path"),
+        ("skip-bad = 1", "skip-bad = 1, expected true or false."),
+        ("clip = 3", "clip = 3, expected text."),
+        ("out = 3", "out = 3, expected text (a path)."),
         ("[finetune-ve]\nepochs = 3", "no option named finetune-ve"),
         ("epochs = ", "not valid TOML"),
         ("lang = 'de'", "no option named lang"),
@@ -476,6 +480,18 @@ def test_a_library_caller_meets_the_same_refusals():
         FinetuneConfig(batch_size=0)
     with pytest.raises(UsageError, match="--epochs -1: expected at least 1"):
         dataclasses.replace(FinetuneConfig(), epochs=-1)
+    with pytest.raises(UsageError, match=r"^--select 'best', expected loss or accuracy\.$"):
+        FinetuneConfig(select="best")
+    with pytest.raises(UsageError, match=r"^--lang 3, expected text\.$"):
+        AlignConfig(lang=["de", 3])
+
+
+def test_numbers_become_those_of_their_field():
+    """An optimiser would keep a rate of 1 as an integer on a GPU."""
+    config = FinetuneConfig(learning_rate=1, clip_norm=2, epochs=np.int64(3), patience=None)
+    numbers = config.learning_rate, config.clip_norm, config.epochs
+    assert numbers == (1, 2, 3) and [type(number) for number in numbers] == [float, float, int]
+    assert CurveConfig(limits=[np.int32(5)]).limits == (5,) and config.patience is None
 
 
 def test_zero_takes_back_what_a_preset_or_a_default_sets(clseave, monkeypatch, tmp_path):
