@@ -15,6 +15,7 @@ import numpy.typing as npt
 from PIL import (
     Image,
     ImageOps,
+    UnidentifiedImageError,
     WebPImagePlugin,  # noqa: F401  the one format of ours that Pillow would load all others for
 )
 
@@ -134,7 +135,7 @@ def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
         DataError: missing, unreadable, damaged, truncated, larger than Pillow's safety limit, or
             far too long for its width.
     """
-    label = name or (str(source) if isinstance(source, Path) else "image")
+    label = name or (str(source) if isinstance(source, Path) else "the image")
     try:
         stream = source if isinstance(source, Path) else io.BytesIO(source)
         with Image.open(stream, formats=FORMATS) as image:
@@ -156,7 +157,9 @@ def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.ELOOP):
             raise DataError(f"{label}: cannot be read ({error.strerror}).") from None
-        raise DataError(f"{label}: damaged or not an image ({error}).") from None
+        # This one says no more, but prints the stream with its address in memory.
+        why = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
+        raise DataError(f"{label}: damaged or not an image{why}.") from None
 
 
 def require_shape(image: Image.Image, label: str) -> None:

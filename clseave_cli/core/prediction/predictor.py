@@ -98,8 +98,9 @@ class Photo:
     @classmethod
     def of(cls, source: ImageSource) -> Photo:
         """Looks at a source, and reads it unless it is a path."""
-        is_path = isinstance(source, str | Path)
-        name = str(source if is_path else getattr(source, "name", f"<{type(source).__name__}>"))
+        # The name of an open file may be missing, None, or a number.
+        name = source if isinstance(source, str | Path) else getattr(source, "name", None)
+        name = str(name) if isinstance(name, str | Path) else "the image"
         try:
             if isinstance(source, str | Path):
                 return cls(name, Path(source), _stamp(name))
