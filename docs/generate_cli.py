@@ -37,8 +37,9 @@ Beside other programs, threads that wait by spinning slow torch down. clseave so
 set one of the two or `KMP_BLOCKTIME`; `OMP_NUM_THREADS` sets their number. Both are shown by
 `clseave --debug COMMAND`.
 
-Options win in this order: flag, `--config` file, `--preset`, default. A key of the `--config` file
-is the flag without its dashes: `batch_size = 64` or `batch-size = 64`.
+Options win in this order: flag, `--config` file, `--preset`, the command's table in `clseave.toml`
+(`clseave init` writes one), default. A key of a file is the flag without its dashes:
+`batch_size = 64` or `batch-size = 64`.
 """
 
 _WORDS = {int: "number", float: "number", str: "text", Path: "path"}

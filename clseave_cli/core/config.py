@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
+import json
 import tomllib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin
@@ -105,8 +106,6 @@ class StageConfig:
     #: What is no longer there (`--flag`, or `--flag value`), and what to use instead. An entry
     #: stays for one version.
     REMOVED: ClassVar[dict[str, str]] = {}
-    #: Name of the table in [tool.clseave] of a project's TOML files that sets options, if any.
-    PROJECT_TABLE: ClassVar[str | None] = None
 
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")
     precision: Precision = option("auto", "Arithmetic of the matrix products.")
@@ -223,6 +222,29 @@ def project_options(config_class: type[StageConfig], table: str) -> dict[str, An
         if Path(name).is_file() and (set_there := toml_options(config_class, Path(name), "", keys)):
             return set_there
     return {}
+
+
+def project_template(commands: Mapping[str, type[StageConfig]]) -> str:
+    """A clseave.toml with the main options of some commands and their defaults, commented out."""
+    lines = [
+        "# What clseave's commands do in this folder. A flag, --config and --preset win over it.",
+        "# `clseave COMMAND --help-all` lists further options: --batch-size is batch_size here.",
+    ]
+    for name, config_class in commands.items():
+        parts = {part.name: part for part in dataclasses.fields(config_class)}
+        lines += ["", f"[{name}]"]
+        for part in (parts[key] for key in config_class.FIRST or parts if key in parts):
+            lines.append(f"# {part.name} = {_toml(part)}  # {part.metadata['help']}")
+    return "\n".join(lines) + "\n"
+
+
+def _toml(part: dataclasses.Field[Any]) -> str:
+    """A field's default as TOML writes it, or something in its place where there is none."""
+    value = part.default
+    if value is None:
+        is_number = "int" in str(part.type) or "float" in str(part.type)
+        value = (part.metadata["least"] or 0) if is_number else metavar_of(part) or part.name
+    return json.dumps(value, default=str)
 
 
 def _convert(shown: str, key: str, value: Any, annotation: Any) -> Any:
@@ -759,7 +781,6 @@ class PredictConfig(ModelsConfig):
 class CheckConfig(ModelsConfig):
     """`check`: does each text of a page, folder or table fit its picture?"""
 
-    PROJECT_TABLE: ClassVar[str | None] = "check"
     FIRST: ClassVar[tuple[str, ...]] = (
         "lang", "runs", "min_confidence", "images", "image_column", "text_column", "format",
         "fail_on", "baseline",

@@ -13,11 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from clseave_cli.core.config import Code, Pooling, SentenceToken
-from clseave_cli.core.data.records import is_language
-from clseave_cli.core.files import read_json
 from clseave_cli.core.models import backbones
 from clseave_cli.core.models.encoders import SentenceEncoder
-from clseave_cli.core.models.folder import is_of_format, peek, seal, unsealed
+from clseave_cli.core.models.folder import peek, seal, unsealed
 from clseave_cli.core.models.tokens import Trimmed
 from clseave_cli.core.models.vocabulary import restore_vocabulary
 from clseave_cli.core.models.weights import load_weights, save_weights
@@ -246,36 +244,6 @@ def require_teacher(folder: Path, teacher: str) -> None:
             f"{teacher[:12]}); its embeddings mean nothing to this one. Align it again, or use the "
             "CLIP-VE it belongs to."
         )
-
-
-def find_students(runs: Path) -> dict[str, Path]:
-    """The student folders under `runs`, by language; one of a single language goes first.
-
-    A folder may have any name: what it holds, and for which languages, stands in its config. One
-    that cannot be read (damaged, or of a newer version) stands for the languages it names where no
-    other does: `load_student` says what is wrong with it, and no other language is held up.
-    """
-    ranked: dict[str, tuple[bool, int, Path]] = {}
-    for config in sorted(runs.glob("[!.]*/config.json")):
-        folder = config.parent
-        if not (folder.name.startswith("align-") or is_of_format(folder, FORMAT)):
-            continue
-        try:
-            is_unreadable, languages = False, list(map(str, peek(folder, FORMAT)["languages"]))
-        except (ModelError, KeyError, TypeError):
-            is_unreadable, languages = True, _languages_named(folder)
-        for language in filter(is_language, languages):
-            rank = (is_unreadable, len(languages), folder)
-            ranked[language] = min(rank, ranked.get(language, rank))
-    return {language: folder for language, (_, _, folder) in sorted(ranked.items())}
-
-
-def _languages_named(folder: Path) -> list[str]:
-    """The languages of a student whose config cannot be relied on."""
-    try:
-        return list(map(str, read_json(folder / "config.json")["languages"]))
-    except (ModelError, KeyError, TypeError):
-        return folder.name.removeprefix("align-").split("+")
 
 
 def _student(
