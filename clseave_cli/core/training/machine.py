@@ -8,6 +8,8 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -97,7 +99,7 @@ def _devices() -> tuple[list[str], dict[str, Callable[[], object]]]:
         import torch
     except ModuleNotFoundError:
         left, right = (np.ones(shape, np.float32) for shape in ((_ROWS, _WIDTH), (_WIDTH, _INNER)))
-        return [cpu], {"cpu fp32": lambda: left @ right}
+        return [cpu], {"cpu fp32": partial(_multiply, left, right)}
     arithmetics = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     products: dict[str, Callable[[], object]] = {}
     names = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
@@ -106,10 +108,13 @@ def _devices() -> tuple[list[str], dict[str, Callable[[], object]]]:
             if device != "cpu" or name != "fp16":
                 a = torch.ones(_ROWS, _WIDTH, dtype=dtype, device=device)
                 b = torch.ones(_WIDTH, _INNER, dtype=dtype, device=device)
-                # Reading one number waits for the GPU.
-                products[f"{device} {name}"] = lambda a=a, b=b: (a @ b)[0, 0].item()
+                products[f"{device} {name}"] = partial(_multiply, a, b)
     cards = [f"{name} ({torch.cuda.get_device_name(name)})" for name in names]
     return [cpu, *cards], products
+
+
+def _multiply(left: Any, right: Any) -> object:
+    return (left @ right)[0, 0].item()  # reading one number waits for the GPU
 
 
 def _rate(product: Callable[[], object], seconds: float) -> float:
