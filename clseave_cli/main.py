@@ -157,6 +157,8 @@ def main() -> None:
     processes.prepare_streams()
     _quieten_libraries()
     processes.wait_without_spinning()
+    if "_CLSEAVE_COMPLETE" in os.environ:  # fish takes each line of a broken help for a candidate
+        os.environ["COLUMNS"] = "10000"
     stdout = sys.stdout
     try:
         try:

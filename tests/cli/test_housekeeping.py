@@ -148,3 +148,28 @@ def test_the_project_file_loses_to_preset_config_and_flag(tmp_path, monkeypatch)
     assert values({}) == (3, 5, 7)
     assert values({}, None, "thesis") == (22, 128, 7)
     assert values({"seed": 1}, tmp_path / "options.toml", "thesis") == (22, 6, 1)
+
+
+@pytest.mark.parametrize(
+    ("shell", "variables", "expected"),
+    [
+        ("bash", {"COMP_WORDS": "clseave align --stud", "COMP_CWORD": "2"}, "--student"),
+        ("zsh", {"_TYPER_COMPLETE_ARGS": "clseave cac"}, '_arguments \'*: :(("cache":"Show what'),
+        (
+            "fish",
+            {
+                "_TYPER_COMPLETE_ARGS": "clseave align --stud",
+                "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+            },
+            "--student\tEncoder to train (hub id or folder). Default: google-bert/bert",
+        ),
+    ],
+)
+def test_completion(clseave, monkeypatch, shell, variables, expected):
+    monkeypatch.setenv("COLUMNS", "80")
+    for name, value in (variables | {"_CLSEAVE_COMPLETE": f"complete_{shell}"}).items():
+        monkeypatch.setenv(name, value)
+    code, out, _ = clseave()
+    assert code == 0
+    (line,) = out.splitlines()  # one candidate, whatever its help is
+    assert line.startswith(expected)
