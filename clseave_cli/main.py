@@ -156,7 +156,7 @@ def main() -> None:
     """Runs the command line; every error ends in one line on stderr and its exit code."""
     processes.prepare_streams()
     _quieten_libraries()
-    processes.wait_without_spinning()
+    processes.spin_briefly()
     if "_CLSEAVE_COMPLETE" in os.environ:  # fish takes each line of a broken help for a candidate
         os.environ["COLUMNS"] = "10000"
     stdout = sys.stdout
