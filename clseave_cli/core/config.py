@@ -309,7 +309,7 @@ class SeededConfig(StageConfig):
 class ModelsConfig(StageConfig):
     """A stage that reads or writes models."""
 
-    runs: Path = option(Path("runs"), "Folder of the models.")
+    runs: Path = option(Path("runs"), "Folder of the models, or ORG/NAME[@revision] of the hub.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,6 +327,7 @@ class DataConfig:
 class TrainingConfig(ModelsConfig, SeededConfig):
     """What the training loop needs to know, whatever it trains."""
 
+    runs: Path = option(Path("runs"), "Folder of the models.")
     epochs: int = option(10, "Passes over the training data.", least=1)
     batch_size: int = option(128, "Examples in one optimiser step.", least=1)
     learning_rate: float = option(1e-4, "Peak learning rate.", least=0)
@@ -607,7 +608,9 @@ class StudentConfig(TrainingConfig, DataConfig, TokenConfig):
     method: Method = option("sentence", "What of a sentence is aligned (docs/methods.md).")
     lang: tuple[str, ...] = option((), "Language to align; repeat: one student of several.")
     student: str = option(MULTILINGUAL_BERT, "Encoder to train (hub id or folder).")
-    teacher: Path | None = option(None, "CLIP-VE folder to imitate; unset: RUNS/clip-ve.")
+    teacher: Path | None = option(
+        None, "CLIP-VE folder to imitate, or ORG/NAME of the hub; unset: RUNS/clip-ve."
+    )
     objective: ObjectiveName = option("mse", "What the student is pulled towards.")
     pooling: Pooling = option("terminal", "Which hidden state stands for the sentence.")
     include_english: bool = option(False, "Train on the teacher's sentences, too.")
@@ -745,7 +748,9 @@ class EvaluateConfig(SeededConfig, DataConfig, EngineConfig):
     runs: tuple[Path, ...] = option(
         (Path("runs"),), "Folder of the models; repeat for the same models of several seeds."
     )
-    students: Path | None = option(None, "Folder of the students; unset: the same.")
+    students: Path | None = option(
+        None, "Folder of the students, or ORG/NAME of the hub; unset: --runs."
+    )
     lang: tuple[str, ...] = option((), "Language to evaluate; repeat; unset: all there are.")
     mode: Literal["zero-shot", "translate-test", "both"] = option(
         "zero-shot",

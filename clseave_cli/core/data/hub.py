@@ -95,7 +95,7 @@ def model_folder(name: Path, progress: Progress = SILENT) -> Path:
             )
     except Exception as error:  # of the hub's client, of HTTP, or of the disk
         raise ModelError(
-            f"{name}: neither a folder here nor a repository of the hub ({hub_reason(error)})."
+            f"{name}: no such folder here, and not fetched from the hub ({hub_reason(error)})."
         ) from None
     return Path(folder)
 
