@@ -110,7 +110,7 @@ def require_replaceable(out: Path, kind: Kind | None, config: object = None) -> 
         if not os.access(next(path for path in place.parents if path.exists()), os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, "no write permission")
         names = sorted(path.name for path in place.iterdir()) if place.exists() else []
-        if names and (kind is None or not kind.marks(_object(place / kind.marker))):
+        if names and (kind is None or not kind.marks(json_object(place / kind.marker))):
             more = f" and {len(names) - 2} more" if len(names) > 2 else ""
             raise UsageError(
                 f"{out}: is there already (with {', '.join(names[:2])}{more}) and is not "
@@ -141,7 +141,7 @@ def _protected(config: object) -> Iterator[tuple[str, Path]]:
 def _strangers(kind: Kind, folder: Path) -> Iterator[str]:
     """Files of a folder that are no members of its kind, by their paths in it."""
     members = re.compile(f"{kind.members}|{_LITTER}")
-    listed = set(_object(folder / "config.json").get("files", ()))
+    listed = set(json_object(folder / "config.json").get("files", ()))
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         is_folder = path.is_dir() and not path.is_symlink()
@@ -149,7 +149,7 @@ def _strangers(kind: Kind, folder: Path) -> Iterator[str]:
             yield name
 
 
-def _object(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is none."""
     try:
         content = json.loads(path.read_bytes()) if path.is_file() else None

@@ -13,16 +13,14 @@ from clseave_cli.core.data import hub
 from clseave_cli.core.data.languages import language_name
 from clseave_cli.core.evaluation.results import Baselines, LanguageResult, Results
 from clseave_cli.core.evaluation.summary import percent
-from clseave_cli.core.files import read_json
+from clseave_cli.core.files import json_object, read_json
 from clseave_cli.core.models import clip_ve, student
-from clseave_cli.core.models.folder import is_of_format, unsealed
+from clseave_cli.core.models.folder import unsealed
 from clseave_cli.core.models.listing import find_students
 from clseave_cli.core.training.run import public_name
 from clseave_cli.errors import ClseaveError, DataError, ModelError, UsageError
 from clseave_cli.progress import SILENT, Progress
 from clseave_cli.version import __version__
-
-_ONNX = "onnx"
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ class _Model:
         Raises:
             ModelError: it is damaged, names a local path, or has a file that is never fetched.
         """
-        kind = next(k for k in (clip_ve.FORMAT, student.FORMAT, _ONNX) if is_of_format(folder, k))
+        kind = _kind(folder)
         with unsealed(folder, kind) as config:
             files = ["config.json", *config["files"]]
             fingerprints = {config["fingerprint"], *config.get("sources", {}).values()}
@@ -131,6 +129,11 @@ class _Model:
         return cls(folder, files, kind, list(config["languages"]), fingerprints, base, data)
 
 
+def _kind(folder: Path) -> str:
+    """What a folder says that it holds; empty where it says nothing."""
+    return str(json_object(folder / "config.json").get("format", ""))
+
+
 def _languages(models: Mapping[str, _Model]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(lang for model in models.values() for lang in model.languages))
 
@@ -141,11 +144,10 @@ def _places(folder: Path, teacher: Path | None) -> dict[str, Path]:
     Raises:
         ModelError: there is no model, or a student of another CLIP-VE.
     """
-    if is_of_format(folder, _ONNX):
-        return {"": folder}
-    if is_of_format(folder, clip_ve.FORMAT):
-        return {"clip-ve": folder}
-    if is_of_format(folder, student.FORMAT):
+    kind = _kind(folder)
+    if kind in ("onnx", clip_ve.FORMAT):
+        return {"" if kind == "onnx" else kind: folder}
+    if kind == student.FORMAT:
         teacher, students = teacher or folder.resolve().parent / "clip-ve", [folder]
     else:
         teacher = teacher or folder / "clip-ve"
@@ -153,7 +155,7 @@ def _places(folder: Path, teacher: Path | None) -> dict[str, Path]:
     fingerprint = clip_ve.fingerprint(teacher)
     for each in students:
         student.require_teacher(each, fingerprint)
-    return {"clip-ve": teacher, **{each.resolve().name: each for each in students}}
+    return {clip_ve.FORMAT: teacher, **{each.resolve().name: each for each in students}}
 
 
 @dataclass(frozen=True)

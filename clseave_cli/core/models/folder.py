@@ -89,15 +89,6 @@ def _require_digest(path: Path, expected: Any, digest: str) -> None:
         )
 
 
-def is_of_format(folder: Path, format_name: str) -> bool:
-    """Whether a folder says that it holds a model of a format, whatever its state."""
-    try:
-        config = read_json(folder / _CONFIG)
-    except (ModelError, OSError):
-        return False
-    return isinstance(config, dict) and config.get("format") == format_name
-
-
 def peek(folder: Path, format_name: str) -> dict[str, Any]:
     """Reads `config.json` without checking the other files.
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from clseave_cli.core.data.records import is_language
-from clseave_cli.core.files import folder_bytes, read_json
-from clseave_cli.core.models.folder import is_of_format, peek
+from clseave_cli.core.files import folder_bytes, json_object, read_json
+from clseave_cli.core.models.folder import peek
 from clseave_cli.errors import ModelError
 
 _CLIP_VE, _STUDENT, _PRETRAINED = "clip-ve", "student", "pretrained"
@@ -27,28 +27,23 @@ def student_candidates(runs: Path) -> dict[str, list[Path]]:
     loading it says what is wrong with it, and no other language is held up.
     """
     ranked: dict[str, list[tuple[bool, int, Path]]] = {}
+    languages: Any
     for config in sorted(runs.glob("[!.]*/config.json")):
-        folder = config.parent
-        if not (folder.name.startswith("align-") or is_of_format(folder, _STUDENT)):
+        folder, content = config.parent, json_object(config)
+        if not (folder.name.startswith("align-") or content.get("format") == _STUDENT):
             continue
         try:
-            is_unreadable, languages = False, list(map(str, peek(folder, _STUDENT)["languages"]))
+            is_unreadable, languages = False, list(peek(folder, _STUDENT)["languages"])
         except (ModelError, KeyError, TypeError):
-            is_unreadable, languages = True, _languages_named(folder)
-        for language in filter(is_language, languages):
+            is_unreadable, languages = True, content.get("languages", ())
+            if not isinstance(languages, list):
+                languages = folder.name.removeprefix("align-").split("+")
+        for language in filter(is_language, map(str, languages)):
             ranked.setdefault(language, []).append((is_unreadable, len(languages), folder))
     return {
         language: [folder for _, _, folder in sorted(ranks)]
         for language, ranks in sorted(ranked.items())
     }
-
-
-def _languages_named(folder: Path) -> list[str]:
-    """The languages of a student whose config cannot be relied on."""
-    try:
-        return list(map(str, read_json(folder / "config.json")["languages"]))
-    except (ModelError, KeyError, TypeError):
-        return folder.name.removeprefix("align-").split("+")
 
 
 @dataclass(frozen=True)
