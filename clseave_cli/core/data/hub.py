@@ -84,15 +84,16 @@ def model_folder(name: Path, progress: Progress = SILENT) -> Path:
         return name
     import huggingface_hub
 
+    if hub_answers():
+        progress.note(f"{name}: fetching what is not in the cache yet")
     try:
-        with progress.task(f"fetch {name}"):
-            folder = huggingface_hub.snapshot_download(
-                match[1],
-                revision=match[2],
-                allow_patterns=list(MODEL_FILES),
-                local_files_only=not hub_answers(),
-                library_name="clseave",
-            )
+        folder = huggingface_hub.snapshot_download(
+            match[1],
+            revision=match[2],
+            allow_patterns=list(MODEL_FILES),
+            local_files_only=not hub_answers(),
+            library_name="clseave",
+        )
     except Exception as error:  # of the hub's client, of HTTP, or of the disk
         raise ModelError(
             f"{name}: no such folder here, and not fetched from the hub ({hub_reason(error)})."

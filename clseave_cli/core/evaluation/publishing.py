@@ -287,33 +287,33 @@ def _commit(
 
     if not hub.hub_answers():
         raise ClseaveError(f"{repository}: not pushed; {hub.hub_reason(ConnectionError())}.")
+    progress.note(f"{repository}: pushing {len(files)} files")
     api = HfApi(library_name="clseave", library_version=__version__)
     try:
-        with progress.task(f"push to {repository}"):
-            api.create_repo(repository, private=private or None, exist_ok=True)
-            there = api.model_info(repository)
-            if private and not there.private:
-                raise UsageError(f"{repository}: is public already; make it private on the hub.")
-            names = {sibling.rfilename for sibling in there.siblings or ()}
-            configs = {name for name in names if re.fullmatch(r"([^/]+/)?config\.json", name)}
-            if others := {name.rpartition("/")[0] for name in configs} - places:
-                raise UsageError(
-                    f"{repository}: holds other models too ({', '.join(sorted(others)) or '.'}); "
-                    "push the folder of all of them, or choose another name."
-                )
-            inside = tuple(f"{place}/" for place in places if place)
-            gone = sorted(name for name in names - set(files) if name.startswith(inside))
-            added = [CommitOperationAdd(name, path) for name, path in files.items()]
-            commit = api.create_commit(
-                repository,
-                [
-                    *(CommitOperationDelete(name) for name in gone),
-                    *added,
-                    CommitOperationAdd("README.md", card.encode()),
-                ],
-                commit_message=f"Push from clseave {__version__}",
-                parent_commit=there.sha,
+        api.create_repo(repository, private=private or None, exist_ok=True)
+        there = api.model_info(repository)
+        if private and not there.private:
+            raise UsageError(f"{repository}: is public already; make it private on the hub.")
+        names = {sibling.rfilename for sibling in there.siblings or ()}
+        configs = {name for name in names if re.fullmatch(r"([^/]+/)?config\.json", name)}
+        if others := {name.rpartition("/")[0] for name in configs} - places:
+            raise UsageError(
+                f"{repository}: holds other models too ({', '.join(sorted(others)) or '.'}); "
+                "push the folder of all of them, or choose another name."
             )
+        inside = tuple(f"{place}/" for place in places if place)
+        gone = sorted(name for name in names - set(files) if name.startswith(inside))
+        added = [CommitOperationAdd(name, path) for name, path in files.items()]
+        commit = api.create_commit(
+            repository,
+            [
+                *(CommitOperationDelete(name) for name in gone),
+                *added,
+                CommitOperationAdd("README.md", card.encode()),
+            ],
+            commit_message=f"Push from clseave {__version__}",
+            parent_commit=there.sha,
+        )
     except ClseaveError:
         raise
     except Exception as error:  # of the hub's client, of HTTP, or of the disk
