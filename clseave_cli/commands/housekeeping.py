@@ -87,7 +87,7 @@ def doctor(
     json: Json = False,
 ) -> None:
     """Show versions, devices, threads and extras, and how fast this machine multiplies."""
-    from clseave_cli.core.training.machine import examine
+    from clseave_cli.core.training.machine import EXTRAS, examine
 
     report = examine(seconds=5.0 if speed else 0.0)
     if json:
@@ -96,9 +96,9 @@ def doctor(
     terminal.say(" · ".join(f"{name} {version}" for name, version in report.versions.items()))
     terminal.say(f"devices: {', '.join(report.devices)}")
     terminal.say(f"threads: {report.threads}")
-    for extra in report.extras:
-        lacks = f"pip install 'clseave-cli[{extra.name}]'"
-        terminal.say(f"  {extra.name:<12} {extra.purpose}: {lacks if extra.missing else 'there'}")
+    for extra, missing in report.missing.items():
+        state = f"pip install 'clseave-cli[{extra}]'" if missing else "installed"
+        terminal.say(f"  {extra:<12} {EXTRAS[extra][0]}: {state}")
     for name, rate in report.speed.items():
         terminal.say(f"{name}: {rate:,.0f} billion operations a second")
 

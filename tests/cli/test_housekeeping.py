@@ -104,8 +104,7 @@ def test_doctor_sees_versions_devices_and_extras(clseave, monkeypatch, torch):
     document = json.loads(out)
     assert document["versions"]["python"] == sys.version.split()[0]
     assert document["devices"][0].startswith("cpu (") and document["speed"] == {}
-    missing = {extra["name"]: extra["missing"] for extra in document["extras"]}
-    assert missing["check"] == ["lxml"] and missing["serve"] == []
+    assert document["missing"]["check"] == ["lxml"] and document["missing"]["serve"] == []
     text = clseave("doctor", "--no-speed")[1]
     assert "check reads HTML and Markdown: pip install 'clseave-cli[check]'\n" in text
     speed = machine.examine(seconds=0.01).speed

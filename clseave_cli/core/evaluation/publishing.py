@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
 from clseave_cli.core.data import hub
 from clseave_cli.core.data.languages import language_name
-from clseave_cli.core.evaluation.results import Baselines, LanguageResult, Results
+from clseave_cli.core.evaluation.results import Baselines, Results
 from clseave_cli.core.evaluation.summary import percent
 from clseave_cli.core.files import json_object, read_json
 from clseave_cli.core.models import clip_ve, student
@@ -76,7 +76,7 @@ def push(
             "data and the pretrained models limit your choice."
         )
     models = {place: _Model.of(each) for place, each in _places(folder, teacher).items()}
-    measured = [] if report is None else _measured(report, list(models.values()))
+    measured = None if report is None else _measured(report, list(models.values()))
     files = {
         f"{place}/{name}".removeprefix("/"): model.folder / name
         for place, model in models.items()
@@ -158,17 +158,8 @@ def _places(folder: Path, teacher: Path | None) -> dict[str, Path]:
     return {clip_ve.FORMAT: teacher, **{each.resolve().name: each for each in students}}
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """What an evaluation measured in one language: the model, and the blind baseline."""
-
-    result: LanguageResult
-    hypothesis_only: float | None
-    data: str  # name of the data folder, or a data set of the hub
-
-
-def _measured(report: Path, models: Sequence[_Model]) -> list[_Measured]:
-    """The results of an evaluation in the models' languages.
+def _measured(report: Path, models: Sequence[_Model]) -> Results:
+    """An evaluation's zero-shot results in the models' languages.
 
     Raises:
         DataError: it is of other models, of several trainings, or of the training split.
@@ -177,8 +168,7 @@ def _measured(report: Path, models: Sequence[_Model]) -> list[_Measured]:
     if results.of_training_rows:
         raise DataError(f"{report}: of the training split, which says little; evaluate another.")
     evaluated = set(results.signature.checkpoints.values())
-    data = (results.signature.dataset or "SNLI-VE").removeprefix("hf:")
-    measured = []
+    kept = []
     for result in results.results:
         readers = [model for model in models if result.lang in model.languages]
         if not readers or result.mode != "zero-shot":
@@ -188,26 +178,26 @@ def _measured(report: Path, models: Sequence[_Model]) -> list[_Measured]:
                 f"{report}: its {result.lang} was not measured with these models alone; evaluate "
                 "them again, and name that report."
             )
-        baseline = results.baselines.get(result.key, Baselines())
-        measured.append(_Measured(result, baseline.hypothesis_only, data))
-    return measured
+        kept.append(result)
+    return replace(results, results=tuple(kept))
 
 
 def _card(
-    repository: str, license: str, models: Mapping[str, _Model], measured: Sequence[_Measured]
+    repository: str, license: str, models: Mapping[str, _Model], measured: Results | None
 ) -> str:
     """The model card: metadata for the hub, and a page; neither names a local path."""
     from huggingface_hub import EvalResult, ModelCardData
 
     name, languages = repository.rpartition("/")[2], _languages(models)
     evaluations, rows = [], []
-    for each in measured:
-        of = each.result
+    for of in measured.results if measured else ():
+        assert measured is not None
+        data = (measured.signature.dataset or "SNLI-VE").removeprefix("hf:")
         interval = {"low": of.accuracy_low, "high": of.accuracy_high, "confidence": 0.95}
         evaluation = EvalResult(
             task_type="visual-entailment",
-            dataset_type=each.data,
-            dataset_name=each.data,
+            dataset_type=data,
+            dataset_name=data,
             dataset_config=of.lang,
             dataset_split=of.split,
             metric_type="accuracy",
@@ -217,8 +207,8 @@ def _card(
         )
         evaluations.append(evaluation)
         ends = f"{percent(of.accuracy_low)}–{percent(of.accuracy_high)}"
-        where = f"{of.num_examples:,} of {each.data}, {of.split}"
-        blind = percent(each.hypothesis_only)
+        blind = percent(measured.baselines.get(of.key, Baselines()).hypothesis_only)
+        where = f"{of.num_examples:,} of {data}, {of.split}"
         rows.append((language_name(of.lang), percent(of.accuracy), ends, blind, where))
     bases = {model.base for model in models.values() if hub.is_repository(model.base)}
     sets = {m.data.removeprefix("hf:") for m in models.values() if m.data.startswith("hf:")}

@@ -42,15 +42,6 @@ _ROWS, _WIDTH, _INNER = 2048, 768, 3072
 
 
 @dataclass(frozen=True)
-class Extra:
-    """An extra of the installation, what it is for, and the modules of it that are missing."""
-
-    name: str
-    purpose: str
-    missing: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Machine:
     """What `examine` sees.
 
@@ -58,14 +49,14 @@ class Machine:
         versions: of clseave, Python and packages; `-` where one is missing.
         devices: what torch can compute on.
         threads: how many compute, and how they wait.
-        extras: in the order of `EXTRAS`.
+        missing: the modules that are not installed, by name in `EXTRAS`.
         speed: billions of floating-point operations a second, by device and arithmetic.
     """
 
     versions: dict[str, str]
     devices: list[str]
     threads: str
-    extras: list[Extra]
+    missing: dict[str, list[str]]
     speed: dict[str, float]
 
 
@@ -81,15 +72,15 @@ def examine(seconds: float = 5.0) -> Machine:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "-"
-    extras = [
-        Extra(name, purpose, tuple(m for m in modules if importlib.util.find_spec(m) is None))
-        for name, (purpose, modules) in EXTRAS.items()
-    ]
+    missing = {
+        name: [module for module in modules if importlib.util.find_spec(module) is None]
+        for name, (_, modules) in EXTRAS.items()
+    }
     devices, products = _devices()
     speed = {}
     for name, product in products.items() if seconds else ():
         speed[name] = _rate(product, seconds / len(products))
-    return Machine(versions, devices, thread_policy(), extras, speed)
+    return Machine(versions, devices, thread_policy(), missing, speed)
 
 
 def _devices() -> tuple[list[str], dict[str, Callable[[], object]]]:
