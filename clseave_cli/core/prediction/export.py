@@ -23,7 +23,13 @@ from torch import Tensor, nn
 from clseave_cli.core.config import ExportConfig
 from clseave_cli.core.data.images import Preparation
 from clseave_cli.core.data.records import require_language
-from clseave_cli.core.files import Kind, atomic_folder, locked_target, require_replaceable
+from clseave_cli.core.files import (
+    Kind,
+    atomic_folder,
+    folder_bytes,
+    locked_target,
+    require_replaceable,
+)
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.folder import seal
@@ -106,7 +112,7 @@ def export(config: ExportConfig, progress: Progress = SILENT) -> ExportResult:
         manifest |= {"tolerance": TOLERANCE[precision], "difference": difference}
         seal(folder, onnx_model.FORMAT, manifest)
         require_replaceable(config.out, _KIND, config)
-        num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        num_bytes = folder_bytes(folder)
     gone = [lang for lang in before if lang not in model.sources]
     if gone:
         progress.note(f"{config.out}: an export that also read {', '.join(gone)} was replaced.")

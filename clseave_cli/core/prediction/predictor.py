@@ -24,6 +24,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from clseave_cli.core.config import Precision, PredictConfig
+from clseave_cli.core.data.hub import model_folder
 from clseave_cli.core.data.images import ImageFolder, open_image, require_shape
 from clseave_cli.core.data.languages import LanguageIdentifier, language_warning
 from clseave_cli.core.data.pairs import AnswerFile, Pair, read_pairs
@@ -175,7 +176,8 @@ class VisualEntailment:
         """Loads the models under `runs` that read a language, or several.
 
         Args:
-            runs: folder of the models, or one that `clseave export` wrote.
+            runs: folder of the models, one that `clseave export` wrote, or a repository of the
+                hub, `ORG/NAME[@revision]`.
             lang: language of the sentences, or several; `auto` identifies it among those there is
                 a model for (needs the extra `langid`); None: the one CLIP-VE itself reads.
             device: `auto`, `cpu`, `cuda` or `cuda:N`; an exported model computes on the CPU.
@@ -185,14 +187,15 @@ class VisualEntailment:
         Raises:
             ClseaveError: no model for the language, a damaged one, or an unknown device.
         """
+        runs = model_folder(Path(runs))
         if lang is None:
-            lang = own_language(Path(runs))
+            lang = own_language(runs)
         languages = [lang] if isinstance(lang, str) else list(lang)
         auto = languages == [AUTO]
         for each in languages if not auto else ():
             require_language(each)
         model = load_model(
-            Path(runs),
+            runs,
             None if auto else languages,
             device=device,
             precision=precision,

@@ -18,7 +18,8 @@ from torch import Tensor
 from clseave_cli.core.config import Precision
 from clseave_cli.core.models.clip_ve import ClipVE, fingerprint, source_language
 from clseave_cli.core.models.encoders import SentenceEncoder
-from clseave_cli.core.models.student import find_students, load_student
+from clseave_cli.core.models.listing import find_students
+from clseave_cli.core.models.student import load_student
 from clseave_cli.core.prediction import Floats
 from clseave_cli.core.training.precision import autocast, resolve_device
 from clseave_cli.errors import ModelError
