@@ -339,6 +339,8 @@ class ImageEncoder(nn.Module):
         self.processor = processor
         self._width = backbone.config.hidden_size if projection is None else projection.out_features
         self._hub_model = (hub_model,)  # a tuple, so that its weights are not registered twice
+        #: Cells along a side whose states `forward` adds to each embedding; 0: none.
+        self.patch_grid = 0
         self._preparation = Preparation.of(processor)
         if self._preparation is not None:
             for name in ("mean", "std"):
@@ -349,6 +351,17 @@ class ImageEncoder(nn.Module):
     def embedding_dim(self) -> int:
         """D."""
         return int(self._width)
+
+    @property
+    def premise_width(self) -> int:
+        """E, the numbers that `forward` gives for an image: D, or (1 + patch_grid²) · D."""
+        return self.embedding_dim * (1 + self.patch_grid**2)
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side of the square that the tower sees; 0: their number varies."""
+        size = getattr(self.backbone.config, "image_size", None)
+        return size // int(self.backbone.config.patch_size) if isinstance(size, int) else 0
 
     @property
     def device(self) -> torch.device:
@@ -385,11 +398,24 @@ class ImageEncoder(nn.Module):
         return pixels
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(B, D) projected embeddings, unnormalised, of what `preprocess` gives."""
+        """(B, E) projected embeddings, unnormalised, of what `preprocess` gives.
+
+        With a `patch_grid`, the patches' states stand behind each, projected likewise and averaged
+        over the cells of the grid, row by row.
+        """
         if pixels.dtype == torch.uint8:
             pixels = (pixels.permute(0, 3, 1, 2).float() / 255 - self._mean) / self._std
-        embedding: Tensor = self.projection(self.backbone(pixel_values=pixels).pooler_output)
-        return embedding
+        output = self.backbone(pixel_values=pixels)
+        embedding: Tensor = self.projection(output.pooler_output)
+        if not self.patch_grid:
+            return embedding
+        states = output.last_hidden_state[:, -(self.grid**2) :]  # without CLIP's class token
+        if not isinstance(self.projection, nn.Identity):  # SigLIP's are normalised already
+            states = self.projection(self.backbone.post_layernorm(states))
+        if self.patch_grid != self.grid:
+            square = states.mT.unflatten(2, (self.grid, self.grid))  # (B, D, grid, grid)
+            states = functional.avg_pool2d(square, self.grid // self.patch_grid).flatten(2).mT
+        return torch.cat([embedding[:, None], states], dim=1).flatten(1)
 
 
 def pool(hidden: Tensor, batch: PackedBatch, pooling: Pooling) -> Tensor:

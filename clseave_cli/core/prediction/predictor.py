@@ -1,6 +1,6 @@
 """`predict`: the label of one image and sentence, or of many.
 
-Legend: N pairs · B images at once · D embedding width.
+Legend: N pairs · B images at once · D embedding width · G cells along a side of a photo.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from os.path import samestat
 from pathlib import Path
@@ -25,6 +25,7 @@ from PIL import Image, ImageOps
 
 from clseave_cli.core.config import Precision, PredictConfig
 from clseave_cli.core.data.answers import AnswerFile
+from clseave_cli.core.data.heat_map import heat_map
 from clseave_cli.core.data.identification import LanguageIdentifier, language_warning
 from clseave_cli.core.data.images import ImageFolder, open_image, require_shape
 from clseave_cli.core.data.pairs import Pair, read_pairs
@@ -41,8 +42,9 @@ from clseave_cli.progress import SILENT, Progress
 #: In place of a language: that of each sentence, identified.
 AUTO = "auto"
 
-#: Image embeddings kept, so that a picture used often is encoded once: 2 KiB each at D = 512.
-_KEPT_IMAGES = 32_768
+#: Memory for image embeddings that are kept, so that a picture used often is encoded once: 32,768
+#: of 2 KiB at D = 512, or 166 with the patches of a ViT-B/16.
+_KEPT_BYTES = 64 * 2**20
 _IMAGE_BATCH = 32
 _IMAGES_AHEAD = 64
 #: Identifying the language of a sentence takes a millisecond: too long for each of a million rows.
@@ -65,6 +67,8 @@ class Prediction:
         model: folder of the model that read the sentence.
         truncated: whether the sentence was too long and was cut.
         warning: why the sentence is probably not in that language.
+        attention: (G, G) shares of the cells of the photo, where the head looked; None: it sees one
+            vector of the photo.
     """
 
     image: str
@@ -75,11 +79,13 @@ class Prediction:
     model: str
     truncated: bool = False
     warning: str | None = None
+    attention: Floats | None = field(default=None, compare=False, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """The object `predict --json` prints; `truncated` and `warning` only where there is one."""
         optional = ("truncated", "warning")
-        return {k: v for k, v in dataclasses.asdict(self).items() if v or k not in optional}
+        fields = dataclasses.asdict(replace(self, attention=None))
+        return {k: v for k, v in fields.items() if v or k not in (*optional, "attention")}
 
 
 @dataclass(frozen=True)
@@ -255,11 +261,16 @@ class VisualEntailment:
         for each, rows in rows_of.items():
             sentences = [pairs[row][1] for row in rows]
             hypotheses, truncated = self._model.embed_sentences(each, sentences)
-            probabilities = self._model.probabilities(
-                hypotheses, np.stack([premises[row] for row in rows])
-            )
-            for row, sentence, scores, cut in zip(
-                rows, sentences, probabilities, truncated, strict=True
+            stacked = np.stack([premises[row] for row in rows])
+            probabilities = self._model.probabilities(hypotheses, stacked)
+            attention = self._model.attention(hypotheses, stacked)
+            for row, sentence, scores, cut, looked in zip(
+                rows,
+                sentences,
+                probabilities,
+                truncated,
+                [None] * len(rows) if attention is None else attention,
+                strict=True,
             ):
                 if not np.isfinite(scores).all():
                     results[row] = ModelError(
@@ -277,8 +288,24 @@ class VisualEntailment:
                     model=self._model.sources[each],
                     truncated=bool(cut),
                     warning=language_warning(sentence, each, len(pairs) <= _FEW_SENTENCES),
+                    attention=looked,
                 )
         return [results[row] for row in range(len(pairs))]
+
+    def explain(self, image: ImageSource, prediction: Prediction) -> Image.Image:
+        """The photo, coloured by where the head looked for a prediction, above its scale.
+
+        Raises:
+            UsageError: the head sees one vector of the photo, and no parts of it.
+            DataError: the image cannot be read.
+        """
+        if prediction.attention is None:
+            raise UsageError(
+                "this CLIP-VE sees one vector of the photo, so it looks nowhere in particular; "
+                "`clseave finetune-ve --head patches` trains one that sees its parts."
+            )
+        photo = Photo.of(image).decode()
+        return heat_map(photo, prediction.attention, self._model.preparation)
 
     def _embed(self, photos: Mapping[Hashable, Photo]) -> dict[Hashable, Floats | DataError]:
         """(D,) embedding of each photo, or what is wrong with it; several are decoded at a time."""
@@ -297,7 +324,8 @@ class VisualEntailment:
                     good = dict(zip(good, (vector.copy() for vector in embedded), strict=True))
                 vectors |= good
                 self._images |= good
-        while len(self._images) > _KEPT_IMAGES:
+        each = next(iter(self._images.values())).nbytes if self._images else 0
+        while len(self._images) * each > _KEPT_BYTES:
             del self._images[next(iter(self._images))]
         return vectors
 
