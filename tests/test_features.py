@@ -237,7 +237,7 @@ def test_a_disk_that_keeps_nothing_is_noticed(tmp_path, monkeypatch):
 
 
 def test_vectors_lie_in_several_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr("clseave_cli.core.features._SHARD_VECTORS", 4)
+    monkeypatch.setattr("clseave_cli.core.features._SHARD_BYTES", 4 * 2 * 4)
 
     def compute(items):
         for part in np.array_split(items, 5):

@@ -1,5 +1,6 @@
 """The HTTP service through Starlette's test client, with a model that watches what it is given."""
 
+import base64
 import contextlib
 import http.client
 import io
@@ -79,6 +80,15 @@ def test_an_answer_is_the_label_and_three_probabilities(serve):
     assert ask(serve(), hypothesis="x" * 51).json()["truncated"] is True
 
 
+def test_where_the_model_looked_is_drawn_for_those_who_ask(serve, model):
+    assert "explanation" not in ask(serve(), explain="true").json()  # a head without patches
+    model.looked = np.array([[0.1, 0.2], [0.3, 0.4]])
+    assert "explanation" not in ask(serve()).json()
+    head, _, encoded = ask(serve(), explain="true").json()["explanation"].partition(",")
+    assert head == "data:image/png;base64"
+    assert Image.open(io.BytesIO(base64.b64decode(encoded))).width == 480
+
+
 def test_english_is_what_is_asked_where_no_language_is_named(serve, model):
     assert ask(serve()).json()["lang"] == "en"
     assert model.sentence_batches == [("en", ["A sentence."])]
@@ -114,7 +124,7 @@ def test_a_photo_asked_about_again_is_neither_decoded_nor_encoded(serve, model):
 
 
 def test_the_oldest_photos_are_forgotten(serve, model, monkeypatch):
-    monkeypatch.setattr(predictor, "_KEPT_IMAGES", 2)
+    monkeypatch.setattr(predictor, "_KEPT_BYTES", 2 * 3 * 4)
     client = serve()
     for red in (0, 100, 200, 0):
         ask(client, picture((red, 0, 0)))

@@ -202,7 +202,7 @@ def create_app(model: InferenceModel, config: ServeConfig) -> FastAPI:
         batcher.require_room()
         return {"status": "ok"}
 
-    @app.post("/predict", responses=_RESPONSES)
+    @app.post("/predict", responses=_RESPONSES, response_model_exclude_unset=True)
     async def predict(
         image: _Image,
         hypothesis: Annotated[str, Form()],
@@ -212,7 +212,7 @@ def create_app(model: InferenceModel, config: ServeConfig) -> FastAPI:
         """Says whether an image entails, contradicts or leaves open a sentence."""
         return (await answer(image, [hypothesis], lang, explain))[0]
 
-    @app.post("/judge", responses=_RESPONSES)
+    @app.post("/judge", responses=_RESPONSES, response_model_exclude_unset=True)
     async def judge(
         image: _Image,
         hypothesis: Annotated[list[str], Form(max_length=_MOST_SENTENCES)],
