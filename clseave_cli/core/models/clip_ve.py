@@ -262,13 +262,15 @@ class EntailmentHead(nn.Module):
         assert self.patches is not None, "a head without patches"
         with torch.autocast(hypothesis.device.type, enabled=False):
             weights = self.patches(hypothesis.float(), self._parts(premise)[1])[1]
-            return weights.mean(dim=1).unflatten(1, (self.config.patch_grid,) * 2)
+            return weights.mean(dim=1).reshape(-1, self.config.patch_grid, self.config.patch_grid)
 
     def _parts(self, premise: Tensor) -> tuple[Tensor, ...]:
         """(B, D) embeddings and, where there are any, (B, P, D) patches, float32."""
         if self.patches is None:
             return (premise.float(),)
-        states = premise.float().reshape(len(premise), -1, self.config.embedding_dim)
+        states = premise.float().reshape(
+            -1, 1 + self.config.patch_grid**2, self.config.embedding_dim
+        )
         return states[:, 0], states[:, 1:]
 
     def _prepare(self, embedding: Tensor) -> Tensor:
@@ -317,6 +319,7 @@ class _Block(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
+        self.heads = heads
         self.norm = nn.LayerNorm(width)
         self.query = nn.Linear(width, heads * width)  # Kᵀ times the query's own matrix
         self.value = nn.Linear(heads * width, width)
@@ -324,6 +327,6 @@ class _Block(nn.Module):
     def forward(self, state: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
         """(B, D) the next state and (B, heads, P) attention, from (B, D) and (B, P, D)."""
         width = cells.shape[2]
-        query = self.query(self.norm(state)).reshape(len(state), -1, width)  # (B, heads, D)
+        query = self.query(self.norm(state)).reshape(-1, self.heads, width)  # (B, heads, D)
         weights = (query @ cells.mT / math.sqrt(width)).softmax(dim=2)
         return state + self.value((weights @ cells).flatten(1)), weights

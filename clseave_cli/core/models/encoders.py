@@ -413,7 +413,7 @@ class ImageEncoder(nn.Module):
         if not isinstance(self.projection, nn.Identity):  # SigLIP's are normalised already
             states = self.projection(self.backbone.post_layernorm(states))
         if self.patch_grid != self.grid:
-            square = states.mT.unflatten(2, (self.grid, self.grid))  # (B, D, grid, grid)
+            square = states.mT.reshape(-1, self.embedding_dim, self.grid, self.grid)
             states = functional.avg_pool2d(square, self.grid // self.patch_grid).flatten(2).mT
         return torch.cat([embedding[:, None], states], dim=1).flatten(1)
 
