@@ -15,7 +15,6 @@ from clseave_cli.core.data.images import Preparation
 from clseave_cli.core.files import atomic_file
 from clseave_cli.errors import UsageError
 
-_LONGEST_SIDE = 480
 #: Of the colours, the rest is the photo in grey.
 _OPACITY = 0.6
 #: From the least to the most attention; between them the colours are mixed.
@@ -26,7 +25,10 @@ _SOFTWARE = "clseave"
 
 
 def heat_map(
-    photo: Image.Image, attention: npt.NDArray[np.float32], preparation: Preparation | None
+    photo: Image.Image,
+    attention: npt.NDArray[np.float32],
+    preparation: Preparation | None,
+    longest_side: int = 480,
 ) -> Image.Image:
     """A photo in grey, coloured by where the model looked, above the scale of the colours.
 
@@ -34,8 +36,9 @@ def heat_map(
         photo: in RGB.
         attention: (G, G) shares of the cells, from the top left, that add up to 1.
         preparation: how the photo was cut for the model; None: the cells cover all of it.
+        longest_side: of the photo as it is drawn, in pixels.
     """
-    shrink = _LONGEST_SIDE / max(photo.size)
+    shrink = longest_side / max(photo.size)
     width, height = (max(1, round(shrink * side)) for side in photo.size)
     region = (0.0, 0.0, *photo.size) if preparation is None else preparation.region(photo.size)
     left, top, right, bottom = (round(shrink * edge) for edge in region)
@@ -46,7 +49,7 @@ def heat_map(
     coloured.paste(cells, (left, top))
     even = f"share of attention (even: {100 / attention.size:.1f} %)"
     line = _SCALE_HEIGHT + _TEXT_SIZE + 3 * _MARGIN
-    canvas = Image.new("RGB", (max(width, _LONGEST_SIDE), height + line), "white")
+    canvas = Image.new("RGB", (longest_side, height + line), "white")
     canvas.paste(Image.blend(grey, coloured, _OPACITY))
     scale = Image.fromarray(_colours(np.linspace(0, 1, canvas.width)[None]))
     canvas.paste(scale.resize((canvas.width, _SCALE_HEIGHT)), (0, height + _MARGIN))

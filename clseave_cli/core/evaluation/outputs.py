@@ -33,6 +33,10 @@ from clseave_cli.errors import DataError, ModelError
 from clseave_cli.progress import SILENT, Progress
 
 
+#: Longest side of a photo under a heat map: so that its scale can be read in the report.
+_HEAT_MAP_PIXELS = 320
+
+
 @dataclass(frozen=True)
 class System:
     """One thing to evaluate: a language, and how it is read."""
@@ -76,7 +80,7 @@ class Outputs:
         if self.attention is None:
             return None
         shares = self.attention[row]
-        return lambda picture: heat_map(picture, shares, self.preparation)
+        return lambda picture: heat_map(picture, shares, self.preparation, _HEAT_MAP_PIXELS)
 
     def is_gold(self, predicted: npt.ArrayLike) -> npt.NDArray[np.bool_]:
         """(N,) whether `predicted` label ids (or one for all rows) are the gold labels."""

@@ -1,6 +1,7 @@
 """Sentence and image encoders: thin modules over transformers' models.
 
-Legend: B sentences or images · R rows · T tokens in a row · H hidden width · D embedding width.
+Legend: B sentences or images · R rows · T tokens in a row · H hidden width · D embedding width ·
+E width of what a head reads of an image.
 """
 
 from __future__ import annotations
