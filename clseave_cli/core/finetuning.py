@@ -106,9 +106,9 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult
     splits = [(split, Photos.of(split, images)) for split in (train_split, dev_split)]
 
     torch.manual_seed(config.seed)
-    model = ClipVE.from_clip(
-        config.clip, config.source_lang, config.head, config.patch_grid
-    ).to(device)
+    model = ClipVE.from_clip(config.clip, config.source_lang, config.head, config.patch_grid).to(
+        device
+    )
     model.text.verify_packing(config.clip, progress)
     inputs = {"clip": json_digest([model.text.digest(), model.image.digest()])}
     for split, photos in splits:

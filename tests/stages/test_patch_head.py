@@ -11,7 +11,7 @@ from tiny_world import QUICK, Notes, quick_align, read_jsonl, weights
 from clseave_cli import VisualEntailment
 from clseave_cli.core.config import EvaluateConfig, ExportConfig, FinetuneConfig
 from clseave_cli.core.data.heat_map import heat_map
-from clseave_cli.core.data.images import ImageFolder, Preparation
+from clseave_cli.core.data.images import ImageFolder, Preparation, open_image
 from clseave_cli.core.data.records import read_split
 from clseave_cli.core.evaluation.run import evaluate
 from clseave_cli.core.features import Photos, image_features
@@ -74,9 +74,9 @@ def test_patches_are_cached_in_half_precision_and_their_size_is_said(world, clip
     again = image_features(image, split, photos, autocast=exact, progress=notes)
     assert len(notes.lines) == 1 and torch.equal(again.of_rows(), features.of_rows())
     with torch.no_grad():
-        picture = Image.open(world / "images" / split.image_names[0]).convert("RGB")
+        picture = open_image(world / "images" / split.image_names[split.image_index[0]])
         wanted = image(image.preprocess([picture]))
-    torch.testing.assert_close(features.vectors.all()[:1].float(), wanted, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(again.of_rows()[:1].float(), wanted, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("int8", [False, True])
@@ -104,7 +104,7 @@ def test_predict_explains(world, looking, trained, clseave, refused, tmp_path):
     for _ in range(2):  # a picture of ours is replaced
         code, out, _ = clseave(*command, looking, "--explain", target, "--json")
         assert code == 0 and "attention" not in json.loads(out)
-        assert Image.open(target).width == 480
+        assert open_image(target).width == 480
     assert "--head patches" in refused(*command, trained, "--explain", target, code=2)
     Image.new("RGB", (4, 4)).save(target)
     assert "did not write it" in refused(*command, looking, "--explain", target, code=2)

@@ -32,7 +32,6 @@ from clseave_cli.core.translation.corpus import TranslatedHypotheses
 from clseave_cli.errors import DataError, ModelError
 from clseave_cli.progress import SILENT, Progress
 
-
 #: Longest side of a photo under a heat map: so that its scale can be read in the report.
 _HEAT_MAP_PIXELS = 320
 

@@ -290,6 +290,7 @@ class PatchAttention(nn.Module):
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
         width = config.embedding_dim
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.position = nn.Parameter(0.02 * torch.randn(config.patch_grid**2, width))
         self.blocks = nn.ModuleList(
             _Block(width, config.patch_heads) for _ in range(config.patch_layers)
@@ -305,9 +306,8 @@ class PatchAttention(nn.Module):
         Returns:
             (B, D) what was gathered, and (B, layers · heads, P) attention of every head.
         """
-        width = (patches.shape[2],)
-        cells = functional.layer_norm(patches, width) + self.position
-        state, seen = functional.layer_norm(hypothesis, width), []
+        cells = self.norm(patches) + self.position
+        state, seen = self.norm(hypothesis), []
         for block in self.blocks:
             state, weights = block(state, cells)
             seen.append(weights)
@@ -319,14 +319,13 @@ class _Block(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.shape = (-1, heads, width)
         self.norm = nn.LayerNorm(width)
         self.query = nn.Linear(width, heads * width)  # Kᵀ times the query's own matrix
         self.value = nn.Linear(heads * width, width)
 
     def forward(self, state: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
         """(B, D) the next state and (B, heads, P) attention, from (B, D) and (B, P, D)."""
-        width = cells.shape[2]
-        query = self.query(self.norm(state)).reshape(-1, self.heads, width)  # (B, heads, D)
-        weights = (query @ cells.mT / math.sqrt(width)).softmax(dim=2)
+        query = self.query(self.norm(state)).reshape(self.shape)  # (B, heads, D)
+        weights = (query @ cells.transpose(1, 2) / math.sqrt(self.shape[2])).softmax(dim=2)
         return state + self.value((weights @ cells).flatten(1)), weights

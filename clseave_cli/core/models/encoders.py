@@ -414,8 +414,12 @@ class ImageEncoder(nn.Module):
         if not isinstance(self.projection, nn.Identity):  # SigLIP's are normalised already
             states = self.projection(self.backbone.post_layernorm(states))
         if self.patch_grid != self.grid:
-            square = states.mT.reshape(-1, self.embedding_dim, self.grid, self.grid)
-            states = functional.avg_pool2d(square, self.grid // self.patch_grid).flatten(2).mT
+            square = states.transpose(1, 2).reshape(-1, self.embedding_dim, self.grid, self.grid)
+            states = (
+                functional.avg_pool2d(square, self.grid // self.patch_grid)
+                .flatten(2)
+                .transpose(1, 2)
+            )
         return torch.cat([embedding[:, None], states], dim=1).flatten(1)
 
 

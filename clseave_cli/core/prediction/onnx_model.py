@@ -1,7 +1,7 @@
 """The models as `clseave export` writes them, computed by onnxruntime, without torch.
 
-Legend: B images or sentences · T tokens · D embedding width · E width of a premise · G cells along a
-side of a photo · C labels (3).
+Legend: B images or sentences · T tokens · D embedding width · E width of a premise · G cells along
+a side of a photo · C labels (3).
 """
 
 from __future__ import annotations
