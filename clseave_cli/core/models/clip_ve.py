@@ -261,7 +261,7 @@ class EntailmentHead(nn.Module):
         """
         assert self.patches is not None, "a head without patches"
         with torch.autocast(hypothesis.device.type, enabled=False):
-            weights = self.patches(hypothesis.float(), self._parts(premise)[1])[1]
+            weights: Tensor = self.patches(hypothesis.float(), self._parts(premise)[1])[1]
             return weights.mean(dim=1).reshape(-1, self.config.patch_grid, self.config.patch_grid)
 
     def _parts(self, premise: Tensor) -> tuple[Tensor, ...]:

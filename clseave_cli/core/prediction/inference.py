@@ -24,11 +24,14 @@ class InferenceModel(Protocol):
 
     Attributes:
         sources: the folder of the model that reads each language, CLIP-VE's language first.
-        preparation: how a photo is cut for the image tower; None: not as CLIP's.
     """
 
     sources: dict[str, str]
-    preparation: Preparation | None
+
+    @property
+    def preparation(self) -> Preparation | None:
+        """How a photo is cut for the image tower; None: not as by CLIP's."""
+        ...
 
     def prepare(self, image: Image.Image) -> Floats:
         """(3, height, width) pixels of a decoded RGB image. May be called from any thread."""
