@@ -142,7 +142,7 @@ def main() -> None:
     """Runs the command line; every error ends in one line on stderr and its exit code."""
     processes.prepare_streams()
     _quieten_libraries()
-    processes.wait_without_spinning()
+    processes.spin_briefly()
     stdout = sys.stdout
     try:
         try:

@@ -78,21 +78,24 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
 
 
 #: What decides how OpenMP's threads wait, in the runtimes that torch may come with, and what
-#: clseave chooses. libgomp takes its own variable before the general one: a brief spin (its default
-#: is 300,000) costs a training at most 2 % on an idle machine, sleeping at once up to a third.
-_WAITING = {"GOMP_SPINCOUNT": "1000", "OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": None}
+#: clseave chooses: to spin for a fraction of a millisecond. libgomp takes its own count before the
+#: policy's (300,000 by default); the policy decides how briefly a process spins that has more
+#: threads than there are cores (1,000 times if active, 100 times by default, which costs `align` a
+#: fifth). LLVM's and Intel's runtime would never sleep if active, but for the block time, in ms.
+_WAITING = {"GOMP_SPINCOUNT": "30000", "OMP_WAIT_POLICY": "active", "KMP_BLOCKTIME": "1"}
 _NUM_THREADS = "OMP_NUM_THREADS"
 
 
-def wait_without_spinning() -> None:
+def spin_briefly() -> None:
     """Lets OpenMP's threads soon sleep while they wait, unless the user says how they wait.
 
-    By default they spin. Beside another program that computes, each then waits for one that the
-    system is not running, and torch becomes up to a hundred times slower (docs/experiments.md,
-    2026-11-26). The variables are read when torch is loaded, so this comes before.
+    By default they spin for long. Beside another program that computes, each then waits for one
+    that the system is not running, and torch becomes up to a hundred times slower
+    (docs/experiments.md, 2026-11-26). The variables are read when torch is loaded, so this comes
+    before.
     """
     if not any(name in os.environ for name in _WAITING):
-        os.environ.update({name: value for name, value in _WAITING.items() if value})
+        os.environ.update(_WAITING)
 
 
 def use_one_thread() -> None:

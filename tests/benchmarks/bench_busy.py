@@ -29,7 +29,7 @@ _VARIABLES = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "KMP_BLOCK
 SETTINGS = {
     "spinning": {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "300000"},  # libgomp's own default
     "brief": {"GOMP_SPINCOUNT": "1000"},
-    "brief and passive": {"GOMP_SPINCOUNT": "1000", "OMP_WAIT_POLICY": "passive"},
+    "brief, active": {"GOMP_SPINCOUNT": "1000", "OMP_WAIT_POLICY": "active"},
     "passive": {"OMP_WAIT_POLICY": "passive"},
     "one thread": {"OMP_NUM_THREADS": "1"},
     "default": {},

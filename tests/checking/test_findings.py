@@ -256,7 +256,7 @@ def test_without_the_extra_one_line_says_how_to_get_it(site, model, refused, mon
     (site / "page.md").write_text("<img src=red.png>")
     for module in ("lxml", "markdown_it"):
         monkeypatch.setitem(__import__("sys").modules, module, None)
-        assert f"check needs {module}; run: pip install 'clseave-cli[check]'" in refused(
+        assert f"check needs {module}; run: pip install -e '.[check]'" in refused(
             "check", "page.md"
         )
     model.sources = {"en": "clip-ve", "de": "align-de"}

@@ -144,7 +144,9 @@ def test_closed_streams_and_threads_that_wait(tmp_path):
         text=True, env={**os.environ, "PYTHONPATH": str(_REPOSITORY), "OMP_NUM_THREADS": "3"},
     )  # fmt: skip
     assert done.returncode == 1 and "--lang is missing" in done.stderr
-    assert done.stderr.startswith("threads: 3, GOMP_SPINCOUNT=1000, OMP_WAIT_POLICY=passive\n")
+    assert done.stderr.startswith(
+        "threads: 3, GOMP_SPINCOUNT=30000, OMP_WAIT_POLICY=active, KMP_BLOCKTIME=1\n"
+    )
 
 
 @pytest.mark.parametrize("chosen", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}])
@@ -153,8 +155,12 @@ def test_threads_spin_only_briefly_unless_the_user_says_how(monkeypatch, chosen)
         monkeypatch.delenv(name, raising=False)
     for name, value in chosen.items():
         monkeypatch.setenv(name, value)
-    processes.wait_without_spinning()
-    waiting = chosen or {"GOMP_SPINCOUNT": "1000", "OMP_WAIT_POLICY": "passive"}
+    processes.spin_briefly()
+    waiting = chosen or {
+        "GOMP_SPINCOUNT": "30000",
+        "OMP_WAIT_POLICY": "active",
+        "KMP_BLOCKTIME": "1",
+    }
     said = ", ".join(f"{name}={value}" for name, value in waiting.items())
     cores = processes.usable_cores()
     assert processes.thread_policy() == f"{cores} (every usable core), {said}"

@@ -96,7 +96,7 @@ def read_markdown(content: bytes) -> Iterator[Image]:
 
 
 def _missing(error: ImportError) -> ExtraMissing:
-    return ExtraMissing(f"check needs {error.name}; run: pip install 'clseave-cli[check]'.")
+    return ExtraMissing(f"check needs {error.name}; run: pip install -e '.[check]'.")
 
 
 def _plain(token: Any) -> str:
