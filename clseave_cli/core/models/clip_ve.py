@@ -191,17 +191,16 @@ class HeadConfig:
     dropout: float = 0.1
     normalize: bool = True
     patch_grid: int = 0  # cells along a side of the photo; 0: the head sees one vector of it
-    patch_layers: int = 2
     patch_heads: int = 4
 
     def __post_init__(self) -> None:
         """Refuses what no folder of ours says.
 
         Raises:
-            ValueError: more blocks than a head can have.
+            ValueError: more patches or heads than there can be.
         """
-        if not (0 <= self.patch_grid < 1000 and 0 < self.patch_layers * self.patch_heads < 1000):
-            raise ValueError("patch_grid, patch_layers or patch_heads out of range")
+        if not (0 <= self.patch_grid < 1000 and 0 < self.patch_heads < 1000):
+            raise ValueError("patch_grid or patch_heads out of range")
 
     def to_json(self) -> dict[str, Any]:
         """What `config.json` says; without patches, what it said before there were any."""
@@ -257,7 +256,7 @@ class EntailmentHead(nn.Module):
 
         Returns:
             (B, grid, grid) float32 shares of the cells, from the top left, that add up to 1: the
-            mean over layers and heads.
+            mean over heads.
         """
         assert self.patches is not None, "a head without patches"
         with torch.autocast(hypothesis.device.type, enabled=False):
@@ -280,52 +279,34 @@ class EntailmentHead(nn.Module):
 
 
 class PatchAttention(nn.Module):
-    """What a sentence gathers from the patches of a photo, by cross-attention blocks.
+    """What a sentence gathers from the patches of a photo, by multi-head cross-attention.
 
     The sentence is a single query. So the matrices of keys and values can be applied to it and to
     what it gathers, instead of to every patch: (K x)·q = x·(Kᵀ q), and a mean of V x is V times the
-    mean of x. This costs 4 · P · D products a head and row, instead of 2 · P · D².
+    mean of x. This costs 2 · P · D products a head and row, instead of 2 · P · D² a row.
     """
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
-        width = config.embedding_dim
+        width, heads = config.embedding_dim, config.patch_heads
+        self.shape = (-1, heads, width)
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.position = nn.Parameter(0.02 * torch.randn(config.patch_grid**2, width))
-        self.blocks = nn.ModuleList(
-            _Block(width, config.patch_heads) for _ in range(config.patch_layers)
-        )
+        self.query = nn.Linear(width, heads * width)  # Kᵀ times the query's own matrix
+        self.value = nn.Linear(heads * width, width)
 
     def forward(self, hypothesis: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """Looks at the patches, block by block.
+        """Looks at the patches.
 
         Args:
             hypothesis: (B, D) sentence embeddings.
             patches: (B, P, D) states.
 
         Returns:
-            (B, D) what was gathered, and (B, layers · heads, P) attention of every head.
+            (B, D) what was gathered, and (B, heads, P) attention of every head.
         """
         cells = self.norm(patches) + self.position
-        state, seen = self.norm(hypothesis), []
-        for block in self.blocks:
-            state, weights = block(state, cells)
-            seen.append(weights)
-        return state, torch.cat(seen, dim=1)
-
-
-class _Block(nn.Module):
-    """Cross-attention of one query a row, added to it: q + V · softmax(x · Kᵀ q / √D) x."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.shape = (-1, heads, width)
-        self.norm = nn.LayerNorm(width)
-        self.query = nn.Linear(width, heads * width)  # Kᵀ times the query's own matrix
-        self.value = nn.Linear(heads * width, width)
-
-    def forward(self, state: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, D) the next state and (B, heads, P) attention, from (B, D) and (B, P, D)."""
-        query = self.query(self.norm(state)).reshape(self.shape)  # (B, heads, D)
-        weights = (query @ cells.transpose(1, 2) / math.sqrt(self.shape[2])).softmax(dim=2)
-        return state + self.value((weights @ cells).flatten(1)), weights
+        query = self.query(self.norm(hypothesis)).reshape(self.shape)  # (B, heads, D)
+        scores = query @ cells.transpose(1, 2) / math.sqrt(self.shape[2])
+        weights = scores.softmax(dim=2)
+        return self.value((weights @ cells).flatten(1)), weights
