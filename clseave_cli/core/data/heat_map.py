@@ -52,7 +52,9 @@ def heat_map(
     canvas = Image.new("RGB", (longest_side, height + line), "white")
     canvas.paste(Image.blend(grey, coloured, _OPACITY))
     scale = Image.fromarray(_colours(np.linspace(0, 1, canvas.width)[None]))
-    canvas.paste(scale.resize((canvas.width, _SCALE_HEIGHT)), (0, height + _MARGIN))
+    scale = scale.resize((canvas.width, _SCALE_HEIGHT))
+    white = Image.new("RGB", scale.size, "white")  # as if it lay over a pale photo
+    canvas.paste(Image.blend(white, scale, _OPACITY), (0, height + _MARGIN))
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(_TEXT_SIZE)
     words = ("0 %", even, f"{100 * most:.1f} %")
     for place, anchor, text in zip((0, 0.5, 1), ("ls", "ms", "rs"), words, strict=True):
