@@ -104,7 +104,7 @@ def test_the_patches_come_in_half_precision_and_each_at_its_place(head):
 
 
 @pytest.mark.parametrize("layout", ["clip", "siglip", "chinese_clip", "altclip"])
-def test_the_patches_are_the_last_states_as_the_tower_ends_them(layout, world, tmp_path):
+def test_the_patches_are_what_the_last_layer_reads(layout, world, tmp_path):
     folder = getattr(tiny_backbones, f"new_{layout}")(tmp_path, sentences(world))
     image = backbones.load_clip_image(folder).eval()
     pixels = torch.randn(2, 3, 32, 32)
@@ -112,9 +112,11 @@ def test_the_patches_are_the_last_states_as_the_tower_ends_them(layout, world, t
         pooled = image(pixels)
         image.patch_grid = 2
         premise = image(pixels)
-        states = image.backbone(pixel_values=pixels).last_hidden_state
-        if layout != "siglip":
-            states = image.projection(image.backbone.post_layernorm(states[:, 1:]))
+        read = []
+        last = image.backbone.encoder.layers[-1]
+        last.register_forward_pre_hook(lambda _, given: read.append(given[0]))
+        image.backbone(pixel_values=pixels)
+        states = image.projection(image.backbone.post_layernorm(read[0][:, -4:]))
         image.patch_grid = 1
         averaged = image(pixels)
     assert premise.shape == (2, image.embedding_dim * 5) and image.grid == 2

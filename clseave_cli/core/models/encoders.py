@@ -401,18 +401,19 @@ class ImageEncoder(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, E) projected embeddings, unnormalised, of what `preprocess` gives.
 
-        With a `patch_grid`, the patches' states stand behind each, projected likewise and averaged
-        over the cells of the grid, row by row.
+        With a `patch_grid`, the patches' states stand behind each, normalised and projected
+        likewise and averaged over the cells of the grid, row by row.
         """
         if pixels.dtype == torch.uint8:
             pixels = (pixels.permute(0, 3, 1, 2).float() / 255 - self._mean) / self._std
-        output = self.backbone(pixel_values=pixels)
-        embedding: Tensor = self.projection(output.pooler_output)
         if not self.patch_grid:
+            embedding: Tensor = self.projection(self.backbone(pixel_values=pixels).pooler_output)
             return embedding
-        states = output.last_hidden_state[:, -(self.grid**2) :]  # without CLIP's class token
-        if not isinstance(self.projection, nn.Identity):  # SigLIP's are normalised already
-            states = self.projection(self.backbone.post_layernorm(states))
+        output = self.backbone(pixel_values=pixels, output_hidden_states=True)
+        # What the last layer reads: nothing was trained on what it makes of any patch. Without
+        # CLIP's class token.
+        states = output.hidden_states[-2][:, -(self.grid**2) :]
+        states = self.projection(self.backbone.post_layernorm(states))
         if self.patch_grid != self.grid:
             square = states.transpose(1, 2).reshape(-1, self.embedding_dim, self.grid, self.grid)
             states = (
@@ -420,7 +421,8 @@ class ImageEncoder(nn.Module):
                 .flatten(2)
                 .transpose(1, 2)
             )
-        return torch.cat([embedding[:, None], states], dim=1).flatten(1)
+        pooled = self.projection(output.pooler_output)
+        return torch.cat([pooled[:, None], states], dim=1).flatten(1)
 
 
 def pool(hidden: Tensor, batch: PackedBatch, pooling: Pooling) -> Tensor:
