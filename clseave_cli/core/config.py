@@ -25,6 +25,8 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Schedule = Literal["constant", "linear", "cosine"]
 Tracking = Literal["none", "tensorboard", "wandb", "trackio"]
 
+#: What the entailment head reads of a photo: its embedding (thesis 3.1.2), or its patches too.
+Head = Literal["pooled", "patches"]
 #: Which hidden state stands for a sentence: the last token's (thesis 3.3.1), the first token's
 #: (BERT's [CLS]), or the mean over all its tokens, special ones included (Sentence-BERT).
 Pooling = Literal["terminal", "cls", "mean"]
@@ -469,13 +471,14 @@ class FinetuneConfig(TrainingConfig, DataConfig):
     """`finetune-ve`: CLIP-VE, the visual-entailment model of the source language (thesis 3.1.2)."""
 
     FIRST: ClassVar[tuple[str, ...]] = (
-        "data", "images", "clip", "source_lang", "runs", "epochs", "batch_size", "learning_rate",
-        "skip_bad", "resume", "seed", "device",
+        "data", "images", "clip", "head", "source_lang", "runs", "epochs", "batch_size",
+        "learning_rate", "skip_bad", "resume", "seed", "device",
     )  # fmt: skip
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "thesis": {
             "clip": "openai/clip-vit-base-patch16",
+            "head": "pooled",
             "batch_size": 64,
             "learning_rate": 1e-6,
             "weight_decay": 0.0,
@@ -500,6 +503,10 @@ class FinetuneConfig(TrainingConfig, DataConfig):
     clip: str = option(
         "openai/clip-vit-base-patch16",
         "CLIP, SigLIP, Chinese-CLIP or AltCLIP model to fine-tune (hub id or folder).",
+    )
+    head: Head = option("pooled", "What the head reads of a photo: one vector, or its patches too.")
+    patch_grid: int | None = option(
+        None, "patches: average them to so many along a side; unset: keep all.", least=1
     )
     source_lang: str = option("en", "Language the model reads; all others are aligned to it.")
     out: Path | None = option(None, "Folder to write; unset: RUNS/clip-ve.")
