@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from clseave_cli.core.config import EvaluateConfig
-from clseave_cli.core.data.images import ImageFolder
 from clseave_cli.core.data.records import Split
 from clseave_cli.core.evaluation.baselines import Rows, shuffled_rows
 from clseave_cli.core.evaluation.comparison import rows_in_common
 from clseave_cli.core.evaluation.results import Mode, result_key
-from clseave_cli.core.features import Photos, image_features, tokenize_sentences
+from clseave_cli.core.features import image_features, tokenize_sentences
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.student import load_student
@@ -88,7 +87,6 @@ def run_systems(
     clip_ve: Path,
     systems: Sequence[System],
     rows: Mapping[str, Rows],
-    images: ImageFolder,
     progress: Progress = SILENT,
 ) -> dict[str, Outputs]:
     """Runs systems of the CLIP-VE in a folder on their rows; each model is loaded once.
@@ -108,7 +106,7 @@ def run_systems(
             features[images_of_rows] = image_features(
                 model.image,
                 split,
-                Photos.of(split, images),
+                rows[system.key].photos,
                 autocast=autocast(config.precision, model.image.device),
                 progress=progress,
             ).of_rows()

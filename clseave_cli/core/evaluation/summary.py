@@ -275,9 +275,28 @@ def highlights(results: Results) -> tuple[Highlight, ...]:
     return tuple(tiles)
 
 
+def leaks(results: Results) -> list[str]:
+    """What to say where rows or photos that were evaluated had been seen in training."""
+    sentences = [TRAINING_ROWS] if results.of_training_rows else []
+    if seen := [(r, r.seen) for r in results.results if r.seen is not None]:
+        counts = [
+            f"{result_name(r, results)} {rows.num_images:,} of {r.num_images:,} photos "
+            f"({percent(rows.share)} % of the rows, {rows.num_pairs:,} of them as the same pair; "
+            f"accuracy {percent(rows.accuracy)} % on seen photos, "
+            f"{percent(rows.accuracy_pairs)} % on seen pairs, "
+            f"{percent(rows.accuracy_unseen)} % on all others)"
+            for r, rows in seen
+        ]
+        sentences.append(
+            "Photos that the models saw in training, or that chose their checkpoint: "
+            f"{'; '.join(counts)}. Only the accuracy on all others says how good the models are."
+        )
+    return sentences
+
+
 def notes(results: Results) -> tuple[str, ...]:
     """What a reader must know before the numbers; mostly nothing."""
-    sentences = [TRAINING_ROWS] if results.of_training_rows else []
+    sentences = leaks(results)
     if results.seeds:
         sentences.append(
             f"Of {results.num_trainings} trainings: the numbers above, the section Over seeds and "
