@@ -20,6 +20,7 @@ from clseave_cli.core.config import EvaluateConfig
 from clseave_cli.core.data.hub import data_folder
 from clseave_cli.core.data.images import ImageFolder
 from clseave_cli.core.data.records import (
+    Split,
     languages,
     read_split,
     require_language,
@@ -43,7 +44,7 @@ from clseave_cli.core.evaluation.results import (
     Signature,
     across_seeds,
 )
-from clseave_cli.core.evaluation.summary import leaks
+from clseave_cli.core.evaluation.summary import joined, leaks
 from clseave_cli.core.evaluation.transfer import analyse_distances, measure_transfer
 from clseave_cli.core.features import Photos
 from clseave_cli.core.files import file_digest, locked_target, require_replaceable
@@ -136,8 +137,8 @@ def _with_photos(
                 "needs one. Train the model again with this version of clseave."
             )
         progress.note(
-            f"{joined(map(str, without))}: no record of the photos seen in training; only the "
-            "training split of the data folder is compared."
+            f"{joined(map(str, without))}: no record of the photos seen in training; only those "
+            "of the data folder's training split are checked."
         )
     known = SeenRows.union([record for record in records.values() if record is not None])
     photos: dict[tuple[str, ...], Photos] = {}
