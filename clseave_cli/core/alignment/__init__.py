@@ -74,9 +74,7 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> StageResult:
     require_fitting(config, teacher)
 
     student, inputs = _new_student(config, teacher, progress)
-    read = _read(config, folder, student, teacher, progress)
-    corpus, token_pairs, dev, text_inputs, seen = read
-    del read
+    corpus, token_pairs, dev, text_inputs, seen = _read(config, folder, student, teacher, progress)
     with Run("align", out, config, inputs | text_inputs) as run:
         if config.trim_vocabulary:
             corpus.trim_vocabulary(config.student)

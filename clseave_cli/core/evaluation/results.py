@@ -170,8 +170,10 @@ class Signature:
             parts.append(f"{self.precision} on {self.device}")
         if self.source_lang != "en":
             parts.append(f"source {self.source_lang}")
-        parts += [f"{num:,} photos of {name} seen in training" for name, num in self.seen.items()]
-        parts += [f"{num:,} seen rows of {name} left out" for name, num in self.excluded.items()]
+        if self.seen:
+            parts.append(f"{max(self.seen.values()):,} photos seen in training")
+        if self.excluded:
+            parts.append(f"{max(self.excluded.values()):,} rows of seen photos left out")
         parts += [f"{lang} translated by {name}" for lang, name in self.translators.items()]
         parts += [f"seed {self.seed}", f"{self.resamples:,} resamples by photo"]
         return " · ".join(parts)

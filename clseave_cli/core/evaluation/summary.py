@@ -278,18 +278,17 @@ def highlights(results: Results) -> tuple[Highlight, ...]:
 def leaks(results: Results) -> list[str]:
     """What to say where rows or photos that were evaluated had been seen in training."""
     sentences = [TRAINING_ROWS] if results.of_training_rows else []
-    if seen := [(r, r.seen) for r in results.results if r.seen is not None]:
-        counts = [
-            f"{result_name(r, results)} {rows.num_images:,} of {r.num_images:,} photos "
-            f"({percent(rows.share)} % of the rows, {rows.num_pairs:,} of them as the same pair; "
-            f"accuracy {percent(rows.accuracy)} % on seen photos, "
-            f"{percent(rows.accuracy_pairs)} % on seen pairs, "
-            f"{percent(rows.accuracy_unseen)} % on all others)"
-            for r, rows in seen
+    if overlaps := [(r, r.seen) for r in results.results if r.seen is not None]:
+        accuracies = [
+            f"{result_name(r, results)} {percent(seen.accuracy)} / {percent(seen.accuracy_pairs)} "
+            f"/ {percent(seen.accuracy_unseen)} ({seen.num_images:,} of {r.num_images:,} photos, "
+            f"{percent(seen.share)} % of the rows)"
+            for r, seen in overlaps
         ]
         sentences.append(
-            "Photos that the models saw in training, or that chose their checkpoint: "
-            f"{'; '.join(counts)}. Only the accuracy on all others says how good the models are."
+            "A model was trained on photos of these rows, or its checkpoint was chosen on them. "
+            "Accuracy in % on seen photos / on seen pairs of photo and hypothesis / on all other "
+            f"rows: {'; '.join(accuracies)}."
         )
     return sentences
 
