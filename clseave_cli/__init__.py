@@ -88,6 +88,7 @@ def evaluate(*, progress: Progress | None = None, **options: Any) -> Results:
 
 def _stage(where: str, config: str, progress: Progress | None, options: dict[str, Any]) -> Any:
     from clseave_cli.core.config import named_options, preset_options, toml_options
+    from clseave_cli.core.data.hub import with_local_models
     from clseave_cli.progress import SILENT
 
     module, _, name = where.partition(":")
@@ -97,7 +98,8 @@ def _stage(where: str, config: str, progress: Progress | None, options: dict[str
     path = options.pop("config", None)
     from_file = toml_options(config_class, Path(path)) if path is not None else {}
     values = preset | from_file | named_options(config_class, options)
-    return stage(config_class(**values), progress or SILENT)
+    progress = progress or SILENT
+    return stage(with_local_models(config_class(**values), progress), progress)
 
 
 def __getattr__(name: str) -> Any:

@@ -20,8 +20,10 @@ from clseave_cli.commands import (
     demo,
     evaluate,
     export,
+    housekeeping,
     options,
     predict,
+    push,
     serve,
     stages,
     terminal,
@@ -101,10 +103,22 @@ _COMMANDS: dict[str, tuple[type[config.StageConfig], Callable[..., None]]] = {
 
 for _name, (_config_class, _run) in _COMMANDS.items():
     app.command(_name, cls=options.Subcommand)(
-        _guarded(_name, options.command(_config_class, _run))
+        _guarded(_name, options.command(_config_class, _run, _name))
     )
 
-app.command("compare", cls=options.Subcommand)(_guarded("compare", compare.run))
+_OTHERS: dict[str, Callable[..., None]] = {
+    "compare": compare.run,
+    "push": push.run,
+    "models": housekeeping.models,
+    "cache": housekeeping.cache,
+    "doctor": housekeeping.doctor,
+    "init": housekeeping.init(
+        {name: config_class for name, (config_class, _) in _COMMANDS.items()}
+    ),
+}
+
+for _name, _run in _OTHERS.items():
+    app.command(_name, cls=options.Subcommand)(_guarded(_name, _run))
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
@@ -143,6 +157,8 @@ def main() -> None:
     processes.prepare_streams()
     _quieten_libraries()
     processes.spin_briefly()
+    if "_CLSEAVE_COMPLETE" in os.environ:  # fish takes each line of a broken help for a candidate
+        os.environ["COLUMNS"] = "10000"
     stdout = sys.stdout
     try:
         try:

@@ -36,8 +36,9 @@ Beside other programs, threads that wait by spinning slow torch down. clseave so
 (`GOMP_SPINCOUNT=30000 OMP_WAIT_POLICY=active`, and `KMP_BLOCKTIME=1` for other runtimes) unless you
 set one of the three; `OMP_NUM_THREADS` sets their number. `clseave --debug COMMAND` shows them all.
 
-Options win in this order: flag, `--config` file, `--preset`, default. A key of the `--config` file
-is the flag without its dashes: `batch_size = 64` or `batch-size = 64`.
+Options win in this order: flag, `--config` file, `--preset`, the command's table in `clseave.toml`
+(`clseave init` writes one), default. A key of a file is the flag without its dashes:
+`batch_size = 64` or `batch-size = 64`.
 """
 
 _WORDS = {int: "number", float: "number", str: "text", Path: "path"}

@@ -229,7 +229,7 @@ def test_a_disk_that_keeps_nothing_is_noticed(tmp_path, monkeypatch):
 
 
 def test_vectors_lie_in_several_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr("clseave_cli.core.features._SHARD_VECTORS", 4)
+    monkeypatch.setattr("clseave_cli.core.features._SHARD_BYTES", 4 * 2 * 4)
     vectors = VectorCache(tmp_path, 2).get(_keys(range(10)), _compute, "x")
     assert len(list(tmp_path.iterdir())) == 3
     assert vectors.all()[:, 0].tolist() == list(range(10))

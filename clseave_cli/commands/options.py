@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 import typer
 import typer.core
 
+from clseave_cli.commands import terminal
 from clseave_cli.core import config
 from clseave_cli.core.config import StageConfig, flag_of, metavar_of, value_type
 from clseave_cli.errors import UsageError
@@ -111,13 +112,17 @@ def _refuse_keys(config_class: type[StageConfig], args: list[str]) -> None:
             raise UsageError(f"{flag} was removed: put {keys[flag]} into a --config FILE.toml.")
 
 
-def command(config_class: type[C], run: Callable[..., None]) -> Callable[..., None]:
+def command(config_class: type[C], run: Callable[..., None], name: str = "") -> Callable[..., None]:
     """The function Typer needs for `run(config, **own)`: one flag per field of `config_class`,
     or of those in its `FLAGS`.
 
     Parameters of `run` after the first are flags and arguments of the command itself, declared
-    with Typer's own annotations. Options win in this order: flag, `--config` file, `--preset`,
-    default.
+    with Typer's own annotations. Models of the hub are fetched before it is called.
+
+    Args:
+        config_class: the options.
+        run: the command.
+        name: what its table in clseave.toml is called; empty: it has none.
     """
     own = list(inspect.signature(run, eval_str=True).parameters.values())[1:]
     flags = [
@@ -134,7 +139,10 @@ def command(config_class: type[C], run: Callable[..., None]) -> Callable[..., No
     def invoke(**given: Any) -> None:
         own_values = {parameter.name: given.pop(parameter.name) for parameter in own}
         config_file, preset = given.pop("config"), given.pop("preset", None)
-        run(resolve(config_class, given, config_file, preset), **own_values)
+        options = resolve(config_class, given, config_file, preset, name)
+        from clseave_cli.core.data.hub import with_local_models
+
+        run(with_local_models(options, terminal.TerminalProgress()), **own_values)
 
     parameters = [*own, *flags, *extra]
     invoke.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -149,15 +157,22 @@ def resolve(
     flags: dict[str, Any],
     config_file: Path | None = None,
     preset: str | None = None,
+    table: str = "",
 ) -> C:
-    """The config that flags, file, preset and defaults make together.
+    """The config that options make together; they win in the order of these arguments.
+
+    Args:
+        config_class: what to make.
+        flags: values by field; None and empty lists were not given.
+        config_file: what `--config` names.
+        preset: what `--preset` names.
+        table: name of a table in the working directory's clseave.toml.
 
     Raises:
-        UsageError: the preset or a key of the file does not exist, or a value has the wrong type.
+        UsageError: the preset or a key of a file does not exist, or a value has the wrong type.
     """
-    values = dict(config.preset_options(config_class, preset))
-    if config_class.PROJECT_TABLE is not None:
-        values |= config.project_options(config_class, config_class.PROJECT_TABLE)
+    values = config.project_options(config_class, table) if table else {}
+    values |= config.preset_options(config_class, preset)
     if config_file is not None:
         values |= config.toml_options(config_class, config_file)
     for name, value in flags.items():

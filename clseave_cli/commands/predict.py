@@ -40,6 +40,10 @@ def run(
     target: Annotated[
         Path | None, typer.Option("--output", metavar="FILE", help="JSONL to write; -: stdout.")
     ] = None,
+    explain: Annotated[
+        Path | None,
+        typer.Option("--explain", metavar="FILE", help="PNG to write: where the model looked."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Say whether an image entails, contradicts or leaves open a sentence.
@@ -50,6 +54,8 @@ def run(
         raise UsageError("--input and --output go together.")
     if (source is None) == (image is None or hypothesis is None):
         raise UsageError("give IMAGE and HYPOTHESIS, or --input FILE and --output FILE.")
+    if explain is not None and source is not None:
+        raise UsageError("--explain goes with IMAGE and HYPOTHESIS.")
     if source is not None and target is not None:
         _predict_file(config, source, target, json)
         return
@@ -61,8 +67,11 @@ def run(
 
     # One pair is so little work that two threads would mostly wait for each other.
     use_one_thread()
+    from clseave_cli.core.data.heat_map import require_writable, write_png
     from clseave_cli.core.prediction.predictor import VisualEntailment
 
+    if explain is not None:
+        require_writable(explain)
     model = VisualEntailment.from_pretrained(
         config.runs, config.lang, config.device, config.precision, lasting=False
     )
@@ -71,6 +80,8 @@ def run(
     seconds = time.perf_counter() - start
     if isinstance(result, ClseaveError):
         raise result
+    if explain is not None:
+        write_png(model.explain(image, result), explain)
     if result.truncated:
         terminal.say(
             "the hypothesis is too long and was cut at the encoder's limit.", to_stderr=True

@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
+import json
 import tomllib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin
@@ -24,6 +25,8 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Schedule = Literal["constant", "linear", "cosine"]
 Tracking = Literal["none", "tensorboard", "wandb", "trackio"]
 
+#: What the entailment head reads of a photo: its embedding (thesis 3.1.2), or its patches too.
+Head = Literal["pooled", "patches"]
 #: Which hidden state stands for a sentence: the last token's (thesis 3.3.1), the first token's
 #: (BERT's [CLS]), or the mean over all its tokens, special ones included (Sentence-BERT).
 Pooling = Literal["terminal", "cls", "mean"]
@@ -105,8 +108,6 @@ class StageConfig:
     #: What is no longer there (`--flag`, or `--flag value`), and what to use instead. An entry
     #: stays for one version.
     REMOVED: ClassVar[dict[str, str]] = {}
-    #: Name of the table in [tool.clseave] of a project's TOML files that sets options, if any.
-    PROJECT_TABLE: ClassVar[str | None] = None
 
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")
     precision: Precision = option("auto", "Arithmetic of the matrix products.")
@@ -225,6 +226,29 @@ def project_options(config_class: type[StageConfig], table: str) -> dict[str, An
     return {}
 
 
+def project_template(commands: Mapping[str, type[StageConfig]]) -> str:
+    """A clseave.toml with the main options of some commands and their defaults, commented out."""
+    lines = [
+        "# What clseave's commands do in this folder. A flag, --config and --preset win over it.",
+        "# `clseave COMMAND --help-all` lists further options: --batch-size is batch_size here.",
+    ]
+    for name, config_class in commands.items():
+        parts = {part.name: part for part in dataclasses.fields(config_class)}
+        lines += ["", f"[{name}]"]
+        for part in (parts[key] for key in config_class.FIRST or parts if key in parts):
+            lines.append(f"# {part.name} = {_toml(part)}  # {part.metadata['help']}")
+    return "\n".join(lines) + "\n"
+
+
+def _toml(part: dataclasses.Field[Any]) -> str:
+    """A field's default as TOML writes it, or something in its place where there is none."""
+    value = part.default
+    if value is None:
+        is_number = "int" in str(part.type) or "float" in str(part.type)
+        value = (part.metadata["least"] or 0) if is_number else metavar_of(part) or part.name
+    return json.dumps(value, default=str)
+
+
 def _convert(shown: str, key: str, value: Any, annotation: Any) -> Any:
     """`value` as the field's type, by the few types that config fields have."""
     if get_origin(annotation) is tuple:
@@ -287,7 +311,7 @@ class SeededConfig(StageConfig):
 class ModelsConfig(StageConfig):
     """A stage that reads or writes models."""
 
-    runs: Path = option(Path("runs"), "Folder of the models.")
+    runs: Path = option(Path("runs"), "Folder of the models, or ORG/NAME[@revision] of the hub.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,6 +327,7 @@ class DataConfig:
 class TrainingConfig(ModelsConfig, SeededConfig):
     """What the training loop needs to know, whatever it trains."""
 
+    runs: Path = option(Path("runs"), "Folder of the models.")
     epochs: int = option(10, "Passes over the training data.", least=1)
     batch_size: int = option(128, "Examples in one optimiser step.", least=1)
     learning_rate: float = option(1e-4, "Peak learning rate.", least=0)
@@ -446,13 +471,14 @@ class FinetuneConfig(TrainingConfig, DataConfig):
     """`finetune-ve`: CLIP-VE, the visual-entailment model of the source language (thesis 3.1.2)."""
 
     FIRST: ClassVar[tuple[str, ...]] = (
-        "data", "images", "clip", "source_lang", "runs", "epochs", "batch_size", "learning_rate",
-        "skip_bad", "resume", "seed", "device",
+        "data", "images", "clip", "head", "source_lang", "runs", "epochs", "batch_size",
+        "learning_rate", "skip_bad", "resume", "seed", "device",
     )  # fmt: skip
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "thesis": {
             "clip": "openai/clip-vit-base-patch16",
+            "head": "pooled",
             "batch_size": 64,
             "learning_rate": 1e-6,
             "weight_decay": 0.0,
@@ -477,6 +503,10 @@ class FinetuneConfig(TrainingConfig, DataConfig):
     clip: str = option(
         "openai/clip-vit-base-patch16",
         "CLIP, SigLIP, Chinese-CLIP or AltCLIP model to fine-tune (hub id or folder).",
+    )
+    head: Head = option("pooled", "What the head reads of a photo: one vector, or its patches too.")
+    patch_grid: int | None = option(
+        None, "patches: average them to so many along a side; unset: keep all.", least=1
     )
     source_lang: str = option("en", "Language the model reads; all others are aligned to it.")
     out: Path | None = option(None, "Folder to write; unset: RUNS/clip-ve.")
@@ -561,7 +591,9 @@ class StudentConfig(TrainingConfig, DataConfig, TokenConfig):
     method: Method = option("sentence", "What of a sentence is aligned (docs/methods.md).")
     lang: tuple[str, ...] = option((), "Language to align; repeat: one student of several.")
     student: str = option(MULTILINGUAL_BERT, "Encoder to train (hub id or folder).")
-    teacher: Path | None = option(None, "CLIP-VE folder to imitate; unset: RUNS/clip-ve.")
+    teacher: Path | None = option(
+        None, "CLIP-VE folder to imitate, or ORG/NAME of the hub; unset: RUNS/clip-ve."
+    )
     objective: ObjectiveName = option("mse", "What the student is pulled towards.")
     pooling: Pooling = option("terminal", "Which hidden state stands for the sentence.")
     include_english: bool = option(False, "Train on the teacher's sentences, too.")
@@ -689,7 +721,9 @@ class EvaluateConfig(SeededConfig, DataConfig, EngineConfig):
     runs: tuple[Path, ...] = option(
         (Path("runs"),), "Folder of the models; repeat for the same models of several seeds."
     )
-    students: Path | None = option(None, "Folder of the students; unset: the same.")
+    students: Path | None = option(
+        None, "Folder of the students, or ORG/NAME of the hub; unset: --runs."
+    )
     lang: tuple[str, ...] = option((), "Language to evaluate; repeat; unset: all there are.")
     mode: Literal["zero-shot", "translate-test", "both"] = option(
         "zero-shot",
@@ -722,7 +756,6 @@ class PredictConfig(ModelsConfig):
 class CheckConfig(ModelsConfig):
     """`check`: does each text of a page, folder or table fit its picture?"""
 
-    PROJECT_TABLE: ClassVar[str | None] = "check"
     FIRST: ClassVar[tuple[str, ...]] = (
         "lang", "runs", "min_confidence", "images", "image_column", "text_column", "format",
         "fail_on", "baseline",

@@ -6,7 +6,7 @@ is damaged, is removed, and what it held is computed again. Several processes ma
 at worst they do the same work twice. Sound shards are memory-mapped: vectors take room on the disk,
 not in memory, until they are asked for.
 
-Legend: N rows · U distinct items · D width of a vector.
+Legend: N rows · U distinct items · D width of a vector · E width of a photo's features.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from clseave_cli.errors import ClseaveError, DataError
 from clseave_cli.processes import ahead, usable_cores
 from clseave_cli.progress import SILENT, Progress, Task
 
-#: A shard is written when so many vectors wait for it, or when the last one is so old: what a crash
-#: costs is little, and the files are few.
-_SHARD_VECTORS = 65_536
+#: A shard is written when so much waits for it, or when the last one is so old: what a crash costs
+#: is little, and the files are few.
+_SHARD_BYTES = 128 * 2**20
 _SHARD_SECONDS = 60.0
 _IMAGE_BATCH = {"cuda": 256, "cpu": 64}
 #: Batches of images decoded while one is encoded: one for each core, within these bounds. A batch
@@ -110,6 +110,29 @@ def tokenize_sentences(
             f"hypotheses in all: cut to {encoder.max_tokens} tokens, the terminal token kept."
         )
     return Sentences(tokens, index)
+
+
+def by_rows(
+    compute: Callable[[Tensor, Tensor], Tensor],
+    hypotheses: Tensor,
+    photos: Features,
+    rows_at_once: int,
+) -> Tensor:
+    """What a head says of N rows, (N, …); their photos are read from the disk a block at a time.
+
+    Args:
+        compute: gives (B, …) for (B, D) sentence embeddings and (B, E) photos.
+        hypotheses: (N, D) sentence embeddings.
+        photos: of the N rows.
+        rows_at_once: B.
+    """
+
+    def block(start: int) -> Tensor:
+        rows = slice(start, start + rows_at_once)
+        premises = photos.vectors.rows(photos.index[rows]).to(hypotheses.device)
+        return compute(hypotheses[rows], premises)
+
+    return torch.cat([block(start) for start in range(0, len(hypotheses), rows_at_once)])
 
 
 def embed_rows(encoder: SentenceEncoder, sentences: Sentences) -> Tensor:
@@ -182,6 +205,8 @@ def image_features(
 ) -> Features:
     """The projected features of every row's image, from the cache where they are there.
 
+    With the patches of each image (`ImageEncoder.patch_grid`) they are in half precision.
+
     Args:
         encoder: the frozen image tower.
         split: N rows.
@@ -213,17 +238,27 @@ def image_features(
         # Preprocessed together: half the cost of one by one.
         return page_locked(encoder.preprocess([decode(item) for item in items]), encoder.device)
 
+    grid, width = encoder.patch_grid, encoder.premise_width
+    kind, dtype = (f"patches-{grid}", torch.float16) if grid else ("image", torch.float32)
+    folder = _folder(kind, encoder, autocast)
+
     def compute(missing: npt.NDArray[np.intp]) -> Iterator[Tensor]:
         items = path_of_key[missing].tolist()
+        if grid:
+            progress.note(
+                f"{split.name}: {len(items):,} photos × {1 + grid**2} vectors × "
+                f"{encoder.embedding_dim} × 2 bytes = {len(items) * width * 2 / 1e9:.2f} GB into "
+                f"{folder}; --patch-grid makes them fewer."
+            )
         size = _IMAGE_BATCH[encoder.device.type]
         batches = [items[i : i + size] for i in range(0, len(items), size)]
         num_ahead = min(max(_FEWEST_AHEAD, usable_cores()), _MOST_AHEAD)
         with ThreadPoolExecutor(max_workers=min(usable_cores(), num_ahead)) as decoders:
             for batch in ahead(decoders, pixels, batches, num_ahead):
                 with torch.no_grad(), autocast():
-                    yield encoder(on_device(batch, encoder.device)).float().cpu()
+                    yield encoder(on_device(batch, encoder.device)).to(dtype).cpu()
 
-    cache = VectorCache(_folder("image", encoder, autocast), encoder.embedding_dim)
+    cache = VectorCache(folder, width, dtype)
     vectors = cache.get(keys, compute, f"{split.name}: image features", progress)
     return Features(vectors, key_of_path[split.image_index])
 
@@ -260,15 +295,16 @@ def _folder(kind: str, encoder: ImageEncoder | SentenceEncoder, autocast: Autoca
 
 
 class Vectors:
-    """(U, D) float32 vectors that stay on disk, memory-mapped, until they are asked for.
+    """(U, D) vectors that stay on disk, memory-mapped, until they are asked for.
 
     Args:
         count: U.
         width: D.
+        dtype: of the numbers.
     """
 
-    def __init__(self, count: int, width: int) -> None:
-        self.width = width
+    def __init__(self, count: int, width: int, dtype: torch.dtype = torch.float32) -> None:
+        self.width, self.dtype = width, dtype
         self._shards: list[Tensor] = []
         self._shard_of = np.full(count, _MISSING, dtype=np.int32)
         self._row_of = np.zeros(count, dtype=np.int32)
@@ -278,7 +314,7 @@ class Vectors:
 
     def rows(self, items: npt.NDArray[np.integer[Any]]) -> Tensor:
         """(n, D) the vectors of the given items, in memory."""
-        vectors = torch.empty(len(items), self.width)
+        vectors = torch.empty(len(items), self.width, dtype=self.dtype)
         shard_of, row_of = self._shard_of[items], self._row_of[items]
         for number in np.unique(shard_of):
             places = np.flatnonzero(shard_of == number)
@@ -308,11 +344,12 @@ class VectorCache:
     Args:
         folder: a folder per kind of vector: its name must stand for everything that decides them.
         width: D; shards of another width are damaged.
+        dtype: of the numbers.
     """
 
-    def __init__(self, folder: Path, width: int) -> None:
+    def __init__(self, folder: Path, width: int, dtype: torch.dtype = torch.float32) -> None:
         self._folder = folder
-        self._width = width
+        self._width, self._dtype = width, dtype
 
     def get(
         self,
@@ -335,7 +372,7 @@ class VectorCache:
         Raises:
             ClseaveError: the disk is full, or does not keep what is written.
         """
-        vectors = Vectors(len(keys), self._width)
+        vectors = Vectors(len(keys), self._width, self._dtype)
         if not len(keys):
             return vectors
         order = np.argsort(keys)
@@ -381,7 +418,7 @@ class VectorCache:
                 waiting.append((todo[done : done + len(batch)], batch))
                 done += len(batch)
                 task.advance(len(batch))
-                full = sum(len(vectors) for _, vectors in waiting) >= _SHARD_VECTORS
+                full = sum(vectors.nbytes for _, vectors in waiting) >= _SHARD_BYTES
                 if full or time.monotonic() - written_at >= _SHARD_SECONDS:
                     write()
                     written_at = time.monotonic()

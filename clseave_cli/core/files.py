@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -356,6 +356,51 @@ def cache_root() -> Path:
     with suppress(RuntimeError):
         return Path(os.environ.get("CLSEAVE_CACHE") or Path.home() / ".cache" / "clseave")
     raise ClseaveError("this user has no home directory for caches; set CLSEAVE_CACHE to a folder.")
+
+
+#: What a cache holds, by its folder in `cache_root`. The last one may have cost money.
+CACHES = {
+    "image": "embeddings of photos",
+    "text": "the teacher's embeddings of sentences",
+    "words": "links between words",
+    "hypothesis-only": "answers of the hypothesis-only baseline",
+    "ctranslate2": "converted translation models",
+    "translation": "translations, and which files they went to",
+}
+
+
+def cache_sizes() -> dict[str, int]:
+    """The bytes that each of `CACHES` takes."""
+    root = cache_root()
+    return {kind: folder_bytes(root / kind) for kind in CACHES}
+
+
+def clear_caches(kinds: Iterable[str]) -> int:
+    """Deletes some of `CACHES`; returns how many bytes they took.
+
+    Raises:
+        UsageError: there is no such cache.
+        ClseaveError: it cannot be deleted.
+    """
+    kinds = list(kinds)
+    for kind in kinds:
+        if kind not in CACHES:
+            raise UsageError(f"{kind}: no such cache; there are: {', '.join(CACHES)}.")
+    freed = 0
+    for folder in (cache_root() / kind for kind in kinds):
+        size = folder_bytes(folder)
+        try:
+            if folder.exists():
+                shutil.rmtree(folder)
+        except OSError as error:
+            raise ClseaveError(f"{folder}: cannot be deleted ({error.strerror}).") from None
+        freed += size
+    return freed
+
+
+def folder_bytes(folder: Path) -> int:
+    """The size of all files in a folder; 0 where there is none."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def file_digest(path: Path, num_bytes: int = 32) -> str:

@@ -27,6 +27,7 @@ from clseave_cli.core.features import (
     Features,
     Photos,
     Sentences,
+    by_rows,
     embed_rows,
     image_features,
     tokenize_sentences,
@@ -52,14 +53,14 @@ class _Batch(NamedTuple):
         num_sentences: S; in a single process B, and then there are B embeddings where batches are
             filled up to few shapes.
         sentence_of_row: (B,) int64 into the S.
-        image_of_row: (B,) int64 into the split's distinct images.
+        premises: (B, E) features of the rows' images.
         labels: (B,) int64 ids of `labels.LABELS`.
     """
 
     sentences: PackedBatch
     num_sentences: int
     sentence_of_row: Tensor
-    image_of_row: Tensor
+    premises: Tensor
     labels: Tensor
 
 
@@ -80,7 +81,7 @@ class _Pairs:
             model.text.pack(self.sentences.tokens, group.shard(sentences), places),
             places or len(sentences),
             torch.from_numpy(sentence_of_row),
-            torch.from_numpy(self.images.index[rows]),
+            self.images.vectors.rows(self.images.index[rows]),
             self.labels[torch.from_numpy(rows)],
         )
 
@@ -99,12 +100,16 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult
         return StageResult(out, languages, None)
     device, folder = setup.device, setup.data
     train_split, dev_split, images = _data(config, folder, progress)
+    if config.patch_grid and config.head != "patches":
+        raise UsageError("--patch-grid goes with --head patches.")
     _require_batch_statistics(config, train_split)
     _require_two_labels(train_split)
     splits = [(split, Photos.of(split, images)) for split in (train_split, dev_split)]
 
     torch.manual_seed(config.seed)
-    model = ClipVE.from_clip(config.clip, config.source_lang).to(device)
+    model = ClipVE.from_clip(config.clip, config.source_lang, config.head, config.patch_grid).to(
+        device
+    )
     model.text.verify_packing(config.clip, progress)
     inputs = {"clip": json_digest([model.text.digest(), model.image.digest()])}
     for split, photos in splits:
@@ -113,19 +118,17 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult
         train_pairs, dev_pairs = (
             _prepare(model, split, photos, setup.autocast, progress) for split, photos in splits
         )
-        train_vectors = train_pairs.images.vectors.all().to(device)
-        dev_premises = dev_pairs.images.of_rows().to(device)
 
         def loss(batch: _Batch) -> Tensor:
             sentences = processes().gather(lambda: model.text(batch.sentences), batch.num_sentences)
-            logits = model(sentences[batch.sentence_of_row], train_vectors[batch.image_of_row])
+            logits = model(sentences[batch.sentence_of_row], batch.premises)
             return torch.stack(
                 [functional.cross_entropy(logits, batch.labels), _accuracy(logits, batch.labels)]
             )
 
         def evaluate() -> dict[str, float]:
             hypotheses = embed_rows(model.text, dev_pairs.sentences)
-            logits = model(hypotheses, dev_premises)
+            logits = by_rows(model, hypotheses, dev_pairs.images, model.rows_at_once)
             labels = dev_pairs.labels.to(device)
             return {
                 "loss": functional.cross_entropy(logits, labels).item(),
@@ -249,7 +252,7 @@ base_model: {model}
 
 Says whether an image entails, contradicts or leaves open a sentence in `{config.source_lang}`
 ({", ".join(LABELS)}). Image tower of `{model}`, frozen; text tower, projection and
-head trained on {num_train} pairs, {result.epochs} epochs, the weights of epoch
+{config.head} head trained on {num_train} pairs, {result.epochs} epochs, the weights of epoch
 {result.best_epoch} kept: dev loss {dev["loss"]:.4f}, dev accuracy {dev["accuracy"]:.2%}.
 
     clseave predict image.jpg "a sentence" --lang {config.source_lang} --runs runs

@@ -16,7 +16,8 @@ from clseave_cli.commands import serve
 from clseave_cli.core.config import ServeConfig
 from clseave_cli.core.models.backbones import load_clip, load_encoder
 from clseave_cli.core.models.clip_ve import ClipVE
-from clseave_cli.core.models.student import find_students, load_student
+from clseave_cli.core.models.listing import find_students
+from clseave_cli.core.models.student import load_student
 from clseave_cli.errors import ClseaveError, ModelError
 
 

@@ -11,8 +11,9 @@ from tiny_world import flip_byte, model_files, tree
 from clseave_cli.core.files import json_digest
 from clseave_cli.core.models import backbones
 from clseave_cli.core.models.clip_ve import ClipVE, EntailmentHead, HeadConfig, fingerprint
+from clseave_cli.core.models.listing import find_students
 from clseave_cli.core.models.scratch import ClipShape, new_clip
-from clseave_cli.core.models.student import find_students, load_student, save_student
+from clseave_cli.core.models.student import load_student, save_student
 from clseave_cli.errors import ModelError
 
 

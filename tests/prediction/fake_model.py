@@ -19,6 +19,8 @@ class FakeModel:
         self.gate.set()
         self.poison: float | None = None  # a red that fails its batch
         self.broken_scores = None  # what becomes of the probabilities
+        self.looked = None  # (G, G) shares of a head that sees patches
+        self.preparation = None
 
     def prepare(self, image):
         self.num_prepared += 1
@@ -40,3 +42,6 @@ class FakeModel:
         scores = np.exp(premises)
         scores = scores / scores.sum(axis=1, keepdims=True)
         return scores if self.broken_scores is None else self.broken_scores(scores)
+
+    def attention(self, hypotheses, premises):
+        return None if self.looked is None else [self.looked] * len(hypotheses)

@@ -21,7 +21,7 @@ from tiny_world import CommandProcess, flip_byte, read_jsonl, reseal, tree, writ
 from clseave_cli import VisualEntailment
 from clseave_cli.commands import predict
 from clseave_cli.core.config import PredictConfig
-from clseave_cli.core.models.student import find_students
+from clseave_cli.core.models.listing import find_students
 from clseave_cli.core.prediction import torch_model
 from clseave_cli.core.prediction.predictor import predict_file
 from clseave_cli.errors import DataError, ExtraMissing, UsageError

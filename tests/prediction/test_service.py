@@ -1,5 +1,6 @@
 """The HTTP service through Starlette's test client, with a model that watches what it is given."""
 
+import base64
 import contextlib
 import http.client
 import io
@@ -83,6 +84,15 @@ def test_an_answer_is_the_label_and_three_probabilities(serve):
     assert warning == "the sentence is not in the script of en; check the language."
 
 
+def test_where_the_model_looked_is_drawn_for_those_who_ask(serve, model):
+    assert "explanation" not in ask(serve(), explain="true").json()  # a head without patches
+    model.looked = np.array([[0.1, 0.2], [0.3, 0.4]])
+    assert "explanation" not in ask(serve()).json()
+    head, _, encoded = ask(serve(), explain="true").json()["explanation"].partition(",")
+    assert head == "data:image/png;base64"
+    assert Image.open(io.BytesIO(base64.b64decode(encoded))).width == 480
+
+
 def test_requests_that_come_while_one_is_computed_go_together(serve, model):
     client = serve(batch_size=4)
     model.gate.clear()
@@ -113,7 +123,7 @@ def test_a_photo_asked_about_again_is_neither_decoded_nor_encoded(serve, model):
 
 
 def test_the_oldest_photos_are_forgotten(serve, model, monkeypatch):
-    monkeypatch.setattr(predictor, "_KEPT_IMAGES", 2)
+    monkeypatch.setattr(predictor, "_KEPT_BYTES", 2 * 3 * 4)
     client = serve()
     for red in (0, 100, 200, 0):
         ask(client, picture((red, 0, 0)))

@@ -599,7 +599,7 @@ def test_an_image_used_often_is_encoded_once_and_few_are_kept(world, trained, mo
     monkeypatch.setattr(
         prediction, "open_image", lambda path, name: opened.append(path.name) or open_image(path)
     )
-    monkeypatch.setattr(prediction, "_KEPT_IMAGES", 2)
+    monkeypatch.setattr(prediction, "_KEPT_BYTES", 2 * 16 * 4)
     names = ["test0.png", "test1.png", "test0.png", "test2.png", "test0.png"]
     many = model.predict([(world / "images" / name, "The square is red.") for name in names])
     assert opened == ["test0.png", "test1.png", "test2.png"]

@@ -23,6 +23,7 @@ from clseave_cli.core.features import (
     Features,
     Photos,
     Sentences,
+    by_rows,
     embed_rows,
     image_features,
     sentence_embeddings,
@@ -60,7 +61,7 @@ class DevSet:
         counts: whether it is one of the student's, so that its metrics count in choosing.
         sentences: of the rows, tokenised for the student.
         teacher: (N, D) the teacher's embeddings of the source sentences.
-        premises: (N, D) image embeddings, where accuracy is measured.
+        premises: features of the rows' images, where accuracy is measured.
         labels: (N,) int64 ids of `labels.LABELS`.
     """
 
@@ -203,8 +204,8 @@ def _metrics(student: SentenceEncoder, teacher: ClipVE, dev: DevSet) -> dict[str
         "variance_ratio": variance / wanted_variance if wanted_variance else 1.0,
     }
     if dev.premises is not None:
-        premises = dev.premises.of_rows().to(device)
-        right = teacher(predicted, premises).argmax(dim=1) == dev.labels.to(device)
+        logits = by_rows(teacher, predicted, dev.premises, teacher.rows_at_once)
+        right = logits.argmax(dim=1) == dev.labels.to(device)
         metrics["accuracy"] = right.float().mean().item()
     return metrics
 

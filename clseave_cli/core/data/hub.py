@@ -1,19 +1,30 @@
-"""The hub: whether it answers, and its data sets, written out once as an ordinary data folder."""
+"""The hub: whether it answers, its models, and its data sets as ordinary data folders."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from clseave_cli.core.config import StageConfig, TrainingConfig
 from clseave_cli.core.data.images import in_rgb
 from clseave_cli.core.data.rows import IMAGE_KEYS, LABEL_KEYS, json_line
 from clseave_cli.core.files import atomic_folder
-from clseave_cli.errors import DataError
+from clseave_cli.errors import DataError, ModelError
 from clseave_cli.labels import LABELS
 from clseave_cli.progress import SILENT, Progress
+
+Config = TypeVar("Config", bound=StageConfig)
+
+#: A repository, and a branch, tag or commit of it.
+_REPOSITORY = re.compile(r"([a-z0-9][\w.-]*/[a-z0-9][\w.-]*)(?:@(\w[\w./-]*))?", re.A | re.I)
+#: What model folders consist of, and all that is fetched or pushed. Pickles are not among it.
+MODEL_FILES = (
+    "*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.onnx", "*.onnx.data", "README.md",
+)  # fmt: skip
 
 _PREFIX = "hf:"
 _TIMEOUT_SECONDS = 10.0
@@ -43,7 +54,73 @@ def hub_reason(error: Exception) -> str:
     if not hub_answers():
         hub = huggingface_hub.constants.ENDPOINT
         return f"{hub} does not answer, or HF_HUB_OFFLINE is set"
+    if isinstance(error, huggingface_hub.errors.RevisionNotFoundError):
+        return "no such branch, tag or commit"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403, 404):
+        return "no such repository, or not open to you: `hf auth login`, or set HF_TOKEN"
     return " ".join(str(error).split())[:200] or repr(error)[:200]
+
+
+def is_repository(name: str) -> bool:
+    """Whether a text is spelled like a repository of the hub, `ORG/NAME`, without a revision."""
+    match = _REPOSITORY.fullmatch(name)
+    return match is not None and match[2] is None
+
+
+def model_folder(name: Path, progress: Progress = SILENT) -> Path:
+    """The local folder that `--runs`, `--teacher` and `--students` mean.
+
+    Args:
+        name: a folder, or `ORG/NAME[@revision]` where no such folder is here. It is fetched into
+            the hub's cache; without a connection, what was fetched before is used.
+        progress: told what is fetched.
+
+    Raises:
+        ModelError: there is no such repository, or it cannot be fetched.
+    """
+    match = _REPOSITORY.fullmatch(str(name))
+    if match is None or name.exists():
+        return name
+    import huggingface_hub
+
+    if hub_answers():
+        progress.note(f"{name}: fetching what is not in the cache yet")
+    try:
+        folder = huggingface_hub.snapshot_download(
+            match[1],
+            revision=match[2],
+            allow_patterns=list(MODEL_FILES),
+            local_files_only=not hub_answers(),
+            library_name="clseave",
+        )
+    except Exception as error:  # of the hub's client, of HTTP, or of the disk
+        raise ModelError(
+            f"{name}: no such folder here, and not fetched from the hub ({hub_reason(error)})."
+        ) from None
+    return Path(folder)
+
+
+def with_local_models(config: Config, progress: Progress = SILENT) -> Config:
+    """The options with folders where they name repositories of the hub.
+
+    Where models are trained, `--runs` is what they are written to, and stays as it is.
+
+    Raises:
+        ModelError: as `model_folder`.
+    """
+    local: dict[str, Any] = {}
+    for name in ("runs", "teacher", "students"):
+        value = getattr(config, name, None)
+        if value is None or (name == "runs" and isinstance(config, TrainingConfig)):
+            continue
+        if isinstance(value, tuple):
+            local[name] = tuple(model_folder(each, progress) for each in value)
+        else:
+            local[name] = model_folder(value, progress)
+        if name == "teacher" and local[name] != value and (local[name] / "clip-ve").is_dir():
+            local[name] /= "clip-ve"  # a repository is laid out like --runs
+    return dataclasses.replace(config, **local) if local else config
 
 
 def data_folder(data: str, progress: Progress = SILENT, root: Path = Path("data")) -> Path:

@@ -238,15 +238,32 @@ class Preparation:
 
         Pillow does it in C, while other threads go on.
         """
-        resized = image.resize(self._size(image), Image.Resampling(self.resample))
+        size = self._size(image.size)
+        resized = image.resize(size, Image.Resampling(self.resample))
+        return np.asarray(resized.crop(self._box(size)))
+
+    def region(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom of what is cut out of a picture, in its own pixels.
+
+        Args:
+            size: width and height of the picture.
+        """
+        resized = self._size(size)
+        scales = (size[0] / resized[0], size[1] / resized[1]) * 2
+        left, top, right, bottom = (
+            edge * scale for edge, scale in zip(self._box(resized), scales, strict=True)
+        )
+        return left, top, right, bottom
+
+    def _box(self, resized: tuple[int, int]) -> tuple[int, int, int, int]:
         height, width = self.crop
         # Floor division and ceiling, as the processor rounds.
-        left, top = (resized.width - width) // 2, (resized.height - height) // 2
-        return np.asarray(resized.crop((left, top, left + width, top + height)))
+        left, top = (resized[0] - width) // 2, (resized[1] - height) // 2
+        return left, top, left + width, top + height
 
-    def _size(self, image: Image.Image) -> tuple[int, int]:
+    def _size(self, size: tuple[int, int]) -> tuple[int, int]:
         if len(self.resize) == 2:
             return self.resize[1], self.resize[0]
-        short, long = sorted(image.size)
+        short, long = sorted(size)
         longer = self.resize[0] * long // short
-        return (self.resize[0], longer) if image.width == short else (longer, self.resize[0])
+        return (self.resize[0], longer) if size[0] == short else (longer, self.resize[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from clseave_cli.core.data.heat_map import png_uri
 from clseave_cli.core.data.images import ImageFolder, open_image
 from clseave_cli.core.data.languages import language_name
 from clseave_cli.core.evaluation.metrics import probabilities
@@ -61,6 +62,12 @@ class GalleryItem:
     name: str
     image: Path | bytes
     entries: tuple[GalleryEntry, ...]
+    # Where the model of the first entry looked: a function of the picture.
+    looked: Callable[[Image.Image], Image.Image] | None = None
+
+    def heat_map(self) -> str | None:
+        """Where the model of the first entry looked, as a `data:` URI; None: it sees no parts."""
+        return None if self.looked is None else png_uri(self.looked(open_image(self.image)))
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,8 @@ def examples(outputs: Mapping[str, Outputs], images: ImageFolder) -> Gallery:
     for name, row in chosen.items():
         rows = [place[pair_ids[row]] for place in places]
         entries = tuple(map(GalleryEntry.of, outputs.values(), rows))
-        items.append(GalleryItem(name, images.find(name, first.split.where(row)), entries))
+        image = images.find(name, first.split.where(row))
+        items.append(GalleryItem(name, image, entries, first.looked(row)))
     return Gallery(
         "The same pictures in every language",
         "One hypothesis about each picture in every language, with what the models predict.",
@@ -109,7 +117,8 @@ def errors(outputs: Mapping[str, Outputs], images: ImageFolder) -> Gallery:
             name = str(each.images[row])
             title = f"{language_name(each.split.lang)} · {name}"
             image = images.find(name, each.split.where(row))
-            items.append(GalleryItem(title, image, (GalleryEntry.of(each, row),)))
+            entries = (GalleryEntry.of(each, row),)
+            items.append(GalleryItem(title, image, entries, each.looked(row)))
     return Gallery(
         "The most confident errors",
         f"Where the model of each language is wrong and surest of it: at most {count} a language, "

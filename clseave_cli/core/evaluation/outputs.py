@@ -1,31 +1,37 @@
 """What the models say of the rows: their embeddings and logits, with and without the right photo.
 
-N rows · D embedding width · C labels
+N rows · D embedding width · C labels · G cells along a side of a photo
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from clseave_cli.core.config import EvaluateConfig
+from clseave_cli.core.data.heat_map import heat_map
+from clseave_cli.core.data.images import Preparation
 from clseave_cli.core.data.records import Split
 from clseave_cli.core.evaluation.baselines import Rows, shuffled_rows
 from clseave_cli.core.evaluation.comparison import rows_in_common
 from clseave_cli.core.evaluation.results import Mode, result_key
-from clseave_cli.core.features import image_features, tokenize_sentences
+from clseave_cli.core.features import by_rows, image_features, tokenize_sentences
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.student import load_student
 from clseave_cli.core.training.precision import autocast, resolve_device
 from clseave_cli.errors import DataError, ModelError
 from clseave_cli.progress import SILENT, Progress
+
+#: Longest side of a photo under a heat map: so that its scale can be read in the report.
+_HEAT_MAP_PIXELS = 320
 
 
 @dataclass(frozen=True)
@@ -53,11 +59,21 @@ class Outputs:
     logits: npt.NDArray[np.float32]  # (N, C), finite
     # (N, C) with every row's photo exchanged for another row's.
     shuffled_logits: npt.NDArray[np.float32]
+    # (N, G, G) shares of the cells of each photo, of a head that sees patches.
+    attention: npt.NDArray[np.float32] | None = None
+    preparation: Preparation | None = None  # says which part of a photo the cells cover
 
     @property
     def correct(self) -> npt.NDArray[np.bool_]:
         """(N,) whether the predicted label is the gold label."""
         return self.is_gold(self.logits.argmax(axis=1))
+
+    def looked(self, row: int) -> Callable[[Image], Image] | None:
+        """Draws where the head looked for a row over its picture; None: it sees no patches."""
+        if self.attention is None:
+            return None
+        shares = self.attention[row]
+        return lambda picture: heat_map(picture, shares, self.preparation, _HEAT_MAP_PIXELS)
 
     def is_gold(self, predicted: npt.ArrayLike) -> npt.NDArray[np.bool_]:
         """(N,) whether `predicted` label ids (or one for all rows) are the gold labels."""
@@ -109,7 +125,7 @@ def run_systems(
                 rows[system.key].photos,
                 autocast=autocast(config.precision, model.image.device),
                 progress=progress,
-            ).of_rows()
+            )
         premises[system.key] = features[images_of_rows]
     # One student in memory at a time, whatever the order of its languages.
     for student in dict.fromkeys(system.student for system in systems):
@@ -117,20 +133,28 @@ def run_systems(
         if student is not None:
             encoder = load_student(student, model.fingerprint).to(model.text.device)
         for system in (system for system in systems if system.student == student):
-            split = rows[system.key].split
-            photos = np.array(split.image_names)[split.image_index]
+            split, photos = rows[system.key].split, premises[system.key]
+            names = np.array(split.image_names)[split.image_index]
+            others = replace(photos, index=photos.index[shuffled_rows(names, config.seed)])
+            attention = None
             with torch.no_grad():
                 embeddings = _embed(config, encoder, system.key, rows[system.key], progress)
-                right = premises[system.key].to(embeddings.device)
-                shuffled = right[shuffled_rows(photos, config.seed)]
-                logits, others = model(embeddings, right), model(embeddings, shuffled)
+                logits, shuffled_logits = (
+                    by_rows(model, embeddings, shown, model.rows_at_once)
+                    for shown in (photos, others)
+                )
+                if model.image.patch_grid:
+                    looks = model.head.attention
+                    attention = by_rows(looks, embeddings, photos, model.rows_at_once)
             outputs[system.key] = Outputs(
                 system,
                 split,
-                photos,
+                names,
                 embeddings.cpu().numpy(),
                 _finite(logits, student or clip_ve, split),
-                _finite(others, student or clip_ve, split),
+                _finite(shuffled_logits, student or clip_ve, split),
+                None if attention is None else attention.cpu().numpy(),
+                Preparation.of(model.image.processor),
             )
     return {system.key: outputs[system.key] for system in systems}
 

@@ -49,7 +49,8 @@ from clseave_cli.core.evaluation.transfer import analyse_distances, measure_tran
 from clseave_cli.core.features import Photos
 from clseave_cli.core.files import file_digest, locked_target, require_replaceable
 from clseave_cli.core.models.clip_ve import fingerprint, source_language
-from clseave_cli.core.models.student import find_students, require_teacher, student_fingerprint
+from clseave_cli.core.models.listing import find_students
+from clseave_cli.core.models.student import require_teacher, student_fingerprint
 from clseave_cli.core.training.precision import resolve_device, resolve_precision
 from clseave_cli.core.translation.corpus import translate_hypotheses
 from clseave_cli.errors import DataError, ModelError, UsageError

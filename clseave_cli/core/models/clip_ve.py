@@ -1,15 +1,21 @@
-"""CLIP-VE: a frozen image tower, a trained text tower and the entailment head (thesis 3.1.2)."""
+"""CLIP-VE: a frozen image tower, a trained text tower and the entailment head (thesis 3.1.2).
+
+Legend: B pairs · D embedding width · P patches · E width of a premise, D or (1 + P) · D
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from clseave_cli.core.config import Head
 from clseave_cli.core.data.records import ENGLISH
 from clseave_cli.core.models import backbones
 from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
@@ -20,8 +26,9 @@ from clseave_cli.labels import LABELS
 
 FORMAT = "clip-ve"
 #: Rows the head judges at once: what it makes of them, four times as wide, stays in the
-#: processor's cache (2.6 times as fast as 18,000 rows at once, and less memory).
-_HEAD_ROWS = 1024
+#: processor's cache (2.6 times as fast as 18,000 rows at once, and less memory). With the patches
+#: of a ViT-B/16, 64 rows are 26 MB.
+_HEAD_ROWS, _PATCH_ROWS = 1024, 64
 
 
 class ClipVE(nn.Module):
@@ -54,6 +61,13 @@ class ClipVE(nn.Module):
                 f"the text tower projects to {widths[0]}, the image tower to {widths[1]}, the "
                 f"head reads {widths[2]}; the three must be equal."
             )
+        grid = head.config.patch_grid
+        if grid and (grid > image.grid or image.grid % grid):
+            raise ModelError(
+                f"the head reads {grid} × {grid} patches, which the image tower's {image.grid} × "
+                f"{image.grid} cannot be averaged to."
+            )
+        image.patch_grid = grid
         self.text = text
         self.image = image
         self.head = head
@@ -62,19 +76,33 @@ class ClipVE(nn.Module):
         self.image.requires_grad_(False)
 
     @classmethod
-    def from_clip(cls, name: str | Path, source_lang: str = ENGLISH) -> ClipVE:
+    def from_clip(
+        cls,
+        name: str | Path,
+        source_lang: str = ENGLISH,
+        head: Head = "pooled",
+        patch_grid: int | None = None,
+    ) -> ClipVE:
         """A new CLIP-VE around a pretrained CLIP-like model; only the head is untrained.
 
         Args:
             name: hub id or folder of the model.
             source_lang: the language it will be trained in.
+            head: what the head reads of an image.
+            patch_grid: cells along a side that its patches are averaged to; None: all patches.
 
         Raises:
-            ModelError: the model cannot be loaded or has an unknown layout.
+            ModelError: the model cannot be loaded, has an unknown layout, or none of these patches.
         """
         text, image = backbones.load_clip_text(name), backbones.load_clip_image(name)
-        head = EntailmentHead(HeadConfig(embedding_dim=text.embedding_dim))
-        return cls(text, image, head, source_lang)
+        grid = (patch_grid or image.grid) if head == "patches" else 0
+        if head == "patches" and not grid:
+            raise ModelError(
+                f"{name}: its image tower reads pictures in their own proportions, so the number "
+                "of patches varies; use --head pooled."
+            )
+        new_head = EntailmentHead(HeadConfig(embedding_dim=text.embedding_dim, patch_grid=grid))
+        return cls(text, image, new_head, source_lang)
 
     @classmethod
     def from_folder(cls, folder: Path, text: SentenceEncoder | None = None) -> ClipVE:
@@ -115,14 +143,19 @@ class ClipVE(nn.Module):
         config = {
             "languages": [self.source_lang],
             **self.text.packing,
-            "head": dataclasses.asdict(self.head.config),
+            "head": self.head.config.to_json(),
         }
         self.fingerprint = seal(folder, FORMAT, config)
 
+    @property
+    def rows_at_once(self) -> int:
+        """Rows that the head judges at once."""
+        return _PATCH_ROWS if self.head.config.patch_grid else _HEAD_ROWS
+
     def forward(self, hypothesis: Tensor, premise: Tensor) -> Tensor:
-        """(B, 3) logits from (B, D) sentence and image embeddings."""
+        """(B, 3) logits from (B, D) sentence embeddings and (B, E) premises of the image tower."""
         # A batch that is trained on is normalised as one; otherwise rows do not see each other.
-        rows = len(hypothesis) if self.training else _HEAD_ROWS
+        rows = len(hypothesis) if self.training else self.rows_at_once
         blocks = zip(torch.split(hypothesis, rows), torch.split(premise, rows), strict=True)
         return torch.cat([self.head(*block) for block in blocks])
 
@@ -157,6 +190,22 @@ class HeadConfig:
     hidden_dim: int = 128
     dropout: float = 0.1
     normalize: bool = True
+    patch_grid: int = 0  # cells along a side of the photo; 0: the head sees one vector of it
+    patch_heads: int = 4
+
+    def __post_init__(self) -> None:
+        """Refuses what no folder of ours says.
+
+        Raises:
+            ValueError: more patches or heads than there can be.
+        """
+        if not (0 <= self.patch_grid < 1000 and 0 < self.patch_heads < 1000):
+            raise ValueError("patch_grid or patch_heads out of range")
+
+    def to_json(self) -> dict[str, Any]:
+        """What `config.json` says; without patches, what it said before there were any."""
+        fields = dataclasses.asdict(self)
+        return {k: v for k, v in fields.items() if self.patch_grid or not k.startswith("patch")}
 
 
 class EntailmentHead(nn.Module):
@@ -165,10 +214,11 @@ class EntailmentHead(nn.Module):
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
         self.config = config
+        num_features = (5 if config.patch_grid else 4) * config.embedding_dim
         self.layers = nn.Sequential(
-            nn.BatchNorm1d(4 * config.embedding_dim),
+            nn.BatchNorm1d(num_features),
             nn.Dropout(config.dropout),
-            nn.Linear(4 * config.embedding_dim, config.hidden_dim),
+            nn.Linear(num_features, config.hidden_dim),
             nn.ReLU(),
             nn.Linear(config.hidden_dim, config.hidden_dim),
             nn.ReLU(),
@@ -176,25 +226,87 @@ class EntailmentHead(nn.Module):
             nn.Dropout(config.dropout),
             nn.Linear(config.hidden_dim, len(LABELS)),
         )
+        self.patches = PatchAttention(config) if config.patch_grid else None
 
     def forward(self, hypothesis: Tensor, premise: Tensor) -> Tensor:
         """Scores each label.
 
         Args:
             hypothesis: (B, D) sentence embeddings, any float type.
-            premise: (B, D) image embeddings.
+            premise: (B, E) image embeddings, with their patches where the head reads them.
 
         Returns:
             (B, C) float32 logits, in the order of `labels.LABELS`.
         """
         # Normalisation and batch statistics in float32, whatever the encoders computed in.
         with torch.autocast(hypothesis.device.type, enabled=False):
-            h, p = self._prepare(hypothesis.float()), self._prepare(premise.float())
-            features = torch.cat([h, p, (h - p).abs(), h * p], dim=1)  # (B, 4D)
+            h, (p, *cells) = hypothesis.float(), self._parts(premise)
+            gathered = [self.patches(h, *cells)[0]] if self.patches else []
+            h, p = self._prepare(h), self._prepare(p)
+            features = torch.cat([h, p, (h - p).abs(), h * p, *gathered], dim=1)  # (B, 4D or 5D)
             logits: Tensor = self.layers(features)
         return logits
+
+    def attention(self, hypothesis: Tensor, premise: Tensor) -> Tensor:
+        """Where a head with patches looks.
+
+        Args:
+            hypothesis: (B, D) sentence embeddings, any float type.
+            premise: (B, E) premises.
+
+        Returns:
+            (B, grid, grid) float32 shares of the cells, from the top left, that add up to 1: the
+            mean over heads.
+        """
+        assert self.patches is not None, "a head without patches"
+        with torch.autocast(hypothesis.device.type, enabled=False):
+            weights: Tensor = self.patches(hypothesis.float(), self._parts(premise)[1])[1]
+            return weights.mean(dim=1).reshape(-1, self.config.patch_grid, self.config.patch_grid)
+
+    def _parts(self, premise: Tensor) -> tuple[Tensor, ...]:
+        """(B, D) embeddings and, where there are any, (B, P, D) patches, float32."""
+        if self.patches is None:
+            return (premise.float(),)
+        states = premise.float().reshape(
+            -1, 1 + self.config.patch_grid**2, self.config.embedding_dim
+        )
+        return states[:, 0], states[:, 1:]
 
     def _prepare(self, embedding: Tensor) -> Tensor:
         if self.config.normalize:
             embedding = functional.normalize(embedding, dim=1)
         return functional.dropout(embedding, self.config.dropout, self.training)
+
+
+class PatchAttention(nn.Module):
+    """What a sentence gathers from the patches of a photo, by multi-head cross-attention.
+
+    The sentence is a single query. So the matrices of keys and values can be applied to it and to
+    what it gathers, instead of to every patch: (K x)·q = x·(Kᵀ q), and a mean of V x is V times the
+    mean of x. This costs 2 · P · D products a head and row, instead of 2 · P · D² a row.
+    """
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__()
+        width, heads = config.embedding_dim, config.patch_heads
+        self.shape = (-1, heads, width)
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.position = nn.Parameter(0.02 * torch.randn(config.patch_grid**2, width))
+        self.query = nn.Linear(width, heads * width)  # Kᵀ times the query's own matrix
+        self.value = nn.Linear(heads * width, width)
+
+    def forward(self, hypothesis: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Looks at the patches.
+
+        Args:
+            hypothesis: (B, D) sentence embeddings.
+            patches: (B, P, D) states.
+
+        Returns:
+            (B, D) what was gathered, and (B, heads, P) attention of every head.
+        """
+        cells = self.norm(patches) + self.position
+        query = self.query(self.norm(hypothesis)).reshape(self.shape)  # (B, heads, D)
+        scores = query @ cells.transpose(1, 2) / math.sqrt(self.shape[2])
+        weights = scores.softmax(dim=2)
+        return self.value((weights @ cells).flatten(1)), weights

@@ -1,6 +1,7 @@
 """Sentence and image encoders: thin modules over transformers' models.
 
-Legend: B sentences or images · R rows · T tokens in a row · H hidden width · D embedding width.
+Legend: B sentences or images · R rows · T tokens in a row · H hidden width · D embedding width ·
+E width of what a head reads of an image.
 """
 
 from __future__ import annotations
@@ -337,6 +338,8 @@ class ImageEncoder(nn.Module):
         self.processor = processor
         self._width = backbone.config.hidden_size if projection is None else projection.out_features
         self._save = save
+        #: Cells along a side whose states `forward` adds to each embedding; 0: none.
+        self.patch_grid = 0
         self._preparation = Preparation.of(processor)
         if self._preparation is not None:
             for name in ("mean", "std"):
@@ -347,6 +350,17 @@ class ImageEncoder(nn.Module):
     def embedding_dim(self) -> int:
         """D."""
         return int(self._width)
+
+    @property
+    def premise_width(self) -> int:
+        """E, the numbers that `forward` gives for an image: D, or (1 + patch_grid²) · D."""
+        return self.embedding_dim * (1 + self.patch_grid**2)
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side of the square that the tower sees; 0: their number varies."""
+        size = getattr(self.backbone.config, "image_size", None)
+        return size // int(self.backbone.config.patch_size) if isinstance(size, int) else 0
 
     @property
     def device(self) -> torch.device:
@@ -383,11 +397,30 @@ class ImageEncoder(nn.Module):
         return pixels
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(B, D) projected embeddings, unnormalised, of what `preprocess` gives."""
+        """(B, E) projected embeddings, unnormalised, of what `preprocess` gives.
+
+        With a `patch_grid`, the patches' states stand behind each, normalised and projected
+        likewise and averaged over the cells of the grid, row by row.
+        """
         if pixels.dtype == torch.uint8:
             pixels = (pixels.permute(0, 3, 1, 2).float() / 255 - self._mean) / self._std
-        embedding: Tensor = self.projection(self.backbone(pixel_values=pixels).pooler_output)
-        return embedding
+        if not self.patch_grid:
+            embedding: Tensor = self.projection(self.backbone(pixel_values=pixels).pooler_output)
+            return embedding
+        output = self.backbone(pixel_values=pixels, output_hidden_states=True)
+        # What the last layer reads: nothing was trained on what it makes of any patch. Without
+        # CLIP's class token.
+        states = output.hidden_states[-2][:, -(self.grid**2) :]
+        states = self.projection(self.backbone.post_layernorm(states))
+        if self.patch_grid != self.grid:
+            square = states.transpose(1, 2).reshape(-1, self.embedding_dim, self.grid, self.grid)
+            states = (
+                functional.avg_pool2d(square, self.grid // self.patch_grid)
+                .flatten(2)
+                .transpose(1, 2)
+            )
+        pooled = self.projection(output.pooler_output)
+        return torch.cat([pooled[:, None], states], dim=1).flatten(1)
 
 
 def pool(hidden: Tensor, batch: PackedBatch, pooling: Pooling) -> Tensor:

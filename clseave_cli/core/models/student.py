@@ -13,8 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from clseave_cli.core.config import Code, Pooling, SentenceToken
-from clseave_cli.core.data.records import is_language
-from clseave_cli.core.files import json_object
 from clseave_cli.core.models import backbones
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.folder import peek, seal, unsealed
@@ -262,31 +260,6 @@ def require_teacher(folder: Path, teacher: str) -> None:
             f"{teacher[:12]}); its embeddings mean nothing to this one. Align it again, or use the "
             "CLIP-VE it belongs to."
         )
-
-
-def find_students(runs: Path) -> dict[str, Path]:
-    """The student folders under `runs`, by language; one of a single language goes first.
-
-    A folder may have any name: what it holds, and for which languages, stands in its config. One
-    that cannot be read (damaged, or of a newer version) stands for the languages it names where no
-    other does: `load_student` says what is wrong with it, and no other language is held up.
-    """
-    ranked: dict[str, tuple[bool, int, Path]] = {}
-    languages: Any
-    for config in sorted(runs.glob("[!.]*/config.json")):
-        folder, content = config.parent, json_object(config)
-        if not (folder.name.startswith("align-") or content.get("format") == FORMAT):
-            continue
-        try:
-            is_unreadable, languages = False, list(peek(folder, FORMAT)["languages"])
-        except (ModelError, KeyError, TypeError):
-            is_unreadable, languages = True, content.get("languages", ())
-            if not isinstance(languages, list):
-                languages = folder.name.removeprefix("align-").split("+")
-        for language in filter(is_language, map(str, languages)):
-            rank = (is_unreadable, len(languages), folder)
-            ranked[language] = min(rank, ranked.get(language, rank))
-    return {language: folder for language, (_, _, folder) in sorted(ranked.items())}
 
 
 def _student(

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from clseave_cli.core.data.heat_map import png_uri
 from clseave_cli.core.data.images import FORMATS
 from clseave_cli.core.prediction.predictor import Prediction, VisualEntailment
 from clseave_cli.errors import ClseaveError, DataError, ModelError
@@ -145,6 +146,15 @@ class Batcher:
             _LOG.error("a request failed: %.300r", error)
             if not batch[0].answer.done():
                 batch[0].answer.set_exception(ModelError("the model failed on this request."))
+
+    async def explain(self, content: bytes, prediction: Prediction) -> str:
+        """The picture that `VisualEntailment.explain` draws, as a data: URI."""
+
+        def draw() -> str:
+            return png_uri(self._model.explain(content, prediction))
+
+        # In the thread that computes, so that one photo is unpacked at a time.
+        return await asyncio.get_running_loop().run_in_executor(self._computing, draw)
 
     def stop(self) -> None:
         """Turns away what waits and what comes; the batch in the making is answered."""

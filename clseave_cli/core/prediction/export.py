@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import tempfile
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,13 @@ from torch import Tensor, nn
 from clseave_cli.core.config import ExportConfig
 from clseave_cli.core.data.images import Preparation
 from clseave_cli.core.data.records import require_language
-from clseave_cli.core.files import Kind, atomic_folder, locked_target, require_replaceable
+from clseave_cli.core.files import (
+    Kind,
+    atomic_folder,
+    folder_bytes,
+    locked_target,
+    require_replaceable,
+)
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.folder import seal
@@ -106,7 +113,7 @@ def export(config: ExportConfig, progress: Progress = SILENT) -> ExportResult:
         manifest |= {"tolerance": TOLERANCE[precision], "difference": difference}
         seal(folder, onnx_model.FORMAT, manifest)
         require_replaceable(config.out, _KIND, config)
-        num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        num_bytes = folder_bytes(folder)
     gone = [lang for lang in before if lang not in model.sources]
     if gone:
         progress.note(f"{config.out}: an export that also read {', '.join(gone)} was replaced.")
@@ -123,9 +130,13 @@ def _write(model: TorchModel, folder: Path, int8: bool, progress: Progress) -> d
         pixels = torch.zeros(2, 3, *pixels_of.crop)
         _write_graph(clip_ve.image, {"pixels": pixels}, folder / "image.onnx", int8)
         task.advance()
-        vector = torch.zeros(2, clip_ve.image.embedding_dim)
-        inputs = {"hypothesis": vector, "premise": vector}
-        _write_graph(_Probabilities(clip_ve), inputs, folder / "head.onnx", int8=False)
+        inputs = {
+            "hypothesis": torch.zeros(2, clip_ve.image.embedding_dim),
+            "premise": torch.zeros(2, clip_ve.image.premise_width),
+        }
+        outputs = ["output", *([onnx_model.ATTENTION] if clip_ve.image.patch_grid else [])]
+        head = folder / "head.onnx"
+        _write_graph(_Probabilities(clip_ve), inputs, head, int8=False, outputs=outputs)
         task.advance()
         for name, encoder in encoders.items():
             (folder / name).mkdir()
@@ -173,20 +184,27 @@ class _Padded(nn.Module):
 
 
 class _Probabilities(nn.Module):
-    """The head and its softmax."""
+    """The head and its softmax, and where it looks if it sees patches."""
 
     def __init__(self, clip_ve: ClipVE) -> None:
         super().__init__()
         self.head = clip_ve.head
 
-    def forward(self, hypothesis: Tensor, premise: Tensor) -> Tensor:
-        """(B, C) probabilities."""
+    def forward(self, hypothesis: Tensor, premise: Tensor) -> tuple[Tensor, ...]:
+        """(B, C) probabilities, and (B, G, G) shares of the cells."""
         probabilities: Tensor = self.head(hypothesis, premise).softmax(dim=1)
-        return probabilities
+        if not self.head.config.patch_grid:
+            return (probabilities,)
+        return probabilities, self.head.attention(hypothesis, premise)
 
 
 def _write_graph(
-    module: nn.Module, inputs: dict[str, Tensor], path: Path, int8: bool, second: str = ""
+    module: nn.Module,
+    inputs: dict[str, Tensor],
+    path: Path,
+    int8: bool,
+    second: str = "",
+    outputs: Sequence[str] = ("output",),
 ) -> None:
     """Traces a module for any batch size, and writes it optimised, its weights beside it.
 
@@ -196,6 +214,7 @@ def _write_graph(
         path: where to.
         int8: with 8-bit weights.
         second: name of the inputs' second dimension, if it varies too.
+        outputs: names of what the module gives.
     """
     axes = {0: "batch"}
     input_axes = axes | ({1: second} if second else {})
@@ -211,8 +230,8 @@ def _write_graph(
                 tuple(inputs.values()),
                 str(raw),
                 input_names=list(inputs),
-                output_names=["output"],
-                dynamic_axes={**dict.fromkeys(inputs, input_axes), "output": axes},
+                output_names=list(outputs),
+                dynamic_axes=dict.fromkeys(inputs, input_axes) | dict.fromkeys(outputs, axes),
                 opset_version=_OPSET,
                 dynamo=False,
             )

@@ -1,6 +1,7 @@
 """Models as `predict` and `serve` see them: arrays in, arrays out, whatever computes.
 
-Legend: B images or sentences · D embedding width · C labels (3).
+Legend: B images or sentences · D embedding width · E width of a premise (an image's embedding, and
+those of its patches if the head sees them) · G cells along a side of a photo · C labels (3).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from clseave_cli.core.config import Precision
+from clseave_cli.core.data.images import Preparation
 from clseave_cli.core.prediction import Floats
 
 
@@ -26,12 +28,17 @@ class InferenceModel(Protocol):
 
     sources: dict[str, str]
 
+    @property
+    def preparation(self) -> Preparation | None:
+        """How a photo is cut for the image tower; None: not as by CLIP's."""
+        ...
+
     def prepare(self, image: Image.Image) -> Floats:
         """(3, height, width) pixels of a decoded RGB image. May be called from any thread."""
         ...
 
     def embed_images(self, pixels: Floats) -> Floats:
-        """(B, D) embeddings of (B, 3, height, width) pixels."""
+        """(B, E) premises of (B, 3, height, width) pixels."""
         ...
 
     def embed_sentences(
@@ -41,7 +48,11 @@ class InferenceModel(Protocol):
         ...
 
     def probabilities(self, hypotheses: Floats, premises: Floats) -> Floats:
-        """(B, C) probabilities of the labels, from (B, D) sentence and image embeddings."""
+        """(B, C) probabilities of the labels, from (B, D) sentence embeddings and premises."""
+        ...
+
+    def attention(self, hypotheses: Floats, premises: Floats) -> Floats | None:
+        """(B, G, G) shares of the cells of the photos; None: the head sees no cells."""
         ...
 
 

@@ -1,6 +1,7 @@
 """The models as `clseave export` writes them, computed by onnxruntime, without torch.
 
-Legend: B images or sentences · T tokens · D embedding width · C labels (3).
+Legend: B images or sentences · T tokens · D embedding width · E width of a premise · G cells along
+a side of a photo · C labels (3).
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from clseave_cli.core.prediction import Floats
 from clseave_cli.errors import ClseaveError, ExtraMissing, ModelError
 
 FORMAT = "onnx"
+#: The second output of a head that sees patches.
+ATTENTION = "attention"
 
 # Tokens computed at once, padding included, unless a single sentence has more. Memory grows with
 # them, and one long sentence would pad all that stand beside it to its length.
@@ -100,6 +103,7 @@ class OnnxModel:
 
     Attributes:
         sources: the folder of the encoder that reads each language.
+        preparation: how a photo is cut for the image tower.
         config: what `config.json` says.
     """
 
@@ -112,7 +116,7 @@ class OnnxModel:
         self._lasting = lasting
         self._encoder_of = {lang: config["languages"][lang] for lang in languages}
         self.sources = {lang: str(folder / name) for lang, name in self._encoder_of.items()}
-        self._preparation = Preparation(**config["preparation"])
+        self.preparation = Preparation(**config["preparation"])
         first = self._encoder_of[languages[0]]
         # Side by side, and while the photo is decoded and encoded: opening them is a large part of
         # the time of a single prediction.
@@ -153,10 +157,10 @@ class OnnxModel:
 
     def prepare(self, image: Image.Image) -> Floats:
         """(3, height, width) pixels of a decoded RGB image. May be called from any thread."""
-        return self._preparation(image)
+        return self.preparation(image)
 
     def embed_images(self, pixels: Floats) -> Floats:
-        """(B, D) embeddings of (B, 3, height, width) pixels."""
+        """(B, E) premises of (B, 3, height, width) pixels."""
         session = self._image.result() if self._image else self._open_image()
         if not self._lasting:  # its weights would stand in memory beside the sentence encoder's
             self._image = None
@@ -179,8 +183,15 @@ class OnnxModel:
         return _Encoder(self._folder / name, self._lasting, **settings)
 
     def probabilities(self, hypotheses: Floats, premises: Floats) -> Floats:
-        """(B, C) probabilities of the labels, from (B, D) sentence and image embeddings."""
+        """(B, C) probabilities of the labels, from (B, D) sentence embeddings and premises."""
         return _run(self._head.result(), hypothesis=hypotheses, premise=premises)
+
+    def attention(self, hypotheses: Floats, premises: Floats) -> Floats | None:
+        """(B, G, G) shares of the cells of the photos; None: the head sees no cells."""
+        head = self._head.result()
+        if ATTENTION not in [output.name for output in head.get_outputs()]:
+            return None
+        return _run(head, ATTENTION, hypothesis=hypotheses, premise=premises)
 
 
 class _Encoder:
@@ -260,6 +271,6 @@ def _session(path: Path, lasting: bool) -> Any:
         raise ModelError(f"{path}: cannot be loaded ({reason}); export it again.") from None
 
 
-def _run(session: Any, **inputs: npt.NDArray[Any]) -> Floats:
-    output: Floats = session.run(None, inputs)[0]
+def _run(session: Any, name: str = "output", **inputs: npt.NDArray[Any]) -> Floats:
+    output: Floats = session.run([name], inputs)[0]
     return output

@@ -1,6 +1,6 @@
 """`predict`: the label of one image and sentence, or of many.
 
-Legend: N pairs · B images at once · D embedding width.
+Legend: N pairs · B images at once · D embedding width · G cells along a side of a photo.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from os.path import samestat
 from pathlib import Path
@@ -24,6 +24,8 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from clseave_cli.core.config import Precision, PredictConfig
+from clseave_cli.core.data.heat_map import heat_map
+from clseave_cli.core.data.hub import model_folder
 from clseave_cli.core.data.images import ImageFolder, open_image, require_shape
 from clseave_cli.core.data.languages import LanguageIdentifier, language_warning
 from clseave_cli.core.data.pairs import AnswerFile, Pair, read_pairs
@@ -40,8 +42,9 @@ from clseave_cli.progress import SILENT, Progress
 #: In place of a language: that of each sentence, identified.
 AUTO = "auto"
 
-#: Image embeddings kept, so that a picture used often is encoded once: 2 KiB each at D = 512.
-_KEPT_IMAGES = 32_768
+#: Memory for image embeddings that are kept, so that a picture used often is encoded once: 32,768
+#: of 2 KiB at D = 512, or 166 with the patches of a ViT-B/16.
+_KEPT_BYTES = 64 * 2**20
 _IMAGE_BATCH = 32
 _IMAGES_AHEAD = 64
 #: Identifying the language of a sentence takes a millisecond: too long for each of a million rows.
@@ -64,6 +67,8 @@ class Prediction:
         model: folder of the model that read the sentence.
         truncated: whether the sentence was too long and was cut.
         warning: why the sentence is probably not in that language.
+        attention: (G, G) shares of the cells of the photo, where the head looked; None: it sees one
+            vector of the photo.
     """
 
     image: str
@@ -74,11 +79,13 @@ class Prediction:
     model: str
     truncated: bool = False
     warning: str | None = None
+    attention: Floats | None = field(default=None, compare=False, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """The object `predict --json` prints; `truncated` and `warning` only where there is one."""
         optional = ("truncated", "warning")
-        return {k: v for k, v in dataclasses.asdict(self).items() if v or k not in optional}
+        fields = dataclasses.asdict(replace(self, attention=None))
+        return {k: v for k, v in fields.items() if v or k not in (*optional, "attention")}
 
 
 @dataclass(frozen=True)
@@ -175,7 +182,8 @@ class VisualEntailment:
         """Loads the models under `runs` that read a language, or several.
 
         Args:
-            runs: folder of the models, or one that `clseave export` wrote.
+            runs: folder of the models, one that `clseave export` wrote, or a repository of the
+                hub, `ORG/NAME[@revision]`.
             lang: language of the sentences, or several; `auto` identifies it among those there is
                 a model for (needs the extra `langid`); None: the one CLIP-VE itself reads.
             device: `auto`, `cpu`, `cuda` or `cuda:N`; an exported model computes on the CPU.
@@ -185,14 +193,15 @@ class VisualEntailment:
         Raises:
             ClseaveError: no model for the language, a damaged one, or an unknown device.
         """
+        runs = model_folder(Path(runs))
         if lang is None:
-            lang = own_language(Path(runs))
+            lang = own_language(runs)
         languages = [lang] if isinstance(lang, str) else list(lang)
         auto = languages == [AUTO]
         for each in languages if not auto else ():
             require_language(each)
         model = load_model(
-            Path(runs),
+            runs,
             None if auto else languages,
             device=device,
             precision=precision,
@@ -254,7 +263,11 @@ class VisualEntailment:
             hypotheses, truncated = self._model.embed_sentences(each, sentences)
             premises = np.stack([vectors[photos[row].key] for row in rows])
             judged = self._model.probabilities(hypotheses, premises)
-            for row, sentence, scores, cut in zip(rows, sentences, judged, truncated, strict=True):
+            attention = self._model.attention(hypotheses, premises)
+            looked = [None] * len(rows) if attention is None else attention
+            for row, sentence, scores, cut, where in zip(
+                rows, sentences, judged, truncated, looked, strict=True
+            ):
                 if not np.isfinite(scores).all():
                     results[row] = ModelError(
                         f"{source}: gives probabilities that are not finite numbers; its weights "
@@ -271,13 +284,29 @@ class VisualEntailment:
                     model=source,
                     truncated=bool(cut),
                     warning=language_warning(sentence, each, len(pairs) <= _FEW_SENTENCES),
+                    attention=where,
                 )
         return [results[row] for row in range(len(pairs))]
+
+    def explain(self, image: ImageSource, prediction: Prediction) -> Image.Image:
+        """The photo, coloured by where the head looked for a prediction, above its scale.
+
+        Raises:
+            UsageError: the head sees one vector of the photo, and no parts of it.
+            DataError: the image cannot be read.
+        """
+        if prediction.attention is None:
+            raise UsageError(
+                "this CLIP-VE sees one vector of the photo, so it looks nowhere in particular; "
+                "`clseave finetune-ve --head patches` trains one that sees its parts."
+            )
+        photo = Photo.of(image).decode()
+        return heat_map(photo, prediction.attention, self._model.preparation)
 
     def _embed(
         self, photos: Mapping[Hashable, Photo]
     ) -> tuple[dict[Hashable, Floats], dict[Hashable, DataError]]:
-        """(D,) embeddings of the photos that can be read, and what is wrong with the others."""
+        """(E,) vectors of the photos that can be read, and what is wrong with the others."""
         vectors = {key: self._images[key] for key in photos if key in self._images}
         problems: dict[Hashable, DataError] = {}
         new = [photo for key, photo in photos.items() if key not in vectors]
@@ -291,7 +320,8 @@ class VisualEntailment:
                     # Copies, so that what is kept does not keep the whole batch.
                     vectors |= dict(zip(pixels, (each.copy() for each in embedded), strict=True))
                     self._images |= vectors
-        while len(self._images) > _KEPT_IMAGES:
+        num_bytes = next(iter(self._images.values())).nbytes if self._images else 0
+        while len(self._images) * num_bytes > _KEPT_BYTES:
             del self._images[next(iter(self._images))]
         return vectors, problems
 

@@ -60,6 +60,9 @@ class Judged(BaseModel):
     model: str = Field(description="name of the model that read the sentence")
     truncated: bool = Field(description="whether the sentence was too long and was cut")
     warning: str | None = Field(description="why the sentence is probably not in that language")
+    explanation: str | None = Field(
+        None, description="with `explain`: a picture of where the model looked, as a data: URI"
+    )
 
 
 class Answers(BaseModel):
@@ -76,6 +79,7 @@ class Problem(BaseModel):
 
 _Image = Annotated[UploadFile, File(description="JPEG, PNG, WebP, GIF or BMP")]
 _Lang = Annotated[str, Form(description="language of the sentence; auto: identified")]
+_Explain = Annotated[bool, Form(description="answer with a picture of where the model looked")]
 _REFUSALS = {
     400: "the image is damaged or of no known format, the form cannot be read, or the host is not "
     "an allowed one",
@@ -151,7 +155,9 @@ def create_app(model: InferenceModel, config: ServeConfig) -> FastAPI:
         app.add_exception_handler(kind, _refuse)
     app.add_exception_handler(RequestValidationError, _bad_request)
 
-    async def answer(image: UploadFile, hypotheses: list[str], lang: str) -> list[Judged]:
+    async def answer(
+        image: UploadFile, hypotheses: list[str], lang: str, explain: bool
+    ) -> list[Judged]:
         if lang not in languages and not (lang == AUTO and identifier):
             raise HTTPException(
                 422, f"no model for this language; there are: {', '.join(languages)}."
@@ -175,6 +181,8 @@ def create_app(model: InferenceModel, config: ServeConfig) -> FastAPI:
                 raise prediction
             named = replace(prediction, model=Path(prediction.model).name)
             judged.append(Judged.model_validate(named, from_attributes=True))
+            if explain and prediction.attention is not None:
+                judged[-1].explanation = await batcher.explain(content, prediction)
         return judged
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
@@ -194,21 +202,25 @@ def create_app(model: InferenceModel, config: ServeConfig) -> FastAPI:
         batcher.require_room()
         return {"status": "ok"}
 
-    @app.post("/predict", responses=_RESPONSES)
+    @app.post("/predict", responses=_RESPONSES, response_model_exclude_unset=True)
     async def predict(
-        image: _Image, hypothesis: Annotated[str, Form()], lang: _Lang = default
+        image: _Image,
+        hypothesis: Annotated[str, Form()],
+        lang: _Lang = default,
+        explain: _Explain = False,
     ) -> Judged:
         """Says whether an image entails, contradicts or leaves open a sentence."""
-        return (await answer(image, [hypothesis], lang))[0]
+        return (await answer(image, [hypothesis], lang, explain))[0]
 
-    @app.post("/judge", responses=_RESPONSES)
+    @app.post("/judge", responses=_RESPONSES, response_model_exclude_unset=True)
     async def judge(
         image: _Image,
         hypothesis: Annotated[list[str], Form(max_length=_MOST_SENTENCES)],
         lang: _Lang = default,
+        explain: _Explain = False,
     ) -> Answers:
         """Says the same of several sentences about one image: repeat the field."""
-        return Answers(results=await answer(image, hypothesis, lang))
+        return Answers(results=await answer(image, hypothesis, lang, explain))
 
     return app
 

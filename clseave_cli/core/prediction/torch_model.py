@@ -1,6 +1,7 @@
 """The trained models, computed by torch.
 
-Legend: B images or sentences · D embedding width · C labels (3).
+Legend: B images or sentences · D embedding width · E width of a premise, D or (1 + G²) · D ·
+G cells along a side of a photo · C labels (3).
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from PIL import Image
 from torch import Tensor
 
 from clseave_cli.core.config import Precision
+from clseave_cli.core.data.images import Preparation
 from clseave_cli.core.models.clip_ve import ClipVE, fingerprint, source_language
 from clseave_cli.core.models.encoders import SentenceEncoder
-from clseave_cli.core.models.student import find_students, load_student
+from clseave_cli.core.models.listing import find_students
+from clseave_cli.core.models.student import load_student
 from clseave_cli.core.prediction import Floats
 from clseave_cli.core.training.precision import autocast, resolve_device
 from clseave_cli.errors import ModelError
@@ -33,6 +36,7 @@ class TorchModel:
     Attributes:
         clip_ve: image tower and head; its text tower may be a student.
         sources: the folder each language's encoder comes from.
+        preparation: how a photo is cut for the image tower; None: not as CLIP's.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class TorchModel:
         """
         self.clip_ve = clip_ve.eval()
         self.sources = {lang: str(folder) for lang, folder in folders.items()}
+        self.preparation = Preparation.of(clip_ve.image.processor)
         self._folders = folders
         self._loaded = {folder: encoder.eval() for folder, encoder in loaded.items()}
         self._device = clip_ve.image.device
@@ -116,7 +121,7 @@ class TorchModel:
         return _array(self.clip_ve.image.preprocess([image])[0])
 
     def embed_images(self, pixels: Floats) -> Floats:
-        """(B, D) embeddings of (B, 3, height, width) pixels."""
+        """(B, E) premises of (B, 3, height, width) pixels."""
         with torch.no_grad(), self._autocast(), self._threads(len(pixels)):
             return _array(self.clip_ve.image(torch.from_numpy(pixels).to(self._device)))
 
@@ -131,10 +136,18 @@ class TorchModel:
         return _array(embeddings), tokens.truncated
 
     def probabilities(self, hypotheses: Floats, premises: Floats) -> Floats:
-        """(B, C) probabilities of the labels, from (B, D) sentence and image embeddings."""
+        """(B, C) probabilities of the labels, from (B, D) sentence embeddings and premises."""
         both = (torch.from_numpy(part).to(self._device) for part in (hypotheses, premises))
         with torch.no_grad(), self._threads(len(hypotheses)):
             return _array(self.clip_ve(*both).softmax(dim=1))
+
+    def attention(self, hypotheses: Floats, premises: Floats) -> Floats | None:
+        """(B, G, G) shares of the cells of the photos; None: the head sees no cells."""
+        if not self.clip_ve.head.config.patch_grid:
+            return None
+        both = (torch.from_numpy(part).to(self._device) for part in (hypotheses, premises))
+        with torch.no_grad(), self._threads(len(hypotheses)):
+            return _array(self.clip_ve.head.attention(*both))
 
     @contextmanager
     def _threads(self, num_examples: int) -> Iterator[None]:

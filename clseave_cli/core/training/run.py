@@ -227,7 +227,8 @@ def model_kind(stage: str) -> Kind:
 def public_name(model: str) -> str:
     """How a model card calls a model: its hub id, or a folder's name without the local path."""
     path = Path(model)
-    return path.resolve().name if path.is_dir() or len(path.parts) > 2 else model
+    is_local = path.is_absolute() or path.is_dir() or len(path.parts) > 2
+    return path.resolve().name if is_local else model
 
 
 def _same(old: Any, new: Any) -> bool:

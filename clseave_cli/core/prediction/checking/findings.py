@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -140,15 +140,7 @@ class Checked:
             "verdict": self.verdict,
             "probabilities": dict(zip(LABELS, self.probabilities, strict=False)),
             "skipped": self.skipped,
-            "findings": [
-                {
-                    "rule": f.rule,
-                    "level": f.level,
-                    "message": f.message,
-                    "fingerprint": f.fingerprint,
-                }
-                for f in self.findings
-            ],
+            "findings": [asdict(f) | {"level": f.level} for f in self.findings],
         }
 
 

@@ -6,16 +6,23 @@ linear in the size of its file, whatever is in it.
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 from clseave_cli.core.config import CheckConfig
+from clseave_cli.core.data.rows import (
+    BadRow,
+    DelimitedRows,
+    Record,
+    json_rows,
+    parquet_rows,
+    reading_parquet,
+)
 from clseave_cli.core.prediction.checking import pages
 from clseave_cli.core.prediction.checking.pictures import MAX_BYTES, Locator, Picture
 from clseave_cli.errors import DataError, UsageError
@@ -184,64 +191,60 @@ def _shown(path: Path) -> str:
 
 
 def _html(file: _File) -> Iterator[Text]:
-    for found in pages.read_html(file.content(_MAX_PAGE_BYTES)):
-        yield _of_page(file, found)
+    return _page(file, pages.read_html(file.content(_MAX_PAGE_BYTES)))
 
 
 def _markdown(file: _File) -> Iterator[Text]:
-    for found in pages.read_markdown(file.content(_MAX_MARKDOWN_BYTES)):
-        yield _of_page(file, found)
+    return _page(file, pages.read_markdown(file.content(_MAX_MARKDOWN_BYTES)))
 
 
-def _of_page(file: _File, found: pages.Image) -> Text:
-    picture = file.locator.web(found.sources, file.path.parent, found.base)
-    if found.decorative:
-        picture = Picture(picture.name, None, "decorative")
-    return file.text(found.text, picture, found.line, found.lang)
+def _page(file: _File, images: Iterable[pages.Image]) -> Iterator[Text]:
+    for image in images:
+        picture = file.locator.web(image.sources, file.path.parent, image.base)
+        if image.decorative:
+            picture = Picture(picture.name, None, "decorative")
+        yield file.text(image.text, picture, image.line, image.lang)
 
 
-def _lines(stream: BinaryIO) -> Iterator[str]:
-    while line := stream.readline(_MAX_LINE_BYTES + 1):
-        if len(line) > _MAX_LINE_BYTES:
-            raise DataError(f"a line of more than {_MAX_LINE_BYTES >> 20} MiB.")
-        yield line.decode("utf-8", "replace")
+def _lines(file: _File) -> Iterator[bytes]:
+    with file.path.open("rb") as stream:
+        while line := stream.readline(_MAX_LINE_BYTES + 1):
+            if len(line) > _MAX_LINE_BYTES:
+                raise DataError(f"a line of more than {_MAX_LINE_BYTES >> 20} MiB.")
+            yield line
 
 
 def _delimited(file: _File) -> Iterator[Text]:
-    csv.field_size_limit(_MAX_LINE_BYTES)
-    number = 1
-    with file.path.open("rb") as stream:
-        lines = _lines(stream)
-        header = next(lines, "").removeprefix("\ufeff")
-        delimiter = "\t" if file.path.suffix.lower() == ".tsv" else max(",;\t", key=header.count)
-        try:
-            names = next(csv.reader([header], delimiter=delimiter), [])
-            if (columns := file.columns(names)) is None:
-                return
-            image, text = (names.index(column) for column in columns)
-            reader = csv.reader(lines, delimiter=delimiter)
-            for cells in reader:
-                if len(cells) > max(image, text):
-                    yield file.text(cells[text], file.picture(cells[image]), number + 1)
-                elif cells:
-                    expected = f"expected {len(names)}, as in the header"
-                    yield file.problem(f"{len(cells)} cells; {expected}.", number + 1)
-                number = 1 + reader.line_num
-        except csv.Error as error:
-            yield file.problem(f"not valid CSV ({error}).", number + 1)
+    rows = DelimitedRows(_lines(file), errors="replace")
+    return _rows(file, rows, [name.strip() for name in rows.header])
 
 
 def _json_lines(file: _File) -> Iterator[Text]:
-    columns = None
-    with file.path.open("rb") as stream:
-        for number, line in enumerate(_lines(stream), start=1):
-            row = _loads(line.removeprefix("\ufeff")) if line.strip() else {}
-            if not isinstance(row, dict):
-                yield file.problem("not a JSON object; expected one a line.", number)
-            elif row:
-                if (columns := columns or file.columns(list(row))) is None:
-                    return
-                yield file.text(row.get(columns[1]), file.picture(row.get(columns[0])), number)
+    return _rows(file, json_rows(_lines(file)))
+
+
+def _parquet(file: _File) -> Iterator[Text]:
+    with reading_parquet(file.path, file.shown) as table:
+        names = table.schema_arrow.names
+    if (columns := file.columns(names)) is not None:
+        yield from _rows(file, parquet_rows(file.path, file.shown, columns), names, "row ")
+
+
+def _rows(
+    file: _File, rows: Iterable[Record], names: Sequence[str] = (), unit: str = ""
+) -> Iterator[Text]:
+    """The texts of a table whose columns have these names, or the keys of its first row."""
+    columns = file.columns(names) if names else None
+    if names and columns is None:
+        return
+    for number, values, _ in rows:
+        where = f"{unit}{number}" if unit else number
+        if isinstance(values, BadRow):
+            yield file.problem(str(values), where)
+        elif values:
+            if (columns := columns or file.columns(list(values))) is None:
+                return
+            yield file.text(values.get(columns[1]), file.picture(values.get(columns[0])), where)
 
 
 def _loads(text: str | bytes) -> Any:
@@ -250,25 +253,6 @@ def _loads(text: str | bytes) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
-
-
-def _parquet(file: _File) -> Iterator[Text]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        with pq.ParquetFile(file.path) as table:
-            if (columns := file.columns(table.schema_arrow.names)) is None:
-                return
-            # Few rows at once: each may hold a picture.
-            for batch in table.iter_batches(32, columns=list(columns)):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield file.text(row[columns[1]], file.picture(row[columns[0]]), f"row {number}")
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).partition("\n")[0]
-        yield file.problem(f"damaged after row {number} ({reason}).")
 
 
 def _coco(file: _File) -> Iterator[Text]:

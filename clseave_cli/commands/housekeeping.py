@@ -1,0 +1,126 @@
+"""`clseave models`, `cache`, `doctor` and `init`: what is here, and what it can do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clseave_cli.commands import terminal
+from clseave_cli.commands.options import Json
+from clseave_cli.core.config import StageConfig, project_template
+from clseave_cli.errors import UsageError
+
+_PROJECT_FILE = Path("clseave.toml")
+#: What `--clear all` leaves alone.
+_DEAR = "translation"
+
+
+def models(
+    runs: Annotated[
+        Path,
+        typer.Option("--runs", envvar="CLSEAVE_RUNS", metavar="DIR", help="Folder of the models."),
+    ] = Path("runs"),
+    *,
+    json: Json = False,
+) -> None:
+    """List the models: languages, teacher, dev metrics, size, and which one predict takes."""
+    from clseave_cli.core.data.hub import model_folder
+    from clseave_cli.core.models.listing import list_models
+
+    there = list_models(model_folder(runs, terminal.TerminalProgress()))
+    if json:
+        chosen = {lang: {"model": name, "why": why} for lang, (name, why) in there.predict.items()}
+        terminal.print_json({"models": list(map(asdict, there.entries)), "predict": chosen})
+        return
+    for entry in there.entries:
+        parts = [entry.kind, ", ".join(entry.languages), _size(entry.num_bytes)]
+        parts += [f"teacher {entry.teacher[:12]}"] if entry.teacher else []
+        parts += [f"fingerprint {entry.fingerprint[:12]}"] if entry.fingerprint else []
+        metrics = ", ".join(f"{name} {value:.4g}" for name, value in entry.dev.items())
+        parts += [f"dev {metrics}"] if metrics else []
+        parts += [f"unusable: {entry.problem}"] if entry.problem else []
+        terminal.say(f"{entry.name}: {' · '.join(filter(None, parts))}")
+    for lang, (name, why) in there.predict.items():
+        terminal.say(f"predict --lang {lang}: {name} ({why})")
+
+
+def cache(
+    clear: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--clear", metavar="KIND", help=f"Delete it; repeat; all: every one but {_DEAR}."
+        ),
+    ] = None,
+    *,
+    json: Json = False,
+) -> None:
+    """Show what the caches take, or delete some; what is missing is computed again.
+
+    CLSEAVE_CACHE chooses the folder. Models of the hub are in another
+    cache: see hf cache --help.
+    """
+    from clseave_cli.core.files import CACHES, cache_root, cache_sizes, clear_caches
+
+    if clear:
+        cheap = [kind for kind in CACHES if kind != _DEAR]
+        kinds = [each for kind in clear for each in (cheap if kind == "all" else [kind])]
+        terminal.say(f"{_size(clear_caches(kinds))} freed")
+        return
+    sizes = cache_sizes()
+    if json:
+        terminal.print_json({"folder": cache_root(), "bytes": sizes})
+        return
+    terminal.say(f"{cache_root()}: {_size(sum(sizes.values()))}")
+    for kind, size in sizes.items():
+        terminal.say(f"  {kind:<16} {_size(size):>10}  {CACHES[kind]}")
+
+
+def doctor(
+    *,
+    speed: Annotated[
+        bool, typer.Option("--speed/--no-speed", help="Measure for five seconds. Default: yes.")
+    ] = True,
+    json: Json = False,
+) -> None:
+    """Show versions, devices, threads and extras, and how fast this machine multiplies."""
+    from clseave_cli.core.training.machine import EXTRAS, examine
+
+    report = examine(seconds=5.0 if speed else 0.0)
+    if json:
+        terminal.print_json(asdict(report))
+        return
+    terminal.say(" · ".join(f"{name} {version}" for name, version in report.versions.items()))
+    terminal.say(f"devices: {', '.join(report.devices)}")
+    terminal.say(f"threads: {report.threads}")
+    for extra, missing in report.missing.items():
+        state = f"pip install 'clseave-cli[{extra}]'" if missing else "installed"
+        terminal.say(f"  {extra:<12} {EXTRAS[extra][0]}: {state}")
+    for name, rate in report.speed.items():
+        terminal.say(f"{name}: {rate:,.0f} billion operations a second")
+
+
+def init(commands: Mapping[str, type[StageConfig]]) -> Callable[[], None]:
+    """The command `init`, which writes the options of some commands."""
+
+    def run() -> None:
+        """Write a clseave.toml for this folder, with every main option and its default.
+
+        All of it is commented out. It never overwrites one.
+        """
+        from clseave_cli.core.files import writing
+
+        if _PROJECT_FILE.exists():
+            raise UsageError(f"{_PROJECT_FILE}: is there already and stays as it is.")
+        with writing(_PROJECT_FILE), _PROJECT_FILE.open("x", encoding="utf-8") as stream:
+            stream.write(project_template(commands))
+        terminal.say(f"{_PROJECT_FILE}: remove the # before what you change")
+
+    return run
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f} MiB"

@@ -1,0 +1,143 @@
+"""What models a folder holds, and which of them reads which language. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clseave_cli.core.data.records import is_language
+from clseave_cli.core.files import folder_bytes, json_object, read_json
+from clseave_cli.core.models.folder import peek
+from clseave_cli.errors import ModelError
+
+_CLIP_VE, _STUDENT, _PRETRAINED = "clip-ve", "student", "pretrained"
+
+
+def find_students(runs: Path) -> dict[str, Path]:
+    """The student folder under `runs` that reads each language, of several the first candidate."""
+    return {language: folders[0] for language, folders in student_candidates(runs).items()}
+
+
+def student_candidates(runs: Path) -> dict[str, list[Path]]:
+    """The student folders under `runs` that read each language; one with few languages goes first.
+
+    A folder may have any name: what it holds, and for which languages, stands in its config. One
+    that cannot be read (damaged, or of a newer version) comes last, for the languages it names:
+    loading it says what is wrong with it, and no other language is held up.
+    """
+    ranked: dict[str, list[tuple[bool, int, Path]]] = {}
+    languages: Any
+    for config in sorted(runs.glob("[!.]*/config.json")):
+        folder, content = config.parent, json_object(config)
+        if not (folder.name.startswith("align-") or content.get("format") == _STUDENT):
+            continue
+        try:
+            is_unreadable, languages = False, list(peek(folder, _STUDENT)["languages"])
+        except (ModelError, KeyError, TypeError):
+            is_unreadable, languages = True, content.get("languages", ())
+            if not isinstance(languages, list):
+                languages = folder.name.removeprefix("align-").split("+")
+        for language in filter(is_language, map(str, languages)):
+            ranked.setdefault(language, []).append((is_unreadable, len(languages), folder))
+    return {
+        language: [folder for _, _, folder in sorted(ranks)]
+        for language, ranks in sorted(ranked.items())
+    }
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A model folder.
+
+    Attributes:
+        name: of the folder.
+        kind: `clip-ve`, `student`, `autoencoder`, `onnx`; `pretrained`: a model of `pretrain`.
+        languages: that it reads.
+        num_bytes: of all its files.
+        fingerprint: stands for everything it computes; empty where it has none.
+        teacher: of a student, the fingerprint of the CLIP-VE it belongs to.
+        dev: the dev metrics of its training.
+        problem: why it cannot be used as it lies there.
+    """
+
+    name: str
+    kind: str
+    languages: tuple[str, ...]
+    num_bytes: int
+    fingerprint: str = ""
+    teacher: str | None = None
+    dev: dict[str, float] = field(default_factory=dict)
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models in a folder.
+
+    Attributes:
+        entries: by name.
+        predict: the name of the model that `predict` takes for each language, and why that one.
+    """
+
+    entries: list[ModelEntry]
+    predict: dict[str, tuple[str, str]]
+
+
+def list_models(runs: Path) -> Models:
+    """Looks at every model under `runs`, or at a folder that `clseave export` wrote.
+
+    Weights are neither loaded nor compared with their digests.
+
+    Raises:
+        ModelError: there is no such folder.
+    """
+    if not runs.is_dir():
+        raise ModelError(f"{runs}: no such folder; --runs names the folder of the models.")
+    if (runs / "head.onnx").is_file():
+        entry = _entry(runs, "")
+        return Models([entry], {lang: (entry.name, "exported") for lang in entry.languages})
+    try:
+        config = peek(runs / _CLIP_VE, _CLIP_VE)
+        source, fingerprint = str(config["languages"][0]), str(config["fingerprint"])
+    except ModelError:
+        source = fingerprint = ""
+    folders = sorted(config.parent for config in runs.glob("[!.]*/config.json"))
+    predict = {source: (_CLIP_VE, "the language it was trained in")} if source else {}
+    for lang, (first, *others) in student_candidates(runs).items():
+        names = ", ".join(folder.name for folder in others)
+        why = f"before {names}: fewest languages, then by name" if others else "the only student"
+        predict.setdefault(lang, (first.name, why))
+    return Models([_entry(folder, fingerprint) for folder in folders], predict)
+
+
+def _entry(folder: Path, teacher: str) -> ModelEntry:
+    """A model folder; `teacher` is the fingerprint of the CLIP-VE beside it."""
+    config: dict[str, Any] = {}
+    kind, problem = _PRETRAINED, ""
+    try:
+        config = read_json(folder / "config.json")
+        kind = config.get("format", _PRETRAINED)
+        if kind != _PRETRAINED:
+            config = peek(folder, kind)
+    except (ModelError, AttributeError, KeyError) as error:
+        config, problem = {}, str(error)
+    of = config.get("teacher")
+    if of is not None and of != teacher:
+        problem = "belongs to another CLIP-VE" if teacher else "its CLIP-VE is not here"
+    try:
+        dev = read_json(folder / "training" / "summary.json")["dev"]
+        # Those of one language are named `metric/language`.
+        dev = {name: float(value) for name, value in dev.items() if "/" not in name}
+    except (ModelError, AttributeError, KeyError, TypeError, ValueError):
+        dev = {}
+    return ModelEntry(
+        name=folder.resolve().name,
+        kind=kind,
+        languages=tuple(config.get("languages", ())),
+        num_bytes=folder_bytes(folder),
+        fingerprint=str(config.get("fingerprint", "")),
+        teacher=of,
+        dev=dev,
+        problem=problem,
+    )
