@@ -1,18 +1,16 @@
-"""The photos and pairs that a model has seen, as digests in its folder: so that a test notices.
+"""The photos and pairs that a model has seen, as digests in its folder, so that a test notices.
 
 Seen is what a model was trained on, and what chose its checkpoint. A photo is seen if its name
 (without extension) or its content is; a pair is a seen photo with a hypothesis that stood beside
 it, in whatever file.
-
-Legend: N rows of a split · P seen photos · R seen pairs.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,19 +30,16 @@ UNSEEN, PHOTO_SEEN, PAIR_SEEN = 0, 1, 2
 Digests = npt.NDArray[np.uint64]
 
 
-@dataclass(frozen=True, eq=False)
-class SeenRows:
-    """What was seen.
+class SeenRows(NamedTuple):
+    """Digests of P photos and R pairs.
 
     Attributes:
-        names: (P,) digests of the photos' names without extension.
-        contents: (P,) digests of their files; 0 where only the name was at hand.
-        pairs: (R,) digests of a photo's name and a hypothesis.
+        photos: (P, 2) of a name without extension, and of the file; 0 where that was not read.
+        pairs: (R,) of a photo's name and a hypothesis.
     """
 
-    names: Digests
-    contents: Digests
-    pairs: Digests
+    photos: Digests = np.zeros((0, 2), np.uint64)
+    pairs: Digests = np.zeros(0, np.uint64)
 
     @classmethod
     def of(cls, split: Split, contents: npt.NDArray[np.void] | None = None) -> SeenRows:
@@ -52,24 +47,20 @@ class SeenRows:
 
         Args:
             split: the rows.
-            contents: digests of its photos, in its order; None: the photos are not read.
+            contents: digests of its photos, in its order; None: they are not read.
         """
-        names = _digests(image_stem(name).encode() for name in split.image_names)
-        read = np.zeros_like(names) if contents is None else _shortened(contents)
-        return cls(names, read, _pairs(split, names, np.flatnonzero(split.image_index >= 0)))
+        photos = _photos(split, contents)
+        return cls(photos, _pairs(split, photos[:, 0], np.flatnonzero(split.image_index >= 0)))
 
     @classmethod
     def union(cls, parts: Sequence[SeenRows]) -> SeenRows:
         """What any of them has seen."""
-        nothing = np.zeros(0, np.uint64)
-        photos = [np.stack([part.names, part.contents], axis=1) for part in parts]
-        names, contents = np.unique(np.concatenate([nothing.reshape(0, 2), *photos]), axis=0).T
-        pairs = np.unique(np.concatenate([nothing, *(part.pairs for part in parts)]))
-        return cls(names, contents, pairs)
+        photos = np.unique(np.concatenate([cls().photos, *(part.photos for part in parts)]), axis=0)
+        return cls(photos, np.unique(np.concatenate([cls().pairs, *(p.pairs for p in parts)])))
 
     @classmethod
     def read(cls, folder: Path) -> SeenRows | None:
-        """What the model in a folder has seen; None: an earlier version did not record it.
+        """What the model in a folder has seen; None: its folder has no record.
 
         Raises:
             ModelError: the record is damaged.
@@ -84,25 +75,20 @@ class SeenRows:
 
     def write(self, folder: Path) -> None:
         """Writes the record into a model's folder, which has a folder `training`."""
-        tensors = {name: np.ascontiguousarray(digests) for name, digests in vars(self).items()}
-        save_file(tensors, folder / SEEN_FILE)
+        save_file(self._asdict(), folder / SEEN_FILE)
 
     def compare(self, split: Split, contents: npt.NDArray[np.void]) -> npt.NDArray[np.int8]:
-        """How much of each row was seen.
+        """(N,) `UNSEEN`, `PHOTO_SEEN` or `PAIR_SEEN`, for N rows that all have a photo.
 
         Args:
-            split: N rows; all of them have a photo.
+            split: the rows.
             contents: as in `of`.
-
-        Returns:
-            (N,) `UNSEEN`, `PHOTO_SEEN` or `PAIR_SEEN`.
         """
-        names = _digests(image_stem(name).encode() for name in split.image_names)
+        names, read = _photos(split, contents).T
         # A photo under another name: pairs are kept by the name it was seen with.
-        seen_as = dict(zip(self.contents.tolist(), self.names.tolist(), strict=True))
-        read = _shortened(contents).tolist()
-        other_names = np.array([seen_as.get(content, 0) for content in read], np.uint64)
-        is_seen = np.isin(names, self.names) | (other_names > 0)
+        seen_as = {content: name for name, content in self.photos.tolist()}
+        other_names = np.array([seen_as.get(content, 0) for content in read.tolist()], np.uint64)
+        is_seen = np.isin(names, self.photos[:, 0]) | (other_names > 0)
         rows = np.flatnonzero(is_seen[split.image_index])
         status = np.full(len(split), UNSEEN, np.int8)
         status[rows] = PHOTO_SEEN
@@ -111,21 +97,21 @@ class SeenRows:
         return status
 
 
-def _pairs(split: Split, photos: Digests, rows: npt.NDArray[np.intp]) -> Digests:
-    """The digests of some rows' pairs; `photos` are the digests of the split's photos' names."""
-    of_photos = [photo.tobytes() for photo in photos]
+def _photos(split: Split, contents: npt.NDArray[np.void] | None) -> Digests:
+    names = _digests(image_stem(name).encode() for name in split.image_names)
+    read = np.zeros_like(names)
+    if contents is not None:
+        read = contents.view(np.uint64).reshape(len(names), -1)[:, 0]
+    return np.stack([names, read], axis=1)
+
+
+def _pairs(split: Split, names: Digests, rows: npt.NDArray[np.intp]) -> Digests:
+    photos = [name.tobytes() for name in names]
     return _digests(
-        of_photos[split.image_index[row]] + split.hypotheses[row].encode() for row in rows.tolist()
+        photos[split.image_index[row]] + split.hypotheses[row].encode() for row in rows.tolist()
     )
 
 
 def _digests(items: Iterable[bytes]) -> Digests:
-    packed = bytearray()
-    for item in items:
-        packed += hashlib.blake2b(item, digest_size=8).digest()
-    return np.frombuffer(packed, "<u8").astype(np.uint64)
-
-
-def _shortened(contents: npt.NDArray[np.void]) -> Digests:
-    """The first 8 bytes of longer digests."""
-    return contents.view("<u8").reshape(len(contents), -1)[:, 0].astype(np.uint64)
+    packed = b"".join(hashlib.blake2b(item, digest_size=8).digest() for item in items)
+    return np.frombuffer(packed, np.uint64)

@@ -132,15 +132,10 @@ def _with_photos(
     """
     records = {model: SeenRows.read(model) for model in models}
     if without := [model for model, record in records.items() if record is None]:
+        message = f"{joined(map(str, without))}: no record of the photos seen in training; "
         if config.exclude_seen:
-            raise ModelError(
-                f"{without[0]}: has no record of the photos it saw in training; --exclude-seen "
-                "needs one. Train the model again with this version of clseave."
-            )
-        progress.note(
-            f"{joined(map(str, without))}: no record of the photos seen in training; only those "
-            "of the data folder's training split are checked."
-        )
+            raise ModelError(f"{message}--exclude-seen needs one. Train such a model again.")
+        progress.note(f"{message}only those of the data folder's training split are refused.")
     known = SeenRows.union([record for record in records.values() if record is not None])
     photos: dict[tuple[str, ...], Photos] = {}
 
