@@ -745,7 +745,8 @@ class EvaluateConfig(SeededConfig, DataConfig, EngineConfig):
     split: str = option("test", "Split to evaluate on.")
     batch_size: int = option(256, "Examples computed at once.", least=1)
     train_split: str = option("train", "Split the hypothesis-only baseline learns from.")
-    allow_leak: bool = option(False, "Allow an image to be in both splits.")
+    exclude_seen: bool = option(False, "Leave out rows whose photo a model saw in training.")
+    allow_leak: bool = option(False, "Evaluate on photos that a model saw in training, too.")
     resamples: int = option(2000, "Bootstrap resamples behind every interval.", least=1)
     report: Path | None = option(None, "Folder for the report; unset: none.")
 

@@ -22,6 +22,7 @@ from clseave_cli.core.data.records import (
     require_language,
     split_path,
 )
+from clseave_cli.core.data.seen import SeenRows
 from clseave_cli.core.features import (
     Features,
     Photos,
@@ -147,7 +148,8 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult
         tokens = [pairs.sentences.tokens for pairs in (train_pairs, dev_pairs)]
         with reduced_vocabulary(model.text, *tokens):
             result = train(stage, config, device=device, folder=run.folder, progress=progress)
-        run.publish(model.save, _card(config, len(train_split), result))
+        seen = [SeenRows.of(split, photos.keys) for split, photos in splits]
+        run.publish(model.save, _card(config, len(train_split), result), seen)
     _tell_if_nothing_was_learnt(config, dev_split, result, progress)
     return StageResult(out, languages, result)
 

@@ -41,6 +41,7 @@ from clseave_cli.core.alignment.token import (
 from clseave_cli.core.config import AlignConfig, StudentConfig
 from clseave_cli.core.data.hub import data_folder
 from clseave_cli.core.data.records import Parallel, require_language, require_split_path
+from clseave_cli.core.data.seen import SeenRows
 from clseave_cli.core.files import json_digest
 from clseave_cli.core.models.clip_ve import ClipVE, source_language
 from clseave_cli.core.models.encoders import SentenceEncoder
@@ -73,7 +74,7 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> StageResult:
     require_fitting(config, teacher)
 
     student, inputs = _new_student(config, teacher, progress)
-    corpus, token_pairs, dev, text_inputs = _read(config, folder, student, teacher, progress)
+    corpus, token_pairs, dev, text_inputs, seen = _read(config, folder, student, teacher, progress)
     with Run("align", out, config, inputs | text_inputs) as run:
         if config.trim_vocabulary:
             corpus.trim_vocabulary(config.student)
@@ -111,6 +112,7 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> StageResult:
                 student, aside, languages=languages, teacher=teacher.fingerprint
             ),
             _card(config, languages, teacher.source_lang, pairs.num_distinct, result),
+            seen,
         )
         return StageResult(out, languages, result)
 
@@ -137,12 +139,12 @@ def _read(
     student: SentenceEncoder,
     teacher: ClipVE,
     progress: Progress,
-) -> tuple[Corpus, TokenPairs | None, dict[str, DevRows], dict[str, str]]:
+) -> tuple[Corpus, TokenPairs | None, dict[str, DevRows], dict[str, str], list[SeenRows]]:
     """Reads language after language; of a language's training rows only tokens stay.
 
     Returns:
         The training text of all languages, its paired words where the method needs them, the dev
-        rows of each language, and fingerprints of all of it.
+        rows of each language, fingerprints of all of it, and the photos and pairs in it.
     """
     source_lang = teacher.source_lang
     corpus = Corpus(student, progress)
@@ -152,6 +154,7 @@ def _read(
     reader = ParallelReader(folder, config, progress, source_lang)
     dev_rows: dict[str, Parallel] = {}
     inputs: dict[str, str] = {}
+    seen: list[SeenRows] = []
     for lang in _translated(config):
         whole, dev = reader.read(lang)
         training = limited(whole, config.limit, config.seed, progress)
@@ -167,6 +170,7 @@ def _read(
         if words is not None:
             inputs |= words.add(training, part, corpus.sources)
         dev_rows[lang] = dev
+        seen.append(SeenRows.of(training.target))
     if config.include_english:
         part = corpus.add_source(source_lang)
         if words is not None:
@@ -174,10 +178,11 @@ def _read(
         dev_rows[source_lang] = as_source(dev_rows[config.lang[0]], source_lang)
     token_pairs = None if words is None else words.pairs(corpus.sources)
     judged = judged_rows(folder, config, dev_rows, progress)
-    for lang, (_, photos) in judged.items():
+    for lang, (parallel, photos) in judged.items():
+        seen.append(SeenRows.of(parallel.target, None if photos is None else photos.keys))
         if photos is not None:
             inputs[f"photos: dev of {lang}"] = photos.digest()
-    return corpus, token_pairs, judged, inputs
+    return corpus, token_pairs, judged, inputs, seen
 
 
 def _translated(config: AlignConfig) -> tuple[str, ...]:

@@ -20,7 +20,9 @@ from sklearn.pipeline import make_pipeline
 
 from clseave_cli.core.config import EvaluateConfig
 from clseave_cli.core.data.records import Split, check_leak, distinct, read_split, split_path
+from clseave_cli.core.data.seen import UNSEEN
 from clseave_cli.core.evaluation.metrics import Ints
+from clseave_cli.core.features import Photos
 from clseave_cli.core.files import cache_root, file_digest, json_digest, read_json, write_json
 from clseave_cli.errors import ModelError
 from clseave_cli.labels import LABELS
@@ -118,7 +120,16 @@ class Rows:
     split: Split
     lang: str  # language that the model reads
     hypotheses: Sequence[str]  # (N,) in that language
+    photos: Photos  # of the split's images
+    seen: npt.NDArray[np.int8]  # (N,) what of each row the models saw in training (`data.seen`)
+    num_excluded: int = 0  # rows left out because the models saw their photos
     translator: str = ""  # what translated them, if anything did
+
+    @property
+    def seen_images(self) -> list[str]:
+        """The photos that the models saw in training."""
+        numbers = np.unique(self.split.image_index[self.seen != UNSEEN])
+        return [self.split.image_names[number] for number in numbers]
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from clseave_cli.core.config import EvaluateConfig
 from clseave_cli.core.data.heat_map import heat_map
-from clseave_cli.core.data.images import ImageFolder, Preparation
+from clseave_cli.core.data.images import Preparation
 from clseave_cli.core.data.records import Split
 from clseave_cli.core.evaluation.baselines import Rows, shuffled_rows
 from clseave_cli.core.evaluation.comparison import rows_in_common
 from clseave_cli.core.evaluation.results import Mode, result_key
-from clseave_cli.core.features import Photos, by_rows, image_features, tokenize_sentences
+from clseave_cli.core.features import by_rows, image_features, tokenize_sentences
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.student import load_student
@@ -103,7 +103,6 @@ def run_systems(
     clip_ve: Path,
     systems: Sequence[System],
     rows: Mapping[str, Rows],
-    images: ImageFolder,
     progress: Progress = SILENT,
 ) -> dict[str, Outputs]:
     """Runs systems of the CLIP-VE in a folder on their rows; each model is loaded once.
@@ -123,7 +122,7 @@ def run_systems(
             features[images_of_rows] = image_features(
                 model.image,
                 split,
-                Photos.of(split, images),
+                rows[system.key].photos,
                 autocast=autocast(config.precision, model.image.device),
                 progress=progress,
             )

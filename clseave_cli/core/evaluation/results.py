@@ -31,6 +31,20 @@ TRAINING_ROWS = (
     "not how good they are."
 )
 
+
+@dataclass(frozen=True)
+class Overlap:
+    """Rows whose photo a model saw: in training, or when its checkpoint was chosen."""
+
+    num_images: int  # those photos
+    num_examples: int  # their rows
+    num_pairs: int  # of these, rows whose hypothesis was seen beside the photo
+    share: float  # of all rows
+    accuracy: float  # on these rows
+    accuracy_pairs: float | None  # on the pairs seen
+    accuracy_unseen: float | None  # on all other rows
+
+
 Mode = Literal["zero-shot", "translate-test"]
 
 
@@ -65,6 +79,7 @@ class LanguageResult(Scores):
     # The same, translate-test minus this language's student.
     difference_to_zero_shot: Difference | None = None
     transfer: Transfer | None = None  # student against teacher embeddings
+    seen: Overlap | None = None  # rows of photos seen in training, where there are any
 
     @property
     def key(self) -> str:
@@ -138,6 +153,10 @@ class Signature:
     precision: str | None = None
     device: str | None = None  # `cpu` or `cuda`; None: an older document
     dataset: str | None = None  # name of the data folder, or `hf:ORG/NAME`; None: an older document
+    # By data file, how many of its photos the models saw in training, and how many rows were left
+    # out because of that.
+    seen: dict[str, int] = field(default_factory=dict)
+    excluded: dict[str, int] = field(default_factory=dict)
     # Day of the evaluation, `YYYY-MM-DD` (UTC); None: an older document. The same evaluation
     # on another day is equal.
     date: str | None = field(default=None, compare=False)
@@ -151,6 +170,10 @@ class Signature:
             parts.append(f"{self.precision} on {self.device}")
         if self.source_lang != "en":
             parts.append(f"source {self.source_lang}")
+        if self.seen:
+            parts.append(f"{max(self.seen.values()):,} photos seen in training")
+        if self.excluded:
+            parts.append(f"{max(self.excluded.values()):,} rows of seen photos left out")
         parts += [f"{lang} translated by {name}" for lang, name in self.translators.items()]
         parts += [f"seed {self.seed}", f"{self.resamples:,} resamples by photo"]
         return " · ".join(parts)

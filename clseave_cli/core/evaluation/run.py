@@ -20,12 +20,14 @@ from clseave_cli.core.config import EvaluateConfig
 from clseave_cli.core.data.hub import data_folder
 from clseave_cli.core.data.images import ImageFolder
 from clseave_cli.core.data.records import (
+    Split,
     languages,
     read_split,
     require_language,
     require_split_path,
     split_path,
 )
+from clseave_cli.core.data.seen import PAIR_SEEN, UNSEEN, SeenRows
 from clseave_cli.core.evaluation import metrics
 from clseave_cli.core.evaluation.baselines import Guesses, HypothesisOnly, Rows
 from clseave_cli.core.evaluation.comparison import PredictedRows
@@ -35,14 +37,16 @@ from clseave_cli.core.evaluation.metrics import Difference, Interval
 from clseave_cli.core.evaluation.outputs import Outputs, System, run_systems, shared_rows
 from clseave_cli.core.evaluation.report import REPORT, write_report
 from clseave_cli.core.evaluation.results import (
-    TRAINING_ROWS,
     Baselines,
     LanguageResult,
+    Overlap,
     Results,
     Signature,
     across_seeds,
 )
+from clseave_cli.core.evaluation.summary import joined, leaks
 from clseave_cli.core.evaluation.transfer import analyse_distances, measure_transfer
+from clseave_cli.core.features import Photos
 from clseave_cli.core.files import file_digest, locked_target, require_replaceable
 from clseave_cli.core.models.clip_ve import fingerprint, source_language
 from clseave_cli.core.models.folder import leave_out_other_versions
@@ -78,7 +82,7 @@ def evaluate(config: EvaluateConfig, progress: Progress = SILENT) -> Results:
         documents, correct = [], []
         for number, runs in enumerate(config.runs):
             systems, clip_ve = plan.systems[number], runs / "clip-ve"
-            by_system = run_systems(config, clip_ve, systems, plan.rows, plan.images, progress)
+            by_system = run_systems(config, clip_ve, systems, plan.rows, progress)
             correct.append({key: outputs.correct for key, outputs in by_system.items()})
             documents.append(_document(plan, number, by_system, correct[-1]))
             if number == 0:
@@ -86,8 +90,8 @@ def evaluate(config: EvaluateConfig, progress: Progress = SILENT) -> Results:
             # Of the others only right or wrong is needed: embeddings take a lot of memory.
             del by_system
         document = documents[0]
-        if document.of_training_rows:
-            progress.note(TRAINING_ROWS)
+        for sentence in leaks(document):
+            progress.note(sentence)
         if len(documents) > 1:
             document = _with_seeds(plan, documents, first, correct)
         if config.report is not None:
@@ -109,10 +113,61 @@ def require_rows(config: EvaluateConfig, langs: Iterable[str], progress: Progres
 
 def _read_rows(
     config: EvaluateConfig, folder: Path, lang: str, images: ImageFolder, progress: Progress
-) -> Rows:
+) -> Split:
     split = read_split(folder, config.split, lang, skip_bad=config.skip_bad, progress=progress)
-    split = images.rows_with_image(split, config.skip_bad, progress)
-    return Rows(split, lang, split.hypotheses)
+    return images.rows_with_image(split, config.skip_bad, progress)
+
+
+def _with_photos(
+    config: EvaluateConfig,
+    splits: Mapping[str, Split],
+    models: Iterable[Path],
+    images: ImageFolder,
+    progress: Progress,
+) -> dict[str, Rows]:
+    """The rows with their photos, and what of them any of the models saw in training.
+
+    Raises:
+        DataError: it saw photos, and neither --allow-leak nor --exclude-seen is given; or all.
+        ModelError: --exclude-seen, and a model has no record of what it saw.
+    """
+    records = {model: SeenRows.read(model) for model in models}
+    if without := [model for model, record in records.items() if record is None]:
+        message = f"{joined(map(str, without))}: no record of the photos seen in training; "
+        if config.exclude_seen:
+            raise ModelError(f"{message}--exclude-seen needs one. Train such a model again.")
+        progress.note(f"{message}only those of the data folder's training split are refused.")
+    known = SeenRows.union([record for record in records.values() if record is not None])
+    photos: dict[tuple[str, ...], Photos] = {}
+
+    def compared(split: Split) -> Rows:
+        names = tuple(split.image_names)
+        if names not in photos:  # files of several languages name the same photos
+            photos[names] = Photos.of(split, images)
+        seen = known.compare(split, photos[names].keys)
+        return Rows(split, split.lang, split.hypotheses, photos[names], seen)
+
+    rows: dict[str, Rows] = {}
+    for lang, split in splits.items():
+        rows[lang] = compared(split)
+        if not (shared := rows[lang].seen_images):
+            continue
+        if config.exclude_seen:
+            kept = np.flatnonzero(rows[lang].seen == UNSEEN)
+            num_excluded = len(split) - len(kept)
+            message = f"{split.path}: {num_excluded} of {len(split)} rows left out; a model saw "
+            if not len(kept):
+                raise DataError(f"{message}all photos in training.")
+            progress.note(f"{message}their {len(shared)} photos in training.")
+            rows[lang] = replace(compared(split.take(kept)), num_excluded=num_excluded)
+        elif not config.allow_leak and config.split != config.train_split:
+            raise DataError(
+                f"{split.path}: {len(shared)} of its {len(split.image_names)} images are also in "
+                "the rows that a model was trained on or that chose its checkpoint, such as "
+                f"{shared[0]}; what is measured on them would not count. --exclude-seen leaves "
+                "their rows out, --allow-leak permits them."
+            )
+    return rows
 
 
 # --- what is evaluated ---
@@ -145,16 +200,19 @@ class _Plan:
         resolve_device(config.device)
         images = ImageFolder.of(folder, config.images)
         every = {system.key: system for of_models in systems for system in of_models}
-        rows: dict[str, Rows] = {}
+        splits: dict[str, Split] = {}
         for lang in dict.fromkeys(system.lang for system in every.values()):
-            rows[lang] = _read_rows(config, folder, lang, images, progress)
-        if source_lang not in rows and split_path(folder, config.split, source_lang):
+            splits[lang] = _read_rows(config, folder, lang, images, progress)
+        if source_lang not in splits and split_path(folder, config.split, source_lang):
             try:
-                rows[source_lang] = _read_rows(config, folder, source_lang, images, progress)
+                splits[source_lang] = _read_rows(config, folder, source_lang, images, progress)
                 source = System(source_lang, "zero-shot", None)
                 systems, along = [[source, *of_models] for of_models in systems], source.key
             except DataError as error:
                 progress.note(f"{error} Nothing is compared with {source_lang}.")
+        students = {s.student: None for s in every.values() if s.student is not None}
+        read_by = [*(runs / "clip-ve" for runs in config.runs), *students]
+        rows = _with_photos(config, splits, read_by, images, progress)
         hypothesis_only = HypothesisOnly(config, folder, progress)
         for key, system in every.items():
             translated_later = system.mode == "translate-test"
@@ -164,7 +222,12 @@ class _Plan:
             if system.mode == "translate-test":
                 split = rows[system.lang].split
                 translated = translate_hypotheses(config, split, source_lang, progress)
-                rows[key] = Rows(split, source_lang, translated.sentences, translated.translator)
+                rows[key] = replace(
+                    rows[system.lang],
+                    lang=source_lang,
+                    hypotheses=translated.sentences,
+                    translator=translated.translator,
+                )
         models = source_lang, along, systems
         return cls(config, folder, images, *models, rows, hypothesis_only)
 
@@ -265,20 +328,25 @@ def _document(
     if source is not None:
         accuracies[plan.source_lang] = float(source.correct.mean())
     device = resolve_device(config.device)
-    splits = [outputs.split for outputs in by_system.values()]
+    by_file = {
+        rows.split.path.relative_to(plan.folder).as_posix(): rows
+        for rows in (plan.rows[key] for key in by_system)
+    }
     return Results(
         results=tuple(results),
         baselines=baselines,
         signature=Signature(
             version=__version__,
-            data={split.path.relative_to(plan.folder).as_posix(): split.digest for split in splits},
+            data={name: rows.split.digest for name, rows in by_file.items()},
             checkpoints=_checkpoints(config.runs, number, plan.systems[number]),
             seed=config.seed,
             resamples=config.resamples,
-            num_examples=max(map(len, splits)),
+            num_examples=max(len(rows.split) for rows in by_file.values()),
             translators={r.split.lang: r.translator for r in plan.rows.values() if r.translator},
             source_lang=plan.source_lang,
             training=training,
+            seen={name: len(rows.seen_images) for name, rows in by_file.items() if rows.seen.any()},
+            excluded={name: r.num_excluded for name, r in by_file.items() if r.num_excluded},
             precision=resolve_precision(config.precision, device),
             device=device.type,
             dataset=config.data if config.data.startswith("hf:") else plan.folder.resolve().name,
@@ -320,8 +388,21 @@ def _language_result(
     if source is not None:
         more |= _against_source(outputs, source)
     more |= differences
+    more["seen"] = _overlap(plan.rows[outputs.system.key], outputs.correct)
     scores = metrics.score(split.labels, outputs.logits, images, **plan.sampling)
     return LanguageResult(**vars(scores), **more)
+
+
+def _overlap(rows: Rows, correct: npt.NDArray[np.bool_]) -> Overlap | None:
+    """The rows whose photo was seen in training apart from the others; None: there are none."""
+    is_seen, is_pair = rows.seen != UNSEEN, rows.seen == PAIR_SEEN
+    if not is_seen.any():
+        return None
+    pairs, unseen = (
+        float(correct[part].mean()) if part.any() else None for part in (is_pair, ~is_seen)
+    )
+    counts = len(rows.seen_images), int(is_seen.sum()), int(is_pair.sum())
+    return Overlap(*counts, float(is_seen.mean()), float(correct[is_seen].mean()), pairs, unseen)
 
 
 def _against_source(outputs: Outputs, source: Outputs) -> dict[str, Any]:

@@ -275,9 +275,27 @@ def highlights(results: Results) -> tuple[Highlight, ...]:
     return tuple(tiles)
 
 
+def leaks(results: Results) -> list[str]:
+    """What to say where rows or photos that were evaluated had been seen in training."""
+    sentences = [TRAINING_ROWS] if results.of_training_rows else []
+    if overlaps := [(r, r.seen) for r in results.results if r.seen is not None]:
+        accuracies = [
+            f"{result_name(r, results)} {percent(seen.accuracy)} / {percent(seen.accuracy_pairs)} "
+            f"/ {percent(seen.accuracy_unseen)} ({seen.num_images:,} of {r.num_images:,} photos, "
+            f"{percent(seen.share)} % of the rows)"
+            for r, seen in overlaps
+        ]
+        sentences.append(
+            "A model was trained on photos of these rows, or its checkpoint was chosen on them. "
+            "Accuracy in % on seen photos / on seen pairs of photo and hypothesis / on all other "
+            f"rows: {'; '.join(accuracies)}."
+        )
+    return sentences
+
+
 def notes(results: Results) -> tuple[str, ...]:
     """What a reader must know before the numbers; mostly nothing."""
-    sentences = [TRAINING_ROWS] if results.of_training_rows else []
+    sentences = leaks(results)
     if results.seeds:
         sentences.append(
             f"Of {results.num_trainings} trainings: the numbers above, the section Over seeds and "

@@ -13,7 +13,7 @@ import json
 import platform
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ import transformers
 
 from clseave_cli.core.config import TrainingConfig
 from clseave_cli.core.data.hub import data_folder
+from clseave_cli.core.data.seen import SEEN_FILE, SeenRows
 from clseave_cli.core.files import (
     Kind,
     aside,
@@ -49,7 +50,10 @@ from clseave_cli.version import __version__
 #: Options that may differ between a run and its continuation.
 _FREE_OPTIONS = ("resume", "device", "checkpoint_minutes", "runs", "out", "tracker")
 _RECORDS = ("run.json", "metrics.jsonl", "summary.json")
-_TRAINING = rf"training/(run\.json|metrics\.jsonl|summary\.json|{tracking.TENSORBOARD_FOLDER}/.+)"
+_TRAINING = (
+    rf"training/(run\.json|metrics\.jsonl|summary\.json|{tracking.TENSORBOARD_FOLDER}/.+)"
+    rf"|{re.escape(SEEN_FILE)}"
+)
 #: What transformers writes into the folder of a whole model, which `pretrain` makes.
 _HUGGING_FACE = (
     r"(\w*config|tokenizer|vocab|added_tokens|special_tokens_map|model\.safetensors\.index)\.json"
@@ -155,12 +159,15 @@ class Run:
         require_replaceable(self.out, model_kind(self._stage), self._config)
         require_replaceable(self._partial, UNFINISHED)
 
-    def publish(self, save: Callable[[Path], Any], card: str) -> None:
+    def publish(
+        self, save: Callable[[Path], Any], card: str, seen: Sequence[SeenRows] = ()
+    ) -> None:
         """Makes the finished model appear.
 
         Args:
             save: writes the model's files into the folder it is given.
             card: text of the model card.
+            seen: the rows it was trained on, and those that chose its checkpoint.
 
         Raises:
             ClseaveError: the disk is full, or a file is in the way; the partial folder is kept.
@@ -175,6 +182,8 @@ class Run:
                     shutil.copyfile(self.folder / name, folder / "training" / name)
                 if (events := self.folder / tracking.TENSORBOARD_FOLDER).is_dir():
                     shutil.copytree(events, folder / "training" / events.name)
+                if seen:
+                    SeenRows.union(seen).write(folder)
                 self._require_replaceable()
             # In one step, so that a kill leaves no half of it behind to be resumed.
             doomed = self._partial.rename(aside(self._partial))

@@ -1,0 +1,117 @@
+"""The photos and pairs that a model has seen, as digests in its folder, so that a test notices.
+
+Seen is what a model was trained on, and what chose its checkpoint. A photo is seen if its name
+(without extension) or its content is; a pair is a seen photo with a hypothesis that stood beside
+it, in whatever file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from clseave_cli.core.data.records import Split, image_stem
+from clseave_cli.errors import ModelError
+
+#: Where in a model's folder; it does not count in the model's fingerprint.
+SEEN_FILE = "training/seen.safetensors"
+
+#: What `SeenRows.compare` says of a row.
+UNSEEN, PHOTO_SEEN, PAIR_SEEN = 0, 1, 2
+
+#: The first 8 bytes of BLAKE2b digests.
+Digests = npt.NDArray[np.uint64]
+
+
+class SeenRows(NamedTuple):
+    """Digests of P photos and R pairs.
+
+    Attributes:
+        photos: (P, 2) of a name without extension, and of the file; 0 where that was not read.
+        pairs: (R,) of a photo's name and a hypothesis.
+    """
+
+    photos: Digests = np.zeros((0, 2), np.uint64)
+    pairs: Digests = np.zeros(0, np.uint64)
+
+    @classmethod
+    def of(cls, split: Split, contents: npt.NDArray[np.void] | None = None) -> SeenRows:
+        """What a split shows; rows that name no photo are left out.
+
+        Args:
+            split: the rows.
+            contents: digests of its photos, in its order; None: they are not read.
+        """
+        photos = _photos(split, contents)
+        return cls(photos, _pairs(split, photos[:, 0], np.flatnonzero(split.image_index >= 0)))
+
+    @classmethod
+    def union(cls, parts: Sequence[SeenRows]) -> SeenRows:
+        """What any of them has seen."""
+        photos = np.unique(np.concatenate([cls().photos, *(part.photos for part in parts)]), axis=0)
+        return cls(photos, np.unique(np.concatenate([cls().pairs, *(p.pairs for p in parts)])))
+
+    @classmethod
+    def read(cls, folder: Path) -> SeenRows | None:
+        """What the model in a folder has seen; None: its folder has no record.
+
+        Raises:
+            ModelError: the record is damaged.
+        """
+        path = folder / SEEN_FILE
+        if not path.is_file():
+            return None
+        try:
+            return cls(**load_file(path))
+        except (OSError, SafetensorError, TypeError) as error:
+            raise ModelError(f"{path}: damaged ({error}); copy the model folder again.") from None
+
+    def write(self, folder: Path) -> None:
+        """Writes the record into a model's folder, which has a folder `training`."""
+        save_file(self._asdict(), folder / SEEN_FILE)
+
+    def compare(self, split: Split, contents: npt.NDArray[np.void]) -> npt.NDArray[np.int8]:
+        """(N,) `UNSEEN`, `PHOTO_SEEN` or `PAIR_SEEN`, for N rows that all have a photo.
+
+        Args:
+            split: the rows.
+            contents: as in `of`.
+        """
+        names, read = _photos(split, contents).T
+        # A photo under another name: pairs are kept by the name it was seen with.
+        seen_as = {content: name for name, content in self.photos.tolist()}
+        other_names = np.array([seen_as.get(content, 0) for content in read.tolist()], np.uint64)
+        is_seen = np.isin(names, self.photos[:, 0]) | (other_names > 0)
+        rows = np.flatnonzero(is_seen[split.image_index])
+        status = np.full(len(split), UNSEEN, np.int8)
+        status[rows] = PHOTO_SEEN
+        for name in (names, other_names):
+            status[rows[np.isin(_pairs(split, name, rows), self.pairs)]] = PAIR_SEEN
+        return status
+
+
+def _photos(split: Split, contents: npt.NDArray[np.void] | None) -> Digests:
+    names = _digests(image_stem(name).encode() for name in split.image_names)
+    read = np.zeros_like(names)
+    if contents is not None:
+        read = contents.view(np.uint64).reshape(len(names), -1)[:, 0]
+    return np.stack([names, read], axis=1)
+
+
+def _pairs(split: Split, names: Digests, rows: npt.NDArray[np.intp]) -> Digests:
+    photos = [name.tobytes() for name in names]
+    return _digests(
+        photos[split.image_index[row]] + split.hypotheses[row].encode() for row in rows.tolist()
+    )
+
+
+def _digests(items: Iterable[bytes]) -> Digests:
+    packed = b"".join(hashlib.blake2b(item, digest_size=8).digest() for item in items)
+    return np.frombuffer(packed, np.uint64)

@@ -1,0 +1,144 @@
+"""The photos and pairs that models saw in training: recorded, refused, left out, or told."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+from tiny_world import QUICK, Notes, edit_row, read_jsonl, write_jsonl
+
+from clseave_cli.core import finetuning
+from clseave_cli.core.config import EvaluateConfig, FinetuneConfig
+from clseave_cli.core.data.seen import SEEN_FILE, SeenRows
+from clseave_cli.core.evaluation.results import Results
+from clseave_cli.core.evaluation.run import evaluate
+from clseave_cli.core.models.clip_ve import ClipVE
+from clseave_cli.errors import DataError, ModelError
+from clseave_cli.progress import SILENT
+
+
+def _evaluate(data, runs, progress=SILENT, **options):
+    defaults = {"resamples": 20, "device": "cpu", "precision": "fp32"}
+    return evaluate(EvaluateConfig(data=str(data), runs=(runs,), **(defaults | options)), progress)
+
+
+def _other_folder(data, rows):
+    """A data folder of another name, with a test split and photos of whatever names."""
+    other = data.parent / "other"
+    other.mkdir()
+    shutil.copytree(data / "images", other / "images")
+    write_jsonl(other / "snli_ve_test.jsonl", rows)
+    return other
+
+
+def _own_training_file(data):
+    return _other_folder(data, read_jsonl(data / "snli_ve_train.jsonl")), {}, 8
+
+
+def _renamed(data, num_pairs=0):
+    """The test rows; the first two photos are training photos under other names."""
+    rows = read_jsonl(data / "snli_ve_test.jsonl")
+    folder = _other_folder(data, rows)
+    for number in range(2):
+        shutil.copy(data / f"images/train{number}.png", folder / f"images/test{number}.png")
+    seen = read_jsonl(data / "snli_ve_train.jsonl")
+    for line in range(1, num_pairs + 1):
+        edit_row(folder / "snli_ve_test.jsonl", line, sentence2=seen[line - 1]["sentence2"])
+    return folder, {}, 2
+
+
+def _dev(data):
+    return data, {"split": "dev", "lang": ("en",)}, 4
+
+
+@pytest.mark.parametrize("case", [_own_training_file, _renamed, _dev])
+def test_seen_photos_are_refused_before_a_model_runs(data, trained, monkeypatch, case):
+    folder, options, num_photos = case(data)
+    monkeypatch.setattr(ClipVE, "from_folder", None)
+    said = rf"{num_photos} of its [48] images are also in .*--exclude-seen .*--allow-leak"
+    with pytest.raises(DataError, match=said):
+        _evaluate(folder, trained, **options)
+
+
+def test_a_leak_that_is_allowed_is_told_everywhere(data, trained, tmp_path, clseave):
+    folder, _, _ = _renamed(data, num_pairs=3)
+    code, _, err = clseave(
+        "evaluate", "--data", folder, "--runs", trained, "--resamples", "20", "--allow-leak",
+        "--report", tmp_path / "report",
+    )  # fmt: skip
+    assert code == 0, err
+    document = Results.read(tmp_path / "report")
+    (english,) = document.results
+    seen = english.seen
+    rows = read_jsonl(tmp_path / "report" / "predictions.en.jsonl")
+    right = np.array([row["predicted"] == row["label"] for row in rows])
+    is_seen = np.array([row["image"] in ("test0.png", "test1.png") for row in rows])
+    assert (seen.num_images, seen.num_examples, seen.share) == (2, 6, 0.5)
+    assert seen.num_pairs >= 3 and seen.accuracy_pairs is not None
+    assert seen.accuracy == right[is_seen].mean()
+    assert seen.accuracy_unseen == right[~is_seen].mean()
+    assert document.signature.seen == {"snli_ve_test.jsonl": 2}
+    assert "2 photos seen in training" in str(document.signature)
+    told = "(2 of 4 photos, 50.0 % of the rows)"
+    assert told in " ".join(err.split()) and told in (tmp_path / "report/report.html").read_text()
+
+
+def test_excluding_seen_photos_is_evaluating_the_others(data, trained):
+    folder, _, _ = _renamed(data)
+    notes = Notes()
+    document = _evaluate(folder, trained, progress=notes, exclude_seen=True)
+    assert "6 of 12 rows left out" in notes.text
+    assert document.signature.excluded == {"snli_ve_test.jsonl": 6}
+    assert "6 rows of seen photos left out" in str(document.signature)
+    path = folder / "snli_ve_test.jsonl"
+    write_jsonl(path, read_jsonl(path)[6:])
+    notes = Notes()
+    rest = _evaluate(folder, trained, progress=notes)
+    assert document.results == rest.results and rest.results[0].seen is None
+    assert notes.text == "" and rest.signature.excluded == {}
+    write_jsonl(path, read_jsonl(data / "snli_ve_train.jsonl"))
+    with pytest.raises(DataError, match="24 of 24 rows left out; a model saw all photos"):
+        _evaluate(folder, trained, exclude_seen=True)
+
+
+def test_a_student_knows_the_rows_it_read(data, trained, runs):
+    teacher, student = (SeenRows.read(trained / name) for name in ("clip-ve", "align-de"))
+    # Of train and dev; the student read only dev's photos, and German sentences.
+    names, contents = student.photos.T
+    assert len(teacher.photos) == 12 and set(names) == set(teacher.photos[:, 0])
+    assert teacher.photos.all() and (contents > 0).sum() == 4
+    assert set(contents) - {0} < set(teacher.photos[:, 1])
+    assert len(student.pairs) == 36 and not set(student.pairs) & set(teacher.pairs)
+    # Where only the student saw a photo, its rows are refused.
+    (runs / "clip-ve" / SEEN_FILE).unlink()
+    with pytest.raises(DataError, match="4 of its 4 images"):
+        _evaluate(data, runs, split="dev", lang=("de",))
+
+
+def test_a_folder_of_an_earlier_version_is_evaluated_as_before(world, trained, runs):
+    for name in ("clip-ve", "align-nl"):
+        (runs / name / SEEN_FILE).unlink()
+    notes = Notes()
+    assert _evaluate(world, runs, progress=notes).results == _evaluate(world, trained).results
+    assert notes.text.count("no record of the photos seen in training") == 1
+    with pytest.raises(ModelError, match=r"clip-ve and .*nl: no record .*--exclude-seen needs one"):
+        _evaluate(world, runs, exclude_seen=True)
+    (runs / "align-de" / SEEN_FILE).write_bytes(b"torn")
+    with pytest.raises(ModelError, match=r"seen\.safetensors: damaged"):
+        _evaluate(world, runs)
+
+
+def test_a_resumed_run_has_the_record_and_can_be_replaced(world, trained, tmp_path, clip):
+    config = {"data": str(world), "runs": tmp_path, "clip": str(clip), "epochs": 1, **QUICK}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(finetuning, "train", _killed)
+        finetuning.finetune(FinetuneConfig(**config))
+    for options in ({"resume": True}, {}):
+        finetuning.finetune(FinetuneConfig(**config, **options))
+        record = (tmp_path / "clip-ve" / SEEN_FILE).read_bytes()
+        assert record == (trained / "clip-ve" / SEEN_FILE).read_bytes()
+
+
+def _killed(*_, **__):
+    raise KeyboardInterrupt
