@@ -125,6 +125,26 @@ def test_sizes_are_checked_before_anything_is_built(folder, monkeypatch, changes
         load_encoder(folder)
 
 
+@pytest.mark.parametrize(("kind", "lang"), [("clip-ve", "en"), ("student", "de")])
+@pytest.mark.parametrize("languages", [7, [], [7], "de", None])
+def test_languages_that_are_none_are_refused(runs, world, refused, kind, lang, languages):
+    folder = runs / ("clip-ve" if kind == "clip-ve" else "align-de")
+    reseal(folder, kind, languages=languages)
+    image = world / "images" / "test0.png"
+    assert "languages" in refused("predict", image, "x", "--lang", lang, "--runs", runs)
+
+
+def test_a_tokenizer_without_end_is_refused(runs, world, refused):
+    path = runs / "align-de" / "encoder" / "tokenizer_config.json"
+    path.write_text(
+        path.read_text().replace('"model_max_length": ', '"model_max_length": 1e999, "x": ')
+    )
+    reseal(runs / "align-de", "student")
+    image = world / "images" / "test0.png"
+    error = refused("predict", image, "x", "--lang", "de", "--runs", runs)
+    assert "not what a student folder says" in error
+
+
 def test_a_head_larger_than_its_file_is_not_built(runs, monkeypatch):
     folder = runs / "clip-ve"
     reseal(folder, "clip-ve", head={"embedding_dim": 2_000_000, "hidden_dim": 128})

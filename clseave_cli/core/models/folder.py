@@ -72,7 +72,7 @@ def unsealed(
         digests = pool.map(file_digest, (folder / name for name in weights))
         try:
             yield config
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ModelError(
                 f"{folder / _CONFIG}: not what a {format_name} folder says ({error!r}); train the "
                 "model again."
@@ -114,6 +114,13 @@ def peek(folder: Path, format_name: str) -> dict[str, Any]:
         )
     content = {key: value for key, value in config.items() if key not in _NOT_CONTENT}
     _require_digest(folder / _CONFIG, config.get("fingerprint"), json_digest(content))
+    langs = config.get("languages", ["en"])
+    if (
+        not isinstance(langs, list | dict)
+        or not langs
+        or not all(isinstance(x, str) for x in langs)
+    ):
+        raise ModelError(f"{folder / _CONFIG}: languages is not a list of codes; copy it again.")
     return config
 
 
