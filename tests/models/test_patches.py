@@ -105,7 +105,7 @@ def test_the_patches_come_in_half_precision_and_each_at_its_place(head):
 
 @pytest.mark.parametrize("layout", ["clip", "siglip", "chinese_clip", "altclip"])
 def test_the_patches_are_what_the_last_layer_reads(layout, world, tmp_path):
-    folder = getattr(tiny_backbones, f"new_{layout}")(tmp_path, sentences(world))
+    folder = tiny_backbones.TEACHERS[layout](tmp_path, sentences(world))
     image = backbones.load_clip_image(folder).eval()
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
