@@ -72,7 +72,7 @@ def encoder(tmp_path_factory, world):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, world, clip, encoder):
-    """Models for en and de (one student) and nl (another); read only."""
+    """Models for en (a pooled head), de and nl (a student each); read only."""
     from clseave_cli.core.alignment import align
     from clseave_cli.core.config import AlignConfig, FinetuneConfig
     from clseave_cli.core.finetuning import finetune
@@ -81,7 +81,7 @@ def trained(tmp_path_factory, world, clip, encoder):
     shared = {"data": str(world), "runs": base / "runs", "epochs": 2, **tiny_world.QUICK}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CLSEAVE_CACHE", str(base / "cache"))
-        finetune(FinetuneConfig(clip=str(clip), **shared))
+        finetune(FinetuneConfig(clip=str(clip), head="pooled", **shared))
         for lang in ("de", "nl"):
             align(AlignConfig(lang=(lang,), student=str(encoder), **shared))
     return base / "runs"

@@ -26,7 +26,9 @@ def stage(request, world, trained, clip, encoder, tmp_path):
         "--device", "cpu", "--precision", "fp32", "--learning-rate", "1e-4", "--clip-norm", "0.5",
     ]  # fmt: skip
     arguments = {
-        "finetune-ve": ["--clip", clip, "--patience", "9", "--accumulation", "2"],
+        "finetune-ve": [
+            "--clip", clip, "--head", "pooled", "--patience", "9", "--accumulation", "2",
+        ],
         "align": [
             "--lang", "de", "--lang", "nl", "--student", encoder,
             "--teacher", trained / "clip-ve",
