@@ -72,7 +72,7 @@ def encoder(tmp_path_factory, world):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, world, clip, encoder):
-    """Models for en and de (one student) and nl (another); read only."""
+    """Models for en (a pooled head), de and nl (a student each); read only."""
     from clseave_cli.core.config import FinetuneConfig
     from clseave_cli.core.finetuning import finetune
 
@@ -80,7 +80,8 @@ def trained(tmp_path_factory, world, clip, encoder):
     runs, shared = base / "runs", {"epochs": 2, **tiny_world.QUICK}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CLSEAVE_CACHE", str(base / "cache"))
-        finetune(FinetuneConfig(data=str(world), runs=runs, clip=str(clip), **shared))
+        teacher = {"data": str(world), "runs": runs, "clip": str(clip), "head": "pooled"}
+        finetune(FinetuneConfig(**teacher, **shared))
         for lang in ("de", "nl"):
             tiny_world.quick_align(world, runs, runs, encoder, lang, epochs=2)
     return runs

@@ -516,7 +516,9 @@ class FinetuneConfig(TrainingConfig, DataConfig):
         "openai/clip-vit-base-patch16",
         "CLIP, SigLIP, Chinese-CLIP or AltCLIP model to fine-tune (hub id or folder).",
     )
-    head: Head = option("pooled", "What the head reads of a photo: one vector, or its patches too.")
+    head: Head = option(
+        "patches", "What the head reads of a photo: one vector, or its patches too."
+    )
     patch_grid: int | None = option(
         None, "patches: average them to so many along a side; unset: keep all.", least=1
     )

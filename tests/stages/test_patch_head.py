@@ -1,4 +1,4 @@
-"""`--head patches` through every command, on a tiny world."""
+"""The default head, which queries patches, through every command on a tiny world."""
 
 import json
 
@@ -22,7 +22,7 @@ from clseave_cli.progress import SILENT
 
 
 def _finetune(world, runs, clip, progress=SILENT, **options):
-    shared = {"data": str(world), "runs": runs, "clip": str(clip), "head": "patches", **QUICK}
+    shared = {"data": str(world), "runs": runs, "clip": str(clip), **QUICK}
     return finetune(FinetuneConfig(**(shared | {"epochs": 2} | options)), progress)
 
 
@@ -125,6 +125,6 @@ def test_the_heat_map_colours_what_the_tower_saw():
 
 
 def test_a_patch_grid_without_patches_is_refused(world, clip, refused, tmp_path):
-    said = refused("finetune-ve", "--data", world, "--clip", clip, "--patch-grid", 1, "--runs",
-                   tmp_path, code=2)  # fmt: skip
+    options = ("--data", world, "--clip", clip, "--runs", tmp_path, "--head", "pooled")
+    said = refused("finetune-ve", *options, "--patch-grid", 1, code=2)
     assert "--patch-grid goes with --head patches" in said

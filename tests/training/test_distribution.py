@@ -21,7 +21,7 @@ NAMES = {"finetune-ve": "clip-ve", "align": "align-de+nl", "pretrain": "clip"}
 def stage(request, world, trained, clip, encoder, tmp_path):
     """A stage's name and command."""
     name = request.param
-    more = ["--accumulation", "2"] if name == "finetune-ve" else []
+    more = ["--head", "pooled", "--accumulation", "2"] if name == "finetune-ve" else []
     return name, stage_command(
         name, world, trained, encoder if name == "align" else clip, "--runs", tmp_path / "runs",
         "--epochs", "6", "--batch-size", "5", "--learning-rate", "1e-4", "--clip-norm", "0.5",
