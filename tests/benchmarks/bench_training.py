@@ -344,6 +344,7 @@ def bench_finetune(arguments: argparse.Namespace, out: Path) -> None:
         write_photos(arguments, data)
         options = {"learning_rate": 1e-5, "precision": arguments.precision}
     config = FinetuneConfig(
+        head="pooled",  # as its peers
         data=str(data),
         clip=str(clip),
         runs=out / "runs",
