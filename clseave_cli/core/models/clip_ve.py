@@ -260,7 +260,8 @@ class EntailmentHead(nn.Module):
         """(B, D) embeddings and, where there are any, (B, P, D) patches, float32."""
         if self.patches is None:
             return (premise.float(),)
-        states = premise.float().unflatten(1, (-1, self.config.embedding_dim))
+        shape = (-1, 1 + self.config.patch_grid**2, self.config.embedding_dim)
+        states = premise.float().reshape(shape)
         return states[:, 0], states[:, 1:]
 
     def _prepare(self, embedding: Tensor) -> Tensor:
