@@ -239,7 +239,7 @@ def image_features(
         return page_locked(encoder.preprocess([decode(item) for item in items]), encoder.device)
 
     grid, width = encoder.patch_grid, encoder.premise_width
-    kind, dtype = (f"patches-{grid}", torch.float16) if grid else ("image", torch.float32)
+    kind, dtype = (f"patches/{grid}", torch.float16) if grid else ("image", torch.float32)
     folder = _folder(kind, encoder, autocast)
 
     def compute(missing: npt.NDArray[np.intp]) -> Iterator[Tensor]:

@@ -361,6 +361,7 @@ def cache_root() -> Path:
 #: What a cache holds, by its folder in `cache_root`. The last one may have cost money.
 CACHES = {
     "image": "embeddings of photos",
+    "patches": "states of photos' patches",
     "text": "the teacher's embeddings of sentences",
     "words": "links between words",
     "hypothesis-only": "answers of the hypothesis-only baseline",

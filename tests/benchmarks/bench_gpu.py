@@ -449,6 +449,7 @@ def quick(arguments: argparse.Namespace, out: Path, sizes: Sizes) -> None:
 
     def finetuned(name: str, steps: int | None = None) -> TrainingResult:
         config = FinetuneConfig(
+            head="pooled",
             **shared, clip=str(out / "clip"), runs=out, out=out / name, patience=None,
             max_steps=steps, epochs=epochs(steps),
         )  # fmt: skip
@@ -502,7 +503,11 @@ def run(arguments: argparse.Namespace, out: Path, sizes: Sizes) -> None:
     clock = Clock()
     finetuned = finetune(
         FinetuneConfig(
-            **shared, clip=str(out / "clip"), epochs=arguments.finetune_epochs, patience=0
+            head="pooled",
+            **shared,
+            clip=str(out / "clip"),
+            epochs=arguments.finetune_epochs,
+            patience=0,
         ),
         clock,
     )

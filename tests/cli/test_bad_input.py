@@ -361,7 +361,7 @@ def test_image_features_outlive_an_interruption(commands, refused, monkeypatch, 
 
     monkeypatch.setattr(ImageEncoder, "forward", interrupted)
     refused(*commands["finetune-ve"], code=130)
-    (shard,) = (cache_root() / "image").rglob("*.safetensors")
+    (shard,) = cache_root().rglob("*.safetensors")
     assert len(load_file(shard)["keys"]) == 3
 
 

@@ -53,6 +53,9 @@ def _assert_close(folder, reference):
             if name.endswith(("k_proj.bias", "key.bias")):
                 continue  # a softmax does not see it: its gradient is nothing but rounding
             got = load_file(folder / path.relative_to(reference))[name]
+            if not wanted.is_floating_point():
+                assert got.equal(wanted), name
+                continue
             # Adam divides by the gradient's size: where that is next to nothing, rounding decides.
             # A weight moves by up to 3e-3 in this run; BatchNorm's means are of the features' size.
             most = 5e-3 if "running" in name else 1e-3

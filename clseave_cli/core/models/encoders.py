@@ -413,12 +413,9 @@ class ImageEncoder(nn.Module):
         states = output.hidden_states[-2][:, -(self.grid**2) :]
         states = self.projection(self.backbone.post_layernorm(states))
         if self.patch_grid != self.grid:
-            square = states.transpose(1, 2).reshape(-1, self.embedding_dim, self.grid, self.grid)
-            states = (
-                functional.avg_pool2d(square, self.grid // self.patch_grid)
-                .flatten(2)
-                .transpose(1, 2)
-            )
+            cells = states.transpose(1, 2).reshape(-1, self.embedding_dim, self.grid, self.grid)
+            cells = functional.avg_pool2d(cells, self.grid // self.patch_grid)
+            states = cells.flatten(2).transpose(1, 2)
         pooled = self.projection(output.pooler_output)
         return torch.cat([pooled[:, None], states], dim=1).flatten(1)
 

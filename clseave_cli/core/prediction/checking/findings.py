@@ -52,7 +52,8 @@ _AT_ONCE = 256
 _BYTES_AT_ONCE = 128 << 20
 _IMAGE_BATCH = 32
 _IMAGES_AHEAD = 64
-_KEPT_PICTURES = 32_768
+#: Embeddings kept: 32,768 of 2 KiB, or fewer if they have those of patches with them.
+_KEPT_BYTES, _LEAST_BYTES = 64 << 20, 2048
 #: Smaller ones are spacers and tracking pixels.
 _LEAST_PIXELS = 16
 _THUMBNAIL = (360, 360)
@@ -319,7 +320,9 @@ class _Judge:
                 by_lang.setdefault(checked.lang, []).append((checked, seen))
         for lang, rows in by_lang.items():
             self._ask(lang, rows)
-        while len(self._pictures) > _KEPT_PICTURES:
+        sizes = (s.vector.nbytes for s in self._pictures.values() if s.vector is not None)
+        each = max(next(sizes, 0), _LEAST_BYTES)
+        while len(self._pictures) * each > _KEPT_BYTES:
             del self._pictures[next(iter(self._pictures))]
 
     def _language(self, text: Text) -> str:
