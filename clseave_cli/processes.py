@@ -82,7 +82,7 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
 #: policy's (300,000 by default); the policy decides how briefly a process spins that has more
 #: threads than there are cores (1,000 times if active, 100 times by default, which costs `align` a
 #: fifth). LLVM's and Intel's runtime would never sleep if active, but for the block time, in ms.
-_WAITING = {"GOMP_SPINCOUNT": "30000", "OMP_WAIT_POLICY": "active", "KMP_BLOCKTIME": "1"}
+_WAITING = {"GOMP_SPINCOUNT": "1000", "OMP_WAIT_POLICY": "active", "KMP_BLOCKTIME": "1"}
 _NUM_THREADS = "OMP_NUM_THREADS"
 
 

@@ -33,7 +33,7 @@ Results go to stdout, progress and messages to stderr. Exit codes: 0 done; 1 an 
 2 wrong usage; 130 interrupted, with everything finished so far kept.
 
 Beside other programs, threads that wait by spinning slow torch down. clseave soon lets them sleep
-(`GOMP_SPINCOUNT=30000 OMP_WAIT_POLICY=active`, and `KMP_BLOCKTIME=1` for other runtimes) unless you
+(`GOMP_SPINCOUNT=1000 OMP_WAIT_POLICY=active`, and `KMP_BLOCKTIME=1` for other runtimes) unless you
 set one of the three; `OMP_NUM_THREADS` sets their number. `clseave --debug COMMAND` shows them all.
 
 Options win in this order: flag, `--config` file, `--preset`, the command's table in `clseave.toml`

@@ -147,7 +147,7 @@ def test_closed_streams_and_threads_that_wait(tmp_path):
     )  # fmt: skip
     assert done.returncode == 1 and "--lang is missing" in done.stderr
     assert done.stderr.startswith(
-        "threads: 3, GOMP_SPINCOUNT=30000, OMP_WAIT_POLICY=active, KMP_BLOCKTIME=1\n"
+        "threads: 3, GOMP_SPINCOUNT=1000, OMP_WAIT_POLICY=active, KMP_BLOCKTIME=1\n"
     )
 
 
@@ -159,7 +159,7 @@ def test_threads_spin_only_briefly_unless_the_user_says_how(monkeypatch, chosen)
         monkeypatch.setenv(name, value)
     processes.spin_briefly()
     waiting = chosen or {
-        "GOMP_SPINCOUNT": "30000",
+        "GOMP_SPINCOUNT": "1000",
         "OMP_WAIT_POLICY": "active",
         "KMP_BLOCKTIME": "1",
     }
