@@ -126,7 +126,7 @@ def test_sizes_are_checked_before_anything_is_built(folder, monkeypatch, changes
 
 
 @pytest.mark.parametrize(("kind", "lang"), [("clip-ve", "en"), ("student", "de")])
-@pytest.mark.parametrize("languages", [7, [], [7], "de", None])
+@pytest.mark.parametrize("languages", [7, [], [7], "de", None, {"de": 0}])
 def test_languages_that_are_none_are_refused(runs, world, refused, kind, lang, languages):
     folder = runs / ("clip-ve" if kind == "clip-ve" else "align-de")
     reseal(folder, kind, languages=languages)
