@@ -132,6 +132,9 @@ def test_languages_that_are_none_are_refused(runs, world, refused, kind, lang, l
     reseal(folder, kind, languages=languages)
     image = world / "images" / "test0.png"
     assert "languages" in refused("predict", image, "x", "--lang", lang, "--runs", runs)
+    reseal(folder, kind, without=("languages",))
+    said = refused("predict", image, "x", "--lang", lang, "--runs", runs)
+    assert "it names no languages" in said
 
 
 def test_a_tokenizer_without_end_is_refused(runs, world, refused):

@@ -154,7 +154,7 @@ def run_systems(
                 _finite(logits, student or clip_ve, split),
                 _finite(shuffled_logits, student or clip_ve, split),
                 None if attention is None else attention.cpu().numpy(),
-                Preparation.of(model.image.processor),
+                model.image.preparation,
             )
     return {system.key: outputs[system.key] for system in systems}
 

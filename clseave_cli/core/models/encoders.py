@@ -340,10 +340,10 @@ class ImageEncoder(nn.Module):
         self._save = save
         #: Cells along a side whose states `forward` adds to each embedding; 0: none.
         self.patch_grid = 0
-        self._preparation = Preparation.of(processor)
-        if self._preparation is not None:
+        self.preparation = Preparation.of(processor)
+        if self.preparation is not None:
             for name in ("mean", "std"):
-                values = torch.tensor(getattr(self._preparation, name))[:, None, None]
+                values = torch.tensor(getattr(self.preparation, name))[:, None, None]
                 self.register_buffer(f"_{name}", values, persistent=False)
 
     @property
@@ -387,8 +387,8 @@ class ImageEncoder(nn.Module):
         picture's own proportions (SigLIP 2 NaFlex) they are (B, patches, values): each patch's
         pixels, then the grid's height and width.
         """
-        if self._preparation is not None and self.device.type == "cuda":
-            return torch.from_numpy(np.stack([self._preparation.cut(image) for image in images]))
+        if self.preparation is not None and self.device.type == "cuda":
+            return torch.from_numpy(np.stack([self.preparation.cut(image) for image in images]))
         prepared = self.processor(images=images, return_tensors="pt")
         pixels: Tensor = prepared["pixel_values"]
         if "spatial_shapes" in prepared:

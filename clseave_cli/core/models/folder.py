@@ -115,7 +115,7 @@ def peek(folder: Path, format_name: str) -> dict[str, Any]:
     content = {key: value for key, value in config.items() if key not in _NOT_CONTENT}
     _require_digest(folder / _CONFIG, config.get("fingerprint"), json_digest(content))
     kind = dict if format_name == "onnx" else list  # an exported folder names each one's encoder
-    langs = config.get("languages", {"en": ""} if kind is dict else ["en"])
+    langs = config.get("languages")
     if not isinstance(langs, kind) or not langs or not all(isinstance(x, str) for x in langs):
         raise ModelError(f"{folder / _CONFIG}: damaged, it names no languages; copy it again.")
     return config

@@ -34,7 +34,7 @@ def student_candidates(runs: Path) -> dict[str, list[Path]]:
             continue
         try:
             is_unreadable, languages = False, list(peek(folder, _STUDENT)["languages"])
-        except (ModelError, KeyError, TypeError):
+        except ModelError:
             is_unreadable, languages = True, content.get("languages", ())
             if not isinstance(languages, list):
                 languages = folder.name.removeprefix("align-").split("+")

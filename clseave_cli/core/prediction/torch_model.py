@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 
 from clseave_cli.core.config import Precision
-from clseave_cli.core.data.images import Preparation
 from clseave_cli.core.models.clip_ve import ClipVE, fingerprint, source_language
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.listing import find_students
@@ -56,7 +55,7 @@ class TorchModel:
         """
         self.clip_ve = clip_ve.eval()
         self.sources = {lang: str(folder) for lang, folder in folders.items()}
-        self.preparation = Preparation.of(clip_ve.image.processor)
+        self.preparation = clip_ve.image.preparation
         self._folders = folders
         self._loaded = {folder: encoder.eval() for folder, encoder in loaded.items()}
         self._device = clip_ve.image.device
