@@ -26,7 +26,7 @@ from clseave_cli.core.data.images import ImageFolder, open_image
 from clseave_cli.core.data.records import ENGLISH, distinct
 from clseave_cli.core.features import Photos
 from clseave_cli.core.files import file_digest, json_digest
-from clseave_cli.core.models.backbones import load_clip
+from clseave_cli.core.models.backbones import load_clip, new_dual_encoder
 from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
 from clseave_cli.core.models.packing import PackedBatch
 from clseave_cli.core.models.scratch import ClipShape, new_clip
@@ -36,7 +36,7 @@ from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
 from clseave_cli.core.training.placement import on_device
 from clseave_cli.core.training.run import Run, StageResult, public_name, set_up
-from clseave_cli.errors import DataError
+from clseave_cli.errors import DataError, UsageError
 from clseave_cli.progress import SILENT, Progress
 
 #: CLIP's bound on the learned temperature: logits are scaled by at most 100.
@@ -44,6 +44,8 @@ _LARGEST_LOGIT_SCALE = float(np.log(100.0))
 #: Decoded images kept in memory between epochs.
 _PIXEL_MEMORY_BYTES = 1 << 30
 _DEV_IMAGES = 1024
+#: What joins two pretrained encoders, and learns first.
+_NEW_PARTS = ("text_projection", "visual_projection", "logit_scale")
 
 
 class _Batch(NamedTuple):
@@ -72,6 +74,7 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
     Raises:
         ClseaveError: bad data, an unusable model, a full disk, or an interruption.
     """
+    _require_one_start(config)
     out = config.out or config.runs / "clip"
     setup = set_up("pretrain", config, config.data, out, progress)
     if setup is None:
@@ -137,6 +140,12 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
             loss=loss,
             evaluate=evaluate,
             selection=Selection("loss", "lowest"),
+            frozen=[
+                weight
+                for name, weight in model.named_parameters()
+                if name.partition(".")[0] not in _NEW_PARTS
+            ],
+            frozen_epochs=config.freeze_epochs or 0.0,
         )
         result = train(stage, config, device=device, folder=run.folder, progress=progress)
 
@@ -273,11 +282,26 @@ def _check_leak(splits: Sequence[Captions], photos: Sequence[Photos]) -> None:
         )
 
 
+def _require_one_start(config: PretrainConfig) -> None:
+    """Refuses options that contradict each other."""
+    if (config.text is None) != (config.vision is None):
+        raise UsageError("--text and --vision go together: a model needs both encoders.")
+    if config.clip is not None and config.text is not None:
+        raise UsageError("--clip is a whole model; leave it out, or --text and --vision.")
+    if config.freeze_epochs and config.clip is None and config.text is None:
+        raise UsageError(
+            "--freeze-epochs keeps pretrained encoders as they are for a while; it goes with "
+            "--text and --vision, or --clip."
+        )
+
+
 def _starting_model(
     config: PretrainConfig, captions: Captions
 ) -> tuple[Any, SentenceEncoder, ImageEncoder]:
     if config.clip is not None:
         return load_clip(config.clip)
+    if config.text is not None and config.vision is not None:
+        return new_dual_encoder(config.text, config.vision, config.embedding_dim)
     shape = ClipShape(
         image_size=config.image_size,
         patch_size=config.patch_size,
@@ -295,7 +319,9 @@ def _starting_model(
 def _card(
     config: PretrainConfig, languages: Sequence[str], num_images: int, result: TrainingResult
 ) -> str:
-    start = f"`{public_name(config.clip)}`" if config.clip else "random weights"
+    starts = (config.clip,) if config.clip else (config.text, config.vision)
+    named = [f"`{public_name(start)}`" for start in starts if start]
+    start = " and ".join(named) or "random weights"
     return f"""---
 library_name: transformers
 tags: [clip]
