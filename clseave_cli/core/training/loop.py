@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -92,9 +92,6 @@ class Stage:
         resumed: given the last dev metrics when a saved state is resumed, for an `evaluate` that
             looks at the epoch before.
         metrics: what else is recorded of the training examples, averaged as the loss is.
-        frozen: parameters that have neither gradient nor optimiser state in the first
-            `frozen_epochs`.
-        frozen_epochs: how long; the step's number alone says whether they are trained.
     """
 
     name: str
@@ -108,8 +105,6 @@ class Stage:
     sample: Callable[[int, dict[str, float]], list[Rows]] | None = None
     resumed: Callable[[dict[str, float]], object] | None = None
     metrics: tuple[str, ...] = ()
-    frozen: Sequence[nn.Parameter] = ()
-    frozen_epochs: float = 0.0
 
     def __str__(self) -> str:
         return self.title or self.name
@@ -208,9 +203,11 @@ class _Run:
         self.optimizer = _optimizer(self.parameters, config, device)
         self.autocast = autocast(config.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast.precision == "fp16")
-        self._set_up_capture()
+        recorder = self._recorder()
+        self.gradients = None if recorder is None else Gradients(self.parameters)
+        self.gradient = Captured(self._gradient, device, recorder, self._note)
+        self.update = Captured(self._update, device, recorder, self._note)
         self.steps_per_epoch = math.ceil(stage.num_examples / config.batch_size)
-        self.frozen_steps = round(stage.frozen_epochs * self.steps_per_epoch)
         self.last_epoch = min(config.epochs, config.stop_epoch or config.epochs)
         # The schedule is that of all epochs, wherever the run stops.
         self.planned_steps = self.steps_per_epoch * config.epochs
@@ -228,13 +225,6 @@ class _Run:
         self.earlier_seconds = 0.0
         self.started = self.saved_at = time.monotonic()
         self.metrics_path = folder / "metrics.jsonl"
-
-    def _set_up_capture(self) -> None:
-        """Makes what computes gradients and updates; nothing of it is captured yet."""
-        recorder = self._recorder()
-        self.gradients = None if recorder is None else Gradients(self.parameters)
-        self.gradient = Captured(self._gradient, self.device, recorder, self._note)
-        self.update = Captured(self._update, self.device, recorder, self._note)
 
     def run(self) -> TrainingResult:
         torch.manual_seed(self.config.seed)
@@ -318,11 +308,8 @@ class _Run:
             warmup=self.warmup_steps,
             schedule=self.config.schedule,
         )
-        if 0 < self.state.step == self.frozen_steps:
-            self._set_up_capture()  # a captured step would go on without the others' gradients
         try:
-            with self._freezing():
-                self.sums += self._repeatable(lambda: self._backward(parts)) * len(rows)
+            self.sums += self._repeatable(lambda: self._backward(parts)) * len(rows)
             self.processes.average_gradients(self.parameters)
             rate = torch.tensor(learning_rate, dtype=torch.float64)
             self.update(page_locked(rate, self.device))
@@ -337,21 +324,6 @@ class _Run:
         self.state.num_seen += len(rows)
         self.state.pairs += len(rows)
         return learning_rate
-
-    @contextmanager
-    def _freezing(self) -> Iterator[None]:
-        """Computes no gradient of what is frozen at this step.
-
-        Outside of steps they count as trained, so that every saved state and snapshot has them.
-        """
-        frozen = self.stage.frozen if self.state.step < self.frozen_steps else ()
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
 
     def _repeatable(self, compute: Callable[[], Result]) -> Result:
         """What a function computes, by deterministic algorithms unless there are none for it."""
