@@ -240,8 +240,8 @@ TEACHERS: dict[str, Callable[[Path, Iterable[str]], Path]] = {
     "siglip2": new_siglip2,
     "chinese_clip": _teacher("ChineseCLIP", "ChineseCLIP", _save_bert_tokenizer),
     "altclip": _teacher("AltCLIP", "CLIP", _save_roberta_tokenizer, MAX_TOKENS + 2, project_dim=24),
-    "metaclip_2": _teacher("MetaClip2", "CLIP", _save_roberta_tokenizer, bos_token_id=0, eos_token_id=2,
-                           projection_dim=EMBEDDING_DIM),
+    "metaclip_2": _teacher("MetaClip2", "CLIP", _save_roberta_tokenizer, bos_token_id=0,
+                           eos_token_id=2, projection_dim=EMBEDDING_DIM),
     "vision-text-dual-encoder": new_dual_encoder,
 }  # fmt: skip
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
 from clseave_cli.core.models.packing import PackedBatch
 from clseave_cli.core.models.scratch import ClipShape, new_clip
 from clseave_cli.core.models.tokens import TokenTable
+from clseave_cli.core.models.vocabulary import reduced_vocabulary
 from clseave_cli.core.models.weights import quiet
 from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
@@ -44,8 +46,6 @@ _LARGEST_LOGIT_SCALE = float(np.log(100.0))
 #: Decoded images kept in memory between epochs.
 _PIXEL_MEMORY_BYTES = 1 << 30
 _DEV_IMAGES = 1024
-#: What joins two pretrained encoders, and learns first.
-_NEW_PARTS = ("text_projection", "visual_projection", "logit_scale")
 
 
 class _Batch(NamedTuple):
@@ -140,14 +140,17 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
             loss=loss,
             evaluate=evaluate,
             selection=Selection("loss", "lowest"),
-            frozen=[
-                weight
-                for name, weight in model.named_parameters()
-                if name.partition(".")[0] not in _NEW_PARTS
-            ],
-            frozen_epochs=config.freeze_epochs or 0.0,
+            alone=(
+                *model.text_projection.parameters(),
+                *model.visual_projection.parameters(),
+                model.logit_scale,
+            ),
+            alone_epochs=config.freeze_epochs or 0.0,
         )
-        result = train(stage, config, device=device, folder=run.folder, progress=progress)
+        # A pretrained vocabulary keeps the vectors of tokens that these captions do not use.
+        keeps = config.clip is not None or config.text is not None
+        with reduced_vocabulary(text, training.tokens, dev.tokens) if keeps else nullcontext():
+            result = train(stage, config, device=device, folder=run.folder, progress=progress)
 
         @quiet()
         def save(aside: Path) -> None:
@@ -223,7 +226,7 @@ class _Examples:
     ) -> None:
         self._config, self._photos, self._text, self._image = config, photos, text, image
         sentences, index = distinct(list(captions.all_texts()))
-        self._tokens: TokenTable = text.tokenize(sentences)
+        self.tokens: TokenTable = text.tokenize(sentences)
         first, *_ = captions.texts.values()
         ends = np.cumsum([len(of_image) for of_image in first])
         # (L, captions of it) for each image: they are parallel.
@@ -252,7 +255,7 @@ class _Examples:
         return _Batch(
             self._pixels(share(rows).tolist()),
             len(rows),
-            self._text.pack(self._tokens, share(needed)),
+            self._text.pack(self.tokens, share(needed)),
             len(needed),
             torch.from_numpy(caption_of_slot.reshape(slots.shape)),
             torch.from_numpy(slots),
