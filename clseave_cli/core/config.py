@@ -436,8 +436,8 @@ class PretrainConfig(TrainingConfig):
     """`pretrain`: contrastive training of a CLIP-family model from image-caption pairs."""
 
     FIRST: ClassVar[tuple[str, ...]] = (
-        "lang", "data", "images", "clip", "text", "vision", "freeze_epochs", "runs", "epochs",
-        "batch_size", "learning_rate", "resume", "seed", "device",
+        "lang", "data", "images", "clip", "text", "vision", "runs", "epochs", "batch_size",
+        "learning_rate", "resume", "seed", "device",
     )  # fmt: skip
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
