@@ -754,6 +754,23 @@ class EvaluateConfig(SeededConfig, DataConfig, EngineConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RetrieveConfig(ModelsConfig, SeededConfig):
+    """`retrieve`: are images found by their captions, and captions by their images?"""
+
+    lang: tuple[str, ...] = option((), "Language to measure; repeat; unset: all there are.")
+    data: str = option("data", "Data folder with captions_SPLIT.jsonl, or hf:ORG/NAME.")
+    images: Path | None = option(None, "Image folder; unset: found in --data.")
+    split: str = option("test", "Split to measure on.")
+    clip: str | None = option(
+        None,
+        "CLIP model or CLIP-VE whose towers read every language (hub id or folder); unset: CLIP-VE "
+        "and the students in --runs.",
+    )
+    resamples: int = option(2000, "Bootstrap resamples behind every interval.", least=1)
+    report: Path | None = option(None, "Folder for the document and figures; unset: none.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PredictConfig(ModelsConfig):
     """`predict`: the label of one image and sentence, or of a file of them."""
 

@@ -203,14 +203,27 @@ def image_features(
     autocast: Autocast,
     progress: Progress = SILENT,
 ) -> Features:
-    """The projected features of every row's image, from the cache where they are there.
+    """The features of every row's image, as `photo_features` of `Photos.of` the split's N rows."""
+    features = photo_features(encoder, split.name, photos, autocast=autocast, progress=progress)
+    return Features(features.vectors, features.index[split.image_index])
+
+
+def photo_features(
+    encoder: ImageEncoder,
+    name: str,
+    photos: Photos,
+    *,
+    autocast: Autocast,
+    progress: Progress = SILENT,
+) -> Features:
+    """The projected features of N images, from the cache where they are there.
 
     With the patches of each image (`ImageEncoder.patch_grid`) they are in half precision.
 
     Args:
         encoder: the frozen image tower.
-        split: N rows.
-        photos: `Photos.of` the split.
+        name: of the split, for messages.
+        photos: the N images.
         autocast: the arithmetic.
         progress: reports what is computed.
 
@@ -246,7 +259,7 @@ def image_features(
         items = path_of_key[missing].tolist()
         if grid:
             progress.note(
-                f"{split.name}: {len(items):,} photos × {1 + grid**2} vectors × "
+                f"{name}: {len(items):,} photos × {1 + grid**2} vectors × "
                 f"{encoder.embedding_dim} × 2 bytes = {len(items) * width * 2 / 1e9:.2f} GB into "
                 f"{folder}; --patch-grid makes them fewer."
             )
@@ -259,8 +272,8 @@ def image_features(
                     yield encoder(on_device(batch, encoder.device)).to(dtype).cpu()
 
     cache = VectorCache(folder, width, dtype)
-    vectors = cache.get(keys, compute, f"{split.name}: image features", progress)
-    return Features(vectors, key_of_path[split.image_index])
+    vectors = cache.get(keys, compute, f"{name}: image features", progress)
+    return Features(vectors, key_of_path)
 
 
 def sentence_embeddings(

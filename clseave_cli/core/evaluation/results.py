@@ -285,6 +285,66 @@ class Results:
             raise DataError(f"{path}: {error}") from None
 
 
+# --- retrieval ---
+
+#: The k of R@k.
+CUTOFFS = (1, 5, 10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankScores:
+    """How well the right answers to some queries are found; the nearest right one counts.
+
+    R@k is the share of queries with a right answer among the first k, with its 95 % interval.
+    Equally near answers stand in random order, and R@k and ranks are the expected ones.
+    """
+
+    recall_at_1: float
+    recall_at_1_low: float | None
+    recall_at_1_high: float | None
+    recall_at_5: float
+    recall_at_5_low: float | None
+    recall_at_5_high: float | None
+    recall_at_10: float
+    recall_at_10_low: float | None
+    recall_at_10_high: float | None
+    chance: float  # R@1 of a random order
+    lower_quartile: float  # of the ranks, which count from 1
+    median_rank: float
+    upper_quartile: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalResult:
+    """One language's images and captions, found by each other."""
+
+    lang: str  # language code
+    split: str  # name of the split
+    reader: str  # folder or hub id of the model that read the captions
+    trained: bool | None  # whether it was trained in this language; None: unknown
+    num_images: int
+    num_captions: int
+    num_distinct: int  # captions that differ, among which an image's are looked for
+    images: RankScores  # images, given a caption
+    captions: RankScores  # captions, given an image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieval:
+    """The document of `retrieve`, `retrieval.json`."""
+
+    results: tuple[RetrievalResult, ...]  # one a language, in the order to show
+    signature: Signature  # where the numbers come from
+    format: int = 1  # version of the document's shape
+
+    def to_json(self) -> dict[str, Any]:
+        """The document as plain dicts, lists, strings, numbers and None."""
+        document: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return document
+
+
+# --- several trainings ---
+
 #: The metrics that `across_seeds` summarises: keys of a result, and one of its baselines.
 SEED_METRICS = (
     *("accuracy", "macro_f1", "loss", "ratio_to_english", "agreement_with_english"),
