@@ -436,8 +436,8 @@ class PretrainConfig(TrainingConfig):
     """`pretrain`: contrastive training of a CLIP-family model from image-caption pairs."""
 
     FIRST: ClassVar[tuple[str, ...]] = (
-        "data", "images", "clip", "runs", "epochs", "batch_size", "learning_rate", "resume",
-        "seed", "device", "precision",
+        "lang", "data", "images", "clip", "runs", "epochs", "batch_size", "learning_rate",
+        "resume", "seed", "device",
     )  # fmt: skip
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -459,6 +459,9 @@ class PretrainConfig(TrainingConfig):
         },
     }
 
+    lang: tuple[str, ...] = option(
+        (), "Language of the captions; repeat for parallel ones; unset: en."
+    )
     data: Path = option(Path("data"), "Folder of captions_train.jsonl and captions_dev.jsonl.")
     images: Path | None = option(None, "Image folder; unset: found in --data.")
     clip: str | None = option(None, "Model to start from (hub id or folder); unset: from scratch.")

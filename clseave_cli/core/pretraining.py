@@ -1,19 +1,17 @@
 """`pretrain`: contrastive training of a CLIP-family model from image-caption pairs.
 
-Each image of a batch is encoded once and meets several of its captions; a caption that stands for
-two images of a batch is a match of both, not a negative (equal captions are common in small
-worlds).
+Each image of a batch is encoded once and meets several of its captions, each in every language; a
+caption that stands for two images of a batch is a match of both, not a negative (equal captions are
+common in small worlds).
 
-Legend: B images · K captions per image · D embedding width.
+Legend: B images · K captions per image · L languages · D embedding width.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +21,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from clseave_cli.core.config import PretrainConfig
+from clseave_cli.core.data.captions import Captions, read_captions
 from clseave_cli.core.data.images import ImageFolder, open_image
-from clseave_cli.core.data.records import distinct
-from clseave_cli.core.data.rows import BadRow, read_rows, require_text
+from clseave_cli.core.data.records import ENGLISH, distinct
 from clseave_cli.core.features import Photos
 from clseave_cli.core.files import file_digest, json_digest
 from clseave_cli.core.models.backbones import load_clip
@@ -48,23 +46,6 @@ _PIXEL_MEMORY_BYTES = 1 << 30
 _DEV_IMAGES = 1024
 
 
-@dataclass(frozen=True)
-class _Captions:
-    """Images with their captions, in the order of first mention; `photos` is their digest."""
-
-    path: Path
-    photos: str
-    images: list[Path]
-    captions: list[list[str]]
-
-    def take(self, rows: Sequence[int]) -> _Captions:
-        return replace(
-            self,
-            images=[self.images[i] for i in rows],
-            captions=[self.captions[i] for i in rows],
-        )
-
-
 class _Batch(NamedTuple):
     """B images and the captions they meet, made ready.
 
@@ -73,8 +54,8 @@ class _Batch(NamedTuple):
         num_images: B.
         captions: this process's shard of the batch's C distinct captions, packed.
         num_captions: C.
-        caption_of_slot: (K, B) int64 into the C.
-        caption_ids: (K, B) int64; equal ids mark equal captions.
+        caption_of_slot: (K, L, B) int64 into the C.
+        caption_ids: (K, L, B) int64; equal ids mark equal captions.
     """
 
     pixels: Tensor
@@ -97,49 +78,61 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
         return StageResult(out, (), None)
     device = setup.device
     images = ImageFolder.of(config.data, config.images)
-    train_captions = _read_captions(config.data, config.train_split, images)
-    dev_captions = _read_captions(config.data, config.dev_split, images)
+    languages = tuple(dict.fromkeys(config.lang)) or (ENGLISH,)
+    splits = [
+        read_captions(config.data, split, languages)
+        for split in (config.train_split, config.dev_split)
+    ]
+    photos = [Photos.named(split.images, split.where, images) for split in splits]
     if not config.allow_leak:
-        _check_leak(train_captions, dev_captions)
-    model, text, image = _starting_model(config, train_captions)
+        _check_leak(splits, photos)
+    torch.manual_seed(config.seed)
+    model, text, image = _starting_model(config, splits[0])
     model = model.to(device)
     text.verify_packing("the text tower", progress)
     torch.manual_seed(config.seed)
     inputs = {"clip": json_digest([text.digest(), image.digest()])}
-    for split, read in ((config.train_split, train_captions), (config.dev_split, dev_captions)):
-        inputs |= {read.path.name: file_digest(read.path), f"photos: {split}": read.photos}
+    for name, split, pictures in zip(
+        (config.train_split, config.dev_split), splits, photos, strict=True
+    ):
+        inputs |= {path.name: file_digest(path) for path in split.paths.values()}
+        inputs[f"photos: {name}"] = pictures.digest()
     with Run("pretrain", out, config, inputs) as run:
-        training = _Examples(config, train_captions, text, image)
-        dev = _Examples(
-            config,
-            dev_captions.take(range(min(_DEV_IMAGES, len(dev_captions.images)))),
-            text,
-            image,
+        training, dev = (
+            _Examples(config, split, pictures.paths, text, image)
+            for split, pictures in zip(splits, photos, strict=True)
         )
 
-        def loss(batch: _Batch) -> Tensor:
+        def embed(batch: _Batch) -> tuple[Tensor, Tensor, Tensor]:
+            """(B, D) images and (K, L, B, D) captions, all of unit length, and the scale."""
             images = processes().gather(lambda: image(batch.pixels), batch.num_images)
             captions = processes().gather(lambda: text(batch.captions), batch.num_captions)
             image_embeddings = functional.normalize(images.float(), dim=1)
             text_embeddings = functional.normalize(captions.float(), dim=1)
-            per_slot = text_embeddings[batch.caption_of_slot]  # (K, B, D)
             scale = model.logit_scale.clamp(max=_LARGEST_LOGIT_SCALE).exp()
-            losses = [
-                contrastive_loss(image_embeddings, embeddings, batch.caption_ids[slot], scale)
-                for slot, embeddings in enumerate(per_slot)
-            ]
-            return torch.stack(losses).mean()
+            return image_embeddings, text_embeddings[batch.caption_of_slot], scale
+
+        def loss(batch: _Batch) -> Tensor:
+            return _mean_loss(batch, *embed(batch))
 
         def evaluate() -> dict[str, float]:
-            rows = np.arange(len(dev.captions.images))
-            parts = np.array_split(rows, max(1, len(rows) // config.batch_size))
-            losses = [loss(on_device(dev.batch(part), device)).item() for part in parts]
-            return {"loss": float(np.mean(losses))}
+            rows = np.arange(min(_DEV_IMAGES, len(dev)))
+            losses: list[list[float]] = [[] for _ in languages]
+            for part in np.array_split(rows, max(1, len(rows) // config.batch_size)):
+                batch = on_device(dev.batch(part), device)
+                embedded = embed(batch)
+                # One language at a time: the loss of several together grows with their number.
+                for number, of_language in enumerate(losses):
+                    one = slice(number, number + 1)
+                    of_language.append(_mean_loss(batch, *embedded, one).item())
+            means = [float(np.mean(of_language)) for of_language in losses]
+            named = dict(zip(languages, means, strict=True)) if len(languages) > 1 else {}
+            return {"loss": float(np.mean(means))} | {f"loss/{k}": v for k, v in named.items()}
 
         stage = Stage(
             name="pretrain",
             module=model,
-            num_examples=len(train_captions.images),
+            num_examples=len(training),
             prepare=training.batch,
             loss=loss,
             evaluate=evaluate,
@@ -153,30 +146,59 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
             text.tokenizer.save_pretrained(aside)
             image.processor.save_pretrained(aside)
 
-        run.publish(save, _card(config, len(train_captions.images), result))
+        run.publish(save, _card(config, languages, len(training), result))
         return StageResult(out, (), result)
+
+
+def _mean_loss(
+    batch: _Batch,
+    images: Tensor,
+    captions: Tensor,
+    scale: Tensor,
+    languages: slice = slice(None),
+) -> Tensor:
+    """The contrastive loss in some languages, mean over the K captions that an image meets."""
+    losses = [
+        contrastive_loss(images, embeddings[languages], ids[languages], scale)
+        for embeddings, ids in zip(captions, batch.caption_ids, strict=True)
+    ]
+    return torch.stack(losses).mean()
 
 
 def contrastive_loss(
     images: Tensor, captions: Tensor, caption_ids: Tensor, scale: Tensor
 ) -> Tensor:
-    """CLIP's symmetric contrastive loss, with equal captions counted as matches.
+    """CLIP's symmetric contrastive loss in several languages at once (docs/training.md).
+
+    An image's captions in all languages are its matches, and so are those equal to one of them.
 
     Args:
         images: (B, D) unit vectors.
-        captions: (B, D) unit vectors; caption i belongs to image i.
-        caption_ids: (B,) equal ids mark equal captions.
+        captions: (L, B, D) unit vectors; caption i of each language belongs to image i.
+        caption_ids: (L, B) equal ids mark equal captions.
         scale: the temperature's inverse, a positive scalar.
 
     Returns:
-        The mean of the image-to-caption and the caption-to-image cross-entropy, a scalar.
+        The mean of the image-to-caption cross-entropy, over the captions of all languages, and the
+        caption-to-image cross-entropy, mean over languages; a scalar.
     """
-    logits = scale * images @ captions.T  # (B, B)
-    matches = (caption_ids[:, None] == caption_ids[None, :]).float()
-    targets = matches / matches.sum(dim=1, keepdim=True)
-    return 0.5 * (
-        functional.cross_entropy(logits, targets) + functional.cross_entropy(logits.T, targets)
-    )
+    logits = scale * images @ captions.flatten(0, 1).T  # (B, L · B)
+    ids = caption_ids.flatten()
+    matches = torch.stack([of_language[:, None] == ids for of_language in caption_ids]).any(dim=0)
+    of_images = functional.cross_entropy(logits, _shares(matches))
+    of_captions = [
+        functional.cross_entropy(to_captions.T, _shares(are_matches.T))
+        for to_captions, are_matches in zip(
+            logits.chunk(len(captions), dim=1), matches.chunk(len(captions), dim=1), strict=True
+        )
+    ]
+    return 0.5 * (of_images + torch.stack(of_captions).mean())
+
+
+def _shares(matches: Tensor) -> Tensor:
+    """Each row's matches as probabilities, all equal."""
+    weights = matches.float().contiguous()
+    return weights / weights.sum(dim=1, keepdim=True)
 
 
 class _Examples:
@@ -185,20 +207,24 @@ class _Examples:
     def __init__(
         self,
         config: PretrainConfig,
-        captions: _Captions,
+        captions: Captions,
+        photos: list[Path],
         text: SentenceEncoder,
         image: ImageEncoder,
     ) -> None:
-        self.captions = captions
-        self._config, self._text, self._image = config, text, image
-        flat = [caption for of_image in captions.captions for caption in of_image]
-        sentences, index = distinct(flat)
+        self._config, self._photos, self._text, self._image = config, photos, text, image
+        sentences, index = distinct(list(captions.all_texts()))
         self._tokens: TokenTable = text.tokenize(sentences)
-        ends = np.cumsum([len(of_image) for of_image in captions.captions])
-        self._caption_ids = np.split(index, ends[:-1])
+        first, *_ = captions.texts.values()
+        ends = np.cumsum([len(of_image) for of_image in first])
+        # (L, captions of it) for each image: they are parallel.
+        self._caption_ids = np.split(index.reshape(len(captions.texts), -1), ends[:-1], axis=1)
         self._kept: dict[int, Tensor] = {}
         self._kept_bytes = 0
         self._decoders = ThreadPoolExecutor()
+
+    def __len__(self) -> int:
+        return len(self._photos)
 
     def batch(self, rows: Rows) -> _Batch:
         # Which captions an image meets depends on the batch's rows alone, so that a resumed run
@@ -207,11 +233,11 @@ class _Examples:
         count = self._config.captions_per_image
         slots = np.stack(
             [
-                random.choice(ids, count, replace=len(ids) < count)
+                random.choice(ids, count, replace=ids.shape[1] < count, axis=1).T
                 for ids in (self._caption_ids[row] for row in rows)
             ],
-            axis=1,
-        )  # (K, B)
+            axis=2,
+        )  # (K, L, B)
         needed, caption_of_slot = np.unique(slots, return_inverse=True)
         share = processes().shard
         return _Batch(
@@ -227,7 +253,7 @@ class _Examples:
         new = [row for row in rows if row not in self._kept]
         fresh: dict[int, Tensor] = {}
         if new:
-            images = list(self._decoders.map(open_image, (self.captions.images[r] for r in new)))
+            images = list(self._decoders.map(open_image, (self._photos[r] for r in new)))
             fresh = dict(zip(new, self._image.preprocess(images).unbind(), strict=True))
         pixels = torch.stack([fresh[r] if r in fresh else self._kept[r] for r in rows])
         for row, image in fresh.items():
@@ -237,40 +263,18 @@ class _Examples:
         return pixels
 
 
-def _read_captions(folder: Path, split: str, images: ImageFolder) -> _Captions:
-    path = folder / f"captions_{split}.jsonl"
-    if not path.is_file():
-        raise DataError(
-            f"{path}: no such file; expected lines such as "
-            '{"image": "1.jpg", "caption": "two dogs run"}.'
-        )
-    captions: dict[str, list[str]] = defaultdict(list)
-    first_line: dict[str, int] = {}
-    for line, row, _ in read_rows(path, ("image", "caption")):
-        try:
-            name = require_text(row, ("image",), "the image's name")
-            captions[name].append(require_text(row, ("caption",), "a sentence about it"))
-        except BadRow as bad:
-            raise DataError.at(path, line, str(bad)) from None
-        first_line.setdefault(name, line)
-    if not captions:
-        raise DataError(f"{path}: no captions in it.")
-    where = [f"{path}:{first_line[name]}" for name in captions]
-    photos = Photos.named(list(captions), where, images)
-    return _Captions(path, photos.digest(), photos.paths, list(captions.values()))
-
-
-def _check_leak(training: _Captions, dev: _Captions) -> None:
-    shared = set(training.images).intersection(dev.images)
+def _check_leak(splits: Sequence[Captions], photos: Sequence[Photos]) -> None:
+    shared = set(photos[0].paths).intersection(photos[1].paths)
     if shared:
+        train_path, dev_path = (next(iter(split.paths.values())) for split in splits)
         raise DataError(
-            f"{dev.path}: {len(shared)} of its images are also in {training.path}, such as "
+            f"{dev_path}: {len(shared)} of its images are also in {train_path}, such as "
             f"{min(shared).name}; --allow-leak permits it."
         )
 
 
 def _starting_model(
-    config: PretrainConfig, captions: _Captions
+    config: PretrainConfig, captions: Captions
 ) -> tuple[Any, SentenceEncoder, ImageEncoder]:
     if config.clip is not None:
         return load_clip(config.clip)
@@ -284,16 +288,18 @@ def _starting_model(
         embedding_dim=config.embedding_dim,
     )
     with tempfile.TemporaryDirectory() as folder:
-        texts = [caption for of_image in captions.captions for caption in of_image]
-        new_clip(Path(folder), texts, shape, config.seed)
+        new_clip(Path(folder), captions.all_texts(), shape, config.seed)
         return load_clip(Path(folder))
 
 
-def _card(config: PretrainConfig, num_images: int, result: TrainingResult) -> str:
+def _card(
+    config: PretrainConfig, languages: Sequence[str], num_images: int, result: TrainingResult
+) -> str:
     start = f"`{public_name(config.clip)}`" if config.clip else "random weights"
     return f"""---
 library_name: transformers
 tags: [clip]
+language: [{", ".join(languages)}]
 ---
 
 # CLIP model

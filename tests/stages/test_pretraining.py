@@ -45,7 +45,7 @@ def test_with_distinct_captions_the_loss_is_clips_own():
         functional.normalize(torch.randn(5, 8, generator=generator), dim=1) for _ in range(2)
     )
     scale = torch.tensor(7.0)
-    loss = contrastive_loss(images, captions, torch.arange(5), scale)
+    loss = contrastive_loss(images, captions[None], torch.arange(5)[None], scale)
     logits = 7.0 * images @ captions.T
     own = torch.arange(5)
     wanted = functional.cross_entropy(logits, own) + functional.cross_entropy(logits.T, own)
@@ -57,7 +57,8 @@ def test_equal_captions_are_matches_of_both_images():
     generator = torch.Generator().manual_seed(1)
     images = functional.normalize(torch.randn(3, 4, generator=generator), dim=1)
     captions = functional.normalize(torch.randn(2, 4, generator=generator), dim=1)[[0, 0, 1]]
-    loss = contrastive_loss(images, captions, torch.tensor([5, 5, 2]), torch.tensor(3.0))
+    ids = torch.tensor([[5, 5, 2]])
+    loss = contrastive_loss(images, captions[None], ids, torch.tensor(3.0))
     log_rows = (3 * images @ captions.T).log_softmax(dim=1)
     log_columns = (3 * images @ captions.T).log_softmax(dim=0).T
     wanted = []
