@@ -24,6 +24,7 @@ from clseave_cli.core.config import PretrainConfig
 from clseave_cli.core.data.captions import Captions, read_captions
 from clseave_cli.core.data.images import ImageFolder, open_image
 from clseave_cli.core.data.records import ENGLISH, distinct
+from clseave_cli.core.data.seen import SeenRows
 from clseave_cli.core.features import Photos
 from clseave_cli.core.files import file_digest, json_digest
 from clseave_cli.core.models.backbones import load_clip
@@ -146,7 +147,11 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
             text.tokenizer.save_pretrained(aside)
             image.processor.save_pretrained(aside)
 
-        run.publish(save, _card(config, languages, len(training), result))
+        seen = [
+            SeenRows.of_photos(split.images, pictures.keys)
+            for split, pictures in zip(splits, photos, strict=True)
+        ]
+        run.publish(save, _card(config, languages, len(training), result), seen)
         return StageResult(out, (), result)
 
 

@@ -117,6 +117,7 @@ _NOT_RUN = {
     "runs-0": "tests/cli/test_command_line.py and tests/evaluation do",
     "--debug": "an example of an error",
     "compare": "tests/evaluation/test_comparison.py",
+    "retrieve": "it needs captions; tests/evaluation/test_retrieval.py",
     "--explain": "tests/stages/test_patch_head.py",
     "check docs": "its exit code tells of findings; tests/checking",
 }

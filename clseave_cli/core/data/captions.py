@@ -6,11 +6,12 @@ language. The k-th caption of an image in one language translates its k-th in ev
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clseave_cli.core.data.records import ENGLISH, require_language
+from clseave_cli.core.data.records import ENGLISH, is_language, require_language
 from clseave_cli.core.data.rows import EXTENSIONS, BadRow, read_rows, require_text
 from clseave_cli.errors import DataError
 
@@ -54,6 +55,26 @@ def captions_path(folder: Path, split: str, lang: str) -> Path:
         f"{folder / stems[0]}.jsonl: no such file; expected lines such as "
         f'{{"image": "1.jpg", "caption": "two dogs run"}}.{advice}'
     )
+
+
+def caption_languages(folder: Path, split: str) -> list[str]:
+    """Codes of the languages that a split has captions in, English first, then by name.
+
+    Raises:
+        DataError: there are none.
+    """
+    endings = "|".join(map(re.escape, EXTENSIONS))
+    pattern = re.compile(rf"captions_(\w+)(?:\.([A-Za-z-]+))?(?:{endings})")
+    paths = folder.iterdir() if folder.is_dir() else ()
+    there = [(match[1], match[2] or ENGLISH) for p in paths if (match := pattern.fullmatch(p.name))]
+    if not any(name == split for name, _ in there):
+        splits = ", ".join(sorted({name for name, _ in there})) or "none"
+        raise DataError(
+            f"{folder}: no captions_{split}.jsonl (splits with captions there: {splits}); choose "
+            "another --split or --data."
+        )
+    codes = {lang for name, lang in there if name == split and is_language(lang)}
+    return sorted(codes, key=lambda lang: (lang != ENGLISH, lang))
 
 
 def read_captions(folder: Path, split: str, languages: Sequence[str] = (ENGLISH,)) -> Captions:

@@ -6,7 +6,7 @@ I images · T distinct captions of a language · Q queries · D embedding width
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from clseave_cli.core.data.captions import Captions, caption_languages, read_cap
 from clseave_cli.core.data.hub import data_folder
 from clseave_cli.core.data.images import ImageFolder
 from clseave_cli.core.data.records import ENGLISH, distinct
+from clseave_cli.core.data.seen import SeenRows
 from clseave_cli.core.evaluation import metrics
 from clseave_cli.core.evaluation.figures import draw_ranks, draw_recall
 from clseave_cli.core.evaluation.results import (
@@ -69,6 +70,7 @@ class _Towers:
     """What encodes the images, and the captions of the languages that no student reads.
 
     Attributes:
+        folder: of the model, or its hub id.
         name: of the model.
         text: its text tower.
         image: its image tower, which gives one vector an image.
@@ -77,6 +79,7 @@ class _Towers:
         students: by language, of a CLIP-VE.
     """
 
+    folder: Path
     name: str
     text: SentenceEncoder
     image: ImageEncoder
@@ -104,6 +107,8 @@ def retrieve(config: RetrieveConfig, progress: Progress = SILENT) -> Retrieval:
         images = ImageFolder.of(folder, config.images)
         photos = {k: Photos.named(c.images, c.where, images) for k, c in captions.items()}
         towers = _towers(config)
+        students = [towers.students[lang] for lang in langs if lang in towers.students]
+        seen = _seen([towers.folder, *students], captions, photos, progress)
         results: dict[str, RetrievalResult] = {}
         checkpoints = {towers.name: towers.fingerprint}
         # One student in memory at a time, whatever the order of its languages.
@@ -137,6 +142,7 @@ def retrieve(config: RetrieveConfig, progress: Progress = SILENT) -> Retrieval:
                 num_examples=max(result.num_captions for result in results.values()),
                 precision=resolve_precision(config.precision, device),
                 device=device.type,
+                seen=seen,
                 dataset=config.data if config.data.startswith("hf:") else folder.resolve().name,
                 date=datetime.datetime.now(datetime.UTC).date().isoformat(),
             ),
@@ -171,7 +177,8 @@ def _towers(config: RetrieveConfig) -> _Towers:
             f"{name}: its text tower writes {text.embedding_dim} numbers and its image tower "
             f"{image.embedding_dim}; there is no common space to rank in."
         )
-    return _Towers(public_name(name), text, image, fingerprint, _languages(folder), students)
+    trained = _languages(folder)
+    return _Towers(folder, public_name(name), text, image, fingerprint, trained, students)
 
 
 def _languages(model: Path) -> frozenset[str] | None:
@@ -184,6 +191,27 @@ def _languages(model: Path) -> frozenset[str] | None:
         before = _languages(Path(options["clip"])) or ()
         return frozenset([options.get("source_lang", ENGLISH), *before])
     return None
+
+
+def _seen(
+    models: Iterable[Path],
+    captions: Mapping[str, Captions],
+    photos: Mapping[str, Photos],
+    progress: Progress,
+) -> dict[str, int]:
+    """By file, how many of its images a model was trained on, or chosen by; notes them."""
+    records = [record for model in models if (record := SeenRows.read(model)) is not None]
+    record, seen = SeenRows.union(records), {}
+    for lang, of_language in captions.items():
+        shown = SeenRows.of_photos(of_language.images, photos[lang].keys)
+        if count := int(record.has(shown).sum()):
+            path = of_language.paths[lang]
+            seen[path.name] = count
+            progress.note(
+                f"{path}: {count} of its {len(of_language.images)} images were trained on, or "
+                "chose the checkpoint."
+            )
+    return seen
 
 
 def _measure(
