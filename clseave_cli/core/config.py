@@ -467,6 +467,17 @@ class PretrainConfig(TrainingConfig):
     clip: str | None = option(None, "Model to start from (hub id or folder); unset: from scratch.")
     out: Path | None = option(None, "Folder to write; unset: RUNS/clip.")
     captions_per_image: int = option(1, "Captions an image meets in one step.", least=1)
+    objective: Literal["contrastive", "triplet"] = option(
+        "contrastive", "Loss: CLIP's, or triplet ranking (docs/training.md)."
+    )
+    margin: float = option(0.2, "triplet: least lead of the right one, in cosine.", least=0)
+    negatives: Literal["sum", "hardest"] = option(
+        "sum", "triplet: all wrong ones of the batch count (VSE), or the nearest (VSE++)."
+    )
+    sampling: Literal["parallel", "uniform", "self-paced"] = option(
+        "parallel",
+        "Languages of a step: all; or one, as often as the others, or more where dev recall lags.",
+    )
     image_size: int = option(224, "From scratch: picture size in pixels.")
     patch_size: int = option(16, "From scratch: patch size in pixels.")
     width: int = option(512, "From scratch: hidden width of both towers.")

@@ -88,7 +88,8 @@ def _unit(vectors: npt.ArrayLike) -> Vectors:
     """(N, D) vectors of length 1, or 0."""
     rows = np.asarray(vectors, dtype=np.float32)
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 0)
+    units: Vectors = np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 0)
+    return units
 
 
 def rank_captions(images: npt.ArrayLike, texts: npt.ArrayLike, pairs: Rows) -> tuple[Ranks, Ranks]:
