@@ -201,7 +201,7 @@ def _teacher(
         }
         config = getattr(transformers, f"{kind}Config")(
             text_config=_TOWER | _NO_DROPOUT | tower | text,
-            vision_config={**_TOWER, **_IMAGE},
+            vision_config={**_TOWER, **_IMAGE, "projection_dim": EMBEDDING_DIM},
             projection_dim=EMBEDDING_DIM,
         )
         size = {"height": 32, "width": 32}
@@ -212,6 +212,27 @@ def _teacher(
     return make
 
 
+def new_vit(folder: Path) -> Path:
+    from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
+
+    torch.manual_seed(0)
+    processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    return _save(folder, ViTModel(ViTConfig(**_TOWER, **_IMAGE)), processor)
+
+
+def new_dual_encoder(folder: Path, sentences: Iterable[str]) -> Path:
+    """A LaBSE-like BERT, read through its pooling layer, and a ViT."""
+    from clseave_cli.core.models.backbones import new_dual_encoder as join
+
+    text = STUDENTS["LaBSE"](folder.with_name("text"), sentences)
+    torch.manual_seed(0)
+    model, encoder, image = join(str(text), str(new_vit(folder.with_name("vit"))), EMBEDDING_DIM)
+    model.save_pretrained(folder)
+    encoder.tokenizer.save_pretrained(folder)
+    image.processor.save_pretrained(folder)
+    return folder
+
+
 #: Teachers by the `model_type` of their configuration.
 TEACHERS: dict[str, Callable[[Path, Iterable[str]], Path]] = {
     "clip": new_clip,
@@ -219,7 +240,10 @@ TEACHERS: dict[str, Callable[[Path, Iterable[str]], Path]] = {
     "siglip2": new_siglip2,
     "chinese_clip": _teacher("ChineseCLIP", "ChineseCLIP", _save_bert_tokenizer),
     "altclip": _teacher("AltCLIP", "CLIP", _save_roberta_tokenizer, MAX_TOKENS + 2, project_dim=24),
-}
+    "metaclip_2": _teacher("MetaClip2", "CLIP", _save_roberta_tokenizer, bos_token_id=0,
+                           eos_token_id=2, projection_dim=EMBEDDING_DIM),
+    "vision-text-dual-encoder": new_dual_encoder,
+}  # fmt: skip
 
 
 def _bert(folder: Path, sentences: Iterable[str]) -> Path:

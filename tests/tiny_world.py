@@ -227,13 +227,14 @@ def model_files(folder: Path) -> dict[str, bytes]:
     return {n: c for n, c in files.items() if not n.startswith("training/") and n != "README.md"}
 
 
-def write_captions(world: Path, folder: Path) -> Path:
-    """Captions of the world's photos, for `pretrain`."""
+def write_captions(world: Path, folder: Path, *languages: str) -> Path:
+    """Captions of the world's photos, for `pretrain`, in English and other languages."""
     folder.mkdir()
     for split in ("train", "dev"):
-        rows = read_jsonl(world / f"snli_ve_{split}.jsonl")
-        captions = [{"image": r["Flickr30K_ID"], "caption": r["sentence2"]} for r in rows]
-        write_jsonl(folder / f"captions_{split}.jsonl", captions)
+        for suffix in ("", *(f".{lang}" for lang in languages)):
+            rows = read_jsonl(world / f"snli_ve_{split}{suffix}.jsonl")
+            captions = [{"image": r["Flickr30K_ID"], "caption": r["sentence2"]} for r in rows]
+            write_jsonl(folder / f"captions_{split}{suffix}.jsonl", captions)
     return folder
 
 

@@ -58,7 +58,7 @@ _METAVARS = {
     "data": "DIR",
     "allowed_host": "HOST",
     **dict.fromkeys(("lang", "source_lang", "auxiliary"), "LANG"),
-    **dict.fromkeys(("model", "clip", "student", "aligner"), "NAME_OR_DIR"),
+    **dict.fromkeys(("model", "clip", "text", "vision", "student", "aligner"), "NAME_OR_DIR"),
     **dict.fromkeys(("input", "translations", "memory", "alignments", "words", "gold"), "FILE"),
 }
 
@@ -436,8 +436,8 @@ class PretrainConfig(TrainingConfig):
     """`pretrain`: contrastive training of a CLIP-family model from image-caption pairs."""
 
     FIRST: ClassVar[tuple[str, ...]] = (
-        "lang", "data", "images", "clip", "runs", "epochs", "batch_size", "learning_rate",
-        "resume", "seed", "device",
+        "lang", "data", "images", "clip", "text", "vision", "freeze_epochs", "runs", "epochs",
+        "batch_size", "learning_rate", "resume", "seed", "device",
     )  # fmt: skip
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -465,6 +465,16 @@ class PretrainConfig(TrainingConfig):
     data: Path = option(Path("data"), "Folder of captions_train.jsonl and captions_dev.jsonl.")
     images: Path | None = option(None, "Image folder; unset: found in --data.")
     clip: str | None = option(None, "Model to start from (hub id or folder); unset: from scratch.")
+    text: str | None = option(
+        None, "Text encoder to start from (hub id or folder), with --vision; new projections."
+    )
+    vision: str | None = option(
+        None, "Vision encoder to start from (hub id or folder), with --text."
+    )
+    freeze_epochs: float | None = option(
+        None, "Epochs in which only projections and scale learn; 0: none.", least=0,
+        zero_is_off=True,
+    )  # fmt: skip
     out: Path | None = option(None, "Folder to write; unset: RUNS/clip.")
     captions_per_image: int = option(1, "Captions an image meets in one step.", least=1)
     objective: Literal["contrastive", "triplet"] = option(
@@ -484,7 +494,7 @@ class PretrainConfig(TrainingConfig):
     layers: int = option(12, "From scratch: layers of both towers.", least=1)
     heads: int = option(8, "From scratch: attention heads of both towers.", least=1)
     vocabulary: int = option(49408, "From scratch: largest vocabulary.", least=1000)
-    embedding_dim: int = option(512, "From scratch: width of the shared space.")
+    embedding_dim: int = option(512, "New models: width of the shared space.")
     epochs: int = option(30, "Passes over the training data.", least=1)
     learning_rate: float = option(5e-4, "Peak learning rate.", least=0)
     weight_decay: float = option(0.1, "Decoupled weight decay (AdamW).", least=0)
@@ -528,7 +538,7 @@ class FinetuneConfig(TrainingConfig, DataConfig):
 
     clip: str = option(
         "openai/clip-vit-base-patch16",
-        "CLIP, SigLIP, Chinese-CLIP or AltCLIP model to fine-tune (hub id or folder).",
+        "CLIP, SigLIP, Chinese-CLIP, … model to fine-tune (hub id or folder).",
     )
     head: Head = option(
         "patches", "What the head reads of a photo: one vector, or its patches too."

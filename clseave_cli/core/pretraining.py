@@ -13,6 +13,7 @@ import math
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,12 +29,13 @@ from clseave_cli.core.data.records import ENGLISH, distinct
 from clseave_cli.core.data.seen import SeenRows
 from clseave_cli.core.features import Photos
 from clseave_cli.core.files import file_digest, json_digest
-from clseave_cli.core.models.backbones import load_clip
+from clseave_cli.core.models.backbones import load_clip, new_dual_encoder
 from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
 from clseave_cli.core.models.packing import PackedBatch
 from clseave_cli.core.models.ranking import rank_captions
 from clseave_cli.core.models.scratch import ClipShape, new_clip
 from clseave_cli.core.models.tokens import TokenTable
+from clseave_cli.core.models.vocabulary import reduced_vocabulary
 from clseave_cli.core.models.weights import quiet
 from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
@@ -79,7 +81,7 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
         ClseaveError: bad data, an unusable model, a full disk, or an interruption.
     """
     languages = tuple(dict.fromkeys(config.lang)) or (ENGLISH,)
-    _require_effect(config, languages)
+    _require_sense(config, languages)
     out = config.out or config.runs / "clip"
     setup = set_up("pretrain", config, config.data, out, progress)
     if setup is None:
@@ -157,8 +159,17 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
             evaluate=evaluate,
             selection=Selection("loss", "lowest"),
             sample=None if together else training.batches,
+            alone=(
+                *model.text_projection.parameters(),
+                *model.visual_projection.parameters(),
+                model.logit_scale,
+            ),
+            alone_epochs=config.freeze_epochs or 0.0,
         )
-        result = train(stage, config, device=device, folder=run.folder, progress=progress)
+        # A pretrained vocabulary keeps the vectors of tokens that these captions do not use.
+        keeps = config.clip is not None or config.text is not None
+        with reduced_vocabulary(text, training.tokens, dev.tokens) if keeps else nullcontext():
+            result = train(stage, config, device=device, folder=run.folder, progress=progress)
 
         @quiet()
         def save(aside: Path) -> None:
@@ -282,7 +293,7 @@ class _Examples:
         self._config, self._photos, self._text, self._image = config, photos, text, image
         self._languages = list(captions.texts)
         sentences, index = distinct(list(captions.all_texts()))
-        self._tokens: TokenTable = text.tokenize(sentences)
+        self.tokens: TokenTable = text.tokenize(sentences)
         first, *_ = captions.texts.values()
         ends = np.cumsum([len(of_image) for of_image in first])
         # (L, captions of it) for each image: they are parallel.
@@ -340,7 +351,7 @@ class _Examples:
         return _Batch(
             self._pixels(share(rows).tolist()),
             len(rows),
-            self._text.pack(self._tokens, share(needed)),
+            self._text.pack(self.tokens, share(needed)),
             len(needed),
             torch.from_numpy(caption_of_slot.reshape(slots.shape)),
             torch.from_numpy(slots),
@@ -359,7 +370,7 @@ class _Examples:
         needed, place = np.unique(ids, return_inverse=True)
         shard = processes().shard(needed)
         embedded = processes().gather(
-            lambda: torch.cat([p.float() for p in self._text.embed(self._tokens, sentences=shard)]),
+            lambda: torch.cat([p.float() for p in self._text.embed(self.tokens, sentences=shard)]),
             len(needed),
         )
         embeddings, recalls = embedded.cpu().numpy(), []
@@ -393,12 +404,21 @@ def _check_leak(splits: Sequence[Captions], photos: Sequence[Photos]) -> None:
         )
 
 
-def _require_effect(config: PretrainConfig, languages: Sequence[str]) -> None:
-    """Refuses options that would do nothing.
+def _require_sense(config: PretrainConfig, languages: Sequence[str]) -> None:
+    """Refuses options that contradict each other, or would do nothing.
 
     Raises:
-        UsageError: names one.
+        UsageError: names them.
     """
+    if (config.text is None) != (config.vision is None):
+        raise UsageError("--text and --vision go together: a model needs both encoders.")
+    if config.clip is not None and config.text is not None:
+        raise UsageError("--clip is a whole model; leave it out, or --text and --vision.")
+    if config.freeze_epochs and config.clip is None and config.text is None:
+        raise UsageError(
+            "--freeze-epochs keeps pretrained encoders as they are for a while; it goes with "
+            "--text and --vision, or --clip."
+        )
     changed = config.margin != PretrainConfig.margin or config.negatives != PretrainConfig.negatives
     if changed and config.objective != "triplet":
         raise UsageError("--margin and --negatives go with --objective triplet.")
@@ -411,6 +431,8 @@ def _starting_model(
 ) -> tuple[Any, SentenceEncoder, ImageEncoder]:
     if config.clip is not None:
         return load_clip(config.clip)
+    if config.text is not None and config.vision is not None:
+        return new_dual_encoder(config.text, config.vision, config.embedding_dim)
     shape = ClipShape(
         image_size=config.image_size,
         patch_size=config.patch_size,
@@ -428,8 +450,10 @@ def _starting_model(
 def _card(
     config: PretrainConfig, languages: Sequence[str], num_images: int, result: TrainingResult
 ) -> str:
-    start = f"`{public_name(config.clip)}`" if config.clip else "random weights"
     training = f"{config.objective.capitalize()} training"
+    starts = (config.clip,) if config.clip else (config.text, config.vision)
+    named = [f"`{public_name(start)}`" for start in starts if start]
+    start = " and ".join(named) or "random weights"
     return f"""---
 library_name: transformers
 tags: [clip]

@@ -1,9 +1,25 @@
 """pretrain: the contrastive loss against a reference, and the stage end to end."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
-from tiny_world import CLIP_SHAPE, QUICK, killed_at_step, read_jsonl, tree, weights, write_jsonl
+from safetensors.torch import load_file
+from tiny_backbones import STUDENTS, new_vit
+from tiny_world import (
+    CLIP_SHAPE,
+    QUICK,
+    killed_at_step,
+    read_jsonl,
+    sentences,
+    tree,
+    weights,
+    write_captions,
+    write_jsonl,
+)
 from torch.nn import functional
+from transformers import AutoModel, VisionTextDualEncoderModel
 
 from clseave_cli.core import pretraining
 from clseave_cli.core.config import FinetuneConfig, PretrainConfig
@@ -12,7 +28,7 @@ from clseave_cli.core.files import read_json
 from clseave_cli.core.finetuning import finetune
 from clseave_cli.core.models.backbones import load_clip
 from clseave_cli.core.pretraining import contrastive_loss, pretrain, triplet_loss
-from clseave_cli.errors import DataError, UsageError
+from clseave_cli.errors import ClseaveError, DataError, UsageError
 
 SHAPE = {
     "image_size": CLIP_SHAPE["image_size"],
@@ -89,6 +105,108 @@ def test_the_triplet_loss_is_that_of_its_papers_in_each_language(hardest):
             wanted += (pick(of_image) + pick(of_caption)) / 4 / 2
     loss = triplet_loss(images, torch.stack([first, second]), ids, 0.2, hardest)
     assert wanted > 0 and loss.item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_in_several_languages_the_loss_is_that_of_the_definition():
+    # Images 0 and 1 share their first caption; the third image's two captions are one word.
+    generator = torch.Generator().manual_seed(2)
+    images = functional.normalize(torch.randn(3, 4, generator=generator), dim=1)
+    sentences = functional.normalize(torch.randn(5, 4, generator=generator), dim=1)
+    ids = torch.tensor([[0, 0, 1], [2, 3, 1]])
+    scale, rows = 3.0, range(3)
+    columns = [(lang, j) for lang in range(2) for j in rows]
+    mine = [{int(ids[lang, i]) for lang in range(2)} for i in rows]
+    wanted = 0.0
+    for i in rows:
+        logits = torch.stack([scale * images[i] @ sentences[ids[column]] for column in columns])
+        hits = [k for k, column in enumerate(columns) if int(ids[column]) in mine[i]]
+        wanted -= logits.log_softmax(dim=0)[hits].mean() / 3
+    for lang, j in columns:
+        logits = scale * images @ sentences[ids[lang, j]]
+        hits = [i for i in rows if int(ids[lang, j]) in mine[i]]
+        wanted -= logits.log_softmax(dim=0)[hits].mean() / 6
+    loss = contrastive_loss(images, sentences[ids], ids, torch.tensor(scale))
+    torch.testing.assert_close(loss, wanted / 2)
+
+
+def test_dev_loss_is_recorded_by_language_as_if_there_were_no_other(captioned, tmp_path):
+    for split in ("train", "dev"):
+        rows = read_jsonl(captioned / f"captions_{split}.jsonl")
+        for lang, caption in (("xx", "{}"), ("yy", "y {}")):
+            told = [row | {"caption": caption.format(row["caption"])} for row in rows]
+            write_jsonl(captioned / f"captions_{split}.{lang}.jsonl", told)
+    untrained = {"learning_rate": 0.0, "epochs": 1}
+    alone = {
+        lang: _pretrain(captioned, tmp_path / lang, lang=lang, **untrained).training.dev["loss"]
+        for lang in ("en", "xx")
+    }
+    # The same captions once more are no negatives, and change nothing.
+    double = _pretrain(captioned, tmp_path / "double", lang=("en", "xx"), **untrained)
+    assert double.training.dev["loss/en"] == double.training.dev["loss/xx"]
+    assert double.training.dev["loss/en"] == pytest.approx(alone["en"], abs=1e-6)
+    result = _pretrain(captioned, tmp_path / "two", lang=("en", "yy"), epochs=8)
+    dev = result.training.dev
+    assert dev["loss"] == pytest.approx((dev["loss/en"] + dev["loss/yy"]) / 2)
+    assert max(dev["loss/en"], dev["loss/yy"]) < alone["en"]
+    assert "language: [en, yy]" in (result.folder / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def encoders(world, tmp_path_factory):
+    """An XLM-R and a ViT, and their flags."""
+    folder = tmp_path_factory.mktemp("encoders")
+    text = STUDENTS["XLM-R"](folder / "xlm-r", sentences(world))
+    return {"text": str(text), "vision": str(new_vit(folder / "vit")), "embedding_dim": 16}
+
+
+def test_frozen_encoders_have_no_gradient_and_a_killed_run_thaws_at_the_same_step(
+    world, tmp_path, encoders
+):
+    data = write_captions(world, tmp_path / "captions", "de")
+    options = {
+        **encoders, "lang": ("en", "de"), "images": world / "images", "freeze_epochs": 1.5,
+        "batch_size": 4, "epochs": 3, "checkpoint_minutes": 0,
+    }  # fmt: skip
+    whole = _pretrain(data, tmp_path / "whole", **options)
+    starts = []
+    for step in (4, 5):  # of two steps an epoch, three are frozen
+        with killed_at_step(step):
+            _pretrain(data, tmp_path / f"{step}", **options)
+        (state,) = (tmp_path / f"{step}" / "clip.partial" / "training").glob("state-*")
+        moments = load_file(state / "optimizer.safetensors")
+        starts.append((load_file(state / "module.safetensors"), len(moments) // 3))
+        resumed = _pretrain(data, tmp_path / f"{step}", resume=True, **options)
+        assert weights(resumed.folder) == weights(whole.folder)
+    (frozen, num_trained), (thawed, num_all) = starts
+    assert num_trained == 3 and num_all > 20
+    name = "text_model.encoder.layer.0.output.dense.weight"
+    start = load_file(Path(encoders["text"]) / "model.safetensors")
+    assert torch.equal(frozen[name], start[name.removeprefix("text_model.")])
+    assert not torch.equal(thawed[name], frozen[name])
+    assert not torch.equal(frozen["text_projection.weight"], thawed["text_projection.weight"])
+    # Neither are words moved that no caption has.
+    words = load_file(whole.folder / "model.safetensors")[
+        "text_model.embeddings.word_embeddings.weight"
+    ]
+    before = start["embeddings.word_embeddings.weight"]
+    is_same = (words == before).all(dim=1)
+    assert is_same.any() and not is_same.all()
+    assert isinstance(AutoModel.from_pretrained(whole.folder), VisionTextDualEncoderModel)
+
+
+def test_starts_that_contradict_each_other_are_refused(captioned, tmp_path, encoders, clip, runs):
+    text, vision = encoders["text"], encoders["vision"]
+    for options, said in (
+        ({"text": text}, "--text and --vision go together"),
+        ({"clip": str(clip), "text": text, "vision": vision}, "--clip is a whole model"),
+        ({"freeze_epochs": 0.5}, "--freeze-epochs keeps pretrained encoders"),
+        ({"text": text, "vision": text}, "a xlm-roberta model; expected a vision encoder"),
+        ({"text": vision, "vision": vision}, "a vit model; expected a text encoder"),
+        ({"text": str(runs / "clip-ve" / "text"), "vision": vision}, "has the same state whatever"),
+    ):
+        with pytest.raises(ClseaveError, match=re.escape(said)):
+            _pretrain(captioned, tmp_path / "new", **options)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_pretrained_model_is_a_clip_of_transformers_and_of_ours(captioned, tmp_path):

@@ -250,6 +250,32 @@ def uninterrupted(tmp_path_factory):
     return task, task.run(folder), metrics_of(folder)
 
 
+@pytest.mark.parametrize("step", [1, 5, 6, 7, 9])
+def test_a_part_is_trained_alone_at_first(tmp_path, step):
+    """For an epoch and a half of four steps each, whenever the run is interrupted."""
+    whole, killed, resumed = tasks = [Task(dropout=0.3) for _ in range(3)]
+    for task in tasks:
+        task.alone, task.alone_epochs = tuple(task.module[3].parameters()), 1.5
+    first = whole.module[0].weight
+    begun = first.detach().clone()
+
+    def look(done):
+        assert first.requires_grad == (done >= 6)
+        assert torch.equal(first, begun) == (done <= 6)
+
+    whole.steps.append(look)
+    whole.run(tmp_path / "whole")
+    assert first.requires_grad
+    _killed_after(step, killed, tmp_path / "parts")
+    (state,) = (tmp_path / "parts").glob("state-*")
+    assert len(load_file(state / "module.safetensors")) == 4
+    moments = {name.split(".")[0] for name in load_file(state / "optimizer.safetensors")}
+    assert len(moments) == (2 if step <= 6 else 4)
+    resumed.run(tmp_path / "parts", resume=True)
+    assert torch.equal(resumed.weights, whole.weights)
+    assert metrics_of(tmp_path / "parts") == metrics_of(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("step", [1, 2, 3, 4, 5, 8, 11])
 def test_resuming_after_a_kill_is_as_if_it_had_not_happened(tmp_path, uninterrupted, step):
     reference, result, records = uninterrupted

@@ -13,15 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers import (
     MODEL_MAPPING,
     AutoConfig,
+    AutoImageProcessor,
     AutoModel,
     AutoTokenizer,
     PreTrainedTokenizerFast,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
 )
 
 from clseave_cli.core.config import Pooling
@@ -80,9 +84,58 @@ def load_clip(name: str | Path) -> tuple[Any, SentenceEncoder, ImageEncoder]:
             f"{name}: SigLIP was trained with another loss than CLIP's, by which `pretrain` would "
             "spoil it; give it to finetune-ve as it is."
         )
-    model = load(name, layout.loader("whole"), **_LOADING)
+    model = load(name, layout.loader("whole"), **_loading(load(name, AutoConfig.from_pretrained)))
     text = _text_encoder(name, layout, *_split(model, layout, "text"), {})
     return model, text, _image_encoder(name, layout, *_split(model, layout, "image"))
+
+
+def new_dual_encoder(
+    text: str, vision: str, embedding_dim: int
+) -> tuple[Any, SentenceEncoder, ImageEncoder]:
+    """Two pretrained encoders made a CLIP-like model by a new projection each, as `load_clip`.
+
+    Args:
+        text: hub id or folder of a bidirectional text encoder.
+        vision: of a vision encoder, or of an image-text model that has one.
+        embedding_dim: D.
+
+    Raises:
+        ModelError: one of them cannot be found or read, or is something else.
+    """
+    config = load(text, AutoConfig.from_pretrained)
+    # An untrained pooling layer is as good as any start: it is trained along.
+    arguments = {**_encoder_arguments(text, config), "may_lack": "pooler."}
+    text_model = load(text, AutoModel.from_pretrained, **arguments)
+    vision_model = _load_vision(vision)
+    configs = (vision_model.config, text_model.config)
+    model = VisionTextDualEncoderModel(
+        VisionTextDualEncoderConfig.from_vision_text_configs(
+            *configs, projection_dim=embedding_dim
+        ),
+        vision_model,
+        text_model,
+    )
+    encoder = _text_encoder(text, _DUAL, *_split(model, _DUAL, "text"), {})
+    tokens = encoder.tokenize(list(_PROBES))
+    encoder.packs = False  # so that the model masks by itself
+    with torch.no_grad():
+        first, second, _ = encoder.eval()(encoder.pack(tokens, np.arange(len(_PROBES))))
+    encoder.packs = True
+    if torch.allclose(first, second):
+        raise ModelError(
+            f"{text}: its first token has the same state whatever the sentence; expected a "
+            "bidirectional encoder such as XLM-R or BERT."
+        )
+    return model, encoder, _image_encoder(vision, _DUAL, *_split(model, _DUAL, "image"))
+
+
+def _load_vision(name: str) -> Any:
+    config = load(name, AutoConfig.from_pretrained)
+    config = getattr(config, "vision_config", config)
+    kind = MODEL_MAPPING.get(type(config), None)
+    if kind is None or not hasattr(config, "num_channels") or not hasattr(config, "hidden_size"):
+        raise ModelError(f"{name}: a {config.model_type} model; expected a vision encoder as ViT.")
+    return load(name, kind.from_pretrained, may_lack="pooler.", **_loading(config))
 
 
 def load_encoder(name: str | Path) -> tuple[Any, Any]:
@@ -122,8 +175,14 @@ def _encoder_arguments(name: str | Path, config: Any) -> dict[str, Any]:
         raise ModelError(
             f"{name}: a {config.model_type} model; expected a text encoder such as BERT."
         )
+    return _loading(config)
+
+
+def _loading(config: Any) -> dict[str, Any]:
     # Always said, or the configuration could name code of the hub. DeBERTa has no sdpa.
-    has_sdpa = getattr(MODEL_MAPPING.get(type(config), None), "_supports_sdpa", False)
+    parts = [getattr(config, f"{part}_config", config) for part in ("text", "vision")]
+    kinds = [MODEL_MAPPING.get(type(part), None) for part in parts]
+    has_sdpa = all(getattr(kind, "_supports_sdpa", True) for kind in kinds)
     return {**_LOADING, "attn_implementation": "sdpa" if has_sdpa else "eager"}
 
 
@@ -209,12 +268,18 @@ def _takes(function: Any, argument: str) -> bool:
 def _layout(name: str | Path, part: Literal["whole", "text", "vision"]) -> tuple[Layout, bool]:
     """The layout of a model, and whether it is whole or one tower."""
     model_type = load(name, AutoConfig.from_pretrained).model_type
+    is_projected = part != "whole" and Path(name, PROJECTION).is_file()
     for family, layout in LAYOUTS.items():
-        if model_type in (family, f"{family}_{part}_model"):
-            return layout, model_type == family
+        if model_type == family:
+            return layout, True
+        # Beside a projection, CLIP's vision tower is one half of a dual encoder.
+        if model_type == f"{family}_{part}_model" and layout.projects_outside >= is_projected:
+            return layout, False
+    if is_projected:
+        return _DUAL, False
     raise ModelError(
         f"{name}: a {model_type} model; expected one of CLIP layout, or of SigLIP's, "
-        "Chinese-CLIP's or AltCLIP's."
+        "Chinese-CLIP's or AltCLIP's, or a dual encoder."
     )
 
 
@@ -222,10 +287,11 @@ def _load_tower(
     name: str | Path, layout: Layout, part: Literal["text", "image"], is_whole: bool
 ) -> tuple[Any, Any]:
     """A tower, and its projection where that lies outside."""
+    loading = _loading(load(name, AutoConfig.from_pretrained))
     if layout.projects_outside and is_whole:
-        return _split(load(name, layout.loader("whole"), **_LOADING), layout, part)
+        return _split(load(name, layout.loader("whole"), **loading), layout, part)
     # Chinese-CLIP's pooling layer is not used, and not there where the tower was saved by itself.
-    tower = load(name, layout.loader(part), may_lack="pooler.", **_LOADING)
+    tower = load(name, layout.loader(part), may_lack="pooler.", **loading)
     return tower, load_linear(Path(name, PROJECTION)) if layout.projects_outside else None
 
 
@@ -333,6 +399,17 @@ class Layout:
         return loader
 
 
+@dataclass(frozen=True)
+class _DualLayout(Layout):
+    """Two encoders of any kinds, which transformers tells apart."""
+
+    def loader(self, part: Literal["whole", "text", "image", "processor"]) -> Callable[..., Any]:
+        if part == "processor":
+            return functools.partial(AutoImageProcessor.from_pretrained, backend="pil")
+        whole: Callable[..., Any] = AutoModel.from_pretrained
+        return whole
+
+
 def _save_projected(tower: Any, projection: nn.Linear, folder: Path) -> None:
     """Writes a tower and its projection, which no class of transformers holds together."""
     tower.save_pretrained(folder)
@@ -409,13 +486,33 @@ def _altclip_text(tower: Any, projection: nn.Linear) -> TextParts:
     return tower.roberta, norm, projection, functools.partial(_save_projected, tower, projection)
 
 
+def _dual_text(tower: Any, projection: nn.Linear) -> TextParts:
+    """A dual encoder's: read as transformers reads it, through its pooling layer if it has one."""
+    pooler = getattr(tower, "pooler", None)
+    norm: nn.Module = nn.Identity()
+    if pooler is not None:
+        norm = nn.Sequential(pooler.dense, getattr(pooler, "activation", nn.Tanh()))
+    return tower, norm, projection, functools.partial(_save_projected, tower, projection)
+
+
 def _projected_image(tower: Any, projection: nn.Linear) -> ImageParts:
     return tower, projection, functools.partial(_save_projected, tower, projection)
 
 
+_DUAL = _DualLayout("", _dual_text, _projected_image, pooling="cls", projects_outside=True)
+
 #: By the `model_type` of the whole model; that of a tower ends in `_text_model`, `_vision_model`.
 LAYOUTS = {
     "clip": Layout("CLIP", _clip_text, _clip_image, causal=True, tower_suffix="WithProjection"),
+    "metaclip_2": Layout(
+        "MetaClip2",
+        _clip_text,
+        _clip_image,
+        causal=True,
+        tower_suffix="WithProjection",
+        processor="CLIP",
+    ),
+    "vision-text-dual-encoder": _DUAL,
     "siglip": Layout("Siglip", _siglip_text, _siglip_image, fills=True, contrastive=False),
     "siglip2": Layout("Siglip2", _siglip_text, _siglip2_image, fills=True, contrastive=False),
     "chinese_clip": Layout(

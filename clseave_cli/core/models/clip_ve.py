@@ -100,8 +100,7 @@ class ClipVE(nn.Module):
         grid = (patch_grid or image.grid) if head == "patches" else 0
         if head == "patches" and not grid:
             raise ModelError(
-                f"{name}: its image tower reads pictures in their own proportions, so the number "
-                "of patches varies; use --head pooled."
+                f"{name}: its image tower has no fixed grid of patches; use --head pooled."
             )
         new_head = EntailmentHead(HeadConfig(embedding_dim=text.embedding_dim, patch_grid=grid))
         return cls(text, image, new_head, source_lang)

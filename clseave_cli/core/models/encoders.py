@@ -358,9 +358,15 @@ class ImageEncoder(nn.Module):
 
     @property
     def grid(self) -> int:
-        """Patches along a side of the square that the tower sees; 0: their number varies."""
-        size = getattr(self.backbone.config, "image_size", None)
-        return size // int(self.backbone.config.patch_size) if isinstance(size, int) else 0
+        """Patches along a side of the square that the tower sees; 0: it has no fixed grid."""
+        config = self.backbone.config
+        size = getattr(config, "image_size", None)
+        # Swin and its like merge patches from layer to layer.
+        if not isinstance(size, int) or hasattr(config, "depths"):
+            return 0
+        # DINOv2 is given smaller pictures than its positions were made for.
+        shown = size if self.preparation is None else self.preparation.crop[0]
+        return shown // int(config.patch_size)
 
     @property
     def device(self) -> torch.device:
@@ -411,13 +417,20 @@ class ImageEncoder(nn.Module):
         # What the last layer reads: nothing was trained on what it makes of any patch. Without
         # CLIP's class token.
         states = output.hidden_states[-2][:, -(self.grid**2) :]
-        states = self.projection(self.backbone.post_layernorm(states))
+        states = self.projection(self._pooled(states))
         if self.patch_grid != self.grid:
             cells = states.transpose(1, 2).reshape(-1, self.embedding_dim, self.grid, self.grid)
             cells = functional.avg_pool2d(cells, self.grid // self.patch_grid)
             states = cells.flatten(2).transpose(1, 2)
         pooled = self.projection(output.pooler_output)
         return torch.cat([pooled[:, None], states], dim=1).flatten(1)
+
+    def _pooled(self, states: Tensor) -> Tensor:
+        """What the tower makes of its class token's state before the projection, of any states."""
+        norm = getattr(self.backbone, "post_layernorm", None) or self.backbone.layernorm
+        pooler = getattr(self.backbone, "pooler", None)  # ViT's
+        states = norm(states)
+        return states if pooler is None else pooler.activation(pooler.dense(states))
 
 
 def pool(hidden: Tensor, batch: PackedBatch, pooling: Pooling) -> Tensor:

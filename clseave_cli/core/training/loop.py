@@ -93,6 +93,9 @@ class Stage:
         resumed: given the last dev metrics when a saved state is resumed, for an `evaluate` that
             looks at the epoch before.
         metrics: what else is recorded of the training examples, averaged as the loss is.
+        alone: parameters that are trained by themselves at first; the others have no gradient then,
+            and no optimiser state.
+        alone_epochs: for so many epochs.
     """
 
     name: str
@@ -106,6 +109,8 @@ class Stage:
     sample: Callable[[int, dict[str, float]], list[Rows]] | None = None
     resumed: Callable[[dict[str, float]], object] | None = None
     metrics: tuple[str, ...] = ()
+    alone: tuple[nn.Parameter, ...] = ()
+    alone_epochs: float = 0.0
 
     def __str__(self) -> str:
         return self.title or self.name
@@ -207,10 +212,7 @@ class _Run:
         self.optimizer = _optimizer(self.parameters, config, device)
         self.autocast = autocast(config.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast.precision == "fp16")
-        recorder = self._recorder()
-        self.gradients = None if recorder is None else Gradients(self.parameters)
-        self.gradient = Captured(self._gradient, device, recorder, self._note)
-        self.update = Captured(self._update, device, recorder, self._note)
+        self._capture_afresh()
         self.steps_per_epoch = math.ceil(stage.num_examples / config.batch_size)
         self.last_epoch = min(config.epochs, config.stop_epoch or config.epochs)
         # The schedule is that of all epochs, wherever the run stops.
@@ -219,6 +221,9 @@ class _Run:
         self.total_steps = self.steps_per_epoch * self.last_epoch
         if config.max_steps is not None:
             self.total_steps = min(self.total_steps, config.max_steps)
+        self.alone_steps = round(stage.alone_epochs * self.steps_per_epoch)
+        alone = {id(parameter) for parameter in stage.alone}
+        self.frozen_at_first = [p for p in self.parameters if id(p) not in alone]
         self.record_every = max(1, self.steps_per_epoch // _RECORDS_PER_EPOCH)
         self.state = LoopState()
         self.kept_weights: dict[str, Tensor] | None = None
@@ -312,8 +317,11 @@ class _Run:
             warmup=self.warmup_steps,
             schedule=self.config.schedule,
         )
+        if self.state.step == self.alone_steps > 0:
+            self._capture_afresh()  # what was captured so far trains a part of the parameters
         try:
-            self.sums += self._repeatable(lambda: self._backward(parts)) * len(rows)
+            with self._frozen():
+                self.sums += self._repeatable(lambda: self._backward(parts)) * len(rows)
             self.processes.average_gradients(self.parameters)
             rate = torch.tensor(learning_rate, dtype=torch.float64)
             self.update(page_locked(rate, self.device))
@@ -328,6 +336,18 @@ class _Run:
         self.state.num_seen += len(rows)
         self.state.pairs += len(rows)
         return learning_rate
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """A backward pass without what is frozen at first, as the number of the step says."""
+        frozen = self.frozen_at_first if self.state.step < self.alone_steps else []
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:  # states and kept weights hold all that will be trained
+            for parameter in frozen:
+                parameter.requires_grad_(True)
 
     def _repeatable(self, compute: Callable[[], Result]) -> Result:
         """What a function computes, by deterministic algorithms unless there are none for it."""
@@ -384,6 +404,13 @@ class _Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return learning_rate
+
+    def _capture_afresh(self) -> None:
+        """From now on steps are captured, where they can be; earlier ones are forgotten."""
+        recorder = self._recorder()
+        self.gradients = None if recorder is None else Gradients(self.parameters)
+        self.gradient = Captured(self._gradient, self.device, recorder, self._note)
+        self.update = Captured(self._update, self.device, recorder, self._note)
 
     def _recorder(self) -> CudaRecorder | None:
         """What captures steps, where they can be captured."""

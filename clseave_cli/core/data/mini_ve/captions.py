@@ -1,82 +1,286 @@
-"""English captions, from which the contrastive stage learns what a picture shows.
+"""Captions in six languages, from which the contrastive stage learns what a picture shows.
 
 Most are short: each word costs training time. Lists of what is in view, the curtain included, hold
 all that a hypothesis may ask about. Others name a single thing of the scene, or how many there are;
 those are shared by many pictures, and so make the model tell things apart where a list already
 tells the pictures apart. A few are whole sentences, so that the words of the hypotheses are in the
 vocabulary.
+
+What is said is drawn once, and then put into words in every language.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cache
 from random import Random
 
-from clseave_cli.core.data.mini_ve.grammar import a, numeral, phrase
-from clseave_cli.core.data.mini_ve.world import COLORS, SHAPES, Description, Scene
+from clseave_cli.core.data.mini_ve.grammar import LANGUAGES, numbered, phrases
+from clseave_cli.core.data.mini_ve.world import COLORS, SHAPES, Description, Item, Scene
 
 #: How often the last caption of a scene is a whole sentence.
 _SENTENCE_PROBABILITY = 0.15
 
-_COVERED = (
-    "a curtain hides a part of it",
-    "a part of it is hidden behind a curtain",
-    "something may be behind the curtain",
-)
-_OPEN = (
-    "nothing is hidden",
-    "there is no curtain",
-    "the whole of it is in view",
-)
+#: A thing in view: a coloured shape, the curtain (None), or so many shapes.
+_Thing = Item | None | int
 
 
-def captions(scene: Scene, number: int, rng: Random) -> list[str]:
-    """`number` captions of `scene`: lists and single things in turn, now and then a sentence."""
+@dataclass(frozen=True)
+class _Wording:
+    """How one language says captions.
+
+    Attributes:
+        curtain: the noun.
+        several: how many shapes there are, without a verb.
+        comma: between the things of a list.
+        joints: what stands between the things of a sentence, and before the last of them.
+        ending: how a sentence goes on and ends.
+        covered: what may be said of a curtain, a line each.
+        open: the same where there is none.
+        forms: sentences, a line each; the third goes in place of the second where there are two
+            things. `all` and `missing` hold phrases by their names in the grammar.
+        inner: the phrase of every thing but the last, where it is another than the last one's.
+    """
+
+    curtain: str
+    several: str
+    comma: str
+    joints: tuple[str, str]
+    ending: str
+    covered: str
+    open: str
+    forms: str
+    inner: str | None = None
+
+
+_WORDINGS = {
+    "en": _Wording(
+        curtain="curtain",
+        several="{number} {shapes}",
+        comma=", ",
+        joints=(", ", " and "),
+        ending="; {cover}.",
+        covered="""
+            a curtain hides a part of it
+            a part of it is hidden behind a curtain
+            something may be behind the curtain
+        """,
+        open="""
+            nothing is hidden
+            there is no curtain
+            the whole of it is in view
+        """,
+        forms="""
+            There {be} exactly {number} {shapes} in view in the scene: {all[a]}
+            The scene contains {all[a]}, in total {number} {shapes} in view
+            The scene contains both {all[a]}, in total {number} {shapes} in view
+            Somewhere in the scene there is {all[a]}, but no {missing[no]} in view
+            Nowhere in view is there {missing[a]}; the scene contains {all[a]}
+        """,
+    ),
+    "de": _Wording(
+        curtain="Vorhang",
+        several="{number} {shapes}",
+        comma=", ",
+        joints=(", ", " und "),
+        ending="; {cover}.",
+        covered="""
+            ein Vorhang verdeckt einen Teil davon
+            ein Teil davon ist hinter einem Vorhang verborgen
+            hinter dem Vorhang könnte etwas sein
+        """,
+        open="""
+            nichts ist verborgen
+            es gibt keinen Vorhang
+            alles ist zu sehen
+        """,
+        forms="""
+            Es gibt in der Szene genau {number} {shapes} zu sehen: {all[ein]}
+            Die Szene enthält {all[ein]}, insgesamt {number} {shapes}
+            Die Szene enthält sowohl {0[ein]} als auch {1[ein]}, insgesamt {number} {shapes}
+            Irgendwo in der Szene befindet sich {all[subject]}, aber man sieht {missing[kein]}
+            Nirgendwo ist {missing[subject]} zu sehen; die Szene enthält {all[ein]}
+        """,
+    ),
+    "nl": _Wording(
+        curtain="gordijn",
+        several="{number} {shapes}",
+        comma=", ",
+        joints=(", ", " en "),
+        ending="; {cover}.",
+        covered="""
+            een gordijn verbergt een deel ervan
+            een deel ervan is verborgen achter een gordijn
+            achter het gordijn kan iets zijn
+        """,
+        open="""
+            er is niets verborgen
+            er is geen gordijn
+            alles is te zien
+        """,
+        forms="""
+            Er {be} in de scène precies {number} {shapes} te zien: {all[een]}
+            De scène bevat {all[een]}, in totaal {number} {shapes}
+            De scène bevat zowel {0[een]} als {1[een]}, in totaal {number} {shapes}
+            Ergens in de scène bevindt zich {all[een]}, maar er is {missing[geen]} te zien
+            Nergens is {missing[een]} te zien; de scène bevat {all[een]}
+        """,
+    ),
+    "ja": _Wording(
+        curtain="カーテン",
+        several="{number}の図形",
+        comma="、",
+        joints=("と", "と"),
+        ending="。{cover}。",
+        covered="""
+            一部がカーテンで隠れています
+            その一部はカーテンの後ろに隠れています
+            カーテンの後ろに何かあるかもしれません
+        """,
+        open="""
+            何も隠れていません
+            カーテンはありません
+            全体が見えています
+        """,
+        forms="""
+            場面には図形がちょうど{number}見えます。{all[it]}です
+            この場面には{all[it]}が含まれ、図形は全部で{number}見えます
+            この場面には{0[it]}も{1[it]}も含まれ、図形は全部で{number}見えます
+            場面のどこかに{all[it]}がありますが、見えるところに{missing[it]}はありません
+            見える範囲のどこにも{missing[it]}はありません。この場面には{all[it]}が含まれています
+        """,
+    ),
+    "zh": _Wording(
+        curtain="帘子",
+        several="{number}个图形",
+        comma="、",
+        joints=("、", "和"),
+        ending="；{cover}。",
+        covered="""
+            帘子遮住了一部分
+            有一部分藏在帘子后面
+            帘子后面可能有东西
+        """,
+        open="""
+            没有任何东西被遮住
+            没有帘子
+            整个场景都看得见
+        """,
+        forms="""
+            场景中恰好能看到{number}个图形：{all[a]}
+            这个场景包含{all[a]}，一共能看到{number}个图形
+            这个场景里既有{0[a]}，也有{1[a]}，一共能看到{number}个图形
+            场景中的某处有{all[a]}，但是视野里没有{missing[no]}
+            视野里任何地方都没有{missing[no]}；这个场景包含{all[a]}
+        """,
+    ),
+    "ko": _Wording(
+        curtain="커튼",
+        several="도형 {number} 개",
+        comma=", ",
+        joints=(" ", " "),
+        ending="; {cover}.",
+        covered="""
+            커튼이 일부를 가리고 있습니다
+            일부가 커튼 뒤에 숨겨져 있습니다
+            커튼 뒤에 무언가 있을 수 있습니다
+        """,
+        open="""
+            숨겨진 것이 없습니다
+            커튼이 없습니다
+            전체가 보입니다
+        """,
+        forms="""
+            장면에 도형이 정확히 {number} 개 보입니다: {all[it]}
+            이 장면에는 {all[subject]} 포함되어 있고, 도형이 모두 합쳐 {number} 개 보입니다
+            이 장면에는 {0[it]}도 있고 {1[it]}도 있으며, 도형이 모두 합쳐 {number} 개 보입니다
+            장면 어딘가에 {all[subject]} 있지만, 보이는 곳에 {missing[subject]} 없습니다
+            보이는 곳 어디에도 {missing[subject]} 없습니다; 장면에 {all[subject]} 포함되어 있습니다
+        """,
+        inner="and",
+    ),
+}
+
+
+def captions(scene: Scene, number: int, rng: Random) -> list[dict[str, str]]:
+    """`number` captions of `scene`, each by language: lists and single things in turn, now and then
+    a sentence."""
     told = [_thing(scene, rng) if turn % 2 else _list(scene, rng) for turn in range(number)]
     if rng.random() < _SENTENCE_PROBABILITY:
         told[-1:] = [_sentence(scene, rng)] if told else []
     return told
 
 
-def _things(scene: Scene) -> list[str]:
-    shown = [phrase(item) for item in scene.items]
-    return [*shown, "curtain"] if scene.curtain else shown
+def _things(scene: Scene) -> list[_Thing]:
+    return [*scene.items, None] if scene.curtain else [*scene.items]
 
 
-def _list(scene: Scene, rng: Random) -> str:
-    things = _things(scene)
-    return ", ".join(rng.sample(things, len(things)))
+def _list(scene: Scene, rng: Random) -> dict[str, str]:
+    things = rng.sample(_things(scene), len(_things(scene)))
+    return {
+        lang: wording.comma.join(_name(thing, lang) for thing in things)
+        for lang, wording in _WORDINGS.items()
+    }
 
 
-def _thing(scene: Scene, rng: Random) -> str:
-    count = len(scene.items)
-    return rng.choice([*_things(scene), f"{numeral(count)} {'shape' if count == 1 else 'shapes'}"])
+def _thing(scene: Scene, rng: Random) -> dict[str, str]:
+    thing = rng.choice([*_things(scene), len(scene.items)])
+    return {lang: _name(thing, lang) for lang in LANGUAGES}
 
 
-def _sentence(scene: Scene, rng: Random) -> str:
-    listed = enumeration([a(item) for item in rng.sample(scene.items, len(scene.items))])
-    count = numeral(len(scene.items))
-    be, shapes = ("is", "shape") if len(scene.items) == 1 else ("are", "shapes")
-    both = "both " if len(scene.items) == 2 else ""
-    cover = rng.choice(_COVERED if scene.curtain else _OPEN)
-    forms = [
-        f"There {be} exactly {count} {shapes} in view in the scene: {listed}; {cover}.",
-        f"The scene contains {both}{listed}, in total {count} {shapes} in view; {cover}.",
-    ]
+@cache
+def _name(thing: _Thing, lang: str) -> str:
+    """A thing without an article, as a list names it."""
+    wording = _WORDINGS[lang]
+    if thing is None:
+        return wording.curtain
+    if isinstance(thing, int):
+        return wording.several.format(**numbered(thing, lang))
+    return phrases(thing, lang)["bare"]
+
+
+def _sentence(scene: Scene, rng: Random) -> dict[str, str]:
+    items = rng.sample(scene.items, len(scene.items))
+    cover = rng.randrange(3)
     absent = [
         *(Description(c, None) for c in COLORS if all(item.color != c for item in scene.items)),
         *(Description(None, s) for s in SHAPES if all(item.shape != s for item in scene.items)),
     ]
     # Five shapes in view can have all colours and all shapes between them.
-    if absent:
-        missing = rng.choice(absent)
-        forms += [
-            f"Somewhere in the scene there is {listed}, but no {phrase(missing)} in view; {cover}.",
-            f"Nowhere in view is there {a(missing)}; the scene contains {listed}; {cover}.",
-        ]
-    return rng.choice(forms)
+    missing = rng.choice(absent) if absent else None
+    forms = [0, 2 if len(items) == 2 else 1]
+    form = rng.choice([*forms, 3, 4] if missing else forms)
+    return {
+        lang: _say(lang, form, items, missing, cover, scene.curtain is not None)
+        for lang in LANGUAGES
+    }
 
 
-def enumeration(parts: list[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
-    *rest, last = parts
-    return f"{', '.join(rest)} and {last}" if rest else last
+def _say(
+    lang: str,
+    form: int,
+    items: list[Item],
+    missing: Description | None,
+    cover: int,
+    is_covered: bool,
+) -> str:
+    """A sentence in one language."""
+    wording = _WORDINGS[lang]
+    named = [phrases(item, lang) for item in items]
+    comma, last = wording.joints
+    joined = {}
+    for case, end in named[-1].items():
+        *rest, _ = (words[wording.inner or case] for words in named)
+        joined[case] = f"{comma.join(rest)}{last}{end}" if rest else end
+    covers = wording.covered if is_covered else wording.open
+    return (_line(wording.forms, form) + wording.ending).format(
+        *named,
+        all=joined,
+        missing=phrases(missing, lang) if missing else {},
+        cover=_line(covers, cover),
+        **numbered(len(items), lang),
+    )
+
+
+def _line(text: str, number: int) -> str:
+    return text.strip().split("\n")[number].strip()

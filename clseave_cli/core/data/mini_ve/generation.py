@@ -130,9 +130,9 @@ def generate(
     """Makes a world and writes it to `out` as an SNLI-VE folder.
 
     The folder holds `images/`, `snli_ve_{split}.jsonl`, `snli_ve_{split}.{lang}.jsonl` in five
-    languages, `captions_train.jsonl`, `captions_dev.jsonl`, and `world.json`. The same seed and
-    sizes give the same bytes. In every split every sentence has each label equally often, so
-    nothing can be learnt from the sentence alone.
+    languages, `captions_{split}.jsonl` and `captions_{split}.{lang}.jsonl` of the splits `train`
+    and `dev`, and `world.json`. The same seed and sizes give the same bytes. In every split every
+    sentence has each label equally often, so nothing can be learnt from the sentence alone.
 
     Args:
         out: The folder to write; new or empty.
@@ -333,13 +333,14 @@ def _write_split(
 ) -> None:
     rng = _random(seed, f"captions/{split}")
     texts = [captions(scene, sizes.captions, rng) for scene in scenes]
-    if split != "test":
+    for language in LANGUAGES if split != "test" else ():
         said = (
-            {"image": _image_name(split, index), "caption": caption}
+            {"image": _image_name(split, index), "caption": caption[language]}
             for index, several in enumerate(texts)
             for caption in several
         )
-        _write_lines(folder / f"captions_{split}.jsonl", said)
+        suffix = "" if language == LANGUAGES[0] else f".{language}"
+        _write_lines(folder / f"captions_{split}{suffix}.jsonl", said)
     records = _records(split, texts, rows)
     _write_lines(folder / f"snli_ve_{split}.jsonl", records)
     for language in LANGUAGES[1:]:
@@ -350,7 +351,9 @@ def _write_split(
         _write_lines(folder / f"snli_ve_{split}.{language}.jsonl", translated)
 
 
-def _records(split: str, texts: list[list[str]], rows: list[_Row]) -> list[dict[str, str]]:
+def _records(
+    split: str, texts: list[list[dict[str, str]]], rows: list[_Row]
+) -> list[dict[str, str]]:
     records = []
     asked: Counter[int] = Counter()
     for row in rows:
@@ -358,7 +361,7 @@ def _records(split: str, texts: list[list[str]], rows: list[_Row]) -> list[dict[
         records.append(
             {
                 "Flickr30K_ID": image,
-                "sentence1": texts[row.scene][0],
+                "sentence1": texts[row.scene][0]["en"],
                 "sentence2": say(*row.saying, "en"),
                 "gold_label": row.label,
                 "pairID": f"{image}#0h{asked[row.scene]}",

@@ -59,7 +59,7 @@ class _Grammar:
 
 def _english(color: str, noun: str) -> dict[str, str]:
     words = f"{color} {noun}".strip()
-    return {"no": words, "a": f"a {words}"}
+    return {"bare": words, "no": words, "a": f"a {words}"}
 
 
 def _german(color: str, noun: str) -> dict[str, str]:
@@ -69,7 +69,12 @@ def _german(color: str, noun: str) -> dict[str, str]:
     accusative = f"{article} {color}{adjective} {noun}" if color else f"{article} {noun}"
     article, adjective = ("", "er") if gender == "m" else (article, adjective)
     nominative = f"{article} {color}{adjective} {noun}" if color else f"{article} {noun}"
-    return {"ein": f"ein{accusative}", "kein": f"kein{accusative}", "subject": f"ein{nominative}"}
+    return {
+        "bare": nominative.partition(" ")[2],
+        "ein": f"ein{accusative}",
+        "kein": f"kein{accusative}",
+        "subject": f"ein{nominative}",
+    }
 
 
 def _dutch(color: str, noun: str) -> dict[str, str]:
@@ -78,17 +83,17 @@ def _dutch(color: str, noun: str) -> dict[str, str]:
     if color:
         plain, inflected = color.split("/")
         noun = f"{plain if article == 'het' else inflected} {noun}"
-    return {"een": f"een {noun}", "geen": f"geen {noun}"}
+    return {"bare": noun, "een": f"een {noun}", "geen": f"geen {noun}"}
 
 
 def _japanese(color: str, noun: str) -> dict[str, str]:
-    return {"it": color + noun}
+    return {"bare": color + noun, "it": color + noun}
 
 
 def _chinese(color: str, noun: str) -> dict[str, str]:
     """A measure word stands between numeral and noun."""
     noun, measure = noun.split("/")
-    return {"no": color + noun, "a": f"一{measure}{color}{noun}"}
+    return {"bare": color + noun, "no": color + noun, "a": f"一{measure}{color}{noun}"}
 
 
 def _korean(color: str, noun: str) -> dict[str, str]:
@@ -97,7 +102,7 @@ def _korean(color: str, noun: str) -> dict[str, str]:
     # Hangul syllables are laid out in blocks of 28 by their final consonant; the first has none.
     has_final = (ord(words[-1]) - ord("가")) % 28 != 0
     subject, conjunction = ("이", "과") if has_final else ("가", "와")
-    return {"it": words, "subject": words + subject, "and": words + conjunction}
+    return {"bare": words, "it": words, "subject": words + subject, "and": words + conjunction}
 
 
 _GRAMMARS = {
@@ -130,7 +135,7 @@ _GRAMMARS = {
         shapes="Kreis/m Quadrat/n Dreieck/n Stern/m Herz/n Form/f",
         colors="rot blau grün gelb schwarz",
         phrases=_german,
-        numerals="eine zwei drei vier",
+        numerals="eine zwei drei vier fünf",
         singular={"shapes": "Form"},
         plural={"shapes": "Formen"},
         templates="""
@@ -155,7 +160,7 @@ _GRAMMARS = {
         shapes="cirkel/de vierkant/het driehoek/de ster/de hart/het vorm/de",
         colors="rood/rode blauw/blauwe groen/groene geel/gele zwart/zwarte",
         phrases=_dutch,
-        numerals="één twee drie vier",
+        numerals="één twee drie vier vijf",
         singular={"be": "is", "shapes": "vorm"},
         plural={"be": "zijn", "shapes": "vormen"},
         templates="""
@@ -180,7 +185,7 @@ _GRAMMARS = {
         shapes="円 正方形 三角形 星 ハート 図形",
         colors="赤い 青い 緑の 黄色い 黒い",
         phrases=_japanese,
-        numerals="一つ 二つ 三つ 四つ",
+        numerals="一つ 二つ 三つ 四つ 五つ",
         templates="""
             {0[it]}があります。
             この場面には{0[it]}が含まれています。
@@ -203,7 +208,7 @@ _GRAMMARS = {
         shapes="圆形/个 正方形/个 三角形/个 星星/颗 爱心/颗 图形/个",
         colors="红色的 蓝色的 绿色的 黄色的 黑色的",
         phrases=_chinese,
-        numerals="一 两 三 四",
+        numerals="一 两 三 四 五",
         templates="""
             有{0[a]}。
             这个场景包含{0[a]}。
@@ -226,7 +231,7 @@ _GRAMMARS = {
         shapes="원 정사각형 삼각형 별 하트 도형",
         colors="빨간 파란 초록색 노란 검은",
         phrases=_korean,
-        numerals="한 두 세 네",
+        numerals="한 두 세 네 다섯",
         templates="""
             {0[subject]} 있습니다.
             이 장면에는 {0[subject]} 포함되어 있습니다.
@@ -260,24 +265,21 @@ def say(hypothesis: Hypothesis, template: int, language: str) -> str:
     text = forms[FORMS.index(hypothesis.form)].strip().split("\n")[template].strip()
     match hypothesis:
         case Count(number):
-            others = grammar.singular if number == 1 else grammar.plural
-            return text.format(number=numeral(number, language), **others)
+            return text.format(**numbered(number, language))
         case Conjunction(first, second):
             return text.format(grammar.thing(first), grammar.thing(second))
         case _:
             return text.format(grammar.thing(hypothesis.what))
 
 
-def numeral(number: int, language: str = "en") -> str:
-    """The word for a small number of shapes."""
-    return _GRAMMARS[language].numerals.split()[number - 1]
+def numbered(number: int, language: str) -> dict[str, str]:
+    """What templates want about a small number of shapes: its word, and what agrees with it."""
+    grammar = _GRAMMARS[language]
+    others = grammar.singular if number == 1 else grammar.plural
+    return {"number": grammar.numerals.split()[number - 1], **others}
 
 
-def a(what: Description | Item) -> str:
-    """A thing in English, with its indefinite article."""
-    return _GRAMMARS["en"].thing(what)["a"]
-
-
-def phrase(what: Description | Item) -> str:
-    """The English words for a thing without an article: `red circle`, `circle`, `red shape`."""
-    return _GRAMMARS["en"].thing(what)["no"]
+@cache
+def phrases(what: Description | Item, language: str) -> dict[str, str]:
+    """A thing in every way that templates want; `bare` is without an article: `red circle`."""
+    return _GRAMMARS[language].thing(what)
