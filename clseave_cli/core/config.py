@@ -781,6 +781,11 @@ class EvaluateConfig(SeededConfig, DataConfig, EngineConfig):
 class RetrieveConfig(ModelsConfig, SeededConfig):
     """`retrieve`: are images found by their captions, and captions by their images?"""
 
+    FIRST: ClassVar[tuple[str, ...]] = (
+        "lang", "data", "images", "split", "clip", "runs", "report", "resamples", "seed", "device",
+        "precision",
+    )  # fmt: skip
+
     lang: tuple[str, ...] = option((), "Language to measure; repeat; unset: all there are.")
     data: str = option("data", "Data folder with captions_SPLIT.jsonl, or hf:ORG/NAME.")
     images: Path | None = option(None, "Image folder; unset: found in --data.")
