@@ -199,18 +199,18 @@ def _seen(
     photos: Mapping[str, Photos],
     progress: Progress,
 ) -> dict[str, int]:
-    """By file, how many of its images a model was trained on, or chosen by; notes them."""
+    """By file, how many of its images a model was trained on, or chosen by; says so."""
     records = [record for model in models if (record := SeenRows.read(model)) is not None]
     record, seen = SeenRows.union(records), {}
     for lang, of_language in captions.items():
         shown = SeenRows.of_photos(of_language.images, photos[lang].keys)
         if count := int(record.has(shown).sum()):
-            path = of_language.paths[lang]
-            seen[path.name] = count
-            progress.note(
-                f"{path}: {count} of its {len(of_language.images)} images were trained on, or "
-                "chose the checkpoint."
-            )
+            seen[of_language.paths[lang].name] = count
+    if seen:
+        progress.note(
+            f"{', '.join(seen)}: {max(seen.values())} images were trained on, or chose the "
+            "checkpoint: what is measured on them is no test."
+        )
     return seen
 
 
