@@ -181,35 +181,25 @@ def comparison_table(
 
 
 def retrieval_table(
-    document: Retrieval,
-    found: Literal["images", "captions"],
-    width: int | None = None,
-    *,
-    verbose: bool = False,
+    document: Retrieval, found: Literal["images", "captions"], *, verbose: bool = False
 ) -> Table:
     """How well images are found by captions, or captions by images, in every language."""
     trained = {True: "yes", False: "no", None: DASH}
+
+    def recall(k: int) -> Callable[[Any], str]:
+        return lambda r: percent(r[1].recall_at[k].value)
+
     columns = [
-        _Column("lang", lambda r: r.lang),
-        _Column("trained", lambda r: trained[r.trained], 1),
-        _Column("R@1", lambda r: percent(getattr(r, found).recall_at_1), style="bold"),
-        _Column(
-            "95 % interval",
-            lambda r: _range(getattr(r, found).recall_at_1_low, getattr(r, found).recall_at_1_high),
-            3,
-        ),
-        _Column("R@5", lambda r: percent(getattr(r, found).recall_at_5)),
-        _Column("R@10", lambda r: percent(getattr(r, found).recall_at_10)),
-        _Column("median rank", lambda r: f"{getattr(r, found).median_rank:.4g}"),
-        _Column(
-            "quartiles",
-            lambda r: (
-                f"{getattr(r, found).lower_quartile:.4g}–{getattr(r, found).upper_quartile:.4g}"
-            ),
-            2,
-        ),
-        _Column("chance", lambda r: percent(getattr(r, found).chance), 4),
-        _Column("read by", lambda r: r.reader, 5),
+        _Column("lang", lambda r: r[0].lang),
+        _Column("trained", lambda r: trained[r[0].trained], 1),
+        _Column("R@1", recall(1), style="bold"),
+        _Column("95 % interval", lambda r: _range(r[2].low, r[2].high), 3),
+        _Column("R@5", recall(5)),
+        _Column("R@10", recall(10)),
+        _Column("median rank", lambda r: f"{r[1].median_rank:.4g}"),
+        _Column("quartiles", lambda r: f"{r[1].lower_quartile:.4g}–{r[1].upper_quartile:.4g}", 2),
+        _Column("chance", lambda r: percent(r[1].chance), 4),
+        _Column("read by", lambda r: r[0].reader, 5),
     ]
     first = document.results[0]
     sizes = f"{first.num_images:,} images and {first.num_captions:,} captions ({first.lang})"
@@ -217,4 +207,5 @@ def retrieval_table(
     if verbose:
         caption.append(str(document.signature))
     title = {"images": "Images, given a caption", "captions": "Captions, given an image"}[found]
-    return _table(title, list(map(escape, caption)), columns, document.results, width)
+    rows = [(r, scores := getattr(r, found), scores.recall_at[1]) for r in document.results]
+    return _table(title, list(map(escape, caption)), columns, rows, None)

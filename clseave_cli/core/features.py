@@ -197,39 +197,27 @@ class Photos:
 
 def image_features(
     encoder: ImageEncoder,
-    split: Split,
+    split: Split | str,
     photos: Photos,
     *,
     autocast: Autocast,
     progress: Progress = SILENT,
 ) -> Features:
-    """The features of every row's image, as `photo_features` of `Photos.of` the split's N rows."""
-    features = photo_features(encoder, split.name, photos, autocast=autocast, progress=progress)
-    return Features(features.vectors, features.index[split.image_index])
-
-
-def photo_features(
-    encoder: ImageEncoder,
-    name: str,
-    photos: Photos,
-    *,
-    autocast: Autocast,
-    progress: Progress = SILENT,
-) -> Features:
-    """The projected features of N images, from the cache where they are there.
+    """The projected features of every row's image, from the cache where they are there.
 
     With the patches of each image (`ImageEncoder.patch_grid`) they are in half precision.
 
     Args:
         encoder: the frozen image tower.
-        name: of the split, for messages.
-        photos: the N images.
+        split: N rows; or only its name, and every image is a row.
+        photos: `Photos.of` the split.
         autocast: the arithmetic.
         progress: reports what is computed.
 
     Raises:
         DataError: an image is damaged; the line that names it is in the message.
     """
+    name = split if isinstance(split, str) else split.name
     # Two names may stand for the same picture.
     keys, path_of_key, key_of_path = np.unique(photos.keys, return_index=True, return_inverse=True)
 
@@ -273,7 +261,9 @@ def photo_features(
 
     cache = VectorCache(folder, width, dtype)
     vectors = cache.get(keys, compute, f"{name}: image features", progress)
-    return Features(vectors, key_of_path)
+    return Features(
+        vectors, key_of_path if isinstance(split, str) else key_of_path[split.image_index]
+    )
 
 
 def sentence_embeddings(

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,12 +28,12 @@ from clseave_cli.core.data.captions import Captions, read_captions
 from clseave_cli.core.data.images import ImageFolder, open_image
 from clseave_cli.core.data.records import ENGLISH, distinct
 from clseave_cli.core.data.seen import SeenRows
-from clseave_cli.core.features import Photos
+from clseave_cli.core.features import Photos, Sentences, embed_rows
 from clseave_cli.core.files import file_digest, json_digest
 from clseave_cli.core.models.backbones import load_clip, new_dual_encoder
 from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
 from clseave_cli.core.models.packing import PackedBatch
-from clseave_cli.core.models.ranking import rank_captions
+from clseave_cli.core.models.ranking import rank_pairs
 from clseave_cli.core.models.scratch import ClipShape, new_clip
 from clseave_cli.core.models.tokens import TokenTable
 from clseave_cli.core.models.vocabulary import reduced_vocabulary
@@ -107,9 +108,11 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
         inputs |= {path.name: file_digest(path) for path in split.paths.values()}
         inputs[f"photos: {name}"] = pictures.digest()
     with Run("pretrain", out, config, inputs) as run:
-        objective, together = _objective(config), config.sampling == "parallel"
-        # The triplet loss has no temperature; what has no gradient is not trained.
-        model.logit_scale.requires_grad_(config.objective == "contrastive")
+        together, objective = config.sampling == "parallel", contrastive_loss
+        if config.objective == "triplet":
+            hardest = config.negatives == "hardest"
+            objective = partial(triplet_loss, margin=config.margin, hardest=hardest)
+            model.logit_scale.requires_grad_(False)  # it has no gradient
         training, dev = (
             _Examples(config, split, pictures.paths, text, image)
             for split, pictures in zip(splits, photos, strict=True)
@@ -144,10 +147,8 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
                 RECALL: dev.recalls(rows, torch.cat(pictures)),
             }
             metrics = {name: float(np.mean(values)) for name, values in measured.items()}
-            if len(languages) > 1:
-                for name, values in measured.items():
-                    named = zip(languages, values, strict=True)
-                    metrics |= {f"{name}/{lang}": value for lang, value in named}
+            for name, values in measured.items() if len(languages) > 1 else ():
+                metrics |= {f"{name}/{k}": v for k, v in zip(languages, values, strict=True)}
             return metrics
 
         stage = Stage(
@@ -177,28 +178,14 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
             text.tokenizer.save_pretrained(aside)
             image.processor.save_pretrained(aside)
 
-        seen = [
-            SeenRows.of_photos(split.images, pictures.keys)
-            for split, pictures in zip(splits, photos, strict=True)
-        ]
+        pairs = zip(splits, photos, strict=True)
+        seen = [SeenRows.of_photos(split.images, pictures.keys) for split, pictures in pairs]
         run.publish(save, _card(config, languages, len(training), result), seen)
         return StageResult(out, (), result)
 
 
-#: The loss of (B, D) images and (L, B, D) captions, given their (L, B) ids and the scale.
-_Objective = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-def _objective(config: PretrainConfig) -> _Objective:
-    if config.objective == "contrastive":
-        return contrastive_loss
-    return lambda images, captions, ids, _: triplet_loss(
-        images, captions, ids, config.margin, config.negatives == "hardest"
-    )
-
-
 def _mean_loss(
-    objective: _Objective,
+    objective: Callable[..., Tensor],
     batch: _Batch,
     images: Tensor,
     captions: Tensor,
@@ -244,23 +231,19 @@ def contrastive_loss(
 
 
 def triplet_loss(
-    images: Tensor, captions: Tensor, caption_ids: Tensor, margin: float, hardest: bool
+    images: Tensor,
+    captions: Tensor,
+    caption_ids: Tensor,
+    scale: Tensor,
+    *,
+    margin: float,
+    hardest: bool,
 ) -> Tensor:
-    """The triplet ranking loss of visual-semantic embeddings, mean over languages.
+    """Triplet ranking in several languages, both directions added, a scalar (docs/training.md).
 
-    Each image is to be nearer to its caption than to any other by a margin, and each caption to its
-    image. Equal captions are no negatives, nor are captions in other languages.
-
-    Args:
-        images: (B, D) unit vectors.
-        captions: (L, B, D) unit vectors; caption i of each language belongs to image i.
-        caption_ids: (L, B) equal ids mark equal captions.
-        margin: α, in cosine.
-        hardest: only the nearest negative counts (VSE++, Faghri et al. 2018, equation 6); otherwise
-            the sum over all of them (VSE, Kiros et al. 2014, equation 8).
-
-    Returns:
-        The sum of both directions, mean over the B pairs and languages; a scalar.
+    Takes what `contrastive_loss` takes, without use for the scale. The margin is in cosine. Only
+    the `hardest` negative counts (VSE++, Faghri et al. 2018, equation 6), or the sum over all of
+    them (VSE, Kiros et al. 2014, equation 8); equal captions are none.
     """
     losses = []
     for of_language, ids in zip(captions, caption_ids, strict=True):
@@ -364,19 +347,13 @@ class _Examples:
             rows: I images.
             images: (I, D) their embeddings.
         """
-        of_images = [self._caption_ids[row] for row in rows]
-        ids = np.concatenate(of_images, axis=1)  # (L, captions)
-        image = np.repeat(np.arange(len(rows)), [part.shape[1] for part in of_images])
-        needed, place = np.unique(ids, return_inverse=True)
-        shard = processes().shard(needed)
-        embedded = processes().gather(
-            lambda: torch.cat([p.float() for p in self._text.embed(self.tokens, sentences=shard)]),
-            len(needed),
-        )
-        embeddings, recalls = embedded.cpu().numpy(), []
-        for of_language in place.reshape(ids.shape):
-            texts, text = np.unique(of_language, return_inverse=True)
-            ranks, _ = rank_captions(images, embeddings[texts], np.stack([text, image]))
+        ids = np.concatenate([self._caption_ids[row] for row in rows], axis=1)  # (L, captions)
+        image = np.repeat(np.arange(len(rows)), [self._caption_ids[row].shape[1] for row in rows])
+        texts = embed_rows(self._text, Sentences(self.tokens, np.arange(len(self.tokens)))).cpu()
+        recalls = []
+        for of_language in ids:
+            needed, text = np.unique(of_language, return_inverse=True)
+            ranks = rank_pairs(texts[needed], images, text, image)
             recalls.append(float(ranks.within(_ANSWERS)[text].mean()))
         return recalls
 

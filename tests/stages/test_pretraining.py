@@ -103,7 +103,8 @@ def test_the_triplet_loss_is_that_of_its_papers_in_each_language(hardest):
             of_image = [max(0, 0.2 + cosine[i][j] - cosine[i][i]) for j in others]
             of_caption = [max(0, 0.2 + cosine[j][i] - cosine[i][i]) for j in others]
             wanted += (pick(of_image) + pick(of_caption)) / 4 / 2
-    loss = triplet_loss(images, torch.stack([first, second]), ids, 0.2, hardest)
+    captions, scale = torch.stack([first, second]), torch.tensor(3.0)
+    loss = triplet_loss(images, captions, ids, scale, margin=0.2, hardest=hardest)
     assert wanted > 0 and loss.item() == pytest.approx(wanted, rel=1e-5)
 
 

@@ -6,13 +6,12 @@ language. The k-th caption of an image in one language translates its k-th in ev
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from clseave_cli.core.data.records import ENGLISH, is_language, require_language
-from clseave_cli.core.data.rows import EXTENSIONS, BadRow, read_rows, require_text
+from clseave_cli.core.data.rows import EXTENSIONS, BadRow, read_rows, require_text, split_name
 from clseave_cli.errors import DataError
 
 
@@ -63,17 +62,14 @@ def caption_languages(folder: Path, split: str) -> list[str]:
     Raises:
         DataError: there are none.
     """
-    endings = "|".join(map(re.escape, EXTENSIONS))
-    pattern = re.compile(rf"captions_(\w+)(?:\.([A-Za-z-]+))?(?:{endings})")
-    paths = folder.iterdir() if folder.is_dir() else ()
-    there = [(match[1], match[2] or ENGLISH) for p in paths if (match := pattern.fullmatch(p.name))]
-    if not any(name == split for name, _ in there):
-        splits = ", ".join(sorted({name for name, _ in there})) or "none"
-        raise DataError(
-            f"{folder}: no captions_{split}.jsonl (splits with captions there: {splits}); choose "
-            "another --split or --data."
-        )
-    codes = {lang for name, lang in there if name == split and is_language(lang)}
+    codes = set()
+    for path in folder.glob(f"captions_{split}.*"):
+        name, ending = split_name(path)
+        lang = name.removeprefix(f"captions_{split}").removeprefix(".") or ENGLISH
+        if ending in EXTENSIONS and is_language(lang):
+            codes.add(lang)
+    if not codes:
+        raise DataError(f"{folder}: no captions_{split}.jsonl; choose another --split or --data.")
     return sorted(codes, key=lambda lang: (lang != ENGLISH, lang))
 
 

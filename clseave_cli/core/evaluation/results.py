@@ -287,28 +287,17 @@ class Results:
 
 # --- retrieval ---
 
-#: The k of R@k.
-CUTOFFS = (1, 5, 10)
-
 
 @dataclass(frozen=True, kw_only=True)
 class RankScores:
     """How well the right answers to some queries are found; the nearest right one counts.
 
-    R@k is the share of queries with a right answer among the first k, with its 95 % interval.
-    Equally near answers stand in random order, and R@k and ranks are the expected ones.
+    Equally near answers stand in random order, and recall and ranks are the expected ones.
     """
 
-    recall_at_1: float
-    recall_at_1_low: float | None
-    recall_at_1_high: float | None
-    recall_at_5: float
-    recall_at_5_low: float | None
-    recall_at_5_high: float | None
-    recall_at_10: float
-    recall_at_10_low: float | None
-    recall_at_10_high: float | None
-    chance: float  # R@1 of a random order
+    # By k (1, 5, 10): the share of queries with a right answer among the first k.
+    recall_at: dict[int, Interval]
+    chance: float  # recall at 1 of a random order
     lower_quartile: float  # of the ranks, which count from 1
     median_rank: float
     upper_quartile: float
@@ -336,11 +325,6 @@ class Retrieval:
     results: tuple[RetrievalResult, ...]  # one a language, in the order to show
     signature: Signature  # where the numbers come from
     format: int = 1  # version of the document's shape
-
-    def to_json(self) -> dict[str, Any]:
-        """The document as plain dicts, lists, strings, numbers and None."""
-        document: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return document
 
 
 # --- several trainings ---

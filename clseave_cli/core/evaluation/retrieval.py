@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,15 @@ from clseave_cli.core.data.hub import data_folder
 from clseave_cli.core.data.images import ImageFolder
 from clseave_cli.core.data.records import ENGLISH, distinct
 from clseave_cli.core.data.seen import SeenRows
-from clseave_cli.core.evaluation import metrics
 from clseave_cli.core.evaluation.figures import draw_ranks, draw_recall
+from clseave_cli.core.evaluation.metrics import accuracy_interval
 from clseave_cli.core.evaluation.results import (
-    CUTOFFS,
     RankScores,
     Retrieval,
     RetrievalResult,
     Signature,
 )
-from clseave_cli.core.features import Photos, embed_rows, photo_features, tokenize_sentences
+from clseave_cli.core.features import Photos, embed_rows, image_features, tokenize_sentences
 from clseave_cli.core.files import (
     Kind,
     atomic_folder,
@@ -42,11 +41,11 @@ from clseave_cli.core.files import (
     require_replaceable,
     write_json,
 )
-from clseave_cli.core.models import clip_ve
 from clseave_cli.core.models.backbones import load_clip_image, load_clip_text
+from clseave_cli.core.models.clip_ve import FORMAT, ClipVE
 from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
 from clseave_cli.core.models.listing import find_students
-from clseave_cli.core.models.ranking import Ranks, rank_captions
+from clseave_cli.core.models.ranking import Ranks, rank_pairs
 from clseave_cli.core.models.student import load_student
 from clseave_cli.core.training.precision import autocast, resolve_device, resolve_precision
 from clseave_cli.core.training.run import public_name
@@ -65,29 +64,6 @@ RETRIEVAL = Kind(
 )
 
 
-@dataclass(frozen=True, eq=False)
-class _Towers:
-    """What encodes the images, and the captions of the languages that no student reads.
-
-    Attributes:
-        folder: of the model, or its hub id.
-        name: of the model.
-        text: its text tower.
-        image: its image tower, which gives one vector an image.
-        fingerprint: stands for both.
-        trained: the languages they were trained in; None: unknown.
-        students: by language, of a CLIP-VE.
-    """
-
-    folder: Path
-    name: str
-    text: SentenceEncoder
-    image: ImageEncoder
-    fingerprint: str
-    trained: frozenset[str] | None
-    students: Mapping[str, Path]
-
-
 def retrieve(config: RetrieveConfig, progress: Progress = SILENT) -> Retrieval:
     """Ranks all images for each caption, and all captions for each image, in every language.
 
@@ -101,84 +77,79 @@ def retrieve(config: RetrieveConfig, progress: Progress = SILENT) -> Retrieval:
         if config.report is not None:
             require_replaceable(config.report, RETRIEVAL, config)
             stack.enter_context(locked_target(config.report))
-        folder = data_folder(config.data, progress)
+        folder, device = data_folder(config.data, progress), resolve_device(config.device)
         langs = list(dict.fromkeys(config.lang)) or caption_languages(folder, config.split)
         captions = {lang: read_captions(folder, config.split, (lang,)) for lang in langs}
         images = ImageFolder.of(folder, config.images)
         photos = {k: Photos.named(c.images, c.where, images) for k, c in captions.items()}
-        towers = _towers(config)
-        students = [towers.students[lang] for lang in langs if lang in towers.students]
-        seen = _seen([towers.folder, *students], captions, photos, progress)
+        model, text, image, fingerprint, readers = _towers(config, device)
+        trained, checkpoints = _languages(model), {public_name(str(model)): fingerprint}
+        readers = {lang: readers.get(lang) for lang in langs}
         results: dict[str, RetrievalResult] = {}
-        checkpoints = {towers.name: towers.fingerprint}
         # One student in memory at a time, whatever the order of its languages.
-        for student in dict.fromkeys(towers.students.get(lang) for lang in langs):
-            name, encoder = towers.name, towers.text
+        for student in dict.fromkeys(readers.values()):
+            name, encoder = public_name(str(model)), text
             if student is not None:
-                name, encoder = student.name, load_student(student, towers.fingerprint)
-                encoder.to(towers.text.device)
+                name, encoder = student.name, load_student(student, fingerprint).to(device)
                 checkpoints[name] = encoder.fingerprint
-            for lang in (lang for lang in langs if towers.students.get(lang) == student):
-                is_trained = None if towers.trained is None else lang in towers.trained
+            for lang in (lang for lang in langs if readers[lang] == student):
+                scores = _measure(config, image, encoder, captions[lang], photos[lang], progress)
                 results[lang] = RetrievalResult(
                     lang=lang,
                     split=config.split,
                     reader=name,
-                    trained=is_trained if student is None else True,
-                    **_measure(
-                        config, towers.image, encoder, captions[lang], photos[lang], progress
-                    ),
+                    trained=(lang in trained if trained else None) if student is None else True,
+                    **scores,
                 )
-        device = resolve_device(config.device)
-        files = [c.paths[lang] for lang, c in captions.items()]
+        paths = {lang: captions[lang].paths[lang] for lang in langs}
         document = Retrieval(
             results=tuple(results[lang] for lang in langs),
             signature=Signature(
                 version=__version__,
-                data={path.name: file_digest(path) for path in files},
+                data={path.name: file_digest(path) for path in paths.values()},
                 checkpoints=checkpoints,
                 seed=config.seed,
                 resamples=config.resamples,
                 num_examples=max(result.num_captions for result in results.values()),
                 precision=resolve_precision(config.precision, device),
                 device=device.type,
-                seen=seen,
                 dataset=config.data if config.data.startswith("hf:") else folder.resolve().name,
                 date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+                seen={
+                    paths[lang].name: count
+                    for lang in langs
+                    if (count := _num_seen([model, readers[lang]], captions[lang], photos[lang]))
+                },
             ),
         )
+        if seen := document.signature.seen:
+            progress.note(
+                f"{', '.join(seen)}: {max(seen.values())} images were trained on, or chose the "
+                "checkpoint: what is measured on them is no test."
+            )
         if config.report is not None:
             _write(config.report, document)
     return document
 
 
-def _towers(config: RetrieveConfig) -> _Towers:
-    """Loads the model that `--clip` names, or the CLIP-VE in `--runs` with its students.
+def _towers(
+    config: RetrieveConfig, device: torch.device
+) -> tuple[Path, SentenceEncoder, ImageEncoder, str, Mapping[str, Path | None]]:
+    """The model that `--clip` names, or the CLIP-VE in `--runs` with its students.
 
-    Raises:
-        ModelError: it cannot be loaded, or its towers write into different spaces.
+    Returns:
+        Its folder or hub id, its towers, their fingerprint, and the student of each language.
     """
-    device, name = resolve_device(config.device), config.clip
-    students: dict[str, Path] = {}
-    if name is None:
-        name, students = str(config.runs / clip_ve.FORMAT), find_students(config.runs)
-    folder = Path(name)
-    if config.clip is None or json_object(folder / "config.json").get("format") == clip_ve.FORMAT:
-        model = clip_ve.ClipVE.from_folder(folder).to(device)
+    folder = Path(config.clip or config.runs / FORMAT)
+    if config.clip is None or json_object(folder / "config.json").get("format") == FORMAT:
+        model = ClipVE.from_folder(folder).to(device)
         model.image.patch_grid = 0  # one vector an image
-        text, image, fingerprint = model.text, model.image, model.fingerprint
-        students.pop(model.source_lang, None)
-    else:
-        text = load_clip_text(name).to(device).eval()
-        image = load_clip_image(name).to(device).eval()
-        fingerprint = json_digest([text.digest(), image.digest()])
-    if text.embedding_dim != image.embedding_dim:
-        raise ModelError(
-            f"{name}: its text tower writes {text.embedding_dim} numbers and its image tower "
-            f"{image.embedding_dim}; there is no common space to rank in."
-        )
-    trained = _languages(folder)
-    return _Towers(folder, public_name(name), text, image, fingerprint, trained, students)
+        students = find_students(config.runs) if config.clip is None else {}
+        readers = {**students, model.source_lang: None}
+        return folder, model.text, model.image, model.fingerprint, readers
+    text = load_clip_text(folder).to(device).eval()
+    image = load_clip_image(folder).to(device).eval()
+    return folder, text, image, json_digest([text.digest(), image.digest()]), {}
 
 
 def _languages(model: Path) -> frozenset[str] | None:
@@ -193,25 +164,11 @@ def _languages(model: Path) -> frozenset[str] | None:
     return None
 
 
-def _seen(
-    models: Iterable[Path],
-    captions: Mapping[str, Captions],
-    photos: Mapping[str, Photos],
-    progress: Progress,
-) -> dict[str, int]:
-    """By file, how many of its images a model was trained on, or chosen by; says so."""
-    records = [record for model in models if (record := SeenRows.read(model)) is not None]
-    record, seen = SeenRows.union(records), {}
-    for lang, of_language in captions.items():
-        shown = SeenRows.of_photos(of_language.images, photos[lang].keys)
-        if count := int(record.has(shown).sum()):
-            seen[of_language.paths[lang].name] = count
-    if seen:
-        progress.note(
-            f"{', '.join(seen)}: {max(seen.values())} images were trained on, or chose the "
-            "checkpoint: what is measured on them is no test."
-        )
-    return seen
+def _num_seen(models: Iterable[Path | None], captions: Captions, photos: Photos) -> int:
+    """How many of the images any of the models was trained on, or chosen by."""
+    records = [SeenRows.read(model) for model in models if model is not None]
+    record = SeenRows.union([record for record in records if record is not None])
+    return int(record.has(SeenRows.of_photos(captions.images, photos.keys)).sum())
 
 
 def _measure(
@@ -225,7 +182,7 @@ def _measure(
     """What a `RetrievalResult` says of the captions of one language."""
     ((lang, by_image),) = captions.texts.items()
     arithmetic = autocast(config.precision, tower.device)
-    features = photo_features(tower, config.split, photos, autocast=arithmetic, progress=progress)
+    features = image_features(tower, config.split, photos, autocast=arithmetic, progress=progress)
     images = features.of_rows().numpy()
     texts, text = distinct([caption for of_image in by_image for caption in of_image])
     image = np.repeat(np.arange(len(by_image)), [len(of_image) for of_image in by_image])
@@ -239,16 +196,22 @@ def _measure(
             "the model is damaged or its training diverged. If it was trained well, try "
             "--precision fp32."
         )
-    pairs = np.unique(np.stack([text, image]), axis=1)
-    images_of, captions_of = (np.bincount(side) for side in pairs)
-    of_images, of_captions = rank_captions(images, embeddings, pairs)
     names = np.array(captions.images)
+    of_images = rank_pairs(embeddings, images, text, image)
+    of_captions = rank_pairs(images, embeddings, image, text)
+    # Of the images, and of the distinct captions, how many are right for each of the others.
+    right_images, right_captions = map(np.bincount, np.unique([text, image], axis=1))
     return {
         "num_images": len(names),
         "num_captions": len(text),
         "num_distinct": len(texts),
-        "images": _scores(config, of_images.take(text), names[image], images_of[text] / len(names)),
-        "captions": _scores(config, of_captions, names, captions_of / len(texts)),
+        "images": _scores(
+            config,
+            Ranks(*(x[text] for x in of_images)),
+            names[image],
+            right_images[text] / len(names),
+        ),
+        "captions": _scores(config, of_captions, names, right_captions / len(texts)),
     }
 
 
@@ -258,23 +221,12 @@ def _scores(
     images: npt.NDArray[np.str_],
     chance: npt.NDArray[np.float64],
 ) -> RankScores:
-    """Recalls and ranks of Q queries.
-
-    Args:
-        config: how the images are resampled.
-        ranks: of the Q queries.
-        images: (Q,) the image of each query: the unit of the bootstrap.
-        chance: (Q,) how likely its first answer is right in a random order.
-    """
-    recalls: dict[str, Any] = {}
-    for count in CUTOFFS:
-        measured = metrics.accuracy_interval(
-            ranks.within(count), images, resamples=config.resamples, seed=config.seed
-        )
-        recalls |= {f"recall_at_{count}{end}": value for end, value in measured.ends().items()}
+    """Recalls and ranks of Q queries, the (Q,) `images` of which are resampled; `chance` is how
+    likely the first answer to each is right in a random order."""
+    sampling = {"resamples": config.resamples, "seed": config.seed}
     lower, median, upper = np.percentile(ranks.mean, (25, 50, 75)).tolist()
     return RankScores(
-        **recalls,
+        recall_at={k: accuracy_interval(ranks.within(k), images, **sampling) for k in (1, 5, 10)},
         chance=float(chance.mean()),
         lower_quartile=lower,
         median_rank=median,
@@ -287,5 +239,5 @@ def _write(report: Path, document: Retrieval) -> None:
     with atomic_folder(report) as unfinished:
         for name, png in drawn.items():
             (unfinished / f"{name}.png").write_bytes(png)
-        write_json(unfinished / RETRIEVAL_FILE, document.to_json())
+        write_json(unfinished / RETRIEVAL_FILE, asdict(document))
         require_replaceable(report, RETRIEVAL)

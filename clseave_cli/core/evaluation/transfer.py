@@ -65,14 +65,13 @@ def measure_transfer(
     _, groups = np.unique(np.asarray(sentences), return_inverse=True)
     if groups.shape != predicted.shape[:1]:
         raise ValueError(f"{len(predicted)} embeddings need as many sentences, not {groups.shape}")
-
-    def same(rows: slice) -> npt.NDArray[np.bool_]:
-        is_same: npt.NDArray[np.bool_] = groups[rows, None] == groups[None, :]
-        return is_same
-
     error = predicted - wanted
     mse = float(np.mean(np.square(error), dtype=np.float64))
     mae = float(np.mean(np.abs(error), dtype=np.float64))
+    to_teacher, to_student = (
+        rank(*sides, lambda rows: groups[rows, None] == groups).within(1).mean()
+        for sides in ((predicted, wanted), (wanted, predicted))
+    )
     # A zero row stays zero, with cosine 0 to everything.
     student_unit, teacher_unit = normalize(predicted), normalize(wanted)
     return Transfer(
@@ -82,8 +81,8 @@ def measure_transfer(
         mse_sum=mse * predicted.shape[1],
         mae_sum=mae * predicted.shape[1],
         cosine=float(np.mean(np.sum(student_unit * teacher_unit, axis=1), dtype=np.float64)),
-        retrieval_to_teacher=float(rank(predicted, wanted, same).within(1).mean()),
-        retrieval_to_student=float(rank(wanted, predicted, same).within(1).mean()),
+        retrieval_to_teacher=float(to_teacher),
+        retrieval_to_student=float(to_student),
         variance_student=float(np.var(predicted, axis=0, dtype=np.float64).mean()),
         variance_teacher=float(np.var(wanted, axis=0, dtype=np.float64).mean()),
     )

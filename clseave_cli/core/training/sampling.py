@@ -1,7 +1,4 @@
-"""What each of several languages gets of an epoch, and when the slowest of them has learnt.
-
-Legend: L languages.
-"""
+"""What each of L languages gets of an epoch, and when each of them has learnt."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 
 Rows = npt.NDArray[np.intp]
-#: (L,)
 Shares = npt.NDArray[np.float64]
 
 #: The dev metric that self-paced sampling goes by; of a language, `recall_at_10/de`.
@@ -45,19 +41,14 @@ def whole_parts(shares: Shares, total: int) -> Rows:
 
 
 def epochs_to_95(epochs: Sequence[Mapping[str, float]]) -> dict[str, int]:
-    """When each language first had 95 % of the recall it ended with.
+    """The epoch, from 1, in which each language first had 95 % of the recall it ended with.
 
-    Args:
-        epochs: the dev metrics after each epoch.
-
-    Returns:
-        By language, the epoch, counted from 1; where no metric names one, empty.
+    `epochs` are the dev metrics after each; where none is of a language, nothing is returned.
     """
-    last = epochs[-1] if epochs else {}
-    return {
-        name.removeprefix(f"{RECALL}/"): next(
-            number for number, dev in enumerate(epochs, 1) if dev.get(name, 0.0) >= _LEARNT * recall
-        )
-        for name, recall in last.items()
-        if name.startswith(f"{RECALL}/")
-    }
+    reached: dict[str, int] = {}
+    for name, recall in (epochs[-1] if epochs else {}).items():
+        metric, _, lang = name.partition("/")
+        if metric == RECALL and lang:
+            near = [dev.get(name, 0.0) >= _LEARNT * recall for dev in epochs]
+            reached[lang] = 1 + near.index(True)
+    return reached
