@@ -768,6 +768,9 @@ class EvaluateConfig(SeededConfig, DataConfig, EngineConfig):
         "zero-shot",
         "zero-shot: a student reads the language; translate-test: CLIP-VE reads translations.",
     )
+    reader: Literal["student", "source"] = option(
+        "student", "What reads a language: its student, or CLIP-VE's own (multilingual) text tower."
+    )
     split: str = option("test", "Split to evaluate on.")
     batch_size: int = option(256, "Examples computed at once.", least=1)
     train_split: str = option("train", "Split the hypothesis-only baseline learns from.")

@@ -4,10 +4,12 @@ The tests read the files as a user would. A row's label is worked out anew from 
 the caption, which says all there is to know about a scene.
 """
 
+import csv
 import json
 import re
 from collections import Counter, defaultdict
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -210,7 +212,7 @@ def test_captions_tell_the_truth(world):
         for row in rows_of(world, split)
     }
     for split in ("train", "dev"):
-        lines = read_jsonl(world.folder / f"captions_{split}.jsonl")
+        lines = captions_of(world, split)
         assert len(lines) == world.num_captions[split] == 4 * world.num_scenes[split]
         complete = Counter()
         for line in lines:
@@ -229,6 +231,46 @@ def test_captions_tell_the_truth(world):
             assert set(named) <= shown
             complete[image] += set(named) == shown and is_covered(caption) == covered
         assert min(complete.values()) >= 2
+
+
+def captions_of(world, split, language="en"):
+    suffix = "" if language == "en" else f".{language}"
+    return read_jsonl(world.folder / f"captions_{split}{suffix}.jsonl")
+
+
+def test_the_captions_of_all_languages_are_parallel(world):
+    """A list names as many things in every language, and a thing has one name in each."""
+    for language in TRANSLATIONS:
+        names, sentences = {}, {}
+        for split in ("train", "dev"):
+            english, translated = captions_of(world, split), captions_of(world, split, language)
+            for line, other in zip(english, translated, strict=True):
+                assert other.keys() == line.keys() and other["image"] == line["image"]
+                if line["caption"].endswith("."):
+                    sentences.setdefault(line["caption"], set()).add(other["caption"])
+                    continue
+                things = line["caption"].split(", "), re.split(", |、", other["caption"])
+                for thing, name in zip(*things, strict=True):
+                    names.setdefault(thing, set()).add(name)
+        for meanings in (names, sentences):
+            assert all(len(told) == 1 for told in meanings.values())
+            assert len({name for (name,) in meanings.values()}) == len(meanings)
+        assert not names.keys() & {name for (name,) in names.values()}
+
+
+def test_captions_written_by_hand(world):
+    if world.seed:
+        return
+    languages = ("en", *TRANSLATIONS)
+    with Path(__file__).with_name("mini_ve_captions.tsv").open(encoding="utf-8") as table:
+        by_hand = [
+            tuple(row[lang] for lang in languages) for row in csv.DictReader(table, delimiter="\t")
+        ]
+    lines = [
+        [line["caption"] for split in ("train", "dev") for line in captions_of(world, split, lang)]
+        for lang in languages
+    ]
+    assert set(by_hand) <= set(zip(*lines, strict=True))
 
 
 def test_the_report_counts_what_is_written(world):

@@ -77,6 +77,28 @@ def _evaluate(data, *runs, progress=SILENT, **options):
     return evaluate(config, progress)
 
 
+# --- CLIP-VE's own tower ---
+
+
+def test_the_source_tower_reads_a_language_as_if_it_were_its_own(world, trained, tmp_path):
+    document = _evaluate(world, trained, reader="source")
+    assert [result.lang for result in document.results] == ["en", "de", "nl"]
+    german = document.results[1]
+    # The same rows, taken for English.
+    data = shutil.copytree(world, tmp_path / "data")
+    shutil.copyfile(_test_file(world, "de"), _test_file(data, "en"))
+    (expected,) = _evaluate(data, trained, lang="en").results
+    assert (german.accuracy, german.confusion) == (expected.accuracy, expected.confusion)
+    assert german.loss == pytest.approx(expected.loss)
+    assert german.transfer is not None and document.results[0].transfer is None
+    assert document.signature.checkpoints.keys() == {"clip-ve"}
+    assert "CLIP-VE reads every language" in str(document.signature)
+    assert Results.from_json(document.to_json()) == document
+    for others in ({"students": trained}, {"mode": "translate-test"}):
+        with pytest.raises(UsageError, match="--reader source has CLIP-VE read the rows as they"):
+            _evaluate(world, trained, reader="source", **others)
+
+
 # --- translate-test ---
 
 

@@ -8,7 +8,15 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny_backbones import EMBEDDING_DIM, MAX_TOKENS, TEACHERS, embeddings, new_siglip
+from tiny_backbones import (
+    EMBEDDING_DIM,
+    MAX_TOKENS,
+    STUDENTS,
+    TEACHERS,
+    embeddings,
+    new_siglip,
+    new_vit,
+)
 from tiny_world import flip_byte, sentences
 
 from clseave_cli.core.data.images import open_image
@@ -17,6 +25,8 @@ from clseave_cli.core.models.clip_ve import ClipVE, fingerprint
 from clseave_cli.core.models.encoders import module_digest
 from clseave_cli.core.models.packing import pack
 from clseave_cli.errors import ModelError
+
+VISIONS = ("clip", "siglip", "chinese_clip", "dinov2", "swin")
 
 TEXTS = [
     "The square is red.",
@@ -214,3 +224,70 @@ def test_a_tokenizer_without_rust_is_taken_if_its_file_gives_the_same(tmp_path, 
     text.save_pretrained(tmp_path / "saved")
     again = backbones.load_clip_text(tmp_path / "saved")
     assert again.digest() == text.digest()
+
+
+# --- two encoders of any kinds ---
+
+
+def _vision(kind, folder, sentences):
+    """A small vision encoder of a kind, or an image-text model that has one."""
+    if kind in TEACHERS:
+        return TEACHERS[kind](folder, sentences)
+    if kind == "vit":
+        return new_vit(folder)
+    torch.manual_seed(0)
+    tower = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config, model, size = {
+        # Made for larger pictures than it is given, as the published one.
+        "dinov2": ("Dinov2Config", "Dinov2Model", {**tower, "image_size": 48, "patch_size": 8}),
+        "swin": (
+            "SwinConfig",
+            "SwinModel",
+            {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [1, 1],
+             "num_heads": [2, 2], "window_size": 4},
+        ),
+    }[kind]  # fmt: skip
+    made = getattr(transformers, model)(getattr(transformers, config)(**size))
+    made.save_pretrained(folder)
+    side = {"height": 32, "width": 32}
+    transformers.ViTImageProcessorPil(size=side).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("text", "vision"),
+    [*((text, "vit") for text in STUDENTS), *(("mBERT", kind) for kind in VISIONS)],
+)
+def test_any_two_encoders_make_a_teacher(text, vision, world, tmp_path):
+    told = sentences(world)
+    text_folder = STUDENTS[text](tmp_path / "text", told)
+    vision_folder = _vision(vision, tmp_path / "vision", told)
+    torch.manual_seed(1)
+    model, encoder, image = backbones.new_dual_encoder(str(text_folder), str(vision_folder), 16)
+    (tmp_path / "clip").mkdir()
+    model.save_pretrained(tmp_path / "clip")
+    encoder.tokenizer.save_pretrained(tmp_path / "clip")
+    image.processor.save_pretrained(tmp_path / "clip")
+    encoder.verify_packing()
+    wanted = embeddings(encoder.eval(), TEXTS)
+    assert torch.pdist(wanted).min() > 1e-3
+    pixels = image.preprocess([open_image(world / "images" / "test0.png")])
+    model.eval()
+    with torch.no_grad():
+        seen = image(pixels)
+        features = model.get_image_features(pixel_values=pixels).pooler_output
+        torch.testing.assert_close(seen, features)
+    head = "pooled" if vision == "swin" else "patches"
+    clip_ve = ClipVE.from_clip(tmp_path / "clip", head=head).eval()
+    clip_ve.text.verify_packing()
+    torch.testing.assert_close(embeddings(clip_ve.text, TEXTS), wanted, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(clip_ve.image(pixels)[:, :16], seen)
+    (tmp_path / "clip-ve").mkdir()
+    clip_ve.save(tmp_path / "clip-ve")
+    again = ClipVE.from_folder(tmp_path / "clip-ve")
+    assert again.text.digest() == clip_ve.text.digest()
+    assert again.image.digest() == clip_ve.image.digest()
+    if vision == "swin":
+        with pytest.raises(ModelError, match="no fixed grid of patches; use --head pooled"):
+            ClipVE.from_clip(tmp_path / "clip", head="patches")

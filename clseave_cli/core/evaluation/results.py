@@ -59,7 +59,7 @@ class LanguageResult(Scores):
 
     lang: str  # language code
     split: str  # name of the split
-    # `zero-shot` (a student reads the language; the source language: the source model) or
+    # `zero-shot` (`Signature.reader` reads the language; the source language: the source model) or
     # `translate-test` (the hypotheses are translated into the source language first).
     mode: Mode = "zero-shot"
     # Accuracy on the rows that the hypothesis-only baseline gets wrong, with its 95 %
@@ -78,7 +78,7 @@ class LanguageResult(Scores):
     difference_to_english: Difference | None = None
     # The same, translate-test minus this language's student.
     difference_to_zero_shot: Difference | None = None
-    transfer: Transfer | None = None  # student against teacher embeddings
+    transfer: Transfer | None = None  # embeddings against those of the source sentences
     seen: Overlap | None = None  # rows of photos seen in training, where there are any
 
     @property
@@ -146,6 +146,7 @@ class Signature:
     # By language, what translated its hypotheses into the source language.
     translators: dict[str, str] = field(default_factory=dict)
     source_lang: str = "en"  # the language CLIP-VE reads, with which the others are compared
+    reader: str = "student"  # what read the other languages; `source`: CLIP-VE's own tower
     # Fingerprint (hex) by file of the rows that the baselines learnt from. With `data` it
     # fills a page, so figures do without it.
     training: dict[str, str] = field(default_factory=dict)
@@ -170,6 +171,8 @@ class Signature:
             parts.append(f"{self.precision} on {self.device}")
         if self.source_lang != "en":
             parts.append(f"source {self.source_lang}")
+        if self.reader == "source":
+            parts.append("CLIP-VE reads every language")
         if self.seen:
             parts.append(f"{max(self.seen.values()):,} photos seen in training")
         if self.excluded:

@@ -193,6 +193,11 @@ class _Plan:
         Raises:
             ClseaveError: as `evaluate`.
         """
+        if config.reader == "source" and (config.students or config.mode == "translate-test"):
+            raise UsageError(
+                "--reader source has CLIP-VE read the rows as they are; leave out --students and "
+                "--mode translate-test."
+            )
         folder = data_folder(config.data, progress)
         source_lang, along = _source_language(config), None
         systems = [_systems(config, runs, source_lang, folder, progress) for runs in config.runs]
@@ -250,16 +255,21 @@ def _systems(
     config: EvaluateConfig, runs: Path, source_lang: str, folder: Path, progress: Progress
 ) -> list[System]:
     """What to evaluate of one folder of models: the source language first, then the others."""
-    zero_shot, students = config.mode != "translate-test", find_students(config.students or runs)
+    zero_shot = config.mode != "translate-test"
     # The source language comes first, and CLIP-VE itself reads it.
-    readers: dict[str, Path | None] = {source_lang: None, **students} | {source_lang: None}
+    readers: dict[str, Path | None] = {source_lang: None}
+    if config.reader == "source":
+        readers |= dict.fromkeys((*config.lang, *languages(folder, config.split)))
+    else:
+        readers |= find_students(config.students or runs) | readers
     for lang in config.lang:
         require_language(lang)
         require_split_path(folder, config.split, lang)
         if zero_shot and lang not in readers:
             raise ModelError(
                 f"{runs}: no student for {lang} (there are models for {', '.join(readers)}); "
-                f"`clseave align --lang {lang}` makes one; --mode translate-test needs none."
+                f"`clseave align --lang {lang}` makes one; --mode translate-test and --reader "
+                "source need none."
             )
     wanted = list(dict.fromkeys(config.lang))
     if not wanted:
@@ -344,6 +354,7 @@ def _document(
             num_examples=max(len(rows.split) for rows in by_file.values()),
             translators={r.split.lang: r.translator for r in plan.rows.values() if r.translator},
             source_lang=plan.source_lang,
+            reader=config.reader,
             training=training,
             seen={name: len(rows.seen_images) for name, rows in by_file.items() if rows.seen.any()},
             excluded={name: r.num_excluded for name, r in by_file.items() if r.num_excluded},
@@ -415,7 +426,7 @@ def _against_source(outputs: Outputs, source: Outputs) -> dict[str, Any]:
         "agreement_with_english": share,
         "kappa_with_english": kappa,
     }
-    if outputs.system.student is not None:
+    if outputs.system.mode == "zero-shot" and outputs.system.lang != source.system.lang:
         sentences = np.array(source.split.hypotheses)[source_rows]
         embeddings = outputs.embeddings[rows], source.embeddings[source_rows]
         measured["transfer"] = measure_transfer(*embeddings, sentences)
