@@ -107,7 +107,7 @@ def tokenize_sentences(
         first = int(np.argmax(tokens.truncated[index]))
         progress.note(
             f"{where(first)}: too long for the encoder, as are {tokens.num_truncated} distinct "
-            f"hypotheses in all: cut to {encoder.max_tokens} tokens, the terminal token kept."
+            f"sentences in all: cut to {encoder.max_tokens} tokens, the terminal token kept."
         )
     return Sentences(tokens, index)
 
