@@ -135,6 +135,8 @@ def test_what_cannot_be_ranked_is_refused(captioned, runs, clip, tmp_path):
         _retrieve(captioned, runs, split="x")
     with pytest.raises(DataError, match=r"captions_test.fr.jsonl: no such file"):
         _retrieve(captioned, runs, lang=("fr",))
+    with pytest.raises(ModelError, match=r"align-de: not a clip-ve folder"):
+        _retrieve(captioned, runs, clip=str(runs / "align-de"))
     broken = shutil.copytree(clip, tmp_path / "broken")
     tensors = load_file(broken / "model.safetensors")
     tensors["text_projection.weight"].fill_(3e38)

@@ -141,7 +141,7 @@ def _towers(
         Its folder or hub id, its towers, their fingerprint, and the student of each language.
     """
     folder = Path(config.clip or config.runs / FORMAT)
-    if config.clip is None or json_object(folder / "config.json").get("format") == FORMAT:
+    if config.clip is None or "format" in json_object(folder / "config.json"):
         model = ClipVE.from_folder(folder).to(device)
         model.image.patch_grid = 0  # one vector an image
         students = find_students(config.runs) if config.clip is None else {}
