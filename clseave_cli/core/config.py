@@ -547,6 +547,9 @@ class FinetuneConfig(TrainingConfig, DataConfig):
         None, "patches: average them to so many along a side; unset: keep all.", least=1
     )
     source_lang: str = option("en", "Language the model reads; all others are aligned to it.")
+    freeze_epochs: float | None = option(
+        None, "Epochs in which only the head learns; 0: none.", least=0, zero_is_off=True
+    )
     out: Path | None = option(None, "Folder to write; unset: RUNS/clip-ve.")
     epochs: int = option(20, "Passes over the training data, early stopping apart.", least=1)
     batch_size: int = option(64, "Examples in one optimiser step.", least=1)

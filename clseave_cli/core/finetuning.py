@@ -144,6 +144,8 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult
             evaluate=evaluate,
             selection=Selection(config.select, "lowest" if config.select == "loss" else "highest"),
             metrics=("accuracy",),
+            alone=tuple(model.head.parameters()),
+            alone_epochs=config.freeze_epochs or 0.0,
         )
         tokens = [pairs.sentences.tokens for pairs in (train_pairs, dev_pairs)]
         with reduced_vocabulary(model.text, *tokens):

@@ -116,6 +116,7 @@ _NOT_RUN = {
     "--alignments": "the same",
     "runs-0": "tests/cli/test_command_line.py and tests/evaluation do",
     "--debug": "an example of an error",
+    "pretrain": "tests/stages/test_pretraining.py",
     "compare": "tests/evaluation/test_comparison.py",
     "retrieve": "it needs captions; tests/evaluation/test_retrieval.py",
     "--explain": "tests/stages/test_patch_head.py",

@@ -201,7 +201,7 @@ def test_starts_that_contradict_each_other_are_refused(captioned, tmp_path, enco
         ({"text": text}, "--text and --vision go together"),
         ({"clip": str(clip), "text": text, "vision": vision}, "--clip is a whole model"),
         ({"freeze_epochs": 0.5}, "--freeze-epochs keeps pretrained encoders"),
-        ({"text": text, "vision": text}, "a xlm-roberta model; expected a vision encoder"),
+        ({"text": text, "vision": text}, "a xlm-roberta model; expected a vision encoder such as"),
         ({"text": vision, "vision": vision}, "a vit model; expected a text encoder"),
         ({"text": str(runs / "clip-ve" / "text"), "vision": vision}, "has the same state whatever"),
     ):

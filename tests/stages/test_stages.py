@@ -85,6 +85,26 @@ def test_the_image_tower_is_the_one_it_started_from(world, tmp_path, clip):
             assert not torch.equal(parameter_before, parameter_after)
 
 
+def test_only_the_head_learns_while_the_text_tower_is_frozen(world, tmp_path, clip):
+    digests = [
+        [
+            module_digest(part)
+            for model in [
+                ClipVE.from_folder(_finetune(world, tmp_path / name, clip, **more).folder)
+            ]
+            for part in (model.text, model.head)
+        ]
+        for name, more in (
+            ("one", {"epochs": 1, "freeze_epochs": 2.0}),
+            ("two", {"epochs": 2, "freeze_epochs": 2.0, "keep": "last"}),
+            ("thawed", {"epochs": 2, "freeze_epochs": 1.0, "keep": "last"}),
+        )
+    ]
+    (one, one_head), (two, two_head), (thawed, _) = digests
+    assert one == two == module_digest(ClipVE.from_clip(clip).text) != thawed
+    assert one_head != two_head
+
+
 def test_model_cards_name_no_local_path(trained):
     for card in trained.glob("*/README.md"):
         text = card.read_text()

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 from loopback import misbehave_at_random, translated
-from tiny_world import CommandProcess, read_jsonl
+from tiny_world import CommandProcess, read_jsonl, write_jsonl
 
 from clseave_cli.core.config import TranslateConfig
+from clseave_cli.core.data.captions import read_captions
 from clseave_cli.core.files import locked_target
 from clseave_cli.core.translation.corpus import translate
 from clseave_cli.core.translation.engine import Identity
@@ -81,6 +82,16 @@ def test_all_splits_that_exist_in_several_languages(tmp_path, google, monkeypatc
     assert len(google.requested) == 6 and len(lookups) == 4  # what is in the memory is read once
     assert [f.num_from_memory for f in again.files] == [3, 2, 3, 2]
     assert before == {path: path.read_bytes() for path in tmp_path.glob("*.jsonl")}
+
+
+def test_captions_are_translated_for_pretraining(tmp_path, google):
+    rows = [{"image": name, "caption": text} for name, text in (("a", "A man."), ("b", "A dog."))]
+    write_jsonl(tmp_path / "captions_train.jsonl", rows)
+    _write(tmp_path / "snli_ve_train.jsonl", ["A man."])
+    summary = _run(tmp_path, google, field="caption")
+    assert [file.output.name for file in summary.files] == ["captions_train.de.jsonl"]
+    captions = read_captions(tmp_path, "train", ("en", "de"))
+    assert captions.texts["de"] == [["deA deman."], ["deA dedog."]]
 
 
 def test_odd_text_goes_round(tmp_path, server):

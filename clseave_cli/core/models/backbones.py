@@ -134,7 +134,9 @@ def _load_vision(name: str) -> Any:
     config = getattr(config, "vision_config", config)
     kind = MODEL_MAPPING.get(type(config), None)
     if kind is None or not hasattr(config, "num_channels") or not hasattr(config, "hidden_size"):
-        raise ModelError(f"{name}: a {config.model_type} model; expected a vision encoder as ViT.")
+        raise ModelError(
+            f"{name}: a {config.model_type} model; expected a vision encoder such as ViT."
+        )
     return load(name, kind.from_pretrained, may_lack="pooler.", **_loading(config))
 
 

@@ -212,7 +212,7 @@ class _Run:
         self.optimizer = _optimizer(self.parameters, config, device)
         self.autocast = autocast(config.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast.precision == "fp16")
-        self._capture_afresh()
+        self.gradients, self.gradient, self.update = self._captured()
         self.steps_per_epoch = math.ceil(stage.num_examples / config.batch_size)
         self.last_epoch = min(config.epochs, config.stop_epoch or config.epochs)
         # The schedule is that of all epochs, wherever the run stops.
@@ -221,7 +221,7 @@ class _Run:
         self.total_steps = self.steps_per_epoch * self.last_epoch
         if config.max_steps is not None:
             self.total_steps = min(self.total_steps, config.max_steps)
-        self.alone_steps = round(stage.alone_epochs * self.steps_per_epoch)
+        self.alone_steps = round(stage.alone_epochs * self.steps_per_epoch) if stage.alone else 0
         alone = {id(parameter) for parameter in stage.alone}
         self.frozen_at_first = [p for p in self.parameters if id(p) not in alone]
         self.record_every = max(1, self.steps_per_epoch // _RECORDS_PER_EPOCH)
@@ -318,7 +318,8 @@ class _Run:
             schedule=self.config.schedule,
         )
         if self.state.step == self.alone_steps > 0:
-            self._capture_afresh()  # what was captured so far trains a part of the parameters
+            # What was captured so far trains a part of the parameters.
+            self.gradients, self.gradient, self.update = self._captured()
         try:
             with self._frozen():
                 self.sums += self._repeatable(lambda: self._backward(parts)) * len(rows)
@@ -405,12 +406,16 @@ class _Run:
         self.scaler.update()
         return learning_rate
 
-    def _capture_afresh(self) -> None:
-        """From now on steps are captured, where they can be; earlier ones are forgotten."""
+    def _captured(self) -> tuple[Gradients | None, Captured[_Part], Captured[Tensor]]:
+        """Gradients at addresses that stay, a step's backward pass, and its update: captured from
+        now on, where they can be.
+        """
         recorder = self._recorder()
-        self.gradients = None if recorder is None else Gradients(self.parameters)
-        self.gradient = Captured(self._gradient, self.device, recorder, self._note)
-        self.update = Captured(self._update, self.device, recorder, self._note)
+        return (
+            None if recorder is None else Gradients(self.parameters),
+            Captured(self._gradient, self.device, recorder, self._note),
+            Captured(self._update, self.device, recorder, self._note),
+        )
 
     def _recorder(self) -> CudaRecorder | None:
         """What captures steps, where they can be captured."""

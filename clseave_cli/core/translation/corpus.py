@@ -308,16 +308,17 @@ def _translate_file(
 
 def _inputs(config: TranslateConfig) -> list[Path]:
     paths = list(config.input)
-    stem = "captions" if config.field == "caption" else "snli_ve"
+    stems = ("captions", "snli_ve") if config.field == "caption" else ("snli_ve",)
     for split in () if paths else config.split or _SPLITS:
-        candidates = [config.data / f"{stem}_{split}{ending}" for ending in EXTENSIONS]
+        names = (f"{stem}_{split}{ending}" for stem in stems for ending in EXTENSIONS)
+        candidates = [config.data / name for name in names]
         existing = [path for path in candidates if path.is_file()]
         if config.split and not existing:
             raise DataError(f"{candidates[0]}: no such file; is --data the right folder?")
         paths += existing[:1]
     if not paths:
         raise DataError(
-            f"{config.data}: no {stem}_train.jsonl, {stem}_dev.jsonl or {stem}_test.jsonl "
+            f"{config.data}: no snli_ve_train.jsonl, snli_ve_dev.jsonl or snli_ve_test.jsonl "
             "there; name the folder with --data, or files with --input."
         )
     (output, count), *_ = Counter(output_path(config, path, "xx") for path in paths).most_common(1)
