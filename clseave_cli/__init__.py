@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from clseave_cli.version import __version__
 
 if TYPE_CHECKING:
-    from clseave_cli.core.evaluation.results import Results
+    from clseave_cli.core.evaluation.results import Results, Retrieval
     from clseave_cli.core.prediction.predictor import Prediction, VisualEntailment
     from clseave_cli.core.training.run import StageResult
     from clseave_cli.core.translation.corpus import TranslationSummary
@@ -29,6 +29,7 @@ __all__ = [
     "evaluate",
     "finetune",
     "pretrain",
+    "retrieve",
     "translate",
 ]
 
@@ -83,6 +84,16 @@ def evaluate(*, progress: Progress | None = None, **options: Any) -> Results:
     Args and errors are those of `pretrain`, with the fields of `EvaluateConfig`.
     """
     result: Results = _stage("evaluation.run:evaluate", "EvaluateConfig", progress, options)
+    return result
+
+
+def retrieve(*, progress: Progress | None = None, **options: Any) -> Retrieval:
+    """Finds images by captions and captions by images: `clseave retrieve`.
+
+    Args and errors are those of `pretrain`, with the fields of `RetrieveConfig`.
+    """
+    where = "evaluation.retrieval:retrieve"
+    result: Retrieval = _stage(where, "RetrieveConfig", progress, options)
     return result
 
 

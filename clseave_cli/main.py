@@ -96,6 +96,7 @@ _COMMANDS: dict[str, tuple[type[config.StageConfig], Callable[..., None]]] = {
     "autoencode": (config.AutoencodeConfig, stages.autoencode),
     "word-align": (config.WordAlignConfig, word_align.run),
     "evaluate": (config.EvaluateConfig, evaluate.run),
+    "retrieve": (config.RetrieveConfig, evaluate.retrieve),
     "predict": (config.PredictConfig, predict.run),
     "check": (config.CheckConfig, check.run),
     "export": (config.ExportConfig, export.run),

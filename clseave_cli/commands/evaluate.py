@@ -1,10 +1,12 @@
-"""`clseave evaluate`: how good, in every language, and did it look?"""
+"""`clseave evaluate` and `clseave retrieve`: how good, in every language?"""
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from clseave_cli.commands import terminal
 from clseave_cli.commands.options import Json, Verbose
-from clseave_cli.core.config import EvaluateConfig
+from clseave_cli.core.config import EvaluateConfig, RetrieveConfig
 
 
 def run(config: EvaluateConfig, *, json: Json = False, verbose: Verbose = False) -> None:
@@ -27,3 +29,23 @@ def run(config: EvaluateConfig, *, json: Json = False, verbose: Verbose = False)
         terminal.stdout().print(seeds_table(results))
     if config.report is not None:
         terminal.say(f"report: {config.report / 'report.html'}")
+
+
+def retrieve(config: RetrieveConfig, *, json: Json = False, verbose: Verbose = False) -> None:
+    """Rank all images for each caption, and all captions for each image.
+
+    Reads captions_SPLIT.jsonl and captions_SPLIT.LANG.jsonl. Gives recall
+    among the first 1, 5 and 10, and median and quartiles of the ranks, for
+    every language: a table, JSON, or figures with --report DIR.
+    """
+    from clseave_cli.commands.tables import retrieval_table
+    from clseave_cli.core.evaluation import retrieval
+
+    document = retrieval.retrieve(config, terminal.TerminalProgress())
+    if json:
+        terminal.print_json(asdict(document))
+        return
+    for found in ("images", "captions"):
+        terminal.stdout().print(retrieval_table(document, found, verbose=verbose))
+    if config.report is not None:
+        terminal.say(f"report: {config.report / 'retrieval.json'}, recall.png, ranks.png")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
 from rich.markup import escape
@@ -26,7 +26,7 @@ from clseave_cli.core.evaluation.summary import (
 if TYPE_CHECKING:
     from clseave_cli.core.evaluation.comparison import Comparison
     from clseave_cli.core.evaluation.figures import DataCurves
-    from clseave_cli.core.evaluation.results import LanguageResult, Results
+    from clseave_cli.core.evaluation.results import LanguageResult, Results, Retrieval
 
 
 @dataclass(frozen=True)
@@ -178,3 +178,34 @@ def comparison_table(
     ]
     title = escape(f"A: {comparison.first}\nB: {comparison.second}")
     return _table(title, list(map(escape, caption)), columns, comparison.languages, width)
+
+
+def retrieval_table(
+    document: Retrieval, found: Literal["images", "captions"], *, verbose: bool = False
+) -> Table:
+    """How well images are found by captions, or captions by images, in every language."""
+    trained = {True: "yes", False: "no", None: DASH}
+
+    def recall(k: int) -> Callable[[Any], str]:
+        return lambda r: percent(r[1].recall_at[k].value)
+
+    columns = [
+        _Column("lang", lambda r: r[0].lang),
+        _Column("trained", lambda r: trained[r[0].trained], 1),
+        _Column("R@1", recall(1), style="bold"),
+        _Column("95 % interval", lambda r: _range(r[2].low, r[2].high), 3),
+        _Column("R@5", recall(5)),
+        _Column("R@10", recall(10)),
+        _Column("median rank", lambda r: f"{r[1].median_rank:.4g}"),
+        _Column("quartiles", lambda r: f"{r[1].lower_quartile:.4g}–{r[1].upper_quartile:.4g}", 2),
+        _Column("chance", lambda r: percent(r[1].chance), 4),
+        _Column("read by", lambda r: r[0].reader, 5),
+    ]
+    first = document.results[0]
+    sizes = f"{first.num_images:,} images and {first.num_captions:,} captions ({first.lang})"
+    caption = [f"R@k in %; 95 % intervals by bootstrap over images; {sizes}."]
+    if verbose:
+        caption.append(str(document.signature))
+    title = {"images": "Images, given a caption", "captions": "Captions, given an image"}[found]
+    rows = [(r, scores := getattr(r, found), scores.recall_at[1]) for r in document.results]
+    return _table(title, list(map(escape, caption)), columns, rows, None)

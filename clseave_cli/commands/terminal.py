@@ -229,3 +229,6 @@ def print_training(folder: Path, training: TrainingResult | None) -> None:
         f"{folder}: epoch {training.best_epoch} of {training.epochs} kept{early} (dev {dev}) · "
         f"{training.wall_seconds:.0f} s, {training.pairs_per_second:.0f} pairs/s"
     )
+    if training.epochs_to_95:
+        lang, epoch = max(training.epochs_to_95.items(), key=lambda item: item[1])
+        say(f"95 % of the last recall at 10 by epoch {epoch} in the slowest language, {lang}")

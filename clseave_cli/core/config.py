@@ -477,6 +477,17 @@ class PretrainConfig(TrainingConfig):
     )  # fmt: skip
     out: Path | None = option(None, "Folder to write; unset: RUNS/clip.")
     captions_per_image: int = option(1, "Captions an image meets in one step.", least=1)
+    objective: Literal["contrastive", "triplet"] = option(
+        "contrastive", "Loss: CLIP's, or triplet ranking (docs/training.md)."
+    )
+    margin: float = option(0.2, "triplet: least lead of the right one, in cosine.", least=0)
+    negatives: Literal["sum", "hardest"] = option(
+        "sum", "triplet: all wrong ones of the batch count (VSE), or the nearest (VSE++)."
+    )
+    sampling: Literal["parallel", "uniform", "self-paced"] = option(
+        "parallel",
+        "Languages of a step: all; or one, as often as the others, or more where dev recall lags.",
+    )
     image_size: int = option(224, "From scratch: picture size in pixels.")
     patch_size: int = option(16, "From scratch: patch size in pixels.")
     width: int = option(512, "From scratch: hidden width of both towers.")
@@ -770,6 +781,28 @@ class EvaluateConfig(SeededConfig, DataConfig, EngineConfig):
     allow_leak: bool = option(False, "Evaluate on photos that a model saw in training, too.")
     resamples: int = option(2000, "Bootstrap resamples behind every interval.", least=1)
     report: Path | None = option(None, "Folder for the report; unset: none.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrieveConfig(ModelsConfig, SeededConfig):
+    """`retrieve`: are images found by their captions, and captions by their images?"""
+
+    FIRST: ClassVar[tuple[str, ...]] = (
+        "lang", "data", "images", "split", "clip", "runs", "report", "resamples", "seed", "device",
+        "precision",
+    )  # fmt: skip
+
+    lang: tuple[str, ...] = option((), "Language to measure; repeat; unset: all there are.")
+    data: str = option("data", "Data folder with captions_SPLIT.jsonl, or hf:ORG/NAME.")
+    images: Path | None = option(None, "Image folder; unset: found in --data.")
+    split: str = option("test", "Split to measure on.")
+    clip: str | None = option(
+        None,
+        "CLIP model or CLIP-VE whose towers read every language (hub id or folder); unset: CLIP-VE "
+        "and the students in --runs.",
+    )
+    resamples: int = option(2000, "Bootstrap resamples behind every interval.", least=1)
+    report: Path | None = option(None, "Folder for the document and figures; unset: none.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,7 +107,7 @@ def tokenize_sentences(
         first = int(np.argmax(tokens.truncated[index]))
         progress.note(
             f"{where(first)}: too long for the encoder, as are {tokens.num_truncated} distinct "
-            f"hypotheses in all: cut to {encoder.max_tokens} tokens, the terminal token kept."
+            f"sentences in all: cut to {encoder.max_tokens} tokens, the terminal token kept."
         )
     return Sentences(tokens, index)
 
@@ -197,7 +197,7 @@ class Photos:
 
 def image_features(
     encoder: ImageEncoder,
-    split: Split,
+    split: Split | str,
     photos: Photos,
     *,
     autocast: Autocast,
@@ -209,7 +209,7 @@ def image_features(
 
     Args:
         encoder: the frozen image tower.
-        split: N rows.
+        split: N rows; or only its name, and every image is a row.
         photos: `Photos.of` the split.
         autocast: the arithmetic.
         progress: reports what is computed.
@@ -217,6 +217,7 @@ def image_features(
     Raises:
         DataError: an image is damaged; the line that names it is in the message.
     """
+    name = split if isinstance(split, str) else split.name
     # Two names may stand for the same picture.
     keys, path_of_key, key_of_path = np.unique(photos.keys, return_index=True, return_inverse=True)
 
@@ -246,7 +247,7 @@ def image_features(
         items = path_of_key[missing].tolist()
         if grid:
             progress.note(
-                f"{split.name}: {len(items):,} photos × {1 + grid**2} vectors × "
+                f"{name}: {len(items):,} photos × {1 + grid**2} vectors × "
                 f"{encoder.embedding_dim} × 2 bytes = {len(items) * width * 2 / 1e9:.2f} GB into "
                 f"{folder}; --patch-grid makes them fewer."
             )
@@ -259,8 +260,10 @@ def image_features(
                     yield encoder(on_device(batch, encoder.device)).to(dtype).cpu()
 
     cache = VectorCache(folder, width, dtype)
-    vectors = cache.get(keys, compute, f"{split.name}: image features", progress)
-    return Features(vectors, key_of_path[split.image_index])
+    vectors = cache.get(keys, compute, f"{name}: image features", progress)
+    return Features(
+        vectors, key_of_path if isinstance(split, str) else key_of_path[split.image_index]
+    )
 
 
 def sentence_embeddings(

@@ -9,10 +9,12 @@ Legend: B images · K captions per image · L languages · D embedding width.
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,11 +27,13 @@ from clseave_cli.core.config import PretrainConfig
 from clseave_cli.core.data.captions import Captions, read_captions
 from clseave_cli.core.data.images import ImageFolder, open_image
 from clseave_cli.core.data.records import ENGLISH, distinct
-from clseave_cli.core.features import Photos
+from clseave_cli.core.data.seen import SeenRows
+from clseave_cli.core.features import Photos, Sentences, embed_rows
 from clseave_cli.core.files import file_digest, json_digest
 from clseave_cli.core.models.backbones import load_clip, new_dual_encoder
 from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
 from clseave_cli.core.models.packing import PackedBatch
+from clseave_cli.core.models.ranking import rank_pairs
 from clseave_cli.core.models.scratch import ClipShape, new_clip
 from clseave_cli.core.models.tokens import TokenTable
 from clseave_cli.core.models.vocabulary import reduced_vocabulary
@@ -38,6 +42,7 @@ from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
 from clseave_cli.core.training.placement import on_device
 from clseave_cli.core.training.run import Run, StageResult, public_name, set_up
+from clseave_cli.core.training.sampling import RECALL, self_paced_shares, whole_parts
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.progress import SILENT, Progress
 
@@ -46,6 +51,8 @@ _LARGEST_LOGIT_SCALE = float(np.log(100.0))
 #: Decoded images kept in memory between epochs.
 _PIXEL_MEMORY_BYTES = 1 << 30
 _DEV_IMAGES = 1024
+#: Images that the dev recall looks among, as in `RECALL`.
+_ANSWERS = 10
 
 
 class _Batch(NamedTuple):
@@ -74,14 +81,14 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
     Raises:
         ClseaveError: bad data, an unusable model, a full disk, or an interruption.
     """
-    _require_one_start(config)
+    languages = tuple(dict.fromkeys(config.lang)) or (ENGLISH,)
+    _require_sense(config, languages)
     out = config.out or config.runs / "clip"
     setup = set_up("pretrain", config, config.data, out, progress)
     if setup is None:
         return StageResult(out, (), None)
     device = setup.device
     images = ImageFolder.of(config.data, config.images)
-    languages = tuple(dict.fromkeys(config.lang)) or (ENGLISH,)
     splits = [
         read_captions(config.data, split, languages)
         for split in (config.train_split, config.dev_split)
@@ -101,6 +108,11 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
         inputs |= {path.name: file_digest(path) for path in split.paths.values()}
         inputs[f"photos: {name}"] = pictures.digest()
     with Run("pretrain", out, config, inputs) as run:
+        together, objective = config.sampling == "parallel", contrastive_loss
+        if config.objective == "triplet":
+            hardest = config.negatives == "hardest"
+            objective = partial(triplet_loss, margin=config.margin, hardest=hardest)
+            model.logit_scale.requires_grad_(False)  # it has no gradient
         training, dev = (
             _Examples(config, split, pictures.paths, text, image)
             for split, pictures in zip(splits, photos, strict=True)
@@ -116,30 +128,38 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
             return image_embeddings, text_embeddings[batch.caption_of_slot], scale
 
         def loss(batch: _Batch) -> Tensor:
-            return _mean_loss(batch, *embed(batch))
+            return _mean_loss(objective, batch, *embed(batch))
 
         def evaluate() -> dict[str, float]:
             rows = np.arange(min(_DEV_IMAGES, len(dev)))
             losses: list[list[float]] = [[] for _ in languages]
+            pictures = []
             for part in np.array_split(rows, max(1, len(rows) // config.batch_size)):
                 batch = on_device(dev.batch(part), device)
                 embedded = embed(batch)
+                pictures.append(embedded[0].cpu())
                 # One language at a time: the loss of several together grows with their number.
                 for number, of_language in enumerate(losses):
                     one = slice(number, number + 1)
-                    of_language.append(_mean_loss(batch, *embedded, one).item())
-            means = [float(np.mean(of_language)) for of_language in losses]
-            named = dict(zip(languages, means, strict=True)) if len(languages) > 1 else {}
-            return {"loss": float(np.mean(means))} | {f"loss/{k}": v for k, v in named.items()}
+                    of_language.append(_mean_loss(objective, batch, *embedded, one).item())
+            measured = {
+                "loss": [float(np.mean(of_language)) for of_language in losses],
+                RECALL: dev.recalls(rows, torch.cat(pictures)),
+            }
+            metrics = {name: float(np.mean(values)) for name, values in measured.items()}
+            for name, values in measured.items() if len(languages) > 1 else ():
+                metrics |= {f"{name}/{k}": v for k, v in zip(languages, values, strict=True)}
+            return metrics
 
         stage = Stage(
             name="pretrain",
             module=model,
-            num_examples=len(training),
-            prepare=training.batch,
+            num_examples=len(training) * (1 if together else len(languages)),
+            prepare=training.batch if together else training.of_one_language,
             loss=loss,
             evaluate=evaluate,
             selection=Selection("loss", "lowest"),
+            sample=None if together else training.batches,
             alone=(
                 *model.text_projection.parameters(),
                 *model.visual_projection.parameters(),
@@ -158,20 +178,23 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
             text.tokenizer.save_pretrained(aside)
             image.processor.save_pretrained(aside)
 
-        run.publish(save, _card(config, languages, len(training), result))
+        pairs = zip(splits, photos, strict=True)
+        seen = [SeenRows.of_photos(split.images, pictures.keys) for split, pictures in pairs]
+        run.publish(save, _card(config, languages, len(training), result), seen)
         return StageResult(out, (), result)
 
 
 def _mean_loss(
+    objective: Callable[..., Tensor],
     batch: _Batch,
     images: Tensor,
     captions: Tensor,
     scale: Tensor,
     languages: slice = slice(None),
 ) -> Tensor:
-    """The contrastive loss in some languages, mean over the K captions that an image meets."""
+    """The loss in some languages, mean over the K captions that an image meets."""
     losses = [
-        contrastive_loss(images, embeddings[languages], ids[languages], scale)
+        objective(images, embeddings[languages], ids[languages], scale)
         for embeddings, ids in zip(captions, batch.caption_ids, strict=True)
     ]
     return torch.stack(losses).mean()
@@ -207,6 +230,32 @@ def contrastive_loss(
     return 0.5 * (of_images + torch.stack(of_captions).mean())
 
 
+def triplet_loss(
+    images: Tensor,
+    captions: Tensor,
+    caption_ids: Tensor,
+    scale: Tensor,
+    *,
+    margin: float,
+    hardest: bool,
+) -> Tensor:
+    """Triplet ranking in several languages, both directions added, a scalar (docs/training.md).
+
+    Takes what `contrastive_loss` takes, without use for the scale. The margin is in cosine. Only
+    the `hardest` negative counts (VSE++, Faghri et al. 2018, equation 6), or the sum over all of
+    them (VSE, Kiros et al. 2014, equation 8); equal captions are none.
+    """
+    losses = []
+    for of_language, ids in zip(captions, caption_ids, strict=True):
+        cosine = images @ of_language.T  # (B, B)
+        lead = margin - cosine.diagonal()[:, None]
+        equal = ids[:, None] == ids
+        for rows in (cosine, cosine.T):
+            costs = (lead + rows).clamp(min=0).masked_fill(equal, 0.0)
+            losses.append((costs.amax(dim=1) if hardest else costs.sum(dim=1)).mean())
+    return torch.stack(losses).sum() / len(captions)
+
+
 def _shares(matches: Tensor) -> Tensor:
     """Each row's matches as probabilities, all equal."""
     weights = matches.float().contiguous()
@@ -225,6 +274,7 @@ class _Examples:
         image: ImageEncoder,
     ) -> None:
         self._config, self._photos, self._text, self._image = config, photos, text, image
+        self._languages = list(captions.texts)
         sentences, index = distinct(list(captions.all_texts()))
         self.tokens: TokenTable = text.tokenize(sentences)
         first, *_ = captions.texts.values()
@@ -238,7 +288,36 @@ class _Examples:
     def __len__(self) -> int:
         return len(self._photos)
 
-    def batch(self, rows: Rows) -> _Batch:
+    def batches(self, epoch: int, dev: dict[str, float]) -> list[Rows]:
+        """The batches of an epoch, each of one language: image i in language l is l · N + i.
+
+        Args:
+            epoch: its number, from 0.
+            dev: the dev metrics after the epoch before; empty before the first.
+        """
+        config, count = self._config, len(self._languages)
+        random = np.random.default_rng([config.seed, epoch])
+        shares = np.full(count, 1 / count)
+        if config.sampling == "self-paced":
+            shares = self_paced_shares(self._languages, dev)
+        drawn: list[Rows] = []
+        num_pairs = len(self) * count
+        num_batches = math.ceil(num_pairs / config.batch_size)
+        for language, number in enumerate(whole_parts(shares, num_batches).tolist()):
+            needed = number * num_pairs // num_batches
+            rounds = [random.permutation(len(self)) for _ in range(math.ceil(needed / len(self)))]
+            if rounds:
+                images = np.concatenate(rounds)[:needed]
+                drawn += np.array_split(language * len(self) + images, number)
+        return [drawn[place] for place in random.permutation(num_batches)]
+
+    def of_one_language(self, rows: Rows) -> _Batch:
+        """The examples of a batch of `batches`."""
+        language, images = int(rows[0]) // len(self), rows % len(self)
+        return self.batch(images, slice(language, language + 1))
+
+    def batch(self, rows: Rows, languages: slice = slice(None)) -> _Batch:
+        """The examples of some images, in all languages or in some."""
         # Which captions an image meets depends on the batch's rows alone, so that a resumed run
         # draws the same.
         random = np.random.default_rng([self._config.seed, *rows.tolist()])
@@ -246,7 +325,7 @@ class _Examples:
         slots = np.stack(
             [
                 random.choice(ids, count, replace=ids.shape[1] < count, axis=1).T
-                for ids in (self._caption_ids[row] for row in rows)
+                for ids in (self._caption_ids[row][languages] for row in rows)
             ],
             axis=2,
         )  # (K, L, B)
@@ -260,6 +339,23 @@ class _Examples:
             torch.from_numpy(caption_of_slot.reshape(slots.shape)),
             torch.from_numpy(slots),
         )
+
+    def recalls(self, rows: Rows, images: Tensor) -> list[float]:
+        """Of each language, the share of captions whose image is among the nearest ten.
+
+        Args:
+            rows: I images.
+            images: (I, D) their embeddings.
+        """
+        ids = np.concatenate([self._caption_ids[row] for row in rows], axis=1)  # (L, captions)
+        image = np.repeat(np.arange(len(rows)), [self._caption_ids[row].shape[1] for row in rows])
+        texts = embed_rows(self._text, Sentences(self.tokens, np.arange(len(self.tokens)))).cpu()
+        recalls = []
+        for of_language in ids:
+            needed, text = np.unique(of_language, return_inverse=True)
+            ranks = rank_pairs(texts[needed], images, text, image)
+            recalls.append(float(ranks.within(_ANSWERS)[text].mean()))
+        return recalls
 
     def _pixels(self, rows: list[int]) -> Tensor:
         new = [row for row in rows if row not in self._kept]
@@ -285,8 +381,12 @@ def _check_leak(splits: Sequence[Captions], photos: Sequence[Photos]) -> None:
         )
 
 
-def _require_one_start(config: PretrainConfig) -> None:
-    """Refuses options that contradict each other."""
+def _require_sense(config: PretrainConfig, languages: Sequence[str]) -> None:
+    """Refuses options that contradict each other, or would do nothing.
+
+    Raises:
+        UsageError: names them.
+    """
     if (config.text is None) != (config.vision is None):
         raise UsageError("--text and --vision go together: a model needs both encoders.")
     if config.clip is not None and config.text is not None:
@@ -296,6 +396,11 @@ def _require_one_start(config: PretrainConfig) -> None:
             "--freeze-epochs keeps pretrained encoders as they are for a while; it goes with "
             "--text and --vision, or --clip."
         )
+    changed = config.margin != PretrainConfig.margin or config.negatives != PretrainConfig.negatives
+    if changed and config.objective != "triplet":
+        raise UsageError("--margin and --negatives go with --objective triplet.")
+    if config.sampling != "parallel" and len(languages) < 2:
+        raise UsageError(f"--sampling {config.sampling} needs several --lang to choose among.")
 
 
 def _starting_model(
@@ -322,6 +427,7 @@ def _starting_model(
 def _card(
     config: PretrainConfig, languages: Sequence[str], num_images: int, result: TrainingResult
 ) -> str:
+    training = f"{config.objective.capitalize()} training"
     starts = (config.clip,) if config.clip else (config.text, config.vision)
     named = [f"`{public_name(start)}`" for start in starts if start]
     start = " and ".join(named) or "random weights"
@@ -333,7 +439,7 @@ language: [{", ".join(languages)}]
 
 # CLIP model
 
-Contrastive training from {start} on {num_images} images with captions, {result.epochs} epochs,
+{training} from {start} on {num_images} images with captions, {result.epochs} epochs,
 the weights of epoch {result.best_epoch} kept (dev loss {result.dev["loss"]:.4f}). Load it with
 `transformers.AutoModel`, or give it to `clseave finetune-ve --clip`.
 """

@@ -32,6 +32,7 @@ from clseave_cli.core.data.records import read_split
 from clseave_cli.core.evaluation.run import evaluate
 from clseave_cli.core.features import Features, Vectors
 from clseave_cli.core.models.student import new_student
+from clseave_cli.core.training.sampling import epochs_to_95
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.progress import SILENT
 
@@ -467,3 +468,12 @@ def test_too_little_text_to_hold_out(plain, tmp_path, trained, encoder):
     write_jsonl(plain / "snli_ve_train.jsonl", [row | {"sentence2": "Same."} for row in rows])
     with pytest.raises(DataError, match="too few to hold out"):
         quick_align(plain, tmp_path, trained, encoder, "de")
+
+
+def test_the_epoch_in_which_each_language_has_nearly_its_last_recall():
+    history = [(0.1, 0.5), (0.94, 0.6), (0.96, 0.2), (1.0, 0.4)]
+    epochs = [
+        {"recall_at_10": 0.0, "recall_at_10/de": de, "recall_at_10/ja": ja} for de, ja in history
+    ]
+    assert epochs_to_95(epochs) == {"de": 3, "ja": 1}
+    assert epochs_to_95([{"recall_at_10": 0.5, "mse": 0.1}]) == {}

@@ -118,6 +118,7 @@ _NOT_RUN = {
     "--debug": "an example of an error",
     "pretrain": "tests/stages/test_pretraining.py",
     "compare": "tests/evaluation/test_comparison.py",
+    "retrieve": "it needs captions; tests/evaluation/test_retrieval.py",
     "--explain": "tests/stages/test_patch_head.py",
     "check docs": "its exit code tells of findings; tests/checking",
 }

@@ -23,8 +23,11 @@ from transformers import AutoModel, VisionTextDualEncoderModel
 
 from clseave_cli.core import pretraining
 from clseave_cli.core.config import FinetuneConfig, PretrainConfig
+from clseave_cli.core.data.captions import read_captions
+from clseave_cli.core.files import read_json
 from clseave_cli.core.finetuning import finetune
-from clseave_cli.core.pretraining import contrastive_loss, pretrain
+from clseave_cli.core.models.backbones import load_clip
+from clseave_cli.core.pretraining import contrastive_loss, pretrain, triplet_loss
 from clseave_cli.errors import ClseaveError, DataError, UsageError
 
 SHAPE = {
@@ -83,6 +86,26 @@ def test_equal_captions_are_matches_of_both_images():
         second = -(table[1, 0] + table[1, 1]) / 2
         wanted.append((first + second - table[2, 2]) / 3)
     torch.testing.assert_close(loss, sum(wanted) / 2)
+
+
+@pytest.mark.parametrize("hardest", [False, True])
+def test_the_triplet_loss_is_that_of_its_papers_in_each_language(hardest):
+    generator = torch.Generator().manual_seed(2)
+    images, first, second = functional.normalize(torch.randn(3, 4, 6, generator=generator), dim=2)
+    # In the second language, images 0 and 3 share a caption: neither is the other's negative.
+    second[3] = second[0]
+    ids = torch.tensor([[0, 1, 2, 3], [4, 5, 6, 4]])
+    pick, wanted = (max if hardest else sum), 0.0
+    for captions, of_language in ((first, ids[0]), (second, ids[1])):
+        cosine = (images @ captions.T).tolist()
+        for i in range(4):
+            others = [j for j in range(4) if of_language[j] != of_language[i]]
+            of_image = [max(0, 0.2 + cosine[i][j] - cosine[i][i]) for j in others]
+            of_caption = [max(0, 0.2 + cosine[j][i] - cosine[i][i]) for j in others]
+            wanted += (pick(of_image) + pick(of_caption)) / 4 / 2
+    captions, scale = torch.stack([first, second]), torch.tensor(3.0)
+    loss = triplet_loss(images, captions, ids, scale, margin=0.2, hardest=hardest)
+    assert wanted > 0 and loss.item() == pytest.approx(wanted, rel=1e-5)
 
 
 def test_in_several_languages_the_loss_is_that_of_the_definition():
@@ -232,6 +255,81 @@ def test_a_killed_run_ends_in_the_same_model_and_sees_the_same_photos(captioned,
     resumed = _pretrain(captioned, tmp_path / "killed", resume=True, **options)
     assert weights(resumed.folder) == weights(whole.folder)
     assert resumed.training.steps == whole.training.steps == 8
+
+
+@pytest.fixture
+def bilingual(captioned):
+    """The same captions in German, as its words would have it."""
+    for split in ("train", "dev"):
+        rows = read_jsonl(captioned / f"captions_{split}.jsonl")
+        for row in rows:
+            row["caption"] = "Hier: " + row["caption"][::-1]
+        write_jsonl(captioned / f"captions_{split}.de.jsonl", rows)
+    return captioned
+
+
+def test_self_paced_batches_are_of_one_language_and_follow_the_dev_recall(bilingual, tmp_path):
+    options = {"lang": ("en", "de"), "sampling": "self-paced", "objective": "triplet"}
+    options |= {"epochs": 3, "batch_size": 2, "negatives": "hardest", "checkpoint_minutes": 0}
+    whole = _pretrain(bilingual, tmp_path / "whole", **options)
+    epochs = [r for r in read_jsonl(whole.folder / "training" / "metrics.jsonl") if "dev" in r]
+    assert whole.training.steps == 3 * 8  # 8 images in two languages, two at a time
+    last = {lang: epochs[-1]["dev"][f"recall_at_10/{lang}"] for lang in ("en", "de")}
+    reached = {
+        lang: next(
+            r["epoch"] for r in epochs if r["dev"][f"recall_at_10/{lang}"] >= 0.95 * last[lang]
+        )
+        for lang in last
+    }
+    assert whole.training.epochs_to_95 == reached
+    assert read_json(whole.folder / "training" / "summary.json")["epochs_to_95"] == reached
+    with killed_at_step(19):  # in the third epoch, which goes by the second one's recall
+        _pretrain(bilingual, tmp_path / "killed", **options)
+    resumed = _pretrain(bilingual, tmp_path / "killed", resume=True, **options)
+    assert weights(resumed.folder) == weights(whole.folder)
+
+
+def test_a_language_that_lags_gets_more_batches(bilingual, clip):
+    config = PretrainConfig(data=bilingual, lang=("en", "de"), sampling="self-paced", batch_size=2)
+    captions = read_captions(bilingual, "train", config.lang)
+    photos = [bilingual / "images" / name for name in captions.images]
+    _, text, image = load_clip(clip)
+    examples = pretraining._Examples(config, captions, photos, text, image)
+    for dev, share in (({}, 0.5), ({"recall_at_10/en": 0.3, "recall_at_10/de": 0.2}, 0.731)):
+        batches = examples.batches(1, dev)
+        assert len(batches) == 8 and sum(map(len, batches)) == 16
+        languages = [set((rows // 8).tolist()) for rows in batches]
+        assert languages.count({1}) == round(share * 8) == 8 - languages.count({0})
+    (german,) = [rows for rows in batches if 1 in rows // 8][:1]
+    shown = {f"Hier: {text[::-1]}" for texts in captions.texts["en"] for text in texts}
+    sentences = list(dict.fromkeys(captions.all_texts()))
+    met = examples.of_one_language(german).caption_ids  # (K, L, B)
+    assert met.shape == (1, 1, 2)
+    assert {sentences[number] for number in met.flatten()} <= shown
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"margin": 0.3}, "--margin and --negatives go with --objective triplet"),
+        ({"negatives": "hardest"}, "--margin and --negatives go with --objective triplet"),
+        ({"sampling": "self-paced"}, "--sampling self-paced needs several --lang"),
+    ],
+)
+def test_options_without_effect_are_refused(captioned, tmp_path, options, said):
+    with pytest.raises(UsageError, match=said):
+        _pretrain(captioned, tmp_path, **options)
+
+
+def test_a_triplet_has_no_temperature_to_train(captioned, clip, tmp_path):
+    from transformers import CLIPModel
+
+    options = {"objective": "triplet", "epochs": 6, "learning_rate": 3e-3, "weight_decay": 0.5}
+    result = _pretrain(captioned, tmp_path, clip=str(clip), **options)
+    before, after = (CLIPModel.from_pretrained(path) for path in (clip, result.folder))
+    assert torch.equal(before.logit_scale, after.logit_scale)
+    losses = [r["loss"] for r in read_jsonl(result.folder / "training/metrics.jsonl") if "dev" in r]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_training_goes_on_from_a_given_model(captioned, clip, tmp_path):

@@ -31,6 +31,7 @@ from clseave_cli.core.features import (
 )
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
+from clseave_cli.core.models.ranking import rank
 from clseave_cli.core.training.loop import Rows, Selection
 from clseave_cli.core.training.precision import Autocast
 from clseave_cli.errors import DataError, TrainingError
@@ -213,14 +214,11 @@ def _metrics(student: SentenceEncoder, teacher: ClipVE, dev: DevSet) -> dict[str
 def _recall(predicted: Tensor, wanted: Tensor, source_of_row: Rows) -> float:
     """Share of sentences whose own source is among the nearest ten by cosine."""
     # Each source sentence once: its repetitions would be equally near.
-    _, first = np.unique(source_of_row, return_index=True)
-    rows = torch.from_numpy(first[:_RETRIEVED_AMONG]).to(predicted.device)
-    embeddings = functional.normalize(predicted[rows].float(), dim=1)
-    targets = functional.normalize(wanted[rows].float(), dim=1)
-    with torch.autocast(embeddings.device.type, enabled=False):
-        similarity = embeddings @ targets.T  # (P, P)
-    nearer = (similarity > similarity.diagonal()[:, None]).sum(dim=1)
-    return (nearer < _ANSWERS).float().mean().item()
+    first = np.unique(source_of_row, return_index=True)[1][:_RETRIEVED_AMONG]
+    rows = torch.from_numpy(first).to(predicted.device)
+    embeddings, targets = (x[rows].float().cpu().numpy() for x in (predicted, wanted))
+    own = np.eye(len(first), dtype=np.bool_)
+    return float(rank(embeddings, targets, lambda part: own[part]).within(_ANSWERS).mean())
 
 
 class CollapseWatch:

@@ -13,9 +13,7 @@ import numpy.typing as npt
 from clseave_cli.core.alignment.corpus import TrainingPairs
 from clseave_cli.core.config import StudentConfig
 from clseave_cli.core.training.loop import Rows, batches
-
-#: τ of self-paced sampling, as in its source.
-_SELF_PACED_TEMPERATURE = 0.1
+from clseave_cli.core.training.sampling import self_paced_shares, whole_parts
 
 
 class Sampler:
@@ -24,9 +22,7 @@ class Sampler:
     - `proportional`: every pair once.
     - `uniform`: every language equally often.
     - `temperature`: as often as its pairs to the power of 1/T (Arivazhagan et al. 2019, §4.2).
-    - `self-paced`: language i with the share softmax(−r_i / 0.1), where r_i is its dev recall among
-      the nearest ten after the epoch before; in the first epoch, equally often (visually grounded
-      cross-lingual transfer, "Multilingual as Multitask", a).
+    - `self-paced`: more often where dev recall lags (`self_paced_shares`).
 
     A language's pairs are gone through in round after round, each in another order, and an
     epoch goes on where the one before stopped: none is met twice before all were met once. Not so
@@ -76,24 +72,12 @@ class Sampler:
         """(L,) the languages' shares of an epoch, given the dev metrics of the one before."""
         sampling = self._config.sampling
         if sampling == "self-paced":
-            # All alike before the first evaluation.
-            recall = np.array([dev.get(f"recall_at_10/{lang}", 0.0) for lang in self._languages])
-            weights = np.exp(-(recall - recall.min()) / _SELF_PACED_TEMPERATURE)
-        else:
-            power = {
-                "proportional": 1.0,
-                "uniform": 0.0,
-                "temperature": 1 / self._config.sampling_temperature,
-            }[sampling]
-            weights = self._sizes.astype(np.float64) ** power
+            return self_paced_shares(self._languages, dev)
+        power = {
+            "proportional": 1.0,
+            "uniform": 0.0,
+            "temperature": 1 / self._config.sampling_temperature,
+        }[sampling]
+        weights = self._sizes.astype(np.float64) ** power
         shares: npt.NDArray[np.float64] = weights / weights.sum()
         return shares
-
-
-def whole_parts(shares: npt.NDArray[np.float64], total: int) -> Rows:
-    """Whole numbers in the ratio of the shares that sum to `total` (largest remainders)."""
-    exact = shares * total
-    parts = np.floor(exact).astype(np.intp)
-    short = total - int(parts.sum())
-    parts[np.argsort(parts - exact, kind="stable")[:short]] += 1
-    return parts

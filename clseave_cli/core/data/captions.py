@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clseave_cli.core.data.records import ENGLISH, require_language
-from clseave_cli.core.data.rows import EXTENSIONS, BadRow, read_rows, require_text
+from clseave_cli.core.data.records import ENGLISH, is_language, require_language
+from clseave_cli.core.data.rows import EXTENSIONS, BadRow, read_rows, require_text, split_name
 from clseave_cli.errors import DataError
 
 
@@ -54,6 +54,23 @@ def captions_path(folder: Path, split: str, lang: str) -> Path:
         f"{folder / stems[0]}.jsonl: no such file; expected lines such as "
         f'{{"image": "1.jpg", "caption": "two dogs run"}}.{advice}'
     )
+
+
+def caption_languages(folder: Path, split: str) -> list[str]:
+    """Codes of the languages that a split has captions in, English first, then by name.
+
+    Raises:
+        DataError: there are none.
+    """
+    codes = set()
+    for path in folder.glob(f"captions_{split}.*"):
+        name, ending = split_name(path)
+        lang = name.removeprefix(f"captions_{split}").removeprefix(".") or ENGLISH
+        if ending in EXTENSIONS and is_language(lang):
+            codes.add(lang)
+    if not codes:
+        raise DataError(f"{folder}: no captions_{split}.jsonl; choose another --split or --data.")
+    return sorted(codes, key=lambda lang: (lang != ENGLISH, lang))
 
 
 def read_captions(folder: Path, split: str, languages: Sequence[str] = (ENGLISH,)) -> Captions:

@@ -49,8 +49,19 @@ class SeenRows(NamedTuple):
             split: the rows.
             contents: digests of its photos, in its order; None: they are not read.
         """
-        photos = _photos(split, contents)
+        photos = cls.of_photos(split.image_names, contents).photos
         return cls(photos, _pairs(split, photos[:, 0], np.flatnonzero(split.image_index >= 0)))
+
+    @classmethod
+    def of_photos(
+        cls, names: Sequence[str], contents: npt.NDArray[np.void] | None = None
+    ) -> SeenRows:
+        """Photos by themselves, with the digests of their contents if they are read."""
+        stems = _digests(image_stem(name).encode() for name in names)
+        read = np.zeros_like(stems)
+        if contents is not None:
+            read = contents.view(np.uint64).reshape(len(stems), -1)[:, 0]
+        return cls(np.stack([stems, read], axis=1))
 
     @classmethod
     def union(cls, parts: Sequence[SeenRows]) -> SeenRows:
@@ -84,25 +95,25 @@ class SeenRows(NamedTuple):
             split: the rows.
             contents: as in `of`.
         """
-        names, read = _photos(split, contents).T
+        photos = SeenRows.of_photos(split.image_names, contents)
+        names, read = photos.photos.T
         # A photo under another name: pairs are kept by the name it was seen with.
         seen_as = {content: name for name, content in self.photos.tolist()}
         other_names = np.array([seen_as.get(content, 0) for content in read.tolist()], np.uint64)
-        is_seen = np.isin(names, self.photos[:, 0]) | (other_names > 0)
-        rows = np.flatnonzero(is_seen[split.image_index])
+        rows = np.flatnonzero(self.has(photos)[split.image_index])
         status = np.full(len(split), UNSEEN, np.int8)
         status[rows] = PHOTO_SEEN
         for name in (names, other_names):
             status[rows[np.isin(_pairs(split, name, rows), self.pairs)]] = PAIR_SEEN
         return status
 
-
-def _photos(split: Split, contents: npt.NDArray[np.void] | None) -> Digests:
-    names = _digests(image_stem(name).encode() for name in split.image_names)
-    read = np.zeros_like(names)
-    if contents is not None:
-        read = contents.view(np.uint64).reshape(len(names), -1)[:, 0]
-    return np.stack([names, read], axis=1)
+    def has(self, others: SeenRows) -> npt.NDArray[np.bool_]:
+        """(P,) which of the other's photos, whose contents are read, are among these."""
+        by_name, by_content = (
+            np.isin(column, recorded)
+            for column, recorded in zip(others.photos.T, self.photos.T, strict=True)
+        )
+        return by_name | (by_content & (others.photos[:, 1] > 0))
 
 
 def _pairs(split: Split, names: Digests, rows: npt.NDArray[np.intp]) -> Digests:

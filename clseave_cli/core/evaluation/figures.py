@@ -24,7 +24,13 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodF
 from PIL import Image
 
 from clseave_cli.core.data.rows import read_rows
-from clseave_cli.core.evaluation.results import LanguageResult, Results, means
+from clseave_cli.core.evaluation.results import (
+    LanguageResult,
+    RankScores,
+    Results,
+    Retrieval,
+    means,
+)
 from clseave_cli.core.evaluation.summary import BASELINES, DASH
 from clseave_cli.core.files import read_json
 from clseave_cli.errors import DataError
@@ -194,6 +200,54 @@ def draw_data_curves(curves: DataCurves) -> bytes:
     _axis_names(axes, "sentences", curves.metric)
     figure.legend(loc="outside upper left", ncols=6, frameon=False, fontsize=8, labelcolor=_MUTED)
     return draw(figure, curves.signature, whole=True).encoded
+
+
+def draw_recall(document: Retrieval) -> bytes:
+    """PNG of R@1, R@5 and R@10 by language (Krasner and Lanuzo, Figure 3), in both directions."""
+    figure, panels = _retrieval_panels(document, "recall, %")
+    for axes, scores in panels:
+        for number, k in enumerate(scores[0].recall_at):
+            recalls = [each.recall_at[k] for each in scores]
+            places = [x + 0.27 * (number - 1) for x in range(len(scores))]
+            style: dict[str, Any] = {"color": _BLUES(0.35 + 0.3 * number), "label": f"R@{k}"}
+            axes.bar(places, [100 * r.value for r in recalls], 0.25, zorder=2, **style)
+            for x, r in zip(places, recalls, strict=True):
+                if r.low is not None and r.high is not None:
+                    axes.vlines(x, 100 * r.low, 100 * r.high, color=_INK, linewidth=0.9, zorder=3)
+        axes.set_ylim(0, 104)
+    handles = panels[0][0].containers
+    style = {"ncols": 3, "frameon": False, "fontsize": 8, "labelcolor": _MUTED}
+    figure.legend(handles=handles, loc="outside upper left", **style)
+    return draw(figure, str(document.signature), whole=True).encoded
+
+
+def draw_ranks(document: Retrieval) -> bytes:
+    """PNG of median and quartiles of the ranks by language (the same, Figure 4)."""
+    figure, panels = _retrieval_panels(document, "rank: median and quartiles")
+    for axes, scores in panels:
+        for x, ranks in enumerate(scores):
+            axes.vlines(x, ranks.lower_quartile, ranks.upper_quartile, color=_OTHER, linewidth=7)
+            axes.plot(x, ranks.median_rank, "_", color=_INK, markersize=14, zorder=3)
+        axes.set_yscale("log")
+        axes.set_ylim(0.8, max(10.0, axes.get_ylim()[1]))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    return draw(figure, str(document.signature), whole=True).encoded
+
+
+def _retrieval_panels(
+    document: Retrieval, y: str
+) -> tuple[Figure, list[tuple[Axes, list[RankScores]]]]:
+    """A panel for each direction with its scores by language; * marks those not trained in."""
+    figure, panels = _grid(2.6, ("images, given a caption", "captions, given an image"), columns=1)
+    names = [_plain(r.lang + "*" * (r.trained is False)) for r in document.results]
+    for axes in panels:
+        _tidy(axes)
+        axes.set_xticks(range(len(names)), names)
+        axes.set_xlim(-0.6, max(len(names), 4) - 0.4)
+        _axis_names(axes, "", y)
+    scores = [[getattr(r, side) for r in document.results] for side in ("images", "captions")]
+    return figure, list(zip(panels, scores, strict=True))
 
 
 def draw(figure: Figure, signature: str, *, whole: bool = False) -> Drawing:

@@ -288,6 +288,50 @@ class Results:
             raise DataError(f"{path}: {error}") from None
 
 
+# --- retrieval ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankScores:
+    """How well the right answers to some queries are found; the nearest right one counts.
+
+    Equally near answers stand in random order, and recall and ranks are the expected ones.
+    """
+
+    # By k (1, 5, 10): the share of queries with a right answer among the first k.
+    recall_at: dict[int, Interval]
+    chance: float  # recall at 1 of a random order
+    lower_quartile: float  # of the ranks, which count from 1
+    median_rank: float
+    upper_quartile: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalResult:
+    """One language's images and captions, found by each other."""
+
+    lang: str  # language code
+    split: str  # name of the split
+    reader: str  # folder or hub id of the model that read the captions
+    trained: bool | None  # whether it was trained in this language; None: unknown
+    num_images: int
+    num_captions: int
+    num_distinct: int  # captions that differ, among which an image's are looked for
+    images: RankScores  # images, given a caption
+    captions: RankScores  # captions, given an image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieval:
+    """The document of `retrieve`, `retrieval.json`."""
+
+    results: tuple[RetrievalResult, ...]  # one a language, in the order to show
+    signature: Signature  # where the numbers come from
+    format: int = 1  # version of the document's shape
+
+
+# --- several trainings ---
+
 #: The metrics that `across_seeds` summarises: keys of a result, and one of its baselines.
 SEED_METRICS = (
     *("accuracy", "macro_f1", "loss", "ratio_to_english", "agreement_with_english"),

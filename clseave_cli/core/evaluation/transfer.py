@@ -21,17 +21,10 @@ import numpy.typing as npt
 from scipy import stats
 from sklearn.preprocessing import normalize
 
+from clseave_cli.core.models.ranking import rank
 from clseave_cli.errors import ExtraMissing
 
-_Matrix = npt.NDArray[np.float32]
 _Vector = npt.NDArray[np.float64]
-
-# Similarities held at once, as float32: 64 MB.
-_SIMILARITIES_AT_ONCE = 16_000_000
-
-# Float32 products of equal vectors differ in their last bits with the place in the matrix; two
-# cosines this close are taken for equal.
-_TIE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -75,6 +68,10 @@ def measure_transfer(
     error = predicted - wanted
     mse = float(np.mean(np.square(error), dtype=np.float64))
     mae = float(np.mean(np.abs(error), dtype=np.float64))
+    to_teacher, to_student = (
+        rank(*sides, lambda rows: groups[rows, None] == groups).within(1).mean()
+        for sides in ((predicted, wanted), (wanted, predicted))
+    )
     # A zero row stays zero, with cosine 0 to everything.
     student_unit, teacher_unit = normalize(predicted), normalize(wanted)
     return Transfer(
@@ -84,27 +81,11 @@ def measure_transfer(
         mse_sum=mse * predicted.shape[1],
         mae_sum=mae * predicted.shape[1],
         cosine=float(np.mean(np.sum(student_unit * teacher_unit, axis=1), dtype=np.float64)),
-        retrieval_to_teacher=_retrieval(student_unit, teacher_unit, groups),
-        retrieval_to_student=_retrieval(teacher_unit, student_unit, groups),
+        retrieval_to_teacher=float(to_teacher),
+        retrieval_to_student=float(to_student),
         variance_student=float(np.var(predicted, axis=0, dtype=np.float64).mean()),
         variance_teacher=float(np.var(wanted, axis=0, dtype=np.float64).mean()),
     )
-
-
-def _retrieval(queries: _Matrix, candidates: _Matrix, groups: npt.NDArray[np.int64]) -> float:
-    """Accuracy of nearest-neighbour retrieval; row i of both sides is sentence `groups[i]`.
-
-    Where several candidates are equally near, the query counts the share of them that are hits:
-    what picking one at random gives, so collapsed embeddings score chance, not 100 %.
-    """
-    hits = 0.0
-    chunk = max(1, _SIMILARITIES_AT_ONCE // len(candidates))
-    for start in range(0, len(queries), chunk):
-        similarity = queries[start : start + chunk] @ candidates.T  # (chunk, N)
-        nearest = similarity >= similarity.max(axis=1, keepdims=True) - _TIE
-        same = groups[start : start + chunk, None] == groups[None, :]
-        hits += float(np.sum((nearest & same).sum(axis=1) / nearest.sum(axis=1)))
-    return hits / len(queries)
 
 
 # --- linguistic distance ---

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, TypeVar
@@ -41,6 +41,7 @@ from clseave_cli.core.training.checkpoint import (
 from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.placement import page_locked
 from clseave_cli.core.training.precision import autocast, deterministic
+from clseave_cli.core.training.sampling import epochs_to_95
 from clseave_cli.core.training.tracking import tracker
 from clseave_cli.errors import Interrupted, TrainingError
 from clseave_cli.processes import ahead
@@ -129,6 +130,8 @@ class TrainingResult:
         best_epoch: the epoch whose weights were kept, counted from 1.
         dev: its dev metrics.
         stopped_early: whether patience ran out before the last epoch.
+        epochs_to_95: of several languages, the epoch in which each first had 95 % of the dev recall
+            (`recall_at_10`) that it had after the last.
     """
 
     pairs: int
@@ -140,6 +143,7 @@ class TrainingResult:
     best_epoch: int
     dev: dict[str, float]
     stopped_early: bool
+    epochs_to_95: dict[str, int] = field(default_factory=dict)
 
 
 def batches(num_examples: int, batch_size: int, *, seed: int, epoch: int) -> list[Rows]:
@@ -581,9 +585,14 @@ class _Run:
             best_epoch=self.state.best_epoch,
             dev=self.state.dev or {},
             stopped_early=stopped_early,
+            epochs_to_95=self.processes.once(self._epochs_to_95),
         )
         self.processes.once(lambda: write_json(self.folder / "summary.json", asdict(result)))
         return result
+
+    def _epochs_to_95(self) -> dict[str, int]:
+        records = map(json.loads, self.metrics_path.read_text(encoding="utf-8").splitlines())
+        return epochs_to_95([record["dev"] for record in records if "dev" in record])
 
 
 def _optimizer(
