@@ -39,6 +39,8 @@ Method = Literal["sentence", "token", "sentence+token"]
 Code = Literal["linear", "relu"]
 #: The token whose code stands for the sentence; `pooler` is [CLS] through the pooling layer.
 SentenceToken = Literal["terminal", "cls", "pooler"]
+#: How the matrix behind the word vectors of a student that starts from another one's begins.
+Translator = Literal["none", "random", "lexicon"]
 #: How often each language is met in an epoch.
 Sampling = Literal["proportional", "uniform", "temperature", "self-paced"]
 
@@ -59,7 +61,9 @@ _METAVARS = {
     "allowed_host": "HOST",
     **dict.fromkeys(("lang", "source_lang", "auxiliary"), "LANG"),
     **dict.fromkeys(("model", "clip", "student", "aligner"), "NAME_OR_DIR"),
-    **dict.fromkeys(("input", "translations", "memory", "alignments", "words", "gold"), "FILE"),
+    **dict.fromkeys(
+        ("input", "translations", "memory", "alignments", "words", "gold", "lexicon"), "FILE"
+    ),
 }
 
 
@@ -609,6 +613,20 @@ class StudentConfig(TrainingConfig, DataConfig, TokenConfig):
     teacher: Path | None = option(
         None, "CLIP-VE folder to imitate, or ORG/NAME of the hub; unset: RUNS/clip-ve."
     )
+    init_from: Path | None = option(
+        None, "Student of another language to start from; its word vectors are put back."
+    )
+    keep_embeddings: bool = option(False, "--init-from: start from its word vectors, too.")
+    translator: Translator = option(
+        "none", "--init-from: put a matrix behind the word vectors, which is folded in at the end."
+    )
+    translator_epochs: int | None = option(
+        None, "Epochs that train the translator alone; unset: 1.", least=0
+    )
+    lexicon: Path | None = option(
+        None, "--translator lexicon: words of the --init-from's language and their translations; "
+        "unset: linked words of the training text.",
+    )  # fmt: skip
     objective: ObjectiveName = option("mse", "What the student is pulled towards.")
     pooling: Pooling = option("terminal", "Which hidden state stands for the sentence.")
     include_english: bool = option(False, "Train on the teacher's sentences, too.")

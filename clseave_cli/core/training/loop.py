@@ -208,7 +208,7 @@ class _Run:
         self.optimizer = _optimizer(self.parameters, config, device)
         self.autocast = autocast(config.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast.precision == "fp16")
-        self._capture_afresh()
+        self.gradients, self.gradient, self.update = self._captured()
         self.steps_per_epoch = math.ceil(stage.num_examples / config.batch_size)
         self.last_epoch = min(config.epochs, config.stop_epoch or config.epochs)
         # The schedule is that of all epochs, wherever the run stops.
@@ -314,7 +314,8 @@ class _Run:
             schedule=self.config.schedule,
         )
         if self.state.step == self.alone_steps > 0:
-            self._capture_afresh()  # what was captured so far trains a part of the parameters
+            # What was captured so far trains a part of the parameters.
+            self.gradients, self.gradient, self.update = self._captured()
         try:
             with self._frozen():
                 self.sums += self._repeatable(lambda: self._backward(parts)) * len(rows)
@@ -401,12 +402,16 @@ class _Run:
         self.scaler.update()
         return learning_rate
 
-    def _capture_afresh(self) -> None:
-        """From now on steps are captured, where they can be; earlier ones are forgotten."""
+    def _captured(self) -> tuple[Gradients | None, Captured[_Part], Captured[Tensor]]:
+        """Gradients at addresses that stay, a step's backward pass, and its update: captured from
+        now on, where they can be.
+        """
         recorder = self._recorder()
-        self.gradients = None if recorder is None else Gradients(self.parameters)
-        self.gradient = Captured(self._gradient, self.device, recorder, self._note)
-        self.update = Captured(self._update, self.device, recorder, self._note)
+        return (
+            None if recorder is None else Gradients(self.parameters),
+            Captured(self._gradient, self.device, recorder, self._note),
+            Captured(self._update, self.device, recorder, self._note),
+        )
 
     def _recorder(self) -> CudaRecorder | None:
         """What captures steps, where they can be captured."""
