@@ -8,6 +8,7 @@ Legend: N word pairs · V vocabulary · H width of word vectors.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from clseave_cli.core.files import file_digest, json_digest
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.student import begun_student, trained_languages
-from clseave_cli.core.word_alignment.aligner import load_aligner
+from clseave_cli.core.word_alignment.aligner import WordAligner, load_aligner
 from clseave_cli.core.word_alignment.links import read_lines
 from clseave_cli.core.word_alignment.words import NONE, Words, find_tokens, split_words
 from clseave_cli.errors import DataError, ModelError, UsageError
@@ -164,16 +165,12 @@ class Lexicon:
             text = reader.beside(training, lang)
             if text is None:
                 continue
-            config = self.config
-            aligner = load_aligner(
-                config, config.aligner or config.student, self.student.device, self.progress
-            )
             sources, source_of_row = distinct(text.sources)
             targets, target_of_row = distinct(text.target.hypotheses)
             pairs = np.unique(np.stack([source_of_row, target_of_row]), axis=1)
             sides = split_words(sources, lang), split_words(targets, text.target.lang)
             name = f"{lang}-{text.target.lang}"
-            links = aligner.align(
+            links = self._aligner.align(
                 *sides, pairs, description=f"{name}: word alignment", progress=self.progress
             )
             words = [_words(self.student, side) for side in sides]
@@ -184,7 +181,10 @@ class Lexicon:
             for source, target in np.stack(numbers, axis=1).tolist():
                 if source in words[0] and target in words[1]:
                     self._counts[words[0][source], words[1][target]] += 1
-            inputs |= {"aligner": aligner.digest, f"lexicon: {name}": json_digest(text.sources)}
+            inputs |= {
+                "aligner": self._aligner.digest,
+                f"lexicon: {name}": json_digest(text.sources),
+            }
         if not inputs:
             raise UsageError(
                 f"--translator lexicon: {reader.folder} has no training text in "
@@ -192,6 +192,11 @@ class Lexicon:
                 "give --lexicon FILE."
             )
         return inputs
+
+    @functools.cached_property
+    def _aligner(self) -> WordAligner:
+        name = self.config.aligner or self.config.student
+        return load_aligner(self.config, name, self.student.device, self.progress)
 
     def pairs(self) -> list[tuple[Word, Word]]:
         """The words that are linked with each other most often, both ways, most frequent first.
