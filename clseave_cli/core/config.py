@@ -61,9 +61,7 @@ _METAVARS = {
     "allowed_host": "HOST",
     **dict.fromkeys(("lang", "source_lang", "auxiliary"), "LANG"),
     **dict.fromkeys(("model", "clip", "student", "aligner"), "NAME_OR_DIR"),
-    **dict.fromkeys(
-        ("input", "translations", "memory", "alignments", "words", "gold", "lexicon"), "FILE"
-    ),
+    **dict.fromkeys(("input", "translations", "memory", "alignments", "words", "gold"), "FILE"),
 }
 
 
@@ -625,7 +623,7 @@ class StudentConfig(TrainingConfig, DataConfig, TokenConfig):
     )
     lexicon: Path | None = option(
         None, "--translator lexicon: words of the --init-from's language and their translations; "
-        "unset: linked words of the training text.",
+        "unset: linked words of the training text.", metavar="FILE",
     )  # fmt: skip
     objective: ObjectiveName = option("mse", "What the student is pulled towards.")
     pooling: Pooling = option("terminal", "Which hidden state stands for the sentence.")

@@ -79,7 +79,7 @@ def test_all_of_it_is_trained(world, tmp_path, trained, encoder):
 
 @pytest.mark.parametrize("known", [True, False], ids=["recorded", "of an earlier version"])
 def test_a_student_of_another_encoder_is_refused(tmp_path, world, runs, encoder, known):
-    folder, shape = runs / "align-de", ENCODER_SHAPE if known else ENCODER_SHAPE | {"num_layers": 2}
+    folder, shape = runs / "align-de", ENCODER_SHAPE if known else ENCODER_SHAPE | {"width": 16}
     new_encoder(tmp_path / "other", sentences(world), **shape, seed=5)
     if not known:
         reseal(folder, "student", without=("pretrained",))

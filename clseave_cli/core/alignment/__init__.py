@@ -113,7 +113,7 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> StageResult:
             # The last epoch shows all that ever spread: had some been lost, the run had ended.
             resumed=watch.during,
             alone=() if translator is None else tuple(translator.parameters()),
-            alone_epochs=_translator_epochs(config),
+            alone_epochs=1 if config.translator_epochs is None else config.translator_epochs,
         )
         tokens = [pairs.sentences.tokens, *(each.sentences.tokens for each in judged)]
         with reduced_vocabulary(student, *tokens, translator=translator):
@@ -148,12 +148,6 @@ def _new_student(
     student.to(teacher.text.device)
     student.verify_packing(config.student, progress)
     return student, lexicon, inputs | {"student": student.digest()}
-
-
-def _translator_epochs(config: AlignConfig) -> int:
-    if config.translator == "none":
-        return 0
-    return 1 if config.translator_epochs is None else config.translator_epochs
 
 
 def _read(

@@ -25,7 +25,8 @@ from clseave_cli.core.data.records import Parallel, distinct
 from clseave_cli.core.files import file_digest, json_digest
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
-from clseave_cli.core.models.student import begun_student, trained_languages
+from clseave_cli.core.models.folder import peek
+from clseave_cli.core.models.student import FORMAT, begun_student
 from clseave_cli.core.word_alignment.aligner import WordAligner, load_aligner
 from clseave_cli.core.word_alignment.links import read_lines
 from clseave_cli.core.word_alignment.words import NONE, Words, find_tokens, split_words
@@ -93,7 +94,8 @@ def student_begun_from(
         )
     if config.translator != "lexicon":
         return student, None
-    return student, Lexicon(student, vectors, trained_languages(folder), config, progress)
+    languages = peek(folder, FORMAT)["languages"]
+    return student, Lexicon(student, vectors, languages, config, progress)
 
 
 def new_translator(
@@ -140,11 +142,11 @@ class Lexicon:
         """
         backend = self.student.tokenizer.backend_tokenizer
         for number, line in enumerate(read_lines(path, "a word and its translation"), start=1):
-            words = [word.strip() for word in (line.split("\t") if "\t" in line else line.split())]
-            if len(words) != 2 or not all(words):
+            words = line.split()
+            if len(words) != 2:
                 raise DataError.at(
                     path, number, f"{line[:60]!r} is no word pair; expected a word of "
-                    f"{'+'.join(self.languages)} and its translation, a tab or a space between."
+                    f"{'+'.join(self.languages)} and its translation, a space between."
                 )  # fmt: skip
             source, target = (
                 tuple(backend.encode(word, add_special_tokens=False).ids) for word in words

@@ -201,26 +201,22 @@ def begun_student(
         raise ModelError(f"{folder}: a student of --method token; --init-from needs a sentence's.")
     student = restore_student(folder, name) if "vocabulary" in config else load_student(folder)
     model, tokenizer = backbones.load_encoder(name)
-    pretrained = backbone_digest(model)
-    ours, theirs = (
-        {name: value.shape for name, value in backbone.state_dict().items()}
-        for backbone in (student.backbone, model)
-    )
+    digest, pretrained = backbone_digest(model), model.get_input_embeddings().weight
+    words = student.backbone.get_input_embeddings().weight
     if (
-        config.get("pretrained", pretrained) != pretrained
-        or ours != theirs
+        config.get("pretrained", digest) != digest
+        or words.shape != pretrained.shape
         or tokenizer.get_vocab() != student.tokenizer.get_vocab()
     ):
         raise ModelError(
             f"{folder}: was trained from another encoder than {name}, whose word vectors mean "
             "nothing to it; name its own with --student."
         )
-    student.fingerprint, student.pretrained = "", pretrained
-    words = student.backbone.get_input_embeddings().weight
+    student.fingerprint, student.pretrained = "", digest
     trained = words.detach().clone()
     if not keep_words:
         with torch.no_grad():
-            words.copy_(model.get_input_embeddings().weight)
+            words.copy_(pretrained)
     return student, trained
 
 
@@ -286,15 +282,6 @@ def restore_student(folder: Path, encoder: str | Path | None = None) -> Sentence
     state[key][torch.from_numpy(trimmed.kept)] = rows.to(state[key].device)
     whole.load_state_dict(state)
     return whole.eval()
-
-
-def trained_languages(folder: Path) -> list[str]:
-    """The languages that a saved student reads, without loading it.
-
-    Raises:
-        ModelError: not a student's folder.
-    """
-    return list(peek(folder, FORMAT)["languages"])
 
 
 def student_fingerprint(folder: Path) -> str:

@@ -217,7 +217,7 @@ class _Run:
         self.total_steps = self.steps_per_epoch * self.last_epoch
         if config.max_steps is not None:
             self.total_steps = min(self.total_steps, config.max_steps)
-        self.alone_steps = round(stage.alone_epochs * self.steps_per_epoch)
+        self.alone_steps = round(stage.alone_epochs * self.steps_per_epoch) if stage.alone else 0
         alone = {id(parameter) for parameter in stage.alone}
         self.frozen_at_first = [p for p in self.parameters if id(p) not in alone]
         self.record_every = max(1, self.steps_per_epoch // _RECORDS_PER_EPOCH)
