@@ -633,7 +633,7 @@ class StudentConfig(TrainingConfig, DataConfig, TokenConfig):
     weight_decay: float = option(0.01, "Decoupled weight decay (AdamW).", least=0)
     select: Literal["auto", "accuracy", "mse", "cosine", "recall_at_10"] = option(
         "auto",
-        "Dev metric that selects the checkpoint; auto: accuracy, or the objective's without images.",
+        "Dev metric that selects the checkpoint; auto: accuracy, without images the objective's.",
     )
     dev_fraction: float = option(0.05, "Share held out without a dev file.")
     skip_suspect: bool = option(False, "Leave out rows marked translation_suspect.")
