@@ -39,6 +39,8 @@ Method = Literal["sentence", "token", "sentence+token"]
 Code = Literal["linear", "relu"]
 #: The token whose code stands for the sentence; `pooler` is [CLS] through the pooling layer.
 SentenceToken = Literal["terminal", "cls", "pooler"]
+#: How the matrix behind the word vectors of a student that starts from another one's begins.
+Translator = Literal["none", "random", "lexicon"]
 #: How often each language is met in an epoch.
 Sampling = Literal["proportional", "uniform", "temperature", "self-paced"]
 
@@ -323,7 +325,7 @@ class DataConfig:
 
     data: str = option("data", "Data folder, or hf:ORG/NAME.")
     images: Path | None = option(None, "Image folder; unset: found in --data.")
-    skip_bad: bool = option(False, "Put bad rows into .rejected.jsonl; skip rows without image.")
+    skip_bad: bool = option(False, "Bad rows go to .rejected.jsonl; skip rows without image.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -566,7 +568,7 @@ class WordAlignerConfig:
     """Which words translate each other: an encoder finds out, or another aligner did."""
 
     aligner_layer: int | None = option(None, "Layer to compare; unset: 8, or the last.", least=1)
-    aligner_threshold: float = option(1e-3, "Least probability of a link, both ways.", least=0)
+    aligner_threshold: float = option(1e-3, "Least probability both ways.", least=0)
     alignments: Path | None = option(
         None, "Pharaoh file of links (0-0 1-2 …) to take instead; {lang} stands for the language."
     )
@@ -576,7 +578,7 @@ class WordAlignerConfig:
 class TokenConfig(WordAlignerConfig):
     """The token method (CLTEAVE, thesis 3.2); its defaults mend the faults of the thesis's."""
 
-    token_weight: float = option(1.0, "sentence+token: weight of the token loss.", least=0)
+    token_weight: float = option(1.0, "sentence+token: weight of token loss.", least=0)
     code: Code = option("linear", "How student states get the teacher's width; thesis: relu.")
     terminal_pair: bool = option(True, "Pair terminal tokens, which the head reads; thesis: no.")
     sentence_token: SentenceToken = option(
@@ -588,9 +590,7 @@ class TokenConfig(WordAlignerConfig):
     )
     pretrained_code: bool = option(False, "Start from a trained autoencoder; thesis: yes.")
     autoencoder: Path | None = option(None, "Autoencoder to start from; unset: RUNS/autoencoder.")
-    aligner: str | None = option(
-        None, "Encoder whose states align words (hub id or folder); unset: --student, untrained."
-    )
+    aligner: str | None = option(None, "Encoder to align words; unset: untrained --student.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -630,20 +630,27 @@ class StudentConfig(TrainingConfig, DataConfig, TokenConfig):
         "mini-ve": {"epochs": 8, "batch_size": 32, "learning_rate": 1.5e-3, "precision": "fp32"},
     }
 
-    method: Method = option("sentence", "What of a sentence is aligned (docs/methods.md).")
+    method: Method = option("sentence", "What of a sentence is aligned.")
     lang: tuple[str, ...] = option((), "Language to align; repeat: one student of several.")
     student: str = option(MULTILINGUAL_BERT, "Encoder to train (hub id or folder).")
     teacher: Path | None = option(
         None, "CLIP-VE folder to imitate, or ORG/NAME of the hub; unset: RUNS/clip-ve."
+    )
+    init_from: Path | None = option(None, "Student of another language to start from.")
+    keep_embeddings: bool = option(False, "--init-from: with its word vectors, too.")
+    translator: Translator = option("none", "How a matrix behind the word vectors begins.")
+    translator_epochs: int | None = option(
+        None, "Epochs that train the translator alone; unset: 1.", least=0
+    )
+    lexicon: Path | None = option(
+        None, "Word pairs; unset: words linked in the text.", metavar="FILE"
     )
     objective: ObjectiveName = option("mse", "What the student is pulled towards.")
     pooling: Pooling = option("terminal", "Which hidden state stands for the sentence.")
     include_english: bool = option(False, "Train on the teacher's sentences, too.")
     auxiliary: tuple[str, ...] = option((), "Language to train along as a regulariser; repeat.")
     auxiliary_weight: float = option(0.3, "Weight of its pairs in the loss.", least=0)
-    sampling: Sampling = option(
-        "proportional", "How often each language is met; self-paced: more where dev retrieval lags."
-    )
+    sampling: Sampling = option("proportional", "How often each language is met.")
     sampling_temperature: float = option(
         5.0, "temperature: shares as the pairs to the power of 1/T; 1 is proportional.", least=1
     )
@@ -653,10 +660,9 @@ class StudentConfig(TrainingConfig, DataConfig, TokenConfig):
     weight_decay: float = option(0.01, "Decoupled weight decay (AdamW).", least=0)
     select: Literal["auto", "accuracy", "mse", "cosine", "recall_at_10"] = option(
         "auto",
-        "Dev metric that selects the checkpoint; auto: accuracy if there are images, otherwise "
-        "the objective's.",
+        "Dev metric that selects the checkpoint; auto: accuracy, without images the objective's.",
     )
-    dev_fraction: float = option(0.05, "Share of sentences held out if there is no dev file.")
+    dev_fraction: float = option(0.05, "Share held out without a dev file.")
     skip_suspect: bool = option(False, "Leave out rows marked translation_suspect.")
 
 

@@ -94,6 +94,12 @@ def test_other_options_or_data_make_other_points(data, arguments, clseave, runs)
     write_jsonl(data / "snli_ve_test.de.jsonl", rows[1:])
     assert "already measured" not in clseave(*arguments)[2]
     assert len(list((runs / "curve").glob("de-2-*"))) == 3
+    options = arguments[arguments.index("--config") + 1]
+    options.write_text(f'{options.read_text()}init_from = "{runs / "align-nl"}"\n')
+    assert "already measured" not in clseave(*arguments)[2]
+    (runs / "align-nl").rename(runs / "elsewhere")
+    (runs / "align-de").rename(runs / "align-nl")  # another student in its place
+    assert "already measured" not in clseave(*arguments)[2]
 
 
 def _no_images(data):

@@ -73,6 +73,23 @@ def test_embeddings_are_the_same_inside_and_outside(sentence_encoder):
     assert torch.equal(embedded(), wanted)
 
 
+def test_a_translator_is_folded_into_every_word_vector(sentence_encoder):
+    texts = [*TRAINED, *OTHERS]
+    words = sentence_encoder.backbone.get_input_embeddings()
+    translator = nn.Linear(words.embedding_dim, words.embedding_dim, bias=False)
+    behind = copy.deepcopy(sentence_encoder)
+    behind.backbone.set_input_embeddings(nn.Sequential(copy.deepcopy(words), translator))
+    wanted = embeddings(behind, texts)
+    assert (wanted - embeddings(sentence_encoder, texts)).abs().max() > 1e-2
+    with reduced_vocabulary(
+        sentence_encoder, sentence_encoder.tokenize(TRAINED), translator=translator
+    ):
+        trained = embeddings(sentence_encoder, TRAINED)
+    torch.testing.assert_close(trained, wanted[: len(TRAINED)], rtol=0, atol=1e-5)
+    assert sentence_encoder.backbone.get_input_embeddings() is words
+    torch.testing.assert_close(embeddings(sentence_encoder, texts), wanted, rtol=0, atol=1e-5)
+
+
 def test_no_other_token_takes_the_id_that_positions_are_counted_by(tmp_path):
     """MPNet counts tokens that are not padding, whose id stands here behind an unused one."""
     special = {

@@ -4,8 +4,8 @@ The student learns to give a translated hypothesis the embedding that the frozen
 original. The teacher is asked once per sentence; after that it is a look-up.
 
 The flow is here; `corpus` reads what is learnt from, `sampling` says what an epoch meets of it,
-`objectives` what the loss is, `token` what the token method makes of both, `dev` how good the
-student is.
+`objectives` what the loss is, `token` what the token method makes of both, `transfer` how a student
+starts from another one, `dev` how good the student is.
 """
 
 from __future__ import annotations
@@ -38,13 +38,19 @@ from clseave_cli.core.alignment.token import (
     require_links_fit,
     token_student,
 )
+from clseave_cli.core.alignment.transfer import (
+    Lexicon,
+    new_translator,
+    require_start_fits,
+    student_begun_from,
+)
 from clseave_cli.core.config import AlignConfig, StudentConfig
 from clseave_cli.core.data.hub import data_folder
 from clseave_cli.core.data.records import Parallel, require_language, require_split_path
 from clseave_cli.core.data.seen import SeenRows
 from clseave_cli.core.files import json_digest
 from clseave_cli.core.models.clip_ve import ClipVE, source_language
-from clseave_cli.core.models.encoders import SentenceEncoder
+from clseave_cli.core.models.encoders import SentenceEncoder, backbone_digest
 from clseave_cli.core.models.student import new_student, save_student
 from clseave_cli.core.models.vocabulary import reduced_vocabulary
 from clseave_cli.core.training.loop import Stage, TrainingResult, overall, train
@@ -61,6 +67,7 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> StageResult:
     """
     languages = student_languages(config)
     require_links_fit(config)
+    require_start_fits(config)
     teacher_folder = _teacher_folder(config)
     out = config.out or config.runs / f"align-{'+'.join(languages)}"
     setup = set_up("align", config, config.data, out, progress)
@@ -73,16 +80,19 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> StageResult:
     teacher.requires_grad_(False)
     require_fitting(config, teacher)
 
-    student, inputs = _new_student(config, teacher, progress)
-    corpus, token_pairs, dev, text_inputs, seen = _read(config, folder, student, teacher, progress)
+    student, lexicon, inputs = _new_student(config, teacher, progress)
+    corpus, token_pairs, dev, text_inputs, seen = _read(
+        config, folder, student, teacher, lexicon, progress
+    )
     with Run("align", out, config, inputs | text_inputs) as run:
         if config.trim_vocabulary:
             corpus.trim_vocabulary(config.student)
+        translator = new_translator(config, student, lexicon)
         pairs = corpus.pairs(teacher, with_autocast)
         judged = dev_sets(student, teacher, dev, languages, with_autocast, progress)
         select = selection(config, with_photos=judged[0].premises is not None)
         objective = _objective(config, student, teacher, pairs, token_pairs)
-        del corpus, dev, token_pairs
+        del corpus, dev, token_pairs, lexicon
 
         sampler = Sampler(pairs, config)
         # The token method need not train what the head reads (the thesis does not); it shall show
@@ -102,9 +112,11 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> StageResult:
             sample=sampler.batches,
             # The last epoch shows all that ever spread: had some been lost, the run had ended.
             resumed=watch.during,
+            alone=() if translator is None else tuple(translator.parameters()),
+            alone_epochs=1 if config.translator_epochs is None else config.translator_epochs,
         )
         tokens = [pairs.sentences.tokens, *(each.sentences.tokens for each in judged)]
-        with reduced_vocabulary(student, *tokens):
+        with reduced_vocabulary(student, *tokens, translator=translator):
             result = train(stage, config, device=device, folder=run.folder, progress=progress)
         watch.during(result.dev, at_the_end=True)
         run.publish(
@@ -119,18 +131,23 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> StageResult:
 
 def _new_student(
     config: AlignConfig, teacher: ClipVE, progress: Progress
-) -> tuple[SentenceEncoder, dict[str, str]]:
-    """The untrained student beside the teacher, and fingerprints of what it comes from."""
+) -> tuple[SentenceEncoder, Lexicon | None, dict[str, str]]:
+    """The student before training beside the teacher, what its translator is to be computed from,
+    and fingerprints of what it comes from.
+    """
     torch.manual_seed(config.seed)
-    inputs = {"teacher": teacher.fingerprint}
-    if config.method == "sentence":
+    inputs, lexicon = {"teacher": teacher.fingerprint}, None
+    if config.init_from is not None:
+        student, lexicon = student_begun_from(config.init_from, config, teacher, progress)
+    elif config.method == "sentence":
         student = new_student(config.student, teacher.text.embedding_dim, config.pooling)
     else:
         student, begun_from = token_student(config, teacher.text)
         inputs |= begun_from
+    student.pretrained = student.pretrained or backbone_digest(student.backbone)
     student.to(teacher.text.device)
     student.verify_packing(config.student, progress)
-    return student, inputs | {"student": student.digest()}
+    return student, lexicon, inputs | {"student": student.digest()}
 
 
 def _read(
@@ -138,6 +155,7 @@ def _read(
     folder: Path,
     student: SentenceEncoder,
     teacher: ClipVE,
+    lexicon: Lexicon | None,
     progress: Progress,
 ) -> tuple[Corpus, TokenPairs | None, dict[str, DevRows], dict[str, str], list[SeenRows]]:
     """Reads language after language; of a language's training rows only tokens stay.
@@ -155,6 +173,10 @@ def _read(
     dev_rows: dict[str, Parallel] = {}
     inputs: dict[str, str] = {}
     seen: list[SeenRows] = []
+    if config.init_from is not None and (before := SeenRows.read(config.init_from)) is not None:
+        seen.append(before)
+    if lexicon is not None and config.lexicon is not None:
+        inputs |= lexicon.read(config.lexicon)
     for lang in _translated(config):
         whole, dev = reader.read(lang)
         training = limited(whole, config.limit, config.seed, progress)
@@ -169,6 +191,8 @@ def _read(
         part = corpus.add(training, config.auxiliary_weight if lang in config.auxiliary else 1.0)
         if words is not None:
             inputs |= words.add(training, part, corpus.sources)
+        if lexicon is not None and config.lexicon is None and lang in config.lang:
+            inputs |= lexicon.add(reader, training)
         dev_rows[lang] = dev
         seen.append(SeenRows.of(training.target))
     if config.include_english:

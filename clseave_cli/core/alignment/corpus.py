@@ -122,6 +122,15 @@ class ParallelReader:
         )
         return kept
 
+    def beside(self, training: Parallel, lang: str) -> Parallel | None:
+        """The rows of a training text with what they say in another language, where it has them."""
+        if lang == self.source_lang:
+            return training
+        if split_path(self.folder, self.config.train_split, lang) is None:
+            return None
+        other = self._split(lang, self.config.train_split, self.progress)
+        return join(training.target, other, lang)
+
     def _has_dev_file(self, lang: str) -> bool:
         return split_path(self.folder, self.config.dev_split, lang) is not None
 

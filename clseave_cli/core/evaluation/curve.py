@@ -17,6 +17,7 @@ from clseave_cli.core.evaluation.figures import DataCurves, DataPoint, draw_data
 from clseave_cli.core.evaluation.results import LanguageResult
 from clseave_cli.core.evaluation.run import evaluate, require_rows
 from clseave_cli.core.models.clip_ve import fingerprint, source_language
+from clseave_cli.core.models.student import student_fingerprint
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.progress import SILENT, Progress
 from clseave_cli.version import __version__
@@ -65,6 +66,8 @@ def _measured(config: CurveConfig, out: Path, progress: Progress) -> DataCurves:
         for split in (config.train_split, config.dev_split, config.split)
         if (path := split_path(folder, split, lang)) is not None
     }
+    if config.init_from is not None:
+        inputs["init_from"] = student_fingerprint(config.init_from)
     names = {f.name for f in fields(EvaluateConfig)} - {"batch_size"}
     options = {name: value for name, value in vars(config).items() if name in names}
     source = EvaluateConfig(**options | {"runs": (config.runs,), "lang": (source_lang,)})

@@ -118,6 +118,8 @@ class SentenceEncoder(nn.Module):
         self.trimmed: Trimmed | None = None
         #: Fingerprint of the folder it was loaded from; empty for a new one.
         self.fingerprint = ""
+        #: Of a student, the digest of the pretrained backbone it was trained from; empty: unknown.
+        self.pretrained = ""
 
     @property
     def embedding_dim(self) -> int:
@@ -273,7 +275,7 @@ class SentenceEncoder(nn.Module):
         """One digest of everything that decides hidden states: backbone, tokenizer, limits."""
         return json_digest(
             [
-                _backbone_digest(self.backbone),
+                backbone_digest(self.backbone),
                 self.tokenizer.backend_tokenizer.to_str(),
                 repr(self.filling),
                 self.max_tokens,
@@ -382,7 +384,7 @@ class ImageEncoder(nn.Module):
     def digest(self) -> str:
         """One digest of everything that decides an embedding: model and preprocessing."""
         processing = [type(self.processor).__name__, self.processor.to_dict()]
-        backbone = _backbone_digest(self.backbone)
+        backbone = backbone_digest(self.backbone)
         return json_digest([backbone, module_digest(self.projection), processing])
 
     def preprocess(self, images: list[Any]) -> Tensor:
@@ -458,7 +460,7 @@ def pool(hidden: Tensor, batch: PackedBatch, pooling: Pooling) -> Tensor:
         return belongs @ flat.float() / belongs.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def _backbone_digest(backbone: Any) -> str:
+def backbone_digest(backbone: Any) -> str:
     """One digest of weights and configuration, the same for a model made, saved or loaded."""
     config = backbone.config.to_dict()
     said = {key: value for key, value in config.items() if key not in _OF_SAVING}

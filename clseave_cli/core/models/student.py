@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from clseave_cli.core.config import Code, Pooling, SentenceToken
 from clseave_cli.core.models import backbones
-from clseave_cli.core.models.encoders import SentenceEncoder
+from clseave_cli.core.models.encoders import SentenceEncoder, backbone_digest
 from clseave_cli.core.models.folder import peek, seal, unsealed
 from clseave_cli.core.models.tokens import Trimmed
 from clseave_cli.core.models.weights import load_weights, save_weights
@@ -173,7 +173,51 @@ def load_student(folder: Path, teacher: str | None = None) -> SentenceEncoder:
             kept = load_file(folder / _VOCABULARY)["kept"].numpy()
             student.trimmed = Trimmed(kept, **config["vocabulary"])
     student.fingerprint = config["fingerprint"]
+    student.pretrained = config.get("pretrained", "")
     return student.eval()
+
+
+def begun_student(
+    folder: Path, name: str | Path, *, teacher: str, keep_words: bool
+) -> tuple[SentenceEncoder, Tensor]:
+    """A student for another language with the weights of one that is trained ("all for one").
+
+    Args:
+        folder: the trained student's folder, its vocabulary whole or trimmed.
+        name: hub id or folder of the pretrained encoder that it was trained from.
+        teacher: fingerprint of the CLIP-VE.
+        keep_words: leave its word vectors as they are, instead of the pretrained ones.
+
+    Returns:
+        The student, and the word vectors that the trained one has, (V, H).
+
+    Raises:
+        ModelError: as `load_student`, or it was trained from another encoder or by the token
+            method.
+    """
+    require_teacher(folder, teacher)
+    config = peek(folder, FORMAT)
+    if "coding" in config:
+        raise ModelError(f"{folder}: a student of --method token; --init-from needs a sentence's.")
+    student = restore_student(folder, name) if "vocabulary" in config else load_student(folder)
+    model, tokenizer = backbones.load_encoder(name)
+    digest, pretrained = backbone_digest(model), model.get_input_embeddings().weight
+    words = student.backbone.get_input_embeddings().weight
+    if (
+        config.get("pretrained", digest) != digest
+        or words.shape != pretrained.shape
+        or tokenizer.get_vocab() != student.tokenizer.get_vocab()
+    ):
+        raise ModelError(
+            f"{folder}: was trained from another encoder than {name}, whose word vectors mean "
+            "nothing to it; name its own with --student."
+        )
+    student.fingerprint, student.pretrained = "", digest
+    trained = words.detach().clone()
+    if not keep_words:
+        with torch.no_grad():
+            words.copy_(pretrained)
+    return student, trained
 
 
 def save_student(
@@ -190,6 +234,8 @@ def save_student(
         "embedding_dim": student.embedding_dim,
         "teacher": teacher,
     }
+    if student.pretrained:
+        config["pretrained"] = student.pretrained
     if (trimmed := student.trimmed) is not None:
         save_file({"kept": torch.from_numpy(trimmed.kept)}, folder / _VOCABULARY)
         config["vocabulary"] = {"num_tokens": trimmed.num_tokens, "encoder": trimmed.encoder}

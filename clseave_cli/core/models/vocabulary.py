@@ -29,7 +29,9 @@ from clseave_cli.errors import ModelError
 
 
 @contextmanager
-def reduced_vocabulary(encoder: SentenceEncoder, *tables: TokenTable) -> Iterator[None]:
+def reduced_vocabulary(
+    encoder: SentenceEncoder, *tables: TokenTable, translator: nn.Linear | None = None
+) -> Iterator[None]:
     """Within the block, an encoder has word vectors for the tokens of some sentences only.
 
     The optimiser works on each weight by itself, so the K kept vectors are trained as they would
@@ -39,6 +41,8 @@ def reduced_vocabulary(encoder: SentenceEncoder, *tables: TokenTable) -> Iterato
     Args:
         encoder: left alone if its word vectors are not a plain table.
         tables: all sentences that the encoder will be given in the block.
+        translator: H → H without bias, which the word vectors pass through within the block;
+            afterwards all V are what it makes of them.
     """
     whole = encoder.backbone.get_input_embeddings()
     if type(whole) is not nn.Embedding:
@@ -52,7 +56,9 @@ def reduced_vocabulary(encoder: SentenceEncoder, *tables: TokenTable) -> Iterato
     places = np.full(whole.num_embeddings, -1)
     places[kept] = np.arange(len(kept))
     part = _part(whole, kept)
-    encoder.backbone.set_input_embeddings(part)
+    encoder.backbone.set_input_embeddings(
+        part if translator is None else nn.Sequential(part, translator)
+    )
     encoder.token_places = torch.from_numpy(places)
     try:
         yield
@@ -60,6 +66,8 @@ def reduced_vocabulary(encoder: SentenceEncoder, *tables: TokenTable) -> Iterato
         with torch.no_grad():
             rows = torch.from_numpy(kept).to(whole.weight.device)
             whole.weight[rows] = part.weight.to(whole.weight.device)
+            if translator is not None:
+                whole.weight.copy_(translator(whole.weight))
         encoder.backbone.set_input_embeddings(whole)
         encoder.token_places = None
 
