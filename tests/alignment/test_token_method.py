@@ -10,7 +10,7 @@ import tiny_backbones
 import tiny_world
 import torch
 from safetensors.torch import load_file
-from tiny_world import QUICK, quick_align, read_jsonl, tree, weights
+from tiny_world import QUICK, killed_at_step, quick_align, read_jsonl, tree, weights
 from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer, CLIPTextModelWithProjection
 
@@ -329,6 +329,25 @@ def test_the_thesis_preset_is_the_failing_method(world, trained, encoder, teache
     assert student.pooling == "cls"
     assert torch.equal(student.norm.pooler[0].weight, started["student"].norm.pooler[0].weight)
     assert fingerprint in (result.folder / "training" / "run.json").read_text()
+
+
+def test_a_student_read_through_the_decoder_resumes_to_the_bit(world, trained, encoder, tmp_path):
+    made = autoencode(
+        AutoencodeConfig(
+            data=str(world), runs=trained, lang=("de",), student=str(encoder),
+            out=tmp_path / "autoencoder", epochs=1, **QUICK,
+        )
+    )  # fmt: skip
+    options = {
+        "method": "sentence+token", "code": "relu", "sentence_token": "cls", "epochs": 3,
+        "token_target": "encoder", "token_reader": "decoder", "pretrained_code": True,
+        "autoencoder": made.folder, "batch_size": 2,
+    }  # fmt: skip
+    whole = _align(world, tmp_path / "whole", trained, encoder, **options)
+    with killed_at_step(5):
+        _align(world, tmp_path / "parts", trained, encoder, checkpoint_minutes=0, **options)
+    parts = _align(world, tmp_path / "parts", trained, encoder, resume=True, **options)
+    assert weights(parts.folder) == weights(whole.folder)
 
 
 def test_the_sentence_is_read_through_the_encoders_own_pooling_layer(teacher, world, tmp_path):
