@@ -35,6 +35,7 @@ from clseave_cli.core.models.clip_ve import (
     ClipVE,
     EntailmentHead,
     HeadConfig,
+    fingerprint,
     source_language,
 )
 from clseave_cli.core.models.encoders import module_digest
@@ -353,6 +354,8 @@ def test_models_of_several_sources_give_a_table_of_source_by_target(
     document = json.loads((report / "results.json").read_text())
     # The rest is about the first source, alone.
     assert document["sources"] == alone and document["signature"]["source_lang"] == "zh"
+    models = document["signature"]["checkpoints"]
+    assert models["clip-ve"] != models["clip-ve (source en)"] == fingerprint(trained / "clip-ve")
     assert "By source language" in (report / "report.html").read_text()
 
 

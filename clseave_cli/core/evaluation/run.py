@@ -82,11 +82,8 @@ def evaluate(config: EvaluateConfig, progress: Progress = SILENT) -> Results:
             stack.enter_context(locked_target(config.report))
         plans = [_Plan.of(replace(config, runs=runs), progress) for runs in _by_source(config.runs)]
         document, first = _results(plans[0], progress)
-        if len(plans) > 1:
-            others = {plan.source_lang: _results(plan, progress)[0] for plan in plans[1:]}
-            by_source = {document.source_lang: document, **others}
-            accuracies = {lang: results.accuracies for lang, results in by_source.items()}
-            document = replace(document, sources=accuracies)
+        for plan in plans[1:]:
+            document = _with_source(document, _results(plan, progress)[0])
         if config.report is not None:
             _write(plans[0], config.report, document, first)
     return document
@@ -99,6 +96,18 @@ def _by_source(runs: Sequence[Path]) -> list[tuple[Path, ...]]:
         lang = source_language(folder / "clip-ve")
         by_lang[lang] = (*by_lang.get(lang, ()), folder)
     return list(by_lang.values())
+
+
+def _with_source(document: Results, other: Results) -> Results:
+    """The document with the accuracies of another source language's models, and with these."""
+    lang, signature = other.source_lang, document.signature
+    models = {f"{name} (source {lang})": d for name, d in other.signature.checkpoints.items()}
+    sources = document.sources or {document.source_lang: document.accuracies}
+    return replace(
+        document,
+        signature=replace(signature, checkpoints=signature.checkpoints | models),
+        sources=sources | {lang: other.accuracies},
+    )
 
 
 def _results(plan: _Plan, progress: Progress) -> tuple[Results, dict[str, Outputs]]:
