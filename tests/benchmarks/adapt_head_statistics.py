@@ -71,14 +71,15 @@ def accuracy(model: ClipVE, hypotheses: Tensor, premises: Features, labels: Tens
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--demo", type=Path, nargs="+", required=True)
-    parser.add_argument("--students", type=Path, help="another folder of students than DIR/runs")
+    parser.add_argument("--students", type=Path, help="students from this folder alone")
     given = parser.parse_args()
     print("| demo | language | statistics of English | of its dev rows | of its test rows |")
     print("|---|---|---|---|---|")
     for demo in given.demo:
         model = ClipVE.from_folder(demo / "runs" / "clip-ve")
         students = find_students(given.students or demo / "runs")
-        for lang, folder in {"en": None, **students}.items():
+        readers = students if given.students else {"en": None, **students}
+        for lang, folder in readers.items():
             text = model.text if folder is None else load_student(folder, model.fingerprint)
             dev, test = (read(demo / "data", name, lang, model, text) for name in ("dev", "test"))
             models = [model, *(with_statistics_of(model, *rows[:2]) for rows in (dev, test))]
