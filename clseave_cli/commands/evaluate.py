@@ -15,9 +15,10 @@ def run(config: EvaluateConfig, *, json: Json = False, verbose: Verbose = False)
     Every accuracy comes with baselines that never see the photo. --report
     DIR writes an HTML page, figures and a LaTeX table. Several --runs are
     the same training with several seeds: the table is that of the first,
-    and a second one shows mean and spread.
+    and a second one shows mean and spread. If their source languages
+    differ, one more shows the accuracy by source and target.
     """
-    from clseave_cli.commands.tables import results_table, seeds_table
+    from clseave_cli.commands.tables import results_table, seeds_table, sources_table
     from clseave_cli.core.evaluation.run import evaluate
 
     results = evaluate(config, terminal.TerminalProgress())
@@ -27,6 +28,8 @@ def run(config: EvaluateConfig, *, json: Json = False, verbose: Verbose = False)
     terminal.stdout().print(results_table(results, verbose=verbose))
     if results.seeds:
         terminal.stdout().print(seeds_table(results))
+    if results.sources:
+        terminal.stdout().print(sources_table(results))
     if config.report is not None:
         terminal.say(f"report: {config.report / 'report.html'}")
 

@@ -17,7 +17,9 @@ from clseave_cli.core.evaluation.summary import (
     DASH,
     difference_span,
     mean_and_spread,
+    mean_of_others,
     not_above,
+    one_answer,
     p_value,
     percent,
     points,
@@ -102,7 +104,9 @@ def results_table(results: Results, width: int | None = None, *, verbose: bool =
         _Column("hypothesis\nonly", baseline("hypothesis_only"), 2),
         _Column("shuffled\nimage", baseline("shuffled_image"), 6),
     ]
-    caption = not_above(results)
+    caption = [*not_above(results), *one_answer(results)]
+    if mean := mean_of_others(results):
+        caption.append(f"{mean[0].upper()}{mean[1:]}.")
     if any(result.mode == "translate-test" for result in results.results):
         caption.append(f"“→ {source}”: translated into {language_name(source)} first.")
     caption.append(
@@ -113,6 +117,18 @@ def results_table(results: Results, width: int | None = None, *, verbose: bool =
     of = " (the first training)" if results.seeds else ""
     title = f"Visual entailment by language, in %{of}"
     return _table(title, list(map(escape, caption)), columns, results.results, width)
+
+
+def sources_table(results: Results, width: int | None = None) -> Table:
+    """Accuracy by source language and language of the hypotheses (thesis 6.2)."""
+    targets = dict.fromkeys(lang for of_source in results.sources.values() for lang in of_source)
+    columns = [_Column("source", lambda source: source)]
+    for target in targets:
+        columns.append(
+            _Column(target, lambda s, target=target: percent(results.sources[s].get(target)))  # type: ignore[misc]
+        )
+    caption = "`clseave compare` on two reports has the paired differences."
+    return _table("Accuracy by source language, in %", [caption], columns, results.sources, width)
 
 
 def seeds_table(results: Results, width: int | None = None) -> Table:

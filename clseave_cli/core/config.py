@@ -41,6 +41,12 @@ Code = Literal["linear", "relu"]
 SentenceToken = Literal["terminal", "cls", "pooler"]
 #: How the matrix behind the word vectors of a student that starts from another one's begins.
 Translator = Literal["none", "random", "lexicon"]
+#: Which states of the teacher token pairs imitate: behind its last normalisation, or before it.
+TokenTarget = Literal["normalised", "encoder"]
+#: How a student of the token method is read: through the teacher's projection, through its last
+#: layers padded with zeros to the width of the student's states, the same behind the autoencoder's
+#: decoder, or as it is (thesis 4.1).
+TokenReader = Literal["projection", "padded", "decoder", "code"]
 #: How often each language is met in an epoch.
 Sampling = Literal["proportional", "uniform", "temperature", "self-paced"]
 
@@ -585,8 +591,12 @@ class TokenConfig(WordAlignerConfig):
         "terminal",
         "Token whose code stands for the sentence; pooler: pooled [CLS]; thesis: pooler.",
     )
-    final_norm: Literal["once", "twice"] = option(
-        "once", "How often the teacher's last normalisation is applied; thesis: twice."
+    token_target: TokenTarget = option(
+        "normalised",
+        "Teacher's states to imitate: after its last normalisation, or before; thesis: encoder.",
+    )
+    token_reader: TokenReader = option(
+        "projection", "How a code becomes the embedding (docs/methods.md); thesis: code."
     )
     pretrained_code: bool = option(False, "Start from a trained autoencoder; thesis: yes.")
     autoencoder: Path | None = option(None, "Autoencoder to start from; unset: RUNS/autoencoder.")
@@ -606,6 +616,7 @@ class StudentConfig(TrainingConfig, DataConfig, TokenConfig):
         "--head-weight": "it belonged to --objective head-aware, which is gone; use mse",
         "--projection mlp": "it gained nothing over --projection linear, the default",
         "--parallel-batches": "it gained nothing; leave it out",
+        "--final-norm": "the thesis applies it once; --token-target encoder does so",
     }
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -624,7 +635,8 @@ class StudentConfig(TrainingConfig, DataConfig, TokenConfig):
             "code": "relu",
             "terminal_pair": False,
             "sentence_token": "pooler",
-            "final_norm": "twice",
+            "token_target": "encoder",
+            "token_reader": "code",
             "pretrained_code": True,
         },
         "mini-ve": {"epochs": 8, "batch_size": 32, "learning_rate": 1.5e-3, "precision": "fp32"},

@@ -10,7 +10,7 @@ import tiny_backbones
 import tiny_world
 import torch
 from safetensors.torch import load_file
-from tiny_world import QUICK, quick_align, read_jsonl, tree, weights
+from tiny_world import QUICK, killed_at_step, quick_align, read_jsonl, tree, weights
 from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer, CLIPTextModelWithProjection
 
@@ -21,8 +21,11 @@ from clseave_cli.core.alignment.objectives import SentenceObjective, squared_err
 from clseave_cli.core.alignment.token import TokenObjective
 from clseave_cli.core.config import AlignConfig, AutoencodeConfig, ExportConfig
 from clseave_cli.core.features import Sentences
+from clseave_cli.core.files import json_digest
+from clseave_cli.core.models import folder
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import module_digest
+from clseave_cli.core.models.scratch import new_encoder
 from clseave_cli.core.models.student import (
     Autoencoder,
     load_autoencoder,
@@ -65,7 +68,7 @@ def _states(model, tokenizer, sentence):
     return model(**inputs).last_hidden_state[0], first
 
 
-def _by_hand(student, encoder, clip_ve, terminal):
+def _by_hand(student, encoder, clip_ve, terminal, target):
     """The mean squared error of all token pairs, one sentence and one pair at a time."""
     model = AutoModel.from_pretrained(encoder, add_pooling_layer=False).eval()
     tokenizer = AutoTokenizer.from_pretrained(encoder)
@@ -77,7 +80,12 @@ def _by_hand(student, encoder, clip_ve, terminal):
             own, own_first = _states(model, tokenizer, german)
             # A byte-level tokenizer knows no words: they are found by reading the sentence so far.
             inputs = clip_tokenizer(english, return_tensors="pt")
-            theirs = clip(**inputs).last_hidden_state[0]
+            states = clip.embeddings(**{"input_ids": inputs.input_ids})
+            mask = torch.full([states.shape[1]] * 2, -torch.inf).triu(1)[None, None]
+            for layer in clip.encoder.layers:
+                output = layer(states, attention_mask=mask)
+                states = output[0] if isinstance(output, tuple) else output
+            theirs = (clip.final_layer_norm(states) if target == "normalised" else states)[0]
             firsts = [
                 len(clip_tokenizer(" ".join(english.split()[:word])).input_ids) - 1
                 for word in range(len(english.split()))
@@ -89,7 +97,7 @@ def _by_hand(student, encoder, clip_ve, terminal):
     return float(np.mean(errors)), len(errors)
 
 
-def _objective(student, teacher, terminal, both=(0.0, 1.0), weights=(1.0, 1.0)):
+def _objective(student, teacher, terminal, both=(0.0, 1.0), weights=(1.0, 1.0), **more):
     """The objective of the two sentences, their tokens found by the corpus' own means."""
     corpus = token.TokenCorpus(
         student, teacher.text, "en", AlignConfig(terminal_pair=terminal), progress=None
@@ -117,17 +125,20 @@ def _objective(student, teacher, terminal, both=(0.0, 1.0), weights=(1.0, 1.0)):
         SentenceObjective(student, pairs, squared_error),
         sentence_weight=both[0],
         token_weight=both[1],
+        **more,
     )
 
 
-@pytest.mark.parametrize("terminal", [True, False])
-@pytest.mark.parametrize("code", ["linear", "relu"])
-def test_the_loss_equals_one_computed_pair_by_pair(teacher, trained, encoder, code, terminal):
+@pytest.mark.parametrize("target", ["normalised", "encoder"])
+@pytest.mark.parametrize(("code", "terminal"), [("linear", True), ("relu", False)])
+def test_the_loss_equals_one_computed_pair_by_pair(
+    teacher, trained, encoder, code, terminal, target
+):
     torch.manual_seed(0)
-    student = new_token_student(encoder, teacher.text, code).eval()
-    objective = _objective(student, teacher, terminal)
+    student = new_token_student(encoder, teacher.text, code, target=target).eval()
+    objective = _objective(student, teacher, terminal, target=target)
     batch = objective.prepare(np.array([1, 0]))
-    wanted, count = _by_hand(student, encoder, trained / "clip-ve", terminal)
+    wanted, count = _by_hand(student, encoder, trained / "clip-ve", terminal, target)
     assert objective.loss(batch).item() == pytest.approx(wanted, rel=1e-4)
     assert batch.num_tokens.sum() == count == (8 if terminal else 6)
 
@@ -169,7 +180,7 @@ def test_each_distinct_english_sentence_is_encoded_once(teacher, student):
 def test_a_student_reads_its_terminal_token_through_the_teachers_projection(
     world, trained, encoder, tmp_path
 ):
-    result = _align(world, tmp_path, trained, encoder, code="relu", final_norm="twice")
+    result = _align(world, tmp_path, trained, encoder, code="relu", token_target="encoder")
     student = load_student(result.folder)
     clip = CLIPTextModelWithProjection.from_pretrained(trained / "clip-ve" / "text")
     model = AutoModel.from_pretrained(result.folder / "encoder", add_pooling_layer=False).eval()
@@ -185,7 +196,9 @@ def test_a_student_reads_its_terminal_token_through_the_teachers_projection(
 
 def test_only_encoder_and_code_are_trained(world, trained, encoder, tmp_path, teacher):
     before = tree(trained / "clip-ve")
-    result = _align(world, tmp_path, trained, encoder, final_norm="twice", method="sentence+token")
+    result = _align(
+        world, tmp_path, trained, encoder, token_target="encoder", method="sentence+token"
+    )
     student = load_student(result.folder)
     assert tree(trained / "clip-ve") == before
     assert torch.equal(student.projection.weight, teacher.text.projection.weight)
@@ -279,11 +292,16 @@ def test_english_words_pair_with_themselves(teacher, student):
         assert english.lower()[0] == theirs[0]
 
 
-def test_the_thesis_preset_is_the_failing_method(world, trained, encoder, tmp_path):
+def test_the_thesis_preset_is_the_failing_method(world, trained, encoder, teacher, tmp_path):
     config = resolve(AlignConfig, {"method": "token"}, preset="thesis")
     faults = {"code": "relu", "terminal_pair": False, "sentence_token": "pooler",
-              "final_norm": "twice", "pretrained_code": True}  # fmt: skip
+              "token_target": "encoder", "token_reader": "code",
+              "pretrained_code": True}  # fmt: skip
     assert {name: getattr(config, name) for name in faults} == faults
+    # This teacher's states are wider than its embeddings, which a bare code cannot be.
+    with pytest.raises(ModelError, match=r"--token-reader code: the head reads 16 .* has 32; use"):
+        new_token_student(encoder, teacher.text, "relu", reader="code")
+    faults["token_reader"] = "decoder"
     made = autoencode(
         AutoencodeConfig(
             data=str(world), runs=trained, lang=("de", "nl"), student=str(encoder),
@@ -305,11 +323,31 @@ def test_the_thesis_preset_is_the_failing_method(world, trained, encoder, tmp_pa
         )  # fmt: skip
     autoencoder, fingerprint = load_autoencoder(made.folder, Autoencoder(32, 32))
     student = load_student(result.folder)
-    for name, value in autoencoder.encoder.state_dict().items():
-        assert torch.equal(student.norm.coder.state_dict()[name], value)
+    for part, half in ((student.norm.coder, "encoder"), (student.norm.decoder, "decoder")):
+        for name, value in getattr(autoencoder, half).state_dict().items():
+            assert torch.equal(part.state_dict()[name], value)
     assert student.pooling == "cls"
     assert torch.equal(student.norm.pooler[0].weight, started["student"].norm.pooler[0].weight)
     assert fingerprint in (result.folder / "training" / "run.json").read_text()
+
+
+def test_a_student_read_through_the_decoder_resumes_to_the_bit(world, trained, encoder, tmp_path):
+    made = autoencode(
+        AutoencodeConfig(
+            data=str(world), runs=trained, lang=("de",), student=str(encoder),
+            out=tmp_path / "autoencoder", epochs=1, **QUICK,
+        )
+    )  # fmt: skip
+    options = {
+        "method": "sentence+token", "code": "relu", "sentence_token": "cls", "epochs": 3,
+        "token_target": "encoder", "token_reader": "decoder", "pretrained_code": True,
+        "autoencoder": made.folder, "batch_size": 2,
+    }  # fmt: skip
+    whole = _align(world, tmp_path / "whole", trained, encoder, **options)
+    with killed_at_step(5):
+        _align(world, tmp_path / "parts", trained, encoder, checkpoint_minutes=0, **options)
+    parts = _align(world, tmp_path / "parts", trained, encoder, resume=True, **options)
+    assert weights(parts.folder) == weights(whole.folder)
 
 
 def test_the_sentence_is_read_through_the_encoders_own_pooling_layer(teacher, world, tmp_path):
@@ -326,7 +364,7 @@ def test_the_sentence_is_read_through_the_encoders_own_pooling_layer(teacher, wo
 def test_an_embedding_can_be_made_from_the_folder_alone(teacher, encoder, tmp_path):
     """As docs/checkpoints.md says, from files and with torch's own functions."""
     student = new_token_student(
-        encoder, teacher.text, "relu", final_norm=True, sentence_token="pooler"
+        encoder, teacher.text, "relu", target="encoder", sentence_token="pooler"
     ).eval()
     save_student(student, tmp_path, languages=["de"], teacher=teacher.fingerprint)
     coding = json.loads((tmp_path / "config.json").read_text())["coding"]
@@ -353,6 +391,57 @@ def test_an_embedding_can_be_made_from_the_folder_alone(teacher, encoder, tmp_pa
     assert not weights
 
 
+@pytest.mark.parametrize("reader", ["padded", "decoder", "code"])
+def test_the_readers_of_the_thesis(teacher, world, tmp_path, reader):
+    """Section 4.1, with a student 1.5 times as wide as the teacher; also after saving."""
+    new_encoder(tmp_path / "encoder", tiny_world.sentences(world), width=48, num_layers=1)
+    text = teacher.text
+    if reader == "code":
+        text.projection = torch.nn.Linear(32, 32, bias=False)
+    student = new_token_student(
+        tmp_path / "encoder", text, "relu", target="encoder", reader=reader
+    ).eval()
+    last, matrix = text.backbone.final_layer_norm, text.projection.weight
+    with torch.no_grad():
+        torch.nn.init.normal_(last.weight)
+        if reader != "code":
+            student.norm.final_norm.weight[:32] = last.weight
+        states = torch.randn(3, 48)
+        code = student.norm.coder[0](states).relu()
+        read = {"padded": states, "decoder": student.norm.decoder(code), "code": code}[reader]
+        wanted = code
+        if reader != "code":
+            read = (read - read.mean(1, keepdim=True)) / (
+                read.var(1, keepdim=True, correction=0) + last.eps
+            ).sqrt()
+            # Padding with zeros keeps 32 of the 48 numbers, normalised with all of them.
+            wanted = (read[:, :32] * last.weight + last.bias) @ matrix.T
+        torch.testing.assert_close(student.project(states), wanted)
+        (tmp_path / "saved").mkdir()
+        save_student(student, tmp_path / "saved", languages=["de"], teacher="x")
+        torch.testing.assert_close(load_student(tmp_path / "saved").project(states), wanted)
+    trained = [name for name, p in student.named_parameters() if p.requires_grad]
+    assert not [name for name in trained if "final_norm" in name or "projection" in name]
+
+
+def test_an_older_folder_is_read_through_the_projection(teacher, encoder, tmp_path):
+    student = new_token_student(encoder, teacher.text, "linear", target="encoder").eval()
+    save_student(student, tmp_path, languages=["de"], teacher="x")
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    assert config["coding"].pop("reader") == "projection"
+    content = {key: value for key, value in config.items() if key not in folder._NOT_CONTENT}
+    path.write_text(json.dumps(config | {"fingerprint": json_digest(content)}))
+    states = torch.randn(2, 32)
+    assert torch.equal(load_student(tmp_path).project(states), student.project(states))
+
+
+def test_a_student_narrower_than_the_teacher_cannot_be_padded(teacher, world, tmp_path):
+    new_encoder(tmp_path, tiny_world.sentences(world), width=16, num_layers=1)
+    with pytest.raises(ModelError, match=r"--token-reader padded: pads the teacher's 32 .* is 16;"):
+        new_token_student(tmp_path, teacher.text, "linear", reader="padded")
+
+
 def test_an_encoder_without_pooling_layer_is_refused(teacher, world, tmp_path):
     encoder = tiny_backbones.STUDENTS["DistilmBERT"](tmp_path, tiny_world.sentences(world))
     with pytest.raises(ModelError, match=r"a distilbert model has no pooling layer; use .* cls"):
@@ -360,7 +449,7 @@ def test_an_encoder_without_pooling_layer_is_refused(teacher, world, tmp_path):
 
 
 def test_a_token_student_predicts_and_is_exported(clseave, world, runs, encoder, tmp_path):
-    _align(world, runs, runs, encoder, code="relu", final_norm="twice", sentence_token="pooler")
+    _align(world, runs, runs, encoder, code="relu", token_reader="padded", sentence_token="pooler")
     image = world / "images" / "test0.png"
     code, _, err = clseave("predict", image, GERMAN[0], "--lang", "de", "--runs", runs, "--json")
     assert code == 0, err
@@ -373,6 +462,8 @@ def test_a_token_student_predicts_and_is_exported(clseave, world, runs, encoder,
     [
         ({"pooling": "mean"}, UsageError, "--method token: reads --sentence-token"),
         ({"objective": "cosine"}, UsageError, "--objective cosine needs --method sentence"),
+        ({"token_reader": "decoder"}, UsageError, "--token-reader decoder: .*--pretrained-code"),
+        ({"token_reader": "code"}, ModelError, "--token-reader code: the head reads 16"),
         ({"aligner_layer": 8}, UsageError, "--aligner-layer 8: .* has 1"),
         ({"aligner": "nowhere/at/all"}, ModelError, "nowhere/at/all: no such model folder"),
         ({"pretrained_code": True}, ModelError, "autoencoder: no such model folder; .*autoencode"),

@@ -215,7 +215,7 @@ def test_the_options_that_matter_come_first(clseave):
     _, short, _ = clseave("align", "--help")
     flags = re.findall(r"^  (--[\w-]+)", short, flags=re.MULTILINE)
     assert flags[:4] == ["--lang", "--data", "--images", "--student"] and len(flags) <= 15
-    assert "--help-all" in short and "--final-norm" not in short
+    assert "--help-all" in short and "--token-reader" not in short
 
 
 @pytest.mark.parametrize(
@@ -225,6 +225,7 @@ def test_the_options_that_matter_come_first(clseave):
         (["--objective=head-aware"], "--objective head-aware was removed: "),
         (["--projection", "mlp"], "--projection mlp was removed: "),
         (["--parallel-batches"], "--parallel-batches was removed: "),
+        (["--final-norm", "twice"], "--final-norm was removed: "),
     ],
 )
 def test_what_was_removed_is_refused_with_advice(refused, tmp_path, arguments, said):

@@ -126,7 +126,8 @@ _NOT_RUN = {
 #: Models from the world instead of the hub, and options that make a command take a moment.
 _QUICK = {
     "finetune-ve": "--clip models/clip --epochs 1 --batch-size 8",
-    "align": "--student models/encoder --epochs 1 --batch-size 8",
+    # The thesis's reader needs a teacher whose states are as wide as its embeddings.
+    "align": "--student models/encoder --epochs 1 --batch-size 8 --token-reader projection",
     "autoencode": "--student models/encoder --epochs 1 --batch-size 8",
     "curve": "--student models/encoder --config quick.toml",
     "word-align": "--aligner models/encoder",

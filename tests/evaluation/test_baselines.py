@@ -6,7 +6,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from clseave_cli.core.evaluation.baselines import (
-    majority_label,
+    Guesses,
     predict_from_hypotheses,
     shuffled_rows,
 )
@@ -18,8 +18,8 @@ from clseave_cli.core.evaluation.results import SeedSummary
 
 
 def test_majority_takes_the_first_of_equals():
-    assert majority_label([2, 2, 0]) == 2
-    assert majority_label([2, 1, 1, 2]) == 1
+    assert Guesses((1, 0, 2), np.zeros(0)).majority == 2
+    assert Guesses((0, 2, 2), np.zeros(0)).majority == 1
 
 
 @pytest.mark.parametrize(

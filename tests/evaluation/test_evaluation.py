@@ -513,7 +513,7 @@ def test_the_classifier_learns_once(world, trained, cache, learned):
     assert _evaluate(world, trained, lang=("en",)) == first and learned == [24]
     (kept,) = (cache / "hypothesis-only").iterdir()
     whole = json.loads(kept.read_text())
-    for damaged in ([0, 1], {"majority": 0}, whole | {"labels": [0]}, whole | {"majority": 3}):
+    for damaged in ([0, 1], {"counts": [8]}, whole | {"labels": [0]}, whole | {"counts": [8]}):
         kept.write_text(json.dumps(damaged))
         assert _evaluate(world, trained, lang=("en",)) == first
     assert learned == [24] * 5 and json.loads(kept.read_text()) == whole

@@ -4,6 +4,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -99,8 +100,8 @@ def test_the_page_needs_nothing_but_itself_and_text_from_data_is_text(folder):
     assert all(address.startswith(("data:image/", "#")) for address in page.addresses)
     assert not re.search(r"url\(|@import|https?:", html)
     # One chart of languages, six panels each of confusion, reliability and distance; one, two and
-    # three panels of curves; and two readable pictures.
-    assert sum(address.startswith("data:") for address in page.addresses) == 1 + 18 + 6 + 2
+    # four panels of curves; and two readable pictures.
+    assert sum(address.startswith("data:") for address in page.addresses) == 1 + 18 + 7 + 2
     assert page.hypotheses["de"] == {HOSTILE} and HOSTILE in page.text
     assert page.hypotheses["ja"] == {"赤い円があります。"}
 
@@ -175,7 +176,9 @@ def test_baselines_that_are_equal_do_not_hide_each_other(results):
 def test_every_panel_of_the_alignment_says_its_scale(curves):
     align = [curve for curve in curves if curve.stage == "align"]
     panels = _curves(align).axes
-    assert {panel.get_yscale() for panel in panels} == {"log", "linear"}
+    scales = {panel.get_title(loc="left"): panel.get_yscale() for panel in panels}
+    assert set(scales.values()) == {"log", "linear"}
+    assert scales["dev MSE per dimension"] == scales["dev MAE per dimension"] == "log"
     for panel in panels:
         scale = {"log": "logarithmic scale", "linear": "linear scale"}[panel.get_yscale()]
         assert panel.get_ylabel() == scale
@@ -271,6 +274,34 @@ def test_sections_show_what_was_measured(results):
     assert sum(address.startswith("data:") for address in shown.addresses) == 3
     for title in ("Accuracy by language, first training", "Against English", "Transfer"):
         assert len({len(row) for row in shown.rows[title]}) == 1
+
+
+def test_what_the_thesis_tables(results, curves):
+    """Table 4.1's mean, Figure 2.1, Tables A.2 and A.3, and the answers of a constant model."""
+    counts = {"entailment": 1200, "neutral": 30, "contradiction": 7}
+    baselines = {"en": replace(results.baselines["en"], train_labels=counts)}
+    constant = replace(results.results[1], most_frequent=1.0)
+    shown = replace(
+        results, results=(results.results[0], constant, results.results[2]), baselines=baselines,
+        sources={"en": {"en": 0.9, "de": 0.85}, "zh": {"de": 0.8}}, distances=None,
+    )  # fmt: skip
+    found = Page(html_page(shown, {"curves-align": Drawing(b"", ())}, [], curves))
+    others = 50 * (results.results[1].accuracy + results.results[2].accuracy)
+    assert f"Mean of de, nl: {others:.1f} %." in found.text
+    assert "German gives 100.0 % of the rows the same label." in found.text
+    confusion = np.array(results.results[0].confusion)
+    shares = [row[-1] for row in found.rows["By label"][2:]]
+    assert shares[:2] == [f"{100 * confusion.sum(axis=0).max() / confusion.sum():.1f}", "100.0"]
+    assert found.rows["The data"][1:] == [
+        ["training", "1,200", "30", "7"], ["test", *map(str, confusion.sum(axis=1))],
+    ]  # fmt: skip
+    assert found.rows["By source language"] == [
+        ["source", "en", "de"], ["English", "90.0", "85.0"], ["Chinese", "–", "80.0"],
+    ]  # fmt: skip
+    assert found.rows["Learning curves"][:2] == [
+        ["dev mse, epoch", "1", "2", "3", "4"], ["align-de", "0.03", "0.015", "0.01", "0.0075"],
+    ]  # fmt: skip
+    assert html_page(results, {}, []).count("of the rows the same label") == 0
 
 
 def test_english_alone_is_not_compared_with_itself(results):

@@ -107,39 +107,43 @@ def test_many_languages_use_the_approximation(monkeypatch):
     assert found.smallest_p is None
 
 
+KINDS = ("featural", "syntactic", "genetic", "geographic", "phonological", "inventory")
+
+
 @pytest.fixture
 def fake_lang2vec(monkeypatch):
-    """A stand-in with lang2vec 1.1.2's interface and two-dimensional vectors."""
+    """A stand-in with the interface of lang2vec's distances, which PyPI's 1.1.2 lacks."""
     module = ModuleType("lang2vec.lang2vec")
-    module.LETTER_CODES = {"fr": "fra", "de": "deu", "ar": "ara", "eo": "epo", "en": "eng"}
-    vectors = {"eng": [1.0, 0.0], "fra": [1.0, 1.0], "deu": [1.0, 0.0], "ara": [0.0, 1.0]}
-    vectors["epo"] = [0.0, 0.0]
+    module.LETTER_CODES = {"fr": "fra", "de": "deu", "ar": "ara", "en": "eng", "zh": "zho"}
+    places = {"eng": 0, "deu": 1, "fra": 5, "ara": 9}
+    module.DISTANCE_LANGUAGES = list(places)
 
-    module.URIEL_LANGUAGES = set(vectors)
+    def distance(kinds, first, second):
+        apart = abs(places[first] - places[second])
+        return [apart / 10 + KINDS.index(kind) / 100 for kind in kinds]
 
-    def get_features(codes, feature_set):
-        return {code: vectors[code] for code in codes}
-
-    module.get_features = get_features
+    module.distance = distance
     package = ModuleType("lang2vec")
     package.lang2vec = module
     monkeypatch.setitem(sys.modules, "lang2vec", package)
     monkeypatch.setitem(sys.modules, "lang2vec.lang2vec", module)
+    return module
 
 
-def test_other_languages_come_from_lang2vec(fake_lang2vec):
-    distances = lang2vec_distances(["fr", "de", "ara", "eo"])
-    assert distances["syntactic"]["fr"] == pytest.approx(0.5)  # 45 of 90 degrees
-    assert distances["syntactic"]["de"] == pytest.approx(0)
-    assert distances["inventory"]["ara"] == pytest.approx(1)
-    assert distances["inventory"]["eo"] is None
+def test_other_languages_come_from_lang2vecs_own_distances(fake_lang2vec):
+    distances = lang2vec_distances(["fr", "de", "ara", "zh"])
+    assert tuple(distances) == KINDS  # all six
+    assert distances["featural"] == {"fr": 0.5, "de": 0.1, "ara": 0.9, "zh": None}
+    assert distances["inventory"] == pytest.approx(
+        {"fr": 0.55, "de": 0.15, "ara": 0.95, "zh": None}
+    )
 
 
 def test_one_source_for_all_languages(fake_lang2vec):
     analysis = analyse_distances({"en": 0.8, "de": 0.7, "fr": 0.6, "ar": 0.5})
     assert analysis.source == LANG2VEC_SOURCE
-    assert analysis.correlations["syntactic"].distances["de"] == pytest.approx(0)
-    assert analysis.correlations["syntactic"].spearman == pytest.approx(1)
+    assert analysis.correlations["syntactic"].distances["de"] == pytest.approx(0.11)
+    assert analysis.correlations["genetic"].spearman == pytest.approx(1)
 
 
 def test_distances_are_to_the_source_language(fake_lang2vec, monkeypatch):
@@ -147,7 +151,7 @@ def test_distances_are_to_the_source_language(fake_lang2vec, monkeypatch):
     analysis = analyse_distances(accuracies, "fr")
     assert analysis.source == LANG2VEC_SOURCE
     assert analysis.losses == pytest.approx({"en": 0.1, "ar": 0.2})
-    assert analysis.correlations["syntactic"].distances == pytest.approx({"en": 0.5, "ar": 0.5})
+    assert analysis.correlations["featural"].distances == pytest.approx({"en": 0.5, "ar": 0.4})
     unknown = analyse_distances({"tlh": 0.8, "en": 0.7}, "tlh")
     assert unknown.correlations["syntactic"].distances == {"en": None}
     monkeypatch.setitem(sys.modules, "lang2vec.lang2vec", None)
@@ -155,7 +159,7 @@ def test_distances_are_to_the_source_language(fake_lang2vec, monkeypatch):
 
 
 def test_a_script_or_region_is_the_same_language(fake_lang2vec):
-    assert lang2vec_distances(["fr-CA"])["syntactic"]["fr-CA"] == pytest.approx(0.5)
+    assert lang2vec_distances(["fr-CA"])["featural"]["fr-CA"] == pytest.approx(0.5)
 
 
 def test_an_unknown_language_is_a_gap_that_is_named(fake_lang2vec):
@@ -165,15 +169,21 @@ def test_an_unknown_language_is_a_gap_that_is_named(fake_lang2vec):
 
 
 def test_the_real_lang2vec_where_it_is_installed():
-    pytest.importorskip("lang2vec.lang2vec", exc_type=ImportError)
+    module = pytest.importorskip("lang2vec.lang2vec", exc_type=ImportError)
+    if not hasattr(module, "distance"):
+        pytest.skip("PyPI's lang2vec has no distances")
     distances = lang2vec_distances(["fr", "ar", "zh-Hant", "tlh"])["syntactic"]
     assert 0 < distances["fr"] < distances["ar"] < 1
     assert distances["tlh"] is None
 
 
-def test_without_the_extra_the_table_is_used_with_gaps(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lang2vec", None)
-    with pytest.raises(ExtraMissing, match=r"pip install -e '\.\[lang2vec\]'"):
+@pytest.mark.parametrize("installed", [False, True])
+def test_without_its_distances_the_table_is_used_with_gaps(monkeypatch, fake_lang2vec, installed):
+    if installed:  # PyPI's version has no distances
+        del fake_lang2vec.DISTANCE_LANGUAGES
+    else:
+        monkeypatch.setitem(sys.modules, "lang2vec.lang2vec", None)
+    with pytest.raises(ExtraMissing, match=r"pip install .* git\+https://github.com/antonisa/"):
         lang2vec_distances(["fr"])
     analysis = analyse_distances({"en": 0.8, "de": 0.7, "fr": 0.6})
     assert analysis.source == THESIS_SOURCE

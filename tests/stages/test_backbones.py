@@ -35,6 +35,7 @@ from clseave_cli.core.models.clip_ve import (
     ClipVE,
     EntailmentHead,
     HeadConfig,
+    fingerprint,
     source_language,
 )
 from clseave_cli.core.models.encoders import module_digest
@@ -339,11 +340,23 @@ def test_source_sentences_kept_beside_translations_are_taken(chinese, tmp_path, 
     assert quick_align(folder, chinese, chinese, encoder, "de", out=out).folder == out
 
 
-def test_models_of_several_sources_are_not_averaged(chinese, chinese_world, trained, refused):
-    line = refused(
-        "evaluate", "--runs", chinese, "--runs", trained, "--data", chinese_world, code=2
+def test_models_of_several_sources_give_a_table_of_source_by_target(
+    chinese, chinese_world, trained, clseave, tmp_path
+):
+    report, alone = tmp_path / "report", {"zh": chinese, "en": trained}
+    folders = [word for runs in alone.values() for word in ("--runs", runs)]
+    code, out, err = clseave(
+        "evaluate", *folders, "--data", chinese_world, "--report", report, "--device", "cpu"
     )
-    assert "models of several source languages" in line
+    assert code == 0 and "Accuracy by source language" in " ".join(out.split()), err
+    alone = {lang: _evaluate(chinese_world, runs).accuracies for lang, runs in alone.items()}
+    assert [*alone["zh"]] == ["zh", "en", "de"] and [*alone["en"]] == ["en", "de"]
+    document = json.loads((report / "results.json").read_text())
+    # The rest is about the first source, alone.
+    assert document["sources"] == alone and document["signature"]["source_lang"] == "zh"
+    models = document["signature"]["checkpoints"]
+    assert models["clip-ve"] != models["clip-ve (source en)"] == fingerprint(trained / "clip-ve")
+    assert "By source language" in (report / "report.html").read_text()
 
 
 # --- helpers ---

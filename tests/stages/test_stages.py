@@ -337,10 +337,11 @@ def test_a_pair_counts_as_often_as_it_stands_but_never_much_at_once():
     part = corpus.LanguagePairs("de", None, rows, rows, counts, weight=0.5)
     pairs, weights = part.portions()
     assert set(pairs) == set(range(len(counts)))
-    assert weights.max() <= 0.5 * corpus._HEAVIEST
-    np.testing.assert_allclose(
-        np.bincount(pairs, weights), 0.5 * counts / counts.mean(), err_msg="same expected gradient"
-    )
+    assert weights.mean() == pytest.approx(0.5)
+    shares = np.bincount(pairs, weights) / weights.sum()
+    np.testing.assert_allclose(shares, counts / counts.sum(), err_msg="same expected gradient")
+    # One of the eight pairs is divided, in two.
+    assert len(pairs) == 9 and weights.max() <= 0.5 * corpus._HEAVIEST * 9 / 8
     assert np.bincount(pairs)[[0, 1, 3, 5, 6, 7]].max() == 1  # ordinary pairs are not multiplied
 
 

@@ -232,6 +232,7 @@ def _objective(
         sentences,
         sentence_weight=1.0 if both else 0.0,
         token_weight=config.token_weight if both else 1.0,
+        target=config.token_target,
     )
 
 

@@ -44,7 +44,7 @@ from clseave_cli.core.training.precision import Autocast
 from clseave_cli.errors import DataError
 from clseave_cli.progress import SILENT, Progress
 
-#: Largest weight of a pair in a step, in multiples of the mean.
+#: Largest weight of a pair in a step, in multiples of the mean over pairs.
 _HEAVIEST = 5.0
 
 
@@ -276,12 +276,13 @@ class LanguagePairs:
     def portions(self) -> tuple[Rows, npt.NDArray[np.float64]]:
         """The pairs to train on in an epoch, some of them several times, and their weights.
 
-        A pair's weights add up to how often it stands in the data, on average to `weight`.
+        A pair's weights add up in proportion to how often it stands in the data; the mean of all is
+        `weight`, so that a heavy pair's parts do not lower the loss.
         """
-        weights = self.counts / self.counts.mean()
-        times = np.ceil(weights / _HEAVIEST).astype(np.intp)
+        times = np.ceil(self.counts / self.counts.mean() / _HEAVIEST).astype(np.intp)
         pairs = np.repeat(np.arange(len(self.counts)), times)
-        return pairs, (self.weight * weights / times)[pairs]
+        weights = (self.counts / times)[pairs]
+        return pairs, self.weight * weights / weights.mean()
 
 
 @dataclass(eq=False)

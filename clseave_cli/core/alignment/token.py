@@ -22,7 +22,7 @@ from torch import Tensor
 
 from clseave_cli.core.alignment.corpus import LanguagePairs
 from clseave_cli.core.alignment.objectives import SentenceBatch, SentenceObjective
-from clseave_cli.core.config import StudentConfig
+from clseave_cli.core.config import StudentConfig, TokenTarget
 from clseave_cli.core.data.records import Parallel, distinct
 from clseave_cli.core.files import file_digest
 from clseave_cli.core.models.encoders import SentenceEncoder, pool
@@ -82,11 +82,17 @@ def token_student(
             f"--method token: compares token pairs by squared error; --objective "
             f"{config.objective} needs --method sentence or sentence+token."
         )
+    if config.token_reader == "decoder" and not config.pretrained_code:
+        raise UsageError(
+            "--token-reader decoder: reads through the decoder of a trained autoencoder; add "
+            "--pretrained-code."
+        )
     student = new_token_student(
         config.student,
         teacher,
         config.code,
-        final_norm=config.final_norm == "twice",
+        target=config.token_target,
+        reader=config.token_reader,
         sentence_token=config.sentence_token,
     )
     if not config.pretrained_code:
@@ -97,6 +103,8 @@ def token_student(
         Autoencoder(student.state_width, coded.coding.width, config.code),
     )
     coded.coder.load_state_dict(autoencoder.encoder.state_dict())
+    if config.token_reader == "decoder":
+        coded.decoder.load_state_dict(autoencoder.decoder.state_dict())
     return student, {"autoencoder": fingerprint}
 
 
@@ -269,6 +277,7 @@ class TokenObjective:
         sentences: the sentences they stand in, and a loss on their embeddings.
         sentence_weight: of that loss; 0: embeddings are not computed.
         token_weight: of the token pairs' loss.
+        target: which states of the teacher the codes imitate.
     """
 
     student: SentenceEncoder
@@ -277,6 +286,7 @@ class TokenObjective:
     sentences: SentenceObjective
     sentence_weight: float
     token_weight: float
+    target: TokenTarget = "normalised"
 
     def prepare(self, rows: Rows) -> TokenBatch:
         """Packs this process's shard of both sides; every source sentence once."""
@@ -317,7 +327,8 @@ class TokenObjective:
         hidden = self.student.hidden_states(target)
         codes = _coded_state(self.student).coder(hidden.flatten(0, 1)[batch.target_place])  # (L, K)
         with torch.no_grad():
-            states = self.teacher.hidden_states(batch.source).flatten(0, 1)
+            layer = -1 if self.target == "encoder" else None
+            states = self.teacher.hidden_states(batch.source, layer).flatten(0, 1)
         errors = (codes.float() - states[batch.source_place].float()).square().mean(dim=1)
         # A product with zeros and ones: adding at indices on a GPU gives other bits every time.
         sentences = torch.arange(len(target.terminals), device=hidden.device)

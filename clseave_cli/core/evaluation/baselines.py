@@ -29,7 +29,7 @@ from clseave_cli.labels import LABELS
 from clseave_cli.progress import SILENT, Progress
 
 # Raised when `predict_from_hypotheses` changes: kept guesses are then made again.
-_VERSION = 1
+_VERSION = 2
 
 # Thai to Lao, Burmese, Khmer, kana, Han, Hangul: one character is a token.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
@@ -39,11 +39,6 @@ _TOKEN = rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])\w)+|[^\w\s]"
 
 # Rounds of random swaps that `shuffled_rows` mixes with; each touches every row once.
 _SWAP_ROUNDS = 20
-
-
-def majority_label(labels: npt.ArrayLike) -> int:
-    """The most frequent of (N,) label ids; of equals, the first in the order of `LABELS`."""
-    return int(np.bincount(np.asarray(labels, dtype=np.int64), minlength=len(LABELS)).argmax())
 
 
 def predict_from_hypotheses(
@@ -136,8 +131,13 @@ class Rows:
 class Guesses:
     """Labels guessed without a photo."""
 
-    majority: int  # the training rows' most frequent label id
+    counts: tuple[int, ...]  # (C,) training rows of each label
     labels: Ints  # (N,) int label ids by the hypothesis-only classifier
+
+    @property
+    def majority(self) -> int:
+        """The training rows' most frequent label id; of equals, the first."""
+        return int(np.argmax(self.counts))
 
 
 class HypothesisOnly:
@@ -185,8 +185,9 @@ class HypothesisOnly:
             with self._progress.task(f"{rows.lang}: hypothesis-only classifier", 1) as task:
                 labels = predict_from_hypotheses(learnt.hypotheses, learnt.labels, rows.hypotheses)
                 task.advance()
-            guesses = Guesses(majority_label(learnt.labels), labels)
-            write_json(path, {"majority": guesses.majority, "labels": labels.tolist()})
+            counts = np.bincount(learnt.labels, minlength=len(LABELS)).tolist()
+            guesses = Guesses(tuple(counts), labels)
+            write_json(path, {"counts": counts, "labels": labels.tolist()})
         return guesses
 
     def _training_rows(self, rows: Rows) -> Split:
@@ -205,9 +206,10 @@ class HypothesisOnly:
         """What the cache holds; None where it holds nothing, or a damaged file."""
         try:
             stored: Any = read_json(path) if path.is_file() else {}
-            majority, labels = stored["majority"], stored["labels"]
-            if len(labels) != len(rows.split) or not {majority, *labels} <= {*range(len(LABELS))}:
+            counts, labels = tuple(map(int, stored["counts"])), stored["labels"]
+            sizes = len(counts), len(labels)
+            if sizes != (len(LABELS), len(rows.split)) or not {*labels} <= {*range(len(LABELS))}:
                 return None
-        except (ModelError, TypeError, KeyError):
+        except (ModelError, TypeError, KeyError, ValueError):
             return None
-        return Guesses(majority, np.array(labels, dtype=np.int64))
+        return Guesses(counts, np.array(labels, dtype=np.int64))

@@ -485,7 +485,8 @@ def _curves(runs: Sequence[LearningCurve]) -> Figure:
     recorded = {name for run in runs for name in run.lines}
     drawn = {title: names for title, names in _PANELS.items() if recorded.intersection(names)}
     # Errors of an alignment fall over orders of magnitude; losses of classifiers do not.
-    logarithmic = {"loss", "dev MSE per dimension"} if "dev mse" in recorded else set()
+    errors = {"loss", "dev MSE per dimension", "dev MAE per dimension"}
+    logarithmic = errors if "dev mse" in recorded else set()
     figure, panels = _grid(2.4, drawn, columns=2)
     for axes, (title, names) in zip(panels, drawn.items(), strict=True):
         _tidy(axes)

@@ -293,6 +293,8 @@ class Scores:
     macro_f1_low: float | None
     macro_f1_high: float | None
     per_class: dict[str, ClassScores]  # by label name
+    # Share of rows that get the label predicted most often; None: an older document.
+    most_frequent: float | None = None
     confusion: tuple[tuple[int, ...], ...]  # (C, C) counts; row: gold label, column: predicted
     ece: float  # expected calibration error, a fraction
     # The non-empty bins behind `ece`, from unsure to sure.
@@ -334,6 +336,7 @@ def score(
     ends: dict[str, Any] = {
         name + end: v for name, i in intervals.items() for end, v in i.ends().items()
     }
+    confusion = confusion_matrix(gold, predicted, labels=ids)
     columns = precision_recall_fscore_support(gold, predicted, labels=ids, zero_division=0.0)
     ece, reliability = calibration(gold, np.exp(log_p))
     return Scores(
@@ -344,7 +347,8 @@ def score(
             name: ClassScores(*(column[label].item() for column in columns))
             for label, name in enumerate(LABELS)
         },
-        confusion=tuple(map(tuple, confusion_matrix(gold, predicted, labels=ids).tolist())),
+        confusion=tuple(map(tuple, confusion.tolist())),
+        most_frequent=float(confusion.sum(axis=0).max() / len(gold)),
         ece=ece,
         reliability=reliability,
     )

@@ -55,7 +55,8 @@ def write_report(
         ClseaveError: the disk is full or read-only.
     """
     drawn = draw_figures(results, curves)
-    page = html_page(results, drawn, [gallery for gallery in galleries if gallery.items])
+    shown = [gallery for gallery in galleries if gallery.items]
+    page = html_page(results, drawn, shown, curves)
     with atomic_folder(folder) as unfinished:
         (unfinished / "figures").mkdir()
         for name, drawing in drawn.items():
@@ -69,10 +70,16 @@ def write_report(
     return folder / HTML_FILE
 
 
-def html_page(results: Results, drawn: Mapping[str, Drawing], galleries: Sequence[Gallery]) -> str:
+def html_page(
+    results: Results,
+    drawn: Mapping[str, Drawing],
+    galleries: Sequence[Gallery],
+    curves: Sequence[LearningCurve] = (),
+) -> str:
     """The page; `drawn`: figures by name."""
     figures = {name: [data_uri(panel, "png") for panel in d.panels] for name, d in drawn.items()}
-    shown = {"galleries": galleries, "figures": figures, "thumbnail": thumbnail}
+    aligned = [curve for curve in curves if "dev mse" in curve.lines]
+    shown = {"galleries": galleries, "figures": figures, "aligned": aligned, "thumbnail": thumbnail}
     return _render("page.html", results, **shown)
 
 

@@ -102,6 +102,8 @@ class Baselines:
     difference_to_majority: Difference | None = None
     difference_to_hypothesis_only: Difference | None = None
     difference_to_shuffled_image: Difference | None = None
+    # Training rows that the classifier learnt from, by label name; empty: not measured.
+    train_labels: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -216,6 +218,9 @@ class Results:
     # Metrics over several trainings, by `LanguageResult.key` and name (`SEED_METRICS`), where
     # there are several; all other numbers are those of the first.
     seeds: dict[str, dict[str, SeedSummary]] = field(default_factory=dict)
+    # Accuracy by source language and language of the hypotheses, where there are models of several
+    # source languages; all other numbers are those of the first. Means over its trainings.
+    sources: dict[str, dict[str, float]] = field(default_factory=dict)
     format: int = FORMAT  # version of the document's shape
 
     def shows_mode(self, result: LanguageResult) -> bool:
@@ -237,6 +242,12 @@ class Results:
     def spread(self, result: LanguageResult) -> SeedSummary | None:
         """Mean and deviation of a result's accuracy over the trainings, where it has several."""
         return self.seeds.get(result.key, {}).get("accuracy")
+
+    @property
+    def accuracies(self) -> dict[str, float]:
+        """By language, of those that are read and not translated; means over the trainings."""
+        read = [result for result in means(self).results if result.mode == "zero-shot"]
+        return {result.lang: result.accuracy for result in read}
 
     @property
     def of_training_rows(self) -> bool:
@@ -389,6 +400,7 @@ def means(results: Results) -> Results:
                 majority=baselines[key].majority,
                 hypothesis_only=baselines[key].hypothesis_only,
                 shuffled_image=summaries["shuffled_image"].mean,
+                train_labels=baselines[key].train_labels,
             )
     shown = tuple(_mean_result(r, results.seeds.get(r.key, {})) for r in results.results)
     return replace(results, results=shown, baselines=baselines)

@@ -55,6 +55,7 @@ from clseave_cli.core.models.student import require_teacher, student_fingerprint
 from clseave_cli.core.training.precision import resolve_device, resolve_precision
 from clseave_cli.core.translation.corpus import translate_hypotheses
 from clseave_cli.errors import DataError, ModelError, UsageError
+from clseave_cli.labels import LABELS
 from clseave_cli.progress import SILENT, Progress
 from clseave_cli.version import __version__
 
@@ -66,8 +67,9 @@ def evaluate(config: EvaluateConfig, progress: Progress = SILENT) -> Results:
     where they share a `pairID`; the source language is run for that even where `config.lang` leaves
     it out of the results.
     Several folders of models are the same training with several seeds: the results are those of
-    the first, with mean and spread over all of them in `seeds`. Where `config.report` is set, the
-    report is written there.
+    the first, with mean and spread over all of them in `seeds`. If they have several source
+    languages, the results are those of the first one, and `sources` has the accuracies of all.
+    Where `config.report` is set, the report is written there.
 
     Raises:
         ClseaveError: bad data; a model that is missing, damaged, or of another teacher; hypotheses
@@ -78,25 +80,54 @@ def evaluate(config: EvaluateConfig, progress: Progress = SILENT) -> Results:
         if config.report is not None:
             require_replaceable(config.report, REPORT, config)
             stack.enter_context(locked_target(config.report))
-        plan = _Plan.of(config, progress)
-        documents, correct = [], []
-        for number, runs in enumerate(config.runs):
-            systems, clip_ve = plan.systems[number], runs / "clip-ve"
-            by_system = run_systems(config, clip_ve, systems, plan.rows, progress)
-            correct.append({key: outputs.correct for key, outputs in by_system.items()})
-            documents.append(_document(plan, number, by_system, correct[-1]))
-            if number == 0:
-                first = by_system
-            # Of the others only right or wrong is needed: embeddings take a lot of memory.
-            del by_system
-        document = documents[0]
-        for sentence in leaks(document):
-            progress.note(sentence)
-        if len(documents) > 1:
-            document = _with_seeds(plan, documents, first, correct)
+        plans = [_Plan.of(replace(config, runs=runs), progress) for runs in _by_source(config.runs)]
+        document, first = _results(plans[0], progress)
+        for plan in plans[1:]:
+            document = _with_source(document, _results(plan, progress)[0])
         if config.report is not None:
-            _write(plan, config.report, document, first)
+            _write(plans[0], config.report, document, first)
     return document
+
+
+def _by_source(runs: Sequence[Path]) -> list[tuple[Path, ...]]:
+    """The folders of models, those of one source language together."""
+    by_lang: dict[str, tuple[Path, ...]] = {}
+    for folder in runs:
+        lang = source_language(folder / "clip-ve")
+        by_lang[lang] = (*by_lang.get(lang, ()), folder)
+    return list(by_lang.values())
+
+
+def _with_source(document: Results, other: Results) -> Results:
+    """The document with the accuracies of another source language's models, and with these."""
+    lang, signature = other.source_lang, document.signature
+    models = {f"{name} (source {lang})": d for name, d in other.signature.checkpoints.items()}
+    sources = document.sources or {document.source_lang: document.accuracies}
+    return replace(
+        document,
+        signature=replace(signature, checkpoints=signature.checkpoints | models),
+        sources=sources | {lang: other.accuracies},
+    )
+
+
+def _results(plan: _Plan, progress: Progress) -> tuple[Results, dict[str, Outputs]]:
+    """The results of the models of one source language, and what the first folder's models say."""
+    documents, correct = [], []
+    for number, runs in enumerate(plan.config.runs):
+        systems, clip_ve = plan.systems[number], runs / "clip-ve"
+        by_system = run_systems(plan.config, clip_ve, systems, plan.rows, progress)
+        correct.append({key: outputs.correct for key, outputs in by_system.items()})
+        documents.append(_document(plan, number, by_system, correct[-1]))
+        if number == 0:
+            first = by_system
+        # Of the others only right or wrong is needed: embeddings take a lot of memory.
+        del by_system
+    document = documents[0]
+    for sentence in leaks(document):
+        progress.note(sentence)
+    if len(documents) > 1:
+        document = _with_seeds(plan, documents, first, correct)
+    return document, first
 
 
 def require_rows(config: EvaluateConfig, langs: Iterable[str], progress: Progress) -> None:
@@ -199,7 +230,7 @@ class _Plan:
                 "--mode translate-test."
             )
         folder = data_folder(config.data, progress)
-        source_lang, along = _source_language(config), None
+        source_lang, along = source_language(config.runs[0] / "clip-ve"), None
         systems = [_systems(config, runs, source_lang, folder, progress) for runs in config.runs]
         _check_models(config.runs, systems)
         resolve_device(config.device)
@@ -240,15 +271,6 @@ class _Plan:
     def sampling(self) -> dict[str, Any]:
         """How every interval resamples the photos."""
         return {"resamples": self.config.resamples, "seed": self.config.seed}
-
-
-def _source_language(config: EvaluateConfig) -> str:
-    """The language that CLIP-VE reads in every folder of models."""
-    langs = {runs: source_language(runs / "clip-ve") for runs in config.runs}
-    if len(set(langs.values())) > 1:
-        named = ", ".join(f"{runs} {lang}" for runs, lang in langs.items())
-        raise UsageError(f"--runs: models of several source languages ({named}).")
-    return next(iter(langs.values()))
 
 
 def _systems(
@@ -460,10 +482,12 @@ def _differences(
 def _baselines(plan: _Plan, outputs: Outputs, guesses: Guesses | None) -> Baselines:
     """What the same rows give away without their photos, and how the system compares."""
     correct = {"shuffled_image": outputs.is_gold(outputs.shuffled_logits.argmax(axis=1))}
+    measured: dict[str, Any] = {}
     if guesses is not None:
+        measured["train_labels"] = dict(zip(LABELS, guesses.counts, strict=True))
         correct["majority"] = outputs.is_gold(guesses.majority)
         correct["hypothesis_only"] = outputs.is_gold(guesses.labels)
-    measured: dict[str, Any] = {name: float(right.mean()) for name, right in correct.items()}
+    measured |= {name: float(right.mean()) for name, right in correct.items()}
     for name, right in correct.items():
         pair = outputs.correct, right
         difference = metrics.compare_predictions(*pair, outputs.images, **plan.sampling)

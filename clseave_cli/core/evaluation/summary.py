@@ -26,6 +26,9 @@ DASH = "–"
 # Languages that a sentence names; of more it tells the number.
 _MOST_NAMED = 6
 
+# Share of rows with the same answer from which a model is said to give one answer to all.
+_ONE_ANSWER = 0.99
+
 #: What an accuracy is compared with: fields of `Baselines`, and their names.
 BASELINES = {
     "majority": "majority label",
@@ -136,7 +139,7 @@ def headline(results: Results) -> str:
         sentences += [f"Translate-test against zero-shot: {verdicts[0]}", *verdicts[1:]]
     else:
         sentences += _verdicts(compared, f"level with {language_name(mean.source_lang)}")
-    return " ".join([*sentences, *not_above(results)])
+    return " ".join([*sentences, *not_above(results), *one_answer(results)])
 
 
 def _reached(
@@ -225,6 +228,28 @@ def not_above(results: Results) -> list[str]:
     ]
 
 
+def one_answer(results: Results) -> list[str]:
+    """A sentence where a model gives nearly every row the same label, as the thesis's CLTEAVE."""
+    constant = [r for r in results.results if (r.most_frequent or 0) >= _ONE_ANSWER]
+    if not constant:
+        return []
+    names = joined(result_name(r, results) for r in constant)
+    share = _range(percent(r.most_frequent) for r in constant)
+    gives = "gives" if len(constant) == 1 else "give"
+    return [f"{names} {gives} {share} % of the rows the same label."]
+
+
+def mean_of_others(results: Results) -> str:
+    """The mean accuracy of the students' languages (thesis chapter 5), or nothing if there is one.
+
+    Of several trainings, of their means.
+    """
+    read = {lang: a for lang, a in results.accuracies.items() if lang != results.source_lang}
+    if len(read) < 2:
+        return ""
+    return f"mean of {', '.join(read)}: {percent(sum(read.values()) / len(read))} %"
+
+
 def compared_with(
     results: Results, result: LanguageResult
 ) -> dict[str, tuple[float, Difference | None]]:
@@ -257,7 +282,9 @@ def highlights(results: Results) -> tuple[Highlight, ...]:
     if others:
         low, high = (percent(f(r.accuracy for r in others)) for f in (min, max))
         names = ", ".join(dict.fromkeys(r.lang for r in others))
-        note = f"{names}; {of}" if (of := _mean_of(results, others)) else names
+        note = "; ".join(
+            filter(None, [mean_of_others(results) or names, _mean_of(results, others)])
+        )
         value = f"{low} – {high} %" if low != high else f"{low} %"
         tiles.append(Highlight("Other languages", value, note))
     compared = [r.difference_to_english for r in others if r.difference_to_english is not None]

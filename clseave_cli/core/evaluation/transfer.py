@@ -1,7 +1,7 @@
 """How close a student's embeddings come to its teacher's, and whether distant languages lose more.
 
-The distances of the thesis's languages are in the package; those of others come from the URIEL
-vectors of the `lang2vec` extra. One analysis never mixes the two: they are defined differently.
+The distances of the thesis's languages are in the package; those of others are lang2vec's. One
+analysis never mixes the two: the table may be of another version of URIEL.
 
 N sentences · D embedding width
 """
@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import permutations
-from math import acos, pi
 from typing import Any
 
 import numpy as np
@@ -103,10 +102,9 @@ THESIS_DISTANCES: dict[str, dict[str, float | None]] = {
 }
 
 THESIS_SOURCE = "thesis Table 1.1 (URIEL)"
-LANG2VEC_SOURCE = "lang2vec (URIEL vectors, angular distance)"
-
-# The sets without gaps: URIEL fills them in from a language's neighbours.
-_LANG2VEC_SETS = {"syntactic": "syntax", "phonological": "phonology", "inventory": "inventory"}
+LANG2VEC_SOURCE = "lang2vec (URIEL)"
+#: Installs a lang2vec that has distances.
+LANG2VEC_COMMAND = 'pip install "setuptools<81" git+https://github.com/antonisa/lang2vec'
 
 # All orders of up to eight points are tried (40,320); beyond, scipy's approximation is good.
 _MOST_EXACT_POINTS = 8
@@ -227,41 +225,36 @@ def describe_power(num_languages: int, smallest: Mapping[str, float | None]) -> 
 def lang2vec_distances(
     languages: Sequence[str], source_lang: str = "en"
 ) -> dict[str, dict[str, float | None]]:
-    """Distances to a language from URIEL's vectors, for what the thesis's table lacks.
+    """All of URIEL's distances to a language, as lang2vec itself gives them.
 
-    The angle between the two languages' feature vectors as a share of a right angle, URIEL's own
-    definition: 0 the same, 1 nothing in common. By kind and language; None where URIEL lacks one of
-    the two. Codes are ISO 639-1 or 639-3, a script or region after them or not.
+    By kind and language; None where URIEL lacks one of the two. Codes are ISO 639-1 or 639-3, a
+    script or region after them or not.
 
     Raises:
-        ExtraMissing: the `lang2vec` extra is not installed.
+        ExtraMissing: lang2vec is not installed, or its version has no distances.
     """
     try:
-        # It needs pkg_resources, which setuptools has dropped: the extra asks for an older one, and
-        # the warning about that is nothing the user can act on.
+        # It needs pkg_resources, which newer versions of setuptools lack and older ones warn of.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             lang2vec: Any = import_module("lang2vec.lang2vec")
-    except ImportError:
+            listed = set(lang2vec.DISTANCE_LANGUAGES)
+    except (ImportError, AttributeError):
         raise ExtraMissing(
-            "lang2vec is not installed; run: pip install -e '.[lang2vec]'."
+            "lang2vec with its distances is not installed, and PyPI's version has none; run: "
+            f"{LANG2VEC_COMMAND}."
         ) from None
-    # Script and region do not make another language of it: zh-Hant, pt-BR.
-    bare = {lang: lang.partition("-")[0] for lang in (*languages, source_lang)}
-    codes = {lang: lang2vec.LETTER_CODES.get(code, code) for lang, code in bare.items()}
-    listed = {lang: code for lang, code in codes.items() if code in lang2vec.URIEL_LANGUAGES}
-    result: dict[str, dict[str, float | None]] = {}
-    for kind, feature_set in _LANG2VEC_SETS.items():
-        vectors = lang2vec.get_features(list(listed.values()), f"{feature_set}_knn")
-        of_lang = {lang: np.array(vectors[code], dtype=np.float64) for lang, code in listed.items()}
-        source = of_lang.get(source_lang)
-        result[kind] = {lang: _angular(source, of_lang.get(lang)) for lang in languages}
+
+    def code(lang: str) -> str:
+        # Script and region do not make another language of it: zh-Hant, pt-BR.
+        bare = lang.partition("-")[0]
+        return str(lang2vec.LETTER_CODES.get(bare, bare))
+
+    kinds = list(THESIS_DISTANCES)
+    result: dict[str, dict[str, float | None]] = {kind: dict.fromkeys(languages) for kind in kinds}
+    for lang in languages:
+        pair = code(source_lang), code(lang)
+        if listed.issuperset(pair):
+            for kind, distance in zip(kinds, lang2vec.distance(kinds, *pair), strict=True):
+                result[kind][lang] = float(distance)
     return result
-
-
-def _angular(first: _Vector | None, second: _Vector | None) -> float | None:
-    """The angle as a share of a right angle; None for a vector that is missing or zero."""
-    if first is None or second is None or not first.any() or not second.any():
-        return None
-    cosine = first @ second / np.sqrt((first @ first) * (second @ second))
-    return 2 / pi * acos(min(1.0, float(cosine)))

@@ -199,7 +199,8 @@ class SentenceEncoder(nn.Module):
 
         Args:
             batch: packed sentences.
-            layer: whose output, counted from 1; None: the backbone's last hidden states.
+            layer: whose output, counted from 1, or -1 for the last; None: the backbone's last
+                hidden states, which in CLIP are normalised.
         """
         if not batch.groups:
             return self._states(batch, layer)

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
-from clseave_cli.core.config import Code, Pooling, SentenceToken
+from clseave_cli.core.config import Code, Pooling, SentenceToken, TokenReader, TokenTarget
 from clseave_cli.core.models import backbones
 from clseave_cli.core.models.encoders import SentenceEncoder, backbone_digest
 from clseave_cli.core.models.folder import peek, seal, unsealed
@@ -30,15 +31,22 @@ class Coding:
 
     Attributes:
         code: whether they can be negative.
-        width: of the teacher's states.
+        width: K, of the teacher's states.
         norm_eps: of the teacher's last normalisation, where it is applied behind; None: it is not.
         pools: whether the sentence's state goes through BERT's pooling layer before.
+        reader: how the embedding is made of it.
     """
 
     code: Code
     width: int
     norm_eps: float | None
-    pools: bool = False  # not named by earlier versions
+    pools: bool = False  # not named by earlier versions, nor is `reader`
+    reader: TokenReader = "projection"
+
+    @property
+    def reads_states(self) -> bool:
+        """Whether the teacher's last layers are padded to read H numbers, not the code's K."""
+        return self.reader in ("padded", "decoder")
 
 
 class CodedState(nn.Module):
@@ -47,8 +55,9 @@ class CodedState(nn.Module):
     Attributes:
         pooler: the encoder's pooling layer, or nothing; token pairs go round it.
         coder: makes the teacher's state of the student's; what the token pairs train.
+        decoder: the autoencoder's decoder, or nothing.
         final_norm: the teacher's last normalisation, or nothing.
-        coding: what the two are.
+        coding: what they are.
     """
 
     def __init__(self, state_width: int, coding: Coding) -> None:
@@ -57,17 +66,25 @@ class CodedState(nn.Module):
         if coding.pools:
             self.pooler = nn.Sequential(nn.Linear(state_width, state_width), nn.Tanh())
         self.coder = coder(state_width, coding.width, coding.code)
+        self.decoder: nn.Module = nn.Identity()
+        if coding.reader == "decoder":
+            self.decoder = coder(coding.width, state_width, coding.code)
+        #: How many numbers the projection reads.
+        self.width = state_width if coding.reads_states else coding.width
         self.final_norm: nn.Module = (
             nn.Identity()
             if coding.norm_eps is None
-            else nn.LayerNorm(coding.width, eps=coding.norm_eps)
+            else nn.LayerNorm(self.width, eps=coding.norm_eps)
         )
         self.coding = coding
 
     def forward(self, states: Tensor) -> Tensor:
-        """(B, K) from (B, H)."""
-        read: Tensor = self.final_norm(self.coder(self.pooler(states)))
-        return read
+        """(B, width) from (B, H)."""
+        read: Tensor = self.pooler(states)
+        if self.coding.reader != "padded":
+            read = self.decoder(self.coder(read))
+        normalised: Tensor = self.final_norm(read)
+        return normalised
 
 
 def new_student(
@@ -95,24 +112,27 @@ def new_token_student(
     teacher: SentenceEncoder,
     code: Code,
     *,
-    final_norm: bool = False,
+    target: TokenTarget = "normalised",
+    reader: TokenReader = "projection",
     sentence_token: SentenceToken = "terminal",
 ) -> SentenceEncoder:
     """A student of the token method (thesis 3.2): its states are coded as the teacher's are.
 
-    Encoder → code → (the teacher's last normalisation again →) the teacher's projection, which is
-    copied and stays as it is. Each token's code is to be the teacher's state.
+    Encoder → code → (the teacher's last normalisation →) the teacher's projection. Each token's
+    code is to be the teacher's state. What is the teacher's is copied and stays as it is.
 
     Args:
         name: hub id or folder of any bidirectional encoder with a fast tokenizer.
         teacher: the text tower to imitate.
         code: whether the code can be negative.
-        final_norm: whether the teacher's last normalisation is applied to the code.
+        target: whether a code is to be the teacher's state before its last normalisation, which
+            is then applied to the code.
+        reader: how a code becomes the embedding. An autoencoder's decoder is untrained here.
         sentence_token: whose code stands for a sentence.
 
     Raises:
-        ModelError: the encoder cannot be loaded or has no pooling layer, or the teacher does not
-            end as CLIP's text tower.
+        ModelError: the encoder cannot be loaded or has no pooling layer, the teacher does not end
+            as CLIP's text tower, or the reader does not fit their widths.
     """
     last = getattr(teacher.backbone, "final_layer_norm", None)
     if not (
@@ -126,18 +146,42 @@ def new_token_student(
             "token and one projection, as CLIP's does; --method sentence does not."
         )
     pools = sentence_token == "pooler"
-    coding = Coding(code, len(last.weight), last.eps if final_norm else None, pools)
+    reads_norm = reader in ("padded", "decoder") or (reader, target) == ("projection", "encoder")
+    coding = Coding(code, len(last.weight), last.eps if reads_norm else None, pools, reader)
     pooling: Pooling = "terminal" if sentence_token == "terminal" else "cls"
-    student = _student(*backbones.load_encoder(name), teacher.embedding_dim, pooling, coding=coding)
+    model, tokenizer = backbones.load_encoder(name)
+    _require_widths(coding, model.config.hidden_size, teacher.embedding_dim)
+    student = _student(model, tokenizer, teacher.embedding_dim, pooling, coding=coding)
     if pools:
         student.norm.pooler[0].load_state_dict(backbones.load_pooler(name).state_dict())
-    copied = {student.projection: teacher.projection}
-    if final_norm:
-        copied[student.norm.final_norm] = last
-    for part, original in copied.items():
-        part.load_state_dict(original.state_dict())
-        part.requires_grad_(False)
+    matrix = torch.eye(coding.width) if reader == "code" else teacher.projection.weight
+    copied = [(student.projection.weight, matrix)]
+    if reads_norm:
+        norm = student.norm.final_norm
+        copied += [(norm.weight, last.weight), (norm.bias, last.bias)]
+    with torch.no_grad():
+        for part, original in copied:
+            part.copy_(functional.pad(original, (0, part.shape[-1] - original.shape[-1])))
+            part.requires_grad_(False)
     return student
+
+
+def _require_widths(coding: Coding, state_width: int, embedding_dim: int) -> None:
+    """Refuses a reader that the student's, the teacher's and the head's widths do not allow.
+
+    Raises:
+        ModelError: they do not.
+    """
+    if coding.reader == "code" and coding.width != embedding_dim:
+        raise ModelError(
+            f"--token-reader code: the head reads {embedding_dim} numbers, but a code of this "
+            f"teacher has {coding.width}; use --token-reader projection."
+        )
+    if coding.reads_states and state_width < coding.width:
+        raise ModelError(
+            f"--token-reader {coding.reader}: pads the teacher's {coding.width} numbers to the "
+            f"width of the student's states, which is {state_width}; use a wider --student."
+        )
 
 
 def load_student(folder: Path, teacher: str | None = None) -> SentenceEncoder:
@@ -321,8 +365,8 @@ def _student(
     width = model.config.hidden_size
     with torch.device(added_on):
         norm = nn.LayerNorm(width) if coding is None else CodedState(width, coding)
-        last_width = width if coding is None else coding.width
-        projection = nn.Linear(last_width, embedding_dim, bias=False)
+        read_width = norm.width if isinstance(norm, CodedState) else width
+        projection = nn.Linear(read_width, embedding_dim, bias=False)
     return SentenceEncoder(
         model,
         tokenizer,

@@ -31,7 +31,6 @@ EXTRAS = {
     ),
     "ctranslate2": ("faster translate", ("ctranslate2",)),
     "distributed": ("training in several processes", ("accelerate",)),
-    "lang2vec": ("distances between languages", ("lang2vec",)),
     "tensorboard": ("--tracker tensorboard", ("tensorboard",)),
     "wandb": ("--tracker wandb", ("wandb",)),
     "trackio": ("--tracker trackio", ("trackio",)),
