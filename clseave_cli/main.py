@@ -14,6 +14,7 @@ import typer.core
 
 from clseave_cli import processes
 from clseave_cli.commands import (
+    calibrate,
     check,
     compare,
     curve,
@@ -95,6 +96,7 @@ _COMMANDS: dict[str, tuple[type[config.StageConfig], Callable[..., None]]] = {
     "autoencode": (config.AutoencodeConfig, stages.autoencode),
     "word-align": (config.WordAlignConfig, word_align.run),
     "evaluate": (config.EvaluateConfig, evaluate.run),
+    "calibrate": (config.CalibrateConfig, calibrate.run),
     "predict": (config.PredictConfig, predict.run),
     "check": (config.CheckConfig, check.run),
     "export": (config.ExportConfig, export.run),

@@ -73,7 +73,12 @@ def run(
     if explain is not None:
         require_writable(explain)
     model = VisualEntailment.from_pretrained(
-        config.runs, config.lang, config.device, config.precision, lasting=False
+        config.runs,
+        config.lang,
+        config.device,
+        config.precision,
+        lasting=False,
+        unsure=config.unsure,
     )
     start = time.perf_counter()
     result = model.predict([(image, hypothesis)])[0]
@@ -86,6 +91,8 @@ def run(
         terminal.say(
             "the hypothesis is too long and was cut at the encoder's limit.", to_stderr=True
         )
+    if model.uncalibrated:
+        terminal.say(model.uncalibrated, to_stderr=True)
     if result.warning:
         terminal.say(f"warning: {result.warning}", to_stderr=True)
     if json:

@@ -33,6 +33,11 @@ from clseave_cli.core.features import (
     tokenize_sentences,
 )
 from clseave_cli.core.files import json_digest
+from clseave_cli.core.models.calibration import (
+    fit_temperature,
+    fitted_on_dev,
+    write_calibrations,
+)
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.packing import PackedBatch
 from clseave_cli.core.models.vocabulary import reduced_vocabulary
@@ -133,6 +138,9 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult
             return {
                 "loss": functional.cross_entropy(logits, labels).item(),
                 "accuracy": _accuracy(logits, labels).item(),
+                "temperature": fit_temperature(
+                    logits.float().cpu().numpy(), dev_pairs.labels.numpy()
+                ),
             }
 
         stage = Stage(
@@ -149,7 +157,12 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult
         with reduced_vocabulary(model.text, *tokens):
             result = train(stage, config, device=device, folder=run.folder, progress=progress)
         seen = [SeenRows.of(split, photos.keys) for split, photos in splits]
-        run.publish(model.save, _card(config, len(train_split), result), seen)
+
+        def save(aside: Path) -> None:
+            model.save(aside)
+            write_calibrations(aside, fitted_on_dev(result.dev, languages))
+
+        run.publish(save, _card(config, len(train_split), result), seen)
     _tell_if_nothing_was_learnt(config, dev_split, result, progress)
     return StageResult(out, languages, result)
 

@@ -33,6 +33,9 @@ ALPHA = 0.05
 #: Bins of equal width in which calibration is measured.
 NUM_BINS = 15
 
+# Points of the risk-coverage curve that are kept.
+_CURVE_POINTS = 50
+
 # Quotients that are equal but for their last bits.
 _ROUNDING = 1e-12
 
@@ -275,6 +278,15 @@ class ReliabilityPoint:
     count: int
 
 
+@dataclass(frozen=True)
+class RiskPoint:
+    """What answering only the surest rows would come to; shares are fractions."""
+
+    coverage: float  # share of the rows that are answered
+    risk: float  # share of these that are wrong
+    confidence: float  # the least probability among them
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scores:
     """The metrics of one set of predictions; accuracies are fractions."""
@@ -297,6 +309,8 @@ class Scores:
     ece: float  # expected calibration error, a fraction
     # The non-empty bins behind `ece`, from unsure to sure.
     reliability: tuple[ReliabilityPoint, ...]
+    aurc: float | None = None  # area under the risk-coverage curve; None: an older document
+    risk_coverage: tuple[RiskPoint, ...] = ()  # the curve, from few rows to all
 
 
 def probabilities(logits: npt.ArrayLike) -> Floats:
@@ -336,6 +350,7 @@ def score(
     }
     columns = precision_recall_fscore_support(gold, predicted, labels=ids, zero_division=0.0)
     ece, reliability = calibration(gold, np.exp(log_p))
+    aurc, curve = risk_coverage(gold == predicted, np.exp(log_p.max(axis=1)))
     return Scores(
         num_examples=len(gold),
         num_images=len(sums),
@@ -347,6 +362,8 @@ def score(
         confusion=tuple(map(tuple, confusion_matrix(gold, predicted, labels=ids).tolist())),
         ece=ece,
         reliability=reliability,
+        aurc=aurc,
+        risk_coverage=curve,
     )
 
 
@@ -404,3 +421,31 @@ def calibration(
     )
     ece = sum(point.count * abs(point.accuracy - point.confidence) for point in points) / len(p)
     return ece, points
+
+
+def risk_coverage(
+    correct: npt.ArrayLike, confidence: npt.ArrayLike
+) -> tuple[float, tuple[RiskPoint, ...]]:
+    """The area under the risk-coverage curve, and points of the curve.
+
+    The risk at coverage k / N is the share of wrong answers among the k surest rows; the area is
+    its mean over k = 1 … N (Geifman, Uziel and El-Yaniv, "Bias-Reduced Uncertainty Estimation for
+    Deep Neural Classifiers", 2019, section 2). Of rows that are equally sure, each counts as wrong
+    as all of them are on average, so their order does not matter.
+
+    Args:
+        correct: (N,) bool.
+        confidence: (N,) how sure each answer is.
+    """
+    levels, group = np.unique(-np.asarray(confidence, dtype=np.float64), return_inverse=True)
+    sizes = np.bincount(group)
+    wrong = np.bincount(group, 1.0 - np.asarray(correct, dtype=np.float64)) / sizes
+    answered = np.arange(1, len(group) + 1)
+    risks = np.cumsum(np.repeat(wrong, sizes)) / answered
+    least = -np.repeat(levels, sizes)
+    shown = np.unique(np.linspace(0, len(group), _CURVE_POINTS + 1).astype(np.int64)[1:] - 1)
+    points = tuple(
+        RiskPoint((k + 1) / len(group), float(risks[k]), float(least[k]))
+        for k in shown[shown >= 0].tolist()
+    )
+    return float(risks.mean()), points

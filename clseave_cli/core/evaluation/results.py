@@ -45,6 +45,19 @@ class Overlap:
     accuracy_unseen: float | None  # on all other rows
 
 
+@dataclass(frozen=True)
+class Abstention:
+    """What the thresholds of `clseave calibrate` come to on these rows."""
+
+    precision: float  # the share of right answers that was promised
+    labels: tuple[str, ...]  # of which answers; others are always given
+    share: float  # of all rows, that are answered `unsure`
+    num_answered: int  # rows answered with one of `labels`
+    accuracy: float | None  # share of these that are right, with its 95 % interval; None: no row
+    accuracy_low: float | None
+    accuracy_high: float | None
+
+
 Mode = Literal["zero-shot", "translate-test"]
 
 
@@ -80,6 +93,11 @@ class LanguageResult(Scores):
     difference_to_zero_shot: Difference | None = None
     transfer: Transfer | None = None  # student against teacher embeddings
     seen: Overlap | None = None  # rows of photos seen in training, where there are any
+    # What probabilities were mended with, and what `ece` and `loss` were before; None: nothing.
+    temperature: float | None = None
+    ece_uncalibrated: float | None = None
+    loss_uncalibrated: float | None = None
+    unsure: Abstention | None = None  # where thresholds were set
 
     @property
     def key(self) -> str:
@@ -102,6 +120,9 @@ class Baselines:
     difference_to_majority: Difference | None = None
     difference_to_hypothesis_only: Difference | None = None
     difference_to_shuffled_image: Difference | None = None
+    # By what is compared (`system`, `hypothesis_only`, `shuffled_image`, and `unsure`: the share
+    # of rows answered so), the accuracy on the rows of each gold label; labels without rows: None.
+    by_label: dict[str, dict[str, float | None]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -287,7 +308,8 @@ class Results:
 
 #: The metrics that `across_seeds` summarises: keys of a result, and one of its baselines.
 SEED_METRICS = (
-    *("accuracy", "macro_f1", "loss", "ratio_to_english", "agreement_with_english"),
+    *("accuracy", "macro_f1", "loss", "ece", "aurc", "ratio_to_english"),
+    "agreement_with_english",
     *("difference_to_english", "difference_to_zero_shot", "shuffled_image"),
 )
 
@@ -342,6 +364,7 @@ def means(results: Results) -> Results:
                 majority=baselines[key].majority,
                 hypothesis_only=baselines[key].hypothesis_only,
                 shuffled_image=summaries["shuffled_image"].mean,
+                by_label=baselines[key].by_label,
             )
     shown = tuple(_mean_result(r, results.seeds.get(r.key, {})) for r in results.results)
     return replace(results, results=shown, baselines=baselines)

@@ -37,6 +37,7 @@ from clseave_cli.core.evaluation.metrics import Difference, Interval
 from clseave_cli.core.evaluation.outputs import Outputs, System, run_systems, shared_rows
 from clseave_cli.core.evaluation.report import REPORT, write_report
 from clseave_cli.core.evaluation.results import (
+    Abstention,
     Baselines,
     LanguageResult,
     Overlap,
@@ -55,6 +56,7 @@ from clseave_cli.core.models.student import require_teacher, student_fingerprint
 from clseave_cli.core.training.precision import resolve_device, resolve_precision
 from clseave_cli.core.translation.corpus import translate_hypotheses
 from clseave_cli.errors import DataError, ModelError, UsageError
+from clseave_cli.labels import LABELS
 from clseave_cli.progress import SILENT, Progress
 from clseave_cli.version import __version__
 
@@ -108,10 +110,10 @@ def require_rows(config: EvaluateConfig, langs: Iterable[str], progress: Progres
     folder = data_folder(config.data, progress)
     images = ImageFolder.of(folder, config.images)
     for lang in langs:
-        _read_rows(config, folder, lang, images, progress)
+        labelled_rows(config, folder, lang, images, progress)
 
 
-def _read_rows(
+def labelled_rows(
     config: EvaluateConfig, folder: Path, lang: str, images: ImageFolder, progress: Progress
 ) -> Split:
     split = read_split(folder, config.split, lang, skip_bad=config.skip_bad, progress=progress)
@@ -195,17 +197,19 @@ class _Plan:
         """
         folder = data_folder(config.data, progress)
         source_lang, along = _source_language(config), None
-        systems = [_systems(config, runs, source_lang, folder, progress) for runs in config.runs]
+        systems = [
+            language_systems(config, runs, source_lang, folder, progress) for runs in config.runs
+        ]
         _check_models(config.runs, systems)
         resolve_device(config.device)
         images = ImageFolder.of(folder, config.images)
         every = {system.key: system for of_models in systems for system in of_models}
         splits: dict[str, Split] = {}
         for lang in dict.fromkeys(system.lang for system in every.values()):
-            splits[lang] = _read_rows(config, folder, lang, images, progress)
+            splits[lang] = labelled_rows(config, folder, lang, images, progress)
         if source_lang not in splits and split_path(folder, config.split, source_lang):
             try:
-                splits[source_lang] = _read_rows(config, folder, source_lang, images, progress)
+                splits[source_lang] = labelled_rows(config, folder, source_lang, images, progress)
                 source = System(source_lang, "zero-shot", None)
                 systems, along = [[source, *of_models] for of_models in systems], source.key
             except DataError as error:
@@ -246,7 +250,7 @@ def _source_language(config: EvaluateConfig) -> str:
     return next(iter(langs.values()))
 
 
-def _systems(
+def language_systems(
     config: EvaluateConfig, runs: Path, source_lang: str, folder: Path, progress: Progress
 ) -> list[System]:
     """What to evaluate of one folder of models: the source language first, then the others."""
@@ -389,8 +393,36 @@ def _language_result(
         more |= _against_source(outputs, source)
     more |= differences
     more["seen"] = _overlap(plan.rows[outputs.system.key], outputs.correct)
+    more["unsure"] = _abstention(plan, outputs)
     scores = metrics.score(split.labels, outputs.logits, images, **plan.sampling)
+    if (temperature := outputs.calibration.temperature) != 1:
+        before = metrics.score(split.labels, outputs.logits * temperature, images, resamples=1)
+        more |= {"temperature": temperature, "ece_uncalibrated": before.ece}
+        more |= {"loss_uncalibrated": before.loss}
     return LanguageResult(**vars(scores), **more)
+
+
+def _abstention(plan: _Plan, outputs: Outputs) -> Abstention | None:
+    """What comes of answering `unsure` below the thresholds; None: there are none."""
+    thresholds, promised = outputs.calibration.thresholds, outputs.calibration.precision
+    if promised is None:
+        return None
+    labels = [label for label in LABELS if label in thresholds]
+    predicted = np.array(LABELS)[outputs.logits.argmax(axis=1)]
+    answered = np.isin(predicted, labels) & ~outputs.unsure
+    right, images = outputs.correct[answered], outputs.images[answered]
+    measured = Interval(0.0, None, None)
+    if answered.any():
+        measured = metrics.accuracy_interval(right, images, **plan.sampling)
+    return Abstention(
+        precision=promised,
+        labels=tuple(labels),
+        share=float(outputs.unsure.mean()),
+        num_answered=int(answered.sum()),
+        accuracy=measured.value if answered.any() else None,
+        accuracy_low=measured.low,
+        accuracy_high=measured.high,
+    )
 
 
 def _overlap(rows: Rows, correct: npt.NDArray[np.bool_]) -> Overlap | None:
@@ -449,14 +481,23 @@ def _differences(
 def _baselines(plan: _Plan, outputs: Outputs, guesses: Guesses | None) -> Baselines:
     """What the same rows give away without their photos, and how the system compares."""
     correct = {"shuffled_image": outputs.is_gold(outputs.shuffled_logits.argmax(axis=1))}
+    shown = {"system": outputs.correct} | correct
     if guesses is not None:
         correct["majority"] = outputs.is_gold(guesses.majority)
         correct["hypothesis_only"] = outputs.is_gold(guesses.labels)
+        shown["hypothesis_only"] = correct["hypothesis_only"]
+    if outputs.calibration.thresholds:
+        shown["unsure"] = outputs.unsure
     measured: dict[str, Any] = {name: float(right.mean()) for name, right in correct.items()}
     for name, right in correct.items():
         pair = outputs.correct, right
         difference = metrics.compare_predictions(*pair, outputs.images, **plan.sampling)
         measured[f"difference_to_{name}"] = difference
+    rows = {label: outputs.split.labels == number for number, label in enumerate(LABELS)}
+    measured["by_label"] = {
+        name: {k: float(each[of].mean()) if of.any() else None for k, of in rows.items()}
+        for name, each in shown.items()
+    }
     return Baselines(**measured)
 
 

@@ -6,7 +6,7 @@ those of its patches if the head sees them) Â· G cells along a side of a photo Â
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +16,7 @@ from PIL import Image
 
 from clseave_cli.core.config import Precision
 from clseave_cli.core.data.images import Preparation
+from clseave_cli.core.models.calibration import Calibration
 from clseave_cli.core.prediction import Floats
 
 
@@ -47,13 +48,28 @@ class InferenceModel(Protocol):
         """(B, D) embeddings of B sentences, and (B,) which of them were cut at the limit."""
         ...
 
-    def probabilities(self, hypotheses: Floats, premises: Floats) -> Floats:
-        """(B, C) probabilities of the labels, from (B, D) sentence embeddings and premises."""
+    def calibration(self, lang: str) -> Calibration:
+        """What is done to the probabilities of a language, and where answers end."""
+        ...
+
+    def probabilities(self, lang: str, hypotheses: Floats, premises: Floats) -> Floats:
+        """(B, C) calibrated probabilities, from (B, D) sentence embeddings and premises."""
         ...
 
     def attention(self, hypotheses: Floats, premises: Floats) -> Floats | None:
         """(B, G, G) shares of the cells of the photos; None: the head sees no cells."""
         ...
+
+
+def uncalibrated(model: InferenceModel, languages: Iterable[str]) -> str:
+    """A sentence that names the languages without a temperature; empty where all have one."""
+    without = [lang for lang in languages if model.calibration(lang).temperature == 1]
+    if not without:
+        return ""
+    return (
+        f"{', '.join(without)}: no temperature was fitted, so probabilities may be too sure; "
+        "`clseave calibrate` fits one on dev rows with images."
+    )
 
 
 def own_language(runs: Path) -> str:

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from clseave_cli.core.config import Precision
+from clseave_cli.core.models.calibration import Calibration, read_calibrations
 from clseave_cli.core.models.clip_ve import ClipVE, fingerprint, source_language
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.listing import find_students
@@ -57,6 +58,7 @@ class TorchModel:
         self.sources = {lang: str(folder) for lang, folder in folders.items()}
         self.preparation = clip_ve.image.preparation
         self._folders = folders
+        self._calibrations: dict[str, Calibration] = {}
         self._loaded = {folder: encoder.eval() for folder, encoder in loaded.items()}
         self._device = clip_ve.image.device
         self._autocast = autocast(precision, self._device)
@@ -115,6 +117,17 @@ class TorchModel:
             self._loaded[folder] = student.to(self._device)
         return self._loaded[folder]
 
+    def calibration(self, lang: str) -> Calibration:
+        """What is done to the probabilities of a language.
+
+        Raises:
+            ModelError: it is read now, and damaged.
+        """
+        if lang not in self._calibrations:
+            there = read_calibrations(self._folders[lang])
+            self._calibrations[lang] = there.get(lang, Calibration())
+        return self._calibrations[lang]
+
     def prepare(self, image: Image.Image) -> Floats:
         """(3, height, width) pixels of a decoded RGB image. May be called from any thread."""
         return _array(self.clip_ve.image.preprocess([image])[0])
@@ -134,11 +147,12 @@ class TorchModel:
             embeddings = torch.cat([part.float() for part in encoder.embed(tokens)])
         return _array(embeddings), tokens.truncated
 
-    def probabilities(self, hypotheses: Floats, premises: Floats) -> Floats:
-        """(B, C) probabilities of the labels, from (B, D) sentence embeddings and premises."""
+    def probabilities(self, lang: str, hypotheses: Floats, premises: Floats) -> Floats:
+        """(B, C) calibrated probabilities, from (B, D) sentence embeddings and premises."""
         both = (torch.from_numpy(part).to(self._device) for part in (hypotheses, premises))
         with torch.no_grad(), self._threads(len(hypotheses)):
-            return _array(self.clip_ve(*both).softmax(dim=1))
+            probabilities = _array(self.clip_ve(*both).softmax(dim=1))
+        return self.calibration(lang).apply(probabilities)
 
     def attention(self, hypotheses: Floats, premises: Floats) -> Floats | None:
         """(B, G, G) shares of the cells of the photos; None: the head sees no cells."""

@@ -25,7 +25,7 @@ from clseave_cli.core.files import json_digest
 from clseave_cli.core.prediction import Floats
 from clseave_cli.core.prediction.checking.pictures import Picture
 from clseave_cli.core.prediction.checking.reading import Text, read_texts
-from clseave_cli.core.prediction.inference import load_model
+from clseave_cli.core.prediction.inference import load_model, uncalibrated
 from clseave_cli.errors import DataError, ExtraMissing, UsageError
 from clseave_cli.labels import LABELS
 from clseave_cli.processes import ahead, usable_cores
@@ -57,6 +57,8 @@ _KEPT_BYTES, _LEAST_BYTES = 64 << 20, 2048
 #: Smaller ones are spacers and tracking pixels.
 _LEAST_PIXELS = 16
 _THUMBNAIL = (360, 360)
+#: The least probability of a verdict where no threshold was set.
+_LEAST_CONFIDENCE = 0.7
 #: A language that is less sure than this gives way to the one the page declares.
 _SURE_LANGUAGE = 0.8
 
@@ -196,7 +198,7 @@ def check(
         ClseaveError: a path is not there, a model is missing, or an extra.
     """
     accepted = read_baseline(config.baseline) if config.baseline else set()
-    judge = _Judge(config, thumbnails) if config.judge else None
+    judge = _Judge(config, thumbnails, progress) if config.judge else None
     texts = read_texts(paths, config, fetching, progress)
     seen: dict[str, set[str]] = {}
     results: list[Checked] = []
@@ -277,7 +279,7 @@ class _Seen:
 class _Judge:
     """Asks the model about texts and pictures, each picture once."""
 
-    def __init__(self, config: CheckConfig, thumbnails: bool) -> None:
+    def __init__(self, config: CheckConfig, thumbnails: bool, progress: Progress) -> None:
         auto = config.lang == "auto"
         self._model = load_model(
             config.runs,
@@ -285,6 +287,8 @@ class _Judge:
             device=config.device,
             precision=config.precision,
         )
+        if note := uncalibrated(self._model, self._model.sources):
+            progress.note(note)
         self._config = config
         self._thumbnails = thumbnails
         self._pictures: dict[str, _Seen] = {}
@@ -372,12 +376,16 @@ class _Judge:
         number = {sentence: index for index, sentence in enumerate(sentences)}
         order = [number[checked.text.text] for checked, _ in rows]
         premises = np.stack([seen.vector for _, seen in rows if seen.vector is not None])
+        thresholds = self._model.calibration(lang).thresholds
         for (checked, seen), index, scores in zip(
-            rows, order, self._model.probabilities(embeddings[order], premises), strict=True
+            rows, order, self._model.probabilities(lang, embeddings[order], premises), strict=True
         ):
             checked.probabilities = tuple(scores.tolist())
             best = int(scores.argmax())
-            sure = checked.probabilities[best] >= self._config.min_confidence
+            least = self._config.min_confidence
+            if least is None:
+                least = thresholds.get(LABELS[best], _LEAST_CONFIDENCE)
+            sure = checked.probabilities[best] >= least
             checked.verdict = _VERDICTS[best] if sure else "unsure"
             percent = f"{100 * checked.probabilities[best]:.0f} %"
             if checked.verdict == "contradicts":
