@@ -14,7 +14,6 @@ import typer.core
 
 from clseave_cli import processes
 from clseave_cli.commands import (
-    calibrate,
     check,
     compare,
     curve,
@@ -96,7 +95,7 @@ _COMMANDS: dict[str, tuple[type[config.StageConfig], Callable[..., None]]] = {
     "autoencode": (config.AutoencodeConfig, stages.autoencode),
     "word-align": (config.WordAlignConfig, word_align.run),
     "evaluate": (config.EvaluateConfig, evaluate.run),
-    "calibrate": (config.CalibrateConfig, calibrate.run),
+    "calibrate": (config.CalibrateConfig, evaluate.calibrate),
     "predict": (config.PredictConfig, predict.run),
     "check": (config.CheckConfig, check.run),
     "export": (config.ExportConfig, export.run),

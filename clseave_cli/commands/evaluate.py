@@ -1,10 +1,12 @@
-"""`clseave evaluate`: how good, in every language, and did it look?"""
+"""`clseave evaluate`: how good, in every language, and did it look? And `clseave calibrate`."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from clseave_cli.commands import terminal
 from clseave_cli.commands.options import Json, Verbose
-from clseave_cli.core.config import EvaluateConfig
+from clseave_cli.core.config import CalibrateConfig, EvaluateConfig
 
 
 def run(config: EvaluateConfig, *, json: Json = False, verbose: Verbose = False) -> None:
@@ -27,3 +29,27 @@ def run(config: EvaluateConfig, *, json: Json = False, verbose: Verbose = False)
         terminal.stdout().print(seeds_table(results))
     if config.report is not None:
         terminal.say(f"report: {config.report / 'report.html'}")
+
+
+def calibrate(config: CalibrateConfig, *, json: Json = False) -> None:
+    """Fit how sure the models may say they are, and when they answer unsure.
+
+    Fits a temperature for each language on a labelled split with images, and stores it in the
+    model's folder. --precision also sets a threshold, above which at least that share of the
+    answers is right, with 95 % confidence. Below it, `predict --unsure`, `serve` and `check` say
+    unsure. Earlier thresholds of the language are replaced.
+    """
+    from clseave_cli.core.evaluation.abstention import calibrate
+    from clseave_cli.core.evaluation.summary import percent
+
+    done = calibrate(config, terminal.TerminalProgress())
+    if json:
+        terminal.print_json({"calibrated": [asdict(each) for each in done]})
+        return
+    for each in done:
+        terminal.say(f"{each.lang} · {each.folder} · temperature {each.temperature:.3f}")
+        for label, found in each.thresholds.items():
+            terminal.say(
+                f"   {label} answers from {percent(found.least)} % on: {percent(found.coverage)} % "
+                f"of them, of which {percent(found.accuracy)} % are right here"
+            )

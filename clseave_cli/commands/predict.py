@@ -79,6 +79,7 @@ def run(
         config.precision,
         lasting=False,
         unsure=config.unsure,
+        progress=terminal.TerminalProgress(),
     )
     start = time.perf_counter()
     result = model.predict([(image, hypothesis)])[0]
@@ -91,8 +92,6 @@ def run(
         terminal.say(
             "the hypothesis is too long and was cut at the encoder's limit.", to_stderr=True
         )
-    if model.uncalibrated:
-        terminal.say(model.uncalibrated, to_stderr=True)
     if result.warning:
         terminal.say(f"warning: {result.warning}", to_stderr=True)
     if json:

@@ -46,22 +46,25 @@ def _load(config: ServeConfig) -> InferenceModel:
 
     Where no language is named, those whose model cannot be loaded are left out, with a note.
     """
-    from clseave_cli.core.prediction.inference import load_model, uncalibrated
+    from clseave_cli.core.prediction.inference import load_model
     from clseave_cli.core.prediction.predictor import AUTO
 
     languages = None if config.lang in ((), (AUTO,)) else config.lang
-    model = load_model(config.runs, languages, device=config.device, precision=config.precision)
+    model = load_model(
+        config.runs,
+        languages,
+        device=config.device,
+        precision=config.precision,
+        progress=terminal.TerminalProgress(),
+    )
     for lang in list(model.sources):
         try:
             model.embed_sentences(lang, ["."])
-            model.calibration(lang)
         except ModelError as error:
             if languages or len(model.sources) == 1:
                 raise
             del model.sources[lang]
             terminal.say(f"{lang} is left out: {error}", to_stderr=True)
-    if note := uncalibrated(model, model.sources):
-        terminal.say(note, to_stderr=True)
     return model
 
 

@@ -24,7 +24,6 @@ from clseave_cli.core.evaluation.summary import (
 )
 
 if TYPE_CHECKING:
-    from clseave_cli.core.evaluation.abstention import Calibrated, Threshold
     from clseave_cli.core.evaluation.comparison import Comparison
     from clseave_cli.core.evaluation.figures import DataCurves
     from clseave_cli.core.evaluation.results import LanguageResult, Results
@@ -103,14 +102,17 @@ def results_table(results: Results, width: int | None = None, *, verbose: bool =
         _Column("hypothesis\nonly", baseline("hypothesis_only"), 2),
         _Column("shuffled\nimage", baseline("shuffled_image"), 4),
     ]
-    if any(r.unsure for r in results.results):
-        columns.append(_Column("\nunsure", lambda r: percent(r.unsure and r.unsure.share), 5))
-        surely = lambda r: percent(r.unsure and r.unsure.accuracy)  # noqa: E731 - one cell
-        columns.append(_Column("right\nif sure", surely, 5))
-    if any(r.seen for r in results.results):
-        columns.append(_Column("photos\nseen", lambda r: percent(r.seen and r.seen.share), 6))
-        unseen = lambda r: percent(r.seen and r.seen.accuracy_unseen)  # noqa: E731 - one cell
-        columns.append(_Column("unseen\nphotos", unseen, 6))
+    measured = [
+        _Column("\nunsure", lambda r: percent(r.unsure and r.unsure.share), 5),
+        _Column(
+            "right\nif sure",
+            lambda r: percent(getattr(r.unsure and r.unsure.accuracy, "value", None)),
+            5,
+        ),
+        _Column("photos\nseen", lambda r: percent(r.seen and r.seen.share), 6),
+        _Column("unseen\nphotos", lambda r: percent(r.seen and r.seen.accuracy_unseen), 6),
+    ]
+    columns += [c for c in measured if {c.cell(r) for r in results.results} - {DASH}]
     caption = not_above(results)
     if any(result.mode == "translate-test" for result in results.results):
         caption.append(f"“→ {source}”: translated into {language_name(source)} first.")
@@ -122,35 +124,6 @@ def results_table(results: Results, width: int | None = None, *, verbose: bool =
     of = " (the first training)" if results.seeds else ""
     title = f"Visual entailment by language, in %{of}"
     return _table(title, list(map(escape, caption)), columns, results.results, width)
-
-
-def calibration_table(
-    done: Sequence[Calibrated], promise: float | None, split: str, width: int | None = None
-) -> Table:
-    """Temperatures, and thresholds with what they come to on the rows they were set on."""
-    rows: list[tuple[Calibrated, str, Threshold | None]] = []
-    for each in done:
-        found = list(each.thresholds.items())
-        rows += [(each, name, of) for name, of in found] or [(each, "", None)]
-    columns = [
-        _Column("lang", lambda row: row[0].lang),
-        _Column("rows", lambda row: f"{row[0].num_examples:,}", 1),
-        _Column("temperature", lambda row: f"{row[0].calibration.temperature:.3f}"),
-    ]
-    caption = f"Fitted on the {split} split, and stored in the models' folders."
-    if promise is not None:
-        columns += [
-            _Column("photos", lambda row: f"{row[2].num_photos:,}", 2),
-            _Column("answers", lambda row: row[1]),
-            _Column("threshold, %", lambda row: percent(row[2].least)),
-            _Column("given, %", lambda row: percent(row[2].coverage)),
-            _Column("right, %", lambda row: percent(row[2].accuracy)),
-        ]
-        caption += (
-            f"\nOf answers at or above the threshold, at least {percent(promise)} % are right, "
-            "with 95 % confidence.\nBelow it, `predict --unsure`, `serve` and `check` say unsure."
-        )
-    return _table("Calibration", [caption], columns, rows, width)
 
 
 def seeds_table(results: Results, width: int | None = None) -> Table:

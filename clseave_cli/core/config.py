@@ -754,7 +754,7 @@ class EvaluateConfig(SeededConfig, DataConfig, EngineConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrateConfig(ModelsConfig, DataConfig):
+class CalibrateConfig(EvaluateConfig):
     """`calibrate`: how sure the models may say they are, and when they are too unsure."""
 
     FLAGS: ClassVar[tuple[str, ...]] = (
@@ -763,16 +763,13 @@ class CalibrateConfig(ModelsConfig, DataConfig):
     )  # fmt: skip
     FIRST: ClassVar[tuple[str, ...]] = FLAGS
 
-    runs: Path = option(Path("runs"), "Folder of the models.")
-    lang: tuple[str, ...] = option((), "Language to calibrate; repeat; unset: all there are.")
     promise: float | None = option(
-        None,
-        "Share of right answers to promise, such as 0.95; unset: only fit temperatures.",
-        flag="--precision", metavar="SHARE", least=0.5, most=0.999,
+        None, "Share of right answers to promise, such as 0.95; unset: none.", flag="--precision",
+        metavar="SHARE", least=0.5, most=0.999,
     )  # fmt: skip
     label: tuple[str, ...] = option((), "Label to promise it of; repeat; unset: all together.")
+    lang: tuple[str, ...] = option((), "Language to calibrate; repeat; unset: all there are.")
     split: str = option("dev", "Split to calibrate on, which no model was trained on.")
-    batch_size: int = option(256, "Examples computed at once.", least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -801,9 +798,7 @@ class CheckConfig(ModelsConfig):
 
     lang: str = option("auto", "Language of the texts; auto: that of each.", metavar="LANG")
     min_confidence: float | None = option(
-        None,
-        "Least probability of a verdict; below: unsure. Unset: what `calibrate` set, or 0.7.",
-        least=0,
+        None, "Below it: unsure; unset: what `calibrate` promised, otherwise 0.7.", least=0
     )
     max_characters: int = option(250, "Longest text.", least=1)
     max_same: int = option(3, "Most different pictures that may have the same text.", least=1)

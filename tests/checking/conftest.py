@@ -30,7 +30,7 @@ class ColourModel:
 
     def __init__(self) -> None:
         self.num_images = 0
-        self.calibrated = Calibration()
+        self.calibrations = {"en": Calibration()}
 
     def prepare(self, image):
         return np.asarray(image.resize((32, 32)), np.float32).transpose(2, 0, 1)
@@ -42,9 +42,6 @@ class ColourModel:
     def embed_sentences(self, lang, sentences):
         words = [[word in text.lower() for word in ("red", "green", "blue")] for text in sentences]
         return np.array(words), np.array(["cut" in text for text in sentences])
-
-    def calibration(self, lang):
-        return self.calibrated
 
     def probabilities(self, lang, hypotheses, premises):
         rows = {"fits": (0.9, 0.06, 0.04), "no": (0.01, 0.02, 0.97), "?": (0.4, 0.3, 0.3)}

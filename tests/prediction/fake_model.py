@@ -23,7 +23,7 @@ class FakeModel:
         self.broken_scores = None  # what becomes of the probabilities
         self.looked = None  # (G, G) shares of a head that sees patches
         self.preparation = None
-        self.calibrations = {}
+        self.calibrations = dict.fromkeys(self.sources, Calibration())
 
     def prepare(self, image):
         self.num_prepared += 1
@@ -40,9 +40,6 @@ class FakeModel:
         self.sentence_batches.append((lang, list(sentences)))
         lengths = np.array([len(sentence) for sentence in sentences])
         return np.repeat(lengths[:, None], 3, axis=1).astype(np.float32), lengths > 50
-
-    def calibration(self, lang):
-        return self.calibrations.get(lang, Calibration())
 
     def probabilities(self, lang, hypotheses, premises):
         scores = np.exp(premises)

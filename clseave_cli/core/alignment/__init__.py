@@ -43,7 +43,6 @@ from clseave_cli.core.data.hub import data_folder
 from clseave_cli.core.data.records import Parallel, require_language, require_split_path
 from clseave_cli.core.data.seen import SeenRows
 from clseave_cli.core.files import json_digest
-from clseave_cli.core.models.calibration import fitted_on_dev, write_calibrations
 from clseave_cli.core.models.clip_ve import ClipVE, source_language
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.student import new_student, save_student
@@ -108,13 +107,13 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> StageResult:
         with reduced_vocabulary(student, *tokens):
             result = train(stage, config, device=device, folder=run.folder, progress=progress)
         watch.during(result.dev, at_the_end=True)
-
-        def save(aside: Path) -> None:
-            save_student(student, aside, languages=languages, teacher=teacher.fingerprint)
-            write_calibrations(aside, fitted_on_dev(result.dev, languages))
-
-        card = _card(config, languages, teacher.source_lang, pairs.num_distinct, result)
-        run.publish(save, card, seen)
+        run.publish(
+            lambda aside: save_student(
+                student, aside, languages=languages, teacher=teacher.fingerprint, dev=result.dev
+            ),
+            _card(config, languages, teacher.source_lang, pairs.num_distinct, result),
+            seen,
+        )
         return StageResult(out, languages, result)
 
 

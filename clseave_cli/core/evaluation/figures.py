@@ -403,11 +403,8 @@ def _risk_coverage(results: Results) -> Figure:
         if result.unsure is not None and result.unsure.labels == LABELS:  # one for all answers
             given = 100 * (1 - result.unsure.share)
             axes.plot(given, np.interp(given, x, y), "o", color=_INK, fillstyle="none", zorder=4)
-            promised = 100 * (1 - result.unsure.precision)
-            axes.axhline(promised, color=_MUTED, linewidth=0.8, linestyle=":")
-        if result.aurc is not None:
-            note: dict[str, Any] = {"transform": axes.transAxes, "size": 8, "va": "top"}
-            axes.text(0.04, 0.93, f"AURC {100 * result.aurc:.1f} %", color=_INK, **note)
+        aurc = f"AURC {100 * (result.aurc or 0):.1f} %"
+        axes.text(0.04, 0.93, aurc, transform=axes.transAxes, size=8, color=_INK, va="top")
         axes.set_xlim(0, 102)
         axes.set_ylim(bottom=0)
         _axis_names(axes, "answered, %", "wrong of these, %")

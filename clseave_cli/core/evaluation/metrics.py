@@ -426,26 +426,18 @@ def calibration(
 def risk_coverage(
     correct: npt.ArrayLike, confidence: npt.ArrayLike
 ) -> tuple[float, tuple[RiskPoint, ...]]:
-    """The area under the risk-coverage curve, and points of the curve.
+    """The area under the risk-coverage curve of (N,) answers, and points of the curve.
 
-    The risk at coverage k / N is the share of wrong answers among the k surest rows; the area is
-    its mean over k = 1 … N (Geifman, Uziel and El-Yaniv, "Bias-Reduced Uncertainty Estimation for
-    Deep Neural Classifiers", 2019, section 2). Of rows that are equally sure, each counts as wrong
-    as all of them are on average, so their order does not matter.
-
-    Args:
-        correct: (N,) bool.
-        confidence: (N,) how sure each answer is.
+    The risk at coverage k / N is the share of wrong answers among the k surest; the area is its
+    mean over k (Geifman, Uziel and El-Yaniv, "Bias-Reduced Uncertainty Estimation for Deep Neural
+    Classifiers", 2019). Each of equally sure answers counts as their mean, in whatever order.
     """
     levels, group = np.unique(-np.asarray(confidence, dtype=np.float64), return_inverse=True)
     sizes = np.bincount(group)
     wrong = np.bincount(group, 1.0 - np.asarray(correct, dtype=np.float64)) / sizes
-    answered = np.arange(1, len(group) + 1)
-    risks = np.cumsum(np.repeat(wrong, sizes)) / answered
-    least = -np.repeat(levels, sizes)
-    shown = np.unique(np.linspace(0, len(group), _CURVE_POINTS + 1).astype(np.int64)[1:] - 1)
-    points = tuple(
-        RiskPoint((k + 1) / len(group), float(risks[k]), float(least[k]))
-        for k in shown[shown >= 0].tolist()
-    )
-    return float(risks.mean()), points
+    count = np.arange(1, len(group) + 1)
+    risks = np.cumsum(np.repeat(wrong, sizes)) / count
+    curve = np.stack([count / len(group), risks, -np.repeat(levels, sizes)], axis=1)
+    shown = np.unique(np.linspace(0, len(group), _CURVE_POINTS + 1, dtype=np.int64)[1:]) - 1
+    points = (RiskPoint(*point) for point in curve[shown[shown >= 0]].tolist())
+    return float(risks.mean()), tuple(points)

@@ -53,9 +53,7 @@ class Abstention:
     labels: tuple[str, ...]  # of which answers; others are always given
     share: float  # of all rows, that are answered `unsure`
     num_answered: int  # rows answered with one of `labels`
-    accuracy: float | None  # share of these that are right, with its 95 % interval; None: no row
-    accuracy_low: float | None
-    accuracy_high: float | None
+    accuracy: Interval | None  # share of these that are right; None: there are none
 
 
 Mode = Literal["zero-shot", "translate-test"]
@@ -120,9 +118,6 @@ class Baselines:
     difference_to_majority: Difference | None = None
     difference_to_hypothesis_only: Difference | None = None
     difference_to_shuffled_image: Difference | None = None
-    # By what is compared (`system`, `hypothesis_only`, `shuffled_image`, and `unsure`: the share
-    # of rows answered so), the accuracy on the rows of each gold label; labels without rows: None.
-    by_label: dict[str, dict[str, float | None]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -364,7 +359,6 @@ def means(results: Results) -> Results:
                 majority=baselines[key].majority,
                 hypothesis_only=baselines[key].hypothesis_only,
                 shuffled_image=summaries["shuffled_image"].mean,
-                by_label=baselines[key].by_label,
             )
     shown = tuple(_mean_result(r, results.seeds.get(r.key, {})) for r in results.results)
     return replace(results, results=shown, baselines=baselines)

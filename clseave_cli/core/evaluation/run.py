@@ -410,19 +410,12 @@ def _abstention(plan: _Plan, outputs: Outputs) -> Abstention | None:
     labels = [label for label in LABELS if label in thresholds]
     predicted = np.array(LABELS)[outputs.logits.argmax(axis=1)]
     answered = np.isin(predicted, labels) & ~outputs.unsure
-    right, images = outputs.correct[answered], outputs.images[answered]
-    measured = Interval(0.0, None, None)
+    accuracy = None
     if answered.any():
-        measured = metrics.accuracy_interval(right, images, **plan.sampling)
-    return Abstention(
-        precision=promised,
-        labels=tuple(labels),
-        share=float(outputs.unsure.mean()),
-        num_answered=int(answered.sum()),
-        accuracy=measured.value if answered.any() else None,
-        accuracy_low=measured.low,
-        accuracy_high=measured.high,
-    )
+        rows = outputs.correct[answered], outputs.images[answered]
+        accuracy = metrics.accuracy_interval(*rows, **plan.sampling)
+    counts = float(outputs.unsure.mean()), int(answered.sum())
+    return Abstention(promised, tuple(labels), *counts, accuracy)
 
 
 def _overlap(rows: Rows, correct: npt.NDArray[np.bool_]) -> Overlap | None:
@@ -481,23 +474,14 @@ def _differences(
 def _baselines(plan: _Plan, outputs: Outputs, guesses: Guesses | None) -> Baselines:
     """What the same rows give away without their photos, and how the system compares."""
     correct = {"shuffled_image": outputs.is_gold(outputs.shuffled_logits.argmax(axis=1))}
-    shown = {"system": outputs.correct} | correct
     if guesses is not None:
         correct["majority"] = outputs.is_gold(guesses.majority)
         correct["hypothesis_only"] = outputs.is_gold(guesses.labels)
-        shown["hypothesis_only"] = correct["hypothesis_only"]
-    if outputs.calibration.thresholds:
-        shown["unsure"] = outputs.unsure
     measured: dict[str, Any] = {name: float(right.mean()) for name, right in correct.items()}
     for name, right in correct.items():
         pair = outputs.correct, right
         difference = metrics.compare_predictions(*pair, outputs.images, **plan.sampling)
         measured[f"difference_to_{name}"] = difference
-    rows = {label: outputs.split.labels == number for number, label in enumerate(LABELS)}
-    measured["by_label"] = {
-        name: {k: float(each[of].mean()) if of.any() else None for k, of in rows.items()}
-        for name, each in shown.items()
-    }
     return Baselines(**measured)
 
 

@@ -23,8 +23,8 @@ from clseave_cli.labels import LABELS
 
 CALIBRATION_FILE = "calibration.json"
 
-#: Temperatures that are tried: at the ends a model is certain, or says nothing.
-_TEMPERATURES = (0.01, 100.0)
+#: Temperatures that are tried: from certainty to saying nothing.
+_COLDEST, _HOTTEST = 0.01, 100.0
 
 
 @dataclass(frozen=True)
@@ -32,39 +32,29 @@ class Calibration:
     """What is done to the probabilities of one language; by default nothing.
 
     Attributes:
-        temperature: what the logits are divided by (Guo et al., 2017); 1 where none was fitted.
+        temperature: divides the logits (Guo et al., 2017); 1 where none was fitted.
         thresholds: by label, the least probability of an answer; other labels have none.
         precision: the share of right answers that the thresholds promise.
-        data: fingerprint of the rows they were set on.
     """
 
     temperature: float = 1.0
     thresholds: dict[str, float] = field(default_factory=dict)
     precision: float | None = None
-    data: str = ""
 
-    @classmethod
-    def from_json(cls, content: Any) -> Calibration:
-        """The inverse of `dataclasses.asdict`.
-
-        Raises:
-            ValueError: not as it was written; also AttributeError, KeyError, TypeError.
-        """
-        thresholds = {str(label): float(least) for label, least in content["thresholds"].items()}
-        temperature, precision = float(content["temperature"]), content["precision"]
+    def __post_init__(self) -> None:
+        """Raises ValueError, or TypeError, where a folder says what nobody fitted."""
+        shares = [*self.thresholds.values(), self.precision or 0.0]
         if not (
-            _TEMPERATURES[0] <= temperature <= _TEMPERATURES[1]
-            and thresholds.keys() <= set(LABELS)
-            and all(0 <= least <= 1 for least in thresholds.values())
+            _COLDEST <= self.temperature <= _HOTTEST
+            and all(0 <= share <= 1 for share in shares)
+            and self.thresholds.keys() <= set(LABELS)
         ):
-            raise ValueError("out of range")
-        promised = None if precision is None else float(precision)
-        return cls(temperature, thresholds, promised, str(content["data"]))
+            raise ValueError("not a calibration")
 
     def apply(self, probabilities: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """(N, C) probabilities softmax(z / T) from softmax(z); the likeliest stays the likeliest.
+        """(N, C) probabilities softmax(z / T) from softmax(z), in double precision.
 
-        Double precision keeps apart what differs in single precision.
+        It keeps apart what differs in single precision, so the likeliest stays the likeliest.
         """
         if self.temperature == 1:
             return probabilities
@@ -75,18 +65,17 @@ class Calibration:
         return calibrated
 
     def is_unsure(self, probabilities: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-        """(N,) whether the likeliest label of a row, by (N, C) `apply`'d ones, is too unlikely."""
+        """(N,) whether the likeliest label is below its threshold, by (N, C) calibrated ones."""
         least = np.array([self.thresholds.get(label, 0.0) for label in LABELS])
-        unsure: npt.NDArray[np.bool_] = (
-            probabilities.max(axis=1) < least[probabilities.argmax(axis=1)]
-        )
+        unsure: npt.NDArray[np.bool_]
+        unsure = probabilities.max(axis=1) < least[probabilities.argmax(axis=1)]
         return unsure
 
 
 def fit_temperature(logits: npt.NDArray[Any], labels: npt.NDArray[Any]) -> float:
-    """The temperature of the least cross-entropy of (N, C) logits with (N,) label ids.
+    """The temperature at which (N, C) logits have the least cross-entropy with (N,) label ids.
 
-    1 where every row is right, which leaves no largest certainty.
+    1 where every row is right: no certainty would be too large.
     """
     # Not at the top: answering needs NumPy alone.
     from scipy.optimize import minimize_scalar
@@ -100,26 +89,22 @@ def fit_temperature(logits: npt.NDArray[Any], labels: npt.NDArray[Any]) -> float
         log_p = log_softmax(scores / math.exp(log_temperature), axis=1)
         return -float(log_p[rows, labels].mean())
 
-    bounds = [math.log(end) for end in _TEMPERATURES]
+    bounds = math.log(_COLDEST), math.log(_HOTTEST)
     return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x)
 
 
-def fitted_on_dev(dev: Mapping[str, float], languages: Iterable[str]) -> dict[str, Calibration]:
-    """What the dev metrics of a checkpoint say of some languages; nothing without photos in dev."""
-    temperatures = {
-        lang: dev.get(f"temperature/{lang}", dev.get("temperature")) for lang in languages
-    }
-    return {lang: Calibration(t) for lang, t in temperatures.items() if t is not None}
+def write_fitted(folder: Path, languages: Iterable[str], dev: Mapping[str, float]) -> None:
+    """Writes the temperatures that a model's dev metrics have; without photos they have none."""
+    of = {lang: dev.get(f"temperature/{lang}", dev.get("temperature")) for lang in languages}
+    if fitted := {lang: Calibration(t) for lang, t in of.items() if t is not None}:
+        write_calibrations(folder, fitted)
 
 
 def write_calibrations(folder: Path, calibrations: Mapping[str, Calibration]) -> None:
-    """Writes those of a saved model, by language, in place of earlier ones; of none, no file."""
-    if calibrations:
-        content = {
-            "model": json_object(folder / "config.json").get("fingerprint"),
-            "languages": {lang: asdict(each) for lang, each in calibrations.items()},
-        }
-        write_json(folder / CALIBRATION_FILE, content | {"digest": json_digest(content)})
+    """Writes those of the model saved in a folder, by language, in place of earlier ones."""
+    languages = {lang: asdict(each) for lang, each in calibrations.items()}
+    content = {"model": _fingerprint(folder), "languages": languages}
+    write_json(folder / CALIBRATION_FILE, content | {"digest": json_digest(content)})
 
 
 def read_calibrations(folder: Path) -> dict[str, Calibration]:
@@ -131,21 +116,19 @@ def read_calibrations(folder: Path) -> dict[str, Calibration]:
     path = folder / CALIBRATION_FILE
     if not path.exists():
         return {}
-    content = read_json(path)
     try:
+        content = read_json(path)
         digest = content.pop("digest")
-        languages = content["languages"].items()
-        calibrations = {str(lang): Calibration.from_json(each) for lang, each in languages}
-        is_sound = digest == json_digest(content)
+        there = {str(k): Calibration(**each) for k, each in content["languages"].items()}
+        if digest != json_digest(content) or content["model"] != _fingerprint(folder):
+            raise ValueError("changed, or of another model")
     except (AttributeError, KeyError, TypeError, ValueError):
-        is_sound = False
-    if not is_sound:
         raise ModelError(
-            f"{path}: damaged, its content is not what was saved; copy it again, or delete it and "
-            "run `clseave calibrate`."
-        )
-    if content.get("model") != json_object(folder / "config.json").get("fingerprint"):
-        raise ModelError(
-            f"{path}: belongs to another model; delete it, and run `clseave calibrate`."
-        )
-    return calibrations
+            f"{path}: damaged, or belongs to another model; copy the model folder again, or delete "
+            "that file and run `clseave calibrate`."
+        ) from None
+    return there
+
+
+def _fingerprint(folder: Path) -> Any:
+    return json_object(folder / "config.json").get("fingerprint")

@@ -157,7 +157,7 @@ def _write(model: TorchModel, folder: Path, int8: bool, progress: Progress) -> d
         "preparation": dataclasses.asdict(pixels_of),
         "precision": "int8" if int8 else "fp32",
         "sources": fingerprints | {"clip-ve": clip_ve.fingerprint},
-        "calibrations": {lang: dataclasses.asdict(model.calibration(lang)) for lang in names},
+        "calibrations": {lang: dataclasses.asdict(model.calibrations[lang]) for lang in names},
     }
 
 

@@ -6,7 +6,7 @@ those of its patches if the head sees them) Â· G cells along a side of a photo Â
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from clseave_cli.core.config import Precision
 from clseave_cli.core.data.images import Preparation
 from clseave_cli.core.models.calibration import Calibration
 from clseave_cli.core.prediction import Floats
+from clseave_cli.progress import SILENT, Progress
 
 
 class InferenceModel(Protocol):
@@ -25,9 +26,11 @@ class InferenceModel(Protocol):
 
     Attributes:
         sources: the folder of the model that reads each language, CLIP-VE's language first.
+        calibrations: temperature and thresholds of each language.
     """
 
     sources: dict[str, str]
+    calibrations: dict[str, Calibration]
 
     @property
     def preparation(self) -> Preparation | None:
@@ -48,10 +51,6 @@ class InferenceModel(Protocol):
         """(B, D) embeddings of B sentences, and (B,) which of them were cut at the limit."""
         ...
 
-    def calibration(self, lang: str) -> Calibration:
-        """What is done to the probabilities of a language, and where answers end."""
-        ...
-
     def probabilities(self, lang: str, hypotheses: Floats, premises: Floats) -> Floats:
         """(B, C) calibrated probabilities, from (B, D) sentence embeddings and premises."""
         ...
@@ -59,17 +58,6 @@ class InferenceModel(Protocol):
     def attention(self, hypotheses: Floats, premises: Floats) -> Floats | None:
         """(B, G, G) shares of the cells of the photos; None: the head sees no cells."""
         ...
-
-
-def uncalibrated(model: InferenceModel, languages: Iterable[str]) -> str:
-    """A sentence that names the languages without a temperature; empty where all have one."""
-    without = [lang for lang in languages if model.calibration(lang).temperature == 1]
-    if not without:
-        return ""
-    return (
-        f"{', '.join(without)}: no temperature was fitted, so probabilities may be too sure; "
-        "`clseave calibrate` fits one on dev rows with images."
-    )
 
 
 def own_language(runs: Path) -> str:
@@ -97,6 +85,7 @@ def load_model(
     device: str = "auto",
     precision: Precision = "auto",
     lasting: bool = True,
+    progress: Progress = SILENT,
 ) -> InferenceModel:
     """Loads the models under `runs`, or a folder that `clseave export` wrote.
 
@@ -111,14 +100,24 @@ def load_model(
             weights are arranged for this processor: seconds at the start, and a copy in memory,
             for faster answers. Otherwise only its manifest is checked, and a tower's weights leave
             memory when it has answered. Torch's models are always loaded to last.
+        progress: told of languages without a temperature.
 
     Raises:
         ClseaveError: no model for a language, a damaged one, a missing extra, no such device.
     """
     from clseave_cli.core.prediction import onnx_model
 
+    model: InferenceModel
     if onnx_model.is_exported(runs):
-        return onnx_model.OnnxModel.from_folder(runs, languages, lasting=lasting)
-    from clseave_cli.core.prediction.torch_model import TorchModel
+        model = onnx_model.OnnxModel.from_folder(runs, languages, lasting=lasting)
+    else:
+        from clseave_cli.core.prediction.torch_model import TorchModel
 
-    return TorchModel.from_runs(runs, languages, device, precision)
+        model = TorchModel.from_runs(runs, languages, device, precision)
+    without = [lang for lang in model.sources if model.calibrations[lang].temperature == 1]
+    if without:
+        progress.note(
+            f"{', '.join(without)}: no temperature was fitted, so probabilities may be too sure; "
+            "`clseave calibrate` fits one on dev rows with images."
+        )
+    return model

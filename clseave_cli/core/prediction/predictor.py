@@ -33,12 +33,7 @@ from clseave_cli.core.data.records import require_language
 from clseave_cli.core.data.rows import json_line
 from clseave_cli.core.files import writing
 from clseave_cli.core.prediction import Floats
-from clseave_cli.core.prediction.inference import (
-    InferenceModel,
-    load_model,
-    own_language,
-    uncalibrated,
-)
+from clseave_cli.core.prediction.inference import InferenceModel, load_model, own_language
 from clseave_cli.errors import ClseaveError, DataError, ModelError, UsageError
 from clseave_cli.labels import LABELS, Answer, Label
 from clseave_cli.processes import ahead, usable_cores
@@ -158,7 +153,6 @@ class VisualEntailment:
     Attributes:
         lang: the language of sentences for which none is named; `auto` where it is identified,
             None where several were loaded.
-        uncalibrated: a sentence about languages without a fitted temperature; empty: none.
     """
 
     def __init__(
@@ -177,7 +171,6 @@ class VisualEntailment:
             unsure: whether to answer `unsure` below the thresholds of languages that have any.
         """
         self.lang = lang
-        self.uncalibrated = uncalibrated(model, model.sources)
         self._model = model
         self._unsure = unsure
         self._identifier = identifier
@@ -193,6 +186,7 @@ class VisualEntailment:
         *,
         lasting: bool = True,
         unsure: bool = False,
+        progress: Progress = SILENT,
     ) -> VisualEntailment:
         """Loads the models under `runs` that read a language, or several.
 
@@ -205,6 +199,7 @@ class VisualEntailment:
             precision: arithmetic of the matrix products; an exported model has its own.
             lasting: as for `load_model`; False for one answer, soon and in little memory.
             unsure: answer `unsure` below the thresholds that `clseave calibrate` set.
+            progress: told of languages without a temperature.
 
         Raises:
             ClseaveError: no model for the language, a damaged one, an unknown device, or `unsure`
@@ -223,12 +218,13 @@ class VisualEntailment:
             device=device,
             precision=precision,
             lasting=lasting,
+            progress=progress,
         )
         for each in model.sources if unsure else ():
-            if not model.calibration(each).thresholds:
+            if not model.calibrations[each].thresholds:
                 raise UsageError(
-                    f"{model.sources[each]}: has no threshold for {each}, below which it would be "
-                    f"unsure; `clseave calibrate --lang {each} --precision 0.95` sets one."
+                    f"{model.sources[each]}: has no threshold for {each}; `clseave calibrate "
+                    f"--lang {each} --precision 0.95` sets one."
                 )
         identifier = LanguageIdentifier(model.sources) if auto else None
         return cls(model, languages[0] if len(languages) == 1 else None, identifier, unsure)
@@ -286,7 +282,7 @@ class VisualEntailment:
             hypotheses, truncated = self._model.embed_sentences(each, sentences)
             premises = np.stack([vectors[photos[row].key] for row in rows])
             judged = self._model.probabilities(each, hypotheses, premises)
-            unsure = self._model.calibration(each).is_unsure(judged) & self._unsure
+            unsure = self._model.calibrations[each].is_unsure(judged) & self._unsure
             attention = self._model.attention(hypotheses, premises)
             looked = [None] * len(rows) if attention is None else attention
             for row, sentence, scores, is_unsure, cut, where in zip(
@@ -438,10 +434,13 @@ def predict_file(
                 answers.reopen()
                 batches = chain([first], batches)
         model = VisualEntailment.from_pretrained(
-            config.runs, lang, config.device, config.precision, unsure=config.unsure
+            config.runs,
+            lang,
+            config.device,
+            config.precision,
+            unsure=config.unsure,
+            progress=progress,
         )
-        if model.uncalibrated:
-            progress.note(model.uncalibrated)
         with _writing(answers, target) as out, progress.task("predict", unit="pairs") as task:
             for batch in batches:
                 outcomes = list(_judge_rows(model, base, batch))

@@ -36,6 +36,7 @@ class TorchModel:
     Attributes:
         clip_ve: image tower and head; its text tower may be a student.
         sources: the folder each language's encoder comes from.
+        calibrations: temperature and thresholds of each language.
         preparation: how a photo is cut for the image tower; None: not as CLIP's.
     """
 
@@ -56,9 +57,12 @@ class TorchModel:
         """
         self.clip_ve = clip_ve.eval()
         self.sources = {lang: str(folder) for lang, folder in folders.items()}
+        self.calibrations = {
+            lang: read_calibrations(folder).get(lang, Calibration())
+            for lang, folder in folders.items()
+        }
         self.preparation = clip_ve.image.preparation
         self._folders = folders
-        self._calibrations: dict[str, Calibration] = {}
         self._loaded = {folder: encoder.eval() for folder, encoder in loaded.items()}
         self._device = clip_ve.image.device
         self._autocast = autocast(precision, self._device)
@@ -117,17 +121,6 @@ class TorchModel:
             self._loaded[folder] = student.to(self._device)
         return self._loaded[folder]
 
-    def calibration(self, lang: str) -> Calibration:
-        """What is done to the probabilities of a language.
-
-        Raises:
-            ModelError: it is read now, and damaged.
-        """
-        if lang not in self._calibrations:
-            there = read_calibrations(self._folders[lang])
-            self._calibrations[lang] = there.get(lang, Calibration())
-        return self._calibrations[lang]
-
     def prepare(self, image: Image.Image) -> Floats:
         """(3, height, width) pixels of a decoded RGB image. May be called from any thread."""
         return _array(self.clip_ve.image.preprocess([image])[0])
@@ -152,7 +145,7 @@ class TorchModel:
         both = (torch.from_numpy(part).to(self._device) for part in (hypotheses, premises))
         with torch.no_grad(), self._threads(len(hypotheses)):
             probabilities = _array(self.clip_ve(*both).softmax(dim=1))
-        return self.calibration(lang).apply(probabilities)
+        return self.calibrations[lang].apply(probabilities)
 
     def attention(self, hypotheses: Floats, premises: Floats) -> Floats | None:
         """(B, G, G) shares of the cells of the photos; None: the head sees no cells."""

@@ -25,7 +25,7 @@ from clseave_cli.core.files import json_digest
 from clseave_cli.core.prediction import Floats
 from clseave_cli.core.prediction.checking.pictures import Picture
 from clseave_cli.core.prediction.checking.reading import Text, read_texts
-from clseave_cli.core.prediction.inference import load_model, uncalibrated
+from clseave_cli.core.prediction.inference import load_model
 from clseave_cli.errors import DataError, ExtraMissing, UsageError
 from clseave_cli.labels import LABELS
 from clseave_cli.processes import ahead, usable_cores
@@ -57,8 +57,6 @@ _KEPT_BYTES, _LEAST_BYTES = 64 << 20, 2048
 #: Smaller ones are spacers and tracking pixels.
 _LEAST_PIXELS = 16
 _THUMBNAIL = (360, 360)
-#: The least probability of a verdict where no threshold was set.
-_LEAST_CONFIDENCE = 0.7
 #: A language that is less sure than this gives way to the one the page declares.
 _SURE_LANGUAGE = 0.8
 
@@ -286,9 +284,8 @@ class _Judge:
             None if auto else (config.lang,),
             device=config.device,
             precision=config.precision,
+            progress=progress,
         )
-        if note := uncalibrated(self._model, self._model.sources):
-            progress.note(note)
         self._config = config
         self._thumbnails = thumbnails
         self._pictures: dict[str, _Seen] = {}
@@ -376,16 +373,14 @@ class _Judge:
         number = {sentence: index for index, sentence in enumerate(sentences)}
         order = [number[checked.text.text] for checked, _ in rows]
         premises = np.stack([seen.vector for _, seen in rows if seen.vector is not None])
-        thresholds = self._model.calibration(lang).thresholds
+        thresholds = self._model.calibrations[lang].thresholds
         for (checked, seen), index, scores in zip(
             rows, order, self._model.probabilities(lang, embeddings[order], premises), strict=True
         ):
             checked.probabilities = tuple(scores.tolist())
             best = int(scores.argmax())
-            least = self._config.min_confidence
-            if least is None:
-                least = thresholds.get(LABELS[best], _LEAST_CONFIDENCE)
-            sure = checked.probabilities[best] >= least
+            asked, promised = self._config.min_confidence, thresholds.get(LABELS[best], 0.7)
+            sure = checked.probabilities[best] >= (promised if asked is None else asked)
             checked.verdict = _VERDICTS[best] if sure else "unsure"
             percent = f"{100 * checked.probabilities[best]:.0f} %"
             if checked.verdict == "contradicts":
