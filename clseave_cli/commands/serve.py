@@ -51,12 +51,9 @@ def _load(config: ServeConfig) -> InferenceModel:
 
     languages = None if config.lang in ((), (AUTO,)) else config.lang
     model = load_model(
-        config.runs,
-        languages,
-        device=config.device,
-        precision=config.precision,
+        config.runs, languages, device=config.device, precision=config.precision,
         progress=terminal.TerminalProgress(),
-    )
+    )  # fmt: skip
     for lang in list(model.sources):
         try:
             model.embed_sentences(lang, ["."])

@@ -79,10 +79,8 @@ def test_risk_and_coverage_worked_by_hand():
     # Of the surest 1, 2, 3, 4 rows 0, 1/2, 1/3 and 2/4 are wrong.
     area, curve = risk_coverage([False, True, False, True], [0.5, 0.9, 0.8, 0.7])
     assert area == pytest.approx((0 + 1 / 2 + 1 / 3 + 2 / 4) / 4)
-    assert [(p.coverage, p.confidence) for p in curve] == [
-        (0.25, 0.9), (0.5, 0.8), (0.75, 0.7), (1.0, 0.5),
-    ]  # fmt: skip
-    assert [p.risk for p in curve] == pytest.approx([0, 1 / 2, 1 / 3, 1 / 2])
+    assert [(p.count, p.confidence) for p in curve] == [(1, 0.9), (2, 0.8), (3, 0.7), (4, 0.5)]
+    assert [p.accuracy for p in curve] == pytest.approx([1, 1 / 2, 2 / 3, 1 / 2])
     # Equally sure rows count alike, in whatever order they stand.
     for correct in ([True, False, True], [False, True, True]):
         assert risk_coverage(correct, [0.9, 0.9, 0.1])[0] == pytest.approx((0.5 + 0.5 + 1 / 3) / 3)

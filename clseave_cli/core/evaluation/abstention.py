@@ -25,7 +25,7 @@ from clseave_cli.core.data.seen import UNSEEN
 from clseave_cli.core.evaluation.baselines import Rows
 from clseave_cli.core.evaluation.metrics import probabilities
 from clseave_cli.core.evaluation.outputs import run_systems
-from clseave_cli.core.evaluation.run import labelled_rows, language_systems
+from clseave_cli.core.evaluation.run import labelled_rows, systems_of
 from clseave_cli.core.features import Photos
 from clseave_cli.core.files import json_object, locked_target
 from clseave_cli.core.models.calibration import (
@@ -116,7 +116,6 @@ class Calibrated:
 
     lang: str
     folder: Path  # the model that reads it
-    num_examples: int  # rows it was calibrated on
     temperature: float
     thresholds: dict[str, Threshold]  # by label, or under `all`; empty: nothing was promised
 
@@ -138,9 +137,8 @@ def calibrate(config: CalibrateConfig, progress: Progress = SILENT) -> list[Cali
     They are stored in the models' folders, in place of earlier ones of these languages.
 
     Raises:
-        UsageError: `label` without `promise`, or an unknown one.
-        ClseaveError: bad rows, rows that a model was trained on, too few photos for the promise, or
-            a model is missing, damaged or of another teacher; then nothing is stored.
+        ClseaveError: bad options or rows, rows that a model was trained on, too few photos for the
+            promise, or a bad model; then nothing is stored.
     """
     if config.label and config.promise is None:
         raise UsageError("--label goes with --precision.")
@@ -170,7 +168,7 @@ def _of_runs(
 ) -> Iterator[Calibrated]:
     """The languages of one folder of models."""
     clip_ve, rows, levels = runs / "clip-ve", {}, {}
-    systems = language_systems(config, runs, source_language(clip_ve), folder, progress)
+    systems = systems_of(config, runs, source_language(clip_ve), folder, progress)
     for system in systems:
         split = labelled_rows(config, folder, system.lang, images, progress)
         unseen, photos = np.full(len(split), UNSEEN, np.int8), Photos.of(split, images)
@@ -186,15 +184,11 @@ def _of_runs(
             confidence = np.where((predicted == name) | (name == _ALL), p.max(axis=1), -1.0)
             found[name] = find_threshold(confidence, *answers, config.promise or 0, levels[key])
         model = outputs.system.student or clip_ve
-        yield Calibrated(split.lang, model, len(split), temperature, found)
+        yield Calibrated(split.lang, model, temperature, found)
 
 
 def _num_checkpoints(model: Path, split: Split) -> int:
-    """Among how many checkpoints some rows chose a model's: each might have been lucky on them.
-
-    Raises:
-        DataError: it was trained on the rows.
-    """
+    """Among how many checkpoints the rows chose a model's; DataError if it was trained on them."""
     record = json_object(model / "training" / "run.json")
     if split.digest not in record.get("inputs", {}).values():
         return 1
@@ -203,4 +197,5 @@ def _num_checkpoints(model: Path, split: Split) -> int:
             f"{split.path}: {model} was trained on these rows, and is surer of them than of "
             "others; choose another --split."
         )
+    # Each of them might have been lucky on these rows.
     return int(json_object(model / "training" / "summary.json").get("epochs", 1))

@@ -397,8 +397,8 @@ def _risk_coverage(results: Results) -> Figure:
     figure, panels = _grid(2.1, [_name(r, results) for r in results.results])
     for axes, result in zip(panels, results.results, strict=True):
         _tidy(axes, "both")
-        x = [100 * point.coverage for point in result.risk_coverage]
-        y = [100 * point.risk for point in result.risk_coverage]
+        x = [100 * point.count / result.num_examples for point in result.risk_coverage]
+        y = [100 - 100 * point.accuracy for point in result.risk_coverage]
         axes.plot(x, y, color=_OTHER, linewidth=1.2, zorder=3)
         if result.unsure is not None and result.unsure.labels == LABELS:  # one for all answers
             given = 100 * (1 - result.unsure.share)

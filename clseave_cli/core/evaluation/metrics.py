@@ -33,9 +33,6 @@ ALPHA = 0.05
 #: Bins of equal width in which calibration is measured.
 NUM_BINS = 15
 
-# Points of the risk-coverage curve that are kept.
-_CURVE_POINTS = 50
-
 # Quotients that are equal but for their last bits.
 _ROUNDING = 1e-12
 
@@ -278,15 +275,6 @@ class ReliabilityPoint:
     count: int
 
 
-@dataclass(frozen=True)
-class RiskPoint:
-    """What answering only the surest rows would come to; shares are fractions."""
-
-    coverage: float  # share of the rows that are answered
-    risk: float  # share of these that are wrong
-    confidence: float  # the least probability among them
-
-
 @dataclass(frozen=True, kw_only=True)
 class Scores:
     """The metrics of one set of predictions; accuracies are fractions."""
@@ -310,7 +298,8 @@ class Scores:
     # The non-empty bins behind `ece`, from unsure to sure.
     reliability: tuple[ReliabilityPoint, ...]
     aurc: float | None = None  # area under the risk-coverage curve; None: an older document
-    risk_coverage: tuple[RiskPoint, ...] = ()  # the curve, from few rows to all
+    # Its points: of the `count` surest rows the least confidence, and the accuracy, 1 − risk.
+    risk_coverage: tuple[ReliabilityPoint, ...] = ()
 
 
 def probabilities(logits: npt.ArrayLike) -> Floats:
@@ -425,7 +414,7 @@ def calibration(
 
 def risk_coverage(
     correct: npt.ArrayLike, confidence: npt.ArrayLike
-) -> tuple[float, tuple[RiskPoint, ...]]:
+) -> tuple[float, tuple[ReliabilityPoint, ...]]:
     """The area under the risk-coverage curve of (N,) answers, and points of the curve.
 
     The risk at coverage k / N is the share of wrong answers among the k surest; the area is its
@@ -434,10 +423,9 @@ def risk_coverage(
     """
     levels, group = np.unique(-np.asarray(confidence, dtype=np.float64), return_inverse=True)
     sizes = np.bincount(group)
-    wrong = np.bincount(group, 1.0 - np.asarray(correct, dtype=np.float64)) / sizes
-    count = np.arange(1, len(group) + 1)
-    risks = np.cumsum(np.repeat(wrong, sizes)) / count
-    curve = np.stack([count / len(group), risks, -np.repeat(levels, sizes)], axis=1)
-    shown = np.unique(np.linspace(0, len(group), _CURVE_POINTS + 1, dtype=np.int64)[1:]) - 1
-    points = (RiskPoint(*point) for point in curve[shown[shown >= 0]].tolist())
-    return float(risks.mean()), tuple(points)
+    right = np.bincount(group, np.asarray(correct, dtype=np.float64)) / sizes
+    count, least = np.arange(1, len(group) + 1), -np.repeat(levels, sizes)
+    accuracy = np.cumsum(np.repeat(right, sizes)) / count
+    shown = np.unique(np.linspace(0, len(group) - 1, 50, dtype=np.int64)).tolist()
+    points = (ReliabilityPoint(float(least[k]), float(accuracy[k]), k + 1) for k in shown)
+    return float(1 - accuracy.mean()), tuple(points)

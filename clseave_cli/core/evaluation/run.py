@@ -116,6 +116,7 @@ def require_rows(config: EvaluateConfig, langs: Iterable[str], progress: Progres
 def labelled_rows(
     config: EvaluateConfig, folder: Path, lang: str, images: ImageFolder, progress: Progress
 ) -> Split:
+    """The rows of a split that have a label, all with their image."""
     split = read_split(folder, config.split, lang, skip_bad=config.skip_bad, progress=progress)
     return images.rows_with_image(split, config.skip_bad, progress)
 
@@ -197,9 +198,7 @@ class _Plan:
         """
         folder = data_folder(config.data, progress)
         source_lang, along = _source_language(config), None
-        systems = [
-            language_systems(config, runs, source_lang, folder, progress) for runs in config.runs
-        ]
+        systems = [systems_of(config, runs, source_lang, folder, progress) for runs in config.runs]
         _check_models(config.runs, systems)
         resolve_device(config.device)
         images = ImageFolder.of(folder, config.images)
@@ -250,7 +249,7 @@ def _source_language(config: EvaluateConfig) -> str:
     return next(iter(langs.values()))
 
 
-def language_systems(
+def systems_of(
     config: EvaluateConfig, runs: Path, source_lang: str, folder: Path, progress: Progress
 ) -> list[System]:
     """What to evaluate of one folder of models: the source language first, then the others."""

@@ -67,8 +67,7 @@ class Calibration:
     def is_unsure(self, probabilities: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
         """(N,) whether the likeliest label is below its threshold, by (N, C) calibrated ones."""
         least = np.array([self.thresholds.get(label, 0.0) for label in LABELS])
-        unsure: npt.NDArray[np.bool_]
-        unsure = probabilities.max(axis=1) < least[probabilities.argmax(axis=1)]
+        unsure: npt.NDArray[np.bool_] = probabilities.max(1) < least[probabilities.argmax(1)]
         return unsure
 
 

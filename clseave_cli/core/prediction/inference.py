@@ -114,8 +114,7 @@ def load_model(
         from clseave_cli.core.prediction.torch_model import TorchModel
 
         model = TorchModel.from_runs(runs, languages, device, precision)
-    without = [lang for lang in model.sources if model.calibrations[lang].temperature == 1]
-    if without:
+    if without := [k for k, each in model.calibrations.items() if each.temperature == 1]:
         progress.note(
             f"{', '.join(without)}: no temperature was fitted, so probabilities may be too sure; "
             "`clseave calibrate` fits one on dev rows with images."

@@ -434,13 +434,9 @@ def predict_file(
                 answers.reopen()
                 batches = chain([first], batches)
         model = VisualEntailment.from_pretrained(
-            config.runs,
-            lang,
-            config.device,
-            config.precision,
-            unsure=config.unsure,
-            progress=progress,
-        )
+            config.runs, lang, config.device, config.precision,
+            unsure=config.unsure, progress=progress,
+        )  # fmt: skip
         with _writing(answers, target) as out, progress.task("predict", unit="pairs") as task:
             for batch in batches:
                 outcomes = list(_judge_rows(model, base, batch))
