@@ -118,6 +118,8 @@ _NOT_RUN = {
     "--debug": "an example of an error",
     "compare": "tests/evaluation/test_comparison.py",
     "--explain": "tests/stages/test_patch_head.py",
+    "calibrate --precision": "four photos support none; tests/evaluation/test_abstention.py",
+    "--unsure": "the same",
     "check docs": "its exit code tells of findings; tests/checking",
 }
 
