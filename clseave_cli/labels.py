@@ -6,6 +6,9 @@ from typing import Literal
 
 Label = Literal["entailment", "neutral", "contradiction"]
 
+#: What a model answers: a label, or that it is too unsure of it.
+Answer = Literal["entailment", "neutral", "contradiction", "unsure"]
+
 #: Label names by id: `LABELS[0]` is `entailment`. Logits follow this order everywhere.
 LABELS: tuple[Label, ...] = ("entailment", "neutral", "contradiction")
 

@@ -97,6 +97,7 @@ _COMMANDS: dict[str, tuple[type[config.StageConfig], Callable[..., None]]] = {
     "word-align": (config.WordAlignConfig, word_align.run),
     "evaluate": (config.EvaluateConfig, evaluate.run),
     "retrieve": (config.RetrieveConfig, evaluate.retrieve),
+    "calibrate": (config.CalibrateConfig, evaluate.calibrate),
     "predict": (config.PredictConfig, predict.run),
     "check": (config.CheckConfig, check.run),
     "export": (config.ExportConfig, export.run),

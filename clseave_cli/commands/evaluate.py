@@ -1,4 +1,4 @@
-"""`clseave evaluate` and `clseave retrieve`: how good, in every language?"""
+"""`clseave evaluate`, `retrieve` and `calibrate`: how good, how sure, in every language?"""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from clseave_cli.commands import terminal
 from clseave_cli.commands.options import Json, Verbose
-from clseave_cli.core.config import EvaluateConfig, RetrieveConfig
+from clseave_cli.core.config import CalibrateConfig, EvaluateConfig, RetrieveConfig
 
 
 def run(config: EvaluateConfig, *, json: Json = False, verbose: Verbose = False) -> None:
@@ -52,3 +52,27 @@ def retrieve(config: RetrieveConfig, *, json: Json = False, verbose: Verbose = F
         terminal.stdout().print(retrieval_table(document, found, verbose=verbose))
     if config.report is not None:
         terminal.say(f"report: {config.report / 'retrieval.json'}, recall.png, ranks.png")
+
+
+def calibrate(config: CalibrateConfig, *, json: Json = False) -> None:
+    """Fit how sure the models may say they are, and when they answer unsure.
+
+    Fits a temperature for each language on a labelled split with images, and stores it in the
+    model's folder. --precision also sets a threshold, above which at least that share of the
+    answers is right, with 95 % confidence. Below it, `predict --unsure`, `serve` and `check` say
+    unsure. Earlier thresholds of the language are replaced.
+    """
+    from clseave_cli.core.evaluation.abstention import calibrate
+    from clseave_cli.core.evaluation.summary import percent
+
+    done = calibrate(config, terminal.TerminalProgress())
+    if json:
+        terminal.print_json({"calibrated": [asdict(each) for each in done]})
+        return
+    for each in done:
+        terminal.say(f"{each.lang} · {each.folder} · temperature {each.temperature:.3f}")
+        for label, found in each.thresholds.items():
+            terminal.say(
+                f"   {label} answers from {percent(found.least)} % on: {percent(found.coverage)} % "
+                f"of them, of which {percent(found.accuracy)} % are right here"
+            )

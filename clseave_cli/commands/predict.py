@@ -73,8 +73,9 @@ def run(
     if explain is not None:
         require_writable(explain)
     model = VisualEntailment.from_pretrained(
-        config.runs, config.lang, config.device, config.precision, lasting=False
-    )
+        config.runs, config.lang, config.device, config.precision,
+        lasting=False, unsure=config.unsure, progress=terminal.TerminalProgress(),
+    )  # fmt: skip
     start = time.perf_counter()
     result = model.predict([(image, hypothesis)])[0]
     seconds = time.perf_counter() - start

@@ -50,7 +50,10 @@ def _load(config: ServeConfig) -> InferenceModel:
     from clseave_cli.core.prediction.predictor import AUTO
 
     languages = None if config.lang in ((), (AUTO,)) else config.lang
-    model = load_model(config.runs, languages, device=config.device, precision=config.precision)
+    model = load_model(
+        config.runs, languages, device=config.device, precision=config.precision,
+        progress=terminal.TerminalProgress(),
+    )  # fmt: skip
     for lang in list(model.sources):
         try:
             model.embed_sentences(lang, ["."])

@@ -98,15 +98,27 @@ def results_table(results: Results, width: int | None = None, *, verbose: bool =
         _Column("\nlang", lambda r: _name(r, results)),
         _Column("\naccuracy", lambda r: percent(r.accuracy), style="bold"),
         _Column("95 %\ninterval", lambda r: _range(r.accuracy_low, r.accuracy_high), 1),
-        _Column(f"ratio\nto {source}", lambda r: percent(r.ratio_to_english), 4),
+        _Column(f"ratio\nto {source}", lambda r: percent(r.ratio_to_english), 8),
         _Column(f"agrees\nwith {source}", lambda r: percent(r.agreement_with_english), 3),
-        _Column("\nmajority", baseline("majority"), 5),
+        _Column("\nmajority", baseline("majority"), 7),
         _Column("hypothesis\nonly", baseline("hypothesis_only"), 2),
-        _Column("shuffled\nimage", baseline("shuffled_image"), 6),
+        _Column("shuffled\nimage", baseline("shuffled_image"), 4),
     ]
     caption = [*not_above(results), *one_answer(results)]
     if mean := mean_of_others(results):
         caption.append(f"{mean[0].upper()}{mean[1:]}.")
+    measured = [
+        _Column("\nunsure", lambda r: percent(r.unsure and r.unsure.share), 5),
+        _Column(
+            "right\nif sure",
+            lambda r: percent(getattr(r.unsure and r.unsure.accuracy, "value", None)),
+            5,
+        ),
+        _Column("photos\nseen", lambda r: percent(r.seen and r.seen.share), 6),
+        _Column("unseen\nphotos", lambda r: percent(r.seen and r.seen.accuracy_unseen), 6),
+    ]
+    columns += [c for c in measured if {c.cell(r) for r in results.results} - {DASH}]
+    caption = not_above(results)
     if any(result.mode == "translate-test" for result in results.results):
         caption.append(f"“→ {source}”: translated into {language_name(source)} first.")
     caption.append(

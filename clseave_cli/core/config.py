@@ -821,6 +821,22 @@ class RetrieveConfig(ModelsConfig, SeededConfig):
     )
     resamples: int = option(2000, "Bootstrap resamples behind every interval.", least=1)
     report: Path | None = option(None, "Folder for the document and figures; unset: none.")
+class CalibrateConfig(EvaluateConfig):
+    """`calibrate`: how sure the models may say they are, and when they are too unsure."""
+
+    FLAGS: ClassVar[tuple[str, ...]] = (
+        "lang", "promise", "label", "data", "images", "split", "runs", "skip_bad", "batch_size",
+        "device",
+    )  # fmt: skip
+    FIRST: ClassVar[tuple[str, ...]] = FLAGS
+
+    promise: float | None = option(
+        None, "Share of right answers to promise, such as 0.95; unset: none.", flag="--precision",
+        metavar="SHARE", least=0.5, most=0.999,
+    )  # fmt: skip
+    label: tuple[str, ...] = option((), "Label to promise it of; repeat; unset: all together.")
+    lang: tuple[str, ...] = option((), "Language to calibrate; repeat; unset: all there are.")
+    split: str = option("dev", "Split to calibrate on, which no model was trained on.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -828,13 +844,14 @@ class PredictConfig(ModelsConfig):
     """`predict`: the label of one image and sentence, or of a file of them."""
 
     FIRST: ClassVar[tuple[str, ...]] = (
-        "lang", "runs", "images", "batch_size", "resume", "device", "precision",
+        "lang", "runs", "images", "unsure", "batch_size", "resume", "device", "precision",
     )  # fmt: skip
 
     lang: str | None = option(None, "Language of the hypothesis; auto: identify; unset: CLIP-VE's.")
     images: Path | None = option(None, "Image folder of --input; unset: paths are relative to it.")
     batch_size: int = option(256, "Pairs computed at once.", least=1)
     resume: bool = option(False, "Continue an interrupted --output where it stopped.")
+    unsure: bool = option(False, "Answer unsure below the thresholds that `calibrate` set.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -847,7 +864,9 @@ class CheckConfig(ModelsConfig):
     )  # fmt: skip
 
     lang: str = option("auto", "Language of the texts; auto: that of each.", metavar="LANG")
-    min_confidence: float = option(0.7, "Least probability of a verdict; below: unsure.", least=0)
+    min_confidence: float | None = option(
+        None, "Below it: unsure; unset: what `calibrate` promised, otherwise 0.7.", least=0
+    )
     max_characters: int = option(250, "Longest text.", least=1)
     max_same: int = option(3, "Most different pictures that may have the same text.", least=1)
     judge: bool = option(True, "Ask the model; --no-judge: only what needs none.")

@@ -33,6 +33,7 @@ from clseave_cli.core.features import (
     tokenize_sentences,
 )
 from clseave_cli.core.files import json_digest
+from clseave_cli.core.models.calibration import fit_temperature
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.packing import PackedBatch
 from clseave_cli.core.models.vocabulary import reduced_vocabulary
@@ -130,9 +131,11 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult
             hypotheses = embed_rows(model.text, dev_pairs.sentences)
             logits = by_rows(model, hypotheses, dev_pairs.images, model.rows_at_once)
             labels = dev_pairs.labels.to(device)
+            on_cpu = logits.float().cpu().numpy(), dev_pairs.labels.numpy()
             return {
                 "loss": functional.cross_entropy(logits, labels).item(),
                 "accuracy": _accuracy(logits, labels).item(),
+                "temperature": fit_temperature(*on_cpu),
             }
 
         stage = Stage(
@@ -151,7 +154,8 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult
         with reduced_vocabulary(model.text, *tokens):
             result = train(stage, config, device=device, folder=run.folder, progress=progress)
         seen = [SeenRows.of(split, photos.keys) for split, photos in splits]
-        run.publish(model.save, _card(config, len(train_split), result), seen)
+        card = _card(config, len(train_split), result)
+        run.publish(lambda aside: model.save(aside, result.dev), card, seen)
     _tell_if_nothing_was_learnt(config, dev_split, result, progress)
     return StageResult(out, languages, result)
 

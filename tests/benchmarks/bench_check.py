@@ -75,7 +75,7 @@ def encoders(model: InferenceModel, pairs: list[tuple[Path, str, str]]) -> float
         for first in range(0, len(rows), 256):
             part = rows[first : first + 256]
             embeddings, _ = model.embed_sentences(lang, [text for _, text in part])
-            model.probabilities(embeddings, np.stack([vectors[path] for path, _ in part]))
+            model.probabilities(lang, embeddings, np.stack([vectors[path] for path, _ in part]))
     return time.process_time() - start
 
 

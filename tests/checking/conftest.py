@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 from tiny_world import COLOURS
 
+from clseave_cli.core.models.calibration import Calibration
 from clseave_cli.core.prediction.checking import findings
 
 
@@ -29,6 +30,7 @@ class ColourModel:
 
     def __init__(self) -> None:
         self.num_images = 0
+        self.calibrations = {"en": Calibration()}
 
     def prepare(self, image):
         return np.asarray(image.resize((32, 32)), np.float32).transpose(2, 0, 1)
@@ -41,7 +43,7 @@ class ColourModel:
         words = [[word in text.lower() for word in ("red", "green", "blue")] for text in sentences]
         return np.array(words), np.array(["cut" in text for text in sentences])
 
-    def probabilities(self, hypotheses, premises):
+    def probabilities(self, lang, hypotheses, premises):
         rows = {"fits": (0.9, 0.06, 0.04), "no": (0.01, 0.02, 0.97), "?": (0.4, 0.3, 0.3)}
         return np.array(
             [

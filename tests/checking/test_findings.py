@@ -11,6 +11,7 @@ from PIL import Image
 from tiny_world import COLOURS
 
 from clseave_cli.core.config import CheckConfig
+from clseave_cli.core.models.calibration import Calibration
 from clseave_cli.core.prediction.checking.findings import check
 from clseave_cli.core.prediction.checking.output import render, write_report
 from clseave_cli.errors import UsageError
@@ -47,6 +48,12 @@ def test_verdicts(page):
     assert result.summary()["skipped"] == {"missing": 1}
     assert rules(page, judge=False) == [(5, "empty")]
     assert check([page], CheckConfig(judge=False)).summary()["skipped"] == {"missing": 1}
+
+
+def test_what_calibrate_promised_decides_unless_told_otherwise(page, model):
+    model.calibrations["en"] = Calibration(thresholds={"contradiction": 0.98}, precision=0.95)
+    assert rules(page) == [(3, "unsure"), (4, "unsure"), (5, "empty")]  # 0.97, and 0.4 < 0.7
+    assert rules(page, min_confidence=0.0) == [(3, "contradicts"), (5, "empty")]
 
 
 def test_each_picture_is_encoded_once(page, model):

@@ -9,13 +9,16 @@ from clseave_cli.core.evaluation.figures import LearningCurve
 from clseave_cli.core.evaluation.gallery import Gallery, GalleryEntry, GalleryItem
 from clseave_cli.core.evaluation.metrics import Interval, agreement, compare_predictions, score
 from clseave_cli.core.evaluation.results import (
+    Abstention,
     Baselines,
     LanguageResult,
+    Overlap,
     Results,
     Signature,
     across_seeds,
 )
 from clseave_cli.core.evaluation.transfer import analyse_distances, measure_transfer
+from clseave_cli.labels import LABELS
 
 LANGUAGES = ("en", "de", "nl", "ja", "zh", "ko")
 
@@ -78,6 +81,17 @@ def make_results(languages=LANGUAGES, seed=0, num_rows=600):
 @pytest.fixture(scope="session")
 def results():
     return make_results()
+
+
+@pytest.fixture
+def judged(results):
+    """English, and a German that was calibrated, has thresholds, and saw photos in training."""
+    german = replace(
+        results.results[1], ece=0.02, ece_uncalibrated=0.06, loss=0.4, loss_uncalibrated=0.5,
+        aurc=0.03, temperature=1.3, seen=Overlap(3, 30, 6, 0.05, 0.9, 1.0, 0.8),
+        unsure=Abstention(0.95, LABELS, 0.1, 540, Interval(0.97, 0.96, 0.98)),
+    )  # fmt: skip
+    return replace(results, results=(results.results[0], german))
 
 
 HOSTILE = "<script>alert('1')</script> | $x_1$ & 100 % 円 \\ `code` [a](b)"

@@ -82,7 +82,7 @@ def read(path):
 
 def test_writes_every_part_and_replaces_what_was_there(folder, results):
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    figures = ("languages", "confusion", "reliability", "distances")
+    figures = ("languages", "confusion", "reliability", "risk-coverage", "distances")
     curves = ("curves-pretrain", "curves-finetune-ve", "curves-align")
     assert names == {
         "results.json",
@@ -99,9 +99,9 @@ def test_the_page_needs_nothing_but_itself_and_text_from_data_is_text(folder):
     assert not page.tags & {"script", "link", "iframe", "object"} and "<script" not in html
     assert all(address.startswith(("data:image/", "#")) for address in page.addresses)
     assert not re.search(r"url\(|@import|https?:", html)
-    # One chart of languages, six panels each of confusion, reliability and distance; one, two and
-    # four panels of curves; and two readable pictures.
-    assert sum(address.startswith("data:") for address in page.addresses) == 1 + 18 + 7 + 2
+    # One chart of languages, six panels each of confusion, reliability, risk and distance; one, two
+    # and four panels of curves; and two readable pictures.
+    assert sum(address.startswith("data:") for address in page.addresses) == 1 + 24 + 7 + 2
     assert page.hypotheses["de"] == {HOSTILE} and HOSTILE in page.text
     assert page.hypotheses["ja"] == {"赤い円があります。"}
 
@@ -244,7 +244,7 @@ def test_names_from_outside_cannot_break_a_figure(results):
         results, results=(result,), baselines={"$^$": Baselines(majority=0.3)}, signature=signature
     )
     figures = draw_figures(replace(hostile, distances=None), [])
-    assert set(figures) == {"languages", "confusion", "reliability"}
+    assert set(figures) == {"languages", "confusion", "reliability", "risk-coverage"}
 
 
 # --- sections ---
@@ -339,6 +339,15 @@ def test_gains_over_the_baselines_worked_by_hand(results):
     # 73.19 − 33.4 and 73.19 − 41.2; an older document has no paired difference.
     assert row[:6] == ["German", "73.2", "33.4", "+39.8", "–", "–"]
     assert row[6:10] == ["41.2", "+32.0", "+29.0 to +35.0", "higher"]
+
+
+def test_unsure_and_seen_stand_beside_the_baselines(judged):
+    english, german = page(judged).rows["Did it look?"][2:4]
+    assert english[-5:] == ["–"] * 5
+    assert german[-5:] == ["10.0", "97.0", "96.0 – 98.0", "5.0", "80.0"]
+    assert page(judged).rows["Calibration"][2] == [
+        "German", "1.300", "2.0", "6.0", "0.400", "0.500", "3.0",
+    ]  # fmt: skip
 
 
 def test_minus_signs_are_minus_signs(results):

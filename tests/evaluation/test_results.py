@@ -144,6 +144,17 @@ def test_the_table_shows_percentages_with_one_decimal(results):
     assert "3f2a9c1b" not in text and "3f2a9c1b" in rendered(results, verbose=True)
 
 
+def test_unsure_and_seen_stand_in_the_table_of_the_baselines(judged):
+    text = rendered(judged, 120)
+    (line,) = (line for line in text.splitlines() if line.split()[:1] == ["de"])
+    assert line.split()[-5:] == ["37.1", "10.0", "97.0", "5.0", "80.0"]
+    # Before them go what a reader misses less.
+    shown, _, left_out = rendered(judged, 80).partition("Left out")
+    assert "unsure" in shown and "ratio to en" in left_out
+    assert "unsure" not in rendered(replace(judged, results=judged.results[:1]), 120)
+    assert Results.from_json(judged.to_json()) == judged
+
+
 @pytest.mark.parametrize("table", [results_table, seeds_table])
 def test_a_narrow_terminal_gets_fewer_columns_and_whole_numbers(results, table):
     several = replace(results, seeds=across_seeds([results, results]))

@@ -6,6 +6,8 @@ import threading
 
 import numpy as np
 
+from clseave_cli.core.models.calibration import Calibration
+
 
 class FakeModel:
     """Embeds an image as its mean colour, and a sentence as its length."""
@@ -21,6 +23,7 @@ class FakeModel:
         self.broken_scores = None  # what becomes of the probabilities
         self.looked = None  # (G, G) shares of a head that sees patches
         self.preparation = None
+        self.calibrations = dict.fromkeys(self.sources, Calibration())
 
     def prepare(self, image):
         self.num_prepared += 1
@@ -38,7 +41,7 @@ class FakeModel:
         lengths = np.array([len(sentence) for sentence in sentences])
         return np.repeat(lengths[:, None], 3, axis=1).astype(np.float32), lengths > 50
 
-    def probabilities(self, hypotheses, premises):
+    def probabilities(self, lang, hypotheses, premises):
         scores = np.exp(premises)
         scores = scores / scores.sum(axis=1, keepdims=True)
         return scores if self.broken_scores is None else self.broken_scores(scores)

@@ -19,12 +19,14 @@ pytest.importorskip("onnxruntime")
 from clseave_cli import VisualEntailment
 from clseave_cli.core.config import ExportConfig
 from clseave_cli.core.data.images import Preparation
+from clseave_cli.core.models.calibration import Calibration, write_calibrations
 from clseave_cli.core.models.folder import peek
 from clseave_cli.core.prediction import export as exporting
 from clseave_cli.core.prediction import onnx_model
 from clseave_cli.core.prediction.export import export
 from clseave_cli.core.prediction.inference import load_model
 from clseave_cli.errors import ModelError
+from clseave_cli.labels import LABELS
 
 _REPOSITORY = Path(__file__).parents[2]
 SENTENCES = [
@@ -186,6 +188,20 @@ def test_the_manifest_names_what_it_was_made_from(trained, exported):
     assert set(config["files"]) == set(tree(exported)) - {"config.json"}
 
 
+def test_temperature_and_thresholds_are_exported(world, runs, tmp_path):
+    calibration = Calibration(3.0, dict.fromkeys(LABELS, 1.0), 0.95)
+    pairs = _pairs(world, "de")
+    before = VisualEntailment.from_pretrained(runs, "de", "cpu", "fp32").predict(pairs)
+    write_calibrations(runs / "align-de", {"de": calibration})
+    export(ExportConfig(runs=runs, out=tmp_path / "onnx", lang=("de",)))
+    ours = VisualEntailment.from_pretrained(runs, "de", "cpu", "fp32").predict(pairs)
+    theirs = VisualEntailment.from_pretrained(tmp_path / "onnx", "de", unsure=True).predict(pairs)
+    _assert_close(theirs, ours, 1e-4)
+    assert [a.label for a in ours] == [a.label for a in before]
+    assert ours[0].probabilities != before[0].probabilities
+    assert {a.label for a in theirs} == {"unsure"}
+
+
 def test_a_damaged_folder_is_refused(exported, tmp_path, world):
     copy = tmp_path / "onnx"
     shutil.copytree(exported, copy)
@@ -211,6 +227,8 @@ def test_a_damaged_folder_is_refused(exported, tmp_path, world):
         ("encoders", {"align-de": {"max_tokens": -1, "terminal_id": 0, "pad_id": 0}}, "damaged"),
         ("preparation", {"crop": [10**6, 10**6]}, "config.json: damaged"),
         ("preparation", [], "config.json: damaged"),
+        ("calibrations", {"de": {"temperature": 0}}, "config.json: damaged"),
+        ("calibrations", {"de": {"thresholds": ["neutral"]}}, "config.json: damaged"),
         ("image.onnx", "pipe", "image.onnx: missing or not a file"),
         ("config.json", "pipe", "config.json: not a regular file"),
     ],

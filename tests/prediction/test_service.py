@@ -27,6 +27,7 @@ from starlette.testclient import TestClient
 
 from clseave_cli.commands import serve as serve_command
 from clseave_cli.core.config import ServeConfig
+from clseave_cli.core.models.calibration import Calibration
 from clseave_cli.core.prediction import inference, predictor, service
 from clseave_cli.core.prediction.service import create_app
 from clseave_cli.errors import ExtraMissing
@@ -82,6 +83,18 @@ def test_an_answer_is_the_label_and_three_probabilities(serve):
     assert body["truncated"] is True and body["lang"] == "en"
     warning = ask(serve(), hypothesis="赤い円があります。").json()["warning"]
     assert warning == "the sentence is not in the script of en; check the language."
+
+
+def test_below_a_threshold_the_answer_is_unsure(serve, model):
+    model.calibrations["de"] = Calibration(thresholds={"neutral": 0.9}, precision=0.95)
+    green = picture((10, 240, 30))
+    assert [ask(serve(), green, lang=lang).json()["label"] for lang in ("de", "en")] == [
+        "unsure", "neutral",
+    ]  # fmt: skip
+    assert ask(serve(), lang="de").json()["label"] == "entailment"  # has no threshold
+    judged = serve().get("/openapi.json").json()["components"]["schemas"]["Judged"]
+    assert "unsure" in judged["properties"]["label"]["enum"]
+    assert "unsure:" in serve().get("/").text
 
 
 def test_where_the_model_looked_is_drawn_for_those_who_ask(serve, model):

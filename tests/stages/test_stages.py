@@ -267,6 +267,7 @@ def test_dev_accuracy_chooses_where_there_are_images(data, tmp_path, trained, al
     auto = aligned(data, tmp_path / "a")
     assert set(auto.training.dev) == {
         "mse", "mae", "cosine", "recall_at_10", "variance_ratio", "accuracy",
+        "temperature",
     }  # fmt: skip
     # Recomputed with the saved student, on the dev rows.
     student = {auto.folder: load_student(auto.folder)}

@@ -121,7 +121,7 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> StageResult:
         watch.during(result.dev, at_the_end=True)
         run.publish(
             lambda aside: save_student(
-                student, aside, languages=languages, teacher=teacher.fingerprint
+                student, aside, languages=languages, teacher=teacher.fingerprint, dev=result.dev
             ),
             _card(config, languages, teacher.source_lang, pairs.num_distinct, result),
             seen,

@@ -29,6 +29,7 @@ from clseave_cli.core.features import (
     sentence_embeddings,
     tokenize_sentences,
 )
+from clseave_cli.core.models.calibration import fit_temperature
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.ranking import rank
@@ -208,6 +209,7 @@ def _metrics(student: SentenceEncoder, teacher: ClipVE, dev: DevSet) -> dict[str
         logits = by_rows(teacher, predicted, dev.premises, teacher.rows_at_once)
         right = logits.argmax(dim=1) == dev.labels.to(device)
         metrics["accuracy"] = right.float().mean().item()
+        metrics["temperature"] = fit_temperature(logits.float().cpu().numpy(), dev.labels.numpy())
     return metrics
 
 

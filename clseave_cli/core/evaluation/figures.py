@@ -160,9 +160,9 @@ def draw_figures(results: Results, curves: Sequence[LearningCurve]) -> dict[str,
     """Draws every figure for which there is something to show.
 
     Returns:
-        By name: `languages`, `confusion`, `reliability`, `distances`, `curves-pretrain`,
-        `curves-finetune-ve`, `curves-align`. Distances are drawn only where a language differs from
-        the source by more than its interval.
+        By name: `languages`, `confusion`, `reliability`, `risk-coverage`, `distances`,
+        `curves-pretrain`, `curves-finetune-ve`, `curves-align`. Distances are drawn only where a
+        language differs from the source by more than its interval.
     """
     signature = str(results.signature)
     drawings = {
@@ -170,6 +170,8 @@ def draw_figures(results: Results, curves: Sequence[LearningCurve]) -> dict[str,
         "confusion": draw(_confusion(results), signature),
         "reliability": draw(_reliability(results), signature),
     }
+    if any(r.risk_coverage for r in results.results):
+        drawings["risk-coverage"] = draw(_risk_coverage(results), signature)
     compared = [r.difference_to_english for r in results.results if r.mode == "zero-shot"]
     if any(d is not None and not d.is_tie for d in compared):
         distances = _distances(results)
@@ -441,6 +443,25 @@ def _reliability(results: Results) -> Figure:
         axes.set_xticks([40, 60, 80, 100])
         axes.set_yticks([0, 25, 50, 75, 100])
         _axis_names(axes, "confidence, %", "accuracy, %")
+    return figure
+
+
+def _risk_coverage(results: Results) -> Figure:
+    """The share of wrong answers against the share of rows that are answered, and thresholds."""
+    figure, panels = _grid(2.1, [_name(r, results) for r in results.results])
+    for axes, result in zip(panels, results.results, strict=True):
+        _tidy(axes, "both")
+        x = [100 * point.count / result.num_examples for point in result.risk_coverage]
+        y = [100 - 100 * point.accuracy for point in result.risk_coverage]
+        axes.plot(x, y, color=_OTHER, linewidth=1.2, zorder=3)
+        if result.unsure is not None and result.unsure.labels == LABELS:  # one for all answers
+            given = 100 * (1 - result.unsure.share)
+            axes.plot(given, np.interp(given, x, y), "o", color=_INK, fillstyle="none", zorder=4)
+        aurc = f"AURC {100 * (result.aurc or 0):.1f} %"
+        axes.text(0.04, 0.93, aurc, transform=axes.transAxes, size=8, color=_INK, va="top")
+        axes.set_xlim(0, 102)
+        axes.set_ylim(bottom=0)
+        _axis_names(axes, "answered, %", "wrong of these, %")
     return figure
 
 

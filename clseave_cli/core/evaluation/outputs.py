@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL.Image import Image
+from scipy.special import softmax
 from torch import Tensor
 
 from clseave_cli.core.config import EvaluateConfig
@@ -23,6 +24,7 @@ from clseave_cli.core.evaluation.baselines import Rows, shuffled_rows
 from clseave_cli.core.evaluation.comparison import rows_in_common
 from clseave_cli.core.evaluation.results import Mode, result_key
 from clseave_cli.core.features import by_rows, image_features, tokenize_sentences
+from clseave_cli.core.models.calibration import Calibration, read_calibrations
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.student import load_student
@@ -56,17 +58,23 @@ class Outputs:
     split: Split  # the rows
     images: npt.NDArray[np.str_]  # (N,) name of each row's image: the unit of the bootstrap
     embeddings: npt.NDArray[np.float32]  # (N, D) of the hypotheses
-    logits: npt.NDArray[np.float32]  # (N, C), finite
+    logits: npt.NDArray[np.float64]  # (N, C), finite, divided by the temperature
     # (N, C) with every row's photo exchanged for another row's.
-    shuffled_logits: npt.NDArray[np.float32]
+    shuffled_logits: npt.NDArray[np.float64]  # not divided
     # (N, G, G) shares of the cells of each photo, of a head that sees patches.
-    attention: npt.NDArray[np.float32] | None = None
-    preparation: Preparation | None = None  # says which part of a photo the cells cover
+    attention: npt.NDArray[np.float32] | None
+    calibration: Calibration  # temperature and thresholds of the language read
+    preparation: Preparation | None  # says which part of a photo the cells cover
 
     @property
     def correct(self) -> npt.NDArray[np.bool_]:
         """(N,) whether the predicted label is the gold label."""
         return self.is_gold(self.logits.argmax(axis=1))
+
+    @property
+    def unsure(self) -> npt.NDArray[np.bool_]:
+        """(N,) whether the answer stays below its threshold, where there is one."""
+        return self.calibration.is_unsure(softmax(self.logits, axis=1))
 
     def looked(self, row: int) -> Callable[[Image], Image] | None:
         """Draws where the head looked for a row over its picture; None: it sees no patches."""
@@ -146,14 +154,17 @@ def run_systems(
                 if model.image.patch_grid:
                     looks = model.head.attention
                     attention = by_rows(looks, embeddings, photos, model.rows_at_once)
+            folder = student or clip_ve
+            calibration = read_calibrations(folder).get(rows[system.key].lang, Calibration())
             outputs[system.key] = Outputs(
                 system,
                 split,
                 names,
                 embeddings.cpu().numpy(),
-                _finite(logits, student or clip_ve, split),
-                _finite(shuffled_logits, student or clip_ve, split),
+                _finite(logits, folder, split) / calibration.temperature,
+                _finite(shuffled_logits, folder, split),
                 None if attention is None else attention.cpu().numpy(),
+                calibration,
                 model.image.preparation,
             )
     return {system.key: outputs[system.key] for system in systems}
@@ -175,13 +186,13 @@ def _embed(
     return torch.cat(embedded)[torch.from_numpy(sentences.index)]
 
 
-def _finite(logits: Tensor, model: Path, split: Split) -> npt.NDArray[np.float32]:
+def _finite(logits: Tensor, model: Path, split: Split) -> npt.NDArray[np.float64]:
     """(N, C) logits on the CPU.
 
     Raises:
         ModelError: some are NaN or infinite: a label computed from them would mean nothing.
     """
-    values: npt.NDArray[np.float32] = logits.float().cpu().numpy()
+    values: npt.NDArray[np.float64] = logits.double().cpu().numpy()
     bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
     if len(bad):
         raise ModelError(

@@ -15,6 +15,7 @@ from clseave_cli.core.evaluation.results import Baselines, Results
 from clseave_cli.core.evaluation.summary import percent
 from clseave_cli.core.files import json_object, read_json
 from clseave_cli.core.models import clip_ve, student
+from clseave_cli.core.models.calibration import CALIBRATION_FILE
 from clseave_cli.core.models.folder import unsealed
 from clseave_cli.core.models.listing import find_students
 from clseave_cli.core.training.run import public_name
@@ -111,6 +112,7 @@ class _Model:
         kind = _kind(folder)
         with unsealed(folder, kind) as config:
             files = ["config.json", *config["files"]]
+            files += [CALIBRATION_FILE] if (folder / CALIBRATION_FILE).is_file() else []
             fingerprints = {config["fingerprint"], *config.get("sources", {}).values()}
             encoder = Path(config.get("vocabulary", {}).get("encoder", ""))
         if encoder.is_absolute():

@@ -45,6 +45,17 @@ class Overlap:
     accuracy_unseen: float | None  # on all other rows
 
 
+@dataclass(frozen=True)
+class Abstention:
+    """What the thresholds of `clseave calibrate` come to on these rows."""
+
+    precision: float  # the share of right answers that was promised
+    labels: tuple[str, ...]  # of which answers; others are always given
+    share: float  # of all rows, that are answered `unsure`
+    num_answered: int  # rows answered with one of `labels`
+    accuracy: Interval | None  # share of these that are right; None: there are none
+
+
 Mode = Literal["zero-shot", "translate-test"]
 
 
@@ -80,6 +91,11 @@ class LanguageResult(Scores):
     difference_to_zero_shot: Difference | None = None
     transfer: Transfer | None = None  # embeddings against those of the source sentences
     seen: Overlap | None = None  # rows of photos seen in training, where there are any
+    # What probabilities were mended with, and what `ece` and `loss` were before; None: nothing.
+    temperature: float | None = None
+    ece_uncalibrated: float | None = None
+    loss_uncalibrated: float | None = None
+    unsure: Abstention | None = None  # where thresholds were set
 
     @property
     def key(self) -> str:
@@ -345,7 +361,8 @@ class Retrieval:
 
 #: The metrics that `across_seeds` summarises: keys of a result, and one of its baselines.
 SEED_METRICS = (
-    *("accuracy", "macro_f1", "loss", "ratio_to_english", "agreement_with_english"),
+    *("accuracy", "macro_f1", "loss", "ece", "aurc", "ratio_to_english"),
+    "agreement_with_english",
     *("difference_to_english", "difference_to_zero_shot", "shuffled_image"),
 )
 

@@ -37,6 +37,7 @@ from clseave_cli.core.evaluation.metrics import Difference, Interval
 from clseave_cli.core.evaluation.outputs import Outputs, System, run_systems, shared_rows
 from clseave_cli.core.evaluation.report import REPORT, write_report
 from clseave_cli.core.evaluation.results import (
+    Abstention,
     Baselines,
     LanguageResult,
     Overlap,
@@ -139,12 +140,13 @@ def require_rows(config: EvaluateConfig, langs: Iterable[str], progress: Progres
     folder = data_folder(config.data, progress)
     images = ImageFolder.of(folder, config.images)
     for lang in langs:
-        _read_rows(config, folder, lang, images, progress)
+        labelled_rows(config, folder, lang, images, progress)
 
 
-def _read_rows(
+def labelled_rows(
     config: EvaluateConfig, folder: Path, lang: str, images: ImageFolder, progress: Progress
 ) -> Split:
+    """The rows of a split that have a label, all with their image."""
     split = read_split(folder, config.split, lang, skip_bad=config.skip_bad, progress=progress)
     return images.rows_with_image(split, config.skip_bad, progress)
 
@@ -231,17 +233,17 @@ class _Plan:
             )
         folder = data_folder(config.data, progress)
         source_lang, along = source_language(config.runs[0] / "clip-ve"), None
-        systems = [_systems(config, runs, source_lang, folder, progress) for runs in config.runs]
+        systems = [systems_of(config, runs, source_lang, folder, progress) for runs in config.runs]
         _check_models(config.runs, systems)
         resolve_device(config.device)
         images = ImageFolder.of(folder, config.images)
         every = {system.key: system for of_models in systems for system in of_models}
         splits: dict[str, Split] = {}
         for lang in dict.fromkeys(system.lang for system in every.values()):
-            splits[lang] = _read_rows(config, folder, lang, images, progress)
+            splits[lang] = labelled_rows(config, folder, lang, images, progress)
         if source_lang not in splits and split_path(folder, config.split, source_lang):
             try:
-                splits[source_lang] = _read_rows(config, folder, source_lang, images, progress)
+                splits[source_lang] = labelled_rows(config, folder, source_lang, images, progress)
                 source = System(source_lang, "zero-shot", None)
                 systems, along = [[source, *of_models] for of_models in systems], source.key
             except DataError as error:
@@ -273,7 +275,7 @@ class _Plan:
         return {"resamples": self.config.resamples, "seed": self.config.seed}
 
 
-def _systems(
+def systems_of(
     config: EvaluateConfig, runs: Path, source_lang: str, folder: Path, progress: Progress
 ) -> list[System]:
     """What to evaluate of one folder of models: the source language first, then the others."""
@@ -422,8 +424,29 @@ def _language_result(
         more |= _against_source(outputs, source)
     more |= differences
     more["seen"] = _overlap(plan.rows[outputs.system.key], outputs.correct)
+    more["unsure"] = _abstention(plan, outputs)
     scores = metrics.score(split.labels, outputs.logits, images, **plan.sampling)
+    if (temperature := outputs.calibration.temperature) != 1:
+        before = metrics.score(split.labels, outputs.logits * temperature, images, resamples=1)
+        more |= {"temperature": temperature, "ece_uncalibrated": before.ece}
+        more |= {"loss_uncalibrated": before.loss}
     return LanguageResult(**vars(scores), **more)
+
+
+def _abstention(plan: _Plan, outputs: Outputs) -> Abstention | None:
+    """What comes of answering `unsure` below the thresholds; None: there are none."""
+    thresholds, promised = outputs.calibration.thresholds, outputs.calibration.precision
+    if promised is None:
+        return None
+    labels = [label for label in LABELS if label in thresholds]
+    predicted = np.array(LABELS)[outputs.logits.argmax(axis=1)]
+    answered = np.isin(predicted, labels) & ~outputs.unsure
+    accuracy = None
+    if answered.any():
+        rows = outputs.correct[answered], outputs.images[answered]
+        accuracy = metrics.accuracy_interval(*rows, **plan.sampling)
+    counts = float(outputs.unsure.mean()), int(answered.sum())
+    return Abstention(promised, tuple(labels), *counts, accuracy)
 
 
 def _overlap(rows: Rows, correct: npt.NDArray[np.bool_]) -> Overlap | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch.nn import functional
 from clseave_cli.core.config import Head
 from clseave_cli.core.data.records import ENGLISH
 from clseave_cli.core.models import backbones
+from clseave_cli.core.models.calibration import write_fitted
 from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
 from clseave_cli.core.models.folder import peek, seal, unsealed
 from clseave_cli.core.models.weights import load_weights, save_weights
@@ -136,8 +138,8 @@ class ClipVE(nn.Module):
         self.image.eval()
         return self
 
-    def save(self, folder: Path) -> None:
-        """Writes the model's files into an existing folder and notes the fingerprint."""
+    def save(self, folder: Path, dev: Mapping[str, float] | None = None) -> None:
+        """Writes the model, with the temperature of its dev metrics; notes the fingerprint."""
         self.text.save_pretrained(folder / "text")
         self.image.save_pretrained(folder / "image")
         save_weights(self.head, folder / "head.safetensors")
@@ -147,6 +149,7 @@ class ClipVE(nn.Module):
             "head": self.head.config.to_json(),
         }
         self.fingerprint = seal(folder, FORMAT, config)
+        write_fitted(folder, [self.source_lang], dev or {})
 
     @property
     def rows_at_once(self) -> int:

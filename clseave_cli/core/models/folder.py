@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from clseave_cli.core.files import file_digest, json_digest, json_object, read_json, write_json
+from clseave_cli.core.models.calibration import CALIBRATION_FILE
 from clseave_cli.errors import ModelError
 from clseave_cli.progress import Progress
 from clseave_cli.version import __version__
@@ -139,10 +140,11 @@ def leave_out_other_versions(folders: dict[str, Any], progress: Progress) -> Non
 
 
 def _members(folder: Path) -> list[Path]:
-    """Files that decide what the model computes: not its card, not its training record."""
+    """Files that decide what the model computes: not card, training record or calibration."""
     return sorted(
         path
         for path in folder.rglob("*")
         if path.is_file()
-        and path.relative_to(folder).parts[0] not in ("training", _CONFIG, "README.md")
+        and path.relative_to(folder).parts[0]
+        not in ("training", _CONFIG, CALIBRATION_FILE, "README.md")
     )

@@ -16,6 +16,8 @@ from torch.nn import functional
 from clseave_cli.core.config import Code, Pooling, SentenceToken, TokenReader, TokenTarget
 from clseave_cli.core.models import backbones
 from clseave_cli.core.models.encoders import SentenceEncoder, backbone_digest
+from clseave_cli.core.models.calibration import write_fitted
+from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.folder import peek, seal, unsealed
 from clseave_cli.core.models.tokens import Trimmed
 from clseave_cli.core.models.weights import load_weights, save_weights
@@ -265,9 +267,14 @@ def begun_student(
 
 
 def save_student(
-    student: SentenceEncoder, folder: Path, *, languages: Sequence[str], teacher: str
+    student: SentenceEncoder,
+    folder: Path,
+    *,
+    languages: Sequence[str],
+    teacher: str,
+    dev: Mapping[str, float] | None = None,
 ) -> str:
-    """Writes a student into an existing folder; returns its fingerprint."""
+    """Writes a student, with temperatures of its dev metrics; returns its fingerprint."""
     student.save_pretrained(folder / "encoder")
     save_weights(_added_parts(student), folder / "projection.safetensors")
     config: dict[str, Any] = {
@@ -285,7 +292,9 @@ def save_student(
         config["vocabulary"] = {"num_tokens": trimmed.num_tokens, "encoder": trimmed.encoder}
     if isinstance(student.norm, CodedState):
         config["coding"] = dataclasses.asdict(student.norm.coding)
-    return seal(folder, FORMAT, config)
+    fingerprint = seal(folder, FORMAT, config)
+    write_fitted(folder, languages, dev or {})
+    return fingerprint
 
 
 def restore_student(folder: Path, encoder: str | Path | None = None) -> SentenceEncoder:

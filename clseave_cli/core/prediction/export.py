@@ -157,6 +157,7 @@ def _write(model: TorchModel, folder: Path, int8: bool, progress: Progress) -> d
         "preparation": dataclasses.asdict(pixels_of),
         "precision": "int8" if int8 else "fp32",
         "sources": fingerprints | {"clip-ve": clip_ve.fingerprint},
+        "calibrations": {lang: dataclasses.asdict(model.calibrations[lang]) for lang in names},
     }
 
 
@@ -307,7 +308,9 @@ def _difference(reference: TorchModel, exported: InferenceModel) -> float:
         premises = model.embed_images(np.stack([model.prepare(each) for each in pictures]))
         hypotheses, _ = model.embed_sentences(lang, _PROBE_SENTENCES)
         return model.probabilities(
-            np.repeat(hypotheses, len(premises), axis=0), np.tile(premises, (len(hypotheses), 1))
+            lang,
+            np.repeat(hypotheses, len(premises), axis=0),
+            np.tile(premises, (len(hypotheses), 1)),
         )
 
     # NumPy's maximum, because NaN is none to Python's.

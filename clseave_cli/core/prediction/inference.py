@@ -16,7 +16,9 @@ from PIL import Image
 
 from clseave_cli.core.config import Precision
 from clseave_cli.core.data.images import Preparation
+from clseave_cli.core.models.calibration import Calibration
 from clseave_cli.core.prediction import Floats
+from clseave_cli.progress import SILENT, Progress
 
 
 class InferenceModel(Protocol):
@@ -24,9 +26,11 @@ class InferenceModel(Protocol):
 
     Attributes:
         sources: the folder of the model that reads each language, CLIP-VE's language first.
+        calibrations: temperature and thresholds of each language.
     """
 
     sources: dict[str, str]
+    calibrations: dict[str, Calibration]
 
     @property
     def preparation(self) -> Preparation | None:
@@ -47,8 +51,8 @@ class InferenceModel(Protocol):
         """(B, D) embeddings of B sentences, and (B,) which of them were cut at the limit."""
         ...
 
-    def probabilities(self, hypotheses: Floats, premises: Floats) -> Floats:
-        """(B, C) probabilities of the labels, from (B, D) sentence embeddings and premises."""
+    def probabilities(self, lang: str, hypotheses: Floats, premises: Floats) -> Floats:
+        """(B, C) calibrated probabilities, from (B, D) sentence embeddings and premises."""
         ...
 
     def attention(self, hypotheses: Floats, premises: Floats) -> Floats | None:
@@ -81,6 +85,7 @@ def load_model(
     device: str = "auto",
     precision: Precision = "auto",
     lasting: bool = True,
+    progress: Progress = SILENT,
 ) -> InferenceModel:
     """Loads the models under `runs`, or a folder that `clseave export` wrote.
 
@@ -95,14 +100,23 @@ def load_model(
             weights are arranged for this processor: seconds at the start, and a copy in memory,
             for faster answers. Otherwise only its manifest is checked, and a tower's weights leave
             memory when it has answered. Torch's models are always loaded to last.
+        progress: told of languages without a temperature.
 
     Raises:
         ClseaveError: no model for a language, a damaged one, a missing extra, no such device.
     """
     from clseave_cli.core.prediction import onnx_model
 
+    model: InferenceModel
     if onnx_model.is_exported(runs):
-        return onnx_model.OnnxModel.from_folder(runs, languages, lasting=lasting)
-    from clseave_cli.core.prediction.torch_model import TorchModel
+        model = onnx_model.OnnxModel.from_folder(runs, languages, lasting=lasting)
+    else:
+        from clseave_cli.core.prediction.torch_model import TorchModel
 
-    return TorchModel.from_runs(runs, languages, device, precision)
+        model = TorchModel.from_runs(runs, languages, device, precision)
+    if without := [k for k, each in model.calibrations.items() if each.temperature == 1]:
+        progress.note(
+            f"{', '.join(without)}: no temperature was fitted, so probabilities may be too sure; "
+            "`clseave calibrate` fits one on dev rows with images."
+        )
+    return model

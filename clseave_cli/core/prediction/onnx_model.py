@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 
 from clseave_cli.core.data.images import Preparation
 from clseave_cli.core.data.records import require_language
+from clseave_cli.core.models.calibration import Calibration
 from clseave_cli.core.models.folder import peek, unsealed
 from clseave_cli.core.models.tokens import Filling, TokenTable, require_usable, tokenize
 from clseave_cli.core.prediction import Floats
@@ -82,6 +83,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             numbers = [settings[key] for key in ("max_tokens", "terminal_id", "pad_id")]
             sound &= all(isinstance(each, int) and 0 <= each < 2**31 for each in numbers)
             sound &= numbers[0] > 0 and len(settings.keys() - {"filling"}) == len(numbers)
+        for calibration in config.get("calibrations", {}).values():
+            Calibration(**calibration)
         pixels = Preparation(**config["preparation"])
         sides, (height, width) = (*pixels.resize, *pixels.crop), pixels.crop
         sound &= all(isinstance(side, int) and 0 < side <= _LONGEST_SIDE for side in sides)
@@ -103,6 +106,7 @@ class OnnxModel:
 
     Attributes:
         sources: the folder of the encoder that reads each language.
+        calibrations: temperature and thresholds of each language.
         preparation: how a photo is cut for the image tower.
         config: what `config.json` says.
     """
@@ -116,6 +120,8 @@ class OnnxModel:
         self._lasting = lasting
         self._encoder_of = {lang: config["languages"][lang] for lang in languages}
         self.sources = {lang: str(folder / name) for lang, name in self._encoder_of.items()}
+        there = config.get("calibrations", {})  # earlier versions exported none
+        self.calibrations = {lang: Calibration(**there.get(lang, {})) for lang in languages}
         self.preparation = Preparation(**config["preparation"])
         first = self._encoder_of[languages[0]]
         # Side by side, and while the photo is decoded and encoded: opening them is a large part of
@@ -182,9 +188,10 @@ class OnnxModel:
         settings = self.config["encoders"][name]
         return _Encoder(self._folder / name, self._lasting, **settings)
 
-    def probabilities(self, hypotheses: Floats, premises: Floats) -> Floats:
-        """(B, C) probabilities of the labels, from (B, D) sentence embeddings and premises."""
-        return _run(self._head.result(), hypothesis=hypotheses, premise=premises)
+    def probabilities(self, lang: str, hypotheses: Floats, premises: Floats) -> Floats:
+        """(B, C) calibrated probabilities, from (B, D) sentence embeddings and premises."""
+        probabilities = _run(self._head.result(), hypothesis=hypotheses, premise=premises)
+        return self.calibrations[lang].apply(probabilities)
 
     def attention(self, hypotheses: Floats, premises: Floats) -> Floats | None:
         """(B, G, G) shares of the cells of the photos; None: the head sees no cells."""

@@ -35,7 +35,7 @@ from clseave_cli.core.files import writing
 from clseave_cli.core.prediction import Floats
 from clseave_cli.core.prediction.inference import InferenceModel, load_model, own_language
 from clseave_cli.errors import ClseaveError, DataError, ModelError, UsageError
-from clseave_cli.labels import LABELS, Label
+from clseave_cli.labels import LABELS, Answer, Label
 from clseave_cli.processes import ahead, usable_cores
 from clseave_cli.progress import SILENT, Progress
 
@@ -62,7 +62,7 @@ class Prediction:
         image: the image's path; the kind of object for an image that has none.
         hypothesis: the sentence.
         lang: its language.
-        label: the likeliest label.
+        label: the likeliest label, or `unsure`.
         probabilities: of every label, adding up to 1.
         model: folder of the model that read the sentence.
         truncated: whether the sentence was too long and was cut.
@@ -74,7 +74,7 @@ class Prediction:
     image: str
     hypothesis: str
     lang: str
-    label: Label
+    label: Answer
     probabilities: dict[Label, float]
     model: str
     truncated: bool = False
@@ -156,7 +156,11 @@ class VisualEntailment:
     """
 
     def __init__(
-        self, model: InferenceModel, lang: str | None, identifier: LanguageIdentifier | None = None
+        self,
+        model: InferenceModel,
+        lang: str | None,
+        identifier: LanguageIdentifier | None = None,
+        unsure: bool = False,
     ) -> None:
         """Wraps a loaded model; `from_pretrained` loads one.
 
@@ -164,9 +168,11 @@ class VisualEntailment:
             model: reads `lang`, or all languages of the identifier.
             lang: the language, `auto`, or None: it has to be named with each sentence.
             identifier: tells which language a sentence is in, for `auto`.
+            unsure: whether to answer `unsure` below the thresholds of languages that have any.
         """
         self.lang = lang
         self._model = model
+        self._unsure = unsure
         self._identifier = identifier
         self._images: dict[Hashable, Floats] = {}
 
@@ -179,6 +185,8 @@ class VisualEntailment:
         precision: Precision = "auto",
         *,
         lasting: bool = True,
+        unsure: bool = False,
+        progress: Progress = SILENT,
     ) -> VisualEntailment:
         """Loads the models under `runs` that read a language, or several.
 
@@ -190,9 +198,12 @@ class VisualEntailment:
             device: `auto`, `cpu`, `cuda` or `cuda:N`; an exported model computes on the CPU.
             precision: arithmetic of the matrix products; an exported model has its own.
             lasting: as for `load_model`; False for one answer, soon and in little memory.
+            unsure: answer `unsure` below the thresholds that `clseave calibrate` set.
+            progress: told of languages without a temperature.
 
         Raises:
-            ClseaveError: no model for the language, a damaged one, or an unknown device.
+            ClseaveError: no model for the language, a damaged one, an unknown device, or `unsure`
+                without thresholds.
         """
         runs = model_folder(Path(runs))
         if lang is None:
@@ -207,9 +218,16 @@ class VisualEntailment:
             device=device,
             precision=precision,
             lasting=lasting,
+            progress=progress,
         )
+        for each in model.sources if unsure else ():
+            if not model.calibrations[each].thresholds:
+                raise UsageError(
+                    f"{model.sources[each]}: has no threshold for {each}; `clseave calibrate "
+                    f"--lang {each} --precision 0.95` sets one."
+                )
         identifier = LanguageIdentifier(model.sources) if auto else None
-        return cls(model, languages[0] if len(languages) == 1 else None, identifier)
+        return cls(model, languages[0] if len(languages) == 1 else None, identifier, unsure)
 
     def __call__(self, image: ImageSource, hypothesis: str, lang: str | None = None) -> Prediction:
         """Judges one pair, and warns if the sentence is probably not in its language.
@@ -263,11 +281,12 @@ class VisualEntailment:
             source, sentences = self._model.sources[each], [pairs[row][1] for row in rows]
             hypotheses, truncated = self._model.embed_sentences(each, sentences)
             premises = np.stack([vectors[photos[row].key] for row in rows])
-            judged = self._model.probabilities(hypotheses, premises)
+            judged = self._model.probabilities(each, hypotheses, premises)
+            unsure = self._model.calibrations[each].is_unsure(judged) & self._unsure
             attention = self._model.attention(hypotheses, premises)
             looked = [None] * len(rows) if attention is None else attention
-            for row, sentence, scores, cut, where in zip(
-                rows, sentences, judged, truncated, looked, strict=True
+            for row, sentence, scores, is_unsure, cut, where in zip(
+                rows, sentences, judged, unsure, truncated, looked, strict=True
             ):
                 if not np.isfinite(scores).all():
                     results[row] = ModelError(
@@ -280,7 +299,7 @@ class VisualEntailment:
                     image=photos[row].name,
                     hypothesis=sentence,
                     lang=each,
-                    label=LABELS[int(scores.argmax())],
+                    label="unsure" if is_unsure else LABELS[int(scores.argmax())],
                     probabilities=dict(zip(LABELS, scores.tolist(), strict=True)),
                     model=source,
                     truncated=bool(cut),
@@ -414,7 +433,10 @@ def predict_file(
                     return tally
                 answers.reopen()
                 batches = chain([first], batches)
-        model = VisualEntailment.from_pretrained(config.runs, lang, config.device, config.precision)
+        model = VisualEntailment.from_pretrained(
+            config.runs, lang, config.device, config.precision,
+            unsure=config.unsure, progress=progress,
+        )  # fmt: skip
         with _writing(answers, target) as out, progress.task("predict", unit="pairs") as task:
             for batch in batches:
                 outcomes = list(_judge_rows(model, base, batch))

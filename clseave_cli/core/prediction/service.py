@@ -29,7 +29,7 @@ from clseave_cli.core.prediction.batching import Batcher, Busy, TooLarge
 from clseave_cli.core.prediction.inference import InferenceModel
 from clseave_cli.core.prediction.predictor import AUTO, VisualEntailment, problem_of
 from clseave_cli.errors import ClseaveError, DataError, ExtraMissing
-from clseave_cli.labels import Label
+from clseave_cli.labels import Answer, Label
 from clseave_cli.version import __version__
 
 #: Longest time a request may take to arrive.
@@ -55,7 +55,7 @@ class Judged(BaseModel):
 
     hypothesis: str
     lang: str
-    label: Label
+    label: Answer = Field(description="the likeliest, or unsure: below the threshold set for it")
     probabilities: dict[Label, float] = Field(description="of every label, adding up to 1")
     model: str = Field(description="name of the model that read the sentence")
     truncated: bool = Field(description="whether the sentence was too long and was cut")
@@ -115,7 +115,7 @@ def create_app(model: InferenceModel, config: ServeConfig) -> FastAPI:
         if default == AUTO:
             raise
     batcher = Batcher(
-        VisualEntailment(model, default, identifier),
+        VisualEntailment(model, default, identifier, unsure=True),
         batch_size=config.batch_size,
         max_waiting=config.max_waiting,
         max_pixels=config.max_megapixels * 1e6,

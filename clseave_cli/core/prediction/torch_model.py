@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from clseave_cli.core.config import Precision
+from clseave_cli.core.models.calibration import Calibration, read_calibrations
 from clseave_cli.core.models.clip_ve import ClipVE, fingerprint, source_language
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.listing import find_students
@@ -35,6 +36,7 @@ class TorchModel:
     Attributes:
         clip_ve: image tower and head; its text tower may be a student.
         sources: the folder each language's encoder comes from.
+        calibrations: temperature and thresholds of each language.
         preparation: how a photo is cut for the image tower; None: not as CLIP's.
     """
 
@@ -55,6 +57,10 @@ class TorchModel:
         """
         self.clip_ve = clip_ve.eval()
         self.sources = {lang: str(folder) for lang, folder in folders.items()}
+        self.calibrations = {
+            lang: read_calibrations(folder).get(lang, Calibration())
+            for lang, folder in folders.items()
+        }
         self.preparation = clip_ve.image.preparation
         self._folders = folders
         self._loaded = {folder: encoder.eval() for folder, encoder in loaded.items()}
@@ -134,11 +140,12 @@ class TorchModel:
             embeddings = torch.cat([part.float() for part in encoder.embed(tokens)])
         return _array(embeddings), tokens.truncated
 
-    def probabilities(self, hypotheses: Floats, premises: Floats) -> Floats:
-        """(B, C) probabilities of the labels, from (B, D) sentence embeddings and premises."""
+    def probabilities(self, lang: str, hypotheses: Floats, premises: Floats) -> Floats:
+        """(B, C) calibrated probabilities, from (B, D) sentence embeddings and premises."""
         both = (torch.from_numpy(part).to(self._device) for part in (hypotheses, premises))
         with torch.no_grad(), self._threads(len(hypotheses)):
-            return _array(self.clip_ve(*both).softmax(dim=1))
+            probabilities = _array(self.clip_ve(*both).softmax(dim=1))
+        return self.calibrations[lang].apply(probabilities)
 
     def attention(self, hypotheses: Floats, premises: Floats) -> Floats | None:
         """(B, G, G) shares of the cells of the photos; None: the head sees no cells."""

@@ -215,7 +215,7 @@ def _partial(out: Path) -> Path:
 
 def model_kind(stage: str) -> Kind:
     """The kind of folder that a stage's runs become."""
-    members = rf"config\.json|README\.md|{_TRAINING}"
+    members = rf"config\.json|calibration\.json|README\.md|{_TRAINING}"
     return Kind(
         f"a model of `{stage}`",
         f"{members}|{_HUGGING_FACE}" if stage == "pretrain" else members,

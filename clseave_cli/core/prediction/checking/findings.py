@@ -196,7 +196,7 @@ def check(
         ClseaveError: a path is not there, a model is missing, or an extra.
     """
     accepted = read_baseline(config.baseline) if config.baseline else set()
-    judge = _Judge(config, thumbnails) if config.judge else None
+    judge = _Judge(config, thumbnails, progress) if config.judge else None
     texts = read_texts(paths, config, fetching, progress)
     seen: dict[str, set[str]] = {}
     results: list[Checked] = []
@@ -277,13 +277,14 @@ class _Seen:
 class _Judge:
     """Asks the model about texts and pictures, each picture once."""
 
-    def __init__(self, config: CheckConfig, thumbnails: bool) -> None:
+    def __init__(self, config: CheckConfig, thumbnails: bool, progress: Progress) -> None:
         auto = config.lang == "auto"
         self._model = load_model(
             config.runs,
             None if auto else (config.lang,),
             device=config.device,
             precision=config.precision,
+            progress=progress,
         )
         self._config = config
         self._thumbnails = thumbnails
@@ -372,12 +373,14 @@ class _Judge:
         number = {sentence: index for index, sentence in enumerate(sentences)}
         order = [number[checked.text.text] for checked, _ in rows]
         premises = np.stack([seen.vector for _, seen in rows if seen.vector is not None])
+        thresholds = self._model.calibrations[lang].thresholds
         for (checked, seen), index, scores in zip(
-            rows, order, self._model.probabilities(embeddings[order], premises), strict=True
+            rows, order, self._model.probabilities(lang, embeddings[order], premises), strict=True
         ):
             checked.probabilities = tuple(scores.tolist())
             best = int(scores.argmax())
-            sure = checked.probabilities[best] >= self._config.min_confidence
+            asked, promised = self._config.min_confidence, thresholds.get(LABELS[best], 0.7)
+            sure = checked.probabilities[best] >= (promised if asked is None else asked)
             checked.verdict = _VERDICTS[best] if sure else "unsure"
             percent = f"{100 * checked.probabilities[best]:.0f} %"
             if checked.verdict == "contradicts":
