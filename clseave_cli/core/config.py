@@ -531,6 +531,27 @@ class FinetuneConfig(TrainingConfig, DataConfig):
     schedule: Schedule = with_default(TrainingConfig, "schedule", "constant")
     patience: int | None = with_default(TrainingConfig, "patience", 1)
     select: Literal["loss", "accuracy"] = option("loss", "Dev metric that selects the checkpoint.")
+    label_smoothing: float = option(
+        0.0, "Share of each label that is spread over all three.", least=0, most=1
+    )
+    soft_labels: tuple[Path, ...] = option(
+        (),
+        "A teacher's answers to the training rows (predict --output); repeat: their mean.",
+        metavar="FILE",
+    )
+    soft_weight: float = option(0.5, "Weight of --soft-labels in the loss.", least=0, most=1)
+    unfreeze_blocks: int | None = option(
+        None, "Last blocks of the image tower to train; 0: none.", least=1, zero_is_off=True
+    )
+    lora: int | None = option(
+        None, "Rank of adapters, trained in both towers in place of their weights; 0: none.",
+        least=1, zero_is_off=True,
+    )  # fmt: skip
+    image_learning_rate: float | None = option(
+        None,
+        "Peak learning rate in the image tower; unset: that of --lora, a tenth in blocks.",
+        least=0,
+    )
     dev_fraction: float = option(0.05, "Share of training images held out if there is no dev file.")
 
 
