@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from clseave_cli.core.config import FinetuneConfig
+from clseave_cli.core.data.hypothesis_only import HypothesisClassifier
 from clseave_cli.core.data.images import ImageFolder
 from clseave_cli.core.data.pairs import read_probabilities
 from clseave_cli.core.data.records import (
@@ -180,7 +181,15 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult
         ):
             result = train(stage, config, device=device, folder=run.folder, progress=progress)
         seen = [SeenRows.of(split, photos.keys) for split, photos in splits]
-        run.publish(model.save, _card(config, len(train_split), result), seen)
+
+        def save(aside: Path) -> None:
+            model.save(aside)
+            with progress.task("hypothesis-only classifier", 1) as task:
+                hypotheses, labels = train_split.hypotheses, train_split.labels
+                HypothesisClassifier.fit(hypotheses, labels, train_split).write(aside)
+                task.advance()
+
+        run.publish(save, _card(config, len(train_split), result), seen)
     _tell_if_nothing_was_learnt(config, dev_split, result, progress)
     return StageResult(out, languages, result)
 

@@ -10,8 +10,7 @@ does one training only. The table has the test accuracy of every recipe in the s
 paired difference to the plain preset with a 95 % interval by photo, and the processor time of the
 whole `finetune-ve` (an empty cache included) as a ratio to the preset's.
 
-Several demos (worlds of several seeds) are trained with their world's seed. `soft labels` learns
-from an ensemble: three plain models of other seeds, whose answers to the training rows are averaged.
+Each of several demos (worlds of several seeds) is trained on with its world's seed.
 """
 
 from __future__ import annotations
@@ -33,17 +32,19 @@ from clseave_cli.core.evaluation.metrics import compare_predictions
 from clseave_cli.core.finetuning import finetune
 from clseave_cli.core.prediction.predictor import predict_file
 
-PLAIN, ENSEMBLE = "plain", "ensemble of 3"
+PLAIN, ENSEMBLE = "plain", "ensemble of the three"
+#: Plain models of other seeds; `soft labels` learns from the mean of their answers.
+MEMBERS = {f"plain, seed {seed}": {"seed": seed} for seed in (100, 101, 102)}
 RECIPES: dict[str, dict[str, Any]] = {
     PLAIN: {},
     "label smoothing 0.1": {"label_smoothing": 0.1},
-    "soft labels, weight 0.5": {"soft_weight": 0.5, "soft_labels": ()},
-    "soft labels, weight 0.9": {"soft_weight": 0.9, "soft_labels": ()},
     "last block unfrozen": {"unfreeze_blocks": 1},
     "two blocks unfrozen": {"unfreeze_blocks": 2},
     "LoRA, rank 8": {"lora": 8},
+    **MEMBERS,
+    "soft labels, weight 0.5": {"soft_weight": 0.5, "soft_labels": ()},
+    "soft labels, weight 0.9": {"soft_weight": 0.9, "soft_labels": ()},
 }
-_SEEDS_OF_TEACHERS = (100, 101, 102)
 
 
 def grid(options: list[str]) -> dict[str, dict[str, Any]]:
@@ -96,14 +97,12 @@ def missing(
     for demo in demos:
         world = json.loads((demo / "data" / "world.json").read_bytes())["seed"]
         place = arguments.out / f"world-{world}"
-        teachers = {f"teacher-{seed}": {"seed": seed} for seed in _SEEDS_OF_TEACHERS}
-        learns = any("soft_labels" in options for options in recipes.values())
-        for name, options in ((teachers if learns else {}) | recipes).items():
+        for name, options in recipes.items():
             if (place / name / "test.jsonl").exists():
                 continue
             options = {"seed": world} | options
             if "soft_labels" in options:
-                files = tuple(answer(demo, place / teacher, "train") for teacher in teachers)
+                files = tuple(answer(demo, place / member, "train") for member in MEMBERS)
                 options |= {"soft_labels": files}
             yield demo, place / name, options
 
@@ -111,21 +110,16 @@ def missing(
 def table(arguments: argparse.Namespace, names: list[str]) -> None:
     """Prints what is there."""
     for place in sorted(arguments.out.glob("world-*")):
-        print(
-            f"\n{place.name}\n\n| recipe | accuracy, % | difference, points | time |\n|---|---|---|---|"
-        )
+        print(f"\n{place.name}\n\n| recipe | accuracy, % | difference, points | time |")
+        print("|---|---|---|---|")
         right, images = {}, None
         for name in names:
             if (place / name / "test.jsonl").exists():
                 right[name], images, _ = _read(place / name)
-        teachers = [
-            _read(path)
-            for path in sorted(place.glob("teacher-*"))
-            if (path / "test.jsonl").exists()
-        ]
-        if len(teachers) == len(_SEEDS_OF_TEACHERS):
-            mean = np.mean([probabilities for _, _, (probabilities, _) in teachers], axis=0)
-            right[ENSEMBLE] = mean.argmax(axis=1) == teachers[0][2][1]
+        if right.keys() >= MEMBERS.keys():
+            members = [_read(place / name)[2] for name in MEMBERS]
+            mean = np.mean([probabilities for probabilities, _ in members], axis=0)
+            right[ENSEMBLE] = mean.argmax(axis=1) == members[0][1]
         for name, correct in right.items():
             difference = compare_predictions(correct, right[PLAIN], images, resamples=2000, seed=0)
             ends = "" if name == PLAIN else (

@@ -47,7 +47,7 @@ from clseave_cli.core.evaluation.results import (
 from clseave_cli.core.evaluation.summary import joined, leaks
 from clseave_cli.core.evaluation.transfer import analyse_distances, measure_transfer
 from clseave_cli.core.features import Photos
-from clseave_cli.core.files import file_digest, locked_target, require_replaceable
+from clseave_cli.core.files import locked_target, require_replaceable
 from clseave_cli.core.models.clip_ve import fingerprint, source_language
 from clseave_cli.core.models.folder import leave_out_other_versions
 from clseave_cli.core.models.listing import find_students
@@ -213,7 +213,8 @@ class _Plan:
         students = {s.student: None for s in every.values() if s.student is not None}
         read_by = [*(runs / "clip-ve" for runs in config.runs), *students]
         rows = _with_photos(config, splits, read_by, images, progress)
-        hypothesis_only = HypothesisOnly(config, folder, progress)
+        clip_ve = config.runs[0] / "clip-ve"
+        hypothesis_only = HypothesisOnly(config, folder, clip_ve, source_lang, progress)
         for key, system in every.items():
             translated_later = system.mode == "translate-test"
             unread = replace(rows[system.lang], lang=source_lang)
@@ -321,9 +322,8 @@ def _document(
             differences = _differences(plan, outputs, by_system, correct)
             results.append(_language_result(plan, outputs, source, guesses, differences))
             baselines[key] = _baselines(plan, outputs, guesses)
-            path = plan.hypothesis_only.training_file(plan.rows[key].lang)
-            if path is not None:
-                training[path.relative_to(plan.folder).as_posix()] = file_digest(path)
+            if learnt := plan.hypothesis_only.learnt_from(plan.rows[key].lang):
+                training[learnt[0]] = learnt[1]
     accuracies = {r.lang: r.accuracy for r in results if r.mode == "zero-shot"}
     if source is not None:
         accuracies[plan.source_lang] = float(source.correct.mean())
