@@ -770,6 +770,13 @@ class EvaluateConfig(SeededConfig, DataConfig, EngineConfig):
     train_split: str = option("train", "Split the hypothesis-only baseline learns from.")
     exclude_seen: bool = option(False, "Leave out rows whose photo a model saw in training.")
     allow_leak: bool = option(False, "Evaluate on photos that a model saw in training, too.")
+    near_duplicates: int | None = option(
+        None,
+        "Count photos as seen, too, whose perceptual hash differs from a seen one's in at most so "
+        "many of 64 bits.",
+        least=0,
+        most=64,
+    )
     resamples: int = option(2000, "Bootstrap resamples behind every interval.", least=1)
     report: Path | None = option(None, "Folder for the report; unset: none.")
 

@@ -24,7 +24,7 @@ from clseave_cli.core.data.records import (
     require_language,
     split_path,
 )
-from clseave_cli.core.data.seen import SeenRows
+from clseave_cli.core.data.seen import SeenRows, seen_before
 from clseave_cli.core.features import (
     Features,
     Photos,
@@ -181,6 +181,7 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult
         ):
             result = train(stage, config, device=device, folder=run.folder, progress=progress)
         seen = [SeenRows.of(split, photos.keys) for split, photos in splits]
+        seen += seen_before(config.clip)
 
         def save(aside: Path) -> None:
             model.save(aside)

@@ -26,6 +26,7 @@ from clseave_cli.core.config import PretrainConfig
 from clseave_cli.core.data.images import ImageFolder, open_image
 from clseave_cli.core.data.records import distinct
 from clseave_cli.core.data.rows import BadRow, read_rows, require_text
+from clseave_cli.core.data.seen import SeenRows, seen_before
 from clseave_cli.core.features import Photos
 from clseave_cli.core.files import file_digest, json_digest
 from clseave_cli.core.models.backbones import load_clip
@@ -54,6 +55,7 @@ class _Captions:
 
     path: Path
     photos: str
+    seen: SeenRows
     images: list[Path]
     captions: list[list[str]]
 
@@ -153,7 +155,8 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
             text.tokenizer.save_pretrained(aside)
             image.processor.save_pretrained(aside)
 
-        run.publish(save, _card(config, len(train_captions.images), result))
+        card = _card(config, len(train_captions.images), result)
+        run.publish(save, card, [train_captions.seen, dev_captions.seen, *seen_before(config.clip)])
         return StageResult(out, (), result)
 
 
@@ -257,7 +260,8 @@ def _read_captions(folder: Path, split: str, images: ImageFolder) -> _Captions:
         raise DataError(f"{path}: no captions in it.")
     where = [f"{path}:{first_line[name]}" for name in captions]
     photos = Photos.named(list(captions), where, images)
-    return _Captions(path, photos.digest(), photos.paths, list(captions.values()))
+    seen = SeenRows.of_photos(list(captions), photos.keys)
+    return _Captions(path, photos.digest(), seen, photos.paths, list(captions.values()))
 
 
 def _check_leak(training: _Captions, dev: _Captions) -> None:

@@ -95,7 +95,8 @@ def missing(
 ) -> Iterator[tuple[Path, Path, dict[str, Any]]]:
     """What is still to be trained: the demo, the folder to write, and the options."""
     for demo in demos:
-        world = json.loads((demo / "data" / "world.json").read_bytes())["seed"]
+        path = demo / "data" / "world.json"
+        world = json.loads(path.read_bytes())["seed"] if path.exists() else 0
         place = arguments.out / f"world-{world}"
         for name, options in recipes.items():
             if (place / name / "test.jsonl").exists():

@@ -47,7 +47,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     """What is shared of a model folder."""
     listed = json.loads((folder / "config.json").read_bytes())["files"]
     files = tree(folder)
-    return {name: files[name] for name in ["config.json", *listed]}
+    return {name: files[name] for name in ["config.json", *listed, "training/seen.safetensors"]}
 
 
 def shared(folders: list[Path]) -> dict[str, bytes]:

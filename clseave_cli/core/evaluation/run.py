@@ -27,7 +27,7 @@ from clseave_cli.core.data.records import (
     require_split_path,
     split_path,
 )
-from clseave_cli.core.data.seen import PAIR_SEEN, UNSEEN, SeenRows
+from clseave_cli.core.data.seen import PAIR_SEEN, PHOTO_SEEN, UNSEEN, SeenRows
 from clseave_cli.core.evaluation import metrics
 from clseave_cli.core.evaluation.baselines import Guesses, HypothesisOnly, Rows
 from clseave_cli.core.evaluation.comparison import PredictedRows
@@ -139,12 +139,18 @@ def _with_photos(
         progress.note(f"{message}only those of the data folder's training split are refused.")
     known = SeenRows.union([record for record in records.values() if record is not None])
     photos: dict[tuple[str, ...], Photos] = {}
+    near: dict[tuple[str, ...], npt.NDArray[np.bool_]] = {}
 
     def compared(split: Split) -> Rows:
         names = tuple(split.image_names)
         if names not in photos:  # files of several languages name the same photos
             photos[names] = Photos.of(split, images)
+            if config.near_duplicates is not None:
+                paths = photos[names].paths
+                near[names] = known.near_duplicates(paths, images, config.near_duplicates)
         seen = known.compare(split, photos[names].keys)
+        if names in near:
+            seen[near[names][split.image_index] & (seen == UNSEEN)] = PHOTO_SEEN
         return Rows(split, split.lang, split.hypotheses, photos[names], seen)
 
     rows: dict[str, Rows] = {}
