@@ -77,7 +77,8 @@ def train(demo: Path, folder: Path, options: dict[str, Any], arguments: argparse
         began = time.process_time()
         finetune(FinetuneConfig(**(shared | options)))
         seconds = time.process_time() - began
-    (folder / "seconds.json").write_text(json.dumps(seconds))
+    if not shared["resume"]:  # otherwise an earlier sitting did a part of it
+        (folder / "seconds.json").write_text(json.dumps(seconds))
     answer(demo, folder, "test")
 
 
@@ -127,14 +128,13 @@ def table(arguments: argparse.Namespace, names: list[str]) -> None:
                 f"{100 * difference.value:+.1f} [{100 * difference.low:+.1f}, "
                 f"{100 * difference.high:+.1f}]"
             )  # fmt: skip
-            cost = ""
-            if name != ENSEMBLE:
-                cost = f"{_seconds(place / name) / _seconds(place / PLAIN):.2f}"
+            cost = f"{_seconds(place / name) / _seconds(place / PLAIN):.2f}"
             print(f"| {name} | {100 * correct.mean():.1f} | {ends} | {cost} |")
 
 
 def _seconds(folder: Path) -> float:
-    return float(json.loads((folder / "seconds.json").read_text()))
+    path = folder / "seconds.json"
+    return float(json.loads(path.read_text())) if path.exists() else float("nan")
 
 
 def _read(folder: Path) -> tuple[Any, Any, Any]:

@@ -16,7 +16,7 @@ from clseave_cli.core.data.records import read_split
 from clseave_cli.core.evaluation import run as evaluation
 from clseave_cli.core.evaluation.comparison import compare_reports
 from clseave_cli.core.evaluation.metrics import accuracy_interval
-from clseave_cli.core.evaluation.results import Results
+from clseave_cli.core.evaluation.results import Results, means
 from clseave_cli.core.evaluation.run import evaluate
 from clseave_cli.core.files import file_digest
 from clseave_cli.core.models.clip_ve import ClipVE, fingerprint
@@ -394,6 +394,11 @@ def test_several_seeds(world, seeds, clseave):
     assert german.low - 1e-9 <= german.mean <= german.high + 1e-9
     shuffled = [run.baselines["nl"].shuffled_image for run in alone]
     assert document.seeds["nl"]["shuffled_image"].mean == pytest.approx(np.mean(shuffled))
+    for name in ("majority", "hypothesis_only", "shuffled_image"):
+        gain = document.seeds["nl"][f"difference_to_{name}"]
+        gains = [getattr(run.baselines["nl"], f"difference_to_{name}").value for run in alone]
+        assert gain.mean == pytest.approx(np.mean(gains))
+        assert getattr(means(document).baselines["nl"], f"difference_to_{name}").low == gain.low
     assert document.results == alone[0].results and document.baselines == alone[0].baselines
     assert document.seeds.keys() == {"en", "de", "nl"}
     for number, lang in enumerate(("en", "de", "nl")):

@@ -68,6 +68,11 @@ class Outputs:
         """(N,) whether the predicted label is the gold label."""
         return self.is_gold(self.logits.argmax(axis=1))
 
+    @property
+    def shuffled_correct(self) -> npt.NDArray[np.bool_]:
+        """(N,) the same with every row's photo exchanged for another row's."""
+        return self.is_gold(self.shuffled_logits.argmax(axis=1))
+
     def looked(self, row: int) -> Callable[[Image], Image] | None:
         """Draws where the head looked for a row over its picture; None: it sees no patches."""
         if self.attention is None:

@@ -84,6 +84,7 @@ def evaluate(config: EvaluateConfig, progress: Progress = SILENT) -> Results:
             systems, clip_ve = plan.systems[number], runs / "clip-ve"
             by_system = run_systems(config, clip_ve, systems, plan.rows, progress)
             correct.append({key: outputs.correct for key, outputs in by_system.items()})
+            correct[-1] |= {_shuffled(key): o.shuffled_correct for key, o in by_system.items()}
             documents.append(_document(plan, number, by_system, correct[-1]))
             if number == 0:
                 first = by_system
@@ -454,16 +455,40 @@ def _differences(
 
 def _baselines(plan: _Plan, outputs: Outputs, guesses: Guesses | None) -> Baselines:
     """What the same rows give away without their photos, and how the system compares."""
-    correct = {"shuffled_image": outputs.is_gold(outputs.shuffled_logits.argmax(axis=1))}
+    correct = _without_photo(outputs, guesses, outputs.shuffled_correct)
+    measured: dict[str, Any] = {name: float(right.mean()) for name, right in correct.items()}
+    return Baselines(**measured, **_gains(plan, outputs.correct, correct, outputs.images))
+
+
+def _without_photo(
+    outputs: Outputs, guesses: Guesses | None, shuffled: npt.NDArray[Any]
+) -> dict[str, npt.NDArray[Any]]:
+    """By baseline, (N,) which rows it gets right, or in what share of the trainings."""
+    correct = {"shuffled_image": shuffled}
     if guesses is not None:
         correct["majority"] = outputs.is_gold(guesses.majority)
         correct["hypothesis_only"] = outputs.is_gold(guesses.labels)
-    measured: dict[str, Any] = {name: float(right.mean()) for name, right in correct.items()}
-    for name, right in correct.items():
-        pair = outputs.correct, right
-        difference = metrics.compare_predictions(*pair, outputs.images, **plan.sampling)
-        measured[f"difference_to_{name}"] = difference
-    return Baselines(**measured)
+    return correct
+
+
+def _gains(
+    plan: _Plan,
+    correct: npt.NDArray[Any],
+    without: Mapping[str, npt.NDArray[Any]],
+    images: npt.NDArray[np.str_],
+) -> dict[str, Difference]:
+    """The paired differences to baselines."""
+    return {
+        f"difference_to_{name}": metrics.compare_predictions(
+            correct, right, images, **plan.sampling
+        )
+        for name, right in without.items()
+    }
+
+
+def _shuffled(key: str) -> str:
+    """What names a system with shuffled photos beside the system."""
+    return f"{key}/shuffled_image"
 
 
 # --- several folders of models, and the report ---
@@ -479,12 +504,16 @@ def _with_seeds(
 
     `first` are the first training's outputs, `correct` is which rows are right, of each training.
     """
-    everywhere = [key for key in first if all(key in of_run for of_run in correct)]
+    everywhere = [key for key in correct[0] if all(key in of_run for of_run in correct)]
     shares = {key: np.mean([of_run[key] for of_run in correct], axis=0) for key in everywhere}
     intervals: dict[str, dict[str, Interval]] = {}
-    for key in shares:
-        accuracy = metrics.accuracy_interval(shares[key], first[key].images, **plan.sampling)
+    for key in (key for key in first if key in shares and key != plan.along):
+        images = first[key].images
+        accuracy = metrics.accuracy_interval(shares[key], images, **plan.sampling)
+        guesses = plan.hypothesis_only.guess(plan.rows[key])
+        without = _without_photo(first[key], guesses, shares[_shuffled(key)])
         differences = _differences(plan, first[key], first, shares)
+        differences |= _gains(plan, shares[key], without, images)
         intervals[key] = {"accuracy": accuracy, **differences}
     models = [item for d in documents for item in d.signature.checkpoints.items()]
     signature = replace(documents[0].signature, checkpoints=dict(models))
