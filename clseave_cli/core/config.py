@@ -535,22 +535,17 @@ class FinetuneConfig(TrainingConfig, DataConfig):
         0.0, "Share of each label that is spread over all three.", least=0, most=1
     )
     soft_labels: tuple[Path, ...] = option(
-        (),
-        "A teacher's answers to the training rows (predict --output); repeat: their mean.",
-        metavar="FILE",
+        (), "Answers of a teacher to the training rows; repeat: their mean.", metavar="FILE"
     )
     soft_weight: float = option(0.5, "Weight of --soft-labels in the loss.", least=0, most=1)
     unfreeze_blocks: int | None = option(
-        None, "Last blocks of the image tower to train; 0: none.", least=1, zero_is_off=True
+        None, "Last blocks of the image tower to train, too.", least=1, zero_is_off=True
     )
     lora: int | None = option(
-        None, "Rank of adapters, trained in both towers in place of their weights; 0: none.",
-        least=1, zero_is_off=True,
-    )  # fmt: skip
+        None, "Train adapters of this rank in both towers (LoRA).", least=1, zero_is_off=True
+    )
     image_learning_rate: float | None = option(
-        None,
-        "Peak learning rate in the image tower; unset: that of --lora, a tenth in blocks.",
-        least=0,
+        None, "Peak rate in the image tower; unset: a tenth for blocks, all for --lora.", least=0
     )
     dev_fraction: float = option(0.05, "Share of training images held out if there is no dev file.")
 
@@ -771,11 +766,7 @@ class EvaluateConfig(SeededConfig, DataConfig, EngineConfig):
     exclude_seen: bool = option(False, "Leave out rows whose photo a model saw in training.")
     allow_leak: bool = option(False, "Evaluate on photos that a model saw in training, too.")
     near_duplicates: int | None = option(
-        None,
-        "Count photos as seen, too, whose perceptual hash differs from a seen one's in at most so "
-        "many of 64 bits.",
-        least=0,
-        most=64,
+        None, "Photos are seen, too, whose perceptual hash differs by so few of 64 bits.", least=0
     )
     resamples: int = option(2000, "Bootstrap resamples behind every interval.", least=1)
     report: Path | None = option(None, "Folder for the report; unset: none.")

@@ -101,9 +101,7 @@ class _Pairs:
 
 
 def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult:
-    """Trains text tower, its projection and the head, on cached features of a frozen image tower.
-
-    Or only adapters of both towers, or blocks of the image tower too, on cached states of it.
+    """Trains text tower, its projection and the head on cached features of the image tower.
 
     Raises:
         ClseaveError: bad data, an unusable CLIP model, a full disk, or an interruption.

@@ -39,10 +39,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     PLAIN: {},
     "label smoothing 0.1": {"label_smoothing": 0.1},
     "last block unfrozen": {"unfreeze_blocks": 1},
-    "two blocks unfrozen": {"unfreeze_blocks": 2},
     "LoRA, rank 8": {"lora": 8},
     **MEMBERS,
     "soft labels, weight 0.5": {"soft_weight": 0.5, "soft_labels": ()},
+    "two blocks unfrozen": {"unfreeze_blocks": 2},
     "soft labels, weight 0.9": {"soft_weight": 0.9, "soft_labels": ()},
 }
 

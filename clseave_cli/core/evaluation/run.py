@@ -84,7 +84,7 @@ def evaluate(config: EvaluateConfig, progress: Progress = SILENT) -> Results:
             systems, clip_ve = plan.systems[number], runs / "clip-ve"
             by_system = run_systems(config, clip_ve, systems, plan.rows, progress)
             correct.append({key: outputs.correct for key, outputs in by_system.items()})
-            correct[-1] |= {_shuffled(key): o.shuffled_correct for key, o in by_system.items()}
+            correct[-1] |= {f"{key}/shuffled": o.shuffled_correct for key, o in by_system.items()}
             documents.append(_document(plan, number, by_system, correct[-1]))
             if number == 0:
                 first = by_system
@@ -457,7 +457,8 @@ def _baselines(plan: _Plan, outputs: Outputs, guesses: Guesses | None) -> Baseli
     """What the same rows give away without their photos, and how the system compares."""
     correct = _without_photo(outputs, guesses, outputs.shuffled_correct)
     measured: dict[str, Any] = {name: float(right.mean()) for name, right in correct.items()}
-    return Baselines(**measured, **_gains(plan, outputs.correct, correct, outputs.images))
+    measured |= _gains(plan, outputs.correct, correct, outputs.images)
+    return Baselines(**measured)
 
 
 def _without_photo(
@@ -486,11 +487,6 @@ def _gains(
     }
 
 
-def _shuffled(key: str) -> str:
-    """What names a system with shuffled photos beside the system."""
-    return f"{key}/shuffled_image"
-
-
 # --- several folders of models, and the report ---
 
 
@@ -511,7 +507,7 @@ def _with_seeds(
         images = first[key].images
         accuracy = metrics.accuracy_interval(shares[key], images, **plan.sampling)
         guesses = plan.hypothesis_only.guess(plan.rows[key])
-        without = _without_photo(first[key], guesses, shares[_shuffled(key)])
+        without = _without_photo(first[key], guesses, shares[f"{key}/shuffled"])
         differences = _differences(plan, first[key], first, shares)
         differences |= _gains(plan, shares[key], without, images)
         intervals[key] = {"accuracy": accuracy, **differences}

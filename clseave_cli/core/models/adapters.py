@@ -1,8 +1,8 @@
 """What of a pretrained tower is trained where it is not all or nothing: blocks, or adapters (LoRA).
 
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021): a matrix W becomes
-W + (α/r) B A, of which only B and A, of rank r, are trained. At the end they are added up, so a
-model that was trained so is like any other.
+W + 2 B A (α = 2 r), of which only B and A, of rank r, are trained. At the end they are added up,
+so a model that was trained so is like any other.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from clseave_cli.errors import ExtraMissing, UsageError
 #: The matrices that get adapters, by the names of CLIP, SigLIP and BERT: queries and values, as in
 #: the paper's section 7.1.
 _MATRICES = r".*\.(q_proj|v_proj|query|value)"
-#: α over r.
-_SCALE = 2
 
 
 def require_peft() -> None:
@@ -76,7 +74,7 @@ def adapted(
     torch.manual_seed(seed)
     tuners = []
     for encoder in encoders:
-        config = LoraConfig(r=rank, lora_alpha=_SCALE * rank, target_modules=_MATRICES)
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_MATRICES)
         tuners.append(LoraModel(encoder.backbone, {"default": config}, "default"))
     yield
     for tuner in tuners:

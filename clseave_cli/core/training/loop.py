@@ -567,13 +567,10 @@ def _optimizer(
     factor_of = {id(p): factor for part, factor in factors.items() for p in part.parameters()}
     groups: list[dict[str, Any]] = []
     for factor in dict.fromkeys((1.0, *factors.values())):
+        ours = [p for p in parameters if factor_of.get(id(p), 1.0) == factor]
         # Weight decay pulls matrices; biases and normalisation gains are left alone, as in CLIP.
         for is_matrix, decay in ((True, config.weight_decay), (False, 0.0)):
-            params = [
-                p
-                for p in parameters
-                if (p.ndim > 1) == is_matrix and factor_of.get(id(p), 1.0) == factor
-            ]
+            params = [p for p in ours if (p.ndim > 1) == is_matrix]
             lr = torch.tensor(rate, device=device) if on_gpu else rate
             groups.append({"params": params, "weight_decay": decay, "factor": factor, "lr": lr})
     return torch.optim.AdamW(groups, lr=rate, fused=True, capturable=on_gpu)
