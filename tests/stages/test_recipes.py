@@ -21,6 +21,7 @@ from torch.nn import functional
 from clseave_cli.core import finetuning
 from clseave_cli.core.config import FinetuneConfig
 from clseave_cli.core.data.records import read_split
+from clseave_cli.core.files import cache_sizes
 from clseave_cli.core.finetuning import finetune
 from clseave_cli.core.models import adapters, backbones
 from clseave_cli.core.models.clip_ve import ClipVE
@@ -218,6 +219,7 @@ def test_states_are_cached_and_their_size_is_said(world, tmp_path, clip, cache):
     assert "train: 8 photos × 5 vectors × 32 × 2 bytes = 0.00 GB into" in notes.text
     assert "--patch-grid" not in notes.text
     assert [folder.name for folder in cache.iterdir()] == ["states"]
+    assert cache_sizes()["states"] > 8 * 5 * 32 * 2
 
 
 def test_recipes_that_do_not_go_together_are_refused(world, tmp_path, clip, monkeypatch):

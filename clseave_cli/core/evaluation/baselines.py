@@ -91,9 +91,6 @@ class HypothesisOnly:
     They are kept in the cache by the digest of the training file and of the rows asked about: half
     a million rows take long to learn from. Where the data folder lacks that file, the classifier in
     the model's folder guesses, in the language that CLIP-VE reads.
-
-    Raises:
-        ModelError: that classifier is damaged.
     """
 
     def __init__(
@@ -105,7 +102,8 @@ class HypothesisOnly:
         progress: Progress = SILENT,
     ) -> None:
         self._config, self._folder, self._progress = config, folder, progress
-        self._kept_in_model, self._source_lang = HypothesisClassifier.read(clip_ve), source_lang
+        self._source_lang = source_lang
+        self._in_model = functools.cache(lambda: HypothesisClassifier.read(clip_ve))
         self._must_not_leak = not config.allow_leak and config.train_split != config.split
         options: dict[str, Any] = {"with_images": False, "skip_bad": config.skip_bad}
         read = functools.partial(read_split, folder, config.train_split, **options)
@@ -125,16 +123,19 @@ class HypothesisOnly:
 
     def _classifier(self, lang: str) -> HypothesisClassifier | None:
         """The one in the model's folder, if it reads the language."""
-        return self._kept_in_model if lang == self._source_lang else None
+        return self._in_model() if lang == self._source_lang else None
 
     def require(self, rows: Rows) -> None:
         """Refuses training rows that `guess` would refuse, without learning from them.
 
         Raises:
             DataError: a bad row, or a photo of the rows among the training photos.
+            ModelError: there are none, and the classifier in the model's folder is damaged.
         """
         training = self._training_file(rows.lang)
-        if training is not None and self._kept(self._path(training, rows), rows) is None:
+        if training is None:
+            self._classifier(rows.lang)
+        elif self._kept(self._path(training, rows), rows) is None:
             self._training_rows(rows)
 
     def guess(self, rows: Rows) -> Guesses | None:
