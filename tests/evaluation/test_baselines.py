@@ -98,7 +98,7 @@ def test_a_damaged_classifier_is_refused(tmp_path, spoilt):
         path.write_bytes(path.read_bytes()[:-9])
     else:
         changed = {k: v for k, v in (load_file(path) | spoilt).items() if v is not None}
-        save_file(changed, path, {"file": "", "digest": ""})
+        save_file(changed, path, {"source": " "})
     with pytest.raises(ModelError, match=r"hypothesis_only\.safetensors: damaged"):
         HypothesisClassifier.read(tmp_path)
 

@@ -109,7 +109,8 @@ class HypothesisClassifier:
             }
         path = folder / HYPOTHESIS_ONLY_FILE
         path.parent.mkdir(exist_ok=True)
-        save_file(arrays, path, {"file": self.file, "digest": self.digest})
+        # One entry: of several, the order would be another one each time.
+        save_file(arrays, path, {"source": f"{self.digest} {self.file}"})
 
     @classmethod
     def read(cls, folder: Path) -> HypothesisClassifier | None:
@@ -124,9 +125,9 @@ class HypothesisClassifier:
         try:
             arrays = load_file(path)
             with safe_open(path, framework="numpy") as stored:
-                source = stored.metadata() or {}
+                digest, _, file = (stored.metadata() or {})["source"].partition(" ")
             majority = int(arrays["majority"][0])
-            return cls(majority, *_rebuilt(arrays), source["file"], source["digest"])
+            return cls(majority, *_rebuilt(arrays), file, digest)
         except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
             raise ModelError(f"{path}: damaged ({error}); copy the model folder again.") from None
 
