@@ -30,9 +30,9 @@ _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\u
 # Any other run of letters and digits is a token, and so is each punctuation mark.
 _TOKEN = rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])\w)+|[^\w\s]"
 
-# In single precision: nothing here needs more, and it takes half the time.
-_GRAMS: dict[str, Any] = {"ngram_range": (1, 3), "sublinear_tf": True, "dtype": np.float32}
-_GRAMS["token_pattern"] = _TOKEN
+_GRAMS: dict[str, Any] = {"token_pattern": _TOKEN, "ngram_range": (1, 3), "sublinear_tf": True}
+# Single precision: nothing here needs more, and it takes half the time.
+_GRAMS["dtype"] = np.float32
 
 
 def majority_label(labels: npt.ArrayLike) -> int:
@@ -126,8 +126,7 @@ class HypothesisClassifier:
             arrays = load_file(path)
             with safe_open(path, framework="numpy") as stored:
                 digest, _, file = (stored.metadata() or {})["source"].partition(" ")
-            majority = int(arrays["majority"][0])
-            return cls(majority, *_rebuilt(arrays), file, digest)
+            return cls(int(arrays["majority"][0]), *_rebuilt(arrays), file, digest)
         except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
             raise ModelError(f"{path}: damaged ({error}); copy the model folder again.") from None
 

@@ -72,10 +72,8 @@ def adapted(
     from peft.tuners.lora import LoraModel
 
     torch.manual_seed(seed)
-    tuners = []
-    for encoder in encoders:
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_MATRICES)
-        tuners.append(LoraModel(encoder.backbone, {"default": config}, "default"))
+    config = {"default": LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_MATRICES)}
+    tuners = [LoraModel(encoder.backbone, config, "default") for encoder in encoders]
     yield
     for tuner in tuners:
         tuner.merge_and_unload()
