@@ -127,8 +127,7 @@ class SeenRows(NamedTuple):
             )
         seen = _perceptual_hashes([there[row] for row in rows])
         hashes = _perceptual_hashes(photos)
-        near = [np.bitwise_count(seen ^ each).min() <= most_bits for each in hashes]
-        return np.array(near, dtype=bool)
+        return np.array([np.bitwise_count(seen ^ h).min() <= most_bits for h in hashes], dtype=bool)
 
 
 def seen_before(model: str | None) -> list[SeenRows]:
