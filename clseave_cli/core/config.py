@@ -566,6 +566,22 @@ class FinetuneConfig(TrainingConfig, DataConfig):
     schedule: Schedule = with_default(TrainingConfig, "schedule", "constant")
     patience: int | None = with_default(TrainingConfig, "patience", 1)
     select: Literal["loss", "accuracy"] = option("loss", "Dev metric that selects the checkpoint.")
+    label_smoothing: float = option(
+        0.0, "Share of each label that is spread over all three.", least=0, most=1
+    )
+    soft_labels: tuple[Path, ...] = option(
+        (), "Answers of a teacher to the training rows; repeat: their mean.", metavar="FILE"
+    )
+    soft_weight: float = option(0.5, "Weight of --soft-labels in the loss.", least=0, most=1)
+    unfreeze_blocks: int | None = option(
+        None, "Last blocks of the image tower to train, too.", least=1, zero_is_off=True
+    )
+    lora: int | None = option(
+        None, "Train adapters of this rank in both towers (LoRA).", least=1, zero_is_off=True
+    )
+    image_learning_rate: float | None = option(
+        None, "Peak rate in the image tower; unset: a tenth for blocks, all for --lora.", least=0
+    )
     dev_fraction: float = option(0.05, "Share of training images held out if there is no dev file.")
 
 
@@ -797,6 +813,9 @@ class EvaluateConfig(SeededConfig, DataConfig, EngineConfig):
     train_split: str = option("train", "Split the hypothesis-only baseline learns from.")
     exclude_seen: bool = option(False, "Leave out rows whose photo a model saw in training.")
     allow_leak: bool = option(False, "Evaluate on photos that a model saw in training, too.")
+    near_duplicates: int | None = option(
+        None, "Photos are seen, too, whose perceptual hash differs by so few of 64 bits.", least=0
+    )
     resamples: int = option(2000, "Bootstrap resamples behind every interval.", least=1)
     report: Path | None = option(None, "Folder for the report; unset: none.")
 
@@ -821,6 +840,8 @@ class RetrieveConfig(ModelsConfig, SeededConfig):
     )
     resamples: int = option(2000, "Bootstrap resamples behind every interval.", least=1)
     report: Path | None = option(None, "Folder for the document and figures; unset: none.")
+
+
 class CalibrateConfig(EvaluateConfig):
     """`calibrate`: how sure the models may say they are, and when they are too unsure."""
 

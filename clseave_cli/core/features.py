@@ -205,10 +205,12 @@ def image_features(
 ) -> Features:
     """The projected features of every row's image, from the cache where they are there.
 
-    With the patches of each image (`ImageEncoder.patch_grid`) they are in half precision.
+    With the patches of each image (`ImageEncoder.patch_grid`) they are in half precision. Where
+    blocks of the tower are trained, they are what the first of these reads (`ImageEncoder.states`),
+    in half precision too.
 
     Args:
-        encoder: the frozen image tower.
+        encoder: the image tower, as it was loaded.
         split: N rows; or only its name, and every image is a row.
         photos: `Photos.of` the split.
         autocast: the arithmetic.
@@ -240,16 +242,21 @@ def image_features(
         return page_locked(encoder.preprocess([decode(item) for item in items]), encoder.device)
 
     grid, width = encoder.patch_grid, encoder.premise_width
+    encode: Callable[[Tensor], Tensor] = encoder
     kind, dtype = (f"patches/{grid}", torch.float16) if grid else ("image", torch.float32)
+    if encoder.num_trained:
+        width, encode = encoder.states_width, encoder.states
+        kind, dtype = f"states/{encoder.num_trained}", torch.float16
     folder = _folder(kind, encoder, autocast)
 
     def compute(missing: npt.NDArray[np.intp]) -> Iterator[Tensor]:
         items = path_of_key[missing].tolist()
-        if grid:
+        if dtype == torch.float16:
+            length = encoder.state_width if encoder.num_trained else encoder.embedding_dim
+            advice = "" if encoder.num_trained else "; --patch-grid makes them fewer"
             progress.note(
-                f"{name}: {len(items):,} photos × {1 + grid**2} vectors × "
-                f"{encoder.embedding_dim} × 2 bytes = {len(items) * width * 2 / 1e9:.2f} GB into "
-                f"{folder}; --patch-grid makes them fewer."
+                f"{name}: {len(items):,} photos × {width // length} vectors × {length} × 2 "
+                f"bytes = {len(items) * width * 2 / 1e9:.2f} GB into {folder}{advice}."
             )
         size = _IMAGE_BATCH[encoder.device.type]
         batches = [items[i : i + size] for i in range(0, len(items), size)]
@@ -257,13 +264,32 @@ def image_features(
         with ThreadPoolExecutor(max_workers=min(usable_cores(), num_ahead)) as decoders:
             for batch in ahead(decoders, pixels, batches, num_ahead):
                 with torch.no_grad(), autocast():
-                    yield encoder(on_device(batch, encoder.device)).to(dtype).cpu()
+                    yield encode(on_device(batch, encoder.device)).to(dtype).cpu()
 
     cache = VectorCache(folder, width, dtype)
     vectors = cache.get(keys, compute, f"{name}: image features", progress)
     return Features(
         vectors, key_of_path if isinstance(split, str) else key_of_path[split.image_index]
     )
+
+
+def premises_now(encoder: ImageEncoder, photos: Features) -> Features:
+    """The features of photos by the tower as it is, in memory, where `photos` are states of it.
+
+    Args:
+        encoder: the image tower; one of which nothing is trained gives the photos as they are.
+        photos: what `image_features` gave.
+    """
+    if not encoder.num_trained:
+        return photos
+    dtype = torch.float16 if encoder.patch_grid else torch.float32
+    vectors = Vectors(len(photos.vectors), encoder.premise_width, dtype)
+    size = _IMAGE_BATCH[encoder.device.type]
+    for start in range(0, len(vectors), size):
+        items = np.arange(start, min(start + size, len(vectors)))
+        states = photos.vectors.rows(items).to(encoder.device)
+        vectors.add(encoder.from_states(states).to(dtype).cpu(), items, items - start)
+    return Features(vectors, photos.index)
 
 
 def sentence_embeddings(

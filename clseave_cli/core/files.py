@@ -365,6 +365,7 @@ def cache_root() -> Path:
 CACHES = {
     "image": "embeddings of photos",
     "patches": "states of photos' patches",
+    "states": "what trained blocks of an image tower read",
     "text": "the teacher's embeddings of sentences",
     "words": "links between words",
     "hypothesis-only": "answers of the hypothesis-only baseline",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from clseave_cli.core.config import FinetuneConfig
+from clseave_cli.core.data.hypothesis_only import HypothesisClassifier
 from clseave_cli.core.data.images import ImageFolder
+from clseave_cli.core.data.pairs import read_probabilities
 from clseave_cli.core.data.records import (
     Split,
     check_leak,
@@ -22,7 +24,7 @@ from clseave_cli.core.data.records import (
     require_language,
     split_path,
 )
-from clseave_cli.core.data.seen import SeenRows
+from clseave_cli.core.data.seen import SeenRows, seen_before
 from clseave_cli.core.features import (
     Features,
     Photos,
@@ -30,9 +32,11 @@ from clseave_cli.core.features import (
     by_rows,
     embed_rows,
     image_features,
+    premises_now,
     tokenize_sentences,
 )
-from clseave_cli.core.files import json_digest
+from clseave_cli.core.files import file_digest, json_digest
+from clseave_cli.core.models.adapters import adapted, require_peft, train_blocks
 from clseave_cli.core.models.calibration import fit_temperature
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.packing import PackedBatch
@@ -45,6 +49,9 @@ from clseave_cli.errors import DataError, UsageError
 from clseave_cli.labels import LABELS
 from clseave_cli.progress import SILENT, Progress
 
+#: Learning rate of `--unfreeze-blocks` as a share of `--learning-rate`.
+_BLOCKS_RATE = 0.1
+
 
 class _Batch(NamedTuple):
     """B pairs, made ready.
@@ -54,8 +61,10 @@ class _Batch(NamedTuple):
         num_sentences: S; in a single process B, and then there are B embeddings where batches are
             filled up to few shapes.
         sentence_of_row: (B,) int64 into the S.
-        premises: (B, E) features of the rows' images.
+        premises: (B, E) features of the rows' images; where the image tower is trained, what it
+            reads for this process's shard of the rows (`ImageEncoder.states`).
         labels: (B,) int64 ids of `labels.LABELS`.
+        targets: the labels, or (B, 3) probabilities to learn in their place.
     """
 
     sentences: PackedBatch
@@ -63,6 +72,7 @@ class _Batch(NamedTuple):
     sentence_of_row: Tensor
     premises: Tensor
     labels: Tensor
+    targets: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,23 +82,27 @@ class _Pairs:
     sentences: Sentences
     images: Features
     labels: Tensor
+    targets: Tensor
 
     def batch(self, rows: Rows, model: ClipVE) -> _Batch:
         # A sentence that stands twice in a batch is encoded once; its gradients add up.
         sentences, sentence_of_row = np.unique(self.sentences.index[rows], return_inverse=True)
         group = processes()
         places = len(rows) if group.count == 1 else None
+        shown = group.shard(rows) if model.image.num_trained else rows
+        numbers = torch.from_numpy(rows)
         return _Batch(
             model.text.pack(self.sentences.tokens, group.shard(sentences), places),
             places or len(sentences),
             torch.from_numpy(sentence_of_row),
-            self.images.vectors.rows(self.images.index[rows]),
-            self.labels[torch.from_numpy(rows)],
+            self.images.vectors.rows(self.images.index[shown]),
+            self.labels[numbers],
+            self.targets[numbers],
         )
 
 
 def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult:
-    """Trains text tower, its projection and the head on cached features of the frozen image tower.
+    """Trains text tower, its projection and the head on cached features of the image tower.
 
     Raises:
         ClseaveError: bad data, an unusable CLIP model, a full disk, or an interruption.
@@ -96,13 +110,12 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult
     require_language(config.source_lang, "--source-lang")
     out = config.out or config.runs / "clip-ve"
     languages = (config.source_lang,)
+    _require_fitting(config)
     setup = set_up("finetune-ve", config, config.data, out, progress)
     if setup is None:
         return StageResult(out, languages, None)
     device, folder = setup.device, setup.data
     train_split, dev_split, images = _data(config, folder, progress)
-    if config.patch_grid and config.head != "patches":
-        raise UsageError("--patch-grid goes with --head patches.")
     _require_batch_statistics(config, train_split)
     _require_two_labels(train_split)
     splits = [(split, Photos.of(split, images)) for split in (train_split, dev_split)]
@@ -111,25 +124,38 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult
     model = ClipVE.from_clip(config.clip, config.source_lang, config.head, config.patch_grid).to(
         device
     )
+    if config.unfreeze_blocks is not None or config.lora is not None:
+        flag = "--unfreeze-blocks" if config.lora is None else "--lora"
+        train_blocks(model.image, config.unfreeze_blocks, flag)
     model.text.verify_packing(config.clip, progress)
     inputs = {"clip": json_digest([model.text.digest(), model.image.digest()])}
     for split, photos in splits:
         inputs |= {split.path.name: split.digest, f"photos: {split.name}": photos.digest()}
+    targets = _targets(config, train_split)
+    for number, path in enumerate(config.soft_labels, 1):
+        inputs[f"soft labels {number}"] = file_digest(path)
     with Run("finetune-ve", out, config, inputs) as run:
         train_pairs, dev_pairs = (
             _prepare(model, split, photos, setup.autocast, progress) for split, photos in splits
         )
+        train_pairs = replace(train_pairs, targets=targets)
 
         def loss(batch: _Batch) -> Tensor:
             sentences = processes().gather(lambda: model.text(batch.sentences), batch.num_sentences)
-            logits = model(sentences[batch.sentence_of_row], batch.premises)
+            premises = batch.premises
+            if model.image.num_trained:
+                premises = processes().gather(
+                    lambda: model.image.from_states(batch.premises), len(batch.labels)
+                )
+            logits = model(sentences[batch.sentence_of_row], premises)
             return torch.stack(
-                [functional.cross_entropy(logits, batch.labels), _accuracy(logits, batch.labels)]
+                [functional.cross_entropy(logits, batch.targets), _accuracy(logits, batch.labels)]
             )
 
         def evaluate() -> dict[str, float]:
             hypotheses = embed_rows(model.text, dev_pairs.sentences)
-            logits = by_rows(model, hypotheses, dev_pairs.images, model.rows_at_once)
+            photos = premises_now(model.image, dev_pairs.images)
+            logits = by_rows(model, hypotheses, photos, model.rows_at_once)
             labels = dev_pairs.labels.to(device)
             on_cpu = logits.float().cpu().numpy(), dev_pairs.labels.numpy()
             return {
@@ -149,13 +175,25 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult
             metrics=("accuracy",),
             alone=tuple(model.head.parameters()),
             alone_epochs=config.freeze_epochs or 0.0,
+            factors={model.image: _image_rate(config)} if model.image.num_trained else {},
         )
         tokens = [pairs.sentences.tokens for pairs in (train_pairs, dev_pairs)]
-        with reduced_vocabulary(model.text, *tokens):
+        with (
+            adapted((model.text, model.image), config.lora, config.seed),
+            reduced_vocabulary(model.text, *tokens),
+        ):
             result = train(stage, config, device=device, folder=run.folder, progress=progress)
         seen = [SeenRows.of(split, photos.keys) for split, photos in splits]
-        card = _card(config, len(train_split), result)
-        run.publish(lambda aside: model.save(aside, result.dev), card, seen)
+        seen += seen_before(config.clip)
+
+        def save(aside: Path) -> None:
+            model.save(aside, result.dev)
+            with progress.task("hypothesis-only classifier", 1) as task:
+                hypotheses, labels = train_split.hypotheses, train_split.labels
+                HypothesisClassifier.fit(hypotheses, labels, train_split).write(aside)
+                task.advance()
+
+        run.publish(save, _card(config, len(train_split), result), seen)
     _tell_if_nothing_was_learnt(config, dev_split, result, progress)
     return StageResult(out, languages, result)
 
@@ -206,6 +244,51 @@ def _data(
     return train_split, dev_split, images
 
 
+def _targets(config: FinetuneConfig, split: Split) -> Tensor:
+    """What is learnt of the training rows: (N,) label ids, or (N, 3) probabilities.
+
+    Cross-entropy with (1 − w) y + w q is that with y and the KL divergence from q, weighted, but
+    for the entropy of q, which has no gradient.
+
+    Raises:
+        DataError: a row has no soft label, or a file of them is damaged.
+    """
+    labels = torch.from_numpy(split.labels.astype(np.int64))
+    if not config.soft_labels and not config.label_smoothing:
+        return labels
+    hard = functional.one_hot(labels, len(LABELS)).float()
+    targets = torch.lerp(hard, torch.full_like(hard, 1 / len(LABELS)), config.label_smoothing)
+    if config.soft_labels:
+        files = [read_probabilities(path, split.pair_ids) for path in config.soft_labels]
+        targets = torch.lerp(targets, torch.from_numpy(np.mean(files, axis=0)), config.soft_weight)
+    return targets
+
+
+def _image_rate(config: FinetuneConfig) -> float:
+    """The learning rate in the image tower, as a share of that of all else."""
+    if config.image_learning_rate is None:
+        return 1.0 if config.unfreeze_blocks is None else _BLOCKS_RATE
+    return config.image_learning_rate / (config.learning_rate or 1.0)
+
+
+def _require_fitting(config: FinetuneConfig) -> None:
+    """Refuses options that do not go together.
+
+    Raises:
+        UsageError: names them.
+        ExtraMissing: `--lora` needs a package that is not installed.
+    """
+    trains_image = config.unfreeze_blocks is not None or config.lora is not None
+    if config.patch_grid and config.head != "patches":
+        raise UsageError("--patch-grid goes with --head patches.")
+    if config.unfreeze_blocks is not None and config.lora is not None:
+        raise UsageError("--unfreeze-blocks trains weights, --lora adapters instead; choose one.")
+    if config.image_learning_rate is not None and not trains_image:
+        raise UsageError("--image-learning-rate goes with --unfreeze-blocks or --lora.")
+    if config.lora is not None:
+        require_peft()
+
+
 def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.argmax(dim=1) == labels).float().mean()
 
@@ -237,16 +320,24 @@ def _prepare(
     with_autocast: Autocast,
     progress: Progress,
 ) -> _Pairs:
+    labels = torch.from_numpy(split.labels.astype(np.int64))
     return _Pairs(
         tokenize_sentences(model.text, split.hypotheses, split.where, progress),
         image_features(model.image, split, photos, autocast=with_autocast, progress=progress),
-        torch.from_numpy(split.labels.astype(np.int64)),
+        labels,
+        labels,
     )
 
 
 def _card(config: FinetuneConfig, num_train: int, result: TrainingResult) -> str:
     dev = result.dev
     model = public_name(config.clip)
+    image, text = "frozen", "text tower"
+    if config.unfreeze_blocks is not None:
+        image = f"its last {config.unfreeze_blocks} blocks trained"
+    if config.lora is not None:
+        image = f"adapters of rank {config.lora} trained and added"
+        text = "the same in the text tower"
     return f"""---
 library_name: clseave
 tags: [visual-entailment, clip]
@@ -257,7 +348,7 @@ base_model: {model}
 # CLIP-VE
 
 Says whether an image entails, contradicts or leaves open a sentence in `{config.source_lang}`
-({", ".join(LABELS)}). Image tower of `{model}`, frozen; text tower, projection and
+({", ".join(LABELS)}). Image tower of `{model}`, {image}; {text}, projection and
 {config.head} head trained on {num_train} pairs, {result.epochs} epochs, the weights of epoch
 {result.best_epoch} kept: dev loss {dev["loss"]:.4f}, dev accuracy {dev["accuracy"]:.2%}.
 

@@ -27,7 +27,7 @@ from clseave_cli.core.config import PretrainConfig
 from clseave_cli.core.data.captions import Captions, read_captions
 from clseave_cli.core.data.images import ImageFolder, open_image
 from clseave_cli.core.data.records import ENGLISH, distinct
-from clseave_cli.core.data.seen import SeenRows
+from clseave_cli.core.data.seen import SeenRows, seen_before
 from clseave_cli.core.features import Photos, Sentences, embed_rows
 from clseave_cli.core.files import file_digest, json_digest
 from clseave_cli.core.models.backbones import load_clip, new_dual_encoder
@@ -180,6 +180,7 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
 
         pairs = zip(splits, photos, strict=True)
         seen = [SeenRows.of_photos(split.images, pictures.keys) for split, pictures in pairs]
+        seen += seen_before(config.clip)
         run.publish(save, _card(config, languages, len(training), result), seen)
         return StageResult(out, (), result)
 

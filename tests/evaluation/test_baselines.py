@@ -2,19 +2,25 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from clseave_cli.core.evaluation.baselines import (
-    Guesses,
-    predict_from_hypotheses,
-    shuffled_rows,
+from clseave_cli.core.data.hypothesis_only import (
+    HYPOTHESIS_ONLY_FILE,
+    HypothesisClassifier,
 )
+from clseave_cli.core.evaluation.baselines import Guesses, shuffled_rows
 from clseave_cli.core.evaluation.metrics import (
     accuracy_interval,
     compare_predictions,
 )
 from clseave_cli.core.evaluation.results import SeedSummary
+from clseave_cli.errors import ModelError
+
+
+def predict_from_hypotheses(train, labels, test):
+    return HypothesisClassifier.fit(train, labels).predict(test)
 
 
 def test_majority_takes_the_first_of_equals():
@@ -65,6 +71,36 @@ def test_sentences_without_anything_to_read_get_the_majority():
 
 def test_punctuation_alone_is_something_to_read():
     assert predict_from_hypotheses(["?", "?", "!"], [2, 2, 0], ["?", "!"])[0] == 2
+
+
+@pytest.mark.parametrize("num_labels", [1, 2, 3])
+def test_what_is_kept_in_a_model_folder_guesses_as_before(tmp_path, num_labels):
+    generator = np.random.default_rng(0)
+    words = ["red", "Blau", "犬", "!", "no", "두"]
+    train, test = ([" ".join(generator.choice(words, 4)) for _ in range(200)] for _ in "ab")
+    labels = generator.integers(num_labels, size=200)
+    assert HypothesisClassifier.read(tmp_path) is None
+    classifier = HypothesisClassifier.fit(train, labels)
+    classifier.write(tmp_path)
+    again = HypothesisClassifier.read(tmp_path)
+    assert again.counts == classifier.counts
+    assert sum(again.counts) == 200
+    assert again.predict(test).tolist() == classifier.predict(test).tolist()
+
+
+@pytest.mark.parametrize(
+    "spoilt", [{"weights": np.ones((3, 2))}, {"labels": np.array([0, 1, 7])}, {"idf": None}, None]
+)
+def test_a_damaged_classifier_is_refused(tmp_path, spoilt):
+    HypothesisClassifier.fit(["a b", "c d", "e f"], [0, 1, 2]).write(tmp_path)
+    path = tmp_path / HYPOTHESIS_ONLY_FILE
+    if spoilt is None:
+        path.write_bytes(path.read_bytes()[:-9])
+    else:
+        changed = {k: v for k, v in (load_file(path) | spoilt).items() if v is not None}
+        save_file(changed, path, {"source": " "})
+    with pytest.raises(ModelError, match=r"hypothesis_only\.safetensors: damaged"):
+        HypothesisClassifier.read(tmp_path)
 
 
 def test_no_training_rows_are_refused():

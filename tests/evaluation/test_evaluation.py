@@ -11,12 +11,12 @@ from PIL import Image
 from tiny_world import Notes, edit_row, read_jsonl
 
 from clseave_cli.core.config import EvaluateConfig
+from clseave_cli.core.data.hypothesis_only import HYPOTHESIS_ONLY_FILE, HypothesisClassifier
 from clseave_cli.core.data.records import read_split
-from clseave_cli.core.evaluation import baselines
 from clseave_cli.core.evaluation import run as evaluation
 from clseave_cli.core.evaluation.comparison import compare_reports
 from clseave_cli.core.evaluation.metrics import accuracy_interval
-from clseave_cli.core.evaluation.results import Results
+from clseave_cli.core.evaluation.results import Results, means
 from clseave_cli.core.evaluation.run import evaluate
 from clseave_cli.core.files import file_digest
 from clseave_cli.core.models.clip_ve import ClipVE, fingerprint
@@ -416,6 +416,11 @@ def test_several_seeds(world, seeds, clseave):
     assert german.low - 1e-9 <= german.mean <= german.high + 1e-9
     shuffled = [run.baselines["nl"].shuffled_image for run in alone]
     assert document.seeds["nl"]["shuffled_image"].mean == pytest.approx(np.mean(shuffled))
+    for name in ("majority", "hypothesis_only", "shuffled_image"):
+        gain = document.seeds["nl"][f"difference_to_{name}"]
+        gains = [getattr(run.baselines["nl"], f"difference_to_{name}").value for run in alone]
+        assert gain.mean == pytest.approx(np.mean(gains))
+        assert getattr(means(document).baselines["nl"], f"difference_to_{name}").low == gain.low
     assert document.results == alone[0].results and document.baselines == alone[0].baselines
     assert document.seeds.keys() == {"en", "de", "nl"}
     for number, lang in enumerate(("en", "de", "nl")):
@@ -498,13 +503,13 @@ def test_several_seeds_as_table_and_report(world, seeds, clseave, tmp_path):
 def learned(monkeypatch):
     """How many rows the classifier was given, each time it learned."""
     counts = []
-    learn = baselines.predict_from_hypotheses
+    learn = HypothesisClassifier.fit
 
     def spy(*arguments):
         counts.append(len(arguments[0]))
         return learn(*arguments)
 
-    monkeypatch.setattr(baselines, "predict_from_hypotheses", spy)
+    monkeypatch.setattr(HypothesisClassifier, "fit", spy)
     return counts
 
 
@@ -532,6 +537,26 @@ def test_it_learns_anew_where_anything_changed(data, trained, learned):
     _evaluate(data, trained, lang=("en",), allow_leak=True)
     with pytest.raises(DataError, match="also in"):
         _evaluate(data, trained, lang=("en",))
+
+
+def test_without_the_training_file_the_models_own_classifier_guesses(data, trained, runs):
+    document = _evaluate(data, trained)
+    training = (data / "snli_ve_train.jsonl").rename(data / "elsewhere.jsonl")
+    without = _evaluate(data, trained)
+    assert without.baselines == document.baselines and without.results == document.results
+    name = "snli_ve_train.jsonl"
+    assert without.signature.training[f"clip-ve: {name}"] == document.signature.training[name]
+    training.rename(data / name)
+    (data / "snli_ve_train.de.jsonl").unlink()  # it reads English only
+    assert _evaluate(data, trained, lang=("de",)).baselines["de"].hypothesis_only is None
+    (data / name).unlink()
+    (runs / "clip-ve" / HYPOTHESIS_ONLY_FILE).unlink()  # as in a folder of an earlier version
+    assert _evaluate(data, runs, lang=("en",)).baselines["en"].majority is None
+
+
+def test_training_rows_are_told_without_their_file(data, trained):
+    (data / "snli_ve_train.jsonl").replace(data / "snli_ve_test.jsonl")
+    assert _evaluate(data, trained, lang=("en",), allow_leak=True).of_training_rows
 
 
 # --- real files ---
@@ -603,8 +628,7 @@ def test_hard_rows_are_those_that_the_wording_does_not_give_away(
 ):
     always = LABELS.index("neutral")
     monkeypatch.setattr(
-        "clseave_cli.core.evaluation.baselines.predict_from_hypotheses",
-        lambda _, __, hypotheses: np.full(len(hypotheses), always),
+        HypothesisClassifier, "predict", lambda _, texts: np.full(len(texts), always)
     )
     options = {"lang": ("en",), "report": tmp_path / "report", "resamples": 10_000}
     (english,) = _evaluate(data, trained, **options).results

@@ -47,7 +47,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     """What is shared of a model folder."""
     listed = json.loads((folder / "config.json").read_bytes())["files"]
     files = tree(folder)
-    return {name: files[name] for name in ["config.json", "calibration.json", *listed]}
+    return {
+        name: files[name]
+        for name in ["config.json", "calibration.json", *listed, "training/seen.safetensors"]
+    }
 
 
 def shared(folders: list[Path]) -> dict[str, bytes]:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import shutil
+import sys
 
 import numpy as np
 import pytest
-from tiny_world import QUICK, Notes, edit_row, read_jsonl, write_jsonl
+from PIL import Image
+from tiny_world import QUICK, Notes, edit_row, read_jsonl, write_captions, write_jsonl
 
 from clseave_cli.core import finetuning
-from clseave_cli.core.config import EvaluateConfig, FinetuneConfig
+from clseave_cli.core.config import EvaluateConfig, FinetuneConfig, PretrainConfig
 from clseave_cli.core.data.seen import SEEN_FILE, SeenRows
 from clseave_cli.core.evaluation.results import Results
 from clseave_cli.core.evaluation.run import evaluate
 from clseave_cli.core.models.clip_ve import ClipVE
-from clseave_cli.errors import DataError, ModelError
+from clseave_cli.core.pretraining import pretrain
+from clseave_cli.errors import DataError, ExtraMissing, ModelError
 from clseave_cli.progress import SILENT
 
 
@@ -138,6 +141,46 @@ def test_a_resumed_run_has_the_record_and_can_be_replaced(world, trained, tmp_pa
         finetuning.finetune(FinetuneConfig(**config, **options))
         record = (tmp_path / "clip-ve" / SEEN_FILE).read_bytes()
         assert record == (trained / "clip-ve" / SEEN_FILE).read_bytes()
+
+
+def test_a_photo_that_was_scaled_and_saved_again_is_noticed_if_asked(data, trained, refused):
+    pytest.importorskip("imagehash")
+    folder = _other_folder(data, read_jsonl(data / "snli_ve_test.jsonl"))
+    again = Image.open(data / "images/train1.png").resize((80, 80))
+    again.save(folder / "images/test0.png")
+    document = _evaluate(folder, trained)  # another name, other bytes
+    assert document.results[0].seen is None
+    command = ("evaluate", "--data", folder, "--runs", trained, "--near-duplicates", 4)
+    assert "1 of its 4 images are also in" in refused(*command)
+    document = _evaluate(folder, trained, near_duplicates=4, allow_leak=True)
+    assert (document.results[0].seen.num_images, document.results[0].seen.num_pairs) == (1, 0)
+    document = _evaluate(folder, trained, near_duplicates=4, exclude_seen=True)
+    assert document.signature.excluded == {"snli_ve_test.jsonl": 3}
+    for photo in [*(folder / "images").glob("train*"), *(folder / "images").glob("dev*")]:
+        photo.unlink()
+    assert "nothing to compare with" in refused(*command)
+
+
+def test_near_duplicates_need_their_package(data, trained, monkeypatch):
+    monkeypatch.setitem(sys.modules, "imagehash", None)
+    with pytest.raises(ExtraMissing, match=r"imagehash; run: pip install -e '\.\[duplicates\]'"):
+        _evaluate(data, trained, near_duplicates=0)
+
+
+def test_what_a_clip_was_trained_on_was_seen_too(data, trained, tmp_path, clip):
+    """The photos of `pretrain` are in its folder, and in that of a CLIP-VE that starts from it."""
+    captions = write_captions(data, tmp_path / "captions")
+    rows = read_jsonl(data / "snli_ve_test.jsonl")
+    lines = [{"image": row["Flickr30K_ID"], "caption": row["sentence2"]} for row in rows[:3]]
+    write_jsonl(captions / "captions_train.jsonl", lines)
+    shared = {"epochs": 1, "runs": tmp_path, **QUICK}
+    pretrain(PretrainConfig(data=captions, images=data / "images", clip=str(clip), **shared))
+    seen = SeenRows.read(tmp_path / "clip")
+    assert len(seen.photos) == 5 and seen.photos.all() and not len(seen.pairs)
+    begun = str(tmp_path / "clip")
+    finetuning.finetune(FinetuneConfig(data=str(data), clip=begun, head="pooled", **shared))
+    with pytest.raises(DataError, match="1 of its 4 images are also in"):
+        _evaluate(data, tmp_path, lang=("en",))
 
 
 def _killed(*_, **__):

@@ -102,6 +102,21 @@ def test_the_headline_says_where_looking_did_not_help(figures):
         "English reaches 44.2 %. English is no better than a baseline without the right "
         "photo: 56.2 % (majority label)."
     )
+
+    def paired(value, low, high):
+        return replace(german.difference_to_english, value=value, low=low, high=high)
+
+    german = figures.results[1]
+    worse, above = paired(-0.032, -0.048, -0.017), paired(0.012, 0.004, 0.021)
+    said = told(0.555, 0.54, hypothesis_only=0.587, difference_to_hypothesis_only=worse,
+                shuffled_image=0.543, difference_to_shuffled_image=above)  # fmt: skip
+    assert said.endswith(
+        "English is worse than a baseline without the right photo: 58.7 % (hypothesis only; −3.2 "
+        "points, −4.8 to −1.7)."
+    )
+    level = paired(-0.001, -0.01, 0.008)
+    said = told(0.586, 0.57, hypothesis_only=0.587, difference_to_hypothesis_only=level)
+    assert "is no better than" in said and "(hypothesis only; −0.1 points, −1.0 to +0.8)" in said
     close = told(0.58, 0.55, majority=0.562)
     assert "English is, within the uncertainty, no better than" in close
     assert told(0.5, None, majority=0.562).endswith("56.2 % (majority label).")

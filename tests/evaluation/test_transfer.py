@@ -199,6 +199,8 @@ def test_errors_worked_by_hand():
     assert (measured.mse, measured.mse_sum) == (2.5, 5.0)
     assert (measured.mae, measured.mae_sum) == (1.0, 2.0)
     assert measured.cosine == pytest.approx((np.sqrt(0.5) - 1) / 2)
+    # One answer does best along the mean of (√½, √½) and (0, −1).
+    assert measured.cosine_constant == pytest.approx(np.hypot(np.sqrt(0.5), np.sqrt(0.5) - 1) / 2)
     # Over sentences: variances 0.25 and 1 (student), 0.25 and 1 (teacher).
     assert measured.variance_student == measured.variance_teacher == pytest.approx(0.625)
 

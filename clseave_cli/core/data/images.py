@@ -72,6 +72,10 @@ class ImageFolder:
             f"{data}: no image folder in it (looked for {looked}); name it with --images DIR."
         )
 
+    def paths(self) -> list[Path]:
+        """Every image, by name."""
+        return [self.root / file for file in sorted(set(self._by_name.values()))]
+
     def get(self, name: str) -> Path | None:
         """The file of an image, by its name as a data file gives it; None: there is none."""
         file = self._by_name.get(name) or self._by_name.get(image_stem(name))

@@ -15,13 +15,17 @@ import select
 import shutil
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from clseave_cli.core.data.rows import (
     HYPOTHESIS_KEYS,
+    ID_KEYS,
     IMAGE_KEYS,
     NOT_UTF8,
     BadRow,
@@ -32,9 +36,12 @@ from clseave_cli.core.data.rows import (
     is_garbled,
     json_rows,
     parquet_rows,
+    read_rows,
+    require_text,
 )
 from clseave_cli.core.files import atomic_file, fsync_folder, locked_target, sweep, writing
 from clseave_cli.errors import DataError, UsageError
+from clseave_cli.labels import LABELS
 
 #: What an answer says beside image and hypothesis.
 ANSWER_KEYS = ("lang", "label", "probabilities", "model", "truncated", "error")
@@ -106,6 +113,44 @@ def _pair(row: Any, name: str, line: int) -> Pair | DataError:
     except RecursionError:
         return DataError.at(name, line, "JSON nested too deeply.")
     return Pair(image, hypothesis, others)
+
+
+def read_probabilities(path: Path, pair_ids: Sequence[str]) -> npt.NDArray[np.float32]:
+    """(N, 3) probabilities that answers give to N rows, in the order of `labels.LABELS`.
+
+    Args:
+        path: what `predict --output` writes, or another file of rows with `pairID` and
+            `probabilities`, by label or as a list. Answers to other rows are skipped.
+        pair_ids: of the rows.
+
+    Raises:
+        DataError: an answer is damaged, or rows have none.
+    """
+    place = {pair_id: row for row, pair_id in enumerate(pair_ids)}
+    table = np.full((len(pair_ids), len(LABELS)), np.nan, dtype=np.float32)
+    for line, answer, _ in read_rows(path, (*ID_KEYS, "probabilities")):
+        try:
+            if "error" in answer:
+                continue
+            given = answer["probabilities"]
+            triple = [float(given[label]) for label in LABELS] if isinstance(given, dict) else given
+            row = place.get(require_text(answer, ID_KEYS, "the row's unique id"))
+            if len(triple) != len(LABELS) or not abs(sum(triple) - 1) < 1e-3 or min(triple) < 0:
+                raise ValueError
+        except (BadRow, KeyError, TypeError, ValueError):
+            raise DataError.at(
+                path, line, "expected pairID and the probabilities of three labels, which add up "
+                "to 1, as `clseave predict --output` writes them.",
+            ) from None  # fmt: skip
+        if row is not None:
+            table[row] = triple
+    lacking = np.flatnonzero(np.isnan(table[:, 0]))
+    if len(lacking):
+        raise DataError(
+            f"{path}: no probabilities for {len(lacking)} of {len(pair_ids)} training rows, such "
+            f"as pairID {pair_ids[lacking[0]]!r}; let `clseave predict` answer the training file."
+        )
+    return table
 
 
 class _Lines:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +18,9 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from clseave_cli.core.data.images import ImageFolder, open_image
 from clseave_cli.core.data.records import Split, image_stem
-from clseave_cli.errors import ModelError
+from clseave_cli.errors import DataError, ExtraMissing, ModelError
 
 #: Where in a model's folder; it does not count in the model's fingerprint.
 SEEN_FILE = "training/seen.safetensors"
@@ -114,6 +116,51 @@ class SeenRows(NamedTuple):
             for column, recorded in zip(others.photos.T, self.photos.T, strict=True)
         )
         return by_name | (by_content & (others.photos[:, 1] > 0))
+
+    def near_duplicates(
+        self, photos: Sequence[Path], images: ImageFolder, most_bits: int
+    ) -> npt.NDArray[np.bool_]:
+        """(P,) whether photos look like one that was seen: scaled, say, or saved again.
+
+        Args:
+            photos: P files.
+            images: where photos that were seen are found, by their names.
+            most_bits: by how many of 64 bits two perceptual hashes may differ.
+
+        Raises:
+            ExtraMissing: imagehash is not installed.
+            DataError: no photo that was seen is there, or one is damaged.
+        """
+        there = images.paths()
+        names = _digests(image_stem(path.name).encode() for path in there)
+        rows = np.flatnonzero(np.isin(names, self.photos[:, 0]))
+        if not len(rows):
+            raise DataError(
+                f"{images.root}: none of the photos that the models saw in training is there, so "
+                "--near-duplicates has nothing to compare with; name their folder with --images."
+            )
+        seen = _perceptual_hashes([there[row] for row in rows])
+        hashes = _perceptual_hashes(photos)
+        return np.array([np.bitwise_count(seen ^ h).min() <= most_bits for h in hashes], dtype=bool)
+
+
+def seen_before(model: str | None) -> list[SeenRows]:
+    """What a model of our own had seen that a training starts from; nothing where none is named."""
+    record = None if model is None else SeenRows.read(Path(model))
+    return [] if record is None else [record]
+
+
+def _perceptual_hashes(paths: Sequence[Path]) -> Digests:
+    """(P,) hashes that are alike where pictures are (imagehash's `phash`)."""
+    try:
+        from imagehash import phash
+    except ImportError:
+        raise ExtraMissing(
+            "--near-duplicates needs imagehash; run: pip install -e '.[duplicates]'."
+        ) from None
+    with ThreadPoolExecutor() as pool:
+        hashes = pool.map(lambda path: int(str(phash(open_image(path))), 16), paths)
+        return np.fromiter(hashes, np.uint64, len(paths))
 
 
 def _pairs(split: Split, names: Digests, rows: npt.NDArray[np.intp]) -> Digests:

@@ -5,7 +5,6 @@ it.
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,71 +13,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import sklearn
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
 
 from clseave_cli.core.config import EvaluateConfig
-from clseave_cli.core.data.records import Split, check_leak, distinct, read_split, split_path
+from clseave_cli.core.data.hypothesis_only import HypothesisClassifier, Ints
+from clseave_cli.core.data.records import Split, check_leak, read_split, split_path
 from clseave_cli.core.data.seen import UNSEEN
-from clseave_cli.core.evaluation.metrics import Ints
 from clseave_cli.core.features import Photos
 from clseave_cli.core.files import cache_root, file_digest, json_digest, read_json, write_json
 from clseave_cli.errors import ModelError
 from clseave_cli.labels import LABELS
 from clseave_cli.progress import SILENT, Progress
 
-# Raised when `predict_from_hypotheses` changes: kept guesses are then made again.
+# Raised when `HypothesisClassifier` changes: kept guesses are then made again.
 _VERSION = 2
-
-# Thai to Lao, Burmese, Khmer, kana, Han, Hangul: one character is a token.
-_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
-
-# Any other run of letters and digits is a token, and so is each punctuation mark.
-_TOKEN = rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])\w)+|[^\w\s]"
 
 # Rounds of random swaps that `shuffled_rows` mixes with; each touches every row once.
 _SWAP_ROUNDS = 20
-
-
-def predict_from_hypotheses(
-    train_hypotheses: Sequence[str], train_labels: npt.ArrayLike, test_hypotheses: Sequence[str]
-) -> Ints:
-    """(M,) label ids of M test sentences, by a classifier that never sees the photo.
-
-    Logistic regression on TF-IDF of 1- to 3-grams of tokens: words, but single characters in
-    scripts without spaces between words (and in Hangul, where a word is stem and endings). It picks
-    up what the wording alone gives away (Gururangan et al., "Annotation Artifacts in Natural
-    Language Inference Data", 2018).
-
-    Equal rows are counted, not repeated: the loss is that of all rows, at a fraction of the time
-    where sentences recur. Inverse document frequencies are those of the distinct rows.
-
-    Raises:
-        ValueError: no training rows.
-    """
-    label_ids = np.asarray(train_labels, dtype=np.int64).tolist()
-    counts = Counter(zip(map(_normalised, train_hypotheses), label_ids, strict=True))
-    if not counts:
-        raise ValueError("the hypothesis-only baseline needs training rows")
-    texts = [text for text, _ in counts]
-    labels = np.array([label for _, label in counts])
-    weights = np.array(list(counts.values()), dtype=np.float64)
-    if len(set(labels.tolist())) == 1 or not any(texts):
-        fallback = np.bincount(labels, weights=weights).argmax()
-        return np.full(len(test_hypotheses), fallback, dtype=np.int64)
-    # Single precision: nothing here needs more, and it takes half the time.
-    grams: dict[str, Any] = {"ngram_range": (1, 3), "dtype": np.float32}
-    frequencies = TfidfVectorizer(token_pattern=_TOKEN, sublinear_tf=True, **grams)
-    model = make_pipeline(frequencies, LogisticRegression(max_iter=1000, tol=1e-3))
-    model.fit(texts, labels, logisticregression__sample_weight=weights)
-    asked, index = distinct([_normalised(text) for text in test_hypotheses])
-    guesses: Ints = model.predict(asked)[index]
-    return guesses
-
-
-def _normalised(text: str) -> str:
-    return " ".join(text.casefold().split())
 
 
 def shuffled_rows(images: npt.ArrayLike, seed: int) -> Ints:
@@ -144,50 +94,74 @@ class HypothesisOnly:
     """Guesses from the rows a model was trained on.
 
     They are kept in the cache by the digest of the training file and of the rows asked about: half
-    a million rows take long to learn from.
+    a million rows take long to learn from. Where the data folder lacks that file, the classifier in
+    the model's folder guesses, in the language that CLIP-VE reads.
     """
 
-    def __init__(self, config: EvaluateConfig, folder: Path, progress: Progress = SILENT) -> None:
+    def __init__(
+        self,
+        config: EvaluateConfig,
+        folder: Path,
+        clip_ve: Path,
+        source_lang: str,
+        progress: Progress = SILENT,
+    ) -> None:
         self._config, self._folder, self._progress = config, folder, progress
+        self._source_lang = source_lang
+        self._in_model = functools.cache(lambda: HypothesisClassifier.read(clip_ve))
         self._must_not_leak = not config.allow_leak and config.train_split != config.split
         options: dict[str, Any] = {"with_images": False, "skip_bad": config.skip_bad}
         read = functools.partial(read_split, folder, config.train_split, **options)
         # The source language, and the language at hand: half a million rows each.
         self._read = functools.lru_cache(maxsize=2)(read)
 
-    def training_file(self, lang: str) -> Path | None:
-        """Where the training rows of a language are; None: there are none to learn from."""
+    def learnt_from(self, lang: str) -> tuple[str, str] | None:
+        """Name and digest of the training rows of a language; None: there are none."""
+        if (training := self._training_file(lang)) is not None:
+            return training.relative_to(self._folder).as_posix(), file_digest(training)
+        if (kept := self._classifier(lang)) is not None:
+            return f"clip-ve: {kept.file}", kept.digest
+        return None
+
+    def _training_file(self, lang: str) -> Path | None:
         return split_path(self._folder, self._config.train_split, lang)
+
+    def _classifier(self, lang: str) -> HypothesisClassifier | None:
+        """The one in the model's folder, if it reads the language."""
+        return self._in_model() if lang == self._source_lang else None
 
     def require(self, rows: Rows) -> None:
         """Refuses training rows that `guess` would refuse, without learning from them.
 
         Raises:
             DataError: a bad row, or a photo of the rows among the training photos.
+            ModelError: there are none, and the classifier in the model's folder is damaged.
         """
-        training = self.training_file(rows.lang)
-        if training is not None and self._kept(self._path(training, rows), rows) is None:
+        training = self._training_file(rows.lang)
+        if training is None:
+            self._classifier(rows.lang)
+        elif self._kept(self._path(training, rows), rows) is None:
             self._training_rows(rows)
 
     def guess(self, rows: Rows) -> Guesses | None:
-        """The guesses for some rows; None without training rows in the language the model reads.
+        """The guesses for some rows; None without a classifier of the language the model reads.
 
         Raises:
             DataError: as `require`.
         """
-        training = self.training_file(rows.lang)
+        training = self._training_file(rows.lang)
         if training is None:
-            return None
+            kept = self._classifier(rows.lang)
+            return None if kept is None else Guesses(kept.counts, kept.predict(rows.hypotheses))
         path = self._path(training, rows)
         guesses = self._kept(path, rows)
         if guesses is None:
             learnt = self._training_rows(rows)
             with self._progress.task(f"{rows.lang}: hypothesis-only classifier", 1) as task:
-                labels = predict_from_hypotheses(learnt.hypotheses, learnt.labels, rows.hypotheses)
+                classifier = HypothesisClassifier.fit(learnt.hypotheses, learnt.labels)
+                guesses = Guesses(classifier.counts, classifier.predict(rows.hypotheses))
                 task.advance()
-            counts = np.bincount(learnt.labels, minlength=len(LABELS)).tolist()
-            guesses = Guesses(tuple(counts), labels)
-            write_json(path, {"counts": counts, "labels": labels.tolist()})
+            write_json(path, {"counts": guesses.counts, "labels": guesses.labels.tolist()})
         return guesses
 
     def _training_rows(self, rows: Rows) -> Split:

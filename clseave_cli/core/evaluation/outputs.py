@@ -76,6 +76,11 @@ class Outputs:
         """(N,) whether the answer stays below its threshold, where there is one."""
         return self.calibration.is_unsure(softmax(self.logits, axis=1))
 
+    @property
+    def shuffled_correct(self) -> npt.NDArray[np.bool_]:
+        """(N,) the same with every row's photo exchanged for another row's."""
+        return self.is_gold(self.shuffled_logits.argmax(axis=1))
+
     def looked(self, row: int) -> Callable[[Image], Image] | None:
         """Draws where the head looked for a row over its picture; None: it sees no patches."""
         if self.attention is None:

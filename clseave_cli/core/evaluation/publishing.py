@@ -11,6 +11,7 @@ from pathlib import Path
 
 from clseave_cli.core.data import hub
 from clseave_cli.core.data.languages import language_name
+from clseave_cli.core.data.seen import SEEN_FILE, SeenRows
 from clseave_cli.core.evaluation.results import Baselines, Results
 from clseave_cli.core.evaluation.summary import percent
 from clseave_cli.core.files import json_object, read_json
@@ -51,8 +52,9 @@ def push(
 ) -> Pushed:
     """Publishes models in one commit: the repository is laid out like `--runs`.
 
-    Only what `config.json` lists is pushed, once it matches its digests; records of the training,
-    which name local paths, are not.
+    What `config.json` lists is pushed, once it matches its digests, and the record of what the
+    model saw, which holds digests only; other records of the training, which name local paths, are
+    not.
 
     Args:
         folder: a student, a CLIP-VE, a folder of models, or an exported one.
@@ -123,6 +125,8 @@ class _Model:
         for name in files:
             if not any(fnmatch(name, pattern) for pattern in hub.MODEL_FILES):
                 raise ModelError(f"{folder / name}: not a file of a model; it cannot be shared.")
+        if SeenRows.read(folder) is not None:
+            files.append(SEEN_FILE)
         base = data = ""
         with suppress(ModelError, KeyError, TypeError):  # no record, or one edited by hand
             options = read_json(folder / "training" / "run.json")["options"]

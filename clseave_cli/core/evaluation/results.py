@@ -364,6 +364,7 @@ SEED_METRICS = (
     *("accuracy", "macro_f1", "loss", "ece", "aurc", "ratio_to_english"),
     "agreement_with_english",
     *("difference_to_english", "difference_to_zero_shot", "shuffled_image"),
+    *("difference_to_majority", "difference_to_hypothesis_only", "difference_to_shuffled_image"),
 )
 
 
@@ -393,8 +394,11 @@ def across_seeds(
 
 def _seed_metrics(result: LanguageResult, run: Results) -> dict[str, float]:
     """Those of `SEED_METRICS` that were measured."""
-    measured = {name: getattr(result, name, None) for name in SEED_METRICS}
-    measured["shuffled_image"] = run.baselines.get(result.key, Baselines()).shuffled_image
+    baselines = run.baselines.get(result.key, Baselines())
+    measured = {
+        name: getattr(result if hasattr(result, name) else baselines, name, None)
+        for name in SEED_METRICS
+    }
     return {
         name: value.value if isinstance(value, Difference) else value
         for name, value in measured.items()
@@ -411,31 +415,30 @@ def means(results: Results) -> Results:
     """
     baselines = dict(results.baselines)
     for key, summaries in results.seeds.items():
-        if key in baselines and "shuffled_image" in summaries:
-            # A mean has no paired difference to its baselines.
-            baselines[key] = Baselines(
-                majority=baselines[key].majority,
-                hypothesis_only=baselines[key].hypothesis_only,
-                shuffled_image=summaries["shuffled_image"].mean,
-                train_labels=baselines[key].train_labels,
-            )
+        if key in baselines:
+            baselines[key] = replace(baselines[key], **_means(baselines[key], summaries))
     shown = tuple(_mean_result(r, results.seeds.get(r.key, {})) for r in results.results)
     return replace(results, results=shown, baselines=baselines)
 
 
 def _mean_result(result: LanguageResult, summaries: Mapping[str, SeedSummary]) -> LanguageResult:
-    changed: dict[str, Any] = {}
-    for name, summary in summaries.items():
-        first = getattr(result, name, None)
-        if isinstance(first, Difference):
-            mean = replace(first, value=summary.mean, low=summary.low, high=summary.high)
-            changed[name] = mean
-        elif first is not None:
-            changed[name] = summary.mean
+    changed = _means(result, summaries)
     if (accuracy := summaries.get("accuracy")) is not None:
         changed |= {"accuracy_low": accuracy.low, "accuracy_high": accuracy.high}
         changed["kappa_with_english"] = None
     return replace(result, **changed)
+
+
+def _means(first: object, summaries: Mapping[str, SeedSummary]) -> dict[str, Any]:
+    """What changes of a first training's numbers when they are to be means."""
+    changed: dict[str, Any] = {}
+    for name, summary in summaries.items():
+        value = getattr(first, name, None)
+        if isinstance(value, Difference):
+            changed[name] = replace(value, value=summary.mean, low=summary.low, high=summary.high)
+        elif value is not None:
+            changed[name] = summary.mean
+    return changed
 
 
 def _decode(kind: Any, value: Any, where: str) -> Any:

@@ -27,7 +27,7 @@ from clseave_cli.core.data.records import (
     require_split_path,
     split_path,
 )
-from clseave_cli.core.data.seen import PAIR_SEEN, UNSEEN, SeenRows
+from clseave_cli.core.data.seen import PAIR_SEEN, PHOTO_SEEN, UNSEEN, SeenRows
 from clseave_cli.core.evaluation import metrics
 from clseave_cli.core.evaluation.baselines import Guesses, HypothesisOnly, Rows
 from clseave_cli.core.evaluation.comparison import PredictedRows
@@ -48,7 +48,7 @@ from clseave_cli.core.evaluation.results import (
 from clseave_cli.core.evaluation.summary import joined, leaks
 from clseave_cli.core.evaluation.transfer import analyse_distances, measure_transfer
 from clseave_cli.core.features import Photos
-from clseave_cli.core.files import file_digest, locked_target, require_replaceable
+from clseave_cli.core.files import locked_target, require_replaceable
 from clseave_cli.core.models.clip_ve import fingerprint, source_language
 from clseave_cli.core.models.folder import leave_out_other_versions
 from clseave_cli.core.models.listing import find_students
@@ -118,6 +118,7 @@ def _results(plan: _Plan, progress: Progress) -> tuple[Results, dict[str, Output
         systems, clip_ve = plan.systems[number], runs / "clip-ve"
         by_system = run_systems(plan.config, clip_ve, systems, plan.rows, progress)
         correct.append({key: outputs.correct for key, outputs in by_system.items()})
+        correct[-1] |= {f"{key}/shuffled": o.shuffled_correct for key, o in by_system.items()}
         documents.append(_document(plan, number, by_system, correct[-1]))
         if number == 0:
             first = by_system
@@ -172,12 +173,18 @@ def _with_photos(
         progress.note(f"{message}only those of the data folder's training split are refused.")
     known = SeenRows.union([record for record in records.values() if record is not None])
     photos: dict[tuple[str, ...], Photos] = {}
+    near: dict[tuple[str, ...], npt.NDArray[np.bool_]] = {}
 
     def compared(split: Split) -> Rows:
         names = tuple(split.image_names)
         if names not in photos:  # files of several languages name the same photos
             photos[names] = Photos.of(split, images)
+            if config.near_duplicates is not None:
+                paths = photos[names].paths
+                near[names] = known.near_duplicates(paths, images, config.near_duplicates)
         seen = known.compare(split, photos[names].keys)
+        if names in near:
+            seen[near[names][split.image_index] & (seen == UNSEEN)] = PHOTO_SEEN
         return Rows(split, split.lang, split.hypotheses, photos[names], seen)
 
     rows: dict[str, Rows] = {}
@@ -251,7 +258,8 @@ class _Plan:
         students = {s.student: None for s in every.values() if s.student is not None}
         read_by = [*(runs / "clip-ve" for runs in config.runs), *students]
         rows = _with_photos(config, splits, read_by, images, progress)
-        hypothesis_only = HypothesisOnly(config, folder, progress)
+        clip_ve = config.runs[0] / "clip-ve"
+        hypothesis_only = HypothesisOnly(config, folder, clip_ve, source_lang, progress)
         for key, system in every.items():
             translated_later = system.mode == "translate-test"
             unread = replace(rows[system.lang], lang=source_lang)
@@ -355,9 +363,8 @@ def _document(
             differences = _differences(plan, outputs, by_system, correct)
             results.append(_language_result(plan, outputs, source, guesses, differences))
             baselines[key] = _baselines(plan, outputs, guesses)
-            path = plan.hypothesis_only.training_file(plan.rows[key].lang)
-            if path is not None:
-                training[path.relative_to(plan.folder).as_posix()] = file_digest(path)
+            if learnt := plan.hypothesis_only.learnt_from(plan.rows[key].lang):
+                training[learnt[0]] = learnt[1]
     accuracies = {r.lang: r.accuracy for r in results if r.mode == "zero-shot"}
     if source is not None:
         accuracies[plan.source_lang] = float(source.correct.mean())
@@ -504,18 +511,38 @@ def _differences(
 
 def _baselines(plan: _Plan, outputs: Outputs, guesses: Guesses | None) -> Baselines:
     """What the same rows give away without their photos, and how the system compares."""
-    correct = {"shuffled_image": outputs.is_gold(outputs.shuffled_logits.argmax(axis=1))}
-    measured: dict[str, Any] = {}
+    correct = _without_photo(outputs, guesses, outputs.shuffled_correct)
+    measured: dict[str, Any] = {name: float(right.mean()) for name, right in correct.items()}
+    measured |= _gains(plan, outputs.correct, correct, outputs.images)
     if guesses is not None:
         measured["train_labels"] = dict(zip(LABELS, guesses.counts, strict=True))
+    return Baselines(**measured)
+
+
+def _without_photo(
+    outputs: Outputs, guesses: Guesses | None, shuffled: npt.NDArray[Any]
+) -> dict[str, npt.NDArray[Any]]:
+    """By baseline, (N,) which rows it gets right, or in what share of the trainings."""
+    correct = {"shuffled_image": shuffled}
+    if guesses is not None:
         correct["majority"] = outputs.is_gold(guesses.majority)
         correct["hypothesis_only"] = outputs.is_gold(guesses.labels)
-    measured |= {name: float(right.mean()) for name, right in correct.items()}
-    for name, right in correct.items():
-        pair = outputs.correct, right
-        difference = metrics.compare_predictions(*pair, outputs.images, **plan.sampling)
-        measured[f"difference_to_{name}"] = difference
-    return Baselines(**measured)
+    return correct
+
+
+def _gains(
+    plan: _Plan,
+    correct: npt.NDArray[Any],
+    without: Mapping[str, npt.NDArray[Any]],
+    images: npt.NDArray[np.str_],
+) -> dict[str, Difference]:
+    """The paired differences to baselines."""
+    return {
+        f"difference_to_{name}": metrics.compare_predictions(
+            correct, right, images, **plan.sampling
+        )
+        for name, right in without.items()
+    }
 
 
 # --- several folders of models, and the report ---
@@ -531,12 +558,16 @@ def _with_seeds(
 
     `first` are the first training's outputs, `correct` is which rows are right, of each training.
     """
-    everywhere = [key for key in first if all(key in of_run for of_run in correct)]
+    everywhere = [key for key in correct[0] if all(key in of_run for of_run in correct)]
     shares = {key: np.mean([of_run[key] for of_run in correct], axis=0) for key in everywhere}
     intervals: dict[str, dict[str, Interval]] = {}
-    for key in shares:
-        accuracy = metrics.accuracy_interval(shares[key], first[key].images, **plan.sampling)
+    for key in (key for key in first if key in shares and key != plan.along):
+        images = first[key].images
+        accuracy = metrics.accuracy_interval(shares[key], images, **plan.sampling)
+        guesses = plan.hypothesis_only.guess(plan.rows[key])
+        without = _without_photo(first[key], guesses, shares[f"{key}/shuffled"])
         differences = _differences(plan, first[key], first, shares)
+        differences |= _gains(plan, shares[key], without, images)
         intervals[key] = {"accuracy": accuracy, **differences}
     models = [item for d in documents for item in d.signature.checkpoints.items()]
     signature = replace(documents[0].signature, checkpoints=dict(models))

@@ -213,16 +213,19 @@ def not_above(results: Results) -> list[str]:
     for r in mean.results:
         baselines = compared_with(mean, r).items()
         if without := [
-            (value, name) for name, (value, d) in baselines if not _is_above(r, value, d)
+            (value, name, d) for name, (value, d) in baselines if not _is_above(r, value, d)
         ]:
-            level.append((r, *max(without)))
+            level.append((r, *max(without, key=lambda baseline: baseline[:2])))
     if not level:
         return []
-    names = joined(result_name(r, mean) for r, _, _ in level)
-    close = any(r.accuracy > most for r, most, _ in level)
-    most, by = max((most, by) for _, most, by in level)
+    names = joined(result_name(r, mean) for r, *_ in level)
+    close = any(r.accuracy > most for r, most, *_ in level)
+    word = "worse" if all(verdict(d) == "lower" for *_, d in level) else "no better"
+    _, most, by, d = max(level, key=lambda entry: entry[1:3])
+    if len(level) == 1 and d is not None:
+        by += f"; {points(d.value)} points, {difference_span(d)}"
     return [
-        f"{names} {_is(level)}{', within the uncertainty,' if close else ''} no better than a "
+        f"{names} {_is(level)}{', within the uncertainty,' if close else ''} {word} than a "
         f"baseline without the right photo: {'up to ' if len(level) > 1 else ''}"
         f"{percent(most)} % ({by})."
     ]

@@ -44,6 +44,8 @@ class Transfer:
     retrieval_to_student: float  # the same from the teacher's side
     variance_student: float  # variance over sentences, mean over dimensions; near 0: collapsed
     variance_teacher: float  # the same for the teacher, for comparison
+    # The highest mean cosine that one answer to all sentences can have; None: an older document.
+    cosine_constant: float | None = None
 
 
 def measure_transfer(
@@ -84,6 +86,7 @@ def measure_transfer(
         retrieval_to_student=float(to_student),
         variance_student=float(np.var(predicted, axis=0, dtype=np.float64).mean()),
         variance_teacher=float(np.var(wanted, axis=0, dtype=np.float64).mean()),
+        cosine_constant=float(np.linalg.norm(teacher_unit.mean(axis=0, dtype=np.float64))),
     )
 
 

@@ -343,6 +343,8 @@ class ImageEncoder(nn.Module):
         self._save = save
         #: Cells along a side whose states `forward` adds to each embedding; 0: none.
         self.patch_grid = 0
+        #: Blocks at the end of the tower that are trained, and computed in every step (`states`).
+        self.num_trained = 0
         self.preparation = Preparation.of(processor)
         if self.preparation is not None:
             for name in ("mean", "std"):
@@ -358,6 +360,22 @@ class ImageEncoder(nn.Module):
     def premise_width(self) -> int:
         """E, the numbers that `forward` gives for an image: D, or (1 + patch_grid²) · D."""
         return self.embedding_dim * (1 + self.patch_grid**2)
+
+    @property
+    def state_width(self) -> int:
+        """H."""
+        return int(self.backbone.config.hidden_size)
+
+    @property
+    def states_width(self) -> int:
+        """The numbers that `states` gives for an image: T · H, the class token included."""
+        return int(self.backbone.embeddings.position_embedding.num_embeddings) * self.state_width
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The tower's transformer blocks, the last one last."""
+        blocks: nn.ModuleList = self.backbone.encoder.layers
+        return blocks
 
     @property
     def grid(self) -> int:
@@ -411,22 +429,48 @@ class ImageEncoder(nn.Module):
         With a `patch_grid`, the patches' states stand behind each, normalised and projected
         likewise and averaged over the cells of the grid, row by row.
         """
-        if pixels.dtype == torch.uint8:
-            pixels = (pixels.permute(0, 3, 1, 2).float() / 255 - self._mean) / self._std
+        pixels = self._normalised(pixels)
         if not self.patch_grid:
             embedding: Tensor = self.projection(self.backbone(pixel_values=pixels).pooler_output)
             return embedding
         output = self.backbone(pixel_values=pixels, output_hidden_states=True)
-        # What the last layer reads: nothing was trained on what it makes of any patch. Without
-        # CLIP's class token.
-        states = output.hidden_states[-2][:, -(self.grid**2) :]
-        states = self.projection(self._pooled(states))
+        return self._premise(output.hidden_states[-2], output.pooler_output)
+
+    def states(self, pixels: Tensor) -> Tensor:
+        """(B, `states_width`) what the first of the trained blocks reads of the same pixels."""
+        output = self.backbone(pixel_values=self._normalised(pixels), output_hidden_states=True)
+        states: Tensor = output.hidden_states[-1 - self.num_trained]
+        return states.flatten(1)
+
+    def from_states(self, states: Tensor) -> Tensor:
+        """What `forward` gives, (B, E), by the trained blocks, from what `states` gave."""
+        backbone = self.backbone
+        weight = backbone.post_layernorm.weight
+        state = states.to(weight).reshape(len(states), -1, len(weight))
+        for block in self.blocks[-self.num_trained :]:
+            before, state = state, block(state, None)
+        # SigLIP pools by attention, the others take the class token.
+        pooled = backbone.post_layernorm(state)
+        pooled = backbone.head(pooled) if hasattr(backbone, "head") else pooled[:, 0]
+        return self._premise(before, pooled) if self.patch_grid else self.projection(pooled)
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        if pixels.dtype == torch.uint8:
+            pixels = (pixels.permute(0, 3, 1, 2).float() / 255 - self._mean) / self._std
+        return pixels
+
+    def _premise(self, states: Tensor, pooled: Tensor) -> Tensor:
+        """(B, E) from what the last block reads, (B, T, H), and the pooled output, (B, H).
+
+        Nothing was trained on what the last block makes of any patch, so it is not read.
+        """
+        # Without CLIP's class token.
+        states = self.projection(self._pooled(states[:, -(self.grid**2) :]))
         if self.patch_grid != self.grid:
             cells = states.transpose(1, 2).reshape(-1, self.embedding_dim, self.grid, self.grid)
             cells = functional.avg_pool2d(cells, self.grid // self.patch_grid)
             states = cells.flatten(2).transpose(1, 2)
-        pooled = self.projection(output.pooler_output)
-        return torch.cat([pooled[:, None], states], dim=1).flatten(1)
+        return torch.cat([self.projection(pooled)[:, None], states], dim=1).flatten(1)
 
     def _pooled(self, states: Tensor) -> Tensor:
         """What the tower makes of its class token's state before the projection, of any states."""

@@ -15,9 +15,8 @@ from torch.nn import functional
 
 from clseave_cli.core.config import Code, Pooling, SentenceToken, TokenReader, TokenTarget
 from clseave_cli.core.models import backbones
-from clseave_cli.core.models.encoders import SentenceEncoder, backbone_digest
 from clseave_cli.core.models.calibration import write_fitted
-from clseave_cli.core.models.encoders import SentenceEncoder
+from clseave_cli.core.models.encoders import SentenceEncoder, backbone_digest
 from clseave_cli.core.models.folder import peek, seal, unsealed
 from clseave_cli.core.models.tokens import Trimmed
 from clseave_cli.core.models.weights import load_weights, save_weights

@@ -96,6 +96,8 @@ class Stage:
         alone: parameters that are trained by themselves at first; the others have no gradient then,
             and no optimiser state.
         alone_epochs: for so many epochs.
+        factors: parts of the module that are trained at another learning rate, and by what it is
+            multiplied there.
     """
 
     name: str
@@ -111,6 +113,7 @@ class Stage:
     metrics: tuple[str, ...] = ()
     alone: tuple[nn.Parameter, ...] = ()
     alone_epochs: float = 0.0
+    factors: dict[nn.Module, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return self.title or self.name
@@ -209,7 +212,7 @@ class _Run:
         self.folder, self.progress = folder, progress
         self.processes = processes()
         self.parameters = [p for p in stage.module.parameters() if p.requires_grad]
-        self.optimizer = _optimizer(self.parameters, config, device)
+        self.optimizer = _optimizer(self.parameters, stage.factors, config, device)
         self.autocast = autocast(config.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast.precision == "fp16")
         self.gradients, self.gradient, self.update = self._captured()
@@ -396,9 +399,9 @@ class _Run:
         for group in self.optimizer.param_groups:
             # On a GPU a tensor, whose number a captured step reads anew each time.
             if isinstance(group["lr"], Tensor):
-                group["lr"].copy_(learning_rate)
+                group["lr"].copy_(learning_rate * group["factor"])
             else:
-                group["lr"] = learning_rate.item()
+                group["lr"] = learning_rate.item() * group["factor"]
         if self.config.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
@@ -596,21 +599,22 @@ class _Run:
 
 
 def _optimizer(
-    parameters: list[nn.Parameter], config: TrainingConfig, device: torch.device
+    parameters: list[nn.Parameter],
+    factors: dict[nn.Module, float],
+    config: TrainingConfig,
+    device: torch.device,
 ) -> torch.optim.Optimizer:
-    # Weight decay pulls matrices; biases and normalisation gains are left alone, as in CLIP.
-    on_gpu = device.type == "cuda"
-    matrices = [p for p in parameters if p.ndim > 1]
-    vectors = [p for p in parameters if p.ndim <= 1]
-    return torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        lr=torch.tensor(config.learning_rate, device=device) if on_gpu else config.learning_rate,
-        fused=True,
-        capturable=on_gpu,
-    )
+    on_gpu, rate = device.type == "cuda", config.learning_rate
+    factor_of = {id(p): factor for part, factor in factors.items() for p in part.parameters()}
+    groups: list[dict[str, Any]] = []
+    for factor in dict.fromkeys((1.0, *factors.values())):
+        ours = [p for p in parameters if factor_of.get(id(p), 1.0) == factor]
+        # Weight decay pulls matrices; biases and normalisation gains are left alone, as in CLIP.
+        for is_matrix, decay in ((True, config.weight_decay), (False, 0.0)):
+            params = [p for p in ours if (p.ndim > 1) == is_matrix]
+            lr = torch.tensor(rate, device=device) if on_gpu else rate
+            groups.append({"params": params, "weight_decay": decay, "factor": factor, "lr": lr})
+    return torch.optim.AdamW(groups, lr=rate, fused=True, capturable=on_gpu)
 
 
 def _peak_memory_bytes(device: torch.device) -> int:

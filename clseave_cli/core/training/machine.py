@@ -31,6 +31,8 @@ EXTRAS = {
     ),
     "ctranslate2": ("faster translate", ("ctranslate2",)),
     "distributed": ("training in several processes", ("accelerate",)),
+    "lora": ("finetune-ve --lora", ("peft",)),
+    "duplicates": ("evaluate --near-duplicates", ("imagehash",)),
     "tensorboard": ("--tracker tensorboard", ("tensorboard",)),
     "wandb": ("--tracker wandb", ("wandb",)),
     "trackio": ("--tracker trackio", ("trackio",)),

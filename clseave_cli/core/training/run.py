@@ -24,6 +24,7 @@ import transformers
 
 from clseave_cli.core.config import TrainingConfig
 from clseave_cli.core.data.hub import data_folder
+from clseave_cli.core.data.hypothesis_only import HYPOTHESIS_ONLY_FILE
 from clseave_cli.core.data.seen import SEEN_FILE, SeenRows
 from clseave_cli.core.files import (
     Kind,
@@ -52,7 +53,7 @@ _FREE_OPTIONS = ("resume", "device", "checkpoint_minutes", "runs", "out", "track
 _RECORDS = ("run.json", "metrics.jsonl", "summary.json")
 _TRAINING = (
     rf"training/(run\.json|metrics\.jsonl|summary\.json|{tracking.TENSORBOARD_FOLDER}/.+)"
-    rf"|{re.escape(SEEN_FILE)}"
+    rf"|{re.escape(SEEN_FILE)}|{re.escape(HYPOTHESIS_ONLY_FILE)}"
 )
 #: What transformers writes into the folder of a whole model, which `pretrain` makes.
 _HUGGING_FACE = (
@@ -177,7 +178,7 @@ class Run:
             with atomic_folder(self.out) as folder:
                 save(folder)
                 (folder / "README.md").write_text(card, encoding="utf-8")
-                (folder / "training").mkdir()
+                (folder / "training").mkdir(exist_ok=True)
                 for name in _RECORDS:
                     shutil.copyfile(self.folder / name, folder / "training" / name)
                 if (events := self.folder / tracking.TENSORBOARD_FOLDER).is_dir():

@@ -1,0 +1,80 @@
+"""What of a pretrained tower is trained where it is not all or nothing: blocks, or adapters (LoRA).
+
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021): a matrix W becomes
+W + 2 B A (α = 2 r), of which only B and A, of rank r, are trained. At the end they are added up,
+so a model that was trained so is like any other.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
+from clseave_cli.errors import ExtraMissing, UsageError
+
+#: The matrices that get adapters, by the names of CLIP, SigLIP and BERT: queries and values, as in
+#: the paper's section 7.1.
+_MATRICES = r".*\.(q_proj|v_proj|query|value)"
+
+
+def require_peft() -> None:
+    """Refuses adapters before any work where peft is not installed.
+
+    Raises:
+        ExtraMissing: it is not.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise ExtraMissing("--lora needs peft; run: pip install -e '.[lora]'.")
+
+
+def train_blocks(image: ImageEncoder, count: int | None, flag: str) -> None:
+    """Has the last blocks of an image tower computed in every step, from what they read.
+
+    Args:
+        image: the tower.
+        count: how many blocks are trained; None: all of them are computed, none is trained.
+        flag: what asks for it, for the message.
+
+    Raises:
+        UsageError: the tower has fewer blocks, or is not like CLIP's.
+    """
+    if not (image.grid and hasattr(image.backbone, "post_layernorm")):
+        raise UsageError(
+            f"{flag}: only towers like CLIP's or SigLIP's, which see every picture as a square of "
+            "patches, can be trained."
+        )
+    if count is not None and count > len(image.blocks):
+        raise UsageError(f"{flag} {count}: the image tower has only {len(image.blocks)}.")
+    image.num_trained = count or len(image.blocks)
+    image.blocks[-image.num_trained :].requires_grad_(count is not None)
+
+
+@contextmanager
+def adapted(
+    encoders: tuple[SentenceEncoder | ImageEncoder, ...], rank: int | None, seed: int
+) -> Iterator[None]:
+    """Within the block, only adapters of some encoders' backbones are trained.
+
+    At its end they become part of the weights.
+
+    Args:
+        encoders: left alone without a rank.
+        rank: r; None: no adapters.
+        seed: of the adapters' first weights.
+    """
+    if rank is None:
+        yield
+        return
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraModel
+
+    torch.manual_seed(seed)
+    config = {"default": LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_MATRICES)}
+    tuners = [LoraModel(encoder.backbone, config, "default") for encoder in encoders]
+    yield
+    for tuner in tuners:
+        tuner.merge_and_unload()
