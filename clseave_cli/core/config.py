@@ -758,11 +758,21 @@ class PredictConfig(ModelsConfig):
     """`predict`: the label of one image and sentence, or of a file of them."""
 
     FIRST: ClassVar[tuple[str, ...]] = (
-        "lang", "runs", "images", "batch_size", "resume", "device", "precision",
+        "lang", "runs", "student", "images", "image_column", "text_column", "batch_size", "resume",
+        "device", "precision",
     )  # fmt: skip
 
     lang: str | None = option(None, "Language of the hypothesis; auto: identify; unset: CLIP-VE's.")
+    student: Path | None = option(
+        None, "Student that reads the hypothesis; unset: that of --runs.", metavar="DIR"
+    )
     images: Path | None = option(None, "Image folder of --input; unset: paths are relative to it.")
+    image_column: str | None = option(
+        None, "Column of --input that names the image; unset: image, or SNLI-VE's.", metavar="NAME"
+    )
+    text_column: str | None = option(
+        None, "Column of the hypothesis; unset: hypothesis or sentence2.", metavar="NAME"
+    )
     batch_size: int = option(256, "Pairs computed at once.", least=1)
     resume: bool = option(False, "Continue an interrupted --output where it stopped.")
 

@@ -69,7 +69,7 @@ def is_repository(name: str) -> bool:
 
 
 def model_folder(name: Path, progress: Progress = SILENT) -> Path:
-    """The local folder that `--runs`, `--teacher` and `--students` mean.
+    """The local folder that `--runs`, `--teacher`, `--student` and `--students` mean.
 
     Args:
         name: a folder, or `ORG/NAME[@revision]` where no such folder is here. It is fetched into
@@ -104,15 +104,17 @@ def model_folder(name: Path, progress: Progress = SILENT) -> Path:
 def with_local_models(config: Config, progress: Progress = SILENT) -> Config:
     """The options with folders where they name repositories of the hub.
 
-    Where models are trained, `--runs` is what they are written to, and stays as it is.
+    Where models are trained, `--runs` is what they are written to and `--student` what they start
+    from; both stay as they are.
 
     Raises:
         ModelError: as `model_folder`.
     """
     local: dict[str, Any] = {}
-    for name in ("runs", "teacher", "students"):
+    for name in ("runs", "teacher", "student", "students"):
         value = getattr(config, name, None)
-        if value is None or (name == "runs" and isinstance(config, TrainingConfig)):
+        trains = isinstance(config, TrainingConfig)
+        if value is None or (trains and name in ("runs", "student")):
             continue
         if isinstance(value, tuple):
             local[name] = tuple(model_folder(each, progress) for each in value)

@@ -1,22 +1,26 @@
-"""What `predict` reads and writes: pairs to judge, row by row, and the answers, one a line.
+"""What `predict` reads and writes: pairs to judge, row by row, and the answers in their order.
 
 Pairs come from a file of any format, or as JSON Lines or CSV down a pipe. A row that cannot be used
-is handed on as a `DataError` in its place, so that one bad row does not stop the others. Answers
-are JSON Lines: a run that was killed goes on after its last whole line.
+is handed on as a `DataError` in its place, so that one bad row does not stop the others. Until all
+answers are there, they are JSON Lines: a run that was killed goes on after its last whole line.
 """
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 import os
 import re
 import select
-import shutil
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -30,18 +34,23 @@ from clseave_cli.core.data.rows import (
     header_of,
     image_name,
     is_garbled,
+    json_line,
     json_rows,
     parquet_rows,
+    reading_parquet,
 )
 from clseave_cli.core.files import atomic_file, fsync_folder, locked_target, sweep, writing
 from clseave_cli.errors import DataError, UsageError
+from clseave_cli.labels import LABELS
 
 #: What an answer says beside image and hypothesis.
-ANSWER_KEYS = ("lang", "label", "probabilities", "model", "truncated", "error")
+ANSWER_KEYS = ("lang", "label", "probabilities", "model", "truncated", "warning", "error")
+#: The same as columns of a table.
+ANSWER_COLUMNS = ("lang", "label", *LABELS, "model", "truncated", "warning", "error")
 # Where a row has the keys of `predict` beside those of a data set, `predict`'s count.
 _IMAGE_KEYS, _HYPOTHESIS_KEYS = IMAGE_KEYS[::-1], HYPOTHESIS_KEYS[::-1]
-#: Columns that do not go with the answer: it has them already, or something else of that name.
-_TAKEN = {*IMAGE_KEYS, *HYPOTHESIS_KEYS, *ANSWER_KEYS}
+_TABLES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+_PARQUET_ROWS = 1024
 _CHUNK_BYTES = 1 << 16
 _LONGEST_LINE_BYTES = 16 << 20
 
@@ -54,7 +63,7 @@ class Pair(NamedTuple):
     others: dict[str, Any]
 
 
-def read_pairs(stream: BinaryIO, name: str, batch_size: int) -> Iterator[list[Pair | DataError]]:
+class Pairs:
     """The rows of a stream in order, in batches.
 
     A batch is smaller than `batch_size` only at the end, or where the next row is not there yet: a
@@ -65,47 +74,222 @@ def read_pairs(stream: BinaryIO, name: str, batch_size: int) -> Iterator[list[Pa
             image and hypothesis; JSON Lines otherwise. Empty lines are skipped.
         name: what messages call it; packed where it ends in `.gz`.
         batch_size: most rows in a batch.
+        image_column: what holds the image's name; None: the first usual name that a row has.
+        text_column: what holds the hypothesis; None: likewise.
 
-    Raises:
-        DataError: the stream breaks, or a line is far too long.
+    Attributes:
+        whole: a pair's `others` are all its columns, as a table needs them, image and hypothesis
+            included; None: where the stream is CSV.
     """
-    lines = _Lines(stream, name)
-    if name.endswith(".parquet"):
-        lines.ended = True
-        rows = parquet_rows(stream, Path(name), None)
-    else:
-        names = header_of(lines.peek())[1]
-        header = set(map(str.strip, names))
-        if header & {*IMAGE_KEYS} and header & {*HYPOTHESIS_KEYS}:
-            rows = iter(DelimitedRows(lines, errors="surrogateescape"))
-        elif name.removesuffix(".gz").endswith((".csv", ".tsv")):
-            wanted = "expected a header with the columns image and hypothesis, or SNLI-VE's."
-            raise DataError.at(name, 1, NOT_UTF8 if is_garbled(names) else wanted)
+
+    def __init__(
+        self,
+        stream: BinaryIO,
+        name: str,
+        batch_size: int,
+        image_column: str | None = None,
+        text_column: str | None = None,
+    ) -> None:
+        self.name = name
+        self.whole: bool | None = None
+        self._stream, self._batch_size = stream, batch_size
+        self._lines = _Lines(stream, name)
+        self._image_keys = (image_column,) if image_column else _IMAGE_KEYS
+        self._text_keys = (text_column,) if text_column else _HYPOTHESIS_KEYS
+
+    @cached_property
+    def header(self) -> tuple[str, list[str]]:
+        """The delimiter and the cells of the first line; waits for it."""
+        delimiter, names = header_of(self._lines.peek())
+        return delimiter, [name.strip() for name in names]
+
+    @cached_property
+    def format(self) -> str:
+        """`parquet`, `csv` or `jsonl`; may wait for the first line.
+
+        Raises:
+            DataError: a CSV file has no columns for image and hypothesis.
+        """
+        if self.name.endswith(".parquet"):
+            return "parquet"
+        names = self.header[1]
+        if set(names).intersection(self._image_keys) and set(names).intersection(self._text_keys):
+            return "csv"
+        if self.name.removesuffix(".gz").endswith((".csv", ".tsv")):
+            wanted = (
+                "expected a header with the columns image and hypothesis, or SNLI-VE's; "
+                f"--image-column and --text-column name others (there: {', '.join(names)[:200]})."
+            )
+            raise DataError.at(self.name, 1, NOT_UTF8 if is_garbled(names) else wanted)
+        return "jsonl"
+
+    def __iter__(self) -> Iterator[list[Pair | DataError]]:
+        if self.format == "parquet":
+            self._lines.ended = True
+            rows = parquet_rows(self._stream, Path(self.name), None)
+        elif self.format == "csv":
+            rows = iter(DelimitedRows(self._lines, errors="surrogateescape"))
         else:
-            rows = json_rows(lines)
-    pairs = (_pair(values, name, line) for line, values, _ in rows)
-    for pair in pairs:
-        batch = [pair]
-        while len(batch) < batch_size and lines.ready and (more := next(pairs, None)) is not None:
-            batch.append(more)
-        yield batch
+            rows = json_rows(self._lines)
+        if self.whole is None:
+            self.whole = self.format == "csv"
+        pairs = (self._pair(values, line) for line, values, _ in rows)
+        for pair in pairs:
+            batch = [pair]
+            while (
+                len(batch) < self._batch_size
+                and self._lines.ready
+                and (more := next(pairs, None)) is not None
+            ):
+                batch.append(more)
+            yield batch
+
+    def named_by(self, row: dict[str, Any]) -> tuple[Any, Any]:
+        """The image and the hypothesis of a row."""
+        return image_name(row, self._image_keys), first_value(row, self._text_keys)
+
+    def _pair(self, row: Any, line: int) -> Pair | DataError:
+        if isinstance(row, BadRow):
+            return DataError.at(self.name, line, str(row))
+        image, hypothesis = self.named_by(row)
+        if not isinstance(image, str) or not isinstance(hypothesis, str):
+            keys = f"keys {list(row)!r}"[:200]
+            return DataError.at(
+                self.name, line, f"expected an object with texts for image and hypothesis ({keys})."
+            )
+        # What an answer has already, or something else of that name.
+        taken = {*ANSWER_KEYS, *ANSWER_COLUMNS}
+        if not self.whole:
+            taken |= {*IMAGE_KEYS, *HYPOTHESIS_KEYS, *self._image_keys, *self._text_keys}
+        others = {key: value for key, value in row.items() if key not in taken}
+        if _holds_gold_labels(row.keys()):
+            others["gold_label"] = row["label"]
+        nested = [value for value in others.values() if type(value) in (dict, list)]
+        try:
+            json.dumps(nested, default=str)
+        except RecursionError:
+            return DataError.at(self.name, line, "JSON nested too deeply.")
+        return Pair(image, hypothesis, others)
 
 
-def _pair(row: Any, name: str, line: int) -> Pair | DataError:
-    if isinstance(row, BadRow):
-        return DataError.at(name, line, str(row))
-    image, hypothesis = image_name(row, _IMAGE_KEYS), first_value(row, _HYPOTHESIS_KEYS)
-    if not isinstance(image, str) or not isinstance(hypothesis, str):
-        keys = f"keys {list(row)!r}"[:200]
-        return DataError.at(
-            name, line, f"expected an object with texts for image and hypothesis ({keys})."
-        )
-    others = {key: value for key, value in row.items() if key not in _TAKEN}
-    try:
-        json.dumps([value for value in others.values() if type(value) in (dict, list)], default=str)
-    except RecursionError:
-        return DataError.at(name, line, "JSON nested too deeply.")
-    return Pair(image, hypothesis, others)
+@dataclass(frozen=True)
+class AnswerTable:
+    """Answers as a table: the columns of the input, then those of `ANSWER_COLUMNS`.
+
+    Attributes:
+        format: `csv` or `parquet`.
+        columns: their names.
+        delimiter: between the cells of CSV.
+        source: the input, where that is Parquet.
+    """
+
+    format: str
+    columns: list[str]
+    delimiter: str
+    source: Path | None
+
+    @classmethod
+    def of(cls, pairs: Pairs, target: Path | None) -> AnswerTable | None:
+        """The table that answers to pairs are written as; None: JSON Lines.
+
+        Args:
+            pairs: the input, whose format counts where the target's name tells none.
+            target: the file to write; None: a stream.
+
+        Raises:
+            UsageError: the target's name tells another kind of table than the input is.
+        """
+        ending = target.suffix.lower() if target is not None else ""
+        wanted = _TABLES.get(ending, "jsonl" if ending in (".jsonl", ".ndjson") else pairs.format)
+        if wanted == "jsonl" or (wanted == "parquet" and target is None):
+            return None
+        if wanted != pairs.format:
+            raise UsageError(
+                f"{target}: {pairs.name} is no table of this kind; name the answers .jsonl."
+            )
+        if wanted == "parquet":
+            return cls(wanted, [], "", Path(pairs.name))
+        delimiter, names = pairs.header
+        columns = [name for name in names if name not in ANSWER_COLUMNS]
+        columns += ["gold_label"] if _holds_gold_labels(names) else []
+        delimiter = "\t" if ending == ".tsv" else "," if ending == ".csv" else delimiter
+        return cls(wanted, [*columns, *ANSWER_COLUMNS], delimiter, None)
+
+    def encode(self, answers: Iterable[dict[str, Any]], with_header: bool = False) -> bytes:
+        """Some rows of CSV."""
+        text = io.StringIO()
+        writer = csv.writer(text, delimiter=self.delimiter, lineterminator="\n")
+        if with_header:
+            writer.writerow(self.columns)
+        for answer in answers:
+            cells = (answer.get(name) for name in self.columns)
+            writer.writerow(["true" if cell is True else cell for cell in cells])
+        return text.getvalue().encode(errors="surrogateescape")
+
+    def write(self, answers: Iterator[dict[str, Any]], stream: BinaryIO) -> None:
+        """The whole table."""
+        if self.source is None:
+            stream.write(self.encode((), with_header=True))
+            while some := list(islice(answers, _PARQUET_ROWS)):
+                stream.write(self.encode(some))
+            return
+        import pyarrow
+        import pyarrow.parquet
+
+        kinds = {"truncated": pyarrow.bool_(), **dict.fromkeys(LABELS, pyarrow.float64())}
+        fields = [pyarrow.field(n, kinds.get(n, pyarrow.string())) for n in ANSWER_COLUMNS]
+        with reading_parquet(self.source, self.source) as file:
+            there = {field.name: field for field in file.schema_arrow}
+            kept = [field for name, field in there.items() if name not in ANSWER_COLUMNS]
+            if _holds_gold_labels(there):
+                fields.insert(0, there["label"].with_name("gold_label"))
+            schema = pyarrow.schema([*kept, *fields])
+            with pyarrow.parquet.ParquetWriter(stream, schema) as writer:
+                for batch in file.iter_batches(_PARQUET_ROWS, columns=[f.name for f in kept]):
+                    some = list(islice(answers, batch.num_rows))
+                    added = pyarrow.Table.from_pylist(some, pyarrow.schema(fields))
+                    columns = [*batch.columns, *added.columns]
+                    writer.write_table(pyarrow.Table.from_arrays(columns, schema=schema))
+
+    def header(self, path: Path) -> list[str]:
+        """The names of the columns of a table of this format."""
+        if self.format == "parquet":
+            with reading_parquet(path, path) as file:
+                return list(file.schema_arrow.names)
+        with path.open("rb") as stream:
+            return header_of(stream.readline())[1]
+
+    def read(self, path: Path) -> Iterator[dict[str, Any]]:
+        """The rows of a table that `write` wrote.
+
+        Raises:
+            DataError: it is damaged.
+        """
+        with path.open("rb") as stream:
+            rows = (
+                parquet_rows(stream, path)
+                if self.format == "parquet"
+                else iter(DelimitedRows(stream, errors="surrogateescape"))
+            )
+            for line, values, _ in rows:
+                if isinstance(values, BadRow):
+                    raise _damaged(path, line)
+                yield {key: value for key, value in values.items() if value is not None}
+
+
+def _holds_gold_labels(names: Iterable[str]) -> bool:
+    """Whether the column `label` is one of the data, which the answer's would replace."""
+    others = {"gold_label", "probabilities", *LABELS}
+    return "label" in names and others.isdisjoint(names)
+
+
+def _damaged(path: Path, line: int) -> DataError:
+    return DataError.at(
+        path,
+        line,
+        "damaged, not a whole answer; choose another --output, or leave out --resume to replace "
+        "that file.",
+    )
 
 
 class _Lines:
@@ -183,6 +367,7 @@ class AnswerFile:
     Args:
         target: the file that will hold the answers; an older one stays until then.
         resume: go on with what an interrupted run left, or after what a finished one wrote.
+        table: the form of the target; None: JSON Lines.
 
     Attributes:
         finished: the earlier answers are those of a run that ended, in the target.
@@ -193,8 +378,8 @@ class AnswerFile:
         ClseaveError: another process is writing there, or the folder cannot be written.
     """
 
-    def __init__(self, target: Path, resume: bool) -> None:
-        self.target, self._resume = target, resume
+    def __init__(self, target: Path, resume: bool, table: AnswerTable | None = None) -> None:
+        self.target, self._resume, self._table = target, resume, table
         self.partial = target.with_name(target.name + ".partial")
         self.finished = False
         self._lock = ExitStack()
@@ -221,8 +406,11 @@ class AnswerFile:
     def _require_answers(self) -> None:
         with writing(self.target), self.target.open("rb") as stream:
             first = stream.readline()
-        answer = _whole_answer(first) or {}
-        if first and not answer.keys() & {"label", "error"}:
+        if self._table is not None:
+            holds = {"label", "error"} <= set(self._table.header(self.target) if first else ())
+        else:
+            holds = bool({"label", "error"} & (_whole_answer(first) or {}).keys())
+        if first and not holds:
             raise UsageError(
                 f"{self.target}: is there already and holds no answers; choose another --output."
             )
@@ -236,17 +424,15 @@ class AnswerFile:
         path = self.target if self.finished else self.partial
         if not path.exists():
             return
+        if self.finished and self._table is not None:
+            yield from self._table.read(path)
+            return
         with writing(path), path.open("rb" if self.finished else "r+b") as stream:
             whole = 0
             for number, line in enumerate(stream, start=1):
                 answer = _whole_answer(line)
                 if answer is None and self.finished:
-                    raise DataError.at(
-                        path,
-                        number,
-                        "damaged, not a whole answer; choose another --output, or leave out "
-                        "--resume to replace that file.",
-                    )
+                    raise _damaged(path, number)
                 if answer is None:
                     break
                 whole += len(line)
@@ -257,8 +443,8 @@ class AnswerFile:
     def reopen(self) -> None:
         """Takes a finished file's answers over, to write further ones after them."""
         # A copy: the finished file stays whole until there is a longer one.
-        with self.target.open("rb") as answers, atomic_file(self.partial) as stream:
-            shutil.copyfileobj(answers, stream)
+        with atomic_file(self.partial) as stream:
+            stream.writelines(map(json_line, self.earlier()))
         self.finished = False
 
     @contextmanager
@@ -275,8 +461,13 @@ class AnswerFile:
                 if self.partial.exists() and not self.partial.stat().st_size:
                     self.partial.unlink()
                 raise
-            self.partial.replace(self.target)
-            fsync_folder(self.target.parent)
+            if self._table is None:
+                self.partial.replace(self.target)
+                fsync_folder(self.target.parent)
+                return
+            with self.partial.open("rb") as answers, atomic_file(self.target) as stream:
+                self._table.write(map(json.loads, answers), stream)
+            self.partial.unlink()
 
 
 def _whole_answer(line: bytes) -> dict[str, Any] | None:
