@@ -83,18 +83,11 @@ def run(
     # One pair is so little work that two threads would mostly wait for each other.
     use_one_thread()
     from clseave_cli.core.data.heat_map import require_writable, write_png
-    from clseave_cli.core.prediction.predictor import VisualEntailment
+    from clseave_cli.core.prediction.predictor import load
 
     if explain is not None:
         require_writable(explain)
-    model = VisualEntailment.from_pretrained(
-        config.runs,
-        config.lang,
-        config.device,
-        config.precision,
-        lasting=False,
-        student=config.student,
-    )
+    model = load(config, lasting=False)
     start = time.perf_counter()
     result = model.predict([(pictures[0], sentences[0])])[0]
     seconds = time.perf_counter() - start
@@ -146,32 +139,25 @@ def _pictures(image: str, words: list[str]) -> tuple[list[str | bytes], list[str
 def _predict_several(
     config: PredictConfig, pictures: list[str | bytes], sentences: list[str], json: bool
 ) -> None:
-    from clseave_cli.core.prediction.predictor import VisualEntailment
+    from clseave_cli.core.prediction.predictor import load
 
-    model = VisualEntailment.from_pretrained(
-        config.runs, config.lang, config.device, config.precision, student=config.student
-    )
     pairs = list(itertools.product(pictures, sentences))
+    results = load(config).batch(pairs, batch_size=config.batch_size)
     answers: list[dict[str, Any]] = []
-    warnings: dict[str, None] = {}
     _escape_what_stdout_lacks()
-    for (picture, sentence), result in zip(
-        pairs, model.batch(pairs, batch_size=config.batch_size), strict=True
-    ):
+    for (picture, sentence), result in zip(pairs, results, strict=True):
         name = picture if isinstance(picture, str) else "the image"
         if isinstance(result, ClseaveError):
-            answer = {"image": name, "hypothesis": sentence, "error": str(result)}
-            line = f"{'error':<13}          {result}"
+            answers.append({"image": name, "hypothesis": sentence, "error": str(result)})
+            line = f"{'error':<24}{result}"
         else:
-            answer = result.to_json()
+            answers.append(result.to_json())
             about = [name] * (len(pictures) > 1) + [sentence] * (len(sentences) > 1)
-            line = f"{result.label:<13} {100 * max(result.probabilities.values()):5.1f} %  "
-            line += ": ".join(about)
-            warnings |= {result.warning: None} if result.warning else {}
-        answers.append(answer)
+            percent = 100 * result.probabilities[result.label]
+            line = f"{result.label:<14}{percent:6.1f} %  {': '.join(about)}"
         if not json:
-            terminal.stdout().print(line, soft_wrap=True, markup=False, highlight=False)
-    for warning in warnings:
+            terminal.say(line)
+    for warning in dict.fromkeys(each["warning"] for each in answers if "warning" in each):
         terminal.say(f"warning: {warning}", to_stderr=True)
     if json:
         terminal.print_json(answers)

@@ -321,7 +321,7 @@ class ModelsConfig(StageConfig):
 class DataConfig:
     """Where a stage's data lie and how strictly they are read."""
 
-    data: str = option("data", "Data folder, or hf:ORG/NAME.")
+    data: str = option("data", "Data folder, hf:ORG/NAME, or files of another layout.")
     images: Path | None = option(None, "Image folder; unset: found in --data.")
     skip_bad: bool = option(False, "Put bad rows into .rejected.jsonl; skip rows without image.")
 
@@ -707,7 +707,7 @@ class WordAlignConfig(StageConfig, WordAlignerConfig):
         "lang", "data", "split", "input", "out", "gold", "alignments", "words", "aligner",
         "aligner_layer", "aligner_threshold", "device",
     )  # fmt: skip
-    data: str = option("data", "Data folder, or hf:ORG/NAME.")
+    data: str = option("data", "Data folder, hf:ORG/NAME, or files of another layout.")
     lang: str | None = option(None, "Language of the translations in --data.")
     source_lang: str = option("en", "Language they were translated from.")
     split: str = option("train", "Split to align.")

@@ -378,7 +378,8 @@ def test_several_pictures_and_sentences(clseave, refused, trained, world, tmp_pa
     answer = json.loads(clseave("predict", "-", "Red.", *models, "--json")[1])
     assert answer["label"] == answers[0]["label"] and answer["image"] == "the image"
 
-    assert "no pair could be judged" in refused("predict", folder / "c.jpg", "a", "b", *models)
+    code, out, err = clseave("predict", folder / "c.jpg", "a", "b", *models)
+    assert code == 1 and "no pair could be judged" in err and out.count("c.jpg: damaged") == 2
     assert "no pictures" in refused("predict", f"{folder}/x*.png", "a", *models, code=2)
     assert "too long" in refused("predict", "x" * 300, "a", *models)
 

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
+import io
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from clseave_cli.core.config import StageConfig, TrainingConfig
 from clseave_cli.core.data.images import in_rgb
-from clseave_cli.core.data.rows import IMAGE_KEYS, LABEL_KEYS, json_line
-from clseave_cli.core.files import atomic_folder
+from clseave_cli.core.data.layouts import (
+    CODES,
+    SPLITS,
+    Part,
+    file_parts,
+    published_files,
+    write_folder,
+)
+from clseave_cli.core.data.records import ENGLISH
+from clseave_cli.core.data.rows import LABEL_KEYS
+from clseave_cli.core.files import atomic_folder, file_digest, json_digest
 from clseave_cli.errors import DataError, ModelError
 from clseave_cli.labels import LABELS
 from clseave_cli.progress import SILENT, Progress
@@ -28,8 +38,6 @@ MODEL_FILES = (
 
 _PREFIX = "hf:"
 _TIMEOUT_SECONDS = 10.0
-#: Names under which the hub knows our splits.
-_SPLITS = {"train": "train", "validation": "dev", "dev": "dev", "test": "test"}
 
 
 @functools.cache
@@ -129,27 +137,33 @@ def data_folder(data: str, progress: Progress = SILENT, root: Path = Path("data"
     """The local folder that `--data` means.
 
     Args:
-        data: a folder, or `hf:ORG/NAME`, which is downloaded through `datasets` and written to
-            `{root}/ORG--NAME` the first time.
+        data: a data folder; `hf:ORG/NAME`, which is downloaded through `datasets`; or a file of
+            another layout, or a pattern of files. All but the first become a folder once.
         progress: told about the rows written.
         root: where such folders go.
 
     Raises:
-        DataError: the data set cannot be loaded or has no split we know.
+        DataError: the data set cannot be loaded, or is of no layout we know.
     """
-    if not data.startswith(_PREFIX):
+    is_remote = data.startswith(_PREFIX)
+    files = [] if is_remote else published_files(data)
+    if not is_remote and not files:
         return Path(data)
-    name = data.removeprefix(_PREFIX)
-    target = root / re.sub(r"[^A-Za-z0-9._-]+", "--", name).strip("-.")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "--", data.removeprefix(_PREFIX)).strip("-.")
+    if files:  # another content is another folder
+        name += f"-{json_digest([file_digest(path) for path in files])[:8]}"
+    target = root / name
     if not target.is_dir():
         with atomic_folder(target) as aside:
-            _write(name, aside, progress)
+            parts = file_parts(files) if files else _hub_parts(data.removeprefix(_PREFIX))
+            write_folder(aside, parts, data, progress)
     return target
 
 
-def _write(name: str, folder: Path, progress: Progress) -> None:
+def _hub_parts(name: str) -> Iterator[Part]:
+    """The splits of a data set of the hub."""
     import datasets
-    from huggingface_hub import constants
+    from huggingface_hub import constants, snapshot_download
 
     if not (constants.HF_HUB_OFFLINE or hub_answers()):  # its client would try for a minute
         raise DataError(
@@ -157,41 +171,48 @@ def _write(name: str, folder: Path, progress: Progress) -> None:
             "what was fetched before."
         )
     try:
-        loaded = datasets.load_dataset(name)
+        try:
+            loaded = datasets.load_dataset(name)
+        except RuntimeError as error:
+            if "scripts are no longer supported" not in str(error):
+                raise
+            # Such a script only reads the files beside it.
+            endings = ["*.jsonl", "*.csv", "*.parquet"]
+            folder = snapshot_download(name, repo_type="dataset", allow_patterns=endings)
+            files = [path for ending in endings for path in Path(folder).rglob(ending)]
+            yield from file_parts(sorted(files))
+            return
+    except DataError:
+        raise
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"--data hf:{name}: cannot be loaded ({reason}).") from None
-    splits = {_SPLITS[split]: rows for split, rows in loaded.items() if split in _SPLITS}
-    if not splits:
-        raise DataError(f"--data hf:{name}: none of its splits is one of {', '.join(_SPLITS)}.")
-    (folder / "images").mkdir()
-    for split, rows in splits.items():
-        with (
-            (folder / f"snli_ve_{split}.jsonl").open("wb") as stream,
-            progress.task(f"{name}: {split}", total=len(rows), unit="rows") as task,
-        ):
-            for number, row in enumerate(rows):
-                plain = _plain_row(row, f"{split}-{number}", rows.features, folder / "images")
-                stream.write(json_line(plain))
-                task.advance()
+    splits = [split for split in loaded if split in SPLITS]
+    if loaded.keys() <= CODES:  # each is the test data of a language
+        for lang, rows in loaded.items():
+            yield Part("test", "test", lang, _plain_rows(rows))
+    elif not splits:
+        raise DataError(f"--data hf:{name}: none of its splits is one of {', '.join(SPLITS)}.")
+    for split in splits:
+        yield Part(SPLITS[split], SPLITS[split], ENGLISH, _plain_rows(loaded[split]))
 
 
-def _plain_row(row: dict[str, Any], row_id: str, features: Any, images: Path) -> dict[str, Any]:
-    """A row as JSON: label names instead of ids, images as files."""
-    plain = {"pairID": row_id, **row}
-    for key in LABEL_KEYS:
-        value = plain.get(key)
-        if isinstance(value, int):
-            names = getattr(features[key], "names", LABELS)
-            plain[key] = names[value] if 0 <= value < len(names) else "-"
-    for key in IMAGE_KEYS:
-        if hasattr(plain.get(key), "convert"):
-            # Named by content: a photo of many rows stays one photo, whose rows belong together,
-            # and the data set's own file name is not trusted as a path.
-            image = in_rgb(plain[key])
-            digest = hashlib.blake2b(repr(image.size).encode(), digest_size=16)
-            digest.update(image.tobytes())
-            plain[key] = f"{digest.hexdigest()}.png"
-            if not (images / plain[key]).exists():
-                image.save(images / plain[key])
-    return plain
+def _plain_rows(rows: Any) -> Iterator[dict[str, Any]]:
+    """Rows with the names of labels instead of numbers, and photos as the bytes of their files."""
+    import datasets
+
+    photos = [key for key, kind in rows.features.items() if isinstance(kind, datasets.Image)]
+    labels = [key for key in LABEL_KEYS if key in rows.features]
+    for key in photos:
+        rows = rows.cast_column(key, datasets.Image(decode=False))
+    for row in rows:
+        for key in photos:
+            if row[key] and not row[key]["bytes"]:  # one that lies in the client's cache
+                stream = io.BytesIO()
+                in_rgb(datasets.Image().decode_example(row[key])).save(stream, "PNG")
+                row[key] = stream.getvalue()
+        for key in labels:
+            if isinstance(row[key], int):
+                names = getattr(rows.features[key], "names", LABELS)
+                row[key] = names[row[key]] if 0 <= row[key] < len(names) else "-"
+        yield row

@@ -18,7 +18,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -49,7 +49,11 @@ ANSWER_KEYS = ("lang", "label", "probabilities", "model", "truncated", "warning"
 ANSWER_COLUMNS = ("lang", "label", *LABELS, "model", "truncated", "warning", "error")
 # Where a row has the keys of `predict` beside those of a data set, `predict`'s count.
 _IMAGE_KEYS, _HYPOTHESIS_KEYS = IMAGE_KEYS[::-1], HYPOTHESIS_KEYS[::-1]
-_TABLES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+#: What the ending of the answers' file asks for, and the delimiter.
+_FORMATS = {
+    ".csv": ("csv", ","), ".tsv": ("csv", "\t"), ".parquet": ("parquet", ""),
+    ".jsonl": ("jsonl", ""), ".ndjson": ("jsonl", ""),
+}  # fmt: skip
 _PARQUET_ROWS = 1024
 _CHUNK_BYTES = 1 << 16
 _LONGEST_LINE_BYTES = 16 << 20
@@ -133,14 +137,11 @@ class Pairs:
             rows = json_rows(self._lines)
         if self.whole is None:
             self.whole = self.format == "csv"
+        size, lines = self._batch_size, self._lines
         pairs = (self._pair(values, line) for line, values, _ in rows)
         for pair in pairs:
             batch = [pair]
-            while (
-                len(batch) < self._batch_size
-                and self._lines.ready
-                and (more := next(pairs, None)) is not None
-            ):
+            while len(batch) < size and lines.ready and (more := next(pairs, None)) is not None:
                 batch.append(more)
             yield batch
 
@@ -177,30 +178,24 @@ class AnswerTable:
     """Answers as a table: the columns of the input, then those of `ANSWER_COLUMNS`.
 
     Attributes:
-        format: `csv` or `parquet`.
-        columns: their names.
-        delimiter: between the cells of CSV.
-        source: the input, where that is Parquet.
+        columns: of CSV.
+        delimiter: between its cells.
+        source: the input, if it is Parquet.
     """
 
-    format: str
-    columns: list[str]
-    delimiter: str
-    source: Path | None
+    columns: list[str] = field(default_factory=list)
+    delimiter: str = ","
+    source: Path | None = None
 
     @classmethod
     def of(cls, pairs: Pairs, target: Path | None) -> AnswerTable | None:
-        """The table that answers to pairs are written as; None: JSON Lines.
-
-        Args:
-            pairs: the input, whose format counts where the target's name tells none.
-            target: the file to write; None: a stream.
+        """The table that the target's name asks for, or else the input is; None: JSON Lines.
 
         Raises:
-            UsageError: the target's name tells another kind of table than the input is.
+            UsageError: the target (None: a stream) is to be another kind of table than the input.
         """
         ending = target.suffix.lower() if target is not None else ""
-        wanted = _TABLES.get(ending, "jsonl" if ending in (".jsonl", ".ndjson") else pairs.format)
+        wanted, delimiter = _FORMATS.get(ending) or (pairs.format, "")
         if wanted == "jsonl" or (wanted == "parquet" and target is None):
             return None
         if wanted != pairs.format:
@@ -208,12 +203,11 @@ class AnswerTable:
                 f"{target}: {pairs.name} is no table of this kind; name the answers .jsonl."
             )
         if wanted == "parquet":
-            return cls(wanted, [], "", Path(pairs.name))
-        delimiter, names = pairs.header
+            return cls(source=Path(pairs.name))
+        usual, names = pairs.header
         columns = [name for name in names if name not in ANSWER_COLUMNS]
         columns += ["gold_label"] if _holds_gold_labels(names) else []
-        delimiter = "\t" if ending == ".tsv" else "," if ending == ".csv" else delimiter
-        return cls(wanted, [*columns, *ANSWER_COLUMNS], delimiter, None)
+        return cls([*columns, *ANSWER_COLUMNS], delimiter or usual)
 
     def encode(self, answers: Iterable[dict[str, Any]], with_header: bool = False) -> bytes:
         """Some rows of CSV."""
@@ -230,8 +224,7 @@ class AnswerTable:
         """The whole table."""
         if self.source is None:
             stream.write(self.encode((), with_header=True))
-            while some := list(islice(answers, _PARQUET_ROWS)):
-                stream.write(self.encode(some))
+            stream.writelines(self.encode([answer]) for answer in answers)
             return
         import pyarrow
         import pyarrow.parquet
@@ -251,14 +244,6 @@ class AnswerTable:
                     columns = [*batch.columns, *added.columns]
                     writer.write_table(pyarrow.Table.from_arrays(columns, schema=schema))
 
-    def header(self, path: Path) -> list[str]:
-        """The names of the columns of a table of this format."""
-        if self.format == "parquet":
-            with reading_parquet(path, path) as file:
-                return list(file.schema_arrow.names)
-        with path.open("rb") as stream:
-            return header_of(stream.readline())[1]
-
     def read(self, path: Path) -> Iterator[dict[str, Any]]:
         """The rows of a table that `write` wrote.
 
@@ -266,12 +251,11 @@ class AnswerTable:
             DataError: it is damaged.
         """
         with path.open("rb") as stream:
-            rows = (
+            for line, values, _ in (
                 parquet_rows(stream, path)
-                if self.format == "parquet"
-                else iter(DelimitedRows(stream, errors="surrogateescape"))
-            )
-            for line, values, _ in rows:
+                if self.source is not None
+                else DelimitedRows(stream, errors="surrogateescape")
+            ):
                 if isinstance(values, BadRow):
                     raise _damaged(path, line)
                 yield {key: value for key, value in values.items() if value is not None}
@@ -284,12 +268,8 @@ def _holds_gold_labels(names: Iterable[str]) -> bool:
 
 
 def _damaged(path: Path, line: int) -> DataError:
-    return DataError.at(
-        path,
-        line,
-        "damaged, not a whole answer; choose another --output, or leave out --resume to replace "
-        "that file.",
-    )
+    advice = "choose another --output, or leave out --resume to replace that file."
+    return DataError.at(path, line, f"damaged, not a whole answer; {advice}")
 
 
 class _Lines:
@@ -406,11 +386,10 @@ class AnswerFile:
     def _require_answers(self) -> None:
         with writing(self.target), self.target.open("rb") as stream:
             first = stream.readline()
-        if self._table is not None:
-            holds = {"label", "error"} <= set(self._table.header(self.target) if first else ())
-        else:
-            holds = bool({"label", "error"} & (_whole_answer(first) or {}).keys())
-        if first and not holds:
+            answer = _whole_answer(first) or {}
+            if first and self._table is not None:
+                answer = next(self._table.read(self.target), {})
+        if first and "error" not in answer and not {"label", "model"} <= answer.keys():
             raise UsageError(
                 f"{self.target}: is there already and holds no answers; choose another --output."
             )

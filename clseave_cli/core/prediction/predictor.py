@@ -379,6 +379,18 @@ class VisualEntailment:
         return languages
 
 
+def load(config: PredictConfig, lasting: bool = True) -> VisualEntailment:
+    """The models that `predict` is to use, as `VisualEntailment.from_pretrained` loads them."""
+    return VisualEntailment.from_pretrained(
+        config.runs,
+        config.lang,
+        config.device,
+        config.precision,
+        lasting=lasting,
+        student=config.student,
+    )
+
+
 @dataclass
 class BatchResult:
     """What became of an input: how many rows of each kind, and the first message of each."""
@@ -445,9 +457,7 @@ def predict_file(
                     return tally
                 answers.reopen()
                 batches = chain([first], batches)
-        model = VisualEntailment.from_pretrained(
-            config.runs, lang, config.device, config.precision, student=config.student
-        )
+        model = load(replace(config, lang=lang))
         with _writing(answers, target) as out, progress.task("predict", unit="pairs") as task:
             is_first = True
             for batch in batches:

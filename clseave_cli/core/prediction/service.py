@@ -7,6 +7,7 @@ import contextlib
 import resource
 import socket
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -17,7 +18,7 @@ from typing import Annotated, Any
 import uvicorn
 from fastapi import FastAPI, File, Form, HTTPException, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from pydantic import BaseModel, Field
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -39,6 +40,7 @@ _MOST_BODIES = 32
 #: Sentences in one request.
 _MOST_SENTENCES = 64
 _SHUTDOWN_SECONDS = 10
+_METRICS_TYPE = "text/plain; version=0.0.4"
 _LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
 
 # The page brings all it needs; a browser shall fetch nothing else on its behalf.
@@ -121,6 +123,8 @@ def create_app(model: InferenceModel, config: ServeConfig) -> FastAPI:
         max_pixels=config.max_megapixels * 1e6,
     )
 
+    statuses: Counter[int] = Counter()
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         running = asyncio.create_task(batcher.run())
@@ -144,6 +148,7 @@ def create_app(model: InferenceModel, config: ServeConfig) -> FastAPI:
         BodyLimit,
         max_bytes=int(config.max_megabytes * 1e6),
         timeout_seconds=_BODY_SECONDS,
+        statuses=statuses,
     )
     # A page elsewhere must not reach this service through a name that it lets point here.
     app.add_middleware(
@@ -202,6 +207,20 @@ def create_app(model: InferenceModel, config: ServeConfig) -> FastAPI:
         batcher.require_room()
         return {"status": "ok"}
 
+    @app.get("/metrics", include_in_schema=False)
+    async def metrics() -> PlainTextResponse:
+        """Counts for Prometheus, in its text format."""
+        lines = ["# TYPE clseave_requests_total counter"]
+        for status, count in sorted(statuses.items()):
+            lines.append(f'clseave_requests_total{{status="{status}"}} {count}')
+        for name, kind, value in (
+            ("clseave_sentences_total", "counter", batcher.num_judged),
+            ("clseave_compute_seconds_total", "counter", batcher.seconds),
+            ("clseave_waiting", "gauge", len(batcher.waiting)),
+        ):
+            lines += [f"# TYPE {name} {kind}", f"{name} {value}"]
+        return PlainTextResponse("\n".join(lines) + "\n", media_type=_METRICS_TYPE)
+
     @app.post("/predict", responses=_RESPONSES, response_model_exclude_unset=True)
     async def predict(
         image: _Image,
@@ -240,10 +259,16 @@ async def _bad_request(request: Request, error: Exception) -> JSONResponse:
 
 
 class BodyLimit:
-    """Middleware: refuses a body that is too long (413) or slow (408), or one too many (503)."""
+    """Middleware: refuses a body that is too long (413) or slow (408), or one too many (503).
 
-    def __init__(self, app: ASGIApp, max_bytes: int, timeout_seconds: float) -> None:
+    It also counts the statuses of the answers to POST.
+    """
+
+    def __init__(
+        self, app: ASGIApp, max_bytes: int, timeout_seconds: float, statuses: Counter[int]
+    ) -> None:
         self._app = app
+        self._statuses = statuses
         self._max_bytes = max_bytes
         self._free_bytes = _MOST_BODIES * max_bytes
         self._timeout_seconds = timeout_seconds
@@ -280,8 +305,13 @@ class BodyLimit:
                 raise HTTPException(503, "too many uploads at once.", {"Retry-After": "1"})
             return message
 
+        async def noted(message: Message) -> None:
+            if message["type"] == "http.response.start" and scope["method"] == "POST":
+                self._statuses[message["status"]] += 1
+            await send(message)
+
         try:
-            await self._app(scope, counted, send)
+            await self._app(scope, counted, noted)
         finally:
             self._free_bytes += received
 
