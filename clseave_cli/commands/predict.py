@@ -67,12 +67,11 @@ def run(
         _predict_file(config, source, target or _STREAM, json)
         return
     assert image is not None and hypothesis
-    for name, value in (
-        ("--output", target), ("--resume", config.resume), ("--images", config.images),
-        ("--image-column", config.image_column), ("--text-column", config.text_column),
-    ):  # fmt: skip
-        if value:
-            raise UsageError(f"{name} goes with --input.")
+    for name in ("resume", "images", "image_column", "text_column"):
+        if getattr(config, name):
+            raise UsageError(f"--{name.replace('_', '-')} goes with --input.")
+    if target is not None:
+        raise UsageError("--output goes with --input.")
     pictures, sentences = _pictures(image, hypothesis)
     if len(pictures) * len(sentences) > 1:
         if explain is not None:
@@ -83,11 +82,13 @@ def run(
     # One pair is so little work that two threads would mostly wait for each other.
     use_one_thread()
     from clseave_cli.core.data.heat_map import require_writable, write_png
-    from clseave_cli.core.prediction.predictor import load
+    from clseave_cli.core.prediction.predictor import VisualEntailment
 
     if explain is not None:
         require_writable(explain)
-    model = load(config, lasting=False)
+    model = VisualEntailment.from_pretrained(
+        config.runs, config.lang, config.device, config.precision, config.student, lasting=False
+    )
     start = time.perf_counter()
     result = model.predict([(pictures[0], sentences[0])])[0]
     seconds = time.perf_counter() - start
@@ -139,10 +140,13 @@ def _pictures(image: str, words: list[str]) -> tuple[list[str | bytes], list[str
 def _predict_several(
     config: PredictConfig, pictures: list[str | bytes], sentences: list[str], json: bool
 ) -> None:
-    from clseave_cli.core.prediction.predictor import load
+    from clseave_cli.core.prediction.predictor import VisualEntailment
 
+    model = VisualEntailment.from_pretrained(
+        config.runs, config.lang, config.device, config.precision, config.student
+    )
     pairs = list(itertools.product(pictures, sentences))
-    results = load(config).batch(pairs, batch_size=config.batch_size)
+    results = model.batch(pairs, batch_size=config.batch_size)
     answers: list[dict[str, Any]] = []
     _escape_what_stdout_lacks()
     for (picture, sentence), result in zip(pairs, results, strict=True):

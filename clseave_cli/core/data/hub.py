@@ -11,15 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from clseave_cli.core.config import StageConfig, TrainingConfig
+from clseave_cli.core.data import layouts
 from clseave_cli.core.data.images import in_rgb
-from clseave_cli.core.data.layouts import (
-    CODES,
-    SPLITS,
-    Part,
-    file_parts,
-    published_files,
-    write_folder,
-)
 from clseave_cli.core.data.records import ENGLISH
 from clseave_cli.core.data.rows import LABEL_KEYS
 from clseave_cli.core.files import atomic_folder, file_digest, json_digest
@@ -146,7 +139,7 @@ def data_folder(data: str, progress: Progress = SILENT, root: Path = Path("data"
         DataError: the data set cannot be loaded, or is of no layout we know.
     """
     is_remote = data.startswith(_PREFIX)
-    files = [] if is_remote else published_files(data)
+    files = [] if is_remote else layouts.published_files(data)
     if not is_remote and not files:
         return Path(data)
     name = re.sub(r"[^A-Za-z0-9._-]+", "--", data.removeprefix(_PREFIX)).strip("-.")
@@ -155,12 +148,12 @@ def data_folder(data: str, progress: Progress = SILENT, root: Path = Path("data"
     target = root / name
     if not target.is_dir():
         with atomic_folder(target) as aside:
-            parts = file_parts(files) if files else _hub_parts(data.removeprefix(_PREFIX))
-            write_folder(aside, parts, data, progress)
+            parts = layouts.file_parts(files) if files else _hub_parts(data.removeprefix(_PREFIX))
+            layouts.write_folder(aside, parts, data, progress)
     return target
 
 
-def _hub_parts(name: str) -> Iterator[Part]:
+def _hub_parts(name: str) -> Iterator[layouts.Part]:
     """The splits of a data set of the hub."""
     import datasets
     from huggingface_hub import constants, snapshot_download
@@ -180,21 +173,23 @@ def _hub_parts(name: str) -> Iterator[Part]:
             endings = ["*.jsonl", "*.csv", "*.parquet"]
             folder = snapshot_download(name, repo_type="dataset", allow_patterns=endings)
             files = [path for ending in endings for path in Path(folder).rglob(ending)]
-            yield from file_parts(sorted(files))
+            yield from layouts.file_parts(sorted(files))
             return
     except DataError:
         raise
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"--data hf:{name}: cannot be loaded ({reason}).") from None
-    splits = [split for split in loaded if split in SPLITS]
-    if loaded.keys() <= CODES:  # each is the test data of a language
+    splits = [split for split in loaded if split in layouts.SPLITS]
+    if loaded.keys() <= layouts.CODES:  # each is the test data of a language
         for lang, rows in loaded.items():
-            yield Part("test", "test", lang, _plain_rows(rows))
+            yield "test", "test", lang, _plain_rows(rows)
     elif not splits:
-        raise DataError(f"--data hf:{name}: none of its splits is one of {', '.join(SPLITS)}.")
+        raise DataError(
+            f"--data hf:{name}: none of its splits is one of {', '.join(layouts.SPLITS)}."
+        )
     for split in splits:
-        yield Part(SPLITS[split], SPLITS[split], ENGLISH, _plain_rows(loaded[split]))
+        yield layouts.SPLITS[split], layouts.SPLITS[split], ENGLISH, _plain_rows(loaded[split])
 
 
 def _plain_rows(rows: Any) -> Iterator[dict[str, Any]]:

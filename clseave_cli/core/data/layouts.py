@@ -73,14 +73,9 @@ SPLITS = {"train": "train", "validation": "dev", "val": "dev", "dev": "dev", "te
 #: Names of splits, folders and columns that are taken for languages.
 CODES = {*LANGUAGES, "fil", "quz"}
 
-
-class Part(NamedTuple):
-    """Some rows of a data set, photos as the bytes of their files; `name` begins their ids."""
-
-    name: str
-    split: str
-    lang: str
-    rows: Iterable[dict[str, Any]]
+#: Some rows of a data set: what their ids begin with, split, language, and the rows themselves,
+#: photos as the bytes of their files.
+Part = tuple[str, str, str, Iterable[dict[str, Any]]]
 
 
 def published_files(data: str) -> list[Path]:
@@ -101,7 +96,7 @@ def file_parts(paths: Iterable[Path]) -> Iterator[Part]:
         lang = "ja" if path.name.startswith("stair_captions") else path.parent.name
         lang = lang if lang in CODES else ENGLISH
         split = re.search("|".join(SPLITS), path.stem)
-        yield Part(path.stem, SPLITS[split[0] if split else "test"], lang, _file_rows(path))
+        yield path.stem, SPLITS[split[0] if split else "test"], lang, _file_rows(path)
 
 
 def _file_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -133,16 +128,16 @@ def write_folder(folder: Path, parts: Iterable[Part], data: str, progress: Progr
     """
     with ExitStack() as stack, progress.task(data, unit="rows") as task:
         writer = _Writer(folder, stack)
-        for part in parts:
+        for name, split, lang, rows in parts:
             number = 0
-            for number, row in enumerate(part.rows, start=1):
+            for number, row in enumerate(rows, start=1):
                 try:
-                    writer.add(part, number, row)
+                    writer.add(split, lang, f"{name}-{number}", row)
                 except BadRow as bad:
-                    raise DataError(f"--data {data}: {part.name}, row {number}: {bad}") from None
+                    raise DataError(f"--data {data}: {name}, row {number}: {bad}") from None
                 task.advance()
             if not number:
-                raise DataError(f"--data {data}: {part.name} has no rows.")
+                raise DataError(f"--data {data}: {name} has no rows.")
 
 
 class _Writer:
@@ -152,15 +147,15 @@ class _Writer:
         self._photos: dict[str, str] = {}
         self._ids: dict[str, tuple[Any, ...]] = {}
 
-    def add(self, part: Part, number: int, row: dict[str, Any]) -> None:
+    def add(self, split: str, split_lang: str, number: str, row: dict[str, Any]) -> None:
         layout = _layout(row)
         photo = self._photo(layout, row)
         label = first_value(row, LABEL_KEYS)
-        for lang, text in _sentences(layout, row, part.lang):
+        for lang, text in _sentences(layout, row, split_lang):
             if layout.kind == "captions" and photo is not None:
-                self._write(f"captions_{part.split}", lang, {"image": photo, "caption": text})
+                self._write(f"captions_{split}", lang, {"image": photo, "caption": text})
                 continue
-            row_id = str(first_value(row, ID_KEYS) or f"{part.name}-{number}")
+            row_id = str(first_value(row, ID_KEYS) or number)
             if layout.kind == "choices":
                 label = "contradiction" if text == row[layout.text] else "entailment"
                 row_id += f"-{label}"
@@ -171,7 +166,7 @@ class _Writer:
             plain = {"pairID": row_id, "image": photo, "hypothesis": text, "label": label}
             # What `translate` notes; nothing else, and never the caption.
             plain |= {k: v for k, v in row.items() if k in (SUSPECT_FIELD, f"sentence2_{ENGLISH}")}
-            self._write(f"snli_ve_{part.split}", lang, plain)
+            self._write(f"snli_ve_{split}", lang, plain)
 
     def _write(self, stem: str, lang: str, row: dict[str, Any]) -> None:
         name = f"{stem}.jsonl" if lang == ENGLISH else f"{stem}.{lang}.jsonl"
@@ -181,16 +176,14 @@ class _Writer:
 
     def _photo(self, layout: Layout, row: dict[str, Any]) -> str | None:
         """The name of a row's photo, which is a file now if the row holds it."""
-        named = first_value(
-            row, [key for key in layout.photo if isinstance(row.get(key), str | int)]
-        )
-        name = None if named is None else PurePosixPath(str(named)).name
+        names = (str(row[key]) for key in layout.photo if isinstance(row.get(key), str | int))
+        name = PurePosixPath(next(names, "")).name
         contents = (v.get("bytes") if isinstance(v, dict) else v for v in row.values())
         content = next((each for each in contents if isinstance(each, bytes)), None)
         if content is None:
-            return name
+            return name or None
         digest = hashlib.blake2b(content, digest_size=16).hexdigest()
-        stem = image_stem(name or "")
+        stem = image_stem(name)
         # Names of data sets are not trusted as paths. Another photo of the same name keeps its own.
         if not re.fullmatch(r"\w[\w.-]*", stem) or self._photos.setdefault(stem, digest) != digest:
             stem = digest

@@ -49,11 +49,7 @@ ANSWER_KEYS = ("lang", "label", "probabilities", "model", "truncated", "warning"
 ANSWER_COLUMNS = ("lang", "label", *LABELS, "model", "truncated", "warning", "error")
 # Where a row has the keys of `predict` beside those of a data set, `predict`'s count.
 _IMAGE_KEYS, _HYPOTHESIS_KEYS = IMAGE_KEYS[::-1], HYPOTHESIS_KEYS[::-1]
-#: What the ending of the answers' file asks for, and the delimiter.
-_FORMATS = {
-    ".csv": ("csv", ","), ".tsv": ("csv", "\t"), ".parquet": ("parquet", ""),
-    ".jsonl": ("jsonl", ""), ".ndjson": ("jsonl", ""),
-}  # fmt: skip
+_ENDINGS = {"csv": (".csv", ".tsv"), "parquet": (".parquet",), "jsonl": (".jsonl", ".ndjson")}
 _PARQUET_ROWS = 1024
 _CHUNK_BYTES = 1 << 16
 _LONGEST_LINE_BYTES = 16 << 20
@@ -78,28 +74,21 @@ class Pairs:
             image and hypothesis; JSON Lines otherwise. Empty lines are skipped.
         name: what messages call it; packed where it ends in `.gz`.
         batch_size: most rows in a batch.
-        image_column: what holds the image's name; None: the first usual name that a row has.
-        text_column: what holds the hypothesis; None: likewise.
+        columns: of the image's name and the hypothesis; None: the first usual one that is there.
 
     Attributes:
         whole: a pair's `others` are all its columns, as a table needs them, image and hypothesis
             included; None: where the stream is CSV.
     """
 
-    def __init__(
-        self,
-        stream: BinaryIO,
-        name: str,
-        batch_size: int,
-        image_column: str | None = None,
-        text_column: str | None = None,
-    ) -> None:
+    def __init__(self, stream: BinaryIO, name: str, batch_size: int, *columns: str | None) -> None:
         self.name = name
         self.whole: bool | None = None
         self._stream, self._batch_size = stream, batch_size
         self._lines = _Lines(stream, name)
-        self._image_keys = (image_column,) if image_column else _IMAGE_KEYS
-        self._text_keys = (text_column,) if text_column else _HYPOTHESIS_KEYS
+        image, text = columns or (None, None)
+        self._image_keys = (image,) if image else _IMAGE_KEYS
+        self._text_keys = (text,) if text else _HYPOTHESIS_KEYS
 
     @cached_property
     def header(self) -> tuple[str, list[str]]:
@@ -117,7 +106,7 @@ class Pairs:
         if self.name.endswith(".parquet"):
             return "parquet"
         names = self.header[1]
-        if set(names).intersection(self._image_keys) and set(names).intersection(self._text_keys):
+        if all(set(names).intersection(keys) for keys in (self._image_keys, self._text_keys)):
             return "csv"
         if self.name.removesuffix(".gz").endswith((".csv", ".tsv")):
             wanted = (
@@ -195,7 +184,7 @@ class AnswerTable:
             UsageError: the target (None: a stream) is to be another kind of table than the input.
         """
         ending = target.suffix.lower() if target is not None else ""
-        wanted, delimiter = _FORMATS.get(ending) or (pairs.format, "")
+        wanted = next((kind for kind, those in _ENDINGS.items() if ending in those), pairs.format)
         if wanted == "jsonl" or (wanted == "parquet" and target is None):
             return None
         if wanted != pairs.format:
@@ -204,10 +193,11 @@ class AnswerTable:
             )
         if wanted == "parquet":
             return cls(source=Path(pairs.name))
-        usual, names = pairs.header
+        delimiter, names = pairs.header
+        delimiter = {".csv": ",", ".tsv": "\t"}.get(ending, delimiter)
         columns = [name for name in names if name not in ANSWER_COLUMNS]
         columns += ["gold_label"] if _holds_gold_labels(names) else []
-        return cls([*columns, *ANSWER_COLUMNS], delimiter or usual)
+        return cls([*columns, *ANSWER_COLUMNS], delimiter)
 
     def encode(self, answers: Iterable[dict[str, Any]], with_header: bool = False) -> bytes:
         """Some rows of CSV."""
@@ -251,11 +241,8 @@ class AnswerTable:
             DataError: it is damaged.
         """
         with path.open("rb") as stream:
-            for line, values, _ in (
-                parquet_rows(stream, path)
-                if self.source is not None
-                else DelimitedRows(stream, errors="surrogateescape")
-            ):
+            csv_rows = DelimitedRows(stream, errors="surrogateescape")
+            for line, values, _ in csv_rows if self.source is None else parquet_rows(path, path):
                 if isinstance(values, BadRow):
                     raise _damaged(path, line)
                 yield {key: value for key, value in values.items() if value is not None}

@@ -177,9 +177,9 @@ class VisualEntailment:
         lang: str | Sequence[str] | None = None,
         device: str = "auto",
         precision: Precision = "auto",
+        student: str | Path | None = None,
         *,
         lasting: bool = True,
-        student: str | Path | None = None,
     ) -> VisualEntailment:
         """Loads the models under `runs` that read a language, or several.
 
@@ -190,8 +190,8 @@ class VisualEntailment:
                 a model for (needs the extra `langid`); None: the one CLIP-VE itself reads.
             device: `auto`, `cpu`, `cuda` or `cuda:N`; an exported model computes on the CPU.
             precision: arithmetic of the matrix products; an exported model has its own.
-            lasting: as for `load_model`; False for one answer, soon and in little memory.
             student: a student's folder, or a repository of the hub: it reads every sentence.
+            lasting: as for `load_model`; False for one answer, soon and in little memory.
 
         Raises:
             ClseaveError: no model for the language, a damaged one, or an unknown device.
@@ -300,18 +300,12 @@ class VisualEntailment:
         lang: str | Iterable[str | None] | None = None,
         batch_size: int = 256,
     ) -> Iterator[Prediction | ClseaveError]:
-        """Judges pairs as they come; memory does not grow with their number.
+        """Judges pairs as they come, as `predict` does; memory does not grow with their number.
 
         Args:
-            pairs: images and sentences, of which `batch_size` at once are read and computed.
-            lang: as for `predict`; may be an iterator, too.
-            batch_size: at least 1.
-
-        Yields:
-            What `predict` returns.
-
-        Raises:
-            UsageError: as `predict`, when the pair is reached.
+            pairs: images and sentences, from an iterator perhaps.
+            lang: of all sentences, or of each, likewise.
+            batch_size: how many pairs are taken and computed at once.
         """
         pairs = iter(pairs)
         languages = repeat(lang) if lang is None or isinstance(lang, str) else iter(lang)
@@ -379,18 +373,6 @@ class VisualEntailment:
         return languages
 
 
-def load(config: PredictConfig, lasting: bool = True) -> VisualEntailment:
-    """The models that `predict` is to use, as `VisualEntailment.from_pretrained` loads them."""
-    return VisualEntailment.from_pretrained(
-        config.runs,
-        config.lang,
-        config.device,
-        config.precision,
-        lasting=lasting,
-        student=config.student,
-    )
-
-
 @dataclass
 class BatchResult:
     """What became of an input: how many rows of each kind, and the first message of each."""
@@ -443,8 +425,7 @@ def predict_file(
     if config.images is not None:
         base = ImageFolder(config.images)
     with _reading(source) as stream, ExitStack() as stack:
-        columns = config.image_column, config.text_column
-        pairs = Pairs(stream, name, config.batch_size, *columns)
+        pairs = Pairs(stream, name, config.batch_size, config.image_column, config.text_column)
         batches = iter(pairs)
         answers = _answer_file(config, target, stream, pairs)
         if answers is not None:
@@ -457,17 +438,18 @@ def predict_file(
                     return tally
                 answers.reopen()
                 batches = chain([first], batches)
-        model = load(replace(config, lang=lang))
+        model = VisualEntailment.from_pretrained(
+            config.runs, lang, config.device, config.precision, config.student
+        )
         with _writing(answers, target) as out, progress.task("predict", unit="pairs") as task:
-            is_first = True
             for batch in batches:
                 outcomes = list(_judge_rows(model, base, batch, bool(pairs.whole)))
                 if answers is None and (table := AnswerTable.of(pairs, None)):
+                    is_first = not (tally.num_predicted or tally.num_errors)
                     out.write(table.encode(outcomes, with_header=is_first))
                 else:
                     out.write(b"".join(map(json_line, outcomes)))
                 out.flush()
-                is_first = False
                 tally.count(outcomes)
                 task.advance(len(outcomes))
     if tally.num_truncated:

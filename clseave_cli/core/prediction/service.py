@@ -40,7 +40,6 @@ _MOST_BODIES = 32
 #: Sentences in one request.
 _MOST_SENTENCES = 64
 _SHUTDOWN_SECONDS = 10
-_METRICS_TYPE = "text/plain; version=0.0.4"
 _LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
 
 # The page brings all it needs; a browser shall fetch nothing else on its behalf.
@@ -210,16 +209,16 @@ def create_app(model: InferenceModel, config: ServeConfig) -> FastAPI:
     @app.get("/metrics", include_in_schema=False)
     async def metrics() -> PlainTextResponse:
         """Counts for Prometheus, in its text format."""
-        lines = ["# TYPE clseave_requests_total counter"]
+        text = "# TYPE clseave_requests_total counter\n"
         for status, count in sorted(statuses.items()):
-            lines.append(f'clseave_requests_total{{status="{status}"}} {count}')
+            text += f'clseave_requests_total{{status="{status}"}} {count}\n'
         for name, kind, value in (
             ("clseave_sentences_total", "counter", batcher.num_judged),
             ("clseave_compute_seconds_total", "counter", batcher.seconds),
             ("clseave_waiting", "gauge", len(batcher.waiting)),
         ):
-            lines += [f"# TYPE {name} {kind}", f"{name} {value}"]
-        return PlainTextResponse("\n".join(lines) + "\n", media_type=_METRICS_TYPE)
+            text += f"# TYPE {name} {kind}\n{name} {value}\n"
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     @app.post("/predict", responses=_RESPONSES, response_model_exclude_unset=True)
     async def predict(
