@@ -260,10 +260,10 @@ def test_files_of_other_layouts_are_named_by_one_flag(tmp_path, files, data, exp
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("[", r"a\.json: neither COCO captions nor rows"),
+        ("[", r"a\.json: not readable as COCO captions or rows"),
         (
             '{"annotations": [{"caption": "x", "image_id": 3}], "images": []}',
-            "neither COCO captions",
+            "not readable as COCO",
         ),
         (
             '[{"pic": "a", "says": "b"}]',

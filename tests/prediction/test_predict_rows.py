@@ -325,8 +325,9 @@ def test_answers_to_a_table_are_a_table(trained, world, tmp_path, ending, monkey
     assert len(read_jsonl(tmp_path / f"answers{ending}.partial")) == 6 and not target.exists()
     resumed = replace(config, resume=True)
     predict_file(resumed, source, target)
-    _write_table(source, rows)  # and rows that were added to a finished file
-    assert predict_file(resumed, source, target) == done
+    assert len(_read_table(target)) == 8
+    _write_table(source, rows)
+    assert predict_file(resumed, source, target) == done  # a finished table is made again
     for one, other in zip(_read_table(target), answers, strict=True):
         scores = [[row.pop(label) or 0 for label in LABELS] for row in (one, other)]
         assert one == other and scores[0] == pytest.approx(scores[1], rel=1e-4)

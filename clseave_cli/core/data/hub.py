@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import glob
 import io
 import re
 from collections.abc import Iterator
@@ -138,10 +139,13 @@ def data_folder(data: str, progress: Progress = SILENT, root: Path = Path("data"
     Raises:
         DataError: the data set cannot be loaded, or is of no layout we know.
     """
-    is_remote = data.startswith(_PREFIX)
-    files = [] if is_remote else layouts.published_files(data)
-    if not is_remote and not files:
-        return Path(data)
+    files: list[Path] = []
+    if not data.startswith(_PREFIX):
+        # A pattern may begin at the root, which Path.glob refuses.
+        named = [data] if Path(data).exists() else sorted(glob.glob(data, recursive=True))  # noqa: PTH207
+        files = [path for path in map(Path, named) if path.is_file()]
+        if not files:
+            return Path(data)
     name = re.sub(r"[^A-Za-z0-9._-]+", "--", data.removeprefix(_PREFIX)).strip("-.")
     if files:  # another content is another folder
         name += f"-{json_digest([file_digest(path) for path in files])[:8]}"
@@ -180,16 +184,14 @@ def _hub_parts(name: str) -> Iterator[layouts.Part]:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"--data hf:{name}: cannot be loaded ({reason}).") from None
-    splits = [split for split in loaded if split in layouts.SPLITS]
+    parts = [(ours, ENGLISH, loaded[n]) for n, ours in layouts.SPLITS.items() if n in loaded]
     if loaded.keys() <= layouts.CODES:  # each is the test data of a language
-        for lang, rows in loaded.items():
-            yield "test", "test", lang, _plain_rows(rows)
-    elif not splits:
-        raise DataError(
-            f"--data hf:{name}: none of its splits is one of {', '.join(layouts.SPLITS)}."
-        )
-    for split in splits:
-        yield layouts.SPLITS[split], layouts.SPLITS[split], ENGLISH, _plain_rows(loaded[split])
+        parts = [("test", lang, rows) for lang, rows in loaded.items()]
+    if not parts:
+        usual = ", ".join(layouts.SPLITS)
+        raise DataError(f"--data hf:{name}: none of its splits is one of {usual}.")
+    for split, lang, rows in parts:
+        yield split, split, lang, _plain_rows(rows)
 
 
 def _plain_rows(rows: Any) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,6 @@ stands before the ending, as in `captions_test.de.jsonl`.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import io
 import json
@@ -78,13 +77,6 @@ CODES = {*LANGUAGES, "fil", "quz"}
 Part = tuple[str, str, str, Iterable[dict[str, Any]]]
 
 
-def published_files(data: str) -> list[Path]:
-    """The files that a path or pattern names; none: it names a folder, or nothing."""
-    if glob.has_magic(data) and not Path(data).exists():
-        return sorted(map(Path, glob.glob(data, recursive=True)))  # noqa: PTH207 - from the root
-    return [Path(data)] if Path(data).is_file() else []
-
-
 def file_parts(paths: Iterable[Path]) -> Iterator[Part]:
     """The parts in files; their names and folders tell split and language.
 
@@ -114,10 +106,10 @@ def _file_rows(path: Path) -> Iterator[dict[str, Any]]:
                 yield {"caption": entry["caption"], "file_name": names[entry["image_id"]]}
         else:  # SugarCrepe numbers its rows
             yield from map(dict, document.values() if isinstance(document, dict) else document)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
-    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: neither COCO captions nor rows ({error!r:.200}).") from None
+    except (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{path}: not readable as COCO captions or rows ({error!r:.200})."
+        ) from None
 
 
 def write_folder(folder: Path, parts: Iterable[Part], data: str, progress: Progress) -> None:
@@ -202,16 +194,14 @@ def _layout(row: dict[str, Any]) -> Layout:
     for layout in LAYOUTS:
         if layout.text in row or (layout.text == "*" and ENGLISH in row):
             return layout
-    there = ", ".join(map(str, row))[:200]
-    raise BadRow(f"no layout that is known has these columns: {there} (docs/data-formats.md).")
+    raise BadRow(f"no layout that is known has these columns: {', '.join(map(str, row))[:200]}.")
 
 
 def _sentences(layout: Layout, row: dict[str, Any], lang: str) -> Iterator[tuple[str, str]]:
     """The language and the text of every sentence of a row."""
-    columns = {layout.text: lang}
-    if layout.kind == "choices":
-        columns = {"caption": lang, layout.text: lang}
-    elif layout.text == "*":  # a text under `id` is no Indonesian
+    both = ("caption", layout.text) if layout.kind == "choices" else (layout.text,)
+    columns = dict.fromkeys(both, lang)
+    if layout.text == "*":  # a text under `id` is no Indonesian
         columns = {key: key for key in row if key in CODES and key != "id"}
         columns |= {} if isinstance(row.get("id"), str | None) else {"id": "id"}
     for column, each in columns.items():

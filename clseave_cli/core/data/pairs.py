@@ -14,6 +14,7 @@ import json
 import os
 import re
 import select
+import shutil
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -34,7 +35,6 @@ from clseave_cli.core.data.rows import (
     header_of,
     image_name,
     is_garbled,
-    json_line,
     json_rows,
     parquet_rows,
     reading_parquet,
@@ -66,14 +66,14 @@ class Pair(NamedTuple):
 class Pairs:
     """The rows of a stream in order, in batches.
 
-    A batch is smaller than `batch_size` only at the end, or where the next row is not there yet: a
+    A batch is smaller than `size` only at the end, or where the next row is not there yet: a
     program that writes one row and waits for the answer gets it.
 
     Args:
         stream: a file or pipe. Parquet by its name; CSV where the first line names columns for
             image and hypothesis; JSON Lines otherwise. Empty lines are skipped.
         name: what messages call it; packed where it ends in `.gz`.
-        batch_size: most rows in a batch.
+        size: most rows in a batch.
         columns: of the image's name and the hypothesis; None: the first usual one that is there.
 
     Attributes:
@@ -81,10 +81,10 @@ class Pairs:
             included; None: where the stream is CSV.
     """
 
-    def __init__(self, stream: BinaryIO, name: str, batch_size: int, *columns: str | None) -> None:
+    def __init__(self, stream: BinaryIO, name: str, size: int, *columns: str | None) -> None:
         self.name = name
         self.whole: bool | None = None
-        self._stream, self._batch_size = stream, batch_size
+        self._stream, self._size = stream, size
         self._lines = _Lines(stream, name)
         image, text = columns or (None, None)
         self._image_keys = (image,) if image else _IMAGE_KEYS
@@ -126,7 +126,7 @@ class Pairs:
             rows = json_rows(self._lines)
         if self.whole is None:
             self.whole = self.format == "csv"
-        size, lines = self._batch_size, self._lines
+        size, lines = self._size, self._lines
         pairs = (self._pair(values, line) for line, values, _ in rows)
         for pair in pairs:
             batch = [pair]
@@ -234,29 +234,19 @@ class AnswerTable:
                     columns = [*batch.columns, *added.columns]
                     writer.write_table(pyarrow.Table.from_arrays(columns, schema=schema))
 
-    def read(self, path: Path) -> Iterator[dict[str, Any]]:
-        """The rows of a table that `write` wrote.
-
-        Raises:
-            DataError: it is damaged.
-        """
+    def header(self, path: Path) -> list[str]:
+        """The names of the columns of such a table."""
+        if self.source is not None:
+            with reading_parquet(path, path) as file:
+                return list(file.schema_arrow.names)
         with path.open("rb") as stream:
-            csv_rows = DelimitedRows(stream, errors="surrogateescape")
-            for line, values, _ in csv_rows if self.source is None else parquet_rows(path, path):
-                if isinstance(values, BadRow):
-                    raise _damaged(path, line)
-                yield {key: value for key, value in values.items() if value is not None}
+            return header_of(stream.readline())[1]
 
 
 def _holds_gold_labels(names: Iterable[str]) -> bool:
     """Whether the column `label` is one of the data, which the answer's would replace."""
     others = {"gold_label", "probabilities", *LABELS}
     return "label" in names and others.isdisjoint(names)
-
-
-def _damaged(path: Path, line: int) -> DataError:
-    advice = "choose another --output, or leave out --resume to replace that file."
-    return DataError.at(path, line, f"damaged, not a whole answer; {advice}")
 
 
 class _Lines:
@@ -360,7 +350,8 @@ class AnswerFile:
                     f"{self.partial}: an unfinished run lies there; --resume continues it, "
                     "deleting that file forgets it."
                 )
-            self.finished = self._resume and self.target.exists() and not there
+            is_jsonl = self._table is None  # a finished table is made again
+            self.finished = self._resume and is_jsonl and self.target.exists() and not there
             if not self.finished and self.target.exists():
                 self._require_answers()
             sweep(self.target.parent, re.escape(self.partial.name))
@@ -373,10 +364,10 @@ class AnswerFile:
     def _require_answers(self) -> None:
         with writing(self.target), self.target.open("rb") as stream:
             first = stream.readline()
-            answer = _whole_answer(first) or {}
-            if first and self._table is not None:
-                answer = next(self._table.read(self.target), {})
-        if first and "error" not in answer and not {"label", "model"} <= answer.keys():
+        names = set(_whole_answer(first) or ())
+        if self._table is not None and first:
+            names = {*self._table.header(self.target)}
+        if first and "error" not in names and not {"label", "model"} <= names:
             raise UsageError(
                 f"{self.target}: is there already and holds no answers; choose another --output."
             )
@@ -390,15 +381,17 @@ class AnswerFile:
         path = self.target if self.finished else self.partial
         if not path.exists():
             return
-        if self.finished and self._table is not None:
-            yield from self._table.read(path)
-            return
         with writing(path), path.open("rb" if self.finished else "r+b") as stream:
             whole = 0
             for number, line in enumerate(stream, start=1):
                 answer = _whole_answer(line)
                 if answer is None and self.finished:
-                    raise _damaged(path, number)
+                    raise DataError.at(
+                        path,
+                        number,
+                        "damaged, not a whole answer; choose another --output, or leave out "
+                        "--resume to replace that file.",
+                    )
                 if answer is None:
                     break
                 whole += len(line)
@@ -409,8 +402,8 @@ class AnswerFile:
     def reopen(self) -> None:
         """Takes a finished file's answers over, to write further ones after them."""
         # A copy: the finished file stays whole until there is a longer one.
-        with atomic_file(self.partial) as stream:
-            stream.writelines(map(json_line, self.earlier()))
+        with self.target.open("rb") as answers, atomic_file(self.partial) as stream:
+            shutil.copyfileobj(answers, stream)
         self.finished = False
 
     @contextmanager

@@ -196,9 +196,7 @@ class VisualEntailment:
         Raises:
             ClseaveError: no model for the language, a damaged one, or an unknown device.
         """
-        runs, only = model_folder(Path(runs)), None
-        if student is not None:
-            only = model_folder(Path(student))
+        runs, only = model_folder(Path(runs)), model_folder(Path(student)) if student else None
         if lang is None:
             lang = own_language(runs, only)
         languages = [lang] if isinstance(lang, str) else list(lang)
@@ -300,13 +298,7 @@ class VisualEntailment:
         lang: str | Iterable[str | None] | None = None,
         batch_size: int = 256,
     ) -> Iterator[Prediction | ClseaveError]:
-        """Judges pairs as they come, as `predict` does; memory does not grow with their number.
-
-        Args:
-            pairs: images and sentences, from an iterator perhaps.
-            lang: of all sentences, or of each, likewise.
-            batch_size: how many pairs are taken and computed at once.
-        """
+        """Judges pairs as `predict` does, but as they come, `batch_size` in memory at once."""
         pairs = iter(pairs)
         languages = repeat(lang) if lang is None or isinstance(lang, str) else iter(lang)
         while some := list(islice(pairs, batch_size)):

@@ -122,8 +122,6 @@ def create_app(model: InferenceModel, config: ServeConfig) -> FastAPI:
         max_pixels=config.max_megapixels * 1e6,
     )
 
-    statuses: Counter[int] = Counter()
-
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         running = asyncio.create_task(batcher.run())
@@ -142,12 +140,11 @@ def create_app(model: InferenceModel, config: ServeConfig) -> FastAPI:
         redoc_url=None,
         lifespan=lifespan,
     )
-    app.state.batcher = batcher
+    app.state.batcher, app.state.statuses = batcher, Counter()
     app.add_middleware(
         BodyLimit,
         max_bytes=int(config.max_megabytes * 1e6),
         timeout_seconds=_BODY_SECONDS,
-        statuses=statuses,
     )
     # A page elsewhere must not reach this service through a name that it lets point here.
     app.add_middleware(
@@ -210,7 +207,7 @@ def create_app(model: InferenceModel, config: ServeConfig) -> FastAPI:
     async def metrics() -> PlainTextResponse:
         """Counts for Prometheus, in its text format."""
         text = "# TYPE clseave_requests_total counter\n"
-        for status, count in sorted(statuses.items()):
+        for status, count in sorted(app.state.statuses.items()):
             text += f'clseave_requests_total{{status="{status}"}} {count}\n'
         for name, kind, value in (
             ("clseave_sentences_total", "counter", batcher.num_judged),
@@ -263,11 +260,8 @@ class BodyLimit:
     It also counts the statuses of the answers to POST.
     """
 
-    def __init__(
-        self, app: ASGIApp, max_bytes: int, timeout_seconds: float, statuses: Counter[int]
-    ) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout_seconds: float) -> None:
         self._app = app
-        self._statuses = statuses
         self._max_bytes = max_bytes
         self._free_bytes = _MOST_BODIES * max_bytes
         self._timeout_seconds = timeout_seconds
@@ -306,7 +300,7 @@ class BodyLimit:
 
         async def noted(message: Message) -> None:
             if message["type"] == "http.response.start" and scope["method"] == "POST":
-                self._statuses[message["status"]] += 1
+                scope["app"].state.statuses[message["status"]] += 1
             await send(message)
 
         try:
