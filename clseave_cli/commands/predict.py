@@ -126,7 +126,7 @@ def _pictures(image: str, words: list[str]) -> tuple[list[str | bytes], list[str
         return [sys.stdin.buffer.read()], words
     named = [image]
     with suppress(OSError):  # what is wrong with it, the model says
-        if Path(image).is_dir():
+        if image and Path(image).is_dir():
             named = [str(path) for path in sorted(Path(image).iterdir())]
         elif glob.has_magic(image) and not Path(image).exists():
             named = sorted(glob.glob(image, recursive=True))  # noqa: PTH207 - also from the root

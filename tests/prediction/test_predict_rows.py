@@ -383,6 +383,7 @@ def test_several_pictures_and_sentences(clseave, refused, trained, world, tmp_pa
     assert code == 1 and "no pair could be judged" in err and out.count("c.jpg: damaged") == 2
     assert "no pictures" in refused("predict", f"{folder}/x*.png", "a", *models, code=2)
     assert "too long" in refused("predict", "x" * 300, "a", *models)
+    assert ": no such image" in refused("predict", "", "a", *models)  # not the working directory
 
 
 def test_a_student_that_is_named_reads_the_sentence(clseave, refused, trained, world):

@@ -55,8 +55,7 @@ class Batcher:
 
     Attributes:
         waiting: the questions that are not being computed yet.
-        num_judged: how many were answered.
-        seconds: how long that took.
+        num_judged: how many were computed, in so many `seconds`.
     """
 
     def __init__(

@@ -523,10 +523,9 @@ def _answers(answer: dict[str, Any], row: Pair | DataError, lang: str, pairs: Pa
         return answer.keys() == {"error"}
     same_language = lang == AUTO or answer.get("lang") == lang
     answered = "label" in answer or "error" in answer
-    # A table keeps the columns of its input.
-    judged = (
-        pairs.named_by(answer) if pairs.whole else (answer.get("image"), answer.get("hypothesis"))
-    )
+    judged = answer.get("image"), answer.get("hypothesis")
+    if pairs.whole:  # a table keeps the columns of its input
+        judged = pairs.named_by(answer)
     return answered and same_language and judged == row[:2]
 
 
@@ -562,14 +561,9 @@ def _judge_rows(
         else:
             answer = result.to_json() | answer
         if as_table:
-            scores = answer.pop("probabilities", {})
-            yield {
-                **row.others,
-                **{k: v for k, v in answer.items() if k in ANSWER_COLUMNS},
-                **scores,
-            }
-        else:
-            yield answer | row.others
+            cells = answer | answer.get("probabilities", {})
+            answer = {name: cells[name] for name in ANSWER_COLUMNS if name in cells}
+        yield row.others | answer if as_table else answer | row.others
 
 
 def _stamp(name: str) -> tuple[str, int, int]:

@@ -255,9 +255,8 @@ async def _bad_request(request: Request, error: Exception) -> JSONResponse:
 
 
 class BodyLimit:
-    """Middleware: refuses a body that is too long (413) or slow (408), or one too many (503).
-
-    It also counts the statuses of the answers to POST.
+    """Middleware: refuses a body that is too long (413), slow (408) or one too many (503); counts
+    the statuses of what POST is answered.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int, timeout_seconds: float) -> None:
