@@ -5,8 +5,8 @@
 Through the real `main`, with tiny models trained here. `TARGETS` lists what is damaged: rows (of
 `predict --input`, half of them with a damaged image of their own), the command line, model folders,
 data, images, options and translations. Every command must end with exit code 0, or with 1 or 2 and
-one line; every row must get one line of JSON, or a row of CSV. Whatever takes longer than a minute is a hang. Prints
-what was tried, the process's largest memory and every failure.
+one line; every row must get one line of JSON, or a row of CSV. Whatever takes longer than a minute
+is a hang. Prints what was tried, the process's largest memory and every failure.
 """
 
 from __future__ import annotations
