@@ -147,6 +147,18 @@ def test_rows_of_snli_ve_as_others_publish_them(tmp_path, hub, row, expected):
     assert [path.name for path in tmp_path.rglob("*.j*g")] == [expected] * ("image" in str(row))
 
 
+def test_photos_that_lie_beside_the_rows(tmp_path, hub):
+    """As `datasets` keeps those of a folder of images: their paths, not their bytes."""
+    Image.new("L", (8, 8), 7).save(tmp_path / "a.tif")
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+    rows = {"image": [str(tmp_path / "a.tif")], "caption": ["A dog."]}
+    hub["org/folder"] = datasets.DatasetDict(test=datasets.Dataset.from_dict(rows, features))
+    folder = data_folder("hf:org/folder", root=tmp_path / "data")
+    ((name, caption),) = _captions(folder, "test")
+    assert caption == "A dog." and name.endswith(".png")
+    assert open_image(folder / "images" / name).getpixel((4, 4)) == (7, 7, 7)
+
+
 def test_two_photos_of_one_name_stay_two(tmp_path, hub):
     rows = [_SNLI | {"pairID": c, "filename": "a.jpg", "image": _jpeg(c)} for c in ("red", "blue")]
     hub["org/same"] = _splits(test=rows)

@@ -157,7 +157,8 @@ class _Writer:
                 row_id = f"{lang}-{row_id}"
             plain = {"pairID": row_id, "image": photo, "hypothesis": text, "label": label}
             # What `translate` notes; nothing else, and never the caption.
-            plain |= {k: v for k, v in row.items() if k in (SUSPECT_FIELD, f"sentence2_{ENGLISH}")}
+            notes = [k for k in row if k == SUSPECT_FIELD or k.startswith("sentence2_")]
+            plain |= {key: row[key] for key in notes}
             self._write(f"snli_ve_{split}", lang, plain)
 
     def _write(self, stem: str, lang: str, row: dict[str, Any]) -> None:
