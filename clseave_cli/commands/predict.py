@@ -112,7 +112,7 @@ def _pictures(image: str, words: list[str]) -> tuple[list[str | bytes], list[str
     """The pictures that the arguments name, and the sentences.
 
     Raises:
-        UsageError: a folder or a pattern names no picture.
+        DataError: a folder or a pattern names no picture.
     """
     from clseave_cli.core.data.records import IMAGE_EXTENSIONS
 
@@ -131,7 +131,7 @@ def _pictures(image: str, words: list[str]) -> tuple[list[str | bytes], list[str
         elif glob.has_magic(image) and not Path(image).exists():
             named = sorted(glob.glob(image, recursive=True))  # noqa: PTH207 - also from the root
     if named != [image] and not (named := list(filter(is_picture, named))):
-        raise UsageError(f"{image}: no pictures; expected files such as a.jpg.")
+        raise DataError(f"{image}: no pictures; expected files such as a.jpg.")
     # The files that the shell has put in the place of a pattern.
     more = list(itertools.takewhile(is_picture, words[:-1]))
     return [*named, *more], words[len(more) :]

@@ -218,7 +218,12 @@ def test_a_pair_that_cannot_be_judged(commands, refused, data, damage):
     elif damage == "truncated":
         path.write_bytes(content[:80])
     error = refused(*commands["predict"])
-    assert f"{path}: no such image" in error or f"{path}: damaged or not an image" in error
+    said = {
+        "missing": "no such image",
+        "folder": "no pictures",
+        "truncated": "damaged or not an image",
+    }
+    assert f"{path}: {said[damage]}" in error
     commands["predict"][1:3] = [data / "images" / "test1.png", "   "]
     assert "the hypothesis is empty; expected a sentence" in refused(*commands["predict"])
 
