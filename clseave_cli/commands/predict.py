@@ -157,7 +157,7 @@ def _predict_several(
         else:
             answers.append(result.to_json())
             about = [name] * (len(pictures) > 1) + [sentence] * (len(sentences) > 1)
-            percent = 100 * result.probabilities[result.label]
+            percent = 100 * max(result.probabilities.values())
             line = f"{result.label:<14}{percent:6.1f} %  {': '.join(about)}"
         if not json:
             terminal.say(line)
