@@ -97,7 +97,7 @@ def doctor(
     terminal.say(f"devices: {', '.join(report.devices)}")
     terminal.say(f"threads: {report.threads}")
     for extra, missing in report.missing.items():
-        state = f"pip install 'clseave-cli[{extra}]'" if missing else "installed"
+        state = f"pip install -e '.[{extra}]'" if missing else "installed"
         terminal.say(f"  {extra:<12} {EXTRAS[extra][0]}: {state}")
     for name, rate in report.speed.items():
         terminal.say(f"{name}: {rate:,.0f} billion operations a second")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import glob
+import itertools
 import os
 import sys
 import time
+from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -26,9 +29,12 @@ _STREAM = Path("-")
 
 def run(
     config: PredictConfig,
-    image: Annotated[Path | None, typer.Argument(help="The picture.", show_default=False)] = None,
+    image: Annotated[
+        str | None,
+        typer.Argument(help="Picture, folder, 'pattern*.jpg', or -: stdin.", show_default=False),
+    ] = None,
     hypothesis: Annotated[
-        str | None, typer.Argument(help="The sentence.", show_default=False)
+        list[str] | None, typer.Argument(help="Sentence, or several.", show_default=False)
     ] = None,
     *,
     source: Annotated[
@@ -38,7 +44,10 @@ def run(
         ),
     ] = None,
     target: Annotated[
-        Path | None, typer.Option("--output", metavar="FILE", help="JSONL to write; -: stdout.")
+        Path | None,
+        typer.Option(
+            "--output", metavar="FILE", help="Answers, in the format of --input; unset, -: stdout."
+        ),
     ] = None,
     explain: Annotated[
         Path | None,
@@ -48,22 +57,27 @@ def run(
 ) -> None:
     """Say whether an image entails, contradicts or leaves open a sentence.
 
-    Either IMAGE and HYPOTHESIS, or --input FILE and --output FILE.
+    Either IMAGE and HYPOTHESIS, also several of both, or --input FILE.
     """
-    if (source is None) != (target is None):
-        raise UsageError("--input and --output go together.")
-    if (source is None) == (image is None or hypothesis is None):
-        raise UsageError("give IMAGE and HYPOTHESIS, or --input FILE and --output FILE.")
-    if explain is not None and source is not None:
+    if (source is None) == (image is None or not hypothesis) or (source and image):
+        raise UsageError("give IMAGE and HYPOTHESIS, or --input FILE.")
+    if source is not None and explain is not None:
         raise UsageError("--explain goes with IMAGE and HYPOTHESIS.")
-    if source is not None and target is not None:
-        _predict_file(config, source, target, json)
+    if source is not None:
+        _predict_file(config, source, target or _STREAM, json)
         return
-    assert image is not None and hypothesis is not None
-    if config.resume:
-        raise UsageError("--resume goes with --input and --output.")
-    if config.images is not None:
-        raise UsageError("--images goes with --input and --output; IMAGE is a path.")
+    assert image is not None and hypothesis
+    for name in ("resume", "images", "image_column", "text_column"):
+        if getattr(config, name):
+            raise UsageError(f"--{name.replace('_', '-')} goes with --input.")
+    if target is not None:
+        raise UsageError("--output goes with --input.")
+    pictures, sentences = _pictures(image, hypothesis)
+    if len(pictures) * len(sentences) > 1:
+        if explain is not None:
+            raise UsageError("--explain goes with one IMAGE and one HYPOTHESIS.")
+        _predict_several(config, pictures, sentences, json)
+        return
 
     # One pair is so little work that two threads would mostly wait for each other.
     use_one_thread()
@@ -73,16 +87,16 @@ def run(
     if explain is not None:
         require_writable(explain)
     model = VisualEntailment.from_pretrained(
-        config.runs, config.lang, config.device, config.precision,
+        config.runs, config.lang, config.device, config.precision, config.student,
         lasting=False, unsure=config.unsure, progress=terminal.TerminalProgress(),
     )  # fmt: skip
     start = time.perf_counter()
-    result = model.predict([(image, hypothesis)])[0]
+    result = model.predict([(pictures[0], sentences[0])])[0]
     seconds = time.perf_counter() - start
     if isinstance(result, ClseaveError):
         raise result
     if explain is not None:
-        write_png(model.explain(image, result), explain)
+        write_png(model.explain(pictures[0], result), explain)
     if result.truncated:
         terminal.say(
             "the hypothesis is too long and was cut at the encoder's limit.", to_stderr=True
@@ -95,16 +109,77 @@ def run(
         _show(result, seconds)
 
 
+def _pictures(image: str, words: list[str]) -> tuple[list[str | bytes], list[str]]:
+    """The pictures that the arguments name, and the sentences.
+
+    Raises:
+        DataError: a folder or a pattern names no picture.
+    """
+    from clseave_cli.core.data.records import IMAGE_EXTENSIONS
+
+    def is_picture(name: str) -> bool:
+        with suppress(OSError):  # a sentence, too long for a path
+            return name.lower().endswith(IMAGE_EXTENSIONS) and Path(name).is_file()
+        return False
+
+    if image == "-":
+        _require_open(sys.stdin, "IMAGE")
+        return [sys.stdin.buffer.read()], words
+    named = [image]
+    with suppress(OSError):  # what is wrong with it, the model says
+        if image and Path(image).is_dir():
+            named = [str(path) for path in sorted(Path(image).iterdir())]
+        elif glob.has_magic(image) and not Path(image).exists():
+            named = sorted(glob.glob(image, recursive=True))  # noqa: PTH207 - also from the root
+    if named != [image] and not (named := list(filter(is_picture, named))):
+        raise DataError(f"{image}: no pictures; expected files such as a.jpg.")
+    # The files that the shell has put in the place of a pattern.
+    more = list(itertools.takewhile(is_picture, words[:-1]))
+    return [*named, *more], words[len(more) :]
+
+
+def _predict_several(
+    config: PredictConfig, pictures: list[str | bytes], sentences: list[str], json: bool
+) -> None:
+    from clseave_cli.core.prediction.predictor import VisualEntailment
+
+    model = VisualEntailment.from_pretrained(
+        config.runs, config.lang, config.device, config.precision, config.student,
+        unsure=config.unsure, progress=terminal.TerminalProgress(),
+    )  # fmt: skip
+    pairs = list(itertools.product(pictures, sentences))
+    results = model.batch(pairs, batch_size=config.batch_size)
+    answers: list[dict[str, Any]] = []
+    _escape_what_stdout_lacks()
+    for (picture, sentence), result in zip(pairs, results, strict=True):
+        name = picture if isinstance(picture, str) else "the image"
+        if isinstance(result, ClseaveError):
+            answers.append({"image": name, "hypothesis": sentence, "error": str(result)})
+            line = f"{'error':<24}{result}"
+        else:
+            answers.append(result.to_json())
+            about = [name] * (len(pictures) > 1) + [sentence] * (len(sentences) > 1)
+            percent = 100 * max(result.probabilities.values())
+            line = f"{result.label:<14}{percent:6.1f} %  {': '.join(about)}"
+        if not json:
+            terminal.say(line)
+    for warning in dict.fromkeys(each["warning"] for each in answers if "warning" in each):
+        terminal.say(f"warning: {warning}", to_stderr=True)
+    if json:
+        terminal.print_json(answers)
+    if all("error" in answer for answer in answers):
+        raise DataError(f"no pair could be judged; the first: {answers[0]['error']}")
+
+
 def _predict_file(config: PredictConfig, source: Path, target: Path, json: bool) -> None:
     if json and target == _STREAM:
-        raise UsageError("--json and --output - both write to stdout; choose one.")
+        raise UsageError("--json and the answers both go to stdout; give --output FILE.")
 
     from clseave_cli.core.prediction.predictor import predict_file
 
     for path, stream, name in ((source, sys.stdin, "--input"), (target, sys.stdout, "--output")):
-        # `main` has put the null device in the place of a closed stdout.
-        if path == _STREAM and (stream is None or getattr(stream, "name", "") == os.devnull):
-            raise UsageError(f"{name} -: the stream is closed; give a file.")
+        if path == _STREAM:
+            _require_open(stream, name)
     done = predict_file(
         config,
         sys.stdin.buffer if source == _STREAM else source,
@@ -124,9 +199,19 @@ def _predict_file(config: PredictConfig, source: Path, target: Path, json: bool)
         raise DataError(f"no row could be judged; the first: {done.first_error}")
 
 
-def _show(result: Prediction, seconds: float) -> None:
-    if isinstance(sys.stdout, TextIOWrapper):  # a folder's name may need letters stdout lacks
+def _require_open(stream: TextIO | None, name: str) -> None:
+    # `main` has put the null device in the place of a closed stdout.
+    if stream is None or getattr(stream, "name", "") == os.devnull:
+        raise UsageError(f"{name} -: the stream is closed; give a file.")
+
+
+def _escape_what_stdout_lacks() -> None:
+    if isinstance(sys.stdout, TextIOWrapper):  # names may need letters that its encoding lacks
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _show(result: Prediction, seconds: float) -> None:
+    _escape_what_stdout_lacks()
     out = terminal.stdout()
     block = "█" if out.encoding.startswith("utf") else "#"
     out.print(result.label, style="bold")

@@ -329,7 +329,7 @@ class ModelsConfig(StageConfig):
 class DataConfig:
     """Where a stage's data lie and how strictly they are read."""
 
-    data: str = option("data", "Data folder, or hf:ORG/NAME.")
+    data: str = option("data", "Data folder, hf:ORG/NAME, or files of another layout.")
     images: Path | None = option(None, "Image folder; unset: found in --data.")
     skip_bad: bool = option(False, "Bad rows go to .rejected.jsonl; skip rows without image.")
 
@@ -768,7 +768,7 @@ class WordAlignConfig(StageConfig, WordAlignerConfig):
         "lang", "data", "split", "input", "out", "gold", "alignments", "words", "aligner",
         "aligner_layer", "aligner_threshold", "device",
     )  # fmt: skip
-    data: str = option("data", "Data folder, or hf:ORG/NAME.")
+    data: str = option("data", "Data folder, hf:ORG/NAME, or files of another layout.")
     lang: str | None = option(None, "Language of the translations in --data.")
     source_lang: str = option("en", "Language they were translated from.")
     split: str = option("train", "Split to align.")
@@ -865,11 +865,21 @@ class PredictConfig(ModelsConfig):
     """`predict`: the label of one image and sentence, or of a file of them."""
 
     FIRST: ClassVar[tuple[str, ...]] = (
-        "lang", "runs", "images", "unsure", "batch_size", "resume", "device", "precision",
+        "lang", "runs", "student", "images", "image_column", "text_column", "unsure", "batch_size",
+        "resume", "device", "precision",
     )  # fmt: skip
 
     lang: str | None = option(None, "Language of the hypothesis; auto: identify; unset: CLIP-VE's.")
+    student: Path | None = option(
+        None, "Student that reads the hypothesis; unset: that of --runs.", metavar="DIR"
+    )
     images: Path | None = option(None, "Image folder of --input; unset: paths are relative to it.")
+    image_column: str | None = option(
+        None, "Column of --input that names the image; unset: image, or SNLI-VE's.", metavar="NAME"
+    )
+    text_column: str | None = option(
+        None, "Column of the hypothesis; unset: hypothesis or sentence2.", metavar="NAME"
+    )
     batch_size: int = option(256, "Pairs computed at once.", least=1)
     resume: bool = option(False, "Continue an interrupted --output where it stopped.")
     unsure: bool = option(False, "Answer unsure below the thresholds that `calibrate` set.")

@@ -5,8 +5,8 @@
 Through the real `main`, with tiny models trained here. `TARGETS` lists what is damaged: rows (of
 `predict --input`, half of them with a damaged image of their own), the command line, model folders,
 data, images, options and translations. Every command must end with exit code 0, or with 1 or 2 and
-one line; every row must get one line of JSON. Whatever takes longer than a minute is a hang. Prints
-what was tried, the process's largest memory and every failure.
+one line; every row must get one line of JSON, or a row of CSV. Whatever takes longer than a minute
+is a hang. Prints what was tried, the process's largest memory and every failure.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from PIL import Image
 from clseave_cli import main as command
 from clseave_cli.core.alignment import align
 from clseave_cli.core.config import AlignConfig, ExportConfig, FinetuneConfig
+from clseave_cli.core.data import rows as rows_of_data
 from clseave_cli.core.finetuning import finetune
 from clseave_cli.core.models.scratch import ClipShape, new_clip, new_encoder
 from clseave_cli.core.prediction.export import export
@@ -192,14 +193,20 @@ class Run:
                 content = fuzzer.damage(content)
         else:
             content = b"\n".join(fuzzer.line(row) for row in rows)
-        source, target = folder / f"pairs.{'csv' if is_csv else 'jsonl'}", folder / "answers.jsonl"
+        source = folder / f"pairs.{'csv' if is_csv else 'jsonl'}"
+        target = folder / fuzzer.random.choice(("answers.jsonl", "answers"))
         source.write_bytes(content)
         lang = fuzzer.random.choice(("en", "de"))
         arguments = ["predict", "--input", source, "--output", target, "--runs", self.runs]
         kind = f"predict rows, {'CSV' if is_csv else 'JSONL'}"
         code, _ = self.command(kind, len(rows), [*arguments, "--lang", lang, "--json"])
         if code == 0:
-            answers = [json.loads(line) for line in target.read_bytes().split(b"\n")[:-1]]
+            if is_csv and target.suffix == "":
+                answers = list(rows_of_data.DelimitedRows(target.open("rb"), "surrogateescape"))
+                if any(isinstance(row, rows_of_data.BadRow) for _, row, _ in answers):
+                    self.failures.append(f"{kind}: a row of the answers is no CSV")
+            else:
+                answers = [json.loads(line) for line in target.read_bytes().split(b"\n")[:-1]]
             expected = sum(bool(line.strip()) for line in content.split(b"\n"))
             if not is_csv and len(answers) != expected:
                 self.failures.append(f"{kind}: {len(answers)} answers to {expected} rows")
@@ -305,6 +312,26 @@ class Run:
         arguments += ["--student", self.folder / "encoder", "--epochs", 1, *shared, *skip]
         self.command(f"align {kind}", 1, arguments)
 
+    def published(self) -> None:
+        """A file of another layout."""
+        fuzzer, names = self.fuzzer, [f"test{n}.png" for n in range(4)]
+        documents: list[object] = [
+            {"images": [{"id": n, "file_name": name} for n, name in enumerate(names)],
+             "annotations": [{"image_id": n, "caption": fuzzer.text()} for n in range(4)]},
+            {n: {"filename": name, "caption": "Red.", "negative_caption": fuzzer.text()}
+             for n, name in enumerate(names)},
+            [{"filename": name, "sentence": fuzzer.text(), "label": "neutral"} for name in names],
+            [{"image/key": "0", "en": {"caption": [fuzzer.text()]}, "id": fuzzer.value()}],
+        ]  # fmt: skip
+        content = json.dumps(fuzzer.random.choice(documents)).encode()
+        path = self.folder / "published" / "test.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(fuzzer.damage(content) if fuzzer.random.random() < 0.7 else content)
+        os.chdir(path.parent)
+        shutil.rmtree("data", ignore_errors=True)
+        arguments = ["evaluate", "--data", "test.json", "--images", self.world / "images"]
+        self.command("published", 1, [*arguments, "--runs", self.runs, "--resamples", 5])
+
     def translate(self) -> None:
         """Damaged rows, or a damaged file of translations."""
         kind, data = self.spoilt_data("test")
@@ -334,6 +361,7 @@ TARGETS: dict[str, tuple[Callable[[Run], None], int]] = {
     "evaluate": (Run.evaluate, 5),
     "align": (Run.align, 3),
     "translate": (Run.translate, 5),
+    "published": (Run.published, 5),
 }
 
 

@@ -106,7 +106,7 @@ def test_doctor_sees_versions_devices_and_extras(clseave, monkeypatch, torch):
     assert document["devices"][0].startswith("cpu (") and document["speed"] == {}
     assert document["missing"]["check"] == ["lxml"] and document["missing"]["serve"] == []
     text = clseave("doctor", "--no-speed")[1]
-    assert "check reads HTML and Markdown: pip install 'clseave-cli[check]'\n" in text
+    assert "check reads HTML and Markdown: pip install -e '.[check]'\n" in text
     speed = machine.examine(seconds=0.01).speed
     assert set(speed) >= {"cpu fp32"} and all(rate > 0 for rate in speed.values())
 

@@ -13,17 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clseave_cli.core.data import pairs, rows
-from clseave_cli.core.data.pairs import Pair, read_pairs
+from clseave_cli.core.data.pairs import Pair, Pairs
 from clseave_cli.errors import DataError
 
 
-def _read(path, batch_size=100):
+def _read(path, batch_size=100, columns=()):
     with path.open("rb") as stream:
-        return list(read_pairs(stream, str(path), batch_size))
+        return list(Pairs(stream, str(path), batch_size, *columns))
 
 
-def _flat(path):
-    return [row for batch in _read(path) for row in batch]
+def _flat(path, *columns):
+    return [row for batch in _read(path, columns=columns) for row in batch]
 
 
 def test_json_lines_in_order_and_in_whole_batches(tmp_path):
@@ -104,7 +104,8 @@ def test_csv(tmp_path, delimiter):
     ]
     path.write_text("\r\n".join(delimiter.join(cells) for cells in lines))
     first, second, third = _flat(path)
-    assert first == Pair("a.png", 'Two dogs\nrun, or; do\tthey "run"?', {"id": "1"})
+    assert first[:2] == ("a.png", 'Two dogs\nrun, or; do\tthey "run"?')
+    assert first.others == {"id": "1", "image": first.image, "hypothesis": first.hypothesis}
     assert str(second) == f"{path}:5: 2 cells; expected 3, as in the header."
     assert str(third) == f"{path}:6: 4 cells; expected 3, as in the header."
 
@@ -126,9 +127,12 @@ def test_a_csv_file_needs_the_two_columns(tmp_path):
     path.write_bytes("image,hypothesis\na.png,x\n".encode("utf-16"))
     with pytest.raises(DataError, match=r"pairs\.csv:1: not UTF-8; convert the file\.$"):
         _flat(path)
-    path.write_text("image,sentence\na.png,x\n")
-    with pytest.raises(DataError, match=r"pairs\.csv:1: expected a header with the columns image"):
-        _read(path)
+    path.write_text("pic,sentence\na.png,x\n")
+    said = r"pairs\.csv:1: expected a header with the columns image .* \(there: pic, sentence\)\.$"
+    for columns in ((), ("pic", "text"), (None, "sentence")):
+        with pytest.raises(DataError, match=said):
+            _read(path, columns=columns)
+    assert _flat(path, "pic", "sentence")[0][:2] == ("a.png", "x")
     (tmp_path / "empty.jsonl").touch()
     assert _read(tmp_path / "empty.jsonl") == []
 
@@ -136,7 +140,7 @@ def test_a_csv_file_needs_the_two_columns(tmp_path):
 def test_a_row_that_came_down_a_pipe_is_not_kept_waiting():
     reading, writing = os.pipe()
     with os.fdopen(reading, "rb") as stream, os.fdopen(writing, "wb", buffering=0) as sender:
-        batches = read_pairs(stream, "stdin", 10)
+        batches = iter(Pairs(stream, "stdin", 10))
         line = b'{"image": "%d", "hypothesis": "x"}\n'
         sender.write(line % 0)
         assert next(batches) == [Pair("0", "x", {})]

@@ -107,6 +107,8 @@ _NOT_RUN = {
     "sentence-transformers/": "hub",
     "ORG/NAME": "hub; tests/evaluation/test_publishing.py",
     "XVNLI/": "a data set of others",
+    "hf:": "hub; tests/data/test_hub.py",
+    "predict photos": "tests/prediction/test_predict_rows.py",
     "--lang auto": "needs the extra langid",
     "--tracker": "needs the extra tensorboard",
     "--source-lang": "tests/stages/test_backbones.py",

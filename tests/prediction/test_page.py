@@ -155,11 +155,23 @@ def test_an_answer_that_comes_after_an_edit_is_not_shown(page):
     page.route("**/judge", lambda route: held.append(route))
     page.click("#ask")
     page.wait_for_selector("#ask:disabled")
+    assert page.inner_text("#ask") == "Asking…"
     page.type("#hypothesis", "!")
     with page.expect_response("**/judge"):
         held[0].continue_()
     page.wait_for_timeout(50)
-    assert page.locator("#answer").inner_text() == ""
+    assert page.locator("#answer").inner_text() == "" and page.inner_text("#ask") == "Ask"
+
+
+def test_on_a_phone_the_answer_comes_into_view(page):
+    page.set_viewport_size({"width": 390, "height": 480})
+    page.evaluate(_DROP, ["#drop", list(_png((0, 255, 0)))])
+    page.fill("#hypothesis", "It is green.")
+    page.click("#ask")
+    _percents(page)
+    bottom = page.locator("#answer .row >> nth=2").bounding_box()
+    assert bottom["y"] + bottom["height"] < 480
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
 
 
 def test_several_lines_an_example_and_a_warning(page):

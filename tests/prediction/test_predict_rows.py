@@ -1,5 +1,6 @@
 """`predict` on many rows: resuming, changing pictures, languages."""
 
+import csv
 import importlib.util
 import io
 import json
@@ -10,9 +11,12 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from fake_model import FakeModel
 from PIL import Image
@@ -247,9 +251,165 @@ def test_stdin_to_stdout(clseave, source, trained, monkeypatch, tmp_path):
     assert len(answers) == 40 and answers[11]["error"].startswith("stdin:12: expected an object")
     assert answers[0]["label"] in LABELS
     code, out, err = clseave(*arguments, "-", "--json")
-    assert code == 2 and out == "" and "--json and --output - both write to stdout" in err
+    assert code == 2 and out == "" and "--json and the answers both go to stdout" in err
     code, out, err = clseave(*arguments, tmp_path / "file" / "a", "--input", tmp_path / "no")
     assert code == 1 and f"{tmp_path / 'no'}: cannot be read" in err
+
+
+# --- tables ---
+
+
+def _write_table(path, rows):
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        with path.open("w", newline="") as stream:
+            writer = csv.DictWriter(
+                stream, rows[0], delimiter="\t" if path.suffix == ".tsv" else ";"
+            )
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def _read_table(path):
+    if path.suffix == ".parquet":
+        return pyarrow.parquet.read_table(path).to_pylist()
+    with path.open(newline="") as stream:
+        delimiter = {".tsv": "\t", ".csv": ","}[path.suffix]
+        rows = list(csv.DictReader(stream, delimiter=delimiter))
+    return [{k: float(v) if k in LABELS and v else v or None for k, v in r.items()} for r in rows]
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".parquet"])
+def test_answers_to_a_table_are_a_table(trained, world, tmp_path, ending, monkeypatch):
+    """Every column stays as it is, and the answer's come behind; also after an interruption."""
+    names = [*(str(world / "images" / f"test{n}.png") for n in range(4)), "nowhere.png"]
+    rows = [
+        {
+            "id": f"{n:03}",
+            "pic": names[n % 5],
+            "sentence": f'Das "{n}";\n ist rot.',
+            "label": "maybe",
+        }
+        for n in range(12)
+    ]
+    source, whole, target = (tmp_path / f"{name}{ending}" for name in ("pairs", "whole", "answers"))
+    _write_table(source, rows)
+    config = _config(trained, image_column="pic", text_column="sentence")
+    done = predict_file(config, source, whole)
+    assert (done.num_predicted, done.num_errors) == (10, 2)
+    answers = _read_table(whole)
+    columns = ["lang", "label", *LABELS, "model", "truncated", "warning", "error"]
+    assert list(answers[0]) == ["id", "pic", "sentence", "gold_label", *columns]
+    for row, answer in zip(rows, answers, strict=True):
+        kept = {key: answer[key] for key in ("id", "pic", "sentence")}
+        assert kept | {"label": answer["gold_label"]} == row
+        scores = [answer[label] for label in LABELS]
+        if row["pic"] == "nowhere.png":
+            assert "no such image" in answer["error"] and answer["label"] is scores[0] is None
+        else:
+            assert sum(scores) == pytest.approx(1) and answer["label"] in LABELS
+
+    _write_table(source, rows[:8])
+    judge, calls = VisualEntailment.predict, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return judge(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(VisualEntailment, "predict", interrupted)
+        predict_file(config, source, target)
+    assert len(read_jsonl(tmp_path / f"answers{ending}.partial")) == 6 and not target.exists()
+    resumed = replace(config, resume=True)
+    predict_file(resumed, source, target)
+    assert len(_read_table(target)) == 8
+    _write_table(source, rows)
+    assert predict_file(resumed, source, target) == done  # a finished table is made again
+    for one, other in zip(_read_table(target), answers, strict=True):
+        scores = [[row.pop(label) or 0 for label in LABELS] for row in (one, other)]
+        assert one == other and scores[0] == pytest.approx(scores[1], rel=1e-4)
+    _write_table(target, rows)
+    with pytest.raises(UsageError, match="is there already and holds no answers"):
+        predict_file(config, source, target)
+    with pytest.raises(UsageError, match=r"pairs\.\w+ is no table of this kind; name the answers"):
+        predict_file(config, source, tmp_path / ("a.csv" if ending == ".parquet" else "a.parquet"))
+
+
+def test_the_input_alone_prints_to_stdout(clseave, trained, world, tmp_path):
+    image = world / "images" / "test0.png"
+    for name, content in (
+        ("a.csv", f"id,image,hypothesis\n007,{image},Rot.\n".encode()),
+        ("a.jsonl", json.dumps({"id": "007", "image": str(image), "hypothesis": "Rot."}).encode()),
+    ):
+        (tmp_path / name).write_bytes(content)
+        code, out, err = clseave("predict", "--input", tmp_path / name, "--runs", trained)
+        assert code == 0 and "stdout: 1 predicted" in err
+        answer = next(csv.DictReader(out.splitlines())) if name == "a.csv" else json.loads(out)
+        assert answer["id"] == "007" and answer["label"] in LABELS
+
+
+# --- several pictures and sentences ---
+
+
+def test_several_pictures_and_sentences(clseave, refused, trained, world, tmp_path, monkeypatch):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("b.png", "a.png"):
+        shutil.copy(world / "images" / "test0.png", folder / name)
+    (folder / "c.jpg").write_bytes(b"none")
+    (folder / "notes.txt").touch()
+    pictures, first = sorted(map(str, folder.glob("*.*g"))), str(folder / "a.png")
+    models = ["--runs", trained]
+    for arguments in ([folder, "Red."], [f"{folder}/?.*g", "Red."], [*pictures, "Red."]):
+        code, out, err = clseave("predict", *arguments, *models, "--json")
+        assert code == 0, err
+        answers = json.loads(out)
+        assert [answer["image"] for answer in answers] == pictures
+        assert "error" in answers[2] and answers[0]["label"] == answers[1]["label"]
+    code, out, _ = clseave("predict", first, "Red.", "Blue [b].", *models)
+    assert [line.split(" %  ")[1] for line in out.splitlines()] == ["Red.", "Blue [b]."]
+    code, out, _ = clseave("predict", folder, "Red.", *models)
+    assert out.splitlines()[0].endswith(f" %  {first}") and "c.jpg: damaged" in out
+
+    content = io.TextIOWrapper(io.BytesIO((folder / "a.png").read_bytes()))
+    monkeypatch.setattr(sys, "stdin", content)
+    answer = json.loads(clseave("predict", "-", "Red.", *models, "--json")[1])
+    assert answer["label"] == answers[0]["label"] and answer["image"] == "the image"
+
+    code, out, err = clseave("predict", folder / "c.jpg", "a", "b", *models)
+    assert code == 1 and "no pair could be judged" in err and out.count("c.jpg: damaged") == 2
+    assert "no pictures" in refused("predict", f"{folder}/x*.png", "a", *models)
+    assert "too long" in refused("predict", "x" * 300, "a", *models)
+    assert ": no such image" in refused("predict", "", "a", *models)  # not the working directory
+
+
+def test_a_student_that_is_named_reads_the_sentence(clseave, refused, trained, world):
+    image, models = world / "images" / "test0.png", ["--runs", trained, "--json"]
+    answers = [
+        json.loads(clseave("predict", image, "Das ist rot.", *models, *more)[1])
+        for more in (["--lang", "nl"], ["--student", trained / "align-nl"])
+    ]
+    assert answers[0] == answers[1]
+    assert "no model for de; languages there: nl" in refused(
+        "predict", image, "x", *models, "--student", trained / "align-nl", "--lang", "de"
+    )
+
+
+def test_a_stream_of_pairs_is_judged_as_it_comes():
+    model, taken = VisualEntailment(FakeModel(), None), []
+
+    def pairs():
+        for number in range(5):
+            taken.append(number)
+            yield (None if number == 1 else _RED), f"It is {number}."
+
+    answers = model.batch(pairs(), (lang for lang in ["en", "de", "en", "de", "en"]), batch_size=2)
+    assert next(answers).lang == "en" and taken == [0, 1]
+    rest = list(answers)
+    assert isinstance(rest[0], DataError) and [each.lang for each in rest[1:]] == ["en", "de", "en"]
 
 
 # --- pictures ---

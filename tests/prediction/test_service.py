@@ -106,6 +106,22 @@ def test_where_the_model_looked_is_drawn_for_those_who_ask(serve, model):
     assert Image.open(io.BytesIO(base64.b64decode(encoded))).width == 480
 
 
+def test_metrics_count_answers_and_refusals(serve):
+    client = serve()
+    ask(client), ask(client, hypothesis="Two."), ask(client, image=b"none")
+    client.get("/health")
+    answer = client.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    lines = answer.text.splitlines()
+    assert 'clseave_requests_total{status="200"} 2' in lines
+    assert 'clseave_requests_total{status="400"} 1' in lines
+    assert "clseave_sentences_total 2" in lines and "clseave_waiting 0" in lines
+    names = [line.split("{")[0].split(" ")[0] for line in lines if line[0] != "#"]
+    assert {f"# TYPE {name}" for name in names} == {
+        line.rpartition(" ")[0] for line in lines if line[0] == "#"
+    }
+
+
 def test_requests_that_come_while_one_is_computed_go_together(serve, model):
     client = serve(batch_size=4)
     model.gate.clear()

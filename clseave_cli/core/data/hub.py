@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
+import glob
+import io
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from clseave_cli.core.config import StageConfig, TrainingConfig
+from clseave_cli.core.data import layouts
 from clseave_cli.core.data.images import in_rgb
-from clseave_cli.core.data.rows import IMAGE_KEYS, LABEL_KEYS, json_line
-from clseave_cli.core.files import atomic_folder
+from clseave_cli.core.data.records import ENGLISH
+from clseave_cli.core.data.rows import LABEL_KEYS
+from clseave_cli.core.files import atomic_folder, file_digest, json_digest
 from clseave_cli.errors import DataError, ModelError
 from clseave_cli.labels import LABELS
 from clseave_cli.progress import SILENT, Progress
@@ -28,8 +32,6 @@ MODEL_FILES = (
 
 _PREFIX = "hf:"
 _TIMEOUT_SECONDS = 10.0
-#: Names under which the hub knows our splits.
-_SPLITS = {"train": "train", "validation": "dev", "dev": "dev", "test": "test"}
 
 
 @functools.cache
@@ -69,7 +71,7 @@ def is_repository(name: str) -> bool:
 
 
 def model_folder(name: Path, progress: Progress = SILENT) -> Path:
-    """The local folder that `--runs`, `--teacher` and `--students` mean.
+    """The local folder that `--runs`, `--teacher`, `--student` and `--students` mean.
 
     Args:
         name: a folder, or `ORG/NAME[@revision]` where no such folder is here. It is fetched into
@@ -104,15 +106,17 @@ def model_folder(name: Path, progress: Progress = SILENT) -> Path:
 def with_local_models(config: Config, progress: Progress = SILENT) -> Config:
     """The options with folders where they name repositories of the hub.
 
-    Where models are trained, `--runs` is what they are written to, and stays as it is.
+    Where models are trained, `--runs` is what they are written to and `--student` what they start
+    from; both stay as they are.
 
     Raises:
         ModelError: as `model_folder`.
     """
     local: dict[str, Any] = {}
-    for name in ("runs", "teacher", "students"):
+    for name in ("runs", "teacher", "student", "students"):
         value = getattr(config, name, None)
-        if value is None or (name == "runs" and isinstance(config, TrainingConfig)):
+        trains = isinstance(config, TrainingConfig)
+        if value is None or (trains and name in ("runs", "student")):
             continue
         if isinstance(value, tuple):
             local[name] = tuple(model_folder(each, progress) for each in value)
@@ -127,27 +131,36 @@ def data_folder(data: str, progress: Progress = SILENT, root: Path = Path("data"
     """The local folder that `--data` means.
 
     Args:
-        data: a folder, or `hf:ORG/NAME`, which is downloaded through `datasets` and written to
-            `{root}/ORG--NAME` the first time.
+        data: a data folder; `hf:ORG/NAME`, which is downloaded through `datasets`; or a file of
+            another layout, or a pattern of files. All but the first become a folder once.
         progress: told about the rows written.
         root: where such folders go.
 
     Raises:
-        DataError: the data set cannot be loaded or has no split we know.
+        DataError: the data set cannot be loaded, or is of no layout we know.
     """
+    files: list[Path] = []
     if not data.startswith(_PREFIX):
-        return Path(data)
-    name = data.removeprefix(_PREFIX)
-    target = root / re.sub(r"[^A-Za-z0-9._-]+", "--", name).strip("-.")
+        # A pattern may begin at the root, which Path.glob refuses.
+        named = [data] if Path(data).exists() else sorted(glob.glob(data, recursive=True))  # noqa: PTH207
+        files = [path for path in map(Path, named) if path.is_file()]
+        if not files:
+            return Path(data)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "--", data.removeprefix(_PREFIX)).strip("-.")
+    if files:  # another content is another folder
+        name += f"-{json_digest([file_digest(path) for path in files])[:8]}"
+    target = root / name
     if not target.is_dir():
         with atomic_folder(target) as aside:
-            _write(name, aside, progress)
+            parts = layouts.file_parts(files) if files else _hub_parts(data.removeprefix(_PREFIX))
+            layouts.write_folder(aside, parts, data, progress)
     return target
 
 
-def _write(name: str, folder: Path, progress: Progress) -> None:
+def _hub_parts(name: str) -> Iterator[layouts.Part]:
+    """The splits of a data set of the hub."""
     import datasets
-    from huggingface_hub import constants
+    from huggingface_hub import constants, snapshot_download
 
     if not (constants.HF_HUB_OFFLINE or hub_answers()):  # its client would try for a minute
         raise DataError(
@@ -155,41 +168,48 @@ def _write(name: str, folder: Path, progress: Progress) -> None:
             "what was fetched before."
         )
     try:
-        loaded = datasets.load_dataset(name)
+        try:
+            loaded = datasets.load_dataset(name)
+        except RuntimeError as error:
+            if "scripts are no longer supported" not in str(error):
+                raise
+            # Such a script only reads the files beside it.
+            endings = ["*.jsonl", "*.csv", "*.parquet"]
+            folder = snapshot_download(name, repo_type="dataset", allow_patterns=endings)
+            files = [path for ending in endings for path in Path(folder).rglob(ending)]
+            yield from layouts.file_parts(sorted(files))
+            return
+    except DataError:
+        raise
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"--data hf:{name}: cannot be loaded ({reason}).") from None
-    splits = {_SPLITS[split]: rows for split, rows in loaded.items() if split in _SPLITS}
-    if not splits:
-        raise DataError(f"--data hf:{name}: none of its splits is one of {', '.join(_SPLITS)}.")
-    (folder / "images").mkdir()
-    for split, rows in splits.items():
-        with (
-            (folder / f"snli_ve_{split}.jsonl").open("wb") as stream,
-            progress.task(f"{name}: {split}", total=len(rows), unit="rows") as task,
-        ):
-            for number, row in enumerate(rows):
-                plain = _plain_row(row, f"{split}-{number}", rows.features, folder / "images")
-                stream.write(json_line(plain))
-                task.advance()
+    parts = [(ours, ENGLISH, loaded[n]) for n, ours in layouts.SPLITS.items() if n in loaded]
+    if loaded.keys() <= layouts.CODES:  # each is the test data of a language
+        parts = [("test", lang, rows) for lang, rows in loaded.items()]
+    if not parts:
+        usual = ", ".join(layouts.SPLITS)
+        raise DataError(f"--data hf:{name}: none of its splits is one of {usual}.")
+    for split, lang, rows in parts:
+        yield split, split, lang, _plain_rows(rows)
 
 
-def _plain_row(row: dict[str, Any], row_id: str, features: Any, images: Path) -> dict[str, Any]:
-    """A row as JSON: label names instead of ids, images as files."""
-    plain = {"pairID": row_id, **row}
-    for key in LABEL_KEYS:
-        value = plain.get(key)
-        if isinstance(value, int):
-            names = getattr(features[key], "names", LABELS)
-            plain[key] = names[value] if 0 <= value < len(names) else "-"
-    for key in IMAGE_KEYS:
-        if hasattr(plain.get(key), "convert"):
-            # Named by content: a photo of many rows stays one photo, whose rows belong together,
-            # and the data set's own file name is not trusted as a path.
-            image = in_rgb(plain[key])
-            digest = hashlib.blake2b(repr(image.size).encode(), digest_size=16)
-            digest.update(image.tobytes())
-            plain[key] = f"{digest.hexdigest()}.png"
-            if not (images / plain[key]).exists():
-                image.save(images / plain[key])
-    return plain
+def _plain_rows(rows: Any) -> Iterator[dict[str, Any]]:
+    """Rows with the names of labels instead of numbers, and photos as the bytes of their files."""
+    import datasets
+
+    photos = [key for key, kind in rows.features.items() if isinstance(kind, datasets.Image)]
+    labels = [key for key in LABEL_KEYS if key in rows.features]
+    for key in photos:
+        rows = rows.cast_column(key, datasets.Image(decode=False))
+    for row in rows:
+        for key in photos:
+            if row[key] and not row[key]["bytes"]:  # one that lies in the client's cache
+                stream = io.BytesIO()
+                in_rgb(datasets.Image().decode_example(row[key])).save(stream, "PNG")
+                row[key] = stream.getvalue()
+        for key in labels:
+            if isinstance(row[key], int):
+                names = getattr(rows.features[key], "names", LABELS)
+                row[key] = names[row[key]] if 0 <= row[key] < len(names) else "-"
+        yield row

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
+import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -54,12 +55,14 @@ class Batcher:
 
     Attributes:
         waiting: the questions that are not being computed yet.
+        num_judged: how many were computed, in so many `seconds`.
     """
 
     def __init__(
         self, model: VisualEntailment, *, batch_size: int, max_waiting: int, max_pixels: float
     ) -> None:
         self.waiting: deque[_Question] = deque()
+        self.num_judged, self.seconds = 0, 0.0
         self._model = model
         self._stopping = False
         self._batch_size = batch_size
@@ -125,7 +128,10 @@ class Batcher:
             if not self.waiting:
                 self._arrived.clear()
             if batch := [each for each in batch if not each.answer.done()]:
+                start = time.perf_counter()
                 await self._answer(batch)
+                self.num_judged += len(batch)
+                self.seconds += time.perf_counter() - start
 
     async def _answer(self, batch: list[_Question]) -> None:
         """Computes a batch; if that fails, each question alone, so that one spoils no other."""

@@ -17,7 +17,9 @@ from PIL import Image
 from clseave_cli.core.config import Precision
 from clseave_cli.core.data.images import Preparation
 from clseave_cli.core.models.calibration import Calibration
+from clseave_cli.core.models.folder import peek
 from clseave_cli.core.prediction import Floats
+from clseave_cli.errors import UsageError
 from clseave_cli.progress import SILENT, Progress
 
 
@@ -60,17 +62,24 @@ class InferenceModel(Protocol):
         ...
 
 
-def own_language(runs: Path) -> str:
-    """The language CLIP-VE itself reads; an exported folder may lack it.
+def own_language(runs: Path, student: Path | None = None) -> str:
+    """The language CLIP-VE itself reads, which an exported folder may lack; or that of a student.
 
     Args:
         runs: as for `load_model`.
+        student: likewise.
 
     Raises:
-        ModelError: neither folder, or a damaged one.
+        ModelError: no such folder, or a damaged one.
+        UsageError: the student reads several languages.
     """
     from clseave_cli.core.prediction import onnx_model
 
+    if student is not None:
+        languages: list[str] = peek(student, "student")["languages"]
+        if len(languages) > 1:
+            raise UsageError(f"--student {student}: reads {', '.join(languages)}; choose --lang.")
+        return languages[0]
     if onnx_model.is_exported(runs):
         return onnx_model.own_language(runs)
     from clseave_cli.core.models.clip_ve import source_language
@@ -85,6 +94,7 @@ def load_model(
     device: str = "auto",
     precision: Precision = "auto",
     lasting: bool = True,
+    student: Path | None = None,
     progress: Progress = SILENT,
 ) -> InferenceModel:
     """Loads the models under `runs`, or a folder that `clseave export` wrote.
@@ -100,6 +110,7 @@ def load_model(
             weights are arranged for this processor: seconds at the start, and a copy in memory,
             for faster answers. Otherwise only its manifest is checked, and a tower's weights leave
             memory when it has answered. Torch's models are always loaded to last.
+        student: what reads the sentences, instead of the models under `runs`.
         progress: told of languages without a temperature.
 
     Raises:
@@ -109,11 +120,13 @@ def load_model(
 
     model: InferenceModel
     if onnx_model.is_exported(runs):
+        if student is not None:
+            raise UsageError(f"--student: {runs} is an exported folder, which has its encoders.")
         model = onnx_model.OnnxModel.from_folder(runs, languages, lasting=lasting)
     else:
         from clseave_cli.core.prediction.torch_model import TorchModel
 
-        model = TorchModel.from_runs(runs, languages, device, precision)
+        model = TorchModel.from_runs(runs, languages, device, precision, student)
     if without := [k for k, each in model.calibrations.items() if each.temperature == 1]:
         progress.note(
             f"{', '.join(without)}: no temperature was fitted, so probabilities may be too sure; "

@@ -14,7 +14,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from os.path import samestat
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,7 +28,7 @@ from clseave_cli.core.data.heat_map import heat_map
 from clseave_cli.core.data.hub import model_folder
 from clseave_cli.core.data.images import ImageFolder, open_image, require_shape
 from clseave_cli.core.data.languages import LanguageIdentifier, language_warning
-from clseave_cli.core.data.pairs import AnswerFile, Pair, read_pairs
+from clseave_cli.core.data.pairs import ANSWER_COLUMNS, AnswerFile, AnswerTable, Pair, Pairs
 from clseave_cli.core.data.records import require_language
 from clseave_cli.core.data.rows import json_line
 from clseave_cli.core.files import writing
@@ -183,6 +183,7 @@ class VisualEntailment:
         lang: str | Sequence[str] | None = None,
         device: str = "auto",
         precision: Precision = "auto",
+        student: str | Path | None = None,
         *,
         lasting: bool = True,
         unsure: bool = False,
@@ -197,6 +198,7 @@ class VisualEntailment:
                 a model for (needs the extra `langid`); None: the one CLIP-VE itself reads.
             device: `auto`, `cpu`, `cuda` or `cuda:N`; an exported model computes on the CPU.
             precision: arithmetic of the matrix products; an exported model has its own.
+            student: a student's folder, or a repository of the hub: it reads every sentence.
             lasting: as for `load_model`; False for one answer, soon and in little memory.
             unsure: answer `unsure` below the thresholds that `clseave calibrate` set.
             progress: told of languages without a temperature.
@@ -205,9 +207,9 @@ class VisualEntailment:
             ClseaveError: no model for the language, a damaged one, an unknown device, or `unsure`
                 without thresholds.
         """
-        runs = model_folder(Path(runs))
+        runs, only = model_folder(Path(runs)), model_folder(Path(student)) if student else None
         if lang is None:
-            lang = own_language(runs)
+            lang = own_language(runs, only)
         languages = [lang] if isinstance(lang, str) else list(lang)
         auto = languages == [AUTO]
         for each in languages if not auto else ():
@@ -218,6 +220,7 @@ class VisualEntailment:
             device=device,
             precision=precision,
             lasting=lasting,
+            student=only,
             progress=progress,
         )
         for each in model.sources if unsure else ():
@@ -307,6 +310,18 @@ class VisualEntailment:
                     attention=where,
                 )
         return [results[row] for row in range(len(pairs))]
+
+    def batch(
+        self,
+        pairs: Iterable[tuple[ImageSource, str]],
+        lang: str | Iterable[str | None] | None = None,
+        batch_size: int = 256,
+    ) -> Iterator[Prediction | ClseaveError]:
+        """Judges pairs as `predict` does, but as they come, `batch_size` in memory at once."""
+        pairs = iter(pairs)
+        languages = repeat(lang) if lang is None or isinstance(lang, str) else iter(lang)
+        while some := list(islice(pairs, batch_size)):
+            yield from self.predict(some, list(islice(languages, len(some))))
 
     def explain(self, image: ImageSource, prediction: Prediction) -> Image.Image:
         """The photo, coloured by where the head looked for a prediction, above its scale.
@@ -400,14 +415,14 @@ def predict_file(
     """Judges every row of a file or stream, in order; memory does not grow with their number.
 
     A row names `image` (a file's relative paths are looked up beside it) and `hypothesis`. A row
-    that cannot be judged gets an object with `error` instead of `label`. A target file appears when
-    it is complete; until then, `TARGET.partial` holds the answers so far, for `config.resume`. With
-    it, a complete target is compared with the input in the same way, and gets the rows it lacks.
+    that cannot be judged gets `error` instead of `label`. A target file appears when it is
+    complete; until then, `TARGET.partial` holds the answers so far, for `config.resume`. With it, a
+    complete target is compared with the input in the same way, and gets the rows it lacks.
 
     Args:
         config: models, language, and whether to go on with what an earlier run wrote.
-        source: JSON Lines or CSV, as `data.pairs.read_pairs` takes them.
-        target: where the answers go, as JSON Lines.
+        source: as `data.pairs.Pairs` takes it.
+        target: where the answers go, in the format its name tells, or that of the source.
         progress: told how many rows are done, and of sentences that were cut.
 
     Raises:
@@ -415,17 +430,18 @@ def predict_file(
             damaged or of another run.
     """
     tally = BatchResult()
-    lang = config.lang or own_language(config.runs)
+    lang = config.lang or own_language(config.runs, config.student)
     name = str(source) if isinstance(source, Path) else "stdin"
     base: Path | ImageFolder = source.parent if isinstance(source, Path) else Path()
     if config.images is not None:
         base = ImageFolder(config.images)
     with _reading(source) as stream, ExitStack() as stack:
-        batches = read_pairs(stream, name, config.batch_size)
-        answers = _answer_file(config, target, stream)
+        pairs = Pairs(stream, name, config.batch_size, config.image_column, config.text_column)
+        batches = iter(pairs)
+        answers = _answer_file(config, target, stream, pairs)
         if answers is not None:
             stack.enter_context(answers)
-            batches = _unanswered(batches, answers, lang, tally)
+            batches = _unanswered(pairs, answers, lang, tally)
             if answers.finished:
                 # The first rows left to do come after all answers were compared with theirs.
                 first = next(batches, None)
@@ -434,13 +450,17 @@ def predict_file(
                 answers.reopen()
                 batches = chain([first], batches)
         model = VisualEntailment.from_pretrained(
-            config.runs, lang, config.device, config.precision,
+            config.runs, lang, config.device, config.precision, config.student,
             unsure=config.unsure, progress=progress,
         )  # fmt: skip
         with _writing(answers, target) as out, progress.task("predict", unit="pairs") as task:
             for batch in batches:
-                outcomes = list(_judge_rows(model, base, batch))
-                out.write(b"".join(map(json_line, outcomes)))
+                outcomes = list(_judge_rows(model, base, batch, bool(pairs.whole)))
+                if answers is None and (table := AnswerTable.of(pairs, None)):
+                    is_first = not (tally.num_predicted or tally.num_errors)
+                    out.write(table.encode(outcomes, with_header=is_first))
+                else:
+                    out.write(b"".join(map(json_line, outcomes)))
                 out.flush()
                 tally.count(outcomes)
                 task.advance(len(outcomes))
@@ -466,14 +486,16 @@ def _reading(source: Path | BinaryIO) -> AbstractContextManager[BinaryIO]:
 
 
 def _answer_file(
-    config: PredictConfig, target: Path | BinaryIO, source: BinaryIO
+    config: PredictConfig, target: Path | BinaryIO, source: BinaryIO, pairs: Pairs
 ) -> AnswerFile | None:
     """The file of the answers; None for a pipe or device, which nothing can be added to later."""
     if isinstance(target, Path) and (target.is_file() or not target.exists()):
         if target.exists() and samestat(target.stat(), os.fstat(source.fileno())):
             raise UsageError(f"{target}: is both input and output; choose another --output.")
+        table = AnswerTable.of(pairs, target)
+        pairs.whole = table is not None
         with writing(target):
-            return AnswerFile(target.resolve(), config.resume)
+            return AnswerFile(target.resolve(), config.resume, table)
     if isinstance(target, Path) and target.is_dir():
         raise UsageError(f"{target}: is a folder; expected a file for the answers.")
     if config.resume:
@@ -490,10 +512,7 @@ def _writing(
 
 
 def _unanswered(
-    batches: Iterable[list[Pair | DataError]],
-    answers: AnswerFile,
-    lang: str,
-    tally: BatchResult,
+    pairs: Pairs, answers: AnswerFile, lang: str, tally: BatchResult
 ) -> Iterator[list[Pair | DataError]]:
     """The rows that an earlier run left to do.
 
@@ -502,14 +521,14 @@ def _unanswered(
     """
     earlier = answers.earlier()
     number = 0
-    for batch in batches:
+    for batch in pairs:
         todo = []
         for row in batch:
             number += 1
             answer = next(earlier, None)
             if answer is None:
                 todo.append(row)
-            elif _answers(answer, row, lang):
+            elif _answers(answer, row, lang, pairs):
                 tally.count([answer])
             else:
                 raise _another_run(answers, number)
@@ -519,13 +538,15 @@ def _unanswered(
         raise _another_run(answers, number + 1)
 
 
-def _answers(answer: dict[str, Any], row: Pair | DataError, lang: str) -> bool:
+def _answers(answer: dict[str, Any], row: Pair | DataError, lang: str, pairs: Pairs) -> bool:
     if isinstance(row, DataError):
-        return "error" in answer and "image" not in answer
+        return answer.keys() == {"error"}
     same_language = lang == AUTO or answer.get("lang") == lang
     answered = "label" in answer or "error" in answer
-    same_pair = answer.get("image") == row.image and answer.get("hypothesis") == row.hypothesis
-    return answered and same_language and same_pair
+    judged = answer.get("image"), answer.get("hypothesis")
+    if pairs.whole:  # a table keeps the columns of its input
+        judged = pairs.named_by(answer)
+    return answered and same_language and judged == row[:2]
 
 
 def _another_run(answers: AnswerFile, number: int) -> ClseaveError:
@@ -538,9 +559,9 @@ def _another_run(answers: AnswerFile, number: int) -> ClseaveError:
 
 
 def _judge_rows(
-    model: VisualEntailment, base: Path | ImageFolder, rows: list[Pair | DataError]
+    model: VisualEntailment, base: Path | ImageFolder, rows: list[Pair | DataError], as_table: bool
 ) -> Iterator[dict[str, Any]]:
-    """The answers to some rows, each with the row's other columns."""
+    """The answers to some rows, each with the row's other columns, or as a row of a table."""
     find = base.get if isinstance(base, ImageFolder) else base.joinpath
     paths = [find(row.image) if isinstance(row, Pair) else None for row in rows]
     pairs = [
@@ -559,7 +580,10 @@ def _judge_rows(
             answer |= {"lang": model.lang, "error": str(result)}
         else:
             answer = result.to_json() | answer
-        yield answer | row.others
+        if as_table:
+            cells = answer | answer.get("probabilities", {})
+            answer = {name: cells[name] for name in ANSWER_COLUMNS if name in cells}
+        yield row.others | answer if as_table else answer | row.others
 
 
 def _stamp(name: str) -> tuple[str, int, int]:

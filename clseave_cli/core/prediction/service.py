@@ -7,6 +7,7 @@ import contextlib
 import resource
 import socket
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -17,7 +18,7 @@ from typing import Annotated, Any
 import uvicorn
 from fastapi import FastAPI, File, Form, HTTPException, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from pydantic import BaseModel, Field
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -139,7 +140,7 @@ def create_app(model: InferenceModel, config: ServeConfig) -> FastAPI:
         redoc_url=None,
         lifespan=lifespan,
     )
-    app.state.batcher = batcher
+    app.state.batcher, app.state.statuses = batcher, Counter()
     app.add_middleware(
         BodyLimit,
         max_bytes=int(config.max_megabytes * 1e6),
@@ -202,6 +203,20 @@ def create_app(model: InferenceModel, config: ServeConfig) -> FastAPI:
         batcher.require_room()
         return {"status": "ok"}
 
+    @app.get("/metrics", include_in_schema=False)
+    async def metrics() -> PlainTextResponse:
+        """Counts for Prometheus, in its text format."""
+        text = "# TYPE clseave_requests_total counter\n"
+        for status, count in sorted(app.state.statuses.items()):
+            text += f'clseave_requests_total{{status="{status}"}} {count}\n'
+        for name, kind, value in (
+            ("clseave_sentences_total", "counter", batcher.num_judged),
+            ("clseave_compute_seconds_total", "counter", batcher.seconds),
+            ("clseave_waiting", "gauge", len(batcher.waiting)),
+        ):
+            text += f"# TYPE {name} {kind}\n{name} {value}\n"
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+
     @app.post("/predict", responses=_RESPONSES, response_model_exclude_unset=True)
     async def predict(
         image: _Image,
@@ -240,7 +255,9 @@ async def _bad_request(request: Request, error: Exception) -> JSONResponse:
 
 
 class BodyLimit:
-    """Middleware: refuses a body that is too long (413) or slow (408), or one too many (503)."""
+    """Middleware: refuses a body that is too long (413), slow (408) or one too many (503); counts
+    the statuses of what POST is answered.
+    """
 
     def __init__(self, app: ASGIApp, max_bytes: int, timeout_seconds: float) -> None:
         self._app = app
@@ -280,8 +297,13 @@ class BodyLimit:
                 raise HTTPException(503, "too many uploads at once.", {"Retry-After": "1"})
             return message
 
+        async def noted(message: Message) -> None:
+            if message["type"] == "http.response.start" and scope["method"] == "POST":
+                scope["app"].state.statuses[message["status"]] += 1
+            await send(message)
+
         try:
-            await self._app(scope, counted, send)
+            await self._app(scope, counted, noted)
         finally:
             self._free_bytes += received
 

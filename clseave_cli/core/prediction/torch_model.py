@@ -20,6 +20,7 @@ from clseave_cli.core.config import Precision
 from clseave_cli.core.models.calibration import Calibration, read_calibrations
 from clseave_cli.core.models.clip_ve import ClipVE, fingerprint, source_language
 from clseave_cli.core.models.encoders import SentenceEncoder
+from clseave_cli.core.models.folder import peek
 from clseave_cli.core.models.listing import find_students
 from clseave_cli.core.models.student import load_student
 from clseave_cli.core.prediction import Floats
@@ -75,6 +76,7 @@ class TorchModel:
         languages: Sequence[str] | None = None,
         device: str = "auto",
         precision: Precision = "auto",
+        only: Path | None = None,
     ) -> TorchModel:
         """Loads CLIP-VE and the first student needed; further ones when they are.
 
@@ -83,6 +85,7 @@ class TorchModel:
             languages: that will be asked for; None: every one there is a model for.
             device: `auto`, `cpu`, `cuda` or `cuda:N`.
             precision: arithmetic of the matrix products.
+            only: a student that reads every sentence; None: whichever under `runs` reads it.
 
         Raises:
             ClseaveError: no model for a language, a damaged one, or an unknown device.
@@ -91,17 +94,19 @@ class TorchModel:
         folder = runs / "clip-ve"
         source_lang = source_language(folder)
         there = {source_lang: folder}
-        if list(languages or ()) != [source_lang]:  # otherwise no student is so much as looked at
+        if only is not None:
+            there = dict.fromkeys(peek(only, "student")["languages"], only)
+        elif list(languages or ()) != [source_lang]:  # otherwise no student is so much as looked at
             # A student that reads the source language too leaves it to its teacher.
             there |= find_students(runs) | there
         for lang in languages or ():
             if lang not in there:
                 raise ModelError(
-                    f"{runs}: no model for {lang}; languages there: {', '.join(there)}. "
+                    f"{only or runs}: no model for {lang}; languages there: {', '.join(there)}. "
                     f"`clseave align --lang {lang}` makes one."
                 )
         wanted = there if languages is None else {lang: there[lang] for lang in languages}
-        if source_lang in wanted:
+        if wanted.get(source_lang) == folder:
             clip_ve = ClipVE.from_folder(folder).to(target)
             return cls(clip_ve, wanted, {folder: clip_ve.text}, precision)
         first = next(iter(wanted.values()))

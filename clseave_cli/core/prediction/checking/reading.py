@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from clseave_cli.core.config import CheckConfig
+from clseave_cli.core.data.records import IMAGE_EXTENSIONS
 from clseave_cli.core.data.rows import (
     NOT_UTF8,
     BadRow,
@@ -30,7 +31,6 @@ from clseave_cli.core.prediction.checking.pictures import MAX_BYTES, Locator, Pi
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.progress import Progress
 
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 _IMAGE_COLUMNS = (
     "image", "image_path", "img", "picture", "photo", "filename", "file_name", "image_file",
     "image_url", "url", "path", "file", "src",
@@ -289,7 +289,7 @@ def _beside(file: _File) -> Iterator[Text]:
 
 
 def _picture_beside(path: Path) -> Path | None:
-    for suffix in (*_PICTURES, *(suffix.upper() for suffix in _PICTURES)):
+    for suffix in (*IMAGE_EXTENSIONS, *(suffix.upper() for suffix in IMAGE_EXTENSIONS)):
         if path.with_suffix(suffix).is_file():
             return path.with_suffix(suffix)
     return None
@@ -312,7 +312,7 @@ def _tar(file: _File) -> Iterator[Text]:
                 if (new := f"{folder.removeprefix('.')}/{stem}".removeprefix("/")) != key:
                     yield from _sample(file, key, parts)
                     key, parts = new, {}
-                is_picture = PurePosixPath(name.lower()).suffix in _PICTURES
+                is_picture = PurePosixPath(name.lower()).suffix in IMAGE_EXTENSIONS
                 if (is_picture or kind in ("txt", "caption", "json")) and member.isreg():
                     stream = archive.extractfile(member)
                     limit = 1 + (MAX_BYTES if is_picture else _MAX_TEXT_BYTES)
