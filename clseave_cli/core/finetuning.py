@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,15 @@ from clseave_cli.core.features import (
     tokenize_sentences,
 )
 from clseave_cli.core.files import json_digest
+from clseave_cli.core.guided import (
+    GuidedBatch,
+    GuidedPictures,
+    divergence,
+    gap,
+    image_only_accuracy,
+    noise_like,
+    statistics_kept,
+)
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.packing import PackedBatch
 from clseave_cli.core.models.vocabulary import reduced_vocabulary
@@ -43,6 +53,9 @@ from clseave_cli.core.training.run import Run, StageResult, public_name, set_up
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.labels import LABELS
 from clseave_cli.progress import SILENT, Progress
+
+#: Guided pictures that tell so much more of a label than photos do give it away.
+_LEAK = 0.05
 
 
 class _Batch(NamedTuple):
@@ -55,6 +68,7 @@ class _Batch(NamedTuple):
         sentence_of_row: (B,) int64 into the S.
         premises: (B, E) features of the rows' images.
         labels: (B,) int64 ids of `labels.LABELS`.
+        guided: (B, E) features of the rows' guided pictures; None without any.
     """
 
     sentences: PackedBatch
@@ -62,6 +76,7 @@ class _Batch(NamedTuple):
     sentence_of_row: Tensor
     premises: Tensor
     labels: Tensor
+    guided: GuidedBatch | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,18 +86,27 @@ class _Pairs:
     sentences: Sentences
     images: Features
     labels: Tensor
+    guided: Features | None = None  # of the rows' guided pictures; index -1: the row has none
 
     def batch(self, rows: Rows, model: ClipVE) -> _Batch:
         # A sentence that stands twice in a batch is encoded once; its gradients add up.
         sentences, sentence_of_row = np.unique(self.sentences.index[rows], return_inverse=True)
         group = processes()
         places = len(rows) if group.count == 1 else None
+        premises, guided = self.images.vectors.rows(self.images.index[rows]), None
+        if self.guided is not None:
+            pictures = self.guided.index[rows]
+            is_there = torch.from_numpy(pictures >= 0)
+            drawn = self.guided.vectors.rows(pictures)
+            drawn[~is_there] = premises[~is_there]
+            guided = GuidedBatch(drawn, is_there.float())
         return _Batch(
             model.text.pack(self.sentences.tokens, group.shard(sentences), places),
             places or len(sentences),
             torch.from_numpy(sentence_of_row),
-            self.images.vectors.rows(self.images.index[rows]),
+            premises,
             self.labels[torch.from_numpy(rows)],
+            guided,
         )
 
 
@@ -104,27 +128,37 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult
         raise UsageError("--patch-grid goes with --head patches.")
     _require_batch_statistics(config, train_split)
     _require_two_labels(train_split)
+    guided = _guided_pictures(config, train_split, progress)
     splits = [(split, Photos.of(split, images)) for split in (train_split, dev_split)]
 
     torch.manual_seed(config.seed)
-    model = ClipVE.from_clip(config.clip, config.source_lang, config.head, config.patch_grid).to(
-        device
-    )
+    model = ClipVE.from_clip(
+        config.clip, config.source_lang, config.head, config.patch_grid, config.guided_adapter
+    ).to(device)
     model.text.verify_packing(config.clip, progress)
     inputs = {"clip": json_digest([model.text.digest(), model.image.digest()])}
     for split, photos in splits:
         inputs |= {split.path.name: split.digest, f"photos: {split.name}": photos.digest()}
+    if guided is not None:
+        inputs["guided pictures"] = guided.photos.digest()
     with Run("finetune-ve", out, config, inputs) as run:
         train_pairs, dev_pairs = (
             _prepare(model, split, photos, setup.autocast, progress) for split, photos in splits
         )
+        leak = ""
+        if guided is not None:
+            train_pairs, leak = _with_guided(
+                config, model, train_pairs, train_split, guided, setup.autocast, progress
+            )
 
         def loss(batch: _Batch) -> Tensor:
             sentences = processes().gather(lambda: model.text(batch.sentences), batch.num_sentences)
-            logits = model(sentences[batch.sentence_of_row], batch.premises)
-            return torch.stack(
-                [functional.cross_entropy(logits, batch.labels), _accuracy(logits, batch.labels)]
-            )
+            hypotheses = sentences[batch.sentence_of_row]
+            logits = model(hypotheses, batch.premises)
+            total = functional.cross_entropy(logits, batch.labels)
+            if batch.guided is not None:
+                total = total + _guided_loss(config, model, hypotheses, logits, batch, batch.guided)
+            return torch.stack([total, _accuracy(logits, batch.labels)])
 
         def evaluate() -> dict[str, float]:
             hypotheses = embed_rows(model.text, dev_pairs.sentences)
@@ -149,9 +183,86 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult
         with reduced_vocabulary(model.text, *tokens):
             result = train(stage, config, device=device, folder=run.folder, progress=progress)
         seen = [SeenRows.of(split, photos.keys) for split, photos in splits]
-        run.publish(model.save, _card(config, len(train_split), result), seen)
+        run.publish(model.save, _card(config, len(train_split), result, leak), seen)
     _tell_if_nothing_was_learnt(config, dev_split, result, progress)
     return StageResult(out, languages, result)
+
+
+def _guided_pictures(
+    config: FinetuneConfig, split: Split, progress: Progress
+) -> GuidedPictures | None:
+    """The guided pictures of the training rows; None without `--guided`.
+
+    Raises:
+        ClseaveError: as `GuidedPictures.of`, or a distance of embeddings that nothing could learn.
+    """
+    keys = split.pair_ids
+    if config.guided_by == "image":
+        keys = [split.image_names[image] for image in split.image_index]
+    guided = GuidedPictures.of(config, config.seed, keys, split.where, progress)
+    if not config.guided_adapter and (config.guided_cosine or config.guided_distance == "l2"):
+        flag = "--guided-cosine" if config.guided_cosine else "--guided-distance"
+        raise UsageError(
+            f"{flag}: the image tower is frozen, so its embeddings cannot meet; add "
+            "--guided-adapter."
+        )
+    return guided
+
+
+def _with_guided(
+    config: FinetuneConfig,
+    model: ClipVE,
+    pairs: _Pairs,
+    split: Split,
+    guided: GuidedPictures,
+    with_autocast: Autocast,
+    progress: Progress,
+) -> tuple[_Pairs, str]:
+    """The pairs with features of their guided pictures, and a sentence on what these give away."""
+    # The rows as if their photos were the guided pictures: the same cache serves both.
+    is_there, index = guided.index >= 0, np.maximum(guided.index, 0).astype(np.int32)
+    drawn = dataclasses.replace(split, name="guided", image_index=index)
+    features = image_features(
+        model.image, drawn, guided.photos, autocast=with_autocast, progress=progress
+    )
+    of_pictures, of_photos = (
+        image_only_accuracy(images, rows, split.labels, model.image.embedding_dim, config.seed)
+        for images, rows in (
+            (features, np.flatnonzero(is_there)),
+            (pairs.images, np.arange(len(split))),
+        )
+    )
+    leak = (
+        "A classifier that sees nothing but the picture is right about the label of "
+        f"{of_pictures:.1%} of guided pictures and {of_photos:.1%} of photos."
+    )
+    if of_pictures > of_photos + _LEAK:
+        leak += " Guided pictures give labels away: the head can learn to read them there instead."
+    progress.note(leak)
+    index_or_none = np.where(is_there, features.index, -1)
+    return dataclasses.replace(pairs, guided=Features(features.vectors, index_or_none)), leak
+
+
+def _guided_loss(
+    config: FinetuneConfig,
+    model: ClipVE,
+    hypotheses: Tensor,
+    logits: Tensor,
+    batch: _Batch,
+    guided: GuidedBatch,
+) -> Tensor:
+    """What guided pictures add to the loss: CE(p_y) + γ · KL(p_y ‖ p_x), eq. 12 to 14."""
+    is_noise = config.guided_control == "noise"
+    pictures = noise_like(guided.pictures) if is_noise else guided.pictures
+    with statistics_kept(model.head):
+        drawn = model(hypotheses, pictures)
+    losses = functional.cross_entropy(drawn, batch.labels, reduction="none")
+    losses = losses + config.guided_kl * divergence(drawn, logits)
+    if config.guided_adapter:
+        of_pictures, of_photos = map(model.head.embedding, (pictures, batch.premises))
+        weight = 0.5 if config.guided_cosine is None else config.guided_cosine
+        losses = losses + weight * gap(of_pictures, of_photos, config.guided_distance)
+    return guided.mean(losses)
 
 
 def _tell_if_nothing_was_learnt(
@@ -238,9 +349,10 @@ def _prepare(
     )
 
 
-def _card(config: FinetuneConfig, num_train: int, result: TrainingResult) -> str:
+def _card(config: FinetuneConfig, num_train: int, result: TrainingResult, leak: str) -> str:
     dev = result.dev
     model = public_name(config.clip)
+    guided = leak and f"Guided pictures supervised the photos. {leak}\n"
     return f"""---
 library_name: clseave
 tags: [visual-entailment, clip]
@@ -254,7 +366,7 @@ Says whether an image entails, contradicts or leaves open a sentence in `{config
 ({", ".join(LABELS)}). Image tower of `{model}`, frozen; text tower, projection and
 {config.head} head trained on {num_train} pairs, {result.epochs} epochs, the weights of epoch
 {result.best_epoch} kept: dev loss {dev["loss"]:.4f}, dev accuracy {dev["accuracy"]:.2%}.
-
+{guided}
     clseave predict image.jpg "a sentence" --lang {config.source_lang} --runs runs
 
 `training/` records every option, version and figure.

@@ -28,6 +28,7 @@ from clseave_cli.core.data.records import distinct
 from clseave_cli.core.data.rows import BadRow, read_rows, require_text
 from clseave_cli.core.features import Photos
 from clseave_cli.core.files import file_digest, json_digest
+from clseave_cli.core.guided import GuidedBatch, GuidedPictures, divergence, gap
 from clseave_cli.core.models.backbones import load_clip
 from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
 from clseave_cli.core.models.packing import PackedBatch
@@ -75,6 +76,7 @@ class _Batch(NamedTuple):
         num_captions: C.
         caption_of_slot: (K, B) int64 into the C.
         caption_ids: (K, B) int64; equal ids mark equal captions.
+        guided: this process's shard of the images' guided pictures; None without any.
     """
 
     pixels: Tensor
@@ -83,6 +85,7 @@ class _Batch(NamedTuple):
     num_captions: int
     caption_of_slot: Tensor
     caption_ids: Tensor
+    guided: GuidedBatch | None
 
 
 def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult:
@@ -101,6 +104,8 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
     dev_captions = _read_captions(config.data, config.dev_split, images)
     if not config.allow_leak:
         _check_leak(train_captions, dev_captions)
+    names = [path.name for path in train_captions.images]
+    guided = GuidedPictures.of(config, config.seed, names, names.__getitem__, progress)
     model, text, image = _starting_model(config, train_captions)
     model = model.to(device)
     text.verify_packing("the text tower", progress)
@@ -108,8 +113,10 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
     inputs = {"clip": json_digest([text.digest(), image.digest()])}
     for split, read in ((config.train_split, train_captions), (config.dev_split, dev_captions)):
         inputs |= {read.path.name: file_digest(read.path), f"photos: {split}": read.photos}
+    if guided is not None:
+        inputs["guided pictures"] = guided.photos.digest()
     with Run("pretrain", out, config, inputs) as run:
-        training = _Examples(config, train_captions, text, image)
+        training = _Examples(config, train_captions, text, image, guided)
         dev = _Examples(
             config,
             dev_captions.take(range(min(_DEV_IMAGES, len(dev_captions.images)))),
@@ -128,7 +135,25 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
                 contrastive_loss(image_embeddings, embeddings, batch.caption_ids[slot], scale)
                 for slot, embeddings in enumerate(per_slot)
             ]
-            return torch.stack(losses).mean()
+            mean = torch.stack(losses).mean()
+            if batch.guided is None:
+                return mean
+            pixels, is_noise = batch.guided.pictures, config.guided_control == "noise"
+            drawn = (
+                torch.randn_like(images)
+                if is_noise
+                else processes().gather(lambda: image(pixels), batch.num_images)
+            ).float()
+            # Of the batch's distinct captions: which of them is meant? (eq. 3 and 5)
+            answers = [
+                scale * embeddings @ text_embeddings.T
+                for embeddings in (functional.normalize(drawn, dim=1), image_embeddings)
+            ]
+            terms = config.guided_kl * divergence(*answers)
+            if config.guided_cosine:
+                distances = gap(drawn, images.float(), config.guided_distance)
+                terms = terms + config.guided_cosine * distances
+            return mean + batch.guided.mean(terms)
 
         def evaluate() -> dict[str, float]:
             rows = np.arange(len(dev.captions.images))
@@ -188,15 +213,16 @@ class _Examples:
         captions: _Captions,
         text: SentenceEncoder,
         image: ImageEncoder,
+        guided: GuidedPictures | None = None,
     ) -> None:
         self.captions = captions
-        self._config, self._text, self._image = config, text, image
+        self._config, self._text, self._image, self._guided = config, text, image, guided
         flat = [caption for of_image in captions.captions for caption in of_image]
         sentences, index = distinct(flat)
         self._tokens: TokenTable = text.tokenize(sentences)
         ends = np.cumsum([len(of_image) for of_image in captions.captions])
         self._caption_ids = np.split(index, ends[:-1])
-        self._kept: dict[int, Tensor] = {}
+        self._kept: dict[Path, Tensor] = {}
         self._kept_bytes = 0
         self._decoders = ThreadPoolExecutor()
 
@@ -214,25 +240,35 @@ class _Examples:
         )  # (K, B)
         needed, caption_of_slot = np.unique(slots, return_inverse=True)
         share = processes().shard
+        paths, guided = [self.captions.images[row] for row in share(rows)], None
+        if self._guided is not None:
+            photos, index = self._guided.photos, self._guided.index
+            drawn = [
+                photos.paths[index[row]] if index[row] >= 0 else path
+                for row, path in zip(share(rows), paths, strict=True)
+            ]
+            is_there = torch.from_numpy(index[rows] >= 0).float()
+            guided = GuidedBatch(self._pixels(drawn), is_there)
         return _Batch(
-            self._pixels(share(rows).tolist()),
+            self._pixels(paths),
             len(rows),
             self._text.pack(self._tokens, share(needed)),
             len(needed),
             torch.from_numpy(caption_of_slot.reshape(slots.shape)),
             torch.from_numpy(slots),
+            guided,
         )
 
-    def _pixels(self, rows: list[int]) -> Tensor:
-        new = [row for row in rows if row not in self._kept]
-        fresh: dict[int, Tensor] = {}
+    def _pixels(self, paths: list[Path]) -> Tensor:
+        new = [path for path in paths if path not in self._kept]
+        fresh: dict[Path, Tensor] = {}
         if new:
-            images = list(self._decoders.map(open_image, (self.captions.images[r] for r in new)))
+            images = list(self._decoders.map(open_image, new))
             fresh = dict(zip(new, self._image.preprocess(images).unbind(), strict=True))
-        pixels = torch.stack([fresh[r] if r in fresh else self._kept[r] for r in rows])
-        for row, image in fresh.items():
+        pixels = torch.stack([fresh[p] if p in fresh else self._kept[p] for p in paths])
+        for path, image in fresh.items():
             if self._kept_bytes + image.nbytes <= _PIXEL_MEMORY_BYTES:
-                self._kept[row] = image.clone()
+                self._kept[path] = image.clone()
                 self._kept_bytes += image.nbytes
         return pixels
 

@@ -6,6 +6,7 @@ import errno
 import io
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -119,6 +120,14 @@ class ImageFolder:
             raise DataError(f"{what}. Is --images DIR right?{advice}")
         progress.note(f"{what}. They are left out.")
         return rows.take(np.flatnonzero(~lacks))
+
+
+def picture_name(key: str) -> str:
+    """The name of the picture that belongs to a key of the data, such as a row's `pairID`.
+
+    An image's name loses its extension; what no file name can hold is written as %2F.
+    """
+    return re.sub(r"[%/\0]", lambda match: f"%{ord(match[0]):02X}", image_stem(key))
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:

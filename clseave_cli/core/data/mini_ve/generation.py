@@ -29,8 +29,8 @@ from clseave_cli.core.data.mini_ve.world import (
     descriptions,
     item_pairs,
 )
-from clseave_cli.core.files import atomic_folder, require_replaceable
-from clseave_cli.errors import UsageError
+from clseave_cli.core.files import atomic_folder, json_object, require_replaceable
+from clseave_cli.errors import DataError, UsageError
 from clseave_cli.labels import LABELS, Label
 from clseave_cli.progress import SILENT, Progress
 
@@ -209,15 +209,86 @@ def sample_scenes(seed: int, sizes: Sizes) -> dict[str, list[Scene]]:
 def _sample_scene(rng: Random) -> Scene:
     curtain = None
     if rng.random() < _CURTAIN_PROBABILITY:
-        columns, rows = rng.choice(_CURTAIN_SIZES)
-        column, row = rng.randint(0, GRID - columns), rng.randint(0, GRID - rows)
-        curtain = Curtain(column, row, columns, rows)
-    hidden = curtain.cells() if curtain else ()
-    in_view = [cell for cell in range(GRID * GRID) if cell not in hidden]
+        curtain = _hang_curtain(*rng.choice(_CURTAIN_SIZES), rng)
     [number] = rng.choices(list(_SHOWN_WEIGHTS), list(_SHOWN_WEIGHTS.values()))
-    cells = sorted(rng.sample(in_view, number))
+    cells = _cells_in_view(number, curtain, rng)
     # All different, so that a caption's list of things also says how many there are.
     return Scene(tuple(zip(cells, rng.sample(ITEMS, number), strict=True)), curtain)
+
+
+def _hang_curtain(columns: int, rows: int, rng: Random) -> Curtain:
+    column, row = rng.randint(0, GRID - columns), rng.randint(0, GRID - rows)
+    return Curtain(column, row, columns, rows)
+
+
+def _cells_in_view(number: int, curtain: Curtain | None, rng: Random) -> list[int]:
+    hidden = curtain.cells() if curtain else ()
+    in_view = [cell for cell in range(GRID * GRID) if cell not in hidden]
+    return sorted(rng.sample(in_view, number))
+
+
+def guided(scene: Scene, hypothesis: Hypothesis | None, rng: Random) -> Scene:
+    """Another scene for which a hypothesis has the same label, and for the same reason.
+
+    What the hypothesis is about stays in view; the other shapes give way to others that it is not
+    about. There are as many of them as before, and a curtain of the same size, so the scene says no
+    more about the label than the first one does. Everything is in another place.
+
+    Args:
+        scene: the first scene.
+        hypothesis: what is asked about it; None: anything, so all shapes stay.
+        rng: places, and shapes that come instead.
+    """
+
+    def stays(item: Item) -> bool:
+        match hypothesis:
+            case Presence(what) | Absence(what):
+                return what.fits(item)
+            case Conjunction(first, second):
+                return item in (first, second)
+        return hypothesis is None
+
+    curtain = scene.curtain
+    if curtain:
+        curtain = _hang_curtain(curtain.columns, curtain.rows, rng)
+    kept = [item for item in scene.items if stays(item)]
+    others = [item for item in ITEMS if not stays(item)]
+    items = kept + rng.sample(others, len(scene.items) - len(kept))
+    cells = _cells_in_view(len(items), curtain, rng)
+    other = Scene(tuple(zip(cells, rng.sample(items, len(items)), strict=True)), curtain)
+    assert hypothesis is None or hypothesis.judge(other) == hypothesis.judge(scene)
+    return other
+
+
+def asked_of(
+    folder: Path, split: str, *, by_row: bool
+) -> dict[str, tuple[Scene, Hypothesis | None]]:
+    """What the rows of a world on disk are about: scene and hypothesis by `pairID`.
+
+    Args:
+        folder: which `generate` wrote.
+        split: its split.
+        by_row: False: the scenes by image, and no hypotheses.
+
+    Raises:
+        DataError: not such a folder, or one of another version.
+    """
+    about = json_object(folder / "world.json")
+    if about.get("world") != "mini-VE" or about.get("version") != VERSION or split not in SPLITS:
+        raise DataError(
+            f"{folder}: not a mini-VE world of this version with a split {split}; expected the "
+            "data folder of `clseave demo`."
+        )
+    seed, sizes = about["seed"], Sizes(**about["sizes"])
+    scenes = sample_scenes(seed, sizes)[split]
+    if not by_row:
+        return {_image_name(split, index): (scene, None) for index, scene in enumerate(scenes)}
+    rows = _sample_rows(split, scenes, _held_out_pairs(seed), seed, sizes)
+    records = _records(split, [[""]] * len(scenes), rows)
+    return {
+        record["pairID"]: (scenes[row.scene], row.saying.hypothesis)
+        for record, row in zip(records, rows, strict=True)
+    }
 
 
 # --- hypotheses ---------------------------------------------------------------------------------
