@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import json
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -257,16 +258,19 @@ class _Diffusers:
         if config.model is None:
             raise UsageError("--model is missing: which text-to-image model, by hub id or folder?")
         from diffusers import DiffusionPipeline
+        from diffusers.utils import logging
 
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
         device = resolve_device(config.device)
         precision = autocast(config.precision, device).precision
+        load: Any = DiffusionPipeline.from_pretrained
+        folder, dtype = Path(config.model), _DTYPES[precision]
         try:
-            folder = Path(config.model)
-            if not folder.is_dir():
-                folder = Path(DiffusionPipeline.download(config.model, use_safetensors=True))
-            load: Any = DiffusionPipeline.from_pretrained
-            dtype = _DTYPES[precision]
-            self._pipeline = load(folder, torch_dtype=dtype, use_safetensors=True).to(device)
+            with warnings.catch_warnings(action="ignore"):
+                if not folder.is_dir():
+                    folder = Path(DiffusionPipeline.download(config.model, use_safetensors=True))
+                self._pipeline = load(folder, dtype=dtype, use_safetensors=True).to(device)
         except Exception as error:  # of the hub, of a damaged folder, or of one of another kind
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ModelError(
@@ -294,7 +298,8 @@ class _Diffusers:
         generators = [torch.Generator("cpu").manual_seed(each.seed) for each in wanted]
         prompts = [each.prompt for each in wanted]
         try:
-            output = self._pipeline(prompt=prompts, generator=generators, **self._options)
+            with warnings.catch_warnings(action="ignore"):
+                output = self._pipeline(prompt=prompts, generator=generators, **self._options)
         except torch.OutOfMemoryError:
             raise ModelError(
                 f"the memory is too small for {len(wanted)} pictures at once; lower --batch-size "
