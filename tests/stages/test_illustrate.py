@@ -11,7 +11,7 @@ from clseave_cli.core import illustration
 from clseave_cli.core.config import IllustrateConfig
 from clseave_cli.core.data.mini_ve import Sizes, generate
 from clseave_cli.core.data.mini_ve.generation import asked_of, guided
-from clseave_cli.core.illustration import illustrate
+from clseave_cli.core.illustration import Engine, illustrate
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.labels import LABELS
 
@@ -29,7 +29,7 @@ def engine(monkeypatch):
 
     class Painter:
         def __init__(self):
-            self.identity, self.asked, self.withheld = {"engine": "painter"}, [], ()
+            self.asked, self.withheld = [], ()
 
         def draw(self, wanted):
             self.asked += wanted
@@ -39,7 +39,8 @@ def engine(monkeypatch):
             return [None if no else picture for no, picture in zip(taken, pictures, strict=True)]
 
     painter = Painter()
-    monkeypatch.setattr(illustration, "_Diffusers", lambda config: painter)
+    engine = Engine({"engine": "painter"}, painter.draw)
+    monkeypatch.setattr(illustration, "_diffusers", lambda config: engine)
     return painter
 
 
@@ -117,7 +118,7 @@ def test_bad_rows_and_prompts_are_refused_in_one_line(data, tmp_path, engine):
     with pytest.raises(DataError, match=r"captions_train.jsonl: cannot be read"):
         run()
     rows = {"input": path, "guided_by": "pairID"}
-    with pytest.raises(DataError, match=r"rows.jsonl:2: no pairID; expected what names the pict"):
+    with pytest.raises(DataError, match=r"rows.jsonl:2: no pairID; expected the picture"):
         run(**rows)
     with pytest.raises(DataError, match=r"rows.jsonl:1: no caption; expected what --template name"):
         run(**rows, template="{caption}")

@@ -209,35 +209,23 @@ def sample_scenes(seed: int, sizes: Sizes) -> dict[str, list[Scene]]:
 def _sample_scene(rng: Random) -> Scene:
     curtain = None
     if rng.random() < _CURTAIN_PROBABILITY:
-        curtain = _hang_curtain(*rng.choice(_CURTAIN_SIZES), rng)
+        columns, rows = rng.choice(_CURTAIN_SIZES)
+        column, row = rng.randint(0, GRID - columns), rng.randint(0, GRID - rows)
+        curtain = Curtain(column, row, columns, rows)
+    hidden = curtain.cells() if curtain else ()
+    in_view = [cell for cell in range(GRID * GRID) if cell not in hidden]
     [number] = rng.choices(list(_SHOWN_WEIGHTS), list(_SHOWN_WEIGHTS.values()))
-    cells = _cells_in_view(number, curtain, rng)
+    cells = sorted(rng.sample(in_view, number))
     # All different, so that a caption's list of things also says how many there are.
     return Scene(tuple(zip(cells, rng.sample(ITEMS, number), strict=True)), curtain)
 
 
-def _hang_curtain(columns: int, rows: int, rng: Random) -> Curtain:
-    column, row = rng.randint(0, GRID - columns), rng.randint(0, GRID - rows)
-    return Curtain(column, row, columns, rows)
-
-
-def _cells_in_view(number: int, curtain: Curtain | None, rng: Random) -> list[int]:
-    hidden = curtain.cells() if curtain else ()
-    in_view = [cell for cell in range(GRID * GRID) if cell not in hidden]
-    return sorted(rng.sample(in_view, number))
-
-
 def guided(scene: Scene, hypothesis: Hypothesis | None, rng: Random) -> Scene:
-    """Another scene for which a hypothesis has the same label, and for the same reason.
+    """Another scene for which a hypothesis has the same label, for the same reason.
 
-    What the hypothesis is about stays in view; the other shapes give way to others that it is not
-    about. There are as many of them as before, and a curtain of the same size, so the scene says no
-    more about the label than the first one does. Everything is in another place.
-
-    Args:
-        scene: the first scene.
-        hypothesis: what is asked about it; None: anything, so all shapes stay.
-        rng: places, and shapes that come instead.
+    What it is about stays in view (None: everything), in another place; other shapes give way to
+    others that it is not about. There are as many of them, and a curtain of the same size, so that
+    the scene alone says no more about the label than the first one does.
     """
 
     def stays(item: Item) -> bool:
@@ -248,14 +236,19 @@ def guided(scene: Scene, hypothesis: Hypothesis | None, rng: Random) -> Scene:
                 return item in (first, second)
         return hypothesis is None
 
-    curtain = scene.curtain
-    if curtain:
-        curtain = _hang_curtain(curtain.columns, curtain.rows, rng)
-    kept = [item for item in scene.items if stays(item)]
-    others = [item for item in ITEMS if not stays(item)]
+    def frame(scene: Scene) -> Any:
+        return len(scene.shown), scene.curtain and (scene.curtain.columns, scene.curtain.rows)
+
+    kept, others = (
+        [item for item in items if stays(item) is wanted]
+        for items, wanted in ((scene.items, True), (ITEMS, False))
+    )
     items = kept + rng.sample(others, len(scene.items) - len(kept))
-    cells = _cells_in_view(len(items), curtain, rng)
-    other = Scene(tuple(zip(cells, rng.sample(items, len(items)), strict=True)), curtain)
+    place = next(
+        each for each in iter(lambda: _sample_scene(rng), None) if frame(each) == frame(scene)
+    )
+    cells = [cell for cell, _ in place.shown]
+    other = Scene(tuple(zip(cells, rng.sample(items, len(items)), strict=True)), place.curtain)
     assert hypothesis is None or hypothesis.judge(other) == hypothesis.judge(scene)
     return other
 
@@ -263,12 +256,7 @@ def guided(scene: Scene, hypothesis: Hypothesis | None, rng: Random) -> Scene:
 def asked_of(
     folder: Path, split: str, *, by_row: bool
 ) -> dict[str, tuple[Scene, Hypothesis | None]]:
-    """What the rows of a world on disk are about: scene and hypothesis by `pairID`.
-
-    Args:
-        folder: which `generate` wrote.
-        split: its split.
-        by_row: False: the scenes by image, and no hypotheses.
+    """Scene and hypothesis of each row of a world on disk, by `pairID`; or scenes, by image.
 
     Raises:
         DataError: not such a folder, or one of another version.
@@ -284,11 +272,9 @@ def asked_of(
     if not by_row:
         return {_image_name(split, index): (scene, None) for index, scene in enumerate(scenes)}
     rows = _sample_rows(split, scenes, _held_out_pairs(seed), seed, sizes)
-    records = _records(split, [[""]] * len(scenes), rows)
-    return {
-        record["pairID"]: (scenes[row.scene], row.saying.hypothesis)
-        for record, row in zip(records, rows, strict=True)
-    }
+    ids = [record["pairID"] for record in _records(split, [[""]] * len(scenes), rows)]
+    asked = ((scenes[row.scene], row.saying.hypothesis) for row in rows)
+    return dict(zip(ids, asked, strict=True))
 
 
 # --- hypotheses ---------------------------------------------------------------------------------
