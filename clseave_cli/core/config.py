@@ -469,7 +469,7 @@ class IllustrateConfig(SeededConfig):
     )
     guided_by: GuidedBy = option("image", "What names a picture; rows of one name make one prompt.")
     template: str | None = option(
-        None, "Prompt of a row, its keys in braces; unset: {caption}, or with pairID {premise}."
+        None, "Prompt of a row, its keys in braces; unset: {caption}, with pairID {sentence1}."
     )
     out: Path | None = option(None, "Folder to write; unset: DATA/guided-image or -pairID.")
     engine: Literal["diffusers", "mini-ve"] = option(
@@ -481,7 +481,6 @@ class IllustrateConfig(SeededConfig):
     size: int | None = option(None, "diffusers: pixels a side; unset: the model's.", least=8)
     batch_size: int = option(1, "Pictures drawn at once.", least=1)
     limit: int | None = option(None, "Draw the first so many only; unset: all.", least=1)
-    overwrite: bool = option(False, "Draw pictures again that other options made.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ from clseave_cli.core.guided import (
     GuidedPictures,
     divergence,
     gap,
-    image_only_accuracy,
+    leak,
     noise_like,
     statistics_kept,
 )
@@ -53,9 +53,6 @@ from clseave_cli.core.training.run import Run, StageResult, public_name, set_up
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.labels import LABELS
 from clseave_cli.progress import SILENT, Progress
-
-#: Guided pictures that tell so much more of a label than photos do give it away.
-_LEAK = 0.05
 
 
 class _Batch(NamedTuple):
@@ -143,13 +140,14 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult
         inputs["guided pictures"] = guided.photos.digest()
     with Run("finetune-ve", out, config, inputs) as run:
         train_pairs, dev_pairs = (
-            _prepare(model, split, photos, setup.autocast, progress) for split, photos in splits
+            _prepare(model, split, photos, pictures, setup.autocast, progress)
+            for (split, photos), pictures in zip(splits, (guided, None), strict=True)
         )
-        leak = ""
-        if guided is not None:
-            train_pairs, leak = _with_guided(
-                config, model, train_pairs, train_split, guided, setup.autocast, progress
-            )
+        said = ""
+        if train_pairs.guided is not None:
+            width = model.image.embedding_dim
+            said = leak(train_pairs.guided, train_pairs.images, train_split.labels, width)
+            progress.note(said)
 
         def loss(batch: _Batch) -> Tensor:
             sentences = processes().gather(lambda: model.text(batch.sentences), batch.num_sentences)
@@ -183,7 +181,7 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult
         with reduced_vocabulary(model.text, *tokens):
             result = train(stage, config, device=device, folder=run.folder, progress=progress)
         seen = [SeenRows.of(split, photos.keys) for split, photos in splits]
-        run.publish(model.save, _card(config, len(train_split), result, leak), seen)
+        run.publish(model.save, _card(config, len(train_split), result, said), seen)
     _tell_if_nothing_was_learnt(config, dev_split, result, progress)
     return StageResult(out, languages, result)
 
@@ -194,53 +192,16 @@ def _guided_pictures(
     """The guided pictures of the training rows; None without `--guided`.
 
     Raises:
-        ClseaveError: as `GuidedPictures.of`, or a distance of embeddings that nothing could learn.
+        ClseaveError: as `GuidedPictures.of`, or a distance that no training could make smaller.
     """
     keys = split.pair_ids
     if config.guided_by == "image":
         keys = [split.image_names[image] for image in split.image_index]
-    guided = GuidedPictures.of(config, config.seed, keys, split.where, progress)
+    guided = GuidedPictures.of(config, keys, split.where, progress)
     if not config.guided_adapter and (config.guided_cosine or config.guided_distance == "l2"):
         flag = "--guided-cosine" if config.guided_cosine else "--guided-distance"
-        raise UsageError(
-            f"{flag}: the image tower is frozen, so its embeddings cannot meet; add "
-            "--guided-adapter."
-        )
+        raise UsageError(f"{flag}: the image tower is frozen; it goes with --guided-adapter.")
     return guided
-
-
-def _with_guided(
-    config: FinetuneConfig,
-    model: ClipVE,
-    pairs: _Pairs,
-    split: Split,
-    guided: GuidedPictures,
-    with_autocast: Autocast,
-    progress: Progress,
-) -> tuple[_Pairs, str]:
-    """The pairs with features of their guided pictures, and a sentence on what these give away."""
-    # The rows as if their photos were the guided pictures: the same cache serves both.
-    is_there, index = guided.index >= 0, np.maximum(guided.index, 0).astype(np.int32)
-    drawn = dataclasses.replace(split, name="guided", image_index=index)
-    features = image_features(
-        model.image, drawn, guided.photos, autocast=with_autocast, progress=progress
-    )
-    of_pictures, of_photos = (
-        image_only_accuracy(images, rows, split.labels, model.image.embedding_dim, config.seed)
-        for images, rows in (
-            (features, np.flatnonzero(is_there)),
-            (pairs.images, np.arange(len(split))),
-        )
-    )
-    leak = (
-        "A classifier that sees nothing but the picture is right about the label of "
-        f"{of_pictures:.1%} of guided pictures and {of_photos:.1%} of photos."
-    )
-    if of_pictures > of_photos + _LEAK:
-        leak += " Guided pictures give labels away: the head can learn to read them there instead."
-    progress.note(leak)
-    index_or_none = np.where(is_there, features.index, -1)
-    return dataclasses.replace(pairs, guided=Features(features.vectors, index_or_none)), leak
 
 
 def _guided_loss(
@@ -339,20 +300,29 @@ def _prepare(
     model: ClipVE,
     split: Split,
     photos: Photos,
+    guided: GuidedPictures | None,
     with_autocast: Autocast,
     progress: Progress,
 ) -> _Pairs:
+    options: dict[str, Any] = {"autocast": with_autocast, "progress": progress}
+    pictures = None
+    if guided is not None:
+        # The rows as if their photos were the guided pictures: the same cache serves both.
+        drawn = dataclasses.replace(split, name="guided", image_index=guided.index)
+        pictures = image_features(model.image, drawn, guided.photos, **options)
+        pictures.index[guided.index < 0] = -1
     return _Pairs(
         tokenize_sentences(model.text, split.hypotheses, split.where, progress),
-        image_features(model.image, split, photos, autocast=with_autocast, progress=progress),
+        image_features(model.image, split, photos, **options),
         torch.from_numpy(split.labels.astype(np.int64)),
+        pictures,
     )
 
 
-def _card(config: FinetuneConfig, num_train: int, result: TrainingResult, leak: str) -> str:
+def _card(config: FinetuneConfig, num_train: int, result: TrainingResult, said: str) -> str:
     dev = result.dev
     model = public_name(config.clip)
-    guided = leak and f"Guided pictures supervised the photos. {leak}\n"
+    guided = said and f"Guided pictures supervised the photos. {said}\n"
     return f"""---
 library_name: clseave
 tags: [visual-entailment, clip]

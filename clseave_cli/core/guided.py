@@ -1,7 +1,7 @@
 """Answer-guided pictures: drawn from the text, they supervise the photos in training only.
 
-After "Bridging the Gap between Authentic and Answer-Guided Images" (CCL24-Eval task 9); the
-equations are in docs/methods.md. Nothing of this is used once a model is trained.
+After "Bridging the Gap between Authentic and Answer-Guided Images" (CCL24-Eval, task 9); the
+equations are in docs/methods.md.
 
 Legend: N rows · U guided pictures · B rows of a batch · C classes · D embedding width
 """
@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,28 +21,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clseave_cli.core.config import GuidedConfig, GuidedDistance, flag_of
+from clseave_cli.core.config import FinetuneConfig, GuidedDistance, PretrainConfig, flag_of
 from clseave_cli.core.data.images import ImageFolder, picture_name
 from clseave_cli.core.data.records import distinct
 from clseave_cli.core.features import Features, Photos
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.progress import Progress
 
-#: Rows that the image-only classifier learns from and is measured on, at most.
+#: Rows that the image-only classifier learns from and is asked about, at most.
 _MOST_ROWS = 10_000
-_ROWS_AT_ONCE = 256
+#: Guided pictures that tell so much more of a label than photos do give it away.
+_LEAK = 0.05
 
 
 class GuidedBatch(NamedTuple):
-    """The guided pictures of B rows; a row without one has its photo there, and counts nothing.
+    """The guided pictures of B rows; a row without one has its photo there, and counts nothing."""
 
-    Attributes:
-        pictures: (B, …) pixels or features.
-        is_there: (B,) float32, 1 where there is a guided picture, otherwise 0.
-    """
-
-    pictures: Tensor
-    is_there: Tensor
+    pictures: Tensor  # (B, …) pixels or features
+    is_there: Tensor  # (B,) float32, 0 or 1
 
     def mean(self, losses: Tensor) -> Tensor:
         """(B,) losses of guided pictures as a part of the batch's mean loss."""
@@ -50,21 +47,15 @@ class GuidedBatch(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class GuidedPictures:
-    """The guided pictures of N rows.
+    """The guided pictures of N rows."""
 
-    Attributes:
-        photos: U pictures.
-        index: (N,) picture of each row; -1 where there is none.
-    """
-
-    photos: Photos
-    index: npt.NDArray[np.intp]
+    photos: Photos  # U of them
+    index: npt.NDArray[np.int32]  # (N,) which of them a row has; -1: none
 
     @classmethod
     def of(
         cls,
-        config: GuidedConfig,
-        seed: int,
+        config: FinetuneConfig | PretrainConfig,
         keys: Sequence[str],
         where: Callable[[int], str],
         progress: Progress,
@@ -73,54 +64,46 @@ class GuidedPictures:
 
         Args:
             config: the options; with the control `shuffle`, each picture stands in another's place.
-            seed: of that order.
             keys: (N,) what names the picture of each row.
             where: `file:line` of a row.
             progress: told how many rows have a picture.
 
         Raises:
-            UsageError: other options of guided pictures were given, and no folder.
-            DataError: the folder is missing, or holds a picture of no row.
+            UsageError: options of guided pictures were given, and no folder.
+            DataError: the folder is missing, or has no picture of any row.
         """
         if config.guided is None:
-            _refuse_others(config)
+            for part in dataclasses.fields(config):
+                if part.name.startswith("guided_") and getattr(config, part.name) != part.default:
+                    raise UsageError(f"{flag_of(part)} goes with --guided DIR.")
             return None
+        shown = f"--guided {config.guided}"
         if not config.guided.is_dir():
-            raise DataError(f"--guided {config.guided}: no such folder; `clseave illustrate` makes "
-                            "one.")  # fmt: skip
+            raise DataError(f"{shown}: no such folder; `clseave illustrate` makes one.")
         folder = ImageFolder(config.guided)
-        names, name_of_row = distinct(keys)
-        there = [number for number, name in enumerate(names) if folder.get(picture_name(name))]
-        if not there:
+        files = [folder.get(picture_name(key)) for key in keys]
+        rows = np.array([row for row, file in enumerate(files) if file], dtype=np.intp)
+        if not len(rows):
             raise DataError(
-                f"--guided {config.guided}: no picture of any of {len(keys)} rows; expected files "
-                f"such as {picture_name(keys[0])}.png."
+                f"{shown}: no picture of any of {len(keys)} rows; expected files such as "
+                f"{picture_name(keys[0])}.png."
             )
-        if config.guided_control == "shuffle" and len(there) < 2:
-            raise UsageError("--guided-control shuffle: there is only one picture.")
-        _, first = np.unique(name_of_row, return_index=True)
-        photos = Photos.named(
-            [picture_name(names[number]) for number in there],
-            [where(int(first[number])) for number in there],
-            folder,
-        )
-        picture_of_name = np.full(len(names), -1, dtype=np.intp)
-        picture_of_name[there] = np.arange(len(there))
+        names, picture = distinct([file.name for file in files if file])
+        first = rows[np.unique(picture, return_index=True)[1]]
+        photos = Photos.named(names, [where(row) for row in first.tolist()], folder)
         if config.guided_control == "shuffle":
-            order = np.array(there)[np.random.default_rng(seed).permutation(len(there))]
-            picture_of_name[order] = picture_of_name[np.roll(order, 1)]
-        index = picture_of_name[name_of_row]
-        progress.note(
-            f"{config.guided}: guided pictures of {(index >= 0).sum():,} of {len(keys):,} rows."
-        )
+            if len(names) < 2:
+                raise UsageError(f"--guided-control shuffle: {config.guided} has one picture only.")
+            order = np.random.default_rng(config.seed).permutation(len(names))
+            picture = order[np.argsort(order) - 1][picture]
+        index = np.full(len(keys), -1, dtype=np.int32)
+        index[rows] = picture
+        progress.note(f"{shown}: guided pictures of {len(rows):,} of {len(keys):,} rows.")
         return cls(photos, index)
 
-
-def _refuse_others(config: GuidedConfig) -> None:
-    """Refuses options that mean nothing without guided pictures."""
-    for part in dataclasses.fields(config):
-        if part.name.startswith("guided_") and getattr(config, part.name) != part.default:
-            raise UsageError(f"{flag_of(part)} goes with --guided DIR.")
+    def path(self, row: int) -> Path | None:
+        """The file of a row's picture."""
+        return self.photos.paths[self.index[row]] if self.index[row] >= 0 else None
 
 
 def divergence(guided: Tensor, authentic: Tensor) -> Tensor:
@@ -130,18 +113,14 @@ def divergence(guided: Tensor, authentic: Tensor) -> Tensor:
 
 
 def gap(guided: Tensor, authentic: Tensor, distance: GuidedDistance) -> Tensor:
-    """(B,) how far (B, D) embeddings of guided pictures are from those of the photos (eq. 8).
-
-    `cosine` is 1 − cos; `l2`, the paper's ablation, is the squared distance over D. Both take the
-    vectors as they are, for that of unit vectors is the cosine over again, times 2 / D.
-    """
-    if distance == "l2":
+    """(B,) how far (B, D) embeddings of guided pictures are from those of the photos (eq. 8)."""
+    if distance == "l2":  # as they are: of unit vectors, it is the cosine over again
         return (guided - authentic).square().mean(dim=1)
     return 1 - functional.cosine_similarity(guided, authentic, dim=1)
 
 
 def noise_like(pictures: Tensor) -> Tensor:
-    """Noise vectors in place of (B, E) features, with the batch's mean and deviation of each."""
+    """Noise in place of (B, E) features, with the mean and deviation that each has in the batch."""
     values = pictures.float()
     noise = torch.randn_like(values) * values.std(dim=0, correction=0) + values.mean(dim=0)
     return noise.to(pictures.dtype)
@@ -160,46 +139,45 @@ def statistics_kept(module: nn.Module) -> Iterator[None]:
             norm.track_running_stats = True
 
 
-def image_only_accuracy(
-    images: Features,
-    rows: npt.NDArray[np.intp],
-    labels: npt.NDArray[np.int8],
-    width: int,
-    seed: int,
-) -> float:
-    """How often a classifier that sees nothing but the picture is right about a row's label.
-
-    A logistic regression learns from one half of the pictures and is asked about the other.
+def leak(guided: Features, photos: Features, labels: npt.NDArray[np.int8], width: int) -> str:
+    """Says what guided pictures give away of the labels, and what photos do.
 
     Args:
-        images: features of N rows.
-        rows: those to take.
+        guided: of N rows, index -1 where there is none.
+        photos: of the same rows.
         labels: (N,) label ids.
         width: D; of a picture's features, the first D are its embedding.
-        seed: of the halves, and of the rows taken where there are very many.
+    """
+    of_guided, of_photos = (image_only_accuracy(i, labels, width) for i in (guided, photos))
+    said = (
+        "A classifier that sees nothing but the picture is right about the label of "
+        f"{of_guided:.1%} of guided pictures and {of_photos:.1%} of photos."
+    )
+    if of_guided > of_photos + _LEAK:
+        said += " Guided pictures give labels away: the head can learn to read them there instead."
+    return said
 
-    Returns:
-        The share of rows of the other half; NaN where a half is empty.
+
+def image_only_accuracy(images: Features, labels: npt.NDArray[np.int8], width: int) -> float:
+    """How often a logistic regression that sees nothing but the picture is right about the label.
+
+    It learns from one half of the pictures and is asked about the other; NaN where one is empty.
     """
     from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    random = np.random.default_rng(seed)
-    is_learnt = (random.permutation(len(images.vectors)) % 2 == 0)[images.index]
-    rows = random.permutation(rows)[:_MOST_ROWS]
-    learnt, asked = rows[is_learnt[rows]], rows[~is_learnt[rows]]
-    if not len(learnt) or not len(asked):
-        return float("nan")
 
     def embeddings(rows: npt.NDArray[np.intp]) -> npt.NDArray[np.float32]:
         # A few at a time: with its patches, a picture is thousands of numbers.
-        parts = np.array_split(images.index[rows], 1 + len(rows) // _ROWS_AT_ONCE)
-        vectors = [images.vectors.rows(part)[:, :width].float().numpy() for part in parts]
-        return np.concatenate(vectors)
+        parts = np.array_split(images.index[rows], 1 + len(rows) // 256)
+        vectors = torch.cat([images.vectors.rows(part)[:, :width].float() for part in parts])
+        return (functional.normalize(vectors, dim=1) * width**0.5).numpy()
 
+    random = np.random.default_rng(0)
+    is_learnt = (random.permutation(len(images.vectors)) % 2 == 0)[images.index]
+    rows = random.permutation(np.flatnonzero(images.index >= 0))[:_MOST_ROWS]
+    learnt, asked = rows[is_learnt[rows]], rows[~is_learnt[rows]]
+    if not len(learnt) or not len(asked):
+        return float("nan")
     if len(set(labels[learnt].tolist())) == 1:
         return float((labels[asked] == labels[learnt[0]]).mean())
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, tol=1e-3))
-    model.fit(embeddings(learnt), labels[learnt])
+    model = LogisticRegression(max_iter=1000, tol=1e-3).fit(embeddings(learnt), labels[learnt])
     return float(model.score(embeddings(asked), labels[asked]))

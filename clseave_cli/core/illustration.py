@@ -8,50 +8,31 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import inspect
 import json
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from clseave_cli.core.config import IllustrateConfig
+from clseave_cli.core.data.heat_map import made_by, write_png
 from clseave_cli.core.data.images import ImageFolder, picture_name
 from clseave_cli.core.data.mini_ve.drawing import draw
 from clseave_cli.core.data.mini_ve.generation import asked_of, guided
-from clseave_cli.core.data.records import ENGLISH, require_split_path
-from clseave_cli.core.data.rows import (
-    HYPOTHESIS_KEYS,
-    ID_KEYS,
-    IMAGE_KEYS,
-    LABEL_KEYS,
-    BadRow,
-    image_name,
-    read_rows,
-    require_text,
-)
-from clseave_cli.core.files import atomic_file, file_digest, json_digest, locked_target, sweep
+from clseave_cli.core.data.records import ENGLISH, image_stem, require_split_path
+from clseave_cli.core.data.rows import ID_KEYS, IMAGE_KEYS, BadRow, image_name, read_rows
+from clseave_cli.core.data.rows import require_text as text_of
+from clseave_cli.core.files import file_digest, json_digest, locked_target, sweep
 from clseave_cli.core.training.precision import autocast, resolve_device
 from clseave_cli.errors import ClseaveError, DataError, ExtraMissing, ModelError, UsageError
 from clseave_cli.progress import SILENT, Progress
 
-#: Where a PNG says what it was made from.
-_RECORD = "clseave illustrate"
 _FIELD = re.compile(r"\{(\w+)\}")
-#: What a template may call values by, whatever a row's keys are.
-_ALIASES = {
-    "premise": ("premise", "sentence1"),
-    "hypothesis": HYPOTHESIS_KEYS,
-    "label": LABEL_KEYS,
-    "image": IMAGE_KEYS,
-}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -63,16 +44,14 @@ class Wanted(NamedTuple):
     seed: int
 
 
-@dataclass(frozen=True)
-class Engine:
+class Engine(NamedTuple):
     """What draws."""
 
     identity: dict[str, Any]  # all that a picture depends on besides its prompt and seed
     draw: Callable[[list[Wanted]], list[Image.Image | None]]  # None: the model withholds it
 
 
-@dataclass(frozen=True)
-class Illustrations:
+class Illustrations(NamedTuple):
     """What `illustrate` came to."""
 
     folder: Path
@@ -93,9 +72,9 @@ def illustrate(config: IllustrateConfig, progress: Progress = SILENT) -> Illustr
     with locked_target(out):
         out.mkdir(parents=True, exist_ok=True)
         sweep(out)
-        records = _missing(config, out, wanted, engine)
-        num_missing, drawn = len(records), 0
-        with progress.task(f"illustrate {config.split}", num_missing, "pictures") as task:
+        records = _missing(out, wanted, engine)
+        drawn = 0
+        with progress.task(f"illustrate {config.split}", len(records), "pictures") as task:
             # Batches of all pictures, whichever are there: what is drawn together is the same after
             # an interruption, and so are the pictures, to the bit.
             for start in range(0, len(wanted), config.batch_size):
@@ -106,9 +85,9 @@ def illustrate(config: IllustrateConfig, progress: Progress = SILENT) -> Illustr
                     if each.key in records:
                         task.advance()
                         if image is not None:
-                            _write(_path(out, each.key), image, records[each.key])
+                            write_png(image, _path(out, each.key), records[each.key])
                             drawn += 1
-    return Illustrations(out, drawn, len(wanted) - num_missing, num_missing - drawn)
+    return Illustrations(out, drawn, len(wanted) - len(records), len(records) - drawn)
 
 
 def _wanted(config: IllustrateConfig) -> list[Wanted]:
@@ -118,90 +97,60 @@ def _wanted(config: IllustrateConfig) -> list[Wanted]:
         DataError: a bad row, or one that lacks what the template names.
     """
     by_image = config.guided_by == "image"
-    template = config.template or ("{caption}" if by_image else "{premise}")
+    template = config.template or ("{caption}" if by_image else "{sentence1}")
     path = config.input
     if path is None and by_image:
         path = config.data / f"captions_{config.split}.jsonl"
     path = path or require_split_path(config.data, config.split, ENGLISH)
-    fields = {name: (name, *_ALIASES.get(name, ())) for name in _FIELD.findall(template)}
-    columns = {*IMAGE_KEYS, *ID_KEYS}.union(*fields.values())
+    fields = _FIELD.findall(template)
     prompts: dict[str, dict[str, None]] = {}  # dictionaries as sets in order
-    for line, row, _ in read_rows(path, columns):
+    for line, row, _ in read_rows(path, {*IMAGE_KEYS, *ID_KEYS, *fields}):
         try:
             if by_image and not isinstance(row, BadRow):
                 row = row | {"image": image_name(row)}
-            key = require_text(row, ("image",) if by_image else ID_KEYS, "the picture's name")
-            values = {
-                name: require_text(row, keys, "what --template names").strip()
-                for name, keys in fields.items()
-            }
+            key = text_of(row, ("image",) if by_image else ID_KEYS, "the picture's name")
+            values = {name: text_of(row, (name,), "what --template names") for name in fields}
         except BadRow as bad:
             raise DataError.at(path, line, str(bad)) from None
+        key = image_stem(key) if by_image else key
         if key not in prompts and len(prompts) == config.limit:
             break
-        prompt = _FIELD.sub(lambda field, values=values: values[field[1]], template)  # type: ignore[misc]
-        prompts.setdefault(key, {})[prompt] = None
+        # Names of fields stand at odd places.
+        parts = _FIELD.split(template)
+        parts[1::2] = [values[name].strip() for name in fields]
+        prompts.setdefault(key, {})["".join(parts)] = None
     if not prompts:
         raise DataError(f"{path}: no rows in it.")
-    return [Wanted(key, " ".join(parts), _seed(config, key)) for key, parts in prompts.items()]
-
-
-def _seed(config: IllustrateConfig, key: str) -> int:
-    """A picture's seed, the same whichever others are drawn."""
-    text = f"{config.seed} {key}".encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest())
+    # A picture's seed is the same whichever others are drawn.
+    seeds = (hashlib.blake2b(f"{config.seed} {key}".encode(), digest_size=7) for key in prompts)
+    return [
+        Wanted(key, " ".join(parts), int.from_bytes(seed.digest()))
+        for (key, parts), seed in zip(prompts.items(), seeds, strict=True)
+    ]
 
 
 def _path(out: Path, key: str) -> Path:
     return out / f"{picture_name(key)}.png"
 
 
-def _missing(
-    config: IllustrateConfig, out: Path, wanted: list[Wanted], engine: Engine
-) -> dict[str, str]:
-    """The keys whose picture is not there yet, and what it will say it was made from.
+def _missing(out: Path, wanted: list[Wanted], engine: Engine) -> dict[str, str]:
+    """The keys whose picture is not there yet, and what it will say it was made by.
 
     Raises:
-        DataError: two keys have the same file.
         UsageError: a picture is there that other options made, or something else did.
     """
     there, missing = ImageFolder(out), {}
-    keys: dict[Path, str] = {}
     for each in wanted:
-        path = _path(out, each.key)
-        if (other := keys.setdefault(path, each.key)) != each.key:
-            raise DataError(f"{path}: would be the picture of both {other!r} and {each.key!r}.")
-        record = json.dumps(each._asdict() | engine.identity)
+        record = "clseave illustrate " + json.dumps(each._asdict() | engine.identity)
         present = there.get(picture_name(each.key))
-        if present is not None:
-            said = _read_record(present)
-            if said == record:
-                continue
-            if said is None or present != path:
-                raise UsageError(f"{present}: illustrate did not draw it; choose another --out.")
-            if not config.overwrite:
-                raise UsageError(
-                    f"{present}: was drawn with other options, or from another text; --overwrite "
-                    "draws such pictures again, or choose another --out."
-                )
-        missing[each.key] = record
+        if present is None:
+            missing[each.key] = record
+        elif made_by(present) != record:
+            raise UsageError(
+                f"{present}: was not drawn by illustrate from this text with these options; delete "
+                "it, or choose another --out."
+            )
     return missing
-
-
-def _read_record(path: Path) -> str | None:
-    """What a picture was made from; None where it does not say so."""
-    try:
-        with Image.open(path, formats=("PNG",)) as image:
-            return image.info.get(_RECORD)
-    except (OSError, ValueError, SyntaxError):
-        return None
-
-
-def _write(path: Path, image: Image.Image, record: str) -> None:
-    about = PngInfo()
-    about.add_text(_RECORD, record)
-    with atomic_file(path) as stream:
-        image.save(stream, "PNG", pnginfo=about)
 
 
 def _mini_ve(config: IllustrateConfig) -> Engine:
@@ -242,15 +191,12 @@ def _diffusers(config: IllustrateConfig) -> Engine:
         raise ModelError(
             f"--model {config.model}: not loaded as a pipeline of diffusers ({reason})."
         ) from None
+    pipeline.set_progress_bar_config(disable=True)
     options = {
         "num_inference_steps": config.steps, "guidance_scale": config.guidance,
         "height": config.size, "width": config.size,
     }  # fmt: skip
     options = {name: value for name, value in options.items() if value is not None}
-    takes = inspect.signature(pipeline.__call__).parameters
-    if missing := [name for name in ("prompt", *options) if name not in takes]:
-        raise ModelError(f"--model {config.model}: its pipeline takes no {missing[0]}.")
-    pipeline.set_progress_bar_config(disable=True)
 
     def pictures(batch: list[Wanted]) -> list[Image.Image | None]:
         # Of the CPU: the same noise on every device.
@@ -259,9 +205,12 @@ def _diffusers(config: IllustrateConfig) -> Engine:
         try:
             with warnings.catch_warnings(action="ignore"):
                 output = pipeline(prompt=prompts, generator=generators, **options)
-        except (torch.OutOfMemoryError, ValueError) as error:  # or a size that is none of 8, 16, …
-            advice = "Try another --size, or a lower --batch-size."
-            raise ClseaveError(f"{batch[0].key}: not drawn ({error}). {advice}") from None
+        # A size that does not fit the model, or a pipeline that takes no prompt or no such option.
+        except (torch.OutOfMemoryError, ValueError, TypeError) as error:
+            raise ClseaveError(
+                f"{batch[0].key}: not drawn ({error}). Try another --size, a lower --batch-size, "
+                "or another --model."
+            ) from None
         flags = getattr(output, "nsfw_content_detected", None) or [False] * len(batch)
         return [None if flag else i for i, flag in zip(output.images, flags, strict=True)]
 

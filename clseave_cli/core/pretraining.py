@@ -105,7 +105,7 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
     if not config.allow_leak:
         _check_leak(train_captions, dev_captions)
     names = [path.name for path in train_captions.images]
-    guided = GuidedPictures.of(config, config.seed, names, names.__getitem__, progress)
+    guided = GuidedPictures.of(config, names, names.__getitem__, progress)
     model, text, image = _starting_model(config, train_captions)
     model = model.to(device)
     text.verify_packing("the text tower", progress)
@@ -138,12 +138,9 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
             mean = torch.stack(losses).mean()
             if batch.guided is None:
                 return mean
-            pixels, is_noise = batch.guided.pictures, config.guided_control == "noise"
-            drawn = (
-                torch.randn_like(images)
-                if is_noise
-                else processes().gather(lambda: image(pixels), batch.num_images)
-            ).float()
+            pixels, drawn = batch.guided.pictures, torch.randn_like(images)
+            if config.guided_control != "noise":
+                drawn = processes().gather(lambda: image(pixels), batch.num_images)
             # Of the batch's distinct captions: which of them is meant? (eq. 3 and 5)
             answers = [
                 scale * embeddings @ text_embeddings.T
@@ -242,13 +239,10 @@ class _Examples:
         share = processes().shard
         paths, guided = [self.captions.images[row] for row in share(rows)], None
         if self._guided is not None:
-            photos, index = self._guided.photos, self._guided.index
-            drawn = [
-                photos.paths[index[row]] if index[row] >= 0 else path
-                for row, path in zip(share(rows), paths, strict=True)
-            ]
-            is_there = torch.from_numpy(index[rows] >= 0).float()
-            guided = GuidedBatch(self._pixels(drawn), is_there)
+            own = zip(share(rows).tolist(), paths, strict=True)
+            pixels = self._pixels([self._guided.path(row) or photo for row, photo in own])
+            is_there = torch.from_numpy(self._guided.index[rows] >= 0).float()
+            guided = GuidedBatch(pixels, is_there)
         return _Batch(
             self._pixels(paths),
             len(rows),

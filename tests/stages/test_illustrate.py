@@ -1,6 +1,5 @@
 """illustrate: prompts, the memory in the pictures, interruption, refusals, both engines."""
 
-import json
 from random import Random
 
 import pytest
@@ -9,6 +8,7 @@ from tiny_world import read_jsonl, tree, write_captions, write_jsonl
 
 from clseave_cli.core import illustration
 from clseave_cli.core.config import IllustrateConfig
+from clseave_cli.core.data.images import ImageFolder, picture_name
 from clseave_cli.core.data.mini_ve import Sizes, generate
 from clseave_cli.core.data.mini_ve.generation import asked_of, guided
 from clseave_cli.core.illustration import Engine, illustrate
@@ -52,12 +52,12 @@ def test_captions_of_an_image_make_one_prompt_and_rows_one_each(world, tmp_path,
     captions = write_captions(world, tmp_path / "captions")
     first, *_ = illustrate(IllustrateConfig(data=captions)).folder.iterdir()
     assert first.parent == captions / "guided-image"
-    assert _prompts(engine)["train0.png"] == (
+    assert _prompts(engine)["train0"] == (
         "The square is red. The square is green. A dog waits outside."
     )
     assert len(_prompts(engine)) == 8 and (captions / "guided-image" / "train0.png").is_file()
     engine.asked.clear()
-    out, template = tmp_path / "out", "{label}: {hypothesis} / {Flickr30K_ID}"
+    out, template = tmp_path / "out", "{gold_label}: {sentence2} / {Flickr30K_ID}"
     shared = {"data": world, "guided_by": "pairID", "out": out}
     illustrate(IllustrateConfig(**shared, template=template))
     assert _prompts(engine)["train0.png#n"] == "neutral: A dog waits outside. / train0.png"
@@ -74,7 +74,7 @@ def test_what_is_done_is_remembered_and_a_stopped_run_ends_in_the_same_bytes(
 
     whole = run("whole")
     assert (whole.drawn, whole.kept) == (24, 0)
-    write, calls = illustration._write, []
+    write, calls = illustration.write_png, []
 
     def dying(*arguments):
         calls.append(arguments)
@@ -82,35 +82,34 @@ def test_what_is_done_is_remembered_and_a_stopped_run_ends_in_the_same_bytes(
             raise KeyboardInterrupt
         write(*arguments)
 
-    monkeypatch.setattr(illustration, "_write", dying)
+    monkeypatch.setattr(illustration, "write_png", dying)
     with pytest.raises(KeyboardInterrupt):
         run("stopped")
-    monkeypatch.setattr(illustration, "_write", write)
+    monkeypatch.setattr(illustration, "write_png", write)
     rest = run("stopped")
     assert (rest.drawn, rest.kept) == (17, 7)
     assert tree(tmp_path / "stopped") == tree(tmp_path / "whole")
     engine.asked.clear()
     assert run("whole").kept == 24 and not engine.asked
-    with pytest.raises(UsageError, match=r"was drawn with other options, .*--overwrite"):
+    with pytest.raises(UsageError, match=r"was not drawn by illustrate from this text with these"):
         run("whole", seed=1)
-    assert run("whole", seed=1, overwrite=True).drawn == 24
     engine.withheld = {"train0.png#n"}
-    again = run("whole", seed=2, overwrite=True)
+    again = run("others", seed=2)
     assert (again.drawn, again.withheld) == (23, 1)
 
 
 def test_files_of_others_are_never_replaced(data, engine, refused):
     command = ("illustrate", "--data", data, "--input", data / "snli_ve_train.jsonl")
-    template = ("--template", "{hypothesis}", "--overwrite", "--out", data / "images")
+    template = ("--template", "{sentence2}", "--out", data / "images")
     before = tree(data)
-    assert "illustrate did not draw it; choose another --out" in refused(
+    assert "was not drawn by illustrate from this text with these options" in refused(
         *command, *template, code=2
     )
     assert tree(data) == before
 
 
 def test_bad_rows_and_prompts_are_refused_in_one_line(data, tmp_path, engine):
-    path = write_jsonl(tmp_path / "rows.jsonl", [{"pairID": "a", "premise": "A dog."}, {"x": 1}])
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"pairID": "a", "sentence1": "A dog."}, {"x": 1}])
 
     def run(**options):
         return illustrate(IllustrateConfig(data=data, out=tmp_path / "out", **options))
@@ -122,12 +121,11 @@ def test_bad_rows_and_prompts_are_refused_in_one_line(data, tmp_path, engine):
         run(**rows)
     with pytest.raises(DataError, match=r"rows.jsonl:1: no caption; expected what --template name"):
         run(**rows, template="{caption}")
-    write_jsonl(path, [{"pairID": key, "premise": "A dog."} for key in ("a.png", "a.jpg")])
-    with pytest.raises(DataError, match=r"a.png: would be the picture of both 'a.png' and 'a.jpg'"):
-        run(**rows)
-    write_jsonl(path, [{"pairID": "../a/b%", "premise": "A dog."}])
-    (picture,) = run(**rows).folder.iterdir()
-    assert picture.name == "..%2Fa%2Fb%25.png"
+    ids = ["../a/b%", "a.png", "a.jpg"]
+    write_jsonl(path, [{"pairID": key, "sentence1": "A dog."} for key in ids])
+    names = sorted(picture.name for picture in run(**rows).folder.iterdir())
+    assert names == ["..%2Fa%2Fb%25.png", "a.jpg.png", "a.png.png"]
+    assert all(ImageFolder(tmp_path / "out").get(picture_name(key)) for key in ids)
 
 
 # --- the built-in world ---
@@ -163,7 +161,7 @@ def test_the_built_in_world_draws_its_pictures(mini_ve, tmp_path, clseave, refus
         assert clseave(*command, *options)[1] == f"{out}: 0 pictures drawn · {limit} there before\n"
         with Image.open(out / name) as picture:
             assert picture.size == (64, 64)
-            assert json.loads(picture.info["clseave illustrate"])["engine"] == "mini-ve"
+            assert '"engine": "mini-ve"' in picture.info["Software"]
     other = tmp_path / "other"
     other.mkdir()
     write_captions_like(mini_ve, other)
@@ -212,7 +210,7 @@ def pipeline(tmp_path_factory, clip):
 def test_a_real_pipeline_draws_and_repeats_itself(world, pipeline, tmp_path, clseave):
     def run(out, *more):
         code, said, err = clseave(
-            "illustrate", "--data", world, "--guided-by", "pairID", "--template", "{hypothesis}",
+            "illustrate", "--data", world, "--guided-by", "pairID", "--template", "{sentence2}",
             "--model", pipeline, "--steps", 2, "--size", 16, "--device", "cpu", "--precision",
             "fp32", "--out", tmp_path / out, *more,
         )  # fmt: skip
@@ -236,11 +234,11 @@ def test_a_real_pipeline_draws_and_repeats_itself(world, pipeline, tmp_path, cls
 )
 def test_unusable_models_are_refused(world, pipeline, clip, tmp_path, refused, options, code, said):
     options = [option.format(clip=clip, pipeline=pipeline) for option in options]
-    command = ("illustrate", "--data", world, "--guided-by", "pairID", "--template", "{hypothesis}")
+    command = ("illustrate", "--data", world, "--guided-by", "pairID", "--template", "{sentence2}")
     assert said in refused(*command, "--out", tmp_path / "out", *options, code=code)
 
 
 def test_without_diffusers_one_line_says_how_to_install_it(world, tmp_path, refused, monkeypatch):
     monkeypatch.setattr(illustration.importlib.util, "find_spec", lambda name: None)
-    command = ("illustrate", "--data", world, "--guided-by", "pairID", "--template", "{hypothesis}")
+    command = ("illustrate", "--data", world, "--guided-by", "pairID", "--template", "{sentence2}")
     assert "pip install -e '.[diffusers]'" in refused(*command, "--out", tmp_path / "out")

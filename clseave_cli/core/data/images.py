@@ -123,11 +123,8 @@ class ImageFolder:
 
 
 def picture_name(key: str) -> str:
-    """The name of the picture that belongs to a key of the data, such as a row's `pairID`.
-
-    An image's name loses its extension; what no file name can hold is written as %2F.
-    """
-    return re.sub(r"[%/\0]", lambda match: f"%{ord(match[0]):02X}", image_stem(key))
+    """The name, without ending, of the picture that belongs to a key of the data: / becomes %2F."""
+    return re.sub(r"[%/\0]", lambda match: f"%{ord(match[0]):02X}", key)
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:

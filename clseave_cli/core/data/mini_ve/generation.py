@@ -239,14 +239,12 @@ def guided(scene: Scene, hypothesis: Hypothesis | None, rng: Random) -> Scene:
     def frame(scene: Scene) -> Any:
         return len(scene.shown), scene.curtain and (scene.curtain.columns, scene.curtain.rows)
 
-    kept, others = (
-        [item for item in items if stays(item) is wanted]
-        for items, wanted in ((scene.items, True), (ITEMS, False))
-    )
+    kept = [item for item in scene.items if stays(item)]
+    others = [item for item in ITEMS if not stays(item)]
     items = kept + rng.sample(others, len(scene.items) - len(kept))
-    place = next(
-        each for each in iter(lambda: _sample_scene(rng), None) if frame(each) == frame(scene)
-    )
+    place = _sample_scene(rng)
+    while frame(place) != frame(scene):
+        place = _sample_scene(rng)
     cells = [cell for cell, _ in place.shown]
     other = Scene(tuple(zip(cells, rng.sample(items, len(items)), strict=True)), place.curtain)
     assert hypothesis is None or hypothesis.judge(other) == hypothesis.judge(scene)
@@ -270,7 +268,7 @@ def asked_of(
     seed, sizes = about["seed"], Sizes(**about["sizes"])
     scenes = sample_scenes(seed, sizes)[split]
     if not by_row:
-        return {_image_name(split, index): (scene, None) for index, scene in enumerate(scenes)}
+        return {f"{split}-{index:05d}": (scene, None) for index, scene in enumerate(scenes)}
     rows = _sample_rows(split, scenes, _held_out_pairs(seed), seed, sizes)
     ids = [record["pairID"] for record in _records(split, [[""]] * len(scenes), rows)]
     asked = ((scenes[row.scene], row.saying.hypothesis) for row in rows)
