@@ -81,6 +81,7 @@ def run(
     if isinstance(result, ClseaveError):
         raise result
     if explain is not None:
+        require_writable(explain)
         write_png(model.explain(image, result), explain)
     if result.truncated:
         terminal.say(

@@ -30,8 +30,6 @@ Tracking = Literal["none", "tensorboard", "wandb", "trackio"]
 Head = Literal["pooled", "patches"]
 #: What names a guided picture: the photo, or a row.
 GuidedBy = Literal["image", "pairID"]
-#: How far the embedding of a guided picture is from its photo's (docs/methods.md).
-GuidedDistance = Literal["cosine", "l2"]
 #: Which hidden state stands for a sentence: the last token's (thesis 3.3.1), the first token's
 #: (BERT's [CLS]), or the mean over all its tokens, special ones included (Sentence-BERT).
 Pooling = Literal["terminal", "cls", "mean"]
@@ -378,10 +376,11 @@ class GuidedConfig:
     )
     guided_kl: float = option(1.0, "Weight of KL(guided ‖ photo).", least=0)
     guided_cosine: float | None = option(
-        None, "Weight of the distance of their embeddings; unset: 0.5 with --guided-adapter.",
-        least=0,
-    )  # fmt: skip
-    guided_distance: GuidedDistance = option("cosine", "That distance; l2 is the paper's ablation.")
+        None, "Weight of the distance of embeddings; unset: 0.5 with --guided-adapter.", least=0
+    )
+    guided_distance: Literal["cosine", "l2"] = option(
+        "cosine", "That distance; l2 is the paper's ablation."
+    )
     guided_control: Literal["none", "noise", "shuffle"] = option(
         "none", "Put noise, or the pictures of other rows, in their place: controls."
     )
@@ -456,11 +455,6 @@ class TranslateConfig(SeededConfig, EngineConfig):
 @dataclass(frozen=True, kw_only=True)
 class IllustrateConfig(SeededConfig):
     """`illustrate`: pictures drawn from the texts of a data set."""
-
-    FIRST: ClassVar[tuple[str, ...]] = (
-        "data", "split", "input", "guided_by", "template", "out", "engine", "model", "limit",
-        "seed", "device",
-    )  # fmt: skip
 
     data: Path = option(Path("data"), "Data folder.")
     split: str = option("train", "Split to draw.")

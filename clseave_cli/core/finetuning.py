@@ -35,12 +35,10 @@ from clseave_cli.core.features import (
 )
 from clseave_cli.core.files import json_digest
 from clseave_cli.core.guided import (
-    GuidedBatch,
     GuidedPictures,
     divergence,
     gap,
     leak,
-    noise_like,
     statistics_kept,
 )
 from clseave_cli.core.models.clip_ve import ClipVE
@@ -65,7 +63,7 @@ class _Batch(NamedTuple):
         sentence_of_row: (B,) int64 into the S.
         premises: (B, E) features of the rows' images.
         labels: (B,) int64 ids of `labels.LABELS`.
-        guided: (B, E) features of the rows' guided pictures; None without any.
+        guided: (B, E) of their guided pictures and (B,) float32 1, or of the photo again and 0.
     """
 
     sentences: PackedBatch
@@ -73,7 +71,7 @@ class _Batch(NamedTuple):
     sentence_of_row: Tensor
     premises: Tensor
     labels: Tensor
-    guided: GuidedBatch | None
+    guided: tuple[Tensor, Tensor] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +94,7 @@ class _Pairs:
             is_there = torch.from_numpy(pictures >= 0)
             drawn = self.guided.vectors.rows(pictures)
             drawn[~is_there] = premises[~is_there]
-            guided = GuidedBatch(drawn, is_there.float())
+            guided = drawn, is_there.float()
         return _Batch(
             model.text.pack(self.sentences.tokens, group.shard(sentences), places),
             places or len(sentences),
@@ -125,7 +123,13 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult
         raise UsageError("--patch-grid goes with --head patches.")
     _require_batch_statistics(config, train_split)
     _require_two_labels(train_split)
-    guided = _guided_pictures(config, train_split, progress)
+    keys = train_split.pair_ids
+    if config.guided_by == "image":
+        keys = [train_split.image_names[image] for image in train_split.image_index]
+    guided = GuidedPictures.of(config, keys, train_split.where, progress)
+    if not config.guided_adapter and (config.guided_cosine or config.guided_distance == "l2"):
+        flag = "--guided-cosine" if config.guided_cosine else "--guided-distance"
+        raise UsageError(f"{flag}: the image tower is frozen; it goes with --guided-adapter.")
     splits = [(split, Photos.of(split, images)) for split in (train_split, dev_split)]
 
     torch.manual_seed(config.seed)
@@ -155,8 +159,24 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult
             logits = model(hypotheses, batch.premises)
             total = functional.cross_entropy(logits, batch.labels)
             if batch.guided is not None:
-                total = total + _guided_loss(config, model, hypotheses, logits, batch, batch.guided)
+                total = total + guided_loss(hypotheses, logits, batch, *batch.guided)
             return torch.stack([total, _accuracy(logits, batch.labels)])
+
+        def guided_loss(
+            hypotheses: Tensor, logits: Tensor, batch: _Batch, pictures: Tensor, is_there: Tensor
+        ) -> Tensor:
+            """What guided pictures add: CE(p_y) + γ · KL(p_y ‖ p_x), eq. 12 to 14."""
+            if config.guided_control == "noise":
+                pictures = torch.randn_like(pictures)
+            with statistics_kept(model.head):
+                drawn = model(hypotheses, pictures)
+            losses = functional.cross_entropy(drawn, batch.labels, reduction="none")
+            losses = losses + config.guided_kl * divergence(drawn, logits)
+            if config.guided_adapter:
+                of_pictures, of_photos = map(model.head.embedding, (pictures, batch.premises))
+                weight = 0.5 if config.guided_cosine is None else config.guided_cosine
+                losses = losses + weight * gap(of_pictures, of_photos, config.guided_distance)
+            return (losses * is_there).mean()
 
         def evaluate() -> dict[str, float]:
             hypotheses = embed_rows(model.text, dev_pairs.sentences)
@@ -184,46 +204,6 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult
         run.publish(model.save, _card(config, len(train_split), result, said), seen)
     _tell_if_nothing_was_learnt(config, dev_split, result, progress)
     return StageResult(out, languages, result)
-
-
-def _guided_pictures(
-    config: FinetuneConfig, split: Split, progress: Progress
-) -> GuidedPictures | None:
-    """The guided pictures of the training rows; None without `--guided`.
-
-    Raises:
-        ClseaveError: as `GuidedPictures.of`, or a distance that no training could make smaller.
-    """
-    keys = split.pair_ids
-    if config.guided_by == "image":
-        keys = [split.image_names[image] for image in split.image_index]
-    guided = GuidedPictures.of(config, keys, split.where, progress)
-    if not config.guided_adapter and (config.guided_cosine or config.guided_distance == "l2"):
-        flag = "--guided-cosine" if config.guided_cosine else "--guided-distance"
-        raise UsageError(f"{flag}: the image tower is frozen; it goes with --guided-adapter.")
-    return guided
-
-
-def _guided_loss(
-    config: FinetuneConfig,
-    model: ClipVE,
-    hypotheses: Tensor,
-    logits: Tensor,
-    batch: _Batch,
-    guided: GuidedBatch,
-) -> Tensor:
-    """What guided pictures add to the loss: CE(p_y) + γ · KL(p_y ‖ p_x), eq. 12 to 14."""
-    is_noise = config.guided_control == "noise"
-    pictures = noise_like(guided.pictures) if is_noise else guided.pictures
-    with statistics_kept(model.head):
-        drawn = model(hypotheses, pictures)
-    losses = functional.cross_entropy(drawn, batch.labels, reduction="none")
-    losses = losses + config.guided_kl * divergence(drawn, logits)
-    if config.guided_adapter:
-        of_pictures, of_photos = map(model.head.embedding, (pictures, batch.premises))
-        weight = 0.5 if config.guided_cosine is None else config.guided_cosine
-        losses = losses + weight * gap(of_pictures, of_photos, config.guided_distance)
-    return guided.mean(losses)
 
 
 def _tell_if_nothing_was_learnt(

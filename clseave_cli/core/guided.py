@@ -12,8 +12,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clseave_cli.core.config import FinetuneConfig, GuidedDistance, PretrainConfig, flag_of
+from clseave_cli.core.config import FinetuneConfig, PretrainConfig, flag_of
 from clseave_cli.core.data.images import ImageFolder, picture_name
 from clseave_cli.core.data.records import distinct
 from clseave_cli.core.features import Features, Photos
@@ -32,17 +31,6 @@ from clseave_cli.progress import Progress
 _MOST_ROWS = 10_000
 #: Guided pictures that tell so much more of a label than photos do give it away.
 _LEAK = 0.05
-
-
-class GuidedBatch(NamedTuple):
-    """The guided pictures of B rows; a row without one has its photo there, and counts nothing."""
-
-    pictures: Tensor  # (B, …) pixels or features
-    is_there: Tensor  # (B,) float32, 0 or 1
-
-    def mean(self, losses: Tensor) -> Tensor:
-        """(B,) losses of guided pictures as a part of the batch's mean loss."""
-        return (losses * self.is_there).mean()
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,10 +89,6 @@ class GuidedPictures:
         progress.note(f"{shown}: guided pictures of {len(rows):,} of {len(keys):,} rows.")
         return cls(photos, index)
 
-    def path(self, row: int) -> Path | None:
-        """The file of a row's picture."""
-        return self.photos.paths[self.index[row]] if self.index[row] >= 0 else None
-
 
 def divergence(guided: Tensor, authentic: Tensor) -> Tensor:
     """(B,) KL(p_guided ‖ p_authentic) of two (B, C) rows of logits (eq. 9 and 13)."""
@@ -112,18 +96,11 @@ def divergence(guided: Tensor, authentic: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(dim=1)
 
 
-def gap(guided: Tensor, authentic: Tensor, distance: GuidedDistance) -> Tensor:
+def gap(guided: Tensor, authentic: Tensor, distance: str) -> Tensor:
     """(B,) how far (B, D) embeddings of guided pictures are from those of the photos (eq. 8)."""
     if distance == "l2":  # as they are: of unit vectors, it is the cosine over again
         return (guided - authentic).square().mean(dim=1)
     return 1 - functional.cosine_similarity(guided, authentic, dim=1)
-
-
-def noise_like(pictures: Tensor) -> Tensor:
-    """Noise in place of (B, E) features, with the mean and deviation that each has in the batch."""
-    values = pictures.float()
-    noise = torch.randn_like(values) * values.std(dim=0, correction=0) + values.mean(dim=0)
-    return noise.to(pictures.dtype)
 
 
 @contextmanager
@@ -140,14 +117,7 @@ def statistics_kept(module: nn.Module) -> Iterator[None]:
 
 
 def leak(guided: Features, photos: Features, labels: npt.NDArray[np.int8], width: int) -> str:
-    """Says what guided pictures give away of the labels, and what photos do.
-
-    Args:
-        guided: of N rows, index -1 where there is none.
-        photos: of the same rows.
-        labels: (N,) label ids.
-        width: D; of a picture's features, the first D are its embedding.
-    """
+    """Says how much guided pictures (index -1: none) and photos of N rows tell of (N,) labels."""
     of_guided, of_photos = (image_only_accuracy(i, labels, width) for i in (guided, photos))
     said = (
         "A classifier that sees nothing but the picture is right about the label of "
@@ -161,11 +131,12 @@ def leak(guided: Features, photos: Features, labels: npt.NDArray[np.int8], width
 def image_only_accuracy(images: Features, labels: npt.NDArray[np.int8], width: int) -> float:
     """How often a logistic regression that sees nothing but the picture is right about the label.
 
-    It learns from one half of the pictures and is asked about the other; NaN where one is empty.
+    It reads the first D = `width` numbers of the features, the embedding. It learns from one half
+    of the pictures and is asked about the other; NaN where one is empty.
     """
     from sklearn.linear_model import LogisticRegression
 
-    def embeddings(rows: npt.NDArray[np.intp]) -> npt.NDArray[np.float32]:
+    def embeddings(rows: npt.NDArray[np.intp]) -> Any:
         # A few at a time: with its patches, a picture is thousands of numbers.
         parts = np.array_split(images.index[rows], 1 + len(rows) // 256)
         vectors = torch.cat([images.vectors.rows(part)[:, :width].float() for part in parts])

@@ -6,11 +6,11 @@ a run ended, and no picture is drawn twice.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import re
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -25,8 +25,14 @@ from clseave_cli.core.data.images import ImageFolder, picture_name
 from clseave_cli.core.data.mini_ve.drawing import draw
 from clseave_cli.core.data.mini_ve.generation import asked_of, guided
 from clseave_cli.core.data.records import ENGLISH, image_stem, require_split_path
-from clseave_cli.core.data.rows import ID_KEYS, IMAGE_KEYS, BadRow, image_name, read_rows
-from clseave_cli.core.data.rows import require_text as text_of
+from clseave_cli.core.data.rows import (
+    ID_KEYS,
+    IMAGE_KEYS,
+    BadRow,
+    image_name,
+    read_rows,
+    require_text,
+)
 from clseave_cli.core.files import file_digest, json_digest, locked_target, sweep
 from clseave_cli.core.training.precision import autocast, resolve_device
 from clseave_cli.errors import ClseaveError, DataError, ExtraMissing, ModelError, UsageError
@@ -85,7 +91,8 @@ def illustrate(config: IllustrateConfig, progress: Progress = SILENT) -> Illustr
                     if each.key in records:
                         task.advance()
                         if image is not None:
-                            write_png(image, _path(out, each.key), records[each.key])
+                            path = out / f"{picture_name(each.key)}.png"
+                            write_png(image, path, records[each.key])
                             drawn += 1
     return Illustrations(out, drawn, len(wanted) - len(records), len(records) - drawn)
 
@@ -108,8 +115,8 @@ def _wanted(config: IllustrateConfig) -> list[Wanted]:
         try:
             if by_image and not isinstance(row, BadRow):
                 row = row | {"image": image_name(row)}
-            key = text_of(row, ("image",) if by_image else ID_KEYS, "the picture's name")
-            values = {name: text_of(row, (name,), "what --template names") for name in fields}
+            key = require_text(row, ("image",) if by_image else ID_KEYS, "the picture's name")
+            values = {name: require_text(row, (name,), "what --template names") for name in fields}
         except BadRow as bad:
             raise DataError.at(path, line, str(bad)) from None
         key = image_stem(key) if by_image else key
@@ -122,15 +129,10 @@ def _wanted(config: IllustrateConfig) -> list[Wanted]:
     if not prompts:
         raise DataError(f"{path}: no rows in it.")
     # A picture's seed is the same whichever others are drawn.
-    seeds = (hashlib.blake2b(f"{config.seed} {key}".encode(), digest_size=7) for key in prompts)
     return [
-        Wanted(key, " ".join(parts), int.from_bytes(seed.digest()))
-        for (key, parts), seed in zip(prompts.items(), seeds, strict=True)
+        Wanted(key, " ".join(parts), zlib.crc32(f"{config.seed} {key}".encode()))
+        for key, parts in prompts.items()
     ]
-
-
-def _path(out: Path, key: str) -> Path:
-    return out / f"{picture_name(key)}.png"
 
 
 def _missing(out: Path, wanted: list[Wanted], engine: Engine) -> dict[str, str]:

@@ -28,7 +28,7 @@ from clseave_cli.core.data.records import distinct
 from clseave_cli.core.data.rows import BadRow, read_rows, require_text
 from clseave_cli.core.features import Photos
 from clseave_cli.core.files import file_digest, json_digest
-from clseave_cli.core.guided import GuidedBatch, GuidedPictures, divergence, gap
+from clseave_cli.core.guided import GuidedPictures, divergence, gap
 from clseave_cli.core.models.backbones import load_clip
 from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
 from clseave_cli.core.models.packing import PackedBatch
@@ -76,7 +76,8 @@ class _Batch(NamedTuple):
         num_captions: C.
         caption_of_slot: (K, B) int64 into the C.
         caption_ids: (K, B) int64; equal ids mark equal captions.
-        guided: this process's shard of the images' guided pictures; None without any.
+        guided: as `pixels`, of the images' guided pictures, and (B,) float32 1, or of the image
+            again and 0.
     """
 
     pixels: Tensor
@@ -85,7 +86,7 @@ class _Batch(NamedTuple):
     num_captions: int
     caption_of_slot: Tensor
     caption_ids: Tensor
-    guided: GuidedBatch | None
+    guided: tuple[Tensor, Tensor] | None
 
 
 def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult:
@@ -138,7 +139,7 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
             mean = torch.stack(losses).mean()
             if batch.guided is None:
                 return mean
-            pixels, drawn = batch.guided.pictures, torch.randn_like(images)
+            (pixels, is_there), drawn = batch.guided, torch.randn_like(images)
             if config.guided_control != "noise":
                 drawn = processes().gather(lambda: image(pixels), batch.num_images)
             # Of the batch's distinct captions: which of them is meant? (eq. 3 and 5)
@@ -150,7 +151,7 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
             if config.guided_cosine:
                 distances = gap(drawn, images.float(), config.guided_distance)
                 terms = terms + config.guided_cosine * distances
-            return mean + batch.guided.mean(terms)
+            return mean + (terms * is_there).mean()
 
         def evaluate() -> dict[str, float]:
             rows = np.arange(len(dev.captions.images))
@@ -239,10 +240,10 @@ class _Examples:
         share = processes().shard
         paths, guided = [self.captions.images[row] for row in share(rows)], None
         if self._guided is not None:
-            own = zip(share(rows).tolist(), paths, strict=True)
-            pixels = self._pixels([self._guided.path(row) or photo for row, photo in own])
-            is_there = torch.from_numpy(self._guided.index[rows] >= 0).float()
-            guided = GuidedBatch(pixels, is_there)
+            drawn, index = self._guided.photos.paths, self._guided.index
+            own = zip(index[share(rows)].tolist(), paths, strict=True)
+            pixels = self._pixels([drawn[item] if item >= 0 else photo for item, photo in own])
+            guided = pixels, torch.from_numpy(index[rows] >= 0).float()
         return _Batch(
             self._pixels(paths),
             len(rows),

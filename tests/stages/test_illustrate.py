@@ -165,7 +165,9 @@ def test_the_built_in_world_draws_its_pictures(mini_ve, tmp_path, clseave, refus
     other = tmp_path / "other"
     other.mkdir()
     write_captions_like(mini_ve, other)
-    assert "not a mini-VE world" in refused("illustrate", "--engine", "mini-ve", "--data", other)
+    assert "expected a mini-VE of this version" in refused(
+        "illustrate", "--engine", "mini-ve", "--data", other
+    )
 
 
 def write_captions_like(world, folder):

@@ -261,10 +261,7 @@ def asked_of(
     """
     about = json_object(folder / "world.json")
     if about.get("world") != "mini-VE" or about.get("version") != VERSION or split not in SPLITS:
-        raise DataError(
-            f"{folder}: not a mini-VE world of this version with a split {split}; expected the "
-            "data folder of `clseave demo`."
-        )
+        raise DataError(f"{folder}: expected a mini-VE of this version, and one of its splits.")
     seed, sizes = about["seed"], Sizes(**about["sizes"])
     scenes = sample_scenes(seed, sizes)[split]
     if not by_row:
