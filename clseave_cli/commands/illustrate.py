@@ -9,9 +9,8 @@ from clseave_cli.core.config import IllustrateConfig
 def run(config: IllustrateConfig) -> None:
     """Draw pictures from captions or hypotheses with a text-to-image model.
 
-    finetune-ve and pretrain take the folder as --guided; a text-only data
-    set becomes a visual one. After a crash, a kill or Ctrl-C, the same
-    command goes on where it stopped.
+    finetune-ve and pretrain take the folder as --guided. After a crash, a
+    kill or Ctrl-C, the same command goes on where it stopped.
     """
     from clseave_cli.core.illustration import illustrate
 

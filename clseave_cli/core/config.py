@@ -466,14 +466,11 @@ class IllustrateConfig(SeededConfig):
         None, "Prompt of a row, its keys in braces; unset: {caption}, with pairID {sentence1}."
     )
     out: Path | None = option(None, "Folder to write; unset: DATA/guided-image or -pairID.")
-    engine: Literal["diffusers", "mini-ve"] = option(
-        "diffusers", "Who draws; mini-ve: the built-in world, whose data --data must be."
-    )
+    engine: Literal["diffusers", "mini-ve"] = option("diffusers", "mini-ve: the built-in world.")
     model: str | None = option(None, "diffusers: text-to-image model (hub id or folder).")
     steps: int | None = option(None, "diffusers: denoising steps; unset: the model's.", least=1)
     guidance: float | None = option(None, "diffusers: guidance scale; unset: the model's.", least=0)
     size: int | None = option(None, "diffusers: pixels a side; unset: the model's.", least=8)
-    batch_size: int = option(1, "Pictures drawn at once.", least=1)
     limit: int | None = option(None, "Draw the first so many only; unset: all.", least=1)
 
 
@@ -571,9 +568,7 @@ class FinetuneConfig(TrainingConfig, DataConfig, GuidedConfig):
         None, "patches: average them to so many along a side; unset: keep all.", least=1
     )
     guided_by: GuidedBy = option("image", "What names a guided picture.")
-    guided_adapter: bool = option(
-        False, "Learn a residual on image embeddings, by which photo and guided picture can meet."
-    )
+    guided_adapter: bool = option(False, "Learn to adapt the embeddings of photo and picture.")
     source_lang: str = option("en", "Language the model reads; all others are aligned to it.")
     out: Path | None = option(None, "Folder to write; unset: RUNS/clip-ve.")
     epochs: int = option(20, "Passes over the training data, early stopping apart.", least=1)

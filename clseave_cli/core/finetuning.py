@@ -126,10 +126,11 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult
     keys = train_split.pair_ids
     if config.guided_by == "image":
         keys = [train_split.image_names[image] for image in train_split.image_index]
-    guided = GuidedPictures.of(config, keys, train_split.where, progress)
+    guided = GuidedPictures.of(config, keys, progress)
     if not config.guided_adapter and (config.guided_cosine or config.guided_distance == "l2"):
-        flag = "--guided-cosine" if config.guided_cosine else "--guided-distance"
-        raise UsageError(f"{flag}: the image tower is frozen; it goes with --guided-adapter.")
+        raise UsageError(
+            "--guided-cosine and --guided-distance go with --guided-adapter: the tower is frozen."
+        )
     splits = [(split, Photos.of(split, images)) for split in (train_split, dev_split)]
 
     torch.manual_seed(config.seed)

@@ -9,7 +9,7 @@ Legend: N rows · U guided pictures · B rows of a batch · C classes · D embed
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -45,16 +45,11 @@ class GuidedPictures:
         cls,
         config: FinetuneConfig | PretrainConfig,
         keys: Sequence[str],
-        where: Callable[[int], str],
         progress: Progress,
     ) -> GuidedPictures | None:
-        """Looks guided pictures up; None without `--guided`.
+        """Looks the pictures of N rows up by their keys; None without `--guided`.
 
-        Args:
-            config: the options; with the control `shuffle`, each picture stands in another's place.
-            keys: (N,) what names the picture of each row.
-            where: `file:line` of a row.
-            progress: told how many rows have a picture.
+        With the control `shuffle`, each stands in another's place.
 
         Raises:
             UsageError: options of guided pictures were given, and no folder.
@@ -77,8 +72,7 @@ class GuidedPictures:
                 f"{picture_name(keys[0])}.png."
             )
         names, picture = distinct([file.name for file in files if file])
-        first = rows[np.unique(picture, return_index=True)[1]]
-        photos = Photos.named(names, [where(row) for row in first.tolist()], folder)
+        photos = Photos.named(names, [shown] * len(names), folder)
         if config.guided_control == "shuffle":
             if len(names) < 2:
                 raise UsageError(f"--guided-control shuffle: {config.guided} has one picture only.")
@@ -131,8 +125,8 @@ def leak(guided: Features, photos: Features, labels: npt.NDArray[np.int8], width
 def image_only_accuracy(images: Features, labels: npt.NDArray[np.int8], width: int) -> float:
     """How often a logistic regression that sees nothing but the picture is right about the label.
 
-    It reads the first D = `width` numbers of the features, the embedding. It learns from one half
-    of the pictures and is asked about the other; NaN where one is empty.
+    It reads the first D = `width` features, the embedding, of one half of the pictures to learn
+    from, and of the other; NaN where a half is empty.
     """
     from sklearn.linear_model import LogisticRegression
 

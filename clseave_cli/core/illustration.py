@@ -54,7 +54,7 @@ class Engine(NamedTuple):
     """What draws."""
 
     identity: dict[str, Any]  # all that a picture depends on besides its prompt and seed
-    draw: Callable[[list[Wanted]], list[Image.Image | None]]  # None: the model withholds it
+    draw: Callable[[Wanted], Image.Image | None]  # None: the model withholds it
 
 
 class Illustrations(NamedTuple):
@@ -78,23 +78,16 @@ def illustrate(config: IllustrateConfig, progress: Progress = SILENT) -> Illustr
     with locked_target(out):
         out.mkdir(parents=True, exist_ok=True)
         sweep(out)
-        records = _missing(out, wanted, engine)
+        missing = _missing(out, wanted, engine)
         drawn = 0
-        with progress.task(f"illustrate {config.split}", len(records), "pictures") as task:
-            # Batches of all pictures, whichever are there: what is drawn together is the same after
-            # an interruption, and so are the pictures, to the bit.
-            for start in range(0, len(wanted), config.batch_size):
-                batch = wanted[start : start + config.batch_size]
-                if records.keys().isdisjoint(each.key for each in batch):
-                    continue
-                for each, image in zip(batch, engine.draw(batch), strict=True):
-                    if each.key in records:
-                        task.advance()
-                        if image is not None:
-                            path = out / f"{picture_name(each.key)}.png"
-                            write_png(image, path, records[each.key])
-                            drawn += 1
-    return Illustrations(out, drawn, len(wanted) - len(records), len(records) - drawn)
+        with progress.task(f"illustrate {config.split}", len(missing), "pictures") as task:
+            for each, record in missing:
+                image = engine.draw(each)
+                if image is not None:
+                    write_png(image, out / f"{picture_name(each.key)}.png", record)
+                    drawn += 1
+                task.advance()
+    return Illustrations(out, drawn, len(wanted) - len(missing), len(missing) - drawn)
 
 
 def _wanted(config: IllustrateConfig) -> list[Wanted]:
@@ -135,18 +128,18 @@ def _wanted(config: IllustrateConfig) -> list[Wanted]:
     ]
 
 
-def _missing(out: Path, wanted: list[Wanted], engine: Engine) -> dict[str, str]:
-    """The keys whose picture is not there yet, and what it will say it was made by.
+def _missing(out: Path, wanted: list[Wanted], engine: Engine) -> list[tuple[Wanted, str]]:
+    """The pictures that are not there yet, and what each will say it was made by.
 
     Raises:
         UsageError: a picture is there that other options made, or something else did.
     """
-    there, missing = ImageFolder(out), {}
+    there, missing = ImageFolder(out), []
     for each in wanted:
         record = "clseave illustrate " + json.dumps(each._asdict() | engine.identity)
         present = there.get(picture_name(each.key))
         if present is None:
-            missing[each.key] = record
+            missing.append((each, record))
         elif made_by(present) != record:
             raise UsageError(
                 f"{present}: was not drawn by illustrate from this text with these options; delete "
@@ -162,10 +155,10 @@ def _mini_ve(config: IllustrateConfig) -> Engine:
     def picture(wanted: Wanted) -> Image.Image:
         if wanted.key not in asked:
             raise DataError(f"{config.data}: the world has no picture or row {wanted.key!r}.")
-        random = Random(wanted.seed)
-        return draw(guided(*asked[wanted.key], random), random)
+        (scene, hypothesis), random = asked[wanted.key], Random(wanted.seed)
+        return draw(guided(scene, hypothesis, random), random)
 
-    return Engine({"engine": "mini-ve"}, lambda batch: list(map(picture, batch)))
+    return Engine({"engine": "mini-ve"}, picture)
 
 
 def _diffusers(config: IllustrateConfig) -> Engine:
@@ -200,23 +193,22 @@ def _diffusers(config: IllustrateConfig) -> Engine:
     }  # fmt: skip
     options = {name: value for name, value in options.items() if value is not None}
 
-    def pictures(batch: list[Wanted]) -> list[Image.Image | None]:
+    def picture(wanted: Wanted) -> Image.Image | None:
         # Of the CPU: the same noise on every device.
-        generators = [torch.Generator("cpu").manual_seed(each.seed) for each in batch]
-        prompts = [each.prompt for each in batch]
+        generator = torch.Generator("cpu").manual_seed(wanted.seed)
         try:
             with warnings.catch_warnings(action="ignore"):
-                output = pipeline(prompt=prompts, generator=generators, **options)
+                output = pipeline(prompt=wanted.prompt, generator=generator, **options)
         # A size that does not fit the model, or a pipeline that takes no prompt or no such option.
         except (torch.OutOfMemoryError, ValueError, TypeError) as error:
             raise ClseaveError(
-                f"{batch[0].key}: not drawn ({error}). Try another --size, a lower --batch-size, "
-                "or another --model."
+                f"{wanted.key}: not drawn ({error}). Try another --size, or another --model."
             ) from None
-        flags = getattr(output, "nsfw_content_detected", None) or [False] * len(batch)
-        return [None if flag else i for i, flag in zip(output.images, flags, strict=True)]
+        is_black = getattr(output, "nsfw_content_detected", None) or [False]
+        image: Image.Image = output.images[0]
+        return None if is_black[0] else image
 
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     digest = json_digest([[path.name, file_digest(path)] for path in files])[:16]
     identity = {"engine": "diffusers", "model": config.model, "digest": digest}
-    return Engine(identity | {"precision": precision, **options}, pictures)
+    return Engine(identity | {"precision": precision, **options}, picture)

@@ -106,7 +106,7 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
     if not config.allow_leak:
         _check_leak(train_captions, dev_captions)
     names = [path.name for path in train_captions.images]
-    guided = GuidedPictures.of(config, names, names.__getitem__, progress)
+    guided = GuidedPictures.of(config, names, progress)
     model, text, image = _starting_model(config, train_captions)
     model = model.to(device)
     text.verify_packing("the text tower", progress)

@@ -214,8 +214,14 @@ def test_what_pictures_give_away_is_said(world, drawn, clip, tmp_path):
     [
         (("--guided-adapter",), "--guided-adapter goes with --guided DIR."),
         (("--guided-kl", "2"), "--guided-kl goes with --guided DIR."),
-        (("--guided", "{images}", "--guided-cosine", "1"), "it goes with --guided-adapter."),
-        (("--guided", "{images}", "--guided-distance", "l2"), "it goes with --guided-adapter."),
+        (
+            ("--guided", "{images}", "--guided-cosine", "1"),
+            "go with --guided-adapter: the tower is frozen.",
+        ),
+        (
+            ("--guided", "{images}", "--guided-distance", "l2"),
+            "go with --guided-adapter: the tower is frozen.",
+        ),
     ],
 )
 def test_options_that_make_no_sense_are_refused(world, clip, tmp_path, refused, options, said):

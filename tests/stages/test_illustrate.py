@@ -32,11 +32,9 @@ def engine(monkeypatch):
             self.asked, self.withheld = [], ()
 
         def draw(self, wanted):
-            self.asked += wanted
-            colours = [(each.seed % 256, each.seed // 256 % 256, len(wanted)) for each in wanted]
-            pictures = [Image.new("RGB", (4, 4), colour) for colour in colours]
-            taken = [each.key in self.withheld for each in wanted]
-            return [None if no else picture for no, picture in zip(taken, pictures, strict=True)]
+            self.asked.append(wanted)
+            colour = wanted.seed % 256, wanted.seed // 256 % 256, 0
+            return None if wanted.key in self.withheld else Image.new("RGB", (4, 4), colour)
 
     painter = Painter()
     engine = Engine({"engine": "painter"}, painter.draw)
@@ -69,8 +67,9 @@ def test_what_is_done_is_remembered_and_a_stopped_run_ends_in_the_same_bytes(
     world, tmp_path, engine, monkeypatch
 ):
     def run(name, **options):
-        return illustrate(IllustrateConfig(data=world, guided_by="pairID", out=tmp_path / name,
-                                           batch_size=5, **options))  # fmt: skip
+        return illustrate(
+            IllustrateConfig(data=world, guided_by="pairID", out=tmp_path / name, **options)
+        )
 
     whole = run("whole")
     assert (whole.drawn, whole.kept) == (24, 0)

@@ -251,9 +251,7 @@ def guided(scene: Scene, hypothesis: Hypothesis | None, rng: Random) -> Scene:
     return other
 
 
-def asked_of(
-    folder: Path, split: str, *, by_row: bool
-) -> dict[str, tuple[Scene, Hypothesis | None]]:
+def asked_of(folder: Path, split: str, *, by_row: bool) -> dict[str, Any]:
     """Scene and hypothesis of each row of a world on disk, by `pairID`; or scenes, by image.
 
     Raises:
