@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 import sys
@@ -154,8 +155,30 @@ def _leave_quietly() -> NoReturn:
     sys.exit(0)
 
 
+def _leave_launcher(code: Any) -> None:
+    """Ends one of several processes without tearing the interpreter down.
+
+    The communication library's threads may still hold tensors then. One that lets go of its last
+    while Python disappears aborts the process, and the launcher calls a finished run failed.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
+
+
 def main() -> None:
     """Runs the command line; every error ends in one line on stderr and its exit code."""
+    try:
+        _run_command()
+    except SystemExit as end:
+        distributed = sys.modules.get("torch.distributed")
+        if processes.process_count() > 1 and distributed and distributed.is_initialized():
+            _leave_launcher(end.code)
+        raise
+
+
+def _run_command() -> None:
     processes.prepare_streams()
     _quieten_libraries()
     processes.spin_briefly()
