@@ -142,9 +142,9 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
             (pixels, is_there), drawn = batch.guided, torch.randn_like(images)
             if config.guided_control != "noise":
                 drawn = processes().gather(lambda: image(pixels), batch.num_images)
-            # Of the batch's distinct captions: which of them is meant? (eq. 3 and 5)
+            # Which of the batch's captions does the picture mean, and which the photo? (eq. 3, 5)
             answers = [
-                scale * embeddings @ text_embeddings.T
+                scale * embeddings @ per_slot.flatten(0, -2).T
                 for embeddings in (functional.normalize(drawn, dim=1), image_embeddings)
             ]
             terms = config.guided_kl * divergence(*answers)
