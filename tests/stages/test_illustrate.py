@@ -66,6 +66,8 @@ def test_captions_of_an_image_make_one_prompt_and_rows_one_each(world, tmp_path,
 def test_what_is_done_is_remembered_and_a_stopped_run_ends_in_the_same_bytes(
     world, tmp_path, engine, monkeypatch
 ):
+    """G8."""
+
     def run(name, **options):
         return illustrate(
             IllustrateConfig(data=world, guided_by="pairID", out=tmp_path / name, **options)
