@@ -34,13 +34,7 @@ from clseave_cli.core.features import (
     tokenize_sentences,
 )
 from clseave_cli.core.files import json_digest
-from clseave_cli.core.guided import (
-    GuidedPictures,
-    divergence,
-    gap,
-    leak,
-    statistics_kept,
-)
+from clseave_cli.core.guided import GuidedPictures, divergence, gap, leak, statistics_kept
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.packing import PackedBatch
 from clseave_cli.core.models.vocabulary import reduced_vocabulary
@@ -63,7 +57,7 @@ class _Batch(NamedTuple):
         sentence_of_row: (B,) int64 into the S.
         premises: (B, E) features of the rows' images.
         labels: (B,) int64 ids of `labels.LABELS`.
-        guided: (B, E) of their guided pictures and (B,) float32 1, or of the photo again and 0.
+        guided: (B, E) of guided pictures, and (B,) float32 1; without one the photo's, and 0.
     """
 
     sentences: PackedBatch

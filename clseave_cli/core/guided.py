@@ -27,8 +27,6 @@ from clseave_cli.core.features import Features, Photos
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.progress import Progress
 
-#: Rows that the image-only classifier learns from and is asked about, at most.
-_MOST_ROWS = 10_000
 #: Guided pictures that tell so much more of a label than photos do give it away.
 _LEAK = 0.05
 
@@ -138,7 +136,7 @@ def image_only_accuracy(images: Features, labels: npt.NDArray[np.int8], width: i
 
     random = np.random.default_rng(0)
     is_learnt = (random.permutation(len(images.vectors)) % 2 == 0)[images.index]
-    rows = random.permutation(np.flatnonzero(images.index >= 0))[:_MOST_ROWS]
+    rows = random.permutation(np.flatnonzero(images.index >= 0))[:10_000]  # more tell no more
     learnt, asked = rows[is_learnt[rows]], rows[~is_learnt[rows]]
     if not len(learnt) or not len(asked):
         return float("nan")

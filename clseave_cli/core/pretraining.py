@@ -76,8 +76,7 @@ class _Batch(NamedTuple):
         num_captions: C.
         caption_of_slot: (K, B) int64 into the C.
         caption_ids: (K, B) int64; equal ids mark equal captions.
-        guided: as `pixels`, of the images' guided pictures, and (B,) float32 1, or of the image
-            again and 0.
+        guided: as `pixels`, of guided pictures, and (B,) float32 1; without one the image's, and 0.
     """
 
     pixels: Tensor
