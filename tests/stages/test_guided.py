@@ -196,6 +196,17 @@ def test_what_pictures_give_away_is_said(world, drawn, clip, tmp_path):
     result = _finetune(world, tmp_path, clip, notes, guided=drawn, guided_by="pairID", epochs=1)
     line = next(line for line in notes.lines if "sees nothing but the picture" in line)
     assert line in (result.folder / "README.md").read_text()
+    (tmp_path / "entailed").mkdir()
+    for number, row in enumerate(read_jsonl(world / "snli_ve_train.jsonl")):
+        if row["gold_label"] == "entailment":
+            name = f"{picture_name(row['pairID'])}.png"
+            shutil.copy(world / "images" / f"test{number % 4}.png", tmp_path / "entailed" / name)
+    options = {"guided": tmp_path / "entailed", "guided_by": "pairID", "epochs": 1}
+    _finetune(world, tmp_path / "again", clip, notes, **options)
+    assert "100.0% of guided pictures" in notes.text and "Guided pictures give labels" in notes.text
+
+
+def test_image_only_accuracy_is_high_where_pictures_tell_the_label_and_chance_otherwise():
     random = np.random.default_rng(0)
     labels = random.integers(0, 3, 600).astype(np.int8)
     features = random.normal(size=(600, 4)).astype(np.float32)
