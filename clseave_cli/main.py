@@ -22,6 +22,7 @@ from clseave_cli.commands import (
     evaluate,
     export,
     housekeeping,
+    illustrate,
     options,
     predict,
     push,
@@ -89,6 +90,7 @@ def _guarded(name: str, function: Callable[..., None]) -> Callable[..., None]:
 _COMMANDS: dict[str, tuple[type[config.StageConfig], Callable[..., None]]] = {
     "demo": (config.DemoConfig, demo.run),
     "translate": (config.TranslateConfig, translate.run),
+    "illustrate": (config.IllustrateConfig, illustrate.run),
     "pretrain": (config.PretrainConfig, stages.pretrain),
     "finetune-ve": (config.FinetuneConfig, stages.finetune_ve),
     "align": (config.AlignConfig, stages.align),

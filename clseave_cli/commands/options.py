@@ -33,6 +33,7 @@ _PANELS: dict[type, str] = {
     config.TokenConfig: "Token method",
     config.WordAlignerConfig: "Word alignment",
     config.EngineConfig: "Translation",
+    config.GuidedConfig: "Guided pictures",
     config.TrainingConfig: "Training",
     config.DataConfig: "General",
     config.ModelsConfig: "General",

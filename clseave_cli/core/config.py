@@ -28,6 +28,8 @@ Tracking = Literal["none", "tensorboard", "wandb", "trackio"]
 
 #: What the entailment head reads of a photo: its embedding (thesis 3.1.2), or its patches too.
 Head = Literal["pooled", "patches"]
+#: What names a guided picture: the photo, or a row.
+GuidedBy = Literal["image", "pairID"]
 #: Which hidden state stands for a sentence: the last token's (thesis 3.3.1), the first token's
 #: (BERT's [CLS]), or the mean over all its tokens, special ones included (Sentence-BERT).
 Pooling = Literal["terminal", "cls", "mean"]
@@ -374,6 +376,25 @@ class TrainingConfig(ModelsConfig, SeededConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuidedConfig:
+    """Pictures drawn from the text that supervise the photos in training (docs/methods.md)."""
+
+    guided: Path | None = option(
+        None, "Folder of guided pictures, as illustrate writes; unset: no."
+    )
+    guided_kl: float = option(1.0, "Weight of KL(guided ‖ photo).", least=0)
+    guided_cosine: float | None = option(
+        None, "Weight of the distance of embeddings; unset: 0.5 with --guided-adapter.", least=0
+    )
+    guided_distance: Literal["cosine", "l2"] = option(
+        "cosine", "That distance; l2 is the paper's ablation."
+    )
+    guided_control: Literal["none", "noise", "shuffle"] = option(
+        "none", "Put noise, or the pictures of other rows, in their place: controls."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoConfig(SeededConfig):
     """`demo`: the whole method on the built-in mini-VE world."""
 
@@ -440,7 +461,29 @@ class TranslateConfig(SeededConfig, EngineConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(TrainingConfig):
+class IllustrateConfig(SeededConfig):
+    """`illustrate`: pictures drawn from the texts of a data set."""
+
+    data: Path = option(Path("data"), "Data folder.")
+    split: str = option("train", "Split to draw.")
+    input: Path | None = option(
+        None, "Rows to draw; unset: captions_SPLIT.jsonl, or with pairID snli_ve_SPLIT."
+    )
+    guided_by: GuidedBy = option("image", "What names a picture; rows of one name make one prompt.")
+    template: str | None = option(
+        None, "Prompt of a row, its keys in braces; unset: {caption}, with pairID {sentence1}."
+    )
+    out: Path | None = option(None, "Folder to write; unset: DATA/guided-image or -pairID.")
+    engine: Literal["diffusers", "mini-ve"] = option("diffusers", "mini-ve: the built-in world.")
+    model: str | None = option(None, "diffusers: text-to-image model (hub id or folder).")
+    steps: int | None = option(None, "diffusers: denoising steps; unset: the model's.", least=1)
+    guidance: float | None = option(None, "diffusers: guidance scale; unset: the model's.", least=0)
+    size: int | None = option(None, "diffusers: pixels a side; unset: the model's.", least=8)
+    limit: int | None = option(None, "Draw the first so many only; unset: all.", least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(TrainingConfig, GuidedConfig):
     """`pretrain`: contrastive training of a CLIP-family model from image-caption pairs."""
 
     FIRST: ClassVar[tuple[str, ...]] = (
@@ -496,6 +539,8 @@ class PretrainConfig(TrainingConfig):
         "parallel",
         "Languages of a step: all; or one, as often as the others, or more where dev recall lags.",
     )
+    guided_kl: float = option(0.5, "Weight of KL(guided ‖ photo).", least=0)
+    guided_cosine: float | None = option(0.5, "Weight of the distance of embeddings.", least=0)
     image_size: int = option(224, "From scratch: picture size in pixels.")
     patch_size: int = option(16, "From scratch: patch size in pixels.")
     width: int = option(512, "From scratch: hidden width of both towers.")
@@ -511,7 +556,7 @@ class PretrainConfig(TrainingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(TrainingConfig, DataConfig):
+class FinetuneConfig(TrainingConfig, DataConfig, GuidedConfig):
     """`finetune-ve`: CLIP-VE, the visual-entailment model of the source language (thesis 3.1.2)."""
 
     FIRST: ClassVar[tuple[str, ...]] = (
@@ -554,6 +599,8 @@ class FinetuneConfig(TrainingConfig, DataConfig):
     patch_grid: int | None = option(
         None, "patches: average them to so many along a side; unset: keep all.", least=1
     )
+    guided_by: GuidedBy = option("image", "What names a guided picture.")
+    guided_adapter: bool = option(False, "Learn to adapt the embeddings of photo and picture.")
     source_lang: str = option("en", "Language the model reads; all others are aligned to it.")
     freeze_epochs: float | None = option(
         None, "Epochs in which only the head learns; 0: none.", least=0, zero_is_off=True

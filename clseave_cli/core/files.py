@@ -30,7 +30,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 #: Options whose folders no output may replace or contain.
 _INPUTS = (
     "data", "images", "runs", "teacher", "clip", "text", "vision", "student", "students",
-    "autoencoder",
+    "autoencoder", "guided",
 )  # fmt: skip
 #: What file managers and NFS put into any folder.
 _LITTER = r"(.*/)?(\.DS_Store|\.nfs[0-9a-f]+)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from clseave_cli.core.features import (
     tokenize_sentences,
 )
 from clseave_cli.core.files import file_digest, json_digest
+from clseave_cli.core.guided import GuidedPictures, divergence, gap, leak, statistics_kept
 from clseave_cli.core.models.adapters import adapted, require_peft, train_blocks
 from clseave_cli.core.models.calibration import fit_temperature
 from clseave_cli.core.models.clip_ve import ClipVE
@@ -65,6 +66,7 @@ class _Batch(NamedTuple):
             reads for this process's shard of the rows (`ImageEncoder.states`).
         labels: (B,) int64 ids of `labels.LABELS`.
         targets: the labels, or (B, 3) probabilities to learn in their place.
+        guided: (B, E) of guided pictures, and (B,) float32 1; without one the photo's, and 0.
     """
 
     sentences: PackedBatch
@@ -73,6 +75,7 @@ class _Batch(NamedTuple):
     premises: Tensor
     labels: Tensor
     targets: Tensor
+    guided: tuple[Tensor, Tensor] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +86,7 @@ class _Pairs:
     images: Features
     labels: Tensor
     targets: Tensor
+    guided: Features | None = None  # of the rows' guided pictures; index -1: the row has none
 
     def batch(self, rows: Rows, model: ClipVE) -> _Batch:
         # A sentence that stands twice in a batch is encoded once; its gradients add up.
@@ -90,14 +94,22 @@ class _Pairs:
         group = processes()
         places = len(rows) if group.count == 1 else None
         shown = group.shard(rows) if model.image.num_trained else rows
+        premises, guided = self.images.vectors.rows(self.images.index[shown]), None
+        if self.guided is not None:
+            pictures = self.guided.index[rows]
+            is_there = torch.from_numpy(pictures >= 0)
+            drawn = self.guided.vectors.rows(pictures)
+            drawn[~is_there] = premises[~is_there]
+            guided = drawn, is_there.float()
         numbers = torch.from_numpy(rows)
         return _Batch(
             model.text.pack(self.sentences.tokens, group.shard(sentences), places),
             places or len(sentences),
             torch.from_numpy(sentence_of_row),
-            self.images.vectors.rows(self.images.index[shown]),
+            premises,
             self.labels[numbers],
             self.targets[numbers],
+            guided,
         )
 
 
@@ -118,14 +130,24 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult
     train_split, dev_split, images = _data(config, folder, progress)
     _require_batch_statistics(config, train_split)
     _require_two_labels(train_split)
+    keys = train_split.pair_ids
+    if config.guided_by == "image":
+        keys = [train_split.image_names[image] for image in train_split.image_index]
+    guided = GuidedPictures.of(config, keys, progress)
+    if not config.guided_adapter and (config.guided_cosine or config.guided_distance == "l2"):
+        raise UsageError(
+            "--guided-cosine and --guided-distance go with --guided-adapter: the tower is frozen."
+        )
     splits = [(split, Photos.of(split, images)) for split in (train_split, dev_split)]
 
     torch.manual_seed(config.seed)
-    model = ClipVE.from_clip(config.clip, config.source_lang, config.head, config.patch_grid).to(
-        device
-    )
+    model = ClipVE.from_clip(
+        config.clip, config.source_lang, config.head, config.patch_grid, config.guided_adapter
+    ).to(device)
     if config.unfreeze_blocks is not None or config.lora is not None:
         flag = "--unfreeze-blocks" if config.lora is None else "--lora"
+        if guided is not None:
+            raise UsageError(f"{flag} does not go with --guided, whose tower is frozen.")
         train_blocks(model.image, config.unfreeze_blocks, flag)
     model.text.verify_packing(config.clip, progress)
     inputs = {"clip": json_digest([model.text.digest(), model.image.digest()])}
@@ -134,11 +156,19 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult
     targets = _targets(config, train_split)
     for number, path in enumerate(config.soft_labels, 1):
         inputs[f"soft labels {number}"] = file_digest(path)
+    if guided is not None:
+        inputs["guided pictures"] = guided.photos.digest()
     with Run("finetune-ve", out, config, inputs) as run:
         train_pairs, dev_pairs = (
-            _prepare(model, split, photos, setup.autocast, progress) for split, photos in splits
+            _prepare(model, split, photos, pictures, setup.autocast, progress)
+            for (split, photos), pictures in zip(splits, (guided, None), strict=True)
         )
         train_pairs = replace(train_pairs, targets=targets)
+        said = ""
+        if train_pairs.guided is not None:
+            width = model.image.embedding_dim
+            said = leak(train_pairs.guided, train_pairs.images, train_split.labels, width)
+            progress.note(said)
 
         def loss(batch: _Batch) -> Tensor:
             sentences = processes().gather(lambda: model.text(batch.sentences), batch.num_sentences)
@@ -147,10 +177,28 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult
                 premises = processes().gather(
                     lambda: model.image.from_states(batch.premises), len(batch.labels)
                 )
-            logits = model(sentences[batch.sentence_of_row], premises)
-            return torch.stack(
-                [functional.cross_entropy(logits, batch.targets), _accuracy(logits, batch.labels)]
-            )
+            hypotheses = sentences[batch.sentence_of_row]
+            logits = model(hypotheses, premises)
+            total = functional.cross_entropy(logits, batch.targets)
+            if batch.guided is not None:
+                total = total + guided_loss(hypotheses, logits, batch, *batch.guided)
+            return torch.stack([total, _accuracy(logits, batch.labels)])
+
+        def guided_loss(
+            hypotheses: Tensor, logits: Tensor, batch: _Batch, pictures: Tensor, is_there: Tensor
+        ) -> Tensor:
+            """What guided pictures add: CE(p_y) + γ · KL(p_y ‖ p_x), eq. 12 to 14."""
+            if config.guided_control == "noise":
+                pictures = torch.randn_like(pictures)
+            with statistics_kept(model.head):
+                drawn = model(hypotheses, pictures)
+            losses = functional.cross_entropy(drawn, batch.targets, reduction="none")
+            losses = losses + config.guided_kl * divergence(drawn, logits)
+            if config.guided_adapter:
+                of_pictures, of_photos = map(model.head.embedding, (pictures, batch.premises))
+                weight = 0.5 if config.guided_cosine is None else config.guided_cosine
+                losses = losses + weight * gap(of_pictures, of_photos, config.guided_distance)
+            return (losses * is_there).mean()
 
         def evaluate() -> dict[str, float]:
             hypotheses = embed_rows(model.text, dev_pairs.sentences)
@@ -193,7 +241,7 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult
                 HypothesisClassifier.fit(hypotheses, labels, train_split).write(aside)
                 task.advance()
 
-        run.publish(save, _card(config, len(train_split), result), seen)
+        run.publish(save, _card(config, len(train_split), result, said), seen)
     _tell_if_nothing_was_learnt(config, dev_split, result, progress)
     return StageResult(out, languages, result)
 
@@ -317,19 +365,28 @@ def _prepare(
     model: ClipVE,
     split: Split,
     photos: Photos,
+    guided: GuidedPictures | None,
     with_autocast: Autocast,
     progress: Progress,
 ) -> _Pairs:
+    options: dict[str, Any] = {"autocast": with_autocast, "progress": progress}
+    pictures = None
+    if guided is not None:
+        # The rows as if their photos were the guided pictures: the same cache serves both.
+        drawn = replace(split, name="guided", image_index=guided.index)
+        pictures = image_features(model.image, drawn, guided.photos, **options)
+        pictures.index[guided.index < 0] = -1
     labels = torch.from_numpy(split.labels.astype(np.int64))
     return _Pairs(
         tokenize_sentences(model.text, split.hypotheses, split.where, progress),
-        image_features(model.image, split, photos, autocast=with_autocast, progress=progress),
+        image_features(model.image, split, photos, **options),
         labels,
         labels,
+        pictures,
     )
 
 
-def _card(config: FinetuneConfig, num_train: int, result: TrainingResult) -> str:
+def _card(config: FinetuneConfig, num_train: int, result: TrainingResult, said: str) -> str:
     dev = result.dev
     model = public_name(config.clip)
     image, text = "frozen", "text tower"
@@ -338,6 +395,7 @@ def _card(config: FinetuneConfig, num_train: int, result: TrainingResult) -> str
     if config.lora is not None:
         image = f"adapters of rank {config.lora} trained and added"
         text = "the same in the text tower"
+    guided = said and f"Guided pictures supervised the photos. {said}\n"
     return f"""---
 library_name: clseave
 tags: [visual-entailment, clip]
@@ -351,7 +409,7 @@ Says whether an image entails, contradicts or leaves open a sentence in `{config
 ({", ".join(LABELS)}). Image tower of `{model}`, {image}; {text}, projection and
 {config.head} head trained on {num_train} pairs, {result.epochs} epochs, the weights of epoch
 {result.best_epoch} kept: dev loss {dev["loss"]:.4f}, dev accuracy {dev["accuracy"]:.2%}.
-
+{guided}
     clseave predict image.jpg "a sentence" --lang {config.source_lang} --runs runs
 
 `training/` records every option, version and figure.

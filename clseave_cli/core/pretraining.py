@@ -30,6 +30,7 @@ from clseave_cli.core.data.records import ENGLISH, distinct
 from clseave_cli.core.data.seen import SeenRows, seen_before
 from clseave_cli.core.features import Photos, Sentences, embed_rows
 from clseave_cli.core.files import file_digest, json_digest
+from clseave_cli.core.guided import GuidedPictures, divergence, gap
 from clseave_cli.core.models.backbones import load_clip, new_dual_encoder
 from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
 from clseave_cli.core.models.packing import PackedBatch
@@ -65,6 +66,7 @@ class _Batch(NamedTuple):
         num_captions: C.
         caption_of_slot: (K, L, B) int64 into the C.
         caption_ids: (K, L, B) int64; equal ids mark equal captions.
+        guided: as `pixels`, of guided pictures, and (B,) float32 1; without one the image's, and 0.
     """
 
     pixels: Tensor
@@ -73,6 +75,7 @@ class _Batch(NamedTuple):
     num_captions: int
     caption_of_slot: Tensor
     caption_ids: Tensor
+    guided: tuple[Tensor, Tensor] | None
 
 
 def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult:
@@ -96,6 +99,7 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
     photos = [Photos.named(split.images, split.where, images) for split in splits]
     if not config.allow_leak:
         _check_leak(splits, photos)
+    guided = GuidedPictures.of(config, [path.name for path in photos[0].paths], progress)
     torch.manual_seed(config.seed)
     model, text, image = _starting_model(config, splits[0])
     model = model.to(device)
@@ -107,6 +111,8 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
     ):
         inputs |= {path.name: file_digest(path) for path in split.paths.values()}
         inputs[f"photos: {name}"] = pictures.digest()
+    if guided is not None:
+        inputs["guided pictures"] = guided.photos.digest()
     with Run("pretrain", out, config, inputs) as run:
         together, objective = config.sampling == "parallel", contrastive_loss
         if config.objective == "triplet":
@@ -114,21 +120,36 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
             objective = partial(triplet_loss, margin=config.margin, hardest=hardest)
             model.logit_scale.requires_grad_(False)  # it has no gradient
         training, dev = (
-            _Examples(config, split, pictures.paths, text, image)
-            for split, pictures in zip(splits, photos, strict=True)
+            _Examples(config, split, pictures.paths, text, image, drawn)
+            for split, pictures, drawn in zip(splits, photos, (guided, None), strict=True)
         )
 
         def embed(batch: _Batch) -> tuple[Tensor, Tensor, Tensor]:
-            """(B, D) images and (K, L, B, D) captions, all of unit length, and the scale."""
+            """(B, D) images, (K, L, B, D) captions of unit length, and the scale."""
             images = processes().gather(lambda: image(batch.pixels), batch.num_images)
             captions = processes().gather(lambda: text(batch.captions), batch.num_captions)
-            image_embeddings = functional.normalize(images.float(), dim=1)
             text_embeddings = functional.normalize(captions.float(), dim=1)
             scale = model.logit_scale.clamp(max=_LARGEST_LOGIT_SCALE).exp()
-            return image_embeddings, text_embeddings[batch.caption_of_slot], scale
+            return images.float(), text_embeddings[batch.caption_of_slot], scale
 
         def loss(batch: _Batch) -> Tensor:
-            return _mean_loss(objective, batch, *embed(batch))
+            images, captions, scale = embed(batch)
+            embeddings = functional.normalize(images, dim=1)
+            mean = _mean_loss(objective, batch, embeddings, captions, scale)
+            if batch.guided is None:
+                return mean
+            (pixels, is_there), drawn = batch.guided, torch.randn_like(images)
+            if config.guided_control != "noise":
+                drawn = processes().gather(lambda: image(pixels), batch.num_images).float()
+            # Which of the batch's captions does the picture mean, and which the photo? (eq. 3, 5)
+            answers = [
+                scale * each @ captions.flatten(0, -2).T
+                for each in (functional.normalize(drawn, dim=1), embeddings)
+            ]
+            terms = config.guided_kl * divergence(*answers)
+            if config.guided_cosine:
+                terms = terms + config.guided_cosine * gap(drawn, images, config.guided_distance)
+            return mean + (terms * is_there).mean()
 
         def evaluate() -> dict[str, float]:
             rows = np.arange(min(_DEV_IMAGES, len(dev)))
@@ -136,7 +157,8 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
             pictures = []
             for part in np.array_split(rows, max(1, len(rows) // config.batch_size)):
                 batch = on_device(dev.batch(part), device)
-                embedded = embed(batch)
+                images, captions, scale = embed(batch)
+                embedded = functional.normalize(images, dim=1), captions, scale
                 pictures.append(embedded[0].cpu())
                 # One language at a time: the loss of several together grows with their number.
                 for number, of_language in enumerate(losses):
@@ -273,8 +295,10 @@ class _Examples:
         photos: list[Path],
         text: SentenceEncoder,
         image: ImageEncoder,
+        guided: GuidedPictures | None = None,
     ) -> None:
         self._config, self._photos, self._text, self._image = config, photos, text, image
+        self._guided = guided
         self._languages = list(captions.texts)
         sentences, index = distinct(list(captions.all_texts()))
         self.tokens: TokenTable = text.tokenize(sentences)
@@ -282,7 +306,7 @@ class _Examples:
         ends = np.cumsum([len(of_image) for of_image in first])
         # (L, captions of it) for each image: they are parallel.
         self._caption_ids = np.split(index.reshape(len(captions.texts), -1), ends[:-1], axis=1)
-        self._kept: dict[int, Tensor] = {}
+        self._kept: dict[Path, Tensor] = {}
         self._kept_bytes = 0
         self._decoders = ThreadPoolExecutor()
 
@@ -332,13 +356,20 @@ class _Examples:
         )  # (K, L, B)
         needed, caption_of_slot = np.unique(slots, return_inverse=True)
         share = processes().shard
+        paths, guided = [self._photos[row] for row in share(rows)], None
+        if self._guided is not None:
+            drawn, index = self._guided.photos.paths, self._guided.index
+            own = zip(index[share(rows)].tolist(), paths, strict=True)
+            pixels = self._pixels([drawn[item] if item >= 0 else photo for item, photo in own])
+            guided = pixels, torch.from_numpy(index[rows] >= 0).float()
         return _Batch(
-            self._pixels(share(rows).tolist()),
+            self._pixels(paths),
             len(rows),
             self._text.pack(self.tokens, share(needed)),
             len(needed),
             torch.from_numpy(caption_of_slot.reshape(slots.shape)),
             torch.from_numpy(slots),
+            guided,
         )
 
     def recalls(self, rows: Rows, images: Tensor) -> list[float]:
@@ -358,16 +389,16 @@ class _Examples:
             recalls.append(float(ranks.within(_ANSWERS)[text].mean()))
         return recalls
 
-    def _pixels(self, rows: list[int]) -> Tensor:
-        new = [row for row in rows if row not in self._kept]
-        fresh: dict[int, Tensor] = {}
+    def _pixels(self, paths: list[Path]) -> Tensor:
+        new = [path for path in paths if path not in self._kept]
+        fresh: dict[Path, Tensor] = {}
         if new:
-            images = list(self._decoders.map(open_image, (self._photos[r] for r in new)))
+            images = list(self._decoders.map(open_image, new))
             fresh = dict(zip(new, self._image.preprocess(images).unbind(), strict=True))
-        pixels = torch.stack([fresh[r] if r in fresh else self._kept[r] for r in rows])
-        for row, image in fresh.items():
+        pixels = torch.stack([fresh[p] if p in fresh else self._kept[p] for p in paths])
+        for path, image in fresh.items():
             if self._kept_bytes + image.nbytes <= _PIXEL_MEMORY_BYTES:
-                self._kept[row] = image.clone()
+                self._kept[path] = image.clone()
                 self._kept_bytes += image.nbytes
         return pixels
 

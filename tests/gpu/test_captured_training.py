@@ -36,10 +36,14 @@ def aligned(out, world, trained, encoder, notes=None, **more):
     return weights(out / "align-de")
 
 
-def test_captured_steps_have_the_losses_of_plain_ones(tmp_path, world, clip, plain_steps):
-    _, captured, dev = finetuned(tmp_path / "captured", world, clip)
+@pytest.mark.parametrize("is_guided", [False, True])
+def test_captured_steps_have_the_losses_of_plain_ones(
+    tmp_path, world, clip, plain_steps, is_guided
+):
+    options = {"guided": world / "images", "guided_adapter": True} if is_guided else {}
+    _, captured, dev = finetuned(tmp_path / "captured", world, clip, **options)
     plain_steps()
-    _, plain, plain_dev = finetuned(tmp_path / "plain", world, clip)
+    _, plain, plain_dev = finetuned(tmp_path / "plain", world, clip, **options)
     assert captured == pytest.approx(plain, rel=1e-3)
     assert dev["loss"] == pytest.approx(plain_dev["loss"], rel=1e-2)
 

@@ -115,12 +115,14 @@ def replayed(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(("accumulation", "is_guided"), [(1, False), (2, False), (1, True)])
 def test_finetune_ends_in_the_weights_of_plain_steps(
-    tmp_path, world, clip, monkeypatch, accumulation
+    tmp_path, world, clip, monkeypatch, accumulation, is_guided
 ):
     def run(name):
         options = {"epochs": 2, "clip_norm": 1.0, "accumulation": accumulation, **QUICK}
+        if is_guided:
+            options |= {"guided": world / "images", "guided_control": "shuffle"}
         runs = tmp_path / name
         folder = finetune(
             FinetuneConfig(data=str(world), clip=str(clip), runs=runs, **options)

@@ -126,11 +126,13 @@ def test_a_folder_in_use_is_told_to_all(stage, tmp_path):
     assert all("another process is writing it" in own.splitlines()[-1] for own in said), said
 
 
+@pytest.mark.parametrize("more", [(), ("--guided-control", "shuffle")], ids=["plain", "guided"])
 @pytest.mark.parametrize("stage", ["pretrain"], indirect=True)
-def test_contrastive_loss_sees_the_embeddings_of_all(stage, tmp_path, world, clseave):
+def test_contrastive_loss_sees_the_embeddings_of_all(stage, more, tmp_path, world, clseave):
     name, arguments = stage
-    data = write_captions(world, tmp_path / "captions")
-    arguments = [*arguments, "--data", str(data), "--images", str(world / "images")]
+    data, images = write_captions(world, tmp_path / "captions"), str(world / "images")
+    arguments = [*arguments, "--data", str(data), "--images", images, *more]
+    arguments += ["--guided", images] if more else []
     code, _, err = clseave(*arguments, "--out", tmp_path / "alone")
     assert code == 0, err
     codes, said = _finish(start_team(*arguments, folder=tmp_path / "said"))

@@ -85,24 +85,26 @@ def require_writable(target: Path) -> None:
     """
     if target.suffix.lower() != ".png":
         raise UsageError(f"{target}: expected a name that ends in .png.")
-    if target.exists():
-        try:
-            with Image.open(target, formats=("PNG",)) as there:
-                is_ours = there.info.get("Software") == _SOFTWARE
-        except Exception:  # whatever Pillow raises: it is not ours
-            is_ours = False
-        if not is_ours:
-            raise UsageError(f"{target}: is there already, and clseave did not write it.")
+    if target.exists() and made_by(target) != _SOFTWARE:
+        raise UsageError(f"{target}: is there already, and clseave did not write it.")
 
 
-def write_png(picture: Image.Image, target: Path) -> None:
-    """Writes a picture, in place of an older one of ours.
+def made_by(path: Path) -> str | None:
+    """What a PNG says it was made by; None where it says nothing, or is none."""
+    try:
+        with Image.open(path, formats=("PNG",)) as there:
+            return there.info.get("Software")
+    except Exception:  # whatever Pillow raises: it is not ours
+        return None
+
+
+def write_png(picture: Image.Image, target: Path, software: str = _SOFTWARE) -> None:
+    """Writes a picture that says what it was made by, in place of an older one.
 
     Raises:
-        ClseaveError: it cannot be written, or see `require_writable`.
+        ClseaveError: it cannot be written.
     """
-    require_writable(target)
     said = PngInfo()
-    said.add_text("Software", _SOFTWARE)
+    said.add_text("Software", software)
     with atomic_file(target) as stream:
-        picture.save(stream, "PNG", pnginfo=said, optimize=True)
+        picture.save(stream, "PNG", pnginfo=said)

@@ -6,6 +6,7 @@ import errno
 import io
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -123,6 +124,11 @@ class ImageFolder:
             raise DataError(f"{what}. Is --images DIR right?{advice}")
         progress.note(f"{what}. They are left out.")
         return rows.take(np.flatnonzero(~lacks))
+
+
+def picture_name(key: str) -> str:
+    """The name, without ending, of the picture that belongs to a key of the data: / becomes %2F."""
+    return re.sub(r"[%/\0]", lambda match: f"%{ord(match[0]):02X}", key)
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:

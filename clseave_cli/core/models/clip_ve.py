@@ -86,6 +86,7 @@ class ClipVE(nn.Module):
         source_lang: str = ENGLISH,
         head: Head = "pooled",
         patch_grid: int | None = None,
+        adapter: bool = False,
     ) -> ClipVE:
         """A new CLIP-VE around a pretrained CLIP-like model; only the head is untrained.
 
@@ -94,6 +95,7 @@ class ClipVE(nn.Module):
             source_lang: the language it will be trained in.
             head: what the head reads of an image.
             patch_grid: cells along a side that its patches are averaged to; None: all patches.
+            adapter: whether the head adapts image embeddings.
 
         Raises:
             ModelError: the model cannot be loaded, has an unknown layout, or none of these patches.
@@ -104,8 +106,8 @@ class ClipVE(nn.Module):
             raise ModelError(
                 f"{name}: its image tower has no fixed grid of patches; use --head pooled."
             )
-        new_head = EntailmentHead(HeadConfig(embedding_dim=text.embedding_dim, patch_grid=grid))
-        return cls(text, image, new_head, source_lang)
+        shape = HeadConfig(embedding_dim=text.embedding_dim, patch_grid=grid, adapter=adapter)
+        return cls(text, image, EntailmentHead(shape), source_lang)
 
     @classmethod
     def from_folder(cls, folder: Path, text: SentenceEncoder | None = None) -> ClipVE:
@@ -196,11 +198,14 @@ class HeadConfig:
     normalize: bool = True
     patch_grid: int = 0  # cells along a side of the photo; 0: the head sees one vector of it
     patch_heads: int = 4
+    adapter: bool = False  # p ← p + A p, on the photo's embedding
 
     def to_json(self) -> dict[str, Any]:
-        """What `config.json` says; without patches, what it said before there were any."""
+        """What `config.json` says; without patches and adapter, what it said before them."""
         fields = dataclasses.asdict(self)
-        return {k: v for k, v in fields.items() if self.patch_grid or not k.startswith("patch")}
+        absent: tuple[str, ...] = () if self.patch_grid else ("patch_grid", "patch_heads")
+        absent += () if self.adapter else ("adapter",)
+        return {name: value for name, value in fields.items() if name not in absent}
 
 
 class EntailmentHead(nn.Module):
@@ -222,6 +227,10 @@ class EntailmentHead(nn.Module):
             nn.Linear(config.hidden_dim, len(LABELS)),
         )
         self.patches = PatchAttention(config) if config.patch_grid else None
+        self.adapter: nn.Linear | None = None
+        if config.adapter:
+            self.adapter = nn.Linear(config.embedding_dim, config.embedding_dim, bias=False)
+            nn.init.zeros_(self.adapter.weight)
 
     def forward(self, hypothesis: Tensor, premise: Tensor) -> Tensor:
         """Scores each label.
@@ -235,7 +244,7 @@ class EntailmentHead(nn.Module):
         """
         # Normalisation and batch statistics in float32, whatever the encoders computed in.
         with torch.autocast(hypothesis.device.type, enabled=False):
-            h, (p, *cells) = hypothesis.float(), self._parts(premise)
+            h, p, cells = hypothesis.float(), self.embedding(premise), self._parts(premise)[1:]
             gathered = [self.patches(h, *cells)[0]] if self.patches else []
             h, p = self._prepare(h), self._prepare(p)
             features = torch.cat([h, p, (h - p).abs(), h * p, *gathered], dim=1)  # (B, 4D or 5D)
@@ -257,6 +266,12 @@ class EntailmentHead(nn.Module):
         with torch.autocast(hypothesis.device.type, enabled=False):
             weights: Tensor = self.patches(hypothesis.float(), self._parts(premise)[1])[1]
             return weights.mean(dim=1).reshape(-1, self.config.patch_grid, self.config.patch_grid)
+
+    def embedding(self, premise: Tensor) -> Tensor:
+        """(B, D) float32 embeddings of (B, E) premises, adapted where the head does that."""
+        p = self._parts(premise)[0]
+        with torch.autocast(p.device.type, enabled=False):
+            return p if self.adapter is None else p + self.adapter(p)
 
     def _parts(self, premise: Tensor) -> tuple[Tensor, ...]:
         """(B, D) embeddings and, where there are any, (B, P, D) patches, float32."""

@@ -30,6 +30,7 @@ EXTRAS = {
         ("sudachipy", "rjieba", "mecab", "pythainlp"),
     ),
     "ctranslate2": ("faster translate", ("ctranslate2",)),
+    "diffusers": ("illustrate with a text-to-image model", ("diffusers",)),
     "distributed": ("training in several processes", ("accelerate",)),
     "lora": ("finetune-ve --lora", ("peft",)),
     "duplicates": ("evaluate --near-duplicates", ("imagehash",)),

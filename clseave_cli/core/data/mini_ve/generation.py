@@ -29,8 +29,8 @@ from clseave_cli.core.data.mini_ve.world import (
     descriptions,
     item_pairs,
 )
-from clseave_cli.core.files import atomic_folder, require_replaceable
-from clseave_cli.errors import UsageError
+from clseave_cli.core.files import atomic_folder, json_object, require_replaceable
+from clseave_cli.errors import DataError, UsageError
 from clseave_cli.labels import LABELS, Label
 from clseave_cli.progress import SILENT, Progress
 
@@ -218,6 +218,56 @@ def _sample_scene(rng: Random) -> Scene:
     cells = sorted(rng.sample(in_view, number))
     # All different, so that a caption's list of things also says how many there are.
     return Scene(tuple(zip(cells, rng.sample(ITEMS, number), strict=True)), curtain)
+
+
+def guided(scene: Scene, hypothesis: Hypothesis | None, rng: Random) -> Scene:
+    """Another scene for which a hypothesis has the same label, for the same reason.
+
+    What it is about stays in view (None: everything), in another place; other shapes give way to
+    others that it is not about. There are as many of them, and a curtain of the same size, so that
+    the scene alone says no more about the label than the first one does.
+    """
+
+    def stays(item: Item) -> bool:
+        match hypothesis:
+            case Presence(what) | Absence(what):
+                return what.fits(item)
+            case Conjunction(first, second):
+                return item in (first, second)
+        return hypothesis is None
+
+    def frame(scene: Scene) -> Any:
+        return len(scene.shown), scene.curtain and (scene.curtain.columns, scene.curtain.rows)
+
+    kept = [item for item in scene.items if stays(item)]
+    others = [item for item in ITEMS if not stays(item)]
+    items = kept + rng.sample(others, len(scene.items) - len(kept))
+    place = _sample_scene(rng)
+    while frame(place) != frame(scene):
+        place = _sample_scene(rng)
+    cells = [cell for cell, _ in place.shown]
+    other = Scene(tuple(zip(cells, rng.sample(items, len(items)), strict=True)), place.curtain)
+    assert hypothesis is None or hypothesis.judge(other) == hypothesis.judge(scene)
+    return other
+
+
+def asked_of(folder: Path, split: str, *, by_row: bool) -> dict[str, Any]:
+    """Scene and hypothesis of each row of a world on disk, by `pairID`; or scenes, by image.
+
+    Raises:
+        DataError: not such a folder, or one of another version.
+    """
+    about = json_object(folder / "world.json")
+    if about.get("world") != "mini-VE" or about.get("version") != VERSION or split not in SPLITS:
+        raise DataError(f"{folder}: expected a mini-VE of this version, and one of its splits.")
+    seed, sizes = about["seed"], Sizes(**about["sizes"])
+    scenes = sample_scenes(seed, sizes)[split]
+    if not by_row:
+        return {f"{split}-{index:05d}": (scene, None) for index, scene in enumerate(scenes)}
+    rows = _sample_rows(split, scenes, _held_out_pairs(seed), seed, sizes)
+    ids = [record["pairID"] for record in _records(split, [[""]] * len(scenes), rows)]
+    asked = ((scenes[row.scene], row.saying.hypothesis) for row in rows)
+    return dict(zip(ids, asked, strict=True))
 
 
 # --- hypotheses ---------------------------------------------------------------------------------
