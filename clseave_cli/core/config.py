@@ -647,20 +647,16 @@ class WordAlignerConfig:
 class TokenConfig(WordAlignerConfig):
     """The token method (CLTEAVE, thesis 3.2); its defaults mend the faults of the thesis's."""
 
-    token_weight: float = option(1.0, "sentence+token: weight of token loss.", least=0)
+    token_weight: float = option(1.0, "Weight of its loss in sentence+token.", least=0)
     code: Code = option("linear", "How student states get the teacher's width; thesis: relu.")
-    terminal_pair: bool = option(True, "Pair terminal tokens, which the head reads; thesis: no.")
+    terminal_pair: bool = option(True, "Pair terminal tokens; thesis: no.")
     sentence_token: SentenceToken = option(
-        "terminal",
-        "Token whose code stands for the sentence; pooler: pooled [CLS]; thesis: pooler.",
+        "terminal", "Token that stands for the sentence; thesis: pooler."
     )
     token_target: TokenTarget = option(
-        "normalised",
-        "Teacher's states to imitate: after its last normalisation, or before; thesis: encoder.",
+        "normalised", "Teacher's states to imitate; thesis: encoder."
     )
-    token_reader: TokenReader = option(
-        "projection", "How a code becomes the embedding (docs/methods.md); thesis: code."
-    )
+    token_reader: TokenReader = option("projection", "How a code is read; thesis: code.")
     pretrained_code: bool = option(False, "Start from a trained autoencoder; thesis: yes.")
     autoencoder: Path | None = option(None, "Autoencoder to start from; unset: RUNS/autoencoder.")
     aligner: str | None = option(None, "Encoder to align words; unset: untrained --student.")
