@@ -95,6 +95,7 @@ def fit_temperature(logits: npt.NDArray[Any], labels: npt.NDArray[Any]) -> float
 def write_fitted(folder: Path, languages: Iterable[str], dev: Mapping[str, float]) -> None:
     """Writes the temperatures that a model's dev metrics have; without photos they have none."""
     of = {lang: dev.get(f"temperature/{lang}", dev.get("temperature")) for lang in languages}
+    (folder / CALIBRATION_FILE).unlink(missing_ok=True)  # of what was saved there before
     if fitted := {lang: Calibration(t) for lang, t in of.items() if t is not None}:
         write_calibrations(folder, fitted)
 
