@@ -249,6 +249,7 @@ def reseal(folder: Path, format_name: str, *, without: Sequence[str] = (), **cha
 
     config = json.loads((folder / "config.json").read_bytes()) | changes
     (folder / "config.json").unlink()
+    (folder / "calibration.json").unlink(missing_ok=True)  # belongs to the model as it was
     for key in ("format", "format_version", "files", "fingerprint", "clseave_version", *without):
         config.pop(key, None)
     seal(folder, format_name, config)

@@ -30,6 +30,7 @@ from clseave_cli.core.data.records import read_split
 from clseave_cli.core.evaluation.run import evaluate
 from clseave_cli.core.finetuning import finetune
 from clseave_cli.core.models import tokens
+from clseave_cli.core.models.calibration import read_calibrations
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import module_digest
 from clseave_cli.core.models.student import load_student
@@ -582,8 +583,9 @@ def test_a_prediction_is_what_transformers_gives(world, trained):
     model = VisualEntailment.from_pretrained(trained, device="cpu", precision="fp32")
     row = read_jsonl(world / "snli_ve_test.jsonl")[4]
     answer = model(world / "images" / row["Flickr30K_ID"], row["sentence2"])
+    calibrated = logits[4] / read_calibrations(trained / "clip-ve")["en"].temperature
     assert list(answer.probabilities.values()) == pytest.approx(
-        logits[4].softmax(0).tolist(), rel=1e-3
+        calibrated.softmax(0).tolist(), rel=1e-3
     )
     assert list(answer.probabilities) == list(LABELS) and not answer.truncated
     assert answer.label == max(answer.probabilities, key=answer.probabilities.get)

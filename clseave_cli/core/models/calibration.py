@@ -29,17 +29,11 @@ _COLDEST, _HOTTEST = 0.01, 100.0
 
 @dataclass(frozen=True)
 class Calibration:
-    """What is done to the probabilities of one language; by default nothing.
+    """What is done to the probabilities of one language; by default nothing."""
 
-    Attributes:
-        temperature: divides the logits (Guo et al., 2017); 1 where none was fitted.
-        thresholds: by label, the least probability of an answer; other labels have none.
-        precision: the share of right answers that the thresholds promise.
-    """
-
-    temperature: float = 1.0
-    thresholds: dict[str, float] = field(default_factory=dict)
-    precision: float | None = None
+    temperature: float = 1.0  # divides the logits (Guo et al., 2017); 1: none was fitted
+    thresholds: dict[str, float] = field(default_factory=dict)  # least probability by label
+    precision: float | None = None  # the share of right answers that the thresholds promise
 
     def __post_init__(self) -> None:
         """Raises ValueError, or TypeError, where a folder says what nobody fitted."""
@@ -95,6 +89,7 @@ def fit_temperature(logits: npt.NDArray[Any], labels: npt.NDArray[Any]) -> float
 def write_fitted(folder: Path, languages: Iterable[str], dev: Mapping[str, float]) -> None:
     """Writes the temperatures that a model's dev metrics have; without photos they have none."""
     of = {lang: dev.get(f"temperature/{lang}", dev.get("temperature")) for lang in languages}
+    (folder / CALIBRATION_FILE).unlink(missing_ok=True)  # of what was saved there before
     if fitted := {lang: Calibration(t) for lang, t in of.items() if t is not None}:
         write_calibrations(folder, fitted)
 
