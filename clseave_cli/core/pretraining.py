@@ -90,10 +90,10 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
     setup = set_up("pretrain", config, config.data, out, progress)
     if setup is None:
         return StageResult(out, (), None)
-    device = setup.device
-    images = ImageFolder.of(config.data, config.images)
+    device, folder = setup.device, setup.data
+    images = ImageFolder.of(folder, config.images)
     splits = [
-        read_captions(config.data, split, languages)
+        read_captions(folder, split, languages)
         for split in (config.train_split, config.dev_split)
     ]
     photos = [Photos.named(split.images, split.where, images) for split in splits]
