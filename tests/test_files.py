@@ -65,7 +65,7 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(
     for out, words, code in (
         (photos, "is there already (with images, rows.jsonl) and is not", 2),
         (models, "is there already (with align-de, align-nl and 1 more) and is not", 2),
-        (models / other, "is there already (with README.md, config.json and", 2),
+        (models / other, "is there already (with README.md, calibration.json and", 2),
         (home, "is the home directory, or contains it", 2),
         (tmp_path.parent, "is the home directory, or contains it", 2),
         (photos / "rows.jsonl", "is not a folder; choose another place for the output.", 1),

@@ -885,6 +885,7 @@ class RetrieveConfig(ModelsConfig, SeededConfig):
     report: Path | None = option(None, "Folder for the document and figures; unset: none.")
 
 
+@dataclass(frozen=True, kw_only=True)
 class CalibrateConfig(EvaluateConfig):
     """`calibrate`: how sure the models may say they are, and when they are too unsure."""
 

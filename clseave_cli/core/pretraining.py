@@ -93,8 +93,7 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
     device, folder = setup.device, setup.data
     images = ImageFolder.of(folder, config.images)
     splits = [
-        read_captions(folder, split, languages)
-        for split in (config.train_split, config.dev_split)
+        read_captions(folder, split, languages) for split in (config.train_split, config.dev_split)
     ]
     photos = [Photos.named(split.images, split.where, images) for split in splits]
     if not config.allow_leak:

@@ -12,7 +12,9 @@ pytest.importorskip("onnxruntime")
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import fuzz
 
-NUM_COMMANDS = {"rows": 3, "pair": 20, "model": 8, "evaluate": 12, "align": 4, "translate": 8}
+NUM_COMMANDS = {
+    "rows": 3, "pair": 20, "model": 8, "evaluate": 12, "align": 4, "translate": 8, "published": 6,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

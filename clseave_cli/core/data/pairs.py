@@ -277,7 +277,7 @@ def read_probabilities(path: Path, pair_ids: Sequence[str]) -> npt.NDArray[np.fl
             row = place.get(require_text(answer, ID_KEYS, "the row's unique id"))
             if len(triple) != len(LABELS) or not abs(sum(triple) - 1) < 1e-3 or min(triple) < 0:
                 raise ValueError
-        except (BadRow, KeyError, TypeError, ValueError):
+        except (BadRow, AttributeError, KeyError, TypeError, ValueError):
             raise DataError.at(
                 path, line, "expected pairID and the probabilities of three labels, which add up "
                 "to 1, as `clseave predict --output` writes them.",

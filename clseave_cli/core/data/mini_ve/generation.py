@@ -265,7 +265,7 @@ def asked_of(folder: Path, split: str, *, by_row: bool) -> dict[str, Any]:
     if not by_row:
         return {f"{split}-{index:05d}": (scene, None) for index, scene in enumerate(scenes)}
     rows = _sample_rows(split, scenes, _held_out_pairs(seed), seed, sizes)
-    ids = [record["pairID"] for record in _records(split, [[""]] * len(scenes), rows)]
+    ids = [record["pairID"] for record in _records(split, [[{"en": ""}]] * len(scenes), rows)]
     asked = ((scenes[row.scene], row.saying.hypothesis) for row in rows)
     return dict(zip(ids, asked, strict=True))
 
