@@ -22,9 +22,9 @@ def pretrain(config: PretrainConfig) -> None:
 def finetune_ve(config: FinetuneConfig) -> None:
     """Fine-tune CLIP for visual entailment in one language (CLIP-VE).
 
-    The image encoder is frozen and its features are computed once; the
-    text encoder, the projection and the head are trained. Use
-    --preset thesis for the thesis's hyper-parameters.
+    The image encoder is frozen and its features are computed once,
+    unless --unfreeze-blocks or --lora train it; the text encoder, the
+    projection and the head are trained. Use --preset thesis for the thesis's hyper-parameters.
     """
     from clseave_cli.core import finetuning
 

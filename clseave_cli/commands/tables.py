@@ -118,7 +118,6 @@ def results_table(results: Results, width: int | None = None, *, verbose: bool =
         _Column("unseen\nphotos", lambda r: percent(r.seen and r.seen.accuracy_unseen), 6),
     ]
     columns += [c for c in measured if {c.cell(r) for r in results.results} - {DASH}]
-    caption = not_above(results)
     if any(result.mode == "translate-test" for result in results.results):
         caption.append(f"“→ {source}”: translated into {language_name(source)} first.")
     caption.append(

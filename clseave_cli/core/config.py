@@ -501,7 +501,7 @@ class PretrainConfig(TrainingConfig, GuidedConfig):
             "heads": 4,
             "vocabulary": 1000,
             "embedding_dim": 128,
-            "captions_per_image": 2,
+            "captions_per_image": 1,
             "epochs": 8,
             "batch_size": 64,
             "learning_rate": 2e-3,
@@ -698,7 +698,7 @@ class StudentConfig(TrainingConfig, DataConfig, TokenConfig):
             "token_reader": "code",
             "pretrained_code": True,
         },
-        "mini-ve": {"epochs": 8, "batch_size": 32, "learning_rate": 1.5e-3, "precision": "fp32"},
+        "mini-ve": {"epochs": 8, "batch_size": 64, "learning_rate": 2.1e-3, "precision": "fp32"},
     }
 
     method: Method = option("sentence", "What of a sentence is aligned.")
@@ -878,8 +878,8 @@ class RetrieveConfig(ModelsConfig, SeededConfig):
     split: str = option("test", "Split to measure on.")
     clip: str | None = option(
         None,
-        "CLIP model or CLIP-VE whose towers read every language (hub id or folder); unset: CLIP-VE "
-        "and the students in --runs.",
+        "CLIP model (hub id or folder) or CLIP-VE folder whose towers read every language; unset: "
+        "CLIP-VE and the students in --runs.",
     )
     resamples: int = option(2000, "Bootstrap resamples behind every interval.", least=1)
     report: Path | None = option(None, "Folder for the document and figures; unset: none.")

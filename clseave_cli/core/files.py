@@ -30,7 +30,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 #: Options whose folders no output may replace or contain.
 _INPUTS = (
     "data", "images", "runs", "teacher", "clip", "text", "vision", "student", "students",
-    "autoencoder", "guided",
+    "autoencoder", "guided", "init_from",
 )  # fmt: skip
 #: What file managers and NFS put into any folder.
 _LITTER = r"(.*/)?(\.DS_Store|\.nfs[0-9a-f]+)"
@@ -138,7 +138,7 @@ def _protected(config: object) -> Iterator[tuple[str, Path]]:
         for path in value if isinstance(value, tuple) else (value,):
             with suppress(OSError, ValueError):  # a name of the hub, perhaps
                 if path and Path(path).exists():
-                    yield f"--{name} {path}", Path(path)
+                    yield f"--{name.replace('_', '-')} {path}", Path(path)
 
 
 def _strangers(kind: Kind, folder: Path) -> Iterator[str]:

@@ -134,10 +134,6 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult
     if config.guided_by == "image":
         keys = [train_split.image_names[image] for image in train_split.image_index]
     guided = GuidedPictures.of(config, keys, progress)
-    if not config.guided_adapter and (config.guided_cosine or config.guided_distance == "l2"):
-        raise UsageError(
-            "--guided-cosine and --guided-distance go with --guided-adapter: the tower is frozen."
-        )
     splits = [(split, Photos.of(split, images)) for split in (train_split, dev_split)]
 
     torch.manual_seed(config.seed)
@@ -146,8 +142,6 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult
     ).to(device)
     if config.unfreeze_blocks is not None or config.lora is not None:
         flag = "--unfreeze-blocks" if config.lora is None else "--lora"
-        if guided is not None:
-            raise UsageError(f"{flag} does not go with --guided, whose tower is frozen.")
         train_blocks(model.image, config.unfreeze_blocks, flag)
     model.text.verify_packing(config.clip, progress)
     inputs = {"clip": json_digest([model.text.digest(), model.image.digest()])}
@@ -333,6 +327,15 @@ def _require_fitting(config: FinetuneConfig) -> None:
         raise UsageError("--unfreeze-blocks trains weights, --lora adapters instead; choose one.")
     if config.image_learning_rate is not None and not trains_image:
         raise UsageError("--image-learning-rate goes with --unfreeze-blocks or --lora.")
+    if config.soft_weight != type(config).soft_weight and not config.soft_labels:
+        raise UsageError("--soft-weight goes with --soft-labels FILE.")
+    if config.guided is not None and trains_image:
+        raise UsageError("--guided needs a frozen tower; leave out --unfreeze-blocks and --lora.")
+    needs_adapter = config.guided_cosine or config.guided_distance == "l2"
+    if config.guided is not None and needs_adapter and not config.guided_adapter:
+        raise UsageError(
+            "--guided-cosine and --guided-distance go with --guided-adapter: the tower is frozen."
+        )
     if config.lora is not None:
         require_peft()
 

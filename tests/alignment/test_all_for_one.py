@@ -12,6 +12,7 @@ from tiny_world import (
     quick_align,
     reseal,
     sentences,
+    tree,
     weights,
 )
 from torch.nn import functional
@@ -220,6 +221,15 @@ def test_options_that_mean_nothing_are_refused(world, trained, encoder, refused,
         encoder, "--device", "cpu", *options, *start, code=2,
     )  # fmt: skip
     assert said.split(".*")[0] in line and said.split(".*")[-1] in line
+
+
+def test_a_student_is_not_replaced_by_one_that_starts_from_it(trained, world, encoder, refused):
+    before = tree(trained)
+    line = refused(
+        "align", "--lang", "de", "--data", world, "--runs", trained, "--student", encoder,
+        "--init-from", trained / "align-de", "--device", "cpu", code=2,
+    )  # fmt: skip
+    assert "--init-from" in line and tree(trained) == before
 
 
 def test_lexicons_that_are_none(data, tmp_path, trained, encoder):

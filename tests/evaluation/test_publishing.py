@@ -141,6 +141,16 @@ def test_the_card_has_metrics_with_intervals(hub, tmp_path, runs, world, clseave
     assert f"| German | {100 * by_lang['de']['accuracy']:.1f} |" in text
     assert "--lang de --runs org/de\n" in text and str(tmp_path) not in text
 
+    # What CLIP-VE's own tower read is not what the student is worth.
+    document = json.loads((report / "results.json").read_text())
+    by_source = {"signature": document["signature"] | {"reader": "source"}}
+    for more in (by_source, {"sources": {"zh": {}}}):
+        other = tmp_path / "other"
+        shutil.copytree(report, other, dirs_exist_ok=True)
+        (other / "results.json").write_text(json.dumps(document | more))
+        code, _, err = clseave("push", runs / "align-de", "org/de", *_PUSH, "--report", other)
+        assert code == 1 and "evaluate the models by themselves" in err
+
     # The report is of these models; others of the same name are not what it measured.
     shutil.rmtree(runs / "align-de")
     shutil.copytree(runs / "align-nl", runs / "align-de")

@@ -185,3 +185,9 @@ def test_the_table_has_dashes_for_what_was_not_measured(results):
     text = rendered(replace(results, results=(english,), baselines={}))
     (line,) = (line for line in text.splitlines() if line.split()[:1] == ["en"])
     assert line.split()[2:] == ["–"] * 6
+
+
+def test_the_table_says_where_a_model_has_one_answer(results):
+    german = replace(results.results[1], most_frequent=1.0)
+    caption = results_table(replace(results, results=(results.results[0], german))).caption
+    assert "German gives 100.0 % of the rows the same label." in caption

@@ -620,6 +620,15 @@ def test_a_student_is_known_by_its_config_not_its_folder(runs, world, refused):
     )
 
 
+def test_a_damaged_calibration_holds_up_its_own_language_only(runs, world, refused):
+    (runs / "align-nl" / "calibration.json").write_text("{}")
+    model = VisualEntailment.from_pretrained(runs, ["de", "nl"])
+    assert model(world / "images" / "test0.png", "Das Quadrat ist rot.", lang="de").lang == "de"
+    assert "align-nl/calibration.json: damaged" in refused(
+        "predict", world / "images" / "test0.png", "x", "--lang", "nl", "--runs", runs
+    )
+
+
 def test_a_student_needs_no_english_text_tower(runs, world):
     flip_byte(runs / "clip-ve" / "text" / "model.safetensors")
     before = tree(runs)

@@ -87,7 +87,8 @@ def test_all_splits_that_exist_in_several_languages(tmp_path, google, monkeypatc
 def test_captions_are_translated_for_pretraining(tmp_path, google):
     rows = [{"image": name, "caption": text} for name, text in (("a", "A man."), ("b", "A dog."))]
     write_jsonl(tmp_path / "captions_train.jsonl", rows)
-    _write(tmp_path / "snli_ve_train.jsonl", ["A man."])
+    for split in ("train", "test"):  # of which only one has captions
+        _write(tmp_path / f"snli_ve_{split}.jsonl", ["A man."])
     summary = _run(tmp_path, google, field="caption")
     assert [file.output.name for file in summary.files] == ["captions_train.de.jsonl"]
     captions = read_captions(tmp_path, "train", ("en", "de"))

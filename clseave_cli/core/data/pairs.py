@@ -190,6 +190,8 @@ class AnswerTable:
             UsageError: the target (None: a stream) is to be another kind of table than the input.
         """
         ending = target.suffix.lower() if target is not None else ""
+        if ending == ".gz":
+            raise UsageError(f"{target}: answers are not packed; leave .gz out of the name.")
         wanted = next((kind for kind, those in _ENDINGS.items() if ending in those), pairs.format)
         if wanted == "jsonl" or (wanted == "parquet" and target is None):
             return None

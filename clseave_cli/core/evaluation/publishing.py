@@ -16,7 +16,7 @@ from clseave_cli.core.evaluation.results import Baselines, Results
 from clseave_cli.core.evaluation.summary import percent
 from clseave_cli.core.files import json_object, read_json
 from clseave_cli.core.models import clip_ve, student
-from clseave_cli.core.models.calibration import CALIBRATION_FILE
+from clseave_cli.core.models.calibration import CALIBRATION_FILE, read_calibrations
 from clseave_cli.core.models.folder import unsealed
 from clseave_cli.core.models.listing import find_students
 from clseave_cli.core.training.run import public_name
@@ -114,7 +114,7 @@ class _Model:
         kind = _kind(folder)
         with unsealed(folder, kind) as config:
             files = ["config.json", *config["files"]]
-            files += [CALIBRATION_FILE] if (folder / CALIBRATION_FILE).is_file() else []
+            files += [CALIBRATION_FILE] if read_calibrations(folder) else []
             fingerprints = {config["fingerprint"], *config.get("sources", {}).values()}
             encoder = Path(config.get("vocabulary", {}).get("encoder", ""))
         if encoder.is_absolute():
@@ -171,6 +171,11 @@ def _measured(report: Path, models: Sequence[_Model]) -> Results:
         DataError: it is of other models, of several trainings, or of the training split.
     """
     results = Results.read(report)
+    if results.sources or results.signature.reader != "student":
+        raise DataError(
+            f"{report}: of several source languages, or of CLIP-VE reading them all; evaluate the "
+            "models by themselves, and name that report."
+        )
     if results.of_training_rows:
         raise DataError(f"{report}: of the training split, which says little; evaluate another.")
     evaluated = set(results.signature.checkpoints.values())

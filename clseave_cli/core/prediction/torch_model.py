@@ -58,10 +58,14 @@ class TorchModel:
         """
         self.clip_ve = clip_ve.eval()
         self.sources = {lang: str(folder) for lang, folder in folders.items()}
-        self.calibrations = {
-            lang: read_calibrations(folder).get(lang, Calibration())
-            for lang, folder in folders.items()
-        }
+        self.calibrations = dict.fromkeys(folders, Calibration())
+        # A language is held up by its own model's damage only, once it is asked for.
+        self._damaged: dict[str, ModelError] = {}
+        for lang, folder in folders.items():
+            try:
+                self.calibrations[lang] = read_calibrations(folder).get(lang, Calibration())
+            except ModelError as error:
+                self._damaged[lang] = error
         self.preparation = clip_ve.image.preparation
         self._folders = folders
         self._loaded = {folder: encoder.eval() for folder, encoder in loaded.items()}
@@ -120,6 +124,8 @@ class TorchModel:
         Raises:
             ModelError: it is loaded now, and damaged or of another teacher.
         """
+        if lang in self._damaged:
+            raise self._damaged[lang]
         folder = self._folders[lang]
         if folder not in self._loaded:
             student = load_student(folder, self.clip_ve.fingerprint)

@@ -320,7 +320,7 @@ class _Run:
             warmup=self.warmup_steps,
             schedule=self.config.schedule,
         )
-        if self.state.step == self.alone_steps > 0:
+        if self.state.step == self.alone_steps > 0 and self.gradients is not None:
             # What was captured so far trains a part of the parameters.
             self.gradients, self.gradient, self.update = self._captured()
         try:

@@ -308,10 +308,15 @@ def _translate_file(
 
 def _inputs(config: TranslateConfig) -> list[Path]:
     paths = list(config.input)
-    stems = ("captions", "snli_ve") if config.field == "caption" else ("snli_ve",)
-    for split in () if paths else config.split or _SPLITS:
-        names = (f"{stem}_{split}{ending}" for stem in stems for ending in EXTENSIONS)
-        candidates = [config.data / name for name in names]
+    splits = config.split or _SPLITS
+
+    def candidates_of(stem: str, split: str) -> list[Path]:
+        return [config.data / f"{stem}_{split}{ending}" for ending in EXTENSIONS]
+
+    captions = itertools.chain.from_iterable(candidates_of("captions", split) for split in splits)
+    has_captions = config.field == "caption" and any(path.is_file() for path in captions)
+    for split in () if paths else splits:
+        candidates = candidates_of("captions" if has_captions else "snli_ve", split)
         existing = [path for path in candidates if path.is_file()]
         if config.split and not existing:
             raise DataError(f"{candidates[0]}: no such file; is --data the right folder?")
