@@ -10,11 +10,12 @@ import torch
 from tiny_world import Notes, edit_row, flip_byte, warm_processes
 
 from clseave_cli.core import features
-from clseave_cli.core.data.images import ImageFolder
+from clseave_cli.core.data.images import ImageFolder, open_image
 from clseave_cli.core.data.records import distinct, read_split
 from clseave_cli.core.features import (
     Photos,
     VectorCache,
+    _prepared,
     image_features,
     packed_keys,
     sentence_embeddings,
@@ -125,6 +126,23 @@ def test_every_core_has_images_to_decode(image, data, monkeypatch, cores, wanted
     monkeypatch.setattr("clseave_cli.core.features.ahead", recorded)
     _look(image, data)
     assert begun == [(min(cores, wanted), wanted)]
+
+
+def test_processes_decode_for_a_gpu_as_threads_do(data):
+    """Forked, as on a GPU's machine; what a photo is refused for is said in the same words."""
+    paths = sorted((data / "images").glob("*.png"))
+
+    def pixels(items):
+        return torch.stack([torch.from_numpy(np.array(open_image(paths[i]))) for i in items])
+
+    at_once = [list(range(i, min(i + 3, len(paths)))) for i in range(0, len(paths), 3)]
+    of_processes = list(_prepared(pixels, at_once, torch.device("cuda")))
+    assert len(of_processes) == len(at_once) > 2
+    assert all(map(torch.equal, of_processes, _prepared(pixels, at_once, torch.device("cpu"))))
+    paths[4].write_bytes(b"no picture")
+    with pytest.raises(DataError) as refused:
+        list(_prepared(pixels, at_once, torch.device("cuda")))
+    assert str(refused.value) == f"{paths[4]}: damaged or not an image."
 
 
 def test_image_features_are_what_the_encoder_gives(image, data):

@@ -29,9 +29,10 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,10 @@ SIZES = {
     "small": Sizes(600, 6, 60, SMALL_BERT, {"num_hidden_layers": 2}),
 }
 
-#: Steps of `--quick`: that are profiled, after how many others; that are compared with plain ones;
-#: and in the run that is killed: all of them, the one after which the state is saved, the last one.
-PROFILED, BEFORE = 40, 40
+#: Steps of `--quick`: in a window that is timed, all that are timed, and those profiled then; that
+#: are compared with plain ones; and in the run that is killed: all of them, the one after which the
+#: state is saved, the last one.
+WINDOW, TIMED, PROFILED = 20, 240, 40
 COMPARED = 200
 RESUMED, SAVED_AT, KILLED_AT = 60, 30, 45
 #: What `--shape small` makes of these.
@@ -280,61 +282,76 @@ def plain_steps() -> Iterator[None]:
         loop._Run._recorder = recorder  # type: ignore[method-assign]
 
 
-def profile(title: str, run: Callable[[int], object], on_gpu: bool, divisor: int) -> None:
-    """Prints what a step costs the host and the GPU, and how much of the time kernels run."""
-    before, profiled = BEFORE // divisor, PROFILED // divisor
+def profile(
+    title: str, batch: int, run: Callable[[int], object], on_gpu: bool, divisor: int
+) -> None:
+    """Prints what a step costs the host and the GPU, and how much of the time kernels run.
+
+    Time is that of the median window: shapes of batches are captured in others.
+    """
+    window, timed_steps, profiled = WINDOW // divisor, TIMED // divisor, PROFILED // divisor
     activities = [torch.profiler.ProfilerActivity.CPU]
     if on_gpu:
         activities = [torch.profiler.ProfilerActivity.CUDA]
     profiler = torch.profiler.profile(activities=activities)
     plain = loop._Run._step
-    count, host, begin, seconds = itertools.count(1), 0.0, 0.0, 0.0
+    count, host, seconds = itertools.count(1), [0.0], [time.perf_counter()]
 
     def wait() -> None:
         if on_gpu:
             torch.cuda.synchronize()
 
     def step(self: Any, rows: Any, parts: Any) -> float:
-        nonlocal host, begin, seconds
         number = next(count)
-        if number == before:
-            wait()
+        if number == timed_steps + 1:
             profiler.start()
-            begin = time.perf_counter()
         started = time.perf_counter()
         result = plain(self, rows, parts)
-        if before <= number < before + profiled:
-            host += time.perf_counter() - started
-        if number == before + profiled - 1:
+        host[-1] += time.perf_counter() - started
+        if number <= timed_steps and number % window == 0:
             wait()
-            seconds = time.perf_counter() - begin
+            seconds.append(time.perf_counter())
+            host.append(0.0)
+        if number == timed_steps + profiled:
+            wait()
             profiler.stop()
         return result
 
     with steps_as(step):
-        run(before + profiled)
-    each = 1e3 / profiled
-    line = f"{title:<12} {each * seconds:.2f} ms a step · host {each * host:.2f} ms"
+        run(timed_steps + profiled)
+    whole = float(np.median(np.diff(seconds))) / window
+    line = (
+        f"{title:<12} {1e3 * whole:.2f} ms a step, {batch / whole:,.0f} pairs/s in the median "
+        f"window of {window} steps · host {1e3 * float(np.median(host[:-1])) / window:.2f} ms"
+    )
     if on_gpu:
-        averages = profiler.key_averages()
-        kernels = sum(event.self_device_time_total for event in averages) / 1e6
-        line += f" · kernels {each * kernels:.2f} ms, {kernels / seconds:.0%} of the time"
+        kernels = sum(e.self_device_time_total for e in profiler.key_averages()) / 1e6 / profiled
+        line += f" · kernels {1e3 * kernels:.2f} ms, {kernels / whole:.0%} of the time"
     print(line, flush=True)
 
 
-def compare_losses(run: Callable[[str, int], Path], divisor: int) -> None:
-    """Prints how far the losses of captured steps are from those of plain ones."""
+def compare(run: Callable[[str, int], Path], divisor: int) -> None:
+    """Prints how far captured steps are from plain ones, and from those of autocast alone."""
 
-    def losses(name: str) -> Any:
+    def metrics(name: str) -> tuple[Any, float]:
         lines = (run(name, COMPARED // divisor) / "training" / "metrics.jsonl").read_text()
-        return np.array([json.loads(line)["loss"] for line in lines.splitlines()])
+        entries = [json.loads(line) for line in lines.splitlines()]
+        dev = [entry["dev"]["mse"] for entry in entries if "dev" in entry]  # none of a collapse
+        return np.array([entry["loss"] for entry in entries]), dev[-1] if dev else np.nan
 
-    captured = losses("captured")
+    captured, dev = metrics("captured")
     with plain_steps():
-        plain = losses("plain")
+        plain, plain_dev = metrics("plain")
+    halves = SentenceEncoder.halves
+    SentenceEncoder.halves = property(lambda encoder: False)  # type: ignore[assignment]
+    try:
+        _, autocast_dev = metrics("autocast")
+    finally:
+        SentenceEncoder.halves = halves  # type: ignore[method-assign]
     worst = np.abs(captured / plain - 1).max()
     print(f"captured     losses of {COMPARED // divisor} steps against plain ones: at most "
-          f"{worst:.2e} apart", flush=True)  # fmt: skip
+          f"{worst:.2e} apart; dev MSE {dev:.5f}, plain {plain_dev:.5f}, by autocast alone "
+          f"{autocast_dev:.5f}", flush=True)  # fmt: skip
 
 
 def kill_and_resume(run: Callable[..., Path], divisor: int) -> None:
@@ -359,17 +376,19 @@ def kill_and_resume(run: Callable[..., Path], divisor: int) -> None:
           f"{'the same bits' if same else 'OTHER WEIGHTS'}", flush=True)  # fmt: skip
 
 
+def decode(path: Path) -> None:
+    """Decodes and resizes a photo, and no more."""
+    with Image.open(path) as photo:
+        photo.convert("RGB").resize((298, 224), Image.Resampling.BICUBIC)
+
+
 def decoded_per_second(photos: list[Path]) -> float:
-    """Photos a second that all cores decode and resize, and no more."""
-
-    def decode(path: Path) -> None:
-        with Image.open(path) as photo:
-            photo.convert("RGB").resize((298, 224), Image.Resampling.BICUBIC)
-
-    begin = time.perf_counter()
-    with ThreadPoolExecutor(usable_cores()) as pool:
-        list(pool.map(decode, photos))
-    return len(photos) / (time.perf_counter() - begin)
+    """Photos a second that all cores decode, in processes: no lock is in their way."""
+    with ProcessPoolExecutor(usable_cores(), get_context("fork")) as pool:
+        list(pool.map(decode, photos[:64], chunksize=4))
+        begin = time.perf_counter()
+        list(pool.map(decode, photos, chunksize=16))
+        return len(photos) / (time.perf_counter() - begin)
 
 
 def peer(
@@ -476,14 +495,14 @@ def quick(arguments: argparse.Namespace, out: Path, sizes: Sizes) -> None:
           f"{bare:,.0f} photos/s", flush=True)  # fmt: skip
     tower = backbones.load_clip_text(out / "clip-ve" / "text")
     report("finetune-ve", first, tower, [english for english, _ in training])
-    profile("finetune-ve", lambda steps: finetuned("profiled-ve", steps), on_gpu, divisor)
+    profile("finetune-ve", 64, lambda steps: finetuned("profiled-ve", steps), on_gpu, divisor)
 
     folder = aligned("student")
     summary = json.loads((folder / "training" / "summary.json").read_text())
     student = new_student(out / "bert", tower.embedding_dim)
     report("align", TrainingResult(**summary), student, [target for _, target in training])
-    profile("align", lambda steps: aligned("profiled", steps), on_gpu, divisor)
-    compare_losses(aligned, divisor)
+    profile("align", 128, lambda steps: aligned("profiled", steps), on_gpu, divisor)
+    compare(aligned, divisor)
     kill_and_resume(aligned, divisor)
     peer(arguments, out, training[: 60 // divisor * BATCH_SIZE], summary["pairs_per_second"])
 

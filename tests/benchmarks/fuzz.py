@@ -327,10 +327,10 @@ class Run:
         path = self.folder / "published" / "test.json"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(fuzzer.damage(content) if fuzzer.random.random() < 0.7 else content)
-        os.chdir(path.parent)
-        shutil.rmtree("data", ignore_errors=True)
         arguments = ["evaluate", "--data", "test.json", "--images", self.world / "images"]
-        self.command("published", 1, [*arguments, "--runs", self.runs, "--resamples", 5])
+        with contextlib.chdir(path.parent):
+            shutil.rmtree("data", ignore_errors=True)
+            self.command("published", 1, [*arguments, "--runs", self.runs, "--resamples", 5])
 
     def translate(self) -> None:
         """Damaged rows, or a damaged file of translations."""

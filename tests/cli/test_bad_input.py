@@ -355,6 +355,7 @@ def test_ctrl_c_outside_of_training(commands, refused, monkeypatch, command, pla
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_image_features_outlive_an_interruption(commands, refused, monkeypatch, number):
     monkeypatch.setattr("clseave_cli.core.features._IMAGE_BATCH", {"cpu": 1})
+    monkeypatch.setattr("clseave_cli.core.features._DECODED_AT_ONCE", 1)
     forward, computed = ImageEncoder.forward, []
 
     def interrupted(encoder, pixels):

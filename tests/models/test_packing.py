@@ -269,7 +269,7 @@ def test_filled_batches_have_few_shapes_and_the_same_embeddings(encoder, monkeyp
                 embeddings[filled] = student(batch)
         assert embeddings[True].shape == (50, 16) and torch.isfinite(embeddings[True]).all()
         torch.testing.assert_close(embeddings[True][:48], embeddings[False], atol=1e-5, rtol=1e-4)
-    assert len(shapes[True]) < len(shapes[False]) and len(shapes[True]) <= 5
+    assert len(shapes[True]) < len(shapes[False]) and len(shapes[True]) <= 8
 
 
 def test_filling_has_no_gradient(encoder, monkeypatch):

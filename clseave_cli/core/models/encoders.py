@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch.nn import functional
 from clseave_cli.core.config import Pooling
 from clseave_cli.core.data.images import Preparation
 from clseave_cli.core.files import json_digest
+from clseave_cli.core.models.half import in_half
 from clseave_cli.core.models.packing import PackedBatch, pack
 from clseave_cli.core.models.tokens import Filling, TokenTable, Trimmed, tokenize
 from clseave_cli.core.models.weights import quiet
@@ -29,7 +31,7 @@ from clseave_cli.progress import SILENT, Progress
 #: Row length of packed batches; an encoder that reads less is packed to what it reads. A GPU likes
 #: few shapes and large ones. On a CPU every masked place of the attention costs, and with dropout
 #: much, so rows are about as long as the longest sentences (docs/experiments.md, 2026-11-21).
-_ROW_TOKENS = {"cuda": 128, "cpu": 32}
+_ROW_TOKENS = {"cuda": 64, "cpu": 32}
 #: What a call of the backbone costs beside its tokens, in tokens: where it cannot be packed, rows
 #: are computed apart if that saves more padding. Estimates for 12 layers; a GPU computes thousands
 #: of tokens in the time that starting all its kernels takes.
@@ -147,6 +149,12 @@ class SentenceEncoder(nn.Module):
         return self.device.type == "cuda"
 
     @property
+    def halves(self) -> bool:
+        """Whether the backbone computes in bfloat16 throughout: in training by it on a GPU."""
+        in_bf16 = torch.get_autocast_dtype("cuda") == torch.bfloat16
+        return self.training and torch.is_autocast_enabled("cuda") and in_bf16
+
+    @property
     def row_tokens(self) -> int | None:
         """T of a packed row; None: one sentence a row."""
         return min(_ROW_TOKENS[self.device.type], self.max_tokens) if self.packs else None
@@ -179,6 +187,7 @@ class SentenceEncoder(nn.Module):
             pad_id=self.pad_id,
             call_tokens=_CALL_TOKENS[self.device.type],
             few_shapes=self.few_shapes,
+            max_tokens=self.max_tokens,
             places=places,
         )
         if self.token_places is None:
@@ -202,10 +211,11 @@ class SentenceEncoder(nn.Module):
             layer: whose output, counted from 1, or -1 for the last; None: the backbone's last
                 hidden states, which in CLIP are normalised.
         """
-        if not batch.groups:
-            return self._states(batch, layer)
-        width = batch.input_ids.shape[1]
-        states = [self._states(part, layer) for part in batch.parts()]
+        with in_half(self.backbone) if self.halves else nullcontext():
+            if not batch.groups:
+                return self._states(batch, layer)
+            width = batch.input_ids.shape[1]
+            states = [self._states(part, layer) for part in batch.parts()]
         return torch.cat(
             [functional.pad(rows, (0, 0, 0, width - rows.shape[1])) for rows in states]
         )

@@ -100,6 +100,7 @@ def pack(
     pad_id: int,
     call_tokens: float = math.inf,
     few_shapes: bool = False,
+    max_tokens: float = math.inf,
     places: int | None = None,
 ) -> PackedBatch:
     """Lays sentences into rows: longest first, each into the first row with room.
@@ -112,6 +113,7 @@ def pack(
         pad_id: token id of unused places.
         call_tokens: how much padding a group must save to be worth a call of the encoder.
         few_shapes: fill packed rows up, so that batches have few different numbers and lengths.
+        max_tokens: with it, the longest row that the encoder takes.
         places: with it, how many terminals there are; those behind the sentences' mean nothing.
     """
     lengths = tokens.lengths(sentences)
@@ -127,7 +129,7 @@ def pack(
         groups = _groups(lengths[order], call_tokens)
     else:
         if few_shapes:
-            width = math.ceil(width / row_tokens) * row_tokens
+            width = int(min(math.ceil(width / row_tokens) * row_tokens, max_tokens))
         rows, starts, num_rows = _first_fit(lengths, width)
         if few_shapes:
             num_rows = _rounded(num_rows)
@@ -155,8 +157,8 @@ def pack(
 
 
 def _rounded(count: int) -> int:
-    """The next larger of few numbers: four between any two powers of two."""
-    step = max(1, (1 << (count.bit_length() - 1)) // 4)
+    """The next larger of few numbers: sixteen between any two powers of two."""
+    step = max(1, (1 << (count.bit_length() - 1)) // 16)
     return math.ceil(count / step) * step
 
 

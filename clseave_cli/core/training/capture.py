@@ -11,17 +11,17 @@ as they would without a graph, so a state saved in between holds all that the ne
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clseave_cli.core.training.placement import on_device, tensors_of
 
 #: Shapes that are captured: a bound on what the driver keeps for graphs. Filled-up batches of one
-#: size come in about five.
+#: size come in three to nine.
 _MOST_GRAPHS = 48
 #: So many shapes of which none came twice, and no more is expected of this kind of batch.
 _MOST_SINGLE_SHAPES = 256
@@ -154,55 +154,6 @@ class Captured(Generic[Batch]):
         self._recorder = None
         self._graphs.clear()
         self._note(f"steps are not captured as CUDA graphs ({reason}); they run one by one.")
-
-
-class UnevenGradients(RuntimeError):
-    """Other parameters have a gradient than in the first batch."""
-
-
-class Gradients:
-    """The gradients of some parameters, at addresses that stay.
-
-    Autograd makes new tensors for every batch. They are moved here, which costs less than having
-    it add to what is here already.
-
-    Args:
-        parameters: those that are trained.
-    """
-
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self._parameters = list(parameters)
-        self._sums: list[Tensor | None] | None = None
-
-    def release(self) -> None:
-        """Before a backward pass: autograd is to make new ones."""
-        for parameter in self._parameters:
-            parameter.grad = None
-
-    def collect(self, *, add: bool) -> None:
-        """After a backward pass: the gradients are here, and the parameters' `grad` again.
-
-        Args:
-            add: to what an earlier part of the batch left here.
-
-        Raises:
-            UnevenGradients: other parameters have a gradient than the first time; an optimiser
-                leaves those without one alone, and a captured step cannot.
-        """
-        fresh = [parameter.grad for parameter in self._parameters]
-        if self._sums is None:
-            self._sums = [None if new is None else torch.empty_like(new) for new in fresh]
-        if [new is None for new in fresh] != [kept is None for kept in self._sums]:
-            raise UnevenGradients("a part of the model has no gradient in one batch of several")
-        kept, new = (
-            [tensor for tensor in tensors if tensor is not None] for tensors in (self._sums, fresh)
-        )
-        if add:
-            torch._foreach_add_(kept, new)
-        else:
-            torch._foreach_copy_(kept, new)
-        for parameter, gradient in zip(self._parameters, self._sums, strict=True):
-            parameter.grad = gradient
 
 
 def _shape(batch: Any) -> Hashable:

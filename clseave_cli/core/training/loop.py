@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from clseave_cli.core.config import Schedule, TrainingConfig
 from clseave_cli.core.files import write_json, writing
-from clseave_cli.core.training.capture import Captured, CudaRecorder, Gradients, UnevenGradients
+from clseave_cli.core.training.capture import Captured, CudaRecorder
 from clseave_cli.core.training.checkpoint import (
     LoopState,
     load_state,
@@ -190,13 +190,24 @@ class _Part:
 
     Attributes:
         share: how much of the batch they are.
-        is_first: no part of the batch comes before.
         examples: what the stage's `prepare` made of them.
     """
 
     share: float
-    is_first: bool
     examples: Any
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What one optimiser step needs.
+
+    Attributes:
+        parts: of the batch.
+        learning_rate: () float64.
+    """
+
+    parts: tuple[_Part, ...]
+    learning_rate: Tensor
 
 
 class _Run:
@@ -215,7 +226,7 @@ class _Run:
         self.optimizer = _optimizer(self.parameters, stage.factors, config, device)
         self.autocast = autocast(config.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast.precision == "fp16")
-        self.gradients, self.gradient, self.update = self._captured()
+        self.captured = self._captured()
         self.steps_per_epoch = math.ceil(stage.num_examples / config.batch_size)
         self.last_epoch = min(config.epochs, config.stop_epoch or config.epochs)
         # The schedule is that of all epochs, wherever the run stops.
@@ -297,22 +308,20 @@ class _Run:
             self.stage.num_examples, config.batch_size, seed=config.seed, epoch=state.epoch
         )
 
-    def _prepared(self, todo: list[Rows]) -> Iterator[tuple[Rows, list[_Part]]]:
+    def _prepared(self, todo: list[Rows]) -> Iterator[tuple[Rows, tuple[_Part, ...]]]:
         """Batches with their parts prepared, a few ahead of the step that uses them."""
 
-        def prepare(rows: Rows) -> list[_Part]:
+        def prepare(rows: Rows) -> tuple[_Part, ...]:
             parts = np.array_split(rows, min(self.config.accumulation, len(rows)))
-            return [
-                page_locked(
-                    _Part(len(part) / len(rows), number == 0, self.stage.prepare(part)), self.device
-                )
-                for number, part in enumerate(parts)
-            ]
+            return tuple(
+                page_locked(_Part(len(part) / len(rows), self.stage.prepare(part)), self.device)
+                for part in parts
+            )
 
         with ThreadPoolExecutor(max_workers=1) as worker:
             yield from zip(todo, ahead(worker, prepare, todo, _BATCHES_AHEAD), strict=True)
 
-    def _step(self, rows: Rows, parts: list[_Part]) -> float:
+    def _step(self, rows: Rows, parts: tuple[_Part, ...]) -> float:
         """One optimiser step on a batch; returns its learning rate."""
         learning_rate = self.config.learning_rate * learning_rate_factor(
             self.state.step,
@@ -320,15 +329,13 @@ class _Run:
             warmup=self.warmup_steps,
             schedule=self.config.schedule,
         )
-        if self.state.step == self.alone_steps > 0 and self.gradients is not None:
+        if self.state.step == self.alone_steps > 0:
             # What was captured so far trains a part of the parameters.
-            self.gradients, self.gradient, self.update = self._captured()
+            self.captured = self._captured()
+        rate = page_locked(torch.tensor(learning_rate, dtype=torch.float64), self.device)
         try:
             with self._frozen():
-                self.sums += self._repeatable(lambda: self._backward(parts)) * len(rows)
-            self.processes.average_gradients(self.parameters)
-            rate = torch.tensor(learning_rate, dtype=torch.float64)
-            self.update(page_locked(rate, self.device))
+                self.sums += self.captured(_Work(parts, rate)) * len(rows)
         except torch.OutOfMemoryError:
             raise TrainingError(
                 f"{self.stage}: the memory of {self.device} is too small for batches of "
@@ -368,33 +375,25 @@ class _Run:
         )
         return compute()
 
-    def _backward(self, parts: list[_Part]) -> Tensor:
-        """The gradient of a batch; returns the means of its loss and the stage's metrics."""
+    def _work(self, work: _Work) -> Tensor:
+        """A batch's gradient and the optimiser's step; the means of its loss and the metrics."""
+        means = self._repeatable(lambda: self._gradient(work.parts))
+        self.processes.average_gradients(self.parameters)
+        self._update(work.learning_rate)
+        return means
+
+    def _gradient(self, parts: tuple[_Part, ...]) -> Tensor:
+        """Leaves the gradient of a batch; returns the means of its loss and the stage's metrics."""
+        self.optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros_like(self.sums)
-        try:
-            for part in parts:
-                sums += self.gradient(part)
-        except UnevenGradients as error:
-            self.gradients = None
-            self.gradient.give_up(str(error))
-            self.update = Captured(self._update, self.device, None, self._note)
-            return self._backward(parts)
+        for part in parts:
+            with self.autocast():
+                means = self.stage.loss(part.examples).reshape(-1)
+            self.scaler.scale(means[0] * part.share).backward()  # type: ignore[no-untyped-call]
+            sums += means.detach().double() * part.share
         return sums
 
-    def _gradient(self, part: _Part) -> Tensor:
-        """Adds a part's gradient to that of the parts before; its share of the batch's means."""
-        if self.gradients is not None:
-            self.gradients.release()
-        elif part.is_first:
-            self.optimizer.zero_grad(set_to_none=True)
-        with self.autocast():
-            means = self.stage.loss(part.examples).reshape(-1)
-        self.scaler.scale(means[0] * part.share).backward()  # type: ignore[no-untyped-call]
-        if self.gradients is not None:
-            self.gradients.collect(add=not part.is_first)
-        return means.detach().double() * part.share
-
-    def _update(self, learning_rate: Tensor) -> Tensor:
+    def _update(self, learning_rate: Tensor) -> None:
         """The optimiser's step, from the gradients that lie there."""
         for group in self.optimizer.param_groups:
             # On a GPU a tensor, whose number a captured step reads anew each time.
@@ -407,18 +406,10 @@ class _Run:
             nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return learning_rate
 
-    def _captured(self) -> tuple[Gradients | None, Captured[_Part], Captured[Tensor]]:
-        """Gradients at addresses that stay, a step's backward pass, and its update: captured from
-        now on, where they can be.
-        """
-        recorder = self._recorder()
-        return (
-            None if recorder is None else Gradients(self.parameters),
-            Captured(self._gradient, self.device, recorder, self._note),
-            Captured(self._update, self.device, recorder, self._note),
-        )
+    def _captured(self) -> Captured[_Work]:
+        """Steps that are captured from now on, where they can be."""
+        return Captured(self._work, self.device, self._recorder(), self._note)
 
     def _recorder(self) -> CudaRecorder | None:
         """What captures steps, where they can be captured."""
