@@ -140,16 +140,16 @@ class Captured(Generic[Batch]):
         try:
             replay, result = recorder.capture(lambda: self._function(copied))
         except RuntimeError as error:
-            self.give_up(str(error).splitlines()[0])
+            self._give_up(str(error).splitlines()[0])
             return None
         return _Graph(tensors_of(copied), replay, result)
 
     def _remember(self, shape: Hashable) -> None:
         self._met.add(shape)
         if not self._graphs and len(self._met) > _MOST_SINGLE_SHAPES:
-            self.give_up("hardly two batches have the same shape")
+            self._give_up("hardly two batches have the same shape")
 
-    def give_up(self, reason: str) -> None:
+    def _give_up(self, reason: str) -> None:
         """From now on every batch is computed plainly; says why."""
         self._recorder = None
         self._graphs.clear()
