@@ -267,12 +267,9 @@ class _Plan:
         for key, system in every.items():
             if system.mode == "translate-test":
                 split = rows[system.lang].split
-                translated = translate_hypotheses(config, split, source_lang, progress)
+                hypotheses, by = translate_hypotheses(config, split, source_lang, progress)
                 rows[key] = replace(
-                    rows[system.lang],
-                    lang=source_lang,
-                    hypotheses=translated.sentences,
-                    translator=translated.translator,
+                    rows[system.lang], lang=source_lang, hypotheses=hypotheses, translator=by
                 )
         models = source_lang, along, systems
         return cls(config, folder, images, *models, rows, hypothesis_only)

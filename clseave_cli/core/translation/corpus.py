@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from clseave_cli.core.config import EngineConfig, EvaluateConfig, TranslateConfig
+from clseave_cli.core.config import EngineConfig, EvaluateConfig, SeededConfig, TranslateConfig
 from clseave_cli.core.data.languages import canonical
 from clseave_cli.core.data.records import Split
 from clseave_cli.core.data.rows import EXTENSIONS, split_name
@@ -37,7 +37,6 @@ _SPLITS = ("train", "dev", "test")
 _ROWS_AT_ONCE = 10_000
 #: Texts held at a time while they are translated; enough to put texts of like length together.
 _TEXTS_AT_ONCE = 100_000
-_MASK = (1 << 64) - 1
 
 _T = TypeVar("_T")
 
@@ -150,11 +149,11 @@ class _Passes:
         Raises:
             _Incomplete: at the end, if there is such a piece.
         """
-        missing = array("Q")  # hashes, because millions of texts would need too much memory
+        missing = array("q")  # hashes, because millions of texts would need too much memory
         for chunk in self._chunks():
             for _, key, entry in chunk:
                 if not self._driver.is_final(entry):
-                    missing.append(hash(key) & _MASK)
+                    missing.append(hash(key))
                 self.num_from_memory += entry is not None and entry.attempts > 0
             task.advance(len(chunk), from_memory=self.num_from_memory, to_translate=len(missing))
             if not missing:
@@ -162,7 +161,7 @@ class _Passes:
         if missing:
             import numpy as np
 
-            raise _Incomplete(len(np.unique(np.frombuffer(missing, np.uint64))))
+            raise _Incomplete(len(np.unique(missing)))
 
     def _fill(self, task: Task) -> None:
         """Has translated what the memory lacks, many texts at a time."""
@@ -310,17 +309,17 @@ def _inputs(config: TranslateConfig) -> list[Path]:
     paths = list(config.input)
     splits = config.split or _SPLITS
 
-    def candidates_of(stem: str, split: str) -> list[Path]:
-        return [config.data / f"{stem}_{split}{ending}" for ending in EXTENSIONS]
+    def existing(stem: str, split: str) -> list[Path]:
+        candidates = [config.data / f"{stem}_{split}{ending}" for ending in EXTENSIONS]
+        return [path for path in candidates if path.is_file()]
 
-    captions = itertools.chain.from_iterable(candidates_of("captions", split) for split in splits)
-    has_captions = config.field == "caption" and any(path.is_file() for path in captions)
+    has_captions = config.field == "caption" and any(existing("captions", s) for s in splits)
+    stem = "captions" if has_captions else "snli_ve"
     for split in () if paths else splits:
-        candidates = candidates_of("captions" if has_captions else "snli_ve", split)
-        existing = [path for path in candidates if path.is_file()]
-        if config.split and not existing:
-            raise DataError(f"{candidates[0]}: no such file; is --data the right folder?")
-        paths += existing[:1]
+        if config.split and not existing(stem, split):
+            path = config.data / f"{stem}_{split}{EXTENSIONS[0]}"
+            raise DataError(f"{path}: no such file; is --data the right folder?")
+        paths += existing(stem, split)[:1]
     if not paths:
         raise DataError(
             f"{config.data}: no snli_ve_train.jsonl, snli_ve_dev.jsonl or snli_ve_test.jsonl "
@@ -340,33 +339,28 @@ def output_path(config: TranslateConfig, path: Path, lang: str) -> Path:
     return (config.out or path.parent) / f"{stem}.{lang}{ending}"
 
 
-@dataclass(frozen=True)
-class TranslatedHypotheses:
-    """A split's hypotheses in another language.
-
-    Attributes:
-        sentences: N of them, in the split's order.
-        translator: the engine, its model, the model's revision and the settings, in one line.
-    """
-
-    sentences: list[str]
-    translator: str
-
-
 def translate_hypotheses(
     config: EvaluateConfig, split: Split, into: str, progress: Progress = SILENT
-) -> TranslatedHypotheses:
+) -> tuple[list[str], str]:
     """Translates a split's hypotheses into another language for translate-test.
 
     Nothing is written but the memory. `{lang}` in `--model` and `--translations` stands for the
     split's language.
+
+    Returns:
+        the translations, in the split's order; and in one line, the engine, its model, the model's
+        revision and the settings.
 
     Raises:
         UsageError: the configuration makes no sense.
         TranslationError: the engine cannot work, or a hypothesis stays without translation.
         Interrupted: by Ctrl-C; what was answered is kept.
     """
-    request = _translate_config(config, split.lang)
+    parts = (*dataclasses.fields(SeededConfig), *dataclasses.fields(EngineConfig))
+    options = {part.name: getattr(config, part.name) for part in parts}
+    for name in ("model", "translations"):  # engines would put in the language translated into
+        options[name] = options[name] and str(options[name]).replace("{lang}", split.lang)
+    request = TranslateConfig(**options)
     rows = [
         Row(number, text, pair_id, None)
         for number, (text, pair_id) in enumerate(zip(split.hypotheses, split.pair_ids, strict=True))
@@ -395,16 +389,5 @@ def translate_hypotheses(
             "they are scored as they are."
         )
     name = engine.identity
-    parts = (name.engine, name.model, name.revision[:12], name.settings)
-    sentences = [entry.translation for entry in entries]
-    return TranslatedHypotheses(sentences, " ".join(part for part in parts if part))
-
-
-def _translate_config(config: EvaluateConfig, lang: str) -> TranslateConfig:
-    shared = {part.name: getattr(config, part.name) for part in dataclasses.fields(EngineConfig)}
-    for name in ("model", "translations"):  # engines put in the language translated into
-        if shared[name] is not None:
-            shared[name] = type(shared[name])(str(shared[name]).replace("{lang}", lang))
-    return TranslateConfig(
-        seed=config.seed, device=config.device, precision=config.precision, **shared
-    )
+    translator = (name.engine, name.model, name.revision[:12], name.settings)
+    return [entry.translation for entry in entries], " ".join(part for part in translator if part)

@@ -298,12 +298,10 @@ class Driver:
 
     def _work(self) -> None:
         while (batch := self._queue.get()) is not None:
-            outcome: list[str] | BaseException
             try:
-                outcome = self._translate(batch)
+                self._reports.put((batch, self._translate(batch)))
             except BaseException as error:
-                outcome = error
-            self._reports.put((batch, outcome))
+                self._reports.put((batch, error))
 
     def _translate(self, batch: _Batch) -> list[str]:
         """A translation for each text, empty where the answer is of no use; runs in a worker."""

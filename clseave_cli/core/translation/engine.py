@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from clseave_cli.core.config import TranslateConfig
-from clseave_cli.core.data.rows import NOT_UTF8, BadRow, json_rows, reading, split_name
+from clseave_cli.core.data.rows import BadRow, read_rows, split_name, text_lines
 from clseave_cli.core.data.text_files import FIELDS
 from clseave_cli.core.files import file_digest
 from clseave_cli.errors import DataError, TranslationError, UsageError
@@ -141,21 +141,15 @@ class Engine(Protocol):
 Create = Callable[[TranslateConfig, str, str], Engine]
 
 
-def engine_names() -> list[str]:
-    """Names of all installed engines, the built-in ones first."""
-    return [*_BUILT_IN, *sorted(entry_points(group=ENTRY_POINT_GROUP).names - _BUILT_IN.keys())]
-
-
 def find_engine(name: str) -> Create:
     """The function that creates the engine with this name; a UsageError if there is none."""
-    if name not in engine_names():
-        names = ", ".join(engine_names())
-        raise UsageError(f"--engine {name}: no such engine; there are: {names}.")
-    if name in _BUILT_IN:
-        point = EntryPoint(name, _BUILT_IN[name], ENTRY_POINT_GROUP)
-    else:
-        point = entry_points(group=ENTRY_POINT_GROUP)[name]
-    create: Create = point.load()
+    built_in = [EntryPoint(*item, ENTRY_POINT_GROUP) for item in _BUILT_IN.items()]
+    plug_ins = sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: point.name)
+    # Built-in names come first, and no plug-in takes one.
+    points = {point.name: point for point in (*built_in, *plug_ins, *built_in)}
+    if name not in points:
+        raise UsageError(f"--engine {name}: no such engine; there are: {', '.join(points)}.")
+    create: Create = points[name].load()
     return create
 
 
@@ -226,28 +220,23 @@ class ImportedEngine:
     def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """The rows; the first one decides how rows are matched, unless the user did."""
         is_tsv = split_name(self._path)[1].startswith(".tsv")
-        with reading(self._path) as stream:
-            for number, values, _ in () if is_tsv else json_rows(stream):
-                if isinstance(values, BadRow):
-                    raise DataError.at(self._path, number, str(values))
-                self._match = self._match or (_PAIR_ID if _PAIR_ID in values else "text")
-                yield number, values
-            for number, data in enumerate(stream, 1):
-                try:
-                    line = data.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                except UnicodeDecodeError:
-                    raise DataError.at(self._path, number, NOT_UTF8) from None
-                if not line:
-                    continue
-                cells = line.split("\t")
-                if len(cells) != 2:
-                    problem = "columns; expected two: pairID or text, and translation."
-                    raise DataError.at(self._path, number, f"{len(cells)} {problem}")
-                is_header = number == 1 and cells[0] in (_PAIR_ID, *_SOURCE_NAMES)
-                by_pair_id = is_header and cells[0] == _PAIR_ID
-                self._match = self._match or (_PAIR_ID if by_pair_id else "text")
-                if not is_header:
-                    yield number, {self._match: cells[0], "translation": cells[1]}
+        for number, values, _ in () if is_tsv else read_rows(self._path, ()):
+            if isinstance(values, BadRow):
+                raise DataError.at(self._path, number, str(values))
+            self._match = self._match or (_PAIR_ID if _PAIR_ID in values else "text")
+            yield number, values
+        for number, line in text_lines(self._path) if is_tsv else ():
+            cells = line.rstrip("\r\n").split("\t")
+            if cells == [""]:
+                continue
+            if len(cells) != 2:
+                problem = "columns; expected two: pairID or text, and translation."
+                raise DataError.at(self._path, number, f"{len(cells)} {problem}")
+            is_header = number == 1 and cells[0] in (_PAIR_ID, *_SOURCE_NAMES)
+            by_pair_id = is_header and cells[0] == _PAIR_ID
+            self._match = self._match or (_PAIR_ID if by_pair_id else "text")
+            if not is_header:
+                yield number, {self._match: cells[0], "translation": cells[1]}
 
     def _value(self, number: int, values: dict[str, Any], names: Sequence[str]) -> str:
         for name in names:

@@ -19,7 +19,12 @@ import re
 import unicodedata
 from collections import Counter
 
-from clseave_cli.core.data.languages import LanguageIdentifier, is_dense, letters_of
+from clseave_cli.core.data.languages import (
+    LanguageIdentifier,
+    is_dense,
+    letters_of,
+    unexpected_script,
+)
 
 #: Names of all checks, in the order of summaries.
 CHECKS = (
@@ -27,7 +32,7 @@ CHECKS = (
 )  # fmt: skip
 
 #: Raised when a check changes: what the memory holds is then checked again.
-_VERSION = "2"
+_VERSION = "3"
 
 _LETTER = re.compile(r"[^\W\d_]")
 _WORD = re.compile(r"[^\W_]+")
@@ -44,7 +49,6 @@ _DENSE_WEIGHT = 2.5
 _LENGTH_SLACK = 12
 _LENGTH_RANGE = (0.35, 2.6)
 _MIN_COPIED_WORDS = 3
-_MIN_SCRIPT_SHARE = 0.5
 
 # Languages that models fall into by mistake; few, because every language costs memory.
 _CONFUSED = ("en", "de", "nl", "fr", "es", "ja", "zh", "ko", "ru")
@@ -71,14 +75,9 @@ class Checks:
 
     def __init__(self, source: str, target: str) -> None:
         letters = letters_of(target)
-        self._expected = re.compile(f"[{letters}]") if letters else None
-        self._foreign = re.compile(rf"[^{letters}\W\d_]+") if letters else None
+        self._foreign = re.compile(rf"[^{letters or ''}\W\d_]+")
         self._same_script = letters == letters_of(source)
-        self._weights = (
-            _DENSE_WEIGHT if is_dense(source) else 1.0,
-            _DENSE_WEIGHT if is_dense(target) else 1.0,
-        )
-        self._target_dense = is_dense(target)
+        self._weights = [_DENSE_WEIGHT if is_dense(lang) else 1.0 for lang in (source, target)]
         self._target = target
         self._identifier: LanguageIdentifier | None = None
         self.version = _VERSION
@@ -127,16 +126,14 @@ class Checks:
         return not _is_name(words) and (not self._same_script or len(words) >= _MIN_COPIED_WORDS)
 
     def _is_in_wrong_script(self, source: str, translation: str) -> bool:
-        if self._expected is None or self._foreign is None:
+        if not unexpected_script(translation, self._target):
             return False
         words = _WORD.findall(source)
         foreign = set(self._foreign.findall(translation))
-        num_expected = len(self._expected.findall(translation))
         # One name of the source left as it is, alone or in a sentence of the right script.
-        if _is_name(list(foreign)) and foreign <= set(words) and (num_expected or _is_name(words)):
-            return False
-        num_letters = len(_LETTER.findall(translation))
-        return num_letters > 0 and num_expected < _MIN_SCRIPT_SHARE * num_letters
+        is_kept_name = _is_name(list(foreign)) and foreign <= set(words)
+        in_sentence = needs_translation(self._foreign.sub("", translation))
+        return not (is_kept_name and (in_sentence or _is_name(words)))
 
     def _has_plausible_length(self, source: str, translation: str) -> bool:
         ratio = (len(translation) * self._weights[1] + _LENGTH_SLACK) / (
@@ -145,14 +142,9 @@ class Checks:
         return _LENGTH_RANGE[0] <= ratio <= _LENGTH_RANGE[1]
 
     def _loses_numerals(self, source: str, translation: str) -> bool:
-        wanted = _numbers(source)
-        if not wanted:
-            return False
-        lost = wanted - _numbers(translation)
-        if self._target_dense:
-            lost = Counter(
-                {n: c for n, c in lost.items() if _HAN_NUMBERS.get(n, "-") not in translation}
-            )
+        lost = set(_numbers(source) - _numbers(translation))
+        if is_dense(self._target):
+            lost -= {number for number, han in _HAN_NUMBERS.items() if han in translation}
         return bool(lost)
 
 
