@@ -26,7 +26,7 @@ from clseave_cli.core.data.text_files import Row, open_text_file
 from clseave_cli.core.files import locked_target
 from clseave_cli.core.translation.driver import Driver, Pace
 from clseave_cli.core.translation.engine import create_engine, find_engine
-from clseave_cli.core.translation.memory import Entry, Memory, default_path
+from clseave_cli.core.translation.memory import Entry, Memory
 from clseave_cli.core.translation.output import COUNTS, LISTS, Outputs, review_path, write_file
 from clseave_cli.core.translation.quality import CHECKS, needs_translation
 from clseave_cli.errors import DataError, TranslationError, UsageError
@@ -244,7 +244,7 @@ def translate(config: TranslateConfig, progress: Progress = SILENT) -> Translati
     summaries: list[FileSummary] = []
     pace: Pace | None = None
     with ExitStack() as stack:
-        memory = stack.enter_context(Memory(config.memory or default_path()))
+        memory = stack.enter_context(Memory(config.memory))
         outputs = Outputs(memory, config.overwrite)
         targets = [output_path(config, path, lang) for lang in langs for path in inputs]
         for target in targets if is_first_process() else ():
@@ -367,7 +367,7 @@ def translate_hypotheses(
     ]
     with (
         closing(create_engine(request, canonical(split.lang), canonical(into))) as engine,
-        Memory(request.memory or default_path()) as memory,
+        Memory(request.memory) as memory,
     ):
         progress.note(f"{split.path} into {into}, engine {request.engine}: {engine.licence}")
         driver = Driver(request, engine, memory, Pace(request, engine.limits))
@@ -388,6 +388,6 @@ def translate_hypotheses(
             f"{split.path}: {num_suspect} of {len(entries)} translations look suspect ({named}); "
             "they are scored as they are."
         )
-    name = engine.identity
-    translator = (name.engine, name.model, name.revision[:12], name.settings)
+    by = engine.identity
+    translator = (by.engine, by.model, by.revision[:12], by.settings)
     return [entry.translation for entry in entries], " ".join(part for part in translator if part)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from clseave_cli.core.files import cache_root, file_digest
 from clseave_cli.core.translation.engine import Identity, encode
-from clseave_cli.errors import ClseaveError, TranslationError
+from clseave_cli.errors import TranslationError
 
 _FORMAT = 2
 _BUSY_SECONDS = 60.0
@@ -67,11 +67,6 @@ class Entry(NamedTuple):
     suspicions: tuple[str, ...]
 
 
-def default_path() -> Path:
-    """Where the memory is unless the user chooses another file."""
-    return cache_root() / "translation" / "memory.sqlite"
-
-
 def _decode(data: bytes) -> str:
     return data.decode("utf-8", "surrogatepass")
 
@@ -82,18 +77,23 @@ class Memory(AbstractContextManager["Memory"]):
     The process may die at any moment: what was stored stays.
 
     Args:
-        path: the SQLite file, created with its folder if it does not exist.
+        path: the SQLite file, created with its folder if it does not exist; None: the cache's.
 
     Raises:
         TranslationError: the file is no translation memory, is damaged or cannot be opened.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path | None) -> None:
+        self.path = path = path or cache_root() / "translation" / "memory.sqlite"
         self._seeds: dict[int, int] = {}
         with self._errors():
             path.parent.mkdir(parents=True, exist_ok=True)
-            _refuse_other_files(path)
+            # SQLite takes a file of a few bytes for an empty database, and would write over it.
+            with suppress(FileNotFoundError), path.open("rb") as stream:
+                if stream.read(16) not in (b"", b"SQLite format 3\0"):
+                    raise TranslationError(
+                        f"{path}: not a translation memory; choose another file with --memory."
+                    )
             self._connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
             # Damaged bytes must reach the checksum instead of failing the whole query.
             self._connection.text_factory = bytes
@@ -215,7 +215,7 @@ class Memory(AbstractContextManager["Memory"]):
                 f"{self.path}: cannot be opened ({error.strerror}); choose another with --memory."
             ) from error
 
-    def _explain(self, message: str) -> ClseaveError:
+    def _explain(self, message: str) -> TranslationError:
         advice = "the file is damaged; move it away, or choose another with --memory."
         for pattern, other in _ADVICE.items():
             if re.search(pattern, message):
@@ -230,14 +230,3 @@ def _checksum(seed: int, *values: object) -> int:
 
 def _path_key(path: Path) -> bytes:
     return os.fsencode(path.parent.resolve() / path.name)
-
-
-def _refuse_other_files(path: Path) -> None:
-    # SQLite takes a file of a few bytes for an empty database, and would write over it.
-    if path.exists():
-        with path.open("rb") as stream:
-            start = stream.read(16)
-        if start and start != b"SQLite format 3\0":
-            raise TranslationError(
-                f"{path}: not a translation memory; choose another file with --memory."
-            )

@@ -63,7 +63,6 @@ class NmtEngine:
     def __init__(self, config: TranslateConfig, source: str, target: str) -> None:
         name = (config.model or DEFAULT_MODEL).replace("{lang}", target)
         self._config = config
-        self._name = name
         self._loaded: tuple[Codec, Decoder] | None = None
         revision = _revision(name)
         precision = "int8" if config.int8 else _precision(config)
@@ -117,27 +116,25 @@ class NmtEngine:
 
     def _load(self) -> tuple[Codec, Decoder]:
         if self._loaded is None:
-            model_config = load_config(self._name)
-            codec = Codec(self._name, model_config, self.identity.source, self.identity.target)
-            if self._uses_ctranslate2(model_config):
-                revision = self.identity.revision
-                decoder = _ctranslate_decoder(self._name, revision, codec, self._config)
+            name, identity = self.identity.model, self.identity
+            codec = Codec(name, load_config(name), identity.source, identity.target)
+            if self._uses_ctranslate2(codec.config.model_type):
+                decoder = _ctranslate_decoder(name, identity.revision, codec, self._config)
             else:
-                decoder = _torch_decoder(self._name, codec, self._config)
+                decoder = _torch_decoder(name, codec, self._config)
             self._loaded = codec, decoder
         return self._loaded
 
-    def _uses_ctranslate2(self, model_config: Any) -> bool:
-        fits = model_config.model_type in _CONVERTIBLE
+    def _uses_ctranslate2(self, kind: str) -> bool:
+        name, fits = self.identity.model, kind in _CONVERTIBLE
         if self._config.backend == "ctranslate2" and not fits:
             raise ModelError(
-                f"{self._name}: CTranslate2 does not support {model_config.model_type} models; "
-                "use --backend transformers."
+                f"{name}: CTranslate2 does not support {kind} models; use --backend transformers."
             )
         uses = self._config.backend != "transformers" and fits and self._has_ctranslate2
         if self._config.int8 and not uses:
             raise UsageError(
-                f"--int8: {self._name} would run in transformers, which does not have it; it needs "
+                f"--int8: {name} would run in transformers, which does not have it; it needs "
                 "CTranslate2 (pip install -e '.[ctranslate2]') and a model that it knows."
             )
         return uses
@@ -151,7 +148,7 @@ class Codec:
     """Between texts and token ids, with the languages marked the way the model wants it.
 
     Attributes:
-        tokenizer: the model's own.
+        tokenizer, config: the model's.
         prefix_id: the token every translation starts with, None where there is none.
         max_tokens: the longest source or target.
 
@@ -165,11 +162,11 @@ class Codec:
         from clseave_cli.core.models.weights import load
 
         self.tokenizer = load(name, AutoTokenizer.from_pretrained)
-        self._name = name
+        self._name, self.config = name, config
         self._text_prefix = ""
         self.prefix_id: int | None = None
         self._marks: set[int] = set()
-        self._mark_languages(config, source, target)
+        self._mark_languages(source, target)
         positions = getattr(config, "max_position_embeddings", None) or _MAX_TOKENS
         self.max_tokens = min(positions, getattr(self.tokenizer, "model_max_length", _UNLIMITED))
         self._dropped = {*self.tokenizer.all_special_ids, *self._marks}
@@ -187,8 +184,8 @@ class Codec:
             for tokens in ids
         ]
 
-    def _mark_languages(self, config: Any, source: str, target: str) -> None:
-        tokenizer = self.tokenizer
+    def _mark_languages(self, source: str, target: str) -> None:
+        tokenizer, config = self.tokenizer, self.config
         if hasattr(tokenizer, "lang_code_to_id"):  # M2M-100: __de__
             codes = tokenizer.lang_code_to_id
             tokenizer.src_lang = self._code(source, codes)
@@ -207,9 +204,7 @@ class Codec:
             if task := tasks.get(f"translation_{source}_to_{target}"):
                 self._text_prefix = task["prefix"]
             else:  # MADLAD-400: <2de>
-                marks = {
-                    f"{mark[2:-1]}": mark for mark in tokenizer.get_vocab() if mark[:2] == "<2"
-                }
+                marks = {mark[2:-1]: mark for mark in tokenizer.get_vocab() if mark[:2] == "<2"}
                 self._text_prefix = marks[self._code(target, marks)] + " "
         else:  # a model of one pair; its card may say which
             pair = (getattr(tokenizer, f"{side}_lang", None) for side in ("source", "target"))
@@ -234,23 +229,17 @@ class Codec:
 def _torch_decoder(name: str, codec: Codec, config: TranslateConfig) -> Decoder:
     """The model in torch, on the device and in the precision of `config`."""
     import torch
-    from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING as MODELS
     from transformers import AutoModelForSeq2SeqLM
 
+    from clseave_cli.core.models.backbones import loading_arguments
     from clseave_cli.core.models.weights import load
     from clseave_cli.core.training.precision import resolve_device
 
     device = resolve_device(config.device)
-    dtype = getattr(torch, _TYPES[_precision(config)])
-    # Always said, or the configuration could name code of the hub.
-    has_sdpa = getattr(MODELS.get(type(load_config(name)), None), "_supports_sdpa", False)
-    model = load(
-        name,
-        AutoModelForSeq2SeqLM.from_pretrained,
-        attn_implementation="sdpa" if has_sdpa else "eager",
-        dtype=dtype,
-        use_safetensors=True,
-    )
+    loading = loading_arguments(codec.config) | {
+        "dtype": getattr(torch, _TYPES[_precision(config)])
+    }
+    model = load(name, AutoModelForSeq2SeqLM.from_pretrained, **loading)
     model.eval().to(device)
     # The model's own length, often 200, would contradict the one chosen for each batch.
     model.generation_config.max_length = None
