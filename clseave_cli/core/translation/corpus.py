@@ -1,7 +1,7 @@
 """The two use cases: files of a data set in other languages, and a split's hypotheses.
 
-Both read the translations from the memory. If it lacks some, they are translated straight into the
-memory first, and the rows are read from it again. So a run may end at any moment.
+Both read translations from the memory. Missing ones are first translated into the memory, and then
+the rows are read again. So a run may be interrupted at any moment.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from clseave_cli.progress import SILENT, Progress, Task
 
 _SPLITS = ("train", "dev", "test")
 _ROWS_AT_ONCE = 10_000
-#: Texts held at a time while they are translated; enough to put texts of like length together.
+#: Texts held at a time while they are translated; enough to batch texts of similar length.
 _TEXTS_AT_ONCE = 100_000
 
 _T = TypeVar("_T")
@@ -43,11 +43,11 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class FileSummary:
-    """What became of one file in one language; numbers are of rows.
+    """The outcome for one file in one language; all counts are of rows.
 
     Attributes:
         input: the file read.
-        output: the file written, if `is_written`: it is not if no row of it would be translated.
+        output: the file written, if `is_written`: not if no row would be translated.
         lang: canonical code of the language.
         num_from_memory: rows whose translation was in the memory before this run.
         num_unchanged: rows without a letter, the same in every language.
@@ -83,10 +83,10 @@ class FileSummary:
 
 @dataclass(frozen=True)
 class TranslationSummary:
-    """What became of a whole call.
+    """The outcome of a whole call.
 
     Attributes:
-        engine: name of the engine; `model`, `revision`: of what is behind it.
+        engine: name of the engine; `model`, `revision`: what it runs.
         licence: what the translations may be used for.
         files: one summary per file and language.
         stopped: why the run ended early, None if it did not.
@@ -112,9 +112,9 @@ class _Passes:
     """The passes over the rows of a file.
 
     Args:
-        driver: has the texts translated that the memory lacks.
+        driver: has missing texts translated.
         path: the file, for messages.
-        rows: starts a pass.
+        rows: starts a pass: returns all rows.
 
     Attributes:
         num_from_memory: rows whose translation was in the memory before `run`.
@@ -127,10 +127,10 @@ class _Passes:
         self.num_from_memory = 0
 
     def run(self, use: Callable[[Iterator[_Translated]], _T], progress: Progress) -> _T:
-        """Gives `use` all rows with their translations, and returns its result.
+        """Calls `use` with all rows and their translations, and returns its result.
 
-        If the memory lacks any, `use` first meets an exception at the end of its rows; it is called
-        again after the memory has been filled. So a file that is all in the memory is read once.
+        If any translation is missing, the rows end with an exception, and `use` is called again
+        after the memory has been filled. So a file that is all in the memory is read once.
         """
         with progress.task(f"reading {self._path.name}", unit="rows") as task:
             try:
@@ -144,7 +144,7 @@ class _Passes:
             return use(self._from_all(task))
 
     def _from_memory(self, task: Task) -> Iterator[_Translated]:
-        """The first pass: the rows, up to the piece of which the memory lacks a translation.
+        """The first pass: the rows, up to the first piece with a missing translation.
 
         Raises:
             _Incomplete: at the end, if there is such a piece.
@@ -164,7 +164,7 @@ class _Passes:
             raise _Incomplete(len(np.unique(missing)))
 
     def _fill(self, task: Task) -> None:
-        """Has translated what the memory lacks, many texts at a time."""
+        """Has missing texts translated, many at a time."""
         driver = self._driver
         texts: dict[str, int] = {}  # with the attempt each is at
         for chunk in itertools.chain(self._chunks(), ([],)):
@@ -212,7 +212,7 @@ class _Passes:
             yield checked
 
     def _key(self, row: Row) -> str | None:
-        """What the memory finds a row by; None for a text that needs no translation."""
+        """A row's key in the memory; None for a text that needs no translation."""
         if self._by_pair_id:
             if row.pair_id is None:
                 raise DataError.at(
@@ -233,7 +233,7 @@ def translate(config: TranslateConfig, progress: Progress = SILENT) -> Translati
         TranslationError: the engine or the memory cannot work.
         Interrupted: by Ctrl-C.
     """
-    find_engine(config.engine)  # refused before anything else is looked at
+    find_engine(config.engine)  # an unknown engine is refused first
     source = canonical(config.source)
     langs = list(dict.fromkeys(canonical(lang) for lang in config.lang))
     if not langs:
@@ -256,7 +256,7 @@ def translate(config: TranslateConfig, progress: Progress = SILENT) -> Translati
             with closing(create_engine(config, source, lang)) as engine:
                 if pace is None:
                     progress.note(f"engine {config.engine}: {engine.licence}")
-                    pace = Pace(config, engine.limits)  # one for all files and languages
+                    pace = Pace(config, engine.limits)  # shared by all files and languages
                 driver = Driver(config, engine, memory, pace)
                 for path in inputs:
                     summary = _translate_file(config, driver, outputs, path, progress)
@@ -358,7 +358,7 @@ def translate_hypotheses(
     """
     parts = (*dataclasses.fields(SeededConfig), *dataclasses.fields(EngineConfig))
     options = {part.name: getattr(config, part.name) for part in parts}
-    for name in ("model", "translations"):  # engines would put in the language translated into
+    for name in ("model", "translations"):  # engines would insert the target
         options[name] = options[name] and str(options[name]).replace("{lang}", split.lang)
     request = TranslateConfig(**options)
     rows = [

@@ -1,6 +1,6 @@
 """What a translation engine is, how it fails, and how one is chosen by name.
 
-The simplest engine is here too: `file`, which has its translations from a file.
+The simplest engine is here too: `file`, which looks translations up in a file.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _SOURCE_NAMES = ("source", "text")
 
 
 class Fault(TranslationError):
-    """A request went wrong in a way that may pass: asked again, after a wait.
+    """A request failed in a way that may pass; it is repeated after a wait.
 
     Attributes:
-        retry_after: seconds the service asked to wait, None when it did not say.
+        retry_after: seconds the service asked to wait, None if it did not say.
     """
 
     def __init__(self, reason: str, retry_after: float | None = None) -> None:
@@ -48,7 +48,7 @@ class Fault(TranslationError):
 class Refusal(Fault):
     """The service refuses us rather than this text: 429, 403, a captcha page.
 
-    Many in a row with no success between them end the run.
+    Many in a row, without a success in between, end the run.
     """
 
 
@@ -83,7 +83,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Limits:
-    """How an engine is to be asked.
+    """How to call an engine.
 
     Attributes:
         batch_size: texts in one call.
@@ -91,8 +91,8 @@ class Limits:
         text_characters: characters in one text; longer ones are split at sentence ends, and all at
             line breaks. None: texts are passed exactly as they are.
         concurrency: calls under way at a time.
-        requests_per_second: at most so many unless the user says otherwise; None: no limit.
-        by_pair_id: asked for the `pairID` of rows instead of for their text.
+        requests_per_second: the highest rate unless the user chooses one; None: no limit.
+        by_pair_id: it is given the `pairID` of rows instead of their text.
     """
 
     batch_size: int
@@ -107,8 +107,8 @@ class Engine(Protocol):
     """A translator from one language into another; made by a `create` function, used by threads.
 
     Attributes:
-        identity: the key of what it says in the memory.
-        limits: how it wants to be asked.
+        identity: the key of its translations in the memory.
+        limits: how to call it.
         licence: one line on what the translations may be used for.
     """
 
@@ -121,8 +121,8 @@ class Engine(Protocol):
 
         Args:
             texts: non-empty, without line breaks and control characters.
-            attempt: 0 first; 1 after the quality checks found fault with the first answer:
-                an engine that can should then decode differently.
+            attempt: 0 at first; 1 if the first answer failed a quality check: the engine should
+                then decode differently if it can.
 
         Returns:
             one translation for every text, in their order.
@@ -185,7 +185,7 @@ class ImportedEngine:
         )
 
     def translate(self, texts: Sequence[str], attempt: int) -> list[str]:
-        """Looks each text, or pairID, up."""
+        """Looks up each text, or pairID."""
         answers = [a for text in texts if (a := self._find(encode(text))) is not None]
         if len(answers) < len(texts):
             raise Rejection(f"{self._path} has no translation for it")
@@ -197,7 +197,7 @@ class ImportedEngine:
         return row[0] if row else None
 
     def close(self) -> None:
-        """Gives the index's disk space back."""
+        """Frees the index's disk space."""
         self._index.close()
 
     def _read(self, fields: Sequence[str], source: str) -> None:
@@ -210,7 +210,7 @@ class ImportedEngine:
             first = self._find(key)
             if first is None:
                 self._index.execute("INSERT INTO translations VALUES (?, ?)", (key, translation))
-            # A sentence may have two translations, and the first is as good; a row may not.
+            # A sentence may have two translations, and the first will do; a row may not.
             elif self._match == _PAIR_ID and first != translation:
                 name = key.decode(errors="replace")
                 problem = f"a second, different translation for pairID {name}."
@@ -246,5 +246,5 @@ class ImportedEngine:
 
 
 def encode(text: str) -> bytes:
-    """A text in UTF-8; a JSON escape may be half a surrogate pair."""
+    """A text in UTF-8, which may hold half a surrogate pair from a JSON escape."""
     return text.encode("utf-8", "surrogatepass")

@@ -1,8 +1,8 @@
-"""The translation memory: what an engine once translated is never asked for again.
+"""The translation memory: nothing is translated twice.
 
 One SQLite file in WAL mode, shared by any number of processes on one machine. Translations are kept
 by engine, model, revision, settings, languages and exact text, each with a checksum. The memory
-also records which files `translate` has written, so that none of the user's is replaced.
+also records which files `translate` has written, so that no file of the user's is replaced.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _BUSY_SECONDS = 60.0
 _CACHE_KIB = 64 * 1024
 _MAX_VARIABLES = 10_000
 
-# Texts are BLOBs, for there may be lone surrogates in them. `attempts`: how often the engine was
+# Texts are BLOBs, because they may hold lone surrogates. `attempts`: how often the engine was
 # asked. `checked`: version of the checks that were made, '' for none. `suspicions`: names of the
 # checks that failed, separated by spaces. `checksum`: of all of these and the identity, because
 # SQLite itself does not notice a flipped bit.
@@ -41,7 +41,7 @@ _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS outputs (path BLOB NOT NULL, digest TEXT NOT NULL,"
     " PRIMARY KEY (path, digest)) WITHOUT ROWID",
 )
-# Format 1 had no checksums, held answers that no reader takes, texts as TEXT, and claims.
+# Format 1 had no checksums, kept unusable answers, and had texts as TEXT and a table of claims.
 _FROM_FORMAT_1 = (
     "ALTER TABLE translations ADD COLUMN checksum INTEGER NOT NULL DEFAULT 0",
     "DELETE FROM translations WHERE typeof(translation) = 'blob' OR trim(translation) = ''",
@@ -50,7 +50,7 @@ _FROM_FORMAT_1 = (
     "DROP TABLE IF EXISTS claims",
 )
 _IDENTITY = "engine, model, revision, settings, source, target"
-# By what SQLite says.
+# By what SQLite's message says.
 _ADVICE = {
     "full": "free some space there and run the same command again.",
     "locked|busy": f"another process has kept it locked for {_BUSY_SECONDS:.0f} s; try again.",
@@ -74,7 +74,7 @@ def _decode(data: bytes) -> str:
 class Memory(AbstractContextManager["Memory"]):
     """A connection to the memory, for one thread; a context manager.
 
-    The process may die at any moment: what was stored stays.
+    What was stored stays, however the process ends.
 
     Args:
         path: the SQLite file, created with its folder if it does not exist; None: the cache's.
@@ -106,8 +106,8 @@ class Memory(AbstractContextManager["Memory"]):
     def _open(self) -> None:
         execute = self._connection.execute
         with suppress(sqlite3.OperationalError):
-            # Busy while another process opens the file; then this one goes without, or that one
-            # has made the switch for both.
+            # Busy while another process opens the file. That one may make the switch for both;
+            # otherwise this connection does without.
             execute("PRAGMA journal_mode = WAL")
         # A killed process loses nothing in NORMAL mode; a power cut may lose the last moments.
         execute("PRAGMA synchronous = NORMAL")

@@ -25,7 +25,7 @@ from clseave_cli.processes import process_count, usable_cores
 #: MIT licence, a hundred languages, 1.9 GB: usable by everyone for everything.
 DEFAULT_MODEL = "facebook/m2m100_418M"
 
-#: Licences of models, by the beginning of their names.
+#: Licences of models, by the prefix of their names.
 LICENCES = {
     "facebook/m2m100": "MIT: commercial use allowed",
     "google/madlad400": "Apache-2.0: commercial use allowed",
@@ -36,14 +36,13 @@ LICENCES = {
 
 _BATCH_SIZE = 64
 _BATCH_CHARACTERS = 12_000
-# These models know single sentences; what is longer is cut at sentence ends.
+# These models were trained on single sentences; longer texts are cut at sentence ends.
 _TEXT_CHARACTERS = 400
-# A translation has at most so many tokens for the source's; more is a loop.
+# The longest translation has factor × the source's tokens + extra; more is a loop.
 _LENGTH_FACTOR, _LENGTH_EXTRA = 2, 16
 _CONVERTIBLE = {"marian", "m2m_100", "mbart", "t5", "bart", "pegasus"}
 _WEIGHTS_AND_WORDS = ("*.safetensors", "*.json", "*.spm", "*.model", "*.txt")
-_UNLIMITED = 1 << 20
-# T5's relative positions have no end; what its family was trained on has.
+# T5's relative positions have no limit, but its training texts had.
 _MAX_TOKENS = 512
 _TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # One of these exists wherever torch could see a GPU on Linux (NVIDIA, WSL, AMD).
@@ -145,11 +144,11 @@ class NmtEngine:
 
 
 class Codec:
-    """Between texts and token ids, with the languages marked the way the model wants it.
+    """Turns texts into token ids and back, with the languages marked as the model expects.
 
     Attributes:
         tokenizer, config: the model's.
-        prefix_id: the token every translation starts with, None where there is none.
+        prefix_id: the token every translation starts with, None if there is none.
         max_tokens: the longest source or target.
 
     Raises:
@@ -168,7 +167,7 @@ class Codec:
         self._marks: set[int] = set()
         self._mark_languages(source, target)
         positions = getattr(config, "max_position_embeddings", None) or _MAX_TOKENS
-        self.max_tokens = min(positions, getattr(self.tokenizer, "model_max_length", _UNLIMITED))
+        self.max_tokens = min(positions, self.tokenizer.model_max_length)
         self._dropped = {*self.tokenizer.all_special_ids, *self._marks}
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -241,7 +240,7 @@ def _torch_decoder(name: str, codec: Codec, config: TranslateConfig) -> Decoder:
     }
     model = load(name, AutoModelForSeq2SeqLM.from_pretrained, **loading)
     model.eval().to(device)
-    # The model's own length, often 200, would contradict the one chosen for each batch.
+    # The model's default, often 200, would contradict the length chosen for each batch.
     model.generation_config.max_length = None
     prefix = {} if codec.prefix_id is None else {"forced_bos_token_id": codec.prefix_id}
 
@@ -379,7 +378,7 @@ def load_config(name: str) -> Any:
 
 
 def _revision(name: str) -> str:
-    """What tells one version of the model from the next: a commit, or a digest of the folder."""
+    """The version of a model: a commit, or a digest of the folder."""
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():

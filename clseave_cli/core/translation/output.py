@@ -1,4 +1,4 @@
-"""Files that a translation leaves behind: the translated file, the lists beside it, a sample."""
+"""Files that a translation writes: the translated file, the lists beside it, a sample."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from clseave_cli.core.files import atomic_file, sweep
 from clseave_cli.core.translation.memory import Entry, Memory
 from clseave_cli.errors import DataError
 
-#: What `write_file` counts, besides the marks of each check, and the lists it writes.
+#: What `write_file` counts, besides the rows marked by each check; and the lists it writes.
 COUNTS = ("rows", "unchanged", "failed", "dropped", "suspect")
 LISTS = ("failed", "rejected", "suspect")
 
@@ -50,7 +50,8 @@ class Outputs:
             yield stream
             stream.flush()
             self.check(target)
-            # Before the file gets its name: a kill in between must not make it somebody else's.
+            # Recorded before it gets its name: after a kill in between, it must not pass for the
+            # user's.
             self._memory.record_output(target, Path(stream.name))
 
     def remove(self, target: Path) -> None:
@@ -60,7 +61,7 @@ class Outputs:
 
 
 class _NothingTranslated(Exception):
-    """Leaves the file that is there as it is."""
+    """Leaves the existing file as it is."""
 
 
 def review_path(target: Path) -> Path:
@@ -92,7 +93,7 @@ def write_file(
         DataError: a file that `translate` did not write is in the way.
     """
     stem, _ = split_name(target)
-    # Whoever holds the target's lock is alone with its lists, too.
+    # The lock on the target covers its lists, too.
     sweep(target.parent, rf"{re.escape(stem)}\.(failed|rejected|suspect|review)\.\w+")
     sample = Sample(config.review, config.seed, file.path.name)
     counts: Counter[str] = Counter()

@@ -31,7 +31,7 @@ CHECKS = (
     "empty", "copy", "script", "language", "length", "repetition", "numerals", "added-sentence",
 )  # fmt: skip
 
-#: Raised when a check changes: what the memory holds is then checked again.
+#: Goes up when a check changes; what the memory holds is then checked again.
 _VERSION = "3"
 
 _LETTER = re.compile(r"[^\W\d_]")
@@ -56,7 +56,7 @@ _MIN_IDENTIFIED_CHARACTERS = 20
 _MIN_IDENTIFIED_DENSE_CHARACTERS = 6
 _MIN_CONFIDENCE = 0.9
 
-# Numbers as East Asian languages write the small ones.
+# How East Asian languages write small numbers.
 _HAN_NUMBERS = {str(value): digit for value, digit in enumerate("〇一二三四五六七八九十")} | {
     "11": "十一", "12": "十二", "100": "百", "1000": "千", "10000": "万",
 }  # fmt: skip
@@ -70,7 +70,7 @@ class Checks:
         target: canonical code of the language translated into.
 
     Attributes:
-        version: says which checks were made, for the memory.
+        version: tells the memory which checks were made.
     """
 
     def __init__(self, source: str, target: str) -> None:
@@ -93,22 +93,17 @@ class Checks:
             return ("empty",)
         if not needs_translation(source):
             return ()
-        suspicions = []
-        if self._is_copy(source, translation):
-            suspicions.append("copy")
-        if self._is_in_wrong_script(source, translation):
-            suspicions.append("script")
-        elif self._is_in_wrong_language(translation):
-            suspicions.append("language")
-        if not self._has_plausible_length(source, translation):
-            suspicions.append("length")
-        if has_loop(translation) and not has_loop(source):
-            suspicions.append("repetition")
-        if self._loses_numerals(source, translation):
-            suspicions.append("numerals")
-        if _num_sentences(translation) > max(1, _num_sentences(source)):
-            suspicions.append("added-sentence")
-        return tuple(suspicions)
+        in_wrong_script = self._is_in_wrong_script(source, translation)
+        fails = {
+            "copy": self._is_copy(source, translation),
+            "script": in_wrong_script,
+            "language": not in_wrong_script and self._is_in_wrong_language(translation),
+            "length": not self._has_plausible_length(source, translation),
+            "repetition": has_loop(translation) and not has_loop(source),
+            "numerals": self._loses_numerals(source, translation),
+            "added-sentence": _num_sentences(translation) > max(1, _num_sentences(source)),
+        }
+        return tuple(name for name in fails if fails[name])
 
     def _is_in_wrong_language(self, text: str) -> bool:
         """Whether the text is surely in another language; short texts are never sure."""

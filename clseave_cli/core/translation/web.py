@@ -25,6 +25,7 @@ from urllib3.util import Retry
 from clseave_cli.core.config import TranslateConfig
 from clseave_cli.core.data.languages import spellings
 from clseave_cli.core.translation.engine import (
+    Engine,
     Fault,
     Identity,
     Limits,
@@ -39,14 +40,14 @@ USER_AGENT = f"clseave/{__version__} (research translation; python-requests)"
 #: The key comes from here: command lines can be read by every user of a machine.
 API_KEY_VARIABLE = "LIBRETRANSLATE_API_KEY"
 
-#: An answer longer than this is not a translation; reading on would only fill the memory.
+#: A longer answer is not a translation, and would only fill the memory.
 _MAX_ANSWER_BYTES = 8 << 20
 _CHUNK_BYTES = 1 << 10
 _CAPTCHA_SIGNS = ("captcha", "unusual traffic", "/sorry/", "are you a robot", "cf-challenge")
 
 _NO_ANSWER = "no answer within {seconds:g} s"
 _NOBODY_THERE = "cannot be reached; is the address right, and the server running?"
-# What each exception of requests means, the first that fits: its class, what is in its text, ours.
+# What an exception means, by the first that fits: its class, words in its text, our error.
 _PROBLEMS: tuple[tuple[type[Exception], str, type[Fault], str], ...] = (
     (requests.ConnectTimeout, "", Unreachable, "cannot be reached within {seconds:g} s"),
     (requests.Timeout, "", Fault, _NO_ANSWER),
@@ -71,7 +72,7 @@ _GOOGLE_RESULT = re.compile(r'class="(?:t0|result-container)"[^>]*>(.*?)</div>',
 _TAG = re.compile(r"<[^>]*>")
 
 
-class _WebEngine:
+class _WebEngine(Engine):
     """What the two engines share: requests with a deadline, and errors that say what to do.
 
     Several threads may use it. Redirects are never followed: they would carry an API key to
@@ -85,9 +86,6 @@ class _WebEngine:
         self._timeout_seconds = config.timeout_seconds
         self.identity = Identity(name, address(url), "", "", source, target)
         self._idle: queue.SimpleQueue[requests.Session] = queue.SimpleQueue()
-
-    def close(self) -> None:
-        """Nothing to free."""
 
     def _pair(self, codes: Collection[str], where: str) -> list[str]:
         """What the service calls the two languages (`zh-CN`, `zh-Hans`), out of all its codes.
@@ -161,13 +159,15 @@ class _WebEngine:
 
 
 def _judge(response: requests.Response, where: str) -> None:
-    """Raises what an answer means if it is not a translation; see `_WebEngine._request`."""
+    """Raises an error if an answer is no translation; see `_WebEngine._request`."""
     status = response.status_code
     wait = retry_after(response.headers.get("Retry-After"))
     target = response.headers.get("Location", "") if 300 <= status < 400 else ""
     if is_captcha(response) or "/sorry/" in target:
         raise Refusal(f"{where}: asks for a captcha", wait)
     if 200 <= status < 300:
+        if not response.content.strip():
+            raise Fault(f"{where}: an empty answer")
         return
     problem = f"{where}: HTTP {status}"
     if target:
@@ -217,7 +217,7 @@ def retry_after(header: str | None) -> float | None:
 
 
 def is_captcha(response: requests.Response) -> bool:
-    """Whether the answer is a page that wants proof of a human rather than a translation."""
+    """Whether the answer is a page that asks for proof of a human, not a translation."""
     if "html" not in response.headers.get("Content-Type", "html"):
         return False
     page = response.content[:20_000].decode("utf-8", "replace").lower()
@@ -226,7 +226,7 @@ def is_captcha(response: requests.Response) -> bool:
 
 
 class LibreEngine(_WebEngine):
-    """Texts in batches, as arrays; the server's own list of languages is asked for first."""
+    """Sends texts in batches, after asking the server for its list of languages."""
 
     licence = (
         "LibreTranslate is AGPL-3.0 software; its models (Argos, mostly OPUS data) and the "
@@ -274,8 +274,6 @@ class LibreEngine(_WebEngine):
 
     def _ask(self, method: str, path: str, **arguments: Any) -> Any:
         response = self._request(method, f"{self._url}/{path}", **arguments)
-        if not response.content.strip():
-            raise Fault(f"{address(self._url)}/{path}: an empty answer")
         try:
             return json.loads(response.content)
         except (ValueError, RecursionError):
@@ -283,9 +281,9 @@ class LibreEngine(_WebEngine):
 
 
 class GoogleEngine(_WebEngine):
-    """One request per text; alignment cannot slip.
+    """One request per text, so that alignment cannot slip.
 
-    deep-translator's own request has neither a time-out nor headers and takes none; so the page is
+    deep-translator's own request has neither a timeout nor headers and takes none; so the page is
     fetched and read here, and deep-translator gives the address and the languages.
     """
 
@@ -318,6 +316,5 @@ class GoogleEngine(_WebEngine):
         # Without a charset in the header, requests would read German umlauts as Latin-1.
         result = _GOOGLE_RESULT.search(response.content.decode("utf-8", "replace"))
         if result is None:
-            page = "a page without a (whole) translation in it" if response.content.strip() else ""
-            raise Fault(f"{address(self._url)}: {page or 'an empty answer'}")
+            raise Fault(f"{address(self._url)}: a page without a (whole) translation in it")
         return html.unescape(_TAG.sub(" ", result[1])).strip()
