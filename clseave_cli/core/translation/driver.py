@@ -347,7 +347,7 @@ class Driver:
             groups.setdefault((share == rank, attempt), []).append(text)
         batches: list[_Batch] = []
         for (_, attempt), group in sorted(groups.items()):
-            calls = _calls(sorted(group, key=len), self.engine.limits)  # like lengths: less padding
+            calls = _calls(sorted(group, key=len), self.engine.limits)  # less padding
             random.shuffle(calls)
             batches += [_Batch(call, attempt) for call in calls]
         return batches

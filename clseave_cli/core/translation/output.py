@@ -163,8 +163,7 @@ class Sample:
         self._size = size
         self._title = title
         self._random = random.Random(seed)
-        # By whether they are suspect: a heap of the rows drawn, each with its lot, its line and
-        # its row of the table.
+        # By whether they are suspect, a heap of the rows drawn: lot, line, row of the table.
         self._picks: dict[bool, list[tuple[float, int, str]]] = {True: [], False: []}
         self._seen = {True: 0, False: 0}
 

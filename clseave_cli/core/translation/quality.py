@@ -36,7 +36,7 @@ _VERSION = "3"
 
 _LETTER = re.compile(r"[^\W\d_]")
 _WORD = re.compile(r"[^\W_]+")
-# Four times the same two to sixty characters (or a single word character eight times).
+# The same two to sixty characters four times in a row (or one word character eight times).
 _LOOP = re.compile(r"(?=\S)(.{2,60}?)\1{3,}|(\w)\2{7,}", re.DOTALL)
 _NUMBER = re.compile(r"\d+(?:[.,:\u066b\u066c ]?\d+)*")
 _SENTENCE_END = re.compile(
@@ -44,7 +44,7 @@ _SENTENCE_END = re.compile(
 )
 _INITIAL = re.compile(r"\b(?:[^\W\d_]|Mr|Mrs|Ms|Dr|St|No|Nr|vs|bzw|ca)\.")
 
-# Characters of one language for those of another: Han, kana and Hangul say more with fewer.
+# Lengths are weighted, because Han, kana and Hangul say more with fewer characters.
 _DENSE_WEIGHT = 2.5
 _LENGTH_SLACK = 12
 _LENGTH_RANGE = (0.35, 2.6)

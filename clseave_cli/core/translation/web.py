@@ -37,7 +37,7 @@ from clseave_cli.errors import TranslationError, UsageError
 from clseave_cli.version import __version__
 
 USER_AGENT = f"clseave/{__version__} (research translation; python-requests)"
-#: The key comes from here: command lines can be read by every user of a machine.
+#: The key is not an option, because every user of a machine can read command lines.
 API_KEY_VARIABLE = "LIBRETRANSLATE_API_KEY"
 
 #: A longer answer is not a translation, and would only fill the memory.
