@@ -85,10 +85,9 @@ class _Pairs:
     sentences: Sentences
     images: Features
     labels: Tensor
-    targets: Tensor
     guided: Features | None = None  # of the rows' guided pictures; index -1: the row has none
 
-    def batch(self, rows: Rows, model: ClipVE) -> _Batch:
+    def batch(self, rows: Rows, model: ClipVE, targets: Tensor) -> _Batch:
         # A sentence that stands twice in a batch is encoded once; its gradients add up.
         sentences, sentence_of_row = np.unique(self.sentences.index[rows], return_inverse=True)
         group = processes()
@@ -108,7 +107,7 @@ class _Pairs:
             torch.from_numpy(sentence_of_row),
             premises,
             self.labels[numbers],
-            self.targets[numbers],
+            targets[numbers],
             guided,
         )
 
@@ -157,7 +156,6 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult
             _prepare(model, split, photos, pictures, setup.autocast, progress)
             for (split, photos), pictures in zip(splits, (guided, None), strict=True)
         )
-        train_pairs = replace(train_pairs, targets=targets)
         said = ""
         if train_pairs.guided is not None:
             width = model.image.embedding_dim
@@ -210,7 +208,7 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult
             name="finetune-ve",
             module=model,
             num_examples=len(train_split),
-            prepare=lambda rows: train_pairs.batch(rows, model),
+            prepare=lambda rows: train_pairs.batch(rows, model, targets),
             loss=loss,
             evaluate=evaluate,
             selection=Selection(config.select, "lowest" if config.select == "loss" else "highest"),
@@ -379,12 +377,10 @@ def _prepare(
         drawn = replace(split, name="guided", image_index=guided.index)
         pictures = image_features(model.image, drawn, guided.photos, **options)
         pictures.index[guided.index < 0] = -1
-    labels = torch.from_numpy(split.labels.astype(np.int64))
     return _Pairs(
         tokenize_sentences(model.text, split.hypotheses, split.where, progress),
         image_features(model.image, split, photos, **options),
-        labels,
-        labels,
+        torch.from_numpy(split.labels.astype(np.int64)),
         pictures,
     )
 

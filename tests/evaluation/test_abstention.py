@@ -23,7 +23,7 @@ from clseave_cli.core.models.calibration import (
     write_calibrations,
     write_fitted,
 )
-from clseave_cli.core.models.clip_ve import fingerprint
+from clseave_cli.core.models.clip_ve import ClipVE, fingerprint
 from clseave_cli.errors import ModelError
 from clseave_cli.labels import LABELS
 
@@ -265,3 +265,12 @@ def test_a_damaged_calibration_is_refused(runs, damage):
     path.write_text("{" if damage == "json" else json.dumps(content))
     with pytest.raises(ModelError, match="damaged"):
         read_calibrations(runs / "clip-ve")
+
+
+def test_calibrate_refuses_a_damaged_calibration_before_a_model_runs(
+    world, runs, refused, monkeypatch
+):
+    (runs / "align-nl" / CALIBRATION_FILE).write_text("{")
+    monkeypatch.setattr(ClipVE, "from_folder", lambda *_: pytest.fail("a model was loaded"))
+    said = refused("calibrate", "--data", world, "--runs", runs)
+    assert f"align-nl/{CALIBRATION_FILE}: damaged" in said

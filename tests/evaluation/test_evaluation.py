@@ -259,6 +259,12 @@ def _student_of_another_teacher(data, runs, tmp_path):
     return {"runs": (tmp_path / "runs",)}
 
 
+def _calibration_of_the_last_language_is_damaged(data, runs, tmp_path):
+    shutil.copytree(runs, tmp_path / "runs")
+    (tmp_path / "runs" / "align-nl" / "calibration.json").write_text("{")
+    return {"runs": (tmp_path / "runs",)}
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -268,6 +274,7 @@ def _student_of_another_teacher(data, runs, tmp_path):
         (_row_of_the_last_language_is_bad, r"test.nl.jsonl:3: .*perhaps"),
         (_training_photo_in_the_test_set, "also in"),
         (_student_of_another_teacher, "align-nl: this student was trained against another"),
+        (_calibration_of_the_last_language_is_damaged, "align-nl/calibration.json: damaged"),
     ],
 )
 def test_what_can_be_known_is_refused_before_a_model_runs(
@@ -434,6 +441,17 @@ def test_several_seeds(world, seeds, clseave):
     checkpoints = document.signature.checkpoints
     assert len(checkpoints) == 9
     assert checkpoints["runs-1/clip-ve"] == alone[1].signature.checkpoints["clip-ve"]
+
+
+def test_the_classifier_in_the_model_is_asked_once_for_all_trainings(data, seeds, monkeypatch):
+    predict, asked = HypothesisClassifier.predict, []
+    monkeypatch.setattr(
+        HypothesisClassifier, "predict", lambda *given: asked.append(1) or predict(*given)
+    )
+    (data / "snli_ve_train.jsonl").unlink()
+    document = _evaluate(data, *seeds[:2], lang=("en",))
+    assert document.seeds["en"]["difference_to_hypothesis_only"].num_seeds == 2
+    assert len(asked) == 1
 
 
 def test_trainings_have_short_names(world, seeds, tmp_path):

@@ -368,6 +368,22 @@ def test_review_sample(tmp_path, google):
     assert review.read_text(encoding="utf-8") != first
 
 
+def test_the_suspect_half_of_a_sample_is_drawn_at_random(tmp_path):
+    texts = [f"A man sees {n} dogs." for n in range(6)] + [f"Man {c}." for c in "abcdef"]
+    _write(tmp_path / "snli_ve_dev.jsonl", texts)
+    translations = [text.replace("A man sees", "Mann").rstrip("0123456789 dogs.") for text in texts]
+    lines = [f"{text}\t{answer}\n" for text, answer in zip(texts, translations, strict=True)]
+    (tmp_path / "t.tsv").write_text("".join(lines))
+    drawn = set()
+    for seed in range(8):
+        options = {"engine": "file", "translations": tmp_path / "t.tsv", "review": 6}
+        review = _run(tmp_path, **options, seed=seed).files[0].review
+        rows = [line for line in review.read_text().splitlines() if "numerals" in line]
+        assert len(rows) == 3
+        drawn.add(tuple(rows))
+    assert len(drawn) > 4
+
+
 @pytest.mark.parametrize("name", ["dev.txt", "dev.csv.gz", "dev.tsv"])
 def test_other_files(tmp_path, google, name):
     content = {

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clseave_cli.core.translation.engine import Identity
-from clseave_cli.core.translation.memory import Entry, Memory, default_path
+from clseave_cli.core.translation.memory import Entry, Memory
 from clseave_cli.errors import TranslationError
 
 _GERMAN = Identity("google", "there", "", "", "en", "de")
@@ -140,4 +140,5 @@ def test_a_damaged_page_is_reported(tmp_path):
 
 
 def test_lies_in_the_cache(cache):
-    assert default_path() == cache / "translation" / "memory.sqlite"
+    with Memory(None):
+        assert (cache / "translation" / "memory.sqlite").is_file()

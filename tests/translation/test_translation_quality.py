@@ -26,6 +26,7 @@ _SOURCE = "A man in a red shirt is riding a bicycle."
         ("de", "A dog is here today.", "Ein Hund Hund Hund Hund Hund Hund.", {"repetition"}),
         ("de", "A dog sees 12 men.", "Ein Hund sieht Männer.", {"numerals"}),
         ("de", "A dog sees 12 and 12 men.", "Ein Hund sieht 12 Männer.", {"numerals"}),
+        ("ja", "A dog sees 15 men.", "犬-男性を見ている。", {"numerals"}),
         ("de", "A dog sees a man.", "Ein Hund. Er sieht einen Mann.", {"added-sentence"}),
         ("ja", "A dog sees a man.", "犬がいる。男を見ている。", {"added-sentence"}),
     ],

@@ -188,6 +188,21 @@ def read_rows(path: Path, columns: Collection[str]) -> Iterator[Record]:
             yield from DelimitedRows(stream) if kind == "csv" else json_rows(stream)
 
 
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a text file with their numbers, line ends included.
+
+    Raises:
+        DataError: the file cannot be read, or a line is not UTF-8.
+    """
+    with reading(path) as stream:
+        for number, data in enumerate(stream, 1):
+            try:
+                line = data.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                raise DataError.at(path, number, NOT_UTF8) from None
+            yield number, line
+
+
 def json_rows(lines: Iterable[bytes]) -> Iterator[Record]:
     """The rows of JSON Lines; blank lines are skipped."""
     for number, line in enumerate(lines, 1):

@@ -29,6 +29,7 @@ from clseave_cli.core.data.rows import (
     reading,
     reading_parquet,
     short,
+    text_lines,
 )
 from clseave_cli.errors import DataError
 
@@ -272,14 +273,9 @@ class _PlainFile(TextFile):
 
     def rows(self) -> Iterator[Row]:
         """The lines, empty ones too; a row's record is its line break."""
-        with reading(self.path) as stream:
-            for number, data in enumerate(stream, 1):
-                try:
-                    line = data.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError:
-                    raise self._refused(number, NOT_UTF8) from None
-                text = line.removesuffix("\n").removesuffix("\r")
-                yield Row(number, text, None, line[len(text) :])
+        for number, line in text_lines(self.path):
+            text = line.removesuffix("\n").removesuffix("\r")
+            yield Row(number, text, None, line[len(text) :])
 
     @contextmanager
     def writer(self, stream: BinaryIO) -> Iterator[Write]:

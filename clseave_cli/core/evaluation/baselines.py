@@ -114,6 +114,8 @@ class HypothesisOnly:
         read = functools.partial(read_split, folder, config.train_split, **options)
         # The source language, and the language at hand: half a million rows each.
         self._read = functools.lru_cache(maxsize=2)(read)
+        # Every training that is evaluated asks about the same rows.
+        self.guess = functools.cache(self._guess)
 
     def learnt_from(self, lang: str) -> tuple[str, str] | None:
         """Name and digest of the training rows of a language; None: there are none."""
@@ -143,7 +145,7 @@ class HypothesisOnly:
         elif self._kept(self._path(training, rows), rows) is None:
             self._training_rows(rows)
 
-    def guess(self, rows: Rows) -> Guesses | None:
+    def _guess(self, rows: Rows) -> Guesses | None:
         """The guesses for some rows; None without a classifier of the language the model reads.
 
         Raises:

@@ -125,6 +125,8 @@ def run_systems(
     Raises:
         ModelError: a model is damaged, a student belongs to another CLIP-VE, or logits are NaN.
     """
+    folders = {system.student or clip_ve for system in systems}
+    calibrations = {folder: read_calibrations(folder) for folder in folders}
     model = ClipVE.from_folder(clip_ve).to(resolve_device(config.device))
     outputs, premises, features = {}, {}, {}
     for system in systems:
@@ -160,7 +162,7 @@ def run_systems(
                     looks = model.head.attention
                     attention = by_rows(looks, embeddings, photos, model.rows_at_once)
             folder = student or clip_ve
-            calibration = read_calibrations(folder).get(rows[system.key].lang, Calibration())
+            calibration = calibrations[folder].get(rows[system.key].lang, Calibration())
             outputs[system.key] = Outputs(
                 system,
                 split,

@@ -49,6 +49,7 @@ from clseave_cli.core.evaluation.summary import joined, leaks
 from clseave_cli.core.evaluation.transfer import analyse_distances, measure_transfer
 from clseave_cli.core.features import Photos
 from clseave_cli.core.files import locked_target, require_replaceable
+from clseave_cli.core.models.calibration import read_calibrations
 from clseave_cli.core.models.clip_ve import fingerprint, source_language
 from clseave_cli.core.models.folder import leave_out_other_versions
 from clseave_cli.core.models.listing import find_students
@@ -267,12 +268,9 @@ class _Plan:
         for key, system in every.items():
             if system.mode == "translate-test":
                 split = rows[system.lang].split
-                translated = translate_hypotheses(config, split, source_lang, progress)
+                hypotheses, by = translate_hypotheses(config, split, source_lang, progress)
                 rows[key] = replace(
-                    rows[system.lang],
-                    lang=source_lang,
-                    hypotheses=translated.sentences,
-                    translator=translated.translator,
+                    rows[system.lang], lang=source_lang, hypotheses=hypotheses, translator=by
                 )
         models = source_lang, along, systems
         return cls(config, folder, images, *models, rows, hypothesis_only)
@@ -326,7 +324,7 @@ def systems_of(
 
 
 def _check_models(runs: Sequence[Path], systems: Sequence[list[System]]) -> None:
-    """Refuses students of another teacher, and the same models twice.
+    """Refuses students of another teacher, damaged calibrations, and the same models twice.
 
     The same models twice would pass for two trainings that agree.
     """
@@ -336,6 +334,8 @@ def _check_models(runs: Sequence[Path], systems: Sequence[list[System]]) -> None
         students = dict.fromkeys(s.student for s in wanted if s.student is not None)
         for student in students:
             require_teacher(student, teacher)
+        for model in (folder / "clip-ve", *students):
+            read_calibrations(model)
         models = teacher, *map(student_fingerprint, students)
         if models in seen:
             raise UsageError(

@@ -84,7 +84,9 @@ def load_clip(name: str | Path) -> tuple[Any, SentenceEncoder, ImageEncoder]:
             f"{name}: SigLIP was trained with another loss than CLIP's, by which `pretrain` would "
             "spoil it; give it to finetune-ve as it is."
         )
-    model = load(name, layout.loader("whole"), **_loading(load(name, AutoConfig.from_pretrained)))
+    model = load(
+        name, layout.loader("whole"), **loading_arguments(load(name, AutoConfig.from_pretrained))
+    )
     text = _text_encoder(name, layout, *_split(model, layout, "text"), {})
     return model, text, _image_encoder(name, layout, *_split(model, layout, "image"))
 
@@ -137,7 +139,7 @@ def _load_vision(name: str) -> Any:
         raise ModelError(
             f"{name}: a {config.model_type} model; expected a vision encoder such as ViT."
         )
-    return load(name, kind.from_pretrained, may_lack="pooler.", **_loading(config))
+    return load(name, kind.from_pretrained, may_lack="pooler.", **loading_arguments(config))
 
 
 def load_encoder(name: str | Path) -> tuple[Any, Any]:
@@ -177,10 +179,11 @@ def _encoder_arguments(name: str | Path, config: Any) -> dict[str, Any]:
         raise ModelError(
             f"{name}: a {config.model_type} model; expected a text encoder such as BERT."
         )
-    return _loading(config)
+    return loading_arguments(config)
 
 
-def _loading(config: Any) -> dict[str, Any]:
+def loading_arguments(config: Any) -> dict[str, Any]:
+    """How `load` reads a model with this configuration, by what attention it has."""
     # Always said, or the configuration could name code of the hub. DeBERTa has no sdpa.
     parts = [getattr(config, f"{part}_config", config) for part in ("text", "vision")]
     kinds = [MODEL_MAPPING.get(type(part), None) for part in parts]
@@ -289,7 +292,7 @@ def _load_tower(
     name: str | Path, layout: Layout, part: Literal["text", "image"], is_whole: bool
 ) -> tuple[Any, Any]:
     """A tower, and its projection where that lies outside."""
-    loading = _loading(load(name, AutoConfig.from_pretrained))
+    loading = loading_arguments(load(name, AutoConfig.from_pretrained))
     if layout.projects_outside and is_whole:
         return _split(load(name, layout.loader("whole"), **loading), layout, part)
     # Chinese-CLIP's pooling layer is not used, and not there where the tower was saved by itself.

@@ -1,7 +1,7 @@
 """The two use cases: files of a data set in other languages, and a split's hypotheses.
 
-Both read the translations from the memory. If it lacks some, they are translated straight into the
-memory first, and the rows are read from it again. So a run may end at any moment.
+Both read translations from the memory. Missing ones are first translated into the memory, and then
+the rows are read again. So a run may be interrupted at any moment.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from clseave_cli.core.config import EngineConfig, EvaluateConfig, TranslateConfig
+from clseave_cli.core.config import EngineConfig, EvaluateConfig, SeededConfig, TranslateConfig
 from clseave_cli.core.data.languages import canonical
 from clseave_cli.core.data.records import Split
 from clseave_cli.core.data.rows import EXTENSIONS, split_name
@@ -26,7 +26,7 @@ from clseave_cli.core.data.text_files import Row, open_text_file
 from clseave_cli.core.files import locked_target
 from clseave_cli.core.translation.driver import Driver, Pace
 from clseave_cli.core.translation.engine import create_engine, find_engine
-from clseave_cli.core.translation.memory import Entry, Memory, default_path
+from clseave_cli.core.translation.memory import Entry, Memory
 from clseave_cli.core.translation.output import COUNTS, LISTS, Outputs, review_path, write_file
 from clseave_cli.core.translation.quality import CHECKS, needs_translation
 from clseave_cli.errors import DataError, TranslationError, UsageError
@@ -35,20 +35,19 @@ from clseave_cli.progress import SILENT, Progress, Task
 
 _SPLITS = ("train", "dev", "test")
 _ROWS_AT_ONCE = 10_000
-#: Texts held at a time while they are translated; enough to put texts of like length together.
+#: Texts held at a time while they are translated; enough to batch texts of similar length.
 _TEXTS_AT_ONCE = 100_000
-_MASK = (1 << 64) - 1
 
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class FileSummary:
-    """What became of one file in one language; numbers are of rows.
+    """The outcome for one file in one language; all counts are of rows.
 
     Attributes:
         input: the file read.
-        output: the file written, if `is_written`: it is not if no row of it would be translated.
+        output: the file written, if `is_written`: not if no row would be translated.
         lang: canonical code of the language.
         num_from_memory: rows whose translation was in the memory before this run.
         num_unchanged: rows without a letter, the same in every language.
@@ -84,10 +83,10 @@ class FileSummary:
 
 @dataclass(frozen=True)
 class TranslationSummary:
-    """What became of a whole call.
+    """The outcome of a whole call.
 
     Attributes:
-        engine: name of the engine; `model`, `revision`: of what is behind it.
+        engine: name of the engine; `model`, `revision`: what it runs.
         licence: what the translations may be used for.
         files: one summary per file and language.
         stopped: why the run ended early, None if it did not.
@@ -113,9 +112,9 @@ class _Passes:
     """The passes over the rows of a file.
 
     Args:
-        driver: has the texts translated that the memory lacks.
+        driver: has missing texts translated.
         path: the file, for messages.
-        rows: starts a pass.
+        rows: starts a pass: returns all rows.
 
     Attributes:
         num_from_memory: rows whose translation was in the memory before `run`.
@@ -128,10 +127,10 @@ class _Passes:
         self.num_from_memory = 0
 
     def run(self, use: Callable[[Iterator[_Translated]], _T], progress: Progress) -> _T:
-        """Gives `use` all rows with their translations, and returns its result.
+        """Calls `use` with all rows and their translations, and returns its result.
 
-        If the memory lacks any, `use` first meets an exception at the end of its rows; it is called
-        again after the memory has been filled. So a file that is all in the memory is read once.
+        If any translation is missing, the rows end with an exception, and `use` is called again
+        after the memory has been filled. So a file that is all in the memory is read once.
         """
         with progress.task(f"reading {self._path.name}", unit="rows") as task:
             try:
@@ -145,16 +144,16 @@ class _Passes:
             return use(self._from_all(task))
 
     def _from_memory(self, task: Task) -> Iterator[_Translated]:
-        """The first pass: the rows, up to the piece of which the memory lacks a translation.
+        """The first pass: the rows, up to the first piece with a missing translation.
 
         Raises:
             _Incomplete: at the end, if there is such a piece.
         """
-        missing = array("Q")  # hashes, because millions of texts would need too much memory
+        missing = array("q")  # hashes, because millions of texts would need too much memory
         for chunk in self._chunks():
             for _, key, entry in chunk:
                 if not self._driver.is_final(entry):
-                    missing.append(hash(key) & _MASK)
+                    missing.append(hash(key))
                 self.num_from_memory += entry is not None and entry.attempts > 0
             task.advance(len(chunk), from_memory=self.num_from_memory, to_translate=len(missing))
             if not missing:
@@ -162,10 +161,10 @@ class _Passes:
         if missing:
             import numpy as np
 
-            raise _Incomplete(len(np.unique(np.frombuffer(missing, np.uint64))))
+            raise _Incomplete(len(np.unique(missing)))
 
     def _fill(self, task: Task) -> None:
-        """Has translated what the memory lacks, many texts at a time."""
+        """Has missing texts translated, many at a time."""
         driver = self._driver
         texts: dict[str, int] = {}  # with the attempt each is at
         for chunk in itertools.chain(self._chunks(), ([],)):
@@ -213,7 +212,7 @@ class _Passes:
             yield checked
 
     def _key(self, row: Row) -> str | None:
-        """What the memory finds a row by; None for a text that needs no translation."""
+        """A row's key in the memory; None for a text that needs no translation."""
         if self._by_pair_id:
             if row.pair_id is None:
                 raise DataError.at(
@@ -234,7 +233,7 @@ def translate(config: TranslateConfig, progress: Progress = SILENT) -> Translati
         TranslationError: the engine or the memory cannot work.
         Interrupted: by Ctrl-C.
     """
-    find_engine(config.engine)  # refused before anything else is looked at
+    find_engine(config.engine)  # an unknown engine is refused first
     source = canonical(config.source)
     langs = list(dict.fromkeys(canonical(lang) for lang in config.lang))
     if not langs:
@@ -245,7 +244,7 @@ def translate(config: TranslateConfig, progress: Progress = SILENT) -> Translati
     summaries: list[FileSummary] = []
     pace: Pace | None = None
     with ExitStack() as stack:
-        memory = stack.enter_context(Memory(config.memory or default_path()))
+        memory = stack.enter_context(Memory(config.memory))
         outputs = Outputs(memory, config.overwrite)
         targets = [output_path(config, path, lang) for lang in langs for path in inputs]
         for target in targets if is_first_process() else ():
@@ -257,7 +256,7 @@ def translate(config: TranslateConfig, progress: Progress = SILENT) -> Translati
             with closing(create_engine(config, source, lang)) as engine:
                 if pace is None:
                     progress.note(f"engine {config.engine}: {engine.licence}")
-                    pace = Pace(config, engine.limits)  # one for all files and languages
+                    pace = Pace(config, engine.limits)  # shared by all files and languages
                 driver = Driver(config, engine, memory, pace)
                 for path in inputs:
                     summary = _translate_file(config, driver, outputs, path, progress)
@@ -310,17 +309,17 @@ def _inputs(config: TranslateConfig) -> list[Path]:
     paths = list(config.input)
     splits = config.split or _SPLITS
 
-    def candidates_of(stem: str, split: str) -> list[Path]:
-        return [config.data / f"{stem}_{split}{ending}" for ending in EXTENSIONS]
+    def existing(stem: str, split: str) -> list[Path]:
+        candidates = [config.data / f"{stem}_{split}{ending}" for ending in EXTENSIONS]
+        return [path for path in candidates if path.is_file()]
 
-    captions = itertools.chain.from_iterable(candidates_of("captions", split) for split in splits)
-    has_captions = config.field == "caption" and any(path.is_file() for path in captions)
+    has_captions = config.field == "caption" and any(existing("captions", s) for s in splits)
+    stem = "captions" if has_captions else "snli_ve"
     for split in () if paths else splits:
-        candidates = candidates_of("captions" if has_captions else "snli_ve", split)
-        existing = [path for path in candidates if path.is_file()]
-        if config.split and not existing:
-            raise DataError(f"{candidates[0]}: no such file; is --data the right folder?")
-        paths += existing[:1]
+        if config.split and not existing(stem, split):
+            path = config.data / f"{stem}_{split}{EXTENSIONS[0]}"
+            raise DataError(f"{path}: no such file; is --data the right folder?")
+        paths += existing(stem, split)[:1]
     if not paths:
         raise DataError(
             f"{config.data}: no snli_ve_train.jsonl, snli_ve_dev.jsonl or snli_ve_test.jsonl "
@@ -340,40 +339,35 @@ def output_path(config: TranslateConfig, path: Path, lang: str) -> Path:
     return (config.out or path.parent) / f"{stem}.{lang}{ending}"
 
 
-@dataclass(frozen=True)
-class TranslatedHypotheses:
-    """A split's hypotheses in another language.
-
-    Attributes:
-        sentences: N of them, in the split's order.
-        translator: the engine, its model, the model's revision and the settings, in one line.
-    """
-
-    sentences: list[str]
-    translator: str
-
-
 def translate_hypotheses(
     config: EvaluateConfig, split: Split, into: str, progress: Progress = SILENT
-) -> TranslatedHypotheses:
+) -> tuple[list[str], str]:
     """Translates a split's hypotheses into another language for translate-test.
 
     Nothing is written but the memory. `{lang}` in `--model` and `--translations` stands for the
     split's language.
+
+    Returns:
+        the translations, in the split's order; and in one line, the engine, its model, the model's
+        revision and the settings.
 
     Raises:
         UsageError: the configuration makes no sense.
         TranslationError: the engine cannot work, or a hypothesis stays without translation.
         Interrupted: by Ctrl-C; what was answered is kept.
     """
-    request = _translate_config(config, split.lang)
+    parts = (*dataclasses.fields(SeededConfig), *dataclasses.fields(EngineConfig))
+    options = {part.name: getattr(config, part.name) for part in parts}
+    for name in ("model", "translations"):  # engines would insert the target
+        options[name] = options[name] and str(options[name]).replace("{lang}", split.lang)
+    request = TranslateConfig(**options)
     rows = [
         Row(number, text, pair_id, None)
         for number, (text, pair_id) in enumerate(zip(split.hypotheses, split.pair_ids, strict=True))
     ]
     with (
         closing(create_engine(request, canonical(split.lang), canonical(into))) as engine,
-        Memory(request.memory or default_path()) as memory,
+        Memory(request.memory) as memory,
     ):
         progress.note(f"{split.path} into {into}, engine {request.engine}: {engine.licence}")
         driver = Driver(request, engine, memory, Pace(request, engine.limits))
@@ -394,17 +388,6 @@ def translate_hypotheses(
             f"{split.path}: {num_suspect} of {len(entries)} translations look suspect ({named}); "
             "they are scored as they are."
         )
-    name = engine.identity
-    parts = (name.engine, name.model, name.revision[:12], name.settings)
-    sentences = [entry.translation for entry in entries]
-    return TranslatedHypotheses(sentences, " ".join(part for part in parts if part))
-
-
-def _translate_config(config: EvaluateConfig, lang: str) -> TranslateConfig:
-    shared = {part.name: getattr(config, part.name) for part in dataclasses.fields(EngineConfig)}
-    for name in ("model", "translations"):  # engines put in the language translated into
-        if shared[name] is not None:
-            shared[name] = type(shared[name])(str(shared[name]).replace("{lang}", lang))
-    return TranslateConfig(
-        seed=config.seed, device=config.device, precision=config.precision, **shared
-    )
+    by = engine.identity
+    translator = (by.engine, by.model, by.revision[:12], by.settings)
+    return [entry.translation for entry in entries], " ".join(part for part in translator if part)

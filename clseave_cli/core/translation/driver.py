@@ -1,9 +1,9 @@
-"""Drives an engine through texts: pace, patience, and nothing asked for twice.
+"""Sends texts to an engine: paces requests, retries them, and asks for nothing twice.
 
 The main thread hands batches to worker threads and stores each answer at once. No more calls are
 under way than `Limits.concurrency`, and every batch is looked up in the memory before it is handed
-out. So a kill at any moment costs the calls under way, and another process at work on the same
-texts at most doubles those that both have under way.
+out. So a kill costs only the calls under way, and two processes that work on the same texts ask
+twice only for what both have under way.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from clseave_cli.errors import ClseaveError, Interrupted, TranslationError
 from clseave_cli.processes import process_count, process_rank
 from clseave_cli.progress import Task
 
-#: Rounds of refusals with no answer between them before the service counts as closed to us.
+#: After so many rounds of refusals without an answer, the service has shut us out.
 REFUSAL_ROUNDS = 8
-#: Refusals of one and the same call before that text is given up.
+#: Refusals of the same call before its text is given up.
 CALL_REFUSALS = 12
 #: Texts per worker that fail in a row, with no success, before the run is stopped.
 FAILURE_ROUNDS = 5
-#: If a service asks to wait longer than this, the run stops; the user comes back later.
+#: If a service asks to wait longer than this, the run stops; the user can come back later.
 LONGEST_WAIT_SECONDS = 300.0
 #: The first request for a text, and a second one if the first answer is suspect or unusable.
 MAX_ATTEMPTS = 2
 
 _LONGEST_BACKOFF_SECONDS = 60.0
-_FAREWELL_SECONDS = 5.0
+_LATE_SECONDS = 5.0
 
 _SEPARATOR = re.compile(r"([\x00-\x1f\x7f-\x9f\u2028\u2029]+)")
 _EDGES = re.compile(r"(\s*)(.*?)(\s*)", re.DOTALL)
@@ -93,19 +93,19 @@ def _cut(line: str, max_characters: int) -> list[str]:
 
 
 class _Stopped(Exception):
-    """Ends a worker's wait: nothing more is to be asked."""
+    """Ends a worker's wait: no more requests are to be sent."""
 
 
 class Pace:
-    """When the next request may leave, whichever worker sends it, and when to stop altogether.
+    """Decides when a worker may send the next request, and when to stop altogether.
 
     Args:
-        config: rate and retries that the user asks for.
-        limits: concurrency, and the rate that suits the engine otherwise.
+        config: the rate and retries that the user chose.
+        limits: concurrency, and the engine's default rate.
 
     Attributes:
         num_requests: calls made, failed ones included.
-        stopped: why the run is over before the work is, None while it is not.
+        stopped: why the run ended early, None if it has not.
     """
 
     def __init__(self, config: TranslateConfig, limits: Limits) -> None:
@@ -132,7 +132,7 @@ class Pace:
         """Returns when a request may be sent.
 
         Raises:
-            _Stopped: none may any more.
+            _Stopped: no more requests may be sent.
         """
         with self._lock:
             self.num_requests += 1
@@ -141,13 +141,13 @@ class Pace:
         self._sleep(start - time.monotonic())
 
     def succeeded(self) -> None:
-        """Notes an answer: the service is well."""
+        """Records an answer: the service works."""
         with self._lock:
             self._refusals = self._failures = 0
             self._has_answers = True
 
     def gave_up(self, reason: str) -> None:
-        """Notes a text that failed for good, not by its own fault."""
+        """Records a text that was given up through no fault of its own."""
         with self._lock:
             self._failures += 1
             over = self._failures >= FAILURE_ROUNDS * self._concurrency
@@ -158,7 +158,7 @@ class Pace:
         """Waits before the same call is made again; after a refusal, every worker waits.
 
         Raises:
-            _Stopped: the service refuses for good, or another worker learnt so.
+            _Stopped: the service refuses for good, as this or another worker has learnt.
         """
         wait = fault.retry_after
         if not isinstance(fault, Refusal) and (wait or 0) <= LONGEST_WAIT_SECONDS:
@@ -209,7 +209,7 @@ def _calls(texts: Iterable[str], limits: Limits) -> list[list[str]]:
 
 
 def _is_usable(answer: str) -> bool:
-    """Whether a reader of the file would take it."""
+    """Whether readers of the file accept it."""
     return bool(answer.strip()) and not _SURROGATE.search(answer)
 
 
@@ -217,10 +217,10 @@ class Driver:
     """Has texts translated and stores the answers in a `Memory`.
 
     Args:
-        config: says whether suspect translations are asked for a second time.
+        config: how often to retry, and whether suspect translations get a second try.
         engine: translates.
         memory: where answers go.
-        pace: how the service is treated.
+        pace: when requests may be sent.
 
     Attributes:
         identity: the number under which the memory keeps the engine's translations.
@@ -238,13 +238,12 @@ class Driver:
         self.num_translated = 0
         self.failures: dict[str, str] = {}
         self._start = 0.0
-        # What is still to be asked, the last batch first; and how many are with the workers.
+        # Batches to send, the last one first; and how many the workers are busy with.
         self._batches: list[_Batch] = []
         self._under_way = 0
         self._queue: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
-        # What workers tell the main thread of a batch: a translation for each text, or an error.
-        self._reports: queue.SimpleQueue[tuple[_Batch, list[str] | BaseException]]
-        self._reports = queue.SimpleQueue()
+        # What workers report of a batch: a translation for each text, or an error.
+        self._reports = queue.SimpleQueue[tuple[_Batch, list[str] | BaseException]]()
 
     def run(self, texts: Mapping[str, int], task: Task) -> None:
         """Works until every text is in the memory or has failed, or the pace stops it.
@@ -261,7 +260,7 @@ class Driver:
         for _ in range(concurrency):
             # Daemons: an interrupted program does not wait for a server that hangs.
             threading.Thread(target=self._work, daemon=True).start()
-        # A local engine, one call at a time, has its next batch ready when it ends one.
+        # Two, so that a local engine, which takes one call at a time, need not wait for the next.
         places = max(2, concurrency)
         self._batches, self._under_way = self._in_batches(texts), 0
         self._start = self._start or time.monotonic()
@@ -277,7 +276,7 @@ class Driver:
                 self._keep(task)
         except KeyboardInterrupt:
             self.pace.stop("interrupted")
-            self._say_farewell(task)
+            self._store_late_answers(task)
             raise Interrupted(
                 f"interrupted; {self.num_translated} new translations are in the memory. "
                 "Run the same command again to go on."
@@ -290,7 +289,7 @@ class Driver:
                 self._queue.put(None)
 
     def is_final(self, entry: Entry | None) -> bool:
-        """Whether an entry is to be written as it is rather than asked for (once more)."""
+        """Whether an entry is written as it is, instead of being asked for (again)."""
         if entry is None:
             return False
         asked_once = 0 < entry.attempts < MAX_ATTEMPTS
@@ -298,15 +297,13 @@ class Driver:
 
     def _work(self) -> None:
         while (batch := self._queue.get()) is not None:
-            outcome: list[str] | BaseException
             try:
-                outcome = self._translate(batch)
+                self._reports.put((batch, self._translate(batch)))
             except BaseException as error:
-                outcome = error
-            self._reports.put((batch, outcome))
+                self._reports.put((batch, error))
 
     def _translate(self, batch: _Batch) -> list[str]:
-        """A translation for each text, empty where the answer is of no use; runs in a worker."""
+        """A translation for each text, empty if the answer is unusable; runs in a worker."""
         limits = self.engine.limits
         texts = [segments(text, limits.text_characters) for text in batch.texts]
         calls = _calls([part for text in texts for part in text[1::2]], limits)
@@ -340,8 +337,8 @@ class Driver:
     def _in_batches(self, texts: Mapping[str, int]) -> list[_Batch]:
         """The texts in calls of one attempt each; the last one is to be made first.
 
-        Processes that a launcher started begin with different shares. Others begin anywhere, so
-        that two at once seldom have the same text under way.
+        Processes of one launcher begin with different shares. Others begin anywhere, so that two
+        at once seldom have the same text under way.
         """
         count, rank = process_count(), process_rank()
         groups: dict[tuple[bool, int], list[str]] = {}
@@ -350,7 +347,7 @@ class Driver:
             groups.setdefault((share == rank, attempt), []).append(text)
         batches: list[_Batch] = []
         for (_, attempt), group in sorted(groups.items()):
-            calls = _calls(sorted(group, key=len), self.engine.limits)  # like lengths: less padding
+            calls = _calls(sorted(group, key=len), self.engine.limits)  # less padding
             random.shuffle(calls)
             batches += [_Batch(call, attempt) for call in calls]
         return batches
@@ -364,7 +361,7 @@ class Driver:
         return missing
 
     def _keep(self, task: Task, timeout: float | None = None) -> None:
-        """Stores what a worker reports; what has to be asked again comes before the rest."""
+        """Stores what a worker reports; texts to be asked for again come before the rest."""
         batch, outcome = self._reports.get(timeout=timeout)
         self._under_way -= 1
         if isinstance(outcome, _Stopped):
@@ -374,7 +371,7 @@ class Driver:
         again: list[str] = []
         num_failed = len(self.failures)
         if isinstance(outcome, Fault | Rejection):
-            if len(batch.texts) > 1:  # one may have spoilt it for the others: now each on its own
+            if len(batch.texts) > 1:  # one may have spoilt it for the others: now one by one
                 self._batches += [_Batch([text], batch.attempt) for text in batch.texts]
                 return
             reason = str(outcome)
@@ -405,7 +402,7 @@ class Driver:
         task.advance(num_done, per_second=rate, failed=len(self.failures))
 
     def _entry(self, text: str, attempt: int, translation: str) -> Entry:
-        """What the memory is to hold: the better one of this answer and an earlier one."""
+        """What to store: the better of this answer and an earlier one."""
         attempts = attempt + 1
         if self.engine.limits.by_pair_id:  # the text is not available here; checked when written
             return Entry(translation, attempts, "", ())
@@ -416,9 +413,9 @@ class Driver:
                 return before._replace(attempts=attempts)
         return Entry(translation, attempts, self.checks.version, suspicions)
 
-    def _say_farewell(self, task: Task) -> None:
-        """Keeps what workers still bring within a moment, for it has been paid for."""
-        deadline = time.monotonic() + _FAREWELL_SECONDS
+    def _store_late_answers(self, task: Task) -> None:
+        """Stores what workers still deliver within seconds, because it has been paid for."""
+        deadline = time.monotonic() + _LATE_SECONDS
         with suppress(queue.Empty, ClseaveError):
             while self._under_way and (left := deadline - time.monotonic()) > 0:
                 self._keep(task, left)

@@ -1,6 +1,6 @@
 """What a translation engine is, how it fails, and how one is chosen by name.
 
-The simplest engine is here too: `file`, which has its translations from a file.
+The simplest engine is here too: `file`, which looks translations up in a file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from clseave_cli.core.config import TranslateConfig
-from clseave_cli.core.data.rows import NOT_UTF8, BadRow, json_rows, reading, split_name
+from clseave_cli.core.data.rows import BadRow, read_rows, split_name, text_lines
 from clseave_cli.core.data.text_files import FIELDS
 from clseave_cli.core.files import file_digest
 from clseave_cli.errors import DataError, TranslationError, UsageError
@@ -34,10 +34,10 @@ _SOURCE_NAMES = ("source", "text")
 
 
 class Fault(TranslationError):
-    """A request went wrong in a way that may pass: asked again, after a wait.
+    """A request failed in a way that may pass; it is repeated after a wait.
 
     Attributes:
-        retry_after: seconds the service asked to wait, None when it did not say.
+        retry_after: seconds the service asked to wait, None if it did not say.
     """
 
     def __init__(self, reason: str, retry_after: float | None = None) -> None:
@@ -48,7 +48,7 @@ class Fault(TranslationError):
 class Refusal(Fault):
     """The service refuses us rather than this text: 429, 403, a captcha page.
 
-    Many in a row with no success between them end the run.
+    Many in a row, without a success in between, end the run.
     """
 
 
@@ -83,7 +83,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Limits:
-    """How an engine is to be asked.
+    """How to call an engine.
 
     Attributes:
         batch_size: texts in one call.
@@ -91,8 +91,8 @@ class Limits:
         text_characters: characters in one text; longer ones are split at sentence ends, and all at
             line breaks. None: texts are passed exactly as they are.
         concurrency: calls under way at a time.
-        requests_per_second: at most so many unless the user says otherwise; None: no limit.
-        by_pair_id: asked for the `pairID` of rows instead of for their text.
+        requests_per_second: the highest rate unless the user chooses one; None: no limit.
+        by_pair_id: it is given the `pairID` of rows instead of their text.
     """
 
     batch_size: int
@@ -107,8 +107,8 @@ class Engine(Protocol):
     """A translator from one language into another; made by a `create` function, used by threads.
 
     Attributes:
-        identity: the key of what it says in the memory.
-        limits: how it wants to be asked.
+        identity: the key of its translations in the memory.
+        limits: how to call it.
         licence: one line on what the translations may be used for.
     """
 
@@ -121,8 +121,8 @@ class Engine(Protocol):
 
         Args:
             texts: non-empty, without line breaks and control characters.
-            attempt: 0 first; 1 after the quality checks found fault with the first answer:
-                an engine that can should then decode differently.
+            attempt: 0 at first; 1 if the first answer failed a quality check: the engine should
+                then decode differently if it can.
 
         Returns:
             one translation for every text, in their order.
@@ -141,21 +141,15 @@ class Engine(Protocol):
 Create = Callable[[TranslateConfig, str, str], Engine]
 
 
-def engine_names() -> list[str]:
-    """Names of all installed engines, the built-in ones first."""
-    return [*_BUILT_IN, *sorted(entry_points(group=ENTRY_POINT_GROUP).names - _BUILT_IN.keys())]
-
-
 def find_engine(name: str) -> Create:
     """The function that creates the engine with this name; a UsageError if there is none."""
-    if name not in engine_names():
-        names = ", ".join(engine_names())
-        raise UsageError(f"--engine {name}: no such engine; there are: {names}.")
-    if name in _BUILT_IN:
-        point = EntryPoint(name, _BUILT_IN[name], ENTRY_POINT_GROUP)
-    else:
-        point = entry_points(group=ENTRY_POINT_GROUP)[name]
-    create: Create = point.load()
+    built_in = [EntryPoint(*item, ENTRY_POINT_GROUP) for item in _BUILT_IN.items()]
+    plug_ins = sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: point.name)
+    # Built-in names come first, and no plug-in takes one.
+    points = {point.name: point for point in (*built_in, *plug_ins, *built_in)}
+    if name not in points:
+        raise UsageError(f"--engine {name}: no such engine; there are: {', '.join(points)}.")
+    create: Create = points[name].load()
     return create
 
 
@@ -191,7 +185,7 @@ class ImportedEngine:
         )
 
     def translate(self, texts: Sequence[str], attempt: int) -> list[str]:
-        """Looks each text, or pairID, up."""
+        """Looks up each text, or pairID."""
         answers = [a for text in texts if (a := self._find(encode(text))) is not None]
         if len(answers) < len(texts):
             raise Rejection(f"{self._path} has no translation for it")
@@ -203,7 +197,7 @@ class ImportedEngine:
         return row[0] if row else None
 
     def close(self) -> None:
-        """Gives the index's disk space back."""
+        """Frees the index's disk space."""
         self._index.close()
 
     def _read(self, fields: Sequence[str], source: str) -> None:
@@ -216,7 +210,7 @@ class ImportedEngine:
             first = self._find(key)
             if first is None:
                 self._index.execute("INSERT INTO translations VALUES (?, ?)", (key, translation))
-            # A sentence may have two translations, and the first is as good; a row may not.
+            # A sentence may have two translations, and the first will do; a row may not.
             elif self._match == _PAIR_ID and first != translation:
                 name = key.decode(errors="replace")
                 problem = f"a second, different translation for pairID {name}."
@@ -226,28 +220,23 @@ class ImportedEngine:
     def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """The rows; the first one decides how rows are matched, unless the user did."""
         is_tsv = split_name(self._path)[1].startswith(".tsv")
-        with reading(self._path) as stream:
-            for number, values, _ in () if is_tsv else json_rows(stream):
-                if isinstance(values, BadRow):
-                    raise DataError.at(self._path, number, str(values))
-                self._match = self._match or (_PAIR_ID if _PAIR_ID in values else "text")
-                yield number, values
-            for number, data in enumerate(stream, 1):
-                try:
-                    line = data.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                except UnicodeDecodeError:
-                    raise DataError.at(self._path, number, NOT_UTF8) from None
-                if not line:
-                    continue
-                cells = line.split("\t")
-                if len(cells) != 2:
-                    problem = "columns; expected two: pairID or text, and translation."
-                    raise DataError.at(self._path, number, f"{len(cells)} {problem}")
-                is_header = number == 1 and cells[0] in (_PAIR_ID, *_SOURCE_NAMES)
-                by_pair_id = is_header and cells[0] == _PAIR_ID
-                self._match = self._match or (_PAIR_ID if by_pair_id else "text")
-                if not is_header:
-                    yield number, {self._match: cells[0], "translation": cells[1]}
+        for number, values, _ in () if is_tsv else read_rows(self._path, ()):
+            if isinstance(values, BadRow):
+                raise DataError.at(self._path, number, str(values))
+            self._match = self._match or (_PAIR_ID if _PAIR_ID in values else "text")
+            yield number, values
+        for number, line in text_lines(self._path) if is_tsv else ():
+            cells = line.rstrip("\r\n").split("\t")
+            if cells == [""]:
+                continue
+            if len(cells) != 2:
+                problem = "columns; expected two: pairID or text, and translation."
+                raise DataError.at(self._path, number, f"{len(cells)} {problem}")
+            is_header = number == 1 and cells[0] in (_PAIR_ID, *_SOURCE_NAMES)
+            by_pair_id = is_header and cells[0] == _PAIR_ID
+            self._match = self._match or (_PAIR_ID if by_pair_id else "text")
+            if not is_header:
+                yield number, {self._match: cells[0], "translation": cells[1]}
 
     def _value(self, number: int, values: dict[str, Any], names: Sequence[str]) -> str:
         for name in names:
@@ -257,5 +246,5 @@ class ImportedEngine:
 
 
 def encode(text: str) -> bytes:
-    """A text in UTF-8; a JSON escape may be half a surrogate pair."""
+    """A text in UTF-8, which may hold half a surrogate pair from a JSON escape."""
     return text.encode("utf-8", "surrogatepass")

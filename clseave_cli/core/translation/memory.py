@@ -1,8 +1,8 @@
-"""The translation memory: what an engine once translated is never asked for again.
+"""The translation memory: nothing is translated twice.
 
 One SQLite file in WAL mode, shared by any number of processes on one machine. Translations are kept
 by engine, model, revision, settings, languages and exact text, each with a checksum. The memory
-also records which files `translate` has written, so that none of the user's is replaced.
+also records which files `translate` has written, so that no file of the user's is replaced.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import NamedTuple
 
 from clseave_cli.core.files import cache_root, file_digest
 from clseave_cli.core.translation.engine import Identity, encode
-from clseave_cli.errors import ClseaveError, TranslationError
+from clseave_cli.errors import TranslationError
 
 _FORMAT = 2
 _BUSY_SECONDS = 60.0
 _CACHE_KIB = 64 * 1024
 _MAX_VARIABLES = 10_000
 
-# Texts are BLOBs, for there may be lone surrogates in them. `attempts`: how often the engine was
+# Texts are BLOBs, because they may hold lone surrogates. `attempts`: how often the engine was
 # asked. `checked`: version of the checks that were made, '' for none. `suspicions`: names of the
 # checks that failed, separated by spaces. `checksum`: of all of these and the identity, because
 # SQLite itself does not notice a flipped bit.
@@ -41,7 +41,7 @@ _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS outputs (path BLOB NOT NULL, digest TEXT NOT NULL,"
     " PRIMARY KEY (path, digest)) WITHOUT ROWID",
 )
-# Format 1 had no checksums, held answers that no reader takes, texts as TEXT, and claims.
+# Format 1 had no checksums, kept unusable answers, and had texts as TEXT and a table of claims.
 _FROM_FORMAT_1 = (
     "ALTER TABLE translations ADD COLUMN checksum INTEGER NOT NULL DEFAULT 0",
     "DELETE FROM translations WHERE typeof(translation) = 'blob' OR trim(translation) = ''",
@@ -50,7 +50,7 @@ _FROM_FORMAT_1 = (
     "DROP TABLE IF EXISTS claims",
 )
 _IDENTITY = "engine, model, revision, settings, source, target"
-# By what SQLite says.
+# By what SQLite's message says.
 _ADVICE = {
     "full": "free some space there and run the same command again.",
     "locked|busy": f"another process has kept it locked for {_BUSY_SECONDS:.0f} s; try again.",
@@ -67,11 +67,6 @@ class Entry(NamedTuple):
     suspicions: tuple[str, ...]
 
 
-def default_path() -> Path:
-    """Where the memory is unless the user chooses another file."""
-    return cache_root() / "translation" / "memory.sqlite"
-
-
 def _decode(data: bytes) -> str:
     return data.decode("utf-8", "surrogatepass")
 
@@ -79,21 +74,26 @@ def _decode(data: bytes) -> str:
 class Memory(AbstractContextManager["Memory"]):
     """A connection to the memory, for one thread; a context manager.
 
-    The process may die at any moment: what was stored stays.
+    What was stored stays, however the process ends.
 
     Args:
-        path: the SQLite file, created with its folder if it does not exist.
+        path: the SQLite file, created with its folder if it does not exist; None: the cache's.
 
     Raises:
         TranslationError: the file is no translation memory, is damaged or cannot be opened.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path | None) -> None:
+        self.path = path = path or cache_root() / "translation" / "memory.sqlite"
         self._seeds: dict[int, int] = {}
         with self._errors():
             path.parent.mkdir(parents=True, exist_ok=True)
-            _refuse_other_files(path)
+            # SQLite takes a file of a few bytes for an empty database, and would write over it.
+            with suppress(FileNotFoundError), path.open("rb") as stream:
+                if stream.read(16) not in (b"", b"SQLite format 3\0"):
+                    raise TranslationError(
+                        f"{path}: not a translation memory; choose another file with --memory."
+                    )
             self._connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
             # Damaged bytes must reach the checksum instead of failing the whole query.
             self._connection.text_factory = bytes
@@ -106,8 +106,8 @@ class Memory(AbstractContextManager["Memory"]):
     def _open(self) -> None:
         execute = self._connection.execute
         with suppress(sqlite3.OperationalError):
-            # Busy while another process opens the file; then this one goes without, or that one
-            # has made the switch for both.
+            # Busy while another process opens the file. That one may make the switch for both;
+            # otherwise this connection does without.
             execute("PRAGMA journal_mode = WAL")
         # A killed process loses nothing in NORMAL mode; a power cut may lose the last moments.
         execute("PRAGMA synchronous = NORMAL")
@@ -215,7 +215,7 @@ class Memory(AbstractContextManager["Memory"]):
                 f"{self.path}: cannot be opened ({error.strerror}); choose another with --memory."
             ) from error
 
-    def _explain(self, message: str) -> ClseaveError:
+    def _explain(self, message: str) -> TranslationError:
         advice = "the file is damaged; move it away, or choose another with --memory."
         for pattern, other in _ADVICE.items():
             if re.search(pattern, message):
@@ -230,14 +230,3 @@ def _checksum(seed: int, *values: object) -> int:
 
 def _path_key(path: Path) -> bytes:
     return os.fsencode(path.parent.resolve() / path.name)
-
-
-def _refuse_other_files(path: Path) -> None:
-    # SQLite takes a file of a few bytes for an empty database, and would write over it.
-    if path.exists():
-        with path.open("rb") as stream:
-            start = stream.read(16)
-        if start and start != b"SQLite format 3\0":
-            raise TranslationError(
-                f"{path}: not a translation memory; choose another file with --memory."
-            )

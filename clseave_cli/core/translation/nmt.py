@@ -25,7 +25,7 @@ from clseave_cli.processes import process_count, usable_cores
 #: MIT licence, a hundred languages, 1.9 GB: usable by everyone for everything.
 DEFAULT_MODEL = "facebook/m2m100_418M"
 
-#: Licences of models, by the beginning of their names.
+#: Licences of models, by the prefix of their names.
 LICENCES = {
     "facebook/m2m100": "MIT: commercial use allowed",
     "google/madlad400": "Apache-2.0: commercial use allowed",
@@ -36,14 +36,13 @@ LICENCES = {
 
 _BATCH_SIZE = 64
 _BATCH_CHARACTERS = 12_000
-# These models know single sentences; what is longer is cut at sentence ends.
+# These models were trained on single sentences; longer texts are cut at sentence ends.
 _TEXT_CHARACTERS = 400
-# A translation has at most so many tokens for the source's; more is a loop.
+# The longest translation has factor × the source's tokens + extra; more is a loop.
 _LENGTH_FACTOR, _LENGTH_EXTRA = 2, 16
 _CONVERTIBLE = {"marian", "m2m_100", "mbart", "t5", "bart", "pegasus"}
 _WEIGHTS_AND_WORDS = ("*.safetensors", "*.json", "*.spm", "*.model", "*.txt")
-_UNLIMITED = 1 << 20
-# T5's relative positions have no end; what its family was trained on has.
+# T5's relative positions have no limit, but its training texts had.
 _MAX_TOKENS = 512
 _TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # One of these exists wherever torch could see a GPU on Linux (NVIDIA, WSL, AMD).
@@ -63,7 +62,6 @@ class NmtEngine:
     def __init__(self, config: TranslateConfig, source: str, target: str) -> None:
         name = (config.model or DEFAULT_MODEL).replace("{lang}", target)
         self._config = config
-        self._name = name
         self._loaded: tuple[Codec, Decoder] | None = None
         revision = _revision(name)
         precision = "int8" if config.int8 else _precision(config)
@@ -117,27 +115,25 @@ class NmtEngine:
 
     def _load(self) -> tuple[Codec, Decoder]:
         if self._loaded is None:
-            model_config = load_config(self._name)
-            codec = Codec(self._name, model_config, self.identity.source, self.identity.target)
-            if self._uses_ctranslate2(model_config):
-                revision = self.identity.revision
-                decoder = _ctranslate_decoder(self._name, revision, codec, self._config)
+            name, identity = self.identity.model, self.identity
+            codec = Codec(name, load_config(name), identity.source, identity.target)
+            if self._uses_ctranslate2(codec.config.model_type):
+                decoder = _ctranslate_decoder(name, identity.revision, codec, self._config)
             else:
-                decoder = _torch_decoder(self._name, codec, self._config)
+                decoder = _torch_decoder(name, codec, self._config)
             self._loaded = codec, decoder
         return self._loaded
 
-    def _uses_ctranslate2(self, model_config: Any) -> bool:
-        fits = model_config.model_type in _CONVERTIBLE
+    def _uses_ctranslate2(self, kind: str) -> bool:
+        name, fits = self.identity.model, kind in _CONVERTIBLE
         if self._config.backend == "ctranslate2" and not fits:
             raise ModelError(
-                f"{self._name}: CTranslate2 does not support {model_config.model_type} models; "
-                "use --backend transformers."
+                f"{name}: CTranslate2 does not support {kind} models; use --backend transformers."
             )
         uses = self._config.backend != "transformers" and fits and self._has_ctranslate2
         if self._config.int8 and not uses:
             raise UsageError(
-                f"--int8: {self._name} would run in transformers, which does not have it; it needs "
+                f"--int8: {name} would run in transformers, which does not have it; it needs "
                 "CTranslate2 (pip install -e '.[ctranslate2]') and a model that it knows."
             )
         return uses
@@ -148,11 +144,11 @@ class NmtEngine:
 
 
 class Codec:
-    """Between texts and token ids, with the languages marked the way the model wants it.
+    """Turns texts into token ids and back, with the languages marked as the model expects.
 
     Attributes:
-        tokenizer: the model's own.
-        prefix_id: the token every translation starts with, None where there is none.
+        tokenizer, config: the model's.
+        prefix_id: the token every translation starts with, None if there is none.
         max_tokens: the longest source or target.
 
     Raises:
@@ -165,13 +161,13 @@ class Codec:
         from clseave_cli.core.models.weights import load
 
         self.tokenizer = load(name, AutoTokenizer.from_pretrained)
-        self._name = name
+        self._name, self.config = name, config
         self._text_prefix = ""
         self.prefix_id: int | None = None
         self._marks: set[int] = set()
-        self._mark_languages(config, source, target)
+        self._mark_languages(source, target)
         positions = getattr(config, "max_position_embeddings", None) or _MAX_TOKENS
-        self.max_tokens = min(positions, getattr(self.tokenizer, "model_max_length", _UNLIMITED))
+        self.max_tokens = min(positions, self.tokenizer.model_max_length)
         self._dropped = {*self.tokenizer.all_special_ids, *self._marks}
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -187,8 +183,8 @@ class Codec:
             for tokens in ids
         ]
 
-    def _mark_languages(self, config: Any, source: str, target: str) -> None:
-        tokenizer = self.tokenizer
+    def _mark_languages(self, source: str, target: str) -> None:
+        tokenizer, config = self.tokenizer, self.config
         if hasattr(tokenizer, "lang_code_to_id"):  # M2M-100: __de__
             codes = tokenizer.lang_code_to_id
             tokenizer.src_lang = self._code(source, codes)
@@ -207,9 +203,7 @@ class Codec:
             if task := tasks.get(f"translation_{source}_to_{target}"):
                 self._text_prefix = task["prefix"]
             else:  # MADLAD-400: <2de>
-                marks = {
-                    f"{mark[2:-1]}": mark for mark in tokenizer.get_vocab() if mark[:2] == "<2"
-                }
+                marks = {mark[2:-1]: mark for mark in tokenizer.get_vocab() if mark[:2] == "<2"}
                 self._text_prefix = marks[self._code(target, marks)] + " "
         else:  # a model of one pair; its card may say which
             pair = (getattr(tokenizer, f"{side}_lang", None) for side in ("source", "target"))
@@ -234,25 +228,19 @@ class Codec:
 def _torch_decoder(name: str, codec: Codec, config: TranslateConfig) -> Decoder:
     """The model in torch, on the device and in the precision of `config`."""
     import torch
-    from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING as MODELS
     from transformers import AutoModelForSeq2SeqLM
 
+    from clseave_cli.core.models.backbones import loading_arguments
     from clseave_cli.core.models.weights import load
     from clseave_cli.core.training.precision import resolve_device
 
     device = resolve_device(config.device)
-    dtype = getattr(torch, _TYPES[_precision(config)])
-    # Always said, or the configuration could name code of the hub.
-    has_sdpa = getattr(MODELS.get(type(load_config(name)), None), "_supports_sdpa", False)
-    model = load(
-        name,
-        AutoModelForSeq2SeqLM.from_pretrained,
-        attn_implementation="sdpa" if has_sdpa else "eager",
-        dtype=dtype,
-        use_safetensors=True,
-    )
+    loading = loading_arguments(codec.config) | {
+        "dtype": getattr(torch, _TYPES[_precision(config)])
+    }
+    model = load(name, AutoModelForSeq2SeqLM.from_pretrained, **loading)
     model.eval().to(device)
-    # The model's own length, often 200, would contradict the one chosen for each batch.
+    # The model's default, often 200, would contradict the length chosen for each batch.
     model.generation_config.max_length = None
     prefix = {} if codec.prefix_id is None else {"forced_bos_token_id": codec.prefix_id}
 
@@ -390,7 +378,7 @@ def load_config(name: str) -> Any:
 
 
 def _revision(name: str) -> str:
-    """What tells one version of the model from the next: a commit, or a digest of the folder."""
+    """The version of a model: a commit, or a digest of the folder."""
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():

@@ -1,14 +1,15 @@
-"""Files that a translation leaves behind: the translated file, the lists beside it, a sample."""
+"""Files that a translation writes: the translated file, the lists beside it, a sample."""
 
 from __future__ import annotations
 
+import heapq
 import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from clseave_cli.core.config import TranslateConfig
 from clseave_cli.core.data.rows import json_line, packing, split_name
@@ -17,7 +18,7 @@ from clseave_cli.core.files import atomic_file, sweep
 from clseave_cli.core.translation.memory import Entry, Memory
 from clseave_cli.errors import DataError
 
-#: What `write_file` counts, besides the marks of each check, and the lists it writes.
+#: What `write_file` counts, besides the rows marked by each check; and the lists it writes.
 COUNTS = ("rows", "unchanged", "failed", "dropped", "suspect")
 LISTS = ("failed", "rejected", "suspect")
 
@@ -49,7 +50,8 @@ class Outputs:
             yield stream
             stream.flush()
             self.check(target)
-            # Before the file gets its name: a kill in between must not make it somebody else's.
+            # Recorded before it gets its name: after a kill in between, it must not pass for the
+            # user's.
             self._memory.record_output(target, Path(stream.name))
 
     def remove(self, target: Path) -> None:
@@ -58,28 +60,8 @@ class Outputs:
             target.unlink()
 
 
-class _RowList(ExitStack):
-    """Rows set aside, as JSON Lines; the file is written when the block ends well."""
-
-    def __init__(self, path: Path, outputs: Outputs) -> None:
-        super().__init__()
-        self._outputs = outputs
-        self._stream: BinaryIO | None = None
-        self.path = path
-        self.num_rows = 0
-
-    def add(self, row: Row, reason: str, **more: Any) -> None:
-        """Lists a row with the reason why it is here."""
-        entry = {"line": row.line, "pairID": row.pair_id, "text": row.text, **more}
-        entry = {key: value for key, value in entry.items() if value is not None}
-        if self._stream is None:
-            self._stream = self.enter_context(self._outputs.replacing(self.path))
-        self._stream.write(json_line({**entry, "reason": reason}))
-        self.num_rows += 1
-
-
 class _NothingTranslated(Exception):
-    """Leaves the file that is there as it is."""
+    """Leaves the existing file as it is."""
 
 
 def review_path(target: Path) -> Path:
@@ -111,32 +93,41 @@ def write_file(
         DataError: a file that `translate` did not write is in the way.
     """
     stem, _ = split_name(target)
-    # Whoever holds the target's lock is alone with its lists, too.
+    # The lock on the target covers its lists, too.
     sweep(target.parent, rf"{re.escape(stem)}\.(failed|rejected|suspect|review)\.\w+")
-    lists = {name: _RowList(target.with_name(f"{stem}.{name}.jsonl"), outputs) for name in LISTS}
     sample = Sample(config.review, config.seed, file.path.name)
     counts: Counter[str] = Counter()
-    paths = {}
+    paths: dict[str, Path] = {}
     with (
-        lists["failed"],
-        lists["rejected"],
-        lists["suspect"],
+        ExitStack() as lists,
         suppress(_NothingTranslated),
         outputs.replacing(target) as stream,
         packing(target, stream) as packed,
         file.writer(packed) as write,
     ):
+        streams: dict[str, BinaryIO] = {}
+
+        def set_aside(name: str, row: Row, reason: str, **more: str) -> None:
+            """Adds a row to a list, which is written when the block ends well."""
+            if name not in streams:
+                paths[name] = target.with_name(f"{stem}.{name}.jsonl")
+                streams[name] = lists.enter_context(outputs.replacing(paths[name]))
+            values = {"line": row.line, "pairID": row.pair_id, "text": row.text, **more}
+            values = {key: value for key, value in values.items() if value is not None}
+            streams[name].write(json_line({**values, "reason": reason}))
+
         for row, entry in rows:
             kept = None if isinstance(entry, str) else entry
             if isinstance(entry, str):
-                lists["failed"].add(row, entry)
+                counts["failed"] += 1
+                set_aside("failed", row, entry)
             elif suspicions := entry.suspicions:
                 counts.update(("suspect", *suspicions))
                 drops = config.on_suspect == "drop"
+                counts["dropped"] += drops
                 if drops or not file.marks_rows:
-                    rows_aside = lists["rejected" if drops else "suspect"]
-                    reason = f"suspect: {', '.join(suspicions)}"
-                    rows_aside.add(row, reason, translation=entry.translation)
+                    name, reason = "rejected" if drops else "suspect", ", ".join(suspicions)
+                    set_aside(name, row, f"suspect: {reason}", translation=entry.translation)
                 kept = None if drops else entry
             if kept is not None:
                 counts["translated" if kept.attempts else "unchanged"] += 1
@@ -145,17 +136,13 @@ def write_file(
                     sample.offer(row, kept)
             elif not file.marks_rows:
                 write(row, "", ())  # its line keeps its place
-        counts["failed"], counts["dropped"] = lists["failed"].num_rows, lists["rejected"].num_rows
         left_out = counts["failed"] + counts["dropped"]
         counts["rows"] = counts["translated"] + counts["unchanged"] + left_out
         if not counts["translated"] and (left_out or (not counts["rows"] and target.exists())):
             raise _NothingTranslated
         paths["output"] = target
-    for name, rows_aside in lists.items():
-        if rows_aside.num_rows:
-            paths[name] = rows_aside.path
-        else:
-            outputs.remove(rows_aside.path)  # an earlier run's
+    for name in set(LISTS) - paths.keys():
+        outputs.remove(target.with_name(f"{stem}.{name}.jsonl"))  # an earlier run's
     if config.review and "output" in paths:
         paths["review"] = review_path(target)
         with outputs.replacing(paths["review"]) as stream:
@@ -176,40 +163,40 @@ class Sample:
         self._size = size
         self._title = title
         self._random = random.Random(seed)
-        # By whether they are suspect: the line of each row drawn, with its row of the table.
-        self._picks: dict[bool, list[tuple[int, str]]] = {True: [], False: []}
+        # By whether they are suspect, a heap of the rows drawn: lot, line, row of the table.
+        self._picks: dict[bool, list[tuple[float, int, str]]] = {True: [], False: []}
         self._seen = {True: 0, False: 0}
 
     def offer(self, row: Row, entry: Entry) -> None:
-        """Takes a row into the sample, or does not (reservoir sampling, algorithm R)."""
+        """Takes a row into the sample while its lot is among the highest."""
         is_suspect = bool(entry.suspicions)
-        picks = self._picks[is_suspect]
+        picks, lot = self._picks[is_suspect], self._random.random()
         self._seen[is_suspect] += 1
-        place = len(picks)
-        if place == self._size:
-            place = self._random.randrange(self._seen[is_suspect])
-            if place >= self._size:
-                return
-            picks.pop(place)
+        if len(picks) == self._size and lot < picks[0][0]:
+            return
         name = row.pair_id or f"line {row.line}"
         cells = (name, row.text, entry.translation, ", ".join(entry.suspicions), "")
-        picks.insert(place, (row.line, "| " + " | ".join(map(_cell, cells)) + " |"))
+        heapq.heappush(picks, (lot, row.line, "| " + " | ".join(map(_cell, cells)) + " |"))
+        if len(picks) > self._size:
+            heapq.heappop(picks)
 
     def markdown(self) -> str:
         """The sample as a table, source beside translation."""
         suspect, others = self._picks[True], self._picks[False]
-        suspect = sorted(suspect[: max(self._size // 2, self._size - len(others))])
-        picks = suspect + sorted(others[: self._size - len(suspect)])
+        suspect = heapq.nlargest(max(self._size // 2, self._size - len(others)), suspect)
+        others = heapq.nlargest(self._size - len(suspect), others)
+        parts = (sorted(part, key=lambda pick: pick[1]) for part in (suspect, others))
+        rows = [row for part in parts for _, _, row in part]
         return "\n".join((
             f"# {self._title}: translations to review",
             "",
-            f"{len(picks)} of {sum(self._seen.values())} rows, drawn at random; "
+            f"{len(rows)} of {sum(self._seen.values())} rows, drawn at random; "
             f"the first {len(suspect)} are from the {self._seen[True]} that a check marked.",
             "Put an x into the last column where a translation is wrong.",
             "",
             "| row | source | translation | marked by | wrong |",
             "|---|---|---|---|---|",
-            *(row for _, row in picks),
+            *rows,
             "",
         ))  # fmt: skip
 

@@ -19,19 +19,24 @@ import re
 import unicodedata
 from collections import Counter
 
-from clseave_cli.core.data.languages import LanguageIdentifier, is_dense, letters_of
+from clseave_cli.core.data.languages import (
+    LanguageIdentifier,
+    is_dense,
+    letters_of,
+    unexpected_script,
+)
 
 #: Names of all checks, in the order of summaries.
 CHECKS = (
     "empty", "copy", "script", "language", "length", "repetition", "numerals", "added-sentence",
 )  # fmt: skip
 
-#: Raised when a check changes: what the memory holds is then checked again.
-_VERSION = "2"
+#: Goes up when a check changes; what the memory holds is then checked again.
+_VERSION = "3"
 
 _LETTER = re.compile(r"[^\W\d_]")
 _WORD = re.compile(r"[^\W_]+")
-# Four times the same two to sixty characters (or a single word character eight times).
+# The same two to sixty characters four times in a row (or one word character eight times).
 _LOOP = re.compile(r"(?=\S)(.{2,60}?)\1{3,}|(\w)\2{7,}", re.DOTALL)
 _NUMBER = re.compile(r"\d+(?:[.,:\u066b\u066c ]?\d+)*")
 _SENTENCE_END = re.compile(
@@ -39,12 +44,11 @@ _SENTENCE_END = re.compile(
 )
 _INITIAL = re.compile(r"\b(?:[^\W\d_]|Mr|Mrs|Ms|Dr|St|No|Nr|vs|bzw|ca)\.")
 
-# Characters of one language for those of another: Han, kana and Hangul say more with fewer.
+# Lengths are weighted, because Han, kana and Hangul say more with fewer characters.
 _DENSE_WEIGHT = 2.5
 _LENGTH_SLACK = 12
 _LENGTH_RANGE = (0.35, 2.6)
 _MIN_COPIED_WORDS = 3
-_MIN_SCRIPT_SHARE = 0.5
 
 # Languages that models fall into by mistake; few, because every language costs memory.
 _CONFUSED = ("en", "de", "nl", "fr", "es", "ja", "zh", "ko", "ru")
@@ -52,7 +56,7 @@ _MIN_IDENTIFIED_CHARACTERS = 20
 _MIN_IDENTIFIED_DENSE_CHARACTERS = 6
 _MIN_CONFIDENCE = 0.9
 
-# Numbers as East Asian languages write the small ones.
+# How East Asian languages write small numbers.
 _HAN_NUMBERS = {str(value): digit for value, digit in enumerate("〇一二三四五六七八九十")} | {
     "11": "十一", "12": "十二", "100": "百", "1000": "千", "10000": "万",
 }  # fmt: skip
@@ -66,19 +70,14 @@ class Checks:
         target: canonical code of the language translated into.
 
     Attributes:
-        version: says which checks were made, for the memory.
+        version: tells the memory which checks were made.
     """
 
     def __init__(self, source: str, target: str) -> None:
         letters = letters_of(target)
-        self._expected = re.compile(f"[{letters}]") if letters else None
-        self._foreign = re.compile(rf"[^{letters}\W\d_]+") if letters else None
+        self._foreign = re.compile(rf"[^{letters or ''}\W\d_]+")
         self._same_script = letters == letters_of(source)
-        self._weights = (
-            _DENSE_WEIGHT if is_dense(source) else 1.0,
-            _DENSE_WEIGHT if is_dense(target) else 1.0,
-        )
-        self._target_dense = is_dense(target)
+        self._weights = [_DENSE_WEIGHT if is_dense(lang) else 1.0 for lang in (source, target)]
         self._target = target
         self._identifier: LanguageIdentifier | None = None
         self.version = _VERSION
@@ -94,22 +93,17 @@ class Checks:
             return ("empty",)
         if not needs_translation(source):
             return ()
-        suspicions = []
-        if self._is_copy(source, translation):
-            suspicions.append("copy")
-        if self._is_in_wrong_script(source, translation):
-            suspicions.append("script")
-        elif self._is_in_wrong_language(translation):
-            suspicions.append("language")
-        if not self._has_plausible_length(source, translation):
-            suspicions.append("length")
-        if has_loop(translation) and not has_loop(source):
-            suspicions.append("repetition")
-        if self._loses_numerals(source, translation):
-            suspicions.append("numerals")
-        if _num_sentences(translation) > max(1, _num_sentences(source)):
-            suspicions.append("added-sentence")
-        return tuple(suspicions)
+        in_wrong_script = self._is_in_wrong_script(source, translation)
+        fails = {
+            "copy": self._is_copy(source, translation),
+            "script": in_wrong_script,
+            "language": not in_wrong_script and self._is_in_wrong_language(translation),
+            "length": not self._has_plausible_length(source, translation),
+            "repetition": has_loop(translation) and not has_loop(source),
+            "numerals": self._loses_numerals(source, translation),
+            "added-sentence": _num_sentences(translation) > max(1, _num_sentences(source)),
+        }
+        return tuple(name for name in fails if fails[name])
 
     def _is_in_wrong_language(self, text: str) -> bool:
         """Whether the text is surely in another language; short texts are never sure."""
@@ -127,16 +121,14 @@ class Checks:
         return not _is_name(words) and (not self._same_script or len(words) >= _MIN_COPIED_WORDS)
 
     def _is_in_wrong_script(self, source: str, translation: str) -> bool:
-        if self._expected is None or self._foreign is None:
+        if not unexpected_script(translation, self._target):
             return False
         words = _WORD.findall(source)
         foreign = set(self._foreign.findall(translation))
-        num_expected = len(self._expected.findall(translation))
         # One name of the source left as it is, alone or in a sentence of the right script.
-        if _is_name(list(foreign)) and foreign <= set(words) and (num_expected or _is_name(words)):
-            return False
-        num_letters = len(_LETTER.findall(translation))
-        return num_letters > 0 and num_expected < _MIN_SCRIPT_SHARE * num_letters
+        is_kept_name = _is_name(list(foreign)) and foreign <= set(words)
+        in_sentence = needs_translation(self._foreign.sub("", translation))
+        return not (is_kept_name and (in_sentence or _is_name(words)))
 
     def _has_plausible_length(self, source: str, translation: str) -> bool:
         ratio = (len(translation) * self._weights[1] + _LENGTH_SLACK) / (
@@ -145,14 +137,9 @@ class Checks:
         return _LENGTH_RANGE[0] <= ratio <= _LENGTH_RANGE[1]
 
     def _loses_numerals(self, source: str, translation: str) -> bool:
-        wanted = _numbers(source)
-        if not wanted:
-            return False
-        lost = wanted - _numbers(translation)
-        if self._target_dense:
-            lost = Counter(
-                {n: c for n, c in lost.items() if _HAN_NUMBERS.get(n, "-") not in translation}
-            )
+        lost = set(_numbers(source) - _numbers(translation))
+        if is_dense(self._target):
+            lost -= {number for number, han in _HAN_NUMBERS.items() if han in translation}
         return bool(lost)
 
 

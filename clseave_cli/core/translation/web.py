@@ -13,7 +13,8 @@ import os
 import queue
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
@@ -22,8 +23,9 @@ from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
 from clseave_cli.core.config import TranslateConfig
-from clseave_cli.core.data.languages import canonical, spellings
+from clseave_cli.core.data.languages import spellings
 from clseave_cli.core.translation.engine import (
+    Engine,
     Fault,
     Identity,
     Limits,
@@ -35,19 +37,21 @@ from clseave_cli.errors import TranslationError, UsageError
 from clseave_cli.version import __version__
 
 USER_AGENT = f"clseave/{__version__} (research translation; python-requests)"
-#: The key comes from here: command lines can be read by every user of a machine.
+#: The key is not an option, because every user of a machine can read command lines.
 API_KEY_VARIABLE = "LIBRETRANSLATE_API_KEY"
 
-#: An answer longer than this is not a translation; reading on would only fill the memory.
+#: A longer answer is not a translation, and would only fill the memory.
 _MAX_ANSWER_BYTES = 8 << 20
 _CHUNK_BYTES = 1 << 10
 _CAPTCHA_SIGNS = ("captcha", "unusual traffic", "/sorry/", "are you a robot", "cf-challenge")
 
+_NO_ANSWER = "no answer within {seconds:g} s"
 _NOBODY_THERE = "cannot be reached; is the address right, and the server running?"
-# What each exception of requests means, the first that fits: its class, what is in its text, ours.
+# What an exception means, by the first that fits: its class, words in its text, our error.
 _PROBLEMS: tuple[tuple[type[Exception], str, type[Fault], str], ...] = (
     (requests.ConnectTimeout, "", Unreachable, "cannot be reached within {seconds:g} s"),
-    (requests.Timeout, "", Fault, "no answer within {seconds:g} s"),
+    (requests.Timeout, "", Fault, _NO_ANSWER),
+    (TimeoutError, "", Fault, _NO_ANSWER),
     (requests.exceptions.ChunkedEncodingError, "", Fault, "the answer broke off"),
     (requests.exceptions.ContentDecodingError, "", Fault, "the answer is damaged (compression)"),
     (requests.exceptions.ProxyError, "", Unreachable, "the proxy cannot be reached"),
@@ -67,10 +71,8 @@ _GOOGLE_REQUESTS_PER_SECOND = 5.0  # deep-translator's documentation: five a sec
 _GOOGLE_RESULT = re.compile(r'class="(?:t0|result-container)"[^>]*>(.*?)</div>', re.DOTALL)
 _TAG = re.compile(r"<[^>]*>")
 
-_Outcome = queue.SimpleQueue[requests.Response | Exception]
 
-
-class _WebEngine:
+class _WebEngine(Engine):
     """What the two engines share: requests with a deadline, and errors that say what to do.
 
     Several threads may use it. Redirects are never followed: they would carry an API key to
@@ -85,8 +87,24 @@ class _WebEngine:
         self.identity = Identity(name, address(url), "", "", source, target)
         self._idle: queue.SimpleQueue[requests.Session] = queue.SimpleQueue()
 
-    def close(self) -> None:
-        """Nothing to free."""
+    def _pair(self, codes: Collection[str], where: str) -> list[str]:
+        """What the service calls the two languages (`zh-CN`, `zh-Hans`), out of all its codes.
+
+        Raises:
+            TranslationError: it does not have one of them.
+        """
+        table = {code.replace("-", "_").lower(): code for code in codes}
+        pair = []
+        for language in (self.identity.source, self.identity.target):
+            names = (name.replace("-", "_").lower() for name in spellings(language))
+            code = next((table[name] for name in names if name in table), None)
+            if code is None:
+                raise TranslationError(
+                    f"{where}: does not know the language {language}; "
+                    f"it knows: {' '.join(sorted(codes))}."
+                )
+            pair.append(code)
+        return pair
 
     def _request(self, method: str, url: str, **arguments: Any) -> requests.Response:
         """Sends one request and reads the whole answer, which is then in `content`.
@@ -95,21 +113,21 @@ class _WebEngine:
             Fault, Rejection or TranslationError: as in `Engine.translate`.
         """
         where = address(url)
-        outcome: _Outcome = queue.SimpleQueue()
-        # In a thread of its own, which is left behind at the deadline: the time-out of a socket
+        outcome: Future[requests.Response] = Future()
+        # In a thread of its own, which is left behind at the deadline: the timeout of a socket
         # starts anew with every byte that a server lets drip, and looking up a name has none.
         given = (outcome, method, url, arguments)
         threading.Thread(target=self._exchange, args=given, daemon=True).start()
         try:
-            response = outcome.get(timeout=self._timeout_seconds)
-        except queue.Empty:
-            response = requests.ReadTimeout()
-        if isinstance(response, Exception):
-            raise self._explain(response, where) from None
+            response = outcome.result(self._timeout_seconds)
+        except Exception as error:
+            raise self._explain(error, where) from None
         _judge(response, where)
         return response
 
-    def _exchange(self, outcome: _Outcome, method: str, url: str, more: dict[str, Any]) -> None:
+    def _exchange(
+        self, outcome: Future[requests.Response], method: str, url: str, more: dict[str, Any]
+    ) -> None:
         try:
             session = self._idle.get_nowait()
         except queue.Empty:
@@ -126,10 +144,10 @@ class _WebEngine:
                 response._content = bytes(content)
                 response._content_consumed = True  # type: ignore[attr-defined,unused-ignore]
         except Exception as error:
-            outcome.put(error)
+            outcome.set_exception(error)
         else:
             self._idle.put(session)
-            outcome.put(response)
+            outcome.set_result(response)
 
     def _explain(self, error: Exception, where: str) -> Exception:
         for kind, words, fault, problem in _PROBLEMS:
@@ -141,13 +159,15 @@ class _WebEngine:
 
 
 def _judge(response: requests.Response, where: str) -> None:
-    """Raises what an answer means if it is not a translation; see `_WebEngine._request`."""
+    """Raises an error if an answer is no translation; see `_WebEngine._request`."""
     status = response.status_code
     wait = retry_after(response.headers.get("Retry-After"))
     target = response.headers.get("Location", "") if 300 <= status < 400 else ""
     if is_captcha(response) or "/sorry/" in target:
         raise Refusal(f"{where}: asks for a captcha", wait)
     if 200 <= status < 300:
+        if not response.content.strip():
+            raise Fault(f"{where}: an empty answer")
         return
     problem = f"{where}: HTTP {status}"
     if target:
@@ -197,7 +217,7 @@ def retry_after(header: str | None) -> float | None:
 
 
 def is_captcha(response: requests.Response) -> bool:
-    """Whether the answer is a page that wants proof of a human rather than a translation."""
+    """Whether the answer is a page that asks for proof of a human, not a translation."""
     if "html" not in response.headers.get("Content-Type", "html"):
         return False
     page = response.content[:20_000].decode("utf-8", "replace").lower()
@@ -206,7 +226,7 @@ def is_captcha(response: requests.Response) -> bool:
 
 
 class LibreEngine(_WebEngine):
-    """Texts in batches, as arrays; the server's own list of languages is asked for first."""
+    """Sends texts in batches, after asking the server for its list of languages."""
 
     licence = (
         "LibreTranslate is AGPL-3.0 software; its models (Argos, mostly OPUS data) and the "
@@ -229,9 +249,7 @@ class LibreEngine(_WebEngine):
 
     def translate(self, texts: Sequence[str], attempt: int) -> list[str]:
         """Sends one batch."""
-        if not self._codes:
-            self._codes = self._language_codes()
-        source, target = self._codes
+        source, target = self._codes = self._codes or self._language_codes()
         request = {"q": list(texts), "source": source, "target": target, "format": "text"}
         if self._key:
             request["api_key"] = self._key
@@ -252,40 +270,20 @@ class LibreEngine(_WebEngine):
         ]
         if not codes:
             raise Fault(f"{address(self._url)}/languages: an answer without languages")
-        table = {code.replace("-", "_").lower(): code for code in codes}
-        pair = []
-        for language in (self.identity.source, self.identity.target):
-            names = (name.replace("-", "_").lower() for name in spellings(language))
-            code = next((table[name] for name in names if name in table), None)
-            if code is None:
-                raise TranslationError(
-                    f"{address(self._url)}: does not know the language {language}; "
-                    f"it knows: {' '.join(sorted(codes))}."
-                )
-            pair.append(code)
-        return pair
+        return self._pair(codes, address(self._url))
 
     def _ask(self, method: str, path: str, **arguments: Any) -> Any:
         response = self._request(method, f"{self._url}/{path}", **arguments)
-        if not response.content.strip():
-            raise Fault(f"{address(self._url)}/{path}: an empty answer")
         try:
             return json.loads(response.content)
         except (ValueError, RecursionError):
             raise Fault(f"{address(self._url)}/{path}: the answer is not (whole) JSON") from None
 
 
-def google_languages() -> dict[str, str]:
-    """Canonical code → Google's code, from deep-translator's own table."""
-    from deep_translator.constants import GOOGLE_LANGUAGES_TO_CODES
-
-    return {canonical(code): code for code in GOOGLE_LANGUAGES_TO_CODES.values()}
-
-
 class GoogleEngine(_WebEngine):
-    """One request per text; alignment cannot slip.
+    """One request per text, so that alignment cannot slip.
 
-    deep-translator's own request has neither a time-out nor headers and takes none; so the page is
+    deep-translator's own request has neither a timeout nor headers and takes none; so the page is
     fetched and read here, and deep-translator gives the address and the languages.
     """
 
@@ -295,18 +293,12 @@ class GoogleEngine(_WebEngine):
     )
 
     def __init__(self, config: TranslateConfig, source: str, target: str) -> None:
-        from deep_translator.constants import BASE_URLS
+        from deep_translator.constants import BASE_URLS, GOOGLE_LANGUAGES_TO_CODES
 
         url = config.url or BASE_URLS["GOOGLE_TRANSLATE"]
         super().__init__("google", config, url, source, target)
-        languages = google_languages()
-        for language in (source, target):
-            if language not in languages:
-                raise TranslationError(
-                    f"engine google: does not know the language {language}; "
-                    f"it knows: {' '.join(sorted(languages))}."
-                )
-        self._codes = {"sl": languages[source], "tl": languages[target]}
+        codes = self._pair(GOOGLE_LANGUAGES_TO_CODES.values(), "engine google")
+        self._codes = dict(zip(("sl", "tl"), codes, strict=True))
         self.limits = Limits(
             batch_size=1,
             batch_characters=_GOOGLE_TEXT_CHARACTERS,
@@ -324,6 +316,5 @@ class GoogleEngine(_WebEngine):
         # Without a charset in the header, requests would read German umlauts as Latin-1.
         result = _GOOGLE_RESULT.search(response.content.decode("utf-8", "replace"))
         if result is None:
-            page = "a page without a (whole) translation in it" if response.content.strip() else ""
-            raise Fault(f"{address(self._url)}: {page or 'an empty answer'}")
+            raise Fault(f"{address(self._url)}: a page without a (whole) translation in it")
         return html.unescape(_TAG.sub(" ", result[1])).strip()
