@@ -1,8 +1,10 @@
 """The caches of image features and teacher embeddings: a hit is a miss, bit for bit."""
 
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from clseave_cli.core.data.records import distinct, read_split
 from clseave_cli.core.features import (
     Photos,
     VectorCache,
-    _prepared,
+    _decoded,
     image_features,
     packed_keys,
     sentence_embeddings,
@@ -128,21 +130,58 @@ def test_every_core_has_images_to_decode(image, data, monkeypatch, cores, wanted
     assert begun == [(min(cores, wanted), wanted)]
 
 
-def test_processes_decode_for_a_gpu_as_threads_do(data):
-    """Forked, as on a GPU's machine; what a photo is refused for is said in the same words."""
-    paths = sorted((data / "images").glob("*.png"))
+@pytest.fixture
+def for_gpu(data, monkeypatch):
+    """A function that decodes the 8 photos' files as for a GPU: in processes, two at a time."""
+    monkeypatch.setattr(features, "_GROUPS_A_PROCESS", 1)
+    monkeypatch.setattr(features, "usable_cores", lambda: 2)
+    monkeypatch.setattr(features, "_shared_bytes", lambda: 2**30)
+    monkeypatch.setattr(features, "page_locked", lambda part, device: part)
+    paths = sorted((data / "images").glob("train*.png"))
 
-    def pixels(items):
-        return torch.stack([torch.from_numpy(np.array(open_image(paths[i]))) for i in items])
+    def decode(work=lambda path: np.array(open_image(path)), device="cuda"):
+        def pixels(items):
+            return torch.stack([torch.from_numpy(work(paths[item])) for item in items])
 
-    at_once = [list(range(i, min(i + 3, len(paths)))) for i in range(0, len(paths), 3)]
-    of_processes = list(_prepared(pixels, at_once, torch.device("cuda")))
-    assert len(of_processes) == len(at_once) > 2
-    assert all(map(torch.equal, of_processes, _prepared(pixels, at_once, torch.device("cpu"))))
-    paths[4].write_bytes(b"no picture")
+        groups = [[0, 1], [2, 3], [4, 5], [6, 7]]
+        return list(_decoded(pixels, groups, torch.device(device)))
+
+    decode.paths = paths
+    return decode
+
+
+def test_processes_decode_for_a_gpu_as_threads_do(for_gpu):
+    before = torch.get_rng_state()
+    of_processes, of_threads = for_gpu(), for_gpu(device="cpu")
+    assert len(of_processes) == 4 and all(map(torch.equal, of_processes, of_threads))
+    assert torch.equal(torch.get_rng_state(), before)
+    # Another group than the terminal's, whose Ctrl-C is for this process alone.
+    groups = torch.cat(for_gpu(lambda path: np.array([os.getpgid(0)]))).flatten().tolist()
+    assert groups[0] == os.getpgid(0) not in groups[2:]
+
+
+@pytest.mark.parametrize("way", ["processes", "daemon", "little shared memory"])
+def test_a_damaged_photo_is_refused_in_the_same_words(for_gpu, monkeypatch, way):
+    if way != "processes":
+        monkeypatch.setattr(features, "_by_processes", pytest.fail)
+    if way == "daemon":
+        monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
+    if way == "little shared memory":
+        monkeypatch.setattr(features, "_shared_bytes", lambda: 0)
+    for_gpu.paths[4].write_bytes(b"no picture")
     with pytest.raises(DataError) as refused:
-        list(_prepared(pixels, at_once, torch.device("cuda")))
-    assert str(refused.value) == f"{paths[4]}: damaged or not an image."
+        for_gpu()
+    assert str(refused.value) == f"{for_gpu.paths[4]}: damaged or not an image."
+
+
+def test_a_killed_decoder_is_one_line(for_gpu):
+    def work(path):
+        if path == for_gpu.paths[4]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return np.zeros(1)
+
+    with pytest.raises(ClseaveError, match="a process that decodes photos was killed"):
+        for_gpu(work)
 
 
 def test_image_features_are_what_the_encoder_gives(image, data):

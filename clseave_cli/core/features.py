@@ -14,6 +14,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import multiprocessing
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,7 +30,7 @@ import torch
 from PIL.Image import Image
 from safetensors.torch import load_file, save
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from clseave_cli.core.data.images import ImageFolder, open_image
 from clseave_cli.core.data.records import Split, distinct
@@ -49,12 +51,11 @@ _SHARD_SECONDS = 60.0
 _IMAGE_BATCH = {"cuda": 256, "cpu": 64}
 #: Photos that a core decodes at a time: so few that all cores have work, even for a small split.
 _DECODED_AT_ONCE = 32
-#: As many of these are decoded while others are encoded: one for each core, within these bounds.
-#: One is 19 MB of float32 at 224 × 224, and about as much again for its photos while it is decoded.
+#: So many groups of these are decoded while others are encoded: one for each core, within these
+#: bounds. One is 19 MB of float32 at 224 × 224, and as much again for its photos while in work.
 _FEWEST_AHEAD, _MOST_AHEAD = 4, 32
-#: Shared memory that processes which decode for a GPU need, in bytes for each: three results of
-#: 32 photos at 336 × 336.
-_SHARED_BYTES = 3 * 32 * 336 * 336 * 3
+#: With fewer groups for each, starting processes takes longer than they save. An estimate.
+_GROUPS_A_PROCESS = 4
 #: Sentences tokenised at a time.
 _SENTENCES_AT_ONCE = 65_536
 _KEY_BYTES = 16
@@ -265,10 +266,10 @@ def image_features(
                 f"{name}: {len(items):,} photos × {width // length} vectors × {length} × 2 "
                 f"bytes = {len(items) * width * 2 / 1e9:.2f} GB into {folder}{advice}."
             )
-        at_once = [items[i : i + _DECODED_AT_ONCE] for i in range(0, len(items), _DECODED_AT_ONCE)]
-        prepared = _prepared(pixels, at_once, encoder.device)
+        groups = [items[i : i + _DECODED_AT_ONCE] for i in range(0, len(items), _DECODED_AT_ONCE)]
+        decoded = _decoded(pixels, groups, encoder.device)
         num_parts = max(1, _IMAGE_BATCH[encoder.device.type] // _DECODED_AT_ONCE)
-        while parts := list(itertools.islice(prepared, num_parts)):
+        while parts := list(itertools.islice(decoded, num_parts)):
             batch = torch.cat([on_device(part, encoder.device) for part in parts])
             with torch.no_grad(), autocast():
                 yield encode(batch).to(dtype).cpu()
@@ -280,40 +281,76 @@ def image_features(
     )
 
 
-def _prepared(
-    pixels: Callable[[list[int]], Tensor], at_once: list[list[int]], device: torch.device
+def _decoded(
+    pixels: Callable[[list[int]], Tensor], groups: list[list[int]], device: torch.device
 ) -> Iterator[Tensor]:
-    """What `pixels` makes of some photos at a time, in order; all cores work ahead.
+    """What `pixels` makes of each group of photos, in order; all cores work ahead.
 
-    Decoders that only decode and resize, as for a GPU, are processes where they can be. Threads
-    would wait for the interpreter's lock, which the thread that starts kernels holds (1,000 photos
-    a second instead of 2,500 on 16 cores, docs/experiments.md, 2026-11-26).
+    For a GPU they only decode and resize, and many photos keep processes busy: threads wait for
+    each other's interpreter lock, and for that of the thread that starts kernels. 16 cores decode
+    1,900 photos a second in threads and 3,000 in processes (docs/experiments.md, 2026-11-26).
     """
     num_workers = min(usable_cores(), _MOST_AHEAD)
-    if device.type == "cuda" and _shared_bytes() >= num_workers * _SHARED_BYTES:
-
-        def result(number: int) -> Tensor | DataError:
-            try:
-                return pixels(at_once[number])
-            except DataError as error:  # as it is: the loader would add a traceback to its message
-                return error
-
-        for made in DataLoader(
-            range(len(at_once)),  # type: ignore[arg-type]
-            batch_size=None,
-            collate_fn=result,  # type: ignore[arg-type]
-            num_workers=min(num_workers, len(at_once)),
-            multiprocessing_context="fork",
-            pin_memory=torch.cuda.is_available(),
-        ):
-            if isinstance(made, DataError):
-                raise made
-            yield made
-        return
+    many = len(groups) > _GROUPS_A_PROCESS * num_workers
+    if device.type == "cuda" and many and not multiprocessing.current_process().daemon:
+        first, groups = pixels(groups[0]), groups[1:]
+        yield page_locked(first, device)
+        # Each process has up to three results on the way.
+        if _shared_bytes() >= 3 * first.nbytes * num_workers * processes().count:
+            for part in _by_processes(_Groups(pixels, groups), num_workers):
+                yield page_locked(part, device)
+            return
     num_ahead = min(max(_FEWEST_AHEAD, usable_cores()), _MOST_AHEAD)
     with ThreadPoolExecutor(num_workers) as decoders:
-        for part in ahead(decoders, pixels, at_once, num_ahead):
+        for part in ahead(decoders, pixels, groups, num_ahead):
             yield page_locked(part, device)
+
+
+@dataclass(frozen=True)
+class _Groups(Dataset[Tensor | Exception]):
+    """Groups of photos, decoded; an error as it is, for a loader would rewrite its message."""
+
+    pixels: Callable[[list[int]], Tensor]
+    groups: list[list[int]]
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, number: int) -> Tensor | Exception:
+        try:
+            return self.pixels(self.groups[number])
+        except Exception as error:
+            return error
+
+
+def _by_processes(groups: _Groups, num_workers: int) -> Iterator[Tensor]:
+    """Every group in order.
+
+    Raises:
+        ClseaveError: a process was killed.
+    """
+    loader = DataLoader(
+        groups,
+        batch_size=None,
+        num_workers=num_workers,
+        multiprocessing_context="fork",
+        # Out of the group that Ctrl-C and SIGTERM go to: this process ends them.
+        worker_init_fn=lambda _: os.setsid(),
+        # Of its own: the seeds of its workers shall not move the one that trains.
+        generator=torch.Generator(),
+    )
+    try:
+        for made in loader:
+            if isinstance(made, Exception):
+                raise made
+            yield made
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ClseaveError(
+            "a process that decodes photos was killed, perhaps for want of memory; what was "
+            "computed is kept. Run the command again."
+        ) from None
 
 
 def _shared_bytes() -> int:

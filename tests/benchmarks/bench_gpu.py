@@ -6,9 +6,7 @@
 Architectures are those of mBERT and CLIP ViT-B/16 with random weights, sentences real ones varied
 until there are as many as SNLI-VE has, pictures noise of 500 × 375 pixels. Without `--steps` it
 runs the thesis's nine epochs of `align` and six of `finetune-ve` on 529,527 pairs; with it so many
-steps of each. Last come bare steps of the student, as it is, compiled, and compiled into CUDA
-graphs: if either pays there, `align` should have it. `--shape small --device cpu --steps 3` is a
-dry run for a machine without GPU.
+steps of each. `--shape small --device cpu --steps 3` is a dry run for a machine without GPU.
 
 `--quick` takes 40,000 pairs and 1,200 photos, and within five minutes on one GPU says what there is
 to say of the loop: pairs a second, milliseconds of a step on the host and in kernels, the share of
@@ -25,13 +23,14 @@ import argparse
 import importlib.util
 import itertools
 import json
+import math
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -48,19 +47,16 @@ from bench_training import (
 )
 from PIL import Image
 from torch import nn
-from torch.nn import functional
 
 from clseave_cli.core.alignment import align
 from clseave_cli.core.config import AlignConfig, FinetuneConfig
 from clseave_cli.core.finetuning import finetune
 from clseave_cli.core.models import backbones
 from clseave_cli.core.models.encoders import SentenceEncoder
-from clseave_cli.core.models.packing import PackedBatch
 from clseave_cli.core.models.student import new_student
-from clseave_cli.core.models.vocabulary import reduced_vocabulary
 from clseave_cli.core.training import loop
 from clseave_cli.core.training.loop import TrainingResult
-from clseave_cli.core.training.precision import autocast, resolve_device, resolve_precision
+from clseave_cli.core.training.precision import resolve_precision
 from clseave_cli.errors import TrainingError
 from clseave_cli.labels import LABELS
 from clseave_cli.processes import usable_cores
@@ -72,8 +68,8 @@ H200_PEAK = 989e12
 #: SNLI-VE's size: pairs and photos of the training split.
 SNLI_VE_PAIRS, SNLI_VE_PHOTOS = 529_527, 29_783
 
-#: Bare steps of the student: sentences a step, and how many steps come first and do not count.
-BATCH_SIZE, WARM_UP = 128, 5
+#: Pairs in a batch.
+FINETUNE_BATCH, ALIGN_BATCH = 64, 128
 
 
 @dataclass(frozen=True)
@@ -181,73 +177,6 @@ def report(title: str, training: TrainingResult, encoder: Any, sentences: list[s
     )
 
 
-def bare_steps(
-    folder: Path, embedding_dim: int, sentences: list[str], device: torch.device, steps: int
-) -> None:
-    """Prints the rate of forward, backward and optimiser alone, eager and compiled.
-
-    Every batch has the same shape, so that there is one to compile for.
-    """
-    modes = {"eager": None, "compiled": "default"}
-    if device.type == "cuda":
-        modes["compiled, CUDA graphs"] = "reduce-overhead"
-    for title, mode in modes.items():
-        torch.manual_seed(0)
-        torch.compiler.reset()
-        student = new_student(folder, embedding_dim).to(device).train()
-        student.verify_packing()
-        tokens = student.tokenize(sentences[: BATCH_SIZE * (WARM_UP + steps)])
-        parts = np.array_split(np.arange(len(tokens)), WARM_UP + steps)
-        with reduced_vocabulary(student, tokens):
-            batches = [student.pack(tokens, part).to(device) for part in parts]
-            rows, width = np.max([batch.input_ids.shape for batch in batches], axis=0).tolist()
-            batches = [with_shape(batch, rows, width) for batch in batches]
-            if mode is not None:
-                student.backbone.compile(mode=mode)
-            optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
-            first = train_on(student, optimizer, batches[:WARM_UP])
-            seconds = train_on(student, optimizer, batches[WARM_UP:])
-        print(
-            f"bare steps   {title:<22} {sum(map(len, parts[WARM_UP:])) / seconds:,.0f} pairs/s · "
-            f"first {WARM_UP} steps {first:.1f} s",
-            flush=True,
-        )
-
-
-def train_on(
-    student: SentenceEncoder, optimizer: torch.optim.Optimizer, batches: list[PackedBatch]
-) -> float:
-    """One step on each batch; returns the seconds."""
-    with_autocast = autocast("auto", student.device)
-    begin = time.perf_counter()
-    for batch in batches:
-        optimizer.zero_grad(set_to_none=True)
-        with with_autocast():
-            embeddings = student(batch).float()
-        functional.mse_loss(embeddings, torch.zeros_like(embeddings)).backward()
-        optimizer.step()
-    if student.device.type == "cuda":
-        torch.cuda.synchronize(student.device)
-    return time.perf_counter() - begin
-
-
-def with_shape(batch: PackedBatch, rows: int, width: int) -> PackedBatch:
-    """A batch with unused places beside and below, so that it has that many rows and tokens."""
-    before, narrow = batch.input_ids.shape
-
-    def larger(part: torch.Tensor, value: int) -> torch.Tensor:
-        return functional.pad(part, (0, width - narrow, 0, rows - before), value=value)
-
-    return replace(
-        batch,
-        input_ids=larger(batch.input_ids, 0),
-        positions=larger(batch.positions, 0),
-        segments=larger(batch.segments, -1),
-        terminals=batch.terminals // narrow * width + batch.terminals % narrow,
-        groups=(),
-    )
-
-
 @contextmanager
 def timed(title: str) -> Iterator[None]:
     """Prints how long a block took."""
@@ -336,7 +265,7 @@ def compare(run: Callable[[str, int], Path], divisor: int) -> None:
     def metrics(name: str) -> tuple[Any, float]:
         lines = (run(name, COMPARED // divisor) / "training" / "metrics.jsonl").read_text()
         entries = [json.loads(line) for line in lines.splitlines()]
-        dev = [entry["dev"]["mse"] for entry in entries if "dev" in entry]  # none of a collapse
+        dev = [entry["dev"]["mse"] for entry in entries if "dev" in entry]  # a collapse has none
         return np.array([entry["loss"] for entry in entries]), dev[-1] if dev else np.nan
 
     captured, dev = metrics("captured")
@@ -463,14 +392,14 @@ def quick(arguments: argparse.Namespace, out: Path, sizes: Sizes) -> None:
     }
     clock = Clock()
 
-    def epochs(steps: int | None) -> int:
-        return 1 if steps is None else steps  # an epoch has at least one
+    def epochs(steps: int | None, batch: int) -> int:
+        return 1 if steps is None else math.ceil(steps * batch / sizes.pairs)
 
     def finetuned(name: str, steps: int | None = None) -> TrainingResult:
         config = FinetuneConfig(
             head="pooled",
             **shared, clip=str(out / "clip"), runs=out, out=out / name, patience=None,
-            max_steps=steps, epochs=epochs(steps),
+            max_steps=steps, epochs=epochs(steps, FINETUNE_BATCH),
         )  # fmt: skip
         result = finetune(config, clock).training
         assert result is not None
@@ -480,7 +409,7 @@ def quick(arguments: argparse.Namespace, out: Path, sizes: Sizes) -> None:
         config = AlignConfig(
             **shared, lang=(arguments.lang,), student=str(out / "bert"), runs=out,
             teacher=out / "clip-ve", out=out / name, select="mse", max_steps=steps, resume=resume,
-            epochs=epochs(steps),
+            epochs=epochs(steps, ALIGN_BATCH),
         )  # fmt: skip
         # Random weights may end as a collapse, which is refused; the steps were made all the same.
         with suppress(TrainingError):
@@ -495,16 +424,22 @@ def quick(arguments: argparse.Namespace, out: Path, sizes: Sizes) -> None:
           f"{bare:,.0f} photos/s", flush=True)  # fmt: skip
     tower = backbones.load_clip_text(out / "clip-ve" / "text")
     report("finetune-ve", first, tower, [english for english, _ in training])
-    profile("finetune-ve", 64, lambda steps: finetuned("profiled-ve", steps), on_gpu, divisor)
+    profile(
+        "finetune-ve",
+        FINETUNE_BATCH,
+        lambda steps: finetuned("profiled-ve", steps),
+        on_gpu,
+        divisor,
+    )
 
     folder = aligned("student")
     summary = json.loads((folder / "training" / "summary.json").read_text())
     student = new_student(out / "bert", tower.embedding_dim)
     report("align", TrainingResult(**summary), student, [target for _, target in training])
-    profile("align", 128, lambda steps: aligned("profiled", steps), on_gpu, divisor)
+    profile("align", ALIGN_BATCH, lambda steps: aligned("profiled", steps), on_gpu, divisor)
     compare(aligned, divisor)
     kill_and_resume(aligned, divisor)
-    peer(arguments, out, training[: 60 // divisor * BATCH_SIZE], summary["pairs_per_second"])
+    peer(arguments, out, training[: 60 // divisor * ALIGN_BATCH], summary["pairs_per_second"])
 
 
 def run(arguments: argparse.Namespace, out: Path, sizes: Sizes) -> None:
@@ -552,8 +487,6 @@ def run(arguments: argparse.Namespace, out: Path, sizes: Sizes) -> None:
     student = new_student(out / "bert", teacher.embedding_dim)
     targets = [target for _, target in training]
     report("align", aligned.training, student, targets)
-    device = resolve_device(arguments.device)
-    bare_steps(out / "bert", teacher.embedding_dim, targets, device, arguments.steps or 50)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tiny_task import CPU, Task
+from tiny_task import CPU
 from tiny_world import QUICK, killed_at_step, metrics_of, quick_align, weights
-from torch import Tensor, nn
+from torch import Tensor
 
 from clseave_cli.core.config import FinetuneConfig
 from clseave_cli.core.finetuning import finetune
@@ -148,30 +148,3 @@ def test_batches_filled_up_train_as_others_do(
         losses[filled] = [entry["loss"] for entry in metrics_of(run.folder / "training")]
     assert losses[True] == pytest.approx(losses[False], rel=1e-3)
     assert all(recorder.replays for recorder in replayed)
-
-
-class _Uneven(nn.Module):
-    """Leaves one of its layers alone in some steps."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(5, 3) for _ in range(2))
-
-    def forward(self, inputs):
-        used = self.layers if inputs[0, 0] > 0 else self.layers[:1]
-        return sum(layer(inputs) for layer in used)
-
-
-def test_parameters_without_gradient_are_left_alone(tmp_path, monkeypatch):
-    """Whatever their momentum and the weight decay."""
-
-    def trained(name):
-        task = Task()
-        task.module = _Uneven()
-        task.run(tmp_path / name, batch_size=1, weight_decay=0.1)
-        return task.weights
-
-    plain = trained("plain")
-    recorder = Replayer()
-    monkeypatch.setattr(loop._Run, "_recorder", lambda run: recorder)
-    assert torch.equal(plain, trained("captured")) and recorder.replays

@@ -28,9 +28,9 @@ from clseave_cli.core.models.tokens import Filling, TokenTable, Trimmed, tokeniz
 from clseave_cli.core.models.weights import quiet
 from clseave_cli.progress import SILENT, Progress
 
-#: Row length of packed batches; an encoder that reads less is packed to what it reads. A GPU likes
-#: few shapes and large ones. On a CPU every masked place of the attention costs, and with dropout
-#: much, so rows are about as long as the longest sentences (docs/experiments.md, 2026-11-21).
+#: Row length of packed batches; an encoder that reads less is packed to what it reads. Masked
+#: places of the attention cost, on a CPU with dropout much: rows are about as long as the longest
+#: sentences there, and twice as long on a GPU (docs/experiments.md, 2026-11-21 and 2026-11-26).
 _ROW_TOKENS = {"cuda": 64, "cpu": 32}
 #: What a call of the backbone costs beside its tokens, in tokens: where it cannot be packed, rows
 #: are computed apart if that saves more padding. Estimates for 12 layers; a GPU computes thousands

@@ -3,7 +3,7 @@
 Autocast casts each weight where it is used, computes normalisations in float32, and casts their
 results again for every matrix product: a fifth of a step on short sentences. In the block below all
 weights are cast at once and activations stay in bfloat16, as in PyTorch FSDP's mixed precision.
-Normalisations and products still sum in float32, and the optimiser updates the float32 weights.
+Normalisations still compute in float32, and the optimiser updates the float32 weights.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ _SMALL_TABLE = 1024
 def in_half(backbone: nn.Module) -> Iterator[None]:
     """Within the block, a module computes with bfloat16 copies of its float32 weights.
 
-    Their gradients reach the weights in float32, also when the backward pass comes after the block.
+    Their gradients reach the weights in float32, also when the backward pass comes after the block
+    (but what gradient checkpointing computes again must come within it).
     """
     slots = [
         (module, name, weight)
@@ -109,7 +110,7 @@ class _Linear(torch.autograd.Function):
 
 def _linear(ones: dict[int, Tensor], module: nn.Linear, given: Tensor) -> Tensor:
     given = given.to(module.weight.dtype)
-    if module.bias is None or not torch.is_grad_enabled():
+    if module.bias is None or not (torch.is_grad_enabled() and module.bias.requires_grad):
         return functional.linear(given, module.weight, module.bias)
     num_tokens = given.numel() // given.shape[-1]
     if num_tokens not in ones:

@@ -3,9 +3,10 @@
 A training step on short sentences is a few thousand kernels of some microseconds each, and starting
 them one by one from Python takes several times as long as running them. A graph starts them all at
 once. It repeats what was captured to the letter: the same kernels on the same addresses. So a
-batch is copied into the graph's tensors first, and what the step changes (weights, optimiser state,
-running statistics, gradients) must stay where it is. Random numbers move on from replay to replay
-as they would without a graph, so a state saved in between holds all that the next step needs.
+batch is copied into the graph's tensors first, and what a step leaves for the next one (weights,
+optimiser state, running statistics) must stay where it is. Random numbers move on from replay to
+replay as they would without a graph, so a state saved in between holds all that the next step
+needs.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 from clseave_cli.core.training.placement import on_device, tensors_of
 
 #: Shapes that are captured: a bound on what the driver keeps for graphs. Filled-up batches of one
-#: size come in three to nine.
+#: size come in about ten, a batch in parts in three times as many.
 _MOST_GRAPHS = 48
 #: So many shapes of which none came twice, and no more is expected of this kind of batch.
 _MOST_SINGLE_SHAPES = 256

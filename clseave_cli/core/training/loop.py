@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, TypeVar
@@ -190,24 +190,15 @@ class _Part:
 
     Attributes:
         share: how much of the batch they are.
+        is_first: no part of the batch comes before.
         examples: what the stage's `prepare` made of them.
+        learning_rate: () float64, of the optimiser step that follows the last part.
     """
 
     share: float
+    is_first: bool
     examples: Any
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What one optimiser step needs.
-
-    Attributes:
-        parts: of the batch.
-        learning_rate: () float64.
-    """
-
-    parts: tuple[_Part, ...]
-    learning_rate: Tensor
+    learning_rate: Tensor | None = None
 
 
 class _Run:
@@ -257,6 +248,19 @@ class _Run:
         if self.config.resume:
             self._resume()
         self.processes.once(self._truncate_metrics)
+        try:
+            stopped_early = self._train()
+        finally:
+            # Graphs hold the GPU's memory and, in a circle, this run.
+            self.optimizer.zero_grad(set_to_none=True)
+            del self.captured
+        assert self.kept_weights is not None
+        restore(self.stage.module, self.kept_weights)
+        self.stage.module.eval()
+        return self._finish(stopped_early)
+
+    def _train(self) -> bool:
+        """All epochs; True when patience ran out."""
         stopped_early = False
         with (
             deterministic(self.device) as self.relax,
@@ -275,10 +279,7 @@ class _Run:
             while (self.state.step < self.total_steps or self.state.batch) and not stopped_early:
                 self._epoch(stop_requested)
                 stopped_early = self._end_epoch()
-        assert self.kept_weights is not None
-        restore(self.stage.module, self.kept_weights)
-        self.stage.module.eval()
-        return self._finish(stopped_early)
+        return stopped_early
 
     def _epoch(self, stop_requested: Callable[[], bool]) -> None:
         """The rest of the current epoch."""
@@ -308,20 +309,22 @@ class _Run:
             self.stage.num_examples, config.batch_size, seed=config.seed, epoch=state.epoch
         )
 
-    def _prepared(self, todo: list[Rows]) -> Iterator[tuple[Rows, tuple[_Part, ...]]]:
+    def _prepared(self, todo: list[Rows]) -> Iterator[tuple[Rows, list[_Part]]]:
         """Batches with their parts prepared, a few ahead of the step that uses them."""
 
-        def prepare(rows: Rows) -> tuple[_Part, ...]:
+        def prepare(rows: Rows) -> list[_Part]:
             parts = np.array_split(rows, min(self.config.accumulation, len(rows)))
-            return tuple(
-                page_locked(_Part(len(part) / len(rows), self.stage.prepare(part)), self.device)
-                for part in parts
-            )
+            return [
+                page_locked(
+                    _Part(len(part) / len(rows), number == 0, self.stage.prepare(part)), self.device
+                )
+                for number, part in enumerate(parts)
+            ]
 
         with ThreadPoolExecutor(max_workers=1) as worker:
             yield from zip(todo, ahead(worker, prepare, todo, _BATCHES_AHEAD), strict=True)
 
-    def _step(self, rows: Rows, parts: tuple[_Part, ...]) -> float:
+    def _step(self, rows: Rows, parts: list[_Part]) -> float:
         """One optimiser step on a batch; returns its learning rate."""
         learning_rate = self.config.learning_rate * learning_rate_factor(
             self.state.step,
@@ -335,7 +338,8 @@ class _Run:
         rate = page_locked(torch.tensor(learning_rate, dtype=torch.float64), self.device)
         try:
             with self._frozen():
-                self.sums += self.captured(_Work(parts, rate)) * len(rows)
+                for part in [*parts[:-1], replace(parts[-1], learning_rate=rate)]:
+                    self.sums += self.captured(part) * len(rows)
         except torch.OutOfMemoryError:
             raise TrainingError(
                 f"{self.stage}: the memory of {self.device} is too small for batches of "
@@ -375,23 +379,32 @@ class _Run:
         )
         return compute()
 
-    def _work(self, work: _Work) -> Tensor:
-        """A batch's gradient and the optimiser's step; the means of its loss and the metrics."""
-        means = self._repeatable(lambda: self._gradient(work.parts))
-        self.processes.average_gradients(self.parameters)
-        self._update(work.learning_rate)
+    def _work(self, part: _Part) -> Tensor:
+        """Adds a part's gradient to that of the parts before; after the last, updates the weights.
+
+        Returns:
+            The part's share of the batch's mean loss, and of the stage's metrics.
+        """
+        means = self._repeatable(lambda: self._gradient(part))
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            updated = [parameter for parameter in self.parameters if parameter.grad is not None]
+            if not all(parameter in self.optimizer.state for parameter in updated):
+                # Every replay would make its optimiser state anew.
+                raise RuntimeError("a part of the model has no gradient in some batches")
+        if part.learning_rate is not None:
+            self.processes.average_gradients(self.parameters)
+            self._update(part.learning_rate)
         return means
 
-    def _gradient(self, parts: tuple[_Part, ...]) -> Tensor:
-        """Leaves the gradient of a batch; returns the means of its loss and the stage's metrics."""
-        self.optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros_like(self.sums)
-        for part in parts:
-            with self.autocast():
-                means = self.stage.loss(part.examples).reshape(-1)
-            self.scaler.scale(means[0] * part.share).backward()  # type: ignore[no-untyped-call]
-            sums += means.detach().double() * part.share
-        return sums
+    def _gradient(self, part: _Part) -> Tensor:
+        if part.is_first:
+            # The graphs of several parts share one gradient, which must stay where it is.
+            stays = self.device.type == "cuda" and self.config.accumulation > 1
+            self.optimizer.zero_grad(set_to_none=not stays)
+        with self.autocast():
+            means = self.stage.loss(part.examples).reshape(-1)
+        self.scaler.scale(means[0] * part.share).backward()  # type: ignore[no-untyped-call]
+        return means.detach().double() * part.share
 
     def _update(self, learning_rate: Tensor) -> None:
         """The optimiser's step, from the gradients that lie there."""
@@ -407,7 +420,7 @@ class _Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
-    def _captured(self) -> Captured[_Work]:
+    def _captured(self) -> Captured[_Part]:
         """Steps that are captured from now on, where they can be."""
         return Captured(self._work, self.device, self._recorder(), self._note)
 
