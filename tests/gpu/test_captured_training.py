@@ -36,11 +36,13 @@ def aligned(out, world, trained, encoder, notes=None, **more):
     return weights(out / "align-de")
 
 
+@pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("is_guided", [False, True])
 def test_captured_steps_have_the_losses_of_plain_ones(
-    tmp_path, world, clip, plain_steps, is_guided
+    tmp_path, world, clip, plain_steps, is_guided, accumulation
 ):
     options = {"guided": world / "images", "guided_adapter": True} if is_guided else {}
+    options |= {"accumulation": accumulation, "clip_norm": 1.0}
     _, captured, dev = finetuned(tmp_path / "captured", world, clip, **options)
     plain_steps()
     _, plain, plain_dev = finetuned(tmp_path / "plain", world, clip, **options)

@@ -1,4 +1,4 @@
-"""Training in bfloat16 throughout, as on a GPU: what autocast gives, within its own error."""
+"""Training in bfloat16 throughout, as on a GPU; errors are measured on one or two layers."""
 
 import numpy as np
 import pytest
