@@ -36,7 +36,7 @@ def aligned(out, world, trained, encoder, notes=None, **more):
     return weights(out / "align-de")
 
 
-@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("is_guided", [False, True])
 def test_captured_steps_have_the_losses_of_plain_ones(
     tmp_path, world, clip, plain_steps, is_guided, accumulation

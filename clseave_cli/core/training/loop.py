@@ -386,12 +386,12 @@ class _Run:
             The part's share of the batch's mean loss, and of the stage's metrics.
         """
         means = self._repeatable(lambda: self._gradient(part))
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            updated = [parameter for parameter in self.parameters if parameter.grad is not None]
-            if not all(parameter in self.optimizer.state for parameter in updated):
-                # Every replay would make its optimiser state anew.
-                raise RuntimeError("a part of the model has no gradient in some batches")
         if part.learning_rate is not None:
+            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                updated = [parameter for parameter in self.parameters if parameter.grad is not None]
+                if not all(parameter in self.optimizer.state for parameter in updated):
+                    # Every replay would make its optimiser state anew.
+                    raise RuntimeError("a part of the model has no gradient in some batches")
             self.processes.average_gradients(self.parameters)
             self._update(part.learning_rate)
         return means
