@@ -24,7 +24,8 @@ def finetune_ve(config: FinetuneConfig) -> None:
 
     The image encoder is frozen and its features are computed once,
     unless --unfreeze-blocks or --lora train it; the text encoder, the
-    projection and the head are trained. Use --preset thesis for the thesis's hyper-parameters.
+    projection and the head are trained. Use --preset thesis for the
+    thesis's hyper-parameters.
     """
     from clseave_cli.core import finetuning
 

@@ -290,11 +290,15 @@ def _decoded(
     each other's interpreter lock, and for that of the thread that starts kernels. 16 cores decode
     1,900 photos a second in threads and 3,000 in processes (docs/experiments.md, 2026-11-26).
     """
+
+    def locked(group: list[int]) -> Tensor:
+        return page_locked(pixels(group), device)
+
     num_workers = min(usable_cores(), _MOST_AHEAD)
     many = len(groups) > _GROUPS_A_PROCESS * num_workers
     if device.type == "cuda" and many and not multiprocessing.current_process().daemon:
-        first, groups = pixels(groups[0]), groups[1:]
-        yield page_locked(first, device)
+        first, groups = locked(groups[0]), groups[1:]
+        yield first
         # Each process has up to three results on the way.
         if _shared_bytes() >= 3 * first.nbytes * num_workers * processes().count:
             for part in _by_processes(_Groups(pixels, groups), num_workers):
@@ -302,8 +306,7 @@ def _decoded(
             return
     num_ahead = min(max(_FEWEST_AHEAD, usable_cores()), _MOST_AHEAD)
     with ThreadPoolExecutor(num_workers) as decoders:
-        for part in ahead(decoders, pixels, groups, num_ahead):
-            yield page_locked(part, device)
+        yield from ahead(decoders, locked, groups, num_ahead)
 
 
 @dataclass(frozen=True)

@@ -137,8 +137,10 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
             mean = _mean_loss(objective, batch, embeddings, captions, scale)
             if batch.guided is None:
                 return mean
-            (pixels, is_there), drawn = batch.guided, torch.randn_like(images)
-            if config.guided_control != "noise":
+            pixels, is_there = batch.guided
+            if config.guided_control == "noise":
+                drawn = torch.randn_like(images)
+            else:
                 drawn = processes().gather(lambda: image(pixels), batch.num_images).float()
             # Which of the batch's captions does the picture mean, and which the photo? (eq. 3, 5)
             answers = [

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
@@ -62,7 +63,7 @@ class Row(NamedTuple):
 Write = Callable[[Row, str, tuple[str, ...]], None]
 
 
-class TextFile:
+class TextFile(ABC):
     """A file of one of the formats.
 
     Args:
@@ -80,17 +81,17 @@ class TextFile:
     def __init__(self, path: Path, field: str | None, source: str) -> None:
         self.path, self._field, self._source = path, field, source
 
+    @abstractmethod
     def rows(self) -> Iterator[Row]:
         """The rows, in order.
 
         Raises:
             DataError: naming file and line, for the first row that cannot be read.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def writer(self, stream: BinaryIO) -> AbstractContextManager[Write]:
         """What writes rows in the same format into a stream, which stays open after the block."""
-        raise NotImplementedError
 
     def _choose_field(self, names: list[str]) -> str:
         """The field to translate, out of those the file has.
@@ -128,7 +129,7 @@ def open_text_file(path: Path, field: str | None, source: str) -> TextFile:
     kind = format_of(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file.")
-    kinds = {
+    kinds: dict[str, Callable[[Path, str | None, str], TextFile]] = {
         "jsonl": _JsonLinesFile, "csv": _DelimitedFile, "plain": _PlainFile,
         "parquet": _ParquetFile,
     }  # fmt: skip
