@@ -12,7 +12,7 @@ from clseave_cli.commands import terminal
 from clseave_cli.core.config import WordAlignConfig
 
 if TYPE_CHECKING:
-    from clseave_cli.core.word_alignment.links import AlignmentScore
+    from clseave_cli.core.alignment.links import AlignmentScore
 
 
 def run(
@@ -26,7 +26,7 @@ def run(
     prints or writes a line of links a pair, 0-0 1-2 …, words counted from 0.
     --gold scores them; with --alignments, those of another aligner.
     """
-    from clseave_cli.core.word_alignment.word_links import align_words
+    from clseave_cli.core.alignment.word_links import align_words
 
     result = align_words(config, terminal.TerminalProgress())
     if result.score is not None:

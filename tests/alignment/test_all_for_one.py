@@ -18,11 +18,11 @@ from tiny_world import (
 from torch.nn import functional
 
 from clseave_cli.core.alignment import transfer
+from clseave_cli.core.alignment.links import Links
 from clseave_cli.core.data.seen import SeenRows
 from clseave_cli.core.models.clip_ve import fingerprint
 from clseave_cli.core.models.scratch import new_encoder
 from clseave_cli.core.models.student import begun_student, load_student, new_student
-from clseave_cli.core.word_alignment.links import Links
 from clseave_cli.errors import ModelError, UsageError
 
 

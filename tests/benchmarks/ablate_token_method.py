@@ -34,13 +34,13 @@ import numpy as np
 
 from clseave_cli.core.alignment import align
 from clseave_cli.core.alignment.autoencoding import autoencode
+from clseave_cli.core.alignment.links import Links
+from clseave_cli.core.alignment.words import split_words
 from clseave_cli.core.config import AlignConfig, AutoencodeConfig, EvaluateConfig
 from clseave_cli.core.data.mini_ve.grammar import LANGUAGES
 from clseave_cli.core.data.records import ENGLISH, join, read_split
 from clseave_cli.core.evaluation.run import evaluate
 from clseave_cli.core.models.scratch import new_encoder
-from clseave_cli.core.word_alignment.links import Links
-from clseave_cli.core.word_alignment.words import split_words
 
 _ROUNDS = 10
 

@@ -192,23 +192,23 @@ class Killed(BaseException):
 @contextmanager
 def steps_as(step: Callable[[Any, Any, Any], float]) -> Iterator[None]:
     """In the block, the loop makes its steps through a function of run, rows and parts."""
-    plain = loop._Run._step
-    loop._Run._step = step  # type: ignore[method-assign]
+    plain = loop._Loop._step
+    loop._Loop._step = step  # type: ignore[method-assign]
     try:
         yield
     finally:
-        loop._Run._step = plain  # type: ignore[method-assign]
+        loop._Loop._step = plain  # type: ignore[method-assign]
 
 
 @contextmanager
 def plain_steps() -> Iterator[None]:
     """In the block, no step is captured."""
-    recorder = loop._Run._recorder
-    loop._Run._recorder = lambda run: None  # type: ignore[method-assign]
+    recorder = loop._Loop._recorder
+    loop._Loop._recorder = lambda run: None  # type: ignore[method-assign]
     try:
         yield
     finally:
-        loop._Run._recorder = recorder  # type: ignore[method-assign]
+        loop._Loop._recorder = recorder  # type: ignore[method-assign]
 
 
 def profile(
@@ -223,7 +223,7 @@ def profile(
     if on_gpu:
         activities = [torch.profiler.ProfilerActivity.CUDA]
     profiler = torch.profiler.profile(activities=activities)
-    plain = loop._Run._step
+    plain = loop._Loop._step
     count, host, seconds = itertools.count(1), [0.0], [time.perf_counter()]
 
     def wait() -> None:
@@ -285,7 +285,7 @@ def compare(run: Callable[[str, int], Path], divisor: int) -> None:
 
 def kill_and_resume(run: Callable[..., Path], divisor: int) -> None:
     """Prints whether a killed and resumed run ends in the weights of a whole one."""
-    plain = loop._Run._step
+    plain = loop._Loop._step
     steps, saved_at, killed_at = (number // divisor for number in (RESUMED, SAVED_AT, KILLED_AT))
 
     def step(self: Any, rows: Any, parts: Any) -> float:

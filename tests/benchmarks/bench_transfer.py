@@ -27,10 +27,10 @@ from ablate_token_method import statistical_links
 
 from clseave_cli.core.alignment import align, transfer
 from clseave_cli.core.alignment.corpus import limited
+from clseave_cli.core.alignment.words import Words, split_words
 from clseave_cli.core.config import AlignConfig, EvaluateConfig
 from clseave_cli.core.data.records import ENGLISH, join, read_split
 from clseave_cli.core.evaluation.run import evaluate
-from clseave_cli.core.word_alignment.words import Words, split_words
 from clseave_cli.progress import SILENT
 
 #: The language of the student that each starts from.

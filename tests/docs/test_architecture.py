@@ -21,7 +21,7 @@ FLOORS = (
     {"commands"},
     {"core.evaluation", "core.prediction"},
     {"core.alignment", "core.finetuning", "core.pretraining"},
-    {"core.guided", "core.translation", "core.word_alignment"},
+    {"core.guided", "core.translation"},
     {"core.features"},
     {"core.training", "core.models"},
     {"core.data"},

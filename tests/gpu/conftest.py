@@ -15,4 +15,4 @@ def plain_steps(monkeypatch):
     """A function that makes every later training run its steps one by one."""
     from clseave_cli.core.training import loop
 
-    return lambda: monkeypatch.setattr(loop._Run, "_recorder", lambda run: None)
+    return lambda: monkeypatch.setattr(loop._Loop, "_recorder", lambda run: None)

@@ -99,7 +99,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
     tmp_path, world, trained, encoder, killed_at, monkeypatch
 ):
     whole = aligned(tmp_path / "whole", world, trained, encoder)
-    step = loop._Run._step
+    step = loop._Loop._step
 
     def dying(run, *arguments):
         if run.state.step == killed_at:
@@ -107,7 +107,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
         return step(run, *arguments)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(loop._Run, "_step", dying)
+        patch.setattr(loop._Loop, "_step", dying)
         aligned(tmp_path / "killed", world, trained, encoder, checkpoint_minutes=0)
     assert aligned(tmp_path / "killed", world, trained, encoder, resume=True) == whole
 

@@ -97,7 +97,7 @@ def replayed(monkeypatch):
         made.append(Replayer())
         return made[-1]
 
-    monkeypatch.setattr(loop._Run, "_recorder", recorder)
+    monkeypatch.setattr(loop._Loop, "_recorder", recorder)
     return made
 
 
@@ -117,7 +117,7 @@ def test_finetune_ends_in_the_weights_of_plain_steps(
 
     plain = run("plain")
     recorder = Replayer()
-    monkeypatch.setattr(loop._Run, "_recorder", lambda self: recorder)
+    monkeypatch.setattr(loop._Loop, "_recorder", lambda self: recorder)
     assert run("captured") == plain
     assert recorder.replays > recorder.captures > 0
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from clseave_cli.core.alignment.words import NONE, WordTokens, find_tokens, split_words
 from clseave_cli.core.config import AutoencodeConfig
 from clseave_cli.core.data.records import distinct, read_split, require_language
 from clseave_cli.core.models.clip_ve import ClipVE
@@ -26,7 +27,6 @@ from clseave_cli.core.models.tokens import TokenTable
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
 from clseave_cli.core.training.placement import on_device
 from clseave_cli.core.training.run import Run, StageResult, public_name, set_up
-from clseave_cli.core.word_alignment.words import NONE, WordTokens, find_tokens, split_words
 from clseave_cli.errors import UsageError
 from clseave_cli.progress import SILENT, Progress
 

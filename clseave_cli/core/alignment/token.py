@@ -21,7 +21,10 @@ import torch
 from torch import Tensor
 
 from clseave_cli.core.alignment.corpus import LanguagePairs
+from clseave_cli.core.alignment.links import Links, read_links
 from clseave_cli.core.alignment.objectives import SentenceBatch, SentenceObjective
+from clseave_cli.core.alignment.word_aligner import WordAligner, load_aligner
+from clseave_cli.core.alignment.words import NONE, Words, find_tokens, split_words
 from clseave_cli.core.config import StudentConfig, TokenTarget
 from clseave_cli.core.data.records import Parallel, distinct
 from clseave_cli.core.files import file_digest
@@ -36,9 +39,6 @@ from clseave_cli.core.models.student import (
 from clseave_cli.core.models.tokens import TokenTable
 from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.loop import Rows
-from clseave_cli.core.word_alignment.aligner import WordAligner, load_aligner
-from clseave_cli.core.word_alignment.links import Links, read_links
-from clseave_cli.core.word_alignment.words import NONE, Words, find_tokens, split_words
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.progress import Progress
 

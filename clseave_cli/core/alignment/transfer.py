@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clseave_cli.core.alignment.corpus import ParallelReader
+from clseave_cli.core.alignment.links import read_lines
+from clseave_cli.core.alignment.word_aligner import WordAligner, load_aligner
+from clseave_cli.core.alignment.words import NONE, Words, find_tokens, split_words
 from clseave_cli.core.config import StudentConfig
 from clseave_cli.core.data.records import Parallel, distinct
 from clseave_cli.core.files import file_digest, json_digest
@@ -27,9 +30,6 @@ from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.folder import peek
 from clseave_cli.core.models.student import FORMAT, begun_student
-from clseave_cli.core.word_alignment.aligner import WordAligner, load_aligner
-from clseave_cli.core.word_alignment.links import read_lines
-from clseave_cli.core.word_alignment.words import NONE, Words, find_tokens, split_words
 from clseave_cli.errors import DataError, ModelError, UsageError
 from clseave_cli.progress import Progress
 

@@ -181,7 +181,7 @@ def train(
         Interrupted: Ctrl-C or SIGTERM; the state was saved first.
         ClseaveError: the disk is full; the last good state is kept.
     """
-    return _Run(stage, config, device, folder, progress).run()
+    return _Loop(stage, config, device, folder, progress).run()
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class _Part:
     learning_rate: Tensor | None = None
 
 
-class _Run:
+class _Loop:
     def __init__(
         self,
         stage: Stage,

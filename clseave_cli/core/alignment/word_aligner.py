@@ -16,13 +16,13 @@ import torch
 from safetensors.numpy import load_file, save
 from torch import Tensor
 
+from clseave_cli.core.alignment.links import Links
+from clseave_cli.core.alignment.words import NONE, Words, WordTokens, find_tokens
 from clseave_cli.core.config import WordAlignerConfig
 from clseave_cli.core.files import atomic_file, cache_root, file_digest, json_digest
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.student import new_student
 from clseave_cli.core.training.distribution import processes
-from clseave_cli.core.word_alignment.links import Links
-from clseave_cli.core.word_alignment.words import NONE, Words, WordTokens, find_tokens
 from clseave_cli.errors import UsageError
 from clseave_cli.progress import SILENT, Progress
 

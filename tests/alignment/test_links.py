@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tiny_world import Notes
 
-from clseave_cli.core.word_alignment.links import AlignmentScore, Links, read_links, score
+from clseave_cli.core.alignment.links import AlignmentScore, Links, read_links, score
 from clseave_cli.errors import DataError
 
 

@@ -16,6 +16,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from clseave_cli.core.alignment.links import (
+    AlignmentScore,
+    Links,
+    read_lines,
+    read_links,
+    score,
+)
+from clseave_cli.core.alignment.word_aligner import WordAligner, load_aligner
+from clseave_cli.core.alignment.words import Words, split_words
 from clseave_cli.core.config import WordAlignConfig
 from clseave_cli.core.data.hub import data_folder
 from clseave_cli.core.data.records import (
@@ -27,15 +36,6 @@ from clseave_cli.core.data.records import (
 )
 from clseave_cli.core.files import atomic_file, locked_target, writing
 from clseave_cli.core.training.precision import resolve_device
-from clseave_cli.core.word_alignment.aligner import WordAligner, load_aligner
-from clseave_cli.core.word_alignment.links import (
-    AlignmentScore,
-    Links,
-    read_lines,
-    read_links,
-    score,
-)
-from clseave_cli.core.word_alignment.words import Words, split_words
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.progress import SILENT, Progress
 

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from clseave_cli.core.alignment import words as words_module
+from clseave_cli.core.alignment.words import NONE, find_tokens, split_words
 from clseave_cli.core.models import backbones
 from clseave_cli.core.models.student import new_student
 from clseave_cli.core.models.tokens import tokenize
-from clseave_cli.core.word_alignment import words as words_module
-from clseave_cli.core.word_alignment.words import NONE, find_tokens, split_words
 from clseave_cli.errors import ExtraMissing
 
 

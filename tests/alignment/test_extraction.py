@@ -7,11 +7,11 @@ import torch
 from tiny_world import flip_byte
 from transformers import AutoModel, AutoTokenizer
 
+from clseave_cli.core.alignment.links import Links
+from clseave_cli.core.alignment.word_aligner import WordAligner, cached_links, link_words
+from clseave_cli.core.alignment.words import split_words
 from clseave_cli.core.models.student import new_student
 from clseave_cli.core.training.distribution import Processes
-from clseave_cli.core.word_alignment.aligner import WordAligner, cached_links, link_words
-from clseave_cli.core.word_alignment.links import Links
-from clseave_cli.core.word_alignment.words import split_words
 from clseave_cli.errors import UsageError
 
 ENGLISH = [
@@ -178,6 +178,6 @@ def test_the_first_of_several_processes_finds_the_links(monkeypatch):
     links = Links(np.zeros((1, 2), dtype=np.int64), np.ones(1, dtype=bool), np.array([0, 1]))
     monkeypatch.setattr(Processes, "agree", lambda team, value: links)  # what the first one tells
     monkeypatch.setattr(
-        "clseave_cli.core.word_alignment.aligner.processes", lambda: Processes(1, 2)
+        "clseave_cli.core.alignment.word_aligner.processes", lambda: Processes(1, 2)
     )
     assert cached_links("key", lambda: pytest.fail("computed twice")) is links
