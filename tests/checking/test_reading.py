@@ -32,7 +32,7 @@ def read(*paths, **options):
 def seen(*paths, **options):
     """(where, text, the file of the picture or why there is none) of everything read."""
     return [
-        (t.where, t.text, getattr(t.picture.source, "name", None) or t.picture.skipped)
+        (t.place, t.text, getattr(t.picture.source, "name", None) or t.picture.skipped)
         for t in read(*paths, **options)
     ]
 
@@ -185,7 +185,7 @@ def test_webdataset_members_are_read_where_they_are(site):
             archive.addfile(member, io.BytesIO(content))
     before = set(site.parent.rglob("*"))
     texts = read("shard.tar")
-    assert [(t.where, t.text, t.picture.source) for t in texts] == [
+    assert [(t.place, t.text, t.picture.source) for t in texts] == [
         ("0", "zero", b"PNG"), ("1", "one", b"JPG"),
     ]  # fmt: skip
     assert set(site.parent.rglob("*")) == before

@@ -199,7 +199,7 @@ def test_a_hypothesis_of_ten_thousand_words(commands, clseave, data):
     arguments = commands["predict"]
     arguments[2] = "red " * 10_000
     code, out, err = clseave(*arguments, "--json")
-    assert code == 0 and "too long and was cut" in err.replace("\n", " ")
+    assert code == 0 and "too long and was truncated" in err.replace("\n", " ")
     assert json.loads(out)["label"]
     path = data / "snli_ve_test.jsonl"
     edit_row(path, 3, sentence2="red " * 10_000)

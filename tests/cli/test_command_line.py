@@ -339,7 +339,9 @@ def test_a_file_of_which_nothing_can_be_judged_is_an_error(clseave, trained, tmp
     assert code == 1 and out == f"{answers}: 0 predicted, 2 with an error\n"
     said = "expected an object with texts for image and hypothesis"
     keys = "(keys ['photo', 'sentence'])"
-    assert f"no row could be judged; the first: {pairs}:1: {said} {keys}." in " ".join(err.split())
+    assert f"no row has a prediction; the first error: {pairs}:1: {said} {keys}." in " ".join(
+        err.split()
+    )
     assert len(read_jsonl(answers)) == 2
 
 

@@ -126,7 +126,7 @@ def test_init_writes_what_every_command_takes_and_never_overwrites(
     for name, (config_class, _) in _COMMANDS.items():
         assert resolve(config_class, {}, table=name) == config_class()
     path.write_text(text + "mine = 1\n")
-    assert "is there already" in refused("init", code=2)
+    assert "already exists" in refused("init", code=2)
     assert path.read_text() == text + "mine = 1\n"
 
     path.write_text(re.sub(r"^# (?=\w+ = )", "", text, flags=re.MULTILINE))
@@ -153,7 +153,7 @@ def test_the_project_file_loses_to_preset_config_and_flag(tmp_path, monkeypatch)
     ("shell", "variables", "expected"),
     [
         ("bash", {"COMP_WORDS": "clseave align --stud", "COMP_CWORD": "2"}, "--student"),
-        ("zsh", {"_TYPER_COMPLETE_ARGS": "clseave cac"}, '_arguments \'*: :(("cache":"Show what'),
+        ("zsh", {"_TYPER_COMPLETE_ARGS": "clseave cac"}, '_arguments \'*: :(("cache":"Show the'),
         (
             "fish",
             {

@@ -180,9 +180,9 @@ def test_several_lines_an_example_and_a_warning(page):
     assert page.input_value("#hypothesis") == "There is a red circle."
     page.fill("#hypothesis", "There is a red circle.\n赤い円があります。\n")
     page.click("#ask")
-    page.wait_for_selector("#answer .judged")
+    page.wait_for_selector("#answer .answer")
     sentences = page.locator(".sentence").all_inner_texts()
     assert sentences == ["There is a red circle.", "赤い円があります。"]
     assert page.locator(".problem").all_inner_texts() == [
-        "Careful: the sentence is not in the script of en; check the language."
+        "Warning: the sentence is not in the script of en; check the language."
     ]

@@ -100,7 +100,7 @@ def test_a_teacher_of_any_layout_is_exported_or_refused(layout, world, tmp_path)
         assert not (tmp_path / "onnx").exists()
         return
     assert export(config).difference < 1e-4
-    ours = TorchModel.from_runs(tmp_path, ["en"], "cpu", "fp32")
+    ours = TorchModel(tmp_path, ["en"], "cpu", "fp32")
     theirs = load_model(tmp_path / "onnx")
     texts = ["The square is red.", "x", "The square is " + "green. The square is blue. " * 30]
     wanted, cut = ours.embed_sentences("en", texts)

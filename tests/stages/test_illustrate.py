@@ -158,8 +158,8 @@ def test_the_built_in_world_draws_its_pictures(mini_ve, tmp_path, clseave, refus
     ):
         out = tmp_path / by
         options = ("--guided-by", by, "--out", out, "--limit", limit)
-        assert clseave(*command, *options)[1] == f"{out}: {limit} pictures drawn · 0 there before\n"
-        assert clseave(*command, *options)[1] == f"{out}: 0 pictures drawn · {limit} there before\n"
+        assert clseave(*command, *options)[1] == f"{out}: {limit} pictures drawn · 0 kept\n"
+        assert clseave(*command, *options)[1] == f"{out}: 0 pictures drawn · {limit} kept\n"
         with Image.open(out / name) as picture:
             assert picture.size == (64, 64)
             assert '"engine": "mini-ve"' in picture.info["Software"]
@@ -221,7 +221,7 @@ def test_a_real_pipeline_draws_and_repeats_itself(world, pipeline, tmp_path, cls
         return said
 
     assert "3 pictures drawn" in run("a", "--limit", 3)
-    assert "1 pictures drawn · 3 there before" in run("a", "--limit", 4)
+    assert "1 pictures drawn · 3 kept" in run("a", "--limit", 4)
     assert "4 pictures drawn" in run("b", "--limit", 4)
     assert tree(tmp_path / "a") == tree(tmp_path / "b") and len(tree(tmp_path / "a")) == 4
     assert len(set(tree(tmp_path / "a").values())) == 4

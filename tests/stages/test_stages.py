@@ -271,10 +271,7 @@ def test_dev_accuracy_chooses_where_there_are_images(data, tmp_path, trained, al
         "temperature",
     }  # fmt: skip
     # Recomputed with the saved student, on the dev rows.
-    student = {auto.folder: load_student(auto.folder)}
-    teacher = ClipVE.from_folder(trained / "clip-ve")
-    judged = TorchModel(teacher, {"de": auto.folder}, student, "fp32")
-    model = VisualEntailment(judged, "de")
+    model = VisualEntailment(TorchModel(trained, ["de"], "cpu", "fp32", auto.folder), "de")
     rows = read_jsonl(data / "snli_ve_dev.de.jsonl")
     answers = model.predict([(data / "images" / r["Flickr30K_ID"], r["sentence2"]) for r in rows])
     right = [a.label == r["gold_label"] for a, r in zip(answers, rows, strict=True)]

@@ -174,7 +174,7 @@ def test_commands_for_one_process_say_so(monkeypatch, refused, command):
     monkeypatch.setenv("RANK", "0")
     more = {"predict": ["x.jpg", "x"], "compare": ["a", "b"]}.get(command, [])
     error = refused(command, *more, code=2)
-    assert error == f"clseave: {command}: works in one process; start it without a launcher."
+    assert error == f"clseave: {command}: runs in one process; start it without a launcher."
 
 
 @pytest.mark.parametrize("stage", ["align"], indirect=True)
