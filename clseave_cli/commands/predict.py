@@ -39,15 +39,11 @@ def run(
     *,
     source: Annotated[
         Path | None,
-        typer.Option(
-            "--input", metavar="FILE", help="Rows of image and hypothesis, any format; -: stdin."
-        ),
+        typer.Option("--input", metavar="FILE", help="Rows with image and hypothesis; -: stdin."),
     ] = None,
     target: Annotated[
         Path | None,
-        typer.Option(
-            "--output", metavar="FILE", help="Answers, in the format of --input; unset, -: stdout."
-        ),
+        typer.Option("--output", metavar="FILE", help="Answers; unset or -: stdout."),
     ] = None,
     explain: Annotated[
         Path | None,
@@ -55,9 +51,9 @@ def run(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Say whether an image entails, contradicts or leaves open a sentence.
+    """Predict whether an image entails, contradicts or leaves open a sentence.
 
-    Either IMAGE and HYPOTHESIS, also several of both, or --input FILE.
+    Give IMAGE and HYPOTHESIS, or several of both, or --input FILE.
     """
     if (source is None) == (image is None or not hypothesis) or (source and image):
         raise UsageError("give IMAGE and HYPOTHESIS, or --input FILE.")
@@ -94,11 +90,7 @@ def run(
 
 
 def _split_arguments(image: str, words: list[str]) -> tuple[list[str | bytes], list[str]]:
-    """The pictures and the sentences among the arguments.
-
-    Raises:
-        DataError: a folder or a pattern has no picture.
-    """
+    """The pictures and the sentences among the arguments."""
     from clseave_cli.core.data.records import IMAGE_EXTENSIONS
 
     def is_picture(name: str) -> bool:

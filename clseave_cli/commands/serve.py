@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def run(config: ServeConfig) -> None:
     """Predict over HTTP, with a page to try it.
 
-    Reads the models under --runs, or a folder that `clseave export` wrote. Ctrl-C ends it.
+    Reads the models under --runs, or a folder that `clseave export` wrote. Ctrl-C stops it.
     """
     try:
         from clseave_cli.core.prediction.service import create_app, make_server
@@ -62,11 +62,7 @@ def _load(config: ServeConfig) -> InferenceModel:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Opens the port before the models are loaded, which may take long.
-
-    Raises:
-        ClseaveError: the port is in use, or the address is not this machine's.
-    """
+    """Opens the port; called before the models are loaded, so that a used port fails at once."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=512)

@@ -49,7 +49,7 @@ def _table(
     caption: Sequence[str],
     columns: Sequence[_Column],
     rows: Iterable[Any],
-    width: int | None,
+    width: int | None = None,
 ) -> Table:
     console, rows, shown = terminal.stdout(), list(rows), list(columns)
     width = console.width if width is None else width
@@ -66,7 +66,7 @@ def _table(
         if Measurement.get(console, options, table).maximum <= width or not last.rank:
             break
         shown.remove(last)
-    table.caption = "\n".join(caption)
+    table.caption = escape("\n".join(caption))
     if dropped := [" ".join(c.head.split()) for c in columns if c not in shown]:
         table.caption += f"\nNot shown (terminal too narrow): {', '.join(dropped)}."
     return table
@@ -126,19 +126,19 @@ def results_table(results: Results, width: int | None = None, *, verbose: bool =
         caption.append(str(results.signature))
     title = "Visual entailment by language, in %"
     title += " (the first training)" if results.seeds else ""
-    return _table(title, list(map(escape, caption)), columns, results.results, width)
+    return _table(title, caption, columns, results.results, width)
 
 
-def sources_table(results: Results, width: int | None = None) -> Table:
+def sources_table(results: Results) -> Table:
     """Accuracy by source language and language of the hypotheses (thesis 6.2)."""
+
+    def accuracy(target: str) -> Callable[[str], str]:
+        return lambda source: percent(results.sources[source].get(target))
+
     targets = dict.fromkeys(lang for of_source in results.sources.values() for lang in of_source)
-    columns = [_Column("source", lambda source: source)]
-    for target in targets:
-        columns.append(
-            _Column(target, lambda s, target=target: percent(results.sources[s].get(target)))  # type: ignore[misc]
-        )
+    columns = [_Column("source", str), *(_Column(lang, accuracy(lang)) for lang in targets)]
     caption = "`clseave compare` shows the paired differences of two reports."
-    return _table("Accuracy by source language, in %", [caption], columns, results.sources, width)
+    return _table("Accuracy by source language, in %", [caption], columns, results.sources)
 
 
 def seeds_table(results: Results, width: int | None = None) -> Table:
@@ -165,23 +165,22 @@ def seeds_table(results: Results, width: int | None = None) -> Table:
     return _table("Over several seeds, in %", [caption], columns, rows, width)
 
 
-def data_curves_table(curves: DataCurves, width: int | None = None) -> Table:
+def data_curves_table(curves: DataCurves) -> Table:
     """The metric of students by number of training sentences."""
-    lines = {name: {n: value for n, value, *_ in line} for name, line in curves.lines().items()}
+
+    def metric(line: Sequence[tuple[Any, ...]]) -> Callable[[int], str]:
+        values = {number: value for number, value, *_ in line}
+        return lambda number: f"{values[number]:.1f}" if number in values else DASH
+
     columns = [_Column("sentences", lambda number: f"{number:,}")]
-    for name, line in lines.items():
-        columns.append(
-            _Column(name, lambda n, line=line: f"{line[n]:.1f}" if n in line else DASH)  # type: ignore[misc]
-        )
+    columns += [_Column(name, metric(line)) for name, line in curves.lines().items()]
     teacher = "" if curves.english is None else f"; the teacher: {percent(curves.english)}"
     numbers = sorted({point.num_sentences for point in curves.points})
     caption = [f"{curves.metric}{teacher}"]
-    return _table("Students by number of sentences", caption, columns, numbers, width)
+    return _table("Students by number of sentences", caption, columns, numbers)
 
 
-def comparison_table(
-    comparison: Comparison, width: int | None = None, *, verbose: bool = False
-) -> Table:
+def comparison_table(comparison: Comparison, *, verbose: bool = False) -> Table:
     """Two evaluations side by side, with paired differences and verdicts."""
     caption = [
         "A minus B on the same rows, in points; 95 % intervals by paired bootstrap over "
@@ -203,7 +202,7 @@ def comparison_table(
         _Column("verdict", lambda entry: verdicts[entry.verdict], style="bold"),
     ]
     title = escape(f"A: {comparison.first}\nB: {comparison.second}")
-    return _table(title, list(map(escape, caption)), columns, comparison.languages, width)
+    return _table(title, caption, columns, comparison.languages)
 
 
 def retrieval_table(
@@ -234,4 +233,4 @@ def retrieval_table(
         caption.append(str(document.signature))
     title = {"images": "Images, given a caption", "captions": "Captions, given an image"}[target]
     rows = [(r, scores := getattr(r, target), scores.recall_at[1]) for r in document.results]
-    return _table(title, list(map(escape, caption)), columns, rows, None)
+    return _table(title, caption, columns, rows)

@@ -75,18 +75,14 @@ def say(message: str, *, to_stderr: bool = False) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Prints one JSON document on stdout, with paths as strings, in ASCII if necessary.
-
-    Raises:
-        ClseaveError: a number is not finite.
-    """
+    """Prints one JSON document on stdout; raises `ClseaveError` if a number is not finite."""
     try:
         text = json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False, default=str)
     except ValueError:
         raise ClseaveError("a result is not finite; are the models damaged?") from None
     try:
         text.encode(sys.stdout.encoding)
-    except UnicodeEncodeError:
+    except UnicodeEncodeError:  # of an encoding without these letters
         text = json.dumps(value, indent=2, default=str)
     sys.stdout.write(text + "\n")
 

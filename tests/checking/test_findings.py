@@ -1,4 +1,4 @@
-"""What is found, what is accepted, and what `clseave check` prints and returns."""
+"""Findings, baselines, and the output and exit status of `clseave check`."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def test_texts_that_need_no_model(site, model, text, rule):
     Image.new("RGB", (32, 32), COLOURS["red"]).save(site / "red-2.png")
     rows = [{"image": name, "text": text} for name in ("red.png", "red-2.png")]
     (site / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    found = {rule for line, rule in rules(site / "rows.jsonl") if line == 2 or text != "red-2"}
-    assert found - {"unsure"} == ({rule} if rule else set())
+    reported = {rule for line, rule in rules(site / "rows.jsonl") if line == 2 or text != "red-2"}
+    assert reported - {"unsure"} == ({rule} if rule else set())
 
 
 def test_the_same_text_on_many_pictures(site, model):
@@ -280,7 +280,7 @@ def test_real_models_judge_a_folder(site, trained, world, clseave):
         "--image-column", "Flickr30K_ID", "--format", "jsonl",
     )  # fmt: skip
     rows = [json.loads(line) for line in out.splitlines()]
-    judged = [row for row in rows if row["verdict"]]
-    assert code in (0, 1) and len(judged) == len(rows) > 40
-    assert all(abs(sum(row["probabilities"].values()) - 1) < 1e-5 for row in judged)
+    with_verdict = [row for row in rows if row["verdict"]]
+    assert code in (0, 1) and len(with_verdict) == len(rows) > 40
+    assert all(abs(sum(row["probabilities"].values()) - 1) < 1e-5 for row in with_verdict)
     assert {Path(row["file"]).suffix for row in rows} == {".jsonl"}

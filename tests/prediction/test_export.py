@@ -275,10 +275,10 @@ def test_the_command_says_what_it_wrote(tmp_path, trained, clseave, refused):
     document = json.loads(text)
     assert document["languages"] == ["nl"] and document["folder"] == str(out)
     assert document["bytes"] == sum(len(content) for content in tree(out).values())
-    code, _, said = clseave("export", "--runs", trained, "--out", out, "--lang", "nl")
-    assert code == 0 and "replaced" not in said
-    code, _, said = clseave("export", "--runs", trained, "--out", out, "--lang", "de")
-    assert code == 0 and f"{out}: replaced an export that also read nl." in said
+    code, _, err = clseave("export", "--runs", trained, "--out", out, "--lang", "nl")
+    assert code == 0 and "replaced" not in err
+    code, _, err = clseave("export", "--runs", trained, "--out", out, "--lang", "de")
+    assert code == 0 and f"{out}: replaced an export that also read nl." in err
     (out / "config.json").write_text("{")
     error = refused("export", "--runs", trained, "--out", out, "--lang", "nl", code=2)
     assert f"{out}: is there already" in error  # nothing is known of a damaged one

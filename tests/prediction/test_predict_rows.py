@@ -436,9 +436,9 @@ def test_what_is_no_file_is_not_waited_for(trained, tmp_path):
     model = VisualEntailment.from_pretrained(trained, device="cpu", precision="fp32")
     names = ["fifo.png", ".", "a.eps", "no\0where", "x" * 5000, "\ud83d"]
     answers = model.predict([(tmp_path / name, "The square is red.") for name in names])
-    said = ["not a regular file", "not a regular file", "damaged or not an image", "null byte",
+    reasons = ["not a regular file", "not a regular file", "damaged or not an image", "null byte",
             "too long", "surrogates not allowed"]  # fmt: skip
-    for answer, part in zip(answers, said, strict=True):
+    for answer, part in zip(answers, reasons, strict=True):
         assert part in str(answer)
 
 
@@ -580,7 +580,7 @@ def test_streams_that_lack_letters_a_reader_or_are_closed(trained, world, runs, 
     rows = [{"image": str(image), "hypothesis": "Das Quadrat ist rot. 赤"}] * 3
     write_jsonl(tmp_path / "pairs.jsonl", rows)
     clseave = f"{sys.executable} -m clseave_cli predict --lang de --runs {other}"
-    for tail, code, said in [
+    for tail, code, message in [
         (f"{image} 'Das Quadrat ist rot.'", 0, b""),
         (f"--input {tmp_path}/pairs.jsonl --output - | head -1", 0, b""),
         ("--input - --output x <&-", 2, b"--input -: the stream is closed"),
@@ -590,7 +590,7 @@ def test_streams_that_lack_letters_a_reader_or_are_closed(trained, world, runs, 
             ["bash", "-o", "pipefail", "-c", f"{clseave} {tail}"], capture_output=True, timeout=120,
             env={**os.environ, "PYTHONPATH": str(_REPOSITORY), "PYTHONIOENCODING": "ascii"},
         )  # fmt: skip
-        assert done.returncode == code and said in done.stderr, done.stderr
+        assert done.returncode == code and message in done.stderr, done.stderr
         assert b"Traceback" not in done.stderr and b"internal error" not in done.stderr
 
 

@@ -250,7 +250,7 @@ def test_without_a_language_sentences_are_in_the_source_models(chinese, chinese_
     export(ExportConfig(runs=chinese, out=both, lang=("de", "zh"), device="cpu"))
     assert VisualEntailment.from_pretrained(both)(image, "红色的圆。").lang == "zh"
     export(ExportConfig(runs=chinese, out=german, lang=("de",), device="cpu"))
-    with pytest.raises(ModelError, match="no model for zh; languages there: de"):
+    with pytest.raises(ModelError, match="no model for zh; available: de"):
         VisualEntailment.from_pretrained(german)
     rows, answers = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
     write_jsonl(rows, [{"image": str(image), "hypothesis": "红色的圆。"}])

@@ -170,12 +170,7 @@ class Batcher:
 
 
 def count_pixels(content: bytes, most: float) -> int:
-    """The number of pixels in an image's header; nothing is decoded.
-
-    Raises:
-        TooLarge: there are more than `most`.
-        DataError: the image is damaged or of an unsupported format.
-    """
+    """The pixels in an image's header; raises `TooLarge` above `most`, `DataError` if damaged."""
     too_large = TooLarge(f"the image has more than {most / 1e6:g} megapixels; scale it down.")
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:

@@ -43,11 +43,7 @@ def is_exported(folder: Path) -> bool:
 
 
 def source_language(folder: Path) -> str:
-    """CLIP-VE's language, even if its encoder was not exported.
-
-    Raises:
-        ModelError: the folder is missing, damaged, or from a version that does not say.
-    """
+    """CLIP-VE's language, even if its encoder was not exported."""
     config = read_manifest(folder)
     if "source_lang" in config:
         return str(config["source_lang"])
@@ -61,11 +57,7 @@ def source_language(folder: Path) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The validated `config.json`, which names no file outside the folder.
-
-    Raises:
-        ModelError: it is damaged, or was not written by this version.
-    """
+    """The valid `config.json`, with names inside the folder; otherwise raises `ModelError`."""
     path = folder / "config.json"
     if path.exists() and not path.is_file():  # reading a pipe would block
         raise ModelError(f"{path}: not a regular file; export it again.")

@@ -129,11 +129,7 @@ class Photo:
         return cls(name, problem, problem)
 
     def decode(self) -> Image.Image:
-        """The image in RGB, upright.
-
-        Raises:
-            DataError: it cannot be read, is damaged or too large.
-        """
+        """The image in RGB, upright; raises `DataError` if it is damaged or too large."""
         if isinstance(self.content, DataError):
             raise self.content
         if isinstance(self.content, Image.Image):
@@ -490,11 +486,7 @@ def _answer_file(
 def _unanswered(
     pairs: Pairs, answers: AnswerFile, lang: str, tally: BatchResult
 ) -> Iterator[list[Pair | DataError]]:
-    """The rows that an earlier run left unanswered.
-
-    Raises:
-        ClseaveError: its answers are damaged, or belong to other rows.
-    """
+    """The rows without an answer; raises `ClseaveError` if an answer belongs to another row."""
     earlier = answers.earlier()
     number = 0
     for batch in pairs:

@@ -82,11 +82,7 @@ class TorchModel:
         self._is_small = sum(part.numel() for part in self.clip_ve.image.parameters()) < _SMALL
 
     def encoder(self, lang: str) -> SentenceEncoder:
-        """The encoder that reads a language, loaded if needed.
-
-        Raises:
-            ModelError: it is damaged or has another teacher.
-        """
+        """The encoder of a language; raises `ModelError` if it is damaged or of another teacher."""
         if lang in self._damaged:
             raise self._damaged[lang]
         folder = self._folders[lang]

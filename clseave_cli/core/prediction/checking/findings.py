@@ -380,11 +380,7 @@ class _Judge:
 
 
 def read_baseline(path: Path) -> set[str]:
-    """The accepted fingerprints of a report's decisions, or of the output of `--format json`.
-
-    Raises:
-        UsageError: the file cannot be read or is neither.
-    """
+    """The fingerprints that a report's decisions accept, or those in `--format json` output."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         if "decisions" in document:

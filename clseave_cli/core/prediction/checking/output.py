@@ -166,11 +166,7 @@ def _github(result: CheckResult) -> str:
 
 
 def report_target(folder: Path) -> Path:
-    """The page of a report.
-
-    Raises:
-        UsageError: the folder has an `index.html` that is not a report.
-    """
+    """The page of a report; raises `UsageError` if the folder has another `index.html`."""
     target = folder / "index.html"
     if target.exists() and _MARK.encode() not in target.read_bytes()[:200]:
         raise UsageError(
@@ -180,11 +176,7 @@ def report_target(folder: Path) -> Path:
 
 
 def write_report(target: Path, result: CheckResult) -> None:
-    """Writes a self-contained page to review the findings, the worst first.
-
-    Raises:
-        ClseaveError: the disk is full or read-only.
-    """
+    """Writes a self-contained page to review the findings, the worst first."""
     flagged = sorted(result.flagged, key=lambda checked: checked.rank)
     entries = []
     for checked in flagged[:_MOST_ON_PAGE]:

@@ -54,22 +54,12 @@ def decoded(content: bytes) -> str:
 
 
 def read_html(content: bytes) -> list[Image]:
-    """The images of a page, in order.
-
-    Raises:
-        DataError: it cannot be parsed.
-        ExtraMissing: lxml is not installed.
-    """
+    """The images of a page, in order; raises `DataError` if it cannot be parsed."""
     return _Page(decoded(content), 0).images
 
 
 def read_markdown(content: bytes) -> Iterator[Image]:
-    """The images of a Markdown text, including those in HTML.
-
-    Raises:
-        DataError: it cannot be parsed.
-        ExtraMissing: markdown-it-py or lxml is not installed.
-    """
+    """The images of a Markdown text, including those in its HTML."""
     try:
         from markdown_it import MarkdownIt
     except ImportError as error:

@@ -55,11 +55,7 @@ class Picture:
         return str(self.source or self.name)
 
     def read(self) -> bytes:
-        """The encoded picture.
-
-        Raises:
-            DataError: it cannot be read or is too large.
-        """
+        """The encoded picture; raises `DataError` if it cannot be read or is too large."""
         if self.source is None:
             raise DataError(self.skipped)
         if isinstance(self.source, str):

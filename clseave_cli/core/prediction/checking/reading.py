@@ -103,11 +103,7 @@ class _File:
         return Picture("", None, "missing")
 
     def columns(self, names: Sequence[str]) -> tuple[str, str] | None:
-        """The columns of pictures and texts; None: a table in a folder has none.
-
-        Raises:
-            DataError: columns or file were named, but the columns are missing or not UTF-8.
-        """
+        """The columns of pictures and texts; None: a table found in a folder has none."""
         by_name = {name.strip().lower(): name for name in reversed(names)}
         columns = []
         for requested, usual, flag in (
