@@ -39,11 +39,15 @@ def run(
     *,
     source: Annotated[
         Path | None,
-        typer.Option("--input", metavar="FILE", help="Rows with image and hypothesis; -: stdin."),
+        typer.Option(
+            "--input", metavar="FILE", help="Rows with image and hypothesis, any format; -: stdin."
+        ),
     ] = None,
     target: Annotated[
         Path | None,
-        typer.Option("--output", metavar="FILE", help="Answers; unset or -: stdout."),
+        typer.Option(
+            "--output", metavar="FILE", help="Answers in the format of --input; unset, -: stdout."
+        ),
     ] = None,
     explain: Annotated[
         Path | None,

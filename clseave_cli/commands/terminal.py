@@ -53,7 +53,7 @@ def make_console(*, stderr: bool, **settings: Any) -> Console:
     from rich.console import Console
 
     class PrintableConsole(Console):
-        def render_str(self, text: str, **settings: Any) -> Text:  # of cells of tables, too
+        def render_str(self, text: str, **settings: Any) -> Text:  # also for cells of tables
             return super().render_str(printable(text), **settings)
 
         def on_broken_pipe(self) -> None:  # `main` ends quietly; rich would exit with 1
@@ -82,7 +82,7 @@ def print_json(value: Any) -> None:
         raise ClseaveError("a result is not finite; are the models damaged?") from None
     try:
         text.encode(sys.stdout.encoding)
-    except UnicodeEncodeError:  # of an encoding without these letters
+    except UnicodeEncodeError:  # the encoding lacks some letters
         text = json.dumps(value, indent=2, default=str)
     sys.stdout.write(text + "\n")
 

@@ -78,7 +78,7 @@ class Batcher:
         if self._stopping:
             raise Busy("the service is stopping.")
         if self._num_unanswered + num_questions > self._max_waiting:
-            raise Busy("too many requests wait; try again shortly.")
+            raise Busy("too many requests are waiting; try again shortly.")
 
     async def judge(
         self, content: bytes, questions: Sequence[tuple[str, str]]

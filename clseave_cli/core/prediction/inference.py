@@ -80,8 +80,8 @@ def embed_in_batches(
 
     Args:
         model: embeds the images.
-        sources: where the images come from.
-        load: returns (3, height, width) pixels, or None, and details of the image.
+        sources: of the images.
+        load: returns (3, height, width) pixels, or None, and details of an image.
 
     Yields:
         Each source with its (E,) embedding, or None, and its details.

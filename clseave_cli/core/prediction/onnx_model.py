@@ -32,7 +32,7 @@ ATTENTION = "attention"
 # Most tokens in a batch, with padding, unless a single sentence has more: memory grows with them,
 # and one long sentence pads its whole batch.
 _MOST_TOKENS = 8192
-#: The longest side of an image tower's input that an exported folder may ask for.
+#: Longest side of the image tower's input that a manifest may set.
 _LONGEST_SIDE = 4096
 _NAME = re.compile(r"[\w+-][\w.+-]*")
 

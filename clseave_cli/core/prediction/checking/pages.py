@@ -13,7 +13,7 @@ from clseave_cli.errors import DataError, ExtraMissing
 
 _MAX_CANDIDATES = 8
 _MAX_BLOCK = 20_000
-#: The tags whose lines are needed: a page is fed to the parser in pieces that begin with them.
+#: Tags whose lines are needed: a page is fed to the parser in pieces that begin with them.
 _TAG = re.compile(r"<(?:img|figcaption)", re.IGNORECASE)
 #: Accepted encodings; some of Python's others are no text encodings, or slow on crafted input.
 _ENCODING = re.compile(
