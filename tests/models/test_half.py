@@ -7,7 +7,7 @@ from torch import nn
 
 from clseave_cli.core.models import backbones
 from clseave_cli.core.models.encoders import SentenceEncoder
-from clseave_cli.core.models.half import in_half
+from clseave_cli.core.models.half import in_bfloat16
 from clseave_cli.core.models.student import new_student
 
 SENTENCES = ["two dogs run", "a man in a red shirt", "yes .", "The square is blue."] * 3
@@ -24,8 +24,8 @@ def text(request, clip, encoder):
     return made.requires_grad_(True).train()
 
 
-def _gradients(text, monkeypatch, *, halves, autocast=True):
-    monkeypatch.setattr(SentenceEncoder, "halves", halves)
+def _gradients(text, monkeypatch, *, whole, autocast=True):
+    monkeypatch.setattr(SentenceEncoder, "trains_in_bfloat16", whole)
     batch = text.pack(text.tokenize(SENTENCES), np.arange(len(SENTENCES)))
     text.zero_grad()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
@@ -41,16 +41,16 @@ def _error(gradients, wanted):
 
 
 def test_gradients_are_as_good_as_with_autocast(text, monkeypatch):
-    exact = _gradients(text, monkeypatch, halves=False, autocast=False)
-    cast = _error(_gradients(text, monkeypatch, halves=False), exact)
-    halved = _gradients(text, monkeypatch, halves=True)
+    exact = _gradients(text, monkeypatch, whole=False, autocast=False)
+    cast = _error(_gradients(text, monkeypatch, whole=False), exact)
+    halved = _gradients(text, monkeypatch, whole=True)
     assert {gradient.dtype for gradient in halved.values()} == {torch.float32}
     assert 0 < _error(halved, exact) < 3 * cast < 0.1
 
 
 def test_the_module_is_itself_again(text):
     before = dict(text.named_parameters())
-    with pytest.raises(ZeroDivisionError), in_half(text.backbone):
+    with pytest.raises(ZeroDivisionError), in_bfloat16(text.backbone):
         assert {p.dtype for p in text.backbone.parameters()} == {torch.bfloat16}
         raise ZeroDivisionError
     assert all(before[name] is weight for name, weight in text.named_parameters())
@@ -63,7 +63,7 @@ def test_frozen_weights_and_shared_ones():
     layers[2].weight = layers[1].weight
     given = torch.randn(6, 4)
     wanted = torch.autograd.grad(layers(given).sum(), layers[1].weight)[0]
-    with in_half(layers):
+    with in_bfloat16(layers):
         assert layers[2].weight is layers[1].weight
         layers(given).float().sum().backward()
     assert layers[0].weight.grad is None and layers[0].bias.grad is None
@@ -75,7 +75,7 @@ def test_tables_small_and_large(num_embeddings):
     table = nn.Embedding(num_embeddings, 8)
     ids = torch.tensor([[0, 2, 2], [1, 0, 0]])
     wanted = table(ids).bfloat16()
-    with in_half(table):
+    with in_bfloat16(table):
         made = table(ids)
         made.float().sum().backward()
     assert torch.equal(made, wanted)
@@ -84,8 +84,8 @@ def test_tables_small_and_large(num_embeddings):
 
 @pytest.mark.parametrize(("dtype", "wanted"), [(torch.bfloat16, True), (torch.float16, False)])
 def test_only_training_by_bfloat16_on_a_gpu_is_halved(text, monkeypatch, dtype, wanted):
-    assert not text.halves
+    assert not text.trains_in_bfloat16
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: dtype)
-    assert text.halves == wanted
-    assert not text.eval().halves
+    assert text.trains_in_bfloat16 == wanted
+    assert not text.eval().trains_in_bfloat16

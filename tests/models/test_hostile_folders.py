@@ -145,7 +145,7 @@ def test_a_tokenizer_without_end_is_refused(runs, world, refused):
     reseal(runs / "align-de", "student")
     image = world / "images" / "test0.png"
     error = refused("predict", image, "x", "--lang", "de", "--runs", runs)
-    assert "not what a student folder says" in error
+    assert "not a valid student configuration" in error
 
 
 def test_a_head_larger_than_its_file_is_not_built(runs, monkeypatch):
@@ -163,7 +163,7 @@ def test_a_head_larger_than_its_file_is_not_built(runs, monkeypatch):
         ClipVE.from_folder(folder)
     assert made and all(tensor.is_meta for tensor in made)
     reseal(folder, "clip-ve", head={"embedding_dim": 16, "colour": "red"})
-    with pytest.raises(ModelError, match="not what a clip-ve folder says"):
+    with pytest.raises(ModelError, match="not a valid clip-ve configuration"):
         ClipVE.from_folder(folder)
 
 

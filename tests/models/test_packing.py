@@ -262,7 +262,7 @@ def test_filled_batches_have_few_shapes_and_the_same_embeddings(encoder, monkeyp
         rows = random.choice(len(sentences), size=48, replace=False)
         embeddings = {}
         for filled in (False, True):
-            monkeypatch.setattr(SentenceEncoder, "few_shapes", filled)
+            monkeypatch.setattr(SentenceEncoder, "buckets_shapes", filled)
             batch = student.pack(tokens, rows, places=50)
             shapes[filled].add((tuple(batch.input_ids.shape), len(batch.terminals)))
             with torch.no_grad():
@@ -274,7 +274,7 @@ def test_filled_batches_have_few_shapes_and_the_same_embeddings(encoder, monkeyp
 
 def test_filling_has_no_gradient(encoder, monkeypatch):
     student = new_student(encoder, 16, "mean")
-    monkeypatch.setattr(SentenceEncoder, "few_shapes", True)
+    monkeypatch.setattr(SentenceEncoder, "buckets_shapes", True)
     tokens = student.tokenize(["red circle", "a blue square"])
     student(student.pack(tokens, np.arange(2), places=5))[:2].square().sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None)

@@ -122,7 +122,7 @@ def test_what_was_found_out_about_packing_is_saved(kind, student, tmp_path, monk
 
 
 def test_positions_that_are_not_found_are_never_given(tmp_path, world, monkeypatch):
-    monkeypatch.setattr(backbones, "_possible_firsts", lambda model: [0])  # its own is not there
+    monkeypatch.setattr(backbones, "_candidate_positions", lambda model: [0])  # its own is not there
     folder = STUDENTS["XLM-R"](tmp_path, sentences(world))
     student = new_student(folder, 16).eval()
     assert student.first_position is None and not student.verify_packing()
