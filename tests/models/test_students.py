@@ -110,7 +110,7 @@ def test_what_was_found_out_about_packing_is_saved(kind, student, tmp_path, monk
     assert student.first_position == (2 if kind[0] in ("XLM-R", "data2vec", "MPNet") else 0)
     save_student(student, tmp_path, languages=["de"], teacher="t" * 64)
     with monkeypatch.context() as patch:
-        patch.setattr(backbones, "_first", None)  # not found out again
+        patch.setattr(backbones, "_first_position", None)  # not found out again
         assert load_student(tmp_path).packing == student.packing
     # A folder of an earlier version: positions were not in it.
     config = json.loads((tmp_path / "config.json").read_text())
@@ -122,7 +122,9 @@ def test_what_was_found_out_about_packing_is_saved(kind, student, tmp_path, monk
 
 
 def test_positions_that_are_not_found_are_never_given(tmp_path, world, monkeypatch):
-    monkeypatch.setattr(backbones, "_candidate_positions", lambda model: [0])  # its own is not there
+    monkeypatch.setattr(
+        backbones, "_candidate_positions", lambda model: [0]
+    )  # its own is not there
     folder = STUDENTS["XLM-R"](tmp_path, sentences(world))
     student = new_student(folder, 16).eval()
     assert student.first_position is None and not student.verify_packing()

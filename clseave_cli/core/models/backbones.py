@@ -30,14 +30,8 @@ from transformers import (
 from clseave_cli.core.config import Pooling
 from clseave_cli.core.models.encoders import ImageEncoder, Save, SentenceEncoder
 from clseave_cli.core.models.tokens import Filling, require_usable
-from clseave_cli.core.models.weights import load, load_linear, save_weights
+from clseave_cli.core.models.weights import load, load_linear, load_model, save_weights
 from clseave_cli.errors import ModelError
-
-_LOADING: dict[str, Any] = {
-    "dtype": torch.float32,
-    "use_safetensors": True,
-    "attn_implementation": "sdpa",
-}
 
 #: Encoders with BERT's pooling layer.
 _POOLED = ("bert", "roberta", "xlm-roberta")
@@ -83,7 +77,7 @@ def load_clip(name: str | Path) -> tuple[Any, SentenceEncoder, ImageEncoder]:
             f"{name}: SigLIP was trained with another loss than CLIP's, so `pretrain` would spoil "
             "it; give it to finetune-ve as it is."
         )
-    model = load(name, layout.loader("whole"), **loading_arguments(_config(name)))
+    model = load_model(name, layout.loader("whole"))
     text = _text_encoder(name, layout, *_split(model, layout, "text"), {})
     return model, text, _image_encoder(name, layout, *_split(model, layout, "image"))
 
@@ -101,9 +95,9 @@ def new_dual_encoder(
     Raises:
         ModelError: one of them cannot be loaded, or is of another kind.
     """
+    _text_config(text)
     # A new pooling layer will do: it is trained along with the rest.
-    arguments = _encoder_arguments(text, _config(text))
-    text_model = load(text, AutoModel.from_pretrained, optional="pooler.", **arguments)
+    text_model = load_model(text, AutoModel.from_pretrained, optional="pooler.")
     vision_model = _load_vision(vision)
     configs = (vision_model.config, text_model.config)
     model = VisionTextDualEncoderModel(
@@ -135,7 +129,7 @@ def _load_vision(name: str) -> Any:
         raise ModelError(
             f"{name}: a {config.model_type} model; expected a vision encoder such as ViT."
         )
-    return load(name, kind.from_pretrained, optional="pooler.", **loading_arguments(config))
+    return load_model(name, kind.from_pretrained, optional="pooler.")
 
 
 def load_encoder(name: str | Path) -> tuple[Any, Any]:
@@ -144,12 +138,11 @@ def load_encoder(name: str | Path) -> tuple[Any, Any]:
     Raises:
         ModelError: it cannot be loaded, is of another kind, or has no fast tokenizer.
     """
-    config = _config(name)
-    arguments = _encoder_arguments(name, config)
+    arguments = {}
     # If it was not saved, it would be initialised at random and change the encoder's digest.
-    if _accepts(MODEL_MAPPING.get(type(config), None), "add_pooling_layer"):
+    if _accepts(MODEL_MAPPING.get(type(_text_config(name)), None), "add_pooling_layer"):
         arguments["add_pooling_layer"] = False
-    return load(name, AutoModel.from_pretrained, **arguments), _load_tokenizer(name)
+    return load_model(name, AutoModel.from_pretrained, **arguments), _load_tokenizer(name)
 
 
 def load_pooler(name: str | Path) -> nn.Linear:
@@ -158,14 +151,12 @@ def load_pooler(name: str | Path) -> nn.Linear:
     Raises:
         ModelError: the encoder cannot be loaded, or has no pooling layer.
     """
-    config = _config(name)
+    config = _text_config(name)
     if config.model_type not in _POOLED:
         raise ModelError(
             f"{name}: a {config.model_type} model has no pooling layer; use --sentence-token cls."
         )
-    arguments = _encoder_arguments(name, config)
-    model = load(name, AutoModel.from_pretrained, optional="pooler.", **arguments)
-    dense: nn.Linear = model.pooler.dense
+    dense: nn.Linear = load_model(name, AutoModel.from_pretrained, optional="pooler.").pooler.dense
     return dense
 
 
@@ -173,22 +164,13 @@ def _config(name: str | Path) -> Any:
     return load(name, AutoConfig.from_pretrained)
 
 
-def _encoder_arguments(name: str | Path, config: Any) -> dict[str, Any]:
+def _text_config(name: str | Path) -> Any:
+    config = _config(name)
     if config.is_encoder_decoder or not hasattr(config, "max_position_embeddings"):
         raise ModelError(
             f"{name}: a {config.model_type} model; expected a text encoder such as BERT."
         )
-    return loading_arguments(config)
-
-
-def loading_arguments(config: Any) -> dict[str, Any]:
-    """Arguments of `load` for a model with this configuration."""
-    # The attention is always set, or the configuration could name code from the hub. DeBERTa has
-    # no sdpa.
-    parts = [getattr(config, f"{part}_config", config) for part in ("text", "vision")]
-    kinds = [MODEL_MAPPING.get(type(part), None) for part in parts]
-    has_sdpa = all(getattr(kind, "_supports_sdpa", True) for kind in kinds)
-    return {**_LOADING, "attn_implementation": "sdpa" if has_sdpa else "eager"}
+    return config
 
 
 def terminal_id(tokenizer: Any) -> int:
@@ -296,11 +278,10 @@ def _load_tower(
     name: str | Path, layout: Layout, part: Literal["text", "image"], is_whole: bool
 ) -> tuple[Any, Any]:
     """A tower, and its projection if that is a separate module."""
-    loading = loading_arguments(_config(name))
     if layout.projects_outside and is_whole:
-        return _split(load(name, layout.loader("whole"), **loading), layout, part)
+        return _split(load_model(name, layout.loader("whole")), layout, part)
     # Chinese-CLIP's pooling layer is not used, and not saved with a single tower.
-    tower = load(name, layout.loader(part), optional="pooler.", **loading)
+    tower = load_model(name, layout.loader(part), optional="pooler.")
     return tower, load_linear(Path(name, PROJECTION)) if layout.projects_outside else None
 
 

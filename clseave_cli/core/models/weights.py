@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig
+from transformers import MODEL_MAPPING, AutoConfig
 from transformers.utils import logging
 
 from clseave_cli.core.data.hub import hub_answers, hub_reason
@@ -113,48 +113,63 @@ def require_finite(module: nn.Module, source: str | Path) -> None:
             )
 
 
-def load(
-    name: str | Path, loader: Callable[..., Any], *, optional: str | None = None, **arguments: Any
-) -> Any:
-    """Calls one of transformers' `from_pretrained`.
-
-    Args:
-        name: hub id or folder.
-        loader: `from_pretrained` of a configuration, model, tokenizer or processor.
-        optional: prefix of tensors that may be missing from the files.
-        arguments: passed on; a model needs `attn_implementation`.
+def load(name: str | Path, loader: Callable[..., Any], **arguments: Any) -> Any:
+    """Calls `from_pretrained` of a configuration, tokenizer or processor.
 
     Raises:
-        ModelError: it cannot be found, read or reached; or its weights do not fit its
-            configuration or are not finite.
+        ModelError: it cannot be found, read or reached; or a folder's configuration is not that of
+            its weights.
     """
-    if not Path(name).is_dir() and (isinstance(name, Path) or not _HUB_ID.fullmatch(name)):
-        raise ModelError(f"{name}: no such model folder.")
     is_local = Path(name).is_dir()
-    attention = arguments.pop("attn_implementation", None)
-    arguments["trust_remote_code"] = False
+    if not is_local and (isinstance(name, Path) or not _HUB_ID.fullmatch(name)):
+        raise ModelError(f"{name}: no such model folder.")
     try:
         if is_local:
             _require_plausible(Path(name))
         else:
             arguments["local_files_only"] = not hub_answers()
         with quiet():
-            if attention is None:  # not a model
-                return loader(str(name), **arguments)
-            config_class = getattr(loader.__self__, "config_class", None) or AutoConfig  # type: ignore[attr-defined]
-            config = config_class.from_pretrained(str(name), **arguments)
-            # A kernel named in the file would be fetched from the hub and run.
-            config._attn_implementation = attention
-            loaded, report = loader(str(name), config=config, output_loading_info=True, **arguments)
+            return loader(str(name), trust_remote_code=False, **arguments)
     except ClseaveError:
         raise
     except Exception as error:  # damaged files raise all kinds; tokenizers raises plain ones
         where = "folder" if is_local else "neither a folder here nor loadable as a hub id"
         reason = first_line(error) if is_local else hub_reason(error)
         raise ModelError(f"{name}: cannot be loaded ({where}: {reason}).") from None
-    _require_matching(loaded, report, name, optional)
-    require_finite(loaded, name)
-    return loaded
+
+
+def load_model(
+    name: str | Path,
+    loader: Callable[..., Any],
+    *,
+    optional: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    **arguments: Any,
+) -> Any:
+    """Calls `from_pretrained` of a model.
+
+    Args:
+        name: hub id or folder.
+        loader: the method.
+        optional: prefix of tensors that may be missing from the files.
+        dtype: of the weights.
+        arguments: passed on.
+
+    Raises:
+        ModelError: as `load`; or its weights do not fit its configuration, or are not finite.
+    """
+    config_class = getattr(loader.__self__, "config_class", None) or AutoConfig  # type: ignore[attr-defined]
+    config = load(name, config_class.from_pretrained)
+    parts = [getattr(config, f"{part}_config", config) for part in ("text", "vision")]
+    kinds = [MODEL_MAPPING.get(type(part), None) for part in parts]
+    has_sdpa = all(getattr(kind, "_supports_sdpa", True) for kind in kinds)  # DeBERTa has none
+    # Always set: a kernel named in the file would be fetched from the hub and run.
+    config._attn_implementation = "sdpa" if has_sdpa else "eager"
+    arguments |= {"config": config, "dtype": dtype, "use_safetensors": True}
+    model, report = load(name, loader, output_loading_info=True, **arguments)
+    _require_matching(model, report, name, optional)
+    require_finite(model, name)
+    return model
 
 
 def first_line(error: Exception) -> str:

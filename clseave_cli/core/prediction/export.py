@@ -33,7 +33,7 @@ from clseave_cli.core.files import (
 )
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
-from clseave_cli.core.models.folder import skip_other_versions, seal
+from clseave_cli.core.models.folder import seal, skip_other_versions
 from clseave_cli.core.models.packing import PackedBatch
 from clseave_cli.core.prediction import Floats, onnx_model
 from clseave_cli.core.prediction.inference import InferenceModel
