@@ -195,7 +195,9 @@ def test_what_cannot_be_undone_is_told(whole, tmp_path, encoder):
 
 def test_a_tokenizer_of_words_is_refused(tmp_path):
     STUDENTS["XLM-R"](tmp_path, CORPUS)
-    with pytest.raises(ModelError, match=r"works with WordPiece, Unigram and BPE .*, not WordLevel"):
+    with pytest.raises(
+        ModelError, match=r"works with WordPiece, Unigram and BPE .*, not WordLevel"
+    ):
         _trimmed(tmp_path)
 
 

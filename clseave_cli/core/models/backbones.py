@@ -43,16 +43,12 @@ _PROBES = ("A dog's ball is red, isn't it?", "ZWEI  Hunde laufen.", "犬が公�
 def load_clip_text(name: str | Path, saved: Mapping[str, Any] | None = None) -> SentenceEncoder:
     """Loads the text tower of a CLIP-like model, or one that was saved alone.
 
-    Args:
-        name: hub id or folder.
-        saved: as for `input_settings`.
+    `saved` is as for `input_settings`.
 
     Raises:
         ModelError: it cannot be loaded, or has an unknown layout.
     """
-    layout, is_whole = _layout(name, "text")
-    tower, projection = _load_tower(name, layout, "text", is_whole)
-    return _text_encoder(name, layout, tower, projection, saved or {})
+    return _text_encoder(name, *_load_tower(name, "text"), saved or {})
 
 
 def load_clip_image(name: str | Path) -> ImageEncoder:
@@ -61,8 +57,7 @@ def load_clip_image(name: str | Path) -> ImageEncoder:
     Raises:
         ModelError: it cannot be loaded, or has an unknown layout.
     """
-    layout, is_whole = _layout(name, "vision")
-    return _image_encoder(name, layout, *_load_tower(name, layout, "image", is_whole))
+    return _image_encoder(name, *_load_tower(name, "vision"))
 
 
 def load_clip(name: str | Path) -> tuple[Any, SentenceEncoder, ImageEncoder]:
@@ -78,8 +73,7 @@ def load_clip(name: str | Path) -> tuple[Any, SentenceEncoder, ImageEncoder]:
             "it; give it to finetune-ve as it is."
         )
     model = load_model(name, layout.loader("whole"))
-    text = _text_encoder(name, layout, *_split(model, layout, "text"), {})
-    return model, text, _image_encoder(name, layout, *_split(model, layout, "image"))
+    return model, *_towers(model, layout, name, name)
 
 
 def new_dual_encoder(
@@ -98,16 +92,19 @@ def new_dual_encoder(
     _text_config(text)
     # A new pooling layer will do: it is trained along with the rest.
     text_model = load_model(text, AutoModel.from_pretrained, optional="pooler.")
-    vision_model = _load_vision(vision)
-    configs = (vision_model.config, text_model.config)
-    model = VisionTextDualEncoderModel(
-        VisionTextDualEncoderConfig.from_vision_text_configs(
-            *configs, projection_dim=embedding_dim
-        ),
-        vision_model,
-        text_model,
+    config = load(vision, AutoConfig.from_pretrained)
+    config = getattr(config, "vision_config", config)
+    kind = MODEL_MAPPING.get(type(config), None)
+    if kind is None or not hasattr(config, "num_channels") or not hasattr(config, "hidden_size"):
+        raise ModelError(
+            f"{vision}: a {config.model_type} model; expected a vision encoder such as ViT."
+        )
+    vision_model = load_model(vision, kind.from_pretrained, optional="pooler.")
+    dual_config = VisionTextDualEncoderConfig.from_vision_text_configs(
+        vision_model.config, text_model.config, projection_dim=embedding_dim
     )
-    encoder = _text_encoder(text, _DUAL, *_split(model, _DUAL, "text"), {})
+    model = VisionTextDualEncoderModel(dual_config, vision_model, text_model)
+    encoder, image = _towers(model, _DUAL, text, vision)
     tokens = encoder.tokenize(list(_PROBES))
     encoder.packs = False  # the model then builds its attention mask itself
     with torch.no_grad():
@@ -118,18 +115,7 @@ def new_dual_encoder(
             f"{text}: its first token has the same state in every sentence; expected a "
             "bidirectional encoder such as XLM-R or BERT."
         )
-    return model, encoder, _image_encoder(vision, _DUAL, *_split(model, _DUAL, "image"))
-
-
-def _load_vision(name: str) -> Any:
-    config = _config(name)
-    config = getattr(config, "vision_config", config)
-    kind = MODEL_MAPPING.get(type(config), None)
-    if kind is None or not hasattr(config, "num_channels") or not hasattr(config, "hidden_size"):
-        raise ModelError(
-            f"{name}: a {config.model_type} model; expected a vision encoder such as ViT."
-        )
-    return load_model(name, kind.from_pretrained, optional="pooler.")
+    return model, encoder, image
 
 
 def load_encoder(name: str | Path) -> tuple[Any, Any]:
@@ -138,7 +124,7 @@ def load_encoder(name: str | Path) -> tuple[Any, Any]:
     Raises:
         ModelError: it cannot be loaded, is of another kind, or has no fast tokenizer.
     """
-    arguments = {}
+    arguments: dict[str, Any] = {}
     # If it was not saved, it would be initialised at random and change the encoder's digest.
     if _accepts(MODEL_MAPPING.get(type(_text_config(name)), None), "add_pooling_layer"):
         arguments["add_pooling_layer"] = False
@@ -160,38 +146,13 @@ def load_pooler(name: str | Path) -> nn.Linear:
     return dense
 
 
-def _config(name: str | Path) -> Any:
-    return load(name, AutoConfig.from_pretrained)
-
-
 def _text_config(name: str | Path) -> Any:
-    config = _config(name)
+    config = load(name, AutoConfig.from_pretrained)
     if config.is_encoder_decoder or not hasattr(config, "max_position_embeddings"):
         raise ModelError(
             f"{name}: a {config.model_type} model; expected a text encoder such as BERT."
         )
     return config
-
-
-def terminal_id(tokenizer: Any) -> int:
-    """The id of the token that ends every sentence, such as [SEP] or </s>.
-
-    Raises:
-        ModelError: the tokenizer has no such token, or does not append it.
-    """
-    end_ids = {tokenizer.sep_token_id, tokenizer.eos_token_id} - {None}
-    if not end_ids:
-        raise ModelError(
-            f"{tokenizer.name_or_path}: its tokenizer has neither a [SEP] nor an end-of-sentence "
-            "token."
-        )
-    last = tokenizer.backend_tokenizer.encode("a").ids[-1]
-    if last not in end_ids:
-        raise ModelError(
-            f"{tokenizer.name_or_path}: its tokenizer does not end a text in its [SEP] or "
-            "end-of-sentence token."
-        )
-    return int(last)
 
 
 def input_settings(model: Any, tokenizer: Any, saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,8 +165,14 @@ def input_settings(model: Any, tokenizer: Any, saved: Mapping[str, Any]) -> dict
             versions; empty for a new one.
 
     Raises:
-        ModelError: as `terminal_id`.
+        ModelError: the tokenizer does not end a text in an end-of-sentence token.
     """
+    terminal_id = tokenizer.backend_tokenizer.encode("a").ids[-1]
+    if terminal_id not in (tokenizer.sep_token_id, tokenizer.eos_token_id):
+        raise ModelError(
+            f"{tokenizer.name_or_path}: its tokenizer does not end a text in its [SEP] or "
+            "end-of-sentence token."
+        )
     candidates = _candidate_positions(model)
     if "first_position" in saved:
         first = saved["first_position"]
@@ -218,7 +185,7 @@ def input_settings(model: Any, tokenizer: Any, saved: Mapping[str, Any]) -> dict
             int(model.config.max_position_embeddings) - unused, int(tokenizer.model_max_length)
         ),
         "first_position": first,
-        "terminal_id": terminal_id(tokenizer),
+        "terminal_id": terminal_id,
         "packs": saved.get("packs", True),
     }
 
@@ -258,7 +225,7 @@ def _accepts(function: Any, argument: str) -> bool:
 
 def _layout(name: str | Path, part: Literal["whole", "text", "vision"]) -> tuple[Layout, bool]:
     """The layout of a model, and whether it is whole rather than one tower."""
-    model_type = _config(name).model_type
+    model_type = load(name, AutoConfig.from_pretrained).model_type
     is_projected = part != "whole" and Path(name, PROJECTION).is_file()
     for family, layout in LAYOUTS.items():
         if model_type == family:
@@ -274,24 +241,30 @@ def _layout(name: str | Path, part: Literal["whole", "text", "vision"]) -> tuple
     )
 
 
-def _load_tower(
-    name: str | Path, layout: Layout, part: Literal["text", "image"], is_whole: bool
-) -> tuple[Any, Any]:
-    """A tower, and its projection if that is a separate module."""
+def _load_tower(name: str | Path, part: Literal["text", "vision"]) -> tuple[Layout, Any, Any]:
+    """The layout, the tower, and its projection if that is a separate module."""
+    layout, is_whole = _layout(name, part)
     if layout.projects_outside and is_whole:
-        return _split(load_model(name, layout.loader("whole")), layout, part)
+        return layout, *_split(load_model(name, layout.loader("whole")), layout, part)
     # Chinese-CLIP's pooling layer is not used, and not saved with a single tower.
     tower = load_model(name, layout.loader(part), optional="pooler.")
-    return tower, load_linear(Path(name, PROJECTION)) if layout.projects_outside else None
+    return layout, tower, load_linear(Path(name, PROJECTION)) if layout.projects_outside else None
 
 
-def _split(model: Any, layout: Layout, part: Literal["text", "image"]) -> tuple[Any, Any]:
-    """A tower of a whole model, as from `_load_tower`."""
+def _split(model: Any, layout: Layout, part: Literal["text", "vision"]) -> tuple[Any, Any]:
     if not layout.projects_outside:
         return model, None
     if part == "text":
         return model.text_model, model.text_projection
     return model.vision_model, model.visual_projection
+
+
+def _towers(
+    model: Any, layout: Layout, text: str | Path, vision: str | Path
+) -> tuple[SentenceEncoder, ImageEncoder]:
+    """Both towers of a whole model; tokenizer and processor are loaded by name."""
+    encoder = _text_encoder(text, layout, *_split(model, layout, "text"), {})
+    return encoder, _image_encoder(vision, layout, *_split(model, layout, "vision"))
 
 
 def _text_encoder(
@@ -350,40 +323,29 @@ ImageParts = tuple[Any, nn.Linear | None, Save]
 
 @dataclass(frozen=True)
 class Layout:
-    """A family of models.
+    """A family of models."""
 
-    Attributes:
-        prefix: of its class names in transformers, which are imported only when used; empty: any
-            two encoders, whose classes transformers chooses.
-        text_parts: splits a text tower (and its separate projection) for a `SentenceEncoder`.
-        image_parts: splits an image tower (and its separate projection) for an `ImageEncoder`.
-        pooling: the token that represents a text.
-        causal: tokens attend backwards only.
-        fills: texts are padded to the limit, and the padding is attended to.
-        tower_suffix: of the class names of its towers.
-        processor: prefix of its image processor; None: the same.
-        projects_outside: the projections belong to the whole model, not to the towers.
-        contrastive: trained with the loss of `pretrain`.
-    """
-
+    #: Of its class names in transformers, which are imported only when used; empty: any two
+    #: encoders, whose classes transformers chooses.
     prefix: str
+    #: Split a tower (and its separate projection) for a `SentenceEncoder` or an `ImageEncoder`.
     text_parts: Callable[[Any, Any], TextParts]
     image_parts: Callable[[Any, Any], ImageParts]
-    pooling: Pooling = "terminal"
-    causal: bool = False
-    fills: bool = False
-    tower_suffix: str = ""
-    processor: str | None = None
-    projects_outside: bool = False
-    contrastive: bool = True
+    pooling: Pooling = "terminal"  # the token that represents a text
+    causal: bool = False  # tokens attend backwards only
+    fills: bool = False  # texts are padded to the limit, and the padding is attended to
+    tower_suffix: str = ""  # of the class names of its towers
+    processor: str | None = None  # prefix of its image processor; None: the same
+    projects_outside: bool = False  # the projections belong to the whole model, not to the towers
+    contrastive: bool = True  # trained with the loss of `pretrain`
 
-    def loader(self, part: Literal["whole", "text", "image", "processor"]) -> Callable[..., Any]:
+    def loader(self, part: Literal["whole", "text", "vision", "processor"]) -> Callable[..., Any]:
         """The `from_pretrained` of a part."""
         if self.prefix:
             name = {
                 "whole": f"{self.prefix}Model",
                 "text": f"{self.prefix}TextModel{self.tower_suffix}",
-                "image": f"{self.prefix}VisionModel{self.tower_suffix}",
+                "vision": f"{self.prefix}VisionModel{self.tower_suffix}",
                 # Pillow always resizes: another backend would change every feature.
                 "processor": f"{self.processor or self.prefix}ImageProcessorPil",
             }[part]

@@ -157,13 +157,9 @@ class SentenceEncoder(nn.Module):
     def pack(
         self, tokens: TokenTable, sentences: npt.NDArray[np.intp], places: int | None = None
     ) -> PackedBatch:
-        """Packs sentences for `forward`.
+        """Packs the (B,) chosen sentences of a table for `forward`.
 
-        Args:
-            tokens: tokenised sentences.
-            sentences: (B,) the ones to pack.
-            places: with `buckets_shapes`, the number of embeddings to return; those after the
-                first B are meaningless.
+        With `buckets_shapes`, there will be `places` embeddings; the ones after B are meaningless.
         """
         batch = pack(
             tokens,
@@ -236,12 +232,9 @@ class SentenceEncoder(nn.Module):
         batch_size: int | None = None,
         sentences: npt.NDArray[np.intp] | None = None,
     ) -> Iterator[Tensor]:
-        """Yields the embeddings of tokenised sentences in order, a batch at a time: (≤ B, D).
+        """Yields the embeddings of all or the chosen sentences in order, by batches: (≤ B, D).
 
-        Args:
-            tokens: the sentences.
-            batch_size: B; None: a size that suits the device.
-            sentences: the ones to embed; None: all.
+        Without a `batch_size` B, one that suits the device is used.
         """
         rows = np.arange(len(tokens)) if sentences is None else sentences
         size = batch_size or _EMBEDDED_AT_ONCE[self.device.type]
@@ -274,16 +267,10 @@ class SentenceEncoder(nn.Module):
         )
 
     def verify_packing(self, name: str = "", progress: Progress = SILENT) -> bool:
-        """Checks that packing changes no embedding; if it does, turns packing off.
+        """Returns whether packing leaves every embedding unchanged, within float tolerance.
 
-        The reference is each sentence alone, where the backbone counts positions itself.
-
-        Args:
-            name: the encoder's name, for the note.
-            progress: receives a note if packing is turned off.
-
-        Returns:
-            Whether packed rows are exact for this backbone, within float tolerance.
+        The reference is each sentence alone, where the backbone counts positions itself. If it
+        differs, packing is turned off, with a note to `progress` that names the encoder.
         """
         was_training = self.training
         self.eval()
@@ -457,15 +444,9 @@ class ImageEncoder(nn.Module):
 
 
 def pool(hidden: Tensor, batch: PackedBatch, pooling: Pooling) -> Tensor:
-    """One hidden state per sentence of a packed batch.
+    """(B, H) states of the sentences in a batch from the (R, T, H) states of its rows.
 
-    Args:
-        hidden: (R, T, H) hidden states of the rows.
-        batch: where the sentences are in the rows.
-        pooling: the state of one token, or the mean of all of a sentence.
-
-    Returns:
-        (B, H), float32 for the mean.
+    That of one token, or the mean over all tokens, in float32.
     """
     flat = hidden.flatten(0, 1)  # (R · T, H)
     if pooling == "terminal":

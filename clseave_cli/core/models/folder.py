@@ -53,12 +53,8 @@ def unsealed(
     """Reads `config.json` and checks every listed file; weights are hashed while the block runs.
 
     Hashing weights takes as long as loading them, but costs no time on another core. The other
-    files determine how weights are loaded, so they are checked first.
-
-    Args:
-        folder: the model's folder.
-        format_name: the expected format.
-        without: a sub-folder that the block does not read; its files are not checked.
+    files determine how weights are loaded, so they are checked first. A sub-folder that the block
+    does not read (`without`) is not checked.
 
     Raises:
         ModelError: another format or a newer version, or a file is missing or changed, even if the
@@ -129,12 +125,7 @@ def peek(folder: Path, format_name: str) -> dict[str, Any]:
 
 
 def skip_other_versions(folders: dict[str, Any], progress: Progress) -> None:
-    """Removes model folders of another format version.
-
-    Args:
-        folders: by the language that the model reads; None is kept.
-        progress: receives a note about each that is removed.
-    """
+    """Removes model folders of another format version, by language, with a note about each."""
     for lang, folder in list(folders.items()):
         config = json_object(Path(folder) / _CONFIG) if folder else {}
         if (version := config.get("format_version", FORMAT_VERSION)) != FORMAT_VERSION:

@@ -48,40 +48,24 @@ def student_candidates(runs: Path) -> dict[str, list[Path]]:
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A model folder.
+    """A model folder."""
 
-    Attributes:
-        name: of the folder.
-        kind: `clip-ve`, `student`, `autoencoder`, `onnx`; `pretrained`: a model of `pretrain`.
-        languages: that it reads.
-        num_bytes: of all its files.
-        fingerprint: a digest of everything that determines its output; empty if it has none.
-        teacher: of a student, the fingerprint of the CLIP-VE it belongs to.
-        dev: the dev metrics of its training.
-        problem: why it cannot be used; empty if it can.
-    """
-
-    name: str
-    kind: str
-    languages: tuple[str, ...]
-    num_bytes: int
-    fingerprint: str = ""
-    teacher: str | None = None
-    dev: dict[str, float] = field(default_factory=dict)
-    problem: str = ""
+    name: str  # of the folder
+    kind: str  # clip-ve, student, autoencoder, onnx; pretrained: a model of `pretrain`
+    languages: tuple[str, ...]  # that it reads
+    num_bytes: int  # of all its files
+    fingerprint: str = ""  # of everything that determines its output; empty if it has none
+    teacher: str | None = None  # of a student, the fingerprint of its CLIP-VE
+    dev: dict[str, float] = field(default_factory=dict)  # the dev metrics of its training
+    problem: str = ""  # why it cannot be used; empty if it can
 
 
 @dataclass(frozen=True)
 class Models:
-    """The models in a folder.
+    """The models in a folder."""
 
-    Attributes:
-        entries: by name.
-        predict: for each language, the model that `predict` takes, and why.
-    """
-
-    entries: list[ModelEntry]
-    predict: dict[str, tuple[str, str]]
+    entries: list[ModelEntry]  # by name
+    predict: dict[str, tuple[str, str]]  # the model that `predict` takes for a language, and why
 
 
 def list_models(runs: Path) -> Models:

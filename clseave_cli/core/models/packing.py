@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -28,43 +27,30 @@ _UNUSED = -1
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """B sentences in R rows of T tokens.
+    """B sentences in R rows of T tokens; all tensors are int64."""
 
-    Attributes:
-        input_ids: (R, T) int64.
-        positions: (R, T) int64, counted from 0 within each sentence.
-        segments: (R, T) int64, which of the B sentences a token belongs to; -1 unused.
-        terminals: (B,) int64, the index of each sentence's last token in the flattened rows.
-        groups: consecutive rows that are computed together: how many, and how many of their T
-            places they use; empty: all rows, all places.
-    """
-
-    input_ids: Tensor
-    positions: Tensor
-    segments: Tensor
-    terminals: Tensor
+    input_ids: Tensor  # (R, T)
+    positions: Tensor  # (R, T) counted from 0 within each sentence
+    segments: Tensor  # (R, T) which of the B sentences a token belongs to; -1 unused
+    terminals: Tensor  # (B,) the index of each sentence's last token in the flattened rows
+    #: Consecutive rows that are computed together: how many, and how many of their T places they
+    #: use; empty: all rows, all places.
     groups: tuple[tuple[int, int], ...] = ()
 
     def to(self, device: torch.device) -> PackedBatch:
         """The batch on another device."""
-        moved: dict[str, Any] = {
-            name: part.to(device, non_blocking=True)
-            for name, part in vars(self).items()
-            if isinstance(part, Tensor)
-        }
-        return replace(self, **moved)
+        tensors = (self.input_ids, self.positions, self.segments, self.terminals)
+        ids, positions, segments, ends = (part.to(device, non_blocking=True) for part in tensors)
+        return PackedBatch(ids, positions, segments, ends, self.groups)
 
     def parts(self) -> Iterator[PackedBatch]:
         """Yields each group of rows, cut to the places it uses and without terminals."""
         start = 0
         for num_rows, width in self.groups:
             places = slice(start, start + num_rows), slice(0, width)
-            yield PackedBatch(
-                self.input_ids[places],
-                self.positions[places],
-                self.segments[places],
-                self.terminals[:0],
-            )
+            grids = (self.input_ids, self.positions, self.segments)
+            ids, positions, segments = (grid[places] for grid in grids)
+            yield PackedBatch(ids, positions, segments, self.terminals[:0])
             start += num_rows
 
     @property
@@ -75,11 +61,8 @@ class PackedBatch:
     def attention_mask(self, causal: bool, window: int | None = None) -> Tensor:
         """(R, 1, T, T) bool: True where a query token may attend to a key token.
 
-        Unused tokens attend to each other, so that no row of the softmax is empty.
-
-        Args:
-            causal: tokens attend backwards only.
-            window: the largest distance, in tokens; None: the whole sentence.
+        Unused tokens attend to each other, so that no row of the softmax is empty. `window` is the
+        largest distance in tokens.
         """
         mask = self.segments[:, None, :, None] == self.segments[:, None, None, :]
         if window is not None:

@@ -40,14 +40,7 @@ class ClipShape:
 def new_clip(
     folder: Path, captions: Iterable[str], shape: ClipShape = ClipShape(), seed: int = 0
 ) -> None:
-    """Writes a CLIP model with random weights and a byte-level BPE tokenizer trained on captions.
-
-    Args:
-        folder: where to write it, in Hugging Face layout.
-        captions: text to learn the vocabulary from.
-        shape: size of the model.
-        seed: of the weights.
-    """
+    """Writes a random CLIP model, with a byte-level BPE tokenizer trained on captions."""
     start, end = "<|startoftext|>", "<|endoftext|>"
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -111,18 +104,7 @@ def new_encoder(
     max_tokens: int = 128,
     seed: int = 0,
 ) -> None:
-    """Writes a small BERT with random weights and a cased WordPiece vocabulary.
-
-    Args:
-        folder: where to write it, in Hugging Face layout.
-        sentences: text in all its languages, to learn the vocabulary from.
-        width: of the hidden states.
-        num_layers: transformer layers.
-        num_heads: attention heads.
-        vocab_size: largest vocabulary.
-        max_tokens: longest sentence.
-        seed: of the weights.
-    """
+    """Writes a random small BERT, with a cased WordPiece tokenizer trained on sentences."""
     texts = list(sentences)
     empty = BertTokenizer(do_lower_case=False, strip_accents=False)
     trained, special = empty.backend_tokenizer, empty.get_vocab()

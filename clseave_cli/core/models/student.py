@@ -28,21 +28,14 @@ _VOCABULARY = "vocabulary.safetensors"
 
 @dataclass(frozen=True)
 class Coding:
-    """How a student of the token method turns its states into the teacher's.
+    """How a student of the token method turns its states into the teacher's."""
 
-    Attributes:
-        code: whether codes can be negative.
-        width: K, the width of the teacher's states.
-        norm_eps: of the teacher's last normalisation, if it is applied to the code.
-        pools: whether the sentence's state first passes through BERT's pooling layer.
-        reader: how a code becomes an embedding.
-    """
-
-    code: Code
-    width: int
-    norm_eps: float | None
-    pools: bool = False  # missing in folders of earlier versions, like `reader`
-    reader: TokenReader = "projection"
+    code: Code  # whether codes can be negative
+    width: int  # K, of the teacher's states
+    norm_eps: float | None  # of the teacher's last normalisation, if it is applied to the code
+    # Folders of earlier versions lack the following.
+    pools: bool = False  # the sentence's state first passes through BERT's pooling layer
+    reader: TokenReader = "projection"  # how a code becomes an embedding
 
     @property
     def reads_states(self) -> bool:
@@ -72,11 +65,9 @@ class CodedState(nn.Module):
         if coding.reader == "decoder":
             self.decoder = coder(coding.width, state_width, coding.code)
         self.width = state_width if coding.reads_states else coding.width
-        self.final_norm: nn.Module = (
-            nn.Identity()
-            if coding.norm_eps is None
-            else nn.LayerNorm(self.width, eps=coding.norm_eps)
-        )
+        self.final_norm: nn.Module = nn.Identity()
+        if coding.norm_eps is not None:
+            self.final_norm = nn.LayerNorm(self.width, eps=coding.norm_eps)
         self.coding = coding
 
     def forward(self, states: Tensor) -> Tensor:
@@ -94,12 +85,8 @@ def new_student(
     """A student around a pretrained encoder; LayerNorm and projection are untrained.
 
     Encoder → LayerNorm → terminal token → linear without bias (thesis 3.3.1; the [SEP] token, not
-    [CLS]). The normalisation is applied after pooling: the same for one token, and cheaper.
-
-    Args:
-        name: hub id or folder of any bidirectional encoder with a fast tokenizer.
-        embedding_dim: D, the width of the teacher's embeddings.
-        pooling: which hidden state represents a sentence.
+    [CLS]). The normalisation is applied after pooling: the same for one token, and cheaper. Any
+    bidirectional encoder with a fast tokenizer will do.
 
     Raises:
         ModelError: the encoder cannot be loaded.
@@ -179,9 +166,7 @@ def new_token_student(
 def load_student(folder: Path, teacher: str | None = None) -> SentenceEncoder:
     """Loads a folder that `save_student` wrote, in eval mode.
 
-    Args:
-        folder: the student's folder.
-        teacher: fingerprint of the CLIP-VE it will be used with; None skips the check.
+    A `teacher`, the fingerprint of a CLIP-VE, must be the one it was trained against.
 
     Raises:
         ModelError: missing, damaged, or trained against another teacher.
@@ -288,11 +273,9 @@ def save_student(
 
 
 def restore_student(folder: Path, encoder: str | Path | None = None) -> SentenceEncoder:
-    """Loads a student with a trimmed vocabulary and adds the missing tokens again, in eval mode.
+    """Loads a student and undoes the trimming of its vocabulary, in eval mode.
 
-    Args:
-        folder: the student's folder.
-        encoder: the encoder it was trained from; None: the name it had in training.
+    `encoder` is the one it was trained from; by default it is looked up under its name in training.
 
     Raises:
         ModelError: as `load_student`, or its vocabulary is whole, or it is another encoder.
@@ -425,14 +408,10 @@ def save_autoencoder(autoencoder: Autoencoder, folder: Path, *, languages: Seque
 
 
 def load_autoencoder(folder: Path, autoencoder: Autoencoder) -> tuple[Autoencoder, str]:
-    """Loads a folder that `save_autoencoder` wrote.
-
-    Args:
-        folder: the autoencoder's folder.
-        autoencoder: has the required shape and receives the weights.
+    """Loads a folder that `save_autoencoder` wrote into an autoencoder of the required shape.
 
     Returns:
-        `autoencoder` in eval mode, and the folder's fingerprint.
+        The autoencoder, in eval mode, and the folder's fingerprint.
 
     Raises:
         ModelError: missing, damaged, or of another shape.

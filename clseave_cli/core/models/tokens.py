@@ -20,10 +20,6 @@ class Filling:
     """Padding that is part of the sentence, because the encoder attends to it.
 
     SigLIP was trained on texts padded to the limit, without a mask.
-
-    Attributes:
-        token_id: the padding token.
-        side: where it goes.
     """
 
     token_id: int
@@ -37,17 +33,11 @@ class Filling:
 
 @dataclass(frozen=True, eq=False)
 class TokenTable:
-    """N tokenised sentences, stored flat: sentence i is `ids[offsets[i]:offsets[i + 1]]`.
+    """N tokenised sentences, stored flat: sentence i is `ids[offsets[i]:offsets[i + 1]]`."""
 
-    Attributes:
-        ids: int32 token ids of all sentences, special tokens included.
-        offsets: (N + 1,) int64.
-        truncated: (N,) which sentences were longer than the encoder's limit.
-    """
-
-    ids: npt.NDArray[np.int32]
-    offsets: npt.NDArray[np.int64]
-    truncated: npt.NDArray[np.bool_]
+    ids: npt.NDArray[np.int32]  # of all sentences, special tokens included
+    offsets: npt.NDArray[np.int64]  # (N + 1,)
+    truncated: npt.NDArray[np.bool_]  # (N,) whether it was longer than the encoder's limit
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -74,17 +64,11 @@ class TokenTable:
 
 @dataclass(frozen=True, eq=False)
 class Trimmed:
-    """The part of an encoder's vocabulary that was kept.
+    """The part of an encoder's vocabulary that was kept."""
 
-    Attributes:
-        kept: (K,) int64 ids in the whole vocabulary, ascending; their indices are the new ids.
-        num_tokens: size of the whole table of word vectors.
-        encoder: name of the encoder that has it.
-    """
-
-    kept: npt.NDArray[np.int64]
-    num_tokens: int
-    encoder: str
+    kept: npt.NDArray[np.int64]  # (K,) ascending old ids; their indices are the new ones
+    num_tokens: int  # size of the whole table of word vectors
+    encoder: str  # name of the encoder that has it
 
 
 def require_usable(backend: Tokenizer, source: str | Path) -> None:

@@ -11,6 +11,7 @@ Legend: V vocabulary · K kept tokens · H hidden width.
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -148,6 +149,7 @@ def _closure(content: dict[str, Any], used: set[int], name: str) -> set[int]:
     if unknown is not None:
         kept.add(unknown)
     if kind == "Unigram":
+        # The score of unknown characters depends on the lowest one.
         scores = [score for _, score in model["vocab"]]
         kept.add(scores.index(min(scores)))
     if kind == "BPE":
@@ -163,7 +165,7 @@ def _ids(model: dict[str, Any]) -> dict[str, int]:
 
 def _is_single(token: str, affixes: Iterable[str | None]) -> bool:
     """Whether a token is one character, with or without an affix, or one byte."""
-    if len(token) == len("<0x00>") and token.startswith("<0x") and token.endswith(">"):
+    if re.fullmatch("<0x..>", token):
         return True
     for affix in affixes:
         if affix and len(token) > len(affix):
@@ -171,22 +173,19 @@ def _is_single(token: str, affixes: Iterable[str | None]) -> bool:
     return len(token) <= 1
 
 
-def _merges(model: dict[str, Any]) -> list[tuple[str, str]]:
-    """The merges in order; older files write a pair as one string."""
-    pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
-    return [(first, second) for first, second in pairs]
-
-
-def _joined(first: str, second: str, model: dict[str, Any]) -> str:
-    """The result of a merge; only the first token keeps its continuation prefix."""
-    return first + second.removeprefix(model.get("continuing_subword_prefix") or "")
+def _merges(model: dict[str, Any]) -> list[tuple[list[str], str]]:
+    """The merges in order: a pair and its result, in which only the first keeps its prefix."""
+    prefix = model.get("continuing_subword_prefix") or ""
+    # Older files write a pair as one string.
+    pairs = [m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"]]
+    return [([first, second], first + second.removeprefix(prefix)) for first, second in pairs]
 
 
 def _add_parts(kept: set[int], ids: dict[str, int], model: dict[str, Any]) -> None:
     """Adds the parts that kept tokens are merged from, recursively."""
     parts: dict[str, list[str]] = {}
-    for pair in _merges(model):
-        parts.setdefault(_joined(*pair, model), []).extend(pair)
+    for pair, result in _merges(model):
+        parts.setdefault(result, []).extend(pair)
     names = {number: token for token, number in ids.items()}
     pending = [names[number] for number in kept if number in names]
     while pending:
@@ -208,9 +207,9 @@ def _renumbered(content: dict[str, Any], new_id: dict[int, int]) -> dict[str, An
     if model["type"] == "BPE":
         vocabulary = model["vocab"]
         model["merges"] = [
-            list(pair)
-            for pair in _merges(model)
-            if all(token in vocabulary for token in (*pair, _joined(*pair, model)))
+            pair
+            for pair, result in _merges(model)
+            if all(token in vocabulary for token in (*pair, result))
         ]
     return {
         **content,

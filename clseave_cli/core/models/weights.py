@@ -60,11 +60,7 @@ def save_weights(module: nn.Module, path: Path) -> None:
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
-    """Reads what `save_weights` wrote.
-
-    Args:
-        module: the module to fill; may be on the meta device.
-        path: the file.
+    """Reads what `save_weights` wrote into a module, which may be on the meta device.
 
     Raises:
         ModelError: the file is damaged, does not fit the module, or has non-finite numbers.
@@ -146,14 +142,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     **arguments: Any,
 ) -> Any:
-    """Calls `from_pretrained` of a model.
-
-    Args:
-        name: hub id or folder.
-        loader: the method.
-        optional: prefix of tensors that may be missing from the files.
-        dtype: of the weights.
-        arguments: passed on.
+    """Calls `from_pretrained` of a model; tensors with the prefix `optional` may be missing.
 
     Raises:
         ModelError: as `load`; or its weights do not fit its configuration, or are not finite.
