@@ -22,22 +22,15 @@ _MATRICES = r".*\.(q_proj|v_proj|query|value)"
 
 
 def require_peft() -> None:
-    """Refuses adapters early if peft is not installed.
-
-    Raises:
-        ExtraMissing: it is not.
-    """
+    """Raises ExtraMissing, before any work is done, if peft is not installed."""
     if importlib.util.find_spec("peft") is None:
         raise ExtraMissing("--lora needs peft; run: pip install -e '.[lora]'.")
 
 
 def train_blocks(image: ImageEncoder, count: int | None, flag: str) -> None:
-    """Has the last blocks of an image tower computed in every step, from their cached inputs.
+    """Has the last blocks of an image tower trained; `flag` is the option behind this.
 
-    Args:
-        image: the tower.
-        count: blocks to train; None: compute all, train none.
-        flag: the option behind this, for the message.
+    They are computed in every step, from their cached inputs. None: all are, but none is trained.
 
     Raises:
         UsageError: the tower has fewer blocks, or is not like CLIP's.
@@ -57,12 +50,9 @@ def train_blocks(image: ImageEncoder, count: int | None, flag: str) -> None:
 def adapted(
     encoders: tuple[SentenceEncoder | ImageEncoder, ...], rank: int | None, seed: int
 ) -> Iterator[None]:
-    """Within the block, the encoders' backbones have adapters, and only those are trained.
+    """Within the block, the encoders' backbones have adapters of a rank r and train only those.
 
-    Args:
-        encoders: the encoders; the adapters are merged into their weights after the block.
-        rank: r; None: no adapters.
-        seed: of the adapters' initial weights.
+    Afterwards the adapters are merged into the weights. Without a rank, nothing happens.
     """
     if rank is None:
         yield

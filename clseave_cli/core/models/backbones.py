@@ -33,9 +33,6 @@ from clseave_cli.core.models.tokens import Filling, require_usable
 from clseave_cli.core.models.weights import load, load_linear, load_model, save_weights
 from clseave_cli.errors import ModelError
 
-#: Encoders with BERT's pooling layer.
-_POOLED = ("bert", "roberta", "xlm-roberta")
-
 #: Texts on which two tokenizers are compared.
 _PROBES = ("A dog's ball is red, isn't it?", "ZWEI  Hunde laufen.", "犬が公園を走っている。")
 
@@ -138,7 +135,7 @@ def load_pooler(name: str | Path) -> nn.Linear:
         ModelError: the encoder cannot be loaded, or has no pooling layer.
     """
     config = _text_config(name)
-    if config.model_type not in _POOLED:
+    if config.model_type not in ("bert", "roberta", "xlm-roberta"):
         raise ModelError(
             f"{name}: a {config.model_type} model has no pooling layer; use --sentence-token cls."
         )
@@ -158,11 +155,8 @@ def _text_config(name: str | Path) -> Any:
 def input_settings(model: Any, tokenizer: Any, saved: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `SentenceEncoder` that describe how sentences are fed to an encoder.
 
-    Args:
-        model: the encoder.
-        tokenizer: its tokenizer.
-        saved: includes `SentenceEncoder.packing` of a saved encoder, except in folders of earlier
-            versions; empty for a new one.
+    `saved` includes the `SentenceEncoder.packing` of a saved encoder, except one of an earlier
+    version; it is empty for a new encoder.
 
     Raises:
         ModelError: the tokenizer does not end a text in an end-of-sentence token.

@@ -111,11 +111,7 @@ class ClipVE(nn.Module):
 
     @classmethod
     def from_folder(cls, folder: Path, text: SentenceEncoder | None = None) -> ClipVE:
-        """Loads a folder that `save` wrote, in eval mode.
-
-        Args:
-            folder: the model's folder.
-            text: a student to use instead of the text tower, which is then not loaded.
+        """Loads a folder that `save` wrote, in eval mode; `text` replaces the saved text tower.
 
         Raises:
             ModelError: it is missing, damaged, or of another format.
@@ -167,20 +163,12 @@ class ClipVE(nn.Module):
 
 
 def fingerprint(folder: Path) -> str:
-    """The fingerprint of a saved CLIP-VE.
-
-    Raises:
-        ModelError: not a CLIP-VE folder.
-    """
+    """The fingerprint of a saved CLIP-VE; raises ModelError for any other folder."""
     return str(peek(folder, FORMAT)["fingerprint"])
 
 
 def source_language(folder: Path) -> str:
-    """The language that a saved CLIP-VE reads.
-
-    Raises:
-        ModelError: not a CLIP-VE folder.
-    """
+    """The language that a saved CLIP-VE reads; raises ModelError for any other folder."""
     return str(peek(folder, FORMAT)["languages"][0])
 
 
@@ -244,10 +232,7 @@ class EntailmentHead(nn.Module):
         return logits
 
     def attention(self, hypothesis: Tensor, premise: Tensor) -> Tensor:
-        """(B, grid, grid) float32 attention to the cells, averaged over heads; each sums to 1.
-
-        The arguments are those of `forward`; the head must have patches.
-        """
+        """(B, grid, grid) float32 attention to the cells, averaged over heads; each sums to 1."""
         assert self.patches is not None, "a head without patches"
         with torch.autocast(hypothesis.device.type, enabled=False):
             weights: Tensor = self.patches(hypothesis.float(), self._parts(premise)[1])[1]

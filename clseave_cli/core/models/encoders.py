@@ -180,12 +180,10 @@ class SentenceEncoder(nn.Module):
         return self.project(pool(self.hidden_states(batch), batch, self.pooling))
 
     def hidden_states(self, batch: PackedBatch, layer: int | None = None) -> Tensor:
-        """Hidden states, (R, T, H); those at unused places are meaningless.
+        """(R, T, H) states for a batch on the encoder's device; meaningless at unused places.
 
-        Args:
-            batch: packed sentences, on the encoder's device.
-            layer: the layer whose output to return, counted from 1, or -1 for the last; None: the
-                backbone's last hidden states, which are normalised in CLIP.
+        Those of `layer`, counted from 1, or -1 for the last; by default, the backbone's last hidden
+        states, which are normalised in CLIP.
         """
         with in_bfloat16(self.backbone) if self.trains_in_bfloat16 else nullcontext():
             if not batch.groups:
@@ -215,7 +213,7 @@ class SentenceEncoder(nn.Module):
         return embedding
 
     def _attention_mask(self, batch: PackedBatch) -> Tensor | dict[str, Tensor]:
-        """The mask in the form that the backbone expects."""
+        """The attention mask in the form that the backbone expects."""
         # Given a padding mask, every model builds its mask itself.
         if not self.packs:
             return batch.padding_mask()

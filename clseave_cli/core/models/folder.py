@@ -27,8 +27,7 @@ _NOT_CONTENT = ("fingerprint", "clseave_version")
 def seal(folder: Path, format_name: str, config: dict[str, Any]) -> str:
     """Writes `config.json` with the digests of all model files already in `folder`.
 
-    Returns:
-        The fingerprint: a digest of everything that determines the model's output.
+    Returns the fingerprint: a digest of everything that determines the model's output.
     """
     # Model card, training record and calibration do not.
     others = ("training", _CONFIG, CALIBRATION_FILE, "README.md")

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-_HALF = torch.bfloat16
 #: Embedding tables up to this size (positions, token types) are read by a matrix product.
 _SMALL_TABLE = 1024
 
@@ -68,7 +67,7 @@ class _Cast(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        copies = [torch.empty_like(weight, dtype=_HALF) for weight in weights]
+        copies = [torch.empty_like(weight, dtype=torch.bfloat16) for weight in weights]
         torch._foreach_copy_(copies, weights)
         frozen = [c for c, w in zip(copies, weights, strict=True) if not w.requires_grad]
         ctx.mark_non_differentiable(*frozen)
@@ -122,7 +121,11 @@ def _linear(ones: dict[int, Tensor], module: nn.Linear, inputs: Tensor) -> Tenso
 def _layer_norm(module: nn.LayerNorm, inputs: Tensor) -> Tensor:
     with torch.autocast(inputs.device.type, enabled=False):
         return functional.layer_norm(
-            inputs.to(_HALF), module.normalized_shape, module.weight, module.bias, module.eps
+            inputs.to(torch.bfloat16),
+            module.normalized_shape,
+            module.weight,
+            module.bias,
+            module.eps,
         )
 
 

@@ -78,7 +78,6 @@ def rank_pairs(
 def _unit(vectors: npt.ArrayLike) -> npt.NDArray[np.float32]:
     """(N, D) vectors of length 1, or 0."""
     rows = np.asarray(vectors, dtype=np.float32)
-    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    lengths: npt.NDArray[np.float32] = np.linalg.norm(rows, axis=1, keepdims=True)
     lengths[lengths == 0] = 1
-    units: npt.NDArray[np.float32] = rows / lengths
-    return units
+    return rows / lengths

@@ -111,10 +111,8 @@ def new_encoder(
     # Passed as special tokens, as in `new_clip`.
     continuations = {
         f"##{character}"
-        for text in texts
-        for word, _ in trained.pre_tokenizer.pre_tokenize_str(
-            trained.normalizer.normalize_str(text)
-        )
+        for text in map(trained.normalizer.normalize_str, texts)
+        for word, _ in trained.pre_tokenizer.pre_tokenize_str(text)
         for character in word[1:]
     }
     trainer = trainers.WordPieceTrainer(

@@ -39,36 +39,27 @@ class Coding:
 
     @property
     def reads_states(self) -> bool:
-        """Whether the projection reads H numbers, padded from the teacher's K, and not a code."""
+        """Whether the teacher's last layers are padded to read H numbers instead of a code's K."""
         return self.reader in ("padded", "decoder")
 
 
 class CodedState(nn.Module):
-    """The layers between a token student's state and its projection.
-
-    Attributes:
-        pooler: the encoder's pooling layer, or identity; token pairs bypass it.
-        coder: maps the student's state to the teacher's; trained on the token pairs.
-        decoder: the autoencoder's decoder, or identity.
-        final_norm: the teacher's last normalisation, or identity.
-        width: the width of the result.
-        coding: what all that depends on.
-    """
+    """The layers between a token student's state and its projection."""
 
     def __init__(self, state_width: int, coding: Coding) -> None:
         super().__init__()
+        self.coding = coding
         self.pooler: nn.Module = nn.Identity()
-        if coding.pools:
+        if coding.pools:  # as BERT does; token pairs bypass it
             self.pooler = nn.Sequential(nn.Linear(state_width, state_width), nn.Tanh())
-        self.coder = coder(state_width, coding.width, coding.code)
+        self.coder = coder(state_width, coding.width, coding.code)  # trained on token pairs
         self.decoder: nn.Module = nn.Identity()
-        if coding.reader == "decoder":
+        if coding.reader == "decoder":  # the autoencoder's
             self.decoder = coder(coding.width, state_width, coding.code)
         self.width = state_width if coding.reads_states else coding.width
         self.final_norm: nn.Module = nn.Identity()
-        if coding.norm_eps is not None:
+        if coding.norm_eps is not None:  # the teacher's
             self.final_norm = nn.LayerNorm(self.width, eps=coding.norm_eps)
-        self.coding = coding
 
     def forward(self, states: Tensor) -> Tensor:
         """(B, width) from (B, H)."""
@@ -311,11 +302,7 @@ def restore_student(folder: Path, encoder: str | Path | None = None) -> Sentence
 
 
 def student_fingerprint(folder: Path) -> str:
-    """The fingerprint of a saved student.
-
-    Raises:
-        ModelError: not a student's folder.
-    """
+    """The fingerprint of a saved student; raises ModelError for any other folder."""
     return str(peek(folder, FORMAT)["fingerprint"])
 
 
@@ -377,20 +364,13 @@ def coder(state_width: int, code_width: int, code: Code) -> nn.Sequential:
 
 
 class Autoencoder(nn.Module):
-    """Linear H → K, linear K → H, each followed by a ReLU unless the code is linear.
-
-    Attributes:
-        encoder: maps states to codes.
-        decoder: maps codes to states.
-        widths: H and K.
-        code: whether there are ReLUs.
-    """
+    """Linear H → K, linear K → H, each followed by a ReLU unless the code is linear."""
 
     def __init__(self, state_width: int, code_width: int, code: Code = "relu") -> None:
         super().__init__()
         self.encoder = coder(state_width, code_width, code)
         self.decoder = coder(code_width, state_width, code)
-        self.widths = state_width, code_width
+        self.widths = state_width, code_width  # H and K
         self.code = code
 
     def forward(self, states: Tensor) -> Tensor:
@@ -410,8 +390,7 @@ def save_autoencoder(autoencoder: Autoencoder, folder: Path, *, languages: Seque
 def load_autoencoder(folder: Path, autoencoder: Autoencoder) -> tuple[Autoencoder, str]:
     """Loads a folder that `save_autoencoder` wrote into an autoencoder of the required shape.
 
-    Returns:
-        The autoencoder, in eval mode, and the folder's fingerprint.
+    Returns it, in eval mode, and the folder's fingerprint.
 
     Raises:
         ModelError: missing, damaged, or of another shape.

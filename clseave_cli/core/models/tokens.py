@@ -72,11 +72,7 @@ class Trimmed:
 
 
 def require_usable(backend: Tokenizer, source: str | Path) -> None:
-    """Refuses a tokenizer that fails on some texts, such as one without its unknown token.
-
-    Raises:
-        ModelError: names `source`.
-    """
+    """Raises ModelError for a tokenizer that fails on some texts, as without an unknown token."""
     try:
         backend.encode_batch_fast(["a", "犬\U0010fffd"])
     except Exception as error:  # the library raises plain ones

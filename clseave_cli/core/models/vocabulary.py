@@ -101,7 +101,7 @@ def trim_vocabulary(
         name: of the encoder, to restore the rest from.
 
     Returns:
-        (V,) the new id of every old one; -1 if it was removed.
+        (V,) new ids by the old ones; -1 if removed.
 
     Raises:
         ModelError: its kind of tokenizer cannot be trimmed, or it is trimmed already.

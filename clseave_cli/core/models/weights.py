@@ -29,9 +29,8 @@ from clseave_cli.errors import ClseaveError, ModelError
 
 #: `name` or `organisation/name`; anything else can only be a folder.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-#: Limits for a folder without safetensors.
-_MAX_TENSORS, _MAX_NUMBERS = 10_000, 10**11
-_MAX_LABELS = 10_000
+#: Limits for a folder without safetensors; the last one holds for any.
+_MAX_TENSORS, _MAX_NUMBERS, _MAX_LABELS = 10_000, 10**11, 10_000
 #: ALBERT shares its layers and has narrow word vectors, so its sizes suggest up to four times the
 #: numbers that are stored.
 _SHARING = 4
