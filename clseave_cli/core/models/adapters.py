@@ -28,9 +28,9 @@ def require_peft() -> None:
 
 
 def train_blocks(image: ImageEncoder, count: int | None, flag: str) -> None:
-    """Has the last blocks of an image tower trained; `flag` is the option behind this.
+    """Has the last `count` blocks of an image tower trained, and computed in every step.
 
-    They are computed in every step, from their cached inputs. None: all are, but none is trained.
+    None: all blocks are computed but frozen, as adapters need it. Messages name the option `flag`.
 
     Raises:
         UsageError: the tower has fewer blocks, or is not like CLIP's.
@@ -50,7 +50,7 @@ def train_blocks(image: ImageEncoder, count: int | None, flag: str) -> None:
 def adapted(
     encoders: tuple[SentenceEncoder | ImageEncoder, ...], rank: int | None, seed: int
 ) -> Iterator[None]:
-    """Within the block, the encoders' backbones have adapters of a rank r and train only those.
+    """Within the block, the encoders' backbones have adapters of rank r, and train only those.
 
     Afterwards the adapters are merged into the weights. Without a rank, nothing happens.
     """

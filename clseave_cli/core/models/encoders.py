@@ -56,7 +56,7 @@ _PROBES = (
 
 
 class SentenceEncoder(nn.Module):
-    """A transformer with one hidden state per sentence pooled, normalised and projected.
+    """A transformer that pools one hidden state per sentence, normalises and projects it.
 
     The teacher's text tower and the student that replaces it both have this shape (thesis
     Figure 3.6). The projected vector is the embedding, not what transformers calls pooled output.
@@ -157,9 +157,9 @@ class SentenceEncoder(nn.Module):
     def pack(
         self, tokens: TokenTable, sentences: npt.NDArray[np.intp], places: int | None = None
     ) -> PackedBatch:
-        """Packs the (B,) chosen sentences of a table for `forward`.
+        """Packs (B,) sentences, given by index, for `forward`.
 
-        With `buckets_shapes`, there will be `places` embeddings; the ones after B are meaningless.
+        With `buckets_shapes`, that returns `places` embeddings; those after B are meaningless.
         """
         batch = pack(
             tokens,
@@ -230,9 +230,9 @@ class SentenceEncoder(nn.Module):
         batch_size: int | None = None,
         sentences: npt.NDArray[np.intp] | None = None,
     ) -> Iterator[Tensor]:
-        """Yields the embeddings of all or the chosen sentences in order, by batches: (≤ B, D).
+        """Yields the embeddings of all sentences, or of these, in order, in batches: (≤ B, D).
 
-        Without a `batch_size` B, one that suits the device is used.
+        By default, the batch size B suits the device.
         """
         rows = np.arange(len(tokens)) if sentences is None else sentences
         size = batch_size or _EMBEDDED_AT_ONCE[self.device.type]

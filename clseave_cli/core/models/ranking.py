@@ -69,7 +69,7 @@ def rank(queries: npt.ArrayLike, candidates: npt.ArrayLike, right: Callable[[sli
 def rank_pairs(
     queries: npt.ArrayLike, candidates: npt.ArrayLike, query: Any, candidate: Any
 ) -> Ranks:
-    """Ranks (C, D) candidates for each of (Q, D) queries; `query` and `candidate` index pairs."""
+    """Ranks (C, D) candidates for (Q, D) queries, given the row numbers of the right pairs."""
     shape = len(np.asarray(queries)), len(np.asarray(candidates))
     right = csr_array((np.ones(len(query), dtype=np.bool_), (query, candidate)), shape=shape)
     return rank(queries, candidates, lambda rows: right[rows].toarray())
