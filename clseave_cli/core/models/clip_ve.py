@@ -63,10 +63,8 @@ class ClipVE(nn.Module):
                 f"the text tower projects to {widths[0]}, the image tower to {widths[1]}, the "
                 f"head reads {widths[2]}; the three must be equal."
             )
-        grid = head.config.patch_grid
-        if grid and (
-            not 0 < grid <= image.grid or image.grid % grid or head.config.patch_heads < 1
-        ):
+        grid, heads = head.config.patch_grid, head.config.patch_heads
+        if grid and (not 0 < grid <= image.grid or image.grid % grid or heads < 1):
             raise ModelError(
                 f"the head reads {grid} × {grid} patches, which the image tower's {image.grid} × "
                 f"{image.grid} cannot be averaged to; choose another --patch-grid."

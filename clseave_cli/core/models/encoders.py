@@ -32,9 +32,8 @@ from clseave_cli.progress import SILENT, Progress
 #: time in the attention, most on a CPU with dropout, so rows are about as long as the longest
 #: sentences there, and twice as long on a GPU (docs/experiments.md, 2026-11-21 and 2026-11-26).
 _ROW_TOKENS = {"cuda": 64, "cpu": 32}
-#: The fixed cost of a backbone call, in tokens. Without packing, a batch is split when that saves
-#: more padding than this. Estimates for 12 layers; a GPU computes thousands of tokens in the time
-#: that launching all kernels takes.
+#: The fixed cost of a backbone call, in tokens, estimated for 12 layers: an unpacked batch is split
+#: if that saves more padding. On a GPU, launching the kernels takes as long as thousands of tokens.
 _CALL_TOKENS = {"cuda": 4096, "cpu": 32}
 #: Sentences embedded in one call; on a GPU, launching the kernels outweighs a thousand of them.
 _EMBEDDED_AT_ONCE = {"cuda": 4096, "cpu": 512}
@@ -107,7 +106,6 @@ class SentenceEncoder(nn.Module):
         self.filling = filling
         self.pad_id = tokenizer.pad_token_id or 0
         self.packs = packs
-        self.embedding_dim = int(projection.out_features)  # D
         self.state_width = int(backbone.config.hidden_size)  # H
         #: (V,) each token's row in the word vectors while the vocabulary is reduced.
         self.token_places: Tensor | None = None
@@ -117,6 +115,11 @@ class SentenceEncoder(nn.Module):
         self.fingerprint = ""
         #: Of a student, the digest of the pretrained backbone it was trained from; empty: unknown.
         self.pretrained = ""
+
+    @property
+    def embedding_dim(self) -> int:
+        """D."""
+        return int(self.projection.out_features)
 
     @property
     def device(self) -> torch.device:
@@ -334,10 +337,9 @@ class ImageEncoder(nn.Module):
         return int(self.backbone.embeddings.position_embedding.num_embeddings) * self.state_width
 
     @property
-    def blocks(self) -> nn.ModuleList:
-        """The tower's transformer blocks, in order."""
-        blocks: nn.ModuleList = self.backbone.encoder.layers
-        return blocks
+    def blocks(self) -> Any:
+        """The tower's transformer blocks, in order, as an `nn.ModuleList`."""
+        return self.backbone.encoder.layers
 
     @property
     def grid(self) -> int:

@@ -25,8 +25,8 @@ _SMALL_TABLE = 1024
 def in_bfloat16(backbone: nn.Module) -> Iterator[None]:
     """Within the block, a module computes with bfloat16 copies of its float32 weights.
 
-    Gradients reach the weights in float32, even if the backward pass comes after the block; only
-    gradient checkpointing must recompute within it.
+    Gradients reach the weights in float32, even after the block; only gradient checkpointing must
+    recompute within it.
     """
     slots = [
         (module, name, weight)

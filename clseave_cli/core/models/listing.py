@@ -97,7 +97,6 @@ def list_models(runs: Path) -> Models:
 
 def _entry(folder: Path, teacher: str) -> ModelEntry:
     """Describes a folder; `teacher` is the fingerprint of the CLIP-VE beside it."""
-    config: dict[str, Any] = {}
     kind, problem = _PRETRAINED, ""
     try:
         config = read_json(folder / "config.json")

@@ -118,7 +118,7 @@ def pack(
     input_ids = np.full(num_rows * width, pad_id, dtype=np.int64)
     positions = np.zeros(num_rows * width, dtype=np.int64)
     segments = np.full(num_rows * width, _UNUSED, dtype=np.int64)
-    # The index of every token of every sentence, computed for the whole batch at once.
+    # The index of every token of every sentence.
     first = rows * width + starts
     within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     at = np.repeat(first, lengths) + within
