@@ -17,11 +17,11 @@ SENTENCES = ["two dogs run", "a man in a red shirt", "yes .", "The square is blu
 def text(request, clip, encoder):
     torch.manual_seed(0)
     is_student = request.param == "student"
-    made = new_student(encoder, 16) if is_student else backbones.load_clip_text(clip)
-    for module in made.modules():
+    model = new_student(encoder, 16) if is_student else backbones.load_clip_text(clip)
+    for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    return made.requires_grad_(True).train()
+    return model.requires_grad_(True).train()
 
 
 def _gradients(text, monkeypatch, *, whole, autocast=True):
@@ -34,10 +34,10 @@ def _gradients(text, monkeypatch, *, whole, autocast=True):
     return {n: p.grad.clone() for n, p in text.named_parameters() if p.grad is not None}
 
 
-def _error(gradients, wanted):
-    """Of all weights together, as a share of the gradient's length."""
-    apart = sum((gradients[name] - wanted[name]).square().sum() for name in wanted)
-    return (apart / sum(gradient.square().sum() for gradient in wanted.values())).sqrt().item()
+def _error(gradients, expected):
+    """The relative error of all gradients together."""
+    apart = sum((gradients[name] - expected[name]).square().sum() for name in expected)
+    return (apart / sum(gradient.square().sum() for gradient in expected.values())).sqrt().item()
 
 
 def test_gradients_are_as_good_as_with_autocast(text, monkeypatch):
@@ -48,7 +48,7 @@ def test_gradients_are_as_good_as_with_autocast(text, monkeypatch):
     assert 0 < _error(halved, exact) < 3 * cast < 0.1
 
 
-def test_the_module_is_itself_again(text):
+def test_the_module_is_restored(text):
     before = dict(text.named_parameters())
     with pytest.raises(ZeroDivisionError), in_bfloat16(text.backbone):
         assert {p.dtype for p in text.backbone.parameters()} == {torch.bfloat16}
@@ -61,31 +61,31 @@ def test_frozen_weights_and_shared_ones():
     layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     layers[0].requires_grad_(False)
     layers[2].weight = layers[1].weight
-    given = torch.randn(6, 4)
-    wanted = torch.autograd.grad(layers(given).sum(), layers[1].weight)[0]
+    inputs = torch.randn(6, 4)
+    expected = torch.autograd.grad(layers(inputs).sum(), layers[1].weight)[0]
     with in_bfloat16(layers):
         assert layers[2].weight is layers[1].weight
-        layers(given).float().sum().backward()
+        layers(inputs).float().sum().backward()
     assert layers[0].weight.grad is None and layers[0].bias.grad is None
-    torch.testing.assert_close(layers[1].weight.grad, wanted, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(layers[1].weight.grad, expected, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("num_embeddings", [3, 2000])
 def test_tables_small_and_large(num_embeddings):
     table = nn.Embedding(num_embeddings, 8)
     ids = torch.tensor([[0, 2, 2], [1, 0, 0]])
-    wanted = table(ids).bfloat16()
+    expected = table(ids).bfloat16()
     with in_bfloat16(table):
-        made = table(ids)
-        made.float().sum().backward()
-    assert torch.equal(made, wanted)
+        output = table(ids)
+        output.float().sum().backward()
+    assert torch.equal(output, expected)
     assert table.weight.grad[:3].mean(dim=1).tolist() == [3, 1, 2]
 
 
-@pytest.mark.parametrize(("dtype", "wanted"), [(torch.bfloat16, True), (torch.float16, False)])
-def test_only_training_by_bfloat16_on_a_gpu_is_halved(text, monkeypatch, dtype, wanted):
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, True), (torch.float16, False)])
+def test_only_training_by_bfloat16_on_a_gpu_uses_it(text, monkeypatch, dtype, expected):
     assert not text.trains_in_bfloat16
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: dtype)
-    assert text.trains_in_bfloat16 == wanted
+    assert text.trains_in_bfloat16 == expected
     assert not text.eval().trains_in_bfloat16
