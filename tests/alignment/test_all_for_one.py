@@ -208,7 +208,7 @@ def test_a_lexicon_is_what_is_linked_most_often_and_moves_words_to_their_transla
         (("--translator-epochs", "1", "--init-from"), "--translator-epochs: needs --translator"),
         (("--lexicon", "x", "--translator", "random", "--init-from"), "--lexicon: needs --trans"),
         (("--method", "token", "--init-from"), "--init-from: needs --method sentence"),
-        (("--keep-embeddings", "--trim-vocabulary", "--init-from"), "--trim-vocabulary: the vec"),
+        (("--keep-embeddings", "--trim-vocabulary", "--init-from"), "--trim-vocabulary: the wo"),
         (("--translator", "random", "--translator-epochs", "3", "--epochs", "2", "--init-from"),
          "--translator-epochs 3: more than --epochs 2"),
         (("--pooling", "mean", "--init-from"), "--pooling mean: .* was trained with terminal"),
@@ -246,5 +246,5 @@ def test_lexicons_that_are_none(data, tmp_path, trained, encoder):
             run(lexicon=file)
         shutil.rmtree(tmp_path / "runs", ignore_errors=True)
     (data / "snli_ve_train.de.jsonl").unlink()
-    with pytest.raises(UsageError, match=r"has no training text in de, which .* reads; give --lex"):
+    with pytest.raises(UsageError, match=r"has no training text in de, which .* reads; add --lex"):
         run()

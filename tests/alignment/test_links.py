@@ -53,8 +53,8 @@ def test_lines_of_sentences_that_are_not_used(tmp_path):
         ("0-0\n0-0\n0-0\n", r"links.txt:3: more lines than sentences; pairs.txt has 2"),
         ("0-0\n", r"links.txt: 1 lines; expected 2, as in pairs.txt"),
         ("", r"links.txt: 0 lines; expected 2"),
-        ("0-0\n0-3\n", r"links.txt:2: 0-3 names a word that is not there; the target sentence has "
-         r"3, counted from 0"),
+        ("0-0\n0-3\n", r"links.txt:2: 0-3 names a word that does not exist; the target sentence "
+         r"has 3, counted from 0"),
         ("2-0\n0-0\n", r"links.txt:1: 2-0 .* the source sentence has 2"),
         ("0-0 1:2\n0-0\n", r"links.txt:1: '1:2' is no link; expected two word numbers such as 0-2"),
         ("0-0\n-1-0\n", r"links.txt:2: '-1-0' is no link"),
@@ -78,16 +78,16 @@ def test_bad_links_are_left_out_and_told(tmp_path):
     notes = Notes()
     links = _read(tmp_path, "0-0 5-5\nx 1-1\n", [[2, 2]] * 2, skip_bad=True, progress=notes)
     assert _pairs(links) == [[(0, 0, True)], [(1, 1, True)]]
-    assert "2 bad links left out, the first in line 1: 5-5 names a word" in notes.text
+    assert "2 bad links skipped, the first in line 1: 5-5 names a word" in notes.text
 
 
-def test_one_link_of_a_gold_file_may_name_a_word_that_is_not_there(tmp_path):
+def test_one_link_of_a_gold_file_may_name_a_word_that_does_not_exist(tmp_path):
     notes = Notes()
     links = _read(tmp_path, "0-0 0-9\n1-1\n", [[2, 2]] * 2, gold=True, progress=notes)
     assert _pairs(links) == [[(0, 0, True)], [(1, 1, True)]]
-    assert "1 bad links left out, the first in line 1: 0-9 names a word" in notes.text
+    assert "1 bad links skipped, the first in line 1: 0-9 names a word" in notes.text
     for content, message in {
-        "0-0 0-9\n5-1\n": "2 links name words that are not there: line 1: 0-9 names",
+        "0-0 0-9\n5-1\n": "2 links name words that do not exist: line 1: 0-9 names",
         "0-0 0:1\n1-1\n": "links.txt:1: '0:1' is no link",
     }.items():
         with pytest.raises(DataError, match=message):

@@ -258,7 +258,7 @@ def test_an_auxiliary_language_is_trained_along_and_does_not_count(
     ("options", "said"),
     [
         ({"auxiliary": ("de",)}, "--auxiliary de: is a --lang already"),
-        ({"auxiliary": ("en",)}, "--auxiliary en: is what --include-english is for"),
+        ({"auxiliary": ("en",)}, "--auxiliary en: use --include-english instead"),
         ({"auxiliary": ("../x",)}, "--auxiliary ../x: not a language code"),
     ],
 )
@@ -293,7 +293,7 @@ def test_the_student_learns_from_so_many_sentences(world, tmp_path, trained, enc
     notes = Notes()
     result = quick_align(world, tmp_path / "b", trained, encoder, "de", limit=99, progress=notes)
     assert result.training.pairs == 5
-    assert "5 distinct sentences, fewer than --limit 99; all of them are used." in notes.text
+    assert "5 distinct sentences, fewer than --limit 99; all are used." in notes.text
 
 
 def test_a_language_with_no_rows_is_told(data, tmp_path, trained, encoder, refused):
@@ -403,8 +403,8 @@ def test_a_sentence_held_out_for_one_language_is_trained_on_in_none(plain):
         assert set(german.sources) == every - held
         left_out = 24 - len(german.sources)
         assert (
-            f"snli_ve_train.de.jsonl: {left_out} pairs left out; their photos or en sentences are "
-            "held out for other languages."
+            f"snli_ve_train.de.jsonl: {left_out} pairs skipped, because their photos or en "
+            "sentences are held out for other languages."
         ) in notes.text
         # The file German has stays whole, though its sentences are in the training file as well.
         assert len(german_dev.sources) == len(read_jsonl(plain / "snli_ve_dev.de.jsonl"))

@@ -119,7 +119,6 @@ def _objective(student, teacher, terminal, both=(0.0, 1.0), weights=(1.0, 1.0), 
         weights=torch.tensor(weights),
     )
     return TokenObjective(
-        student,
         teacher.text,
         corpus.pairs(ENGLISH),
         SentenceObjective(student, pairs, squared_error),
@@ -460,7 +459,7 @@ def test_a_token_student_predicts_and_is_exported(clseave, world, runs, encoder,
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"pooling": "mean"}, UsageError, "--method token: reads --sentence-token"),
+        ({"pooling": "mean"}, UsageError, "--method token: use --sentence-token"),
         ({"objective": "cosine"}, UsageError, "--objective cosine needs --method sentence"),
         ({"token_reader": "decoder"}, UsageError, "--token-reader decoder: .*--pretrained-code"),
         ({"token_reader": "code"}, ModelError, "--token-reader code: the head reads 16"),
@@ -470,7 +469,7 @@ def test_a_token_student_predicts_and_is_exported(clseave, world, runs, encoder,
         ({"aligner_threshold": 1.0, "terminal_pair": False}, DataError, "no words are linked"),
         (
             {"method": "sentence", "alignments": "links.{lang}"}, UsageError,
-            "--alignments: --method sentence compares no words",
+            "--alignments: --method sentence does not compare words",
         ),
         (
             {"auxiliary": ("nl",), "alignments": "links"}, UsageError,
@@ -489,7 +488,10 @@ def test_refusals(world, trained, encoder, tmp_path, options, error, message):
     [
         ("0-0\n" * 25, r"links.de:25: more lines than sentences; .*train.de.jsonl has 24"),
         ("0-0\n" * 23, r"links.de: 23 lines; expected 24"),
-        ("0-0\n" * 3 + "0-4\n" + "0-0\n" * 20, r"links.de:\d+: 0-4 names a word that is not there"),
+        (
+            "0-0\n" * 3 + "0-4\n" + "0-0\n" * 20,
+            r"links.de:\d+: 0-4 names a word that does not exist",
+        ),
         ("0-0\n" * 3 + "0;4\n" + "0-0\n" * 20, r"links.de:\d+: '0;4' is no link"),
         (None, r"links.de: cannot be read"),
     ],

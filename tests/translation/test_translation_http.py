@@ -190,7 +190,7 @@ def test_addresses_that_are_none(name, url):
 
 
 def test_engines_by_name():
-    with pytest.raises(UsageError, match="no such engine; there are: nmt, google, libre, file"):
+    with pytest.raises(UsageError, match="no such engine; choose from nmt, google, libre, file"):
         create_engine(TranslateConfig(engine="babelfish"), "en", "de")
     with pytest.raises(TranslationError, match=r"does not know the language tlh; it knows: af "):
         create_engine(TranslateConfig(engine="google"), "en", "tlh")

@@ -197,7 +197,7 @@ def test_models_that_do_not_fit(models, tmp_path):
         _engine(pair).translate(["A man."], 0)
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(ModelError, match=r"no config\.json in it"):
+    with pytest.raises(ModelError, match=r"has no config\.json"):
         _engine(empty)
     (empty / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UsageError, match="a bert model; expected one that translates"):

@@ -1,6 +1,6 @@
-"""Words: what stands between spaces, or what a segmenter finds where none are written.
+"""Splits sentences into words, at spaces or with a segmenter, and maps tokens to words.
 
-Legend: N sentences · W words of all of them.
+Legend: N sentences · W words of all sentences · M tokens of all sentences.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.tokens import TokenTable
 from clseave_cli.errors import ExtraMissing
 
-#: Finds the words of a text, in order; spaces may be among them.
+#: Returns the words of a text in order, perhaps with spaces among them.
 Segmenter = Callable[[str], Sequence[str]]
 
 _BETWEEN_SPACES = re.compile(r"\S+")
@@ -29,8 +29,8 @@ class Words:
 
     Attributes:
         sentences: N texts.
-        starts: (W,) int64, the character of its sentence that a word begins at.
-        ends: (W,) int64, the character behind it.
+        starts: (W,) int64 first character of each word in its sentence.
+        ends: (W,) int64 character after its last.
         offsets: (N + 1,) int64.
     """
 
@@ -44,7 +44,7 @@ class Words:
 
     @property
     def counts(self) -> npt.NDArray[np.int64]:
-        """(N,) how many words each sentence has."""
+        """(N,) number of words in each sentence."""
         return np.diff(self.offsets)
 
     def of(self, sentence: int) -> list[str]:
@@ -59,8 +59,8 @@ def split_words(sentences: Sequence[str], lang: str | None = None) -> Words:
 
     Args:
         sentences: N texts.
-        lang: their language; Japanese, Chinese, Korean and Thai are segmented. None: whatever it
-            is, words stand between spaces.
+        lang: their language; Japanese, Chinese, Korean and Thai are segmented. None: split at
+            spaces.
 
     Raises:
         ExtraMissing: the language needs a segmenter that is not installed.
@@ -85,13 +85,13 @@ def _spans(text: str, segmenter: Segmenter | None) -> Iterator[tuple[int, int]]:
         return
     end = 0
     for word in map(str.strip, segmenter(text)):
-        # A segmenter that normalises gives words that are not in the text; they are no words of it.
+        # A segmenter that normalises may return words that are not in the text; skip those.
         if word and (start := text.find(word, end)) >= 0:
             end = start + len(word)
             yield start, end
 
 
-#: The package that finds words, by language.
+#: The package that segments each language.
 _SEGMENTERS = {"ja": "sudachipy", "zh": "rjieba", "ko": "python-mecab-ko", "th": "pythainlp"}
 
 
@@ -119,7 +119,7 @@ def _segmenter(code: str) -> Segmenter:
     return segmenter
 
 
-#: Of a token that is in no word, or of a word that has no token.
+#: The word of a token in no word, and the token of a word without tokens.
 NONE = -1
 
 _SENTENCES_AT_ONCE = 8192
@@ -127,15 +127,15 @@ _SENTENCES_AT_ONCE = 8192
 
 @dataclass(frozen=True, eq=False)
 class WordTokens:
-    """Tokenised sentences and their words.
+    """The tokens of N sentences and their words.
 
     Attributes:
-        tokens: N sentences.
-        word_of_token: (M,) int64, the word of its sentence that a token belongs to; -1 for special
+        tokens: the tokenised sentences.
+        word_of_token: (M,) int64 word of each token, counted in its sentence; -1 for special
             tokens.
-        first_token: (W,) int64, the token of its sentence that a word begins with; -1 where a
-            word's characters were cut off, or lie within a token of the word before.
-        words: the N sentences' words.
+        first_token: (W,) int64 first token of each word, counted in its sentence; -1 if the word
+            was truncated or shares a token with the word before.
+        words: the words.
     """
 
     tokens: TokenTable
@@ -145,14 +145,14 @@ class WordTokens:
 
 
 def find_tokens(encoder: SentenceEncoder, words: Words) -> WordTokens:
-    """Tokenises N sentences for an encoder, as it always reads them, and finds their words.
+    """Tokenises N sentences for an encoder and maps tokens to words.
 
-    A token belongs to the word that it begins in, or before which it begins with a space.
+    A token belongs to the word that it starts in, or that follows the space it starts with.
     """
     texts = list(words.sentences)
     tokens = encoder.tokenize(texts)
     starts, ends = _characters(encoder, texts, tokens)
-    # All sentences as one long text, each behind the one before.
+    # Positions are those in one long text of all sentences.
     begins = np.cumsum([0, *(len(text) + 1 for text in texts)])
     sentence_of_token = np.repeat(np.arange(len(texts)), np.diff(tokens.offsets))
     sentence_of_word = np.repeat(np.arange(len(texts)), words.counts)
@@ -173,14 +173,14 @@ def find_tokens(encoder: SentenceEncoder, words: Words) -> WordTokens:
 def _characters(
     encoder: SentenceEncoder, texts: list[str], tokens: TokenTable
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """(M,) (M,) where in its sentence each token begins and ends; the same for special tokens."""
+    """(M,) first and (M,) end character of each token in its sentence; both 0 for special ones."""
     parts: list[npt.NDArray[np.int64]] = []
     for begin in range(0, len(texts), _SENTENCES_AT_ONCE):
         spans: list[tuple[int, int]] = []
         chunk = texts[begin : begin + _SENTENCES_AT_ONCE]
         encodings = encoder.tokenizer.backend_tokenizer.encode_batch(chunk)
         for number, encoding in enumerate(encodings, start=begin):
-            # Of a sentence that was cut all tokens but the last are its own first ones.
+            # A truncated sentence keeps its first tokens and ends with the terminal one.
             length = int(tokens.offsets[number + 1] - tokens.offsets[number])
             spans += [*encoding.offsets[: length - 1], (0, 0)]
         parts.append(np.array(spans, dtype=np.int64).reshape(-1, 2))
