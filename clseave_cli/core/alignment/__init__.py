@@ -214,11 +214,7 @@ def _languages_read(config: AlignConfig) -> tuple[str, ...]:
 
 
 def count_sentences(config: StudentConfig, progress: Progress = SILENT) -> dict[str, int]:
-    """The number of distinct source sentences in the training text of each language.
-
-    Raises:
-        ClseaveError: bad data, or no teacher.
-    """
+    """The number of distinct source sentences in the training text of each language."""
     folder = data_folder(config.data, progress)
     reader = ParallelReader(folder, config, progress, source_language(_teacher_folder(config)))
     return {lang: len(set(reader.read(lang)[0].sources)) for lang in config.lang}

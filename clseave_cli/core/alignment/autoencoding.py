@@ -29,15 +29,12 @@ from clseave_cli.core.training.run import Run, StageResult, public_name, set_up
 from clseave_cli.errors import UsageError
 from clseave_cli.progress import SILENT, Progress
 
-#: Dev sentences encoded at once.
-_BATCH = 512
+_BATCH_SIZE = 512
 
 
 class _Batch(NamedTuple):
-    """Packed sentences, and the (L,) positions of their words' first tokens in the flat rows."""
-
     sentences: PackedBatch
-    places: Tensor
+    places: Tensor  # (L,) int64 position of each word's first token in the flat rows
 
 
 class _States:
@@ -143,8 +140,8 @@ def _evaluate(autoencoder: Autoencoder, dev: _States, device: torch.device) -> d
     rows = np.arange(len(dev))
     states = torch.cat(
         [
-            dev.compute(on_device(dev.prepare(rows[start : start + _BATCH]), device)).float()
-            for start in range(0, len(rows), _BATCH)
+            dev.compute(on_device(dev.prepare(rows[start : start + _BATCH_SIZE]), device)).float()
+            for start in range(0, len(rows), _BATCH_SIZE)
         ]
     )
     error = functional.mse_loss(autoencoder(states).float(), states)

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -50,20 +51,13 @@ _HEAVIEST = 5.0
 
 @dataclass(eq=False)
 class ParallelReader:
-    """Reads parallel text, one language after another; the source side only once.
-
-    Attributes:
-        folder: the data folder.
-        config: languages, splits, and what to do with bad rows.
-        progress: receives notes about skipped rows.
-        source_lang: the teacher's language.
-        left_out: by language, its translations of what is held out for other languages.
-    """
+    """Reads parallel text, one language after another; the source side only once."""
 
     folder: Path
     config: StudentConfig
-    progress: Progress
+    progress: Progress  # receives notes about skipped rows
     source_lang: str = ENGLISH
+    #: By language, its translations of what is held out for other languages.
     left_out: dict[str, list[str]] = field(default_factory=dict, init=False)
     _held_out: dict[str, HeldOut] = field(default_factory=dict, init=False)
     _sources: dict[str, Split] = field(default_factory=dict, init=False)
@@ -105,7 +99,7 @@ class ParallelReader:
                 # Only to choose what is held out: `read` will read these rows again, with notes.
                 whole = self._joined(other, config.train_split, SILENT)
                 self._held_out[other] = held_out(whole, config.dev_fraction, config.seed)
-            held |= self._held_out[other]
+            held = HeldOut(*map(frozenset.union, held, self._held_out[other]))
         kept, left_out = held.divide(training)
         if not len(left_out.target):
             return training
@@ -161,27 +155,12 @@ class ParallelReader:
         )
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """What replaces a missing dev file: photos with all their rows, or sentences of plain text.
+class HeldOut(NamedTuple):
+    """What replaces a missing dev file: photos with all their rows, or sentences of plain text."""
 
-    Attributes:
-        photos: the photos, by `image_stem`.
-        photo_sources: source sentences of their rows, which hold out rows that name no photo.
-        sentences: source sentences held out in any row.
-    """
-
-    photos: frozenset[str] = frozenset()
-    photo_sources: frozenset[str] = frozenset()
-    sentences: frozenset[str] = frozenset()
-
-    def __or__(self, other: HeldOut) -> HeldOut:
-        """The union of both."""
-        return HeldOut(
-            self.photos | other.photos,
-            self.photo_sources | other.photo_sources,
-            self.sentences | other.sentences,
-        )
+    photos: frozenset[str] = frozenset()  # by `image_stem`
+    photo_sources: frozenset[str] = frozenset()  # their sentences, for rows that name no photo
+    sentences: frozenset[str] = frozenset()  # source sentences, held out in any row
 
     def divide(self, parallel: Parallel) -> tuple[Parallel, Parallel]:
         """Splits rows into those to train on and those held out."""
@@ -194,11 +173,7 @@ class HeldOut:
 
 
 def held_out(parallel: Parallel, fraction: float, seed: int) -> HeldOut:
-    """Chooses what to hold out: always the same from the same photos or sentences.
-
-    Raises:
-        DataError: there are too few of them.
-    """
+    """Chooses what to hold out, always the same; raises a DataError if there is too little text."""
     photos = _photos(parallel)
     names = sorted({photo for photo in photos if photo is not None})
     kind, items = ("photos", names) if names else ("sentences", distinct(parallel.sources)[0])
@@ -248,23 +223,14 @@ def as_source(parallel: Parallel, source_lang: str) -> Parallel:
 
 @dataclass(frozen=True, eq=False)
 class LanguagePairs:
-    """The P distinct (target, source) sentence pairs of one language.
-
-    Attributes:
-        lang: the language.
-        tokens: its distinct sentences, tokenised for the student.
-        sentence_of_pair: (P,) index into `tokens`.
-        source_of_pair: (P,) index into the corpus's source sentences.
-        counts: (P,) how often each pair occurs.
-        weight: mean weight of its pairs in the loss.
-    """
+    """The P distinct (target, source) sentence pairs of one language."""
 
     lang: str
-    tokens: TokenTable
-    sentence_of_pair: Rows
-    source_of_pair: Rows
-    counts: Rows
-    weight: float = 1.0
+    tokens: TokenTable  # the distinct target sentences, for the student
+    sentence_of_pair: Rows  # (P,) index into `tokens`
+    source_of_pair: Rows  # (P,) index into the corpus's source sentences
+    counts: Rows  # (P,) how often each pair occurs
+    weight: float = 1.0  # mean weight of its pairs in the loss
 
     def portions(self) -> tuple[Rows, npt.NDArray[np.float64]]:
         """The pairs of an epoch, frequent ones several times, and their weights.
@@ -283,14 +249,10 @@ class Corpus:
     """The parallel text to train on, added one language at a time.
 
     Ten languages of SNLI-VE are five million rows, so only tokens and indices are kept, no strings.
-
-    Attributes:
-        student: the encoder to tokenise for.
-        progress: notes truncated sentences.
     """
 
     student: SentenceEncoder
-    progress: Progress
+    progress: Progress  # notes truncated sentences
     _sources: dict[str, int] = field(default_factory=dict, init=False)
     _parts: list[LanguagePairs] = field(default_factory=list, init=False)
     _kept: npt.NDArray[np.int32] = field(init=False, default_factory=lambda: np.empty(0, np.int32))
@@ -373,22 +335,14 @@ class TrainingPairs:
     A pair that occurs n times is trained on once an epoch with weight n: the same expected gradient
     for less work. Very frequent pairs are split over several steps, because rare huge gradients
     throw Adam off, and such sentences were then never told apart (docs/experiments.md, 2026-11-21).
-
-    Attributes:
-        sentences: the targets, tokenised for the student.
-        teacher: (U, D) the teacher's embeddings of the source sentences.
-        weights: (U,) count over its language's mean, times that language's weight.
-        languages: language codes.
-        language: (U,) index into `languages`.
-        distinct: (U,) number of the distinct pair, in the order they were added.
     """
 
-    sentences: Sentences
-    teacher: Features
-    weights: Tensor
+    sentences: Sentences  # the targets, tokenised for the student
+    teacher: Features  # (U, D) the teacher's embeddings of the source sentences
+    weights: Tensor  # (U,) count over its language's mean, times that language's weight
     languages: tuple[str, ...]
-    language: Rows
-    distinct: Rows
+    language: Rows  # (U,) index into `languages`
+    distinct: Rows  # (U,) number of the distinct pair, in the order they were added
 
     def __len__(self) -> int:
         return len(self.weights)

@@ -56,23 +56,14 @@ _TEXT_SELECTION = {
 
 @dataclass(frozen=True, eq=False)
 class DevSet:
-    """The dev rows of one language, ready for evaluation.
-
-    Attributes:
-        lang: the language.
-        is_averaged: False for an auxiliary language, which does not count in choosing a checkpoint.
-        sentences: the targets, tokenised for the student.
-        teacher: (N, D) the teacher's embeddings of the source sentences.
-        premises: image features of the rows; None if accuracy is not measured.
-        labels: (N,) int64 ids of `labels.LABELS`.
-    """
+    """The dev rows of one language, ready for evaluation."""
 
     lang: str
-    is_averaged: bool
-    sentences: Sentences
-    teacher: Features
-    premises: Features | None
-    labels: Tensor
+    is_averaged: bool  # False for an auxiliary language, which does not select the checkpoint
+    sentences: Sentences  # the targets, tokenised for the student
+    teacher: Features  # (N, D) the teacher's embeddings of the source sentences
+    premises: Features | None  # the rows' images, if accuracy is measured
+    labels: Tensor  # (N,) int64 ids of `labels.LABELS`
 
 
 #: The dev rows of a language, and their photos if accuracy is measured.
@@ -236,10 +227,9 @@ class CollapseWatch:
         self._varied: set[str] = set()
 
     def check(self, metrics: dict[str, float], *, at_the_end: bool = False) -> dict[str, float]:
-        """Returns the metrics of an epoch; `at_the_end`, those of the weights that are kept.
+        """Returns the metrics, or raises a TrainingError if the student has collapsed.
 
-        Raises:
-            TrainingError: the student has collapsed, or its embeddings are not finite.
+        At the end, they are those of the weights that are kept.
         """
         for name, ratio in metrics.items():
             metric, _, lang = name.partition("/")

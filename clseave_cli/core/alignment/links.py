@@ -29,17 +29,11 @@ _LINK_OF_WORD_0 = re.compile(r"\b0[-p]|[-p]0\b")
 
 @dataclass(frozen=True, eq=False)
 class Links:
-    """The links of sentence pairs, stored flat: pair p has `words[offsets[p]:offsets[p + 1]]`.
+    """The links of sentence pairs, stored flat: pair p has `words[offsets[p]:offsets[p + 1]]`."""
 
-    Attributes:
-        words: (L, 2) int64 source word and target word, from 0.
-        sure: (L,) bool; False for the possible links of a gold file.
-        offsets: (P + 1,) int64.
-    """
-
-    words: npt.NDArray[np.int64]
-    sure: npt.NDArray[np.bool_]
-    offsets: npt.NDArray[np.int64]
+    words: npt.NDArray[np.int64]  # (L, 2) source word and target word, from 0
+    sure: npt.NDArray[np.bool_]  # (L,); False for the possible links of a gold file
+    offsets: npt.NDArray[np.int64]  # (P + 1,)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -143,11 +137,7 @@ def read_links(
 
 
 def read_lines(path: Path, expected: str) -> list[str]:
-    """The lines of a UTF-8 file; `expected` describes them in errors.
-
-    Raises:
-        DataError: it cannot be read.
-    """
+    """The lines of a UTF-8 file, or a DataError that says what was `expected`."""
     try:
         content = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -177,32 +167,21 @@ def _parse(item: str, first_word: int, sizes: list[int]) -> tuple[tuple[int, int
 
 @dataclass(frozen=True)
 class AlignmentScore:
-    """Agreement of links A with sure gold links S and possible ones P ⊇ S.
+    """Agreement of links A with sure gold links S and possible ones P ⊇ S."""
 
-    Attributes:
-        precision: |A ∩ P| / |A|; 0 if A is empty.
-        recall: |A ∩ S| / |S|.
-        error_rate: alignment error rate, 1 − (|A ∩ S| + |A ∩ P|) / (|A| + |S|).
-        num_pairs: sentence pairs.
-        num_found: |A|.
-        num_sure: |S|.
-        num_possible: |P|.
-    """
-
-    precision: float
-    recall: float
-    error_rate: float
+    precision: float  # |A ∩ P| / |A|; 0 if A is empty
+    recall: float  # |A ∩ S| / |S|
+    error_rate: float  # alignment error rate, 1 − (|A ∩ S| + |A ∩ P|) / (|A| + |S|)
     num_pairs: int
-    num_found: int
-    num_sure: int
-    num_possible: int
+    num_found: int  # |A|
+    num_sure: int  # |S|
+    num_possible: int  # |P|
 
 
 def score(links: Links, gold: Links) -> AlignmentScore:
     """Compares links with gold links of the same P pairs; duplicates count once.
 
-    Raises:
-        DataError: there is no sure gold link.
+    Raises a DataError if there is no sure gold link.
     """
     width = 1 + max((int(each.words.max()) for each in (links, gold) if each.words.size), default=0)
 

@@ -30,20 +30,14 @@ _VARIANCE_SAMPLE = 20_000
 
 @dataclass(frozen=True, eq=False)
 class SentenceBatch:
-    """B training pairs, prepared.
+    """B training pairs, prepared."""
 
-    Attributes:
-        sentences: this process's shard of the targets, packed.
-        teacher: (S, D) the teacher's embeddings of the distinct source sentences; padded to (B, D)
-            with rows of no pair if shapes must be few.
-        source: (B,) int64 row of `teacher` for each pair.
-        weights: (B,) weight of each pair.
-    """
-
-    sentences: PackedBatch
+    sentences: PackedBatch  # this process's shard of the targets
+    #: (S, D) the teacher's embeddings of the distinct source sentences; if shapes must be few,
+    #: padded to (B, D) with rows of no pair.
     teacher: Tensor
-    source: Tensor
-    weights: Tensor
+    source: Tensor  # (B,) int64 row of `teacher`
+    weights: Tensor  # (B,)
 
     @property
     def targets(self) -> Tensor:
@@ -92,11 +86,7 @@ class SentenceObjective:
 
 
 def require_fitting(config: StudentConfig, teacher: ClipVE) -> None:
-    """Refuses an objective that leaves the length of embeddings open if the head reads it.
-
-    Raises:
-        UsageError: the objective does not fit the teacher's head.
-    """
+    """Raises a UsageError if the objective ignores the embeddings' length but the head does not."""
     name = config.objective
     if name in ("cosine", "contrastive") and not teacher.head.config.normalize:
         raise UsageError(

@@ -44,11 +44,7 @@ from clseave_cli.progress import Progress
 
 
 def require_links_fit(config: StudentConfig) -> None:
-    """Refuses --alignments that would go unused or serve several languages.
-
-    Raises:
-        UsageError: they do.
-    """
+    """Raises a UsageError if --alignments would go unused or serve several languages."""
     if config.alignments is None:
         return
     if config.method == "sentence":
@@ -110,31 +106,18 @@ def token_student(
 
 @dataclass(frozen=True, eq=False)
 class TokenPairs:
-    """The paired tokens of P different training pairs.
+    """The paired tokens of P distinct training pairs."""
 
-    Attributes:
-        sources: the distinct source sentences, tokenised for the teacher.
-        links: links between tokens of the source and tokens of the target sentence.
-    """
-
-    sources: TokenTable
-    links: Links
+    sources: TokenTable  # the distinct source sentences, for the teacher
+    links: Links  # between tokens of the source and tokens of the target
 
 
 @dataclass(eq=False)
 class TokenCorpus:
-    """Aligns the words of one language after another, or reads their links from a file.
+    """Aligns the words of one language after another, or reads their links from a file."""
 
-    Attributes:
-        student: the untrained student, which aligns words unless `--aligner` names another encoder.
-        teacher: the text tower to imitate.
-        source_lang: its language.
-        config: where links come from.
-        progress: shows the alignment's progress.
-    """
-
-    student: SentenceEncoder
-    teacher: SentenceEncoder
+    student: SentenceEncoder  # untrained; it aligns words unless `--aligner` names another encoder
+    teacher: SentenceEncoder  # the text tower to imitate
     source_lang: str
     config: StudentConfig
     progress: Progress
@@ -151,7 +134,7 @@ class TokenCorpus:
             sources: the source sentences that `part` refers to.
 
         Returns:
-            The fingerprint of the file of links or of the aligner.
+            The fingerprint of the links' file or of the aligner.
 
         Raises:
             DataError: the file of links is bad.
@@ -201,11 +184,7 @@ class TokenCorpus:
         self._take(Links(np.stack([word, word], axis=1), is_sure, words.offsets), words, part)
 
     def pairs(self, sources: Sequence[str]) -> TokenPairs:
-        """All token pairs, in the order of `Corpus`'s pairs.
-
-        Raises:
-            DataError: there are none.
-        """
+        """All token pairs in the order of `Corpus`'s pairs; a DataError if there are none."""
         source_tokens = find_tokens(self.teacher, split_words(sources, self.source_lang))
         columns: list[tuple[Rows, Rows, Rows]] = []  # training pair, token of target and source
         num_pairs = 0
@@ -213,13 +192,11 @@ class TokenCorpus:
             word = source_tokens.words.offsets[part.source_of_pair[pair]] + source_word
             columns.append((num_pairs + pair, target_token, source_tokens.first_token[word]))
             if self.config.terminal_pair:
-                columns.append(
-                    (
-                        num_pairs + np.arange(len(part.counts)),
-                        part.tokens.lengths(part.sentence_of_pair) - 1,
-                        source_tokens.tokens.lengths(part.source_of_pair) - 1,
-                    )
+                terminals = (
+                    part.tokens.lengths(part.sentence_of_pair) - 1,
+                    source_tokens.tokens.lengths(part.source_of_pair) - 1,
                 )
+                columns.append((num_pairs + np.arange(len(part.counts)), *terminals))
             num_pairs += len(part.counts)
         pair, target, source = map(np.concatenate, zip(*columns, strict=True))
         kept = np.flatnonzero((target != NONE) & (source != NONE))
@@ -247,23 +224,14 @@ class TokenCorpus:
 
 
 class TokenBatch(NamedTuple):
-    """B training pairs, prepared.
-
-    Attributes:
-        pairs: the sentences, with this process's shard of the targets packed.
-        source: the distinct source sentences of the shard, packed.
-        target_place: (L,) int64 position of each paired token in the flat rows of the targets.
-        source_place: (L,) the same in those of `source`.
-        owner: (L,) int64 pair of the shard that each token pair belongs to.
-        num_tokens: (B,) token pairs of each pair of the batch.
-    """
+    """B training pairs, prepared; token pairs are those of this process's shard."""
 
     pairs: SentenceBatch
-    source: PackedBatch
-    target_place: Tensor
-    source_place: Tensor
-    owner: Tensor
-    num_tokens: Tensor
+    source: PackedBatch  # the distinct source sentences of the shard
+    target_place: Tensor  # (L,) int64 position of the token in the flat rows of the targets
+    source_place: Tensor  # (L,) int64 position of its partner in those of `source`
+    owner: Tensor  # (L,) int64 sentence pair of the shard
+    num_tokens: Tensor  # (B,) token pairs of each sentence pair of the batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -272,10 +240,8 @@ class TokenObjective:
 
     Attributes:
         teacher: the frozen text tower.
-        tokens: the paired tokens.
         sentences: the training pairs, the student (from `token_student`) and the sentence loss.
         sentence_weight: weight of the sentence loss; if 0, embeddings are not computed.
-        token_weight: weight of the token loss.
         target: which states of the teacher the codes imitate.
     """
 

@@ -43,11 +43,7 @@ _NEIGHBOURS, _STEPS, _RATE = 10, 10, 1.0
 
 
 def require_start_fits(config: StudentConfig) -> None:
-    """Refuses options that need --init-from, --translator or the like, or exclude each other.
-
-    Raises:
-        UsageError: names the first such option.
-    """
+    """Raises a UsageError if options of `init_from` or `translator` lack another or conflict."""
     has_translator = config.translator != "none"
     for is_set, flag, lacks_other, other in (
         (config.keep_embeddings, "--keep-embeddings", not config.init_from, "--init-from DIR"),
@@ -117,29 +113,17 @@ def new_translator(
 
 @dataclass(eq=False)
 class Lexicon:
-    """Words of a trained student's languages, with their translations.
+    """Words of a trained student's languages, with their translations."""
 
-    Attributes:
-        student: the new student, which tokenises the words.
-        vectors: (V, H) word vectors of the trained student.
-        languages: languages of the trained student.
-        config: where the pairs come from.
-        progress: shows the word alignment's progress.
-    """
-
-    student: SentenceEncoder
-    vectors: Tensor
-    languages: Sequence[str]
+    student: SentenceEncoder  # the new student, which tokenises the words
+    vectors: Tensor  # (V, H) word vectors of the trained student
+    languages: Sequence[str]  # languages of the trained student
     config: StudentConfig
     progress: Progress
     _counts: Counter[tuple[Word, Word]] = field(default_factory=Counter, init=False)
 
     def read(self, path: Path) -> dict[str, str]:
-        """Adds a file of word pairs and returns its fingerprint.
-
-        Raises:
-            DataError: a line is not two words.
-        """
+        """Adds a file of word pairs; returns its fingerprint, or raises a DataError."""
         backend = self.student.tokenizer.backend_tokenizer
         for number, line in enumerate(read_lines(path, "a word and its translation"), start=1):
             words = line.split()
@@ -214,11 +198,7 @@ class Lexicon:
         return pairs + [((token,), (token,)) for token in special]
 
     def matrix(self) -> Tensor:
-        """Fits the (H, H) translator.
-
-        Raises:
-            DataError: there are no word pairs.
-        """
+        """Fits the (H, H) translator; raises a DataError if there are no word pairs."""
         pairs = self.pairs()
         num_words = sum(source != target for source, target in pairs)
         if not num_words:
@@ -238,12 +218,9 @@ def procrustes(x: Tensor, y: Tensor) -> Tensor:
 
 
 def rcsls_loss(x: Tensor, y: Tensor, matrix: Tensor) -> Tensor:
-    """The relaxed CSLS loss (Joulin et al. 2018, eq. 4): a scalar, convex in the matrix.
+    """The relaxed CSLS loss of (N, H) unit vectors and those of their translations.
 
-    Args:
-        x: (N, H) unit vectors.
-        y: (N, H) unit vectors of their translations.
-        matrix: (H, H) T.
+    A scalar, convex in the (H, H) matrix (Joulin et al. 2018, eq. 4).
     """
     similarity = x @ matrix.T @ y.T  # (N, N)
     nearest = min(_NEIGHBOURS, len(x))

@@ -24,7 +24,7 @@ from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.student import new_student
 from clseave_cli.core.training.distribution import processes
 from clseave_cli.errors import UsageError
-from clseave_cli.progress import SILENT, Progress
+from clseave_cli.progress import SILENT, Progress, Task
 
 #: The layer that aligns best in mBERT (Dou and Neubig 2021, section 4.2), and the thesis's.
 BEST_LAYER = 8
@@ -44,9 +44,6 @@ class WordAligner:
         name: its name, for messages.
         layer: the layer to compare, from 1; None: 8, or the last if there are fewer.
         threshold: least probability in both directions.
-
-    Attributes:
-        layers: the encoder's layers.
 
     Raises:
         UsageError: the encoder has no such layer.
@@ -98,38 +95,36 @@ class WordAligner:
             description: label of the progress bar.
             progress: shows it.
         """
+
+        def compute() -> Links:
+            with torch.no_grad(), progress.task(description, pairs.shape[1], "pairs") as task:
+                return self._align(source, target, pairs, task)
+
         spans = [[w.sentences, w.starts.tolist(), w.offsets.tolist()] for w in (source, target)]
-        key = json_digest([self.digest, *spans, pairs.tolist()])
-        return cached_links(key, lambda: self._align(source, target, pairs, description, progress))
+        return cached_links(json_digest([self.digest, *spans, pairs.tolist()]), compute)
 
     def _align(
-        self,
-        source: Words,
-        target: Words,
-        pairs: npt.NDArray[np.intp],
-        description: str,
-        progress: Progress,
+        self, source: Words, target: Words, pairs: npt.NDArray[np.intp], task: Task
     ) -> Links:
         sides = find_tokens(self._encoder, source), find_tokens(self._encoder, target)
         was_training = self._encoder.training
         self._encoder.eval()
         parts: list[Tensor] = [torch.empty((0, 3), dtype=torch.int64)]
-        with torch.no_grad(), progress.task(description, pairs.shape[1], "pairs") as task:
-            # Similar lengths together, for less padding.
-            lengths = [side.tokens.lengths(rows) for side, rows in zip(sides, pairs, strict=True)]
-            order = np.lexsort(lengths[::-1])
-            for start in range(0, len(order), _BATCH_SIZE):
-                numbers = order[start : start + _BATCH_SIZE]
-                (source_states, source_words), (target_states, target_words) = (
-                    self._states(side, sentences[numbers])
-                    for side, sentences in zip(sides, pairs, strict=True)
-                )
-                linked = link_words(
-                    source_states, target_states, source_words, target_words, self.threshold
-                ).cpu()
-                linked[:, 0] = torch.from_numpy(numbers)[linked[:, 0]]
-                parts.append(linked)
-                task.advance(len(numbers))
+        # Similar lengths together, for less padding.
+        lengths = [side.tokens.lengths(rows) for side, rows in zip(sides, pairs, strict=True)]
+        order = np.lexsort(lengths[::-1])
+        for start in range(0, len(order), _BATCH_SIZE):
+            numbers = order[start : start + _BATCH_SIZE]
+            (source_states, source_words), (target_states, target_words) = (
+                self._states(side, sentences[numbers])
+                for side, sentences in zip(sides, pairs, strict=True)
+            )
+            linked = link_words(
+                source_states, target_states, source_words, target_words, self.threshold
+            ).cpu()
+            linked[:, 0] = torch.from_numpy(numbers)[linked[:, 0]]
+            parts.append(linked)
+            task.advance(len(numbers))
         self._encoder.train(was_training)
         links = torch.cat(parts).numpy()
         return Links.of(links[:, 0], links[:, 1:], pairs.shape[1])
@@ -153,12 +148,7 @@ class WordAligner:
 def load_aligner(
     config: WordAlignerConfig, name: str, device: torch.device, progress: Progress
 ) -> WordAligner:
-    """An aligner on the encoder `name`.
-
-    Raises:
-        ModelError: the encoder cannot be loaded.
-        UsageError: it has no such layer.
-    """
+    """An aligner on the encoder `name`; raises a ModelError if it cannot be loaded."""
     # The projection is not used, so any width will do.
     encoder = new_student(name, embedding_dim=1).to(device)
     encoder.verify_packing(name, progress)
@@ -205,9 +195,6 @@ def cached_links(key: str, compute: Callable[[], Links]) -> Links:
     """The links cached under `key`, a digest of all inputs, or else computed and cached.
 
     A damaged file is replaced. With several processes, rank 0 does the work.
-
-    Raises:
-        ClseaveError: the disk is full.
     """
 
     def load_or_compute() -> Links:

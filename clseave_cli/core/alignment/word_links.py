@@ -37,45 +37,26 @@ _WORDS = re.compile(r"(.*\|\|\|.*)?")
 
 @dataclass(frozen=True)
 class WordAlignResult:
-    """The links of a text.
+    """The links of a text; layer and threshold are None if `--alignments` gave the links."""
 
-    Attributes:
-        lines: Pharaoh format, one for each line of the text.
-        num_pairs: P, lines with a sentence pair.
-        num_links: links of all pairs.
-        score: agreement with `--gold`, if any.
-        layer: the layer compared; None with `--alignments`.
-        threshold: the least probability; None with `--alignments`.
-    """
-
-    lines: list[str]
+    lines: list[str]  # Pharaoh format, one for each line of the text
     num_pairs: int
     num_links: int
-    score: AlignmentScore | None
+    score: AlignmentScore | None  # agreement with `--gold`
     layer: int | None = None
     threshold: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class _Text:
-    """Parallel sentences.
+    """P sentence pairs; sentences in no given language are split at spaces."""
 
-    Attributes:
-        path: their file; if there are two, that of the targets.
-        sources: P sentences.
-        targets: their translations.
-        source_lang: language of the sources; None: split at spaces.
-        lang: language of the targets; None: split at spaces.
-        lines: (P,) line of each pair in the file, from 1.
-        num_lines: number of lines in the file.
-    """
-
-    path: Path
+    path: Path  # the file; of two, that of the targets
     sources: list[str]
     targets: list[str]
     source_lang: str | None
     lang: str | None
-    lines: npt.NDArray[np.integer]
+    lines: npt.NDArray[np.integer]  # (P,) line of each pair in the file, from 1
     num_lines: int
 
 
@@ -121,23 +102,19 @@ def _align_words(config: WordAlignConfig, progress: Progress) -> WordAlignResult
     pairs = np.stack([source_of_pair, target_of_pair])
     num_words = np.stack([source_words.counts[pairs[0]], target_words.counts[pairs[1]]], axis=1)
 
-    def read(path: Path, first_word: int | None, gold: bool) -> Links:
-        return read_links(
-            path,
-            num_words,
-            text=str(text.path),
-            lines=text.lines,
-            num_lines=text.num_lines,
-            first_word=first_word,
-            skip_bad=config.skip_bad,
-            gold=gold,
-            progress=progress,
-        )
-
+    read = functools.partial(
+        read_links,
+        num_words=num_words,
+        text=str(text.path),
+        lines=text.lines,
+        num_lines=text.num_lines,
+        skip_bad=config.skip_bad,
+        progress=progress,
+    )
     gold = None
     if config.gold is not None:
-        base = None if config.gold_base == "auto" else int(config.gold_base)
-        gold = read(config.gold, base, gold=True)
+        first_word = None if config.gold_base == "auto" else int(config.gold_base)
+        gold = read(config.gold, first_word=first_word, gold=True)
     if config.words is not None:
         spaced = (
             f"{' '.join(source_words.of(source))} {_SEPARATOR} {' '.join(target_words.of(target))}"
@@ -145,7 +122,7 @@ def _align_words(config: WordAlignConfig, progress: Progress) -> WordAlignResult
         )
         _write(config.words, _by_line(spaced, text))
     if config.alignments is not None:
-        links, aligner = read(config.alignments, 0, gold=False), None
+        links, aligner = read(config.alignments), None
     else:
         aligner = load_aligner(config, config.aligner, resolve_device(config.device), progress)
         if config.search and gold is not None:

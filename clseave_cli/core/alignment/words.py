@@ -25,19 +25,12 @@ _BETWEEN_SPACES = re.compile(r"\S+")
 
 @dataclass(frozen=True, eq=False)
 class Words:
-    """The words of sentences, stored flat: sentence i has words `offsets[i]` to `offsets[i + 1]`.
-
-    Attributes:
-        sentences: N texts.
-        starts: (W,) int64 first character of each word in its sentence.
-        ends: (W,) int64 character after its last.
-        offsets: (N + 1,) int64.
-    """
+    """The words of N sentences, stored flat: sentence i has `offsets[i]` to `offsets[i + 1]`."""
 
     sentences: Sequence[str]
-    starts: npt.NDArray[np.int64]
-    ends: npt.NDArray[np.int64]
-    offsets: npt.NDArray[np.int64]
+    starts: npt.NDArray[np.int64]  # (W,) first character of each word in its sentence
+    ends: npt.NDArray[np.int64]  # (W,) the character after its last
+    offsets: npt.NDArray[np.int64]  # (N + 1,)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -55,15 +48,10 @@ class Words:
 
 
 def split_words(sentences: Sequence[str], lang: str | None = None) -> Words:
-    """Splits sentences into words.
-
-    Args:
-        sentences: N texts.
-        lang: their language; Japanese, Chinese, Korean and Thai are segmented. None: split at
-            spaces.
+    """Splits N sentences into words, with a segmenter in Japanese, Chinese, Korean and Thai.
 
     Raises:
-        ExtraMissing: the language needs a segmenter that is not installed.
+        ExtraMissing: the segmenter of `lang` is not installed.
     """
     segmenter = None
     if lang is not None and (code := lang.split("-")[0]) in _SEGMENTERS:
@@ -127,19 +115,11 @@ _SENTENCES_AT_ONCE = 8192
 
 @dataclass(frozen=True, eq=False)
 class WordTokens:
-    """The tokens of N sentences and their words.
-
-    Attributes:
-        tokens: the tokenised sentences.
-        word_of_token: (M,) int64 word of each token, counted in its sentence; -1 for special
-            tokens.
-        first_token: (W,) int64 first token of each word, counted in its sentence; -1 if the word
-            was truncated or shares a token with the word before.
-        words: the words.
-    """
+    """The tokens of N sentences and their words, both counted within their sentence."""
 
     tokens: TokenTable
-    word_of_token: npt.NDArray[np.int64]
+    word_of_token: npt.NDArray[np.int64]  # (M,); -1 for special tokens
+    #: (W,); -1 if the word was truncated or shares its first token with the word before.
     first_token: npt.NDArray[np.int64]
     words: Words
 

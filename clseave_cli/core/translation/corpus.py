@@ -43,59 +43,38 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class FileSummary:
-    """The outcome for one file in one language; all counts are of rows.
-
-    Attributes:
-        output: the file written, unless `is_written` is False because no row was translated.
-        lang: canonical code of the language.
-        num_from_memory: rows whose translation was in the memory before.
-        num_unchanged: rows without a letter, the same in every language.
-        num_failed: rows skipped because there is no translation.
-        num_dropped: rows skipped because they are suspect.
-        num_suspect: rows marked by any check, dropped ones included.
-        suspicions: rows marked by each check.
-        num_requests: calls made to the engine.
-        failed, rejected, suspect: lists of rows that failed, were dropped, or are suspect in a
-            plain-text file, which cannot mark them; None if empty.
-        review: the side-by-side sample, if any.
-    """
+    """The outcome for one file in one language; `num_*` are rows, if not stated otherwise."""
 
     input: Path
     output: Path
-    lang: str
-    is_written: bool
+    lang: str  # canonical
+    is_written: bool  # False if no row was translated
     num_rows: int
-    num_from_memory: int
+    num_from_memory: int  # the translation was in the memory before
     num_translated: int
-    num_unchanged: int
-    num_failed: int
-    num_dropped: int
-    num_suspect: int
-    suspicions: dict[str, int]
-    num_requests: int
+    num_unchanged: int  # without a letter, so the same in every language
+    num_failed: int  # skipped, because there is no translation
+    num_dropped: int  # skipped, because the translation is suspect
+    num_suspect: int  # marked by any check, including dropped ones
+    suspicions: dict[str, int]  # rows marked by each check
+    num_requests: int  # calls made to the engine
     seconds: float
-    failed: Path | None
-    rejected: Path | None
-    suspect: Path | None
-    review: Path | None
+    failed: Path | None  # list of failed rows, if any
+    rejected: Path | None  # list of dropped rows
+    suspect: Path | None  # list of suspect rows in plain text, which cannot mark them
+    review: Path | None  # the side-by-side sample
 
 
 @dataclass(frozen=True)
 class TranslationSummary:
-    """The outcome of a whole call.
-
-    Attributes:
-        licence: what the translations may be used for.
-        files: one summary per file and language.
-        stopped: why the run ended early, if it did.
-    """
+    """The outcome of a whole call."""
 
     engine: str
     model: str
     revision: str
-    licence: str
-    files: tuple[FileSummary, ...]
-    stopped: str | None
+    licence: str  # what the translations may be used for
+    files: tuple[FileSummary, ...]  # one per file and language
+    stopped: str | None  # why the run ended early, if it did
 
 
 #: A row with its translation, or with the reason why it has none.
@@ -107,12 +86,7 @@ class _Incomplete(Exception):
 
 
 class _Passes:
-    """The passes over the rows of a file.
-
-    Args:
-        driver: translates missing texts.
-        path: the file, for messages.
-        rows: returns all rows, anew for each pass.
+    """The passes over the rows of a file; `rows` returns all of them, anew for each pass.
 
     Attributes:
         num_from_memory: rows whose translation was in the memory before `run`.

@@ -92,12 +92,7 @@ class _Stopped(Exception):
 
 
 class Pace:
-    """Decides when workers may send requests, and when the run stops.
-
-    Attributes:
-        num_requests: calls made, failed ones included.
-        stopped: why the run ended early, if it did.
-    """
+    """Decides when workers may send requests, and when the run stops."""
 
     def __init__(self, config: TranslateConfig, limits: Limits) -> None:
         rate = config.requests_per_second or limits.requests_per_second
@@ -109,8 +104,8 @@ class Pace:
         self._next = 0.0
         self._refusals = self._failures = 0
         self._has_answers = False
-        self.num_requests = 0
-        self.stopped: str | None = None
+        self.num_requests = 0  # including failed ones
+        self.stopped: str | None = None  # why the run ended early
 
     def stop(self, reason: str | None = None) -> None:
         """Ends every wait; the first reason is kept."""
@@ -197,14 +192,7 @@ def _is_usable(answer: str) -> bool:
 
 
 class Driver:
-    """Has an engine translate texts and stores the answers in a `Memory`.
-
-    Attributes:
-        identity: the engine's number in the memory.
-        checks: run on every answer.
-        num_translated: texts translated so far.
-        failures: texts given up, with the reasons.
-    """
+    """Has an engine translate texts and stores the answers in a `Memory`."""
 
     def __init__(self, config: TranslateConfig, engine: Engine, memory: Memory, pace: Pace) -> None:
         self.engine, self.memory, self.pace, self._config = engine, memory, pace, config
@@ -213,7 +201,7 @@ class Driver:
         is_exact = engine.limits.text_characters is None
         self._retries_suspect = config.on_suspect == "retry" and not is_exact
         self.num_translated = 0
-        self.failures: dict[str, str] = {}
+        self.failures: dict[str, str] = {}  # texts given up, with the reasons
         self._start = 0.0
         self._batches: list[_Batch] = []  # to send, the last one first
         self._in_flight = 0
@@ -222,11 +210,7 @@ class Driver:
         self._reports = queue.SimpleQueue[tuple[_Batch, list[str] | BaseException]]()
 
     def run(self, texts: Mapping[str, int], task: Task) -> None:
-        """Translates until every text is in the memory or has failed, or the pace stops it.
-
-        Args:
-            texts: texts with their attempts, as in `Engine.translate`.
-            task: shows progress.
+        """Translates `texts`, with their attempts, until all are stored, failed, or the pace stops.
 
         Raises:
             Interrupted: by Ctrl-C; answers are in the memory.

@@ -31,11 +31,7 @@ _SOURCE_NAMES = ("source", "text")
 
 
 class Fault(TranslationError):
-    """A request failed and is retried after a wait.
-
-    Attributes:
-        retry_after: seconds the service asked to wait, if it did.
-    """
+    """A request failed and is retried, after `retry_after` seconds if the service names them."""
 
     def __init__(self, reason: str, retry_after: float | None = None) -> None:
         super().__init__(reason)
@@ -56,45 +52,28 @@ class Rejection(TranslationError):
 
 @dataclass(frozen=True)
 class Identity:
-    """What a translation depends on besides the text; the memory's key.
-
-    Attributes:
-        engine: the engine's name.
-        model: the model or service.
-        revision: version of the model; "" if the service does not publish one.
-        settings: other options that change translations (beams, precision); "" for none.
-        source: canonical code of the source language.
-        target: canonical code of the target language.
-    """
+    """What a translation depends on besides the text; the memory's key."""
 
     engine: str
-    model: str
-    revision: str
-    settings: str
-    source: str
-    target: str
+    model: str  # the model or service
+    revision: str  # version of the model; "" if the service does not publish one
+    settings: str  # other options that change translations (beams, precision); "" for none
+    source: str  # canonical code of the source language
+    target: str  # canonical code of the target language
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How to call an engine.
+    """How to call an engine."""
 
-    Attributes:
-        batch_size: texts in one call.
-        batch_characters: characters in one call; a longer text is sent alone.
-        text_characters: characters in one text; longer ones are split at sentence ends, and all at
-            line breaks. None: texts are sent unchanged.
-        concurrency: calls in flight at a time.
-        requests_per_second: the default rate; None: unlimited.
-        by_pair_id: the engine translates `pairID`s instead of texts.
-    """
-
-    batch_size: int
-    batch_characters: int
+    batch_size: int  # texts in one call
+    batch_characters: int  # characters in one call; a longer text is sent alone
+    #: Characters in one text: longer ones are split at sentence ends, and all at line breaks.
+    #: None: texts are sent unchanged.
     text_characters: int | None
-    concurrency: int
-    requests_per_second: float | None = None
-    by_pair_id: bool = False
+    concurrency: int  # calls in flight at a time
+    requests_per_second: float | None = None  # the default rate; None: unlimited
+    by_pair_id: bool = False  # the engine translates `pairID`s instead of texts
 
 
 class Engine(Protocol):

@@ -78,9 +78,7 @@ class NmtEngine:
         )
         self._has_ctranslate2 = importlib.util.find_spec("ctranslate2") is not None
         if config.backend == "ctranslate2" and not self._has_ctranslate2:
-            raise UsageError(
-                "--backend ctranslate2: not installed; pip install -e '.[ctranslate2]'."
-            )
+            raise UsageError("--backend ctranslate2: run pip install -e '.[ctranslate2]' first.")
 
     def translate(self, texts: Sequence[str], attempt: int) -> list[str]:
         """Translates one batch, and decodes texts on which the model loops again with a guard."""
@@ -146,11 +144,6 @@ class NmtEngine:
 class Codec:
     """Turns texts into token ids and back, with language marks as the model expects.
 
-    Attributes:
-        tokenizer, config: the model's.
-        prefix_id: the first token of every translation, if any.
-        max_tokens: the longest source or target.
-
     Raises:
         ModelError: the model lacks one of the languages, or cannot be loaded.
     """
@@ -163,7 +156,7 @@ class Codec:
         self.tokenizer = load(name, AutoTokenizer.from_pretrained)
         self._name, self.config = name, config
         self._text_prefix = ""
-        self.prefix_id: int | None = None
+        self.prefix_id: int | None = None  # the first token of every translation
         self._marks: set[int] = set()
         self._mark_languages(source, target)
         positions = getattr(config, "max_position_embeddings", None) or _MAX_TOKENS
@@ -359,11 +352,7 @@ def _precision(config: TranslateConfig) -> str:
 
 
 def load_config(name: str) -> Any:
-    """A model's configuration.
-
-    Raises:
-        UsageError: it is not a sequence-to-sequence model.
-    """
+    """A model's configuration; raises a UsageError unless it is a sequence-to-sequence model."""
     from transformers import AutoConfig
 
     from clseave_cli.core.models.weights import load

@@ -24,12 +24,7 @@ LISTS = ("failed", "rejected", "suspect")
 
 
 class Outputs:
-    """Replaces only files that `translate` wrote and nobody changed, unless `overwrite`.
-
-    Args:
-        memory: records the digest of every file written.
-        overwrite: replace any file.
-    """
+    """Replaces only files that `translate` wrote and nobody changed, unless `overwrite`."""
 
     def __init__(self, memory: Memory, overwrite: bool) -> None:
         self._memory = memory
@@ -77,12 +72,8 @@ def write_file(
 ) -> tuple[Counter[str], dict[str, Path]]:
     """Writes a translated file, its lists and its sample.
 
-    Args:
-        file: the file that is translated.
-        target: where to write; an existing file is kept if no row is translated.
-        config: what to do with suspect rows, and the size of the sample.
-        outputs: protects the user's files.
-        rows: each row with its translation, or with the reason why it has none.
+    An existing target is kept if no row is translated. `rows` are rows with their translations, or
+    with the reasons why they have none.
 
     Returns:
         The numbers of all, translated, unchanged, failed, dropped and suspect rows, and of rows

@@ -61,11 +61,7 @@ _HAN_NUMBERS = {str(value): digit for value, digit in enumerate("〇一二三四
 
 
 class Checks:
-    """All checks for two languages, by canonical code.
-
-    Attributes:
-        version: tells the memory which checks were made.
-    """
+    """All checks for two languages, by canonical code; `version` identifies them in the memory."""
 
     def __init__(self, source: str, target: str) -> None:
         letters = letters_of(target)

@@ -82,17 +82,20 @@ class _WebEngine(Engine):
     def __init__(
         self, name: str, config: TranslateConfig, url: str, source: str, target: str
     ) -> None:
-        self._url = check_url(url)
+        try:
+            parts = urlsplit(url)
+            is_address = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # a port that is not a number, or an open bracket
+            is_address = False
+        if not is_address:
+            raise UsageError(f"--url {url}: expected an address such as http://localhost:5000.")
+        self._url = url
         self._timeout_seconds = config.timeout_seconds
         self.identity = Identity(name, address(url), "", "", source, target)
         self._idle: queue.SimpleQueue[requests.Session] = queue.SimpleQueue()
 
     def _pair(self, codes: Collection[str], where: str) -> list[str]:
-        """The service's codes for the two languages (`zh-CN`, `zh-Hans`).
-
-        Raises:
-            TranslationError: it lacks one of them.
-        """
+        """The service's codes of the two languages (`zh-CN`, `zh-Hans`), or a TranslationError."""
         table = {code.replace("-", "_").lower(): code for code in codes}
         pair = []
         for language in (self.identity.source, self.identity.target):
@@ -191,18 +194,6 @@ def address(url: str) -> str:
     parts = urlsplit(url)
     host = parts.hostname or ""
     return f"{parts.scheme}://{host}{f':{parts.port}' if parts.port else ''}{parts.path}"
-
-
-def check_url(url: str) -> str:
-    """Returns `url`; raises a UsageError if it is not an http(s) address."""
-    try:
-        parts = urlsplit(url)
-        is_address = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # a port that is not a number, or an open bracket
-        is_address = False
-    if not is_address:
-        raise UsageError(f"--url {url}: expected an address such as http://localhost:5000.")
-    return url
 
 
 def retry_after(header: str | None) -> float | None:
@@ -308,13 +299,10 @@ class GoogleEngine(_WebEngine):
         )
 
     def translate(self, texts: Sequence[str], attempt: int) -> list[str]:
-        """Fetches the page for each text."""
-        return [self._translate(text) for text in texts]
-
-    def _translate(self, text: str) -> str:
-        response = self._request("GET", self._url, params={**self._codes, "q": text})
+        """Fetches the page of one text."""
+        response = self._request("GET", self._url, params={**self._codes, "q": texts[0]})
         # Without a charset in the header, requests would read German umlauts as Latin-1.
         result = _GOOGLE_RESULT.search(response.content.decode("utf-8", "replace"))
         if result is None:
             raise Fault(f"{address(self._url)}: a page without a complete translation")
-        return html.unescape(_TAG.sub(" ", result[1])).strip()
+        return [html.unescape(_TAG.sub(" ", result[1])).strip()]
