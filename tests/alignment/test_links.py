@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 from tiny_world import Notes
 
-from clseave_cli.core.alignment.links import AlignmentScore, Links, read_links, score
+from clseave_cli.core.alignment.links import AlignmentScore, Links, read_lines, read_links, score
 from clseave_cli.errors import DataError
 
 
 def _read(tmp_path, content, num_words, **options):
     path = tmp_path / "links.txt"
     path.write_text(content)
+    num_lines = len(num_words)
+    options = {"lines": np.arange(1, num_lines + 1), "num_lines": num_lines} | options
     return read_links(path, np.array(num_words), text="pairs.txt", **options)
 
 
@@ -69,9 +71,9 @@ def test_bad_files(tmp_path, content, message):
 def test_files_that_are_no_text(tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="binary: not UTF-8 text"):
-        read_links(tmp_path / "binary", np.array([[1, 1]]), text="pairs.txt")
+        read_lines(tmp_path / "binary", "links")
     with pytest.raises(DataError, match="nowhere: cannot be read"):
-        read_links(tmp_path / "nowhere", np.array([[1, 1]]), text="pairs.txt")
+        read_lines(tmp_path / "nowhere", "links")
 
 
 def test_bad_links_are_left_out_and_told(tmp_path):

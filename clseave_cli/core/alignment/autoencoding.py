@@ -109,9 +109,8 @@ def autoencode(config: AutoencodeConfig, progress: Progress = SILENT) -> StageRe
     training, dev = _States(encoder, training_parts), _States(encoder, dev_parts)
     with Run("autoencode", out, config, inputs) as run:
         torch.manual_seed(config.seed)
-        autoencoder = Autoencoder(encoder.state_width, teacher.text.state_width, config.code).to(
-            device
-        )
+        widths = encoder.state_width, teacher.text.state_width
+        autoencoder = Autoencoder(*widths, config.code).to(device)
 
         def loss(batch: _Batch) -> Tensor:
             states = training.compute(batch)

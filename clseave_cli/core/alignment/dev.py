@@ -44,14 +44,9 @@ _COLLAPSED = 1e-3
 #: Retrieval: candidates (P at most), and the rank that counts as a hit.
 _CANDIDATES, _HIT_RANK = 1000, 10
 
-#: The metric of each objective, for dev rows without images. Cosine objectives leave the length of
-#: embeddings open, so squared error does not rank them.
-_TEXT_SELECTION = {
-    "mse": Selection("mse", "lowest"),
-    "mse+cosine": Selection("mse", "lowest"),
-    "cosine": Selection("cosine", "highest"),
-    "contrastive": Selection("recall_at_10", "highest"),
-}
+#: Dev metrics without images; the others' is mse. Cosine objectives leave the length of embeddings
+#: open, so squared error does not rank them.
+_TEXT_METRICS = {"cosine": "cosine", "contrastive": "recall_at_10"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,9 +118,9 @@ def selection(config: StudentConfig, with_photos: bool) -> Selection:
     """The dev metric that selects the checkpoint."""
     if with_photos:
         return Selection("accuracy", "highest")
-    if config.select == "auto":
-        return _TEXT_SELECTION[config.objective]
-    return Selection(config.select, "lowest" if config.select == "mse" else "highest")
+    text_metric = _TEXT_METRICS.get(config.objective, "mse")
+    metric = text_metric if config.select == "auto" else config.select
+    return Selection(metric, "lowest" if metric == "mse" else "highest")
 
 
 def dev_sets(
@@ -214,11 +209,8 @@ class CollapseWatch:
     """Ends a training whose student gives every sentence the same embedding.
 
     From random weights, a small student gives every sentence the mean embedding for some epochs.
-    So only one that did better before, or that ends like this, has collapsed.
-
-    Args:
-        languages: names the student's languages in errors.
-        may_collapse: never raise, because the loss does not involve sentence embeddings.
+    So only one that did better before, or that ends like this, has collapsed. `languages` names the
+    student's in errors; with `may_collapse`, nothing is checked.
     """
 
     def __init__(self, languages: str, *, may_collapse: bool = False) -> None:

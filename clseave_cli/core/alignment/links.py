@@ -75,8 +75,8 @@ def read_links(
     num_words: npt.NDArray[np.int64],
     *,
     text: str,
-    lines: npt.NDArray[np.integer[Any]] | None = None,
-    num_lines: int | None = None,
+    lines: npt.NDArray[np.integer[Any]],
+    num_lines: int,
     first_word: int | None = 0,
     skip_bad: bool = False,
     gold: bool = False,
@@ -88,8 +88,8 @@ def read_links(
         path: the file.
         num_words: (P, 2) words of each source and target sentence.
         text: name of the parallel text, for messages.
-        lines: (P,) line of each pair, from 1; None: all in order. Other lines are ignored.
-        num_lines: number of lines in the text; None: P.
+        lines: (P,) line of each pair, from 1; other lines are ignored.
+        num_lines: number of lines in the text.
         first_word: number of a sentence's first word; None: 1 if no link names word 0.
         skip_bad: skip bad links instead of refusing the file.
         gold: skip the few links of a gold file that name a missing word.
@@ -99,13 +99,13 @@ def read_links(
         DataError: the file cannot be read, its number of lines differs from the text's, or a link
             is malformed or names a missing word.
     """
-    numbers = np.arange(1, len(num_words) + 1) if lines is None else lines
-    last = len(num_words) if num_lines is None else num_lines
     content = read_lines(path, "links such as 0-0 1-2")
-    if len(content) > last:
-        raise DataError.at(path, last + 1, f"more lines than sentences; {text} has {last}.")
-    if len(content) < last:
-        raise DataError(f"{path}: {len(content)} lines; expected {last}, as in {text}.")
+    if len(content) > num_lines:
+        raise DataError.at(
+            path, num_lines + 1, f"more lines than sentences; {text} has {num_lines}."
+        )
+    if len(content) < num_lines:
+        raise DataError(f"{path}: {len(content)} lines; expected {num_lines}, as in {text}.")
     if first_word is None:
         first_word = 0 if any(map(_LINK_OF_WORD_0.search, content)) else 1
         progress.note(f"{path}: words are counted from {first_word}.")
@@ -113,7 +113,7 @@ def read_links(
     sure: list[bool] = []
     offsets = [0]
     bad: list[str] = []
-    for number, sizes in zip(numbers.tolist(), num_words.tolist(), strict=True):
+    for number, sizes in zip(lines.tolist(), num_words.tolist(), strict=True):
         for item in content[number - 1].split():
             try:
                 link, is_sure = _parse(item, first_word, sizes)

@@ -126,15 +126,12 @@ class TokenCorpus:
     _parts: list[tuple[LanguagePairs, Rows, Rows, Rows]] = field(default_factory=list, init=False)
 
     def add(self, text: Parallel, part: LanguagePairs, sources: Sequence[str]) -> dict[str, str]:
-        """Adds the rows of a language.
+        """Adds a language; returns the fingerprint of the links' file or of the aligner.
 
         Args:
-            text: the rows.
+            text: the rows of the language.
             part: what `Corpus.add` returned for them.
             sources: the source sentences that `part` refers to.
-
-        Returns:
-            The fingerprint of the links' file or of the aligner.
 
         Raises:
             DataError: the file of links is bad.

@@ -92,8 +92,6 @@ class WordAligner:
             source: distinct sentences.
             target: distinct sentences of the other language.
             pairs: (2, P) index of the source and of the target sentence.
-            description: label of the progress bar.
-            progress: shows it.
         """
 
         def compute() -> Links:

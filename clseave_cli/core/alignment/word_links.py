@@ -203,15 +203,9 @@ def _read_data(config: WordAlignConfig, progress: Progress) -> _Text:
             f"{target.path}: {parallel.num_unmatched_target} rows have no {source_lang} "
             "row; their lines stay empty."
         )
-    return _Text(
-        target.path,
-        parallel.sources,
-        parallel.target.hypotheses,
-        source_lang,
-        lang,
-        parallel.target.lines,
-        target.num_lines,
-    )
+    joined = parallel.target
+    sides = parallel.sources, joined.hypotheses, source_lang, lang
+    return _Text(target.path, *sides, joined.lines, target.num_lines)
 
 
 def _by_line(contents: Iterable[str], text: _Text) -> list[str]:

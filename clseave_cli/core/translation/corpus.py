@@ -116,11 +116,7 @@ class _Passes:
             return use(self._from_all(task))
 
     def _from_memory(self, task: Task) -> Iterator[_Translated]:
-        """The first pass: yields rows up to the first missing translation, and counts the rest.
-
-        Raises:
-            _Incomplete: at the end, if any is missing.
-        """
+        """Yields rows up to the first missing translation; raises `_Incomplete` at the end."""
         missing = array("q")  # hashes, because millions of texts would need too much memory
         for chunk in self._chunks():
             for _, key, entry in chunk:

@@ -73,8 +73,7 @@ def _decode(data: bytes) -> str:
 class Memory(AbstractContextManager["Memory"]):
     """A connection to the memory, for one thread. What was stored survives a kill.
 
-    Args:
-        path: the SQLite file, created if missing; None: the one in the cache.
+    The SQLite file `path` is created if missing; None is the one in the cache.
 
     Raises:
         TranslationError: the file is not a translation memory, is damaged or cannot be opened.
@@ -212,10 +211,10 @@ class Memory(AbstractContextManager["Memory"]):
             ) from error
 
     def _explain(self, message: str) -> TranslationError:
-        advice = "the file is damaged; move it away, or choose another with --memory."
-        for pattern, other in _ADVICE.items():
-            if re.search(pattern, message):
-                advice = other
+        advice = next(
+            (advice for pattern, advice in _ADVICE.items() if re.search(pattern, message)),
+            "the file is damaged; move it away, or choose another with --memory.",
+        )
         return TranslationError(f"{self.path}: the translation memory fails ({message}): {advice}")
 
 

@@ -171,18 +171,17 @@ class Sample:
         others = heapq.nlargest(self._size - len(suspect), others)
         parts = (sorted(part, key=lambda pick: pick[1]) for part in (suspect, others))
         rows = [row for part in parts for _, _, row in part]
-        return "\n".join((
-            f"# {self._title}: translations to review",
-            "",
-            f"{len(rows)} of {sum(self._seen.values())} rows, drawn at random; "
-            f"the first {len(suspect)} are from the {self._seen[True]} that a check marked.",
-            "Put an x into the last column where a translation is wrong.",
-            "",
-            "| row | source | translation | marked by | wrong |",
-            "|---|---|---|---|---|",
-            *rows,
-            "",
-        ))  # fmt: skip
+        table = "\n".join(rows)
+        return f"""# {self._title}: translations to review
+
+{len(rows)} of {sum(self._seen.values())} rows, drawn at random; the first {len(suspect)} are from \
+the {self._seen[True]} that a check marked.
+Put an x into the last column where a translation is wrong.
+
+| row | source | translation | marked by | wrong |
+|---|---|---|---|---|
+{table}
+"""
 
 
 def _cell(text: str) -> str:

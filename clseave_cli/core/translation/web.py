@@ -110,11 +110,7 @@ class _WebEngine(Engine):
         return pair
 
     def _request(self, method: str, url: str, **arguments: Any) -> requests.Response:
-        """Sends one request and reads the whole answer into `content`.
-
-        Raises:
-            Fault, Rejection or TranslationError: as in `Engine.translate`.
-        """
+        """Sends one request and reads the whole answer; raises errors as in `Engine.translate`."""
         where = address(url)
         outcome: Future[requests.Response] = Future()
         # In a thread, abandoned at the deadline: a socket's timeout restarts with every byte that
