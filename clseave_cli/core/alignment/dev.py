@@ -219,10 +219,7 @@ class CollapseWatch:
         self._varied: set[str] = set()
 
     def check(self, metrics: dict[str, float], *, at_the_end: bool = False) -> dict[str, float]:
-        """Returns the metrics, or raises a TrainingError if the student has collapsed.
-
-        At the end, they are those of the weights that are kept.
-        """
+        """Returns the metrics, or raises a TrainingError if the student has collapsed."""
         for name, ratio in metrics.items():
             metric, _, lang = name.partition("/")
             if metric != "variance_ratio" or self._may_collapse:

@@ -233,21 +233,14 @@ class TokenBatch(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TokenObjective:
-    """Compares the codes of the student's paired tokens with the teacher's states (thesis 3.2.1).
+    """Compares the codes of the student's paired tokens with teacher states (thesis 3.2.1)."""
 
-    Attributes:
-        teacher: the frozen text tower.
-        sentences: the training pairs, the student (from `token_student`) and the sentence loss.
-        sentence_weight: weight of the sentence loss; if 0, embeddings are not computed.
-        target: which states of the teacher the codes imitate.
-    """
-
-    teacher: SentenceEncoder
+    teacher: SentenceEncoder  # the frozen text tower
     tokens: TokenPairs
-    sentences: SentenceObjective
-    sentence_weight: float
+    sentences: SentenceObjective  # with the student, from `token_student`
+    sentence_weight: float  # if 0, sentence embeddings are not computed
     token_weight: float
-    target: TokenTarget = "normalised"
+    target: TokenTarget = "normalised"  # which states of the teacher the codes imitate
 
     def prepare(self, rows: Rows) -> TokenBatch:
         """Packs this process's shard of both sides, with each source sentence once."""

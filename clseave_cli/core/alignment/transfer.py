@@ -43,7 +43,7 @@ _NEIGHBOURS, _STEPS, _RATE = 10, 10, 1.0
 
 
 def require_start_fits(config: StudentConfig) -> None:
-    """Raises a UsageError if options of `init_from` or `translator` lack another or conflict."""
+    """Raises a UsageError if the options of a start from a student conflict or are incomplete."""
     has_translator = config.translator != "none"
     for is_set, flag, lacks_other, other in (
         (config.keep_embeddings, "--keep-embeddings", not config.init_from, "--init-from DIR"),
@@ -166,10 +166,8 @@ class Lexicon:
             for source, target in np.stack(numbers, axis=1).tolist():
                 if source in words[0] and target in words[1]:
                     self._counts[words[0][source], words[1][target]] += 1
-            inputs |= {
-                "aligner": self._aligner.digest,
-                f"lexicon: {name}": json_digest(text.sources),
-            }
+            inputs["aligner"] = self._aligner.digest
+            inputs[f"lexicon: {name}"] = json_digest(text.sources)
         if not inputs:
             raise UsageError(
                 f"--translator lexicon: {reader.folder} has no training text in "

@@ -88,10 +88,7 @@ class WordAligner:
     ) -> Links:
         """Links the words of P sentence pairs, or returns their cached links.
 
-        Args:
-            source: distinct sentences.
-            target: distinct sentences of the other language.
-            pairs: (2, P) index of the source and of the target sentence.
+        `pairs` is (2, P), the index of the source and of the target sentence.
         """
 
         def compute() -> Links:

@@ -49,7 +49,7 @@ class WordAlignResult:
 
 @dataclass(frozen=True, eq=False)
 class _Text:
-    """P sentence pairs; sentences in no given language are split at spaces."""
+    """P sentence pairs; sentences without a language are split at spaces."""
 
     path: Path  # the file; of two, that of the targets
     sources: list[str]
