@@ -17,10 +17,10 @@ def _read(tmp_path, content, num_words, **options):
 
 
 def _pairs(links):
-    found = [[] for _ in range(len(links))]
+    pairs = [[] for _ in range(len(links))]
     for pair, (i, j), sure in zip(links.pairs, links.words.tolist(), links.sure, strict=True):
-        found[pair].append((i, j, bool(sure)))
-    return found
+        pairs[pair].append((i, j, bool(sure)))
+    return pairs
 
 
 def test_what_is_written_is_read_again(tmp_path):
@@ -103,8 +103,8 @@ def test_how_words_are_counted_is_found_out(tmp_path, content, first):
     notes = Notes()
     links = _read(tmp_path, content, [[11, 11]], first_word=None, progress=notes)
     assert f"words are counted from {first}" in notes.text
-    told = _read(tmp_path, content, [[11, 11]], first_word=first)
-    assert (links.words == told.words).all()
+    explicit = _read(tmp_path, content, [[11, 11]], first_word=first)
+    assert (links.words == explicit.words).all()
 
 
 def test_a_score_worked_by_hand(tmp_path):
@@ -112,8 +112,8 @@ def test_a_score_worked_by_hand(tmp_path):
     # both sure ones are found. Pair 2: found 0-1; sure 0-0, possible also 0-1.
     # In all |A| = 4, |S| = 3, |A ∩ S| = 2, |A ∩ P| = 3.
     gold = _read(tmp_path, "0-0 1-1 2p2\n0-0 0p1\n", [[3, 3]] * 2)
-    found = _read(tmp_path, "0-0 1-1 2-1 0-0\n0-1\n", [[3, 3]] * 2)
-    assert score(found, gold) == AlignmentScore(
+    links = _read(tmp_path, "0-0 1-1 2-1 0-0\n0-1\n", [[3, 3]] * 2)
+    assert score(links, gold) == AlignmentScore(
         precision=3 / 4,
         recall=2 / 3,
         error_rate=pytest.approx(1 - (2 + 3) / (4 + 3)),

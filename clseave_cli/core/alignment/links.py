@@ -181,7 +181,8 @@ class AlignmentScore:
 def score(links: Links, gold: Links) -> AlignmentScore:
     """Compares links with gold links of the same P pairs; duplicates count once.
 
-    Raises a DataError if there is no sure gold link.
+    Raises:
+        DataError: there is no sure gold link.
     """
     width = 1 + max((int(each.words.max()) for each in (links, gold) if each.words.size), default=0)
 

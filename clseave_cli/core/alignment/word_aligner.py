@@ -27,8 +27,7 @@ from clseave_cli.errors import UsageError
 from clseave_cli.progress import SILENT, Progress, Task
 
 #: The layer that aligns best in mBERT (Dou and Neubig 2021, section 4.2), and the thesis's.
-BEST_LAYER = 8
-THRESHOLD = 1e-3
+_BEST_LAYER = 8
 
 _BATCH_SIZE = 256
 #: Lengths are padded to a multiple of this, so that a GPU sees few shapes.
@@ -55,7 +54,7 @@ class WordAligner:
         name: str,
         *,
         layer: int | None = None,
-        threshold: float = THRESHOLD,
+        threshold: float = 1e-3,
     ) -> None:
         num_layers = int(encoder.backbone.config.num_hidden_layers)
         if layer is not None and layer > num_layers:
@@ -65,7 +64,7 @@ class WordAligner:
         self._encoder = encoder
         self._name = name
         self.layers = range(1, num_layers + 1)
-        self.layer = min(BEST_LAYER, num_layers) if layer is None else layer
+        self.layer = min(_BEST_LAYER, num_layers) if layer is None else layer
         self.threshold = threshold
 
     def having(self, layer: int, threshold: float) -> WordAligner:

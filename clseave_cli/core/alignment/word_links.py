@@ -101,7 +101,6 @@ def _align_words(config: WordAlignConfig, progress: Progress) -> WordAlignResult
     target_words = split_words(targets, text.lang)
     pairs = np.stack([source_of_pair, target_of_pair])
     num_words = np.stack([source_words.counts[pairs[0]], target_words.counts[pairs[1]]], axis=1)
-
     read = functools.partial(
         read_links,
         num_words=num_words,

@@ -1,6 +1,6 @@
 """Translates files of a data set, or a split's hypotheses.
 
-One pass translates what the memory lacks into it; the next reads all translations from it. So a run
+One pass adds missing translations to the memory; the next takes all translations from it. So a run
 may be interrupted at any moment.
 """
 
@@ -43,7 +43,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class FileSummary:
-    """The outcome for one file in one language; `num_*` are rows, if not stated otherwise."""
+    """The outcome for one file in one language; `num_*` count rows unless stated otherwise."""
 
     input: Path
     output: Path
