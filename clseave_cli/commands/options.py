@@ -149,14 +149,9 @@ def resolve(
     preset: str | None = None,
     table: str = "",
 ) -> C:
-    """Combines options into a config; earlier arguments take precedence.
+    """A config from flags, which win over `--config`, the preset, and a table of clseave.toml.
 
-    Args:
-        config_class: class of the config.
-        flags: values by field; None and empty lists are not set.
-        config_file: of `--config`.
-        preset: of `--preset`.
-        table: name of a table in the working directory's clseave.toml.
+    Flags that are None or an empty list are unset.
 
     Raises:
         UsageError: the preset or a key of a file does not exist, or a value has the wrong type.

@@ -47,16 +47,12 @@ class Batcher:
 
     Only the model runs outside the event loop's thread, so no locks are needed.
 
-    Args:
-        model: answers the questions.
-        batch_size: most questions in a batch.
-        max_waiting: most unanswered questions; more are refused.
-        max_pixels: of one image, and of all images of a batch, which are decoded together.
+    More than `max_waiting` unanswered questions are refused. `max_pixels` limits an image, and all
+    images of a batch, which are decoded together.
 
     Attributes:
         waiting: questions that are not in a batch yet.
-        num_computed: questions computed so far.
-        seconds: time spent computing them.
+        num_computed: questions computed so far, in `seconds` of computing.
     """
 
     def __init__(

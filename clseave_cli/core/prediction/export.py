@@ -203,13 +203,7 @@ def _write_graph(
 ) -> None:
     """Traces a module, and writes an optimised graph for any batch size, with weights in `.data`.
 
-    Args:
-        module: the module.
-        inputs: example inputs by name.
-        path: of the graph.
-        int8: quantise weights to 8 bits.
-        second: name of the inputs' second dimension, if it varies, too.
-        outputs: names of the outputs.
+    `inputs` are examples by name; `second` names their second dimension if it varies, too.
     """
     axes = {0: "batch"}
     input_axes = axes | ({1: second} if second else {})

@@ -76,15 +76,10 @@ def embed_in_batches(
     sources: Sequence[Source],
     load: Callable[[Source], tuple[Floats | None, Details]],
 ) -> Iterator[tuple[Source, tuple[Floats | None, Details]]]:
-    """Loads images in several threads ahead of the model, and embeds them in batches.
+    """Yields each source with an (E,) embedding and details; loads ahead in several threads.
 
-    Args:
-        model: embeds the images.
-        sources: of the images.
-        load: returns (3, height, width) pixels, or None, and details of an image.
-
-    Yields:
-        Each source with its (E,) embedding, or None, and its details.
+    `load` returns an image's (3, height, width) pixels and details. Without pixels, there is no
+    embedding.
     """
     with ThreadPoolExecutor(max_workers=usable_cores()) as pool:
         loaded = zip(sources, ahead(pool, load, sources, _IMAGES_AHEAD), strict=True)

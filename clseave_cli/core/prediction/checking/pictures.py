@@ -88,13 +88,10 @@ class Locator:
         return self._inside(folder / reference, _short(reference))
 
     def web(self, references: Iterable[str | None], folder: Path, base: str = "") -> Picture:
-        """The picture of one `<img>` or link.
+        """The picture of one `<img>` or link in a page of `folder` with `<base href>`.
 
-        Args:
-            references: alternatives; a file is preferred to a URL, and a URL to a `data:` URI,
-                which is often only a placeholder until a script loads the picture.
-            folder: of the page.
-            base: the page's `<base href>`.
+        Of its references, a file is preferred to a URL, and a URL to a `data:` URI, which is often
+        only a placeholder until a script loads the picture.
         """
         pictures = [
             _data_uri(reference)
