@@ -315,7 +315,7 @@ def test_a_full_disk_under_predict_keeps_the_older_answers(
     write_jsonl(source, [{"image": "data/images/test0.png", "hypothesis": "The square is red."}])
     full_disk()
     error = refused("predict", "--input", source, "--output", target, "--runs", runs)
-    assert f"{target}: the disk is full; what was there before is untouched" in error
+    assert f"{target}: the disk is full; existing files are untouched" in error
     assert target.read_text() == older
     assert not list(tmp_path.glob(".answers*"))
 

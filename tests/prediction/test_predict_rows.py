@@ -332,7 +332,7 @@ def test_answers_to_a_table_are_a_table(trained, world, tmp_path, ending, monkey
         scores = [[row.pop(label) or 0 for label in LABELS] for row in (one, other)]
         assert one == other and scores[0] == pytest.approx(scores[1], rel=1e-4)
     _write_table(target, rows)
-    with pytest.raises(UsageError, match="is there already and holds no answers"):
+    with pytest.raises(UsageError, match="already exists and holds no answers"):
         predict_file(config, source, target)
     with pytest.raises(UsageError, match=r"pairs\.\w+ is no table of this kind; name the answers"):
         predict_file(config, source, tmp_path / ("a.csv" if ending == ".parquet" else "a.parquet"))

@@ -108,7 +108,7 @@ def align_words(config: WordAlignConfig, progress: Progress = SILENT) -> WordAli
                 raise UsageError(f"{target}: is both input and output; choose another file.")
             if target.exists() and not kind.fullmatch(_first_line(target)):
                 raise UsageError(
-                    f"{target}: is there already, with something else in it; choose another file."
+                    f"{target}: already exists, with something else in it; choose another file."
                 )
             stack.enter_context(locked_target(target))
         return _align_words(config, progress)

@@ -415,7 +415,7 @@ class AnswerFile:
             names = {*self._table.header(self.target)}
         if first and "error" not in names and not {"label", "model"} <= names:
             raise UsageError(
-                f"{self.target}: is there already and holds no answers; choose another --output."
+                f"{self.target}: already exists and holds no answers; choose another --output."
             )
 
     def earlier(self) -> Iterator[dict[str, Any]]:
