@@ -68,7 +68,7 @@ def test_a_missing_split_or_data_folder(commands, refused, data, command):
 def test_a_missing_image_folder(commands, refused, data, command):
     shutil.rmtree(data / "images")
     error = refused(*commands[command])
-    assert f"{data}: no image folder in it" in error and "name it with --images DIR" in error
+    assert f"{data}: no image folder in it" in error and "choose it with --images DIR" in error
     error = refused(*commands[command], "--images", data / "photos")
     assert f"{data / 'photos'}: no such image folder" in error
 

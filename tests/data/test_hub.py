@@ -279,9 +279,9 @@ def test_files_of_other_layouts_are_named_by_one_flag(tmp_path, files, data, exp
         ),
         (
             '[{"pic": "a", "says": "b"}]',
-            r"a, row 1: no layout that is known has these columns: pic",
+            r"a, row 1: no supported layout has these columns: pic",
         ),
-        ('[{"sentence2": "a"}, {"sentence2": ""}]', "row 2: sentence2 holds no sentence"),
+        ('[{"sentence2": "a"}, {"sentence2": ""}]', "row 2: sentence2 has no sentence"),
         ("[]", "a has no rows"),
     ],
 )

@@ -73,8 +73,8 @@ def model_folder(name: Path, progress: Progress = SILENT) -> Path:
     """The local folder for a value of `--runs`, `--teacher`, `--student` or `--students`.
 
     Args:
-        name: a folder; or else `ORG/NAME[@revision]`, which is fetched into the hub's cache. Without
-            a connection, the cached copy is used.
+        name: a folder; or else `ORG/NAME[@revision]`, which is fetched into the hub's cache.
+            Without a connection, the cached copy is used.
         progress: notes what is fetched.
 
     Raises:
