@@ -297,7 +297,7 @@ def _by_processes(
         except Exception as error:
             return error  # if raised, the loader would rewrite its message
 
-    loader = DataLoader(
+    loader: Iterable[Tensor | Exception] = DataLoader(
         groups,  # type: ignore[arg-type]
         batch_size=None,
         collate_fn=decode,

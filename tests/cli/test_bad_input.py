@@ -135,7 +135,7 @@ def test_a_line_that_does_not_parse_and_two_rows_with_one_pair_id(commands, refu
     path.write_text(whole)
     edit_row(path, 5, pairID=rows[1]["pairID"])
     error = refused(*commands[command])
-    assert f"{path}:5: pairID {rows[1]['pairID']!r} stands already in line 2" in error
+    assert f"{path}:5: pairID {rows[1]['pairID']!r} is also in line 2" in error
 
 
 @pytest.mark.parametrize("command", READERS)

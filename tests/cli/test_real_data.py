@@ -112,7 +112,7 @@ def test_suspect_translations_are_told_and_left_out_of_a_training(
         "align", "--lang", "de", "--data", data, "--teacher", trained / "clip-ve",
         "--runs", tmp_path / "runs", "--student", encoder, "--epochs=1", *_QUICK,
     ]  # fmt: skip
-    for more, said in (([], "used; --skip-suspect"), (["--skip-suspect"], "left out")):
+    for more, said in (([], "used; --skip-suspect"), (["--skip-suspect"], "skipped")):
         code, _, err = clseave(*arguments, *more)
         assert code == 0, err
         said = f"{path}: 3 rows marked translation_suspect {said}"

@@ -118,9 +118,8 @@ def with_local_models(config: Config, progress: Progress = SILENT) -> Config:
             local[name] = tuple(model_folder(each, progress) for each in value)
         elif value is not None:
             local[name] = model_folder(value, progress)
-    teacher = local.get("teacher")
-    if teacher != getattr(config, "teacher", None) and (teacher / "clip-ve").is_dir():
-        local["teacher"] = teacher / "clip-ve"  # a repository is laid out like --runs
+        if name == "teacher" and local.get(name) != value and (local[name] / "clip-ve").is_dir():
+            local[name] /= "clip-ve"  # a repository is laid out like --runs
     return dataclasses.replace(config, **local) if local else config
 
 
