@@ -100,8 +100,8 @@ BAD_ROWS = {
     "no sentence2; expected the hypothesis": row(2, sentence2=None),
     "no sentence2 (the row has 'sentense2')": row(2, sentence2=None, sentense2="x"),
     "sentence2 is empty": row(2, sentence2="  \t"),
-    "sentence2 holds half a surrogate pair": row(2, sentence2="a \ud83d b"),
-    "sentence2_en holds half a surrogate pair": row(2, sentence2_en="a \ud83d b"),
+    "sentence2 has half a surrogate pair": row(2, sentence2="a \ud83d b"),
+    "sentence2_en has half a surrogate pair": row(2, sentence2_en="a \ud83d b"),
     "sentence2_en is empty; expected the sentence": row(2, sentence2_en=" "),
     "no gold_label (the row has 'gold_lable')": row(2, gold_label=None, gold_lable="neutral"),
     "gold_label is [[[[[[[...]]]]]]]; expected": row(
