@@ -15,8 +15,10 @@ from clseave_cli.core.data.mini_ve.drawing import draw
 from clseave_cli.core.data.mini_ve.grammar import LANGUAGES, NUM_TEMPLATES, say
 from clseave_cli.core.data.mini_ve.world import (
     COUNTS,
+    DESCRIPTIONS,
     FORMS,
     GRID,
+    ITEM_PAIRS,
     ITEMS,
     Absence,
     Conjunction,
@@ -26,8 +28,6 @@ from clseave_cli.core.data.mini_ve.world import (
     Item,
     Presence,
     Scene,
-    descriptions,
-    item_pairs,
 )
 from clseave_cli.core.files import atomic_folder, json_object, require_replaceable
 from clseave_cli.errors import DataError, UsageError
@@ -274,7 +274,7 @@ def asked_of(folder: Path, split: str, *, by_row: bool) -> dict[str, Any]:
 
 
 def _held_out_pairs(seed: int) -> set[frozenset[Item]]:
-    pairs = item_pairs()
+    pairs = ITEM_PAIRS
     chosen = _random(seed, "held out").sample(pairs, round(HELD_OUT_SHARE * len(pairs)))
     return {frozenset(pair) for pair in chosen}
 
@@ -289,12 +289,12 @@ def _pools(split: str, held_out: set[frozenset[Item]]) -> list[tuple[float, list
     """The hypotheses that `split` may use, in groups with their part of the rows."""
     seen: list[Hypothesis] = []
     unseen: list[Hypothesis] = []
-    for one, other in item_pairs():
+    for one, other in ITEM_PAIRS:
         pool = unseen if frozenset((one, other)) in held_out else seen
         pool += [Conjunction(one, other), Conjunction(other, one)]
     pools: list[tuple[float, list[Hypothesis]]] = [
-        (FORM_SHARES["presence"], [Presence(what) for what in descriptions()]),
-        (FORM_SHARES["absence"], [Absence(what) for what in descriptions()]),
+        (FORM_SHARES["presence"], [Presence(what) for what in DESCRIPTIONS]),
+        (FORM_SHARES["absence"], [Absence(what) for what in DESCRIPTIONS]),
         (FORM_SHARES["count"], [Count(number) for number in COUNTS]),
     ]
     if split == "test":
