@@ -7,6 +7,7 @@ import io
 import math
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,9 +53,10 @@ class ImageFolder:
         except OSError as error:
             raise DataError(f"{root}: cannot be read ({error.strerror}).") from None
         for entry in entries:
-            if entry.name.lower().endswith(IMAGE_EXTENSIONS) and _is_file(entry):
-                self._by_name[entry.name] = entry.name
-                self._by_name.setdefault(image_stem(entry.name), entry.name)
+            with suppress(OSError):  # a link to itself
+                if entry.name.lower().endswith(IMAGE_EXTENSIONS) and entry.is_file():
+                    self._by_name[entry.name] = entry.name
+                    self._by_name.setdefault(image_stem(entry.name), entry.name)
 
     @classmethod
     def of(cls, data: Path, images: Path | None) -> ImageFolder:
@@ -125,13 +127,6 @@ class ImageFolder:
 def picture_name(key: str) -> str:
     """The file name, without extension, of the picture for a data key: / becomes %2F."""
     return re.sub(r"[%/\0]", lambda match: f"%{ord(match[0]):02X}", key)
-
-
-def _is_file(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_file()
-    except OSError:  # a link to itself
-        return False
 
 
 def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:

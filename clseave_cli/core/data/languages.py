@@ -9,8 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from clseave_cli.errors import ExtraMissing, UsageError
 
@@ -19,8 +18,7 @@ _CERTAIN = 0.9
 _UNLIKELY = 0.02
 
 
-@dataclass(frozen=True)
-class Language:
+class Language(NamedTuple):
     """One language.
 
     Attributes:
@@ -34,19 +32,6 @@ class Language:
     iso3: str
     script: str
     region: str = ""
-
-    @property
-    def spellings(self) -> tuple[str, ...]:
-        """Every spelling that models use, the most specific first."""
-        candidates = [
-            f"{self.iso3}_{self.script}",
-            f"{self.code}_{self.region}" if self.region else "",
-            self.code.replace("-", "_"),
-            self.code,
-            self.iso3,
-            *_EXTRA_SPELLINGS.get(self.code, ()),
-        ]
-        return tuple(dict.fromkeys(spelling for spelling in candidates if spelling))
 
 
 # code, ISO 639-3, script, region: languages of M2M-100 and Google. Other codes are passed to the
@@ -90,11 +75,21 @@ _EXTRA_SPELLINGS = {code: spellings for code, *spellings in _read(_MORE_SPELLING
 LANGUAGES = {entry[0]: Language(*entry) for entry in _read(_TABLE)}
 
 
+def spellings(code: str) -> tuple[str, ...]:
+    """The spellings that models may use for a language, the most specific first."""
+    if code not in LANGUAGES:
+        return (code,)
+    _, iso3, script, region = LANGUAGES[code]
+    candidates = [f"{iso3}_{script}", f"{code}_{region}" if region else ""]
+    candidates += [code.replace("-", "_"), code, iso3, *_EXTRA_SPELLINGS.get(code, ())]
+    return tuple(dict.fromkeys(filter(None, candidates)))
+
+
 # A spelling shared by two languages belongs to the first.
 _ALIASES = {
-    spelling.replace("_", "-").lower(): language.code
-    for language in reversed(LANGUAGES.values())
-    for spelling in language.spellings
+    spelling.replace("_", "-").lower(): code
+    for code in reversed(LANGUAGES)
+    for spelling in spellings(code)
 }
 
 # Letters per script: enough to tell scripts apart, not every Unicode block.
@@ -145,12 +140,6 @@ def canonical(code: str) -> str:
             f"--lang {code!r}: not a language code; expected one such as de, ja, zh or pt-BR."
         )
     return _ALIASES.get(code.replace("_", "-").lower(), code)
-
-
-def spellings(code: str) -> tuple[str, ...]:
-    """The spellings that a model may use for a language, the most specific first."""
-    language = LANGUAGES.get(code)
-    return language.spellings if language else (code,)
 
 
 def letters_of(code: str) -> str | None:

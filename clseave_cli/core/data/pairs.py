@@ -313,29 +313,21 @@ class _Lines:
             self._must_wait = lambda: not select.select([stream], [], [], 0)[0]
 
     def __iter__(self) -> Iterator[bytes]:
-        return self
+        while self.peek():
+            yield self._complete.popleft()
 
-    def __next__(self) -> bytes:
-        while not self._complete:
-            if self.ended:
-                raise StopIteration
+    def peek(self) -> bytes:
+        """The next line, without consuming it; empty at the end."""
+        while not (self._complete or self.ended):
             self._fill()
-        return self._complete.popleft()
+        return self._complete[0] if self._complete else b""
 
     @property
     def ready(self) -> bool:
         """Whether the next line, or the end, can be read without waiting."""
-        while not (self._complete or self.ended):
-            if self._must_wait():
-                return False
+        while not (self._complete or self.ended or self._must_wait()):
             self._fill()
-        return True
-
-    def peek(self) -> bytes:
-        """The next line, without consuming it; empty at the end."""
-        if line := next(self, b""):
-            self._complete.appendleft(line)
-        return line
+        return bool(self._complete or self.ended)
 
     def _fill(self) -> None:
         try:

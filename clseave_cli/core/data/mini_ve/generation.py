@@ -132,13 +132,16 @@ def generate(
     scenes = sample_scenes(seed, sizes)
     held_out = _held_out_pairs(seed)
     rows = {split: _sample_rows(split, scenes[split], held_out, seed, sizes) for split in SPLITS}
+    tested = [row.sentence.hypothesis for row in rows["test"]]
     world = MiniVE(
         folder=out,
         seed=seed,
         num_scenes={split: len(scenes[split]) for split in SPLITS},
         num_pairs={split: _count_pairs(rows[split]) for split in SPLITS},
         num_sentences={split: len({row.sentence for row in rows[split]}) for split in SPLITS},
-        num_unseen=sum(_pair(row.sentence.hypothesis) in held_out for row in rows["test"]),
+        num_unseen=sum(
+            isinstance(h, Conjunction) and {h.first, h.second} in held_out for h in tested
+        ),
         num_captions={split: len(scenes[split]) * sizes.captions for split in ("train", "dev")},
     )
     require_replaceable(out, None)
@@ -164,9 +167,6 @@ def generate(
 def _random(seed: int, purpose: str) -> Random:
     # A generator per purpose: changing one part of the world leaves the others unchanged.
     return Random(f"mini-VE/{VERSION}/{seed}/{purpose}")
-
-
-# --- scenes -------------------------------------------------------------------------------------
 
 
 def sample_scenes(seed: int, sizes: Sizes) -> dict[str, list[Scene]]:
@@ -250,19 +250,10 @@ def scenes_of(
     }
 
 
-# --- hypotheses ---------------------------------------------------------------------------------
-
-
 def _held_out_pairs(seed: int) -> set[frozenset[Item]]:
     pairs = ITEM_PAIRS
     chosen = _random(seed, "held out").sample(pairs, round(HELD_OUT_SHARE * len(pairs)))
     return {frozenset(pair) for pair in chosen}
-
-
-def _pair(hypothesis: Hypothesis) -> frozenset[Item]:
-    if isinstance(hypothesis, Conjunction):
-        return frozenset((hypothesis.first, hypothesis.second))
-    return frozenset()
 
 
 def _pools(split: str, held_out: set[frozenset[Item]]) -> list[tuple[float, list[Hypothesis]]]:
@@ -347,9 +338,6 @@ def _triple(
 def _count_pairs(rows: list[_Row]) -> dict[str, dict[Label, int]]:
     counts = Counter((row.sentence.hypothesis.form, row.label) for row in rows)
     return {form: {label: counts[form, label] for label in LABELS} for form in FORMS}
-
-
-# --- files --------------------------------------------------------------------------------------
 
 
 def _image_name(split: str, index: int) -> str:
