@@ -88,14 +88,7 @@ def tokenize_sentences(
     where: Callable[[int], str],
     progress: Progress = SILENT,
 ) -> Sentences:
-    """Tokenises the sentences of N rows; those that are too long are truncated.
-
-    Args:
-        encoder: the encoder to tokenise for.
-        sentences: N sentences, repeats included.
-        where: `file:line` of a row.
-        progress: notes truncated sentences.
-    """
+    """Tokenises the sentences of N rows; notes truncated ones with `where`, a row's `file:line`."""
     texts, index = distinct(sentences)
     tokens = encoder.tokenize(texts)
     if tokens.num_truncated:
@@ -113,13 +106,9 @@ def by_rows(
     photos: Features,
     rows_at_once: int,
 ) -> Tensor:
-    """(N, …) outputs of a head for N rows, whose photos are read from the disk in blocks.
+    """(N, …) outputs of a head for (N, D) hypotheses, with photos read from the disk in blocks.
 
-    Args:
-        compute: maps (B, D) sentence embeddings and (B, E) photos to (B, …).
-        hypotheses: (N, D) sentence embeddings.
-        photos: of the N rows.
-        rows_at_once: B.
+    `compute` maps (B, D) sentence embeddings and (B, E) photos to (B, …).
     """
 
     def block(start: int) -> Tensor:
@@ -195,14 +184,7 @@ def image_features(
 
     With patches (`ImageEncoder.patch_grid`), they are in half precision. If blocks of the tower are
     trained, they are instead the inputs of the first such block (`ImageEncoder.states`), also in
-    half precision.
-
-    Args:
-        encoder: the image tower, as loaded.
-        split: N rows; or a name, with each photo as a row.
-        photos: `Photos.of` the split.
-        autocast: the arithmetic.
-        progress: reports what is computed.
+    half precision. If `split` is only a name, each photo is a row.
 
     Raises:
         DataError: an image is damaged; names the line.
@@ -331,12 +313,7 @@ def _shared_bytes() -> int:
 
 
 def premises_now(encoder: ImageEncoder, photos: Features) -> Features:
-    """Current features of photos, in memory, if blocks of the image tower are trained.
-
-    Args:
-        encoder: the image tower; if it is frozen, `photos` are returned unchanged.
-        photos: the result of `image_features`.
-    """
+    """Current features, in memory, of photos from `image_features`; unchanged if not trained."""
     if not encoder.num_trained:
         return photos
     dtype = torch.float16 if encoder.patch_grid else torch.float32
@@ -416,10 +393,7 @@ class Vectors:
 class VectorCache:
     """Vectors by content key, in one folder.
 
-    Args:
-        folder: its name must identify everything the vectors depend on, except their keys.
-        width: D; shards of another width are damaged.
-        dtype: type of the numbers.
+    The folder's name must identify everything that the vectors depend on, except their keys.
     """
 
     def __init__(self, folder: Path, width: int, dtype: torch.dtype = torch.float32) -> None:
@@ -436,13 +410,8 @@ class VectorCache:
         """The vectors of U distinct keys; missing ones are computed and cached.
 
         Several processes (`torchrun`) share the work. Vectors computed before an error or an
-        interruption are saved.
-
-        Args:
-            keys: (U,) keys, as made by `packed_keys`.
-            compute: yields the vectors of the given items in order, in batches of any size.
-            description: title of the progress bar.
-            progress: reports what is computed.
+        interruption are saved. `compute` yields the vectors of the given items in order, in
+        batches of any size.
 
         Raises:
             ClseaveError: the disk is full, or written shards cannot be read back.

@@ -88,12 +88,8 @@ def require_replaceable(out: Path, kind: Kind | None, config: object = None) -> 
 
     A folder is replaced as a whole. So `out` must be new, empty, or of the same kind with no other
     files in it, and must not contain an input of the command, the working directory or the home
-    directory. Every command calls this before it starts and again before it writes.
-
-    Args:
-        out: the folder to write.
-        kind: what will be written; None: `out` must be new or empty.
-        config: the command's options, whose input folders are protected.
+    directory. Every command calls this before it starts and again before it writes. `kind` None
+    requires a new or empty folder; `config` has the options that name inputs.
 
     Raises:
         UsageError: `out` is or contains something else; names it.
@@ -175,11 +171,9 @@ def aside(target: Path) -> Path:
 
 
 def sweep(folder: Path, name: str = ".*") -> None:
-    """Removes the temporary files of killed processes; nobody else may be writing there.
+    """Removes temporary files of killed processes; nobody else may be writing to the folder.
 
-    Args:
-        folder: where `atomic_file` and `atomic_folder` wrote.
-        name: regular expression that matches their targets' names.
+    `name` is a regular expression for the targets of `atomic_file` and `atomic_folder`.
     """
     pattern = re.compile(rf"\.(?:{name})\.clseave-[0-9a-f]{{8}}")
     for path in folder.iterdir():

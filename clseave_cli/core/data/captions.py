@@ -82,15 +82,16 @@ def read_captions(folder: Path, split: str, languages: Sequence[str] = (ENGLISH,
 
 
 def _path(folder: Path, split: str, lang: str) -> Path:
-    stems = [f"captions_{split}"] if lang == ENGLISH else []
-    stems.append(f"captions_{split}.{lang}")
-    for name in (stem + ending for stem in stems for ending in EXTENSIONS):
-        if (folder / name).is_file():
-            return folder / name
-    translate = f"clseave translate --lang {lang} --field caption"
-    advice = "" if lang == ENGLISH else f" `{translate}` creates it."
+    stems, advice = [f"captions_{split}.{lang}"], ""
+    if lang == ENGLISH:
+        stems.insert(0, f"captions_{split}")
+    else:
+        advice = f" `clseave translate --lang {lang} --field caption` creates it."
+    paths = [folder / (stem + ending) for stem in stems for ending in EXTENSIONS]
+    if existing := next((path for path in paths if path.is_file()), None):
+        return existing
     raise DataError(
-        f"{folder / stems[0]}.jsonl: no such file; expected lines such as "
+        f"{paths[0]}: no such file; expected lines such as "
         f'{{"image": "1.jpg", "caption": "two dogs run"}}.{advice}'
     )
 

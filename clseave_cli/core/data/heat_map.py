@@ -32,11 +32,8 @@ def heat_map(
 ) -> Image.Image:
     """A grey photo, coloured by where the model looked, with the colour scale below.
 
-    Args:
-        photo: an RGB photo.
-        attention: (G, G) share of each cell, from the top left; the shares add up to 1.
-        preparation: how the photo was cropped for the model; None: the cells cover all of it.
-        longest_side: longest side of the drawn photo, in pixels.
+    `attention` has (G, G) shares of cells, from the top left, that add up to 1. The cells cover
+    what `preparation` cropped (None: all) of the RGB photo. `longest_side` is in pixels.
     """
     shrink = longest_side / max(photo.size)
     width, height = (max(1, round(shrink * side)) for side in photo.size)

@@ -72,10 +72,8 @@ def is_repository(name: str) -> bool:
 def model_folder(name: Path, progress: Progress = SILENT) -> Path:
     """The local folder for a value of `--runs`, `--teacher`, `--student` or `--students`.
 
-    Args:
-        name: a folder; or else `ORG/NAME[@revision]`, which is fetched into the hub's cache.
-            Without a connection, the cached copy is used.
-        progress: notes what is fetched.
+    If it is not a folder but `ORG/NAME[@revision]`, it is fetched into the hub's cache. Without a
+    connection, the cached copy is used.
 
     Raises:
         ModelError: there is no such repository, or it cannot be fetched.
@@ -126,11 +124,8 @@ def with_local_models(config: Config, progress: Progress = SILENT) -> Config:
 def data_folder(data: str, progress: Progress = SILENT, root: Path = Path("data")) -> Path:
     """The local folder for a value of `--data`.
 
-    Args:
-        data: a data folder; `hf:ORG/NAME`, downloaded through `datasets`; or a file of a published
-            layout or a pattern of such files. All but the first are converted to a folder once.
-        progress: reports the rows written.
-        root: parent of converted folders.
+    This is a data folder; `hf:ORG/NAME`, downloaded through `datasets`; or a file of a published
+    layout or a pattern of such files. All but the first are converted, once, to a folder in `root`.
 
     Raises:
         DataError: the data set cannot be loaded, or its layout is not supported.

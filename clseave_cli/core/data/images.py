@@ -96,12 +96,7 @@ class ImageFolder:
         return path
 
     def rows_with_image(self, rows: _Rows, skip_bad: bool, progress: Progress = SILENT) -> _Rows:
-        """The rows whose image is in the folder, or that name none.
-
-        Args:
-            rows: rows in any order.
-            skip_bad: skip the other rows, and note their number, instead of refusing them.
-            progress: receives the note.
+        """The rows whose image is in the folder, or that name none; `skip_bad` skips the others.
 
         Raises:
             DataError: images are missing (with `skip_bad`: all of them); says how many.

@@ -178,11 +178,9 @@ def language_name(code: str) -> str:
 class LanguageIdentifier:
     """Identifies the language of a text; loads lingua's models, slowly, with the first text.
 
-    Args:
-        languages: candidate codes; `zh-Hant` counts as `zh`, of which the first is returned.
-
     Attributes:
-        languages: the candidates that lingua supports.
+        languages: the candidates that lingua supports. `zh-Hant` counts as `zh`; of several such
+            candidates, the first is used.
 
     Raises:
         ExtraMissing: lingua is not installed.
@@ -218,11 +216,8 @@ class LanguageIdentifier:
 def language_warning(text: str, lang: str, thorough: bool = True) -> str | None:
     """A warning if a text is probably not in the language `lang`.
 
-    Args:
-        text: the text.
-        lang: a language code.
-        thorough: check the language, not only the script, if lingua is installed; from trigrams
-            of all its languages, which takes a second once and 64 MB.
+    If `thorough` and lingua is installed, checks the language, not only the script. Lingua compares
+    the trigrams of all its languages, which takes 64 MB, and a second at first.
     """
     if unexpected_script(text, lang):
         return f"the sentence is not in the script of {lang}; check the language."

@@ -258,10 +258,8 @@ def _holds_gold_labels(names: Iterable[str]) -> bool:
 def read_probabilities(path: Path, pair_ids: Sequence[str]) -> npt.NDArray[np.float32]:
     """(N, 3) probabilities of N rows from a file of answers, in the order of `labels.LABELS`.
 
-    Args:
-        path: a file of `predict --output`, or other rows with `pairID` and a column for each label,
-            or with `probabilities`, by label or as a list. Rows of other ids are skipped.
-        pair_ids: ids of the N rows.
+    The file is the output of `predict`, or has rows with `pairID` and a column for each label, or
+    `probabilities`, by label or as a list. Rows of other ids are skipped.
 
     Raises:
         DataError: an answer is damaged, or rows have none.

@@ -156,12 +156,8 @@ def split_path(folder: Path, split: str, lang: str) -> Path | None:
     stems = [f"snli_ve_{split}.{lang}", f"{split}.{lang}", f"{lang}/{split}"]
     if lang == ENGLISH:
         stems = [f"snli_ve_{split}", *stems, split]
-    for stem in stems:
-        for extension in EXTENSIONS:
-            path = folder / (stem + extension)
-            if path.is_file():
-                return path
-    return None
+    paths = (folder / (stem + extension) for stem in stems for extension in EXTENSIONS)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def languages(folder: Path, split: str) -> list[str]:
@@ -348,11 +344,7 @@ def _write_rejected(path: Path, rejected: list[dict[str, Any]]) -> Path:
 def join(target: Split, source: Split | None, source_lang: str = ENGLISH) -> Parallel:
     """Joins a translated split with its source sentences, by `pairID` only.
 
-    Args:
-        target: the translated rows.
-        source: the rows in the source language; None: use the source sentence in each translated
-            row (`sentence2_en`).
-        source_lang: the source language.
+    Without `source`, uses the source sentence in each translated row (`sentence2_en`).
 
     Raises:
         DataError: nothing matches, or rows have no source sentence.

@@ -44,11 +44,9 @@ class SeenRows(NamedTuple):
 
     @classmethod
     def of(cls, split: Split, contents: npt.NDArray[np.void] | None = None) -> SeenRows:
-        """The photos and pairs of a split, without rows that name no photo.
+        """The photos and pairs of a split; `contents` are digests of its photos, if they are read.
 
-        Args:
-            split: the rows.
-            contents: digests of the split's photos, in order; None: not read.
+        Rows that name no photo are ignored.
         """
         photos = cls.of_photos(split.image_names, contents).photos
         return cls(photos, _pairs(split, photos[:, 0], np.flatnonzero(split.image_index >= 0)))
@@ -115,12 +113,9 @@ class SeenRows(NamedTuple):
     def near_duplicates(
         self, photos: Sequence[Path], images: ImageFolder, most_bits: int
     ) -> npt.NDArray[np.bool_]:
-        """(P,) whether photos look like seen ones (rescaled or saved again, say).
+        """(P,) whether photos look like seen ones in the folder `images`: rescaled, say.
 
-        Args:
-            photos: P files.
-            images: folder of the seen photos.
-            most_bits: maximum number of bits, of 64, in which two perceptual hashes differ.
+        Their perceptual hashes differ in up to `most_bits` of 64 bits.
 
         Raises:
             ExtraMissing: imagehash is not installed.

@@ -109,12 +109,10 @@ class TextFile(ABC):
 
 
 def open_text_file(path: Path, field: str | None, source: str) -> TextFile:
-    """Opens a file by the format in its name.
+    """Opens `.jsonl`, `.csv`, `.tsv`, `.txt` (each also with `.gz`) or `.parquet`.
 
-    Args:
-        path: `.jsonl`, `.csv`, `.tsv`, `.txt` (each also with `.gz`) or `.parquet`.
-        field: field of the text; None: the first of `FIELDS` that exists.
-        source: language of the text, for the field of the source sentence (`sentence2_en`).
+    The text is in `field` (None: the first of `FIELDS` that exists). Its language, `source`, names
+    the field for the source sentence (`sentence2_en`).
 
     Raises:
         DataError: there is no such file or field.
