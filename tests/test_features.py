@@ -408,8 +408,8 @@ def test_sentences_that_are_too_long_are_counted_and_one_is_named(text):
     assert sentences.index.tolist() == [0, 1, 2, 1, 3]
     assert sentences.tokens.num_truncated == 2
     assert notes.lines == [
-        "f.jsonl:2: too long for the encoder, as are 2 distinct sentences in all; "
-        "truncated to 32 tokens before the terminal token."
+        "f.jsonl:2: one of 2 distinct sentences that are too long for the encoder; "
+        "truncated to 32 tokens with the terminal token."
     ]
 
 

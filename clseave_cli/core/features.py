@@ -94,8 +94,8 @@ def tokenize_sentences(
     if tokens.num_truncated:
         first = int(np.argmax(tokens.truncated[index]))
         progress.note(
-            f"{where(first)}: too long for the encoder, as are {tokens.num_truncated} distinct "
-            f"sentences in all; truncated to {encoder.max_tokens} tokens before the terminal token."
+            f"{where(first)}: one of {tokens.num_truncated} distinct sentences that are too long "
+            f"for the encoder; truncated to {encoder.max_tokens} tokens with the terminal token."
         )
     return Sentences(tokens, index)
 

@@ -98,14 +98,11 @@ class TextFile(ABC):
             if name in names:
                 return name
         if is_garbled(names):
-            raise self._bad_row(1, NOT_UTF8)
+            raise DataError.at(self.path, 1, NOT_UTF8)
         raise DataError(
             f"{self.path}: no field {' or '.join(candidates)}; the fields are "
             f"{', '.join(names) or 'none'}. Choose one with --field."
         )
-
-    def _bad_row(self, line: int, reason: str) -> DataError:
-        return DataError.at(self.path, line, reason)
 
 
 def open_text_file(path: Path, field: str | None, source: str) -> TextFile:
@@ -148,13 +145,15 @@ class _JsonLinesFile(TextFile):
         with reading(self.path) as stream:
             for number, values, line in json_rows(stream):
                 if isinstance(values, BadRow):
-                    raise self._bad_row(number, str(values))
+                    raise DataError.at(self.path, number, str(values))
                 if self._field is None:
                     self._field = self._choose_field(list(values))
                 text = values.get(self._field)
                 if type(text) is not str:
                     problem = f"is {short(text)}" if self._field in values else "is missing"
-                    raise self._bad_row(number, f'"{self._field}" {problem}; expected a string.')
+                    raise DataError.at(
+                        self.path, number, f'"{self._field}" {problem}; expected a string.'
+                    )
                 yield Row(number, text, _pair_id(values), (line, values))
 
     @contextmanager
@@ -226,7 +225,7 @@ class _DelimitedFile(TextFile):
             column = records.header.index(self._choose_field(records.header))
             for number, values, cells in records:
                 if isinstance(values, BadRow):
-                    raise self._bad_row(number, str(values))
+                    raise DataError.at(self.path, number, str(values))
                 yield Row(number, cells[column], _pair_id(values), cells)
 
     @contextmanager
@@ -306,7 +305,9 @@ class _ParquetFile(TextFile):
                     number += 1
                     text = values[self._column]
                     if text is None:
-                        raise self._bad_row(number, f"{self._column} is null; expected a string.")
+                        raise DataError.at(
+                            self.path, number, f"{self._column} is null; expected a string."
+                        )
                     yield Row(number, text, _pair_id(values), (batch, index))
 
     @contextmanager

@@ -6,6 +6,7 @@ import json
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -371,22 +372,18 @@ def _write_split(
 def _records(
     split: str, texts: list[list[dict[str, str]]], rows: list[_Row]
 ) -> list[dict[str, str]]:
-    records = []
-    num_rows: Counter[int] = Counter()  # by scene
-    for row in rows:
-        image = _image_name(split, row.scene)
-        records.append(
-            {
-                "Flickr30K_ID": image,
-                "sentence1": texts[row.scene][0]["en"],
-                "sentence2": say(*row.sentence, "en"),
-                "gold_label": row.label,
-                "pairID": f"{image}#0h{num_rows[row.scene]}",
-                "captionID": f"{image}#0",
-            }
-        )
-        num_rows[row.scene] += 1
-    return records
+    return [
+        {
+            "Flickr30K_ID": _image_name(split, scene),
+            "sentence1": texts[scene][0]["en"],
+            "sentence2": say(*row.sentence, "en"),
+            "gold_label": row.label,
+            "pairID": f"{_image_name(split, scene)}#0h{number}",
+            "captionID": f"{_image_name(split, scene)}#0",
+        }
+        for scene, of_scene in groupby(rows, key=lambda row: row.scene)
+        for number, row in enumerate(of_scene)
+    ]
 
 
 def _write_lines(path: Path, values: Iterable[Any], indent: int | None = None) -> None:
