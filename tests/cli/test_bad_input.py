@@ -205,7 +205,7 @@ def test_a_hypothesis_of_ten_thousand_words(commands, clseave, data):
     edit_row(path, 3, sentence2="red " * 10_000)
     code, _, err = clseave(*commands["evaluate"])
     assert code == 0
-    assert f"{path}:3: too long for the encoder, as are 1 distinct" in err.replace("\n", " ")
+    assert f"{path}:3: one of 1 distinct sentences that are too long" in err.replace("\n", " ")
 
 
 @pytest.mark.parametrize("damage", ["missing", "folder", "truncated"])

@@ -93,7 +93,7 @@ def file_parts(paths: Iterable[Path]) -> Iterator[Part]:
 
 def _file_rows(path: Path) -> Iterator[dict[str, Any]]:
     if path.suffix != ".json":
-        for line, row, _ in read_rows(path, ()):
+        for line, row, _ in read_rows(path):
             if isinstance(row, BadRow):
                 raise DataError.at(path, line, str(row))
             yield row

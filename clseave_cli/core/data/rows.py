@@ -167,10 +167,10 @@ def packing(path: Path, stream: BinaryIO) -> Iterator[BinaryIO]:
         yield stream
 
 
-def read_rows(path: Path, columns: Collection[str]) -> Iterator[Record]:
+def read_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[Record]:
     """The rows of a JSON Lines, CSV, TSV or Parquet file.
 
-    Only Parquet is limited to the given columns.
+    Of Parquet, only the given columns are read (None: all).
 
     Raises:
         DataError: the file cannot be read.
