@@ -478,18 +478,16 @@ class VectorCache:
                 continue
             try:
                 status = path.stat()
-                if _shard_digest(path, status.st_size, status.st_mtime_ns) != path.stem:
-                    path.unlink(missing_ok=True)
-                    continue
-                shard = load_file(path)
+                is_sound = _shard_digest(path, status.st_size, status.st_mtime_ns) == path.stem
+                shard = load_file(path) if is_sound else {}
             except (DataError, OSError):
                 continue  # another process removed it
-            if shard["vectors"].shape != (len(shard["keys"]), self._width):
+            if not shard or shard["vectors"].shape != (len(shard["keys"]), self._width):
                 path.unlink(missing_ok=True)
                 continue
             mapped.add(path)
             shard_keys = _as_keys(shard["keys"].numpy())
-            # Where each key would be among the sorted ones; it may not be asked for.
+            # The place of each key among the sorted ones; not all are requested.
             positions = np.searchsorted(keys, shard_keys, sorter=order)
             items = order[np.minimum(positions, len(keys) - 1)]
             rows = np.flatnonzero(keys[items] == shard_keys)
