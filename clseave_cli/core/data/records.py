@@ -243,7 +243,8 @@ def read_split(
             if source is not None:
                 source = require_text(row, (source_key,), "the sentence that was translated")
             if pair_id in first_line:
-                raise BadRow(f"pairID {pair_id!r} is also in line {first_line[pair_id]}.")
+                number = first_line[pair_id]
+                raise BadRow(f"pairID {pair_id!r} is also in line {number}; ids must be unique.")
         except BadRow as bad:
             if not skip_bad:
                 raise DataError.at(
