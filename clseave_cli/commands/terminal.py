@@ -142,7 +142,7 @@ class TerminalProgress:
 
     @contextmanager
     def task(
-        self, description: str, total: int | None = None, unit: str = "", *, noted: bool = False
+        self, description: str, total: int | None = None, unit: str = "", *, summary: bool = True
     ) -> Iterator[Task]:
         """Draws a piece of work until the block ends; completed work leaves one line."""
         with self._drawn() as (bars, is_outermost):
@@ -152,7 +152,7 @@ class TerminalProgress:
             finally:
                 if bars is not None and task.bar is not None:
                     bars.remove_task(task.bar)
-        if not noted and (is_outermost or bars is None):
+        if summary and (is_outermost or bars is None):
             task.end()
 
     @contextmanager
