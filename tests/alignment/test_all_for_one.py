@@ -22,7 +22,7 @@ from clseave_cli.core.alignment.links import Links
 from clseave_cli.core.data.seen import SeenRows
 from clseave_cli.core.models.clip_ve import fingerprint
 from clseave_cli.core.models.scratch import new_encoder
-from clseave_cli.core.models.student import begun_student, load_student, new_student
+from clseave_cli.core.models.student import init_student, load_student, new_student
 from clseave_cli.errors import DataError, ModelError, UsageError
 
 
@@ -53,7 +53,7 @@ def test_a_student_starts_from_the_weights_of_another(
     world, tmp_path, trained, encoder, keep_words
 ):
     options = {"teacher": fingerprint(trained / "clip-ve"), "keep_words": keep_words}
-    student, vectors = begun_student(trained / "align-de", encoder, **options)
+    student, vectors = init_student(trained / "align-de", encoder, **options)
     german, pretrained = load_student(trained / "align-de"), new_student(encoder, 16)
     assert _equal(_body(student), _body(german)) and torch.equal(vectors, _table(german))
     assert not torch.equal(_table(german), _table(pretrained))
@@ -62,7 +62,7 @@ def test_a_student_starts_from_the_weights_of_another(
     # Of a trimmed one the same: the rest of its vectors are the pretrained encoder's.
     short = quick_align(world, tmp_path, trained, encoder, "de", epochs=2, trim_vocabulary=True)
     assert len(_table(load_student(short.folder))) < len(vectors)
-    again, its_vectors = begun_student(short.folder, encoder, **options)
+    again, its_vectors = init_student(short.folder, encoder, **options)
     assert again.digest() == student.digest() and torch.equal(its_vectors, vectors)
 
 
@@ -86,11 +86,11 @@ def test_a_student_of_another_encoder_is_refused(tmp_path, world, runs, encoder,
         reseal(folder, "student", without=("pretrained",))
         assert load_student(folder).pretrained == ""
     options = {"teacher": fingerprint(runs / "clip-ve"), "keep_words": False}
-    begun_student(folder, encoder, **options)
+    init_student(folder, encoder, **options)
     with pytest.raises(ModelError, match=r"was trained from another encoder than .*other"):
-        begun_student(folder, tmp_path / "other", **options)
+        init_student(folder, tmp_path / "other", **options)
     with pytest.raises(ModelError, match="was trained against another CLIP-VE"):
-        begun_student(folder, encoder, teacher="0" * 64, keep_words=False)
+        init_student(folder, encoder, teacher="0" * 64, keep_words=False)
 
 
 # --- the translator ---

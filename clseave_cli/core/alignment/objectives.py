@@ -64,7 +64,7 @@ class SentenceObjective:
         """
         pairs, shard = self.pairs, processes().shard(rows)
         sources, source = np.unique(pairs.teacher.index[rows], return_inverse=True)
-        if self.student.few_shapes:
+        if self.student.buckets_shapes:
             sources = np.pad(sources, (0, len(rows) - len(sources)), mode="edge")
         return SentenceBatch(
             self.student.pack(pairs.sentences.tokens, pairs.sentences.index[shard]),

@@ -29,7 +29,7 @@ from clseave_cli.core.files import file_digest, json_digest
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.folder import peek
-from clseave_cli.core.models.student import FORMAT, begun_student
+from clseave_cli.core.models.student import FORMAT, init_student
 from clseave_cli.errors import DataError, ModelError, UsageError
 from clseave_cli.progress import Progress
 
@@ -72,10 +72,10 @@ def initialised_student(
     """A student initialised from the one in `folder`, and the empty lexicon for its translator.
 
     Raises:
-        ModelError: as `begun_student`, or the encoder's word vectors allow no translator.
+        ModelError: as `init_student`, or the encoder's word vectors allow no translator.
         UsageError: the trained student has another pooling.
     """
-    student, vectors = begun_student(
+    student, vectors = init_student(
         folder, config.student, teacher=teacher.fingerprint, keep_words=config.keep_embeddings
     )
     if student.pooling != config.pooling:

@@ -223,15 +223,12 @@ def _torch_decoder(name: str, codec: Codec, config: TranslateConfig) -> Decoder:
     import torch
     from transformers import AutoModelForSeq2SeqLM
 
-    from clseave_cli.core.models.backbones import loading_arguments
-    from clseave_cli.core.models.weights import load
+    from clseave_cli.core.models.weights import load_model
     from clseave_cli.core.training.precision import resolve_device
 
     device = resolve_device(config.device)
-    loading = loading_arguments(codec.config) | {
-        "dtype": getattr(torch, _TYPES[_precision(config)])
-    }
-    model = load(name, AutoModelForSeq2SeqLM.from_pretrained, **loading)
+    dtype = getattr(torch, _TYPES[_precision(config)])
+    model = load_model(name, AutoModelForSeq2SeqLM.from_pretrained, dtype=dtype)
     model.eval().to(device)
     # The model's default, often 200, would contradict the length chosen for each batch.
     model.generation_config.max_length = None
