@@ -213,9 +213,9 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult
             evaluate=evaluate,
             selection=Selection(config.select, "lowest" if config.select == "loss" else "highest"),
             metrics=("accuracy",),
-            alone=tuple(model.head.parameters()),
-            alone_epochs=config.freeze_epochs or 0.0,
-            factors={model.image: _image_rate(config)} if model.image.num_trained else {},
+            trained_first=tuple(model.head.parameters()),
+            freeze_epochs=config.freeze_epochs or 0.0,
+            rate_factors={model.image: _image_rate(config)} if model.image.num_trained else {},
         )
         tokens = [pairs.sentences.tokens for pairs in (train_pairs, dev_pairs)]
         with (

@@ -183,12 +183,12 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
             evaluate=evaluate,
             selection=Selection("loss", "lowest"),
             sample=None if together else training.batches,
-            alone=(
+            trained_first=(
                 *model.text_projection.parameters(),
                 *model.visual_projection.parameters(),
                 model.logit_scale,
             ),
-            alone_epochs=config.freeze_epochs or 0.0,
+            freeze_epochs=config.freeze_epochs or 0.0,
         )
         # A pretrained vocabulary keeps the vectors of tokens that these captions do not use.
         keeps = config.clip is not None or config.text is not None

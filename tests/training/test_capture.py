@@ -36,7 +36,7 @@ class Replayer:
 
         return replay, result
 
-    def beside(self):
+    def stream(self):
         return nullcontext()
 
 
@@ -77,7 +77,7 @@ def test_what_cannot_be_captured_runs_plainly_and_is_said_once():
 
 
 def test_shapes_that_never_come_twice_end_the_attempt(monkeypatch):
-    monkeypatch.setattr("clseave_cli.core.training.capture._MOST_SINGLE_SHAPES", 3)
+    monkeypatch.setattr("clseave_cli.core.training.capture._MAX_SINGLE_SHAPES", 3)
     notes: list[str] = []
     recorder = Replayer()
     function = Captured(weighted, CPU, recorder, notes.append)

@@ -77,7 +77,7 @@ def test_a_stopped_run_goes_on_as_if_uninterrupted(attempt, number, tmp_path, cl
     assert not out.exists()
 
     code, _, err = clseave(*command)
-    assert code == 2 and "an unfinished run lies there; --resume continues it" in err
+    assert code == 2 and "there is an unfinished run; --resume continues it" in err
     code, _, err = clseave(*command, "--resume")
     assert code == 0, err
     assert "resuming at step" in err

@@ -255,7 +255,7 @@ def test_a_part_is_trained_alone_at_first(tmp_path, step):
     """For an epoch and a half of four steps each, whenever the run is interrupted."""
     whole, killed, resumed = tasks = [Task(dropout=0.3) for _ in range(3)]
     for task in tasks:
-        task.alone, task.alone_epochs = tuple(task.module[3].parameters()), 1.5
+        task.trained_first, task.freeze_epochs = tuple(task.module[3].parameters()), 1.5
     first = whole.module[0].weight
     begun = first.detach().clone()
 

@@ -100,7 +100,7 @@ def test_a_tracker_that_fails_ends_nothing(tmp_path, monkeypatch, name, moments,
     assert result.steps == 4 and len(read_jsonl(tmp_path / "metrics.jsonl")) == 6
     told = [line for line in notes.lines if "--tracker" in line]
     assert told == [
-        f"--tracker {name}: failed (network is down); the run goes on without it, "
+        f"--tracker {name}: failed (network is down); the run continues without it; "
         "metrics.jsonl has everything."
     ]
     assert service.calls.count("log") == num_logged

@@ -112,8 +112,8 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> StageResult:
             sample=sampler.batches,
             # The last epoch shows all that ever spread: had some been lost, the run had ended.
             resumed=watch.during,
-            alone=() if translator is None else tuple(translator.parameters()),
-            alone_epochs=1 if config.translator_epochs is None else config.translator_epochs,
+            trained_first=() if translator is None else tuple(translator.parameters()),
+            freeze_epochs=1 if config.translator_epochs is None else config.translator_epochs,
         )
         tokens = [pairs.sentences.tokens, *(each.sentences.tokens for each in judged)]
         with reduced_vocabulary(student, *tokens, translator=translator):

@@ -1,8 +1,8 @@
-"""Training state on disk: everything the next step depends on, as safetensors and JSON.
+"""Training states on disk: everything the next step depends on, as safetensors and JSON.
 
-A state is a folder `state-{step}`, written aside and renamed, with a digest per file. What is not
-stored is derived: the order of the examples from seed, epoch and the dev metrics of the last one,
-the learning rate from the step.
+A state is a folder `state-{step}`, written aside and renamed, with a digest of each file. The rest
+is derived: the order of the examples from seed, epoch and the last dev metrics, the learning rate
+from the step.
 """
 
 from __future__ import annotations
@@ -26,39 +26,23 @@ STATE = re.compile(r"state-\d+")
 
 @dataclass
 class LoopState:
-    """Where the loop stands, apart from tensors.
+    """The loop's progress, apart from tensors. Names are keys of `state.json`."""
 
-    Attributes:
-        step: optimiser steps done.
-        pairs: examples trained on, repeats counted.
-        epoch: epochs done.
-        batch: batches of the current epoch done.
-        best: the best dev metric so far.
-        best_epoch: the epoch whose weights are kept, counted from 1.
-        dev: all dev metrics of that epoch.
-        last_dev: those of the last epoch done.
-        epochs_without_gain: epochs since the best dev metric.
-        sums: of the training loss and the stage's metrics over this epoch's examples.
-        num_seen: examples seen this epoch.
-        seconds: wall time of earlier sittings and this one.
-        metrics_bytes: length of metrics.jsonl at this point.
-        relaxed: whether something had no deterministic algorithm on the device.
-    """
-
-    step: int = 0
-    pairs: int = 0
-    epoch: int = 0
-    batch: int = 0
-    best: float | None = None
-    best_epoch: int = 0
-    dev: dict[str, float] | None = None
-    last_dev: dict[str, float] | None = None
-    epochs_without_gain: int = 0
+    step: int = 0  # optimiser steps completed
+    pairs: int = 0  # examples trained on, repetitions included
+    epoch: int = 0  # epochs completed
+    batch: int = 0  # batches of the current epoch completed
+    best: float | None = None  # the best dev metric so far
+    best_epoch: int = 0  # the epoch whose weights are kept, counted from 1
+    dev: dict[str, float] | None = None  # all dev metrics of that epoch
+    last_dev: dict[str, float] | None = None  # those of the last completed epoch
+    epochs_without_gain: int = 0  # since the best dev metric
+    #: Sums of the training loss and the stage's metrics over this epoch's examples.
     sums: list[float] = field(default_factory=list)
-    num_seen: int = 0
-    seconds: float = 0.0
-    metrics_bytes: int = 0
-    relaxed: bool = False
+    num_seen: int = 0  # examples of this epoch
+    seconds: float = 0.0  # wall time, over all resumptions
+    metrics_bytes: int = 0  # length of metrics.jsonl
+    relaxed: bool = False  # whether some operation has no deterministic algorithm
 
 
 def save_state(
@@ -72,8 +56,8 @@ def save_state(
 ) -> None:
     """Writes `state-{step}` into `folder`, then removes older ones.
 
-    Of random numbers, those of the CPU and of `device` are kept. Every process goes on from them,
-    each on its own device, since between steps they are the same for all.
+    The random states of the CPU and of `device` are saved. Between steps they are the same in all
+    processes, so each resumes from them on its device.
     """
     target = folder / f"state-{state.step:08d}"
     with atomic_folder(target) as aside:
@@ -97,22 +81,22 @@ def load_state(
     scaler: torch.amp.GradScaler,
     device: torch.device,
 ) -> tuple[LoopState, dict[str, Tensor] | None] | None:
-    """Restores the newest sound state into the given objects, and the random numbers of `device`.
+    """Restores the newest intact state into the arguments, and the random state of `device`.
 
     Returns:
-        Where the loop stands and the weights kept so far; None if there is no state.
+        The loop's progress and the weights kept so far; None if there is no state.
 
     Raises:
-        ModelError: there are states, and none is sound.
+        ModelError: all states are damaged.
     """
     states = sorted(_states(folder), reverse=True)
     for path in states:
-        stored = _sound_record(path)
+        stored = _intact_record(path)
         if stored is None:
             continue
         restore(module, load_file(path / "module.safetensors"))
         _restore_optimizer(optimizer, load_file(path / "optimizer.safetensors"))
-        # Empty where the run scaled no loss so far: `auto` is another precision on another device.
+        # Empty if the loss was not scaled so far: `auto` may be another precision on this device.
         if scale := stored.pop("scaler"):
             scaler.load_state_dict(scale)
         best_path = path / "best.safetensors"
@@ -128,7 +112,7 @@ def load_state(
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of what training changes in a module, on the CPU: trained weights, and buffers."""
+    """Copies what training changes in a module, trained weights and buffers, to the CPU."""
     frozen = _frozen(module)
     return {
         name: value.detach().to("cpu", copy=True).contiguous()
@@ -138,18 +122,17 @@ def snapshot(module: nn.Module) -> dict[str, Tensor]:
 
 
 def restore(module: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Puts a snapshot back; those of earlier versions hold frozen weights too.
+    """Loads a snapshot; those of earlier versions hold frozen weights too.
 
     Raises:
-        RuntimeError: it is of another module.
+        RuntimeError: it belongs to another module.
     """
     report = module.load_state_dict(weights, strict=False)
-    if strange := {*report.missing_keys, *report.unexpected_keys} - _frozen(module):
-        raise RuntimeError(f"the state is of another module, which differs in {min(strange)}")
+    if mismatch := {*report.missing_keys, *report.unexpected_keys} - _frozen(module):
+        raise RuntimeError(f"the state is of another module, which differs in {min(mismatch)}")
 
 
 def _frozen(module: nn.Module) -> set[str]:
-    """Names of the weights that are not trained."""
     return {name for name, weight in module.named_parameters() if not weight.requires_grad}
 
 
@@ -157,15 +140,14 @@ def _states(folder: Path) -> list[Path]:
     return [path for path in folder.glob("state-*") if STATE.fullmatch(path.name)]
 
 
-def _sound_record(path: Path) -> dict[str, Any] | None:
-    """What a state says of itself; None if it, or a file that it lists, is damaged or missing."""
+def _intact_record(path: Path) -> dict[str, Any] | None:
+    """The contents of `state.json`; None if it, or a file that it lists, is damaged or missing."""
     try:
         record: dict[str, Any] = read_json(path / "state.json")
         intact = record.pop("digest") == json_digest(record)
         files = record.pop("files")
         intact &= all(file_digest(path / Path(name).name) == files[name] for name in files)
-    except Exception:
-        # Whatever is wrong with it, an unsound state is one we do not use.
+    except Exception:  # whatever is wrong, the state cannot be used
         return None
     return record if intact else None
 
@@ -197,6 +179,6 @@ def _random_tensors(device: torch.device) -> dict[str, Tensor]:
 
 def _restore_random(tensors: dict[str, Tensor], device: torch.device) -> None:
     torch.random.set_rng_state(tensors["cpu"])
-    # A run may go on on another device; one that was on the CPU keeps the GPU's seed.
+    # A run may resume on another device; one from the CPU keeps the GPU's seed.
     if device.type == "cuda" and "cuda" in tensors:
         torch.cuda.set_rng_state(tensors["cuda"], device)

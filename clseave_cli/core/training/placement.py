@@ -1,7 +1,7 @@
-"""Bringing prepared batches to a GPU without waiting for it.
+"""Copies batches to a GPU without waiting for it.
 
-A plain copy to a GPU first waits for all that it has been given to do. From page-locked memory the
-copy only stands in line behind it, and the step after it can be queued meanwhile.
+A plain copy waits until the GPU has finished its queue. A copy from pinned memory joins the queue,
+and the next step can be queued behind it.
 """
 
 from __future__ import annotations
@@ -17,54 +17,45 @@ Batch = TypeVar("Batch")
 
 
 def page_locked(batch: Batch, device: torch.device) -> Batch:
-    """A batch in memory that a GPU can read by itself; for a CPU the batch as it is.
+    """Copies a batch to page-locked (pinned) memory if `device`, where it will go, is a GPU.
 
-    Args:
-        batch: a tensor, or data classes and tuples of tensors and other things.
-        device: where it will go.
+    A batch is a tensor, or a dataclass or tuple that may hold tensors and other values.
     """
     if device.type == "cpu":
         return batch
-    with torch.cuda.device(device):  # another thread's is the first one
-        return _with_tensors(batch, Tensor.pin_memory)
+    with torch.cuda.device(device):  # in a new thread, the first GPU is current
+        return _map_tensors(batch, Tensor.pin_memory)
 
 
 def on_device(batch: Batch, device: torch.device, *, copy: bool = False) -> Batch:
-    """A batch on the device that computes with it.
-
-    Args:
-        batch: as for `page_locked`, which should have been there before.
-        device: where to.
-        copy: new tensors, even if the batch is there already.
-    """
+    """Moves a batch, best a `page_locked` one, to a device; `copy` always makes new tensors."""
     if device.type == "cpu" and not copy:
         return batch
-    return _with_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True, copy=copy))
+    return _map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True, copy=copy))
 
 
 def tensors_of(batch: object) -> list[Tensor]:
-    """All tensors of a batch, in an order that is the same for batches of one kind."""
+    """All tensors of a batch, in the same order for every batch of one structure."""
     tensors: list[Tensor] = []
 
-    def note(tensor: Tensor) -> Tensor:
+    def collect(tensor: Tensor) -> Tensor:
         tensors.append(tensor)
         return tensor
 
-    _with_tensors(batch, note)
+    _map_tensors(batch, collect)
     return tensors
 
 
-def _with_tensors(value: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
-    """The same with every tensor in it changed."""
+def _map_tensors(value: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
     if isinstance(value, Tensor):
-        return change(value)  # type: ignore[return-value]
+        return function(value)  # type: ignore[return-value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        changed = {
-            field.name: _with_tensors(getattr(value, field.name), change)
+        fields = {
+            field.name: _map_tensors(getattr(value, field.name), function)
             for field in dataclasses.fields(value)
         }
-        return dataclasses.replace(value, **changed)
+        return dataclasses.replace(value, **fields)
     if isinstance(value, tuple):
-        items = (_with_tensors(item, change) for item in value)
+        items = (_map_tensors(item, function) for item in value)
         return type(value)._make(items) if hasattr(value, "_make") else tuple(items)  # type: ignore[return-value]
     return value

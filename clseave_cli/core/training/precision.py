@@ -1,4 +1,4 @@
-"""Devices and arithmetic: what `--device` and `--precision` mean on this machine."""
+"""Resolves `--device` and `--precision` on this machine."""
 
 from __future__ import annotations
 
@@ -18,86 +18,81 @@ _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device a name means to this process: under a launcher, `auto` shares the GPUs out.
+    """The device that a name stands for; under a launcher, `auto` gives each process a GPU.
 
     Raises:
-        UsageError: no device is called so.
-        ClseaveError: there is no such device here.
+        UsageError: no device has this name.
+        ClseaveError: this machine has no such device.
     """
     rank = local_rank()
     if name != "auto":
-        chosen = name
+        resolved = name
     elif not torch.cuda.is_available():
-        chosen = "cpu"
+        resolved = "cpu"
     else:
-        chosen = "cuda" if rank is None else f"cuda:{rank % torch.cuda.device_count()}"
+        resolved = "cuda" if rank is None else f"cuda:{rank % torch.cuda.device_count()}"
     try:
-        device = torch.device(chosen)
+        device = torch.device(resolved)
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {name}: unknown; expected auto, cpu, cuda or cuda:N.")
     if device.type == "cuda":
-        # cuBLAS repeats itself to the bit only with a fixed workspace; it asks once, at its start.
+        # cuBLAS is deterministic only with a fixed workspace; it reads this once, when it starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
             raise ClseaveError(
-                f"--device {name}: torch sees {count} CUDA devices here; use --device cpu or auto."
+                f"--device {name}: torch sees {count} CUDA devices; use --device cpu or auto."
             )
     return device
 
 
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[Callable[[], None] | None]:
-    """Within the block, a GPU uses only algorithms that give the same bits every time.
+    """Restricts a GPU to deterministic algorithms within the block.
 
-    PyTorch raises a RuntimeError where it has none. A CPU's give them anyway.
+    PyTorch raises a RuntimeError for an operation that has none. A CPU's always are.
 
     Yields:
-        What allows the others again; None where nothing was forbidden.
+        A function that lifts the restriction; None if there is none.
     """
     if device.type == "cpu" or torch.are_deterministic_algorithms_enabled():
         yield None
         return
-    settings: Any = torch.utils.deterministic  # whose type does not know what it holds
-    filled = settings.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic  # its stub lacks the attribute
+    fill_memory = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    # Meant to show who reads memory that nobody wrote; it costs time in every operation.
+    # It makes reads of uninitialised memory visible, and slows every operation down.
     settings.fill_uninitialized_memory = False
     try:
         yield lambda: torch.use_deterministic_algorithms(False)
     finally:
         torch.use_deterministic_algorithms(False)
-        settings.fill_uninitialized_memory = filled
+        settings.fill_uninitialized_memory = fill_memory
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> Precision:
-    """What `auto` means on a device: bfloat16 where the hardware multiplies it, else float32."""
+    """The precision that `auto` stands for: the fastest that the hardware supports."""
     if precision != "auto":
         return precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    # torch also runs bfloat16 where it must emulate it, several times slower than float32.
+    # Without hardware support torch emulates bfloat16, several times slower than float32.
     capabilities = torch.cpu.get_capabilities()
-    multiplies = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return "bf16" if multiplies else "fp32"
+    has_bf16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return "bf16" if has_bf16 else "fp32"
 
 
 @dataclass(frozen=True)
 class Autocast:
-    """Makes the context that matrix products run in.
+    """A factory of autocast contexts."""
 
-    Attributes:
-        precision: never `auto`.
-        device_type: `cpu` or `cuda`.
-    """
-
-    precision: Precision
-    device_type: str
+    precision: Precision  # never `auto`
+    device_type: str  # cpu or cuda
 
     def __call__(self) -> torch.autocast:
-        """A fresh context."""
+        """A new context."""
         return torch.autocast(
             self.device_type,
             dtype=_TYPES.get(self.precision, torch.bfloat16),
@@ -106,5 +101,5 @@ class Autocast:
 
 
 def autocast(precision: Precision, device: torch.device) -> Autocast:
-    """What `--precision` means on a device."""
+    """The autocast contexts for `--precision` on a device."""
     return Autocast(resolve_precision(precision, device), device.type)

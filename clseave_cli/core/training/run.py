@@ -1,9 +1,8 @@
-"""The folder of a run: unfinished beside its target, published whole at the end.
+"""The folder of a run: partial beside its target during training, published whole at the end.
 
-While a stage trains, its record and saved states lie in `{out}.partial/training`. When it is done,
-the model and the record appear as `{out}` in one step and the partial folder goes. Of several
-processes the first one writes. It holds the lock of `{out}`, so whatever is half-written there or
-in the partial folder was left by a process that was killed.
+While a stage trains, its record and saved states are in `{out}.partial/training`. At the end, model
+and record appear as `{out}` in one step, and the partial folder is removed. Rank 0 does the
+writing. It holds the lock of `{out}`, so any half-written file was left by a killed process.
 """
 
 from __future__ import annotations
@@ -48,14 +47,14 @@ from clseave_cli.processes import is_first_process
 from clseave_cli.progress import Progress
 from clseave_cli.version import __version__
 
-#: Options that may differ between a run and its continuation.
+#: Options that may differ when a run is resumed.
 _FREE_OPTIONS = ("resume", "device", "checkpoint_minutes", "runs", "out", "tracker")
 _RECORDS = ("run.json", "metrics.jsonl", "summary.json")
 _TRAINING = (
     rf"training/(run\.json|metrics\.jsonl|summary\.json|{tracking.TENSORBOARD_FOLDER}/.+)"
     rf"|{re.escape(SEEN_FILE)}|{re.escape(HYPOTHESIS_ONLY_FILE)}"
 )
-#: What transformers writes into the folder of a whole model, which `pretrain` makes.
+#: The files of a Hugging Face model, which `pretrain` publishes.
 _HUGGING_FACE = (
     r"(\w*config|tokenizer|vocab|added_tokens|special_tokens_map|model\.safetensors\.index)\.json"
     r"|(vocab|merges)\.txt|[\w.]+\.model|chat_template\.jinja|model[\w-]*\.safetensors"
@@ -67,22 +66,19 @@ UNFINISHED = Kind(
 
 
 class Run:
-    """One stage's run, new or continued; a context manager.
-
-    Inside its block it is the only run into `out`, and its folder is there.
+    """A stage's run, new or resumed; a context manager that locks `out`.
 
     Args:
         stage: name of the stage.
-        out: folder the model will appear in.
+        out: folder of the finished model.
         config: every resolved option.
-        inputs: fingerprints of what the run reads (data files, models it starts from).
+        inputs: fingerprints of the data files and models that the run reads.
 
     Attributes:
-        folder: where the record and the states lie.
+        folder: of the record and the states; exists within the block.
 
     Raises:
-        UsageError: an unfinished run lies there and `--resume` was not given, or the options or
-            inputs differ from those of the run to be resumed.
+        UsageError: there is an unfinished run, without `--resume` or with other options or inputs.
         ClseaveError: another process is training there, or the tracker's package is missing.
     """
 
@@ -97,7 +93,7 @@ class Run:
         self._lock = ExitStack()
         self._record: dict[str, Any] = {
             "stage": stage,
-            # As JSON keeps them, to be compared with those of a run to be resumed.
+            # In JSON's types, to be compared with those of a run to resume.
             "options": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
             "inputs": inputs,
             "versions": {
@@ -111,7 +107,7 @@ class Run:
 
     def __enter__(self) -> Run:
         threads = processes().once(self._open)
-        # Sums depend on how many threads share them: a resumed run goes on with as many.
+        # Sums depend on the number of threads, so a resumed run keeps it.
         self._lock.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(threads)
         return self
@@ -120,7 +116,7 @@ class Run:
         self._lock.close()
 
     def _open(self) -> int:
-        """Makes or takes over the folder; returns the number of threads to train with."""
+        """Creates or takes over the folder; returns the number of threads to train with."""
         with writing(self._partial), ExitStack() as lock:
             lock.enter_context(locked_target(self.out))
             self._require_replaceable()
@@ -131,8 +127,8 @@ class Run:
                 fsync_folder(self.out.parent)
             elif not self._config.resume:
                 raise UsageError(
-                    f"{self._partial}: an unfinished run lies there; --resume continues it, "
-                    "deleting that folder forgets it."
+                    f"{self._partial}: there is an unfinished run; --resume continues it, "
+                    "deleting that folder discards it."
                 )
             record = read_json(self.folder / "run.json")
             self._require_same(record)
@@ -142,11 +138,7 @@ class Run:
         return int(record.get("threads", torch.get_num_threads()))
 
     def _require_same(self, record: dict[str, Any]) -> None:
-        """Refuses to resume a run that was started with other options or inputs.
-
-        Raises:
-            UsageError: names the first that differs.
-        """
+        """Raises a UsageError if the run was started with other options or inputs."""
         for group in ("options", "inputs"):
             for name, value in self._record[group].items():
                 old = record[group].get(name)
@@ -163,12 +155,12 @@ class Run:
     def publish(
         self, save: Callable[[Path], Any], card: str, seen: Sequence[SeenRows] = ()
     ) -> None:
-        """Makes the finished model appear.
+        """Publishes the finished model.
 
         Args:
-            save: writes the model's files into the folder it is given.
+            save: writes the model's files into a folder.
             card: text of the model card.
-            seen: the rows it was trained on, and those that chose its checkpoint.
+            seen: the rows that trained it, and those that selected its checkpoint.
 
         Raises:
             ClseaveError: the disk is full, or a file is in the way; the partial folder is kept.
@@ -186,21 +178,21 @@ class Run:
                 if seen:
                     SeenRows.union(seen).write(folder)
                 self._require_replaceable()
-            # In one step, so that a kill leaves no half of it behind to be resumed.
-            doomed = self._partial.rename(aside(self._partial))
-            shutil.rmtree(doomed, ignore_errors=True)
+            # In one step, so that a kill leaves no partial run to resume.
+            obsolete = self._partial.rename(aside(self._partial))
+            shutil.rmtree(obsolete, ignore_errors=True)
 
         processes().once(write)
 
 
 def is_complete(out: Path) -> bool:
-    """Whether a run published this folder and no newer one is under way."""
-    complete = (out / "training" / "summary.json").is_file()
-    return complete and not (_partial(out) / "training").exists()
+    """Whether a run published this folder, and there is no newer unfinished one."""
+    is_published = (out / "training" / "summary.json").is_file()
+    return is_published and not (_partial(out) / "training").exists()
 
 
 def finished_before(out: Path, progress: Progress) -> bool:
-    """Whether there is nothing to resume, since the run `is_complete`; then says so."""
+    """Whether the run `is_complete`, with a note; removes what a kill may have left."""
     if not is_complete(out):
         return False
     if is_first_process():
@@ -215,7 +207,7 @@ def _partial(out: Path) -> Path:
 
 
 def model_kind(stage: str) -> Kind:
-    """The kind of folder that a stage's runs become."""
+    """The kind of folder that a stage publishes."""
     members = rf"config\.json|calibration\.json|README\.md|{_TRAINING}"
     return Kind(
         f"a model of `{stage}`",
@@ -226,7 +218,7 @@ def model_kind(stage: str) -> Kind:
 
 
 def public_name(model: str) -> str:
-    """How a model card calls a model: its hub id, or a folder's name without the local path."""
+    """The model's name in a model card: its hub id, or its folder's name without the path."""
     path = Path(model)
     is_local = path.is_absolute() or path.is_dir() or len(path.parts) > 2
     return path.resolve().name if is_local else model
@@ -234,45 +226,33 @@ def public_name(model: str) -> str:
 
 def _same(old: Any, new: Any) -> bool:
     if isinstance(old, str) and isinstance(new, str):
-        # `data` and `./data/` are one folder; other words are one only if they are equal.
+        # `data` and `./data/` are the same folder.
         return old == new or Path(old).resolve() == Path(new).resolve()
     return bool(old == new)
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage made.
-
-    Attributes:
-        folder: the model.
-        languages: what it reads, or was trained on; empty if that is no matter of language.
-        training: how the run went; None if it had been finished before.
-    """
+    """The model that a stage trained."""
 
     folder: Path
-    languages: tuple[str, ...]
-    training: TrainingResult | None
+    languages: tuple[str, ...]  # that it reads, or was trained on; empty if that does not apply
+    training: TrainingResult | None  # None: it was already complete
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What every stage settles before it reads its data.
-
-    Attributes:
-        device: the device to compute on.
-        autocast: the arithmetic.
-        data: the data folder; a data set of the hub has become one.
-    """
+    """The environment of a stage."""
 
     device: torch.device
     autocast: Autocast
-    data: Path
+    data: Path  # local, even for a data set of the hub
 
 
 def set_up(
     stage: str, config: TrainingConfig, data: str | Path, out: Path, progress: Progress
 ) -> Setup | None:
-    """Looks at target, device and data; None where `--resume` meets a finished run.
+    """Resolves device and data, and checks the target; None if `--resume` has nothing to resume.
 
     Raises:
         ClseaveError: one of them cannot be used.
