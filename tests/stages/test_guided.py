@@ -81,7 +81,7 @@ def test_the_guided_pass_uses_batch_statistics_and_records_none():
     head = EntailmentHead(HeadConfig(embedding_dim=8, dropout=0.0))
     pair = torch.randn(2, 6, 8).unbind()
     before = {name: value.clone() for name, value in head.state_dict().items()}
-    with guided.statistics_kept(head):
+    with guided.fixed_running_statistics(head):
         logits = head(*pair)
     assert all(value.equal(before[name]) for name, value in head.state_dict().items())
     torch.testing.assert_close(logits, head(*pair), rtol=0, atol=0)
@@ -194,7 +194,7 @@ def test_an_adapter_begins_as_nothing_learns_and_is_exported(world, drawn, clip,
 def test_what_pictures_give_away_is_said(world, drawn, clip, tmp_path):
     notes = Notes()
     result = _finetune(world, tmp_path, clip, notes, guided=drawn, guided_by="pairID", epochs=1)
-    line = next(line for line in notes.lines if "sees nothing but the picture" in line)
+    line = next(line for line in notes.lines if "sees only the picture" in line)
     assert line in (result.folder / "README.md").read_text()
     (tmp_path / "entailed").mkdir()
     for number, row in enumerate(read_jsonl(world / "snli_ve_train.jsonl")):

@@ -231,7 +231,7 @@ def test_a_real_pipeline_draws_and_repeats_itself(world, pipeline, tmp_path, cls
     ("options", "code", "said"),
     [
         ((), 2, "--model is missing: which text-to-image model"),
-        (("--model", "{clip}"), 1, "not loaded as a pipeline of diffusers ("),
+        (("--model", "{clip}"), 1, "cannot be loaded as a diffusers pipeline ("),
         (("--model", "{pipeline}", "--size", "20"), 1, "train0.png#e: not drawn ("),
     ],
 )

@@ -200,7 +200,7 @@ def test_starts_that_contradict_each_other_are_refused(captioned, tmp_path, enco
     for options, said in (
         ({"text": text}, "--text and --vision go together"),
         ({"clip": str(clip), "text": text, "vision": vision}, "--clip is a whole model"),
-        ({"freeze_epochs": 0.5}, "--freeze-epochs keeps pretrained encoders"),
+        ({"freeze_epochs": 0.5}, "--freeze-epochs freezes pretrained encoders"),
         ({"text": text, "vision": text}, "a xlm-roberta model; expected a vision encoder such as"),
         ({"text": vision, "vision": vision}, "a vit model; expected a text encoder"),
         ({"text": str(runs / "clip-ve" / "text"), "vision": vision}, "has the same state whatever"),
@@ -303,7 +303,7 @@ def test_a_language_that_lags_gets_more_batches(bilingual, clip):
     (german,) = [rows for rows in batches if 1 in rows // 8][:1]
     shown = {f"Hier: {text[::-1]}" for texts in captions.texts["en"] for text in texts}
     sentences = list(dict.fromkeys(captions.all_texts()))
-    met = examples.of_one_language(german).caption_ids  # (K, L, B)
+    met = examples.monolingual_batch(german).caption_ids  # (K, L, B)
     assert met.shape == (1, 1, 2)
     assert {sentences[number] for number in met.flatten()} <= shown
 

@@ -354,8 +354,8 @@ class _Loop:
         self.allow_nondeterminism()
         self.state.relaxed = True
         self._note(
-            f"an operation of this model has no deterministic algorithm on {self.device}; a resumed "
-            "run ends in the same weights up to rounding."
+            f"an operation of this model has no deterministic algorithm on {self.device}; a "
+            "resumed run ends in the same weights up to rounding."
         )
         return compute()
 
