@@ -101,15 +101,9 @@ def option(
     return field(default=default, metadata=metadata)
 
 
-def optional_number(help: str, least: float) -> Any:
-    """A number that is off (None) by default, and that 0 turns off."""
-    return option(None, help, least=least, zero_is_off=True)
-
-
-def with_default(config_class: type[Any], name: str, default: Any) -> Any:
-    """An option of another class, with another default."""
-    metadata: Any = config_class.__dataclass_fields__[name].metadata
-    return field(default=default, metadata=metadata)
+def optional_number(help: str, least: float, default: float | None = None) -> Any:
+    """A number that 0 turns off."""
+    return option(default, help, least=least, zero_is_off=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -420,9 +414,7 @@ class TranslateConfig(SeededConfig, EngineConfig):
         "on_suspect", "review", "memory",
     )  # fmt: skip
     data: Path = option(Path("data"), "Folder of the snli_ve_SPLIT files.")
-    split: tuple[str, ...] = option(
-        (), "Split to translate; repeat; unset: those of train, dev and test that exist."
-    )
+    split: tuple[str, ...] = option((), "Split to translate; repeat; unset: train, dev and test.")
     input: tuple[Path, ...] = option(
         (), "Translate this file instead (.jsonl, .csv, .tsv, .txt, .parquet); repeat."
     )
@@ -466,7 +458,6 @@ class PretrainConfig(TrainingConfig, GuidedConfig):
         "lang", "data", "images", "clip", "text", "vision", "runs", "epochs", "batch_size",
         "learning_rate", "resume", "seed", "device",
     )  # fmt: skip
-
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         # The built-in world, on two CPU cores (docs/experiments.md, 2026-11-20).
         "mini-ve": {
@@ -503,8 +494,7 @@ class PretrainConfig(TrainingConfig, GuidedConfig):
         "sum", "triplet: count all negatives of the batch (VSE), or the hardest (VSE++)."
     )
     sampling: Literal["parallel", "uniform", "self-paced"] = option(
-        "parallel",
-        "Languages of a step: all; or one, uniformly, or more often if its dev recall lags.",
+        "parallel", "Languages of a step: all; or one, uniformly or by how its dev recall lags."
     )
     guided_kl: float = option(0.5, "Weight of KL(guided ‖ photo).", least=0)
     guided_cosine: float | None = option(0.5, "Weight of the embedding distance.", least=0)
@@ -518,8 +508,8 @@ class PretrainConfig(TrainingConfig, GuidedConfig):
     epochs: int = option(30, "Passes over the training data.", least=1)
     learning_rate: float = option(5e-4, "Peak learning rate.", least=0)
     weight_decay: float = option(0.1, "Decoupled weight decay (AdamW).", least=0)
-    schedule: Schedule = with_default(TrainingConfig, "schedule", "cosine")
-    clip_norm: float | None = with_default(TrainingConfig, "clip_norm", 1.0)
+    schedule: Schedule = option("cosine", "Learning rate after the warm-up.")
+    clip_norm: float | None = optional_number("Largest gradient norm; 0: no clipping.", 0, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -530,7 +520,6 @@ class FinetuneConfig(TrainingConfig, DataConfig, GuidedConfig):
         "data", "images", "clip", "head", "source_lang", "runs", "epochs", "batch_size",
         "learning_rate", "skip_bad", "resume", "seed", "device",
     )  # fmt: skip
-
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "thesis": {
             "clip": "openai/clip-vit-base-patch16",
@@ -571,8 +560,8 @@ class FinetuneConfig(TrainingConfig, DataConfig, GuidedConfig):
     batch_size: int = option(64, "Examples in one optimiser step.", least=1)
     learning_rate: float = option(1e-6, "Peak learning rate.", least=0)
     warmup_fraction: float = option(0.0, "Share of steps for the warm-up.", least=0)
-    schedule: Schedule = with_default(TrainingConfig, "schedule", "constant")
-    patience: int | None = with_default(TrainingConfig, "patience", 1)
+    schedule: Schedule = option("constant", "Learning rate after the warm-up.")
+    patience: int | None = optional_number("Stop after N epochs without gain; 0: never.", 1, 1)
     select: Literal["loss", "accuracy"] = option("loss", "Dev metric that selects the checkpoint.")
     label_smoothing: float = option(0.0, "Share of a label spread over all three.", least=0, most=1)
     soft_labels: tuple[Path, ...] = option((), "A teacher's answers; repeat to average several.")
@@ -666,15 +655,14 @@ class StudentConfig(TrainingConfig, DataConfig, TokenConfig):
     auxiliary_weight: float = option(0.3, "Weight of its pairs in the loss.", least=0)
     sampling: Sampling = option("proportional", "How often each language is sampled.")
     sampling_temperature: float = option(
-        5.0, "temperature: shares are pairs to the power of 1/T; 1: proportional.", least=1
+        5.0, "temperature: the T in shares of pairs^(1/T).", least=1
     )
     epoch_pairs: int | None = option(None, "Pairs in an epoch; unset: every pair once.", least=1)
     trim_vocabulary: bool = option(False, "Keep only the tokens that the text needs.")
     epochs: int = option(9, "Passes over the training data.", least=1)
     weight_decay: float = option(0.01, "Decoupled weight decay (AdamW).", least=0)
     select: Literal["auto", "accuracy", "mse", "cosine", "recall_at_10"] = option(
-        "auto",
-        "Dev metric that selects the checkpoint; auto: accuracy, without images the objective's.",
+        "auto", "Dev metric to select by; auto: accuracy, without images the objective's."
     )
     dev_fraction: float = option(0.05, "Share held out if there is no dev file.")
     skip_suspect: bool = option(False, "Skip rows marked translation_suspect.")
@@ -718,7 +706,6 @@ class AutoencodeConfig(TrainingConfig, DataConfig):
         "lang", "data", "student", "teacher", "code", "runs", "epochs", "batch_size",
         "learning_rate", "resume", "seed", "device",
     )  # fmt: skip
-
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "thesis": {
             "student": MULTILINGUAL_BERT,
@@ -743,7 +730,7 @@ class AutoencodeConfig(TrainingConfig, DataConfig):
     learning_rate: float = option(1e-5, "Peak learning rate.", least=0)
     weight_decay: float = option(1e-6, "Decoupled weight decay (AdamW).", least=0)
     warmup_fraction: float = option(0.0, "Share of steps for the warm-up.", least=0)
-    schedule: Schedule = with_default(TrainingConfig, "schedule", "constant")
+    schedule: Schedule = option("constant", "Learning rate after the warm-up.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -786,8 +773,7 @@ class EvaluateConfig(SeededConfig, DataConfig, EngineConfig):
     students: Path | None = option(None, "Folder of the students, or hub ORG/NAME; unset: --runs.")
     lang: tuple[str, ...] = option((), "Language to evaluate; repeat; unset: all.")
     mode: Literal["zero-shot", "translate-test", "both"] = option(
-        "zero-shot",
-        "zero-shot: a student reads the language; translate-test: CLIP-VE reads translations.",
+        "zero-shot", "zero-shot: by the student; translate-test: by CLIP-VE, from translations."
     )
     reader: Literal["student", "source"] = option(
         "student", "Text encoder: the language's student, or CLIP-VE's (multilingual) text tower."
@@ -876,9 +862,7 @@ class CheckConfig(ModelsConfig):
     max_characters: int = option(250, "Longest text.", least=1)
     max_same: int = option(3, "Most different pictures with the same text.", least=1)
     judge: bool = option(True, "Run the model; --no-judge: checks without it.")
-    root: Path | None = option(
-        None, "Folder that pictures may come from, / in a page; unset: PATH or its folder."
-    )
+    root: Path | None = option(None, "Root of pictures (/ in a page); unset: PATH or its folder.")
     images: Path | None = option(None, "Folder of a table's pictures; unset: that of the table.")
     image_column: str | None = option(None, "Picture column; unset: image, file_name, …")
     text_column: str | None = option(None, "Text column; unset: text, caption, alt, …")
@@ -918,9 +902,7 @@ class ServeConfig(ModelsConfig):
 
     lang: tuple[str, ...] = option((), "Language to serve; repeat; auto: identified; unset: all.")
     host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0: every network.")
-    allowed_host: tuple[str, ...] = option(
-        (), "Host name that clients may use, besides localhost; repeat; *: any."
-    )
+    allowed_host: tuple[str, ...] = option((), "Host name of this service; repeat; *: any.")
     port: int = option(8000, "Port to listen on; 0: any free one.", least=0)
     batch_size: int = option(16, "Most pairs computed at once.", least=1)
     max_waiting: int = option(256, "Requests that may wait; more are refused (503).", least=1)

@@ -180,9 +180,9 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult
             losses = functional.cross_entropy(guided_logits, batch.targets, reduction="none")
             losses = losses + config.guided_kl * divergence(guided_logits, logits)
             if config.guided_adapter:
-                embeddings = map(model.head.embedding, (pictures, batch.premises))
+                of_pictures, of_photos = map(model.head.embedding, (pictures, batch.premises))
                 weight = 0.5 if config.guided_cosine is None else config.guided_cosine
-                losses = losses + weight * gap(*embeddings, config.guided_distance)
+                losses = losses + weight * gap(of_pictures, of_photos, config.guided_distance)
             return (losses * has_guided).mean()
 
         def evaluate() -> dict[str, float]:

@@ -63,7 +63,10 @@ def save_state(
     with atomic_folder(target) as aside:
         save_file(snapshot(module), aside / "module.safetensors")
         save_file(_optimizer_tensors(optimizer), aside / "optimizer.safetensors")
-        save_file(_random_tensors(device), aside / "random.safetensors")
+        random = {"cpu": torch.random.get_rng_state()}
+        if device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(device)
+        save_file(random, aside / "random.safetensors")
         if best is not None:
             save_file(best, aside / "best.safetensors")
         files = {path.name: file_digest(path) for path in sorted(aside.iterdir())}
@@ -101,7 +104,11 @@ def load_state(
             scaler.load_state_dict(scale)
         best_path = path / "best.safetensors"
         best = load_file(best_path) if best_path.exists() else None
-        _restore_random(load_file(path / "random.safetensors"), device)
+        random = load_file(path / "random.safetensors")
+        torch.random.set_rng_state(random["cpu"])
+        # A run may resume on another device; one from the CPU keeps the GPU's seed.
+        if device.type == "cuda" and "cuda" in random:
+            torch.cuda.set_rng_state(random["cuda"], device)
         return LoopState(**stored), best
     if states:
         raise ModelError(
@@ -168,17 +175,3 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tens
     optimizer.load_state_dict(
         {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
     )
-
-
-def _random_tensors(device: torch.device) -> dict[str, Tensor]:
-    tensors = {"cpu": torch.random.get_rng_state()}
-    if device.type == "cuda":
-        tensors["cuda"] = torch.cuda.get_rng_state(device)
-    return tensors
-
-
-def _restore_random(tensors: dict[str, Tensor], device: torch.device) -> None:
-    torch.random.set_rng_state(tensors["cpu"])
-    # A run may resume on another device; one from the CPU keeps the GPU's seed.
-    if device.type == "cuda" and "cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["cuda"], device)

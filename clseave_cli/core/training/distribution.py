@@ -49,11 +49,6 @@ class Processes:
     rank: int = 0
     count: int = 1
 
-    @property
-    def is_rank_0(self) -> bool:
-        """Whether this process writes the files."""
-        return self.rank == 0
-
     def shard(self, items: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
         """This process's slice of N items, in order of rank.
 
@@ -105,7 +100,7 @@ class Processes:
         if self.count == 1:
             return function()
         outcome: Result | ClseaveError | None = None
-        if self.is_rank_0:
+        if self.rank == 0:
             try:
                 outcome = function()
             except ClseaveError as error:

@@ -210,7 +210,6 @@ class _Loop:
         self.sums = torch.zeros(1 + len(stage.metrics), dtype=torch.float64, device=device)
         self.step_seconds = 0.0
         self.pairs_stepped = 0
-        self.earlier_seconds = 0.0
         self.started = self.saved_at = time.monotonic()
         self.metrics_path = folder / "metrics.jsonl"
 
@@ -235,7 +234,6 @@ class _Loop:
 
     def _train(self) -> bool:
         """Trains all epochs; returns whether it stopped early."""
-        stopped_early = False
         with (
             deterministic(self.device) as self.allow_nondeterminism,
             tracker(
@@ -250,18 +248,23 @@ class _Loop:
             if self.allow_nondeterminism is not None and self.state.relaxed:
                 self.allow_nondeterminism()
             # A state saved after the last step still lacks its dev evaluation.
-            while (self.state.step < self.total_steps or self.state.batch) and not stopped_early:
+            while self.state.step < self.total_steps or self.state.batch:
                 self._epoch(stop_requested)
-                stopped_early = self._end_epoch()
-        return stopped_early
+                if self._end_epoch():
+                    return True
+        return False
 
     def _epoch(self, stop_requested: Callable[[], bool]) -> None:
         """Trains the rest of the current epoch."""
-        state = self.state
-        remaining = self._batches()[state.batch : state.batch + self.total_steps - state.step]
+        state, config, num_examples = self.state, self.config, self.stage.num_examples
+        if self.stage.sample is not None:
+            epoch = self.stage.sample(state.epoch, state.last_dev or {})
+        else:
+            epoch = batches(num_examples, config.batch_size, seed=config.seed, epoch=state.epoch)
+        remaining = epoch[state.batch : state.batch + self.total_steps - state.step]
         self.stage.module.train()
         title = f"{self.stage}: epoch {state.epoch + 1}/{self.last_epoch}"
-        with self.progress.task(title, self.stage.num_examples, "pairs", noted=True) as task:
+        with self.progress.task(title, num_examples, "pairs", noted=True) as task:
             task.advance(state.num_seen)
             start = time.monotonic()
             for rows, parts in self._prepared(remaining):
@@ -273,15 +276,6 @@ class _Loop:
                 task.advance(len(rows), **metrics)
                 self._save_if_due(stop_requested)
                 start = time.monotonic()
-
-    def _batches(self) -> list[Rows]:
-        """All batches of the current epoch."""
-        state, config = self.state, self.config
-        if self.stage.sample is not None:
-            return self.stage.sample(state.epoch, state.last_dev or {})
-        return batches(
-            self.stage.num_examples, config.batch_size, seed=config.seed, epoch=state.epoch
-        )
 
     def _prepared(self, remaining: list[Rows]) -> Iterator[tuple[Rows, list[_Part]]]:
         """Yields batches and their prepared parts; another thread works a few batches ahead."""
@@ -439,23 +433,18 @@ class _Loop:
             )
 
     def _record_step(self, learning_rate: float) -> dict[str, float]:
-        metrics = {
-            **self._means(),
-            "learning_rate": learning_rate,
-            "pairs_per_second": self.pairs_stepped / max(self.step_seconds, 1e-9),
-        }
-        self._record(metrics)
-        return {"loss": metrics["loss"], "pairs/s": round(metrics["pairs_per_second"])}
+        means, rate = self._means(), self._pairs_per_second()
+        self._record({**means, "learning_rate": learning_rate, "pairs_per_second": rate})
+        return {"loss": means["loss"], "pairs/s": round(rate)}
+
+    def _pairs_per_second(self) -> float:
+        return self.pairs_stepped / max(self.step_seconds, 1e-9)
 
     def _record(self, metrics: dict[str, Any]) -> None:
-        if not self.processes.is_rank_0:
+        if self.processes.rank > 0:
             return
-        entry = {
-            "stage": self.stage.name,
-            "step": self.state.step,
-            "epoch": self.state.epoch + 1,
-            **metrics,
-        }
+        position = {"stage": self.stage.name, "step": self.state.step}
+        entry = position | {"epoch": self.state.epoch + 1} | metrics
         with writing(self.metrics_path), self.metrics_path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(entry) + "\n")
         self.show(entry)
@@ -484,23 +473,21 @@ class _Loop:
         self._note(
             f"epoch {state.epoch + 1}/{self.last_epoch}: "
             f"loss {means['loss']:.4f} · dev {metric} {value:.4g} · "
-            f"{self.pairs_stepped / max(self.step_seconds, 1e-9):.0f} pairs/s"
+            f"{self._pairs_per_second():.0f} pairs/s"
         )
         state.epoch += 1
         state.batch = state.num_seen = 0
         self.sums.zero_()
         patience = self.config.patience
-        stops = (
-            patience is not None
-            and state.epochs_without_gain >= patience
-            and state.step < self.total_steps
+        if patience is None or state.epochs_without_gain < patience:
+            return False
+        if state.step >= self.total_steps:
+            return False
+        self._note(
+            f"stopped early: no better dev {metric} for {patience} epochs; "
+            f"epoch {state.best_epoch} is kept."
         )
-        if stops:
-            self._note(
-                f"stopped early: no better dev {metric} for {patience} epochs; "
-                f"epoch {state.best_epoch} is kept."
-            )
-        return stops
+        return True
 
     def _save_if_due(self, stop_requested: Callable[[], bool]) -> None:
         stopping, due = self.processes.any(
@@ -522,7 +509,7 @@ class _Loop:
 
     def _save(self) -> None:
         self.state.sums = self.sums.tolist()
-        self.state.seconds = self._seconds()
+        self.state.seconds = time.monotonic() - self.started
         with writing(self.metrics_path), self.metrics_path.open("ab") as stream:
             # The state refers to these records, so they must reach the disk first.
             os.fsync(stream.fileno())
@@ -537,9 +524,6 @@ class _Loop:
             self.device,
         )
 
-    def _seconds(self) -> float:
-        return self.earlier_seconds + time.monotonic() - self.started
-
     def _resume(self) -> None:
         loaded = load_state(
             self.folder, self.stage.module, self.optimizer, self.scaler, self.device
@@ -549,7 +533,7 @@ class _Loop:
             return
         self.state, self.selected_weights = loaded
         self.sums.copy_(torch.tensor(self.state.sums, dtype=torch.float64))
-        self.earlier_seconds = self.state.seconds
+        self.started -= self.state.seconds
         if self.stage.resumed is not None and self.state.last_dev is not None:
             self.stage.resumed(self.state.last_dev)
         self._note(f"resuming at step {self.state.step}.")
@@ -566,8 +550,8 @@ class _Loop:
             pairs=self.state.pairs,
             steps=self.state.step,
             epochs=self.state.epoch,
-            wall_seconds=self._seconds(),
-            pairs_per_second=self.pairs_stepped / max(self.step_seconds, 1e-9),
+            wall_seconds=time.monotonic() - self.started,
+            pairs_per_second=self._pairs_per_second(),
             peak_memory_bytes=_peak_memory_bytes(self.device),
             best_epoch=self.state.best_epoch,
             dev=self.state.dev or {},
