@@ -26,16 +26,12 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Schedule = Literal["constant", "linear", "cosine"]
 Tracking = Literal["none", "tensorboard", "wandb", "trackio"]
 
-#: The head's image features: the embedding (thesis 3.1.2), or the patches too.
 Head = Literal["pooled", "patches"]
-#: The key of a guided picture: the photo's name, or a row's pairID.
 GuidedBy = Literal["image", "pairID"]
 #: The hidden state that represents a sentence: the last token's (thesis 3.3.1), the first token's
 #: (BERT's [CLS]), or the mean over all tokens, including special ones (Sentence-BERT).
 Pooling = Literal["terminal", "cls", "mean"]
-#: The loss between the sentence embeddings of student and teacher (docs/methods.md).
 ObjectiveName = Literal["mse", "cosine", "mse+cosine", "contrastive"]
-#: What is aligned: sentence embeddings (thesis 3.3), words (3.2), or both.
 Method = Literal["sentence", "token", "sentence+token"]
 #: The layer that maps the student's states to the teacher's width.
 Code = Literal["linear", "relu"]
@@ -49,7 +45,6 @@ TokenTarget = Literal["normalised", "encoder"]
 #: last layers, padded with zeros to the student's width, through the autoencoder's decoder and
 #: then the same, or not at all (thesis 4.1).
 TokenReader = Literal["projection", "padded", "decoder", "code"]
-#: How often each language is sampled in an epoch.
 Sampling = Literal["proportional", "uniform", "temperature", "self-paced"]
 
 #: The encoder of the thesis's students.
@@ -549,7 +544,7 @@ class FinetuneConfig(TrainingConfig, DataConfig, GuidedConfig):
         "openai/clip-vit-base-patch16",
         "CLIP, SigLIP, Chinese-CLIP, … model to fine-tune (hub id or folder).",
     )
-    head: Head = option("patches", "The head's image features: one vector, or the patches too.")
+    head: Head = option("patches", "The head's image features: one vector, or patches too.")
     patch_grid: int | None = option(None, "patches: average to N × N; unset: keep all.", least=1)
     guided_by: GuidedBy = option("image", "Key that names a guided picture.")
     guided_adapter: bool = option(False, "Train an adapter of photo and picture embeddings.")

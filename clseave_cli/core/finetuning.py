@@ -45,9 +45,9 @@ from clseave_cli.core.models.calibration import fit_temperature
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.packing import PackedBatch
 from clseave_cli.core.models.vocabulary import reduced_vocabulary
+from clseave_cli.core.training.device import Autocast
 from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
-from clseave_cli.core.training.precision import Autocast
 from clseave_cli.core.training.run import Run, StageResult, public_name, set_up
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.labels import LABELS
@@ -305,12 +305,7 @@ def _image_rate(config: FinetuneConfig) -> float:
 
 
 def _require_compatible(config: FinetuneConfig) -> None:
-    """Refuses options that do not go together.
-
-    Raises:
-        UsageError: names them.
-        ExtraMissing: `--lora` needs a package that is not installed.
-    """
+    """Raises a UsageError for options that do not go together, or an ExtraMissing for `--lora`."""
     trains_image = config.unfreeze_blocks is not None or config.lora is not None
     if config.patch_grid and config.head != "patches":
         raise UsageError("--patch-grid goes with --head patches.")

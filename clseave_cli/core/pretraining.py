@@ -39,9 +39,9 @@ from clseave_cli.core.models.scratch import ClipShape, new_clip
 from clseave_cli.core.models.tokens import TokenTable
 from clseave_cli.core.models.vocabulary import reduced_vocabulary
 from clseave_cli.core.models.weights import quiet
+from clseave_cli.core.training.device import on_device
 from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
-from clseave_cli.core.training.placement import on_device
 from clseave_cli.core.training.run import Run, StageResult, public_name, set_up
 from clseave_cli.core.training.sampling import RECALL, self_paced_shares, whole_parts
 from clseave_cli.errors import DataError, UsageError

@@ -17,7 +17,7 @@ from clseave_cli.core.evaluation.run import evaluate
 from clseave_cli.core.features import Photos, image_features
 from clseave_cli.core.finetuning import finetune
 from clseave_cli.core.models.clip_ve import ClipVE
-from clseave_cli.core.training.precision import autocast
+from clseave_cli.core.training.device import autocast
 from clseave_cli.progress import SILENT
 
 

@@ -350,16 +350,15 @@ def _number(gpu):
 def test_every_process_goes_on_with_the_random_numbers_of_the_first_ones_gpu(tmp_path, monkeypatch):
     # The first process has used its GPU, number 0, and never that of the second.
     module = nn.Linear(2, 2)
-    run = (module, torch.optim.AdamW(module.parameters()), torch.amp.GradScaler("cpu"))
+    trained = module, torch.optim.AdamW(module.parameters()), torch.amp.GradScaler("cpu")
     _Gpus(monkeypatch, 7, 0)
-    checkpoint.save_state(
-        tmp_path, checkpoint.LoopState(step=1), *run, None, torch.device("cuda:0")
-    )
-    for own in (0, 1):
+    first = checkpoint.Trainee(*trained, torch.device("cuda:0"))
+    checkpoint.save_state(tmp_path, checkpoint.LoopState(step=1), first, None)
+    for gpu in (0, 1):
         gpus = _Gpus(monkeypatch, 1, 2)
-        checkpoint.load_state(tmp_path, *run, torch.device("cuda", own))
+        checkpoint.load_state(tmp_path, checkpoint.Trainee(*trained, torch.device("cuda", gpu)))
         restored = [int(state) for state in gpus.states]
-        assert restored[own] == 7 and restored[1 - own] == (1, 2)[1 - own]
+        assert restored[gpu] == 7 and restored[1 - gpu] == (1, 2)[1 - gpu]
 
 
 @pytest.fixture

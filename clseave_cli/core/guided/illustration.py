@@ -34,7 +34,7 @@ from clseave_cli.core.data.rows import (
     require_text,
 )
 from clseave_cli.core.files import file_digest, json_digest, locked_target, sweep
-from clseave_cli.core.training.precision import autocast, resolve_device
+from clseave_cli.core.training.device import autocast, resolve_device
 from clseave_cli.errors import ClseaveError, DataError, ExtraMissing, ModelError, UsageError
 from clseave_cli.progress import SILENT, Progress
 

@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from clseave_cli.core.training.placement import on_device, tensors_of
+from clseave_cli.core.training.device import on_device, tensors_of
 
 #: Limits the memory that the driver keeps for graphs. Padded batches of one size come in about ten
 #: shapes, accumulated ones in three times as many.

@@ -11,7 +11,7 @@ import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -45,20 +45,24 @@ class LoopState:
     relaxed: bool = False  # whether some operation has no deterministic algorithm
 
 
+class Trainee(NamedTuple):
+    """What a step changes."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    device: torch.device  # its random state
+
+
 def save_state(
-    folder: Path,
-    state: LoopState,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    best: dict[str, Tensor] | None,
-    device: torch.device,
+    folder: Path, state: LoopState, trainee: Trainee, best: dict[str, Tensor] | None
 ) -> None:
     """Writes `state-{step}` into `folder`, then removes older ones.
 
-    The random states of the CPU and of `device` are saved. Between steps they are the same in all
-    processes, so each resumes from them on its device.
+    The random states of the CPU and of the device are saved. Between steps they are the same in
+    all processes, so each resumes from them on its device.
     """
+    module, optimizer, scaler, device = trainee
     target = folder / f"state-{state.step:08d}"
     with atomic_folder(target) as aside:
         save_file(snapshot(module), aside / "module.safetensors")
@@ -77,14 +81,8 @@ def save_state(
             shutil.rmtree(path)
 
 
-def load_state(
-    folder: Path,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    device: torch.device,
-) -> tuple[LoopState, dict[str, Tensor] | None] | None:
-    """Restores the newest intact state into the arguments, and the random state of `device`.
+def load_state(folder: Path, trainee: Trainee) -> tuple[LoopState, dict[str, Tensor] | None] | None:
+    """Restores the newest intact state.
 
     Returns:
         The loop's progress and the weights kept so far; None if there is no state.
@@ -92,6 +90,7 @@ def load_state(
     Raises:
         ModelError: all states are damaged.
     """
+    module, optimizer, scaler, device = trainee
     states = sorted(_states(folder), reverse=True)
     for path in states:
         stored = _intact_record(path)

@@ -61,15 +61,11 @@ class Processes:
         return shard if len(shard) else items[:1]
 
     def gather(self, encode: Callable[[], Tensor], num_items: int) -> Tensor:
-        """The embeddings of all items, each computed by one process (an all-gather).
+        """The (N, D) embeddings of all items, each computed by one process (an all-gather).
 
-        Args:
-            encode: embeds this process's `shard`, (≤ N, D).
-            num_items: N.
-
-        Returns:
-            (N, D), the same on every process; float32 with several. Gradients flow back into each
-            process's shard, and are complete after `average_gradients`.
+        `encode` embeds this process's `shard`. The result is the same on every process; float32
+        with several. Gradients flow back into each process's shard, and are complete after
+        `average_gradients`.
         """
         if self.count == 1:
             return encode()

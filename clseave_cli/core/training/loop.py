@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, TypeVar
@@ -32,14 +33,14 @@ from clseave_cli.core.files import write_json, writing
 from clseave_cli.core.training.capture import Captured, CudaRecorder
 from clseave_cli.core.training.checkpoint import (
     LoopState,
+    Trainee,
     load_state,
     restore,
     save_state,
     snapshot,
 )
+from clseave_cli.core.training.device import autocast, deterministic, page_locked
 from clseave_cli.core.training.distribution import processes
-from clseave_cli.core.training.placement import page_locked
-from clseave_cli.core.training.precision import autocast, deterministic
 from clseave_cli.core.training.sampling import epochs_to_95
 from clseave_cli.core.training.tracking import tracker
 from clseave_cli.errors import Interrupted, TrainingError
@@ -173,28 +174,31 @@ class _Part:
     learning_rate: Tensor | None = None  # () float64; only the last part, which ends the step
 
 
+@dataclass(eq=False)
 class _Loop:
-    def __init__(
-        self,
-        stage: Stage,
-        config: TrainingConfig,
-        device: torch.device,
-        folder: Path,
-        progress: Progress,
-    ) -> None:
-        self.stage, self.config, self.device = stage, config, device
-        self.folder, self.progress = folder, progress
+    stage: Stage
+    config: TrainingConfig
+    device: torch.device
+    folder: Path
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        stage, config, device = self.stage, self.config, self.device
         self.processes = processes()
         self.parameters = [p for p in stage.module.parameters() if p.requires_grad]
         self.optimizer = _optimizer(self.parameters, stage.rate_factors, config, device)
         self.autocast = autocast(config.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast.precision == "fp16")
+        self.trainee = Trainee(stage.module, self.optimizer, self.scaler, device)
         self.train_part = self._capturing()
         self.steps_per_epoch = math.ceil(stage.num_examples / config.batch_size)
         self.last_epoch = min(config.epochs, config.stop_epoch or config.epochs)
         # The schedule spans all epochs, wherever the run stops.
-        self.planned_steps = self.steps_per_epoch * config.epochs
-        self.warmup_steps = round(config.warmup_fraction * self.planned_steps)
+        planned_steps = self.steps_per_epoch * config.epochs
+        warmup_steps = round(config.warmup_fraction * planned_steps)
+        self.rate_factor = partial(
+            learning_rate_factor, total=planned_steps, warmup=warmup_steps, schedule=config.schedule
+        )
         self.total_steps = self.steps_per_epoch * self.last_epoch
         if config.max_steps is not None:
             self.total_steps = min(self.total_steps, config.max_steps)
@@ -211,7 +215,7 @@ class _Loop:
         self.step_seconds = 0.0
         self.pairs_stepped = 0
         self.started = self.saved_at = time.monotonic()
-        self.metrics_path = folder / "metrics.jsonl"
+        self.metrics_path = self.folder / "metrics.jsonl"
 
     def run(self) -> TrainingResult:
         torch.manual_seed(self.config.seed)
@@ -296,12 +300,7 @@ class _Loop:
 
     def _step(self, rows: Rows, parts: list[_Part]) -> float:
         """Takes one optimiser step on a batch; returns its learning rate."""
-        learning_rate = self.config.learning_rate * learning_rate_factor(
-            self.state.step,
-            total=self.planned_steps,
-            warmup=self.warmup_steps,
-            schedule=self.config.schedule,
-        )
+        learning_rate = self.config.learning_rate * self.rate_factor(self.state.step)
         if self.state.step == self.freeze_steps > 0:
             # The steps captured so far do not train the frozen parameters.
             self.train_part = self._capturing()
@@ -514,20 +513,10 @@ class _Loop:
             # The state refers to these records, so they must reach the disk first.
             os.fsync(stream.fileno())
             self.state.metrics_bytes = stream.tell()
-        save_state(
-            self.folder,
-            self.state,
-            self.stage.module,
-            self.optimizer,
-            self.scaler,
-            self.selected_weights,
-            self.device,
-        )
+        save_state(self.folder, self.state, self.trainee, self.selected_weights)
 
     def _resume(self) -> None:
-        loaded = load_state(
-            self.folder, self.stage.module, self.optimizer, self.scaler, self.device
-        )
+        loaded = load_state(self.folder, self.trainee)
         if loaded is None:
             self._note("no saved state to resume; starting afresh.")
             return

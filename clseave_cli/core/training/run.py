@@ -39,9 +39,9 @@ from clseave_cli.core.files import (
 )
 from clseave_cli.core.training import tracking
 from clseave_cli.core.training.checkpoint import STATE
+from clseave_cli.core.training.device import Autocast, autocast, resolve_device
 from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.loop import TrainingResult
-from clseave_cli.core.training.precision import Autocast, autocast, resolve_device
 from clseave_cli.errors import UsageError
 from clseave_cli.processes import is_first_process
 from clseave_cli.progress import Progress
@@ -155,12 +155,9 @@ class Run:
     def publish(
         self, save: Callable[[Path], Any], card: str, seen: Sequence[SeenRows] = ()
     ) -> None:
-        """Publishes the finished model.
+        """Publishes the finished model, its files written by `save`, and the text of its card.
 
-        Args:
-            save: writes the model's files into a folder.
-            card: text of the model card.
-            seen: the rows that trained it, and those that selected its checkpoint.
+        `seen` are the rows that trained it, and those that selected its checkpoint.
 
         Raises:
             ClseaveError: the disk is full, or a file is in the way; the partial folder is kept.

@@ -232,7 +232,7 @@ def _torch_decoder(name: str, codec: Codec, config: TranslateConfig) -> Decoder:
 
     from clseave_cli.core.models.backbones import loading_arguments
     from clseave_cli.core.models.weights import load
-    from clseave_cli.core.training.precision import resolve_device
+    from clseave_cli.core.training.device import resolve_device
 
     device = resolve_device(config.device)
     loading = loading_arguments(codec.config) | {
@@ -269,7 +269,7 @@ def _ctranslate_decoder(name: str, revision: str, codec: Codec, config: Translat
     """The model in CTranslate2; the first time, it is converted into the cache."""
     import ctranslate2
 
-    from clseave_cli.core.training.precision import resolve_device
+    from clseave_cli.core.training.device import resolve_device
 
     folder = _converted(name, revision)
     device = resolve_device(config.device)
@@ -352,7 +352,7 @@ def _precision(config: TranslateConfig) -> str:
     is_linux = sys.platform == "linux"
     if config.device == "cpu" or (is_linux and not any(map(os.path.exists, _GPU_DEVICES))):
         return "fp32"  # without the seconds that torch takes to load
-    from clseave_cli.core.training.precision import resolve_device, resolve_precision
+    from clseave_cli.core.training.device import resolve_device, resolve_precision
 
     device = resolve_device(config.device)
     return "fp32" if device.type == "cpu" else resolve_precision("auto", device)
