@@ -187,13 +187,9 @@ def named_options(
 def toml_options(
     config_class: type[StageConfig], path: Path, flag: str = "--config ", table: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The options in a TOML file, converted to the types of their fields.
+    """The options in a table of a TOML file (empty: the top level), in the types of their fields.
 
-    Args:
-        config_class: defines the options.
-        path: the file.
-        flag: precedes the path in messages.
-        table: the path of tables to the options; empty: the top level.
+    `flag` precedes the path in messages.
 
     Raises:
         UsageError: the file cannot be read, or has an unknown key or a value of another type.
@@ -253,11 +249,7 @@ def _toml(part: dataclasses.Field[Any]) -> str:
 
 
 def _convert(where: str, value: Any, annotation: Any) -> Any:
-    """Converts a value to a field's type; a single value may stand for a tuple of one.
-
-    Raises:
-        UsageError: it has another type; the message starts with `where`.
-    """
+    """Converts a value to a field's type, or raises a UsageError that starts with `where`."""
     if get_origin(annotation) is tuple:
         is_single = isinstance(value, str | dict) or not isinstance(value, Iterable)
         items = [value] if is_single else value
@@ -680,7 +672,6 @@ class CurveConfig(StudentConfig):
         "keep_models", "out", "seed", "device",
     )  # fmt: skip
     FIRST: ClassVar[tuple[str, ...]] = FLAGS
-
     limits: tuple[int, ...] = option(
         (100, 300, 1000, 3000),
         "Distinct sentences of each language; repeat; the last point always has all.",
@@ -793,7 +784,6 @@ class RetrieveConfig(ModelsConfig, SeededConfig):
         "lang", "data", "images", "split", "clip", "runs", "report", "resamples", "seed", "device",
         "precision",
     )  # fmt: skip
-
     lang: tuple[str, ...] = option((), "Language to evaluate; repeat; unset: all.")
     data: str = option("data", "Data folder with captions_SPLIT.jsonl, or hf:ORG/NAME.")
     images: Path | None = option(None, "Image folder; unset: found in --data.")
@@ -812,7 +802,6 @@ class CalibrateConfig(EvaluateConfig):
         "device",
     )  # fmt: skip
     FIRST: ClassVar[tuple[str, ...]] = FLAGS
-
     promise: float | None = option(
         None, "Share of right answers to promise, such as 0.95; unset: none.", flag="--precision",
         metavar="SHARE", least=0.5, most=0.999,
@@ -830,7 +819,6 @@ class PredictConfig(ModelsConfig):
         "lang", "runs", "student", "images", "image_column", "text_column", "unsure", "batch_size",
         "resume", "device", "precision",
     )  # fmt: skip
-
     lang: str | None = option(None, "Language of the hypothesis; auto: identify; unset: CLIP-VE's.")
     student: Path | None = option(None, "Student to use; unset: that of --runs.", metavar="DIR")
     images: Path | None = option(None, "Image folder of --input; unset: paths are relative to it.")
@@ -849,7 +837,6 @@ class CheckConfig(ModelsConfig):
         "lang", "runs", "min_confidence", "images", "image_column", "text_column", "format",
         "fail_on", "baseline",
     )  # fmt: skip
-
     lang: str = option("auto", "Language of the texts; auto: identify each.")
     min_confidence: float | None = option(
         None, "Answer unsure below it; unset: as `calibrate` promised, or 0.7.", least=0
@@ -879,7 +866,6 @@ class ExportConfig(ModelsConfig):
     FIRST: ClassVar[tuple[str, ...]] = (
         "out", "lang", "runs", "int8", "format", "device", "precision",
     )  # fmt: skip
-
     out: Path = option(Path("exported"), "Folder to write.")
     format: Literal["onnx"] = option("onnx", "What to write.")
     lang: tuple[str, ...] = option((), "Language to export; repeat; unset: all.")
@@ -894,7 +880,6 @@ class ServeConfig(ModelsConfig):
         "lang", "host", "port", "allowed_host", "runs", "device", "precision", "batch_size",
         "max_waiting", "max_megabytes", "max_megapixels", "max_characters",
     )  # fmt: skip
-
     lang: tuple[str, ...] = option((), "Language to serve; repeat; auto: identified; unset: all.")
     host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0: every network.")
     allowed_host: tuple[str, ...] = option((), "Host name of this service; repeat; *: any.")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -249,19 +250,11 @@ def _note_if_not_learnt(
 def _data(
     config: FinetuneConfig, folder: Path, progress: Progress
 ) -> tuple[Split, Split, ImageFolder]:
-    """Reads the training and dev rows, and finds their images.
-
-    Raises:
-        DataError: a file or an image is missing or bad, or an image is in both splits.
-    """
-
-    def read(name: str) -> Split:
-        return read_split(
-            folder, name, config.source_lang, skip_bad=config.skip_bad, progress=progress
-        )
-
+    """Reads the training and dev rows, and finds their images; refuses bad or shared ones."""
+    lang = config.source_lang
+    read = partial(read_split, folder, lang=lang, skip_bad=config.skip_bad, progress=progress)
     train_split = read(config.train_split)
-    if split_path(folder, config.dev_split, config.source_lang) is None:
+    if split_path(folder, config.dev_split, lang) is None:
         train_split, dev_split = hold_out_images(
             train_split, config.dev_split, config.dev_fraction, config.seed, progress
         )
@@ -281,10 +274,8 @@ def _targets(config: FinetuneConfig, split: Split) -> Tensor:
     """The training targets: (N,) label ids, or (N, 3) probabilities.
 
     Cross-entropy with (1 − w) y + w q is the weighted sum of that with y and of the KL divergence
-    from q, except for the entropy of q, which has no gradient.
-
-    Raises:
-        DataError: a row has no soft label, or a file of them is damaged.
+    from q, except for the entropy of q, which has no gradient. Raises a DataError if a row has no
+    soft label, or a file of them is damaged.
     """
     labels = torch.from_numpy(split.labels.astype(np.int64))
     if not config.soft_labels and not config.label_smoothing:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from clseave_cli.core.config import PretrainConfig
@@ -141,20 +141,20 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
 
         def evaluate() -> dict[str, float]:
             rows = np.arange(min(_DEV_IMAGES, len(dev)))
-            losses: list[list[float]] = [[] for _ in languages]
-            photo_embeddings = []
+            losses, photo_embeddings = [], []
             for part in np.array_split(rows, max(1, len(rows) // config.batch_size)):
                 batch = on_device(dev.batch(part), device)
                 images, captions, scale = embed(batch)
                 embeddings = functional.normalize(images, dim=1)
                 photo_embeddings.append(embeddings.cpu())
                 # One language at a time: the joint loss grows with the number of languages.
-                for number, losses_of_language in enumerate(losses):
-                    one = slice(number, number + 1)
-                    mean = _mean_loss(objective, batch, embeddings, captions, scale, one)
-                    losses_of_language.append(mean.item())
+                means = (
+                    _mean_loss(objective, batch, embeddings, captions, scale, slice(n, n + 1))
+                    for n in range(len(languages))
+                )
+                losses.append([mean.item() for mean in means])
             by_language = {
-                "loss": [float(np.mean(losses_of_language)) for losses_of_language in losses],
+                "loss": [float(np.mean(of_language)) for of_language in zip(*losses, strict=True)],
                 RECALL: dev.recalls(rows, torch.cat(photo_embeddings)),
             }
             metrics = {name: float(np.mean(values)) for name, values in by_language.items()}
@@ -162,6 +162,7 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
                 metrics |= {f"{name}/{k}": v for k, v in zip(languages, values, strict=True)}
             return metrics
 
+        projections = nn.ModuleList([model.text_projection, model.visual_projection])
         stage = Stage(
             name="pretrain",
             module=model,
@@ -171,11 +172,7 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
             evaluate=evaluate,
             selection=Selection("loss", "lowest"),
             sample=None if is_parallel else training.batches,
-            trained_first=(
-                *model.text_projection.parameters(),
-                *model.visual_projection.parameters(),
-                model.logit_scale,
-            ),
+            trained_first=(*projections.parameters(), model.logit_scale),
             freeze_epochs=config.freeze_epochs or 0.0,
         )
         # Only a pretrained vocabulary has vectors worth keeping for tokens without a caption.
@@ -348,12 +345,8 @@ class _Examples:
         paths, guided = [self._photos[row] for row in shard(rows)], None
         if self._guided is not None:
             pictures, index = self._guided.photos.paths, self._guided.index
-            pixels = self._pixels(
-                [
-                    pictures[picture] if picture >= 0 else photo
-                    for picture, photo in zip(index[shard(rows)].tolist(), paths, strict=True)
-                ]
-            )
+            pairs = zip(index[shard(rows)].tolist(), paths, strict=True)
+            pixels = self._pixels([pictures[i] if i >= 0 else photo for i, photo in pairs])
             guided = pixels, torch.from_numpy(index[rows] >= 0).float()
         return _Batch(
             self._pixels(paths),

@@ -64,7 +64,7 @@ def test_a_graph_serves_all_batches_of_its_shape_with_their_own_numbers():
     assert results == [weighted(one).item() for one in given]
     # Shapes (2, factor 1), (1, factor 1), (2, factor 2): the first of each is computed plainly.
     assert (recorder.captures, recorder.replays) == (3, len(given) - 3)
-    assert function.num_graphs == 3
+    assert len(function._graphs) == 3
 
 
 def test_what_cannot_be_captured_runs_plainly_and_is_said_once():

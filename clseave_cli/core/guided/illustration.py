@@ -91,11 +91,7 @@ def illustrate(config: IllustrateConfig, progress: Progress = SILENT) -> Illustr
 
 
 def _wanted(config: IllustrateConfig) -> list[Wanted]:
-    """The pictures of all rows, in their order.
-
-    Raises:
-        DataError: a row is bad, or lacks a field of the template.
-    """
+    """The pictures of all rows, in order; raises a DataError for a bad or incomplete row."""
     by_image = config.guided_by == "image"
     template = config.template or ("{caption}" if by_image else "{sentence1}")
     path = config.input
@@ -128,11 +124,7 @@ def _wanted(config: IllustrateConfig) -> list[Wanted]:
 
 
 def _missing(out: Path, wanted: list[Wanted], engine: Engine) -> list[tuple[Wanted, str]]:
-    """The pictures that do not exist yet, each with the record to store in it.
-
-    Raises:
-        UsageError: a picture exists that was not drawn from this text with these options.
-    """
+    """The pictures that do not exist yet, each with its record; refuses those of another run."""
     folder, missing = ImageFolder(out), []
     for picture in wanted:
         record = "clseave illustrate " + json.dumps(picture._asdict() | engine.identity)

@@ -102,16 +102,8 @@ class Captured(Generic[Batch]):
         self._shapes: set[Hashable] = set()
         self._graphs: dict[Hashable, _Graph] = {}
 
-    @property
-    def num_graphs(self) -> int:
-        """How many shapes were captured."""
-        return len(self._graphs)
-
     def __call__(self, batch: Batch) -> Tensor:
-        """Calls the function with a batch, which may be in pinned memory.
-
-        The next call overwrites the result.
-        """
+        """The function of a batch, best in pinned memory; the next call overwrites the result."""
         recorder = self._recorder
         if recorder is None:
             return self._function(on_device(batch, self._device))
@@ -123,7 +115,9 @@ class Captured(Generic[Batch]):
                 if graph is not None:
                     self._graphs[shape] = graph
             if graph is None:
-                self._remember(shape)
+                self._shapes.add(shape)
+                if not self._graphs and len(self._shapes) > _MAX_SINGLE_SHAPES:
+                    self._give_up("almost no two batches have the same shape")
                 return self._function(on_device(batch, self._device))
             for target, source in zip(graph.inputs, tensors_of(batch), strict=True):
                 target.copy_(source, non_blocking=True)
@@ -139,11 +133,6 @@ class Captured(Generic[Batch]):
             self._give_up(str(error).splitlines()[0])
             return None
         return _Graph(tensors_of(inputs), replay, result)
-
-    def _remember(self, shape: Hashable) -> None:
-        self._shapes.add(shape)
-        if not self._graphs and len(self._shapes) > _MAX_SINGLE_SHAPES:
-            self._give_up("almost no two batches have the same shape")
 
     def _give_up(self, reason: str) -> None:
         """Runs every further batch eagerly."""

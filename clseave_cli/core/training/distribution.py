@@ -40,14 +40,10 @@ class Processes:
     """The processes that run this command, as one of them sees them.
 
     Every method that communicates raises a TrainingError if another process has ended.
-
-    Attributes:
-        rank: this process's number.
-        count: P; with 1, no method communicates.
     """
 
-    rank: int = 0
-    count: int = 1
+    rank: int = 0  # this process's number
+    count: int = 1  # P; with 1, no method communicates
 
     def shard(self, items: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
         """This process's slice of N items, in order of rank.
@@ -219,5 +215,5 @@ def _connection_errors() -> Iterator[None]:
         raise TrainingError(
             f"process {process_rank()} of {process_count()} cannot reach the others "
             f"({reason[:160]}): one of them failed or was killed; see its message or the "
-            "launcher's. The last saved state is kept; resume with the same command and --resume."
+            "launcher's. The last saved state is kept; the same command with --resume continues."
         ) from error

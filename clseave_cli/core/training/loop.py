@@ -30,15 +30,8 @@ from torch import Tensor, nn
 
 from clseave_cli.core.config import Schedule, TrainingConfig
 from clseave_cli.core.files import write_json, writing
+from clseave_cli.core.training import checkpoint
 from clseave_cli.core.training.capture import Captured, CudaRecorder
-from clseave_cli.core.training.checkpoint import (
-    LoopState,
-    Trainee,
-    load_state,
-    restore,
-    save_state,
-    snapshot,
-)
 from clseave_cli.core.training.device import autocast, deterministic, page_locked
 from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.sampling import epochs_to_95
@@ -63,49 +56,35 @@ class Selection:
 
     def better(self, value: float, than: float | None) -> bool:
         """Whether a value improves on another; None: there is none yet."""
-        if than is None:
-            return True
-        return value < than if self.best == "lowest" else value > than
+        return than is None or (value < than if self.best == "lowest" else value > than)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A training stage as the loop sees it.
+    """A training stage as the loop sees it."""
 
-    Attributes:
-        name: for records, such as `align`.
-        module: its parameters with `requires_grad` are trained; it ends with the selected weights.
-        num_examples: N; examples are numbered 0 to N − 1.
-        prepare: makes a batch from example numbers and nothing else, on the CPU, in another thread.
-            The loop moves it to the device: a tensor, or dataclasses and tuples of tensors.
-        loss: the mean loss of a prepared batch, a differentiable scalar; with `metrics`, (1 +
-            metrics,), their means after the loss. Every process returns that of the whole batch.
-        evaluate: returns dev metrics; called in eval mode without gradients.
-        selection: the one that selects the checkpoint.
-        title: for progress and messages, such as `align de`; empty: the name.
-        sample: the batches of an epoch, given its number and the previous dev metrics (empty before
-            the first), as many as `batches` returns; None: `batches`.
-        resumed: receives the last dev metrics on resumption, for an `evaluate` that compares them.
-        metrics: names of further training metrics, averaged like the loss.
-        trained_first: parameters that are trained while the others are frozen and have no
-            optimiser state.
-        freeze_epochs: the duration of that, from the start.
-        rate_factors: learning-rate multipliers of submodules.
-    """
-
-    name: str
-    module: nn.Module
-    num_examples: int
+    name: str  # for records, such as `align`
+    module: nn.Module  # with `requires_grad` where it is trained; ends with the selected weights
+    num_examples: int  # N; examples are numbered 0 to N − 1
+    #: Makes a batch from example numbers and nothing else, on the CPU, in another thread. The loop
+    #: moves it to the device: a tensor, or dataclasses and tuples of tensors.
     prepare: Callable[[Rows], Any]
+    #: The mean loss of a prepared batch, a differentiable scalar; with `metrics`, (1 + metrics,),
+    #: their means after the loss. Every process returns that of the whole batch.
     loss: Callable[[Any], Tensor]
-    evaluate: Callable[[], dict[str, float]]
+    evaluate: Callable[[], dict[str, float]]  # dev metrics; called in eval mode without gradients
     selection: Selection
-    title: str = ""
+    title: str = ""  # for progress and messages, such as `align de`; empty: the name
+    #: The batches of an epoch, given its number and the previous dev metrics (empty before the
+    #: first), as many as `batches` returns; None: `batches`.
     sample: Callable[[int, dict[str, float]], list[Rows]] | None = None
+    #: Receives the last dev metrics on resumption, for an `evaluate` that compares epochs.
     resumed: Callable[[dict[str, float]], object] | None = None
-    metrics: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()  # names of further training metrics, averaged like the loss
+    #: Parameters that are trained while the others are frozen and have no optimiser state.
     trained_first: tuple[nn.Parameter, ...] = ()
-    freeze_epochs: float = 0.0
+    freeze_epochs: float = 0.0  # how long, from the start
+    #: Learning-rate multipliers of submodules.
     rate_factors: dict[nn.Module, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -189,7 +168,7 @@ class _Loop:
         self.optimizer = _optimizer(self.parameters, stage.rate_factors, config, device)
         self.autocast = autocast(config.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast.precision == "fp16")
-        self.trainee = Trainee(stage.module, self.optimizer, self.scaler, device)
+        self.trainee = checkpoint.Trainee(stage.module, self.optimizer, self.scaler, device)
         self.train_part = self._capturing()
         self.steps_per_epoch = math.ceil(stage.num_examples / config.batch_size)
         self.last_epoch = min(config.epochs, config.stop_epoch or config.epochs)
@@ -208,7 +187,7 @@ class _Loop:
         )
         self.frozen_at_first = [p for p in self.parameters if id(p) not in trained_first]
         self.record_every = max(1, self.steps_per_epoch // _RECORDS_PER_EPOCH)
-        self.state = LoopState()
+        self.state = checkpoint.LoopState()
         self.selected_weights: dict[str, Tensor] | None = None
         # Float64 sums on the device are exact enough, and only reading them waits for it.
         self.sums = torch.zeros(1 + len(stage.metrics), dtype=torch.float64, device=device)
@@ -232,21 +211,16 @@ class _Loop:
             self.optimizer.zero_grad(set_to_none=True)
             del self.train_part
         assert self.selected_weights is not None
-        restore(self.stage.module, self.selected_weights)
+        checkpoint.restore(self.stage.module, self.selected_weights)
         self.stage.module.eval()
         return self._finish(stopped_early)
 
     def _train(self) -> bool:
         """Trains all epochs; returns whether it stopped early."""
+        title, first_step = str(self.stage), self.state.step + 1
         with (
             deterministic(self.device) as self.allow_nondeterminism,
-            tracker(
-                self.config,
-                title=str(self.stage),
-                folder=self.folder,
-                first_step=self.state.step + 1,
-                progress=self.progress,
-            ) as self.show,
+            tracker(self.config, title, self.folder, first_step, self.progress) as self.show,
             _stop_signals() as stop_requested,
         ):
             if self.allow_nondeterminism is not None and self.state.relaxed:
@@ -466,7 +440,7 @@ class _Loop:
             state.best, state.epochs_without_gain = value, 0
         if is_better or self.config.keep == "last":
             state.best_epoch, state.dev = state.epoch + 1, dev
-            self.selected_weights = snapshot(self.stage.module)
+            self.selected_weights = checkpoint.snapshot(self.stage.module)
         self._record({**means, "dev": dev})
         # Fits into 80 columns; metrics.jsonl has every dev metric.
         self._note(
@@ -489,9 +463,9 @@ class _Loop:
         return True
 
     def _save_if_due(self, stop_requested: Callable[[], bool]) -> None:
+        minutes = (time.monotonic() - self.saved_at) / 60
         stopping, due = self.processes.any(
-            stop_requested(),
-            time.monotonic() - self.saved_at >= 60 * self.config.checkpoint_minutes,
+            stop_requested(), minutes >= self.config.checkpoint_minutes
         )
         if not (stopping or due):
             return
@@ -503,7 +477,7 @@ class _Loop:
         if stopping:
             raise Interrupted(
                 f"{self.stage}: stopped at step {self.state.step}, state saved in "
-                f"{self.folder}; resume with the same command and --resume."
+                f"{self.folder}; the same command with --resume continues from there."
             )
 
     def _save(self) -> None:
@@ -513,10 +487,10 @@ class _Loop:
             # The state refers to these records, so they must reach the disk first.
             os.fsync(stream.fileno())
             self.state.metrics_bytes = stream.tell()
-        save_state(self.folder, self.state, self.trainee, self.selected_weights)
+        checkpoint.save_state(self.folder, self.state, self.trainee, self.selected_weights)
 
     def _resume(self) -> None:
-        loaded = load_state(self.folder, self.trainee)
+        loaded = checkpoint.load_state(self.folder, self.trainee)
         if loaded is None:
             self._note("no saved state to resume; starting afresh.")
             return

@@ -21,22 +21,11 @@ from typing import Any
 import torch
 import transformers
 
+from clseave_cli.core import files
 from clseave_cli.core.config import TrainingConfig
 from clseave_cli.core.data.hub import data_folder
 from clseave_cli.core.data.hypothesis_only import HYPOTHESIS_ONLY_FILE
 from clseave_cli.core.data.seen import SEEN_FILE, SeenRows
-from clseave_cli.core.files import (
-    Kind,
-    aside,
-    atomic_folder,
-    fsync_folder,
-    locked_target,
-    read_json,
-    require_replaceable,
-    sweep,
-    write_json,
-    writing,
-)
 from clseave_cli.core.training import tracking
 from clseave_cli.core.training.checkpoint import STATE
 from clseave_cli.core.training.device import Autocast, autocast, resolve_device
@@ -59,7 +48,7 @@ _HUGGING_FACE = (
     r"(\w*config|tokenizer|vocab|added_tokens|special_tokens_map|model\.safetensors\.index)\.json"
     r"|(vocab|merges)\.txt|[\w.]+\.model|chat_template\.jinja|model[\w-]*\.safetensors"
 )
-UNFINISHED = Kind(
+UNFINISHED = files.Kind(
     "an unfinished run",
     rf"lock|(.*/)?\.[^/]+\.clseave-[0-9a-f]{{8}}(/.*)?|training/{STATE.pattern}/.+|{_TRAINING}",
 )
@@ -117,23 +106,23 @@ class Run:
 
     def _open(self) -> int:
         """Creates or takes over the folder; returns the number of threads to train with."""
-        with writing(self._partial), ExitStack() as lock:
-            lock.enter_context(locked_target(self.out))
+        with files.writing(self._partial), ExitStack() as lock:
+            lock.enter_context(files.locked_target(self.out))
             self._require_replaceable()
-            sweep(self.out.parent, re.escape(self._partial.name))
+            files.sweep(self.out.parent, re.escape(self._partial.name))
             if not self.folder.exists():
-                with atomic_folder(self.folder) as folder:
-                    write_json(folder / "run.json", self._record)
-                fsync_folder(self.out.parent)
+                with files.atomic_folder(self.folder) as folder:
+                    files.write_json(folder / "run.json", self._record)
+                files.fsync_folder(self.out.parent)
             elif not self._config.resume:
                 raise UsageError(
                     f"{self._partial}: there is an unfinished run; --resume continues it, "
                     "deleting that folder discards it."
                 )
-            record = read_json(self.folder / "run.json")
+            record = files.read_json(self.folder / "run.json")
             self._require_same(record)
-            sweep(self._partial)
-            sweep(self.folder)
+            files.sweep(self._partial)
+            files.sweep(self.folder)
             self._lock = lock.pop_all()
         return int(record.get("threads", torch.get_num_threads()))
 
@@ -149,8 +138,8 @@ class Run:
                     )
 
     def _require_replaceable(self) -> None:
-        require_replaceable(self.out, model_kind(self._stage), self._config)
-        require_replaceable(self._partial, UNFINISHED)
+        files.require_replaceable(self.out, model_kind(self._stage), self._config)
+        files.require_replaceable(self._partial, UNFINISHED)
 
     def publish(
         self, save: Callable[[Path], Any], card: str, seen: Sequence[SeenRows] = ()
@@ -164,7 +153,7 @@ class Run:
         """
 
         def write() -> None:
-            with atomic_folder(self.out) as folder:
+            with files.atomic_folder(self.out) as folder:
                 save(folder)
                 (folder / "README.md").write_text(card, encoding="utf-8")
                 (folder / "training").mkdir(exist_ok=True)
@@ -176,7 +165,7 @@ class Run:
                     SeenRows.union(seen).write(folder)
                 self._require_replaceable()
             # In one step, so that a kill leaves no partial run to resume.
-            obsolete = self._partial.rename(aside(self._partial))
+            obsolete = self._partial.rename(files.aside(self._partial))
             shutil.rmtree(obsolete, ignore_errors=True)
 
         processes().once(write)
@@ -193,8 +182,8 @@ def finished_before(out: Path, progress: Progress) -> bool:
     if not is_complete(out):
         return False
     if is_first_process():
-        with locked_target(out):
-            sweep(out.parent, re.escape(_partial(out).name))
+        with files.locked_target(out):
+            files.sweep(out.parent, re.escape(_partial(out).name))
     progress.note(f"{out}: already complete.")
     return True
 
@@ -203,10 +192,10 @@ def _partial(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
-def model_kind(stage: str) -> Kind:
+def model_kind(stage: str) -> files.Kind:
     """The kind of folder that a stage publishes."""
     members = rf"config\.json|calibration\.json|README\.md|{_TRAINING}"
-    return Kind(
+    return files.Kind(
         f"a model of `{stage}`",
         f"{members}|{_HUGGING_FACE}" if stage == "pretrain" else members,
         "training/run.json",
@@ -222,8 +211,7 @@ def public_name(model: str) -> str:
 
 
 def _same(old: Any, new: Any) -> bool:
-    if isinstance(old, str) and isinstance(new, str):
-        # `data` and `./data/` are the same folder.
+    if isinstance(old, str) and isinstance(new, str):  # `data` and `./data/` are the same folder
         return old == new or Path(old).resolve() == Path(new).resolve()
     return bool(old == new)
 
@@ -254,7 +242,7 @@ def set_up(
     Raises:
         ClseaveError: one of them cannot be used.
     """
-    require_replaceable(out, model_kind(stage), config)
+    files.require_replaceable(out, model_kind(stage), config)
     if config.resume and finished_before(out, progress):
         return None
     device = resolve_device(config.device)

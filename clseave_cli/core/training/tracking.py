@@ -35,7 +35,7 @@ def require(name: str) -> None:
 
 @contextmanager
 def tracker(
-    config: TrainingConfig, *, title: str, folder: Path, first_step: int, progress: Progress
+    config: TrainingConfig, title: str, folder: Path, first_step: int, progress: Progress
 ) -> Iterator[Callable[[dict[str, Any]], object]]:
     """Yields a function that sends a record of `metrics.jsonl`; does nothing after a failure."""
     calls: list[Callable[..., Any]] = []  # one logs a step, the other closes the tracker
