@@ -132,7 +132,9 @@ def test_a_run_under_way_is_left_alone(attempt, tmp_path, refused):
     command = [*command, "--checkpoint-minutes", "0"]
     process = CommandProcess(*command, folder=tmp_path / "said", before=slow_steps)
     process.wait_until(lambda: _steps(out) >= 5)
-    process.signal(signal.SIGSTOP)
+    process.signal(signal.SIGSTOP)  # which takes effect a little later
+    state = ["ps", "-o", "state=", "-p", str(process.process.pid)]
+    process.wait_until(lambda: "T" in subprocess.run(state, capture_output=True, text=True).stdout)
     for more in ([], ["--resume"]):
         before = tree(out.parent)
         error = refused(*command, *more)
