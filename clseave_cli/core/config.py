@@ -325,7 +325,7 @@ class TrainingConfig(ModelsConfig, SeededConfig):
     accumulation: int = option(1, "Parts of a batch, to save memory.", least=1)
     clip_norm: float | None = optional_number("Largest gradient norm; 0: no clipping.", 0)
     patience: int | None = optional_number("Stop after N epochs without gain; 0: never.", 1)
-    stop_epoch: int | None = optional_number("Stop after epoch N; schedule as for --epochs.", 1)
+    stop_epoch: int | None = optional_number("Last epoch; schedule as for --epochs; 0: off.", 1)
     max_steps: int | None = option(None, "Stop after N steps; schedule as for --epochs.", least=1)
     keep: Literal["best", "last"] = option("best", "Epoch whose weights are published.")
     checkpoint_minutes: float = option(10.0, "Minutes between saved states.", least=0)
@@ -553,7 +553,7 @@ class FinetuneConfig(TrainingConfig, DataConfig, GuidedConfig):
     label_smoothing: float = option(0.0, "Share of a label spread over all three.", least=0, most=1)
     soft_labels: tuple[Path, ...] = option((), "A teacher's answers; repeat to average several.")
     soft_weight: float = option(0.5, "Weight of --soft-labels in the loss.", least=0, most=1)
-    unfreeze_blocks: int | None = optional_number("Also train the last N image blocks.", 1)
+    unfreeze_blocks: int | None = optional_number("Also train the image tower's last N blocks.", 1)
     lora: int | None = optional_number("Train adapters of this rank in both towers (LoRA).", 1)
     image_learning_rate: float | None = option(
         None, "Peak rate of the image tower; unset: a tenth, with --lora the same.", least=0
@@ -843,7 +843,7 @@ class CheckConfig(ModelsConfig):
     )
     max_characters: int = option(250, "Longest text.", least=1)
     max_same: int = option(3, "Most different pictures with the same text.", least=1)
-    judge: bool = option(True, "Run the model; --no-judge: checks without it.")
+    judge: bool = option(True, "Use the model; --no-judge: only checks without it.")
     root: Path | None = option(None, "Root of pictures (/ in a page); unset: PATH or its folder.")
     images: Path | None = option(None, "Folder of a table's pictures; unset: that of the table.")
     image_column: str | None = option(None, "Picture column; unset: image, file_name, …")
@@ -882,7 +882,9 @@ class ServeConfig(ModelsConfig):
     )  # fmt: skip
     lang: tuple[str, ...] = option((), "Language to serve; repeat; auto: identified; unset: all.")
     host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0: every network.")
-    allowed_host: tuple[str, ...] = option((), "Host name of this service; repeat; *: any.")
+    allowed_host: tuple[str, ...] = option(
+        (), "Host name of this service, besides localhost; repeat; *: any."
+    )
     port: int = option(8000, "Port to listen on; 0: any free one.", least=0)
     batch_size: int = option(16, "Most pairs computed at once.", least=1)
     max_waiting: int = option(256, "Requests that may wait; more are refused (503).", least=1)

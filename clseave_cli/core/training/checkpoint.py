@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from clseave_cli.core.files import atomic_folder, file_digest, json_digest, read_json, write_json
 from clseave_cli.errors import ModelError
 
-#: Name of a state's folder.
-STATE = re.compile(r"state-\d+")
+STATE = re.compile(r"state-\d+")  # the name of a state's folder
 
 
 @dataclass

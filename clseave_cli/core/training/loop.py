@@ -191,8 +191,7 @@ class _Loop:
         self.selected_weights: dict[str, Tensor] | None = None
         # Float64 sums on the device are exact enough, and only reading them waits for it.
         self.sums = torch.zeros(1 + len(stage.metrics), dtype=torch.float64, device=device)
-        self.step_seconds = 0.0
-        self.pairs_stepped = 0
+        self.step_seconds, self.pairs_stepped = 0.0, 0
         self.started = self.saved_at = time.monotonic()
         self.metrics_path = self.folder / "metrics.jsonl"
 
