@@ -20,10 +20,10 @@ import torch
 from PIL import Image
 
 from clseave_cli.core.config import IllustrateConfig
-from clseave_cli.core.data.heat_map import made_by, write_png
+from clseave_cli.core.data.heat_map import png_software, write_png
 from clseave_cli.core.data.images import ImageFolder, picture_name
 from clseave_cli.core.data.mini_ve.drawing import draw
-from clseave_cli.core.data.mini_ve.generation import asked_of, guided
+from clseave_cli.core.data.mini_ve.generation import guided, scenes_of
 from clseave_cli.core.data.records import ENGLISH, image_stem, require_split_path
 from clseave_cli.core.data.rows import (
     ID_KEYS,
@@ -131,7 +131,7 @@ def _missing(out: Path, wanted: list[Wanted], engine: Engine) -> list[tuple[Want
         existing = folder.get(picture_name(picture.key))
         if existing is None:
             missing.append((picture, record))
-        elif made_by(existing) != record:
+        elif png_software(existing) != record:
             raise UsageError(
                 f"{existing}: was not drawn by illustrate from this text with these options; "
                 "delete it, or choose another --out."
@@ -141,7 +141,7 @@ def _missing(out: Path, wanted: list[Wanted], engine: Engine) -> list[tuple[Want
 
 def _mini_ve(config: IllustrateConfig) -> Engine:
     """The built-in world, which draws other scenes with the same answer."""
-    scenes = asked_of(config.data, config.split, by_row=config.guided_by == "pairID")
+    scenes = scenes_of(config.data, config.split, by_row=config.guided_by == "pairID")
 
     def draw_scene(wanted: Wanted) -> Image.Image:
         if wanted.key not in scenes:

@@ -241,7 +241,7 @@ class _Loop:
         remaining = epoch[state.batch : state.batch + self.total_steps - state.step]
         self.stage.module.train()
         title = f"{self.stage}: epoch {state.epoch + 1}/{self.last_epoch}"
-        with self.progress.task(title, num_examples, "pairs", noted=True) as task:
+        with self.progress.task(title, num_examples, "pairs", summary=False) as task:
             task.advance(state.num_seen)
             start = time.monotonic()
             for rows, parts in self._prepared(remaining):
