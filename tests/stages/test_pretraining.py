@@ -203,7 +203,7 @@ def test_starts_that_contradict_each_other_are_refused(captioned, tmp_path, enco
         ({"freeze_epochs": 0.5}, "--freeze-epochs freezes pretrained encoders"),
         ({"text": text, "vision": text}, "a xlm-roberta model; expected a vision encoder such as"),
         ({"text": vision, "vision": vision}, "a vit model; expected a text encoder"),
-        ({"text": str(runs / "clip-ve" / "text"), "vision": vision}, "has the same state whatever"),
+        ({"text": str(runs / "clip-ve" / "text"), "vision": vision}, "has the same state in every"),
     ):
         with pytest.raises(ClseaveError, match=re.escape(message)):
             _pretrain(captioned, tmp_path / "new", **options)
