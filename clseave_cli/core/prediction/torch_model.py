@@ -20,7 +20,7 @@ from clseave_cli.core.models.folder import peek
 from clseave_cli.core.models.listing import find_students
 from clseave_cli.core.models.student import load_student
 from clseave_cli.core.prediction import Floats
-from clseave_cli.core.training.precision import autocast, resolve_device
+from clseave_cli.core.training.device import autocast, resolve_device
 from clseave_cli.errors import ModelError
 
 #: Image towers with fewer weights encode one example fastest in one thread.
