@@ -354,7 +354,7 @@ def _languages(document: Results) -> Figure:
             axes.errorbar(x, value, yerr=ends, color=_INK, capsize=4, linewidth=1.1, zorder=4)
         beside = ""
         if document.seeds:
-            spread = document.spread(result)
+            spread = document.seed_accuracy(result)
             beside = "first alone" if spread is None else f"± {100 * spread.std:.1f}"
         number: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "color": _INK}
         place = (0, 11 if beside else 3)
