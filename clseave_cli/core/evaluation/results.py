@@ -64,8 +64,8 @@ class LanguageResult(Scores):
 
     lang: str  # language code
     split: str  # name of the split
-    # `zero-shot`: `Signature.reader` reads the language itself. `translate-test`: the hypotheses are
-    # translated into the source language first.
+    # `zero-shot`: `Signature.reader` reads the language itself; `translate-test`: the hypotheses
+    # are translated into the source language first.
     mode: Mode = "zero-shot"
     # Accuracy, with its 95 % interval, on the rows that the hypothesis-only baseline gets wrong.
     hard_accuracy: float | None = None
