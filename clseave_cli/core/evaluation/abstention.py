@@ -196,11 +196,7 @@ def _calibrated(config: CalibrateConfig, outputs: Outputs, model: Path, delta: f
 
 
 def _num_checkpoints(model: Path, split: Split) -> int:
-    """The number of a model's checkpoints that the rows chose from.
-
-    Raises:
-        DataError: the model was trained on the rows.
-    """
+    """The number of checkpoints that the rows chose from; DataError if a model learnt from them."""
     record = json_object(model / "training" / "run.json")
     if split.digest not in record.get("inputs", {}).values():
         return 1

@@ -129,11 +129,11 @@ class HypothesisOnly:
         return self._in_model() if lang == self._source_lang else None
 
     def require(self, rows: Rows) -> None:
-        """Refuses training rows that `guess` would refuse, without learning from them.
+        """Raises what `guess` would raise, without learning from the training rows.
 
         Raises:
-            DataError: a bad row, or a photo of the rows among the training photos.
-            ModelError: there are none, and the classifier in the model's folder is damaged.
+            DataError: a bad training row, or a photo of the rows among the training photos.
+            ModelError: the classifier in the model's folder is damaged.
         """
         training = self._training_file(rows.lang)
         if training is None:
@@ -142,11 +142,7 @@ class HypothesisOnly:
             self._training_rows(rows)
 
     def guess(self, rows: Rows) -> Guesses | None:
-        """The guesses for rows; None without a classifier of the language that the model reads.
-
-        Raises:
-            DataError: as `require`.
-        """
+        """The guesses for rows; None without a classifier of the language that the model reads."""
         training = self._training_file(rows.lang)
         if training is None:
             classifier = self._classifier(rows.lang)

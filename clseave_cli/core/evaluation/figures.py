@@ -25,7 +25,6 @@ from PIL import Image
 
 from clseave_cli.core.data.rows import read_rows
 from clseave_cli.core.evaluation.results import (
-    LanguageResult,
     RankScores,
     Results,
     Retrieval,
@@ -45,11 +44,9 @@ _WIDTH = 7.6
 _LETTERS = [name[0].upper() for name in LABELS]
 _THIN: dict[str, Any] = {"color": _MUTED, "linewidth": 0.8, "linestyle": ":"}
 _OFFSET: dict[str, Any] = {"textcoords": "offset points", "color": _INK}
+_CORNER: dict[str, Any] = {"size": 8, "color": _INK, "va": "top"}
 _LEGEND: dict[str, Any] = {"frameon": False, "labelcolor": _MUTED}
 _ON_TOP = _LEGEND | {"loc": "outside upper left", "fontsize": 8}
-
-
-# --- curves ---
 
 
 @dataclass(frozen=True)
@@ -149,9 +146,6 @@ class DataCurves:
         return lines
 
 
-# --- figures ---
-
-
 @dataclass(frozen=True)
 class Drawing:
     """A figure for its file and for the page."""
@@ -189,9 +183,8 @@ def draw_figures(results: Results, curves: Sequence[LearningCurve]) -> dict[str,
 
 def draw_data_curves(curves: DataCurves) -> bytes:
     """PNG of the students' metric by number of sentences, with the teacher's accuracy."""
-    figure, lines = _figure(3.4), curves.lines()
-    axes = figure.add_subplot()
-    _tidy(axes)
+    figure, (axes,) = _panels(3.4, [""], ("sentences", curves.metric), grid="y")
+    lines = curves.lines()
     for (name, points), colour in zip(lines.items(), cycle(_SERIES), strict=False):
         numbers, values, low, high = zip(*points, strict=True)
         axes.plot(numbers, values, "o-", color=colour, markersize=3.5, label=_plain(name))
@@ -199,10 +192,9 @@ def draw_data_curves(curves: DataCurves) -> bytes:
     if curves.english is not None:
         axes.axhline(100 * curves.english, label="teacher", **_THIN)
     axes.set_xscale("log")
-    ticks = sorted({point[0] for points in lines.values() for point in points})
-    axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
+    axes.set_xticks(sorted({point[0] for points in lines.values() for point in points}))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    _axis_names(axes, "sentences", curves.metric)
     figure.legend(ncols=6, **_ON_TOP)
     return draw(figure, curves.signature, whole=True).encoded
 
@@ -231,10 +223,8 @@ def draw_ranks(document: Retrieval) -> bytes:
         for x, ranks in enumerate(scores):
             axes.vlines(x, ranks.lower_quartile, ranks.upper_quartile, color=_OTHER, linewidth=7)
             axes.plot(x, ranks.median_rank, "_", color=_INK, markersize=14, zorder=3)
-        axes.set_yscale("log")
+        _logarithmic(axes)
         axes.set_ylim(0.8, max(10.0, axes.get_ylim()[1]))
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
     return draw(figure, str(document.signature), whole=True).encoded
 
 
@@ -242,13 +232,12 @@ def _retrieval_panels(
     document: Retrieval, y: str
 ) -> tuple[Figure, list[tuple[Axes, list[RankScores]]]]:
     """A panel a direction, with its scores by language; * marks languages not trained in."""
-    figure, panels = _grid(2.6, ("images, given a caption", "captions, given an image"), columns=1)
+    titles = "images, given a caption", "captions, given an image"
+    figure, panels = _panels(2.6, titles, ("", y), columns=1, grid="y")
     names = [_plain(r.lang + "*" * (r.trained is False)) for r in document.results]
     for axes in panels:
-        _tidy(axes)
         axes.set_xticks(range(len(names)), names)
         axes.set_xlim(-0.6, max(len(names), 4) - 0.4)
-        _axis_names(axes, "", y)
     scores = [[getattr(r, side) for r in document.results] for side in ("images", "captions")]
     return figure, list(zip(panels, scores, strict=True))
 
@@ -294,30 +283,31 @@ def _cropped(image: Image.Image, box: tuple[int, int, int, int]) -> bytes:
     return stream.getvalue()
 
 
-def _figure(height: float) -> Figure:
-    return Figure((_WIDTH, height), dpi=_DOTS_PER_INCH, layout="constrained", facecolor="white")
-
-
-def _grid(height: float, titles: Iterable[str], columns: int = 3) -> tuple[Figure, list[Axes]]:
-    """Small panels of a height in inches with their titles, at most `columns` in a row."""
+def _panels(
+    height: float,
+    titles: Iterable[str],
+    labels: tuple[str, str],
+    *,
+    columns: int = 3,
+    grid: Any = "both",
+) -> tuple[Figure, list[Axes]]:
+    """Panels of a height in inches with titles and axis labels, at most `columns` in a row."""
     titles = list(titles)
     columns = min(columns, len(titles))
     rows = math.ceil(len(titles) / columns)
-    figure = _figure(height * rows + 0.2)
-    panels = [figure.add_subplot(rows, columns, number + 1) for number in range(len(titles))]
-    for axes, title in zip(panels, titles, strict=True):
+    size = _WIDTH, height * rows + 0.2 * (titles != [""])
+    figure = Figure(size, dpi=_DOTS_PER_INCH, layout="constrained", facecolor="white")
+    for number, title in enumerate(titles, 1):
+        axes = figure.add_subplot(rows, columns, number, xlabel=labels[0], ylabel=labels[1])
         axes.set_title(_plain(title), loc="left", size=9, color=_INK, weight="bold")
-    return figure, panels
-
-
-def _by_result(
-    height: float, results: Results, x: str, y: str
-) -> tuple[Figure, list[tuple[Axes, LanguageResult]]]:
-    """A panel for each result, with the names of its axes."""
-    figure, panels = _grid(height, [_name(r, results) for r in results.results])
-    for axes in panels:
-        _axis_names(axes, x, y)
-    return figure, list(zip(panels, results.results, strict=True))
+        axes.tick_params(which="both", colors=_MUTED, labelsize=8, length=0)
+        axes.set_axisbelow(True)
+        axes.grid(axis=grid, color=_GRID, linewidth=0.7)
+        for side, spine in axes.spines.items():
+            spine.set(color=_GRID, visible=side in ("left", "bottom"))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.label.set(size=8, color=_MUTED)
+    return figure, figure.axes
 
 
 def _plain(text: str) -> str:
@@ -325,36 +315,23 @@ def _plain(text: str) -> str:
     return text.encode("latin-1", "replace").decode("latin-1").replace("$", r"\$")
 
 
-def _tidy(axes: Axes, grid: str = "y") -> None:
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(_GRID)
-    axes.tick_params(which="both", colors=_MUTED, labelsize=8, length=0)
-    axes.set_axisbelow(True)
-    axes.grid(axis=grid, color=_GRID, linewidth=0.7)  # type: ignore[arg-type]
+def _logarithmic(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _axis_names(axes: Axes, x: str, y: str) -> None:
-    axes.set_xlabel(x, size=8, color=_MUTED)
-    axes.set_ylabel(y, size=8, color=_MUTED)
-
-
-def _corner_text(axes: Axes, text: str) -> None:
-    axes.text(0.04, 0.93, text, transform=axes.transAxes, size=8, color=_INK, va="top")
-
-
-def _name(result: LanguageResult, results: Results, separator: str = ", ") -> str:
-    shows_mode = results.shows_mode(result)
-    return _plain(f"{result.lang}{separator}{result.mode}" if shows_mode else result.lang)
+def _names(results: Results, separator: str = ", ") -> list[str]:
+    return [
+        r.lang + (f"{separator}{r.mode}" if results.shows_mode(r) else "") for r in results.results
+    ]
 
 
 def _languages(document: Results) -> Figure:
     """Accuracy by language with its interval, and the baselines as marks on each bar."""
     results = means(document)
-    figure = _figure(3.4)
-    axes = figure.add_subplot()
-    _tidy(axes)
+    of = f", mean ± sd of {document.num_trainings} trainings" if document.seeds else ""
+    figure, (axes,) = _panels(3.4, [""], ("", f"accuracy, %{of}"), grid="y")
     for x, result in enumerate(results.results):
         top = value = 100 * result.accuracy
         colour = _SOURCE if result.lang == results.source_lang else _OTHER
@@ -372,16 +349,13 @@ def _languages(document: Results) -> Figure:
         axes.annotate(deviation, (x, top), (0, 3), size=7, ha="center", **_OFFSET)
     if handles := _baseline_marks(axes, results):
         figure.legend(handles=handles, ncols=3, **_ON_TOP)
-    names = [_name(result, results, "\n") for result in results.results]
+    names = [_plain(name) for name in _names(results, "\n")]
     many = len(names) > 6
     axes.set_xticks(range(len(names)), [n.replace("-", "-\n") if many else n for n in names])
     axes.tick_params(axis="x", labelsize=7 if many else 10, labelcolor=_INK)
     aside = 0.6 if len(names) > 1 else 1.0
-    axes.set_xlim(-aside, len(names) - 1 + aside)
-    axes.set_ylim(0, 112 if document.seeds else 106)
-    axes.set_yticks(range(0, 101, 20))
-    of = f", mean ± sd of {document.num_trainings} trainings" if document.seeds else ""
-    _axis_names(axes, "", f"accuracy, %{of}")
+    top = 112 if document.seeds else 106
+    axes.set(xlim=(-aside, len(names) - 1 + aside), ylim=(0, top), yticks=range(0, 101, 20))
     return figure
 
 
@@ -403,8 +377,8 @@ def _baseline_marks(axes: Axes, results: Results) -> list[Line2D]:
 
 
 def _confusion(results: Results) -> Figure:
-    figure, panels = _by_result(2.2, results, "predicted", "gold")
-    for axes, result in panels:
+    figure, panels = _panels(2.2, _names(results), ("predicted", "gold"))
+    for axes, result in zip(panels, results.results, strict=True):
         counts = np.array(result.confusion, dtype=np.float64)
         rows = counts.sum(axis=1, keepdims=True)
         shares = counts / np.maximum(rows, 1)
@@ -421,36 +395,30 @@ def _confusion(results: Results) -> Figure:
                 cell.set_in_layout(False)  # measuring it would take half the time
         axes.set_xticks(range(len(LABELS)), _LETTERS)
         axes.set_yticks(range(len(LABELS)), _LETTERS)
-        axes.tick_params(colors=_MUTED, labelsize=8, length=0)
-        for spine in axes.spines.values():
-            spine.set_color(_GRID)
+        axes.grid(visible=False)
+        axes.spines[:].set_visible(True)
     return figure
 
 
 def _reliability(results: Results) -> Figure:
-    figure, panels = _by_result(2.1, results, "confidence, %", "accuracy, %")
-    for axes, result in panels:
-        _tidy(axes, "both")
+    figure, panels = _panels(2.1, _names(results), ("confidence, %", "accuracy, %"))
+    for axes, result in zip(panels, results.results, strict=True):
         axes.plot([0, 100], [0, 100], **_THIN)
         x = [100 * point.confidence for point in result.reliability]
         y = [100 * point.accuracy for point in result.reliability]
         share = np.array([point.count for point in result.reliability]) / result.num_examples
         axes.plot(x, y, color=_OTHER, linewidth=1.2, zorder=3)
         axes.scatter(x, y, s=8 + 160 * share, color=_OTHER, edgecolor="white", zorder=4)
-        _corner_text(axes, f"ECE {100 * result.ece:.1f} %")
+        axes.text(0.04, 0.93, f"ECE {100 * result.ece:.1f} %", **_CORNER, transform=axes.transAxes)
         # The largest of three probabilities is never below a third.
-        axes.set_xlim(30, 102)
-        axes.set_ylim(0, 104)
-        axes.set_xticks([40, 60, 80, 100])
-        axes.set_yticks([0, 25, 50, 75, 100])
+        axes.set(xlim=(30, 102), xticks=range(40, 101, 20), ylim=(0, 104), yticks=range(0, 101, 25))
     return figure
 
 
 def _risk_coverage(results: Results) -> Figure:
     """The share of wrong answers by the share of rows answered, and thresholds."""
-    figure, panels = _by_result(2.1, results, "answered, %", "wrong of these, %")
-    for axes, result in panels:
-        _tidy(axes, "both")
+    figure, panels = _panels(2.1, _names(results), ("answered, %", "wrong of these, %"))
+    for axes, result in zip(panels, results.results, strict=True):
         x = [100 * point.count / result.num_examples for point in result.risk_coverage]
         y = [100 - 100 * point.accuracy for point in result.risk_coverage]
         axes.plot(x, y, color=_OTHER, linewidth=1.2, zorder=3)
@@ -458,9 +426,9 @@ def _risk_coverage(results: Results) -> Figure:
             answered = 100 * (1 - result.unsure.share)
             ring = answered, np.interp(answered, x, y)
             axes.plot(*ring, "o", color=_INK, fillstyle="none", zorder=4)
-        _corner_text(axes, f"AURC {100 * (result.aurc or 0):.1f} %")
-        axes.set_xlim(0, 102)
-        axes.set_ylim(bottom=0)
+        aurc = f"AURC {100 * (result.aurc or 0):.1f} %"
+        axes.text(0.04, 0.93, aurc, **_CORNER, transform=axes.transAxes)
+        axes.set(xlim=(0, 102), ylim=(0, None))
     return figure
 
 
@@ -471,9 +439,8 @@ def _distances(results: Results) -> Figure | None:
     kinds = {kind: c for kind, c in correlations.items() if c.num_languages > 1}
     if analysis is None or not kinds:
         return None
-    figure, panels = _grid(2.1, kinds)
+    figure, panels = _panels(2.1, kinds, (f"distance to {results.source_lang}", "points lost"))
     for axes, correlation in zip(panels, kinds.values(), strict=True):
-        _tidy(axes, "both")
         for lang, distance in correlation.distances.items():
             if distance is not None:
                 place = distance, 100 * analysis.losses[lang]
@@ -485,12 +452,11 @@ def _distances(results: Results) -> Figure | None:
         if correlation.spearman is not None and correlation.pearson is not None:
             note = f"ρ {correlation.spearman:+.2f} · r {correlation.pearson:+.2f} · {note}"
         axes.text(1, 1.03, note, transform=axes.transAxes, size=6.5, color=_MUTED, ha="right")
-        _axis_names(axes, f"distance to {results.source_lang}", "points lost")
     return figure
 
 
 # Recorded metrics by panel.
-_PANELS = {
+_CURVES = {
     "loss": ("train loss", "dev loss"),
     "accuracy, %": ("train accuracy", "dev accuracy"),
     "dev MSE per dimension": ("dev mse",),
@@ -502,13 +468,12 @@ _PANELS = {
 def _curves(curves: Sequence[LearningCurve]) -> Figure:
     """Metrics by epoch: the thesis's Figures 3.2 and 4.1."""
     recorded = {name for curve in curves for name in curve.lines}
-    panels = {title: names for title, names in _PANELS.items() if recorded.intersection(names)}
+    drawn = {title: names for title, names in _CURVES.items() if recorded.intersection(names)}
     # Alignment errors fall over orders of magnitude; classifier losses do not.
     errors = {"loss", "dev MSE per dimension", "dev MAE per dimension"}
     logarithmic = errors if "dev mse" in recorded else set()
-    figure, all_axes = _grid(2.4, panels, columns=2)
-    for axes, (title, names) in zip(all_axes, panels.items(), strict=True):
-        _tidy(axes)
+    figure, panels = _panels(2.4, drawn, ("epoch", "linear scale"), columns=2, grid="y")
+    for axes, (title, names) in zip(panels, drawn.items(), strict=True):
         for number, curve in enumerate(curves):
             colour = _SERIES[number % len(_SERIES)]
             for name in (name for name in names if name in curve.lines):
@@ -525,11 +490,9 @@ def _curves(curves: Sequence[LearningCurve]) -> Figure:
                     (ring,) = axes.plot(*best, "o", color=colour, fillstyle="none", ms=size)
                     ring.set_clip_on(False)
         if title in logarithmic:
-            axes.set_yscale("log")
+            _logarithmic(axes)
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-            axes.yaxis.set_minor_formatter(NullFormatter())
-        _axis_names(axes, "epoch", "logarithmic scale" if title in logarithmic else "linear scale")
+            axes.set_ylabel("logarithmic scale")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if title != "learning rate" or len(curves) > 1:
             axes.legend(fontsize=7, **_LEGEND)

@@ -39,9 +39,6 @@ _ROUNDING = 1e-12
 _WEIGHTS_AT_ONCE = 4_000_000
 
 
-# --- resampling photos ---
-
-
 @dataclass(frozen=True)
 class Interval:
     """A statistic and its 95 % interval; None: too few photos or resamples for one."""
@@ -161,9 +158,6 @@ def accuracy_interval(
     return Interval(value, alike * value, 1 - alike * (1 - value))
 
 
-# --- two models on the same rows ---
-
-
 @dataclass(frozen=True)
 class Difference(Interval):
     """The paired difference in accuracy on the same rows, first minus second, by photo."""
@@ -227,9 +221,6 @@ def agreement(logits_first: npt.ArrayLike, logits_second: npt.ArrayLike) -> tupl
     share = float(np.mean(first == second))
     # scikit-learn would divide by zero if both always give the same one label.
     return share, 1.0 if share == 1 else float(cohen_kappa_score(first, second))
-
-
-# --- one model ---
 
 
 @dataclass(frozen=True)

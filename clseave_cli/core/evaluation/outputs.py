@@ -5,9 +5,11 @@ N rows · D embedding width · C labels · G cells along a side of a photo
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,21 +18,22 @@ from PIL.Image import Image
 from scipy.special import softmax
 from torch import Tensor
 
-from clseave_cli.core.config import EvaluateConfig
+from clseave_cli.core.config import EvaluateConfig, RetrieveConfig
 from clseave_cli.core.data.heat_map import heat_map
 from clseave_cli.core.data.images import Preparation
 from clseave_cli.core.data.records import Split
 from clseave_cli.core.evaluation.baselines import Rows, shuffled_rows
 from clseave_cli.core.evaluation.comparison import rows_in_common
-from clseave_cli.core.evaluation.results import Mode, result_key
+from clseave_cli.core.evaluation.results import Mode, Signature, result_key
 from clseave_cli.core.features import by_rows, image_features, tokenize_sentences
 from clseave_cli.core.models.calibration import Calibration
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.student import load_student
-from clseave_cli.core.training.precision import autocast, resolve_device
+from clseave_cli.core.training.precision import autocast, resolve_device, resolve_precision
 from clseave_cli.errors import DataError, ModelError
 from clseave_cli.progress import Progress
+from clseave_cli.version import __version__
 
 # Longest side of a heat map: its scale must be legible in the report.
 _HEAT_MAP_PIXELS = 320
@@ -95,11 +98,7 @@ class Outputs:
 def shared_rows(
     first: Outputs, second: Outputs
 ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """The numbers of the rows that both have, in the one and in the other.
-
-    Raises:
-        DataError: there are none.
-    """
+    """The numbers of the rows that both have, in the one and in the other; DataError if none."""
     rows, others = rows_in_common(first.split.pair_ids, second.split.pair_ids)
     if not len(rows):
         raise DataError(
@@ -107,6 +106,21 @@ def shared_rows(
             "rows of two languages belong together by pairID."
         )
     return rows, others
+
+
+def signature(config: EvaluateConfig | RetrieveConfig, folder: Path, **measured: Any) -> Signature:
+    """The signature of an evaluation on the data in a folder, today."""
+    device = resolve_device(config.device)
+    return Signature(
+        version=__version__,
+        seed=config.seed,
+        resamples=config.resamples,
+        precision=resolve_precision(config.precision, device),
+        device=device.type,
+        dataset=config.data if config.data.startswith("hf:") else folder.resolve().name,
+        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        **measured,
+    )
 
 
 def run_systems(

@@ -161,7 +161,7 @@ class Signature:
     def __str__(self) -> str:
         """One line for a figure's footer, with fingerprints shortened to 8 digits."""
         parts = [f"clseave {self.version}", f"n {self.num_examples:,}"]
-        parts += _digests(self.data, "files") + self._models()
+        parts += _digests(self.data, "files") + _digests(self.checkpoints, "models")
         if self.precision is not None:
             parts.append(f"{self.precision} on {self.device}")
         if self.source_lang != "en":
@@ -175,17 +175,6 @@ class Signature:
         parts += [f"{lang} translated by {name}" for lang, name in self.translators.items()]
         parts += [f"seed {self.seed}", f"{self.resamples:,} resamples by photo"]
         return " · ".join(parts)
-
-    def _models(self) -> list[str]:
-        """Digests of the models, or of the trainings if there are several."""
-        trainings: dict[str, dict[str, str]] = {}
-        for name, digest in self.checkpoints.items():
-            training, _, model = name.rpartition("/")
-            trainings.setdefault(training, {})[model] = digest
-        if len(trainings) < 2:
-            return _digests(self.checkpoints, "models")
-        digests = {f"training {name}": json_digest(models) for name, models in trainings.items()}
-        return _digests(digests, "trainings")
 
 
 def _digests(digests: dict[str, str], kind: str) -> list[str]:
@@ -285,9 +274,6 @@ class Results:
             raise DataError(f"{path}: {error}") from None
 
 
-# --- retrieval ---
-
-
 @dataclass(frozen=True, kw_only=True)
 class RankScores:
     """Recall and ranks of the nearest right answer to each query; expected values under ties."""
@@ -322,8 +308,6 @@ class Retrieval:
     signature: Signature
     format: int = 1
 
-
-# --- several trainings ---
 
 #: The metrics that `across_seeds` summarises: keys of a result or of its baselines.
 SEED_METRICS = (

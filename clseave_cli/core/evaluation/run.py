@@ -6,7 +6,6 @@ and this module puts the numbers together.
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -34,7 +33,13 @@ from clseave_cli.core.evaluation.comparison import PredictedRows
 from clseave_cli.core.evaluation.figures import read_learning_curve
 from clseave_cli.core.evaluation.gallery import errors, examples
 from clseave_cli.core.evaluation.metrics import Difference, Interval
-from clseave_cli.core.evaluation.outputs import Outputs, System, run_systems, shared_rows
+from clseave_cli.core.evaluation.outputs import (
+    Outputs,
+    System,
+    run_systems,
+    shared_rows,
+    signature,
+)
 from clseave_cli.core.evaluation.report import REPORT, write_report
 from clseave_cli.core.evaluation.results import (
     Abstention,
@@ -42,7 +47,6 @@ from clseave_cli.core.evaluation.results import (
     LanguageResult,
     Overlap,
     Results,
-    Signature,
     across_seeds,
 )
 from clseave_cli.core.evaluation.summary import joined, leaks
@@ -54,12 +58,11 @@ from clseave_cli.core.models.clip_ve import fingerprint, source_language
 from clseave_cli.core.models.folder import leave_out_other_versions
 from clseave_cli.core.models.listing import find_students
 from clseave_cli.core.models.student import require_teacher, student_fingerprint
-from clseave_cli.core.training.precision import resolve_device, resolve_precision
+from clseave_cli.core.training.precision import resolve_device
 from clseave_cli.core.translation.corpus import translate_hypotheses
 from clseave_cli.errors import DataError, ModelError, UsageError
 from clseave_cli.labels import LABELS
 from clseave_cli.progress import SILENT, Progress
-from clseave_cli.version import __version__
 
 
 def evaluate(config: EvaluateConfig, progress: Progress = SILENT) -> Results:
@@ -96,12 +99,12 @@ def evaluate(config: EvaluateConfig, progress: Progress = SILENT) -> Results:
 
 def _with_source(document: Results, other: Results) -> Results:
     """The document with models and accuracies of another source language."""
-    lang, signature = other.source_lang, document.signature
-    models = {f"{name} (source {lang})": d for name, d in other.signature.checkpoints.items()}
+    lang, models = other.source_lang, dict(document.signature.checkpoints)
+    models |= {f"{name} (source {lang})": d for name, d in other.signature.checkpoints.items()}
     sources = document.sources or {document.source_lang: document.accuracies}
     return replace(
         document,
-        signature=replace(signature, checkpoints=signature.checkpoints | models),
+        signature=replace(document.signature, checkpoints=models),
         sources=sources | {lang: other.accuracies},
     )
 
@@ -129,14 +132,6 @@ def _results(plan: _Plan, progress: Progress) -> tuple[Results, dict[str, Output
     return document, first
 
 
-def require_rows(config: EvaluateConfig, langs: Iterable[str], progress: Progress) -> None:
-    """Raises the DataError that `evaluate` would raise about the rows of some languages."""
-    folder = data_folder(config.data, progress)
-    images = ImageFolder.of(folder, config.images)
-    for lang in langs:
-        labelled_rows(config, folder, lang, images, progress)
-
-
 def labelled_rows(
     config: EvaluateConfig, folder: Path, lang: str, images: ImageFolder, progress: Progress
 ) -> Split:
@@ -152,12 +147,7 @@ def _with_photos(
     images: ImageFolder,
     progress: Progress,
 ) -> dict[str, Rows]:
-    """The rows with their photos, and whether any of the models saw them in training.
-
-    Raises:
-        DataError: a model saw photos, without --allow-leak or --exclude-seen; or it saw all.
-        ModelError: --exclude-seen, and a model has no record of seen photos.
-    """
+    """The rows with their photos, and whether any of the models saw them in training."""
     records = {model: SeenRows.read(model) for model in models}
     if without := [model for model, record in records.items() if record is None]:
         message = f"{joined(map(str, without))}: no record of the photos seen in training; "
@@ -202,9 +192,6 @@ def _with_photos(
     return rows
 
 
-# --- what is evaluated ---
-
-
 @dataclass(frozen=True, eq=False)
 class _Plan:
     """The checked input of an evaluation of one source language."""
@@ -221,11 +208,7 @@ class _Plan:
 
     @classmethod
     def of(cls, config: EvaluateConfig, progress: Progress) -> _Plan:
-        """Checks options, models, rows, photos and training rows, then translates.
-
-        Raises:
-            ClseaveError: as `evaluate`.
-        """
+        """Checks options, models, rows, photos and training rows, then translates."""
         if config.reader == "source" and (config.students or config.mode == "translate-test"):
             raise UsageError(
                 "--reader source has CLIP-VE read the rows as they are; leave out --students and "
@@ -284,39 +267,31 @@ class _Plan:
 def systems_of(
     config: EvaluateConfig, runs: Path, source_lang: str, folder: Path, progress: Progress
 ) -> list[System]:
-    """The systems of one folder of models, with the source language first.
-
-    Raises:
-        ClseaveError: a language is unknown, or has no rows or no student.
-    """
+    """The systems of one folder; ClseaveError for a language without rows or a student."""
     zero_shot = config.mode != "translate-test"
     readers: dict[str, Path | None] = {source_lang: None}  # None: CLIP-VE itself
     if config.reader == "source":
         readers |= dict.fromkeys((*config.lang, *languages(folder, config.split)))
     else:
         readers |= find_students(config.students or runs) | readers
-    for lang in config.lang:
+    for lang in config.lang or (source_lang,):
         require_language(lang)
         require_split_path(folder, config.split, lang)
-        if zero_shot and lang not in readers:
-            raise ModelError(
-                f"{runs}: no student for {lang} (there are models for {', '.join(readers)}); "
-                f"`clseave align --lang {lang}` makes one; --mode translate-test and --reader "
-                "source need none."
-            )
     langs = list(dict.fromkeys(config.lang))
     if not langs:
-        require_split_path(folder, config.split, source_lang)
         langs = sorted(languages(folder, config.split), key=lambda lang: lang != source_lang)
-        without = [lang for lang in langs if lang not in readers]
-        if zero_shot:
-            readers = {lang: readers[lang] for lang in langs if lang in readers}
-            leave_out_other_versions(readers, progress)
-        if zero_shot and without:
-            progress.note(
-                f"{runs}: no student for {', '.join(without)}; `clseave align --lang "
-                f"{without[0]}` makes one."
+    if zero_shot and (without := [lang for lang in langs if lang not in readers]):
+        advice = f"`clseave align --lang {without[0]}` makes one"
+        if config.lang:
+            raise ModelError(
+                f"{runs}: no student for {', '.join(without)} (there are models for "
+                f"{', '.join(readers)}); {advice}; --mode translate-test and --reader source need "
+                "none."
             )
+        progress.note(f"{runs}: no student for {', '.join(without)}; {advice}.")
+    if zero_shot and not config.lang:
+        readers = {lang: readers[lang] for lang in langs if lang in readers}
+        leave_out_other_versions(readers, progress)
     systems = []
     for lang in langs:
         if lang == source_lang or (zero_shot and lang in readers):
@@ -329,22 +304,19 @@ def systems_of(
 def check_models(
     runs: Sequence[Path], systems: Sequence[Sequence[System]]
 ) -> dict[Path, dict[str, Calibration]]:
-    """The calibrations of all models of several folders, by model and language.
+    """The calibrations of all models, by folder and language.
 
     Raises:
         ModelError: a student is of another teacher, or a calibration is damaged.
     """
-    models: list[Path] = []
+    calibrations = {}
     for folder, of_folder in zip(runs, systems, strict=True):
         teacher = fingerprint(folder / "clip-ve")
         students = dict.fromkeys(s.student for s in of_folder if s.student is not None)
         for student in students:
             require_teacher(student, teacher)
-        models += [folder / "clip-ve", *students]
-    return {model: read_calibrations(model) for model in models}
-
-
-# --- one folder of models ---
+        calibrations |= {m: read_calibrations(m) for m in (folder / "clip-ve", *students)}
+    return calibrations
 
 
 def _document(
@@ -362,18 +334,17 @@ def _document(
         without_photo = _without_photo(outputs, guess)
         differences = _differences(plan, key, by_system, correct, without_photo)
         results.append(_language_result(plan, outputs, source, guess, differences))
-        baselines[key] = Baselines(
-            **{name: float(right.mean()) for name, right in without_photo.items()},
-            shuffled_image=float(outputs.shuffled_correct.mean()),
-            **{name: d for name, d in differences.items() if hasattr(Baselines, name)},
-            train_labels={} if guess is None else dict(zip(LABELS, guess.counts, strict=True)),
-        )
+        measured: dict[str, Any] = {name: float(r.mean()) for name, r in without_photo.items()}
+        measured["shuffled_image"] = float(outputs.shuffled_correct.mean())
+        measured |= {name: d for name, d in differences.items() if hasattr(Baselines, name)}
+        if guess is not None:
+            measured["train_labels"] = dict(zip(LABELS, guess.counts, strict=True))
+        baselines[key] = Baselines(**measured)
         if learnt := plan.hypothesis_only.learnt_from(plan.rows[key].lang):
             training[learnt[0]] = learnt[1]
     accuracies = {r.lang: r.accuracy for r in results if r.mode == "zero-shot"}
     if source is not None:
         accuracies[plan.source_lang] = float(source.correct.mean())
-    device = resolve_device(config.device)
     by_file = {
         rows.split.path.relative_to(plan.folder).as_posix(): rows
         for rows in (plan.rows[key] for key in by_system)
@@ -381,12 +352,11 @@ def _document(
     return Results(
         results=tuple(results),
         baselines=baselines,
-        signature=Signature(
-            version=__version__,
+        signature=signature(
+            config,
+            plan.folder,
             data={name: rows.split.digest for name, rows in by_file.items()},
             checkpoints=_checkpoints(config.runs, number, plan.systems[number]),
-            seed=config.seed,
-            resamples=config.resamples,
             num_examples=max(len(rows.split) for rows in by_file.values()),
             translators={r.split.lang: r.translator for r in plan.rows.values() if r.translator},
             source_lang=plan.source_lang,
@@ -394,10 +364,6 @@ def _document(
             training=training,
             seen={name: len(rows.seen_images) for name, rows in by_file.items() if rows.seen.any()},
             excluded={name: r.num_excluded for name, r in by_file.items() if r.num_excluded},
-            precision=resolve_precision(config.precision, device),
-            device=device.type,
-            dataset=config.data if config.data.startswith("hf:") else plan.folder.resolve().name,
-            date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         ),
         distances=analyse_distances(accuracies, plan.source_lang),
     )
@@ -493,8 +459,8 @@ def _without_photo(outputs: Outputs, guesses: Guesses | None) -> dict[str, npt.N
     """(N,) which rows each baseline without a photo gets right."""
     if guesses is None:
         return {}
-    labels = {"majority": guesses.majority, "hypothesis_only": guesses.labels}
-    return {name: outputs.is_gold(predicted) for name, predicted in labels.items()}
+    is_gold = outputs.is_gold
+    return {"majority": is_gold(guesses.majority), "hypothesis_only": is_gold(guesses.labels)}
 
 
 def _differences(
@@ -506,7 +472,7 @@ def _differences(
 ) -> dict[str, Difference]:
     """The paired differences to the source language, to this language's student, and to baselines.
 
-    `correct` has for each system the (N,) rows that are right, or in what share of the trainings.
+    `correct` has for each system (N,) whether rows are right, or in what share of the trainings.
     """
     outputs, right = by_system[key], correct[key]
     pairs = {
@@ -522,9 +488,6 @@ def _differences(
     return {name: metrics.compare_predictions(*p, **plan.sampling) for name, p in pairs.items()}
 
 
-# --- several folders of models, and the report ---
-
-
 def _with_seeds(
     plan: _Plan,
     documents: Sequence[Results],
@@ -532,10 +495,7 @@ def _with_seeds(
     correct: Sequence[Mapping[str, npt.NDArray[np.bool_]]],
     guesses: Mapping[str, Guesses | None],
 ) -> Results:
-    """The first document with a summary of all.
-
-    `first` are the first training's outputs, `correct` has the right rows of each training.
-    """
+    """The first document, of the `first` outputs, with a summary of all."""
     shared = [key for key in correct[0] if all(key in of_run for of_run in correct)]
     shares = {key: np.mean([of_run[key] for of_run in correct], axis=0) for key in shared}
     intervals: dict[str, dict[str, Interval]] = {}
@@ -545,9 +505,9 @@ def _with_seeds(
         without_photo = _without_photo(outputs, guesses[key])
         differences = _differences(plan, key, first, shares, without_photo)
         intervals[key] = {"accuracy": accuracy, **differences}
-    models = [item for d in documents for item in d.signature.checkpoints.items()]
-    signature = replace(documents[0].signature, checkpoints=dict(models))
-    return replace(documents[0], signature=signature, seeds=across_seeds(documents, intervals))
+    models = {k: v for d in documents for k, v in d.signature.checkpoints.items()}
+    of_all = replace(documents[0].signature, checkpoints=models)
+    return replace(documents[0], signature=of_all, seeds=across_seeds(documents, intervals))
 
 
 def _write(plan: _Plan, report: Path, document: Results, by_system: Mapping[str, Outputs]) -> None:

@@ -19,21 +19,12 @@ from clseave_cli.labels import LABELS
 #: Shown in place of a number that was not measured.
 DASH = "–"
 
-# A sentence lists up to this many tied languages, and counts more.
-_MOST_NAMED = 6
-
-# From this share of rows with the same predicted label on, a model is said to be constant.
-_ONE_ANSWER = 0.99
-
 #: Display names of the baselines, by field of `Baselines`.
 BASELINES = {
     "majority": "majority label",
     "hypothesis_only": "hypothesis only",
     "shuffled_image": "shuffled image",
 }
-
-
-# --- numbers; None becomes a dash ---
 
 
 def percent(value: float | None) -> str:
@@ -82,9 +73,6 @@ def verdict(difference: Difference | None) -> str:
     if difference is None:
         return DASH
     return "tie" if difference.is_tie else "higher" if difference.value > 0 else "lower"
-
-
-# --- sentences ---
 
 
 @dataclass(frozen=True)
@@ -167,7 +155,7 @@ def _verdicts(
             groups.setdefault(verdict(difference), []).append((name, r, difference.value))
     if tied := groups.get("tie"):
         names = joined(name for name, *_ in tied)
-        if len(tied) > _MOST_NAMED:
+        if len(tied) > 6:
             names = f"{len(tied)} of {sum(map(len, groups.values()))} others"
         sentences.append(f"{names} {_is(tied)} {tied_with}{_same_labels([r for _, r, _ in tied])}.")
     for word in ("lower", "higher"):
@@ -226,7 +214,7 @@ def not_above(results: Results) -> list[str]:
 
 def one_answer(results: Results) -> list[str]:
     """A sentence on models that give nearly every row the same label, as the thesis's CLTEAVE."""
-    constant = [r for r in results.results if (r.most_frequent or 0) >= _ONE_ANSWER]
+    constant = [r for r in results.results if (r.most_frequent or 0) >= 0.99]
     if not constant:
         return []
     names = joined(result_name(r, results) for r in constant)
