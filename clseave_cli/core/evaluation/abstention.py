@@ -118,11 +118,9 @@ class Calibrated:
 
     def store(self, precision: float | None) -> None:
         """Writes it into the model's folder."""
-        least = {
-            label: threshold.least or 0.0
-            for name, threshold in self.thresholds.items()
-            for label in (LABELS if name == _ALL else (name,))
-        }
+        least = {name: t.least or 0.0 for name, t in self.thresholds.items()}
+        if _ALL in least:
+            least = dict.fromkeys(LABELS, least[_ALL])
         with locked_target(self.folder):
             new = {self.lang: Calibration(self.temperature, least, precision)}
             write_calibrations(self.folder, read_calibrations(self.folder) | new)
@@ -157,15 +155,15 @@ def calibrate(config: CalibrateConfig, progress: Progress = SILENT) -> list[Cali
                 split = labelled_rows(config, folder, system.lang, images, progress)
                 unseen, photos = np.full(len(split), UNSEEN, np.int8), Photos.of(split, images)
                 rows[system.key] = Rows(split, system.lang, split.hypotheses, photos, unseen)
-            models = {runs / "clip-ve", system.student or runs / "clip-ve"}
-            split = rows[system.key].split
-            level = DELTA / math.prod(_num_checkpoints(model, split) for model in models)
-            levels[runs, system.key] = level
+            levels[runs, system.key] = DELTA
+            for model in {runs / "clip-ve", system.student or runs / "clip-ve"}:
+                levels[runs, system.key] /= _num_checkpoints(model, rows[system.key].split)
     calibrated = []
     for runs, of_folder in zip(config.runs, systems, strict=True):
-        inputs = runs / "clip-ve", of_folder, calibrations, rows
-        for key, outputs in run_systems(config, *inputs, progress).items():
-            model = outputs.system.student or runs / "clip-ve"
+        clip_ve = runs / "clip-ve"
+        by_key = run_systems(config, clip_ve, of_folder, calibrations, rows, progress)
+        for key, outputs in by_key.items():
+            model = outputs.system.student or clip_ve
             calibrated.append(_calibrated(config, outputs, model, levels[runs, key]))
     if problems := [
         f"{each.lang}, {name} answers: {t.num_photos:,} photos, "

@@ -63,10 +63,8 @@ def predicted_languages(folder: Path) -> list[str]:
     paths = folder.glob(f"{_PREFIX}*{_SUFFIX}")
     languages = [path.name.removeprefix(_PREFIX).removesuffix(_SUFFIX) for path in paths]
     if not languages:
-        raise DataError(
-            f"{folder}: no predictions.*.jsonl in it; write them with: "
-            f"clseave evaluate --report {folder}"
-        )
+        command = f"clseave evaluate --report {folder}"
+        raise DataError(f"{folder}: no predictions.*.jsonl in it; write them with: {command}")
     return sorted(languages, key=lambda lang: (lang != "en", lang))
 
 
@@ -86,11 +84,8 @@ def read_predicted_rows(folder: Path, lang: str) -> PredictedRows:
             if len(triple) != len(LABELS) or not np.isfinite(triple).all() or not is_predicted:
                 raise ValueError
         except (ValueError, KeyError, TypeError):
-            raise DataError.at(
-                path,
-                number,
-                "expected pairID, image, label, predicted and three probabilities; evaluate again.",
-            ) from None
+            expected = "pairID, image, label, predicted and three probabilities"
+            raise DataError.at(path, number, f"expected {expected}; evaluate again.") from None
         if pair_id in rows:
             raise DataError.at(path, number, f"pairID {pair_id!r} is there twice.")
         rows[pair_id] = str(row.get("image", "")), label, triple
@@ -98,9 +93,6 @@ def read_predicted_rows(folder: Path, lang: str) -> PredictedRows:
     labels = np.array([label for _, label, _ in rows.values()], dtype=np.int64)
     p = np.array([triple for *_, triple in rows.values()], dtype=np.float64)
     return PredictedRows(lang, list(rows), images, labels, p.reshape(-1, len(LABELS)))
-
-
-Verdict = Literal["tie", "first", "second"]
 
 
 @dataclass(frozen=True)
@@ -116,7 +108,7 @@ class LanguageComparison:
     accuracy_second: float
     agreement: float  # share of rows given the same label
     difference: Difference  # paired, first minus second
-    verdict: Verdict  # the better one
+    verdict: Literal["tie", "first", "second"]  # the better one
 
 
 @dataclass(frozen=True)
@@ -153,17 +145,17 @@ def compare_reports(
             f"{first} has {', '.join(in_first)} and {second} has {', '.join(in_second)}: "
             "no language in common to compare."
         )
-    by: dict[str, Any] = {"resamples": resamples, "seed": seed}
+    sampling: dict[str, Any] = {"resamples": resamples, "seed": seed}
     return Comparison(
         first=str(first),
         second=str(second),
         languages=[
-            compare_rows(*(read_predicted_rows(folder, lang) for folder in (first, second)), **by)
+            compare_rows(*(read_predicted_rows(f, lang) for f in (first, second)), **sampling)
             for lang in common
         ],
         missing_in_first=[lang for lang in in_second if lang not in in_first],
         missing_in_second=[lang for lang in in_first if lang not in in_second],
-        **by,
+        **sampling,
         signature_first=_signature(first),
         signature_second=_signature(second),
     )
@@ -194,15 +186,15 @@ def compare_rows(
     rows, others = rows_in_common(first.pair_ids, second.pair_ids)
     if not len(rows):
         raise DataError(f"{first.lang}: no pairID in common; were they the same split?")
-    for row, other in zip(rows, others, strict=True):
-        if first.labels[row] != second.labels[other] or first.images[row] != second.images[other]:
-            raise DataError(
-                f"{first.lang}: row {first.pair_ids[row]!r} has another label or image in the "
-                "second evaluation; only evaluations of the same data can be compared."
-            )
-    right_first = first.predicted[rows] == first.labels[rows]
-    right_second = second.predicted[others] == first.labels[rows]
-    images = np.asarray(first.images)[rows]
+    labels, images = first.labels[rows], np.asarray(first.images)[rows]
+    differs = (labels != second.labels[others]) | (images != np.asarray(second.images)[others])
+    if differs.any():
+        raise DataError(
+            f"{first.lang}: row {first.pair_ids[rows[differs.argmax()]]!r} has another label or "
+            "image in the second evaluation; only evaluations of the same data can be compared."
+        )
+    right_first = first.predicted[rows] == labels
+    right_second = second.predicted[others] == labels
     sampling = {"resamples": resamples, "seed": seed}
     difference = compare_predictions(right_first, right_second, images, **sampling)
     return LanguageComparison(

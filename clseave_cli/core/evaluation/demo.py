@@ -90,22 +90,17 @@ def _demo(config: DemoConfig, progress: Progress) -> DemoResult:
     started = time.monotonic()
     data, runs, report = config.out / "data", config.out / "runs", config.out / "report"
     encoder = runs / "encoder"
-
     progress.note("1/5  mini-VE: draw a world to look at")
     _world(data, encoder, config.seed, progress)
-
     progress.note("\n2/5  pretrain: a CLIP model from captions")
     pretrain(_stage(PretrainConfig, config, runs / "clip", data=data), progress)
-
     progress.note("\n3/5  finetune-ve: visual entailment in English")
     clip = str(runs / "clip")
     finetune(_stage(FinetuneConfig, config, runs / "clip-ve", data=str(data), clip=clip), progress)
-
     progress.note("\n4/5  align: five languages, from parallel sentences")
     for lang in LANGUAGES[1:]:
         student = {"lang": (lang,), "student": str(encoder), "data": str(data)}
         align(_stage(AlignConfig, config, runs / f"align-{lang}", **student), progress)
-
     progress.note("\n5/5  evaluate: six languages, and baselines that never see the picture")
     evaluation = EvaluateConfig(data=str(data), runs=(runs,), report=report, **_shared(config))
     results, examples = evaluate(evaluation, progress), _examples(data, report)
@@ -127,11 +122,10 @@ def _shared(config: DemoConfig) -> dict[str, Any]:
 def _world(data: Path, encoder: Path, seed: int, progress: Progress) -> None:
     """Draws the world and creates a small untrained multilingual encoder."""
     if (data / "world.json").is_file():
-        existing = read_json(data / "world.json").get("seed")
-        if existing != seed:
+        if (existing := read_json(data / "world.json").get("seed")) != seed:
             raise UsageError(
-                f"{data.parent}: holds the demo of seed {existing}; choose another --out for "
-                f"{seed}."
+                f"{data.parent}: holds the demo of seed {existing}, not {seed}; choose another "
+                "--out."
             )
         progress.note(f"{data}: already there.")
     else:
@@ -145,23 +139,21 @@ def _world(data: Path, encoder: Path, seed: int, progress: Progress) -> None:
 
 def _examples(data: Path, report: Path) -> tuple[Example, ...]:
     """For each label, the row that every language gets right with the highest probability."""
-    certainty: dict[str, float] = {}
+    confidence: dict[str, float] = {}
+    sentences: dict[str, dict[str, str]] = {}
     for lang in LANGUAGES:
-        rows = read_predicted_rows(report, lang)
-        right = rows.probabilities[np.arange(len(rows)), rows.labels]
-        right[rows.predicted != rows.labels] = 0.0
-        for pair_id, probability in zip(rows.pair_ids, right.tolist(), strict=True):
-            certainty[pair_id] = min(certainty.get(pair_id, 1.0), probability)
-    splits = {lang: read_split(data, "test", lang) for lang in LANGUAGES}
-    sentences = {k: dict(zip(s.pair_ids, s.hypotheses, strict=True)) for k, s in splits.items()}
-    source = splits[LANGUAGES[0]]
+        rows, split = read_predicted_rows(report, lang), read_split(data, "test", lang)
+        p = np.where(rows.predicted == rows.labels, rows.probabilities.max(axis=1), 0.0)
+        for pair_id, probability in zip(rows.pair_ids, p.tolist(), strict=True):
+            confidence[pair_id] = min(confidence.get(pair_id, 1.0), probability)
+        sentences[lang] = dict(zip(split.pair_ids, split.hypotheses, strict=True))
+    source = read_split(data, "test", LANGUAGES[0])
     examples = []
     for label_id, label in enumerate(LABELS):
-        candidates = np.flatnonzero(source.labels == label_id)
-        best = max(candidates, key=lambda row: certainty[source.pair_ids[row]])
-        pair_id = source.pair_ids[best]
-        if certainty[pair_id] > 0:
-            image = data / "images" / source.image_names[source.image_index[best]]
+        rows_of_label = np.flatnonzero(source.labels == label_id)
+        row = max(rows_of_label, key=lambda row: confidence[source.pair_ids[row]])
+        if confidence[pair_id := source.pair_ids[row]] > 0:
+            image = data / "images" / source.image_names[source.image_index[row]]
             hypotheses = {lang: sentences[lang][pair_id] for lang in LANGUAGES}
             examples.append(Example(image, label, hypotheses))
     return tuple(examples)

@@ -163,22 +163,16 @@ def draw_figures(results: Results, curves: Sequence[LearningCurve]) -> dict[str,
         language differs from the source by more than its interval.
     """
     signature = str(results.signature)
-    drawings = {
-        "languages": draw(_languages(results), signature, whole=True),
-        "confusion": draw(_confusion(results), signature),
-        "reliability": draw(_reliability(results), signature),
-    }
+    figures = {"confusion": _confusion(results), "reliability": _reliability(results)}
     if any(r.risk_coverage for r in results.results):
-        drawings["risk-coverage"] = draw(_risk_coverage(results), signature)
+        figures["risk-coverage"] = _risk_coverage(results)
     compared = [r.difference_to_english for r in results.results if r.mode == "zero-shot"]
-    if any(d is not None and not d.is_tie for d in compared):
-        distances = _distances(results)
-        if distances is not None:
-            drawings["distances"] = draw(distances, signature)
+    if any(d is not None and not d.is_tie for d in compared) and (drawn := _distances(results)):
+        figures["distances"] = drawn
     for stage in dict.fromkeys(curve.stage for curve in curves):
-        of_stage = [curve for curve in curves if curve.stage == stage]
-        drawings[f"curves-{stage}"] = draw(_curves(of_stage), signature)
-    return drawings
+        figures[f"curves-{stage}"] = _curves([curve for curve in curves if curve.stage == stage])
+    languages = draw(_languages(results), signature, whole=True)
+    return {"languages": languages} | {k: draw(f, signature) for k, f in figures.items()}
 
 
 def draw_data_curves(curves: DataCurves) -> bytes:
@@ -259,38 +253,28 @@ def draw(figure: Figure, signature: str, *, whole: bool = False) -> Drawing:
     stream = io.BytesIO()
     # Without software name and date, the same results give the same bytes.
     figure.savefig(stream, format="png", metadata={"Software": None, "Description": signature})
+    panels = []
     with Image.open(stream) as image:
         if whole:
-            boxes = [(0, 0, image.width, image.height - int(foot * _DOTS_PER_INCH))]
-        else:
-            boxes = [_pixels(axes, image) for axes in figure.axes]
-        return Drawing(stream.getvalue(), tuple(_cropped(image, box) for box in boxes))
+            boxes = [(0, int(foot * _DOTS_PER_INCH), image.width, image.height)]
+        else:  # titles and ticks included, with a margin
+            boxes = [_pixels(axes.get_tightbbox(), image) for axes in figure.axes]
+        for left, bottom, right, top in boxes:
+            panel = io.BytesIO()
+            image.crop((left, image.height - top, right, image.height - bottom)).save(panel, "PNG")
+            panels.append(panel.getvalue())
+    return Drawing(stream.getvalue(), tuple(panels))
 
 
-def _pixels(axes: Axes, image: Image.Image) -> tuple[int, int, int, int]:
-    """The box of a panel in the image, titles and ticks included."""
-    box = axes.get_tightbbox()
-    assert box is not None
-    margin, (width, height) = 8, image.size
-    left, top = int(box.x0) - margin, height - int(box.y1) - margin
-    right, bottom = int(box.x1) + margin, height - int(box.y0) + margin
-    return max(0, left), max(0, top), min(width, right), min(height, bottom)
-
-
-def _cropped(image: Image.Image, box: tuple[int, int, int, int]) -> bytes:
-    stream = io.BytesIO()
-    image.crop(box).save(stream, "PNG")
-    return stream.getvalue()
+def _pixels(box: Any, image: Image.Image) -> tuple[int, int, int, int]:
+    left, bottom = max(0, int(box.x0) - 8), max(0, int(box.y0) - 8)
+    return left, bottom, min(image.width, int(box.x1) + 8), min(image.height, int(box.y1) + 8)
 
 
 def _panels(
-    height: float,
-    titles: Iterable[str],
-    labels: tuple[str, str],
-    *,
-    columns: int = 3,
+    height: float, titles: Iterable[str], labels: tuple[str, str], *, columns: int = 3,
     grid: Any = "both",
-) -> tuple[Figure, list[Axes]]:
+) -> tuple[Figure, list[Axes]]:  # fmt: skip
     """Panels of a height in inches with titles and axis labels, at most `columns` in a row."""
     titles = list(titles)
     columns = min(columns, len(titles))

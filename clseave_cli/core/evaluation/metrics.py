@@ -47,9 +47,9 @@ class Interval:
     low: float | None
     high: float | None
 
-    def ends(self) -> dict[str, float | None]:
-        """The three numbers by suffix of their keys in the results."""
-        return {"": self.value, "_low": self.low, "_high": self.high}
+    def keyed(self, name: str) -> dict[str, float | None]:
+        """The three numbers by their keys in the results."""
+        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
 
 
 def cluster_sums(quantities: npt.ArrayLike, images: npt.ArrayLike) -> Floats:
@@ -300,13 +300,10 @@ def score(
     sums = cluster_sums(cells, images)
     sampling: dict[str, Any] = {"resamples": resamples, "seed": seed}
     surprise = -log_p[np.arange(len(gold)), gold]
-    intervals = {
-        "accuracy": accuracy_interval(gold == predicted, images, **sampling),
-        "loss": mean_interval(surprise, images, **sampling),
-        "macro_f1": interval(sums, macro_f1, **sampling),
-    }
-    ends: dict[str, Any] = {
-        name + end: v for name, i in intervals.items() for end, v in i.ends().items()
+    intervals: dict[str, Any] = {
+        **accuracy_interval(gold == predicted, images, **sampling).keyed("accuracy"),
+        **mean_interval(surprise, images, **sampling).keyed("loss"),
+        **interval(sums, macro_f1, **sampling).keyed("macro_f1"),
     }
     ids: dict[str, Any] = {"labels": range(len(LABELS))}
     confusion = confusion_matrix(gold, predicted, **ids)
@@ -316,7 +313,7 @@ def score(
     return Scores(
         num_examples=len(gold),
         num_images=len(sums),
-        **ends,
+        **intervals,
         per_class={
             name: ClassScores(*(column[label].item() for column in columns))
             for label, name in enumerate(LABELS)
@@ -331,10 +328,7 @@ def score(
 
 
 def macro_f1(cells: Floats) -> Floats:
-    """(…) macro-F1 of (…, C·C) flattened confusion matrices, gold label first.
-
-    The mean over the labels of 2·tp / (gold + predicted), or 0 if that is undefined.
-    """
+    """(…) macro-F1 of (…, C·C) flattened confusion matrices, gold label first, 0 if undefined."""
     matrix = cells.reshape(*cells.shape[:-1], len(LABELS), len(LABELS))
     hits = np.diagonal(matrix, axis1=-2, axis2=-1)
     totals = matrix.sum(axis=-1) + matrix.sum(axis=-2)

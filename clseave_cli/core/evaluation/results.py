@@ -263,11 +263,9 @@ class Results:
         Raises:
             DataError: there is none, or it is not a results document.
         """
-        path = folder / RESULTS_FILE
+        path, command = folder / RESULTS_FILE, f"clseave evaluate --report {folder}"
         if not path.is_file():
-            raise DataError(
-                f"{path}: no such file; write one with: clseave evaluate --report {folder}"
-            )
+            raise DataError(f"{path}: no such file; write one with: {command}")
         try:
             return cls.from_json(read_json(path))
         except DataError as error:

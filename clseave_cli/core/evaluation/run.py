@@ -111,8 +111,8 @@ def _with_source(document: Results, other: Results) -> Results:
 
 def _results(plan: _Plan, progress: Progress) -> tuple[Results, dict[str, Outputs]]:
     """The results of one source language, and the outputs of the first folder's models."""
-    keys = {system.key for systems in plan.systems for system in systems} - {plan.along}
-    guesses = {key: plan.hypothesis_only.guess(plan.rows[key]) for key in keys}
+    keys = dict.fromkeys(system.key for systems in plan.systems for system in systems)
+    guesses = {k: plan.hypothesis_only.guess(plan.rows[k]) for k in keys if k != plan.along}
     documents, correct = [], []
     for number, runs in enumerate(plan.config.runs):
         models = runs / "clip-ve", plan.systems[number], plan.calibrations
@@ -309,7 +309,7 @@ def check_models(
     Raises:
         ModelError: a student is of another teacher, or a calibration is damaged.
     """
-    calibrations = {}
+    calibrations: dict[Path, dict[str, Calibration]] = {}
     for folder, of_folder in zip(runs, systems, strict=True):
         teacher = fingerprint(folder / "clip-ve")
         students = dict.fromkeys(s.student for s in of_folder if s.student is not None)
@@ -396,7 +396,7 @@ def _language_result(
         if hard.any():
             right = outputs.correct[hard]
             measured = metrics.accuracy_interval(right, images[hard], **plan.sampling)
-            more |= {f"hard_accuracy{end}": value for end, value in measured.ends().items()}
+            more |= measured.keyed("hard_accuracy")
     if source is not None:
         more |= _against_source(outputs, source)
     more |= {name: d for name, d in differences.items() if hasattr(LanguageResult, name)}
