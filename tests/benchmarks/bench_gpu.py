@@ -271,12 +271,12 @@ def compare(run: Callable[[str, int], Path], divisor: int) -> None:
     captured, dev = metrics("captured")
     with plain_steps():
         plain, plain_dev = metrics("plain")
-    halves = SentenceEncoder.halves
-    SentenceEncoder.halves = property(lambda encoder: False)  # type: ignore[assignment]
+    original = SentenceEncoder.trains_in_bfloat16
+    SentenceEncoder.trains_in_bfloat16 = property(lambda encoder: False)  # type: ignore[assignment]
     try:
         _, autocast_dev = metrics("autocast")
     finally:
-        SentenceEncoder.halves = halves  # type: ignore[method-assign]
+        SentenceEncoder.trains_in_bfloat16 = original  # type: ignore[method-assign]
     worst = np.abs(captured / plain - 1).max()
     print(f"captured     losses of {COMPARED // divisor} steps against plain ones: at most "
           f"{worst:.2e} apart; dev MSE {dev:.5f}, plain {plain_dev:.5f}, by autocast alone "

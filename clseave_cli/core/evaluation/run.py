@@ -55,7 +55,7 @@ from clseave_cli.core.features import Photos
 from clseave_cli.core.files import locked_target, require_replaceable
 from clseave_cli.core.models.calibration import Calibration, read_calibrations
 from clseave_cli.core.models.clip_ve import fingerprint, source_language
-from clseave_cli.core.models.folder import leave_out_other_versions
+from clseave_cli.core.models.folder import skip_other_versions
 from clseave_cli.core.models.listing import find_students
 from clseave_cli.core.models.student import require_teacher, student_fingerprint
 from clseave_cli.core.training.precision import resolve_device
@@ -291,7 +291,7 @@ def systems_of(
         progress.note(f"{runs}: no student for {', '.join(without)}; {advice}.")
     if zero_shot and not config.lang:
         readers = {lang: readers[lang] for lang in langs if lang in readers}
-        leave_out_other_versions(readers, progress)
+        skip_other_versions(readers, progress)
     systems = []
     for lang in langs:
         if lang == source_lang or (zero_shot and lang in readers):
