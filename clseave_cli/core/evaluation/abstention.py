@@ -43,8 +43,6 @@ DELTA = 0.05
 
 # Shares of the capital to bet: large ones need few errors, small ones many rows.
 _BETS = np.array([0.25, 0.5, 1.0])[:, None, None]
-# Thresholds to try below the promised precision.
-_NUM_THRESHOLDS = 40
 _ALL = "all"  # labels together
 
 
@@ -83,7 +81,7 @@ def find_threshold(
     p_answer, right = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=bool)
     _, photo, sizes = np.unique(np.asarray(images), return_inverse=True, return_counts=True)
     starts = {(1 + precision) / 2: 0.2 * delta, precision: 0.8 * delta}
-    below = np.linspace(precision, 1 / len(LABELS), _NUM_THRESHOLDS)
+    below = np.linspace(precision, 1 / len(LABELS), 40)
     thresholds = np.array([max(starts), *below])
     order = np.argsort(photo, kind="stable")
     excess = (precision - right[order])[:, None] * (p_answer[order, None] >= thresholds)  # (N, L)

@@ -25,9 +25,6 @@ from clseave_cli.progress import SILENT, Progress
 # Raised when `HypothesisClassifier` changes, to invalidate cached guesses.
 _VERSION = 2
 
-# Rounds of random swaps in `shuffled_rows`; each touches every row once.
-_SWAP_ROUNDS = 20
-
 
 def shuffled_rows(images: npt.ArrayLike, seed: int) -> Ints:
     """A permutation of the rows that gives every row another photo.
@@ -48,7 +45,7 @@ def shuffled_rows(images: npt.ArrayLike, seed: int) -> Ints:
     by_photo = np.lexsort((generator.random(num_rows), photo))
     rows = np.empty(num_rows, dtype=np.int64)
     rows[by_photo] = np.roll(by_photo, -int(np.bincount(photo).max()))
-    for _ in range(_SWAP_ROUNDS):
+    for _ in range(20):  # each round touches every row once
         first, second = generator.permutation(num_rows)[: num_rows // 2 * 2].reshape(2, -1)
         allowed = (photo[rows[second]] != photo[first]) & (photo[rows[first]] != photo[second])
         first, second = first[allowed], second[allowed]

@@ -24,12 +24,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodF
 from PIL import Image
 
 from clseave_cli.core.data.rows import read_rows
-from clseave_cli.core.evaluation.results import (
-    RankScores,
-    Results,
-    Retrieval,
-    means,
-)
+from clseave_cli.core.evaluation.results import RankScores, Results, Retrieval, means
 from clseave_cli.core.evaluation.summary import BASELINES, DASH
 from clseave_cli.core.files import read_json
 from clseave_cli.errors import DataError

@@ -23,13 +23,6 @@ from clseave_cli.labels import LABELS
 #: Longest side of a photo in the report, in pixels, sharp on a high-density screen.
 THUMBNAIL_PIXELS = 480
 
-_EXAMPLES = 8
-_ERRORS_OF_ONE_LANGUAGE = 12
-_ERRORS_PER_LANGUAGE = 3
-
-# Drawings stay lossless (and small).
-_MOST_PNG_COLOURS = 256
-
 
 @dataclass(frozen=True)
 class GalleryEntry:
@@ -80,7 +73,7 @@ def examples(outputs: Mapping[str, Outputs], images: ImageFolder) -> Gallery:
         name = str(first.images[row])
         if name not in chosen and first.split.labels[row] == len(chosen) % len(LABELS):
             chosen[name] = row
-        if len(chosen) == _EXAMPLES:
+        if len(chosen) == 8:
             break
     items = []
     for name, row in chosen.items():
@@ -95,7 +88,7 @@ def examples(outputs: Mapping[str, Outputs], images: ImageFolder) -> Gallery:
 
 def errors(outputs: Mapping[str, Outputs], images: ImageFolder) -> Gallery:
     """The most confident errors of every language."""
-    count = _ERRORS_OF_ONE_LANGUAGE if len(outputs) == 1 else _ERRORS_PER_LANGUAGE
+    count = 12 if len(outputs) == 1 else 3
     items = []
     for each in outputs.values():
         p = probabilities(each.logits)
@@ -147,7 +140,8 @@ def thumbnail(image: Path | bytes) -> tuple[str, int] | None:
         picture = open_image(image)
     except DataError:
         return None
-    kind = "PNG" if picture.getcolors(_MOST_PNG_COLOURS) is not None else "JPEG"
+    # Drawings, which have few colours, stay lossless (and small).
+    kind = "PNG" if picture.getcolors(256) is not None else "JPEG"
     picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
     picture.save(stream, kind, quality=85, optimize=True)

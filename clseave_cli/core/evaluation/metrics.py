@@ -29,9 +29,6 @@ Ints = npt.NDArray[np.int64]
 #: One minus the confidence of every interval.
 ALPHA = 0.05
 
-#: Bins of equal width in which calibration is measured.
-NUM_BINS = 15
-
 # Numbers that differ by less are equal.
 _ROUNDING = 1e-12
 
@@ -338,7 +335,7 @@ def macro_f1(cells: Floats) -> Floats:
 
 
 def calibration(
-    labels: npt.ArrayLike, probabilities: npt.ArrayLike, num_bins: int = NUM_BINS
+    labels: npt.ArrayLike, probabilities: npt.ArrayLike, num_bins: int = 15
 ) -> tuple[float, tuple[ReliabilityPoint, ...]]:
     """Expected calibration error and the reliability curve of (N, C) probabilities.
 

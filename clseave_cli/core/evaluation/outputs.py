@@ -35,9 +35,6 @@ from clseave_cli.errors import DataError, ModelError
 from clseave_cli.progress import Progress
 from clseave_cli.version import __version__
 
-# Longest side of a heat map: its scale must be legible in the report.
-_HEAT_MAP_PIXELS = 320
-
 
 @dataclass(frozen=True)
 class System:
@@ -87,7 +84,8 @@ class Outputs:
         if self.attention is None:
             return None
         shares = self.attention[row]
-        return lambda photo: heat_map(photo, shares, self.preparation, _HEAT_MAP_PIXELS)
+        # The longest side in pixels makes the scale legible in the report.
+        return lambda photo: heat_map(photo, shares, self.preparation, 320)
 
     def is_gold(self, predicted: npt.ArrayLike) -> npt.NDArray[np.bool_]:
         """(N,) whether `predicted` label ids (or one for all rows) are the gold labels."""

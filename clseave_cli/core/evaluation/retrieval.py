@@ -117,7 +117,12 @@ def retrieve(config: RetrieveConfig, progress: Progress = SILENT) -> Retrieval:
                 "checkpoint selection, so metrics on them are no test."
             )
         if config.report is not None:
-            _write(config.report, document)
+            recall, ranks = draw_recall(document), draw_ranks(document)
+            with atomic_folder(config.report) as unfinished:
+                (unfinished / "recall.png").write_bytes(recall)
+                (unfinished / "ranks.png").write_bytes(ranks)
+                write_json(unfinished / RETRIEVAL_FILE, asdict(document))
+                require_replaceable(config.report, RETRIEVAL)
     return document
 
 
@@ -212,12 +217,3 @@ def _scores(
         median_rank=median,
         upper_quartile=upper,
     )
-
-
-def _write(report: Path, document: Retrieval) -> None:
-    recall, ranks = draw_recall(document), draw_ranks(document)
-    with atomic_folder(report) as unfinished:
-        (unfinished / "recall.png").write_bytes(recall)
-        (unfinished / "ranks.png").write_bytes(ranks)
-        write_json(unfinished / RETRIEVAL_FILE, asdict(document))
-        require_replaceable(report, RETRIEVAL)

@@ -33,13 +33,7 @@ from clseave_cli.core.evaluation.comparison import PredictedRows
 from clseave_cli.core.evaluation.figures import read_learning_curve
 from clseave_cli.core.evaluation.gallery import errors, examples
 from clseave_cli.core.evaluation.metrics import Difference, Interval
-from clseave_cli.core.evaluation.outputs import (
-    Outputs,
-    System,
-    run_systems,
-    shared_rows,
-    signature,
-)
+from clseave_cli.core.evaluation.outputs import Outputs, System, run_systems, shared_rows, signature
 from clseave_cli.core.evaluation.report import REPORT, write_report
 from clseave_cli.core.evaluation.results import (
     Abstention,

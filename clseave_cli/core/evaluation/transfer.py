@@ -20,10 +20,9 @@ import numpy.typing as npt
 from scipy import stats
 from sklearn.preprocessing import normalize
 
+from clseave_cli.core.evaluation.metrics import Floats
 from clseave_cli.core.models.ranking import rank
 from clseave_cli.errors import ExtraMissing
-
-_Vector = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,6 @@ THESIS_DISTANCES: dict[str, dict[str, float | None]] = {
 
 THESIS_SOURCE = "thesis Table 1.1 (URIEL)"
 LANG2VEC_SOURCE = "lang2vec (URIEL)"
-LANG2VEC_COMMAND = 'pip install "setuptools<81" git+https://github.com/antonisa/lang2vec'
 
 # Up to eight points, all orders are tried (40,320); beyond, SciPy's approximation is good.
 _MOST_EXACT_POINTS = 8
@@ -176,7 +174,7 @@ def _correlate(distances: dict[str, float | None], losses: Mapping[str, float]) 
     return Correlation(distances, len(x), *linear[:2], *ranks)
 
 
-def _with_p(x: _Vector, y: _Vector) -> tuple[float, float, float | None]:
+def _with_p(x: Floats, y: Floats) -> tuple[float, float, float | None]:
     """Pearson's r, its two-sided permutation p, and the p of the best order of `y`."""
     if len(x) > _MOST_EXACT_POINTS:
         result = stats.pearsonr(x, y)
@@ -235,7 +233,7 @@ def lang2vec_distances(
     except (ImportError, AttributeError):
         raise ExtraMissing(
             "lang2vec with its distances is not installed, and PyPI's version has none; run: "
-            f"{LANG2VEC_COMMAND}."
+            'pip install "setuptools<81" git+https://github.com/antonisa/lang2vec.'
         ) from None
 
     def code(lang: str) -> str:
