@@ -20,7 +20,7 @@ from clseave_cli.core.features import Photos
 from clseave_cli.core.files import cache_root, file_digest, json_digest, read_json, write_json
 from clseave_cli.errors import ModelError
 from clseave_cli.labels import LABELS
-from clseave_cli.progress import SILENT, Progress
+from clseave_cli.progress import Progress
 
 # Raised when `HypothesisClassifier` changes, to invalidate cached guesses.
 _VERSION = 2
@@ -99,7 +99,7 @@ class HypothesisOnly:
         folder: Path,
         clip_ve: Path,
         source_lang: str,
-        progress: Progress = SILENT,
+        progress: Progress,
     ) -> None:
         self._config, self._folder, self._progress = config, folder, progress
         self._source_lang = source_lang

@@ -267,9 +267,13 @@ def _pixels(box: Any, image: Image.Image) -> tuple[int, int, int, int]:
 
 
 def _panels(
-    height: float, titles: Iterable[str], labels: tuple[str, str], *, columns: int = 3,
+    height: float,
+    titles: Iterable[str],
+    labels: tuple[str, str],
+    *,
+    columns: int = 3,
     grid: Any = "both",
-) -> tuple[Figure, list[Axes]]:  # fmt: skip
+) -> tuple[Figure, list[Axes]]:
     """Panels of a height in inches with titles and axis labels, at most `columns` in a row."""
     titles = list(titles)
     columns = min(columns, len(titles))

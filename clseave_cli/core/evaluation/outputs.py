@@ -137,17 +137,15 @@ def run_systems(
     Raises:
         ModelError: a model is damaged, a student belongs to another CLIP-VE, or logits are NaN.
     """
-    model = ClipVE.from_folder(clip_ve).to(resolve_device(config.device))
+    device = resolve_device(config.device)
+    model = ClipVE.from_folder(clip_ve).to(device)
     outputs, premises, features = {}, {}, {}
     for system in systems:
         split = rows[system.key].split
         # Files with the same images in the same order share one look-up.
         images_of_rows = tuple(split.image_names), split.image_index.tobytes()
         if images_of_rows not in features:
-            photos, arithmetic = (
-                rows[system.key].photos,
-                autocast(config.precision, model.image.device),
-            )
+            photos, arithmetic = rows[system.key].photos, autocast(config.precision, device)
             features[images_of_rows] = image_features(
                 model.image, split, photos, autocast=arithmetic, progress=progress
             )
@@ -156,7 +154,7 @@ def run_systems(
     for student in dict.fromkeys(system.student for system in systems):
         encoder = model.text
         if student is not None:
-            encoder = load_student(student, model.fingerprint).to(model.text.device)
+            encoder = load_student(student, model.fingerprint).to(device)
         for system in (system for system in systems if system.student == student):
             split, premise = rows[system.key].split, premises[system.key]
             names = np.array(split.image_names)[split.image_index]
