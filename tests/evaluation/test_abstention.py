@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from scipy.special import expit, ndtr, softmax
 from tiny_world import read_jsonl, tree, write_jsonl
 
 from clseave_cli.core.config import EvaluateConfig
+from clseave_cli.core.evaluation import run as evaluation
 from clseave_cli.core.evaluation.abstention import find_threshold
 from clseave_cli.core.evaluation.metrics import calibration, risk_coverage
 from clseave_cli.core.evaluation.run import evaluate
@@ -268,9 +270,25 @@ def test_a_damaged_calibration_is_refused(runs, damage):
 
 
 def test_calibrate_refuses_a_damaged_calibration_before_a_model_runs(
-    world, runs, refused, monkeypatch
+    world, runs, refused, monkeypatch, tmp_path
 ):
     (runs / "align-nl" / CALIBRATION_FILE).write_text("{")
     monkeypatch.setattr(ClipVE, "from_folder", lambda *_: pytest.fail("a model was loaded"))
-    said = refused("calibrate", "--data", world, "--runs", runs)
-    assert f"align-nl/{CALIBRATION_FILE}: damaged" in said
+    message = refused("calibrate", "--data", world, "--runs", runs)
+    assert f"align-nl/{CALIBRATION_FILE}: damaged" in message
+    # With several folders, all are checked before the first one is computed.
+    intact = shutil.copytree(runs, tmp_path / "intact")
+    (intact / "align-nl" / CALIBRATION_FILE).unlink()
+    message = refused("calibrate", "--data", world, "--runs", intact, "--runs", runs)
+    assert f"{runs}/align-nl/{CALIBRATION_FILE}: damaged" in message
+
+
+def test_evaluate_reads_each_calibration_once(world, runs, monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        evaluation,
+        "read_calibrations",
+        lambda model: read.append(model) or read_calibrations(model),
+    )
+    evaluate(EvaluateConfig(data=str(world), runs=(runs,), lang=("en", "de"), resamples=10))
+    assert read == [runs / "clip-ve", runs / "align-de"]

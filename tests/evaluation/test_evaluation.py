@@ -179,7 +179,7 @@ def test_translations_of_a_file_by_pair_id(data, trained, tmp_path, translations
     document = _evaluate(data, trained, **options, translations=translations)
     assert [r.key for r in document.results] == ["en", "de.translate-test", "nl.translate-test"]
     assert len({r.accuracy for r in document.results}) == 1
-    with pytest.raises(DataError, match=r"no such file; --translations"):
+    with pytest.raises(DataError, match=r"no such file; check --translations"):
         _evaluate(data, trained, **options, translations=tmp_path / "{lang}.tsv")
     with pytest.raises(UsageError, match=r"--beams 0: expected at least 1"):
         _evaluate(data, trained, **options, beams=0)
@@ -268,7 +268,7 @@ def _calibration_of_the_last_language_is_damaged(data, runs, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_no_translations, "no such file; --translations"),
+        (_no_translations, "no such file; check --translations"),
         (_report_below_a_file, "file: is not a folder"),
         (_photo_is_missing, "image 'test1.png' is not in"),
         (_row_of_the_last_language_is_bad, r"test.nl.jsonl:3: .*perhaps"),

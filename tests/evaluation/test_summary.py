@@ -45,20 +45,20 @@ def test_the_headline_ranks_no_ties(figures):
     level = measured(german, -0.001, -0.004, 0.002), measured(japanese, 0.003, -0.001, 0.006)
     found = headline(replace(figures, results=(english, *level)))
     assert found == (
-        "English reaches 73.2 %. German and Japanese are level with it, within the uncertainty "
-        "(same label on 95.8 % of the rows, κ 0.94)."
+        "English reaches 73.2 %. German and Japanese are tied with it (same label on 95.8 % of the "
+        "rows, κ 0.94)."
     )
     others = measured(dutch, -0.018, -0.02, -0.01), measured(chinese, -0.032, -0.04, -0.02)
     better = measured(figures.results[5], 0.011, 0.002, 0.02)
     found = headline(replace(figures, results=(english, level[0], *others, better)))
     assert found == (
-        "English reaches 73.2 %. German is level with it, within the uncertainty (same label on "
-        "95.8 % of the rows, κ 0.94). Dutch and Chinese are lower, by 1.8 and 3.2 "
+        "English reaches 73.2 %. German is tied with it (same label on 95.8 % of the "
+        "rows, κ 0.94). Dutch and Chinese are lower, by 1.8 and 3.2 "
         "points. Korean is higher, by 1.1 points."
     )
     many = [replace(level[0], lang=f"x{number}") for number in range(9)]
     found = headline(replace(figures, results=(english, *many, others[0])))
-    assert "9 of 10 others are level with it, within the uncertainty (same" in found
+    assert "9 of 10 others are tied with it (same" in found
     assert headline(replace(figures, results=())) == "Nothing was evaluated."
 
 
@@ -68,8 +68,8 @@ def test_the_headline_without_english(figures):
     dutch = replace(measured(dutch, -0.02, -0.03, -0.01), accuracy=0.71, accuracy_low=0.69)
     found = headline(replace(figures, results=(german, dutch)))
     assert found == (
-        "German and Dutch reach 70.0 % and 71.0 %. German is level with English, within the "
-        "uncertainty (same label on 95.8 % of the rows, κ 0.94). Dutch is lower, by 2.0 points."
+        "German and Dutch reach 70.0 % and 71.0 %. German is tied with English "
+        "(same label on 95.8 % of the rows, κ 0.94). Dutch is lower, by 2.0 points."
     )
     several = [replace(r, accuracy=0.7, accuracy_low=0.6) for r in figures.results[2:]]
     found = headline(replace(figures, results=(dutch, *several)))
@@ -86,9 +86,8 @@ def test_the_headline_without_english(figures):
     baselines = figures.baselines | {key: figures.baselines["de"] for key in modes}
     both = replace(figures, results=(german, dutch, *modes.values()), baselines=baselines)
     assert headline(both) == (
-        "4 results lie between 70.0 and 71.0 %. Translate-test against zero-shot: German is level, "
-        "within the uncertainty (same label on 95.8 % of the rows, κ 0.94). Dutch is lower, by 2.1 "
-        "points."
+        "4 results lie between 70.0 and 71.0 %. Translate-test against zero-shot: German is tied "
+        "(same label on 95.8 % of the rows, κ 0.94). Dutch is lower, by 2.1 points."
     )
 
 
@@ -118,11 +117,11 @@ def test_the_headline_says_where_looking_did_not_help(figures):
     said = told(0.586, 0.57, hypothesis_only=0.587, difference_to_hypothesis_only=level)
     assert "is no better than" in said and "(hypothesis only; −0.1 points, −1.0 to +0.8)" in said
     close = told(0.58, 0.55, majority=0.562)
-    assert "English is, within the uncertainty, no better than" in close
+    assert "English is not reliably better than" in close
     assert told(0.5, None, majority=0.562).endswith("56.2 % (majority label).")
     sure, unmeasured = told(0.6, 0.57, majority=0.562), told(0.6, None, majority=0.562)
     for fine in (sure, unmeasured, told(0.1, 0.05)):
-        assert "no better" not in fine
+        assert "better" not in fine
 
 
 def test_several_trainings_are_shown_by_their_means(trainings):
@@ -134,15 +133,15 @@ def test_several_trainings_are_shown_by_their_means(trainings):
         "80.0 %", "± 10.0, mean of 3 trainings; 95 % interval 77.0 – 83.0",
     )  # fmt: skip
     assert tiles["Other languages"] == ("78.0 %", "de; mean of 3 trainings")
-    assert tiles["Level with English"][0] == "0 of 1"
+    assert tiles["Tied with English"][0] == "0 of 1"
     (note,) = notes(trainings)
-    assert note.startswith("Of 3 trainings") and "those of the first training" in note
+    assert note.startswith("There are 3 trainings.") and "those of the first training" in note
 
 
 def test_a_language_that_not_all_trainings_have_is_told(trainings):
     seeds = {key: figures for key, figures in trainings.seeds.items() if key == "en"}
     partly = replace(trainings, seeds=seeds)
-    assert notes(partly)[1] == "Not every training has German: numbers of the first throughout."
+    assert notes(partly)[1] == "Not every training has German: shown from the first throughout."
     assert means(partly).results[1] == trainings.results[1]
 
 
@@ -154,4 +153,4 @@ def test_highlights(results):
     shown = {highlight.label: highlight.value for highlight in highlights(results)}
     assert shown["English"] == f"{100 * results.results[0].accuracy:.1f} %"
     assert shown["Best baseline"] == "41.2 %"
-    assert shown["Level with English"].endswith(" of 5")
+    assert shown["Tied with English"].endswith(" of 5")

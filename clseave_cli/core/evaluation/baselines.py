@@ -1,6 +1,4 @@
-"""Baselines that never see the photo, and the shuffling of photos: what every accuracy needs beside
-it.
-"""
+"""Baselines that never see the photo, or see another one."""
 
 from __future__ import annotations
 
@@ -22,24 +20,21 @@ from clseave_cli.core.features import Photos
 from clseave_cli.core.files import cache_root, file_digest, json_digest, read_json, write_json
 from clseave_cli.errors import ModelError
 from clseave_cli.labels import LABELS
-from clseave_cli.progress import SILENT, Progress
+from clseave_cli.progress import Progress
 
-# Raised when `HypothesisClassifier` changes: kept guesses are then made again.
+# Raised when `HypothesisClassifier` changes, to invalidate cached guesses.
 _VERSION = 2
-
-# Rounds of random swaps that `shuffled_rows` mixes with; each touches every row once.
-_SWAP_ROUNDS = 20
 
 
 def shuffled_rows(images: npt.ArrayLike, seed: int) -> Ints:
     """A permutation of the rows that gives every row another photo.
 
-    Scoring row i with the image feature of row `shuffled_rows(...)[i]` keeps both margins (the
-    hypotheses and the photos) and breaks only what joins them.
+    Scoring row i with the photo of row `shuffled_rows(...)[i]` keeps the hypotheses and the photos
+    and breaks only their pairing.
 
-    Rows are ordered by photo and shifted by the largest number of rows that share one, which leaves
-    a row with its own photo only where that photo holds more than half of all rows and it cannot be
-    otherwise. Random swaps that keep this property then mix the permutation.
+    Rows are ordered by photo and shifted by the largest number of rows of a photo. A row keeps its
+    photo only if more than half of all rows share it. Random swaps that respect this then mix the
+    permutation.
     """
     generator = np.random.default_rng(seed)
     _, photo = np.unique(np.asarray(images), return_inverse=True)
@@ -50,7 +45,7 @@ def shuffled_rows(images: npt.ArrayLike, seed: int) -> Ints:
     by_photo = np.lexsort((generator.random(num_rows), photo))
     rows = np.empty(num_rows, dtype=np.int64)
     rows[by_photo] = np.roll(by_photo, -int(np.bincount(photo).max()))
-    for _ in range(_SWAP_ROUNDS):
+    for _ in range(20):  # each round touches every row once
         first, second = generator.permutation(num_rows)[: num_rows // 2 * 2].reshape(2, -1)
         allowed = (photo[rows[second]] != photo[first]) & (photo[rows[first]] != photo[second])
         first, second = first[allowed], second[allowed]
@@ -66,13 +61,13 @@ class Rows:
     lang: str  # language that the model reads
     hypotheses: Sequence[str]  # (N,) in that language
     photos: Photos  # of the split's images
-    seen: npt.NDArray[np.int8]  # (N,) what of each row the models saw in training (`data.seen`)
-    num_excluded: int = 0  # rows left out because the models saw their photos
-    translator: str = ""  # what translated them, if anything did
+    seen: npt.NDArray[np.int8]  # (N,) whether a model saw a row in training (`data.seen`)
+    num_excluded: int = 0  # rows left out because a model saw their photos
+    translator: str = ""  # of the hypotheses; empty: not translated
 
     @property
     def seen_images(self) -> list[str]:
-        """The photos that the models saw in training."""
+        """The photos that a model saw in training."""
         numbers = np.unique(self.split.image_index[self.seen != UNSEEN])
         return [self.split.image_names[number] for number in numbers]
 
@@ -86,16 +81,16 @@ class Guesses:
 
     @property
     def majority(self) -> int:
-        """The training rows' most frequent label id; of equals, the first."""
+        """The most frequent label id of the training rows."""
         return int(np.argmax(self.counts))
 
 
 class HypothesisOnly:
-    """Guesses from the rows a model was trained on.
+    """The hypothesis-only classifier of each language.
 
-    They are kept in the cache by the digest of the training file and of the rows asked about: half
-    a million rows take long to learn from. Where the data folder lacks that file, the classifier in
-    the model's folder guesses, in the language that CLIP-VE reads.
+    It learns from the training file of the data folder, and its guesses are cached by the digests
+    of that file and of the rows, because half a million rows take long. Without such a file, the
+    classifier in the model's folder guesses, in the language that CLIP-VE reads.
     """
 
     def __init__(
@@ -104,7 +99,7 @@ class HypothesisOnly:
         folder: Path,
         clip_ve: Path,
         source_lang: str,
-        progress: Progress = SILENT,
+        progress: Progress,
     ) -> None:
         self._config, self._folder, self._progress = config, folder, progress
         self._source_lang = source_lang
@@ -112,17 +107,15 @@ class HypothesisOnly:
         self._must_not_leak = not config.allow_leak and config.train_split != config.split
         options: dict[str, Any] = {"with_images": False, "skip_bad": config.skip_bad}
         read = functools.partial(read_split, folder, config.train_split, **options)
-        # The source language, and the language at hand: half a million rows each.
+        # The source language and one other, of half a million rows each.
         self._read = functools.lru_cache(maxsize=2)(read)
-        # Every training that is evaluated asks about the same rows.
-        self.guess = functools.cache(self._guess)
 
     def learnt_from(self, lang: str) -> tuple[str, str] | None:
-        """Name and digest of the training rows of a language; None: there are none."""
+        """Name and digest of the training rows of a language, if there are any."""
         if (training := self._training_file(lang)) is not None:
             return training.relative_to(self._folder).as_posix(), file_digest(training)
-        if (kept := self._classifier(lang)) is not None:
-            return f"clip-ve: {kept.file}", kept.digest
+        if (classifier := self._classifier(lang)) is not None:
+            return f"clip-ve: {classifier.file}", classifier.digest
         return None
 
     def _training_file(self, lang: str) -> Path | None:
@@ -133,34 +126,32 @@ class HypothesisOnly:
         return self._in_model() if lang == self._source_lang else None
 
     def require(self, rows: Rows) -> None:
-        """Refuses training rows that `guess` would refuse, without learning from them.
+        """Raises what `guess` would raise, without learning from the training rows.
 
         Raises:
-            DataError: a bad row, or a photo of the rows among the training photos.
-            ModelError: there are none, and the classifier in the model's folder is damaged.
+            DataError: a bad training row, or a photo of the rows among the training photos.
+            ModelError: the classifier in the model's folder is damaged.
         """
         training = self._training_file(rows.lang)
         if training is None:
             self._classifier(rows.lang)
-        elif self._kept(self._path(training, rows), rows) is None:
+        elif self._cached(self._path(training, rows), rows) is None:
             self._training_rows(rows)
 
-    def _guess(self, rows: Rows) -> Guesses | None:
-        """The guesses for some rows; None without a classifier of the language the model reads.
-
-        Raises:
-            DataError: as `require`.
-        """
+    def guess(self, rows: Rows) -> Guesses | None:
+        """The guesses for rows; None without a classifier of the language that the model reads."""
         training = self._training_file(rows.lang)
         if training is None:
-            kept = self._classifier(rows.lang)
-            return None if kept is None else Guesses(kept.counts, kept.predict(rows.hypotheses))
+            classifier = self._classifier(rows.lang)
+            if classifier is None:
+                return None
+            return Guesses(classifier.counts, classifier.predict(rows.hypotheses))
         path = self._path(training, rows)
-        guesses = self._kept(path, rows)
+        guesses = self._cached(path, rows)
         if guesses is None:
-            learnt = self._training_rows(rows)
+            train = self._training_rows(rows)
             with self._progress.task(f"{rows.lang}: hypothesis-only classifier", 1) as task:
-                classifier = HypothesisClassifier.fit(learnt.hypotheses, learnt.labels)
+                classifier = HypothesisClassifier.fit(train.hypotheses, train.labels)
                 guesses = Guesses(classifier.counts, classifier.predict(rows.hypotheses))
                 task.advance()
             write_json(path, {"counts": guesses.counts, "labels": guesses.labels.tolist()})
@@ -174,12 +165,12 @@ class HypothesisOnly:
 
     def _path(self, training: Path, rows: Rows) -> Path:
         names, skip_bad = rows.split.image_names, self._config.skip_bad
-        asked = [list(rows.hypotheses), names, skip_bad, self._must_not_leak]
-        key = json_digest([_VERSION, sklearn.__version__, file_digest(training), asked])
+        query = [list(rows.hypotheses), names, skip_bad, self._must_not_leak]
+        key = json_digest([_VERSION, sklearn.__version__, file_digest(training), query])
         return cache_root() / "hypothesis-only" / f"{key}.json"
 
-    def _kept(self, path: Path, rows: Rows) -> Guesses | None:
-        """What the cache holds; None where it holds nothing, or a damaged file."""
+    def _cached(self, path: Path, rows: Rows) -> Guesses | None:
+        """Cached guesses; None if they are missing or damaged."""
         try:
             stored: Any = read_json(path) if path.is_file() else {}
             counts, labels = tuple(map(int, stored["counts"])), stored["labels"]

@@ -1,4 +1,4 @@
-"""Predictions row by row, and two evaluations compared by them: `clseave compare A B`."""
+"""Predictions row by row, and `compare`, which compares two evaluations by them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _PREFIX, _SUFFIX = "predictions.", ".jsonl"
 class PredictedRows:
     """One language's predictions, as columns of equal length N."""
 
-    lang: str  # language code, and the mode where that is not zero-shot: `de`, `de.translate-test`
+    lang: str  # `LanguageResult.key`: `de`, `de.translate-test`
     pair_ids: Sequence[str]  # unique row ids
-    images: Sequence[str]  # image of each row, as the data name it
+    images: Sequence[str]  # image of each row, as named in the data
     labels: npt.NDArray[np.int64]  # (N,) int64 gold label ids
     probabilities: npt.NDArray[np.float64]  # (N, 3) float64, in the order of `LABELS`
 
@@ -39,7 +39,7 @@ class PredictedRows:
         return np.asarray(self.probabilities.argmax(axis=1), dtype=np.int64)
 
     def write(self, folder: Path) -> Path:
-        """Writes the rows into a report folder, atomically, and returns the file's path."""
+        """Writes `predictions.LANG.jsonl` into a report folder, atomically; returns its path."""
         path = folder / f"{_PREFIX}{self.lang}{_SUFFIX}"
         columns = {
             "pairID": self.pair_ids,
@@ -55,18 +55,16 @@ class PredictedRows:
 
 
 def predicted_languages(folder: Path) -> list[str]:
-    """What predictions lie in a report folder (`PredictedRows.lang`), sorted, English first.
+    """The predictions in a report folder by `PredictedRows.lang`, sorted, English first.
 
     Raises:
         DataError: there is no such folder, or it holds no predictions.
     """
-    names = [path.name for path in folder.glob(f"{_PREFIX}*{_SUFFIX}")]
-    languages = [name.removeprefix(_PREFIX).removesuffix(_SUFFIX) for name in names]
+    paths = folder.glob(f"{_PREFIX}*{_SUFFIX}")
+    languages = [path.name.removeprefix(_PREFIX).removesuffix(_SUFFIX) for path in paths]
     if not languages:
-        raise DataError(
-            f"{folder}: no predictions.*.jsonl in it; write them with: "
-            f"clseave evaluate --report {folder}"
-        )
+        command = f"clseave evaluate --report {folder}"
+        raise DataError(f"{folder}: no predictions.*.jsonl in it; write them with: {command}")
     return sorted(languages, key=lambda lang: (lang != "en", lang))
 
 
@@ -74,11 +72,10 @@ def read_predicted_rows(folder: Path, lang: str) -> PredictedRows:
     """Reads one language's predictions.
 
     Raises:
-        DataError: the file is missing; or a line is damaged, or repeats a row: names it.
+        DataError: the file is missing, or a line is damaged or repeats a row; names the line.
     """
     path = folder / f"{_PREFIX}{lang}{_SUFFIX}"
-    pair_ids: dict[str, int] = {}
-    images, labels, probabilities = [], [], []
+    rows: dict[str, tuple[str, int, list[float]]] = {}
     for number, row, _ in read_rows(path, ()):
         try:
             pair_id, label = str(row["pairID"]), LABEL_IDS[row["label"]]
@@ -87,70 +84,55 @@ def read_predicted_rows(folder: Path, lang: str) -> PredictedRows:
             if len(triple) != len(LABELS) or not np.isfinite(triple).all() or not is_predicted:
                 raise ValueError
         except (ValueError, KeyError, TypeError):
-            raise DataError.at(
-                path,
-                number,
-                "expected pairID, image, label, predicted and three probabilities; evaluate again.",
-            ) from None
-        if pair_id in pair_ids:
+            expected = "pairID, image, label, predicted and three probabilities"
+            raise DataError.at(path, number, f"expected {expected}; evaluate again.") from None
+        if pair_id in rows:
             raise DataError.at(path, number, f"pairID {pair_id!r} is there twice.")
-        pair_ids[pair_id] = number
-        images.append(str(row.get("image", "")))
-        labels.append(label)
-        probabilities.append(triple)
-    return PredictedRows(
-        lang=lang,
-        pair_ids=list(pair_ids),
-        images=images,
-        labels=np.array(labels, dtype=np.int64),
-        probabilities=np.array(probabilities, dtype=np.float64).reshape(-1, len(LABELS)),
-    )
-
-
-# --- two evaluations ---
-
-Verdict = Literal["tie", "first", "second"]
+        rows[pair_id] = str(row.get("image", "")), label, triple
+    images = [image for image, *_ in rows.values()]
+    labels = np.array([label for _, label, _ in rows.values()], dtype=np.int64)
+    p = np.array([triple for *_, triple in rows.values()], dtype=np.float64)
+    return PredictedRows(lang, list(rows), images, labels, p.reshape(-1, len(LABELS)))
 
 
 @dataclass(frozen=True)
 class LanguageComparison:
-    """One language's two sets of predictions, on the rows that both have."""
+    """Two evaluations in one language, on the rows that both have."""
 
-    lang: str  # language code
-    num_examples: int  # rows compared
-    num_images: int  # photos they share
-    only_in_first: int  # rows that only the first evaluation has; they are left out
-    only_in_second: int  # the same for the second
-    accuracy_first: float  # accuracy on the rows compared, a fraction
-    accuracy_second: float  # the same for the second
+    lang: str  # `PredictedRows.lang`
+    num_examples: int
+    num_images: int
+    only_in_first: int  # rows left out because the second evaluation lacks them
+    only_in_second: int
+    accuracy_first: float  # fractions
+    accuracy_second: float
     agreement: float  # share of rows given the same label
-    difference: Difference  # paired difference, first minus second
-    verdict: Verdict  # which is better, or `tie` where the difference's interval holds zero
+    difference: Difference  # paired, first minus second
+    verdict: Literal["tie", "first", "second"]  # the better one
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Two evaluations, compared."""
 
-    first: str  # name of the first folder
-    second: str  # name of the second
-    languages: list[LanguageComparison]  # what both have, English first
-    missing_in_first: list[str]  # languages that only the second has
-    missing_in_second: list[str]  # languages that only the first has
-    resamples: int  # bootstrap resamples
-    seed: int  # their seed
-    # Where the first evaluation's numbers come from; None: its folder has predictions alone.
-    signature_first: Signature | None
-    signature_second: Signature | None  # the same for the second
+    first: str  # report folders
+    second: str
+    languages: list[LanguageComparison]  # languages of both, English first
+    missing_in_first: list[str]  # languages
+    missing_in_second: list[str]
+    resamples: int  # of the bootstrap, with its seed
+    seed: int
+    signature_first: Signature | None  # None: the folder has only predictions
+    signature_second: Signature | None
 
 
 def compare_reports(
     first: Path, second: Path, *, resamples: int = 2000, seed: int = 0
 ) -> Comparison:
-    """Compares two report folders (`evaluate --report`) by their rows.
+    """Compares two report folders (`evaluate --report`), joining rows by `pairID`.
 
-    Rows meet by `pairID`. Each interval speaks for one comparison; of many made at once, one in
-    twenty ties will look like a difference.
+    Intervals are not corrected for many comparisons: one in twenty ties will look like a
+    difference.
 
     Raises:
         DataError: a folder has no predictions, they have no language or no row in common, or they
@@ -163,17 +145,17 @@ def compare_reports(
             f"{first} has {', '.join(in_first)} and {second} has {', '.join(in_second)}: "
             "no language in common to compare."
         )
-    by: dict[str, Any] = {"resamples": resamples, "seed": seed}
+    sampling: dict[str, Any] = {"resamples": resamples, "seed": seed}
     return Comparison(
         first=str(first),
         second=str(second),
         languages=[
-            compare_rows(*(read_predicted_rows(folder, lang) for folder in (first, second)), **by)
+            compare_rows(*(read_predicted_rows(f, lang) for f in (first, second)), **sampling)
             for lang in common
         ],
         missing_in_first=[lang for lang in in_second if lang not in in_first],
         missing_in_second=[lang for lang in in_first if lang not in in_second],
-        **by,
+        **sampling,
         signature_first=_signature(first),
         signature_second=_signature(second),
     )
@@ -186,9 +168,9 @@ def _signature(folder: Path) -> Signature | None:
 def rows_in_common(
     first: Sequence[str], second: Sequence[str]
 ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """The rows that both have by their ids, by number in the one and in the other."""
-    place = {pair_id: row for row, pair_id in enumerate(second)}
-    pairs = [(row, place[pair_id]) for row, pair_id in enumerate(first) if pair_id in place]
+    """The numbers of the rows whose ids both have, in the one and in the other."""
+    row_of = {pair_id: row for row, pair_id in enumerate(second)}
+    pairs = [(row, row_of[pair_id]) for row, pair_id in enumerate(first) if pair_id in row_of]
     rows, others = np.array(pairs, dtype=np.intp).reshape(-1, 2).T
     return rows, others
 
@@ -204,18 +186,17 @@ def compare_rows(
     rows, others = rows_in_common(first.pair_ids, second.pair_ids)
     if not len(rows):
         raise DataError(f"{first.lang}: no pairID in common; were they the same split?")
-    for row, other in zip(rows, others, strict=True):
-        if first.labels[row] != second.labels[other] or first.images[row] != second.images[other]:
-            raise DataError(
-                f"{first.lang}: row {first.pair_ids[row]!r} has another label or image in the "
-                "second evaluation; only evaluations of the same data can be compared."
-            )
-    right_first = first.predicted[rows] == first.labels[rows]
-    right_second = second.predicted[others] == first.labels[rows]
-    images = np.asarray(first.images)[rows]
-    difference = compare_predictions(
-        right_first, right_second, images, resamples=resamples, seed=seed
-    )
+    labels, images = first.labels[rows], np.asarray(first.images)[rows]
+    differs = (labels != second.labels[others]) | (images != np.asarray(second.images)[others])
+    if differs.any():
+        raise DataError(
+            f"{first.lang}: row {first.pair_ids[rows[differs.argmax()]]!r} has another label or "
+            "image in the second evaluation; only evaluations of the same data can be compared."
+        )
+    right_first = first.predicted[rows] == labels
+    right_second = second.predicted[others] == labels
+    sampling = {"resamples": resamples, "seed": seed}
+    difference = compare_predictions(right_first, right_second, images, **sampling)
     return LanguageComparison(
         lang=first.lang,
         num_examples=len(rows),

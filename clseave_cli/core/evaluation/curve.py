@@ -1,4 +1,4 @@
-"""`curve`: how good students get from how many sentences: a loop over `align` and `evaluate`."""
+"""`curve`: accuracy by number of training sentences, a loop over `align` and `evaluate`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from clseave_cli.core import files
 from clseave_cli.core.alignment import align, count_sentences, student_languages
 from clseave_cli.core.config import AlignConfig, CurveConfig, EvaluateConfig, StudentConfig
 from clseave_cli.core.data.hub import data_folder
+from clseave_cli.core.data.images import ImageFolder
 from clseave_cli.core.data.records import split_path
 from clseave_cli.core.evaluation.figures import DataCurves, DataPoint, draw_data_curves
 from clseave_cli.core.evaluation.results import LanguageResult
-from clseave_cli.core.evaluation.run import evaluate, require_rows
+from clseave_cli.core.evaluation.run import evaluate, labelled_rows
 from clseave_cli.core.models.clip_ve import fingerprint, source_language
 from clseave_cli.core.models.student import student_fingerprint
 from clseave_cli.errors import DataError, UsageError
@@ -28,16 +29,15 @@ DATA_CURVE = files.Kind(
     r"curve\.(json|md|png)|[\w+-]+-(\d+|all)(-[0-9a-f]{8})?/.+|\..+\.clseave-[0-9a-f]{8}",
 )
 
-# Options that a student does not depend on.
+# Options that do not change a student.
 _WITHOUT_EFFECT = ("resume", "device", "checkpoint_minutes", "runs", "out", "tracker")
 
 
 def data_curves(config: CurveConfig, progress: Progress = SILENT) -> DataCurves:
-    """Trains a student for each language and each number of sentences, and measures it.
+    """Trains and evaluates a student for each language and each number of sentences.
 
-    Writes `curve.json` and `curve.png`. A point that was finished with the same options and data is
-    kept, and an interrupted one goes on where it stopped. Test rows that cannot be measured are
-    noted before anything is trained; the curve is then one of dev metrics.
+    Writes `curve.json` and `curve.png`. Points finished with the same options and data are kept,
+    and an interrupted one resumes. If the test rows are unusable, the curve shows dev metrics.
 
     Raises:
         ClseaveError: as `align` and `evaluate`.
@@ -73,7 +73,8 @@ def _measured(config: CurveConfig, out: Path, progress: Progress) -> DataCurves:
     source = EvaluateConfig(**options | {"runs": (config.runs,), "lang": (source_lang,)})
     english = None
     try:
-        require_rows(source, languages, progress)
+        for lang in languages:
+            labelled_rows(source, folder, lang, ImageFolder.of(folder, config.images), progress)
         english = evaluate(source, progress).results[0].accuracy
     except DataError as error:
         progress.note(f"{error} Students are measured on dev alone.")
@@ -88,19 +89,19 @@ def _measured(config: CurveConfig, out: Path, progress: Progress) -> DataCurves:
             decisive = {k: str(v) for k, v in options.items() if k not in _WITHOUT_EFFECT}
             measured = [config.split, config.resamples, english is not None]
             name, digest = "+".join(group), files.json_digest([decisive, inputs, measured])[:8]
-            kept = out / f"{name}-{limit or 'all'}-{digest}"
-            if (kept / "point.json").is_file():
-                progress.note(f"{kept}: already measured.")
+            place = out / f"{name}-{limit or 'all'}-{digest}"
+            if (place / "point.json").is_file():
+                progress.note(f"{place}: already measured.")
             else:
-                options |= {"out": kept / f"align-{name}", "resume": kept.exists()}
-                asked = replace(source, lang=group, students=kept)
+                options |= {"out": place / f"align-{name}", "resume": place.exists()}
+                evaluation = replace(source, lang=group, students=place)
                 summary = align(AlignConfig(**options), progress).folder / "training/summary.json"
-                results = evaluate(asked, progress).results if english is not None else ()
-                made = _points(counts, limit, files.read_json(summary), results)
-                files.write_json(kept / "point.json", [asdict(point) for point in made])
+                results = evaluate(evaluation, progress).results if english is not None else ()
+                new = _points(counts, limit, files.read_json(summary), results)
+                files.write_json(place / "point.json", [asdict(point) for point in new])
                 if not config.keep_models:
-                    shutil.rmtree(kept / f"align-{name}")
-            points += [DataPoint(**point) for point in files.read_json(kept / "point.json")]
+                    shutil.rmtree(place / f"align-{name}")
+            points += [DataPoint(**point) for point in files.read_json(place / "point.json")]
     parts = [f"{name} {digest[:8]}" for name, digest in ({"clseave": __version__} | inputs).items()]
     parts += [f"seed {config.seed}", f"{config.resamples:,} resamples by photo"]
     return DataCurves(config.split, english, points, " · ".join(parts))
@@ -112,11 +113,11 @@ def _points(
     summary: dict[str, Any],
     results: Sequence[LanguageResult],
 ) -> list[DataPoint]:
-    """One student in each of its languages, by what its training and its test recorded."""
+    """The points of one student, one a language."""
     accuracies = {r.lang: (r.accuracy, r.accuracy_low, r.accuracy_high) for r in results}
     points = []
     for lang, count in counts.items():
-        # Of several languages the dev metrics are recorded as `mse/de`; of one as `mse`.
+        # A student of several languages has the dev metric `mse/de`, of one `mse`.
         dev = {k.partition("/")[0]: v for k, v in summary["dev"].items() if k.endswith(f"/{lang}")}
         common = list(counts), min(limit or count, count), dev or summary["dev"]
         points.append(DataPoint(lang, *common, summary["wall_seconds"], *accuracies.get(lang, ())))

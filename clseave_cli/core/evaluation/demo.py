@@ -41,34 +41,34 @@ C = TypeVar("C", bound=StageConfig)
 
 @dataclass(frozen=True)
 class Example:
-    """A picture and a sentence that every model judges rightly."""
+    """A picture and a hypothesis that every model gets right."""
 
-    image: Path  # the picture's file
-    label: str  # the right label
-    hypotheses: dict[str, str]  # the sentence by language
+    image: Path
+    label: str
+    hypotheses: dict[str, str]  # by language
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What a demo came to."""
+    """The outcome of a demo."""
 
     data: Path  # the world, an ordinary data folder
-    runs: Path  # every stage's models
-    encoder: Path  # the untrained encoder that the students start from
-    report: Path  # the report with pictures
-    results: Results  # the evaluation
-    examples: tuple[Example, ...]  # one a label, where every language answers one rightly
-    seconds: float  # what this sitting took
+    runs: Path  # the models of every stage
+    encoder: Path  # the untrained encoder of the students
+    report: Path
+    results: Results
+    examples: tuple[Example, ...]  # at most one a label
+    seconds: float  # of this call
 
 
 def demo(config: DemoConfig, progress: Progress = SILENT) -> DemoResult:
     """Draws a world, trains a CLIP model, CLIP-VE and five students on it, and evaluates them.
 
-    Whatever an earlier call finished or began in the same folder is taken up.
+    Resumes an earlier call in the same folder.
 
     Raises:
         UsageError: the folder holds the demo of another seed, or something that is not a demo.
-        Interrupted: Ctrl-C or SIGTERM; says how to go on.
+        Interrupted: Ctrl-C or SIGTERM; says how to resume.
     """
     data = config.out / "data"
     if not (data / "world.json").is_file():
@@ -82,7 +82,7 @@ def demo(config: DemoConfig, progress: Progress = SILENT) -> DemoResult:
             return _demo(config, progress)
     except (Interrupted, KeyboardInterrupt):
         raise Interrupted(
-            f"{config.out}: interrupted; run the same command again to go on from there."
+            f"{config.out}: interrupted; run the same command again to resume."
         ) from None
 
 
@@ -90,35 +90,29 @@ def _demo(config: DemoConfig, progress: Progress) -> DemoResult:
     started = time.monotonic()
     data, runs, report = config.out / "data", config.out / "runs", config.out / "report"
     encoder = runs / "encoder"
-
     progress.note("1/5  mini-VE: draw a world to look at")
     _world(data, encoder, config.seed, progress)
-
     progress.note("\n2/5  pretrain: a CLIP model from captions")
     pretrain(_stage(PretrainConfig, config, runs / "clip", data=data), progress)
-
     progress.note("\n3/5  finetune-ve: visual entailment in English")
     clip = str(runs / "clip")
     finetune(_stage(FinetuneConfig, config, runs / "clip-ve", data=str(data), clip=clip), progress)
-
     progress.note("\n4/5  align: five languages, from parallel sentences")
     for lang in LANGUAGES[1:]:
         student = {"lang": (lang,), "student": str(encoder), "data": str(data)}
         align(_stage(AlignConfig, config, runs / f"align-{lang}", **student), progress)
-
     progress.note("\n5/5  evaluate: six languages, and baselines that never see the picture")
     evaluation = EvaluateConfig(data=str(data), runs=(runs,), report=report, **_shared(config))
-    results = evaluate(evaluation, progress)
-    examples = _examples(data, report)
+    results, examples = evaluate(evaluation, progress), _examples(data, report)
     seconds = time.monotonic() - started
     return DemoResult(data, runs, encoder, report, results, examples, seconds)
 
 
 def _stage(config_class: type[C], config: DemoConfig, out: Path, **fields: Any) -> C:
-    """A stage's config: the preset for this world, resumed if it was begun before."""
-    begun = out.exists() or out.with_name(f"{out.name}.partial").exists()
-    places = {"runs": out.parent, "resume": begun}
-    return config_class(**(config_class.PRESETS[PRESET] | _shared(config) | places | fields))
+    """A stage's config: the preset for this world, resumed if it was started before."""
+    started = out.exists() or out.with_name(f"{out.name}.partial").exists()
+    folder = {"runs": out.parent, "resume": started}
+    return config_class(**(config_class.PRESETS[PRESET] | _shared(config) | folder | fields))
 
 
 def _shared(config: DemoConfig) -> dict[str, Any]:
@@ -126,12 +120,12 @@ def _shared(config: DemoConfig) -> dict[str, Any]:
 
 
 def _world(data: Path, encoder: Path, seed: int, progress: Progress) -> None:
-    """Draws the world and makes a small multilingual encoder that has learned nothing yet."""
+    """Draws the world and creates a small untrained multilingual encoder."""
     if (data / "world.json").is_file():
-        there = read_json(data / "world.json").get("seed")
-        if there != seed:
+        if (existing := read_json(data / "world.json").get("seed")) != seed:
             raise UsageError(
-                f"{data.parent}: holds the demo of seed {there}; choose another --out for {seed}."
+                f"{data.parent}: holds the demo of seed {existing}, not {seed}; choose another "
+                "--out."
             )
         progress.note(f"{data}: already there.")
     else:
@@ -144,24 +138,22 @@ def _world(data: Path, encoder: Path, seed: int, progress: Progress) -> None:
 
 
 def _examples(data: Path, report: Path) -> tuple[Example, ...]:
-    """For each label, the row that every language answers rightly with the most certainty."""
-    certainty: dict[str, float] = {}
+    """For each label, the row that every language gets right with the highest probability."""
+    confidence: dict[str, float] = {}
+    sentences: dict[str, dict[str, str]] = {}
     for lang in LANGUAGES:
-        rows = read_predicted_rows(report, lang)
-        right = rows.probabilities[np.arange(len(rows)), rows.labels]
-        right[rows.predicted != rows.labels] = 0.0
-        for pair_id, probability in zip(rows.pair_ids, right.tolist(), strict=True):
-            certainty[pair_id] = min(certainty.get(pair_id, 1.0), probability)
-    splits = {lang: read_split(data, "test", lang) for lang in LANGUAGES}
-    sentences = {k: dict(zip(s.pair_ids, s.hypotheses, strict=True)) for k, s in splits.items()}
-    source = splits[LANGUAGES[0]]
+        rows, split = read_predicted_rows(report, lang), read_split(data, "test", lang)
+        p = np.where(rows.predicted == rows.labels, rows.probabilities.max(axis=1), 0.0)
+        for pair_id, probability in zip(rows.pair_ids, p.tolist(), strict=True):
+            confidence[pair_id] = min(confidence.get(pair_id, 1.0), probability)
+        sentences[lang] = dict(zip(split.pair_ids, split.hypotheses, strict=True))
+    source = read_split(data, "test", LANGUAGES[0])
     examples = []
     for label_id, label in enumerate(LABELS):
-        candidates = np.flatnonzero(source.labels == label_id)
-        best = max(candidates, key=lambda row: certainty[source.pair_ids[row]])
-        pair_id = source.pair_ids[best]
-        if certainty[pair_id] > 0:
-            image = data / "images" / source.image_names[source.image_index[best]]
+        rows_of_label = np.flatnonzero(source.labels == label_id)
+        row = max(rows_of_label, key=lambda row: confidence[source.pair_ids[row]])
+        if confidence[pair_id := source.pair_ids[row]] > 0:
+            image = data / "images" / source.image_names[source.image_index[row]]
             hypotheses = {lang: sentences[lang][pair_id] for lang in LANGUAGES}
             examples.append(Example(image, label, hypotheses))
     return tuple(examples)

@@ -1,10 +1,10 @@
-"""Pictures with sentences and what the models say of them: which are shown, and how small."""
+"""The report's galleries: photos with hypotheses and predictions."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,59 +20,41 @@ from clseave_cli.core.evaluation.outputs import Outputs
 from clseave_cli.errors import DataError
 from clseave_cli.labels import LABELS
 
-#: Longest side of a picture in a report, in pixels: sharp at its size on the page on a fine screen.
+#: Longest side of a photo in the report, in pixels, sharp on a high-density screen.
 THUMBNAIL_PIXELS = 480
-
-_EXAMPLES = 8
-
-# Pictures of errors: of a language alone, or of each of several.
-_ERRORS_ALONE = 12
-_ERRORS_EACH = 3
-
-# Drawings stay lossless (and small); photos do not.
-_MOST_PNG_COLOURS = 256
 
 
 @dataclass(frozen=True)
 class GalleryEntry:
-    """One hypothesis about a picture, and the prediction."""
+    """A hypothesis about a photo, and the prediction."""
 
     lang: str  # language code of the hypothesis
-    hypothesis: str  # the sentence, any text
-    label: str  # gold label name
-    predicted: str  # predicted label name
-    probabilities: tuple[float, ...]  # of the labels, in the order of `LABELS`
-
-    @classmethod
-    def of(cls, outputs: Outputs, row: int) -> GalleryEntry:
-        """A row of a system's outputs."""
-        return cls(
-            lang=outputs.split.lang,
-            hypothesis=outputs.split.hypotheses[row],
-            label=LABELS[outputs.split.labels[row]],
-            predicted=LABELS[int(outputs.logits[row].argmax())],
-            probabilities=tuple(probabilities(outputs.logits[row : row + 1])[0].tolist()),
-        )
+    hypothesis: str
+    label: str  # gold label
+    predicted: str  # predicted label
+    probabilities: tuple[float, ...]  # in the order of `LABELS`
 
 
 @dataclass(frozen=True)
 class GalleryItem:
-    """One picture (a file, or its encoded bytes) with everything said about it."""
+    """A photo (a file, or its encoded bytes) with hypotheses."""
 
     name: str
     image: Path | bytes
     entries: tuple[GalleryEntry, ...]
-    # Where the model of the first entry looked: a function of the picture.
-    looked: Callable[[Image.Image], Image.Image] | None = None
+    # Draws the attention of the first entry's model over the photo.
+    draw_attention: Callable[[Image.Image], Image.Image] | None = None
 
     def heat_map(self) -> str | None:
-        """Where the model of the first entry looked, as a `data:` URI; None: it sees no parts."""
-        return None if self.looked is None else png_uri(self.looked(open_image(self.image)))
+        """The attention of the first entry's model as a `data:` URI; None if it has none."""
+        if self.draw_attention is None:
+            return None
+        return png_uri(self.draw_attention(open_image(self.image)))
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """A section of the report that shows pictures."""
+    """A section of the report that shows photos."""
 
     title: str
     introduction: str
@@ -80,59 +62,70 @@ class Gallery:
 
 
 def examples(outputs: Mapping[str, Outputs], images: ImageFolder) -> Gallery:
-    """A few rows with what every language's model says of them, all labels in turn."""
+    """A few rows with the predictions of every language, all labels in turn."""
     first = next(iter(outputs.values()))
     pair_ids = first.split.pair_ids
-    places = [{id: row for row, id in enumerate(o.split.pair_ids)} for o in outputs.values()]
-    everywhere = [row for row, id in enumerate(pair_ids) if all(id in place for place in places)]
+    rows_by_id = [{id: row for row, id in enumerate(o.split.pair_ids)} for o in outputs.values()]
+    shared = [row for row, id in enumerate(pair_ids) if all(id in rows for rows in rows_by_id)]
     chosen: dict[str, int] = {}
-    # Scattered over the file, always the same: rows beside each other tend to share a photo.
-    for row in sorted(everywhere, key=lambda r: (r * 2654435761) % 2**32):
+    # A fixed scattering: neighbouring rows tend to share a photo.
+    for row in sorted(shared, key=lambda r: (r * 2654435761) % 2**32):
         name = str(first.images[row])
         if name not in chosen and first.split.labels[row] == len(chosen) % len(LABELS):
             chosen[name] = row
-        if len(chosen) == _EXAMPLES:
+        if len(chosen) == 8:
             break
     items = []
     for name, row in chosen.items():
-        rows = [place[pair_ids[row]] for place in places]
-        entries = tuple(map(GalleryEntry.of, outputs.values(), rows))
-        image = images.find(name, first.split.where(row))
-        items.append(GalleryItem(name, image, entries, first.looked(row)))
+        rows = [rows[pair_ids[row]] for rows in rows_by_id]
+        items.append(_item(name, images, list(zip(outputs.values(), rows, strict=True))))
     return Gallery(
-        "The same pictures in every language",
-        "One hypothesis about each picture in every language, with what the models predict.",
+        "The same photos in every language",
+        "One hypothesis about each photo in every language, with the predictions.",
         tuple(items),
     )
 
 
 def errors(outputs: Mapping[str, Outputs], images: ImageFolder) -> Gallery:
     """The most confident errors of every language."""
-    count = _ERRORS_ALONE if len(outputs) == 1 else _ERRORS_EACH
+    count = 12 if len(outputs) == 1 else 3
     items = []
     for each in outputs.values():
-        sure = probabilities(each.logits)
-        rows = most_confident_errors(each.split.labels, sure, each.images, count)
-        for row in rows.tolist():
-            name = str(each.images[row])
-            title = f"{language_name(each.split.lang)} · {name}"
-            image = images.find(name, each.split.where(row))
-            entries = (GalleryEntry.of(each, row),)
-            items.append(GalleryItem(title, image, entries, each.looked(row)))
+        p = probabilities(each.logits)
+        for row in most_confident_errors(each.split.labels, p, each.images, count).tolist():
+            title = f"{language_name(each.split.lang)} · {each.images[row]}"
+            items.append(_item(title, images, [(each, row)]))
     return Gallery(
         "The most confident errors",
-        f"Where the model of each language is wrong and surest of it: at most {count} a language, "
-        "one a picture.",
+        f"The wrong predictions with the highest probability: at most {count} a language, one a "
+        "photo.",
         tuple(items),
     )
+
+
+def _item(name: str, images: ImageFolder, rows: Sequence[tuple[Outputs, int]]) -> GalleryItem:
+    """The photo of the first row, with the hypotheses of all."""
+    entries = [
+        GalleryEntry(
+            lang=outputs.split.lang,
+            hypothesis=outputs.split.hypotheses[row],
+            label=LABELS[outputs.split.labels[row]],
+            predicted=LABELS[int(outputs.logits[row].argmax())],
+            probabilities=tuple(probabilities(outputs.logits[row : row + 1])[0].tolist()),
+        )
+        for outputs, row in rows
+    ]
+    first, row = rows[0]
+    image = images.find(str(first.images[row]), first.split.where(row))
+    return GalleryItem(name, image, tuple(entries), first.heat_map(row))
 
 
 def most_confident_errors(
     labels: npt.ArrayLike, probabilities: npt.ArrayLike, images: npt.ArrayLike, count: int = 12
 ) -> npt.NDArray[np.int64]:
-    """(≤ count,) rows where the model is wrong and surest of it, at most one a picture.
+    """(≤ count,) wrong rows with the highest probability, at most one a photo.
 
-    From (N,) gold label ids, (N, C) probabilities and the (N,) picture of each row.
+    From (N,) gold label ids, (N, C) probabilities and the (N,) photo of each row.
     """
     p = np.asarray(probabilities, dtype=np.float64)
     wrong = np.flatnonzero(p.argmax(axis=1) != np.asarray(labels))
@@ -142,15 +135,13 @@ def most_confident_errors(
 
 
 def thumbnail(image: Path | bytes) -> tuple[str, int] | None:
-    """A picture scaled down for the page, as a `data:` URI, and its width in pixels.
-
-    None if it cannot be read.
-    """
+    """A photo scaled down as a `data:` URI, and its width in pixels; None if unreadable."""
     try:
         picture = open_image(image)
     except DataError:
         return None
-    kind = "PNG" if picture.getcolors(_MOST_PNG_COLOURS) is not None else "JPEG"
+    # Drawings, which have few colours, stay lossless (and small).
+    kind = "PNG" if picture.getcolors(256) is not None else "JPEG"
     picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
     picture.save(stream, kind, quality=85, optimize=True)
@@ -158,5 +149,4 @@ def thumbnail(image: Path | bytes) -> tuple[str, int] | None:
 
 
 def data_uri(encoded: bytes, kind: str) -> str:
-    """A picture inside its own address, so that a page needs no other file."""
     return f"data:image/{kind.lower()};base64,{base64.b64encode(encoded).decode('ascii')}"

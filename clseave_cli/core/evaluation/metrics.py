@@ -1,9 +1,8 @@
-"""Scores of one set of predictions, paired differences between two, and how sure both are.
+"""Scores of one set of predictions, paired differences between two, and intervals of both.
 
-About 18 hypotheses of SNLI-VE share a photo, so rows are not independent; photos are. Intervals and
-tests therefore resample photos: a resample draws G photos with replacement and takes all rows of
-each. Every statistic here is a function of sums over rows, so a resample is a vector of G counts,
-and all resamples are one matrix product.
+About 18 hypotheses of SNLI-VE share a photo, so photos are independent and rows are not. Intervals
+and tests therefore resample photos: G photos with replacement, with all their rows. Every statistic
+is a function of sums over rows, so the resamples are one matrix product.
 
 N rows · C = 3 labels, in the order of `labels.LABELS` · G photos (clusters) · R resamples ·
 S summed quantities. Throughout, `images` are the (N,) photos of the rows, numbers or strings;
@@ -27,20 +26,14 @@ from clseave_cli.labels import LABELS
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-#: Share of the resamples that an interval leaves out, both ends together.
+#: One minus the confidence of every interval.
 ALPHA = 0.05
 
-#: Bins of equal width in which calibration is measured.
-NUM_BINS = 15
-
-# Quotients that are equal but for their last bits.
+# Numbers that differ by less are equal.
 _ROUNDING = 1e-12
 
-# Weights held at once: 4 million counts are 32 MB, whatever the number of photos.
+# 32 MB of weights, whatever the number of photos.
 _WEIGHTS_AT_ONCE = 4_000_000
-
-
-# --- resampling photos ---
 
 
 @dataclass(frozen=True)
@@ -51,22 +44,19 @@ class Interval:
     low: float | None
     high: float | None
 
-    def ends(self) -> dict[str, float | None]:
-        """The three by what a key of the results has after its name."""
-        return {"": self.value, "_low": self.low, "_high": self.high}
+    def keyed(self, name: str) -> dict[str, float | None]:
+        """The three numbers by their keys in the results."""
+        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
 
 
 def cluster_sums(quantities: npt.ArrayLike, images: npt.ArrayLike) -> Floats:
     """(G, S) sums of (N, S) quantities over the rows of each photo.
 
-    Photos are in sorted order, so that the same photos in two languages get the same resamples from
-    the same seed.
+    Photos are sorted, so the same photos in two languages get the same resamples from a seed.
     """
     values = np.asarray(quantities, dtype=np.float64)
     _, cluster = np.unique(np.asarray(images), return_inverse=True)
-    num_clusters = int(cluster.max()) + 1 if len(cluster) else 0
-    columns = [np.bincount(cluster, column, num_clusters) for column in values.T]
-    return np.stack(columns, axis=1)
+    return np.stack([np.bincount(cluster, column) for column in values.T], axis=1)
 
 
 def resampled_sums(sums: Floats, resamples: int, seed: int) -> Floats:
@@ -93,11 +83,11 @@ def interval(
 
     The ends are percentiles of the resampled statistic, widened for few photos as in Hesterberg,
     "What Teachers Should Know About the Bootstrap" (The American Statistician, 2015, section 5.2):
-    the plain 2.5 % becomes Φ(√(G/(G−1)) · t₀.₀₂₅,G₋₁), which is 2.5 % again for many photos.
+    the plain 2.5 % becomes Φ(√(G/(G−1)) · t₀.₀₂₅,G₋₁), which approaches 2.5 % with more photos.
 
-    `statistic` maps (…, S) totals of the (G, S) sums to (…) values. There is no interval where
-    there is a single photo, where the resamples do not reach the tail, or where they all agree: the
-    bootstrap would claim certainty.
+    `statistic` maps (…, S) totals of the (G, S) sums to (…) values. There is no interval for a
+    single photo, for too few resamples, or if all resamples agree: the bootstrap would claim
+    certainty.
     """
     value = float(statistic(sums.sum(axis=0, keepdims=True))[0])
     if len(sums) < 2:
@@ -110,22 +100,21 @@ def interval(
 
 def _percentiles(resampled: Floats, num_clusters: int) -> tuple[float, float] | tuple[None, None]:
     widened = np.sqrt(num_clusters / (num_clusters - 1)) * stats.t.ppf(ALPHA / 2, num_clusters - 1)
-    # Which resample, counted from either end, ends the interval; 0: there are too few.
     rank = int((len(resampled) + 1) * stats.norm.cdf(widened))
-    if not rank:
+    if not rank:  # too few resamples
         return None, None
-    # Resamples themselves, nothing between them: zero is then outside exactly where p is small.
+    # No interpolation: the interval then excludes zero exactly when p is small.
     ordered = np.sort(resampled)
     return float(ordered[rank - 1]), float(ordered[-rank])
 
 
 def _smallest_share(num_clusters: int) -> float:
-    """The share of all photos that is at least of a kind, where all G seen are: the exact bound."""
+    """The exact lower bound on the share of photos of a kind, if all G sampled ones are."""
     return float((ALPHA / 2) ** (1 / num_clusters))
 
 
 def _two_sided_p(resampled: Floats, num_clusters: int) -> float:
-    """The largest level at which the interval of `_percentiles` still holds zero."""
+    """The largest level at which the interval of `_percentiles` contains zero."""
     size = len(resampled) + 1
     tail = min((np.sum(resampled <= 0) + 1) / size, (np.sum(resampled >= 0) + 1) / size, 0.5)
     narrowed = stats.norm.ppf(tail) / np.sqrt(num_clusters / (num_clusters - 1))
@@ -140,13 +129,12 @@ def mean_interval(
 
 
 def _counted(values: npt.ArrayLike, images: npt.ArrayLike) -> Floats:
-    """(G, 2) sum of the values of each photo's rows, and how many they are."""
+    """(G, 2) sum of the values of each photo's rows, and their number."""
     column = np.asarray(values, dtype=np.float64)
     return cluster_sums(np.stack([column, np.ones_like(column)], axis=1), images)
 
 
 def _mean(sums: Floats) -> Floats:
-    """(…, 2) sums and counts to (…) means."""
     mean: Floats = sums[..., 0] / sums[..., 1]
     return mean
 
@@ -156,9 +144,9 @@ def accuracy_interval(
 ) -> Interval:
     """Accuracy with its 95 % interval, from (N,) bool or the share of trainings that are right.
 
-    Where the photos are all alike (every row right, say), all resamples agree and the bootstrap
-    would claim certainty. The interval there is the exact binomial one (Clopper and Pearson, 1934)
-    with photos for trials: how many photos could be of another kind, at worst all wrong or right.
+    If all photos have the same accuracy (1, say), all resamples agree and the bootstrap would claim
+    certainty. The interval is then the exact binomial one (Clopper and Pearson, 1934) with photos
+    as trials: the share of photos that could differ, at worst all wrong or all right.
     """
     sums = _counted(correct, images)
     if len(sums) < 2 or np.ptp(_mean(sums)) > _ROUNDING:
@@ -167,26 +155,19 @@ def accuracy_interval(
     return Interval(value, alike * value, 1 - alike * (1 - value))
 
 
-# --- two models on the same rows ---
-
-
 @dataclass(frozen=True)
 class Difference(Interval):
-    """How two sets of predictions for the same rows differ in accuracy (first minus second).
+    """The paired difference in accuracy on the same rows, first minus second, by photo."""
 
-    The interval is paired and clustered by photo.
-    """
-
-    p: float | None  # two-sided p of the same test: below 0.05 where the interval leaves out zero
-    # Exact McNemar p, which takes rows for independent: too small where they are not.
-    mcnemar_p: float
+    p: float | None  # two-sided; below 0.05 exactly when the interval excludes zero
+    mcnemar_p: float  # exact McNemar p, too small because it assumes that rows are independent
     only_first: int  # rows that only the first predictions get right
     only_second: int  # rows that only the second predictions get right
     num_examples: int  # rows compared
 
     @property
     def is_tie(self) -> bool:
-        """Whether the rows cannot tell the two apart: the interval holds zero, or there is none."""
+        """Whether the interval contains zero, or there is none."""
         return self.low is None or self.high is None or self.low <= 0.0 <= self.high
 
 
@@ -200,39 +181,30 @@ def compare_predictions(
 ) -> Difference:
     """The paired difference in accuracy of two models on the same rows.
 
-    Both `correct` are (N,) bool; of several trainings each, the share of them that is right.
+    Both `correct` are (N,) bool, or the share of several trainings that are right.
 
-    Both are scored on the same resamples of photos, so what a hard photo takes from both cancels
-    out. If one model gets every row right and the other none, interval and p are those of the sign
-    test over photos, which is exact. If the resamples are too few for the interval's tail (very few
-    photos need one far out), there is no interval.
+    Both are scored on the same resamples of photos, so hard photos cancel out. If one model gets
+    every row right and the other none, interval and p are those of the exact sign test over photos.
+    There is no interval if the resamples are too few for its tail (few photos need a longer one).
     """
-    first = np.asarray(correct_first, dtype=np.float64)
-    second = np.asarray(correct_second, dtype=np.float64)
-    if first.shape != second.shape or first.ndim != 1 or not len(first):
-        raise ValueError(f"need two equal, non-empty rows, not {first.shape} and {second.shape}")
-    gain = first - second
+    gain = np.asarray(correct_first, dtype=np.float64) - np.asarray(correct_second, np.float64)
     sums = _counted(gain, images)
     ends: tuple[float | None, float | None] = (None, None)
     p: float | None = None
     if len(sums) > 1 and abs(gain.sum()) == len(gain):
-        # A photo that was not seen could at worst be the other model's alone.
+        # At worst, the other model alone is right on every photo outside the sample.
         worst = 2 * _smallest_share(len(sums)) - 1
         ends = (worst, 1.0) if gain[0] > 0 else (-1.0, -worst)
         p = mcnemar(len(sums), 0)
     elif len(sums) > 1:
         resampled = _mean(resampled_sums(sums, resamples, seed))
         ends, p = _percentiles(resampled, len(sums)), _two_sided_p(resampled, len(sums))
-    only_first, only_second = int(np.sum(gain > 0)), int(np.sum(gain < 0))
-    tests = p, mcnemar(only_first, only_second)
-    return Difference(
-        float(gain.mean()), *ends, *tests, only_first, only_second, num_examples=len(gain)
-    )
+    discordant = int(np.sum(gain > 0)), int(np.sum(gain < 0))
+    return Difference(float(gain.mean()), *ends, p, mcnemar(*discordant), *discordant, len(gain))
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """McNemar's test, exact at every size: two-sided binomial p of an even split of the rows that
-    only one of the two models gets right."""
+    """The exact p of McNemar's test on the rows that only one of two models gets right."""
     discordant = only_first + only_second
     return float(stats.binomtest(only_first, discordant).pvalue) if discordant else 1.0
 
@@ -240,25 +212,17 @@ def mcnemar(only_first: int, only_second: int) -> float:
 def agreement(logits_first: npt.ArrayLike, logits_second: npt.ArrayLike) -> tuple[float, float]:
     """Share of rows that two models give the same label, right or wrong; and Cohen's κ.
 
-    κ is the share beyond what two models with these label frequencies would share by chance; 1
-    where both always give the same one label. Both logits are (N, C), of the same rows.
+    Both logits are (N, C), of the same rows. κ is 1 if all labels agree.
     """
-    first, second = np.asarray(logits_first), np.asarray(logits_second)
-    if first.shape != second.shape or not len(first):
-        raise ValueError(f"need equal, non-empty logits, not {first.shape} and {second.shape}")
-    labels = first.argmax(axis=1), second.argmax(axis=1)
-    share = float(np.mean(labels[0] == labels[1]))
-    # Where everything agrees, chance may too: scikit-learn would divide by zero.
-    kappa = 1.0 if share == 1 else float(cohen_kappa_score(*labels))
-    return share, kappa
-
-
-# --- one model ---
+    first, second = (np.argmax(logits, axis=1) for logits in (logits_first, logits_second))
+    share = float(np.mean(first == second))
+    # scikit-learn would divide by zero if both always give the same one label.
+    return share, 1.0 if share == 1 else float(cohen_kappa_score(first, second))
 
 
 @dataclass(frozen=True)
 class ClassScores:
-    """Precision, recall and F1 of one label, 0 where undefined; and its number of gold rows."""
+    """Precision, recall and F1 of one label, 0 if undefined; and its number of gold rows."""
 
     precision: float
     recall: float
@@ -268,7 +232,7 @@ class ClassScores:
 
 @dataclass(frozen=True)
 class ReliabilityPoint:
-    """One bin of the reliability curve: how sure the model was there, and how often right."""
+    """A point of the reliability or the risk-coverage curve."""
 
     confidence: float
     accuracy: float
@@ -281,26 +245,24 @@ class Scores:
 
     num_examples: int  # N
     num_images: int  # G, photos that the rows share
-    # Share of rows whose largest logit is the gold label's, with the ends of its 95 %
-    # interval (None: too few photos or resamples).
+    # Each with the ends of its 95 % interval (None: too few photos or resamples).
     accuracy: float
     accuracy_low: float | None
     accuracy_high: float | None
-    loss: float  # mean cross-entropy in nats, with its 95 % interval
+    loss: float  # mean cross-entropy in nats
     loss_low: float | None = None
     loss_high: float | None = None
-    macro_f1: float  # unweighted mean of the labels' F1, with its 95 % interval
+    macro_f1: float  # unweighted mean of the labels' F1
     macro_f1_low: float | None
     macro_f1_high: float | None
     per_class: dict[str, ClassScores]  # by label name
-    # Share of rows that get the label predicted most often; None: an older document.
+    # Share of rows with the label predicted most often; None: an older document.
     most_frequent: float | None = None
     confusion: tuple[tuple[int, ...], ...]  # (C, C) counts; row: gold label, column: predicted
     ece: float  # expected calibration error, a fraction
-    # The non-empty bins behind `ece`, from unsure to sure.
-    reliability: tuple[ReliabilityPoint, ...]
+    reliability: tuple[ReliabilityPoint, ...]  # non-empty bins of `ece`, by rising confidence
     aurc: float | None = None  # area under the risk-coverage curve; None: an older document
-    # Its points: of the `count` surest rows the least confidence, and the accuracy, 1 − risk.
+    # Its points: lowest confidence and accuracy (1 − risk) of the `count` most confident rows.
     risk_coverage: tuple[ReliabilityPoint, ...] = ()
 
 
@@ -318,35 +280,37 @@ def score(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Scores:
-    """Computes every score of (N, C) logits, or logarithms of probabilities, of (N,) label ids.
+    """Computes every score of (N, C) logits, or logarithms of probabilities, for (N,) label ids.
 
     Raises:
-        ValueError: no rows, shapes that do not match, a row without label, logits not finite.
+        ValueError: no rows, shapes that do not match, a row without label, or logits not finite.
     """
-    gold, log_p = _checked(labels, logits, images)
+    gold = np.asarray(labels, dtype=np.int64)
+    log_p = log_softmax(np.asarray(logits, dtype=np.float64), axis=1)
+    if not len(gold) or log_p.shape != (len(gold), len(LABELS)):
+        raise ValueError(f"need (N,) labels and (N, 3) logits, not {gold.shape}, {log_p.shape}")
+    if not (np.isin(gold, range(len(LABELS))).all() and np.isfinite(log_p).all()):
+        raise ValueError("every row needs a label and finite logits")
     predicted = log_p.argmax(axis=1)
-    ids = range(len(LABELS))
     cells = np.zeros((len(gold), len(LABELS) ** 2))
     cells[np.arange(len(gold)), gold * len(LABELS) + predicted] = 1.0
     sums = cluster_sums(cells, images)
     sampling: dict[str, Any] = {"resamples": resamples, "seed": seed}
     surprise = -log_p[np.arange(len(gold)), gold]
-    intervals = {
-        "accuracy": accuracy_interval(gold == predicted, images, **sampling),
-        "loss": mean_interval(surprise, images, **sampling),
-        "macro_f1": interval(sums, macro_f1, **sampling),
+    intervals: dict[str, Any] = {
+        **accuracy_interval(gold == predicted, images, **sampling).keyed("accuracy"),
+        **mean_interval(surprise, images, **sampling).keyed("loss"),
+        **interval(sums, macro_f1, **sampling).keyed("macro_f1"),
     }
-    ends: dict[str, Any] = {
-        name + end: v for name, i in intervals.items() for end, v in i.ends().items()
-    }
-    confusion = confusion_matrix(gold, predicted, labels=ids)
-    columns = precision_recall_fscore_support(gold, predicted, labels=ids, zero_division=0.0)
+    ids: dict[str, Any] = {"labels": range(len(LABELS))}
+    confusion = confusion_matrix(gold, predicted, **ids)
+    columns = precision_recall_fscore_support(gold, predicted, **ids, zero_division=0.0)
     ece, reliability = calibration(gold, np.exp(log_p))
     aurc, curve = risk_coverage(gold == predicted, np.exp(log_p.max(axis=1)))
     return Scores(
         num_examples=len(gold),
         num_images=len(sums),
-        **ends,
+        **intervals,
         per_class={
             name: ClassScores(*(column[label].item() for column in columns))
             for label, name in enumerate(LABELS)
@@ -360,30 +324,8 @@ def score(
     )
 
 
-def _checked(
-    labels: npt.ArrayLike, logits: npt.ArrayLike, images: npt.ArrayLike
-) -> tuple[Ints, Floats]:
-    gold = np.asarray(labels, dtype=np.int64)
-    scores = np.asarray(logits, dtype=np.float64)
-    if gold.ndim != 1 or not len(gold):
-        raise ValueError(f"labels must be a non-empty vector, not of shape {gold.shape}")
-    if scores.shape != (len(gold), len(LABELS)) or np.shape(images) != gold.shape:
-        raise ValueError(
-            f"{len(gold)} labels need logits of shape {(len(gold), len(LABELS))} and as many "
-            f"images, not {scores.shape} and {np.shape(images)}"
-        )
-    if gold.min() < 0 or gold.max() >= len(LABELS):
-        raise ValueError("every row needs a label; leave unlabelled rows out")
-    if not np.isfinite(scores).all():
-        raise ValueError("logits are not finite")
-    return gold, log_softmax(scores, axis=1)
-
-
 def macro_f1(cells: Floats) -> Floats:
-    """(…) macro-F1 of (…, C·C) flattened confusion matrices, gold label first.
-
-    Mean over the labels of 2·tp / (gold + predicted), 0 for a label that has neither.
-    """
+    """(…) macro-F1 of (…, C·C) flattened confusion matrices, gold label first, 0 if undefined."""
     matrix = cells.reshape(*cells.shape[:-1], len(LABELS), len(LABELS))
     hits = np.diagonal(matrix, axis1=-2, axis2=-1)
     totals = matrix.sum(axis=-1) + matrix.sum(axis=-2)
@@ -393,7 +335,7 @@ def macro_f1(cells: Floats) -> Floats:
 
 
 def calibration(
-    labels: npt.ArrayLike, probabilities: npt.ArrayLike, num_bins: int = NUM_BINS
+    labels: npt.ArrayLike, probabilities: npt.ArrayLike, num_bins: int = 15
 ) -> tuple[float, tuple[ReliabilityPoint, ...]]:
     """Expected calibration error and the reliability curve of (N, C) probabilities.
 
@@ -423,7 +365,7 @@ def risk_coverage(
 
     The risk at coverage k / N is the share of wrong answers among the k surest; the area is its
     mean over k (Geifman, Uziel and El-Yaniv, "Bias-Reduced Uncertainty Estimation for Deep Neural
-    Classifiers", 2019). Each of equally sure answers counts as their mean, in whatever order.
+    Classifiers", 2019). Equally sure answers all count as their mean.
     """
     levels, group = np.unique(-np.asarray(confidence, dtype=np.float64), return_inverse=True)
     sizes = np.bincount(group)

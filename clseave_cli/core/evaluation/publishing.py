@@ -1,4 +1,4 @@
-"""`push`: models on the hub, with a card that says what they are and how good."""
+"""`push`: models on the hub, with a model card."""
 
 from __future__ import annotations
 
@@ -27,17 +27,11 @@ from clseave_cli.version import __version__
 
 @dataclass(frozen=True)
 class Pushed:
-    """What is on the hub now.
+    """The models on the hub."""
 
-    Attributes:
-        url: of the commit.
-        languages: that the models read.
-        num_files: how many files of the models were pushed, the card apart.
-    """
-
-    url: str
-    languages: tuple[str, ...]
-    num_files: int
+    url: str  # of the commit
+    languages: tuple[str, ...]  # that the models read
+    num_files: int  # without the card
 
 
 def push(
@@ -50,23 +44,22 @@ def push(
     private: bool = False,
     progress: Progress = SILENT,
 ) -> Pushed:
-    """Publishes models in one commit: the repository is laid out like `--runs`.
+    """Publishes models in one commit, in a repository laid out like `--runs`.
 
-    What `config.json` lists is pushed, once it matches its digests, and the record of what the
-    model saw, which holds digests only; other records of the training, which name local paths, are
-    not.
+    Pushes the files in `config.json`, after checking their digests, and the digests of seen photos.
+    Other training records name local paths and stay here.
 
     Args:
-        folder: a student, a CLIP-VE, a folder of models, or an exported one.
-        repository: `ORG/NAME`; made where there is none.
+        folder: a student, a CLIP-VE, a folder of models, or an exported model.
+        repository: `ORG/NAME`; created if it does not exist.
         license: its id on the hub.
-        report: folder of an evaluation of these models; without it the card has no metrics.
+        report: folder of an evaluation of these models; without it, the card has no metrics.
         teacher: a student's CLIP-VE; None: `clip-ve` beside it.
-        private: whether only the owner may see the repository.
-        progress: told what is pushed.
+        private: whether the repository is visible to its owner only.
+        progress: notes the push.
 
     Raises:
-        UsageError: no licence, no such name, or the repository holds other models or is public.
+        UsageError: no licence, a bad name, or the repository holds other models or is public.
         ModelError: a model is missing, damaged, or of another teacher.
         DataError: the report is of other models.
         ClseaveError: the hub cannot be reached, or refuses.
@@ -78,39 +71,31 @@ def push(
             "--license: required, an id of the hub such as apache-2.0 or cc-by-4.0; those of the "
             "data and the pretrained models limit your choice."
         )
-    models = {place: _Model.of(each) for place, each in _places(folder, teacher).items()}
-    measured = None if report is None else _measured(report, list(models.values()))
+    models = {name: _Model.of(each) for name, each in _folders(folder, teacher).items()}
+    results = None if report is None else _read_results(report, list(models.values()))
     files = {
-        f"{place}/{name}".removeprefix("/"): model.folder / name
-        for place, model in models.items()
-        for name in model.files
+        f"{name}/{file}".removeprefix("/"): model.folder / file
+        for name, model in models.items()
+        for file in model.files
     }
-    url = _commit(
-        repository, files, _card(repository, license, models, measured), set(models), private,
-        progress,
-    )  # fmt: skip
+    card = _card(repository, license, models, results)
+    url = _commit(repository, files, card, set(models), private, progress)
     return Pushed(url, _languages(models), len(files))
 
 
 @dataclass(frozen=True)
 class _Model:
-    """A model to push."""
-
     folder: Path
     files: list[str]
     kind: str
     languages: list[str]
-    fingerprints: set[str]  # an exported model stands for those it was made from
-    base: str  # the pretrained model it was trained from, and the data; empty: not recorded
+    fingerprints: set[str]  # of an exported model: of its sources, too
+    base: str  # the pretrained model and the data of the training; empty: not recorded
     data: str
 
     @classmethod
     def of(cls, folder: Path) -> _Model:
-        """Reads a folder and compares every file with its digest.
-
-        Raises:
-            ModelError: it is damaged, names a local path, or has a file that is never fetched.
-        """
+        """Checks a folder; ModelError if damaged, not fetchable, or naming a local path."""
         kind = _kind(folder)
         with unsealed(folder, kind) as config:
             files = ["config.json", *config["files"]]
@@ -136,7 +121,6 @@ class _Model:
 
 
 def _kind(folder: Path) -> str:
-    """What a folder says that it holds; empty where it says nothing."""
     return str(json_object(folder / "config.json").get("format", ""))
 
 
@@ -144,12 +128,8 @@ def _languages(models: Mapping[str, _Model]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(lang for model in models.values() for lang in model.languages))
 
 
-def _places(folder: Path, teacher: Path | None) -> dict[str, Path]:
-    """The folders to push, by their place in the repository.
-
-    Raises:
-        ModelError: there is no model, or a student of another CLIP-VE.
-    """
+def _folders(folder: Path, teacher: Path | None) -> dict[str, Path]:
+    """The folders to push, by name in the repository."""
     kind = _kind(folder)
     if kind in ("onnx", clip_ve.FORMAT):
         return {"" if kind == "onnx" else kind: folder}
@@ -164,20 +144,16 @@ def _places(folder: Path, teacher: Path | None) -> dict[str, Path]:
     return {clip_ve.FORMAT: teacher, **{each.resolve().name: each for each in students}}
 
 
-def _measured(report: Path, models: Sequence[_Model]) -> Results:
-    """An evaluation's zero-shot results in the models' languages.
-
-    Raises:
-        DataError: it is of other models, of several trainings, or of the training split.
-    """
+def _read_results(report: Path, models: Sequence[_Model]) -> Results:
+    """The zero-shot results in the models' languages, of an evaluation of these models alone."""
     results = Results.read(report)
     if results.sources or results.signature.reader != "student":
         raise DataError(
-            f"{report}: of several source languages, or of CLIP-VE reading them all; evaluate the "
-            "models by themselves, and name that report."
+            f"{report}: has several source languages, or CLIP-VE reads all; evaluate the models "
+            "by themselves, and name that report."
         )
     if results.of_training_rows:
-        raise DataError(f"{report}: of the training split, which says little; evaluate another.")
+        raise DataError(f"{report}: of the training split; evaluate on another split.")
     evaluated = set(results.signature.checkpoints.values())
     kept = []
     for result in results.results:
@@ -194,33 +170,33 @@ def _measured(report: Path, models: Sequence[_Model]) -> Results:
 
 
 def _card(
-    repository: str, license: str, models: Mapping[str, _Model], measured: Results | None
+    repository: str, license: str, models: Mapping[str, _Model], results: Results | None
 ) -> str:
     """The model card: metadata for the hub, and a page; neither names a local path."""
     from huggingface_hub import EvalResult, ModelCardData
 
     name, languages = repository.rpartition("/")[2], _languages(models)
     evaluations, rows = [], []
-    for of in measured.results if measured else ():
-        assert measured is not None
-        data = (measured.signature.dataset or "SNLI-VE").removeprefix("hf:")
-        interval = {"low": of.accuracy_low, "high": of.accuracy_high, "confidence": 0.95}
+    for r in results.results if results else ():
+        assert results is not None
+        data = (results.signature.dataset or "SNLI-VE").removeprefix("hf:")
+        interval = {"low": r.accuracy_low, "high": r.accuracy_high, "confidence": 0.95}
         evaluation = EvalResult(
             task_type="visual-entailment",
             dataset_type=data,
             dataset_name=data,
-            dataset_config=of.lang,
-            dataset_split=of.split,
+            dataset_config=r.lang,
+            dataset_split=r.split,
             metric_type="accuracy",
             metric_name="Accuracy",
-            metric_value=of.accuracy,
-            metric_args=interval | {"rows": of.num_examples},
+            metric_value=r.accuracy,
+            metric_args=interval | {"rows": r.num_examples},
         )
         evaluations.append(evaluation)
-        ends = f"{percent(of.accuracy_low)}–{percent(of.accuracy_high)}"
-        blind = percent(measured.baselines.get(of.key, Baselines()).hypothesis_only)
-        where = f"{of.num_examples:,} of {data}, {of.split}"
-        rows.append((language_name(of.lang), percent(of.accuracy), ends, blind, where))
+        ends = f"{percent(r.accuracy_low)}–{percent(r.accuracy_high)}"
+        blind = percent(results.baselines.get(r.key, Baselines()).hypothesis_only)
+        where = f"{r.num_examples:,} of {data}, {r.split}"
+        rows.append((language_name(r.lang), percent(r.accuracy), ends, blind, where))
     bases = {model.base for model in models.values() if hub.is_repository(model.base)}
     sets = {m.data.removeprefix("hf:") for m in models.values() if m.data.startswith("hf:")}
     metadata = ModelCardData(
@@ -265,7 +241,7 @@ Does a photo entail a sentence, contradict it, or leave it open? For sentences i
 
 
 def _table(*rows: Sequence[str]) -> str:
-    """A Markdown table; the first row is its head."""
+    """A Markdown table with a head."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
@@ -274,16 +250,11 @@ def _commit(
     repository: str,
     files: dict[str, Path],
     card: str,
-    places: set[str],
+    folders: set[str],
     private: bool,
     progress: Progress,
 ) -> str:
-    """Makes the repository hold these models; returns the commit's URL.
-
-    Raises:
-        UsageError: it holds others too, or is public though it is to be private.
-        ClseaveError: the hub cannot be reached, or refuses.
-    """
+    """Makes the repository hold these models; returns the commit's URL, or raises as `push`."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     if not hub.hub_answers():
@@ -292,28 +263,25 @@ def _commit(
     api = HfApi(library_name="clseave", library_version=__version__)
     try:
         api.create_repo(repository, private=private or None, exist_ok=True)
-        there = api.model_info(repository)
-        if private and not there.private:
+        existing = api.model_info(repository)
+        if private and not existing.private:
             raise UsageError(f"{repository}: is public already; make it private on the hub.")
-        names = {sibling.rfilename for sibling in there.siblings or ()}
+        names = {sibling.rfilename for sibling in existing.siblings or ()}
         configs = {name for name in names if re.fullmatch(r"([^/]+/)?config\.json", name)}
-        if others := {name.rpartition("/")[0] for name in configs} - places:
+        if others := {name.rpartition("/")[0] for name in configs} - folders:
             raise UsageError(
                 f"{repository}: holds other models too ({', '.join(sorted(others)) or '.'}); "
                 "push the folder of all of them, or choose another name."
             )
-        inside = tuple(f"{place}/" for place in places if place)
-        gone = sorted(name for name in names - set(files) if name.startswith(inside))
+        replaced = tuple(f"{name}/" for name in folders if name)
+        stale = sorted(name for name in names - set(files) if name.startswith(replaced))
         added = [CommitOperationAdd(name, path) for name, path in files.items()]
+        added.append(CommitOperationAdd("README.md", card.encode()))
         commit = api.create_commit(
             repository,
-            [
-                *(CommitOperationDelete(name) for name in gone),
-                *added,
-                CommitOperationAdd("README.md", card.encode()),
-            ],
+            [*map(CommitOperationDelete, stale), *added],
             commit_message=f"Push from clseave {__version__}",
-            parent_commit=there.sha,
+            parent_commit=existing.sha,
         )
     except ClseaveError:
         raise

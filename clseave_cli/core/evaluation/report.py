@@ -1,6 +1,6 @@
-"""Writes the report of an evaluation: one self-contained HTML page, figures, and a LaTeX table.
+"""The report of an evaluation: a self-contained HTML page, figures, and a LaTeX table.
 
-What the page says is in `page.html`, its numbers and sentences are in `summary`.
+The page's text is in `page.html`; its numbers and sentences are in `summary`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from clseave_cli.labels import LABELS
 
 HTML_FILE, LATEX_FILE = "report.html", "table.tex"
 
-#: A folder of `evaluate --report`, which a new one may replace; earlier ones had Markdown too.
+#: A folder of `evaluate --report`, which a new one may replace; older ones have Markdown, too.
 REPORT = Kind(
     "a report",
     rf"results\.json|{HTML_FILE}|report\.md|{LATEX_FILE}|predictions\.[^/]+\.jsonl"
@@ -48,15 +48,14 @@ def write_report(
 ) -> Path:
     """Writes `results.json`, `report.html`, `table.tex`, `figures/` and `predictions.*.jsonl`.
 
-    The folder appears as a whole, in place of an older report. `report.html` needs no other file;
-    its path is returned. Galleries without pictures are left out.
+    The folder appears as a whole, in place of an older report. Returns the path of `report.html`,
+    which needs no other file. Galleries without photos are left out.
 
     Raises:
         ClseaveError: the disk is full or read-only.
     """
     drawn = draw_figures(results, curves)
-    shown = [gallery for gallery in galleries if gallery.items]
-    page = html_page(results, drawn, shown, curves)
+    page = html_page(results, drawn, [gallery for gallery in galleries if gallery.items], curves)
     with atomic_folder(folder) as unfinished:
         (unfinished / "figures").mkdir()
         for name, drawing in drawn.items():
@@ -76,20 +75,19 @@ def html_page(
     galleries: Sequence[Gallery],
     curves: Sequence[LearningCurve] = (),
 ) -> str:
-    """The page; `drawn`: figures by name."""
+    """The page, with figures by name."""
     figures = {name: [data_uri(panel, "png") for panel in d.panels] for name, d in drawn.items()}
     aligned = [curve for curve in curves if "dev mse" in curve.lines]
-    shown = {"galleries": galleries, "figures": figures, "aligned": aligned, "thumbnail": thumbnail}
-    return _render("page.html", results, **shown)
+    more = {"galleries": galleries, "figures": figures, "aligned": aligned, "thumbnail": thumbnail}
+    return _render("page.html", results, **more)
 
 
 def latex_table(results: Results) -> str:
-    r"""A `table` environment; it needs `\usepackage{booktabs}`. Several trainings: their means."""
     return _render("table.tex", results)
 
 
 def escape_latex(text: str) -> str:
-    """Text with every character that LaTeX reads as a command made literal."""
+    """Text with the special characters of LaTeX escaped."""
     return "".join(_LATEX_SPECIAL.get(character, character) for character in text)
 
 
@@ -98,7 +96,6 @@ def _render(template: str, results: Results, **more: Any) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=is_html,
-        # LaTeX is full of braces.
         variable_start_string="{{" if is_html else "<<",
         variable_end_string="}}" if is_html else ">>",
         undefined=StrictUndefined,

@@ -25,33 +25,27 @@ FORMAT = 1
 
 RESULTS_FILE = "results.json"
 
-#: What to say where `Results.of_training_rows`.
-TRAINING_ROWS = (
-    "The rows evaluated are those of the training split: the figures say what the models remember, "
-    "not how good they are."
-)
-
 
 @dataclass(frozen=True)
 class Overlap:
-    """Rows whose photo a model saw: in training, or when its checkpoint was chosen."""
+    """Rows whose photo a model saw in training, or when its checkpoint was chosen."""
 
-    num_images: int  # those photos
+    num_images: int  # seen photos
     num_examples: int  # their rows
-    num_pairs: int  # of these, rows whose hypothesis was seen beside the photo
-    share: float  # of all rows
-    accuracy: float  # on these rows
-    accuracy_pairs: float | None  # on the pairs seen
+    num_pairs: int  # rows whose hypothesis was seen with the photo
+    share: float  # seen rows as a share of all rows
+    accuracy: float  # on seen rows
+    accuracy_pairs: float | None  # on seen pairs
     accuracy_unseen: float | None  # on all other rows
 
 
 @dataclass(frozen=True)
 class Abstention:
-    """What the thresholds of `clseave calibrate` come to on these rows."""
+    """The effect of the thresholds of `clseave calibrate` on these rows."""
 
-    precision: float  # the share of right answers that was promised
-    labels: tuple[str, ...]  # of which answers; others are always given
-    share: float  # of all rows, that are answered `unsure`
+    precision: float  # the promised share of right answers
+    labels: tuple[str, ...]  # labels with a threshold; other answers are always given
+    share: float  # share of all rows answered `unsure`
     num_answered: int  # rows answered with one of `labels`
     accuracy: Interval | None  # share of these that are right; None: there are none
 
@@ -60,65 +54,60 @@ Mode = Literal["zero-shot", "translate-test"]
 
 
 def result_key(lang: str, mode: Mode) -> str:
-    """What names one result among the others: `de`, or `de.translate-test`."""
+    """The key of a result: `de`, or `de.translate-test`."""
     return lang if mode == "zero-shot" else f"{lang}.{mode}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageResult(Scores):
-    """One language's scores, and how they compare with other systems on the same rows."""
+    """One language's scores, compared with other systems on the same rows."""
 
     lang: str  # language code
     split: str  # name of the split
-    # `zero-shot` (`Signature.reader` reads the language; the source language: the source model) or
-    # `translate-test` (the hypotheses are translated into the source language first).
+    # `zero-shot`: `Signature.reader` reads the language itself; `translate-test`: the hypotheses
+    # are translated into the source language first.
     mode: Mode = "zero-shot"
-    # Accuracy on the rows that the hypothesis-only baseline gets wrong, with its 95 %
-    # interval.
+    # Accuracy, with its 95 % interval, on the rows that the hypothesis-only baseline gets wrong.
     hard_accuracy: float | None = None
     hard_accuracy_low: float | None = None
     hard_accuracy_high: float | None = None
-    num_hard: int | None = None  # how many those are
-    # Accuracy divided by the source language's on the same rows; English unless
-    # `Signature.source_lang` says otherwise.
-    ratio_to_english: float | None = None
-    # Share of rows given the same label as by the source model.
-    agreement_with_english: float | None = None
-    kappa_with_english: float | None = None  # the same beyond chance, Cohen's κ
-    # Paired difference in accuracy, this language minus the source.
+    num_hard: int | None = None  # the number of those rows
+    # “English” stands for `Signature.source_lang`, on the rows that both languages have.
+    ratio_to_english: float | None = None  # of the accuracies
+    agreement_with_english: float | None = None  # share of rows given the same label
+    kappa_with_english: float | None = None  # agreement beyond chance, Cohen's κ
+    # Paired difference in accuracy: this language minus the source.
     difference_to_english: Difference | None = None
-    # The same, translate-test minus this language's student.
+    # The same: translate-test minus this language's student.
     difference_to_zero_shot: Difference | None = None
     transfer: Transfer | None = None  # embeddings against those of the source sentences
-    seen: Overlap | None = None  # rows of photos seen in training, where there are any
-    # What probabilities were mended with, and what `ece` and `loss` were before; None: nothing.
+    seen: Overlap | None = None  # rows of photos seen in training, if any
+    # The temperature, and `ece` and `loss` without it; None: not calibrated.
     temperature: float | None = None
     ece_uncalibrated: float | None = None
     loss_uncalibrated: float | None = None
-    unsure: Abstention | None = None  # where thresholds were set
+    unsure: Abstention | None = None  # if thresholds were set
 
     @property
     def key(self) -> str:
-        """What names the result in `baselines`, `seeds` and the files of predictions."""
+        """The key in `baselines`, `seeds` and the names of prediction files."""
         return result_key(self.lang, self.mode)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Baselines:
-    """Accuracies on one language's rows without seeing the photo, or with another one.
+    """Accuracies on one language's rows without the right photo; None: not measured.
 
-    None stands for what was not measured. Each `difference_to_…` is the system's paired difference
-    in accuracy to that baseline.
+    Each `difference_to_…` is the paired difference in accuracy: the system minus the baseline.
     """
 
     majority: float | None = None  # always the training rows' most frequent label
-    # A classifier that reads only the hypothesis, trained on the same rows.
-    hypothesis_only: float | None = None
-    shuffled_image: float | None = None  # the model itself, every row with another row's photo
+    hypothesis_only: float | None = None  # a classifier trained on the hypotheses alone
+    shuffled_image: float | None = None  # the model itself, each row with another row's photo
     difference_to_majority: Difference | None = None
     difference_to_hypothesis_only: Difference | None = None
     difference_to_shuffled_image: Difference | None = None
-    # Training rows that the classifier learnt from, by label name; empty: not measured.
+    # The classifier's training rows by label name; empty: not measured.
     train_labels: dict[str, int] = field(default_factory=dict)
 
 
@@ -126,25 +115,18 @@ class Baselines:
 class SeedSummary:
     """A metric over several training seeds."""
 
-    num_seeds: int  # trainings
-    mean: float  # of the metric
-    std: float  # sample deviation (n − 1), 0 for one seed: the luck of the training
-    min: float  # the smallest
-    max: float  # the largest
-    # Lower end of the mean's 95 % interval by bootstrap over photos, for these trainings: the
-    # choice of the photos. None where not measured.
+    num_seeds: int
+    mean: float
+    std: float  # sample standard deviation (n − 1) over trainings; 0 for one
+    min: float
+    max: float
+    # The mean's 95 % interval by bootstrap over photos, for these trainings; None: not measured.
     low: float | None = None
-    high: float | None = None  # upper end
+    high: float | None = None
 
     @classmethod
     def of(cls, values: Sequence[float], interval: Interval | None = None) -> SeedSummary:
-        """Summarises one value a seed.
-
-        Raises:
-            ValueError: no values.
-        """
-        if not values:
-            raise ValueError("nothing to summarise")
+        """Summarises one value a seed, of at least one."""
         mean, std = np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0.0
         ends = (interval.low, interval.high) if interval else ()
         return cls(len(values), float(mean), float(std), min(values), max(values), *ends)
@@ -152,7 +134,7 @@ class SeedSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class Signature:
-    """What it takes to say whether two results can be compared."""
+    """Everything that decides whether two results can be compared."""
 
     version: str  # clseave's version
     data: dict[str, str]  # fingerprint (hex) by data file
@@ -161,30 +143,25 @@ class Signature:
     seed: int  # seed of the bootstrap and of the shuffling
     resamples: int  # bootstrap resamples
     num_examples: int  # rows of the largest result
-    # By language, what translated its hypotheses into the source language.
+    # By language, the translator of its hypotheses into the source language.
     translators: dict[str, str] = field(default_factory=dict)
-    source_lang: str = "en"  # the language CLIP-VE reads, with which the others are compared
-    reader: str = "student"  # what read the other languages; `source`: CLIP-VE's own tower
-    # Fingerprint (hex) by file of the rows that the baselines learnt from. With `data` it
-    # fills a page, so figures do without it.
+    source_lang: str = "en"  # the language that CLIP-VE reads
+    reader: str = "student"  # reads the other languages; `source`: CLIP-VE's text encoder
+    # Fingerprint (hex) by file of the baselines' training rows. Figures leave it out for space.
     training: dict[str, str] = field(default_factory=dict)
-    # What the matrix products ran in: `fp32`, `bf16` or `fp16`; None: an older document.
-    precision: str | None = None
-    device: str | None = None  # `cpu` or `cuda`; None: an older document
-    dataset: str | None = None  # name of the data folder, or `hf:ORG/NAME`; None: an older document
-    # By data file, how many of its photos the models saw in training, and how many rows were left
-    # out because of that.
+    # None in these three and `date`: an older document.
+    precision: str | None = None  # of matrix products: `fp32`, `bf16` or `fp16`
+    device: str | None = None  # `cpu` or `cuda`
+    dataset: str | None = None  # name of the data folder, or `hf:ORG/NAME`
+    # By data file: photos that the models saw in training, and rows excluded for that reason.
     seen: dict[str, int] = field(default_factory=dict)
     excluded: dict[str, int] = field(default_factory=dict)
-    # Day of the evaluation, `YYYY-MM-DD` (UTC); None: an older document. The same evaluation
-    # on another day is equal.
-    date: str | None = field(default=None, compare=False)
+    date: str | None = field(default=None, compare=False)  # of the evaluation, `YYYY-MM-DD` (UTC)
 
     def __str__(self) -> str:
-        """One line for the foot of a figure: fingerprints shortened to 8 digits, many made one."""
+        """One line for a figure's footer, with fingerprints shortened to 8 digits."""
         parts = [f"clseave {self.version}", f"n {self.num_examples:,}"]
-        parts += _digests(self.data, "files")
-        parts += self._models()
+        parts += _digests(self.data, "files") + _digests(self.checkpoints, "models")
         if self.precision is not None:
             parts.append(f"{self.precision} on {self.device}")
         if self.source_lang != "en":
@@ -199,80 +176,62 @@ class Signature:
         parts += [f"seed {self.seed}", f"{self.resamples:,} resamples by photo"]
         return " · ".join(parts)
 
-    def _models(self) -> list[str]:
-        """The checkpoints; of several trainings one digest each, whatever its folder is called."""
-        trainings: dict[str, dict[str, str]] = {}
-        for name, digest in self.checkpoints.items():
-            training, _, model = name.rpartition("/")
-            trainings.setdefault(training, {})[model] = digest
-        if len(trainings) < 2:
-            return _digests(self.checkpoints, "models")
-        digests = {f"training {name}": json_digest(models) for name, models in trainings.items()}
-        return _digests(digests, "trainings")
-
-
-# Names that a line lists: more would take a figure's place.
-_MOST_LISTED = 8
-
 
 def _digests(digests: dict[str, str], kind: str) -> list[str]:
-    """Each name with its digest's first 8 digits; where there are many, one digest over all."""
-    if len(digests) > _MOST_LISTED:
+    """Names with the first 8 digits of their digests; one digest of all if there are many."""
+    if len(digests) > 8:  # a list of more would crowd out the figure
         return [f"{len(digests)} {kind} {json_digest(digests)[:8]}"]
     return [f"{name} {digest[:8]}" for name, digest in digests.items()]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """The whole document."""
+    """The document `results.json`."""
 
-    results: tuple[LanguageResult, ...]  # one entry a language (and mode), in the order to show
+    results: tuple[LanguageResult, ...]  # one a language and mode, in display order
     baselines: dict[str, Baselines]  # by `LanguageResult.key`
     signature: Signature  # where the numbers come from
-    # Transfer loss against linguistic distance, where measured.
-    distances: DistanceAnalysis | None = None
-    # Metrics over several trainings, by `LanguageResult.key` and name (`SEED_METRICS`), where
-    # there are several; all other numbers are those of the first.
+    distances: DistanceAnalysis | None = None  # transfer loss against linguistic distance
+    # Metrics over several trainings, by `LanguageResult.key` and name (`SEED_METRICS`). All other
+    # numbers are those of the first training.
     seeds: dict[str, dict[str, SeedSummary]] = field(default_factory=dict)
-    # Accuracy by source language and language of the hypotheses, where there are models of several
-    # source languages; all other numbers are those of the first. Means over its trainings.
+    # Mean accuracy by source language and language of the hypotheses, for models of several source
+    # languages. All other numbers are those of the first source language.
     sources: dict[str, dict[str, float]] = field(default_factory=dict)
-    format: int = FORMAT  # version of the document's shape
+    format: int = FORMAT
 
     def shows_mode(self, result: LanguageResult) -> bool:
-        """Whether a table must say how a result came about: where some languages are translated."""
+        """Whether a table must show the mode of a result, because some languages are translated."""
         translated = any(r.mode != "zero-shot" for r in self.results)
         return result.lang != self.source_lang and translated
 
     @property
     def source_lang(self) -> str:
-        """The language that the others are compared with."""
+        """The language that CLIP-VE reads."""
         return self.signature.source_lang
 
     @property
     def num_trainings(self) -> int:
-        """How many trainings the document is of."""
+        """Number of trainings that the document summarises."""
         summaries = (summary for by_name in self.seeds.values() for summary in by_name.values())
         return max((summary.num_seeds for summary in summaries), default=1)
 
-    def spread(self, result: LanguageResult) -> SeedSummary | None:
-        """Mean and deviation of a result's accuracy over the trainings, where it has several."""
+    def seed_accuracy(self, result: LanguageResult) -> SeedSummary | None:
+        """The accuracy of a result over the trainings; None if not all have it, or there is one."""
         return self.seeds.get(result.key, {}).get("accuracy")
 
     @property
     def accuracies(self) -> dict[str, float]:
-        """By language, of those that are read and not translated; means over the trainings."""
-        read = [result for result in means(self).results if result.mode == "zero-shot"]
-        return {result.lang: result.accuracy for result in read}
+        """Zero-shot accuracy by language, averaged over the trainings."""
+        return {r.lang: r.accuracy for r in means(self).results if r.mode == "zero-shot"}
 
     @property
     def of_training_rows(self) -> bool:
-        """Whether the rows evaluated are, in some language, those of the training split."""
+        """Whether the rows of some language are those of the training split."""
         return not set(self.signature.data.values()).isdisjoint(self.signature.training.values())
 
     def to_json(self) -> dict[str, Any]:
-        """The document as plain dicts, lists, strings, numbers and None."""
-        # Tuples become lists, so that the document equals what reading it back gives.
+        """The document as plain JSON values: lists for tuples, as if read back."""
         document: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return document
 
@@ -281,7 +240,7 @@ class Results:
         """The inverse of `to_json`.
 
         Raises:
-            DataError: not a results document of this format; names the key.
+            DataError: not a results document of this format, or a bad value; names the key.
         """
         version = document.get("format") if isinstance(document, dict) else None
         if version != FORMAT:
@@ -304,29 +263,20 @@ class Results:
         Raises:
             DataError: there is none, or it is not a results document.
         """
-        path = folder / RESULTS_FILE
+        path, command = folder / RESULTS_FILE, f"clseave evaluate --report {folder}"
         if not path.is_file():
-            raise DataError(
-                f"{path}: no such file; write one with: clseave evaluate --report {folder}"
-            )
+            raise DataError(f"{path}: no such file; write one with: {command}")
         try:
             return cls.from_json(read_json(path))
         except DataError as error:
             raise DataError(f"{path}: {error}") from None
 
 
-# --- retrieval ---
-
-
 @dataclass(frozen=True, kw_only=True)
 class RankScores:
-    """How well the right answers to some queries are found; the nearest right one counts.
+    """Recall and ranks of the nearest right answer to each query; expected values under ties."""
 
-    Equally near answers stand in random order, and recall and ranks are the expected ones.
-    """
-
-    # By k (1, 5, 10): the share of queries with a right answer among the first k.
-    recall_at: dict[int, Interval]
+    recall_at: dict[int, Interval]  # by k = 1, 5, 10
     chance: float  # recall at 1 of a random order
     lower_quartile: float  # of the ranks, which count from 1
     median_rank: float
@@ -335,15 +285,15 @@ class RankScores:
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalResult:
-    """One language's images and captions, found by each other."""
+    """Retrieval between the images and the captions of one language."""
 
     lang: str  # language code
     split: str  # name of the split
-    reader: str  # folder or hub id of the model that read the captions
+    reader: str  # folder or hub id of the model that reads the captions
     trained: bool | None  # whether it was trained in this language; None: unknown
     num_images: int
     num_captions: int
-    num_distinct: int  # captions that differ, among which an image's are looked for
+    num_distinct: int  # distinct captions, the candidates for an image
     images: RankScores  # images, given a caption
     captions: RankScores  # captions, given an image
 
@@ -352,14 +302,12 @@ class RetrievalResult:
 class Retrieval:
     """The document of `retrieve`, `retrieval.json`."""
 
-    results: tuple[RetrievalResult, ...]  # one a language, in the order to show
-    signature: Signature  # where the numbers come from
-    format: int = 1  # version of the document's shape
+    results: tuple[RetrievalResult, ...]  # one a language, in display order
+    signature: Signature
+    format: int = 1
 
 
-# --- several trainings ---
-
-#: The metrics that `across_seeds` summarises: keys of a result, and one of its baselines.
+#: The metrics that `across_seeds` summarises: keys of a result or of its baselines.
 SEED_METRICS = (
     *("accuracy", "macro_f1", "loss", "ece", "aurc", "ratio_to_english"),
     "agreement_with_english",
@@ -371,11 +319,9 @@ SEED_METRICS = (
 def across_seeds(
     runs: Sequence[Results], intervals: Mapping[str, Mapping[str, Interval]] | None = None
 ) -> dict[str, dict[str, SeedSummary]]:
-    """Summarises the same evaluation of several training seeds.
+    """Summarises one document a seed, by `LanguageResult.key` and metric (`SEED_METRICS`).
 
-    `runs` are one document a seed, `intervals` those of the means, where measured; these and what
-    is returned are by `LanguageResult.key` and metric (`SEED_METRICS`). Results and metrics that a
-    run lacks are left out.
+    `intervals` are those of the means. Results and metrics that a run lacks are left out.
     """
     measured = intervals or {}
     by_run = [{result.key: _seed_metrics(result, run) for result in run.results} for run in runs]
@@ -393,7 +339,6 @@ def across_seeds(
 
 
 def _seed_metrics(result: LanguageResult, run: Results) -> dict[str, float]:
-    """Those of `SEED_METRICS` that were measured."""
     baselines = run.baselines.get(result.key, Baselines())
     measured = {
         name: getattr(result if hasattr(result, name) else baselines, name, None)
@@ -407,30 +352,27 @@ def _seed_metrics(result: LanguageResult, run: Results) -> dict[str, float]:
 
 
 def means(results: Results) -> Results:
-    """The document with means over trainings in the place of what `Results.seeds` summarises.
+    """The document with means over trainings in place of everything in `Results.seeds`.
 
-    Those are its accuracies, paired differences (value and interval; p and counts stay the
-    first's), macro-F1 and loss, ratios, agreements and shuffled images. All else, and every
-    language that not all trainings have, is of the first. A document of one training is itself.
+    Paired differences keep the p and the counts of the first training. All else, and every language
+    that not all trainings have, is of the first training.
     """
-    baselines = dict(results.baselines)
-    for key, summaries in results.seeds.items():
-        if key in baselines:
-            baselines[key] = replace(baselines[key], **_means(baselines[key], summaries))
-    shown = tuple(_mean_result(r, results.seeds.get(r.key, {})) for r in results.results)
-    return replace(results, results=shown, baselines=baselines)
-
-
-def _mean_result(result: LanguageResult, summaries: Mapping[str, SeedSummary]) -> LanguageResult:
-    changed = _means(result, summaries)
-    if (accuracy := summaries.get("accuracy")) is not None:
-        changed |= {"accuracy_low": accuracy.low, "accuracy_high": accuracy.high}
-        changed["kappa_with_english"] = None
-    return replace(result, **changed)
+    averaged, baselines = [], dict(results.baselines)
+    for result in results.results:
+        summaries = results.seeds.get(result.key, {})
+        changed = _means(result, summaries)
+        if (accuracy := summaries.get("accuracy")) is not None:
+            changed |= {"accuracy_low": accuracy.low, "accuracy_high": accuracy.high}
+            changed["kappa_with_english"] = None
+        averaged.append(replace(result, **changed))
+        if result.key in baselines:
+            of_first = baselines[result.key]
+            baselines[result.key] = replace(of_first, **_means(of_first, summaries))
+    return replace(results, results=tuple(averaged), baselines=baselines)
 
 
 def _means(first: object, summaries: Mapping[str, SeedSummary]) -> dict[str, Any]:
-    """What changes of a first training's numbers when they are to be means."""
+    """The fields of a first training's numbers that become means."""
     changed: dict[str, Any] = {}
     for name, summary in summaries.items():
         value = getattr(first, name, None)
@@ -442,7 +384,7 @@ def _means(first: object, summaries: Mapping[str, SeedSummary]) -> dict[str, Any
 
 
 def _decode(kind: Any, value: Any, where: str) -> Any:
-    """Builds a value of type `kind` from JSON, checking types on the way."""
+    """Builds a value of type `kind` from JSON, or raises DataError."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):  # of a type and None
         return None if value is None else _decode(arguments[0], value, where)
@@ -454,16 +396,16 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         return {k: _decode(arguments[1], item, f"{where}.{k}") for k, item in value.items()}
     if is_dataclass(kind) and isinstance(value, dict):
         hints = typing.get_type_hints(kind)
-        given: dict[str, Any] = {}
-        # Keys that this version does not know are left alone: a later one may have added them.
+        values: dict[str, Any] = {}
+        # Unknown keys are ignored: a later version may have added them.
         for item in fields(kind):
             key = f"{where}.{item.name}"
             if item.name in value:
-                given[item.name] = _decode(hints[item.name], value[item.name], key)
-            # Keys with a default may be missing: an earlier version did not know them yet.
+                values[item.name] = _decode(hints[item.name], value[item.name], key)
+            # Keys with a default may be missing from documents of an earlier version.
             elif item.default is MISSING and item.default_factory is MISSING:
                 raise DataError(f"{where}: the key {item.name!r} is missing.")
-        return kind(**given)  # type: ignore[operator]
+        return kind(**values)  # type: ignore[operator]
     if kind is float and type(value) in (int, float):
         return float(value)
     if type(value) is kind:

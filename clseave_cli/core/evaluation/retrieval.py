@@ -1,11 +1,10 @@
-"""`retrieve`: how well images are found by their captions, and captions by their images.
+"""`retrieve`: retrieval of images by captions, and of captions by images.
 
 I images · T distinct captions of a language · Q queries · D embedding width
 """
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -24,12 +23,8 @@ from clseave_cli.core.data.records import ENGLISH, distinct
 from clseave_cli.core.data.seen import SeenRows
 from clseave_cli.core.evaluation.figures import draw_ranks, draw_recall
 from clseave_cli.core.evaluation.metrics import accuracy_interval
-from clseave_cli.core.evaluation.results import (
-    RankScores,
-    Retrieval,
-    RetrievalResult,
-    Signature,
-)
+from clseave_cli.core.evaluation.outputs import signature
+from clseave_cli.core.evaluation.results import RankScores, Retrieval, RetrievalResult
 from clseave_cli.core.features import Photos, embed_rows, image_features, tokenize_sentences
 from clseave_cli.core.files import (
     Kind,
@@ -47,11 +42,10 @@ from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
 from clseave_cli.core.models.listing import find_students
 from clseave_cli.core.models.ranking import Ranks, rank_pairs
 from clseave_cli.core.models.student import load_student
-from clseave_cli.core.training.device import autocast, resolve_device, resolve_precision
+from clseave_cli.core.training.device import autocast, resolve_device
 from clseave_cli.core.training.run import public_name
 from clseave_cli.errors import ModelError
 from clseave_cli.progress import SILENT, Progress
-from clseave_cli.version import __version__
 
 RETRIEVAL_FILE = "retrieval.json"
 
@@ -67,7 +61,7 @@ RETRIEVAL = Kind(
 def retrieve(config: RetrieveConfig, progress: Progress = SILENT) -> Retrieval:
     """Ranks all images for each caption, and all captions for each image, in every language.
 
-    Writes `retrieval.json`, `recall.png` and `ranks.png` where `config.report` is set.
+    Writes `retrieval.json`, `recall.png` and `ranks.png` to `config.report`, if set.
 
     Raises:
         ClseaveError: bad captions, a missing image, a model that is missing or damaged, or a folder
@@ -86,7 +80,7 @@ def retrieve(config: RetrieveConfig, progress: Progress = SILENT) -> Retrieval:
         trained, checkpoints = _languages(model), {public_name(str(model)): fingerprint}
         readers = {lang: readers.get(lang) for lang in langs}
         results: dict[str, RetrievalResult] = {}
-        # One student in memory at a time, whatever the order of its languages.
+        # One student in memory at a time.
         for student in dict.fromkeys(readers.values()):
             name, encoder = public_name(str(model)), text
             if student is not None:
@@ -104,17 +98,12 @@ def retrieve(config: RetrieveConfig, progress: Progress = SILENT) -> Retrieval:
         paths = {lang: captions[lang].paths[lang] for lang in langs}
         document = Retrieval(
             results=tuple(results[lang] for lang in langs),
-            signature=Signature(
-                version=__version__,
+            signature=signature(
+                config,
+                folder,
                 data={path.name: file_digest(path) for path in paths.values()},
                 checkpoints=checkpoints,
-                seed=config.seed,
-                resamples=config.resamples,
                 num_examples=max(result.num_captions for result in results.values()),
-                precision=resolve_precision(config.precision, device),
-                device=device.type,
-                dataset=config.data if config.data.startswith("hf:") else folder.resolve().name,
-                date=datetime.datetime.now(datetime.UTC).date().isoformat(),
                 seen={
                     paths[lang].name: count
                     for lang in langs
@@ -124,22 +113,23 @@ def retrieve(config: RetrieveConfig, progress: Progress = SILENT) -> Retrieval:
         )
         if seen := document.signature.seen:
             progress.note(
-                f"{', '.join(seen)}: {max(seen.values())} images were trained on, or chose the "
-                "checkpoint: what is measured on them is no test."
+                f"{', '.join(seen)}: {max(seen.values())} images were seen in training or "
+                "checkpoint selection, so metrics on them are no test."
             )
         if config.report is not None:
-            _write(config.report, document)
+            recall, ranks = draw_recall(document), draw_ranks(document)
+            with atomic_folder(config.report) as unfinished:
+                (unfinished / "recall.png").write_bytes(recall)
+                (unfinished / "ranks.png").write_bytes(ranks)
+                write_json(unfinished / RETRIEVAL_FILE, asdict(document))
+                require_replaceable(config.report, RETRIEVAL)
     return document
 
 
 def _towers(
     config: RetrieveConfig, device: torch.device
 ) -> tuple[Path, SentenceEncoder, ImageEncoder, str, Mapping[str, Path | None]]:
-    """The model that `--clip` names, or the CLIP-VE in `--runs` with its students.
-
-    Returns:
-        Its folder or hub id, its towers, their fingerprint, and the student of each language.
-    """
+    """Folder or hub id, towers and fingerprint of the model, and the student of each language."""
     folder = Path(config.clip or config.runs / FORMAT)
     if config.clip is None or "format" in json_object(folder / "config.json"):
         model = ClipVE.from_folder(folder).to(device)
@@ -153,7 +143,7 @@ def _towers(
 
 
 def _languages(model: Path) -> frozenset[str] | None:
-    """The languages that a model of `pretrain` or `finetune-ve` was trained in; None: unknown."""
+    """The training languages of a model of `pretrain` or `finetune-ve`; None: unknown."""
     record = json_object(model / "training" / "run.json")
     options = record.get("options", {})
     if record.get("stage") == "pretrain":
@@ -165,7 +155,7 @@ def _languages(model: Path) -> frozenset[str] | None:
 
 
 def _num_seen(models: Iterable[Path | None], captions: Captions, photos: Photos) -> int:
-    """How many of the images any of the models was trained on, or chosen by."""
+    """The number of images that any of the models saw."""
     records = [SeenRows.read(model) for model in models if model is not None]
     record = SeenRows.union([record for record in records if record is not None])
     return int(record.has(SeenRows.of_photos(captions.images, photos.keys)).sum())
@@ -179,14 +169,14 @@ def _measure(
     photos: Photos,
     progress: Progress,
 ) -> dict[str, Any]:
-    """What a `RetrievalResult` says of the captions of one language."""
+    """The metrics of a `RetrievalResult`."""
     ((lang, by_image),) = captions.texts.items()
     arithmetic = autocast(config.precision, tower.device)
     features = image_features(tower, config.split, photos, autocast=arithmetic, progress=progress)
     images = features.of_rows().numpy()
     texts, text = distinct([caption for of_image in by_image for caption in of_image])
     image = np.repeat(np.arange(len(by_image)), [len(of_image) for of_image in by_image])
-    first = image[np.unique(text, return_index=True)[1]]  # an image that has the text
+    first = image[np.unique(text, return_index=True)[1]]  # an image with the text
     sentences = tokenize_sentences(encoder, texts, lambda row: captions.where[first[row]], progress)
     with torch.no_grad(), arithmetic():
         embeddings = embed_rows(encoder, sentences).cpu().numpy()
@@ -197,20 +187,16 @@ def _measure(
             "--precision fp32."
         )
     names = np.array(captions.images)
-    of_images = rank_pairs(embeddings, images, text, image)
+    of_images = Ranks(*(x[text] for x in rank_pairs(embeddings, images, text, image)))
     of_captions = rank_pairs(images, embeddings, image, text)
-    # Of the images, and of the distinct captions, how many are right for each of the others.
+    # The number of right images for each distinct caption, and of right captions for each image.
     right_images, right_captions = map(np.bincount, np.unique([text, image], axis=1))
+    chance = right_images[text] / len(names)
     return {
         "num_images": len(names),
         "num_captions": len(text),
         "num_distinct": len(texts),
-        "images": _scores(
-            config,
-            Ranks(*(x[text] for x in of_images)),
-            names[image],
-            right_images[text] / len(names),
-        ),
+        "images": _scores(config, of_images, names[image], chance),
         "captions": _scores(config, of_captions, names, right_captions / len(texts)),
     }
 
@@ -221,8 +207,7 @@ def _scores(
     images: npt.NDArray[np.str_],
     chance: npt.NDArray[np.float64],
 ) -> RankScores:
-    """Recalls and ranks of Q queries, the (Q,) `images` of which are resampled; `chance` is how
-    likely the first answer to each is right in a random order."""
+    """Recall and ranks of Q queries; `chance` is each one's recall at 1 in a random order."""
     sampling = {"resamples": config.resamples, "seed": config.seed}
     lower, median, upper = np.percentile(ranks.mean, (25, 50, 75)).tolist()
     return RankScores(
@@ -232,12 +217,3 @@ def _scores(
         median_rank=median,
         upper_quartile=upper,
     )
-
-
-def _write(report: Path, document: Retrieval) -> None:
-    drawn = {"recall": draw_recall(document), "ranks": draw_ranks(document)}
-    with atomic_folder(report) as unfinished:
-        for name, png in drawn.items():
-            (unfinished / f"{name}.png").write_bytes(png)
-        write_json(unfinished / RETRIEVAL_FILE, asdict(document))
-        require_replaceable(report, RETRIEVAL)

@@ -1,7 +1,7 @@
 """How close a student's embeddings come to its teacher's, and whether distant languages lose more.
 
-The distances of the thesis's languages are in the package; those of others are lang2vec's. One
-analysis never mixes the two: the table may be of another version of URIEL.
+Distances come from the thesis's table or from lang2vec, never from both, because the table may be
+of another version of URIEL.
 
 N sentences · D embedding width
 """
@@ -20,10 +20,9 @@ import numpy.typing as npt
 from scipy import stats
 from sklearn.preprocessing import normalize
 
+from clseave_cli.core.evaluation.metrics import Floats
 from clseave_cli.core.models.ranking import rank
 from clseave_cli.errors import ExtraMissing
-
-_Vector = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -31,50 +30,42 @@ class Transfer:
     """Distances between student and teacher embeddings of the same sentences."""
 
     num_sentences: int  # N
-    mse: float  # mean squared error per sentence and dimension
-    mae: float  # mean absolute error per sentence and dimension
-    # Squared error summed over dimensions, per sentence: `mse` · D. The thesis's validation
-    # metric (its Table A.2: 7.62 to 8.33 at D = 512, so 0.0149 to 0.0163).
+    mse: float  # squared and absolute error, means over sentences and dimensions
+    mae: float
+    # The same summed over dimensions, as in the thesis's Tables A.2 and A.3: at D = 512, it has an
+    # MSE of 7.62 to 8.33 (0.0149 to 0.0163 per dimension) and an MAE of 46 to 48.
     mse_sum: float
-    mae_sum: float  # absolute error summed over dimensions, per sentence (the thesis: 46 to 48)
+    mae_sum: float
     cosine: float  # mean cosine of the two embeddings of a sentence
     # Share of student embeddings whose nearest teacher embedding (by cosine) is of the same
-    # sentence.
+    # sentence, and the reverse.
     retrieval_to_teacher: float
-    retrieval_to_student: float  # the same from the teacher's side
-    variance_student: float  # variance over sentences, mean over dimensions; near 0: collapsed
-    variance_teacher: float  # the same for the teacher, for comparison
-    # The highest mean cosine that one answer to all sentences can have; None: an older document.
+    retrieval_to_student: float
+    variance_student: float  # over sentences, mean over dimensions; near 0: collapsed
+    variance_teacher: float
+    # The highest mean cosine of a constant answer; None: an older document.
     cosine_constant: float | None = None
 
 
 def measure_transfer(
     student: npt.ArrayLike, teacher: npt.ArrayLike, sentences: npt.ArrayLike
 ) -> Transfer:
-    """Compares (N, D) embeddings of translations and, in the same order, of the originals.
+    """Compares (N, D) embeddings of translations with those of the originals, in the same order.
 
-    `sentences` are the (N,) identities of the sentences, e.g. the English texts: rows that share
-    one are the same sentence, and retrieving any of them is a hit.
-
-    Raises:
-        ValueError: no rows, or shapes that do not match.
+    `sentences` are the (N,) identities of the sentences, such as the English texts: retrieving any
+    row of the same sentence is a hit.
     """
-    predicted = np.asarray(student, dtype=np.float32)
-    wanted = np.asarray(teacher, dtype=np.float32)
-    if predicted.ndim != 2 or predicted.shape != wanted.shape or not predicted.size:
-        raise ValueError(f"need equal (N, D) embeddings, not {predicted.shape} and {wanted.shape}")
+    predicted, target = np.asarray(student, np.float32), np.asarray(teacher, np.float32)
     _, groups = np.unique(np.asarray(sentences), return_inverse=True)
-    if groups.shape != predicted.shape[:1]:
-        raise ValueError(f"{len(predicted)} embeddings need as many sentences, not {groups.shape}")
-    error = predicted - wanted
+    error = predicted - target
     mse = float(np.mean(np.square(error), dtype=np.float64))
     mae = float(np.mean(np.abs(error), dtype=np.float64))
     to_teacher, to_student = (
         rank(*sides, lambda rows: groups[rows, None] == groups).within(1).mean()
-        for sides in ((predicted, wanted), (wanted, predicted))
+        for sides in ((predicted, target), (target, predicted))
     )
     # A zero row stays zero, with cosine 0 to everything.
-    student_unit, teacher_unit = normalize(predicted), normalize(wanted)
+    student_unit, teacher_unit = normalize(predicted), normalize(target)
     return Transfer(
         num_sentences=len(predicted),
         mse=mse,
@@ -85,16 +76,14 @@ def measure_transfer(
         retrieval_to_teacher=float(to_teacher),
         retrieval_to_student=float(to_student),
         variance_student=float(np.var(predicted, axis=0, dtype=np.float64).mean()),
-        variance_teacher=float(np.var(wanted, axis=0, dtype=np.float64).mean()),
+        variance_teacher=float(np.var(target, axis=0, dtype=np.float64).mean()),
         cosine_constant=float(np.linalg.norm(teacher_unit.mean(axis=0, dtype=np.float64))),
     )
 
 
-# --- linguistic distance ---
-
-#: Distance to English by kind and language, 0 near to 1 far; None: the cell is lost in the source.
-#: Source: the thesis's section 1.2, Table 1.1, taken there from URIEL (Littell et al., "URIEL and
-#: lang2vec: Representing languages as typological, geographical, and phylogenetic vectors", 2017).
+#: Distance to English by kind and language, from 0 to 1; None: illegible in the source. Source:
+#: Table 1.1 of the thesis, from URIEL (Littell et al., "URIEL and lang2vec: Representing languages
+#: as typological, geographical, and phylogenetic vectors", 2017).
 THESIS_DISTANCES: dict[str, dict[str, float | None]] = {
     "featural": {"de": 0.4, "nl": 0.5, "ja": 0.6, "zh": 0.6, "ko": 0.5},
     "syntactic": {"de": 0.42, "nl": 0.49, "ja": 0.57, "zh": 0.57, "ko": 0.62},
@@ -106,10 +95,8 @@ THESIS_DISTANCES: dict[str, dict[str, float | None]] = {
 
 THESIS_SOURCE = "thesis Table 1.1 (URIEL)"
 LANG2VEC_SOURCE = "lang2vec (URIEL)"
-#: Installs a lang2vec that has distances.
-LANG2VEC_COMMAND = 'pip install "setuptools<81" git+https://github.com/antonisa/lang2vec'
 
-# All orders of up to eight points are tried (40,320); beyond, scipy's approximation is good.
+# Up to eight points, all orders are tried (40,320); beyond, SciPy's approximation is good.
 _MOST_EXACT_POINTS = 8
 
 
@@ -117,15 +104,16 @@ _MOST_EXACT_POINTS = 8
 class Correlation:
     """One kind of distance against the loss in transfer, over languages."""
 
-    # Distance to the source language by language; None where there is none.
-    distances: dict[str, float | None]
+    distances: dict[str, float | None]  # to the source language, by language
     num_languages: int  # n, languages with both numbers
-    pearson: float | None  # linear correlation; None where undefined (n < 3, or one side constant)
-    pearson_p: float | None  # two-sided p, over all orders of the points where n ≤ 8
-    spearman: float | None  # rank correlation; None where undefined
-    spearman_p: float | None  # as `pearson_p`
-    # What `spearman_p` would be if the languages lost in the order of this distance: equal
-    # distances (or losses) let more orders be as good. None where n > 8, too.
+    # Linear and rank correlation with two-sided p, over all orders of the points if n ≤ 8. None:
+    # undefined (n < 3, or one side constant).
+    pearson: float | None
+    pearson_p: float | None
+    spearman: float | None
+    spearman_p: float | None
+    # `spearman_p` if the languages lost exactly in the order of this distance; larger with equal
+    # distances or losses. None, too, if n > 8.
     smallest_p: float | None = None
 
 
@@ -136,19 +124,20 @@ class DistanceAnalysis:
     source: str  # where the distances come from
     losses: dict[str, float]  # accuracy lost to the source language, a fraction, by language
     correlations: dict[str, Correlation]  # by kind of distance
-    note: str  # what so few points can and cannot show, in a sentence or two
+    note: str  # what so few points can show, in a sentence or two
 
 
 def analyse_distances(
     accuracies: Mapping[str, float], source_lang: str = "en"
 ) -> DistanceAnalysis | None:
-    """Correlates what each language loses against the source with each kind of distance.
+    """Correlates the accuracy lost to the source language with each kind of distance.
 
-    The thesis's table, of distances to English, is used where it has every language; otherwise
-    lang2vec, where it is installed; otherwise the table, with gaps.
+    Uses the thesis's table, of distances to English, if it has every language; otherwise lang2vec,
+    if installed; otherwise the table, with gaps. `accuracies` are fractions by language.
 
-    None without the source language or without another; also where that is not English and
-    lang2vec is not installed. `accuracies` are fractions by language.
+    Returns:
+        None without the source language or without another, or if the source is not English and
+        lang2vec is not installed.
     """
     if source_lang not in accuracies or len(accuracies) == 1:
         return None
@@ -168,8 +157,10 @@ def analyse_distances(
             unknown = [lang for lang in losses if all(d[lang] is None for d in distances.values())]
             if unknown:
                 gaps = f" lang2vec does not know {', '.join(unknown)}."
-    asked = {kind: {lang: of.get(lang) for lang in losses} for kind, of in distances.items()}
-    correlations = {kind: _correlate(of, losses) for kind, of in asked.items()}
+    correlations = {
+        kind: _correlate({lang: by_lang.get(lang) for lang in losses}, losses)
+        for kind, by_lang in distances.items()
+    }
     note = describe_power(len(losses), {k: c.smallest_p for k, c in correlations.items()})
     return DistanceAnalysis(source, losses, correlations, note + gaps)
 
@@ -183,9 +174,8 @@ def _correlate(distances: dict[str, float | None], losses: Mapping[str, float]) 
     return Correlation(distances, len(x), *linear[:2], *ranks)
 
 
-def _with_p(x: _Vector, y: _Vector) -> tuple[float, float, float | None]:
-    """Pearson's r, how often a random order of `y` gives one as far from zero, and the same p of
-    the best order of `y`."""
+def _with_p(x: Floats, y: Floats) -> tuple[float, float, float | None]:
+    """Pearson's r, its two-sided permutation p, and the p of the best order of `y`."""
     if len(x) > _MOST_EXACT_POINTS:
         result = stats.pearsonr(x, y)
         return float(result.statistic), float(result.pvalue), None
@@ -194,13 +184,13 @@ def _with_p(x: _Vector, y: _Vector) -> tuple[float, float, float | None]:
     orders = np.array(list(permutations(range(len(y)))))
     r = float(x_centred @ y_centred / scale)
     by_chance = np.abs(y_centred[orders] @ x_centred / scale)
-    # A hair's width of slack: equal values of r may differ by rounding.
+    # Equal values of r may differ by rounding.
     p, smallest = (float(np.mean(by_chance >= at - 1e-12)) for at in (abs(r), by_chance.max()))
     return r, p, smallest
 
 
 def describe_power(num_languages: int, smallest: Mapping[str, float | None]) -> str:
-    """What a correlation over so few languages can and cannot show.
+    """What a correlation over so few languages can show.
 
     `num_languages` is without the source, `smallest` is `Correlation.smallest_p` by kind.
     """
@@ -214,30 +204,28 @@ def describe_power(num_languages: int, smallest: Mapping[str, float | None]) -> 
     measured = {kind: p for kind, p in smallest.items() if p is not None}
     able = ", ".join(kind for kind, p in measured.items() if p < 0.05) or "none"
     limit = (
-        ": a perfect ranking by a distance has its smallest p, larger where distances are equal "
-        f"and below 0.05 for {able}"
+        ": the smallest p, that of a perfect ranking by a distance, grows with equal distances and "
+        f"is below 0.05 for {able}"
     )
     return (
-        f"Only {num_languages} languages{limit if measured else ''}. Several kinds of distance are "
-        "tried, so one high correlation is to be expected by chance, and related languages are "
-        "not independent points. This can suggest an order; it cannot show a cause, nor tell the "
-        "distances apart."
+        f"Only {num_languages} languages{limit if measured else ''}. With several kinds of "
+        "distance, expect one high correlation by chance; related languages are not independent "
+        "points. This can suggest an order, but it cannot show a cause or tell the distances apart."
     )
 
 
 def lang2vec_distances(
     languages: Sequence[str], source_lang: str = "en"
 ) -> dict[str, dict[str, float | None]]:
-    """All of URIEL's distances to a language, as lang2vec itself gives them.
+    """URIEL's distances to a language from lang2vec, by kind and language.
 
-    By kind and language; None where URIEL lacks one of the two. Codes are ISO 639-1 or 639-3, a
-    script or region after them or not.
+    None: URIEL lacks one of the two. Codes are ISO 639-1 or 639-3; script and region are ignored.
 
     Raises:
         ExtraMissing: lang2vec is not installed, or its version has no distances.
     """
     try:
-        # It needs pkg_resources, which newer versions of setuptools lack and older ones warn of.
+        # It imports pkg_resources, which is deprecated or, in newer versions of setuptools, gone.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             lang2vec: Any = import_module("lang2vec.lang2vec")
@@ -245,12 +233,11 @@ def lang2vec_distances(
     except (ImportError, AttributeError):
         raise ExtraMissing(
             "lang2vec with its distances is not installed, and PyPI's version has none; run: "
-            f"{LANG2VEC_COMMAND}."
+            'pip install "setuptools<81" git+https://github.com/antonisa/lang2vec.'
         ) from None
 
     def code(lang: str) -> str:
-        # Script and region do not make another language of it: zh-Hant, pt-BR.
-        bare = lang.partition("-")[0]
+        bare = lang.partition("-")[0]  # zh-Hant, pt-BR
         return str(lang2vec.LETTER_CODES.get(bare, bare))
 
     kinds = list(THESIS_DISTANCES)
