@@ -146,12 +146,12 @@ def write_encoder(folder: Path, sentences: list[str], **shape: int) -> Path:
     return folder
 
 
-def train_teacher(data: Path, runs: Path, clip: Path) -> None:
-    """A quick CLIP-VE with a pooled head in `runs`."""
+def train_teacher(data: Path, runs: Path, clip: Path, head: str = "pooled") -> None:
+    """A quick CLIP-VE in `runs`."""
     from clseave_cli.core.config import FinetuneConfig
     from clseave_cli.core.finetuning import finetune
 
-    options = {"clip": str(clip), "head": "pooled", "epochs": 2, **QUICK}
+    options = {"clip": str(clip), "head": head, "epochs": 2, **QUICK}
     finetune(FinetuneConfig(data=str(data), runs=runs, **options))
 
 
