@@ -1,4 +1,4 @@
-"""Real HTTP servers on loopback that translate by a rule, and misbehave on demand."""
+"""HTTP servers on loopback that translate by a rule and misbehave on demand."""
 
 import html
 import itertools
@@ -14,7 +14,7 @@ CAPTCHA = b"<html><body>Our systems have detected unusual traffic. <form id=capt
 
 
 def translated(text, target="de"):
-    """What the servers answer: the words, each marked with the language, in the same order."""
+    """The servers' translation: every word with the language in front."""
     return " ".join(f"{target}{word}" for word in text.split(" "))
 
 
@@ -26,9 +26,8 @@ class _Handler(BaseHTTPRequestHandler):
         split = urllib.parse.urlsplit(self.path)
         query = urllib.parse.parse_qs(split.query, keep_blank_values=True)
         if split.path.endswith("/languages"):
-            self.send(
-                200, json.dumps([{"code": "en"}, {"code": "de"}, {"code": "zh-Hans"}]).encode()
-            )
+            codes = ({"code": code} for code in ("en", "de", "zh-Hans"))
+            self.send(200, json.dumps(list(codes)).encode())
             return
         text = query["q"][0]
         page = (
@@ -39,18 +38,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer([text], page.encode(), "text/html", query)
 
     def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        request = json.loads(body)
-        texts = request["q"]
-        answers = [translated(text, request["target"]) for text in texts]
-        payload = json.dumps({"translatedText": answers}).encode()
-        self.answer(texts, payload, "application/json", request)
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        answers = [translated(text, request["target"]) for text in request["q"]]
+        body = json.dumps({"translatedText": answers}).encode()
+        self.answer(request["q"], body, "application/json", request)
 
     def answer(self, texts, body, kind, request):
         loopback = self.server.loopback
         with loopback.lock:
             loopback.requested += texts
-            loopback.under_way += 1
+            loopback.num_pending += 1
             loopback.agents.add(self.headers.get("User-Agent", ""))
             loopback.last_request = request
             fault = loopback.fault
@@ -61,7 +58,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send(200, body, kind)
         finally:
             with loopback.lock:
-                loopback.under_way -= 1
+                loopback.num_pending -= 1
 
     def send(self, status, body, kind="application/json", **headers):
         self.send_response(status)
@@ -73,7 +70,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def half_send(self, body, kind, with_length):
-        """Half of the answer, and then the connection is closed."""
+        """Sends two thirds of the answer and closes the connection."""
         self.send_response(200)
         self.send_header("Content-Type", kind)
         if with_length:
@@ -84,7 +81,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def hang_up(self):
-        """No answer, and the connection is closed."""
+        """Closes the connection without an answer."""
         self.connection.shutdown(socket.SHUT_RDWR)
         self.close_connection = True
 
@@ -97,41 +94,41 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 128
 
     def handle_error(self, request, client_address):
-        """A client that is killed hangs up; nothing to report."""
+        """Ignores clients that were killed."""
 
 
 class Loopback:
-    """A server that lives as long as the `with` block.
+    """A server that runs during the `with` block.
 
     Attributes:
-        kind: the service it plays, `google` or `libre`.
-        url: where it listens.
-        fault: makes it misbehave: given the handler, its proper answer and the texts, it answers
-            otherwise, or returns False to pass. None for a good server.
-        delay_seconds: how long it takes for an answer.
-        requested: every text it was asked for, in order, repetitions included.
-        agents: the User-Agents seen.
+        kind: `google` or `libre`.
+        url: its address.
+        fault: None, or a function of the handler, the proper answer and the texts that answers
+            wrongly, or returns False to let the proper answer be sent.
+        delay_seconds: time before an answer.
+        requested: every text requested, in order, with repetitions.
+        agents: the User-Agents.
         last_request: query or JSON body of the last request.
     """
 
-    def __init__(self, kind, port=0):
+    def __init__(self, kind):
         self.kind = kind
         self.fault = None
         self.delay_seconds = 0.0
         self.requested = []
         self.agents = set()
         self.last_request = None
-        self.under_way = 0
+        self.num_pending = 0
         self.lock = threading.Lock()
-        self._server = _Server(("127.0.0.1", port), _Handler)
+        self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.loopback = self
         path = "/m" if kind == "google" else ""
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}{path}"
 
     def settle(self):
-        """Waits until requests of a client that died have been read, and dealt with."""
+        """Waits until the requests of a client that died are answered."""
         time.sleep(0.02)
-        while self.under_way > 0:
+        while self.num_pending > 0:
             time.sleep(0.001)
 
     def __enter__(self):
@@ -144,7 +141,7 @@ class Loopback:
 
 
 def misbehave_at_random(seed):
-    """A fault of a server that goes wrong in every way, half of the time."""
+    """Returns a fault that goes wrong in one of eight ways, half of the time."""
     choose = random.Random(seed)
     lock = threading.Lock()
     numbers = itertools.count()
@@ -155,27 +152,28 @@ def misbehave_at_random(seed):
             number = next(numbers)
         if any("poison" in text for text in texts):
             kind = 1
-        if kind == 0:
-            handler.send(429, b"slow down", Retry_After="0" if number % 2 else "1")
-        elif kind == 1:
-            handler.send(500, b"oops")
-        elif kind == 2:
-            handler.send(200, b"", "text/html")
-        elif kind == 3:
-            handler.send(200, CAPTCHA, "text/html")
-        elif kind == 4:
-            handler.half_send(body, "text/html", with_length=True)
-        elif kind == 5:
-            handler.half_send(body, "application/json", with_length=False)
-        elif kind == 6:
-            answers = [translated(text) for text in texts]
-            spoilt = answers[1:] if number % 2 else [*answers, "deone demore"]
-            handler.send(200, json.dumps({"translatedText": spoilt}).encode())
-        elif kind == 7 and number % 4 == 0:
-            threading.Event().wait(0.8)
-            handler.close_connection = True
-        else:
-            return False
+        match kind:
+            case 0:
+                handler.send(429, b"slow down", Retry_After="0" if number % 2 else "1")
+            case 1:
+                handler.send(500, b"oops")
+            case 2:
+                handler.send(200, b"", "text/html")
+            case 3:
+                handler.send(200, CAPTCHA, "text/html")
+            case 4:
+                handler.half_send(body, "text/html", with_length=True)
+            case 5:
+                handler.half_send(body, "application/json", with_length=False)
+            case 6:
+                answers = [translated(text) for text in texts]
+                answers = answers[1:] if number % 2 else [*answers, "deone demore"]
+                handler.send(200, json.dumps({"translatedText": answers}).encode())
+            case 7 if number % 4 == 0:
+                time.sleep(0.8)
+                handler.close_connection = True
+            case _:
+                return False
         return True
 
     return misbehave
