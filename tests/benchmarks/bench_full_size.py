@@ -17,7 +17,7 @@ from transformers import (
 
 
 def write_clip(folder: Path, vocabulary: Path, **layers: int) -> None:
-    """CLIP ViT-B/16 as its configuration defines it, or with fewer layers; random weights."""
+    """Writes CLIP ViT-B/16, or one with fewer layers, with random weights."""
     tokenizer = CLIPTokenizer(str(vocabulary / "vocab.json"), str(vocabulary / "merges.txt"))
     config = CLIPConfig(
         text_config=layers, vision_config={"patch_size": 16, **layers}, projection_dim=512
@@ -28,7 +28,7 @@ def write_clip(folder: Path, vocabulary: Path, **layers: int) -> None:
 
 
 def write_bert(folder: Path, vocabulary: Path, **shape: Any) -> None:
-    """mBERT (cased) with random weights, or a BERT of another shape with its vocabulary."""
+    """Writes mBERT (cased), or a BERT of another shape, with random weights."""
     tokenizer = BertTokenizer(str(vocabulary), do_lower_case=False)
     config = BertConfig(vocab_size=len(tokenizer), **shape)
     BertModel(config, add_pooling_layer=False).save_pretrained(folder)
