@@ -18,6 +18,7 @@ EMBEDDING_DIM = 16
 _TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
           "num_attention_heads": 2, "hidden_act": "gelu"}  # fmt: skip
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_NO_POOLING = {"add_pooling_layer": False}
 _IMAGE = {"image_size": 32, "patch_size": 16}
 
 
@@ -265,24 +266,15 @@ def new_mpnet(
     folder: Path, sentences: Iterable[str], special: dict[str, str] = _ROBERTA_TOKENS
 ) -> Path:
     """Positions start where RoBERTa's do; a bias depends on places in the row, too."""
-    from transformers import MPNetConfig, MPNetModel
-
-    tokenizer = save_word_tokenizer(folder, sentences, special=special, template="<s> $A </s>")
-    torch.manual_seed(0)
-    config = MPNetConfig(
-        **_TOWER,
-        **_NO_DROPOUT,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=MAX_TOKENS + tokenizer.pad_token_id + 1,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return _save(folder, MPNetModel(config, add_pooling_layer=False), factor=9.0)
+    save_tokenizer = partial(save_word_tokenizer, special=special, template="<s> $A </s>")
+    pad = list(dict.fromkeys(special.values())).index(special["pad_token"])
+    make = _student("MPNet", save_tokenizer, max_positions=MAX_TOKENS + pad + 1, model=_NO_POOLING)
+    return make(folder, sentences)
 
 
 #: mDeBERTa takes no mask of token pairs; MPNet's bias reaches across sentences.
 CANNOT_BE_PACKED = ("mDeBERTa", "MPNet")
 
-_NO_POOLING = {"add_pooling_layer": False}
 #: Students by the name of the model that they are like.
 STUDENTS: dict[str, Callable[[Path, Iterable[str]], Path]] = {
     "mBERT": _bert,

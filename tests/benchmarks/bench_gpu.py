@@ -40,8 +40,14 @@ from unittest import mock
 import numpy as np
 import torch
 import transformers
-from bench_full_size import write_bert, write_clip
-from bench_training import SMALL_BERT, parallel_pairs, sentence_transformers, write_pairs
+from bench_training import (
+    SMALL_BERT,
+    parallel_pairs,
+    sentence_transformers,
+    write_bert,
+    write_clip,
+    write_pairs,
+)
 from PIL import Image
 from torch import nn
 
@@ -62,9 +68,6 @@ from clseave_cli.progress import SILENT
 #: Dense bf16 peak of an H200 (SXM) in the vendor's data sheet, FLOP/s.
 H200_PEAK = 989e12
 
-#: SNLI-VE's size: pairs and photos of the training split.
-SNLI_VE_PAIRS, SNLI_VE_PHOTOS = 529_527, 29_783
-
 #: Pairs in a batch.
 FINETUNE_BATCH, ALIGN_BATCH = 64, 128
 
@@ -81,7 +84,7 @@ class Sizes:
 
 
 SIZES = {
-    "full": Sizes(SNLI_VE_PAIRS, SNLI_VE_PHOTOS, 17_858, {}, {}),
+    "full": Sizes(529_527, 29_783, 17_858, {}, {}),  # SNLI-VE's
     "quick": Sizes(40_000, 1_200, 1_000, {}, {}),
     "small": Sizes(600, 6, 60, SMALL_BERT, {"num_hidden_layers": 2}),
 }
@@ -111,10 +114,9 @@ def write_photos(folder: Path, count: int) -> list[str]:
 
     def write(number: int) -> str:
         random = np.random.default_rng(number)
-        coarse = random.integers(0, 256, (24, 32, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC).save(
-            folder / f"{number}.jpg", quality=90
-        )
+        coarse = Image.fromarray(random.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+        photo = coarse.resize((500, 375), Image.Resampling.BICUBIC)
+        photo.save(folder / f"{number}.jpg", quality=90)
         return f"{number}.jpg"
 
     with ThreadPoolExecutor() as pool:
@@ -171,14 +173,6 @@ def report(title: str, training: TrainingResult, encoder: Any, sentences: list[s
         f"{training.peak_memory_bytes / 2**30:.1f} GiB",
         flush=True,
     )
-
-
-@contextmanager
-def timed(title: str) -> Iterator[None]:
-    """Prints the time of a block."""
-    begin = time.perf_counter()
-    yield
-    print(f"{title:<12} {time.perf_counter() - begin:.1f} s", flush=True)
 
 
 class Killed(BaseException):
@@ -332,7 +326,7 @@ def make_data(
     arguments: argparse.Namespace, out: Path, sizes: Sizes
 ) -> tuple[list[tuple[str, str]], list[Path]]:
     """Writes models and data; returns the training pairs and the photos."""
-    data = out / "data"
+    begin, data = time.perf_counter(), out / "data"
     pairs = varied(parallel_pairs(arguments), sizes.pairs + sizes.dev)
     training, dev = pairs[sizes.dev :], pairs[: sizes.dev]
     photos = write_photos(data / "images", sizes.photos + max(2, sizes.photos // 30))
@@ -342,6 +336,7 @@ def make_data(
     for split, pairs, names in (("train", training, first), ("dev", dev, others)):
         write_pairs(data, split, arguments.lang, pairs)
         write_entailment(data, split, [english for english, _ in pairs], names)
+    print(f"making data  {time.perf_counter() - begin:.1f} s", flush=True)
     return training, [data / "images" / name for name in photos]
 
 
@@ -349,8 +344,7 @@ def quick(arguments: argparse.Namespace, out: Path, sizes: Sizes) -> None:
     """Measures the loop on one GPU in five minutes."""
     divisor = DIVISOR.get(arguments.shape or "", 1)
     on_gpu = arguments.device != "cpu"
-    with timed("making data"):
-        training, photos = make_data(arguments, out, sizes)
+    training, photos = make_data(arguments, out, sizes)
     shared = {"data": str(out / "data"), "runs": out, "device": arguments.device,
               "precision": arguments.precision}  # fmt: skip
     clock = Clock()
@@ -400,8 +394,7 @@ def quick(arguments: argparse.Namespace, out: Path, sizes: Sizes) -> None:
 
 def run(arguments: argparse.Namespace, out: Path, sizes: Sizes) -> None:
     """Runs both stages; the model of the first is the teacher of the second."""
-    with timed("making data"):
-        training, _ = make_data(arguments, out, sizes)
+    training, _ = make_data(arguments, out, sizes)
     shared = {"data": str(out / "data"), "runs": out / "runs", "device": arguments.device,
               "precision": arguments.precision, "max_steps": arguments.steps}  # fmt: skip
     clock = Clock()

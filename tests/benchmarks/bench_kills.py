@@ -18,6 +18,7 @@ import functools
 import itertools
 import os
 import random
+import shlex
 import shutil
 import sys
 import time
@@ -75,51 +76,41 @@ def small_demo() -> None:
 class Writer:
     """A command: its arguments, the option for its output, and the arguments that resume it."""
 
-    arguments: tuple[object, ...]
+    command: str
     option: str = "--out"
-    resume: tuple[str, ...] = ()
+    resume: str = ""
 
     def start(self, output: Path, logs: Path, resume: bool) -> CommandProcess:
-        more = self.resume if resume else ()
-        arguments = map(str, (*self.arguments, self.option, output, *more))
-        before = small_demo if self.arguments[0] == "demo" else None
+        more = self.resume.split() if resume else []
+        arguments = [*shlex.split(self.command), self.option, str(output), *more]
+        before = small_demo if arguments[0] == "demo" else None
         return CommandProcess(*arguments, folder=logs, before=before)
 
 
 def writers(out: Path) -> dict[str, Writer]:
     """Every command that writes, each after those whose output it reads."""
-    training = ("--epochs", 6, "--batch-size", 16, "--device", "cpu", "--precision", "fp32",
-                "--checkpoint-minutes", 0.003)  # fmt: skip
-    data, models = ("--data", out / "data"), ("--runs", out / "models")
-    student = (*data, "--lang", "de", "--student", out / "encoder")
-    teacher = ("--teacher", out / "models" / "clip-ve")
-    shape = ("--image-size", 64, "--width", 32, "--layers", 1, "--heads", 2, "--embedding-dim", 16)
-    resume = ("--resume",)
+    out_dir = shlex.quote(str(out))
+    training = "--epochs 6 --batch-size 16 --device cpu --precision fp32 --checkpoint-minutes 0.003"
+    data, models = f"--data {out_dir}/data", f"--runs {out_dir}/models"
+    student = f"{data} --lang de --student {out_dir}/encoder --teacher {out_dir}/models/clip-ve"
+    shape = "--image-size 64 --width 32 --layers 1 --heads 2 --embedding-dim 16"
+    clip = f"--clip {out_dir}/clip --patience 99 --learning-rate 0.001"
+    rows = f"--input {out_dir}/pairs.jsonl"
+    translations = f"--engine file --translations {out_dir}/de.tsv --match text"
+    resume = "--resume"
     return {
-        "pretrain": Writer(("pretrain", *data, *shape, *training), resume=resume),
-        "finetune-ve": Writer(
-            ("finetune-ve", *data, "--clip", out / "clip", "--patience", 99, "--learning-rate",
-             1e-3, *training),
-            resume=resume,
-        ),
-        "align": Writer(("align", *student, *teacher, *training), resume=resume),
-        "autoencode": Writer(("autoencode", *student, *teacher, *training), resume=resume),
-        "evaluate": Writer(
-            ("evaluate", *data, *models, "--resamples", 200, "--device", "cpu"), "--report"
-        ),
-        "export": Writer(("export", *models)),
+        "pretrain": Writer(f"pretrain {data} {shape} {training}", resume=resume),
+        "finetune-ve": Writer(f"finetune-ve {data} {clip} {training}", resume=resume),
+        "align": Writer(f"align {student} {training}", resume=resume),
+        "autoencode": Writer(f"autoencode {student} {training}", resume=resume),
+        "evaluate": Writer(f"evaluate {data} {models} --resamples 200 --device cpu", "--report"),
+        "export": Writer(f"export {models}"),
         "predict": Writer(
-            ("predict", "--input", out / "pairs.jsonl", *models, "--lang", "de", "--batch-size", 1,
-             "--device", "cpu"),
-            "--output",
-            resume,
+            f"predict {rows} {models} --lang de --batch-size 1 --device cpu", "--output", resume
         ),
-        "translate": Writer(
-            ("translate", *data, "--lang", "de", "--engine", "file", "--translations",
-             out / "de.tsv", "--match", "text"),
-        ),
-        "demo": Writer(("demo", "--device", "cpu")),
-    }  # fmt: skip
+        "translate": Writer(f"translate {data} --lang de {translations}"),
+        "demo": Writer("demo --device cpu"),
+    }
 
 
 def content(output: Path) -> dict[str, bytes]:
@@ -160,41 +151,40 @@ def run_twice(writer: Writer, output: Path, logs: Path) -> list[int]:
     for process in both:
         process.process.join(_TIMEOUT_SECONDS)
     codes = [process.wait() for process in both]
-    reasons = ("another process", "an unfinished run lies there")
+    reasons = ("another process", "an unfinished run")
     for process, code in zip(both, codes, strict=True):
         if code and not any(reason in process.stderr for reason in reasons):
             raise SystemExit(process.stderr)
     return codes
 
 
-class Round:
-    """An empty folder for an output, with files of the user's beside it."""
+def fresh(folder: Path) -> Path:
+    """The path of an output in an empty folder, with files of the user's beside it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name, users in _USERS.items():
+        (folder / name).write_bytes(users)
+    return folder / "output"
 
-    def __init__(self, folder: Path) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        for name, users in _USERS.items():
-            (folder / name).write_bytes(users)
-        self._folder, self.output = folder, folder / "output"
 
-    def faults(self, expected: dict[str, bytes]) -> list[str]:
-        """What is wrong after the command has ended."""
-        output = content(self.output)
-        faults = [f"{name}: differs" for name in expected if output.get(name) != expected[name]]
-        faults += [f"{path}: left behind" for path in output if ".clseave-" in path]
-        beside = {p.name: p.read_bytes() for p in self._folder.iterdir() if p != self.output}
-        return faults + [
-            f"{name}: gone, changed or left behind"
-            for name in beside | _USERS
-            if beside.get(name) != _USERS.get(name)
-        ]
+def faults_of(output: Path, expected: dict[str, bytes]) -> list[str]:
+    """What is wrong after the command has ended."""
+    files = content(output)
+    faults = [f"{name}: differs" for name in expected if files.get(name) != expected[name]]
+    faults += [f"{path}: left behind" for path in files if ".clseave-" in path]
+    beside = {p.name: p.read_bytes() for p in output.parent.iterdir() if p != output}
+    return faults + [
+        f"{name}: gone, changed or left behind"
+        for name in beside | _USERS
+        if beside.get(name) != _USERS.get(name)
+    ]
 
 
 def bench(name: str, writer: Writer, out: Path, kills: int, seed: int) -> bool:
     """Kills one command and prints its line; returns whether there was no fault."""
     undisturbed, seconds = [], 0.0
     for number in range(2):  # the first one also warms up
-        output = Round(out / f"undisturbed-{name}-{number}").output
+        output = fresh(out / f"undisturbed-{name}-{number}")
         seconds = run_to_end(writer, output, out / "logs")
         undisturbed.append(content(output))
     expected = {n: data for n, data in undisturbed[0].items() if undisturbed[1].get(n) == data}
@@ -202,17 +192,17 @@ def bench(name: str, writer: Writer, out: Path, kills: int, seed: int) -> bool:
     generator, left, num_rounds, faults = random.Random(seed), kills, 0, []
     latest = _LATEST_KILL * seconds
     while left > 0:
-        this = Round(out / "killed")
+        output = fresh(out / "killed")
         most = min(left, _MOST_KILLS_A_ROUND)
-        num_kills = run_with_kills(writer, this.output, out / "logs", latest, most, generator)
+        num_kills = run_with_kills(writer, output, out / "logs", latest, most, generator)
         if not num_kills:
             latest *= 0.7  # the machine has become faster
         left, num_rounds = left - num_kills, num_rounds + 1
-        faults += this.faults(expected)
-    this = Round(out / "killed")
-    codes = run_twice(writer, this.output, out / "logs")
+        faults += faults_of(output, expected)
+    output = fresh(out / "killed")
+    codes = run_twice(writer, output, out / "logs")
     if codes == [0, 0] or sorted(map(bool, codes)) == [False, True]:
-        faults += this.faults(expected)
+        faults += faults_of(output, expected)
     else:
         faults.append(f"two at once: exit codes {codes}")
     print(

@@ -56,7 +56,7 @@ def models(arguments: argparse.Namespace) -> Path:
     runs = arguments.out / "runs"
     if (runs / f"align-{LANG}").is_dir():
         return runs
-    from bench_full_size import write_bert, write_clip
+    from bench_training import write_bert, write_clip
 
     from clseave_cli.core.files import atomic_folder
     from clseave_cli.core.models.clip_ve import ClipVE
