@@ -171,8 +171,8 @@ def test_links_replace_neither_their_text_nor_anything_else(refused, data):
     for option in ("--out", "--words"):
         for target, words in (
             (text, "is both input and output"),
-            (data / "snli_ve_train.jsonl", "is there already, with something else in it"),
-            (data / "images" / "train0.png", "is there already, with something else in it"),
+            (data / "snli_ve_train.jsonl", "exists already with other content"),
+            (data / "images" / "train0.png", "exists already with other content"),
         ):
             error = refused("word-align", "--input", text, option, target, code=2)
             assert f"{target}: {words}" in error

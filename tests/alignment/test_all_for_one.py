@@ -22,7 +22,7 @@ from clseave_cli.core.alignment.links import Links
 from clseave_cli.core.data.seen import SeenRows
 from clseave_cli.core.models.clip_ve import fingerprint
 from clseave_cli.core.models.scratch import new_encoder
-from clseave_cli.core.models.student import begun_student, load_student, new_student
+from clseave_cli.core.models.student import init_student, load_student, new_student
 from clseave_cli.errors import ModelError, UsageError
 
 
@@ -41,8 +41,8 @@ def _body(student):
     return {name: w.detach() for name, w in student.named_parameters() if w is not words}
 
 
-def _equal(ours, theirs):
-    return ours.keys() == theirs.keys() and all(torch.equal(w, theirs[n]) for n, w in ours.items())
+def _equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(w, b[name]) for name, w in a.items())
 
 
 # --- all for one ---
@@ -53,17 +53,17 @@ def test_a_student_starts_from_the_weights_of_another(
     world, tmp_path, trained, encoder, keep_words
 ):
     options = {"teacher": fingerprint(trained / "clip-ve"), "keep_words": keep_words}
-    begun, vectors = begun_student(trained / "align-de", encoder, **options)
+    student, vectors = init_student(trained / "align-de", encoder, **options)
     german, pretrained = load_student(trained / "align-de"), new_student(encoder, 16)
-    assert _equal(_body(begun), _body(german)) and torch.equal(vectors, _table(german))
+    assert _equal(_body(student), _body(german)) and torch.equal(vectors, _table(german))
     assert not torch.equal(_table(german), _table(pretrained))
-    assert torch.equal(_table(begun), _table(german if keep_words else pretrained))
-    assert all(parameter.requires_grad for parameter in begun.parameters())
+    assert torch.equal(_table(student), _table(german if keep_words else pretrained))
+    assert all(parameter.requires_grad for parameter in student.parameters())
     # Of a trimmed one the same: the rest of its vectors are the pretrained encoder's.
     short = quick_align(world, tmp_path, trained, encoder, "de", epochs=2, trim_vocabulary=True)
     assert len(_table(load_student(short.folder))) < len(vectors)
-    again, its_vectors = begun_student(short.folder, encoder, **options)
-    assert again.digest() == begun.digest() and torch.equal(its_vectors, vectors)
+    again, its_vectors = init_student(short.folder, encoder, **options)
+    assert again.digest() == student.digest() and torch.equal(its_vectors, vectors)
 
 
 def test_all_of_it_is_trained(world, tmp_path, trained, encoder):
@@ -86,11 +86,11 @@ def test_a_student_of_another_encoder_is_refused(tmp_path, world, runs, encoder,
         reseal(folder, "student", without=("pretrained",))
         assert load_student(folder).pretrained == ""
     options = {"teacher": fingerprint(runs / "clip-ve"), "keep_words": False}
-    begun_student(folder, encoder, **options)
+    init_student(folder, encoder, **options)
     with pytest.raises(ModelError, match=r"was trained from another encoder than .*other"):
-        begun_student(folder, tmp_path / "other", **options)
+        init_student(folder, tmp_path / "other", **options)
     with pytest.raises(ModelError, match="was trained against another CLIP-VE"):
-        begun_student(folder, encoder, teacher="0" * 64, keep_words=False)
+        init_student(folder, encoder, teacher="0" * 64, keep_words=False)
 
 
 # --- the translator ---
@@ -151,9 +151,9 @@ def test_rcsls_by_hand():
         terms.append(-2 * (matrix @ x[i]) @ y[i] + sum(of_x) / 10 + sum(of_y) / 10)
     loss = transfer.rcsls_loss(x, y, matrix)
     torch.testing.assert_close(loss, sum(terms) / 15)
-    begun = transfer.procrustes(x, y)
-    refined = transfer.rcsls(x, y, begun)
-    assert transfer.rcsls_loss(x, y, refined) < transfer.rcsls_loss(x, y, begun) - 0.01
+    initial = transfer.procrustes(x, y)
+    refined = transfer.rcsls(x, y, initial)
+    assert transfer.rcsls_loss(x, y, refined) < transfer.rcsls_loss(x, y, initial) - 0.01
     assert torch.linalg.matrix_norm(refined, ord=2) <= 1 + 1e-9
 
 
@@ -174,7 +174,7 @@ def test_a_lexicon_is_what_is_linked_most_often_and_moves_words_to_their_transla
 ):
     made, kept = [], transfer.Lexicon
     monkeypatch.setattr(transfer, "load_aligner", lambda *_: _WordForWord())
-    monkeypatch.setattr(transfer, "Lexicon", lambda *given: made.append(kept(*given)) or made[-1])
+    monkeypatch.setattr(transfer, "Lexicon", lambda *a: made.append(kept(*a)) or made[-1])
     _begun(world, tmp_path, trained, encoder, translator="lexicon", epochs=1)
     (lexicon,) = made
     decode = lexicon.student.tokenizer.decode
@@ -208,7 +208,7 @@ def test_a_lexicon_is_what_is_linked_most_often_and_moves_words_to_their_transla
         (("--translator-epochs", "1", "--init-from"), "--translator-epochs: needs --translator"),
         (("--lexicon", "x", "--translator", "random", "--init-from"), "--lexicon: needs --trans"),
         (("--method", "token", "--init-from"), "--init-from: needs --method sentence"),
-        (("--keep-embeddings", "--trim-vocabulary", "--init-from"), "--trim-vocabulary: the vec"),
+        (("--keep-embeddings", "--trim-vocabulary", "--init-from"), "--trim-vocabulary: the wo"),
         (("--translator", "random", "--translator-epochs", "3", "--epochs", "2", "--init-from"),
          "--translator-epochs 3: more than --epochs 2"),
         (("--pooling", "mean", "--init-from"), "--pooling mean: .* was trained with terminal"),
@@ -246,5 +246,5 @@ def test_lexicons_that_are_none(data, tmp_path, trained, encoder):
             run(lexicon=file)
         shutil.rmtree(tmp_path / "runs", ignore_errors=True)
     (data / "snli_ve_train.de.jsonl").unlink()
-    with pytest.raises(UsageError, match=r"has no training text in de, which .* reads; give --lex"):
+    with pytest.raises(UsageError, match=r"has no training text in de, which .* reads; add --lex"):
         run()

@@ -114,8 +114,8 @@ def test_the_aligner_equals_the_reference_on_transformers_own_states(student, en
         wanted = reference_aligner.link_words(
             source[0].tolist(), target[0].tolist(), source[1], target[1], 0.04
         )
-        own = slice(links.offsets[number], links.offsets[number + 1])
-        assert list(map(tuple, links.words[own].tolist())) == sorted(wanted)
+        span = slice(links.offsets[number], links.offsets[number + 1])
+        assert list(map(tuple, links.words[span].tolist())) == sorted(wanted)
     possible = [len(e.split()) * len(g.split()) for e, g in zip(ENGLISH, GERMAN, strict=True)]
     assert 0 < len(links.words) < sum(possible)
 
@@ -165,13 +165,13 @@ def test_links_found_before_are_not_looked_for_again(student, cache, monkeypatch
 
 def test_what_a_student_adds_at_random_decides_no_links(encoder, monkeypatch):
     words = split_words(ENGLISH)
-    found = []
+    results = []
     for seed in (0, 1):
         torch.manual_seed(seed)
         links = WordAligner(new_student(encoder, 16), "encoder").align(words, words, PAIRS)
-        found.append(list(links.lines()))
+        results.append(list(links.lines()))
         monkeypatch.setattr(WordAligner, "_align", None)
-    assert found[0] == found[1]
+    assert results[0] == results[1]
 
 
 def test_the_first_of_several_processes_finds_the_links(monkeypatch):

@@ -4,21 +4,23 @@ import numpy as np
 import pytest
 from tiny_world import Notes
 
-from clseave_cli.core.alignment.links import AlignmentScore, Links, read_links, score
+from clseave_cli.core.alignment.links import AlignmentScore, Links, read_lines, read_links, score
 from clseave_cli.errors import DataError
 
 
 def _read(tmp_path, content, num_words, **options):
     path = tmp_path / "links.txt"
     path.write_text(content)
+    num_lines = len(num_words)
+    options = {"lines": np.arange(1, num_lines + 1), "num_lines": num_lines} | options
     return read_links(path, np.array(num_words), text="pairs.txt", **options)
 
 
 def _pairs(links):
-    found = [[] for _ in range(len(links))]
+    pairs = [[] for _ in range(len(links))]
     for pair, (i, j), sure in zip(links.pairs, links.words.tolist(), links.sure, strict=True):
-        found[pair].append((i, j, bool(sure)))
-    return found
+        pairs[pair].append((i, j, bool(sure)))
+    return pairs
 
 
 def test_what_is_written_is_read_again(tmp_path):
@@ -53,8 +55,8 @@ def test_lines_of_sentences_that_are_not_used(tmp_path):
         ("0-0\n0-0\n0-0\n", r"links.txt:3: more lines than sentences; pairs.txt has 2"),
         ("0-0\n", r"links.txt: 1 lines; expected 2, as in pairs.txt"),
         ("", r"links.txt: 0 lines; expected 2"),
-        ("0-0\n0-3\n", r"links.txt:2: 0-3 names a word that is not there; the target sentence has "
-         r"3, counted from 0"),
+        ("0-0\n0-3\n", r"links.txt:2: 0-3 names a word that does not exist; the target sentence "
+         r"has 3, counted from 0"),
         ("2-0\n0-0\n", r"links.txt:1: 2-0 .* the source sentence has 2"),
         ("0-0 1:2\n0-0\n", r"links.txt:1: '1:2' is no link; expected two word numbers such as 0-2"),
         ("0-0\n-1-0\n", r"links.txt:2: '-1-0' is no link"),
@@ -69,25 +71,25 @@ def test_bad_files(tmp_path, content, message):
 def test_files_that_are_no_text(tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="binary: not UTF-8 text"):
-        read_links(tmp_path / "binary", np.array([[1, 1]]), text="pairs.txt")
+        read_lines(tmp_path / "binary", "links")
     with pytest.raises(DataError, match="nowhere: cannot be read"):
-        read_links(tmp_path / "nowhere", np.array([[1, 1]]), text="pairs.txt")
+        read_lines(tmp_path / "nowhere", "links")
 
 
 def test_bad_links_are_left_out_and_told(tmp_path):
     notes = Notes()
     links = _read(tmp_path, "0-0 5-5\nx 1-1\n", [[2, 2]] * 2, skip_bad=True, progress=notes)
     assert _pairs(links) == [[(0, 0, True)], [(1, 1, True)]]
-    assert "2 bad links left out, the first in line 1: 5-5 names a word" in notes.text
+    assert "2 bad links skipped, the first in line 1: 5-5 names a word" in notes.text
 
 
-def test_one_link_of_a_gold_file_may_name_a_word_that_is_not_there(tmp_path):
+def test_one_link_of_a_gold_file_may_name_a_word_that_does_not_exist(tmp_path):
     notes = Notes()
     links = _read(tmp_path, "0-0 0-9\n1-1\n", [[2, 2]] * 2, gold=True, progress=notes)
     assert _pairs(links) == [[(0, 0, True)], [(1, 1, True)]]
-    assert "1 bad links left out, the first in line 1: 0-9 names a word" in notes.text
+    assert "1 bad links skipped, the first in line 1: 0-9 names a word" in notes.text
     for content, message in {
-        "0-0 0-9\n5-1\n": "2 links name words that are not there: line 1: 0-9 names",
+        "0-0 0-9\n5-1\n": "2 links name words that do not exist: line 1: 0-9 names",
         "0-0 0:1\n1-1\n": "links.txt:1: '0:1' is no link",
     }.items():
         with pytest.raises(DataError, match=message):
@@ -101,8 +103,8 @@ def test_how_words_are_counted_is_found_out(tmp_path, content, first):
     notes = Notes()
     links = _read(tmp_path, content, [[11, 11]], first_word=None, progress=notes)
     assert f"words are counted from {first}" in notes.text
-    told = _read(tmp_path, content, [[11, 11]], first_word=first)
-    assert (links.words == told.words).all()
+    explicit = _read(tmp_path, content, [[11, 11]], first_word=first)
+    assert (links.words == explicit.words).all()
 
 
 def test_a_score_worked_by_hand(tmp_path):
@@ -110,8 +112,8 @@ def test_a_score_worked_by_hand(tmp_path):
     # both sure ones are found. Pair 2: found 0-1; sure 0-0, possible also 0-1.
     # In all |A| = 4, |S| = 3, |A ∩ S| = 2, |A ∩ P| = 3.
     gold = _read(tmp_path, "0-0 1-1 2p2\n0-0 0p1\n", [[3, 3]] * 2)
-    found = _read(tmp_path, "0-0 1-1 2-1 0-0\n0-1\n", [[3, 3]] * 2)
-    assert score(found, gold) == AlignmentScore(
+    links = _read(tmp_path, "0-0 1-1 2-1 0-0\n0-1\n", [[3, 3]] * 2)
+    assert score(links, gold) == AlignmentScore(
         precision=3 / 4,
         recall=2 / 3,
         error_rate=pytest.approx(1 - (2 + 3) / (4 + 3)),

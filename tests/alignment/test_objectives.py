@@ -23,22 +23,23 @@ def _batch(teacher, source, **more):
 
 def test_errors_and_cosines_by_hand():
     batch = _batch([[3.0, 4.0], [1.0, 0.0]], [0, 1, 1])
-    own = torch.tensor([[3.0, 2.0], [0.0, 2.0], [5.0, 0.0]])
-    assert objectives.squared_error(own, batch).tolist() == [2.0, 2.5, 8.0]
+    student = torch.tensor([[3.0, 2.0], [0.0, 2.0], [5.0, 0.0]])
+    assert objectives.squared_error(student, batch).tolist() == [2.0, 2.5, 8.0]
     first = 1 - (9 + 8) / (5 * math.sqrt(13))
-    assert objectives.cosine_distance(own, batch).tolist() == pytest.approx([first, 1, 0], abs=1e-6)
+    distances = objectives.cosine_distance(student, batch).tolist()
+    assert distances == pytest.approx([first, 1, 0], abs=1e-6)
 
 
 def test_the_contrastive_loss_is_the_mean_of_two_cross_entropies():
     torch.manual_seed(0)
-    teacher, own = torch.randn(3, 4), torch.randn(5, 4)
+    teacher, student = torch.randn(3, 4), torch.randn(5, 4)
     source = [0, 1, 2, 1, 0]  # sentences 0 and 1 in two languages each
-    found = objectives.contrastive(own, _batch(teacher.tolist(), source))
-    cosines = torch.nn.functional.cosine_similarity(own[:, None], teacher[None], dim=2) / 0.05
+    losses = objectives.contrastive(student, _batch(teacher.tolist(), source))
+    cosines = torch.nn.functional.cosine_similarity(student[:, None], teacher[None], dim=2) / 0.05
     for pair, s in enumerate(source):
         to_teacher = torch.logsumexp(cosines[pair], 0) - cosines[pair, s]
         to_student = torch.logsumexp(cosines[:, s], 0) - cosines[pair, s]
-        assert found[pair].item() == pytest.approx((to_teacher + to_student).item() / 2, abs=1e-5)
+        assert losses[pair].item() == pytest.approx((to_teacher + to_student).item() / 2, abs=1e-5)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -86,8 +86,8 @@ def test_an_epoch_is_as_long_as_ever_and_repeats_evenly(sampling):
     np.testing.assert_allclose(_shares(batches, sizes), sampler.shares(dev), atol=1 / 60)
     counts = np.bincount(drawn, minlength=60)
     for first, size in zip((0, 50, 57), sizes, strict=True):
-        own = counts[first : first + size]
-        assert own.max() - own.min() <= (1 if sampling == "self-paced" else 2)
+        part = counts[first : first + size]
+        assert part.max() - part.min() <= (1 if sampling == "self-paced" else 2)
     again = _sampler(sizes, sampling=sampling).batches(3, dev)
     assert all(map(np.array_equal, batches, again))
     assert not np.array_equal(np.concatenate(sampler.batches(4, dev)), drawn)
@@ -110,8 +110,8 @@ def test_no_pair_is_met_twice_before_all_were_met_once(sizes, epoch_pairs, sampl
         drawn = np.concatenate(batches)
         assert len(drawn) == sampler.num_examples
         counts += np.bincount(drawn, minlength=len(counts))
-        for own in np.split(counts, np.cumsum(sizes)[:-1]):
-            assert own.max() - own.min() <= 1
+        for part in np.split(counts, np.cumsum(sizes)[:-1]):
+            assert part.max() - part.min() <= 1
 
 
 def test_short_epochs_meet_everything_in_turn():
@@ -191,13 +191,13 @@ def test_contrastive_batches_span_processes(world, tmp_path, trained, encoder, c
     assert clseave(*command, "--out", tmp_path / "alone")[0] == 0
     team = start_team(*command, "--out", str(tmp_path / "team"), folder=tmp_path / "said")
     assert [process.wait() for process in team] == [0, 0], team[0].stderr
-    for own, other in zip(
+    for two, one in zip(
         metrics_of(tmp_path / "team" / "training"),
         metrics_of(tmp_path / "alone" / "training"),
         strict=True,
     ):
-        assert own["loss"] == pytest.approx(other["loss"], rel=1e-4)
-        assert own.get("dev", {}) == pytest.approx(other.get("dev", {}), rel=1e-3, abs=1e-4)
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert two.get("dev", {}) == pytest.approx(one.get("dev", {}), rel=1e-3, abs=1e-4)
 
 
 def test_english_is_its_own_translation(world, tmp_path, runs, encoder):
@@ -258,7 +258,7 @@ def test_an_auxiliary_language_is_trained_along_and_does_not_count(
     ("options", "said"),
     [
         ({"auxiliary": ("de",)}, "--auxiliary de: is a --lang already"),
-        ({"auxiliary": ("en",)}, "--auxiliary en: is what --include-english is for"),
+        ({"auxiliary": ("en",)}, "--auxiliary en: use --include-english instead"),
         ({"auxiliary": ("../x",)}, "--auxiliary ../x: not a language code"),
     ],
 )
@@ -293,7 +293,7 @@ def test_the_student_learns_from_so_many_sentences(world, tmp_path, trained, enc
     notes = Notes()
     result = quick_align(world, tmp_path / "b", trained, encoder, "de", limit=99, progress=notes)
     assert result.training.pairs == 5
-    assert "5 distinct sentences, fewer than --limit 99; all of them are used." in notes.text
+    assert "5 distinct sentences, fewer than --limit 99; all are used." in notes.text
 
 
 def test_a_language_with_no_rows_is_told(data, tmp_path, trained, encoder, refused):
@@ -403,8 +403,8 @@ def test_a_sentence_held_out_for_one_language_is_trained_on_in_none(plain):
         assert set(german.sources) == every - held
         left_out = 24 - len(german.sources)
         assert (
-            f"snli_ve_train.de.jsonl: {left_out} pairs left out; their photos or en sentences are "
-            "held out for other languages."
+            f"snli_ve_train.de.jsonl: {left_out} pairs skipped, because their photos or en "
+            "sentences are held out for other languages."
         ) in notes.text
         # The file German has stays whole, though its sentences are in the training file as well.
         assert len(german_dev.sources) == len(read_jsonl(plain / "snli_ve_dev.de.jsonl"))

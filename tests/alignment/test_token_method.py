@@ -77,7 +77,7 @@ def _by_hand(student, encoder, clip_ve, terminal, target):
     errors = []
     with torch.no_grad():
         for german, english, words in zip(GERMAN, ENGLISH, WORDS, strict=True):
-            own, own_first = _states(model, tokenizer, german)
+            hidden, first_tokens = _states(model, tokenizer, german)
             # A byte-level tokenizer knows no words: they are found by reading the sentence so far.
             inputs = clip_tokenizer(english, return_tensors="pt")
             states = clip.embeddings(**{"input_ids": inputs.input_ids})
@@ -85,15 +85,15 @@ def _by_hand(student, encoder, clip_ve, terminal, target):
             for layer in clip.encoder.layers:
                 output = layer(states, attention_mask=mask)
                 states = output[0] if isinstance(output, tuple) else output
-            theirs = (clip.final_layer_norm(states) if target == "normalised" else states)[0]
+            targets = (clip.final_layer_norm(states) if target == "normalised" else states)[0]
             firsts = [
                 len(clip_tokenizer(" ".join(english.split()[:word])).input_ids) - 1
                 for word in range(len(english.split()))
             ]
-            places = [(own_first[i], firsts[j]) for i, j in words]
-            places += [(len(own) - 1, len(theirs) - 1)] if terminal else []
+            places = [(first_tokens[i], firsts[j]) for i, j in words]
+            places += [(len(hidden) - 1, len(targets) - 1)] if terminal else []
             for i, j in places:
-                errors.append((student.norm.coder(own[i]) - theirs[j]).square().mean().item())
+                errors.append((student.norm.coder(hidden[i]) - targets[j]).square().mean().item())
     return float(np.mean(errors)), len(errors)
 
 
@@ -119,7 +119,6 @@ def _objective(student, teacher, terminal, both=(0.0, 1.0), weights=(1.0, 1.0), 
         weights=torch.tensor(weights),
     )
     return TokenObjective(
-        student,
         teacher.text,
         corpus.pairs(ENGLISH),
         SentenceObjective(student, pairs, squared_error),
@@ -167,8 +166,8 @@ def test_shards_of_several_processes_add_up(teacher, student, monkeypatch):
         shards.append(objective._errors(objective.prepare(np.arange(2))))
     gathered = torch.cat(shards)
     play(shard=lambda rows: rows, gather=lambda encode, count: gathered)
-    found = objective.loss(objective.prepare(np.arange(2))).item()
-    assert found == pytest.approx(whole, rel=1e-5)
+    loss = objective.loss(objective.prepare(np.arange(2))).item()
+    assert loss == pytest.approx(whole, rel=1e-5)
 
 
 def test_each_distinct_english_sentence_is_encoded_once(teacher, student):
@@ -186,8 +185,8 @@ def test_a_student_reads_its_terminal_token_through_the_teachers_projection(
     model = AutoModel.from_pretrained(result.folder / "encoder", add_pooling_layer=False).eval()
     tokenizer = AutoTokenizer.from_pretrained(result.folder / "encoder")
     with torch.no_grad():
-        (found,) = student.embed(student.tokenize(GERMAN))
-        for sentence, embedding in zip(GERMAN, found, strict=True):
+        (embeddings,) = student.embed(student.tokenize(GERMAN))
+        for sentence, embedding in zip(GERMAN, embeddings, strict=True):
             state = model(**tokenizer(sentence, return_tensors="pt")).last_hidden_state[0, -1]
             code = student.norm.coder[0](state).relu()
             wanted = clip.text_projection(clip.text_model.final_layer_norm(code))
@@ -244,9 +243,9 @@ def test_links_of_a_file_are_those_of_the_aligner(clseave, world, trained, encod
     )  # fmt: skip
     assert code == 0 and "24 sentence pairs" in err
     links = tmp_path / "links.{lang}"
-    found = _align(world, tmp_path / "a", trained, encoder, aligner_threshold=0.05)
+    aligned = _align(world, tmp_path / "a", trained, encoder, aligner_threshold=0.05)
     read = _align(world, tmp_path / "b", trained, encoder, alignments=links)
-    assert weights(found.folder) == weights(read.folder)
+    assert weights(aligned.folder) == weights(read.folder)
     path.write_text("0-0\n" * 24)
     other = _align(world, tmp_path / "c", trained, encoder, alignments=links)
     assert weights(other.folder) != weights(read.folder)
@@ -272,24 +271,24 @@ def test_a_limit_takes_no_tokens_from_a_trimmed_vocabulary(world, trained, encod
 def test_english_words_pair_with_themselves(teacher, student):
     config = AlignConfig(terminal_pair=False)
     corpus = token.TokenCorpus(student, teacher.text, "en", config, progress=None)
-    everyone = np.arange(2)
+    numbers = np.arange(2)
     corpus.add_source(
         SimpleNamespace(
-            tokens=student.tokenize(ENGLISH), sentence_of_pair=everyone, source_of_pair=everyone,
+            tokens=student.tokenize(ENGLISH), sentence_of_pair=numbers, source_of_pair=numbers,
             counts=np.ones(2),
         ),
         ENGLISH,
     )  # fmt: skip
-    found = corpus.pairs(ENGLISH)
-    assert np.diff(found.links.offsets).tolist() == [4, 4]
-    names = teacher.text.tokenizer.convert_ids_to_tokens(
-        found.sources.ids[found.links.words[:4, 0]]
+    pairs = corpus.pairs(ENGLISH)
+    assert np.diff(pairs.links.offsets).tolist() == [4, 4]
+    teacher_tokens = teacher.text.tokenizer.convert_ids_to_tokens(
+        pairs.sources.ids[pairs.links.words[:4, 0]]
     )
-    own = student.tokenizer.convert_ids_to_tokens(
-        student.tokenize(ENGLISH).ids[found.links.words[:4, 1]]
+    student_tokens = student.tokenizer.convert_ids_to_tokens(
+        student.tokenize(ENGLISH).ids[pairs.links.words[:4, 1]]
     )
-    for english, theirs in zip(own, names, strict=True):
-        assert english.lower()[0] == theirs[0]
+    for ours, english in zip(student_tokens, teacher_tokens, strict=True):
+        assert ours.lower()[0] == english[0]
 
 
 def test_the_thesis_preset_is_the_failing_method(world, trained, encoder, teacher, tmp_path):
@@ -357,8 +356,8 @@ def test_the_sentence_is_read_through_the_encoders_own_pooling_layer(teacher, wo
     with torch.no_grad():
         pooled = AutoModel.from_pretrained(encoder).eval()(**inputs).pooler_output
         wanted = teacher.text.projection(student.norm.coder(pooled))
-        found = student(student.pack(student.tokenize(GERMAN), np.arange(len(GERMAN))))
-    torch.testing.assert_close(found, wanted)
+        embeddings = student(student.pack(student.tokenize(GERMAN), np.arange(len(GERMAN))))
+    torch.testing.assert_close(embeddings, wanted)
 
 
 def test_an_embedding_can_be_made_from_the_folder_alone(teacher, encoder, tmp_path):
@@ -385,9 +384,9 @@ def test_an_embedding_can_be_made_from_the_folder_alone(teacher, encoder, tmp_pa
             code.relu(), [coding["width"]], weights.pop("coded_state.final_norm.weight"),
             weights.pop("coded_state.final_norm.bias"), coding["norm_eps"],
         )  # fmt: skip
-        found = linear("projection", normal)
+        embeddings = linear("projection", normal)
         wanted = student(student.pack(student.tokenize(GERMAN), np.arange(len(GERMAN))))
-    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(embeddings, wanted)
     assert not weights
 
 
@@ -460,7 +459,7 @@ def test_a_token_student_predicts_and_is_exported(clseave, world, runs, encoder,
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"pooling": "mean"}, UsageError, "--method token: reads --sentence-token"),
+        ({"pooling": "mean"}, UsageError, "--method token: use --sentence-token"),
         ({"objective": "cosine"}, UsageError, "--objective cosine needs --method sentence"),
         ({"token_reader": "decoder"}, UsageError, "--token-reader decoder: .*--pretrained-code"),
         ({"token_reader": "code"}, ModelError, "--token-reader code: the head reads 16"),
@@ -470,7 +469,7 @@ def test_a_token_student_predicts_and_is_exported(clseave, world, runs, encoder,
         ({"aligner_threshold": 1.0, "terminal_pair": False}, DataError, "no words are linked"),
         (
             {"method": "sentence", "alignments": "links.{lang}"}, UsageError,
-            "--alignments: --method sentence compares no words",
+            "--alignments: --method sentence does not compare words",
         ),
         (
             {"auxiliary": ("nl",), "alignments": "links"}, UsageError,
@@ -489,7 +488,10 @@ def test_refusals(world, trained, encoder, tmp_path, options, error, message):
     [
         ("0-0\n" * 25, r"links.de:25: more lines than sentences; .*train.de.jsonl has 24"),
         ("0-0\n" * 23, r"links.de: 23 lines; expected 24"),
-        ("0-0\n" * 3 + "0-4\n" + "0-0\n" * 20, r"links.de:\d+: 0-4 names a word that is not there"),
+        (
+            "0-0\n" * 3 + "0-4\n" + "0-0\n" * 20,
+            r"links.de:\d+: 0-4 names a word that does not exist",
+        ),
         ("0-0\n" * 3 + "0;4\n" + "0-0\n" * 20, r"links.de:\d+: '0;4' is no link"),
         (None, r"links.de: cannot be read"),
     ],

@@ -61,12 +61,12 @@ def test_a_segmenter_that_changes_the_text(monkeypatch):
 
 def _words_of_tokens(encoder, text, lang=None):
     """(token, word) of every token of a sentence, and the first tokens of its words."""
-    found = find_tokens(encoder, split_words(["", text], lang))
-    own = slice(found.tokens.offsets[1], found.tokens.offsets[2])
+    aligned = find_tokens(encoder, split_words(["", text], lang))
+    span = slice(aligned.tokens.offsets[1], aligned.tokens.offsets[2])
     words = split_words([text], lang).of(0)
-    named = [None if w == NONE else words[w] for w in found.word_of_token[own]]
-    tokens = encoder.tokenizer.convert_ids_to_tokens(found.tokens.ids[own])
-    first = found.first_token[found.words.offsets[1] :]
+    named = [None if w == NONE else words[w] for w in aligned.word_of_token[span]]
+    tokens = encoder.tokenizer.convert_ids_to_tokens(aligned.tokens.ids[span])
+    first = aligned.first_token[aligned.words.offsets[1] :]
     return list(zip(tokens, named, strict=True)), [None if f == NONE else tokens[f] for f in first]
 
 

@@ -239,7 +239,7 @@ def compare(run: Callable[[str, int], Path], divisor: int) -> None:
     captured, dev = metrics("captured")
     with mock.patch.object(loop._Loop, "_recorder", lambda run: None):
         plain, plain_dev = metrics("plain")
-    with mock.patch.object(SentenceEncoder, "halves", False):
+    with mock.patch.object(SentenceEncoder, "trains_in_bfloat16", False):
         _, autocast_dev = metrics("autocast")
     worst = np.abs(captured / plain - 1).max()
     print(f"captured     losses of {COMPARED // divisor} steps against plain ones: at most "

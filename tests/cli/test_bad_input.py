@@ -266,7 +266,7 @@ def test_a_student_with_a_flipped_byte(commands, refused, runs, file):
         ("finetune-ve", ["--seed", "-1"], "--seed -1: expected at least 0"),
         ("finetune-ve", ["--batch-size", "1"], "the head's batch normalisation needs two"),
         ("align", ["--max-steps", "0"], "--max-steps 0: expected at least 1"),
-        ("align", ["--lang", "en"], "--lang en: is the teacher's own language"),
+        ("align", ["--lang", "en"], "--lang en: is the teacher's language"),
         ("align", ["--preset", "mine"], "--preset mine: unknown; there are: thesis, mini-ve"),
         ("evaluate", ["--batch-size", "0"], "--batch-size 0: expected at least 1"),
         ("predict", ["--output", "pairs.jsonl"], "--output goes with --input"),

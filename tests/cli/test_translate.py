@@ -89,7 +89,7 @@ def test_failures_are_in_the_exit_code(google, server, clseave):
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (("--engine", "babel"), 2, "no such engine; there are: nmt, google"),
+        (("--engine", "babel"), 2, "no such engine; choose from nmt, google"),
         (("--on-suspect", "laugh"), 2, "--on-suspect"),
         (("--model", "./nowhere"), 1, "./nowhere: no such model folder"),
     ],
@@ -107,7 +107,7 @@ def test_ctrl_c_saves_what_there_is(google, server, clseave, tmp_path):
     process.signal(signal.SIGINT)
     assert process.wait() == 130
     assert "interrupted; " in process.stderr
-    assert "Run the same command again to go on." in process.stderr
+    assert "Run the same command again to continue." in process.stderr
     server.delay_seconds = 0.0
     code, _, err = clseave(*google)
     assert code == 0, err

@@ -81,7 +81,7 @@ def test_another_source_language(clseave, refused, encoder, tmp_path):
     assert len(_links(clseave, *english)) == 24
     for source in ([], ["--source-lang", "en"]):
         error = refused("word-align", "--data", data, "--lang", "en", *source, code=2)
-        assert "--lang en: is --source-lang too" in error
+        assert "--lang en: is --source-lang, too" in error
     error = refused("word-align", "--data", data, "--lang", "de", "--source-lang", "../x", code=2)
     assert "--source-lang ../x: not a language code" in error
 
@@ -137,7 +137,7 @@ def test_real_gold_files(clseave, assets, tmp_path, name, num_misnumbered):
     arguments = ["word-align", "--input", text, "--alignments", found, "--gold", gold, "--json"]
     code, out, err = clseave(*arguments)
     assert code == 0 and "words are counted from 1" in err
-    assert (f"{num_misnumbered} bad links left out" in err) == (num_misnumbered > 0)
+    assert (f"{num_misnumbered} bad links skipped" in err) == (num_misnumbered > 0)
     score = json.loads(out)
     assert (score["precision"], score["recall"], score["error_rate"]) == (1, 1, 0)
     assert score["num_pairs"] == len(lines) and score["num_possible"] >= score["num_sure"]
@@ -146,8 +146,8 @@ def test_real_gold_files(clseave, assets, tmp_path, name, num_misnumbered):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("a b c\n", "text:1: 0 times |||; expected source ||| target"),
-        ("a ||| b\na ||| b ||| c\n", "text:2: 2 times |||"),
+        ("a b c\n", "text:1: ||| occurs 0 times; expected source ||| target"),
+        ("a ||| b\na ||| b ||| c\n", "text:2: ||| occurs 2 times"),
     ],
 )
 def test_bad_text(refused, text, encoder, content, message):
@@ -159,7 +159,7 @@ def test_bad_text(refused, text, encoder, content, message):
     ("links", "message"),
     [
         ("0-0\n0-0\n0-0\n", "links:3: more lines than sentences"),
-        ("0-0\n0-9\n", "links:2: 0-9 names a word that is not there; the target sentence has 4"),
+        ("0-0\n0-9\n", "links:2: 0-9 names a word that does not exist; the target sentence has 4"),
         ("0-0\nnone\n", "links:2: 'none' is no link"),
     ],
 )
@@ -181,3 +181,9 @@ def test_other_refusals(refused, text, encoder, data, tmp_path):
     assert "no such model folder" in refused("word-align", "--input", text, "--aligner", "a/b/c")
     missing = refused("word-align", "--input", tmp_path / "nowhere", "--aligner", encoder)
     assert "nowhere: cannot be read" in missing
+
+
+@pytest.mark.parametrize("option", ["--out", "--words"])
+def test_an_output_is_a_file(refused, text, encoder, tmp_path, option):
+    error = refused("word-align", "--input", text, "--aligner", encoder, option, tmp_path, code=2)
+    assert f"{option} {tmp_path}: is a folder; name a file, such as {tmp_path}/" in error

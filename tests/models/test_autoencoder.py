@@ -26,27 +26,27 @@ def test_it_is_two_layers(code):
     assert (autoencoder(states).min() < 0) == (code == "linear")
 
 
-def test_what_is_saved_is_loaded_again(tmp_path):
+def test_save_and_load(tmp_path):
     saved = Autoencoder(6, 4)
     fingerprint = save_autoencoder(saved, tmp_path, languages=["de"])
-    loaded, found = load_autoencoder(tmp_path, Autoencoder(6, 4))
-    assert found == fingerprint
+    loaded, loaded_fingerprint = load_autoencoder(tmp_path, Autoencoder(6, 4))
+    assert loaded_fingerprint == fingerprint
     for name, value in saved.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
 
 
 @pytest.mark.parametrize(
-    ("wanted", "message"),
+    ("expected", "message"),
     [((8, 4, "relu"), "of 6 to 4, code relu; needed here: 8 to 4, code relu"),
      ((6, 4, "linear"), "needed here: 6 to 4, code linear")],
 )  # fmt: skip
-def test_one_of_another_shape_is_refused(tmp_path, wanted, message):
+def test_another_shape_is_refused(tmp_path, expected, message):
     save_autoencoder(Autoencoder(6, 4), tmp_path, languages=["de"])
     with pytest.raises(ModelError, match=message):
-        load_autoencoder(tmp_path, Autoencoder(*wanted))
+        load_autoencoder(tmp_path, Autoencoder(*expected))
 
 
-def test_a_damaged_or_missing_one_is_refused(tmp_path):
+def test_a_damaged_or_missing_folder_is_refused(tmp_path):
     save_autoencoder(Autoencoder(6, 4), tmp_path, languages=["de"])
     flip_byte(tmp_path / "autoencoder.safetensors")
     with pytest.raises(ModelError, match="damaged"):
@@ -64,7 +64,7 @@ def _autoencode(world, trained, encoder, out, **options):
     )
 
 
-def test_training_brings_the_states_back(world, trained, encoder, tmp_path):
+def test_training_reconstructs_the_states(world, trained, encoder, tmp_path):
     before = tree(encoder)
     result = _autoencode(world, trained, encoder, tmp_path / "a", code="linear", epochs=60)
     records = read_jsonl(result.folder / "training" / "metrics.jsonl")
@@ -77,7 +77,7 @@ def test_training_brings_the_states_back(world, trained, encoder, tmp_path):
 
 
 def test_the_loss_is_that_of_the_words_first_tokens(world, trained, encoder, tmp_path):
-    """The last dev metric, computed anew with transformers alone."""
+    """The last dev metric, recomputed with transformers alone."""
     from transformers import AutoModel, AutoTokenizer
 
     result = _autoencode(world, trained, encoder, tmp_path / "a")
@@ -95,7 +95,7 @@ def test_the_loss_is_that_of_the_words_first_tokens(world, trained, encoder, tmp
     assert result.training.dev["mse"] == pytest.approx(error, rel=1e-4)
 
 
-def test_a_finished_one_is_not_trained_again(world, trained, encoder, tmp_path):
+def test_a_finished_autoencoder_is_not_trained_again(world, trained, encoder, tmp_path):
     first = _autoencode(world, trained, encoder, tmp_path / "a")
     before = tree(first.folder)
     again = _autoencode(world, trained, encoder, tmp_path / "a", resume=True)

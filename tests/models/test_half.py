@@ -7,7 +7,7 @@ from torch import nn
 
 from clseave_cli.core.models import backbones
 from clseave_cli.core.models.encoders import SentenceEncoder
-from clseave_cli.core.models.half import in_half
+from clseave_cli.core.models.half import in_bfloat16
 from clseave_cli.core.models.student import new_student
 
 SENTENCES = ["two dogs run", "a man in a red shirt", "yes .", "The square is blue."] * 3
@@ -17,15 +17,15 @@ SENTENCES = ["two dogs run", "a man in a red shirt", "yes .", "The square is blu
 def text(request, clip, encoder):
     torch.manual_seed(0)
     is_student = request.param == "student"
-    made = new_student(encoder, 16) if is_student else backbones.load_clip_text(clip)
-    for module in made.modules():
+    model = new_student(encoder, 16) if is_student else backbones.load_clip_text(clip)
+    for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    return made.requires_grad_(True).train()
+    return model.requires_grad_(True).train()
 
 
-def _gradients(text, monkeypatch, *, halves, autocast=True):
-    monkeypatch.setattr(SentenceEncoder, "halves", halves)
+def _gradients(text, monkeypatch, *, whole, autocast=True):
+    monkeypatch.setattr(SentenceEncoder, "trains_in_bfloat16", whole)
     batch = text.pack(text.tokenize(SENTENCES), np.arange(len(SENTENCES)))
     text.zero_grad()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
@@ -34,23 +34,23 @@ def _gradients(text, monkeypatch, *, halves, autocast=True):
     return {n: p.grad.clone() for n, p in text.named_parameters() if p.grad is not None}
 
 
-def _error(gradients, wanted):
-    """Of all weights together, as a share of the gradient's length."""
-    apart = sum((gradients[name] - wanted[name]).square().sum() for name in wanted)
-    return (apart / sum(gradient.square().sum() for gradient in wanted.values())).sqrt().item()
+def _error(gradients, expected):
+    """The relative error of all gradients together."""
+    apart = sum((gradients[name] - expected[name]).square().sum() for name in expected)
+    return (apart / sum(gradient.square().sum() for gradient in expected.values())).sqrt().item()
 
 
 def test_gradients_are_as_good_as_with_autocast(text, monkeypatch):
-    exact = _gradients(text, monkeypatch, halves=False, autocast=False)
-    cast = _error(_gradients(text, monkeypatch, halves=False), exact)
-    halved = _gradients(text, monkeypatch, halves=True)
+    exact = _gradients(text, monkeypatch, whole=False, autocast=False)
+    cast = _error(_gradients(text, monkeypatch, whole=False), exact)
+    halved = _gradients(text, monkeypatch, whole=True)
     assert {gradient.dtype for gradient in halved.values()} == {torch.float32}
     assert 0 < _error(halved, exact) < 3 * cast < 0.1
 
 
-def test_the_module_is_itself_again(text):
+def test_the_module_is_restored(text):
     before = dict(text.named_parameters())
-    with pytest.raises(ZeroDivisionError), in_half(text.backbone):
+    with pytest.raises(ZeroDivisionError), in_bfloat16(text.backbone):
         assert {p.dtype for p in text.backbone.parameters()} == {torch.bfloat16}
         raise ZeroDivisionError
     assert all(before[name] is weight for name, weight in text.named_parameters())
@@ -61,31 +61,31 @@ def test_frozen_weights_and_shared_ones():
     layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     layers[0].requires_grad_(False)
     layers[2].weight = layers[1].weight
-    given = torch.randn(6, 4)
-    wanted = torch.autograd.grad(layers(given).sum(), layers[1].weight)[0]
-    with in_half(layers):
+    inputs = torch.randn(6, 4)
+    expected = torch.autograd.grad(layers(inputs).sum(), layers[1].weight)[0]
+    with in_bfloat16(layers):
         assert layers[2].weight is layers[1].weight
-        layers(given).float().sum().backward()
+        layers(inputs).float().sum().backward()
     assert layers[0].weight.grad is None and layers[0].bias.grad is None
-    torch.testing.assert_close(layers[1].weight.grad, wanted, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(layers[1].weight.grad, expected, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("num_embeddings", [3, 2000])
 def test_tables_small_and_large(num_embeddings):
     table = nn.Embedding(num_embeddings, 8)
     ids = torch.tensor([[0, 2, 2], [1, 0, 0]])
-    wanted = table(ids).bfloat16()
-    with in_half(table):
-        made = table(ids)
-        made.float().sum().backward()
-    assert torch.equal(made, wanted)
+    expected = table(ids).bfloat16()
+    with in_bfloat16(table):
+        output = table(ids)
+        output.float().sum().backward()
+    assert torch.equal(output, expected)
     assert table.weight.grad[:3].mean(dim=1).tolist() == [3, 1, 2]
 
 
-@pytest.mark.parametrize(("dtype", "wanted"), [(torch.bfloat16, True), (torch.float16, False)])
-def test_only_training_by_bfloat16_on_a_gpu_is_halved(text, monkeypatch, dtype, wanted):
-    assert not text.halves
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, True), (torch.float16, False)])
+def test_only_training_by_bfloat16_on_a_gpu_uses_it(text, monkeypatch, dtype, expected):
+    assert not text.trains_in_bfloat16
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: dtype)
-    assert text.halves == wanted
-    assert not text.eval().halves
+    assert text.trains_in_bfloat16 == expected
+    assert not text.eval().trains_in_bfloat16

@@ -45,7 +45,7 @@ def test_the_head_equals_the_equations_spelled_out(embeddings):
 
 @pytest.fixture
 def read(monkeypatch):
-    """What the layers of a head are given to read."""
+    """The inputs of a head's layers."""
     read = []
     monkeypatch.setattr(
         nn.Sequential, "forward", lambda layers, features: read.append(features) or features[:, :3]
@@ -54,17 +54,17 @@ def read(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("normalize", "h", "p", "wanted"),
+    ("normalize", "h", "p", "expected"),
     [
         # [h, p, |h − p|, h ∘ p]
         (False, [1.0, -2.0], [3.0, 0.5], [1.0, -2.0, 3.0, 0.5, 2.0, 2.5, 3.0, -1.0]),
         (True, [3.0, 4.0], [0.0, -5.0], [0.6, 0.8, 0.0, -1.0, 0.6, 1.8, 0.0, -0.8]),
     ],
 )
-def test_features_by_hand(read, normalize, h, p, wanted):
+def test_features_by_hand(read, normalize, h, p, expected):
     head = EntailmentHead(HeadConfig(embedding_dim=2, normalize=normalize, dropout=0.0))
     head(torch.tensor([h]), torch.tensor([p]))
-    torch.testing.assert_close(read[0], torch.tensor([wanted]))
+    torch.testing.assert_close(read[0], torch.tensor([expected]))
 
 
 def test_the_layers_are_those_of_the_thesis():
@@ -77,7 +77,7 @@ def test_the_layers_are_those_of_the_thesis():
     assert [m.p for m in head.layers if isinstance(m, drop)] == [0.1, 0.1]
 
 
-def test_logits_are_float32_whatever_comes_in(embeddings):
+def test_logits_are_float32_for_any_input_type(embeddings):
     head = EntailmentHead(HeadConfig(embedding_dim=8)).eval()
     h, p = embeddings
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Model folders that are damaged or made to harm: one line, before anything large is built."""
+"""Model folders that are damaged or malicious: one line, before anything large is built."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from clseave_cli.errors import ClseaveError, ModelError
 
 @pytest.fixture
 def folder(tmp_path, encoder):
-    """A copy of a tiny encoder, to spoil."""
+    """A copy of a tiny encoder, to damage."""
     return shutil.copytree(encoder, tmp_path / "model")
 
 
@@ -63,7 +63,7 @@ def test_weights_of_another_architecture_are_refused(folder, change, message):
         load_encoder(folder)
 
 
-def test_a_head_that_is_left_out_is_no_other_architecture(folder):
+def test_an_unused_head_in_the_files_is_accepted(folder):
     def add_heads(tensors):
         tensors["cls.predictions.bias"] = torch.zeros(3)
         tensors["pooler.dense.bias"] = torch.zeros(32)
@@ -127,14 +127,14 @@ def test_sizes_are_checked_before_anything_is_built(folder, monkeypatch, changes
 
 @pytest.mark.parametrize(("kind", "lang"), [("clip-ve", "en"), ("student", "de")])
 @pytest.mark.parametrize("languages", [7, [], [7], "de", None, {"de": 0}])
-def test_languages_that_are_none_are_refused(runs, world, refused, kind, lang, languages):
+def test_invalid_languages_are_refused(runs, world, refused, kind, lang, languages):
     folder = runs / ("clip-ve" if kind == "clip-ve" else "align-de")
     reseal(folder, kind, languages=languages)
     image = world / "images" / "test0.png"
     assert "languages" in refused("predict", image, "x", "--lang", lang, "--runs", runs)
     reseal(folder, kind, without=("languages",))
-    said = refused("predict", image, "x", "--lang", lang, "--runs", runs)
-    assert "it names no languages" in said
+    message = refused("predict", image, "x", "--lang", lang, "--runs", runs)
+    assert "it names no languages" in message
 
 
 def test_a_tokenizer_without_end_is_refused(runs, world, refused):
@@ -145,29 +145,29 @@ def test_a_tokenizer_without_end_is_refused(runs, world, refused):
     reseal(runs / "align-de", "student")
     image = world / "images" / "test0.png"
     error = refused("predict", image, "x", "--lang", "de", "--runs", runs)
-    assert "not what a student folder says" in error
+    assert "not a valid student configuration" in error
 
 
 def test_a_head_larger_than_its_file_is_not_built(runs, monkeypatch):
     folder = runs / "clip-ve"
     reseal(folder, "clip-ve", head={"embedding_dim": 2_000_000, "hidden_dim": 128})
-    made = []
+    initialised = []
     initialise = torch.nn.init.kaiming_uniform_
 
     def watch(tensor, **options):
-        made.append(tensor)
+        initialised.append(tensor)
         return initialise(tensor, **options)
 
     monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", watch)
     with pytest.raises(ModelError, match=r"head\.safetensors: does not fit the model"):
         ClipVE.from_folder(folder)
-    assert made and all(tensor.is_meta for tensor in made)
+    assert initialised and all(tensor.is_meta for tensor in initialised)
     reseal(folder, "clip-ve", head={"embedding_dim": 16, "colour": "red"})
-    with pytest.raises(ModelError, match="not what a clip-ve folder says"):
+    with pytest.raises(ModelError, match="not a valid clip-ve configuration"):
         ClipVE.from_folder(folder)
 
 
-def test_the_attention_is_ours_not_the_configurations(folder, monkeypatch):
+def test_the_attention_named_in_a_configuration_is_ignored(folder, monkeypatch):
     from transformers.integrations import hub_kernels
 
     asked = []
@@ -178,7 +178,7 @@ def test_the_attention_is_ours_not_the_configurations(folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (os.mkfifo, r"config\.json: not a regular file"),
         (lambda path: path.write_text("[" * 100_000), "not valid JSON"),
@@ -186,11 +186,11 @@ def test_the_attention_is_ours_not_the_configurations(folder, monkeypatch):
         (lambda path: path.write_text("{"), "not valid JSON"),
     ],
 )
-def test_a_configuration_that_is_no_sound_json(folder, runs, make, said):
+def test_a_configuration_that_is_not_valid_json(folder, runs, make, message):
     for path, load in ((folder, load_encoder), (runs / "align-de", load_student)):
         (path / "config.json").unlink()
         make(path / "config.json")
-        with pytest.raises(ModelError, match=said):
+        with pytest.raises(ModelError, match=message):
             load(path)
     assert set(find_students(runs)) == {"de", "nl"}  # by name: asking for it says what is wrong
 
@@ -202,7 +202,7 @@ def test_a_configuration_that_is_no_sound_json(folder, runs, make, said):
         lambda content: content.update(post_processor={"type": "X"}),
     ],
 )
-def test_a_tokenizer_that_makes_no_sense_is_refused(runs, world, refused, change):
+def test_an_inconsistent_tokenizer_is_refused(runs, world, refused, change):
     path = runs / "align-de" / "encoder" / "tokenizer.json"
     content = json.loads(path.read_text())
     change(content)
@@ -213,7 +213,7 @@ def test_a_tokenizer_that_makes_no_sense_is_refused(runs, world, refused, change
     assert f"{path.parent}: cannot be loaded" in error
 
 
-def test_control_characters_are_shown_not_obeyed(folder, runs, refused, world, clseave):
+def test_control_characters_are_escaped(folder, runs, refused, world, clseave):
     _configure(folder, model_type="\x1b[2Jevil")
     error = refused("align", "--lang", "de", "--student", folder, "--data", world, "--runs", runs)
     assert "\x1b" not in error and r"\x1b[2Jevil" in error
@@ -222,7 +222,7 @@ def test_control_characters_are_shown_not_obeyed(folder, runs, refused, world, c
     assert set(find_students(runs)) == {"de", "nl"}
 
 
-def test_a_student_of_a_newer_format_holds_no_other_language_up(
+def test_a_student_of_a_newer_format_leaves_other_languages_usable(
     runs, world, clseave, refused, capsys
 ):
     path = runs / "align-nl" / "config.json"
@@ -241,10 +241,10 @@ def test_a_student_of_a_newer_format_holds_no_other_language_up(
         ("evaluate", "--runs", runs, "--data", world, "--resamples", "10"),
         ("export", "--runs", runs, "--out", out),
     ):
-        code, printed, said = clseave(*command)
+        code, printed, message = clseave(*command)
         note = f"{runs / 'align-nl'}: format version 99, this clseave reads 1; nl is left out."
-        assert code == 0 and note in said.replace("\n", " ")
-        assert "clseave align" not in said  # it has a student
+        assert code == 0 and note in message.replace("\n", " ")
+        assert "clseave align" not in message  # it has a student
         assert re.search(r"\bde\b", printed) and not re.search(r"\bnl\b", printed)
         assert "format version 99" in refused(*command, "--lang", "nl")
 
@@ -257,7 +257,7 @@ def test_a_student_of_a_newer_format_holds_no_other_language_up(
         ("translate", "--lang", "fr", "--split", "dev", "--data", "{world}"),
     ],
 )
-def test_without_network_the_hub_is_given_up_at_once(tmp_path, world, command):
+def test_without_network_the_hub_fails_at_once(tmp_path, world, command):
     # Nobody listens on port 9.
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     environment.pop("HF_HUB_OFFLINE", None)

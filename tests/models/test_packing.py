@@ -30,8 +30,8 @@ SENTENCES = [
 @pytest.fixture(params=["clip", "bert"])
 def sentence_encoder(request, clip, encoder):
     torch.manual_seed(0)
-    made = backbones.load_clip_text(clip) if request.param == "clip" else new_student(encoder, 16)
-    return made.eval()
+    model = backbones.load_clip_text(clip) if request.param == "clip" else new_student(encoder, 16)
+    return model.eval()
 
 
 def test_an_encoder_that_cannot_be_packed_is_padded(encoder):
@@ -49,7 +49,7 @@ def test_an_encoder_that_cannot_be_packed_is_padded(encoder):
 
 
 @pytest.mark.parametrize(("kind", "longest"), [("BERT", 48), ("mDeBERTa", 60)])
-def test_what_is_padded_is_computed_in_groups_of_like_length(encoder, tmp_path, kind, longest):
+def test_unpacked_rows_are_computed_in_groups_of_similar_length(encoder, tmp_path, kind, longest):
     torch.manual_seed(0)
     folder = encoder if kind == "BERT" else STUDENTS[kind](tmp_path, SENTENCES)
     student = new_student(folder, 16).eval()
@@ -73,41 +73,41 @@ def test_what_is_padded_is_computed_in_groups_of_like_length(encoder, tmp_path, 
     singles = [student.pack(tokens, rows[i : i + 1]) for i in rows]
     alone = torch.cat([student(single) for single in singles])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
-    # Every state lies where the batch says, and gradients are those of the sentences alone.
+    # Every state is where the batch says, and gradients equal those of the sentences alone.
     states = student.hidden_states(batch, layer).flatten(0, 1)
     for sentence in (0, 64, 127):
-        own = student.hidden_states(singles[sentence], layer)[0]
+        single = student.hidden_states(singles[sentence], layer)[0]
         place = batch.starts[sentence] + torch.arange(lengths[sentence])
-        torch.testing.assert_close(states[place], own, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(states[place], single, rtol=1e-4, atol=1e-5)
     weight = next(student.backbone.parameters())
-    ours, theirs = (torch.autograd.grad(e.square().sum(), weight)[0] for e in (together, alone))
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    packed, separate = (torch.autograd.grad(e.square().sum(), weight)[0] for e in (together, alone))
+    torch.testing.assert_close(packed, separate, rtol=1e-3, atol=1e-4)
 
 
 def _words(student, lengths):
-    """Sentences of so many tokens: arbitrary words between the first token and the terminal one."""
+    """Sentences of these lengths: random words between the first token and the terminal one."""
     frame = student.tokenize(["x"]).ids
-    known = student.tokenize(SENTENCES).ids
+    words = student.tokenize(SENTENCES).ids
     random = np.random.default_rng(1)
-    rows = [[frame[0], *random.choice(known, n - 2), frame[-1]] for n in lengths]
+    rows = [[frame[0], *random.choice(words, n - 2), frame[-1]] for n in lengths]
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     return TokenTable(np.concatenate(rows).astype(np.int32), offsets, np.zeros(len(rows), bool))
 
 
-def test_the_terminal_token_of_a_legacy_clip_is_found(clip, tmp_path):
-    # OpenAI's own checkpoints say eos_token_id 2, and mean the highest id.
+def test_the_terminal_token_of_a_legacy_clip_is_its_last(clip, tmp_path):
+    # OpenAI's checkpoints say eos_token_id 2, and mean the highest id.
     model = CLIPModel.from_pretrained(clip)
     model.config.text_config.eos_token_id = 2
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(clip).save_pretrained(tmp_path)
     text, legacy = backbones.load_clip_text(clip).eval(), backbones.load_clip_text(tmp_path).eval()
     assert legacy.terminal_id == text.terminal_id == legacy.tokenizer.eos_token_id
-    found = embeddings(legacy, SENTENCES)
-    assert torch.equal(found, embeddings(text, SENTENCES))
+    actual = embeddings(legacy, SENTENCES)
+    assert torch.equal(actual, embeddings(text, SENTENCES))
     inputs = legacy.tokenizer(SENTENCES, padding=True, return_tensors="pt")
     with torch.no_grad():
-        wanted = CLIPModel.from_pretrained(tmp_path).eval().get_text_features(**inputs)
-    torch.testing.assert_close(found, wanted.pooler_output, rtol=1e-4, atol=1e-5)
+        expected = CLIPModel.from_pretrained(tmp_path).eval().get_text_features(**inputs)
+    torch.testing.assert_close(actual, expected.pooler_output, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_the_terminal_token_of_a_legacy_clip_is_found(clip, tmp_path):
         ("bert", "x [SEP] y [CLS] z [PAD]"),
     ],
 )
-def test_special_tokens_spelled_out_are_read_as_ordinary_text(name, text, clip, encoder):
+def test_special_tokens_spelled_out_are_ordinary_text(name, text, clip, encoder):
     reader = backbones.load_clip_text(clip) if name == "clip" else new_student(encoder, 16)
     tokenizer = reader.tokenizer
     special = {"<|startoftext|>", "<|endoftext|>", "[SEP]", "[CLS]", "[PAD]"}
@@ -163,7 +163,7 @@ def _table(lengths):
     width=st.sampled_from([None, 4, 12, 20]),
     data=st.data(),
 )
-def test_every_token_is_laid_out_once(lengths, width, data):
+def test_every_token_is_packed_once(lengths, width, data):
     chosen = np.array(data.draw(st.permutations(range(len(lengths)))), dtype=np.intp)
     batch = pack(_table(lengths), chosen, row_tokens=width, pad_id=0)
     rows, row_width = batch.input_ids.shape
@@ -189,7 +189,7 @@ def test_every_token_is_laid_out_once(lengths, width, data):
 
 
 @pytest.mark.parametrize(
-    ("lengths", "call_tokens", "wanted"),
+    ("lengths", "call_tokens", "expected"),
     [
         ([9, 3, 3, 4], 0, ((1, 9), (1, 4), (2, 3))),
         ([9, 3, 3, 4], 14, ((1, 9), (3, 4))),  # a cut after 9 saves 15, the other one 2
@@ -197,11 +197,11 @@ def test_every_token_is_laid_out_once(lengths, width, data):
         ([5, 5], 0, ()),
     ],
 )
-def test_groups_by_hand(lengths, call_tokens, wanted):
+def test_groups_by_hand(lengths, call_tokens, expected):
     rows = np.arange(len(lengths))
     batch = pack(_table(lengths), rows, row_tokens=None, pad_id=0, call_tokens=call_tokens)
-    assert batch.groups == wanted
-    for part, (num_rows, width) in zip(batch.parts(), wanted, strict=True):
+    assert batch.groups == expected
+    for part, (num_rows, width) in zip(batch.parts(), expected, strict=True):
         assert part.input_ids.shape == part.segments.shape == (num_rows, width)
         assert int((part.segments >= 0).sum(1).max()) == width
 
@@ -242,17 +242,17 @@ def test_the_real_mbert_vocabulary(assets):
     tokenizer = BertTokenizer(str(vocabulary), do_lower_case=False, strip_accents=False)
     sentences = ["Paris is the capital of France.", "犬が"]
     table = tokenize(tokenizer.backend_tokenizer, sentences, max_tokens=512, terminal_id=102)
-    known = ["[CLS]", "Paris", "is", "the", "capital", "of", "France", ".", "[SEP]"]
+    pieces = ["[CLS]", "Paris", "is", "the", "capital", "of", "France", ".", "[SEP]"]
     lines = vocabulary.read_text(encoding="utf-8").split("\n")
-    assert table.ids[:9].tolist() == [lines.index(piece) for piece in known]
+    assert table.ids[:9].tolist() == [lines.index(piece) for piece in pieces]
     assert [lines[i] for i in table.ids[9:]] == ["[CLS]", "犬", "が", "[SEP]"]
 
 
-# --- few shapes of batches, as captured steps want them; on a CPU here ---
+# --- bucketed shapes, for captured steps; on a CPU here ---
 
 
 @pytest.mark.parametrize("pooling", ["terminal", "cls", "mean"])
-def test_filled_batches_have_few_shapes_and_the_same_embeddings(encoder, monkeypatch, pooling):
+def test_bucketed_batches_have_few_shapes_and_the_same_embeddings(encoder, monkeypatch, pooling):
     student = new_student(encoder, 16, pooling).eval()
     random = np.random.default_rng(0)
     sentences = [" ".join(["red", "circle"] * n) for n in random.integers(1, 9, size=400)]
@@ -262,7 +262,7 @@ def test_filled_batches_have_few_shapes_and_the_same_embeddings(encoder, monkeyp
         rows = random.choice(len(sentences), size=48, replace=False)
         embeddings = {}
         for filled in (False, True):
-            monkeypatch.setattr(SentenceEncoder, "few_shapes", filled)
+            monkeypatch.setattr(SentenceEncoder, "buckets_shapes", filled)
             batch = student.pack(tokens, rows, places=50)
             shapes[filled].add((tuple(batch.input_ids.shape), len(batch.terminals)))
             with torch.no_grad():
@@ -272,17 +272,17 @@ def test_filled_batches_have_few_shapes_and_the_same_embeddings(encoder, monkeyp
     assert len(shapes[True]) < len(shapes[False]) and len(shapes[True]) <= 8
 
 
-def test_filling_has_no_gradient(encoder, monkeypatch):
+def test_bucketing_keeps_gradients_finite(encoder, monkeypatch):
     student = new_student(encoder, 16, "mean")
-    monkeypatch.setattr(SentenceEncoder, "few_shapes", True)
+    monkeypatch.setattr(SentenceEncoder, "buckets_shapes", True)
     tokens = student.tokenize(["red circle", "a blue square"])
     student(student.pack(tokens, np.arange(2), places=5))[:2].square().sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("size", [(500, 375), (40, 60), (32, 32)])
-def test_uint8_pixels_have_the_features_of_the_processors_own(clip, monkeypatch, size):
-    """What a GPU normalises itself: the same pixels but for rounding, so the same features."""
+def test_uint8_pixels_have_the_same_features(clip, monkeypatch, size):
+    """Pixels normalised on the GPU differ by rounding only."""
     tower = backbones.load_clip_image(clip).eval()
     random = np.random.default_rng(1)
     picture = Image.fromarray(random.integers(0, 256, (6, 5, 3), dtype=np.uint8)).resize(size)

@@ -1,4 +1,4 @@
-"""The head that queries patches, and the states that the image tower gives it."""
+"""The head that queries patches, and the states that it gets from the image tower."""
 
 import json
 import math
@@ -49,11 +49,11 @@ def test_the_attention_equals_the_equations_spelled_out(head):
     with torch.no_grad():
         state, weights = head.patches(h, x)
         for row in range(5):
-            wanted, wanted_weights = _reference(head.patches, h[row], x[row])
-            torch.testing.assert_close(state[row], wanted, rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(weights[row], wanted_weights, rtol=1e-4, atol=1e-5)
+            expected, expected_weights = _reference(head.patches, h[row], x[row])
+            torch.testing.assert_close(state[row], expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(weights[row], expected_weights, rtol=1e-4, atol=1e-5)
         seen = []
-        hook = head.layers.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        hook = head.layers.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         head(h, premise)
         hook.remove()
         attention = head.attention(h, premise)
@@ -62,7 +62,7 @@ def test_the_attention_equals_the_equations_spelled_out(head):
     torch.testing.assert_close(attention, weights.mean(dim=1).reshape(5, 3, 3))
 
 
-def test_the_attention_learns_to_lie_on_what_is_named():
+def test_the_attention_learns_to_find_what_is_named():
     """A planted world: does one of nine cells show the thing that the hypothesis is?"""
     generator = torch.Generator().manual_seed(0)
     things = torch.randn(12, 16, generator=generator)
@@ -93,7 +93,7 @@ def test_the_attention_learns_to_lie_on_what_is_named():
     assert mass_over_area() > 3
 
 
-def test_the_patches_come_in_half_precision_and_each_at_its_place(head):
+def test_patches_may_be_in_half_precision_and_their_order_counts(head):
     h, premise = torch.randn(1, 8), torch.randn(1, 10 * 8)
     with torch.no_grad():
         whole = head(h, premise)
@@ -104,7 +104,7 @@ def test_the_patches_come_in_half_precision_and_each_at_its_place(head):
 
 
 @pytest.mark.parametrize("layout", ["clip", "siglip", "chinese_clip", "altclip"])
-def test_the_patches_are_what_the_last_layer_reads(layout, world, tmp_path):
+def test_the_patches_are_the_last_layers_inputs(layout, world, tmp_path):
     folder = tiny_backbones.TEACHERS[layout](tmp_path, sentences(world))
     image = backbones.load_clip_image(folder).eval()
     pixels = torch.randn(2, 3, 32, 32)
@@ -114,7 +114,7 @@ def test_the_patches_are_what_the_last_layer_reads(layout, world, tmp_path):
         premise = image(pixels)
         read = []
         last = image.backbone.encoder.layers[-1]
-        last.register_forward_pre_hook(lambda _, given: read.append(given[0]))
+        last.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
         image.backbone(pixel_values=pixels)
         states = image.projection(image.backbone.post_layernorm(read[0][:, -4:]))
         image.patch_grid = 1
@@ -142,7 +142,7 @@ def test_a_head_with_patches_is_the_same_after_save_and_load(clip, tmp_path):
     assert again.image.patch_grid == 2 and again.fingerprint == model.fingerprint
 
 
-def test_a_pooled_head_is_saved_as_before_there_were_patches(clip, tmp_path):
+def test_a_pooled_head_is_saved_without_patch_options(clip, tmp_path):
     ClipVE.from_clip(clip).save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["head"] == {

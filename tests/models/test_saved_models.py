@@ -42,7 +42,7 @@ def test_a_student_of_another_teacher_is_refused(trained):
 
 @pytest.fixture(params=["clip-ve", "align-de"])
 def saved(request, runs):
-    """A model folder, to spoil, and what loads it."""
+    """A model folder, to damage, and its loader."""
     return runs / request.param, ClipVE.from_folder if request.param == "clip-ve" else load_student
 
 
@@ -81,7 +81,7 @@ def test_every_byte_of_the_configuration_counts(saved):
             load(folder)
 
 
-def test_what_is_no_model_folder_is_refused(tmp_path, trained):
+def test_other_folders_are_refused(tmp_path, trained):
     with pytest.raises(ModelError, match=r"no such model folder; `clseave finetune-ve` makes it"):
         ClipVE.from_folder(tmp_path / "nowhere")
     with pytest.raises(ModelError, match=r"no such model folder; `clseave align --lang LANG` make"):
@@ -127,15 +127,15 @@ def test_the_image_tower_is_frozen_and_never_in_training_mode(clip):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("./nowhere", "no such model folder"),
         ("../../no/such", "no such model folder"),
         ("org/not-in-the-cache", "neither a folder here nor loadable as a hub id"),
     ],
 )
-def test_a_model_that_is_not_there(name, said):
-    with pytest.raises(ModelError, match=said):
+def test_a_missing_model(name, message):
+    with pytest.raises(ModelError, match=message):
         backbones.load_clip_text(name)
 
 

@@ -51,7 +51,7 @@ def _reference(backbone, student):
     """One sentence at a time, unpadded: its states pooled, normalised, projected."""
     model = AutoModel.from_pretrained(backbone).eval()
     tokenizer = AutoTokenizer.from_pretrained(backbone)
-    wanted = []
+    expected = []
     for text in TEXTS:
         inputs = tokenizer(text, truncation=True, return_tensors="pt")
         assert inputs["input_ids"][0, -1] == student.terminal_id
@@ -61,8 +61,8 @@ def _reference(backbone, student):
             state = poolings[student.pooling]
             state = (state - state.mean()) / torch.sqrt(state.var(unbiased=False) + 1e-5)
             state = state * student.norm.weight + student.norm.bias
-            wanted.append(state @ student.projection.weight.T)
-    return torch.stack(wanted)
+            expected.append(state @ student.projection.weight.T)
+    return torch.stack(expected)
 
 
 def test_sentence_embeddings_are_what_transformers_computes(kind, backbone, student):
@@ -71,17 +71,17 @@ def test_sentence_embeddings_are_what_transformers_computes(kind, backbone, stud
     assert student.max_tokens == MAX_TOKENS
     tokens = student.tokenize(TEXTS)
     assert tokens.truncated.tolist() == [False, False, False, True, False]
-    wanted = _reference(backbone, student)
-    assert torch.pdist(wanted).min() > 1e-3
-    torch.testing.assert_close(embeddings(student, TEXTS), wanted, rtol=1e-4, atol=1e-4)
+    expected = _reference(backbone, student)
+    assert torch.pdist(expected).min() > 1e-3
+    torch.testing.assert_close(embeddings(student, TEXTS), expected, rtol=1e-4, atol=1e-4)
     rows = np.arange(len(TEXTS))[::-1]
     if packs:
         assert len(student.pack(tokens, rows).input_ids) < len(TEXTS)
     with torch.no_grad():
         backwards = student(student.pack(tokens, rows))
-    torch.testing.assert_close(backwards.flip(0), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(backwards.flip(0), expected, rtol=1e-4, atol=1e-4)
     student.packs = False
-    torch.testing.assert_close(embeddings(student, TEXTS), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(embeddings(student, TEXTS), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_student_of_any_kind_is_the_same_after_save_and_load(student, tmp_path):
@@ -94,23 +94,23 @@ def test_a_student_of_any_kind_is_the_same_after_save_and_load(student, tmp_path
     assert again.digest() == student.digest()
     assert torch.equal(embeddings(again, TEXTS), embeddings(student, TEXTS))
     model = AutoModel.from_pretrained(tmp_path / "encoder")
-    saved, ours = model.state_dict(), student.backbone.state_dict()
-    assert all(torch.equal(saved[key], weight) for key, weight in ours.items())
+    saved, loaded = model.state_dict(), student.backbone.state_dict()
+    assert all(torch.equal(saved[key], weight) for key, weight in loaded.items())
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["languages"] == ["de"] and config["pooling"] == student.pooling
     assert config["teacher"] == "t" * 64 and config["format_version"] == 1
-    # What earlier versions could train is refused, not read as something else.
+    # The projection of earlier versions is refused.
     reseal(tmp_path, "student", projection="mlp")
     with pytest.raises(ModelError, match="its projection is of a kind"):
         load_student(tmp_path)
 
 
-def test_what_was_found_out_about_packing_is_saved(kind, student, tmp_path, monkeypatch):
+def test_the_result_of_the_packing_check_is_saved(kind, student, tmp_path, monkeypatch):
     student.verify_packing()
     assert student.first_position == (2 if kind[0] in ("XLM-R", "data2vec", "MPNet") else 0)
     save_student(student, tmp_path, languages=["de"], teacher="t" * 64)
     with monkeypatch.context() as patch:
-        patch.setattr(backbones, "_first", None)  # not found out again
+        patch.setattr(backbones, "_first_position", None)  # not determined again
         assert load_student(tmp_path).packing == student.packing
     # A folder of an earlier version: positions were not in it.
     config = json.loads((tmp_path / "config.json").read_text())
@@ -121,8 +121,9 @@ def test_what_was_found_out_about_packing_is_saved(kind, student, tmp_path, monk
     assert torch.equal(embeddings(again, TEXTS), embeddings(student, TEXTS))
 
 
-def test_positions_that_are_not_found_are_never_given(tmp_path, world, monkeypatch):
-    monkeypatch.setattr(backbones, "_possible_firsts", lambda model: [0])  # its own is not there
+def test_unknown_positions_are_never_passed(tmp_path, world, monkeypatch):
+    # Without the true one.
+    monkeypatch.setattr(backbones, "_candidate_positions", lambda model: [0])
     folder = STUDENTS["XLM-R"](tmp_path, sentences(world))
     student = new_student(folder, 16).eval()
     assert student.first_position is None and not student.verify_packing()
@@ -131,7 +132,7 @@ def test_positions_that_are_not_found_are_never_given(tmp_path, world, monkeypat
     )
 
 
-def test_the_position_table_is_a_limit_of_its_own(backbone, tmp_path):
+def test_the_position_table_is_a_limit_too(backbone, tmp_path):
     folder = shutil.copytree(backbone, tmp_path / "unlimited")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.model_max_length = 10**9
@@ -139,19 +140,19 @@ def test_the_position_table_is_a_limit_of_its_own(backbone, tmp_path):
     assert new_student(folder, 16).max_tokens == MAX_TOKENS
 
 
-def test_padding_saved_with_a_tokenizer_is_not_read(encoder, tmp_path):
+def test_padding_saved_with_a_tokenizer_is_ignored(encoder, tmp_path):
     folder = shutil.copytree(encoder, tmp_path / "padded")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.enable_padding(length=16)
     tokenizer.enable_truncation(4)
     tokenizer.save(str(folder / "tokenizer.json"))
     assert len(Tokenizer.from_file(str(folder / "tokenizer.json")).encode("x").ids) == 16
-    ours, wanted = (new_student(path, 16).tokenize(TEXTS) for path in (folder, encoder))
-    np.testing.assert_array_equal(ours.ids, wanted.ids)
-    np.testing.assert_array_equal(ours.offsets, wanted.offsets)
+    actual, expected = (new_student(path, 16).tokenize(TEXTS) for path in (folder, encoder))
+    np.testing.assert_array_equal(actual.ids, expected.ids)
+    np.testing.assert_array_equal(actual.offsets, expected.offsets)
 
 
-def test_packing_keeps_to_the_windows_of_local_attention(tmp_path, world):
+def test_packing_respects_the_windows_of_local_attention(tmp_path, world):
     student = new_student(STUDENTS["mmBERT"](tmp_path, sentences(world)), 16)
     assert student.verify_packing()
     student.backbone.config.local_attention = 2 * MAX_TOKENS  # what packing takes the window from
@@ -162,21 +163,17 @@ def test_packing_keeps_to_the_windows_of_local_attention(tmp_path, world):
 
 
 @pytest.mark.parametrize(
-    ("template", "more", "said"),
-    [
-        ("<s> $A", {"eos_token": "</s>"}, "does not end a text in its"),
-        ("<s> $A <unk>", {}, "has neither a"),
-    ],
+    ("template", "more"), [("<s> $A", {"eos_token": "</s>"}), ("<s> $A <unk>", {})]
 )
-def test_a_tokenizer_without_a_terminal_token_is_refused(tmp_path, world, template, more, said):
+def test_a_tokenizer_without_a_terminal_token_is_refused(tmp_path, world, template, more):
     STUDENTS["XLM-R"](tmp_path, sentences(world))
     special = {"bos_token": "<s>", "pad_token": "<pad>", "unk_token": "<unk>", **more}
     save_word_tokenizer(tmp_path, sentences(world), special=special, template=template)
-    with pytest.raises(ModelError, match=f"its tokenizer {said}"):
+    with pytest.raises(ModelError, match="its tokenizer does not end a text in its"):
         new_student(tmp_path, 16)
 
 
-def test_what_is_no_text_encoder_is_refused(tmp_path, clip):
+def test_other_models_are_refused(tmp_path, clip):
     T5Config(num_layers=1, d_model=8, d_kv=4, num_heads=2, d_ff=8).save_pretrained(tmp_path)
     for folder, kind in ((tmp_path, "t5"), (clip, "clip")):
         with pytest.raises(ModelError, match=f"a {kind} model; expected a text encoder such as"):

@@ -49,7 +49,7 @@ def _whole(folder):
 
 
 def _reference(folder):
-    """The texts read as the model's authors prescribe it; SigLIP looks at its padding."""
+    """The texts read as the model's authors prescribe it; SigLIP attends to its padding."""
     model, tokenizer = _whole(folder)
     is_siglip = model.config.model_type.startswith("siglip")
     padding = "max_length" if is_siglip else "longest"
@@ -69,16 +69,16 @@ def _embed(encoder, row_tokens):
 
 def test_text_embeddings_are_what_transformers_computes(teacher):
     text = backbones.load_clip_text(teacher).eval()
-    wanted = _reference(teacher)
-    assert wanted.shape == (len(TEXTS), EMBEDDING_DIM)
-    assert torch.pdist(wanted).min() > 1e-3
+    expected = _reference(teacher)
+    assert expected.shape == (len(TEXTS), EMBEDDING_DIM)
+    assert torch.pdist(expected).min() > 1e-3
     assert text.tokenize(TEXTS).truncated.tolist() == [False] * 4 + [True, False]
     alone = torch.cat([embeddings(text, [sentence]) for sentence in TEXTS])
-    for ours in (alone, _embed(text, text.row_tokens), _embed(text, None)):
-        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
+    for actual in (alone, _embed(text, text.row_tokens), _embed(text, None)):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     assert text.verify_packing()
     text.packs = False  # the plain, padded layout
-    torch.testing.assert_close(_embed(text, None), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(_embed(text, None), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_image_embeddings_are_what_transformers_computes(teacher, world):
@@ -89,17 +89,17 @@ def test_image_embeddings_are_what_transformers_computes(teacher, world):
     assert type(processor) is type(image.processor)
     model, _ = _whole(teacher)
     with torch.no_grad():
-        wanted = model.get_image_features(**processor(images=pictures, return_tensors="pt"))
-        ours = image(image.preprocess(pictures))
-    assert ours.shape == (3, EMBEDDING_DIM) and image.embedding_dim == EMBEDDING_DIM
-    torch.testing.assert_close(ours, wanted.pooler_output, rtol=1e-4, atol=1e-5)
+        expected = model.get_image_features(**processor(images=pictures, return_tensors="pt"))
+        actual = image(image.preprocess(pictures))
+    assert actual.shape == (3, EMBEDDING_DIM) and image.embedding_dim == EMBEDDING_DIM
+    torch.testing.assert_close(actual, expected.pooler_output, rtol=1e-4, atol=1e-5)
 
 
 def test_a_clip_ve_of_any_layout_is_the_same_after_save_and_load(teacher, tmp_path):
     torch.manual_seed(0)
     model = ClipVE.from_clip(teacher)
     h, p = torch.randn(2, 8, EMBEDDING_DIM)
-    model(h, p)  # running statistics of its own
+    model(h, p)  # changes the running statistics
     torch.nn.init.normal_(model.eval().text.projection.weight)  # as training changes it
     model.save(tmp_path)
     again = ClipVE.from_folder(tmp_path)
@@ -114,7 +114,7 @@ def test_a_clip_ve_of_any_layout_is_the_same_after_save_and_load(teacher, tmp_pa
     assert again.fingerprint == model.fingerprint == fingerprint(tmp_path) != ""
 
 
-#: Classes that read what stands in `text/` and `image/`.
+#: Classes that read the contents of `text/` and `image/`.
 TOWERS = {
     "clip": ("CLIPTextModelWithProjection", "CLIPVisionModelWithProjection"),
     "siglip": ("SiglipTextModel", "SiglipVisionModel"),
@@ -156,16 +156,18 @@ def test_a_damaged_or_missing_projection_is_noticed(teacher, tmp_path):
     with pytest.raises(ModelError, match=r"projection.safetensors: damaged"):
         ClipVE.from_folder(tmp_path)
     path.write_bytes(b"nothing")
-    with pytest.raises(ModelError, match=r"projection.safetensors: no projection in it"):
+    with pytest.raises(ModelError, match=r"projection.safetensors: contains no projection"):
         backbones.load_clip_text(tmp_path / "text")
     path.unlink()
     with pytest.raises(ModelError, match=r"projection.safetensors: missing"):
         ClipVE.from_folder(tmp_path)
-    with pytest.raises(ModelError, match=r"no projection in it|a bert model; expected one of CLIP"):
+    with pytest.raises(
+        ModelError, match=r"contains no projection|a bert model; expected one of CLIP"
+    ):
         backbones.load_clip_text(tmp_path / "text")
 
 
-def test_the_digest_tells_how_a_sentence_is_read(teacher):
+def test_the_digest_depends_on_how_a_sentence_is_read(teacher):
     text = backbones.load_clip_text(teacher)
     digests = {text.digest()}
     text.pooling = "cls" if text.pooling == "terminal" else "terminal"
@@ -206,7 +208,7 @@ def test_a_tokenizer_without_rust_is_taken_if_its_file_gives_the_same(tmp_path, 
         single="$A </s>", special_tokens=[("</s>", 1)]
     )
     fast.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ModelError, match=r"its tokenizer.json gives other tokens than its own"):
+    with pytest.raises(ModelError, match=r"its tokenizer.json gives other tokens than its slow"):
         backbones.load_clip_text(tmp_path)
 
     fast.normalizer = normalizers.Sequence(
@@ -219,8 +221,8 @@ def test_a_tokenizer_without_rust_is_taken_if_its_file_gives_the_same(tmp_path, 
     fast.save(str(tmp_path / "tokenizer.json"))
     text = backbones.load_clip_text(tmp_path)
     table = text.tokenize(["The square, is RED!"])
-    wanted = slow("The square, is RED!", padding="max_length", max_length=MAX_TOKENS)
-    assert table.ids.tolist() == wanted["input_ids"]
+    expected = slow("The square, is RED!", padding="max_length", max_length=MAX_TOKENS)
+    assert table.ids.tolist() == expected["input_ids"]
     text.save_pretrained(tmp_path / "saved")
     again = backbones.load_clip_text(tmp_path / "saved")
     assert again.digest() == text.digest()
@@ -238,7 +240,7 @@ def _vision(kind, folder, sentences):
     torch.manual_seed(0)
     tower = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config, model, size = {
-        # Made for larger pictures than it is given, as the published one.
+        # For larger pictures than its processor crops, like the published one.
         "dinov2": ("Dinov2Config", "Dinov2Model", {**tower, "image_size": 48, "patch_size": 8}),
         "swin": (
             "SwinConfig",
@@ -247,8 +249,8 @@ def _vision(kind, folder, sentences):
              "num_heads": [2, 2], "window_size": 4},
         ),
     }[kind]  # fmt: skip
-    made = getattr(transformers, model)(getattr(transformers, config)(**size))
-    made.save_pretrained(folder)
+    tower = getattr(transformers, model)(getattr(transformers, config)(**size))
+    tower.save_pretrained(folder)
     side = {"height": 32, "width": 32}
     transformers.ViTImageProcessorPil(size=side).save_pretrained(folder)
     return folder
@@ -259,9 +261,9 @@ def _vision(kind, folder, sentences):
     [*((text, "vit") for text in STUDENTS), *(("mBERT", kind) for kind in VISIONS)],
 )
 def test_any_two_encoders_make_a_teacher(text, vision, world, tmp_path):
-    told = sentences(world)
-    text_folder = STUDENTS[text](tmp_path / "text", told)
-    vision_folder = _vision(vision, tmp_path / "vision", told)
+    texts = sentences(world)
+    text_folder = STUDENTS[text](tmp_path / "text", texts)
+    vision_folder = _vision(vision, tmp_path / "vision", texts)
     torch.manual_seed(1)
     model, encoder, image = backbones.new_dual_encoder(str(text_folder), str(vision_folder), 16)
     (tmp_path / "clip").mkdir()
@@ -269,8 +271,8 @@ def test_any_two_encoders_make_a_teacher(text, vision, world, tmp_path):
     encoder.tokenizer.save_pretrained(tmp_path / "clip")
     image.processor.save_pretrained(tmp_path / "clip")
     encoder.verify_packing()
-    wanted = embeddings(encoder.eval(), TEXTS)
-    assert torch.pdist(wanted).min() > 1e-3
+    expected = embeddings(encoder.eval(), TEXTS)
+    assert torch.pdist(expected).min() > 1e-3
     pixels = image.preprocess([open_image(world / "images" / "test0.png")])
     model.eval()
     with torch.no_grad():
@@ -280,7 +282,7 @@ def test_any_two_encoders_make_a_teacher(text, vision, world, tmp_path):
     head = "pooled" if vision == "swin" else "patches"
     clip_ve = ClipVE.from_clip(tmp_path / "clip", head=head).eval()
     clip_ve.text.verify_packing()
-    torch.testing.assert_close(embeddings(clip_ve.text, TEXTS), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(embeddings(clip_ve.text, TEXTS), expected, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(clip_ve.image(pixels)[:, :16], seen)
     (tmp_path / "clip-ve").mkdir()

@@ -1,4 +1,4 @@
-"""A trimmed vocabulary: the same tokens and vectors on its text, and the way back."""
+"""A trimmed vocabulary: the same tokens and vectors on its text, and its restoration."""
 
 import json
 
@@ -40,7 +40,7 @@ SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
 
 
 def _tokenizer(kind):
-    """One of sub-words, learnt from the corpus; each frames a text by another class."""
+    """A sub-word tokenizer trained on the corpus; each kind adds special tokens in another way."""
     roberta = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
     options = {"special_tokens": SPECIAL, "show_progress": False}
     if kind == "unigram":
@@ -129,7 +129,7 @@ def test_other_text_is_still_tokenised(whole):
         old = before.tokenizer.backend_tokenizer.encode(text).ids
         new = student.tokenizer.backend_tokenizer.encode(text).ids
         assert len(new) >= len(old) and new[-1] == student.terminal_id
-        # Nothing becomes unknown that was known.
+        # No token becomes unknown.
         assert new.count(student.tokenizer.unk_token_id) <= old.count(unknown)
         decoded = [t.tokenizer.decode(ids, skip_special_tokens=True).split()
                    for t, ids in ((before, old), (student, new))]  # fmt: skip
@@ -150,9 +150,9 @@ def test_transformers_alone_loads_it(whole, tmp_path):
     old = AutoTokenizer.from_pretrained(whole)
     for text in USED:
         with torch.no_grad():
-            ours = model(**tokenizer(text, return_tensors="pt")).last_hidden_state
-            theirs = reference(**old(text, return_tensors="pt")).last_hidden_state
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+            actual = model(**tokenizer(text, return_tensors="pt")).last_hidden_state
+            expected = reference(**old(text, return_tensors="pt")).last_hidden_state
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     loaded = load_student(tmp_path)
     assert torch.equal(embeddings(loaded, USED), embeddings(before, USED))
     assert np.array_equal(loaded.trimmed.kept, student.trimmed.kept)
@@ -163,9 +163,9 @@ def test_it_can_be_undone(whole, tmp_path):
     student, _, _ = _trimmed(whole)
     # As training would change them.
     with torch.no_grad():
-        for own in (before, student):
-            own.projection.weight.mul_(2)
-            own.backbone.encoder.layer[0].output.dense.weight.add_(0.1)
+        for model in (before, student):
+            model.projection.weight.mul_(2)
+            model.backbone.encoder.layer[0].output.dense.weight.add_(0.1)
         table = student.backbone.get_input_embeddings().weight
         table.add_(1.0)
         before.backbone.get_input_embeddings().weight[torch.from_numpy(student.trimmed.kept)] += 1.0
@@ -176,7 +176,7 @@ def test_it_can_be_undone(whole, tmp_path):
     assert restored.tokenizer.get_vocab() == before.tokenizer.get_vocab()
 
 
-def test_what_cannot_be_undone_is_told(whole, tmp_path, encoder):
+def test_refusals(whole, tmp_path, encoder):
     student, _, _ = _trimmed(whole)
     save_student(student, tmp_path, languages=["de"], teacher="t" * 64)
     with pytest.raises(ModelError, match="not the encoder that was trimmed"):
@@ -195,12 +195,14 @@ def test_what_cannot_be_undone_is_told(whole, tmp_path, encoder):
 
 def test_a_tokenizer_of_words_is_refused(tmp_path):
     STUDENTS["XLM-R"](tmp_path, CORPUS)
-    with pytest.raises(ModelError, match=r"knows WordPiece, Unigram and BPE .*, not WordLevel"):
+    with pytest.raises(
+        ModelError, match=r"works with WordPiece, Unigram and BPE .*, not WordLevel"
+    ):
         _trimmed(tmp_path)
 
 
 def test_the_least_probable_piece_stays(tmp_path):
-    """The penalty of an unknown character hangs on it."""
+    """The penalty of an unknown character depends on it."""
     _write_xlmr(tmp_path, "unigram")
     student, _, _ = _trimmed(tmp_path)
     before = json.loads(_student(tmp_path).tokenizer.backend_tokenizer.to_str())

@@ -17,8 +17,8 @@ OTHERS = ["Das Quadrat ist weiß.", "Buiten wacht een hond."]
 @pytest.fixture(params=["clip", "bert"])
 def sentence_encoder(request, clip, encoder):
     torch.manual_seed(0)
-    made = backbones.load_clip_text(clip) if request.param == "clip" else new_student(encoder, 16)
-    return made.eval()
+    model = backbones.load_clip_text(clip) if request.param == "clip" else new_student(encoder, 16)
+    return model.eval()
 
 
 def _words(encoder):
@@ -26,16 +26,16 @@ def _words(encoder):
 
 
 def _optimise(encoder, tokens, weight_decay):
-    """A few steps of AdamW with everything in them that the loop has."""
+    """A few steps of AdamW with all that the loop does."""
     torch.manual_seed(1)
-    wanted = torch.randn(len(tokens), encoder.embedding_dim)
+    expected = torch.randn(len(tokens), encoder.embedding_dim)
     parameters = list(encoder.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=0.01, weight_decay=weight_decay, fused=True)
     for step in range(4):
         rows = np.roll(np.arange(len(tokens)), step)[:3]
         optimizer.zero_grad()
         predicted = encoder(encoder.pack(tokens, rows))
-        (predicted - wanted[torch.from_numpy(rows)]).square().mean().backward()
+        (predicted - expected[torch.from_numpy(rows)]).square().mean().backward()
         nn.utils.clip_grad_norm_(parameters, 0.1)
         optimizer.step()
 
@@ -55,11 +55,11 @@ def test_words_in_use_are_trained_as_in_the_whole_table_and_no_others(
     unused = np.setdiff1d(np.arange(len(before)), [*used, reduced.pad_id])
     assert unused.size and torch.equal(_words(reduced)[unused], before[unused])
     for name, value in reduced.named_parameters():
-        wanted = whole.get_parameter(name)
+        expected = whole.get_parameter(name)
         if value is _words(reduced):
             assert not torch.equal(value[used], before[used])
-            value, wanted = value[used], wanted[used]
-        torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-6)
+            value, expected = value[used], expected[used]
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_embeddings_are_the_same_inside_and_outside(sentence_encoder):
@@ -67,39 +67,39 @@ def test_embeddings_are_the_same_inside_and_outside(sentence_encoder):
         return embeddings(sentence_encoder, [*TRAINED, *OTHERS])
 
     trained, others = (sentence_encoder.tokenize(texts) for texts in (TRAINED, OTHERS))
-    wanted = embedded()
+    expected = embedded()
     with reduced_vocabulary(sentence_encoder, trained, others):
-        assert torch.equal(embedded(), wanted)
-    assert torch.equal(embedded(), wanted)
+        assert torch.equal(embedded(), expected)
+    assert torch.equal(embedded(), expected)
 
 
-def test_a_translator_is_folded_into_every_word_vector(sentence_encoder):
+def test_a_translator_is_merged_into_every_word_vector(sentence_encoder):
     texts = [*TRAINED, *OTHERS]
     words = sentence_encoder.backbone.get_input_embeddings()
     translator = nn.Linear(words.embedding_dim, words.embedding_dim, bias=False)
     behind = copy.deepcopy(sentence_encoder)
     behind.backbone.set_input_embeddings(nn.Sequential(copy.deepcopy(words), translator))
-    wanted = embeddings(behind, texts)
-    assert (wanted - embeddings(sentence_encoder, texts)).abs().max() > 1e-2
+    expected = embeddings(behind, texts)
+    assert (expected - embeddings(sentence_encoder, texts)).abs().max() > 1e-2
     with reduced_vocabulary(
         sentence_encoder, sentence_encoder.tokenize(TRAINED), translator=translator
     ):
         trained = embeddings(sentence_encoder, TRAINED)
-    torch.testing.assert_close(trained, wanted[: len(TRAINED)], rtol=0, atol=1e-5)
+    torch.testing.assert_close(trained, expected[: len(TRAINED)], rtol=0, atol=1e-5)
     assert sentence_encoder.backbone.get_input_embeddings() is words
-    torch.testing.assert_close(embeddings(sentence_encoder, texts), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(embeddings(sentence_encoder, texts), expected, rtol=0, atol=1e-5)
 
 
-def test_no_other_token_takes_the_id_that_positions_are_counted_by(tmp_path):
-    """MPNet counts tokens that are not padding, whose id stands here behind an unused one."""
+def test_no_other_token_takes_the_padding_id_that_positions_depend_on(tmp_path):
+    """MPNet counts tokens that are not padding, whose id follows an unused one here."""
     special = {
         "unk_token": "<unk>", "pad_token": "<pad>", "cls_token": "<s>", "sep_token": "</s>",
     }  # fmt: skip
     student = new_student(new_mpnet(tmp_path, TRAINED, special), 16).eval()
     assert not student.verify_packing() and student.pad_id == 1
-    wanted = embeddings(student, TRAINED)
+    expected = embeddings(student, TRAINED)
     with reduced_vocabulary(student, student.tokenize(TRAINED)):
-        assert torch.equal(embeddings(student, TRAINED), wanted)
+        assert torch.equal(embeddings(student, TRAINED), expected)
 
 
 def test_an_encoder_is_whole_again_after_a_failure(sentence_encoder):
@@ -111,7 +111,7 @@ def test_an_encoder_is_whole_again_after_a_failure(sentence_encoder):
     assert sentence_encoder.token_places is None
 
 
-def test_word_vectors_that_are_no_plain_table_are_left_alone(sentence_encoder):
+def test_word_vectors_in_another_form_are_left_alone(sentence_encoder):
     class Scaled(nn.Embedding):
         pass
 

@@ -392,7 +392,7 @@ def test_a_dev_row_without_image_does_not_borrow_another(data, tmp_path, aligned
     notes = Notes()
     nameless = aligned(data, tmp_path / "b", progress=notes).training.dev
     assert nameless == without
-    assert f"{path}: 1 rows without label or image; the dev metrics leave them out." in notes.text
+    assert f"{path}: dev metrics skip 1 rows without label or image." in notes.text
 
 
 def test_a_student_that_says_the_same_to_all_is_refused(world, tmp_path, aligned, monkeypatch):
@@ -410,18 +410,18 @@ def test_a_student_that_says_the_same_to_all_is_refused(world, tmp_path, aligned
 
 def test_a_student_may_start_without_spread_but_not_lose_it():
     watch = CollapseWatch("de")
-    watch.during({"mse": 2.0, "variance_ratio": 1e-5})
-    watch.during({"mse": 1.0, "variance_ratio": 0.5})
+    watch.check({"mse": 2.0, "variance_ratio": 1e-5})
+    watch.check({"mse": 1.0, "variance_ratio": 0.5})
     with pytest.raises(TrainingError, match=r"^de: the student gives every sentence the same"):
-        watch.during({"mse": 2.0, "variance_ratio": 1e-5})
+        watch.check({"mse": 2.0, "variance_ratio": 1e-5})
     watch = CollapseWatch("de+nl")
     several = {"variance_ratio": 0.3, "variance_ratio/de": 0.6, "variance_ratio/nl": 1e-5}
-    watch.during(several)
+    watch.check(several)
     with pytest.raises(TrainingError, match=r"^nl: "):
-        watch.during(several, at_the_end=True)
+        watch.check(several, at_the_end=True)
     for at_the_end in (False, True):
         with pytest.raises(TrainingError, match=r"^de: "):
-            CollapseWatch("de").during({"variance_ratio": math.nan}, at_the_end=at_the_end)
+            CollapseWatch("de").check({"variance_ratio": math.nan}, at_the_end=at_the_end)
 
 
 def test_a_resumed_student_may_not_lose_its_spread_either(world, tmp_path, aligned, monkeypatch):

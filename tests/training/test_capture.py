@@ -140,7 +140,7 @@ def test_batches_filled_up_train_as_others_do(
     """As on a GPU: few shapes, places and teacher embeddings behind the pairs'."""
     losses = {}
     for filled in (False, True):
-        monkeypatch.setattr(SentenceEncoder, "few_shapes", filled)
+        monkeypatch.setattr(SentenceEncoder, "buckets_shapes", filled)
         run = quick_align(
             world, tmp_path / str(filled), trained, encoder, "de", "nl",
             epochs=4, objective=objective,

@@ -152,7 +152,7 @@ def test_shut_out_half_way(tmp_path, google):
 
     google.fault = shut
     summary = _run(tmp_path, google)
-    assert summary.stopped is not None and "shut us out" in summary.stopped
+    assert summary.stopped is not None and "keeps refusing" in summary.stopped
     (file,) = summary.files  # the second is not even tried
     assert file.failed is not None
     rows, failed = read_jsonl(file.output), read_jsonl(file.failed)

@@ -177,7 +177,7 @@ def test_one_rejected_text_does_not_spoil_its_batch(memory):
 @pytest.mark.parametrize(
     ("error", "num_answers", "most_calls", "stopped"),
     [
-        (Refusal("HTTP 429"), 10, 40, "the service has evidently shut us out (HTTP 429)"),
+        (Refusal("HTTP 429"), 10, 40, "the service keeps refusing (HTTP 429)"),
         (Refusal("HTTP 429", retry_after=7200), 0, 2, "HTTP 429; it asks to wait 7200 s"),
         # It may come back once it has been seen, and is waited for; else the first try decides.
         (Unreachable("http://x: cannot be reached"), 0, 2, "http://x: cannot be reached"),
@@ -271,7 +271,7 @@ def test_ctrl_c_keeps_what_was_answered(memory, monkeypatch):
 
     monkeypatch.setattr(Driver, "_keep", interrupted)
     engine, texts = FakeEngine(concurrency=2), _texts(1000)
-    with pytest.raises(Interrupted, match=r"new translations are in the memory.*to go on"):
+    with pytest.raises(Interrupted, match=r"new translations are in the memory.*to continue"):
         _drive(engine, memory, texts)
     held = memory.find(memory.identity_id(engine.identity), texts)
     assert 20 <= len(held) < 1000

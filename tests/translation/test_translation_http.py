@@ -86,15 +86,15 @@ def test_libre_key_is_sent_and_never_shown(libre, monkeypatch):
         (lambda h, b, t: h.send(503, b"", Retry_After="7"), Fault, "HTTP 503"),
         (lambda h, b, t: h.send(503, b"", Retry_After="\u00b2"), Fault, "HTTP 503"),
         (lambda h, b, t: h.send(200, b"", "text/html"), Fault, "an empty answer"),
-        (lambda h, b, t: h.send(200, b"[" * 99_999), Fault, "whole"),
+        (lambda h, b, t: h.send(200, b"[" * 99_999), Fault, "complete"),
         (lambda h, b, t: h.send(200, CAPTCHA, "text/html"), Refusal, "captcha"),
         (lambda h, b, t: h.send(413, b""), Rejection, "HTTP 413"),
         (lambda h, b, t: h.send(400, b"{}"), Rejection, "HTTP 400"),
         (lambda h, b, t: h.send(401, b""), TranslationError, "API key is missing or wrong"),
         (lambda h, b, t: h.send(404, b""), TranslationError, "Check --url"),
         (lambda h, b, t: h.half_send(b, "application/json", True), Fault, "broke off"),
-        (lambda h, b, t: h.half_send(b, "text/html", False), Fault, "whole"),
-        (lambda h, b, t: h.send(200, b"<html>nice weather</html>", "text/html"), Fault, "whole"),
+        (lambda h, b, t: h.half_send(b, "text/html", False), Fault, "complete"),
+        (lambda h, b, t: h.send(200, b"<html>nice weather</html>", "text/html"), Fault, "complete"),
         (lambda h, b, t: threading.Event().wait(1.0), Fault, r"no answer within 0\.5 s"),
         (lambda h, b, t: h.hang_up(), Fault, "broke off|the connection"),
     ],
@@ -190,7 +190,7 @@ def test_addresses_that_are_none(name, url):
 
 
 def test_engines_by_name():
-    with pytest.raises(UsageError, match="no such engine; there are: nmt, google, libre, file"):
+    with pytest.raises(UsageError, match="no such engine; choose from nmt, google, libre, file"):
         create_engine(TranslateConfig(engine="babelfish"), "en", "de")
     with pytest.raises(TranslationError, match=r"does not know the language tlh; it knows: af "):
         create_engine(TranslateConfig(engine="google"), "en", "tlh")

@@ -77,9 +77,9 @@ def test_a_flipped_bit_is_never_read(tmp_path):
         damaged[place] ^= 1 << draw.randrange(8)
         path.write_bytes(damaged)
         with contextlib.suppress(TranslationError), Memory(path) as memory:
-            found = memory.find(memory.identity_id(_GERMAN), entries)
-            assert found.items() <= entries.items(), place
-            assert place != in_text or len(found) == 39
+            sound = memory.find(memory.identity_id(_GERMAN), entries)
+            assert sound.items() <= entries.items(), place
+            assert place != in_text or len(sound) == 39
 
 
 def test_a_memory_of_the_first_format_is_taken_over(tmp_path):

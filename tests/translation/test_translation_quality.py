@@ -32,9 +32,9 @@ _SOURCE = "A man in a red shirt is riding a bicycle."
     ],
 )  # fmt: skip
 def test_finds(target, source, translation, expected):
-    found = set(Checks("en", target).find(source, translation)) - {"language"}
-    assert found == expected
-    assert found <= set(CHECKS)
+    suspicions = set(Checks("en", target).find(source, translation)) - {"language"}
+    assert suspicions == expected
+    assert suspicions <= set(CHECKS)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,13 @@
 """`autoencode`: the multilingual autoencoder of the token method (thesis 3.2.2).
 
-It learns to bring back the last hidden states that a frozen multilingual encoder has at the first
-sub-token of every word, in all its languages together.
+It is trained to reconstruct the last hidden states of a frozen multilingual encoder, at the first
+sub-token of every word, in all languages together.
 
-Legend: L words of some sentences · H width of a state.
+Legend: L words in a batch of sentences · H width of a state.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -30,19 +29,16 @@ from clseave_cli.core.training.run import Run, StageResult, public_name, set_up
 from clseave_cli.errors import UsageError
 from clseave_cli.progress import SILENT, Progress
 
-#: Dev sentences encoded at once.
-_BATCH = 512
+_BATCH_SIZE = 512
 
 
 class _Batch(NamedTuple):
-    """Sentences, and where in their flattened rows the L first tokens of their words stand."""
-
     sentences: PackedBatch
-    places: Tensor
+    places: Tensor  # (L,) int64 position of each word's first token in the flat rows
 
 
 class _States:
-    """The states that a frozen encoder has at the first token of every word."""
+    """The states of a frozen encoder at the first token of every word."""
 
     def __init__(self, encoder: SentenceEncoder, sentences: list[WordTokens]) -> None:
         self._encoder = encoder
@@ -54,7 +50,6 @@ class _States:
         return len(self._tokens)
 
     def prepare(self, sentences: Rows) -> _Batch:
-        """Packs some sentences."""
         batch = self._encoder.pack(self._tokens, sentences)
         words = [
             self._first_token[self._offsets[number] : self._offsets[number + 1]]
@@ -67,7 +62,7 @@ class _States:
         return _Batch(batch, places)
 
     def compute(self, batch: _Batch) -> Tensor:
-        """(L, H) the states."""
+        """Returns the (L, H) states."""
         with torch.no_grad():
             hidden = self._encoder.hidden_states(batch.sentences)
         return hidden.flatten(0, 1)[batch.places]
@@ -95,16 +90,27 @@ def autoencode(config: AutoencodeConfig, progress: Progress = SILENT) -> StageRe
     encoder.requires_grad_(False)
     encoder.verify_packing(config.student, progress)
     inputs = {"teacher": teacher.fingerprint, "student": encoder.digest()}
-    parts: dict[str, list[WordTokens]] = {"train": [], "dev": []}
+    training_parts: list[WordTokens] = []
+    dev_parts: list[WordTokens] = []
     for lang in languages:
-        for kind, sentences in _read(setup.data, lang, config, inputs, progress).items():
-            parts[kind].append(find_tokens(encoder, split_words(sentences, lang)))
-    training, dev = (_States(encoder, sentences) for sentences in parts.values())
+        for name, parts in ((config.train_split, training_parts), (config.dev_split, dev_parts)):
+            split = read_split(
+                setup.data,
+                name,
+                lang,
+                labelled=False,
+                with_images=False,
+                skip_bad=config.skip_bad,
+                progress=progress,
+            )
+            inputs[split.path.name] = split.digest
+            words = split_words(distinct(split.hypotheses)[0], lang)
+            parts.append(find_tokens(encoder, words))
+    training, dev = _States(encoder, training_parts), _States(encoder, dev_parts)
     with Run("autoencode", out, config, inputs) as run:
         torch.manual_seed(config.seed)
-        autoencoder = Autoencoder(encoder.state_width, teacher.text.state_width, config.code).to(
-            device
-        )
+        widths = encoder.state_width, teacher.text.state_width
+        autoencoder = Autoencoder(*widths, config.code).to(device)
 
         def loss(batch: _Batch) -> Tensor:
             states = training.compute(batch)
@@ -128,37 +134,13 @@ def autoencode(config: AutoencodeConfig, progress: Progress = SILENT) -> StageRe
         return StageResult(out, languages, result)
 
 
-def _read(
-    folder: Path,
-    lang: str,
-    config: AutoencodeConfig,
-    inputs: dict[str, str],
-    progress: Progress,
-) -> dict[str, list[str]]:
-    """The distinct training and dev sentences of a language; notes the digests of the files."""
-    sentences = {}
-    for kind, name in (("train", config.train_split), ("dev", config.dev_split)):
-        split = read_split(
-            folder,
-            name,
-            lang,
-            labelled=False,
-            with_images=False,
-            skip_bad=config.skip_bad,
-            progress=progress,
-        )
-        inputs[split.path.name] = split.digest
-        sentences[kind] = distinct(split.hypotheses)[0]
-    return sentences
-
-
 def _evaluate(autoencoder: Autoencoder, dev: _States, device: torch.device) -> dict[str, float]:
-    """Squared error per dimension, and the share of the states' variance it is."""
+    """Squared error per dimension, and the same as a share of the states' variance."""
     rows = np.arange(len(dev))
     states = torch.cat(
         [
-            dev.compute(on_device(dev.prepare(rows[start : start + _BATCH]), device)).float()
-            for start in range(0, len(rows), _BATCH)
+            dev.compute(on_device(dev.prepare(rows[start : start + _BATCH_SIZE]), device)).float()
+            for start in range(0, len(rows), _BATCH_SIZE)
         ]
     )
     error = functional.mse_loss(autoencoder(states).float(), states)
@@ -168,7 +150,7 @@ def _evaluate(autoencoder: Autoencoder, dev: _States, device: torch.device) -> d
 def _card(
     config: AutoencodeConfig, languages: tuple[str, ...], count: int, result: TrainingResult
 ) -> str:
-    figures = ", ".join(f"{name} {value:.4g}" for name, value in result.dev.items())
+    metrics = ", ".join(f"{name} {value:.4g}" for name, value in result.dev.items())
     model = public_name(config.student)
     return f"""---
 library_name: clseave
@@ -179,8 +161,8 @@ base_model: {model}
 
 # Multilingual autoencoder
 
-Brings the last hidden states of `{model}` to the width of the teacher's, and back. The
-start of students of `clseave align --method token --pretrained-code`. Trained on {count} distinct
-sentences in {", ".join(languages)}, {result.epochs} epochs, the weights of epoch
-{result.best_epoch} kept: {figures} on dev. `training/` records every option, version and figure.
+Maps the last hidden states of `{model}` to the width of the teacher's, and back. Students of
+`clseave align --method token --pretrained-code` start from it. Trained on {count} distinct
+sentences in {", ".join(languages)} for {result.epochs} epochs; the weights are those of epoch
+{result.best_epoch}: {metrics} on dev. `training/` records every option, version and metric.
 """

@@ -1,4 +1,4 @@
-"""The parallel text a student learns from: read, joined by `pairID`, taken in as token rows.
+"""The parallel text a student learns from: read, joined by `pairID`, and tokenised.
 
 Legend: N parallel rows · U distinct sentence pairs · S distinct source sentences · D embedding
 width.
@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -50,33 +51,25 @@ _HEAVIEST = 5.0
 
 @dataclass(eq=False)
 class ParallelReader:
-    """Reads the parallel text of one language after another; the source side once for all.
-
-    Attributes:
-        folder: the data folder.
-        config: the languages of the run, names of the splits, what to do with bad rows.
-        progress: hears what was left out.
-        source_lang: the teacher's language.
-        left_out: by language, the translations left out because other languages hold them out.
-    """
+    """Reads parallel text, one language after another; the source side only once."""
 
     folder: Path
     config: StudentConfig
-    progress: Progress
+    progress: Progress  # receives notes about skipped rows
     source_lang: str = ENGLISH
+    #: By language, its translations of what is held out for other languages.
     left_out: dict[str, list[str]] = field(default_factory=dict, init=False)
     _held_out: dict[str, HeldOut] = field(default_factory=dict, init=False)
     _sources: dict[str, Split] = field(default_factory=dict, init=False)
 
     def read(self, lang: str) -> tuple[Parallel, Parallel]:
-        """The parallel training and dev text of a language.
+        """Returns the training and the dev text of a language.
 
-        What is held out for any language of the run, photos or sentences, is in none of its
-        training texts.
+        Photos and sentences held out for one language of the run are trained on in none.
 
         Raises:
-            DataError: a file is missing, bad, or shares images with another split, or there is too
-                little text to hold some of it out.
+            DataError: a file is missing or bad, two splits share images, or there is too little
+                text to hold any out.
         """
         config = self.config
         training = self._joined(lang, config.train_split, self.progress)
@@ -93,37 +86,37 @@ class ParallelReader:
             )
             self._held_out[lang] = held
             training, dev = held.divide(training)
-        return self._without_those_of_others(training), dev
+        return self._without_held_out(training), dev
 
-    def _without_those_of_others(self, training: Parallel) -> Parallel:
-        """Leaves out what is held out for the other languages of the run."""
+    def _without_held_out(self, training: Parallel) -> Parallel:
+        """Drops the rows that are held out for other languages of the run."""
         config, lang, path = self.config, training.target.lang, training.target.path
         held = HeldOut()
         for other in (*config.lang, *config.auxiliary):
             if other == lang or self._has_dev_file(other):
                 continue
             if other not in self._held_out:
-                # Its rows are not kept: `read` reads them once more, and tells about them.
+                # Only to choose what is held out: `read` will read these rows again, with notes.
                 whole = self._joined(other, config.train_split, SILENT)
                 self._held_out[other] = held_out(whole, config.dev_fraction, config.seed)
-            held |= self._held_out[other]
+            held = HeldOut(*map(frozenset.union, held, self._held_out[other]))
         kept, left_out = held.divide(training)
         if not len(left_out.target):
             return training
         if not len(kept.target):
             raise DataError(
-                f"{path}: nothing is left to train on; all its rows are held out for other "
-                "languages. Give them a dev file, or a smaller --dev-fraction."
+                f"{path}: nothing is left to train on, because all rows are held out for other "
+                "languages; add dev files for those, or lower --dev-fraction."
             )
         self.left_out[lang] = left_out.target.hypotheses
         self.progress.note(
-            f"{path}: {len(left_out.target)} pairs left out; their photos or {self.source_lang} "
-            "sentences are held out for other languages."
+            f"{path}: {len(left_out.target)} pairs skipped, because their photos or "
+            f"{self.source_lang} sentences are held out for other languages."
         )
         return kept
 
-    def beside(self, training: Parallel, lang: str) -> Parallel | None:
-        """The rows of a training text with what they say in another language, where it has them."""
+    def with_source(self, training: Parallel, lang: str) -> Parallel | None:
+        """Joins a training text with another source language; None if that has no file."""
         if lang == self.source_lang:
             return training
         if split_path(self.folder, self.config.train_split, lang) is None:
@@ -144,13 +137,11 @@ class ParallelReader:
             progress.note(
                 f"{parallel.target.path}: {parallel.num_unmatched_target} rows have no "
                 f"{source_lang} row and {parallel.num_unmatched_source} {source_lang} rows no "
-                f"{lang} row (such as "
-                f"{', '.join(parallel.unmatched_examples)}); left out."
+                f"{lang} row (such as {', '.join(parallel.unmatched_examples)}); skipped."
             )
         return parallel
 
     def _split(self, lang: str, split: str, progress: Progress) -> Split:
-        """A split in one language: sentences count, labels and images only where they are."""
         return read_split(
             self.folder,
             split,
@@ -164,42 +155,25 @@ class ParallelReader:
         )
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """What stands in for a dev file: photos with all their rows, or sentences of plain text.
+class HeldOut(NamedTuple):
+    """What replaces a missing dev file: photos with all their rows, or sentences of plain text."""
 
-    Attributes:
-        photos: the photos, by `image_stem`.
-        beside: the source sentences of their rows; a row that names no photo is held out by these.
-        sentences: source sentences that are held out wherever they stand.
-    """
-
-    photos: frozenset[str] = frozenset()
-    beside: frozenset[str] = frozenset()
-    sentences: frozenset[str] = frozenset()
-
-    def __or__(self, other: HeldOut) -> HeldOut:
-        """What is in one of the two."""
-        return HeldOut(
-            self.photos | other.photos, self.beside | other.beside, self.sentences | other.sentences
-        )
+    photos: frozenset[str] = frozenset()  # by `image_stem`
+    photo_sources: frozenset[str] = frozenset()  # their sentences, for rows that name no photo
+    sentences: frozenset[str] = frozenset()  # source sentences, held out in any row
 
     def divide(self, parallel: Parallel) -> tuple[Parallel, Parallel]:
-        """The rows to train on, and those that are held out."""
+        """Splits rows into those to train on and those held out."""
         held = [
             source in self.sentences
-            or (source in self.beside if photo is None else photo in self.photos)
+            or (source in self.photo_sources if photo is None else photo in self.photos)
             for source, photo in zip(parallel.sources, _photos(parallel), strict=True)
         ]
         return parallel.take(np.flatnonzero(~np.array(held))), parallel.take(np.flatnonzero(held))
 
 
 def held_out(parallel: Parallel, fraction: float, seed: int) -> HeldOut:
-    """What stands in for a dev file; of the same photos or sentences, the same ones.
-
-    Raises:
-        DataError: there are too few of them.
-    """
+    """Chooses what to hold out, always the same; raises a DataError if there is too little text."""
     photos = _photos(parallel)
     names = sorted({photo for photo in photos if photo is not None})
     kind, items = ("photos", names) if names else ("sentences", distinct(parallel.sources)[0])
@@ -207,7 +181,7 @@ def held_out(parallel: Parallel, fraction: float, seed: int) -> HeldOut:
     if num_held >= len(items):
         raise DataError(
             f"{parallel.target.path}: {len(items)} distinct {kind} are too few to hold out "
-            f"{fraction:.0%} of them; give a dev file or a smaller --dev-fraction."
+            f"{fraction:.0%} of them; add a dev file or lower --dev-fraction."
         )
     chosen = frozenset(items[i] for i in np.flatnonzero(are_first(items, num_held, seed)))
     if not names:
@@ -217,22 +191,16 @@ def held_out(parallel: Parallel, fraction: float, seed: int) -> HeldOut:
 
 
 def _photos(parallel: Parallel) -> list[str | None]:
-    """The photo of each row, by `image_stem`; None where it names none."""
-    stems = [*map(image_stem, parallel.target.image_names), None]  # -1 is the last
+    """The `image_stem` of each row's photo; None if it has none."""
+    stems = [*map(image_stem, parallel.target.image_names), None]  # an index of -1 means none
     return [stems[number] for number in parallel.target.image_index.tolist()]
 
 
 def limited(parallel: Parallel, limit: int | None, seed: int, progress: Progress) -> Parallel:
-    """The rows of the first distinct source sentences, in a random order.
+    """Keeps the rows of `limit` distinct source sentences; None keeps all.
 
-    The order depends on the sentences and the seed alone: a smaller limit takes a part of what a
-    larger one takes, and every language the translations of the same sentences.
-
-    Args:
-        parallel: the training text of a language.
-        limit: how many sentences; None: all.
-        seed: of the order.
-        progress: hears where there are fewer.
+    The choice depends only on the sentences and the seed, so a smaller limit gives a subset of a
+    larger one, and every language gets translations of the same sentences.
     """
     if limit is None:
         return parallel
@@ -241,43 +209,34 @@ def limited(parallel: Parallel, limit: int | None, seed: int, progress: Progress
         if limit > len(sentences):
             progress.note(
                 f"{parallel.target.path}: {len(sentences)} distinct sentences, fewer than "
-                f"--limit {limit}; all of them are used."
+                f"--limit {limit}; all are used."
             )
         return parallel
     return parallel.take(np.flatnonzero(are_first(sentences, limit, seed)[index]))
 
 
 def as_source(parallel: Parallel, source_lang: str) -> Parallel:
-    """The source side of some rows as their own translation."""
+    """The rows with their source sentences as targets."""
     target = dataclasses.replace(parallel.target, lang=source_lang, hypotheses=parallel.sources)
     return dataclasses.replace(parallel, target=target)
 
 
 @dataclass(frozen=True, eq=False)
 class LanguagePairs:
-    """What a language brings: its sentences, and its P distinct pairs with source ones.
-
-    Attributes:
-        lang: the language.
-        tokens: its distinct sentences, tokenised for the student.
-        sentence_of_pair: (P,) which of them.
-        source_of_pair: (P,) which of the corpus's source sentences.
-        counts: (P,) how often each pair stands in the data.
-        weight: of its pairs in the loss, on average.
-    """
+    """The P distinct (target, source) sentence pairs of one language."""
 
     lang: str
-    tokens: TokenTable
-    sentence_of_pair: Rows
-    source_of_pair: Rows
-    counts: Rows
-    weight: float = 1.0
+    tokens: TokenTable  # the distinct target sentences, for the student
+    sentence_of_pair: Rows  # (P,) index into `tokens`
+    source_of_pair: Rows  # (P,) index into the corpus's source sentences
+    counts: Rows  # (P,) how often each pair occurs
+    weight: float = 1.0  # mean weight of its pairs in the loss
 
     def portions(self) -> tuple[Rows, npt.NDArray[np.float64]]:
-        """The pairs to train on in an epoch, some of them several times, and their weights.
+        """The pairs of an epoch, frequent ones several times, and their weights.
 
-        A pair's weights add up in proportion to how often it stands in the data; the mean of all is
-        `weight`, so that a heavy pair's parts do not lower the loss.
+        A pair's weights add up in proportion to its count. Their mean is `weight`, so that
+        splitting a frequent pair does not lower the loss.
         """
         times = np.ceil(self.counts / self.counts.mean() / _HEAVIEST).astype(np.intp)
         pairs = np.repeat(np.arange(len(self.counts)), times)
@@ -287,18 +246,13 @@ class LanguagePairs:
 
 @dataclass(eq=False)
 class Corpus:
-    """The parallel text to train on, taken in language by language.
+    """The parallel text to train on, added one language at a time.
 
-    Ten languages of SNLI-VE are five million rows: what stays of a row is its tokens and a few
-    numbers, not its strings.
-
-    Attributes:
-        student: whose tokens the sentences become.
-        progress: hears about sentences that are cut.
+    Ten languages of SNLI-VE are five million rows, so only tokens and indices are kept, no strings.
     """
 
     student: SentenceEncoder
-    progress: Progress
+    progress: Progress  # notes truncated sentences
     _sources: dict[str, int] = field(default_factory=dict, init=False)
     _parts: list[LanguagePairs] = field(default_factory=list, init=False)
     _kept: npt.NDArray[np.int32] = field(init=False, default_factory=lambda: np.empty(0, np.int32))
@@ -309,12 +263,7 @@ class Corpus:
         return list(self._sources)
 
     def add(self, text: Parallel, weight: float = 1.0) -> LanguagePairs:
-        """Takes in the text of a language, and returns what it made of it.
-
-        Args:
-            text: its rows.
-            weight: of its pairs in the loss, on average.
-        """
+        """Adds the rows of a language; `weight` is the mean weight of its pairs in the loss."""
         target, numbers = text.target, self._sources
         sentences = tokenize_sentences(self.student, target.hypotheses, target.where, self.progress)
         sources = np.array(
@@ -327,30 +276,30 @@ class Corpus:
         return part
 
     def add_source(self, source_lang: str) -> LanguagePairs:
-        """Takes in every source sentence so far as its own translation."""
-        every_source = np.arange(len(self._sources))
-        standing = np.concatenate([np.repeat(p.source_of_pair, p.counts) for p in self._parts])
-        counts = np.bincount(standing, minlength=len(every_source))
+        """Adds every source sentence so far, paired with itself."""
+        numbers = np.arange(len(self._sources))
+        rows = np.concatenate([np.repeat(p.source_of_pair, p.counts) for p in self._parts])
+        counts = np.bincount(rows, minlength=len(numbers))
         where = f"the {source_lang} sentences"
         sentences = tokenize_sentences(self.student, self.sources, lambda _: where, self.progress)
-        part = LanguagePairs(source_lang, sentences.tokens, every_source, every_source, counts)
+        part = LanguagePairs(source_lang, sentences.tokens, numbers, numbers, counts)
         self._parts.append(part)
         return part
 
     def keep_tokens(self, sentences: Sequence[str]) -> None:
-        """Counts the tokens of sentences among those that occur, though nothing trains on them."""
+        """Keeps the tokens of these sentences in `trim_vocabulary`, though none is trained on."""
         tokens = self.student.tokenize(list(dict.fromkeys(sentences)))
         self._kept = np.union1d(self._kept, tokens.ids)
 
     def trim_vocabulary(self, name: str) -> None:
-        """Reduces the student, called `name`, to the tokens that occur, and renumbers them."""
+        """Reduces the vocabulary of the student, named `name`, to tokens that occur."""
         used = np.unique(np.concatenate([self._kept, *(part.tokens.ids for part in self._parts)]))
         places = trim_vocabulary(self.student, used, name)
         for part in self._parts:
             part.tokens.ids[:] = places[part.tokens.ids]
 
     def pairs(self, teacher: ClipVE, with_autocast: Autocast) -> TrainingPairs:
-        """Everything taken in, with the teacher's embeddings."""
+        """All training pairs, with the teacher's embeddings."""
         vectors = sentence_embeddings(
             teacher.text,
             self.sources,
@@ -358,25 +307,23 @@ class Corpus:
             description="teacher embeddings",
             progress=self.progress,
         )
-        starts = np.cumsum([0, *(len(part.tokens) for part in self._parts)])
-        sentences, sources, weights, distinct_pairs = [], [], [], []
-        num_distinct = 0
-        for part, start in zip(self._parts, starts, strict=False):
+        targets, sources, weights, distinct_pairs = [], [], [], []
+        num_targets = num_distinct = 0
+        for part in self._parts:
             pairs, weights_of_pairs = part.portions()
-            distinct_pairs.append(num_distinct + pairs)
-            num_distinct += len(part.counts)
-            sentences.append(part.sentence_of_pair[pairs] + start)
+            targets.append(part.sentence_of_pair[pairs] + num_targets)
             sources.append(part.source_of_pair[pairs])
             weights.append(weights_of_pairs)
+            distinct_pairs.append(num_distinct + pairs)
+            num_targets += len(part.tokens)
+            num_distinct += len(part.counts)
+        tokens = TokenTable.concatenate([part.tokens for part in self._parts])
         return TrainingPairs(
-            Sentences(
-                TokenTable.concatenate([part.tokens for part in self._parts]),
-                np.concatenate(sentences),
-            ),
+            Sentences(tokens, np.concatenate(targets)),
             Features(vectors, np.concatenate(sources)),
             torch.from_numpy(np.concatenate(weights)).float(),
             tuple(part.lang for part in self._parts),
-            np.repeat(np.arange(len(self._parts)), [len(part) for part in sources]),
+            np.repeat(np.arange(len(self._parts)), list(map(len, sources))),
             np.concatenate(distinct_pairs),
         )
 
@@ -385,33 +332,17 @@ class Corpus:
 class TrainingPairs:
     """U (target sentence, source sentence) pairs of all languages, one language after another.
 
-    Translations repeat as hypotheses do. A pair that stands n times in the data is trained on once
-    an epoch with weight n, which is the same expected gradient for less work. Only very frequent
-    pairs are trained on several times an epoch, in parts: rare steps with a huge gradient throw
-    Adam off, and what those sentences differ in was then never learnt (docs/experiments.md,
-    2026-11-21).
-
-    Attributes:
-        sentences: of the targets, tokenised for the student.
-        teacher: (U, D) the teacher's embeddings of the source sentences.
-        weights: (U,) how often each stands in the data, over its language's mean; those of an
-            auxiliary language are lowered.
-        languages: their codes.
-        language: (U,) which of them each pair is of.
-        distinct: (U,) which of the different pairs each is, in the order they were taken in.
+    A pair that occurs n times is trained on once an epoch with weight n: the same expected gradient
+    for less work. Very frequent pairs are split over several steps, because rare huge gradients
+    throw Adam off, and such sentences were then never told apart (docs/experiments.md, 2026-11-21).
     """
 
-    sentences: Sentences
-    teacher: Features
-    weights: Tensor
+    sentences: Sentences  # the targets, tokenised for the student
+    teacher: Features  # (U, D) the teacher's embeddings of the source sentences
+    weights: Tensor  # (U,) count over its language's mean, times that language's weight
     languages: tuple[str, ...]
-    language: Rows
-    distinct: Rows
+    language: Rows  # (U,) index into `languages`
+    distinct: Rows  # (U,) number of the distinct pair, in the order they were added
 
     def __len__(self) -> int:
         return len(self.weights)
-
-    @property
-    def num_distinct(self) -> int:
-        """How many different pairs there are."""
-        return int(self.distinct[-1]) + 1

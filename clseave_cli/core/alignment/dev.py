@@ -39,76 +39,58 @@ from clseave_cli.errors import DataError, TrainingError
 from clseave_cli.labels import UNLABELLED
 from clseave_cli.progress import Progress
 
-#: A student whose embeddings vary less than this share of the teacher's says the same to all.
+#: A student whose variance is below this share of the teacher's has collapsed.
 _COLLAPSED = 1e-3
-#: Dev sentences that retrieval chooses among (P at most), and how many answers it may give.
-_RETRIEVED_AMONG, _ANSWERS = 1000, 10
+#: Retrieval: candidates (P at most), and the rank that counts as a hit.
+_CANDIDATES, _HIT_RANK = 1000, 10
 
-#: Without images: the metric an objective is about. Of embeddings that are only turned the right
-#: way, and not brought to the teacher's length, the squared error says nothing.
-_TEXT_SELECTION = {
-    "mse": Selection("mse", "lowest"),
-    "mse+cosine": Selection("mse", "lowest"),
-    "cosine": Selection("cosine", "highest"),
-    "contrastive": Selection("recall_at_10", "highest"),
-}
+#: Dev metrics without images; the others' is mse. Cosine objectives leave the length of embeddings
+#: open, so squared error does not rank them.
+_TEXT_METRICS = {"cosine": "cosine", "contrastive": "recall_at_10"}
 
 
 @dataclass(frozen=True, eq=False)
 class DevSet:
-    """One language's dev rows: what the teacher says, and what the labels are where there are any.
-
-    Attributes:
-        lang: the language.
-        counts: whether it is one of the student's, so that its metrics count in choosing.
-        sentences: of the rows, tokenised for the student.
-        teacher: (N, D) the teacher's embeddings of the source sentences.
-        premises: features of the rows' images, where accuracy is measured.
-        labels: (N,) int64 ids of `labels.LABELS`.
-    """
+    """The dev rows of one language, ready for evaluation."""
 
     lang: str
-    counts: bool
-    sentences: Sentences
-    teacher: Features
-    premises: Features | None
-    labels: Tensor
+    is_averaged: bool  # False for an auxiliary language, which does not select the checkpoint
+    sentences: Sentences  # the targets, tokenised for the student
+    teacher: Features  # (N, D) the teacher's embeddings of the source sentences
+    premises: Features | None  # the rows' images, if accuracy is measured
+    labels: Tensor  # (N,) int64 ids of `labels.LABELS`
 
 
-#: The dev rows of a language, and their photos where accuracy is measured.
+#: The dev rows of a language, and their photos if accuracy is measured.
 DevRows = tuple[Parallel, Photos | None]
 
 
-def judged_rows(
+def scored_rows(
     folder: Path, config: StudentConfig, rows: dict[str, Parallel], progress: Progress
 ) -> dict[str, DevRows]:
-    """The rows to judge a student on, with photos if dev accuracy shall choose, or can (`auto`).
+    """The dev rows to evaluate on, with photos if accuracy selects the checkpoint.
 
-    Args:
-        folder: the data folder.
-        config: what shall choose, and where the photos are.
-        rows: by language; with photos, only those that have a label and an image are returned.
-        progress: told how many the others are.
+    With `--select auto`, it does if every language has rows with a label and an image. Rows without
+    are then skipped, with a note.
 
     Raises:
-        DataError: accuracy was asked for, and rows or images do not allow it; or an image is
-            missing.
+        DataError: `--select accuracy` without labels or images, or an image is missing.
     """
     images = _images_for_accuracy(folder, config, rows)
     if images is None:
         return {lang: (parallel, None) for lang, parallel in rows.items()}
-    judged: dict[str, DevRows] = {}
+    scored: dict[str, DevRows] = {}
     for lang, parallel in rows.items():
-        can_be_judged = _can_be_judged(parallel.target)
-        if num_others := int((~can_be_judged).sum()):
+        has_both = _has_label_and_image(parallel.target)
+        if num_others := int((~has_both).sum()):
             progress.note(
-                f"{parallel.target.path}: {num_others} rows without label or image; the dev "
-                "metrics leave them out."
+                f"{parallel.target.path}: dev metrics skip {num_others} rows without label or "
+                "image."
             )
-            parallel = parallel.take(np.flatnonzero(can_be_judged))
+            parallel = parallel.take(np.flatnonzero(has_both))
         parallel = images.rows_with_image(parallel, config.skip_bad, progress)
-        judged[lang] = parallel, Photos.of(parallel.target, images)
-    return judged
+        scored[lang] = parallel, Photos.of(parallel.target, images)
+    return scored
 
 
 def _images_for_accuracy(
@@ -117,7 +99,7 @@ def _images_for_accuracy(
     if config.select not in ("auto", "accuracy"):
         return None
     is_needed = config.select == "accuracy"
-    if not all(_can_be_judged(parallel.target).any() for parallel in rows.values()):
+    if not all(_has_label_and_image(parallel.target).any() for parallel in rows.values()):
         if is_needed:
             raise DataError(
                 f"{folder}: --select accuracy needs dev rows with labels and images; "
@@ -133,12 +115,12 @@ def _images_for_accuracy(
 
 
 def selection(config: StudentConfig, with_photos: bool) -> Selection:
-    """The dev metric that chooses the checkpoint."""
+    """The dev metric that selects the checkpoint."""
     if with_photos:
         return Selection("accuracy", "highest")
-    if config.select == "auto":
-        return _TEXT_SELECTION[config.objective]
-    return Selection(config.select, "lowest" if config.select == "mse" else "highest")
+    text_metric = _TEXT_METRICS.get(config.objective, "mse")
+    metric = text_metric if config.select == "auto" else config.select
+    return Selection(metric, "lowest" if metric == "mse" else "highest")
 
 
 def dev_sets(
@@ -150,7 +132,7 @@ def dev_sets(
     progress: Progress,
 ) -> list[DevSet]:
     """Prepares the dev rows of each language; `languages` are the student's."""
-    prepared = []
+    sets = []
     for lang, (parallel, photos) in rows.items():
         target = parallel.target
         sources, source_of_row = distinct(parallel.sources)
@@ -168,95 +150,83 @@ def dev_sets(
                 teacher.image, target, photos, autocast=with_autocast, progress=progress
             )
         labels = torch.from_numpy(target.labels.astype(np.int64))
-        wanted = Features(vectors, source_of_row)
-        prepared.append(DevSet(lang, lang in languages, sentences, wanted, premises, labels))
-    return prepared
+        targets = Features(vectors, source_of_row)
+        sets.append(DevSet(lang, lang in languages, sentences, targets, premises, labels))
+    return sets
 
 
 def evaluate_student(
     student: SentenceEncoder, teacher: ClipVE, dev_sets: Sequence[DevSet]
 ) -> dict[str, float]:
-    """Dev metrics, averaged over the student's languages; of several, also `metric/language`.
+    """Dev metrics averaged over the student's languages, and `metric/language` if it has several.
 
-    Errors are per dimension, and `recall_at_10` is retrieval of the source sentence among at most
-    a thousand, so that languages and sizes of data can be compared.
+    Errors are per dimension. `recall_at_10` retrieves the source sentence among at most a thousand,
+    so that it can be compared across languages and data sets.
     """
     by_language = {dev.lang: _metrics(student, teacher, dev) for dev in dev_sets}
-    counted = [by_language[dev.lang] for dev in dev_sets if dev.counts]
-    metrics = {name: sum(one[name] for one in counted) / len(counted) for name in counted[0]}
+    averaged = [by_language[dev.lang] for dev in dev_sets if dev.is_averaged]
+    metrics = {name: sum(one[name] for one in averaged) / len(averaged) for name in averaged[0]}
     if len(dev_sets) > 1:
-        for lang, of_language in by_language.items():
-            metrics |= {f"{name}/{lang}": value for name, value in of_language.items()}
+        for lang, values in by_language.items():
+            metrics |= {f"{name}/{lang}": value for name, value in values.items()}
     return metrics
 
 
 def _metrics(student: SentenceEncoder, teacher: ClipVE, dev: DevSet) -> dict[str, float]:
     predicted = embed_rows(student, dev.sentences)  # (N, D)
     device = predicted.device
-    wanted = dev.teacher.of_rows().to(device)
-    variance, wanted_variance = (
-        embeddings.var(dim=0, correction=0).sum().item() for embeddings in (predicted, wanted)
+    target = dev.teacher.of_rows().to(device)
+    variance, target_variance = (
+        embeddings.var(dim=0, correction=0).sum().item() for embeddings in (predicted, target)
     )
     metrics = {
-        "mse": (predicted - wanted).square().mean().item(),
-        "mae": (predicted - wanted).abs().mean().item(),
-        "cosine": functional.cosine_similarity(predicted, wanted).mean().item(),
-        "recall_at_10": _recall(predicted, wanted, dev.teacher.index),
-        # Of a single sentence the teacher has no spread either, so there is none to lose.
-        "variance_ratio": variance / wanted_variance if wanted_variance else 1.0,
+        "mse": (predicted - target).square().mean().item(),
+        "mae": (predicted - target).abs().mean().item(),
+        "cosine": functional.cosine_similarity(predicted, target).mean().item(),
+        "recall_at_10": _recall(predicted, target, dev.teacher.index),
+        # With a single sentence, the teacher's variance is 0, too.
+        "variance_ratio": variance / target_variance if target_variance else 1.0,
     }
     if dev.premises is not None:
         logits = by_rows(teacher, predicted, dev.premises, teacher.rows_at_once)
-        right = logits.argmax(dim=1) == dev.labels.to(device)
-        metrics["accuracy"] = right.float().mean().item()
+        is_correct = logits.argmax(dim=1) == dev.labels.to(device)
+        metrics["accuracy"] = is_correct.float().mean().item()
         metrics["temperature"] = fit_temperature(logits.float().cpu().numpy(), dev.labels.numpy())
     return metrics
 
 
-def _recall(predicted: Tensor, wanted: Tensor, source_of_row: Rows) -> float:
-    """Share of sentences whose own source is among the nearest ten by cosine."""
-    # Each source sentence once: its repetitions would be equally near.
-    first = np.unique(source_of_row, return_index=True)[1][:_RETRIEVED_AMONG]
+def _recall(predicted: Tensor, target: Tensor, source_of_row: Rows) -> float:
+    """The share of sentences whose source is among the ten nearest by cosine."""
+    # One row for each source sentence: repetitions would tie.
+    first = np.unique(source_of_row, return_index=True)[1][:_CANDIDATES]
     rows = torch.from_numpy(first).to(predicted.device)
-    embeddings, targets = (x[rows].float().cpu().numpy() for x in (predicted, wanted))
-    own = np.eye(len(first), dtype=np.bool_)
-    return float(rank(embeddings, targets, lambda part: own[part]).within(_ANSWERS).mean())
+    queries, candidates = (x[rows].float().cpu().numpy() for x in (predicted, target))
+    is_source = np.eye(len(first), dtype=np.bool_)
+    return float(rank(queries, candidates, lambda part: is_source[part]).within(_HIT_RANK).mean())
 
 
 class CollapseWatch:
-    """Tells a student that has collapsed from one that has not spread out yet.
+    """Ends a training whose student gives every sentence the same embedding.
 
-    From random weights a student first gives every sentence the mean of all embeddings, for some
-    epochs if it is small. Only one that did better before, or that ends so, has collapsed.
-
-    Args:
-        languages: whose metrics these are where no language is named with them.
-        may_collapse: whether nothing is to be said, because the loss never sees the embeddings.
+    From random weights, a small student gives every sentence the mean embedding for some epochs.
+    So only one that did better before, or that ends like this, has collapsed. `languages` names the
+    student's in errors; with `may_collapse`, nothing is checked.
     """
 
     def __init__(self, languages: str, *, may_collapse: bool = False) -> None:
         self._languages = languages
         self._may_collapse = may_collapse
-        self._spread: set[str] = set()
+        self._varied: set[str] = set()
 
-    def during(self, metrics: dict[str, float], *, at_the_end: bool = False) -> dict[str, float]:
-        """Passes the metrics of an epoch on.
-
-        Args:
-            metrics: of the epoch.
-            at_the_end: its weights are those that are kept.
-
-        Raises:
-            TrainingError: the student says the same to all sentences now, and did not before or
-                will not learn better, or nothing that is a number.
-        """
+    def check(self, metrics: dict[str, float], *, at_the_end: bool = False) -> dict[str, float]:
+        """Returns the metrics, or raises a TrainingError if the student has collapsed."""
         for name, ratio in metrics.items():
             metric, _, lang = name.partition("/")
             if metric != "variance_ratio" or self._may_collapse:
                 continue
             if ratio >= _COLLAPSED:
-                self._spread.add(lang)
-            elif at_the_end or lang in self._spread or math.isnan(ratio):
+                self._varied.add(lang)
+            elif at_the_end or lang in self._varied or math.isnan(ratio):
                 raise TrainingError(
                     f"{lang or self._languages}: the student gives every sentence the same "
                     f"embedding (variance {ratio:.1e} of the teacher's); lower --learning-rate or "
@@ -265,7 +235,7 @@ class CollapseWatch:
         return metrics
 
 
-def _can_be_judged(split: Split) -> npt.NDArray[np.bool_]:
-    """Which rows have both a label and an image, so that accuracy can be measured on them."""
-    judged: npt.NDArray[np.bool_] = (split.labels != UNLABELLED) & (split.image_index >= 0)
-    return judged
+def _has_label_and_image(split: Split) -> npt.NDArray[np.bool_]:
+    """(N,) whether each row has what accuracy needs."""
+    mask: npt.NDArray[np.bool_] = (split.labels != UNLABELLED) & (split.image_index >= 0)
+    return mask

@@ -1,8 +1,8 @@
 """Links between words, and the Pharaoh format that aligners exchange them in.
 
-A line is a sentence pair, `i-j` a link from word i of the source to word j of the target, counted
-from 0. Gold files may hold possible links beside the sure ones, written `ipj` (Och and Ney 2003,
-section 2.2), and may count from 1.
+Each line holds the links of a sentence pair; `i-j` links word i of the source to word j of the
+target, counted from 0. Gold files may add possible links, written `ipj` (Och and Ney 2003, section
+2.2), and may count from 1.
 
 Legend: P sentence pairs · L links.
 """
@@ -22,24 +22,18 @@ from clseave_cli.errors import DataError
 from clseave_cli.progress import SILENT, Progress
 
 _LINK = re.compile(r"(\d+)([-p])(\d+)")
-#: Share of a gold file's links that may name words which are not there; published ones have a few.
+#: Share of a gold file's links that may name missing words; published files have a few.
 _MOST_MISNUMBERED = 0.01
 _LINK_OF_WORD_0 = re.compile(r"\b0[-p]|[-p]0\b")
 
 
 @dataclass(frozen=True, eq=False)
 class Links:
-    """The links of sentence pairs, stored flat: pair p has `words[offsets[p]:offsets[p + 1]]`.
+    """The links of sentence pairs, stored flat: pair p has `words[offsets[p]:offsets[p + 1]]`."""
 
-    Attributes:
-        words: (L, 2) int64, word of the source and word of the target, counted from 0.
-        sure: (L,) bool; False for the possible links of a gold file.
-        offsets: (P + 1,) int64.
-    """
-
-    words: npt.NDArray[np.int64]
-    sure: npt.NDArray[np.bool_]
-    offsets: npt.NDArray[np.int64]
+    words: npt.NDArray[np.int64]  # (L, 2) source word and target word, from 0
+    sure: npt.NDArray[np.bool_]  # (L,); False for the possible links of a gold file
+    offsets: npt.NDArray[np.int64]  # (P + 1,)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -53,30 +47,24 @@ class Links:
     def of(
         cls, pairs: npt.NDArray[np.int64], words: npt.NDArray[np.int64], num_pairs: int
     ) -> Links:
-        """Sure links in any order.
-
-        Args:
-            pairs: (L,) the sentence pair of each.
-            words: (L, 2) its words.
-            num_pairs: P.
-        """
+        """Sure links, with (L,) sentence pairs and (L, 2) words in any order; P is `num_pairs`."""
         order = np.argsort(pairs, kind="stable")
         offsets = np.searchsorted(pairs[order], np.arange(num_pairs + 1))
         return cls(words[order], np.ones(len(words), dtype=bool), offsets)
 
     def counts(self, pairs: npt.NDArray[np.intp]) -> npt.NDArray[np.int64]:
-        """How many links the given pairs have."""
+        """The number of links of each given pair."""
         return self.offsets[pairs + 1] - self.offsets[pairs]
 
     def take(self, pairs: npt.NDArray[np.intp]) -> Links:
         """The links of the given pairs, in the given order."""
         counts = self.counts(pairs)
         offsets = np.cumsum([0, *counts])
-        at = np.arange(offsets[-1]) + np.repeat(self.offsets[pairs] - offsets[:-1], counts)
-        return Links(self.words[at], self.sure[at], offsets)
+        rows = np.arange(offsets[-1]) + np.repeat(self.offsets[pairs] - offsets[:-1], counts)
+        return Links(self.words[rows], self.sure[rows], offsets)
 
     def lines(self) -> Iterator[str]:
-        """Each pair's line of the Pharaoh format."""
+        """The Pharaoh line of each pair."""
         for start, end in zip(self.offsets[:-1], self.offsets[1:], strict=True):
             links = zip(self.words[start:end].tolist(), self.sure[start:end], strict=True)
             yield " ".join(f"{i}{'-' if sure else 'p'}{j}" for (i, j), sure in links)
@@ -87,8 +75,8 @@ def read_links(
     num_words: npt.NDArray[np.int64],
     *,
     text: str,
-    lines: npt.NDArray[np.integer[Any]] | None = None,
-    num_lines: int | None = None,
+    lines: npt.NDArray[np.integer[Any]],
+    num_lines: int,
     first_word: int | None = 0,
     skip_bad: bool = False,
     gold: bool = False,
@@ -98,27 +86,26 @@ def read_links(
 
     Args:
         path: the file.
-        num_words: (P, 2) how many words the sentences of each pair have, source and target.
-        text: the file whose lines these belong to, for messages.
-        lines: (P,) the line of each pair, counted from 1; None: all in order. Other lines belong to
-            sentences that are not used, and are not looked at.
-        num_lines: how many lines the text has; None: P.
-        first_word: the number of a sentence's first word; None finds out: 1 where no word is 0.
-        skip_bad: leave bad links out instead of refusing the file.
-        gold: leave the few links of a gold file out that name a word which is not there.
-        progress: told how words are counted where that was found out, and what was left out.
+        num_words: (P, 2) words of each source and target sentence.
+        text: name of the parallel text, for messages.
+        lines: (P,) line of each pair, from 1; other lines are ignored.
+        num_lines: number of lines in the text.
+        first_word: number of a sentence's first word; None: 1 if no link names word 0.
+        skip_bad: skip bad links instead of refusing the file.
+        gold: skip the few links of a gold file that name a missing word.
+        progress: notes skipped links and the detected `first_word`.
 
     Raises:
-        DataError: the file cannot be read, has more or fewer lines than there are pairs, or a link
-            is malformed or names a word that is not there.
+        DataError: the file cannot be read, its number of lines differs from the text's, or a link
+            is malformed or names a missing word.
     """
-    numbers = np.arange(1, len(num_words) + 1) if lines is None else lines
-    last = len(num_words) if num_lines is None else num_lines
     content = read_lines(path, "links such as 0-0 1-2")
-    if len(content) > last:
-        raise DataError.at(path, last + 1, f"more lines than sentences; {text} has {last}.")
-    if len(content) < last:
-        raise DataError(f"{path}: {len(content)} lines; expected {last}, as in {text}.")
+    if len(content) > num_lines:
+        raise DataError.at(
+            path, num_lines + 1, f"more lines than sentences; {text} has {num_lines}."
+        )
+    if len(content) < num_lines:
+        raise DataError(f"{path}: {len(content)} lines; expected {num_lines}, as in {text}.")
     if first_word is None:
         first_word = 0 if any(map(_LINK_OF_WORD_0.search, content)) else 1
         progress.note(f"{path}: words are counted from {first_word}.")
@@ -126,7 +113,7 @@ def read_links(
     sure: list[bool] = []
     offsets = [0]
     bad: list[str] = []
-    for number, sizes in zip(numbers.tolist(), num_words.tolist(), strict=True):
+    for number, sizes in zip(lines.tolist(), num_words.tolist(), strict=True):
         for item in content[number - 1].split():
             try:
                 link, is_sure = _parse(item, first_word, sizes)
@@ -139,9 +126,9 @@ def read_links(
             sure.append(is_sure)
         offsets.append(len(words))
     if not skip_bad and len(bad) > max(1, _MOST_MISNUMBERED * len(words)):
-        raise DataError(f"{path}: {len(bad)} links name words that are not there: {bad[0]}")
+        raise DataError(f"{path}: {len(bad)} links name words that do not exist: {bad[0]}")
     if bad:
-        progress.note(f"{path}: {len(bad)} bad links left out, the first in {bad[0]}")
+        progress.note(f"{path}: {len(bad)} bad links skipped, the first in {bad[0]}")
     return Links(
         np.array(words, dtype=np.int64).reshape(-1, 2),
         np.array(sure, dtype=bool),
@@ -150,11 +137,7 @@ def read_links(
 
 
 def read_lines(path: Path, expected: str) -> list[str]:
-    """The lines of a UTF-8 file.
-
-    Raises:
-        DataError: it cannot be read; says what was expected.
-    """
+    """The lines of a UTF-8 file, or a DataError that says what was `expected`."""
     try:
         content = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -165,7 +148,7 @@ def read_lines(path: Path, expected: str) -> list[str]:
 
 
 class _NoSuchWord(ValueError):
-    """A link names a word that its sentence does not have."""
+    """A link names a word that the sentence does not have."""
 
 
 def _parse(item: str, first_word: int, sizes: list[int]) -> tuple[tuple[int, int], bool]:
@@ -176,7 +159,7 @@ def _parse(item: str, first_word: int, sizes: list[int]) -> tuple[tuple[int, int
     for side, word, size in zip(("source", "target"), link, sizes, strict=True):
         if not 0 <= word < size:
             raise _NoSuchWord(
-                f"{item} names a word that is not there; the {side} sentence has {size}, "
+                f"{item} names a word that does not exist; the {side} sentence has {size}, "
                 f"counted from {first_word}."
             )
     return link, match[2] == "-"
@@ -184,55 +167,42 @@ def _parse(item: str, first_word: int, sizes: list[int]) -> tuple[tuple[int, int
 
 @dataclass(frozen=True)
 class AlignmentScore:
-    """Agreement of links A with the sure links S and the possible ones P, of which S is part.
+    """Agreement of links A with sure gold links S and possible ones P ⊇ S."""
 
-    Attributes:
-        precision: |A ∩ P| / |A|, the share of links that are possible; 0 of none.
-        recall: |A ∩ S| / |S|, the share of sure links that are found.
-        error_rate: the alignment error rate, 1 − (|A ∩ S| + |A ∩ P|) / (|A| + |S|).
-        num_pairs: sentence pairs.
-        num_found: |A|.
-        num_sure: |S|.
-        num_possible: |P|.
-    """
-
-    precision: float
-    recall: float
-    error_rate: float
+    precision: float  # |A ∩ P| / |A|; 0 if A is empty
+    recall: float  # |A ∩ S| / |S|
+    error_rate: float  # alignment error rate, 1 − (|A ∩ S| + |A ∩ P|) / (|A| + |S|)
     num_pairs: int
-    num_found: int
-    num_sure: int
-    num_possible: int
+    num_found: int  # |A|
+    num_sure: int  # |S|
+    num_possible: int  # |P|
 
 
 def score(links: Links, gold: Links) -> AlignmentScore:
-    """Compares links with gold ones of the same P pairs; one given twice counts once.
+    """Compares links with gold links of the same P pairs; duplicates count once.
 
     Raises:
-        DataError: there is no sure gold link, so nothing can be recalled.
+        DataError: there is no sure gold link.
     """
     width = 1 + max((int(each.words.max()) for each in (links, gold) if each.words.size), default=0)
-    keys = _keys(links, width)
-    possible = _keys(gold, width)
-    sure = _keys(gold, width, gold.sure)
+
+    def keys(links: Links) -> npt.NDArray[np.int64]:
+        source, target = links.words.T
+        numbers: npt.NDArray[np.int64] = (links.pairs * width + source) * width + target
+        return numbers
+
+    linked, possible, sure = map(np.unique, (keys(links), keys(gold), keys(gold)[gold.sure]))
     if not len(sure):
-        raise DataError("the gold links hold no sure link (i-j); nothing can be scored.")
-    sure_hits = len(np.intersect1d(keys, sure, assume_unique=True))
-    possible_hits = len(np.intersect1d(keys, possible, assume_unique=True))
+        raise DataError("the gold links hold no sure link (i-j), so nothing can be scored.")
+    sure_hits, possible_hits = (
+        len(np.intersect1d(linked, gold_keys, assume_unique=True)) for gold_keys in (sure, possible)
+    )
     return AlignmentScore(
-        precision=possible_hits / len(keys) if len(keys) else 0.0,
+        precision=possible_hits / len(linked) if len(linked) else 0.0,
         recall=sure_hits / len(sure),
-        error_rate=1 - (sure_hits + possible_hits) / (len(keys) + len(sure)),
+        error_rate=1 - (sure_hits + possible_hits) / (len(linked) + len(sure)),
         num_pairs=len(gold),
-        num_found=len(keys),
+        num_found=len(linked),
         num_sure=len(sure),
         num_possible=len(possible),
     )
-
-
-def _keys(
-    links: Links, width: int, which: npt.NDArray[np.bool_] | slice = slice(None)
-) -> npt.NDArray[np.int64]:
-    """A number for each distinct link; words are numbered below `width`."""
-    source, target = links.words.T
-    return np.unique(((links.pairs * width + source) * width + target)[which])

@@ -1,6 +1,6 @@
-"""Which training pairs an epoch meets, and which of them share a batch.
+"""Draws the training pairs of each epoch and divides them into batches.
 
-Legend: U distinct training pairs · N pairs met in an epoch · L languages.
+Legend: L languages.
 """
 
 from __future__ import annotations
@@ -17,20 +17,19 @@ from clseave_cli.core.training.sampling import self_paced_shares, whole_parts
 
 
 class Sampler:
-    """The batches of each epoch, from its number and the last dev metrics alone.
+    """The batches of each epoch, a function of its number and the last dev metrics only.
 
     - `proportional`: every pair once.
     - `uniform`: every language equally often.
     - `temperature`: as often as its pairs to the power of 1/T (Arivazhagan et al. 2019, §4.2).
     - `self-paced`: more often where dev recall lags (`self_paced_shares`).
 
-    A language's pairs are gone through in round after round, each in another order, and an
-    epoch goes on where the one before stopped: none is met twice before all were met once. Not so
-    if self-paced, where no epoch knows how far the others came: each begins its rounds anew.
+    The pairs of a language are visited in rounds, each in a new order, and an epoch continues where
+    the last one stopped, so no pair is seen twice before all are seen once. Self-paced epochs start
+    new rounds instead, because their position would depend on all earlier metrics.
     """
 
     def __init__(self, pairs: TrainingPairs, config: StudentConfig) -> None:
-        """Looks at what there is."""
         self._config = config
         self._languages = pairs.languages
         self._sizes = np.bincount(pairs.language, minlength=len(pairs.languages))
@@ -38,12 +37,7 @@ class Sampler:
         self.num_examples = config.epoch_pairs or len(pairs)
 
     def batches(self, epoch: int, dev: dict[str, float]) -> list[Rows]:
-        """The batches of an epoch.
-
-        Args:
-            epoch: its number, from 0.
-            dev: the dev metrics after the epoch before; empty before the first.
-        """
+        """The batches of epoch `epoch`, from 0, given the dev metrics of the one before, if any."""
         config = self._config
         if config.sampling == "proportional" and self.num_examples == self._sizes.sum():
             return batches(self.num_examples, config.batch_size, seed=config.seed, epoch=epoch)
@@ -51,22 +45,21 @@ class Sampler:
         random = np.random.default_rng([config.seed, epoch])
         counts = whole_parts(self.shares(dev), self.num_examples)
         drawn = [
-            self._drawn(language, count, epoch, random)
+            self._draw(language, count, epoch, random)
             for language, count in enumerate(counts.tolist())
         ]
         return np.array_split(random.permutation(np.concatenate(drawn)), num_batches)
 
-    def _drawn(self, language: int, count: int, epoch: int, random: np.random.Generator) -> Rows:
-        """What an epoch meets of a language."""
+    def _draw(self, language: int, count: int, epoch: int, random: np.random.Generator) -> Rows:
         size, self_paced = int(self._sizes[language]), self._config.sampling == "self-paced"
         first, skipped = divmod(0 if self_paced else epoch * count, size)
-        drawn = [np.empty(0, dtype=np.intp)]
+        rounds = [np.empty(0, dtype=np.intp)]
         for number in range(first, first + math.ceil((skipped + count) / size)):
             if not self_paced:
-                # From 1: a 0 at the end is nothing to numpy, and the epoch's generator has none.
+                # + 1, because numpy ignores a final 0: the seed would be that of an epoch.
                 random = np.random.default_rng([self._config.seed, number, language + 1])
-            drawn.append(random.permutation(size))
-        return np.concatenate(drawn)[skipped : skipped + count] + int(self._firsts[language])
+            rounds.append(random.permutation(size))
+        return np.concatenate(rounds)[skipped : skipped + count] + int(self._firsts[language])
 
     def shares(self, dev: dict[str, float]) -> npt.NDArray[np.float64]:
         """(L,) the languages' shares of an epoch, given the dev metrics of the one before."""

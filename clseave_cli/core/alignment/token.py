@@ -1,11 +1,11 @@
-"""CLTEAVE, the token method (thesis 3.2): a student's words against the teacher's.
+"""CLTEAVE, the token method (thesis 3.2): trains a student's words on the teacher's.
 
-Words that translate each other are paired, each word stands for its first sub-token, and the
-student's state there, coded to the teacher's width, is to be the teacher's state. The thesis's
-faults are switches here (docs/methods.md, "Token alignment").
+Words that translate each other are paired and represented by their first sub-tokens. The student's
+state there, mapped to the teacher's width (its code), is trained to equal the teacher's state. The
+thesis's faults are options (docs/methods.md, "Token alignment").
 
-Legend: U training pairs, P different ones · B pairs of a batch · L token pairs · H width of the
-student's states · K of the teacher's · D embedding width.
+Legend: P distinct training pairs · B pairs of a batch · L token pairs · K width of the teacher's
+states · D embedding width.
 """
 
 from __future__ import annotations
@@ -44,37 +44,33 @@ from clseave_cli.progress import Progress
 
 
 def require_links_fit(config: StudentConfig) -> None:
-    """Refuses a file of links that nothing would read, or the wrong language would.
-
-    Raises:
-        UsageError: it is one.
-    """
+    """Raises a UsageError if --alignments would go unused or serve several languages."""
     if config.alignments is None:
         return
     if config.method == "sentence":
         raise UsageError(
-            "--alignments: --method sentence compares no words; add --method token, or leave it "
-            "out."
+            "--alignments: --method sentence does not compare words; add --method token, or drop "
+            "--alignments."
         )
     if len({*config.lang, *config.auxiliary}) > 1 and "{lang}" not in str(config.alignments):
         raise UsageError(
             f"--alignments {config.alignments}: one file for several languages; put {{lang}} in "
-            "its name, which stands for the language."
+            "its name, in place of the language."
         )
 
 
 def token_student(
     config: StudentConfig, teacher: SentenceEncoder
 ) -> tuple[SentenceEncoder, dict[str, str]]:
-    """The student that `--method token` trains, and fingerprints of what it starts from.
+    """The untrained student of `--method token`, and fingerprints of what initialised it.
 
     Raises:
-        UsageError: the options ask for another kind of student.
+        UsageError: the options contradict each other.
         ModelError: the encoder or the autoencoder is unusable.
     """
     if config.pooling != "terminal":
         raise UsageError(
-            f"--method {config.method}: reads --sentence-token; --pooling is that of --method "
+            f"--method {config.method}: use --sentence-token; --pooling belongs to --method "
             "sentence."
         )
     if config.method == "token" and config.objective != "mse":
@@ -84,7 +80,7 @@ def token_student(
         )
     if config.token_reader == "decoder" and not config.pretrained_code:
         raise UsageError(
-            "--token-reader decoder: reads through the decoder of a trained autoencoder; add "
+            "--token-reader decoder: needs the decoder of a trained autoencoder; add "
             "--pretrained-code."
         )
     student = new_token_student(
@@ -110,48 +106,32 @@ def token_student(
 
 @dataclass(frozen=True, eq=False)
 class TokenPairs:
-    """The paired tokens of P different training pairs.
+    """The paired tokens of P distinct training pairs."""
 
-    Attributes:
-        sources: tokens of the distinct source sentences, for the teacher.
-        links: which token of the source sentence belongs to which of the target.
-    """
-
-    sources: TokenTable
-    links: Links
+    sources: TokenTable  # the distinct source sentences, for the teacher
+    links: Links  # between tokens of the source and tokens of the target
 
 
 @dataclass(eq=False)
 class TokenCorpus:
-    """Finds or reads word pairs, language by language, beside `Corpus`.
+    """Aligns the words of one language after another, or reads their links from a file."""
 
-    Attributes:
-        student: as it is before training; unless `--aligner` names another, it aligns words.
-        teacher: the text tower to imitate.
-        source_lang: its language.
-        config: where word pairs come from.
-        progress: shows how far the alignment is.
-    """
-
-    student: SentenceEncoder
-    teacher: SentenceEncoder
+    student: SentenceEncoder  # untrained; it aligns words unless `--aligner` names another encoder
+    teacher: SentenceEncoder  # the text tower to imitate
     source_lang: str
     config: StudentConfig
     progress: Progress
-    #: Of the linked words of each language: the training pairs they stand in, which of them, the
-    #: first token of the target's word (or `NONE`), and the source's word.
+    #: For each language its pairs, and for each link: the pair, the first token of the target word
+    #: (or `NONE`), and the source word.
     _parts: list[tuple[LanguagePairs, Rows, Rows, Rows]] = field(default_factory=list, init=False)
 
     def add(self, text: Parallel, part: LanguagePairs, sources: Sequence[str]) -> dict[str, str]:
-        """Takes in the text of a language.
+        """Adds a language; returns the fingerprint of the links' file or of the aligner.
 
         Args:
-            text: its rows.
-            part: what `Corpus` made of them.
-            sources: every source sentence that `part` counts through.
-
-        Returns:
-            Fingerprints of the file that was read, or of what aligned the words.
+            text: the rows of the language.
+            part: what `Corpus.add` returned for them.
+            sources: the source sentences that `part` refers to.
 
         Raises:
             DataError: the file of links is bad.
@@ -178,7 +158,7 @@ class TokenCorpus:
                 skip_bad=self.config.skip_bad,
                 progress=self.progress,
             )
-            # A pair that stands in several rows has the links of the first.
+            # A pair that occurs in several rows gets the links of the first.
             _, row = np.unique(target_of_row * len(numbers) + source_of_row, return_index=True)
             links = links.take(row)
         else:
@@ -194,39 +174,33 @@ class TokenCorpus:
         return inputs
 
     def add_source(self, part: LanguagePairs, sources: Sequence[str]) -> None:
-        """Takes in source sentences as their own translations: every word pairs with itself."""
+        """Adds source sentences as their own translations: every word is linked with itself."""
         words = split_words(sources, self.source_lang)
         word = np.arange(len(words.starts)) - np.repeat(words.offsets[:-1], words.counts)
-        every = np.ones(len(word), dtype=bool)
-        self._take(Links(np.stack([word, word], axis=1), every, words.offsets), words, part)
+        is_sure = np.ones(len(word), dtype=bool)
+        self._take(Links(np.stack([word, word], axis=1), is_sure, words.offsets), words, part)
 
     def pairs(self, sources: Sequence[str]) -> TokenPairs:
-        """Everything taken in, in the order of `Corpus`'s pairs.
-
-        Raises:
-            DataError: there is not one token pair.
-        """
-        places = find_tokens(self.teacher, split_words(sources, self.source_lang))
+        """All token pairs in the order of `Corpus`'s pairs; a DataError if there are none."""
+        source_tokens = find_tokens(self.teacher, split_words(sources, self.source_lang))
         columns: list[tuple[Rows, Rows, Rows]] = []  # training pair, token of target and source
         num_pairs = 0
         for part, pair, target_token, source_word in self._parts:
-            word = places.words.offsets[part.source_of_pair[pair]] + source_word
-            columns.append((num_pairs + pair, target_token, places.first_token[word]))
+            word = source_tokens.words.offsets[part.source_of_pair[pair]] + source_word
+            columns.append((num_pairs + pair, target_token, source_tokens.first_token[word]))
             if self.config.terminal_pair:
-                columns.append(
-                    (
-                        num_pairs + np.arange(len(part.counts)),
-                        part.tokens.lengths(part.sentence_of_pair) - 1,
-                        places.tokens.lengths(part.source_of_pair) - 1,
-                    )
+                terminals = (
+                    part.tokens.lengths(part.sentence_of_pair) - 1,
+                    source_tokens.tokens.lengths(part.source_of_pair) - 1,
                 )
+                columns.append((num_pairs + np.arange(len(part.counts)), *terminals))
             num_pairs += len(part.counts)
         pair, target, source = map(np.concatenate, zip(*columns, strict=True))
         kept = np.flatnonzero((target != NONE) & (source != NONE))
         if not len(kept):
             raise DataError("no words are linked; there is nothing for --method token to learn.")
         tokens = np.stack([source[kept], target[kept]], axis=1)
-        return TokenPairs(places.tokens, Links.of(pair[kept], tokens, num_pairs))
+        return TokenPairs(source_tokens.tokens, Links.of(pair[kept], tokens, num_pairs))
 
     @functools.cached_property
     def _aligner(self) -> WordAligner:
@@ -247,49 +221,29 @@ class TokenCorpus:
 
 
 class TokenBatch(NamedTuple):
-    """B training pairs, made ready.
-
-    Attributes:
-        pairs: their sentences, with this process's shard of the targets packed.
-        source: the distinct source sentences of that share, packed.
-        target_place: (L,) int64 where in the flattened rows of the targets each paired token is.
-        source_place: (L,) the same in those of `source`.
-        owner: (L,) int64, which sentence of the shard it belongs to.
-        num_tokens: (B,) paired tokens of every pair of the batch.
-    """
+    """B training pairs, prepared; token pairs are those of this process's shard."""
 
     pairs: SentenceBatch
-    source: PackedBatch
-    target_place: Tensor
-    source_place: Tensor
-    owner: Tensor
-    num_tokens: Tensor
+    source: PackedBatch  # the distinct source sentences of the shard
+    target_place: Tensor  # (L,) int64 position of the token in the flat rows of the targets
+    source_place: Tensor  # (L,) int64 position of its partner in those of `source`
+    owner: Tensor  # (L,) int64 sentence pair of the shard
+    num_tokens: Tensor  # (B,) token pairs of each sentence pair of the batch
 
 
 @dataclass(frozen=True, eq=False)
 class TokenObjective:
-    """The codes of the student's paired tokens against the teacher's states (thesis 3.2.1).
+    """Compares the codes of the student's paired tokens with teacher states (thesis 3.2.1)."""
 
-    Attributes:
-        student: what is trained; of `token_student`.
-        teacher: the frozen text tower.
-        tokens: the paired tokens.
-        sentences: the sentences they stand in, and a loss on their embeddings.
-        sentence_weight: of that loss; 0: embeddings are not computed.
-        token_weight: of the token pairs' loss.
-        target: which states of the teacher the codes imitate.
-    """
-
-    student: SentenceEncoder
-    teacher: SentenceEncoder
+    teacher: SentenceEncoder  # the frozen text tower
     tokens: TokenPairs
-    sentences: SentenceObjective
-    sentence_weight: float
+    sentences: SentenceObjective  # with the student, from `token_student`
+    sentence_weight: float  # if 0, sentence embeddings are not computed
     token_weight: float
-    target: TokenTarget = "normalised"
+    target: TokenTarget = "normalised"  # which states of the teacher the codes imitate
 
     def prepare(self, rows: Rows) -> TokenBatch:
-        """Packs this process's shard of both sides; every source sentence once."""
+        """Packs this process's shard of both sides, with each source sentence once."""
         pairs, tokens, shard = self.sentences.pairs, self.tokens, processes().shard(rows)
         batch = self.sentences.prepare(rows)
         sources, source_of_pair = np.unique(pairs.teacher.index[shard], return_inverse=True)
@@ -307,7 +261,7 @@ class TokenObjective:
         )
 
     def loss(self, batch: TokenBatch) -> Tensor:
-        """Mean squared error of all token pairs of the batch, those of repeated pairs repeated."""
+        """Mean squared error of the batch's token pairs, weighted like their sentence pairs."""
         weights = batch.pairs.weights
         gathered = processes().gather(lambda: self._errors(batch), len(weights))
         num_tokens = (weights * batch.num_tokens).sum()
@@ -318,26 +272,22 @@ class TokenObjective:
         return self.sentence_weight * sentence_loss + self.token_weight * loss
 
     def _errors(self, batch: TokenBatch) -> Tensor:
-        """For each pair of the shard the summed error of its tokens and, if asked, its embedding.
-
-        Returns:
-            (shard, 1) or (shard, 1 + D).
-        """
-        target = batch.pairs.sentences
-        hidden = self.student.hidden_states(target)
-        codes = _coded_state(self.student).coder(hidden.flatten(0, 1)[batch.target_place])  # (L, K)
+        """(shard, 1) summed token errors of each pair, or (shard, 1 + D) with its embedding."""
+        student, target = self.sentences.student, batch.pairs.sentences
+        hidden = student.hidden_states(target)
+        codes = _coded_state(student).coder(hidden.flatten(0, 1)[batch.target_place])  # (L, K)
         with torch.no_grad():
             layer = -1 if self.target == "encoder" else None
             states = self.teacher.hidden_states(batch.source, layer).flatten(0, 1)
         errors = (codes.float() - states[batch.source_place].float()).square().mean(dim=1)
-        # A product with zeros and ones: adding at indices on a GPU gives other bits every time.
+        # A matrix product, because adding at indices is not deterministic on a GPU.
         sentences = torch.arange(len(target.terminals), device=hidden.device)
         belongs = (sentences[:, None] == batch.owner).float()  # (shard, L)
         with torch.autocast(hidden.device.type, enabled=False):
             summed: Tensor = belongs @ errors[:, None]
         if not self.sentence_weight:
             return summed
-        embeddings = self.student.project(pool(hidden, target, self.student.pooling))
+        embeddings = student.project(pool(hidden, target, student.pooling))
         return torch.cat([summed, embeddings.float()], dim=1)
 
 

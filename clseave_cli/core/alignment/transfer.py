@@ -1,4 +1,4 @@
-"""Starting from a student of another language, and the translator between their word vectors.
+"""Initialises a student from one of another language, and translates between their word vectors.
 
 "All for one" and the Translator of visually grounded cross-lingual transfer (Liu, Lebret and
 Aberer; docs/methods.md, "Starting from another student").
@@ -29,27 +29,23 @@ from clseave_cli.core.files import file_digest, json_digest
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.folder import peek
-from clseave_cli.core.models.student import FORMAT, begun_student
+from clseave_cli.core.models.student import FORMAT, init_student
 from clseave_cli.errors import DataError, ModelError, UsageError
 from clseave_cli.progress import Progress
 
-#: A word, as the tokens that it has where it stands.
+#: The token ids of a word.
 Word = tuple[int, ...]
 
-#: Pairs that a translator is computed from, the most frequent ones; as many as Joulin et al. take.
+#: The most frequent word pairs to fit a translator to, as many as in Joulin et al. 2018.
 _MOST_PAIRS = 5000
-#: Of RCSLS: neighbours, steps, and the size of the first step.
+#: RCSLS: neighbours, steps, and the size of the first step.
 _NEIGHBOURS, _STEPS, _RATE = 10, 10, 1.0
 
 
 def require_start_fits(config: StudentConfig) -> None:
-    """Refuses options of a start from another student that mean nothing without one, or together.
-
-    Raises:
-        UsageError: names the first.
-    """
+    """Raises a UsageError if the options of a start from a student conflict or are incomplete."""
     has_translator = config.translator != "none"
-    for given, flag, missing, needed in (
+    for is_set, flag, lacks_other, other in (
         (config.keep_embeddings, "--keep-embeddings", not config.init_from, "--init-from DIR"),
         (has_translator, "--translator", not config.init_from, "--init-from DIR"),
         (config.translator_epochs is not None, "--translator-epochs", not has_translator,
@@ -57,12 +53,12 @@ def require_start_fits(config: StudentConfig) -> None:
         (config.lexicon, "--lexicon", config.translator != "lexicon", "--translator lexicon"),
         (config.init_from, "--init-from", config.method != "sentence", "--method sentence"),
     ):  # fmt: skip
-        if given and missing:
-            raise UsageError(f"{flag}: needs {needed}; add that, or leave {flag} out.")
+        if is_set and lacks_other:
+            raise UsageError(f"{flag}: needs {other}; add that, or drop {flag}.")
     if config.trim_vocabulary and (has_translator or config.keep_embeddings):
         raise UsageError(
-            "--trim-vocabulary: the vectors it takes out would not be those of --student, with "
-            "--translator or --keep-embeddings; leave one of them out."
+            "--trim-vocabulary: the word vectors it removes could not be restored from --student "
+            "after --translator or --keep-embeddings; drop one of these options."
         )
     if (config.translator_epochs or 0) > config.epochs:
         raise UsageError(
@@ -70,27 +66,27 @@ def require_start_fits(config: StudentConfig) -> None:
         )
 
 
-def student_begun_from(
+def initialised_student(
     folder: Path, config: StudentConfig, teacher: ClipVE, progress: Progress
 ) -> tuple[SentenceEncoder, Lexicon | None]:
-    """The student that starts from the one in a folder, and what its translator is computed from.
+    """A student initialised from the one in `folder`, and the empty lexicon for its translator.
 
     Raises:
-        ModelError: as `begun_student`, or the encoder's word vectors allow no translator.
+        ModelError: as `init_student`, or the encoder's word vectors allow no translator.
         UsageError: the trained student has another pooling.
     """
-    student, vectors = begun_student(
+    student, vectors = init_student(
         folder, config.student, teacher=teacher.fingerprint, keep_words=config.keep_embeddings
     )
     if student.pooling != config.pooling:
         raise UsageError(
-            f"--pooling {config.pooling}: {folder} was trained with {student.pooling}; take that."
+            f"--pooling {config.pooling}: {folder} was trained with {student.pooling}; use that."
         )
     table = student.backbone.get_input_embeddings()
     if config.translator != "none" and type(table) is not nn.Embedding:
         raise ModelError(
-            f"{config.student}: its word vectors are no plain table (a {type(table).__name__}); "
-            "--translator works with a plain one only."
+            f"{config.student}: --translator needs a plain table of word vectors, not a "
+            f"{type(table).__name__}."
         )
     if config.translator != "lexicon":
         return student, None
@@ -101,7 +97,7 @@ def student_begun_from(
 def new_translator(
     config: StudentConfig, student: SentenceEncoder, lexicon: Lexicon | None
 ) -> nn.Linear | None:
-    """The matrix behind the student's word vectors as it begins; None where there is to be none."""
+    """The untrained matrix behind the student's word vectors; None without --translator."""
     if config.translator == "none":
         return None
     width = student.backbone.get_input_embeddings().embedding_dim
@@ -117,54 +113,41 @@ def new_translator(
 
 @dataclass(eq=False)
 class Lexicon:
-    """Words of the languages that a trained student reads, and their translations.
+    """Words of a trained student's languages, with their translations."""
 
-    Attributes:
-        student: starts from it; its tokens the words become.
-        vectors: (V, H) the word vectors of the trained one.
-        languages: those that it reads.
-        config: where the pairs come from.
-        progress: shows how far the word alignment is.
-    """
-
-    student: SentenceEncoder
-    vectors: Tensor
-    languages: Sequence[str]
+    student: SentenceEncoder  # the new student, which tokenises the words
+    vectors: Tensor  # (V, H) word vectors of the trained student
+    languages: Sequence[str]  # languages of the trained student
     config: StudentConfig
     progress: Progress
     _counts: Counter[tuple[Word, Word]] = field(default_factory=Counter, init=False)
 
     def read(self, path: Path) -> dict[str, str]:
-        """Takes in a file of word pairs; returns its fingerprint.
-
-        Raises:
-            DataError: a line is not two words.
-        """
+        """Adds a file of word pairs; returns its fingerprint, or raises a DataError."""
         backend = self.student.tokenizer.backend_tokenizer
         for number, line in enumerate(read_lines(path, "a word and its translation"), start=1):
             words = line.split()
             if len(words) != 2:
                 raise DataError.at(
                     path, number, f"{line[:60]!r} is no word pair; expected a word of "
-                    f"{'+'.join(self.languages)} and its translation, a space between."
+                    f"{'+'.join(self.languages)}, a space, and its translation."
                 )  # fmt: skip
-            source, target = (
-                tuple(backend.encode(word, add_special_tokens=False).ids) for word in words
-            )
+            encodings = (backend.encode(word, add_special_tokens=False) for word in words)
+            source, target = (tuple(encoding.ids) for encoding in encodings)
             if source and target:
                 self._counts[source, target] += 1
         return {"lexicon": file_digest(path)}
 
     def add(self, reader: ParallelReader, training: Parallel) -> dict[str, str]:
-        """Takes in the linked words of a training text; returns fingerprints of what they are from.
+        """Adds the linked words of a training text; returns fingerprints of text and aligner.
 
         Raises:
-            UsageError: the text is there in no language of the trained student.
+            UsageError: no language of the trained student has this text.
             ExtraMissing: a language needs a segmenter that is not installed.
         """
         inputs: dict[str, str] = {}
         for lang in self.languages:
-            text = reader.beside(training, lang)
+            text = reader.with_source(training, lang)
             if text is None:
                 continue
             sources, source_of_row = distinct(text.sources)
@@ -183,15 +166,13 @@ class Lexicon:
             for source, target in np.stack(numbers, axis=1).tolist():
                 if source in words[0] and target in words[1]:
                     self._counts[words[0][source], words[1][target]] += 1
-            inputs |= {
-                "aligner": self._aligner.digest,
-                f"lexicon: {name}": json_digest(text.sources),
-            }
+            inputs["aligner"] = self._aligner.digest
+            inputs[f"lexicon: {name}"] = json_digest(text.sources)
         if not inputs:
             raise UsageError(
                 f"--translator lexicon: {reader.folder} has no training text in "
                 f"{' or '.join(self.languages)}, which {self.config.init_from} reads; "
-                "give --lexicon FILE."
+                "add --lexicon FILE."
             )
         return inputs
 
@@ -201,9 +182,9 @@ class Lexicon:
         return load_aligner(self.config, name, self.student.device, self.progress)
 
     def pairs(self) -> list[tuple[Word, Word]]:
-        """The words that are linked with each other most often, both ways, most frequent first.
+        """Words that are each other's most frequent translation, most frequent first.
 
-        The special tokens of a sentence stand at their end, each its own translation.
+        The special tokens of a sentence follow, each as its own translation.
         """
         targets: dict[Word, Word] = {}
         sources: dict[Word, Word] = {}
@@ -215,15 +196,11 @@ class Lexicon:
         return pairs + [((token,), (token,)) for token in special]
 
     def matrix(self) -> Tensor:
-        """(H, H) the translator.
-
-        Raises:
-            DataError: no word has a translation.
-        """
+        """Fits the (H, H) translator; raises a DataError if there are no word pairs."""
         pairs = self.pairs()
         num_words = sum(source != target for source, target in pairs)
         if not num_words:
-            raise DataError("no words are linked; there is no lexicon for --translator to fit.")
+            raise DataError("no words are linked, so --translator has no lexicon to fit.")
         self.progress.note(f"translator: fitted to {num_words:,} word pairs.")
         table = self.student.backbone.get_input_embeddings().weight.detach()
         sources, targets = zip(*pairs, strict=True)
@@ -232,24 +209,16 @@ class Lexicon:
 
 
 def procrustes(x: Tensor, y: Tensor) -> Tensor:
-    """(H, H) the orthogonal T that brings T·x nearest to y: UVᵀ, with UΣVᵀ = SVD(YᵀX).
-
-    Args:
-        x: (N, H) vectors.
-        y: (N, H) vectors.
-    """
+    """The (H, H) orthogonal T that brings (N, H) T·x nearest to y: UVᵀ, with UΣVᵀ = SVD(YᵀX)."""
     u, _, vh = torch.linalg.svd(y.T @ x)
     matrix: Tensor = u @ vh
     return matrix
 
 
 def rcsls_loss(x: Tensor, y: Tensor, matrix: Tensor) -> Tensor:
-    """The relaxed CSLS loss (Joulin et al. 2018, eq. 4): a scalar, convex in the matrix.
+    """The relaxed CSLS loss of (N, H) unit vectors and those of their translations.
 
-    Args:
-        x: (N, H) unit vectors.
-        y: (N, H) unit vectors of their translations.
-        matrix: (H, H) T.
+    A scalar, convex in the (H, H) matrix (Joulin et al. 2018, eq. 4).
     """
     similarity = x @ matrix.T @ y.T  # (N, N)
     nearest = min(_NEIGHBOURS, len(x))
@@ -262,15 +231,15 @@ def rcsls(x: Tensor, y: Tensor, matrix: Tensor) -> Tensor:
     """Refines T by projected subgradient descent of `rcsls_loss`.
 
     T stays in the convex hull of orthogonal matrices, whose singular values are at most 1. A step
-    that does not lower the loss is taken back, and the next is half as long.
+    that does not lower the loss is undone, and the next one halved.
     """
     best, lowest, slope, rate = matrix, torch.inf, torch.zeros_like(matrix), _RATE
     for _ in range(_STEPS):
-        tried = matrix.requires_grad_()
-        loss = rcsls_loss(x, y, tried)
+        candidate = matrix.requires_grad_()
+        loss = rcsls_loss(x, y, candidate)
         if loss.item() < lowest:
-            best, lowest = tried.detach(), loss.item()
-            (slope,) = torch.autograd.grad(loss, tried)
+            best, lowest = candidate.detach(), loss.item()
+            (slope,) = torch.autograd.grad(loss, candidate)
         else:
             rate /= 2
         u, sizes, vh = torch.linalg.svd(best - rate * slope)
@@ -279,18 +248,18 @@ def rcsls(x: Tensor, y: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _words(student: SentenceEncoder, words: Words) -> dict[int, Word]:
-    """The tokens of every word that has some, by its number among all words of all sentences."""
-    found = find_tokens(student, words)
-    sentence = np.repeat(np.arange(len(words)), np.diff(found.tokens.offsets))
-    inside = found.word_of_token != NONE
-    word = (words.offsets[sentence] + found.word_of_token)[inside]
-    numbers, starts = np.unique(word, return_index=True)  # tokens of a word follow each other
-    pieces = np.split(found.tokens.ids[inside], starts[1:])
+    """The tokens of every word that has any, by its number among all words."""
+    aligned = find_tokens(student, words)
+    sentence = np.repeat(np.arange(len(words)), np.diff(aligned.tokens.offsets))
+    inside = aligned.word_of_token != NONE
+    word = (words.offsets[sentence] + aligned.word_of_token)[inside]
+    numbers, starts = np.unique(word, return_index=True)  # a word's tokens are adjacent
+    pieces = np.split(aligned.tokens.ids[inside], starts[1:])
     return {n: tuple(piece.tolist()) for n, piece in zip(numbers.tolist(), pieces, strict=False)}
 
 
 def _vectors(table: Tensor, words: Sequence[Word]) -> Tensor:
-    """(N, H) unit vectors of words, the mean over their tokens, in float64 on the CPU."""
+    """(N, H) float64 unit vectors of words, each the mean over its tokens, on the CPU."""
     rows = table.double().cpu()
     means = torch.stack([rows[list(word)].mean(dim=0) for word in words])
     return functional.normalize(means, dim=1)

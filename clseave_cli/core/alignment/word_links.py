@@ -1,4 +1,4 @@
-"""`word-align`: which words of parallel sentences translate each other, and how right that is.
+"""`word-align`: links words of parallel sentences that translate each other, and scores the links.
 
 Legend: P sentence pairs.
 """
@@ -16,78 +16,47 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from clseave_cli.core.alignment.links import (
-    AlignmentScore,
-    Links,
-    read_lines,
-    read_links,
-    score,
-)
+from clseave_cli.core.alignment.links import AlignmentScore, Links, read_lines, read_links, score
 from clseave_cli.core.alignment.word_aligner import WordAligner, load_aligner
 from clseave_cli.core.alignment.words import Words, split_words
 from clseave_cli.core.config import WordAlignConfig
 from clseave_cli.core.data.hub import data_folder
-from clseave_cli.core.data.records import (
-    distinct,
-    join,
-    read_split,
-    require_language,
-    split_path,
-)
+from clseave_cli.core.data.records import distinct, join, read_split, require_language, split_path
 from clseave_cli.core.files import atomic_file, locked_target, writing
 from clseave_cli.core.training.precision import resolve_device
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.progress import SILENT, Progress
 
 _SEPARATOR = "|||"
-#: Tried by --search: mBERT is best at the first, encoders made for similarity at the last ones.
+#: Candidates of --search. The lowest suits mBERT, the highest encoders trained for similarity.
 _THRESHOLDS = (0.001, 0.01, 0.05, 0.1, 0.2, 0.3)
-#: The lines of what `word-align` writes, which it may replace: links, and words.
+#: First lines of the files that `word-align` writes and may replace.
 _LINKS = re.compile(r"(\d+-\d+( |$))*")
 _WORDS = re.compile(r"(.*\|\|\|.*)?")
 
 
 @dataclass(frozen=True)
 class WordAlignResult:
-    """Links of a text.
+    """The links of a text; layer and threshold are None if `--alignments` gave the links."""
 
-    Attributes:
-        lines: of the Pharaoh format, one for each line of the text.
-        num_pairs: P, lines that are a sentence pair.
-        num_links: of all pairs.
-        score: against the gold links, where they were given.
-        layer: whose states were compared; None: the links were read.
-        threshold: likewise, the least probability.
-    """
-
-    lines: list[str]
+    lines: list[str]  # Pharaoh format, one for each line of the text
     num_pairs: int
     num_links: int
-    score: AlignmentScore | None
+    score: AlignmentScore | None  # agreement with `--gold`
     layer: int | None = None
     threshold: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class _Text:
-    """Parallel sentences.
+    """P sentence pairs; sentences without a language are split at spaces."""
 
-    Attributes:
-        path: the file they come from; of two, that of the target.
-        sources: P sentences.
-        targets: their translations.
-        source_lang: their language; None: words stand between spaces.
-        lang: likewise of the targets.
-        lines: (P,) the line of each pair in the file, counted from 1.
-        num_lines: how many lines the file has.
-    """
-
-    path: Path
+    path: Path  # the file; of two, that of the targets
     sources: list[str]
     targets: list[str]
     source_lang: str | None
     lang: str | None
-    lines: npt.NDArray[np.integer]
+    lines: npt.NDArray[np.integer]  # (P,) line of each pair in the file, from 1
     num_lines: int
 
 
@@ -101,14 +70,19 @@ def align_words(config: WordAlignConfig, progress: Progress = SILENT) -> WordAli
         raise UsageError("--search: needs --gold to compare with, and no --alignments.")
     inputs = [path for path in (config.input, config.alignments, config.gold) if path is not None]
     with ExitStack() as stack:
-        for target, kind in ((config.out, _LINKS), (config.words, _WORDS)):
+        for name, first_line in (("out", _LINKS), ("words", _WORDS)):
+            target: Path | None = getattr(config, name)
             if target is None:
                 continue
+            if target.is_dir():
+                raise UsageError(
+                    f"--{name} {target}: is a folder; name a file, such as {target / name}.txt."
+                )
             if any(target.resolve() == path.resolve() for path in inputs):
                 raise UsageError(f"{target}: is both input and output; choose another file.")
-            if target.exists() and not kind.fullmatch(_first_line(target)):
+            if target.exists() and not first_line.fullmatch(_first_line(target)):
                 raise UsageError(
-                    f"{target}: is there already, with something else in it; choose another file."
+                    f"{target}: exists already with other content; choose another file."
                 )
             stack.enter_context(locked_target(target))
         return _align_words(config, progress)
@@ -127,38 +101,33 @@ def _align_words(config: WordAlignConfig, progress: Progress) -> WordAlignResult
     target_words = split_words(targets, text.lang)
     pairs = np.stack([source_of_pair, target_of_pair])
     num_words = np.stack([source_words.counts[pairs[0]], target_words.counts[pairs[1]]], axis=1)
-
-    def read(path: Path, first_word: int | None, gold: bool) -> Links:
-        return read_links(
-            path,
-            num_words,
-            text=str(text.path),
-            lines=text.lines,
-            num_lines=text.num_lines,
-            first_word=first_word,
-            skip_bad=config.skip_bad,
-            gold=gold,
-            progress=progress,
-        )
-
+    read = functools.partial(
+        read_links,
+        num_words=num_words,
+        text=str(text.path),
+        lines=text.lines,
+        num_lines=text.num_lines,
+        skip_bad=config.skip_bad,
+        progress=progress,
+    )
     gold = None
     if config.gold is not None:
-        base = None if config.gold_base == "auto" else int(config.gold_base)
-        gold = read(config.gold, base, gold=True)
+        first_word = None if config.gold_base == "auto" else int(config.gold_base)
+        gold = read(config.gold, first_word=first_word, gold=True)
     if config.words is not None:
-        shown = (
+        spaced = (
             f"{' '.join(source_words.of(source))} {_SEPARATOR} {' '.join(target_words.of(target))}"
             for source, target in pairs.T
         )
-        _write(config.words, _placed(shown, text))
+        _write(config.words, _by_line(spaced, text))
     if config.alignments is not None:
-        links, aligner = read(config.alignments, 0, gold=False), None
+        links, aligner = read(config.alignments), None
     else:
         aligner = load_aligner(config, config.aligner, resolve_device(config.device), progress)
         if config.search and gold is not None:
             aligner = _best(aligner, gold, source_words, target_words, pairs, progress)
         links = aligner.align(source_words, target_words, pairs, progress=progress)
-    lines = _placed(links.lines(), text)
+    lines = _by_line(links.lines(), text)
     if config.out is not None:
         _write(config.out, lines)
     return WordAlignResult(
@@ -179,31 +148,32 @@ def _best(
     pairs: npt.NDArray[np.intp],
     progress: Progress,
 ) -> WordAligner:
-    """The aligner with the layer and threshold that agree best with gold links."""
-    tried = [aligner.having(*values) for values in itertools.product(aligner.layers, _THRESHOLDS)]
+    """The aligner whose layer and threshold have the lowest error rate against gold links."""
+    settings = itertools.product(aligner.layers, _THRESHOLDS)
+    candidates = [aligner.having(layer, threshold) for layer, threshold in settings]
     rates = []
-    with progress.task("layers and thresholds", len(tried), "settings") as task:
-        for candidate in tried:
+    with progress.task("layers and thresholds", len(candidates), "settings") as task:
+        for candidate in candidates:
             rates.append(score(candidate.align(source, target, pairs), gold).error_rate)
             task.advance(1)
-    return tried[int(np.argmin(rates))]
+    return candidates[int(np.argmin(rates))]
 
 
 def _read_file(path: Path) -> _Text:
-    """A text of `source ||| target` lines, as aligners read it: words stand between spaces."""
+    """Reads `source ||| target` lines, the usual input of aligners, with words between spaces."""
     content = read_lines(path, "lines of source ||| target") or [""]
     rows = [line.split(_SEPARATOR) for line in content]
     for number, row in enumerate(rows, start=1):
         if len(row) != 2:
             raise DataError.at(
-                path, number, f"{len(row) - 1} times |||; expected source ||| target."
+                path, number, f"||| occurs {len(row) - 1} times; expected source ||| target."
             )
     sources, targets = ([side.strip() for side in column] for column in zip(*rows, strict=True))
     return _Text(path, sources, targets, None, None, np.arange(1, len(rows) + 1), len(rows))
 
 
 def _read_data(config: WordAlignConfig, progress: Progress) -> _Text:
-    """The source sentences of a split and their translations."""
+    """Reads a split in two languages."""
     lang, source_lang = config.lang, config.source_lang
     if lang is None:
         raise UsageError("--lang is missing; for example --lang de, or --input FILE.")
@@ -211,7 +181,7 @@ def _read_data(config: WordAlignConfig, progress: Progress) -> _Text:
     require_language(source_lang, "--source-lang")
     if lang == source_lang:
         raise UsageError(
-            f"--lang {lang}: is --source-lang too; name the language of the translations."
+            f"--lang {lang}: is --source-lang, too; name the language of the translations."
         )
     folder = data_folder(config.data, progress)
     read = functools.partial(
@@ -232,21 +202,15 @@ def _read_data(config: WordAlignConfig, progress: Progress) -> _Text:
             f"{target.path}: {parallel.num_unmatched_target} rows have no {source_lang} "
             "row; their lines stay empty."
         )
-    return _Text(
-        target.path,
-        parallel.sources,
-        parallel.target.hypotheses,
-        source_lang,
-        lang,
-        parallel.target.lines,
-        target.num_lines,
-    )
+    joined = parallel.target
+    sides = parallel.sources, joined.hypotheses, source_lang, lang
+    return _Text(target.path, *sides, joined.lines, target.num_lines)
 
 
-def _placed(of_pairs: Iterable[str], text: _Text) -> list[str]:
-    """What belongs to the pairs, in the lines where they stand."""
+def _by_line(contents: Iterable[str], text: _Text) -> list[str]:
+    """Puts the contents of the P pairs into the lines of their file; other lines stay empty."""
     lines = [""] * text.num_lines
-    for line, content in zip(text.lines.tolist(), of_pairs, strict=True):
+    for line, content in zip(text.lines.tolist(), contents, strict=True):
         lines[line - 1] = content
     return lines
 

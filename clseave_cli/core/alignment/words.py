@@ -1,6 +1,6 @@
-"""Words: what stands between spaces, or what a segmenter finds where none are written.
+"""Splits sentences into words, at spaces or with a segmenter, and maps tokens to words.
 
-Legend: N sentences · W words of all of them.
+Legend: N sentences · W words of all sentences · M tokens of all sentences.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.tokens import TokenTable
 from clseave_cli.errors import ExtraMissing
 
-#: Finds the words of a text, in order; spaces may be among them.
+#: Returns the words of a text in order, perhaps with spaces among them.
 Segmenter = Callable[[str], Sequence[str]]
 
 _BETWEEN_SPACES = re.compile(r"\S+")
@@ -25,26 +25,19 @@ _BETWEEN_SPACES = re.compile(r"\S+")
 
 @dataclass(frozen=True, eq=False)
 class Words:
-    """The words of sentences, stored flat: sentence i has words `offsets[i]` to `offsets[i + 1]`.
-
-    Attributes:
-        sentences: N texts.
-        starts: (W,) int64, the character of its sentence that a word begins at.
-        ends: (W,) int64, the character behind it.
-        offsets: (N + 1,) int64.
-    """
+    """The words of N sentences, stored flat: sentence i has `offsets[i]` to `offsets[i + 1]`."""
 
     sentences: Sequence[str]
-    starts: npt.NDArray[np.int64]
-    ends: npt.NDArray[np.int64]
-    offsets: npt.NDArray[np.int64]
+    starts: npt.NDArray[np.int64]  # (W,) first character of each word in its sentence
+    ends: npt.NDArray[np.int64]  # (W,) the character after its last
+    offsets: npt.NDArray[np.int64]  # (N + 1,)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     @property
     def counts(self) -> npt.NDArray[np.int64]:
-        """(N,) how many words each sentence has."""
+        """(N,) number of words in each sentence."""
         return np.diff(self.offsets)
 
     def of(self, sentence: int) -> list[str]:
@@ -55,15 +48,10 @@ class Words:
 
 
 def split_words(sentences: Sequence[str], lang: str | None = None) -> Words:
-    """Splits sentences into words.
-
-    Args:
-        sentences: N texts.
-        lang: their language; Japanese, Chinese, Korean and Thai are segmented. None: whatever it
-            is, words stand between spaces.
+    """Splits N sentences into words, with a segmenter in Japanese, Chinese, Korean and Thai.
 
     Raises:
-        ExtraMissing: the language needs a segmenter that is not installed.
+        ExtraMissing: the segmenter of `lang` is not installed.
     """
     segmenter = None
     if lang is not None and (code := lang.split("-")[0]) in _SEGMENTERS:
@@ -85,13 +73,13 @@ def _spans(text: str, segmenter: Segmenter | None) -> Iterator[tuple[int, int]]:
         return
     end = 0
     for word in map(str.strip, segmenter(text)):
-        # A segmenter that normalises gives words that are not in the text; they are no words of it.
+        # A segmenter that normalises may return words that are not in the text; skip those.
         if word and (start := text.find(word, end)) >= 0:
             end = start + len(word)
             yield start, end
 
 
-#: The package that finds words, by language.
+#: The package that segments each language.
 _SEGMENTERS = {"ja": "sudachipy", "zh": "rjieba", "ko": "python-mecab-ko", "th": "pythainlp"}
 
 
@@ -119,7 +107,7 @@ def _segmenter(code: str) -> Segmenter:
     return segmenter
 
 
-#: Of a token that is in no word, or of a word that has no token.
+#: The word of a token in no word, and the token of a word without tokens.
 NONE = -1
 
 _SENTENCES_AT_ONCE = 8192
@@ -127,32 +115,24 @@ _SENTENCES_AT_ONCE = 8192
 
 @dataclass(frozen=True, eq=False)
 class WordTokens:
-    """Tokenised sentences and their words.
-
-    Attributes:
-        tokens: N sentences.
-        word_of_token: (M,) int64, the word of its sentence that a token belongs to; -1 for special
-            tokens.
-        first_token: (W,) int64, the token of its sentence that a word begins with; -1 where a
-            word's characters were cut off, or lie within a token of the word before.
-        words: the N sentences' words.
-    """
+    """The tokens of N sentences and their words, both counted within their sentence."""
 
     tokens: TokenTable
-    word_of_token: npt.NDArray[np.int64]
+    word_of_token: npt.NDArray[np.int64]  # (M,); -1 for special tokens
+    #: (W,); -1 if the word was truncated or shares its first token with the word before.
     first_token: npt.NDArray[np.int64]
     words: Words
 
 
 def find_tokens(encoder: SentenceEncoder, words: Words) -> WordTokens:
-    """Tokenises N sentences for an encoder, as it always reads them, and finds their words.
+    """Tokenises N sentences for an encoder and maps tokens to words.
 
-    A token belongs to the word that it begins in, or before which it begins with a space.
+    A token belongs to the word that it starts in, or that follows the space it starts with.
     """
     texts = list(words.sentences)
     tokens = encoder.tokenize(texts)
     starts, ends = _characters(encoder, texts, tokens)
-    # All sentences as one long text, each behind the one before.
+    # Positions are those in one long text of all sentences.
     begins = np.cumsum([0, *(len(text) + 1 for text in texts)])
     sentence_of_token = np.repeat(np.arange(len(texts)), np.diff(tokens.offsets))
     sentence_of_word = np.repeat(np.arange(len(texts)), words.counts)
@@ -173,14 +153,14 @@ def find_tokens(encoder: SentenceEncoder, words: Words) -> WordTokens:
 def _characters(
     encoder: SentenceEncoder, texts: list[str], tokens: TokenTable
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """(M,) (M,) where in its sentence each token begins and ends; the same for special tokens."""
+    """(M,) first and (M,) end character of each token in its sentence; both 0 for special ones."""
     parts: list[npt.NDArray[np.int64]] = []
     for begin in range(0, len(texts), _SENTENCES_AT_ONCE):
         spans: list[tuple[int, int]] = []
         chunk = texts[begin : begin + _SENTENCES_AT_ONCE]
         encodings = encoder.tokenizer.backend_tokenizer.encode_batch(chunk)
         for number, encoding in enumerate(encodings, start=begin):
-            # Of a sentence that was cut all tokens but the last are its own first ones.
+            # A truncated sentence keeps its first tokens and ends with the terminal one.
             length = int(tokens.offsets[number + 1] - tokens.offsets[number])
             spans += [*encoding.offsets[: length - 1], (0, 0)]
         parts.append(np.array(spans, dtype=np.int64).reshape(-1, 2))

@@ -51,7 +51,7 @@ from clseave_cli.core.features import Photos
 from clseave_cli.core.files import locked_target, require_replaceable
 from clseave_cli.core.models.calibration import read_calibrations
 from clseave_cli.core.models.clip_ve import fingerprint, source_language
-from clseave_cli.core.models.folder import leave_out_other_versions
+from clseave_cli.core.models.folder import skip_other_versions
 from clseave_cli.core.models.listing import find_students
 from clseave_cli.core.models.student import require_teacher, student_fingerprint
 from clseave_cli.core.training.precision import resolve_device, resolve_precision
@@ -308,7 +308,7 @@ def systems_of(
         without = [lang for lang in wanted if lang not in readers]
         if zero_shot:
             readers = {lang: readers[lang] for lang in wanted if lang in readers}
-            leave_out_other_versions(readers, progress)
+            skip_other_versions(readers, progress)
         if zero_shot and without:
             progress.note(
                 f"{runs}: no student for {', '.join(without)}; `clseave align --lang "

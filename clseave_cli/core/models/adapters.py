@@ -1,8 +1,8 @@
-"""What of a pretrained tower is trained where it is not all or nothing: blocks, or adapters (LoRA).
+"""Training part of a pretrained tower: its last blocks, or low-rank adapters (LoRA).
 
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021): a matrix W becomes
-W + 2 B A (α = 2 r), of which only B and A, of rank r, are trained. At the end they are added up,
-so a model that was trained so is like any other.
+W + 2 B A (α = 2 r), and only B and A, of rank r, are trained. They are added to W at the end, so
+the saved model is an ordinary one.
 """
 
 from __future__ import annotations
@@ -16,28 +16,21 @@ import torch
 from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
 from clseave_cli.errors import ExtraMissing, UsageError
 
-#: The matrices that get adapters, by the names of CLIP, SigLIP and BERT: queries and values, as in
-#: the paper's section 7.1.
+#: The matrices that get adapters: queries and values, as in the paper's section 7.1, by their names
+#: in CLIP, SigLIP and BERT.
 _MATRICES = r".*\.(q_proj|v_proj|query|value)"
 
 
 def require_peft() -> None:
-    """Refuses adapters before any work where peft is not installed.
-
-    Raises:
-        ExtraMissing: it is not.
-    """
+    """Raises ExtraMissing, before any work is done, if peft is not installed."""
     if importlib.util.find_spec("peft") is None:
         raise ExtraMissing("--lora needs peft; run: pip install -e '.[lora]'.")
 
 
 def train_blocks(image: ImageEncoder, count: int | None, flag: str) -> None:
-    """Has the last blocks of an image tower computed in every step, from what they read.
+    """Has the last `count` blocks of an image tower trained, and computed in every step.
 
-    Args:
-        image: the tower.
-        count: how many blocks are trained; None: all of them are computed, none is trained.
-        flag: what asks for it, for the message.
+    None: all blocks are computed but frozen, as adapters need it. Messages name the option `flag`.
 
     Raises:
         UsageError: the tower has fewer blocks, or is not like CLIP's.
@@ -57,14 +50,9 @@ def train_blocks(image: ImageEncoder, count: int | None, flag: str) -> None:
 def adapted(
     encoders: tuple[SentenceEncoder | ImageEncoder, ...], rank: int | None, seed: int
 ) -> Iterator[None]:
-    """Within the block, only adapters of some encoders' backbones are trained.
+    """Within the block, the encoders' backbones have adapters of rank r, and train only those.
 
-    At its end they become part of the weights.
-
-    Args:
-        encoders: left alone without a rank.
-        rank: r; None: no adapters.
-        seed: of the adapters' first weights.
+    Afterwards the adapters are merged into the weights. Without a rank, nothing happens.
     """
     if rank is None:
         yield

@@ -1,7 +1,7 @@
-"""How sure a model is: a temperature, and thresholds below which it answers `unsure`.
+"""How confident a model is: a temperature, and thresholds below which it answers `unsure`.
 
-Both belong to a model and a language. They stand in `calibration.json` beside `config.json`, and
-do not count in the model's fingerprint: students stay bound to a CLIP-VE that is calibrated again.
+Both belong to a model and a language. They are in `calibration.json` beside `config.json`, outside
+the model's fingerprint: students stay bound to a CLIP-VE that is recalibrated.
 
 N rows · C labels (3)
 """
@@ -23,20 +23,20 @@ from clseave_cli.labels import LABELS
 
 CALIBRATION_FILE = "calibration.json"
 
-#: Temperatures that are tried: from certainty to saying nothing.
+#: Range of temperatures: from one-hot to uniform probabilities.
 _COLDEST, _HOTTEST = 0.01, 100.0
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What is done to the probabilities of one language; by default nothing."""
+    """Calibration for one language; the default changes nothing."""
 
-    temperature: float = 1.0  # divides the logits (Guo et al., 2017); 1: none was fitted
-    thresholds: dict[str, float] = field(default_factory=dict)  # least probability by label
-    precision: float | None = None  # the share of right answers that the thresholds promise
+    temperature: float = 1.0  # divides the logits (Guo et al., 2017); 1: not fitted
+    thresholds: dict[str, float] = field(default_factory=dict)  # lowest probability by label
+    precision: float | None = None  # the share of correct answers that the thresholds promise
 
     def __post_init__(self) -> None:
-        """Raises ValueError, or TypeError, where a folder says what nobody fitted."""
+        """Raises ValueError or TypeError for values that cannot have been fitted."""
         shares = [*self.thresholds.values(), self.precision or 0.0]
         if not (
             _COLDEST <= self.temperature <= _HOTTEST
@@ -46,31 +46,31 @@ class Calibration:
             raise ValueError("not a calibration")
 
     def apply(self, probabilities: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """(N, C) probabilities softmax(z / T) from softmax(z), in double precision.
+        """(N, C) probabilities softmax(z / T) from softmax(z).
 
-        It keeps apart what differs in single precision, so the likeliest stays the likeliest.
+        Double precision, so that near ties stay apart and the likeliest label stays the likeliest.
         """
         if self.temperature == 1:
             return probabilities
-        with np.errstate(divide="ignore"):  # of a probability of 0
+        with np.errstate(divide="ignore"):  # probabilities of 0
             logits = np.log(probabilities.astype(np.float64)) / self.temperature
         scaled = np.exp(logits - logits.max(axis=1, keepdims=True))
         calibrated: npt.NDArray[np.float64] = scaled / scaled.sum(axis=1, keepdims=True)
         return calibrated
 
     def is_unsure(self, probabilities: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-        """(N,) whether the likeliest label is below its threshold, by (N, C) calibrated ones."""
-        least = np.array([self.thresholds.get(label, 0.0) for label in LABELS])
-        unsure: npt.NDArray[np.bool_] = probabilities.max(1) < least[probabilities.argmax(1)]
+        """(N,) whether the likeliest label is below its threshold; (N, C) calibrated input."""
+        thresholds = np.array([self.thresholds.get(label, 0.0) for label in LABELS])
+        unsure: npt.NDArray[np.bool_] = probabilities.max(1) < thresholds[probabilities.argmax(1)]
         return unsure
 
 
 def fit_temperature(logits: npt.NDArray[Any], labels: npt.NDArray[Any]) -> float:
-    """The temperature at which (N, C) logits have the least cross-entropy with (N,) label ids.
+    """The temperature with the lowest cross-entropy of (N, C) logits with (N,) label ids.
 
-    1 where every row is right: no certainty would be too large.
+    1 if every row is correct, because no confidence would be too high, or if a logit is not finite.
     """
-    # Not at the top: answering needs NumPy alone.
+    # Imported here because prediction needs only NumPy.
     from scipy.optimize import minimize_scalar
     from scipy.special import log_softmax
 
@@ -87,22 +87,22 @@ def fit_temperature(logits: npt.NDArray[Any], labels: npt.NDArray[Any]) -> float
 
 
 def write_fitted(folder: Path, languages: Iterable[str], dev: Mapping[str, float]) -> None:
-    """Writes the temperatures that a model's dev metrics have; without photos they have none."""
-    of = {lang: dev.get(f"temperature/{lang}", dev.get("temperature")) for lang in languages}
-    (folder / CALIBRATION_FILE).unlink(missing_ok=True)  # of what was saved there before
-    if fitted := {lang: Calibration(t) for lang, t in of.items() if t is not None}:
+    """Writes the temperatures among a model's dev metrics; training without photos has none."""
+    values = {lang: dev.get(f"temperature/{lang}", dev.get("temperature")) for lang in languages}
+    (folder / CALIBRATION_FILE).unlink(missing_ok=True)  # an earlier model's
+    if fitted := {lang: Calibration(t) for lang, t in values.items() if t is not None}:
         write_calibrations(folder, fitted)
 
 
 def write_calibrations(folder: Path, calibrations: Mapping[str, Calibration]) -> None:
-    """Writes those of the model saved in a folder, by language, in place of earlier ones."""
+    """Writes the calibration of the model in a folder, by language; replaces an earlier one."""
     languages = {lang: asdict(each) for lang, each in calibrations.items()}
     content = {"model": _fingerprint(folder), "languages": languages}
     write_json(folder / CALIBRATION_FILE, content | {"digest": json_digest(content)})
 
 
 def read_calibrations(folder: Path) -> dict[str, Calibration]:
-    """Those of the model in a folder, by language; none where there is no such file.
+    """The calibration of the model in a folder, by language; empty if it has none.
 
     Raises:
         ModelError: the file is damaged, or belongs to another model.
@@ -113,15 +113,14 @@ def read_calibrations(folder: Path) -> dict[str, Calibration]:
     try:
         content = read_json(path)
         digest = content.pop("digest")
-        there = {str(k): Calibration(**each) for k, each in content["languages"].items()}
         if digest != json_digest(content) or content["model"] != _fingerprint(folder):
             raise ValueError("changed, or of another model")
+        return {str(k): Calibration(**each) for k, each in content["languages"].items()}
     except (AttributeError, KeyError, TypeError, ValueError):
         raise ModelError(
             f"{path}: damaged, or belongs to another model; copy the model folder again, or delete "
             "that file and run `clseave calibrate`."
         ) from None
-    return there
 
 
 def _fingerprint(folder: Path) -> Any:

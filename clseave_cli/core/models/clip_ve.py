@@ -27,21 +27,21 @@ from clseave_cli.errors import ModelError
 from clseave_cli.labels import LABELS
 
 FORMAT = "clip-ve"
-#: Rows the head judges at once: what it makes of them, four times as wide, stays in the
-#: processor's cache (2.6 times as fast as 18,000 rows at once, and less memory). With the patches
-#: of a ViT-B/16, 64 rows are 26 MB.
+#: Rows per call of the head: its features, four times as wide, then stay in the processor's cache
+#: (2.6 times as fast as 18,000 rows at once, with less memory). With the patches of a ViT-B/16, 64
+#: rows are 26 MB.
 _HEAD_ROWS, _PATCH_ROWS = 1024, 64
 
 
 class ClipVE(nn.Module):
-    """The visual-entailment model of one language, the source of all others.
+    """The visual-entailment model of one language, from which students of all others are trained.
 
     Attributes:
         source_lang: the language that the text tower reads.
         text: trained, projects to the shared space.
-        image: frozen and in eval mode, whatever mode the whole is in.
+        image: frozen, and always in eval mode.
         head: trained.
-        fingerprint: digest of the saved model; empty until it has been saved.
+        fingerprint: digest of the saved model; empty until it is saved.
     """
 
     def __init__(
@@ -51,10 +51,10 @@ class ClipVE(nn.Module):
         head: EntailmentHead,
         source_lang: str = ENGLISH,
     ) -> None:
-        """Puts the parts together and freezes the image tower.
+        """Freezes the image tower.
 
         Raises:
-            ModelError: the widths of the parts differ.
+            ModelError: the widths or the patch grids of the parts do not fit.
         """
         super().__init__()
         widths = (text.embedding_dim, image.embedding_dim, head.config.embedding_dim)
@@ -63,10 +63,8 @@ class ClipVE(nn.Module):
                 f"the text tower projects to {widths[0]}, the image tower to {widths[1]}, the "
                 f"head reads {widths[2]}; the three must be equal."
             )
-        grid = head.config.patch_grid
-        if grid and (
-            not 0 < grid <= image.grid or image.grid % grid or head.config.patch_heads < 1
-        ):
+        grid, heads = head.config.patch_grid, head.config.patch_heads
+        if grid and (not 0 < grid <= image.grid or image.grid % grid or heads < 1):
             raise ModelError(
                 f"the head reads {grid} × {grid} patches, which the image tower's {image.grid} × "
                 f"{image.grid} cannot be averaged to; choose another --patch-grid."
@@ -93,12 +91,12 @@ class ClipVE(nn.Module):
         Args:
             name: hub id or folder of the model.
             source_lang: the language it will be trained in.
-            head: what the head reads of an image.
-            patch_grid: cells along a side that its patches are averaged to; None: all patches.
+            head: the kind of head.
+            patch_grid: side of the grid that patches are averaged to; None: keep all patches.
             adapter: whether the head adapts image embeddings.
 
         Raises:
-            ModelError: the model cannot be loaded, has an unknown layout, or none of these patches.
+            ModelError: the model cannot be loaded, has an unknown layout, or lacks such patches.
         """
         text, image = backbones.load_clip_text(name), backbones.load_clip_image(name)
         grid = (patch_grid or image.grid) if head == "patches" else 0
@@ -111,17 +109,13 @@ class ClipVE(nn.Module):
 
     @classmethod
     def from_folder(cls, folder: Path, text: SentenceEncoder | None = None) -> ClipVE:
-        """Loads a folder that `save` wrote, in eval mode.
-
-        Args:
-            folder: the model's folder.
-            text: a student to take the text tower's place, which is then not loaded.
+        """Loads a folder that `save` wrote, in eval mode; `text` replaces the saved text tower.
 
         Raises:
             ModelError: it is missing, damaged, or of another format.
         """
         with unsealed(folder, FORMAT, without=None if text is None else "text") as config:
-            with torch.device("meta"):  # its config may promise more than its file holds
+            with torch.device("meta"):  # its config may claim larger sizes than its file has
                 head = EntailmentHead(HeadConfig(**config["head"]))
             load_weights(head, folder / "head.safetensors")
             if text is None:
@@ -135,13 +129,13 @@ class ClipVE(nn.Module):
         return model.eval()
 
     def train(self, mode: bool = True) -> ClipVE:
-        """Sets the mode of text tower and head; the frozen image tower stays in eval mode."""
+        """Sets the mode of text tower and head; the image tower stays in eval mode."""
         super().train(mode)
         self.image.eval()
         return self
 
     def save(self, folder: Path, dev: Mapping[str, float] | None = None) -> None:
-        """Writes the model, with the temperature of its dev metrics; notes the fingerprint."""
+        """Writes the model and the temperature in its dev metrics, and sets the fingerprint."""
         self.text.save_pretrained(folder / "text")
         self.image.save_pretrained(folder / "image")
         save_weights(self.head, folder / "head.safetensors")
@@ -155,32 +149,24 @@ class ClipVE(nn.Module):
 
     @property
     def rows_at_once(self) -> int:
-        """Rows that the head judges at once."""
+        """Rows per call of the head, outside training."""
         return _PATCH_ROWS if self.head.config.patch_grid else _HEAD_ROWS
 
     def forward(self, hypothesis: Tensor, premise: Tensor) -> Tensor:
         """(B, 3) logits from (B, D) sentence embeddings and (B, E) premises of the image tower."""
-        # A batch that is trained on is normalised as one; otherwise rows do not see each other.
+        # In training, BatchNorm needs the whole batch; in eval mode, rows are independent.
         rows = len(hypothesis) if self.training else self.rows_at_once
         blocks = zip(torch.split(hypothesis, rows), torch.split(premise, rows), strict=True)
         return torch.cat([self.head(*block) for block in blocks])
 
 
 def fingerprint(folder: Path) -> str:
-    """The fingerprint of a saved CLIP-VE, without loading it.
-
-    Raises:
-        ModelError: not a CLIP-VE folder.
-    """
+    """The fingerprint of a saved CLIP-VE; raises ModelError for any other folder."""
     return str(peek(folder, FORMAT)["fingerprint"])
 
 
 def source_language(folder: Path) -> str:
-    """The language that a saved CLIP-VE reads, without loading it.
-
-    Raises:
-        ModelError: not a CLIP-VE folder.
-    """
+    """The language that a saved CLIP-VE reads; raises ModelError for any other folder."""
     return str(peek(folder, FORMAT)["languages"][0])
 
 
@@ -196,16 +182,16 @@ class HeadConfig:
     hidden_dim: int = 128
     dropout: float = 0.1
     normalize: bool = True
-    patch_grid: int = 0  # cells along a side of the photo; 0: the head sees one vector of it
+    patch_grid: int = 0  # cells along a side of the photo; 0: the head reads one embedding of it
     patch_heads: int = 4
     adapter: bool = False  # p ← p + A p, on the photo's embedding
 
     def to_json(self) -> dict[str, Any]:
-        """What `config.json` says; without patches and adapter, what it said before them."""
+        """For `config.json`; unused options are left out, or old fingerprints would change."""
         fields = dataclasses.asdict(self)
-        absent: tuple[str, ...] = () if self.patch_grid else ("patch_grid", "patch_heads")
-        absent += () if self.adapter else ("adapter",)
-        return {name: value for name, value in fields.items() if name not in absent}
+        unused = [] if self.patch_grid else ["patch_grid", "patch_heads"]
+        unused += [] if self.adapter else ["adapter"]
+        return {name: value for name, value in fields.items() if name not in unused}
 
 
 class EntailmentHead(nn.Module):
@@ -233,16 +219,8 @@ class EntailmentHead(nn.Module):
             nn.init.zeros_(self.adapter.weight)
 
     def forward(self, hypothesis: Tensor, premise: Tensor) -> Tensor:
-        """Scores each label.
-
-        Args:
-            hypothesis: (B, D) sentence embeddings, any float type.
-            premise: (B, E) image embeddings, with their patches where the head reads them.
-
-        Returns:
-            (B, C) float32 logits, in the order of `labels.LABELS`.
-        """
-        # Normalisation and batch statistics in float32, whatever the encoders computed in.
+        """(B, C) float32 logits, in the order of `LABELS`, from (B, D) and (B, E) embeddings."""
+        # Normalisation and batch statistics in float32, whatever the encoders' precision.
         with torch.autocast(hypothesis.device.type, enabled=False):
             h, p, cells = hypothesis.float(), self.embedding(premise), self._parts(premise)[1:]
             gathered = [self.patches(h, *cells)[0]] if self.patches else []
@@ -252,29 +230,20 @@ class EntailmentHead(nn.Module):
         return logits
 
     def attention(self, hypothesis: Tensor, premise: Tensor) -> Tensor:
-        """Where a head with patches looks.
-
-        Args:
-            hypothesis: (B, D) sentence embeddings, any float type.
-            premise: (B, E) premises.
-
-        Returns:
-            (B, grid, grid) float32 shares of the cells, from the top left, that add up to 1: the
-            mean over heads.
-        """
+        """(B, grid, grid) float32 attention to the cells, averaged over heads; each sums to 1."""
         assert self.patches is not None, "a head without patches"
         with torch.autocast(hypothesis.device.type, enabled=False):
             weights: Tensor = self.patches(hypothesis.float(), self._parts(premise)[1])[1]
             return weights.mean(dim=1).reshape(-1, self.config.patch_grid, self.config.patch_grid)
 
     def embedding(self, premise: Tensor) -> Tensor:
-        """(B, D) float32 embeddings of (B, E) premises, adapted where the head does that."""
+        """(B, D) float32 embeddings of (B, E) premises, adapted if the head has an adapter."""
         p = self._parts(premise)[0]
         with torch.autocast(p.device.type, enabled=False):
             return p if self.adapter is None else p + self.adapter(p)
 
     def _parts(self, premise: Tensor) -> tuple[Tensor, ...]:
-        """(B, D) embeddings and, where there are any, (B, P, D) patches, float32."""
+        """(B, D) embeddings and, if the head reads them, (B, P, D) patches, float32."""
         if self.patches is None:
             return (premise.float(),)
         shape = (-1, 1 + self.config.patch_grid**2, self.config.embedding_dim)
@@ -288,11 +257,11 @@ class EntailmentHead(nn.Module):
 
 
 class PatchAttention(nn.Module):
-    """What a sentence gathers from the patches of a photo, by multi-head cross-attention.
+    """Multi-head cross-attention from a sentence to the patches of a photo.
 
-    The sentence is a single query. So the matrices of keys and values can be applied to it and to
-    what it gathers, instead of to every patch: (K x)·q = x·(Kᵀ q), and a mean of V x is V times the
-    mean of x. This costs 2 · P · D products a head and row, instead of 2 · P · D² a row.
+    The sentence is a single query, so the key and value matrices can be applied to it and to the
+    result instead of to every patch: (K x)·q = x·(Kᵀ q), and a mean of V x is V times the mean of
+    x. This costs 2 · P · D products per head and row, instead of 2 · P · D² per row.
     """
 
     def __init__(self, config: HeadConfig) -> None:
@@ -301,19 +270,11 @@ class PatchAttention(nn.Module):
         self.shape = (-1, heads, width)
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.position = nn.Parameter(0.02 * torch.randn(config.patch_grid**2, width))
-        self.query = nn.Linear(width, heads * width)  # Kᵀ times the query's own matrix
+        self.query = nn.Linear(width, heads * width)  # Kᵀ times the query matrix
         self.value = nn.Linear(heads * width, width)
 
     def forward(self, hypothesis: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """Looks at the patches.
-
-        Args:
-            hypothesis: (B, D) sentence embeddings.
-            patches: (B, P, D) states.
-
-        Returns:
-            (B, D) what was gathered, and (B, heads, P) attention of every head.
-        """
+        """(B, D) result and (B, heads, P) attention, of (B, D) sentences and (B, P, D) patches."""
         cells = self.norm(patches) + self.position
         query = self.query(self.norm(hypothesis)).reshape(self.shape)  # (B, heads, D)
         scores = query @ cells.transpose(1, 2) / math.sqrt(self.shape[2])

@@ -1,7 +1,7 @@
-"""Sentence and image encoders: thin modules over transformers' models.
+"""Sentence and image encoders: thin modules around transformers models.
 
 Legend: B sentences or images · R rows · T tokens in a row · H hidden width · D embedding width ·
-E width of what a head reads of an image.
+E width of a premise, the image features that a head reads.
 """
 
 from __future__ import annotations
@@ -22,31 +22,29 @@ from torch.nn import functional
 from clseave_cli.core.config import Pooling
 from clseave_cli.core.data.images import Preparation
 from clseave_cli.core.files import json_digest
-from clseave_cli.core.models.half import in_half
+from clseave_cli.core.models.half import in_bfloat16
 from clseave_cli.core.models.packing import PackedBatch, pack
 from clseave_cli.core.models.tokens import Filling, TokenTable, Trimmed, tokenize
 from clseave_cli.core.models.weights import quiet
 from clseave_cli.progress import SILENT, Progress
 
-#: Row length of packed batches; an encoder that reads less is packed to what it reads. Masked
-#: places of the attention cost, on a CPU with dropout much: rows are about as long as the longest
+#: Row length of packed batches, unless the encoder's limit is lower. Masked positions still cost
+#: time in the attention, most on a CPU with dropout, so rows are about as long as the longest
 #: sentences there, and twice as long on a GPU (docs/experiments.md, 2026-11-21 and 2026-11-26).
 _ROW_TOKENS = {"cuda": 64, "cpu": 32}
-#: What a call of the backbone costs beside its tokens, in tokens: where it cannot be packed, rows
-#: are computed apart if that saves more padding. Estimates for 12 layers; a GPU computes thousands
-#: of tokens in the time that starting all its kernels takes.
+#: The fixed cost of a backbone call, in tokens, estimated for 12 layers: an unpacked batch is split
+#: if that saves more padding. On a GPU, launching the kernels takes as long as thousands of tokens.
 _CALL_TOKENS = {"cuda": 4096, "cpu": 32}
-#: Sentences embedded in one call. A GPU computes a thousand of them in less time than it takes to
-#: start all kernels of a call.
+#: Sentences embedded in one call; on a GPU, launching the kernels outweighs a thousand of them.
 _EMBEDDED_AT_ONCE = {"cuda": 4096, "cpu": 512}
 
-#: What a configuration says of how it was saved, not of what the model computes.
-_OF_SAVING = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+#: Keys of a configuration that describe how it was saved, not what the model computes.
+_SAVING_KEYS = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 
 #: Writes a tower into a folder, in Hugging Face layout.
 Save = Callable[[Path], object]
 
-#: What packing is checked on; the long one reaches beyond the windows of local attention.
+#: Sentences that packing is checked on; the long one exceeds the windows of local attention.
 _PROBES = (
     "a",
     "two dogs run",
@@ -57,11 +55,25 @@ _PROBES = (
 
 
 class SentenceEncoder(nn.Module):
-    """A transformer, read at one token of each sentence and projected.
+    """A transformer that pools one hidden state per sentence, normalises and projects it.
 
-    Both text towers have this shape: the teacher's own, and the student that replaces it (thesis
-    Figure 3.6). The projected vector is the embedding; what transformers calls the pooled output
-    is not. A student may be read otherwise (`pooling`).
+    The teacher's text tower and the student that replaces it both have this shape (thesis
+    Figure 3.6). The projected vector is the embedding, not what transformers calls pooled output.
+
+    Args:
+        backbone: maps `input_ids`, `attention_mask` and, unless `first_position` is None,
+            `position_ids` to `last_hidden_state`.
+        tokenizer: a fast tokenizer.
+        norm: applied to the pooled hidden state; identity if the backbone ends in a normalisation.
+        projection: H → D.
+        save: writes the backbone, or a model that contains it, in Hugging Face layout.
+        causal: tokens attend backwards only (CLIP).
+        max_tokens: longest sentence, terminal token included.
+        first_position: position id of a sentence's first token; None: positions are never passed.
+        terminal_id: the token that ends every sentence.
+        packs: several sentences may share a row.
+        pooling: which hidden state represents a sentence.
+        filling: padding that counts as part of the sentence (SigLIP).
     """
 
     def __init__(
@@ -80,26 +92,6 @@ class SentenceEncoder(nn.Module):
         pooling: Pooling = "terminal",
         filling: Filling | None = None,
     ) -> None:
-        """Puts the parts together.
-
-        Args:
-            backbone: gives `last_hidden_state` for `input_ids`, `attention_mask` and, if there is a
-                `first_position`, `position_ids`.
-            tokenizer: its fast tokenizer.
-            norm: applied to the pooled hidden state (identity where the backbone ends in a
-                normalisation of its own).
-            projection: H → D.
-            save: writes it in Hugging Face layout: the backbone, or a model around it that shares
-                its weights.
-            causal: tokens look back only (CLIP).
-            max_tokens: longest sentence, terminal token included.
-            first_position: position id of a sentence's first token; None: the backbone is never
-                told positions.
-            terminal_id: the token that ends every sentence.
-            packs: several sentences may lie in a row.
-            pooling: which hidden state stands for a sentence.
-            filling: padding that counts as part of the sentence (SigLIP); None: there is none.
-        """
         super().__init__()
         self.backbone = backbone
         self.norm = norm
@@ -114,9 +106,10 @@ class SentenceEncoder(nn.Module):
         self.filling = filling
         self.pad_id = tokenizer.pad_token_id or 0
         self.packs = packs
-        #: (V,) where each token's vector lies while the vocabulary is reduced.
+        self.state_width = int(backbone.config.hidden_size)  # H
+        #: (V,) each token's row in the word vectors while the vocabulary is reduced.
         self.token_places: Tensor | None = None
-        #: What was taken out of the vocabulary for good.
+        #: The trimmed vocabulary, if tokens were removed for good.
         self.trimmed: Trimmed | None = None
         #: Fingerprint of the folder it was loaded from; empty for a new one.
         self.fingerprint = ""
@@ -129,38 +122,33 @@ class SentenceEncoder(nn.Module):
         return int(self.projection.out_features)
 
     @property
-    def state_width(self) -> int:
-        """H."""
-        return int(self.backbone.config.hidden_size)
-
-    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.projection.parameters()).device
 
     @property
     def packing(self) -> dict[str, Any]:
-        """What was found out about packing, for `config.json`; `backbones.reading` reads it."""
+        """What `config.json` stores about packing, for `backbones.input_settings`."""
         return {"packs": self.packs, "first_position": self.first_position}
 
     @property
-    def few_shapes(self) -> bool:
-        """Whether batches are filled up to few shapes, for steps that are captured on a GPU."""
+    def buckets_shapes(self) -> bool:
+        """Whether batches are padded to few distinct shapes, for steps captured on a GPU."""
         return self.device.type == "cuda"
 
     @property
-    def halves(self) -> bool:
-        """Whether the backbone computes in bfloat16 throughout: in training by it on a GPU."""
+    def trains_in_bfloat16(self) -> bool:
+        """Whether the backbone computes in bfloat16 throughout: in bf16 training on a GPU."""
         in_bf16 = torch.get_autocast_dtype("cuda") == torch.bfloat16
         return self.training and torch.is_autocast_enabled("cuda") and in_bf16
 
     @property
     def row_tokens(self) -> int | None:
-        """T of a packed row; None: one sentence a row."""
+        """T of a packed row; None: one sentence per row."""
         return min(_ROW_TOKENS[self.device.type], self.max_tokens) if self.packs else None
 
     def tokenize(self, sentences: list[str]) -> TokenTable:
-        """Tokenises for this encoder."""
+        """Tokenises sentences for this encoder."""
         return tokenize(
             self.tokenizer.backend_tokenizer,
             sentences,
@@ -172,13 +160,9 @@ class SentenceEncoder(nn.Module):
     def pack(
         self, tokens: TokenTable, sentences: npt.NDArray[np.intp], places: int | None = None
     ) -> PackedBatch:
-        """Lays some tokenised sentences out for `forward`.
+        """Packs (B,) sentences, given by index, for `forward`.
 
-        Args:
-            tokens: the tokenised sentences.
-            sentences: which of them.
-            places: how many embeddings there shall be if `few_shapes`; those behind the sentences'
-                mean nothing.
+        With `buckets_shapes`, that returns `places` embeddings; those after B are meaningless.
         """
         batch = pack(
             tokens,
@@ -186,32 +170,25 @@ class SentenceEncoder(nn.Module):
             row_tokens=self.row_tokens,
             pad_id=self.pad_id,
             call_tokens=_CALL_TOKENS[self.device.type],
-            few_shapes=self.few_shapes,
-            max_tokens=self.max_tokens,
-            places=places,
+            bucket_limit=self.max_tokens if self.buckets_shapes else None,
+            places=places if self.buckets_shapes else None,
         )
         if self.token_places is None:
             return batch
         return replace(batch, input_ids=self.token_places[batch.input_ids])
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """Embeds sentences.
-
-        Returns:
-            (B, D) embeddings, unnormalised, in the order the batch was packed in.
-        """
+        """(B, D) embeddings, unnormalised, in the order in which the batch was packed."""
         batch = batch.to(self.device)
         return self.project(pool(self.hidden_states(batch), batch, self.pooling))
 
     def hidden_states(self, batch: PackedBatch, layer: int | None = None) -> Tensor:
-        """The hidden states, (R, T, H), of a batch on its device; of no use at unused places.
+        """(R, T, H) states for a batch on the encoder's device; meaningless at unused places.
 
-        Args:
-            batch: packed sentences.
-            layer: whose output, counted from 1, or -1 for the last; None: the backbone's last
-                hidden states, which in CLIP are normalised.
+        Those of `layer`, counted from 1, or -1 for the last; by default, the backbone's last hidden
+        states, which are normalised in CLIP.
         """
-        with in_half(self.backbone) if self.halves else nullcontext():
+        with in_bfloat16(self.backbone) if self.trains_in_bfloat16 else nullcontext():
             if not batch.groups:
                 return self._states(batch, layer)
             width = batch.input_ids.shape[1]
@@ -224,7 +201,7 @@ class SentenceEncoder(nn.Module):
         """(R, T, H) hidden states of rows that are computed together."""
         inputs: dict[str, Any] = {"input_ids": batch.input_ids}
         inputs["attention_mask"] = self._attention_mask(batch)
-        # A sentence alone in its row is the plain case: the model counts by itself.
+        # Without packing, the model counts positions itself.
         if self.packs and self.first_position is not None:
             inputs["position_ids"] = batch.positions + self.first_position
         if layer is not None:
@@ -239,10 +216,8 @@ class SentenceEncoder(nn.Module):
         return embedding
 
     def _attention_mask(self, batch: PackedBatch) -> Tensor | dict[str, Tensor]:
-        """What the backbone may look at, as it wants to be told.
-
-        One sentence a row is the plain case, which every model masks by itself, each in its way.
-        """
+        """The attention mask in the form that the backbone expects."""
+        # Given a padding mask, every model builds its mask itself.
         if not self.packs:
             return batch.padding_mask()
         mask = batch.attention_mask(self.causal)
@@ -258,17 +233,14 @@ class SentenceEncoder(nn.Module):
         batch_size: int | None = None,
         sentences: npt.NDArray[np.intp] | None = None,
     ) -> Iterator[Tensor]:
-        """The embeddings of tokenised sentences in order, a batch at a time: (≤ B, D) each.
+        """Yields the embeddings of all sentences, or of these, in order, in batches: (≤ B, D).
 
-        Args:
-            tokens: the sentences.
-            batch_size: B; None: what suits the device.
-            sentences: which of them; all where None.
+        By default, the batch size B suits the device.
         """
-        wanted = np.arange(len(tokens)) if sentences is None else sentences
+        rows = np.arange(len(tokens)) if sentences is None else sentences
         size = batch_size or _EMBEDDED_AT_ONCE[self.device.type]
-        for start in range(0, len(wanted), size):
-            yield self(self.pack(tokens, wanted[start : start + size]))
+        for start in range(0, len(rows), size):
+            yield self(self.pack(tokens, rows[start : start + size]))
 
     @quiet()
     def save_pretrained(self, folder: Path) -> None:
@@ -277,13 +249,13 @@ class SentenceEncoder(nn.Module):
         self.tokenizer.save_pretrained(folder)
 
     def digest(self) -> str:
-        """One digest of everything that decides an embedding: hidden states and their reading."""
-        # An activation is in no weight, but in what a module says of itself.
+        """A digest of everything that determines an embedding."""
+        # An activation has no weights, but its module's repr names it.
         added = [[module_digest(part), repr(part)] for part in (self.norm, self.projection)]
         return json_digest([self.states_digest(), self.pooling, added])
 
     def states_digest(self) -> str:
-        """One digest of everything that decides hidden states: backbone, tokenizer, limits."""
+        """A digest of everything that determines hidden states: backbone, tokenizer, limits."""
         return json_digest(
             [
                 backbone_digest(self.backbone),
@@ -296,17 +268,10 @@ class SentenceEncoder(nn.Module):
         )
 
     def verify_packing(self, name: str = "", progress: Progress = SILENT) -> bool:
-        """Checks that packing changes no embedding; otherwise turns to one sentence a row.
+        """Returns whether packing leaves every embedding unchanged, within float tolerance.
 
-        They are compared with those of each sentence by itself, where the backbone counts positions
-        on its own.
-
-        Args:
-            name: the encoder's, for the note.
-            progress: notes if it pads.
-
-        Returns:
-            True if packed rows are exact for this backbone, within float tolerance.
+        The reference is each sentence alone, where the backbone counts positions itself. If it
+        differs, packing is turned off, with a note to `progress` that names the encoder.
         """
         was_training = self.training
         self.eval()
@@ -318,7 +283,7 @@ class SentenceEncoder(nn.Module):
             self.packs = True
             try:
                 packed = self(self.pack(tokens, rows))
-            # What a backbone raises that takes no mask of pairs of tokens (DeBERTa, XLM).
+            # Raised by backbones that accept no mask of token pairs (DeBERTa, XLM).
             except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
                 packed = torch.full_like(alone, torch.nan)
         self.train(was_training)
@@ -329,29 +294,29 @@ class SentenceEncoder(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """A teacher's image tower with its preprocessing."""
+    """A teacher's image tower with its preprocessing.
 
-    _mean: Tensor  # (3, 1, 1), like `_std` of uint8 pixels divided by 255
+    Args:
+        backbone: maps `pixel_values` to `pooler_output`.
+        projection: H → D, without bias; None: the pooled output is the embedding (SigLIP).
+        processor: its image processor.
+        save: writes the tower in Hugging Face layout.
+    """
+
+    _mean: Tensor  # (3, 1, 1), like `_std`, of uint8 pixels divided by 255
     _std: Tensor
 
     def __init__(
         self, backbone: Any, projection: nn.Linear | None, processor: Any, save: Save
     ) -> None:
-        """Puts the parts together.
-
-        Args:
-            backbone: gives a `pooler_output` for `pixel_values`.
-            projection: H → D, no bias; None: the pooled output is the embedding (SigLIP).
-            processor: its image processor.
-            save: writes both in Hugging Face layout.
-        """
         super().__init__()
         self.backbone = backbone
         self.projection = nn.Identity() if projection is None else projection
         self.processor = processor
-        self._width = backbone.config.hidden_size if projection is None else projection.out_features
+        self.state_width = int(backbone.config.hidden_size)  # H
+        self.embedding_dim = self.state_width if projection is None else projection.out_features
         self._save = save
-        #: Cells along a side whose states `forward` adds to each embedding; 0: none.
+        #: Cells along a side whose states `forward` appends to each embedding; 0: none.
         self.patch_grid = 0
         #: Blocks at the end of the tower that are trained, and computed in every step (`states`).
         self.num_trained = 0
@@ -362,40 +327,29 @@ class ImageEncoder(nn.Module):
                 self.register_buffer(f"_{name}", values, persistent=False)
 
     @property
-    def embedding_dim(self) -> int:
-        """D."""
-        return int(self._width)
-
-    @property
     def premise_width(self) -> int:
-        """E, the numbers that `forward` gives for an image: D, or (1 + patch_grid²) · D."""
+        """E, the width of what `forward` returns: D, or (1 + patch_grid²) · D."""
         return self.embedding_dim * (1 + self.patch_grid**2)
 
     @property
-    def state_width(self) -> int:
-        """H."""
-        return int(self.backbone.config.hidden_size)
-
-    @property
     def states_width(self) -> int:
-        """The numbers that `states` gives for an image: T · H, the class token included."""
+        """The width of what `states` returns: T · H, class token included."""
         return int(self.backbone.embeddings.position_embedding.num_embeddings) * self.state_width
 
     @property
-    def blocks(self) -> nn.ModuleList:
-        """The tower's transformer blocks, the last one last."""
-        blocks: nn.ModuleList = self.backbone.encoder.layers
-        return blocks
+    def blocks(self) -> Any:
+        """The tower's transformer blocks, in order, as an `nn.ModuleList`."""
+        return self.backbone.encoder.layers
 
     @property
     def grid(self) -> int:
         """Patches along a side of the square that the tower sees; 0: it has no fixed grid."""
         config = self.backbone.config
         size = getattr(config, "image_size", None)
-        # Swin and its like merge patches from layer to layer.
+        # Swin and its relatives merge patches from layer to layer.
         if not isinstance(size, int) or hasattr(config, "depths"):
             return 0
-        # DINOv2 is given smaller pictures than its positions were made for.
+        # DINOv2's processor crops to a smaller size than its position table covers.
         shown = size if self.preparation is None else self.preparation.crop[0]
         return shown // int(config.patch_size)
 
@@ -411,7 +365,7 @@ class ImageEncoder(nn.Module):
         self.processor.save_pretrained(folder)
 
     def digest(self) -> str:
-        """One digest of everything that decides an embedding: model and preprocessing."""
+        """A digest of everything that determines an embedding: model and preprocessing."""
         processing = [type(self.processor).__name__, self.processor.to_dict()]
         backbone = backbone_digest(self.backbone)
         return json_digest([backbone, module_digest(self.projection), processing])
@@ -419,10 +373,9 @@ class ImageEncoder(nn.Module):
     def preprocess(self, images: list[Any]) -> Tensor:
         """Pixels of decoded RGB images, on the CPU: float32, (B, 3, height, width).
 
-        Where a GPU can do the arithmetic, they are uint8, (B, height, width, 3), a quarter of the
-        bytes: cores then only decode and resize, in C. For a tower that reads patches in the
-        picture's own proportions (SigLIP 2 NaFlex) they are (B, patches, values): each patch's
-        pixels, then the grid's height and width.
+        If a GPU can do the arithmetic, uint8, (B, height, width, 3): a quarter of the bytes, and
+        the CPU only decodes and resizes. For SigLIP 2 NaFlex, which keeps an image's proportions,
+        (B, patches, values): each patch's pixels, then the height and width of the grid.
         """
         if self.preparation is not None and self.device.type == "cuda":
             return torch.from_numpy(np.stack([self.preparation.cut(image) for image in images]))
@@ -434,12 +387,12 @@ class ImageEncoder(nn.Module):
         return pixels
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(B, E) projected embeddings, unnormalised, of what `preprocess` gives.
+        """(B, E) projected embeddings, unnormalised, of what `preprocess` returns.
 
-        With a `patch_grid`, the patches' states stand behind each, normalised and projected
-        likewise and averaged over the cells of the grid, row by row.
+        With a `patch_grid`, each embedding is followed by the patches' states, normalised,
+        projected and averaged over the cells of the grid, row by row.
         """
-        pixels = self._normalised(pixels)
+        pixels = self._normalise(pixels)
         if not self.patch_grid:
             embedding: Tensor = self.projection(self.backbone(pixel_values=pixels).pooler_output)
             return embedding
@@ -447,13 +400,13 @@ class ImageEncoder(nn.Module):
         return self._premise(output.hidden_states[-2], output.pooler_output)
 
     def states(self, pixels: Tensor) -> Tensor:
-        """(B, `states_width`) what the first of the trained blocks reads of the same pixels."""
-        output = self.backbone(pixel_values=self._normalised(pixels), output_hidden_states=True)
+        """(B, `states_width`) input states of the first trained block, for the same pixels."""
+        output = self.backbone(pixel_values=self._normalise(pixels), output_hidden_states=True)
         states: Tensor = output.hidden_states[-1 - self.num_trained]
         return states.flatten(1)
 
     def from_states(self, states: Tensor) -> Tensor:
-        """What `forward` gives, (B, E), by the trained blocks, from what `states` gave."""
+        """(B, E) as `forward`, computed by the trained blocks from the result of `states`."""
         backbone = self.backbone
         weight = backbone.post_layernorm.weight
         state = states.to(weight).reshape(len(states), -1, len(weight))
@@ -464,17 +417,17 @@ class ImageEncoder(nn.Module):
         pooled = backbone.head(pooled) if hasattr(backbone, "head") else pooled[:, 0]
         return self._premise(before, pooled) if self.patch_grid else self.projection(pooled)
 
-    def _normalised(self, pixels: Tensor) -> Tensor:
+    def _normalise(self, pixels: Tensor) -> Tensor:
         if pixels.dtype == torch.uint8:
             pixels = (pixels.permute(0, 3, 1, 2).float() / 255 - self._mean) / self._std
         return pixels
 
     def _premise(self, states: Tensor, pooled: Tensor) -> Tensor:
-        """(B, E) from what the last block reads, (B, T, H), and the pooled output, (B, H).
+        """(B, E) from the last block's input, (B, T, H), and the pooled output, (B, H).
 
-        Nothing was trained on what the last block makes of any patch, so it is not read.
+        The last block's output for patches is not used, because no loss was ever computed on it.
         """
-        # Without CLIP's class token.
+        # From the end, because CLIP's class token comes first.
         states = self.projection(self._pooled(states[:, -(self.grid**2) :]))
         if self.patch_grid != self.grid:
             cells = states.transpose(1, 2).reshape(-1, self.embedding_dim, self.grid, self.grid)
@@ -483,7 +436,7 @@ class ImageEncoder(nn.Module):
         return torch.cat([self.projection(pooled)[:, None], states], dim=1).flatten(1)
 
     def _pooled(self, states: Tensor) -> Tensor:
-        """What the tower makes of its class token's state before the projection, of any states."""
+        """Applies to any states what the tower applies to its class token before projecting."""
         norm = getattr(self.backbone, "post_layernorm", None) or self.backbone.layernorm
         pooler = getattr(self.backbone, "pooler", None)  # ViT's
         states = norm(states)
@@ -491,35 +444,29 @@ class ImageEncoder(nn.Module):
 
 
 def pool(hidden: Tensor, batch: PackedBatch, pooling: Pooling) -> Tensor:
-    """One hidden state for each sentence of packed rows.
+    """(B, H) states of the sentences in a batch from the (R, T, H) states of its rows.
 
-    Args:
-        hidden: (R, T, H) hidden states of the rows.
-        batch: how the sentences lie in them.
-        pooling: which state, or the mean of all of a sentence.
-
-    Returns:
-        (B, H), for the mean in float32.
+    That of one token, or the mean over all tokens, in float32.
     """
     flat = hidden.flatten(0, 1)  # (R · T, H)
     if pooling == "terminal":
         return flat[batch.terminals]
     if pooling == "cls":
         return flat[batch.starts]
-    # A product with zeros and ones: next to nothing beside the backbone, and the same bits every
-    # time, which adding at indices on a GPU is not.
+    # A product with zeros and ones costs little next to the backbone and, unlike adding at indices
+    # on a GPU, gives the same bits every time.
     sentences = torch.arange(batch.terminals.shape[0], device=hidden.device)
     belongs = (sentences[:, None] == batch.segments.flatten()).float()  # (B, R · T)
     with torch.autocast(hidden.device.type, enabled=False):
-        # Places behind the sentences have no tokens.
+        # The clamp is for places after the last sentence, which have no tokens.
         return belongs @ flat.float() / belongs.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def backbone_digest(backbone: Any) -> str:
-    """One digest of weights and configuration, the same for a model made, saved or loaded."""
+    """A digest of weights and configuration; saving and loading leave it unchanged."""
     config = backbone.config.to_dict()
-    said = {key: value for key, value in config.items() if key not in _OF_SAVING}
-    return json_digest([module_digest(backbone), said])
+    relevant = {key: value for key, value in config.items() if key not in _SAVING_KEYS}
+    return json_digest([module_digest(backbone), relevant])
 
 
 def module_digest(module: nn.Module) -> str:

@@ -1,8 +1,8 @@
-"""Model folders that know what belongs in them: every file is listed with its digest.
+"""Model folders that list every file with its digest.
 
-`config.json` carries the format's name and version, what the model needs to be rebuilt, a digest
-of each weight and tokenizer file, and the fingerprint of all that, so that a flipped byte is
-noticed before it becomes a wrong answer.
+`config.json` has the format's name and version, what is needed to rebuild the model, a digest of
+each weight and tokenizer file, and the fingerprint of all that, so that a flipped byte is noticed
+before it becomes a wrong answer.
 """
 
 from __future__ import annotations
@@ -27,10 +27,15 @@ _NOT_CONTENT = ("fingerprint", "clseave_version")
 def seal(folder: Path, format_name: str, config: dict[str, Any]) -> str:
     """Writes `config.json` with the digests of all model files already in `folder`.
 
-    Returns:
-        The fingerprint: one digest that stands for everything the model computes.
+    Returns the fingerprint: a digest of everything that determines the model's output.
     """
-    files = {path.relative_to(folder).as_posix(): file_digest(path) for path in _members(folder)}
+    # Model card, training record and calibration do not.
+    others = ("training", _CONFIG, CALIBRATION_FILE, "README.md")
+    files = {
+        path.relative_to(folder).as_posix(): file_digest(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.relative_to(folder).parts[0] not in others
+    }
     content = {"format": format_name, "format_version": FORMAT_VERSION, **config, "files": files}
     fingerprint = json_digest(content)
     write_json(
@@ -44,19 +49,15 @@ def seal(folder: Path, format_name: str, config: dict[str, Any]) -> str:
 def unsealed(
     folder: Path, format_name: str, without: str | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Reads `config.json` and checks every listed file, the weights while the block loads them.
+    """Reads `config.json` and checks every listed file; weights are hashed while the block runs.
 
-    Checking weights takes as long as loading them; on another core it costs no time. What decides
-    how they are loaded is checked before.
-
-    Args:
-        folder: the model's folder.
-        format_name: what it must be.
-        without: a sub-folder that the block does not read; its files are not checked.
+    Hashing weights takes as long as loading them, but costs no time on another core. The other
+    files determine how weights are loaded, so they are checked first. A sub-folder that the block
+    does not read (`without`) is not checked.
 
     Raises:
-        ModelError: not such a folder, of a newer format, or a file is missing or changed; also
-            where that made the block fail in a less telling way.
+        ModelError: another format or a newer version, or a file is missing or changed, even if the
+            block failed because of it.
     """
     config = peek(folder, format_name)
     files = {name: d for name, d in config["files"].items() if Path(name).parts[0] != without}
@@ -75,8 +76,8 @@ def unsealed(
             yield config
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ModelError(
-                f"{folder / _CONFIG}: not what a {format_name} folder says ({error!r}); train the "
-                "model again."
+                f"{folder / _CONFIG}: not a valid {format_name} configuration ({error!r}); train "
+                "the model again."
             ) from None
         finally:
             for name, digest in zip(weights, digests, strict=True):
@@ -115,20 +116,15 @@ def peek(folder: Path, format_name: str) -> dict[str, Any]:
         )
     content = {key: value for key, value in config.items() if key not in _NOT_CONTENT}
     _require_digest(folder / _CONFIG, config.get("fingerprint"), json_digest(content))
-    kind = dict if format_name == "onnx" else list  # an exported folder names each one's encoder
+    kind = dict if format_name == "onnx" else list  # an exported folder maps each to its encoder
     langs = config.get("languages")
     if not isinstance(langs, kind) or not langs or not all(isinstance(x, str) for x in langs):
         raise ModelError(f"{folder / _CONFIG}: damaged, it names no languages; copy it again.")
     return config
 
 
-def leave_out_other_versions(folders: dict[str, Any], progress: Progress) -> None:
-    """Takes model folders of another format version out, each with a note.
-
-    Args:
-        folders: by the language that the model reads; None stays.
-        progress: gets the notes.
-    """
+def skip_other_versions(folders: dict[str, Any], progress: Progress) -> None:
+    """Removes model folders of another format version, by language, with a note about each."""
     for lang, folder in list(folders.items()):
         config = json_object(Path(folder) / _CONFIG) if folder else {}
         if (version := config.get("format_version", FORMAT_VERSION)) != FORMAT_VERSION:
@@ -137,14 +133,3 @@ def leave_out_other_versions(folders: dict[str, Any], progress: Progress) -> Non
                 f"{folder}: format version {version}, this clseave reads {FORMAT_VERSION}; "
                 f"{lang} is left out. Update clseave to read it."
             )
-
-
-def _members(folder: Path) -> list[Path]:
-    """Files that decide what the model computes: not card, training record or calibration."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file()
-        and path.relative_to(folder).parts[0]
-        not in ("training", _CONFIG, CALIBRATION_FILE, "README.md")
-    )

@@ -1,4 +1,4 @@
-"""What models a folder holds, and which of them reads which language. Needs no torch."""
+"""The models in a folder, and which of them reads which language. Needs no torch."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _CLIP_VE, _STUDENT, _PRETRAINED = "clip-ve", "student", "pretrained"
 
 
 def find_students(runs: Path) -> dict[str, Path]:
-    """The student folder under `runs` that reads each language, of several the first candidate."""
+    """The student folder under `runs` for each language: the first of `student_candidates`."""
     return {language: folders[0] for language, folders in student_candidates(runs).items()}
 
 
 def student_candidates(runs: Path) -> dict[str, list[Path]]:
-    """The student folders under `runs` that read each language; one with few languages goes first.
+    """The student folders under `runs` for each language; those with fewest languages first.
 
-    A folder may have any name: what it holds, and for which languages, stands in its config. One
-    that cannot be read (damaged, or of a newer version) comes last, for the languages it names:
-    loading it says what is wrong with it, and no other language is held up.
+    A folder may have any name; its config counts. Unreadable ones (damaged, or of a newer version)
+    come last, for the languages they name: loading one reports what is wrong, and the other
+    languages remain usable.
     """
     ranked: dict[str, list[tuple[bool, int, Path]]] = {}
     languages: Any
@@ -48,44 +48,28 @@ def student_candidates(runs: Path) -> dict[str, list[Path]]:
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A model folder.
+    """A model folder."""
 
-    Attributes:
-        name: of the folder.
-        kind: `clip-ve`, `student`, `autoencoder`, `onnx`; `pretrained`: a model of `pretrain`.
-        languages: that it reads.
-        num_bytes: of all its files.
-        fingerprint: stands for everything it computes; empty where it has none.
-        teacher: of a student, the fingerprint of the CLIP-VE it belongs to.
-        dev: the dev metrics of its training.
-        problem: why it cannot be used as it lies there.
-    """
-
-    name: str
-    kind: str
-    languages: tuple[str, ...]
-    num_bytes: int
-    fingerprint: str = ""
-    teacher: str | None = None
-    dev: dict[str, float] = field(default_factory=dict)
-    problem: str = ""
+    name: str  # of the folder
+    kind: str  # clip-ve, student, autoencoder, onnx; pretrained: a model of `pretrain`
+    languages: tuple[str, ...]  # that it reads
+    num_bytes: int  # of all its files
+    fingerprint: str = ""  # of everything that determines its output; empty if it has none
+    teacher: str | None = None  # of a student, the fingerprint of its CLIP-VE
+    dev: dict[str, float] = field(default_factory=dict)  # the dev metrics of its training
+    problem: str = ""  # why it cannot be used; empty if it can
 
 
 @dataclass(frozen=True)
 class Models:
-    """The models in a folder.
+    """The models in a folder."""
 
-    Attributes:
-        entries: by name.
-        predict: the name of the model that `predict` takes for each language, and why that one.
-    """
-
-    entries: list[ModelEntry]
-    predict: dict[str, tuple[str, str]]
+    entries: list[ModelEntry]  # by name
+    predict: dict[str, tuple[str, str]]  # the model that `predict` takes for a language, and why
 
 
 def list_models(runs: Path) -> Models:
-    """Looks at every model under `runs`, or at a folder that `clseave export` wrote.
+    """Lists the models under `runs`, or the one in a folder that `clseave export` wrote.
 
     Weights are neither loaded nor compared with their digests.
 
@@ -112,8 +96,7 @@ def list_models(runs: Path) -> Models:
 
 
 def _entry(folder: Path, teacher: str) -> ModelEntry:
-    """A model folder; `teacher` is the fingerprint of the CLIP-VE beside it."""
-    config: dict[str, Any] = {}
+    """Describes a folder; `teacher` is the fingerprint of the CLIP-VE beside it."""
     kind, problem = _PRETRAINED, ""
     try:
         config = read_json(folder / "config.json")
@@ -122,12 +105,12 @@ def _entry(folder: Path, teacher: str) -> ModelEntry:
             config = peek(folder, kind)
     except (ModelError, AttributeError, KeyError) as error:
         config, problem = {}, str(error)
-    of = config.get("teacher")
-    if of is not None and of != teacher:
+    expected = config.get("teacher")
+    if expected is not None and expected != teacher:
         problem = "belongs to another CLIP-VE" if teacher else "its CLIP-VE is not here"
     try:
         dev = read_json(folder / "training" / "summary.json")["dev"]
-        # Those of one language are named `metric/language`.
+        # Metrics of single languages are named `metric/language`.
         dev = {name: float(value) for name, value in dev.items() if "/" not in name}
     except (ModelError, AttributeError, KeyError, TypeError, ValueError):
         dev = {}
@@ -137,7 +120,7 @@ def _entry(folder: Path, teacher: str) -> ModelEntry:
         languages=tuple(config.get("languages", ())),
         num_bytes=folder_bytes(folder),
         fingerprint=str(config.get("fingerprint", "")),
-        teacher=of,
+        teacher=expected,
         dev=dev,
         problem=problem,
     )

@@ -1,10 +1,9 @@
-"""Sentences as token rows: many short ones in a row, or one a row in groups of like length.
+"""Sentences as token rows: many short ones per row, or one per row in groups of similar length.
 
-Hypotheses average a dozen tokens; padded batches and small matrices waste most of the machine.
-Packing lays several sentences side by side in a row, restarts positions at each, and masks
-attention to within a sentence, so that every embedding is the one the sentence alone would get.
-Where an encoder cannot do that, sentences of like length are computed together, so that little of
-what is computed is padding.
+Hypotheses average a dozen tokens, so padded batches and small matrices would waste most of the
+machine. Packing puts several sentences into a row, restarts positions at each and masks attention
+to within a sentence, so that every embedding is the one the sentence would get alone. For an
+encoder that cannot do that, sentences of similar length are computed together to save padding.
 
 Legend: B sentences · R rows · T tokens in a row.
 """
@@ -13,8 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -29,58 +27,42 @@ _UNUSED = -1
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """B sentences in R rows of T tokens.
+    """B sentences in R rows of T tokens; all tensors are int64."""
 
-    Attributes:
-        input_ids: (R, T) int64.
-        positions: (R, T) int64, counted from 0 within each sentence.
-        segments: (R, T) int64, which of the B sentences a token belongs to; -1 unused.
-        terminals: (B,) int64, where each sentence's last token stands in the flattened rows.
-        groups: of the rows in turn, how many are computed together and how many of their T places
-            they use; empty: all rows are, with all places.
-    """
-
-    input_ids: Tensor
-    positions: Tensor
-    segments: Tensor
-    terminals: Tensor
+    input_ids: Tensor  # (R, T)
+    positions: Tensor  # (R, T) counted from 0 within each sentence
+    segments: Tensor  # (R, T) which of the B sentences a token belongs to; -1 unused
+    terminals: Tensor  # (B,) the index of each sentence's last token in the flattened rows
+    #: Consecutive rows that are computed together: how many, and how many of their T places they
+    #: use; empty: all rows, all places.
     groups: tuple[tuple[int, int], ...] = ()
 
     def to(self, device: torch.device) -> PackedBatch:
         """The batch on another device."""
-        moved: dict[str, Any] = {
-            name: part.to(device, non_blocking=True)
-            for name, part in vars(self).items()
-            if isinstance(part, Tensor)
-        }
-        return replace(self, **moved)
+        tensors = (self.input_ids, self.positions, self.segments, self.terminals)
+        ids, positions, segments, ends = (part.to(device, non_blocking=True) for part in tensors)
+        return PackedBatch(ids, positions, segments, ends, self.groups)
 
     def parts(self) -> Iterator[PackedBatch]:
-        """Each group of rows by itself, cut to the places it uses; it knows no terminals."""
+        """Yields each group of rows, cut to the places it uses and without terminals."""
         start = 0
         for num_rows, width in self.groups:
             places = slice(start, start + num_rows), slice(0, width)
-            yield PackedBatch(
-                self.input_ids[places],
-                self.positions[places],
-                self.segments[places],
-                self.terminals[:0],
-            )
+            grids = (self.input_ids, self.positions, self.segments)
+            ids, positions, segments = (grid[places] for grid in grids)
+            yield PackedBatch(ids, positions, segments, self.terminals[:0])
             start += num_rows
 
     @property
     def starts(self) -> Tensor:
-        """(B,) int64, where each sentence's first token stands in the flattened rows."""
+        """(B,) int64, the index of each sentence's first token in the flattened rows."""
         return self.terminals - self.positions.flatten()[self.terminals]
 
     def attention_mask(self, causal: bool, window: int | None = None) -> Tensor:
-        """(R, 1, T, T) bool: True where a query token may look at a key token.
+        """(R, 1, T, T) bool: True where a query token may attend to a key token.
 
-        Unused tokens look at each other, so that no row of the softmax is empty.
-
-        Args:
-            causal: tokens look back only.
-            window: how many tokens away they look at most; None: at all of their sentence.
+        Unused tokens attend to each other, so that no row of the softmax is empty. `window` is the
+        largest distance in tokens.
         """
         mask = self.segments[:, None, :, None] == self.segments[:, None, None, :]
         if window is not None:
@@ -88,7 +70,7 @@ class PackedBatch:
         return mask.tril() if causal else mask
 
     def padding_mask(self) -> Tensor:
-        """(R, T) int64: 1 on tokens, 0 on unused places, as transformers' models expect it."""
+        """(R, T) int64: 1 on tokens, 0 on unused places, as transformers models expect it."""
         return (self.segments != _UNUSED).long()
 
 
@@ -99,44 +81,44 @@ def pack(
     row_tokens: int | None,
     pad_id: int,
     call_tokens: float = math.inf,
-    few_shapes: bool = False,
-    max_tokens: float = math.inf,
+    bucket_limit: int | None = None,
     places: int | None = None,
 ) -> PackedBatch:
-    """Lays sentences into rows: longest first, each into the first row with room.
+    """Packs sentences into rows: longest first, each into the first row with room.
 
     Args:
         tokens: the tokenised sentences.
-        sentences: (B,) which of them, in the order their embeddings shall have.
-        row_tokens: T; a longer sentence widens the rows to its length. None: one sentence a row,
-            the plain padded layout, in groups of like length.
+        sentences: (B,) the ones to pack, in the order of their embeddings.
+        row_tokens: T; a longer sentence widens the rows to its length. None: one sentence per row,
+            the plain padded layout, in groups of similar length.
         pad_id: token id of unused places.
-        call_tokens: how much padding a group must save to be worth a call of the encoder.
-        few_shapes: fill packed rows up, so that batches have few different numbers and lengths.
-        max_tokens: with it, the longest row that the encoder takes.
-        places: with it, how many terminals there are; those behind the sentences' mean nothing.
+        call_tokens: the padding that a further group must save.
+        bucket_limit: pads packed rows to few distinct numbers and lengths, up to this length.
+        places: pads the terminals to this number; those after the first B are meaningless.
     """
     lengths = tokens.lengths(sentences)
     longest = int(lengths.max())
-    width = longest if row_tokens is None else max(row_tokens, longest)
     groups: list[tuple[int, int]] = []
     if row_tokens is None:
+        width, num_rows = longest, len(sentences)
         order = np.argsort(-lengths, kind="stable")
         rows = np.empty(len(sentences), dtype=np.int64)
         rows[order] = np.arange(len(sentences))
         starts = np.zeros(len(sentences), dtype=np.int64)
-        num_rows = len(sentences)
         groups = _groups(lengths[order], call_tokens)
     else:
-        if few_shapes:
-            width = int(min(math.ceil(width / row_tokens) * row_tokens, max_tokens))
+        width = max(row_tokens, longest)
+        if bucket_limit is not None:
+            width = min(math.ceil(width / row_tokens) * row_tokens, bucket_limit)
         rows, starts, num_rows = _first_fit(lengths, width)
-        if few_shapes:
-            num_rows = _rounded(num_rows)
+        if bucket_limit is not None:
+            # Sixteen sizes between any two powers of two.
+            step = max(1, (1 << (num_rows.bit_length() - 1)) // 16)
+            num_rows = math.ceil(num_rows / step) * step
     input_ids = np.full(num_rows * width, pad_id, dtype=np.int64)
     positions = np.zeros(num_rows * width, dtype=np.int64)
     segments = np.full(num_rows * width, _UNUSED, dtype=np.int64)
-    # Where every token of every sentence goes, computed for the whole batch at once.
+    # The index of every token of every sentence.
     first = rows * width + starts
     within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     at = np.repeat(first, lengths) + within
@@ -144,7 +126,7 @@ def pack(
     positions[at] = within
     segments[at] = np.repeat(np.arange(len(sentences)), lengths)
     terminals = first + lengths - 1
-    if few_shapes and places is not None:
+    if places is not None:
         terminals = np.pad(terminals, (0, places - len(sentences)))
     shape = (num_rows, width)
     return PackedBatch(
@@ -156,18 +138,10 @@ def pack(
     )
 
 
-def _rounded(count: int) -> int:
-    """The next larger of few numbers: sixteen between any two powers of two."""
-    step = max(1, (1 << (count.bit_length() - 1)) // 16)
-    return math.ceil(count / step) * step
-
-
 def _groups(lengths: npt.NDArray[np.int64], call_tokens: float) -> list[tuple[int, int]]:
-    """Rows to compute together, and their width: cut in two wherever that saves enough padding.
+    """Number and width of rows to compute together, given their lengths, longest first.
 
-    Args:
-        lengths: of the rows, the longest first.
-        call_tokens: how much is enough.
+    Rows are split in two as long as that saves more than `call_tokens` of padding.
     """
     # A cut before a row makes it and all that follow as narrow as it is.
     saved = (lengths[0] - lengths) * np.arange(len(lengths), 0, -1)
@@ -180,7 +154,7 @@ def _groups(lengths: npt.NDArray[np.int64], call_tokens: float) -> list[tuple[in
 def _first_fit(
     lengths: npt.NDArray[np.int64], width: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int]:
-    """First-fit decreasing: the row of each sentence, its start there, and the number of rows."""
+    """First-fit decreasing: each sentence's row and start in it, and the number of rows."""
     rows = np.empty(len(lengths), dtype=np.int64)
     starts = np.empty(len(lengths), dtype=np.int64)
     used: list[int] = []

@@ -1,4 +1,4 @@
-"""Retrieval by cosine: how many wrong answers come before the first right one.
+"""Retrieval by cosine: how many wrong answers rank above the best right one.
 
 Legend: Q queries · C candidates · D embedding width
 """
@@ -14,32 +14,32 @@ from scipy.sparse import csr_array
 
 #: Similarities held at once, as float32: 64 MB.
 _SIMILARITIES_AT_ONCE = 16_000_000
-#: Float32 products of equal vectors differ in their last bits with the place in the matrix; two
-#: cosines this close are taken for equal.
+#: Cosines this close count as equal: float32 products of equal vectors differ in their last bits,
+#: depending on where they are in the matrix.
 _TIE = 1e-6
 
 
 class Ranks(NamedTuple):
-    """Where the nearest right answer of each of Q queries stands.
+    """Ranks of the nearest right answer to each of Q queries.
 
-    Answers that are equally near stand in random order, and all numbers are the expected ones:
-    embeddings that are all alike score chance.
+    Ties are broken at random and all numbers are expected values, so that identical embeddings
+    score chance.
     """
 
-    ahead: npt.NDArray[np.int64]  # (Q,) wrong answers that are nearer than it
-    right: npt.NDArray[np.int64]  # (Q,) right answers that are as near as it, itself included
-    wrong: npt.NDArray[np.int64]  # (Q,) wrong answers that are as near as it
+    ahead: npt.NDArray[np.int64]  # (Q,) wrong answers that are nearer
+    right: npt.NDArray[np.int64]  # (Q,) right answers that are as near, itself included
+    wrong: npt.NDArray[np.int64]  # (Q,) wrong answers that are as near
 
     @property
     def mean(self) -> npt.NDArray[np.float64]:
-        """(Q,) ranks from 1, averaged over the orders of equally near answers."""
+        """(Q,) ranks, counted from 1."""
         ranks: npt.NDArray[np.float64] = 1 + self.ahead + self.wrong / (self.right + 1)
         return ranks
 
     def within(self, count: int) -> npt.NDArray[np.float64]:
-        """(Q,) how likely a right answer is among the first `count`: 0 or 1 without ties."""
+        """(Q,) probability of a right answer among the first `count`: 0 or 1 without ties."""
         missed = np.ones(len(self.ahead))
-        for place in range(count):  # one equally near answer after the other
+        for place in range(count):  # one tied answer after another
             left = np.maximum(self.wrong - place, 0)
             missed *= np.where(place < count - self.ahead, left / (left + self.right), 1.0)
         return 1 - missed
@@ -51,8 +51,7 @@ def rank(queries: npt.ArrayLike, candidates: npt.ArrayLike, right: Callable[[sli
     Args:
         queries: (Q, D) embeddings; one of length 0 has cosine 0 to everything.
         candidates: (C, D) embeddings.
-        right: gives for some of the queries the answers that are right, (q, C) bool, at least one
-            for each.
+        right: maps a slice of the queries to their right answers, (q, C) bool, at least one each.
     """
     units, others = _unit(queries), _unit(candidates)
     chunk = max(1, _SIMILARITIES_AT_ONCE // len(others))
@@ -70,7 +69,7 @@ def rank(queries: npt.ArrayLike, candidates: npt.ArrayLike, right: Callable[[sli
 def rank_pairs(
     queries: npt.ArrayLike, candidates: npt.ArrayLike, query: Any, candidate: Any
 ) -> Ranks:
-    """Ranks all (C, D) candidates for each of (Q, D) queries; the pairs say which are right."""
+    """Ranks (C, D) candidates for (Q, D) queries, given the row numbers of the right pairs."""
     shape = len(np.asarray(queries)), len(np.asarray(candidates))
     right = csr_array((np.ones(len(query), dtype=np.bool_), (query, candidate)), shape=shape)
     return rank(queries, candidates, lambda rows: right[rows].toarray())
@@ -79,7 +78,6 @@ def rank_pairs(
 def _unit(vectors: npt.ArrayLike) -> npt.NDArray[np.float32]:
     """(N, D) vectors of length 1, or 0."""
     rows = np.asarray(vectors, dtype=np.float32)
-    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    lengths: npt.NDArray[np.float32] = np.linalg.norm(rows, axis=1, keepdims=True)
     lengths[lengths == 0] = 1
-    units: npt.NDArray[np.float32] = rows / lengths
-    return units
+    return rows / lengths

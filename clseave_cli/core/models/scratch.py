@@ -1,4 +1,4 @@
-"""New small models with tokenizers of their own, for worlds too small to need pretrained ones."""
+"""Small new models and their tokenizers, for worlds too small to need pretrained ones."""
 
 from __future__ import annotations
 
@@ -40,22 +40,15 @@ class ClipShape:
 def new_clip(
     folder: Path, captions: Iterable[str], shape: ClipShape = ClipShape(), seed: int = 0
 ) -> None:
-    """Writes a CLIP model with random weights and a byte-level BPE tokenizer trained on captions.
-
-    Args:
-        folder: where to write it, in Hugging Face layout.
-        captions: text to learn the vocabulary from.
-        shape: size of the model.
-        seed: seed of the weights.
-    """
+    """Writes a random CLIP model, with a byte-level BPE tokenizer trained on captions."""
     start, end = "<|startoftext|>", "<|endoftext|>"
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    # Every byte also as a word's end, so that no text is unknown. Named beforehand, because the
-    # trainer numbers what it meets in an order that differs from run to run.
+    # Every byte also at the end of a word, so that no text is unknown. Passed as special tokens,
+    # because the trainer numbers what it finds in an order that differs from run to run.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
         vocab_size=shape.vocab_size - 2,
@@ -66,7 +59,7 @@ def new_clip(
     )
     tokenizer.train_from_iterator(captions, trainer)
     vocabulary = tokenizer.get_vocab()
-    # The terminal token goes last: models with the old configuration find it as the highest id.
+    # The terminal token is last, because CLIP's old configuration takes the highest id for it.
     vocabulary[start], vocabulary[end] = len(vocabulary), len(vocabulary) + 1
     merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
     clip_tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges)
@@ -111,29 +104,15 @@ def new_encoder(
     max_tokens: int = 128,
     seed: int = 0,
 ) -> None:
-    """Writes a small BERT with random weights and a cased WordPiece vocabulary.
-
-    Args:
-        folder: where to write it, in Hugging Face layout.
-        sentences: text in all its languages, to learn the vocabulary from.
-        width: hidden width.
-        num_layers: transformer layers.
-        num_heads: attention heads.
-        vocab_size: largest vocabulary.
-        max_tokens: longest sentence.
-        seed: seed of the weights.
-    """
+    """Writes a random small BERT, with a cased WordPiece tokenizer trained on sentences."""
     texts = list(sentences)
     empty = BertTokenizer(do_lower_case=False, strip_accents=False)
     trained, special = empty.backend_tokenizer, empty.get_vocab()
-    # Named beforehand, because the trainer numbers what it meets in an order that differs from
-    # run to run.
+    # Passed as special tokens, as in `new_clip`.
     continuations = {
         f"##{character}"
-        for text in texts
-        for word, _ in trained.pre_tokenizer.pre_tokenize_str(
-            trained.normalizer.normalize_str(text)
-        )
+        for text in map(trained.normalizer.normalize_str, texts)
+        for word, _ in trained.pre_tokenizer.pre_tokenize_str(text)
         for character in word[1:]
     }
     trainer = trainers.WordPieceTrainer(
@@ -152,7 +131,7 @@ def new_encoder(
         intermediate_size=2 * width,
         max_position_embeddings=max_tokens,
         pad_token_id=tokenizer.pad_token_id,
-        # BERT's 0.02 is meant for wide models. In a narrow one all attention starts out uniform,
+        # BERT's 0.02 is meant for wide models. In a narrow one, all attention starts out uniform,
         # and some students took epochs to leave that plateau.
         initializer_range=width**-0.5,
         # Small models on small worlds underfit; dropout would only slow them down.

@@ -1,4 +1,4 @@
-"""The student: a multilingual encoder that writes into the teacher's space (thesis 3.3)."""
+"""The student: a multilingual encoder that maps into the teacher's space (thesis 3.3)."""
 
 from __future__ import annotations
 
@@ -28,56 +28,38 @@ _VOCABULARY = "vocabulary.safetensors"
 
 @dataclass(frozen=True)
 class Coding:
-    """How a student of the token method makes its teacher's states of its own.
+    """How a student of the token method turns its states into the teacher's."""
 
-    Attributes:
-        code: whether they can be negative.
-        width: K, of the teacher's states.
-        norm_eps: of the teacher's last normalisation, where it is applied behind; None: it is not.
-        pools: whether the sentence's state goes through BERT's pooling layer before.
-        reader: how the embedding is made of it.
-    """
-
-    code: Code
-    width: int
-    norm_eps: float | None
-    pools: bool = False  # not named by earlier versions, nor is `reader`
-    reader: TokenReader = "projection"
+    code: Code  # whether codes can be negative
+    width: int  # K, of the teacher's states
+    norm_eps: float | None  # of the teacher's last normalisation, if it is applied to the code
+    # Folders of earlier versions lack the following.
+    pools: bool = False  # the sentence's state first passes through BERT's pooling layer
+    reader: TokenReader = "projection"  # how a code becomes an embedding
 
     @property
     def reads_states(self) -> bool:
-        """Whether the teacher's last layers are padded to read H numbers, not the code's K."""
+        """Whether the teacher's last layers are padded to read H numbers instead of a code's K."""
         return self.reader in ("padded", "decoder")
 
 
 class CodedState(nn.Module):
-    """What stands between a token student's state and its projection.
-
-    Attributes:
-        pooler: the encoder's pooling layer, or nothing; token pairs go round it.
-        coder: makes the teacher's state of the student's; what the token pairs train.
-        decoder: the autoencoder's decoder, or nothing.
-        final_norm: the teacher's last normalisation, or nothing.
-        coding: what they are.
-    """
+    """The layers between a token student's state and its projection."""
 
     def __init__(self, state_width: int, coding: Coding) -> None:
         super().__init__()
-        self.pooler: nn.Module = nn.Identity()
-        if coding.pools:
-            self.pooler = nn.Sequential(nn.Linear(state_width, state_width), nn.Tanh())
-        self.coder = coder(state_width, coding.width, coding.code)
-        self.decoder: nn.Module = nn.Identity()
-        if coding.reader == "decoder":
-            self.decoder = coder(coding.width, state_width, coding.code)
-        #: How many numbers the projection reads.
-        self.width = state_width if coding.reads_states else coding.width
-        self.final_norm: nn.Module = (
-            nn.Identity()
-            if coding.norm_eps is None
-            else nn.LayerNorm(self.width, eps=coding.norm_eps)
-        )
         self.coding = coding
+        self.pooler: nn.Module = nn.Identity()
+        if coding.pools:  # as BERT does; token pairs bypass it
+            self.pooler = nn.Sequential(nn.Linear(state_width, state_width), nn.Tanh())
+        self.coder = coder(state_width, coding.width, coding.code)  # trained on token pairs
+        self.decoder: nn.Module = nn.Identity()
+        if coding.reader == "decoder":  # the autoencoder's
+            self.decoder = coder(coding.width, state_width, coding.code)
+        self.width = state_width if coding.reads_states else coding.width
+        self.final_norm: nn.Module = nn.Identity()
+        if coding.norm_eps is not None:  # the teacher's
+            self.final_norm = nn.LayerNorm(self.width, eps=coding.norm_eps)
 
     def forward(self, states: Tensor) -> Tensor:
         """(B, width) from (B, H)."""
@@ -94,13 +76,8 @@ def new_student(
     """A student around a pretrained encoder; LayerNorm and projection are untrained.
 
     Encoder → LayerNorm → terminal token → linear without bias (thesis 3.3.1; the [SEP] token, not
-    [CLS]). The normalisation is applied to the terminal token alone, which is the same and cheaper;
-    of a mean over tokens, to the mean.
-
-    Args:
-        name: hub id or folder of any bidirectional encoder with a fast tokenizer.
-        embedding_dim: D, width of the teacher's embeddings.
-        pooling: which hidden state stands for a sentence.
+    [CLS]). The normalisation is applied after pooling: the same for one token, and cheaper. Any
+    bidirectional encoder with a fast tokenizer will do.
 
     Raises:
         ModelError: the encoder cannot be loaded.
@@ -117,23 +94,23 @@ def new_token_student(
     reader: TokenReader = "projection",
     sentence_token: SentenceToken = "terminal",
 ) -> SentenceEncoder:
-    """A student of the token method (thesis 3.2): its states are coded as the teacher's are.
+    """A student of the token method (thesis 3.2), trained to code each token as the teacher does.
 
-    Encoder → code → (the teacher's last normalisation →) the teacher's projection. Each token's
-    code is to be the teacher's state. What is the teacher's is copied and stays as it is.
+    Encoder → code → (the teacher's last normalisation →) the teacher's projection. The teacher's
+    layers are copied and frozen.
 
     Args:
         name: hub id or folder of any bidirectional encoder with a fast tokenizer.
         teacher: the text tower to imitate.
-        code: whether the code can be negative.
-        target: whether a code is to be the teacher's state before its last normalisation, which
-            is then applied to the code.
-        reader: how a code becomes the embedding. An autoencoder's decoder is untrained here.
-        sentence_token: whose code stands for a sentence.
+        code: whether codes can be negative.
+        target: whether codes imitate the teacher's states before or after its last normalisation;
+            if before, it is applied to the code.
+        reader: how a code becomes an embedding. An autoencoder's decoder is untrained here.
+        sentence_token: whose code represents a sentence.
 
     Raises:
-        ModelError: the encoder cannot be loaded or has no pooling layer, the teacher does not end
-            as CLIP's text tower, or the reader does not fit their widths.
+        ModelError: the encoder cannot be loaded or has no pooling layer, the teacher's text tower
+            does not end like CLIP's, or the reader does not fit the widths.
     """
     last = getattr(teacher.backbone, "final_layer_norm", None)
     if not (
@@ -151,7 +128,17 @@ def new_token_student(
     coding = Coding(code, len(last.weight), last.eps if reads_norm else None, pools, reader)
     pooling: Pooling = "terminal" if sentence_token == "terminal" else "cls"
     model, tokenizer = backbones.load_encoder(name)
-    _require_widths(coding, model.config.hidden_size, teacher.embedding_dim)
+    state_width = model.config.hidden_size
+    if reader == "code" and coding.width != teacher.embedding_dim:
+        raise ModelError(
+            f"--token-reader code: the head reads {teacher.embedding_dim} numbers, but a code of "
+            f"this teacher has {coding.width}; use --token-reader projection."
+        )
+    if coding.reads_states and state_width < coding.width:
+        raise ModelError(
+            f"--token-reader {reader}: pads the teacher's {coding.width} numbers to the width of "
+            f"the student's states, which is {state_width}; use a wider --student."
+        )
     student = _student(model, tokenizer, teacher.embedding_dim, pooling, coding=coding)
     if pools:
         student.norm.pooler[0].load_state_dict(backbones.load_pooler(name).state_dict())
@@ -167,30 +154,10 @@ def new_token_student(
     return student
 
 
-def _require_widths(coding: Coding, state_width: int, embedding_dim: int) -> None:
-    """Refuses a reader that the student's, the teacher's and the head's widths do not allow.
-
-    Raises:
-        ModelError: they do not.
-    """
-    if coding.reader == "code" and coding.width != embedding_dim:
-        raise ModelError(
-            f"--token-reader code: the head reads {embedding_dim} numbers, but a code of this "
-            f"teacher has {coding.width}; use --token-reader projection."
-        )
-    if coding.reads_states and state_width < coding.width:
-        raise ModelError(
-            f"--token-reader {coding.reader}: pads the teacher's {coding.width} numbers to the "
-            f"width of the student's states, which is {state_width}; use a wider --student."
-        )
-
-
 def load_student(folder: Path, teacher: str | None = None) -> SentenceEncoder:
     """Loads a folder that `save_student` wrote, in eval mode.
 
-    Args:
-        folder: the student's folder.
-        teacher: fingerprint of the CLIP-VE it will be used with; None skips the check.
+    A `teacher`, the fingerprint of a CLIP-VE, must be the one it was trained against.
 
     Raises:
         ModelError: missing, damaged, or trained against another teacher.
@@ -211,7 +178,7 @@ def load_student(folder: Path, teacher: str | None = None) -> SentenceEncoder:
             config["pooling"],
             Coding(**config["coding"]) if "coding" in config else None,
             config,
-            added_on="meta",  # its config may promise more than its file holds
+            added_on="meta",  # its config may claim larger sizes than its file has
         )
         load_weights(_added_parts(student), folder / "projection.safetensors")
         if "vocabulary" in config:
@@ -222,19 +189,19 @@ def load_student(folder: Path, teacher: str | None = None) -> SentenceEncoder:
     return student.eval()
 
 
-def begun_student(
+def init_student(
     folder: Path, name: str | Path, *, teacher: str, keep_words: bool
 ) -> tuple[SentenceEncoder, Tensor]:
-    """A student for another language with the weights of one that is trained ("all for one").
+    """A student initialised from a trained one of another language ("all for one").
 
     Args:
-        folder: the trained student's folder, its vocabulary whole or trimmed.
+        folder: the trained student's folder; its vocabulary may be trimmed.
         name: hub id or folder of the pretrained encoder that it was trained from.
         teacher: fingerprint of the CLIP-VE.
-        keep_words: leave its word vectors as they are, instead of the pretrained ones.
+        keep_words: keep its word vectors instead of resetting them to the pretrained ones.
 
     Returns:
-        The student, and the word vectors that the trained one has, (V, H).
+        The student, and the trained word vectors, (V, H).
 
     Raises:
         ModelError: as `load_student`, or it was trained from another encoder or by the token
@@ -255,7 +222,7 @@ def begun_student(
     ):
         raise ModelError(
             f"{folder}: was trained from another encoder than {name}, whose word vectors mean "
-            "nothing to it; name its own with --student."
+            "nothing to it; name the encoder it was trained from with --student."
         )
     student.fingerprint, student.pretrained = "", digest
     trained = words.detach().clone()
@@ -273,14 +240,14 @@ def save_student(
     teacher: str,
     dev: Mapping[str, float] | None = None,
 ) -> str:
-    """Writes a student, with temperatures of its dev metrics; returns its fingerprint."""
+    """Writes a student and the temperatures in its dev metrics; returns its fingerprint."""
     student.save_pretrained(folder / "encoder")
     save_weights(_added_parts(student), folder / "projection.safetensors")
     config: dict[str, Any] = {
         "languages": list(languages),
         "pooling": student.pooling,
         **student.packing,
-        "projection": "linear",  # for earlier versions, which knew another
+        "projection": "linear",  # for earlier versions, which had another
         "embedding_dim": student.embedding_dim,
         "teacher": teacher,
     }
@@ -297,14 +264,12 @@ def save_student(
 
 
 def restore_student(folder: Path, encoder: str | Path | None = None) -> SentenceEncoder:
-    """A student of a trimmed vocabulary as if it had been trained without trimming, in eval mode.
+    """Loads a student and undoes the trimming of its vocabulary, in eval mode.
 
-    Args:
-        folder: the student's folder.
-        encoder: the encoder it was trained from; None: where it was then.
+    `encoder` is the one it was trained from; by default it is looked up under its name in training.
 
     Raises:
-        ModelError: as `load_student`, or its vocabulary is whole, or that is another encoder.
+        ModelError: as `load_student`, or its vocabulary is whole, or it is another encoder.
     """
     student = load_student(folder)
     trimmed = student.trimmed
@@ -337,24 +302,20 @@ def restore_student(folder: Path, encoder: str | Path | None = None) -> Sentence
 
 
 def student_fingerprint(folder: Path) -> str:
-    """The fingerprint of a saved student, without loading it.
-
-    Raises:
-        ModelError: not a student's folder.
-    """
+    """The fingerprint of a saved student; raises ModelError for any other folder."""
     return str(peek(folder, FORMAT)["fingerprint"])
 
 
 def require_teacher(folder: Path, teacher: str) -> None:
-    """Refuses a student of another CLIP-VE, without loading it.
+    """Refuses a saved student of another CLIP-VE.
 
     Raises:
-        ModelError: it was trained against another one, or the folder holds no student.
+        ModelError: it was trained against another one, or this is no student's folder.
     """
-    trained = str(peek(folder, FORMAT)["teacher"])
-    if trained != teacher:
+    expected = str(peek(folder, FORMAT)["teacher"])
+    if expected != teacher:
         raise ModelError(
-            f"{folder}: this student was trained against another CLIP-VE ({trained[:12]}, here "
+            f"{folder}: this student was trained against another CLIP-VE ({expected[:12]}, here "
             f"{teacher[:12]}); its embeddings mean nothing to this one. Align it again, or use the "
             "CLIP-VE it belongs to."
         )
@@ -369,7 +330,7 @@ def _student(
     saved: Mapping[str, Any] | None = None,
     added_on: str = "cpu",
 ) -> SentenceEncoder:
-    """An encoder with what a student adds to it, which is untrained, on the device `added_on`."""
+    """An encoder with a student's added layers, untrained and on the device `added_on`."""
     width = model.config.hidden_size
     with torch.device(added_on):
         norm = nn.LayerNorm(width) if coding is None else CodedState(width, coding)
@@ -383,12 +344,11 @@ def _student(
         save=model.save_pretrained,
         causal=False,
         pooling=pooling,
-        **backbones.reading(model, tokenizer, saved or {}),
+        **backbones.input_settings(model, tokenizer, saved or {}),
     )
 
 
 def _added_parts(student: SentenceEncoder) -> nn.ModuleDict:
-    """What the student adds to its encoder."""
     name = "coded_state" if isinstance(student.norm, CodedState) else "layer_norm"
     return nn.ModuleDict({name: student.norm, "projection": student.projection})
 
@@ -398,30 +358,23 @@ _AUTOENCODER_WEIGHTS = "autoencoder.safetensors"
 
 
 def coder(state_width: int, code_width: int, code: Code) -> nn.Sequential:
-    """What makes codes of states: H → K, one layer (thesis 3.2.2: with a ReLU behind it)."""
+    """Maps states to codes, H → K, in one layer (thesis 3.2.2: followed by a ReLU)."""
     activation = [nn.ReLU()] if code == "relu" else []
     return nn.Sequential(nn.Linear(state_width, code_width), *activation)
 
 
 class Autoencoder(nn.Module):
-    """Linear H → K, Linear K → H, each with a ReLU behind it unless the code is linear.
-
-    Attributes:
-        encoder: makes codes of states.
-        decoder: makes states of codes.
-        widths: H and K.
-        code: whether there are ReLUs.
-    """
+    """Linear H → K, linear K → H, each followed by a ReLU unless the code is linear."""
 
     def __init__(self, state_width: int, code_width: int, code: Code = "relu") -> None:
         super().__init__()
         self.encoder = coder(state_width, code_width, code)
         self.decoder = coder(code_width, state_width, code)
-        self.widths = state_width, code_width
+        self.widths = state_width, code_width  # H and K
         self.code = code
 
     def forward(self, states: Tensor) -> Tensor:
-        """(N, H) states as they come back from their codes."""
+        """(N, H) states reconstructed from their codes."""
         restored: Tensor = self.decoder(self.encoder(states))
         return restored
 
@@ -434,26 +387,22 @@ def save_autoencoder(autoencoder: Autoencoder, folder: Path, *, languages: Seque
     return seal(folder, AUTOENCODER, config)
 
 
-def load_autoencoder(folder: Path, wanted: Autoencoder) -> tuple[Autoencoder, str]:
-    """Loads a folder that `save_autoencoder` wrote, in eval mode.
+def load_autoencoder(folder: Path, autoencoder: Autoencoder) -> tuple[Autoencoder, str]:
+    """Loads a folder that `save_autoencoder` wrote into an autoencoder of the required shape.
 
-    Args:
-        folder: the autoencoder's folder.
-        wanted: one of the shape it must have; the weights are put there.
-
-    Returns:
-        `wanted`, and the folder's fingerprint.
+    Returns it, in eval mode, and the folder's fingerprint.
 
     Raises:
         ModelError: missing, damaged, or of another shape.
     """
+    widths = autoencoder.widths
     with unsealed(folder, AUTOENCODER) as config:
         shape = config["state_width"], config["code_width"], config["code"]
-        if shape != (*wanted.widths, wanted.code):
+        if shape != (*widths, autoencoder.code):
             raise ModelError(
                 f"{folder}: an autoencoder of {shape[0]} to {shape[1]}, code {shape[2]}; needed "
-                f"here: {wanted.widths[0]} to {wanted.widths[1]}, code {wanted.code} "
-                "(--student, --teacher and --code decide)."
+                f"here: {widths[0]} to {widths[1]}, code {autoencoder.code} (--student, --teacher "
+                "and --code decide)."
             )
-        load_weights(wanted, folder / _AUTOENCODER_WEIGHTS)
-    return wanted.eval(), str(config["fingerprint"])
+        load_weights(autoencoder, folder / _AUTOENCODER_WEIGHTS)
+    return autoencoder.eval(), str(config["fingerprint"])

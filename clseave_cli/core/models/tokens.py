@@ -14,46 +14,37 @@ from tokenizers import Tokenizer
 from clseave_cli.errors import DataError, ModelError
 
 
+# Its name and fields are part of cache keys (`SentenceEncoder.states_digest`).
 @dataclass(frozen=True)
 class Filling:
-    """Padding that belongs to the sentence, because the encoder looks at it and ends in it.
+    """Padding that is part of the sentence, because the encoder attends to it.
 
-    SigLIP was trained on texts filled up to the limit, without a mask.
-
-    Attributes:
-        token_id: the padding token.
-        side: where it goes.
+    SigLIP was trained on texts padded to the limit, without a mask.
     """
 
     token_id: int
     side: Literal["left", "right"]
 
     def __call__(self, ids: list[int], num_tokens: int) -> list[int]:
-        """The ids with padding up to `num_tokens`."""
+        """The ids, padded to `num_tokens`."""
         padding = [self.token_id] * (num_tokens - len(ids))
         return padding + ids if self.side == "left" else ids + padding
 
 
 @dataclass(frozen=True, eq=False)
 class TokenTable:
-    """Tokenised sentences, stored flat: sentence i is `ids[offsets[i]:offsets[i + 1]]`.
+    """N tokenised sentences, stored flat: sentence i is `ids[offsets[i]:offsets[i + 1]]`."""
 
-    Attributes:
-        ids: int32 token ids of all sentences, special tokens included.
-        offsets: (N + 1,) int64.
-        truncated: (N,) which sentences were longer than the encoder reads.
-    """
-
-    ids: npt.NDArray[np.int32]
-    offsets: npt.NDArray[np.int64]
-    truncated: npt.NDArray[np.bool_]
+    ids: npt.NDArray[np.int32]  # of all sentences, special tokens included
+    offsets: npt.NDArray[np.int64]  # (N + 1,)
+    truncated: npt.NDArray[np.bool_]  # (N,) whether it was longer than the encoder's limit
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     @classmethod
     def concatenate(cls, tables: Sequence[TokenTable]) -> TokenTable:
-        """The sentences of several tables, one after another."""
+        """The sentences of several tables, in order."""
         lengths = np.concatenate([np.diff(table.offsets) for table in tables])
         return cls(
             np.concatenate([table.ids for table in tables]),
@@ -63,35 +54,25 @@ class TokenTable:
 
     @property
     def num_truncated(self) -> int:
-        """How many sentences were cut."""
+        """Number of truncated sentences."""
         return int(self.truncated.sum())
 
     def lengths(self, sentences: npt.NDArray[np.intp]) -> npt.NDArray[np.int64]:
-        """Token counts of the given sentences."""
+        """Token counts of these sentences."""
         return self.offsets[sentences + 1] - self.offsets[sentences]
 
 
 @dataclass(frozen=True, eq=False)
 class Trimmed:
-    """What of an encoder's vocabulary was kept when the rest was taken out.
+    """The part of an encoder's vocabulary that was kept."""
 
-    Attributes:
-        kept: (K,) int64 ids in the whole vocabulary, ascending; the new ids count through them.
-        num_tokens: rows of the whole table.
-        encoder: name of the encoder that has it.
-    """
-
-    kept: npt.NDArray[np.int64]
-    num_tokens: int
-    encoder: str
+    kept: npt.NDArray[np.int64]  # (K,) ascending old ids; their indices are the new ones
+    num_tokens: int  # size of the whole table of word vectors
+    encoder: str  # name of the encoder that has it
 
 
 def require_usable(backend: Tokenizer, source: str | Path) -> None:
-    """Refuses a tokenizer that cannot take every text, such as one without its unknown token.
-
-    Raises:
-        ModelError: names `source`.
-    """
+    """Raises ModelError for a tokenizer that fails on some texts, as without an unknown token."""
     try:
         backend.encode_batch_fast(["a", "犬\U0010fffd"])
     except Exception as error:  # the library raises plain ones
@@ -106,14 +87,14 @@ def tokenize(
     terminal_id: int,
     filling: Filling | None = None,
 ) -> TokenTable:
-    """Tokenises sentences, keeping the terminal token of those that are too long.
+    """Tokenises sentences; truncated ones keep their terminal token.
 
     Args:
         backend: a tokenizer that appends the terminal token; its settings are changed.
-        sentences: N texts. Special tokens spelled out in them are read as ordinary text.
-        max_tokens: longest sentence the encoder reads, terminal token included.
+        sentences: N texts. Special tokens spelled out in them are ordinary text.
+        max_tokens: longest sentence, terminal token included.
         terminal_id: the token that every sentence must end in ([SEP], [EOS]).
-        filling: then fills each sentence up to `max_tokens`; None: it stays as long as it is.
+        filling: pads each sentence to `max_tokens`.
 
     Raises:
         DataError: a sentence does not end in the terminal token.

@@ -1,9 +1,9 @@
 """Training only the word vectors that the data use.
 
-Half of a multilingual encoder's weights are vectors of tokens that never occur in one language's
-data: mBERT has 119,547 of them, a hundred thousand sentences use a tenth. Their gradient is zero,
-yet the optimiser would read and write them, and its two moments, in every step, and every saved
-state would hold them.
+Half of a multilingual encoder's weights are vectors of tokens that never occur in the data of one
+language: a hundred thousand sentences use a tenth of mBERT's 119,547. Their gradients are zero, but
+the optimiser would still read and write them and its two moments in every step, and every
+checkpoint would store them.
 
 Legend: V vocabulary · K kept tokens · H hidden width.
 """
@@ -11,8 +11,9 @@ Legend: V vocabulary · K kept tokens · H hidden width.
 from __future__ import annotations
 
 import json
+import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,17 +33,17 @@ from clseave_cli.errors import ModelError
 def reduced_vocabulary(
     encoder: SentenceEncoder, *tables: TokenTable, translator: nn.Linear | None = None
 ) -> Iterator[None]:
-    """Within the block, an encoder has word vectors for the tokens of some sentences only.
+    """Within the block, an encoder has word vectors for the tokens of these sentences only.
 
-    The optimiser works on each weight by itself, so the K kept vectors are trained as they would
-    be among all V. The others stay as they are; in the whole table weight decay alone would have
-    moved them. Afterwards the encoder is whole again, whatever happened in the block.
+    The optimiser treats each weight separately, so the K kept vectors are trained as in the whole
+    table. The others stay as they are; in the whole table, weight decay would have changed them.
+    The encoder is whole again after the block, even if that failed.
 
     Args:
-        encoder: left alone if its word vectors are not a plain table.
+        encoder: unchanged if its word vectors are not a plain table.
         tables: all sentences that the encoder will be given in the block.
-        translator: H → H without bias, which the word vectors pass through within the block;
-            afterwards all V are what it makes of them.
+        translator: H → H without bias, applied to the word vectors within the block and merged into
+            all V afterwards.
     """
     whole = encoder.backbone.get_input_embeddings()
     if type(whole) is not nn.Embedding:
@@ -50,7 +51,7 @@ def reduced_vocabulary(
         return
     always = [encoder.pad_id] + ([] if whole.padding_idx is None else [whole.padding_idx])
     if not encoder.packs:
-        # Some count positions over the ids that are not padding's: no other token may take its id.
+        # Some models count only ids other than the padding's, so no token may take that id.
         always = list(range(max(always) + 1))
     kept = np.unique(np.concatenate([always, *(table.ids for table in tables)]))
     places = np.full(whole.num_embeddings, -1)
@@ -73,7 +74,7 @@ def reduced_vocabulary(
 
 
 def _part(whole: nn.Embedding, kept: npt.NDArray[np.integer[Any]]) -> nn.Embedding:
-    """The vectors of the kept tokens, in order; the padding token is among them."""
+    """The vectors of the kept tokens, in order; the padding token must be one of them."""
     padding = whole.padding_idx
     return nn.Embedding(
         len(kept),
@@ -83,27 +84,27 @@ def _part(whole: nn.Embedding, kept: npt.NDArray[np.integer[Any]]) -> nn.Embeddi
     ).requires_grad_(whole.weight.requires_grad)
 
 
-#: Special ids that a model's own configuration names.
+#: Special tokens whose ids are in a model's configuration.
 _CONFIG_IDS = ("pad", "bos", "eos", "cls", "sep", "mask", "unk")
 
 
 def trim_vocabulary(
     encoder: SentenceEncoder, used: npt.NDArray[np.integer[Any]], name: str
 ) -> npt.NDArray[np.intp]:
-    """Reduces an encoder, in place, to the tokens some text uses.
+    """Reduces an encoder, in place, to the tokens that some text uses.
 
-    Special tokens and single characters (or bytes) are kept with them.
+    Special tokens and single characters (or bytes) are kept, too.
 
     Args:
         encoder: its tokenizer, word vectors and configured ids are replaced.
         used: ids that the text uses.
-        name: of the encoder, to find the rest again.
+        name: of the encoder, to restore the rest from.
 
     Returns:
-        (V,) the new id of every old one; -1 where it is gone.
+        (V,) new ids by the old ones; -1 if removed.
 
     Raises:
-        ModelError: its tokenizer is of a kind that cannot be trimmed, or it is trimmed already.
+        ModelError: its kind of tokenizer cannot be trimmed, or it is trimmed already.
     """
     if encoder.trimmed is not None:
         raise ModelError(f"{name}: its vocabulary is trimmed already; start from the whole one.")
@@ -132,12 +133,13 @@ def trim_vocabulary(
 
 
 def _closure(content: dict[str, Any], used: set[int], name: str) -> set[int]:
-    """Used tokens, and all that must stay with them."""
+    """The used tokens and all that must be kept with them."""
     model = content["model"]
     kind = model.get("type")
     if kind not in ("WordPiece", "Unigram", "BPE"):
         raise ModelError(
-            f"{name}: --trim-vocabulary knows WordPiece, Unigram and BPE tokenizers, not {kind}."
+            f"{name}: --trim-vocabulary works with WordPiece, Unigram and BPE tokenizers, not "
+            f"{kind}."
         )
     ids = _ids(model)
     kept = used | {token["id"] for token in content["added_tokens"]}
@@ -147,6 +149,7 @@ def _closure(content: dict[str, Any], used: set[int], name: str) -> set[int]:
     if unknown is not None:
         kept.add(unknown)
     if kind == "Unigram":
+        # The score of unknown characters depends on the lowest one.
         scores = [score for _, score in model["vocab"]]
         kept.add(scores.index(min(scores)))
     if kind == "BPE":
@@ -161,8 +164,8 @@ def _ids(model: dict[str, Any]) -> dict[str, int]:
 
 
 def _is_single(token: str, affixes: Iterable[str | None]) -> bool:
-    """Whether a token is one character (with or without a mark of its place), or one byte."""
-    if len(token) == len("<0x00>") and token.startswith("<0x") and token.endswith(">"):
+    """Whether a token is one character, with or without an affix, or one byte."""
+    if re.fullmatch("<0x..>", token):
         return True
     for affix in affixes:
         if affix and len(token) > len(affix):
@@ -170,34 +173,30 @@ def _is_single(token: str, affixes: Iterable[str | None]) -> bool:
     return len(token) <= 1
 
 
-def _merges(model: dict[str, Any]) -> list[tuple[str, str]]:
-    """Merges in order; older files write a pair as one string."""
-    pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
-    return [(first, second) for first, second in pairs]
-
-
-def _joined(first: str, second: str, model: dict[str, Any]) -> str:
-    """What a merge makes of two tokens: the mark of a continuation stands at the front only."""
-    return first + second.removeprefix(model.get("continuing_subword_prefix") or "")
+def _merges(model: dict[str, Any]) -> list[tuple[list[str], str]]:
+    """The merges in order: a pair and its result, in which only the first keeps its prefix."""
+    prefix = model.get("continuing_subword_prefix") or ""
+    # Older files write a pair as one string.
+    pairs = [m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"]]
+    return [([first, second], first + second.removeprefix(prefix)) for first, second in pairs]
 
 
 def _add_parts(kept: set[int], ids: dict[str, int], model: dict[str, Any]) -> None:
-    """Adds the parts that kept tokens are merged from, and theirs."""
-    made_of: dict[str, list[tuple[str, str]]] = {}
-    for first, second in _merges(model):
-        made_of.setdefault(_joined(first, second, model), []).append((first, second))
+    """Adds the parts that kept tokens are merged from, recursively."""
+    parts: dict[str, list[str]] = {}
+    for pair, result in _merges(model):
+        parts.setdefault(result, []).extend(pair)
     names = {number: token for token, number in ids.items()}
-    todo = [names[number] for number in kept if number in names]
-    while todo:
-        for pair in made_of.get(todo.pop(), ()):
-            for part in pair:
-                if ids[part] not in kept:
-                    kept.add(ids[part])
-                    todo.append(part)
+    pending = [names[number] for number in kept if number in names]
+    while pending:
+        for part in parts.get(pending.pop(), ()):
+            if ids[part] not in kept:
+                kept.add(ids[part])
+                pending.append(part)
 
 
 def _renumbered(content: dict[str, Any], new_id: dict[int, int]) -> dict[str, Any]:
-    """The tokenizer with the kept tokens only, under their new ids."""
+    """The tokenizer with only the kept tokens, under their new ids."""
     model = dict(content["model"])
     if isinstance(model["vocab"], dict):
         model["vocab"] = {t: new_id[i] for t, i in model["vocab"].items() if i in new_id}
@@ -208,43 +207,43 @@ def _renumbered(content: dict[str, Any], new_id: dict[int, int]) -> dict[str, An
     if model["type"] == "BPE":
         vocabulary = model["vocab"]
         model["merges"] = [
-            list(pair)
-            for pair in _merges(model)
-            if all(token in vocabulary for token in (*pair, _joined(*pair, model)))
+            pair
+            for pair, result in _merges(model)
+            if all(token in vocabulary for token in (*pair, result))
         ]
     return {
         **content,
         "model": model,
         "added_tokens": [{**token, "id": new_id[token["id"]]} for token in content["added_tokens"]],
-        "post_processor": _renumbered_processor(content["post_processor"], new_id.__getitem__),
+        "post_processor": _renumbered_processor(content["post_processor"], new_id),
         "padding": None,
         "truncation": None,
     }
 
 
-def _renumbered_processor(processor: Any, new_id: Callable[[int], int]) -> Any:
-    """A post-processor whose special tokens have their new ids, whatever its kind."""
+def _renumbered_processor(processor: Any, new_id: dict[int, int]) -> Any:
+    """A post-processor of any kind with the new ids of its special tokens."""
     if processor is None:
         return None
     processor = dict(processor)
-    if "processors" in processor:  # a sequence of them
+    if "processors" in processor:  # a sequence of processors
         processor["processors"] = [
             _renumbered_processor(part, new_id) for part in processor["processors"]
         ]
     if isinstance(processor.get("special_tokens"), dict):  # a template
         processor["special_tokens"] = {
-            name: {**token, "ids": [new_id(i) for i in token["ids"]]}
+            name: {**token, "ids": [new_id[i] for i in token["ids"]]}
             for name, token in processor["special_tokens"].items()
         }
-    for key in ("cls", "sep"):  # BERT's and RoBERTa's own: token and id
+    for key in ("cls", "sep"):  # BERT's and RoBERTa's: token and id
         if key in processor:
             token, number = processor[key]
-            processor[key] = [token, new_id(number)]
+            processor[key] = [token, new_id[number]]
     return processor
 
 
 def _reloaded(tokenizer: Any, content: dict[str, Any], name: str) -> Any:
-    """The transformers tokenizer of new content, as it will be loaded from the saved folder."""
+    """A transformers tokenizer with new content, as it will be loaded from the saved folder."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         path = Path(folder, "tokenizer.json")
@@ -254,9 +253,9 @@ def _reloaded(tokenizer: Any, content: dict[str, Any], name: str) -> Any:
         rest = json.loads(settings.read_text(encoding="utf-8"))
         rest.pop("added_tokens_decoder", None)
         settings.write_text(json.dumps(rest, ensure_ascii=False, indent=2), encoding="utf-8")
-        again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    again.name_or_path = tokenizer.name_or_path
+        reloaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    reloaded.name_or_path = tokenizer.name_or_path
     expected = _ids(content["model"]) | {t["content"]: t["id"] for t in content["added_tokens"]}
-    if again.get_vocab() != expected:
+    if reloaded.get_vocab() != expected:
         raise ModelError(f"{name}: transformers does not load its tokenizer with fewer tokens.")
-    return again
+    return reloaded

@@ -33,7 +33,7 @@ from clseave_cli.core.files import (
 )
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
-from clseave_cli.core.models.folder import leave_out_other_versions, seal
+from clseave_cli.core.models.folder import seal, skip_other_versions
 from clseave_cli.core.models.packing import PackedBatch
 from clseave_cli.core.prediction import Floats, onnx_model
 from clseave_cli.core.prediction.inference import InferenceModel
@@ -102,7 +102,7 @@ def export(config: ExportConfig, progress: Progress = SILENT) -> ExportResult:
             before = onnx_model.read_manifest(config.out)["languages"]
         model = TorchModel.from_runs(config.runs, config.lang or None, "cpu", "fp32")
         if not config.lang:
-            leave_out_other_versions(model.sources, progress)
+            skip_other_versions(model.sources, progress)
         manifest = _write(model, folder, config.int8, progress)
         exported = onnx_model.OnnxModel(folder, manifest, list(model.sources), lasting=False)
         difference = _difference(model, exported)

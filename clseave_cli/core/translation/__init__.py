@@ -1,1 +1,1 @@
-"""Translation engines and the memory that keeps what they said."""
+"""Translation engines, and the memory of their answers."""

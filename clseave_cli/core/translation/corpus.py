@@ -1,7 +1,7 @@
-"""The two use cases: files of a data set in other languages, and a split's hypotheses.
+"""Translates files of a data set, or a split's hypotheses.
 
-Both read translations from the memory. Missing ones are first translated into the memory, and then
-the rows are read again. So a run may be interrupted at any moment.
+One pass adds missing translations to the memory; the next takes all translations from it. So a run
+may be interrupted at any moment.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from clseave_cli.progress import SILENT, Progress, Task
 
 _SPLITS = ("train", "dev", "test")
 _ROWS_AT_ONCE = 10_000
-#: Texts held at a time while they are translated; enough to batch texts of similar length.
+#: Texts to translate at a time, enough to batch texts of similar length.
 _TEXTS_AT_ONCE = 100_000
 
 _T = TypeVar("_T")
@@ -43,78 +43,50 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class FileSummary:
-    """The outcome for one file in one language; all counts are of rows.
-
-    Attributes:
-        input: the file read.
-        output: the file written, if `is_written`: not if no row would be translated.
-        lang: canonical code of the language.
-        num_from_memory: rows whose translation was in the memory before this run.
-        num_unchanged: rows without a letter, the same in every language.
-        num_failed: rows left out because there is no translation.
-        num_dropped: rows left out because they are suspect.
-        num_suspect: rows that at least one check marked, the dropped ones included.
-        suspicions: how many rows each check marked, by its name.
-        num_requests: calls made to the engine.
-        failed, rejected, suspect: lists of the rows that failed, were dropped, or are suspect in a
-            file that cannot mark them (plain text); None if there are none.
-        review: the side-by-side sample, None if none was asked for.
-    """
+    """The outcome for one file in one language; `num_*` count rows unless stated otherwise."""
 
     input: Path
     output: Path
-    lang: str
-    is_written: bool
+    lang: str  # canonical
+    is_written: bool  # False if no row was translated
     num_rows: int
-    num_from_memory: int
+    num_from_memory: int  # the translation was in the memory before
     num_translated: int
-    num_unchanged: int
-    num_failed: int
-    num_dropped: int
-    num_suspect: int
-    suspicions: dict[str, int]
-    num_requests: int
+    num_unchanged: int  # without a letter, so the same in every language
+    num_failed: int  # skipped, because there is no translation
+    num_dropped: int  # skipped, because the translation is suspect
+    num_suspect: int  # marked by any check, including dropped ones
+    suspicions: dict[str, int]  # rows marked by each check
+    num_requests: int  # calls made to the engine
     seconds: float
-    failed: Path | None
-    rejected: Path | None
-    suspect: Path | None
-    review: Path | None
+    failed: Path | None  # list of failed rows, if any
+    rejected: Path | None  # list of dropped rows
+    suspect: Path | None  # list of suspect rows in plain text, which cannot mark them
+    review: Path | None  # the side-by-side sample
 
 
 @dataclass(frozen=True)
 class TranslationSummary:
-    """The outcome of a whole call.
-
-    Attributes:
-        engine: name of the engine; `model`, `revision`: what it runs.
-        licence: what the translations may be used for.
-        files: one summary per file and language.
-        stopped: why the run ended early, None if it did not.
-    """
+    """The outcome of a whole call."""
 
     engine: str
     model: str
     revision: str
-    licence: str
-    files: tuple[FileSummary, ...]
-    stopped: str | None
+    licence: str  # what the translations may be used for
+    files: tuple[FileSummary, ...]  # one per file and language
+    stopped: str | None  # why the run ended early, if it did
 
 
-#: A row and its translation, or the reason why it has none.
+#: A row with its translation, or with the reason why it has none.
 _Translated = tuple[Row, Entry | str]
 
 
 class _Incomplete(Exception):
-    """Ends a pass over rows that are not all in the memory; carries the number of missing texts."""
+    """The memory lacks translations; the argument is their number."""
 
 
 class _Passes:
-    """The passes over the rows of a file.
-
-    Args:
-        driver: has missing texts translated.
-        path: the file, for messages.
-        rows: starts a pass: returns all rows.
+    """The passes over the rows of a file; `rows` returns all of them, anew for each pass.
 
     Attributes:
         num_from_memory: rows whose translation was in the memory before `run`.
@@ -127,10 +99,10 @@ class _Passes:
         self.num_from_memory = 0
 
     def run(self, use: Callable[[Iterator[_Translated]], _T], progress: Progress) -> _T:
-        """Calls `use` with all rows and their translations, and returns its result.
+        """Returns the result of `use`, called with all rows and their translations.
 
-        If any translation is missing, the rows end with an exception, and `use` is called again
-        after the memory has been filled. So a file that is all in the memory is read once.
+        If a translation is missing, that call ends with an exception, and `use` is called again
+        once the memory is filled. So a file that is all in the memory is read once.
         """
         with progress.task(f"reading {self._path.name}", unit="rows") as task:
             try:
@@ -144,11 +116,7 @@ class _Passes:
             return use(self._from_all(task))
 
     def _from_memory(self, task: Task) -> Iterator[_Translated]:
-        """The first pass: the rows, up to the first piece with a missing translation.
-
-        Raises:
-            _Incomplete: at the end, if there is such a piece.
-        """
+        """Yields rows up to the first missing translation; raises `_Incomplete` at the end."""
         missing = array("q")  # hashes, because millions of texts would need too much memory
         for chunk in self._chunks():
             for _, key, entry in chunk:
@@ -164,9 +132,8 @@ class _Passes:
             raise _Incomplete(len(np.unique(missing)))
 
     def _fill(self, task: Task) -> None:
-        """Has missing texts translated, many at a time."""
         driver = self._driver
-        texts: dict[str, int] = {}  # with the attempt each is at
+        texts: dict[str, int] = {}  # and their attempts
         for chunk in itertools.chain(self._chunks(), ([],)):
             for _, key, entry in chunk:
                 if not (driver.is_final(entry) or key in driver.failures):
@@ -178,7 +145,6 @@ class _Passes:
                     return
 
     def _from_all(self, task: Task) -> Iterator[_Translated]:
-        """The last pass: each row with its translation, or with the reason why it has none."""
         driver = self._driver
         default = f"not asked: {driver.pace.stopped or 'its entry in the memory is damaged'}"
         for chunk in self._chunks():
@@ -187,10 +153,7 @@ class _Passes:
             task.advance(len(chunk))
 
     def _chunks(self) -> Iterator[list[tuple[Row, str | None, Entry | None]]]:
-        """The rows in pieces, each with its key and its entry in the memory, checked.
-
-        A text that needs no translation has no key, and itself as entry.
-        """
+        """Rows with their keys and checked entries; a text without letters is its own entry."""
         memory, identity, checks = self._driver.memory, self._driver.identity, self._driver.checks
         rows = iter(self._rows())
         while chunk := list(itertools.islice(rows, _ROWS_AT_ONCE)):
@@ -212,7 +175,7 @@ class _Passes:
             yield checked
 
     def _key(self, row: Row) -> str | None:
-        """A row's key in the memory; None for a text that needs no translation."""
+        """A row's key in the memory; None for a text without letters."""
         if self._by_pair_id:
             if row.pair_id is None:
                 raise DataError.at(
@@ -225,21 +188,21 @@ class _Passes:
 def translate(config: TranslateConfig, progress: Progress = SILENT) -> TranslationSummary:
     """Translates files of a data set and writes them beside the originals.
 
-    Under `torchrun` every process translates, through one memory; rank 0 writes.
+    Under `torchrun`, all processes translate into one memory, and rank 0 writes.
 
     Raises:
-        UsageError: the configuration makes no sense.
-        DataError: an input is missing or has a bad row, or an output is a file of the user's.
-        TranslationError: the engine or the memory cannot work.
+        UsageError: options are missing or contradict each other.
+        DataError: an input is missing or has a bad row, or an output is not ours to replace.
+        TranslationError: the engine or the memory fails.
         Interrupted: by Ctrl-C.
     """
-    find_engine(config.engine)  # an unknown engine is refused first
+    find_engine(config.engine)  # refuse an unknown engine first
     source = canonical(config.source)
     langs = list(dict.fromkeys(canonical(lang) for lang in config.lang))
     if not langs:
         raise UsageError("--lang is missing: choose a language, for example --lang de.")
     if source in langs:
-        raise UsageError(f"--lang {source}: that is the language of the input (--source).")
+        raise UsageError(f"--lang {source}: is the language of the input (--source).")
     inputs = _inputs(config)
     summaries: list[FileSummary] = []
     pace: Pace | None = None
@@ -275,7 +238,7 @@ def translate(config: TranslateConfig, progress: Progress = SILENT) -> Translati
 def _translate_file(
     config: TranslateConfig, driver: Driver, outputs: Outputs, path: Path, progress: Progress
 ) -> FileSummary | None:
-    """Translates one file into one language; only rank 0 writes it and returns a summary."""
+    """Translates one file into one language; rank 0 writes it and returns a summary."""
     start, num_requests = time.monotonic(), driver.pace.num_requests
     identity = driver.engine.identity
     target = output_path(config, path, identity.target)
@@ -322,8 +285,8 @@ def _inputs(config: TranslateConfig) -> list[Path]:
         paths += existing(stem, split)[:1]
     if not paths:
         raise DataError(
-            f"{config.data}: no snli_ve_train.jsonl, snli_ve_dev.jsonl or snli_ve_test.jsonl "
-            "there; name the folder with --data, or files with --input."
+            f"{config.data}: no snli_ve_train.jsonl, snli_ve_dev.jsonl or snli_ve_test.jsonl; "
+            "name the folder with --data, or files with --input."
         )
     (output, count), *_ = Counter(output_path(config, path, "xx") for path in paths).most_common(1)
     if count > 1:
@@ -334,7 +297,7 @@ def _inputs(config: TranslateConfig) -> list[Path]:
 
 
 def output_path(config: TranslateConfig, path: Path, lang: str) -> Path:
-    """Where the translation of a file goes: `x.jsonl.gz` → `x.de.jsonl.gz`."""
+    """The path of a file's translation: `x.jsonl.gz` → `x.de.jsonl.gz`."""
     stem, ending = split_name(path)
     return (config.out or path.parent) / f"{stem}.{lang}{ending}"
 
@@ -342,19 +305,17 @@ def output_path(config: TranslateConfig, path: Path, lang: str) -> Path:
 def translate_hypotheses(
     config: EvaluateConfig, split: Split, into: str, progress: Progress = SILENT
 ) -> tuple[list[str], str]:
-    """Translates a split's hypotheses into another language for translate-test.
+    """Translates a split's hypotheses for translate-test, through the memory.
 
-    Nothing is written but the memory. `{lang}` in `--model` and `--translations` stands for the
-    split's language.
+    `{lang}` in `--model` and `--translations` stands for the split's language.
 
     Returns:
-        the translations, in the split's order; and in one line, the engine, its model, the model's
-        revision and the settings.
+        The translations in the split's order, and one line that identifies the translator.
 
     Raises:
-        UsageError: the configuration makes no sense.
-        TranslationError: the engine cannot work, or a hypothesis stays without translation.
-        Interrupted: by Ctrl-C; what was answered is kept.
+        UsageError: options are missing or contradict each other.
+        TranslationError: the engine fails, or a hypothesis has no translation.
+        Interrupted: by Ctrl-C; answers are kept.
     """
     parts = (*dataclasses.fields(SeededConfig), *dataclasses.fields(EngineConfig))
     options = {part.name: getattr(config, part.name) for part in parts}
@@ -377,8 +338,8 @@ def translate_hypotheses(
         row, reason = failures[0]
         raise TranslationError(
             f"{split.where(row.line)}: {len(failures)} of {len(rows)} hypotheses could not be "
-            f"translated ({reason}); the others are kept: run the same command again to try only "
-            "those, or choose another --engine."
+            f"translated ({reason}); the others are kept. Run the same command again to retry, or "
+            "choose another --engine."
         )
     entries = [entry for _, entry in results if isinstance(entry, Entry)]
     if num_suspect := sum(bool(entry.suspicions) for entry in entries):

@@ -1,9 +1,8 @@
-"""Sends texts to an engine: paces requests, retries them, and asks for nothing twice.
+"""Sends texts to an engine: paces requests, retries them, and pays for nothing twice.
 
-The main thread hands batches to worker threads and stores each answer at once. No more calls are
-under way than `Limits.concurrency`, and every batch is looked up in the memory before it is handed
-out. So a kill costs only the calls under way, and two processes that work on the same texts ask
-twice only for what both have under way.
+The main thread hands batches to worker threads and stores each answer at once. At most
+`Limits.concurrency` calls are in flight, and every batch is looked up in the memory before it is
+sent. So a kill loses only the calls in flight, and only those may be made twice by two processes.
 """
 
 from __future__ import annotations
@@ -35,15 +34,15 @@ from clseave_cli.errors import ClseaveError, Interrupted, TranslationError
 from clseave_cli.processes import process_count, process_rank
 from clseave_cli.progress import Task
 
-#: After so many rounds of refusals without an answer, the service has shut us out.
+#: Refusals per worker, with no answer in between, before the run stops.
 REFUSAL_ROUNDS = 8
-#: Refusals of the same call before its text is given up.
+#: Refusals of one call before its text is given up.
 CALL_REFUSALS = 12
-#: Texts per worker that fail in a row, with no success, before the run is stopped.
+#: Failed texts per worker, with no answer in between, before the run stops.
 FAILURE_ROUNDS = 5
-#: If a service asks to wait longer than this, the run stops; the user can come back later.
+#: The run stops if a service asks for a longer wait.
 LONGEST_WAIT_SECONDS = 300.0
-#: The first request for a text, and a second one if the first answer is suspect or unusable.
+#: A text is asked for again if the first answer is suspect or unusable.
 MAX_ATTEMPTS = 2
 
 _LONGEST_BACKOFF_SECONDS = 60.0
@@ -56,15 +55,11 @@ _SENTENCE_END = re.compile(r"[.!?…]+[\"'”’)\]]*\s+|[。！？]+[」』”�
 
 
 def segments(text: str, max_characters: int | None) -> list[str]:
-    """A text cut into what stays as it is and, at the odd places, the parts to ask about.
+    """Splits a text; the odd items are to be translated, the even ones stay as they are.
 
-    Engines translate sentences. They never see line breaks and control characters; a text over an
-    engine's limit is cut at sentence ends; and pieces without a letter (`…`, `42`, an emoji) are
-    the same in every language and never asked about.
-
-    Args:
-        text: any string.
-        max_characters: the longest part an engine takes; None: the whole text as it is.
+    Engines never see line breaks, control characters or parts without a letter (`…`, `42`, an
+    emoji). Parts longer than `max_characters` are split at sentence ends; None: translate the text
+    as it is.
     """
     if max_characters is None:
         return ["", text, ""]
@@ -81,7 +76,7 @@ def segments(text: str, max_characters: int | None) -> list[str]:
 
 
 def _cut(line: str, max_characters: int) -> list[str]:
-    """The line in chunks of at most `max_characters`, at sentence ends, else at spaces."""
+    """Chunks of at most `max_characters`, split at sentence ends, else at spaces."""
     chunks = []
     while len(line) > max_characters:
         head = line[:max_characters]
@@ -93,20 +88,11 @@ def _cut(line: str, max_characters: int) -> list[str]:
 
 
 class _Stopped(Exception):
-    """Ends a worker's wait: no more requests are to be sent."""
+    """No more requests may be sent."""
 
 
 class Pace:
-    """Decides when a worker may send the next request, and when to stop altogether.
-
-    Args:
-        config: the rate and retries that the user chose.
-        limits: concurrency, and the engine's default rate.
-
-    Attributes:
-        num_requests: calls made, failed ones included.
-        stopped: why the run ended early, None if it has not.
-    """
+    """Decides when workers may send requests, and when the run stops."""
 
     def __init__(self, config: TranslateConfig, limits: Limits) -> None:
         rate = config.requests_per_second or limits.requests_per_second
@@ -118,22 +104,18 @@ class Pace:
         self._next = 0.0
         self._refusals = self._failures = 0
         self._has_answers = False
-        self.num_requests = 0
-        self.stopped: str | None = None
+        self.num_requests = 0  # including failed ones
+        self.stopped: str | None = None  # why the run ended early
 
     def stop(self, reason: str | None = None) -> None:
-        """Ends every wait; the first reason given is kept."""
+        """Ends every wait; the first reason is kept."""
         with self._lock:
             if self.stopped is None:
                 self.stopped = reason
         self._stop.set()
 
     def wait_for_turn(self) -> None:
-        """Returns when a request may be sent.
-
-        Raises:
-            _Stopped: no more requests may be sent.
-        """
+        """Returns when a request may be sent, or raises `_Stopped`."""
         with self._lock:
             self.num_requests += 1
             start = max(self._next, time.monotonic())
@@ -141,13 +123,13 @@ class Pace:
         self._sleep(start - time.monotonic())
 
     def succeeded(self) -> None:
-        """Records an answer: the service works."""
+        """Records an answer."""
         with self._lock:
             self._refusals = self._failures = 0
             self._has_answers = True
 
     def gave_up(self, reason: str) -> None:
-        """Records a text that was given up through no fault of its own."""
+        """Records a text given up because the service fails."""
         with self._lock:
             self._failures += 1
             over = self._failures >= FAILURE_ROUNDS * self._concurrency
@@ -155,11 +137,7 @@ class Pace:
             self.stop(f"the service fails on every text (the last time: {reason})")
 
     def back_off(self, fault: Fault, tries: int) -> None:
-        """Waits before the same call is made again; after a refusal, every worker waits.
-
-        Raises:
-            _Stopped: the service refuses for good, as this or another worker has learnt.
-        """
+        """Waits before a retry (all workers do after a refusal), or raises `_Stopped`."""
         wait = fault.retry_after
         if not isinstance(fault, Refusal) and (wait or 0) <= LONGEST_WAIT_SECONDS:
             self._sleep(self._backoff(tries) if wait is None else wait)
@@ -175,7 +153,7 @@ class Pace:
             if rounds >= REFUSAL_ROUNDS or not self._has_answers:
                 self.stop(str(fault))
         elif rounds >= REFUSAL_ROUNDS:
-            self.stop(f"the service has evidently shut us out ({fault})")
+            self.stop(f"the service keeps refusing ({fault})")
         self._sleep(0)
 
     def _backoff(self, doublings: int) -> float:
@@ -195,7 +173,7 @@ class _Batch(NamedTuple):
 
 
 def _calls(texts: Iterable[str], limits: Limits) -> list[list[str]]:
-    """Texts in as few calls as an engine's limits allow, in their order."""
+    """Groups texts, in order, into as few calls as the limits allow."""
     calls: list[list[str]] = []
     characters = 0
     for text in texts:
@@ -209,25 +187,12 @@ def _calls(texts: Iterable[str], limits: Limits) -> list[list[str]]:
 
 
 def _is_usable(answer: str) -> bool:
-    """Whether readers of the file accept it."""
+    """Whether readers of the output accept it."""
     return bool(answer.strip()) and not _SURROGATE.search(answer)
 
 
 class Driver:
-    """Has texts translated and stores the answers in a `Memory`.
-
-    Args:
-        config: how often to retry, and whether suspect translations get a second try.
-        engine: translates.
-        memory: where answers go.
-        pace: when requests may be sent.
-
-    Attributes:
-        identity: the number under which the memory keeps the engine's translations.
-        checks: made on every answer.
-        num_translated: texts translated so far.
-        failures: texts given up, with the reason.
-    """
+    """Has an engine translate texts and stores the answers in a `Memory`."""
 
     def __init__(self, config: TranslateConfig, engine: Engine, memory: Memory, pace: Pace) -> None:
         self.engine, self.memory, self.pace, self._config = engine, memory, pace, config
@@ -236,42 +201,37 @@ class Driver:
         is_exact = engine.limits.text_characters is None
         self._retries_suspect = config.on_suspect == "retry" and not is_exact
         self.num_translated = 0
-        self.failures: dict[str, str] = {}
+        self.failures: dict[str, str] = {}  # texts given up, with the reasons
         self._start = 0.0
-        # Batches to send, the last one first; and how many the workers are busy with.
-        self._batches: list[_Batch] = []
-        self._under_way = 0
+        self._batches: list[_Batch] = []  # to send, the last one first
+        self._in_flight = 0
         self._queue: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
-        # What workers report of a batch: a translation for each text, or an error.
+        # From the workers: a translation for each text of a batch, or an error.
         self._reports = queue.SimpleQueue[tuple[_Batch, list[str] | BaseException]]()
 
     def run(self, texts: Mapping[str, int], task: Task) -> None:
-        """Works until every text is in the memory or has failed, or the pace stops it.
-
-        Args:
-            texts: what to translate, with the attempt as in `Engine.translate`.
-            task: told of progress.
+        """Translates `texts`, with their attempts, until all are stored, failed, or the pace stops.
 
         Raises:
-            Interrupted: by Ctrl-C; what was answered is in the memory.
-            TranslationError: the engine cannot work at all.
+            Interrupted: by Ctrl-C; answers are in the memory.
+            TranslationError: the engine fails.
         """
         concurrency = self.engine.limits.concurrency
         for _ in range(concurrency):
-            # Daemons: an interrupted program does not wait for a server that hangs.
+            # Daemons, because an interrupted program must not wait for a hanging server.
             threading.Thread(target=self._work, daemon=True).start()
-        # Two, so that a local engine, which takes one call at a time, need not wait for the next.
-        places = max(2, concurrency)
-        self._batches, self._under_way = self._in_batches(texts), 0
+        # At least 2, so that a local engine, which takes one call at a time, is never idle.
+        most_in_flight = max(2, concurrency)
+        self._batches, self._in_flight = self._in_batches(texts), 0
         self._start = self._start or time.monotonic()
         try:
             while True:
-                while self._under_way < places and self._batches and not self.pace.stopped:
+                while self._in_flight < most_in_flight and self._batches and not self.pace.stopped:
                     batch = self._batches.pop()
                     if missing := self._still_missing(batch, task):
                         self._queue.put(_Batch(missing, batch.attempt))
-                        self._under_way += 1
-                if not self._under_way:
+                        self._in_flight += 1
+                if not self._in_flight:
                     break
                 self._keep(task)
         except KeyboardInterrupt:
@@ -279,7 +239,7 @@ class Driver:
             self._store_late_answers(task)
             raise Interrupted(
                 f"interrupted; {self.num_translated} new translations are in the memory. "
-                "Run the same command again to go on."
+                "Run the same command again to continue."
             ) from None
         except BaseException:
             self.pace.stop()
@@ -289,7 +249,7 @@ class Driver:
                 self._queue.put(None)
 
     def is_final(self, entry: Entry | None) -> bool:
-        """Whether an entry is written as it is, instead of being asked for (again)."""
+        """Whether an entry needs no (further) request."""
         if entry is None:
             return False
         asked_once = 0 < entry.attempts < MAX_ATTEMPTS
@@ -303,7 +263,7 @@ class Driver:
                 self._reports.put((batch, error))
 
     def _translate(self, batch: _Batch) -> list[str]:
-        """A translation for each text, empty if the answer is unusable; runs in a worker."""
+        """A translation for each text, "" if the answer is unusable; runs in a worker."""
         limits = self.engine.limits
         texts = [segments(text, limits.text_characters) for text in batch.texts]
         calls = _calls([part for text in texts for part in text[1::2]], limits)
@@ -324,9 +284,9 @@ class Driver:
                         f"for {len(parts)} texts"
                     )
             except Fault as fault:
-                refused = isinstance(fault, Refusal)
-                refusals += refused
-                tries += not refused
+                is_refusal = isinstance(fault, Refusal)
+                refusals += is_refusal
+                tries += not is_refusal
                 if tries > self._config.retries or refusals > CALL_REFUSALS:
                     raise
                 self.pace.back_off(fault, tries - 1)
@@ -335,10 +295,10 @@ class Driver:
                 return answers
 
     def _in_batches(self, texts: Mapping[str, int]) -> list[_Batch]:
-        """The texts in calls of one attempt each; the last one is to be made first.
+        """Batches of one attempt each, the last to be sent first.
 
-        Processes of one launcher begin with different shares. Others begin anywhere, so that two
-        at once seldom have the same text under way.
+        Processes of one launcher start with different shares, others at random, so that two seldom
+        have the same text in flight.
         """
         count, rank = process_count(), process_rank()
         groups: dict[tuple[bool, int], list[str]] = {}
@@ -353,7 +313,7 @@ class Driver:
         return batches
 
     def _still_missing(self, batch: _Batch, task: Task) -> list[str]:
-        """The texts of a batch that no other process has had translated in the meantime."""
+        """The texts of a batch that no other process has translated in the meantime."""
         entries = self.memory.find(self.identity, batch.texts)
         attempts = {text: entry.attempts for text, entry in entries.items()}
         missing = [text for text in batch.texts if attempts.get(text, 0) <= batch.attempt]
@@ -361,9 +321,9 @@ class Driver:
         return missing
 
     def _keep(self, task: Task, timeout: float | None = None) -> None:
-        """Stores what a worker reports; texts to be asked for again come before the rest."""
+        """Stores what a worker reports; texts to retry come next."""
         batch, outcome = self._reports.get(timeout=timeout)
-        self._under_way -= 1
+        self._in_flight -= 1
         if isinstance(outcome, _Stopped):
             return
         name = self.engine.identity.engine
@@ -371,7 +331,7 @@ class Driver:
         again: list[str] = []
         num_failed = len(self.failures)
         if isinstance(outcome, Fault | Rejection):
-            if len(batch.texts) > 1:  # one may have spoilt it for the others: now one by one
+            if len(batch.texts) > 1:  # one text may have spoilt the call, so retry one by one
                 self._batches += [_Batch([text], batch.attempt) for text in batch.texts]
                 return
             reason = str(outcome)
@@ -402,9 +362,9 @@ class Driver:
         task.advance(num_done, per_second=rate, failed=len(self.failures))
 
     def _entry(self, text: str, attempt: int, translation: str) -> Entry:
-        """What to store: the better of this answer and an earlier one."""
+        """The better of this answer and an earlier one."""
         attempts = attempt + 1
-        if self.engine.limits.by_pair_id:  # the text is not available here; checked when written
+        if self.engine.limits.by_pair_id:  # without the text, it is checked only when written
             return Entry(translation, attempts, "", ())
         suspicions = self.checks.find(text, translation)
         if attempt and suspicions:
@@ -414,8 +374,8 @@ class Driver:
         return Entry(translation, attempts, self.checks.version, suspicions)
 
     def _store_late_answers(self, task: Task) -> None:
-        """Stores what workers still deliver within seconds, because it has been paid for."""
+        """Stores what workers still deliver within seconds, because it may have been paid for."""
         deadline = time.monotonic() + _LATE_SECONDS
         with suppress(queue.Empty, ClseaveError):
-            while self._under_way and (left := deadline - time.monotonic()) > 0:
+            while self._in_flight and (left := deadline - time.monotonic()) > 0:
                 self._keep(task, left)

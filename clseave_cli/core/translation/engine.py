@@ -1,7 +1,4 @@
-"""What a translation engine is, how it fails, and how one is chosen by name.
-
-The simplest engine is here too: `file`, which looks translations up in a file.
-"""
+"""The interface of translation engines, their errors and names, and the simplest: `file`."""
 
 from __future__ import annotations
 
@@ -34,11 +31,7 @@ _SOURCE_NAMES = ("source", "text")
 
 
 class Fault(TranslationError):
-    """A request failed in a way that may pass; it is repeated after a wait.
-
-    Attributes:
-        retry_after: seconds the service asked to wait, None if it did not say.
-    """
+    """A request failed and is retried, after `retry_after` seconds if the service names them."""
 
     def __init__(self, reason: str, retry_after: float | None = None) -> None:
         super().__init__(reason)
@@ -46,70 +39,50 @@ class Fault(TranslationError):
 
 
 class Refusal(Fault):
-    """The service refuses us rather than this text: 429, 403, a captcha page.
-
-    Many in a row, without a success in between, end the run.
-    """
+    """The service refuses us, not this text: 429, 403, a captcha. Many in a row end the run."""
 
 
 class Unreachable(Refusal):
-    """Nothing answers at the address; the run ends at once if nothing ever did."""
+    """Nothing answers at the address. The run ends at once if nothing ever did."""
 
 
 class Rejection(TranslationError):
-    """This text cannot be translated; asking again would not help."""
+    """This text cannot be translated, and a retry would not help."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a translation depends on besides the text: the key of the memory.
-
-    Attributes:
-        engine: the engine's name.
-        model: the model or service behind it.
-        revision: which version of the model; "" where the service does not tell.
-        settings: what else changes the translations (beams, precision); "" for none.
-        source: canonical code of the language translated from.
-        target: canonical code of the language translated into.
-    """
+    """What a translation depends on besides the text; the memory's key."""
 
     engine: str
-    model: str
-    revision: str
-    settings: str
-    source: str
-    target: str
+    model: str  # the model or service
+    revision: str  # version of the model; "" if the service does not publish one
+    settings: str  # other options that change translations (beams, precision); "" for none
+    source: str  # canonical code of the source language
+    target: str  # canonical code of the target language
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How to call an engine.
+    """How to call an engine."""
 
-    Attributes:
-        batch_size: texts in one call.
-        batch_characters: characters in one call (a single longer text still goes alone).
-        text_characters: characters in one text; longer ones are split at sentence ends, and all at
-            line breaks. None: texts are passed exactly as they are.
-        concurrency: calls under way at a time.
-        requests_per_second: the highest rate unless the user chooses one; None: no limit.
-        by_pair_id: it is given the `pairID` of rows instead of their text.
-    """
-
-    batch_size: int
-    batch_characters: int
+    batch_size: int  # texts in one call
+    batch_characters: int  # characters in one call; a longer text is sent alone
+    #: Characters in one text: longer ones are split at sentence ends, and all at line breaks.
+    #: None: texts are sent unchanged.
     text_characters: int | None
-    concurrency: int
-    requests_per_second: float | None = None
-    by_pair_id: bool = False
+    concurrency: int  # calls in flight at a time
+    requests_per_second: float | None = None  # the default rate; None: unlimited
+    by_pair_id: bool = False  # the engine translates `pairID`s instead of texts
 
 
 class Engine(Protocol):
-    """A translator from one language into another; made by a `create` function, used by threads.
+    """A translator from one language into another.
 
     Attributes:
         identity: the key of its translations in the memory.
         limits: how to call it.
-        licence: one line on what the translations may be used for.
+        licence: what the translations may be used for, in one line.
     """
 
     identity: Identity
@@ -117,18 +90,18 @@ class Engine(Protocol):
     licence: str
 
     def translate(self, texts: Sequence[str], attempt: int) -> list[str]:
-        """Translates each text; called from several threads when `limits.concurrency` > 1.
+        """Translates each text; several threads call it if `limits.concurrency` > 1.
 
         Args:
             texts: non-empty, without line breaks and control characters.
-            attempt: 0 at first; 1 if the first answer failed a quality check: the engine should
-                then decode differently if it can.
+            attempt: 0, or 1 if the first answer failed a quality check; the engine should then
+                decode differently if it can.
 
         Returns:
-            one translation for every text, in their order.
+            One translation for each text, in order.
 
         Raises:
-            Fault: ask again later.
+            Fault: retry later.
             Rejection: one of the texts cannot be translated.
             TranslationError: nothing can be translated; the run ends.
         """
@@ -142,19 +115,19 @@ Create = Callable[[TranslateConfig, str, str], Engine]
 
 
 def find_engine(name: str) -> Create:
-    """The function that creates the engine with this name; a UsageError if there is none."""
+    """The function that creates the engine `name`; raises a UsageError if there is none."""
     built_in = [EntryPoint(*item, ENTRY_POINT_GROUP) for item in _BUILT_IN.items()]
     plug_ins = sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: point.name)
-    # Built-in names come first, and no plug-in takes one.
+    # Built-in names come first, and plug-ins cannot override them.
     points = {point.name: point for point in (*built_in, *plug_ins, *built_in)}
     if name not in points:
-        raise UsageError(f"--engine {name}: no such engine; there are: {', '.join(points)}.")
+        raise UsageError(f"--engine {name}: no such engine; choose from {', '.join(points)}.")
     create: Create = points[name].load()
     return create
 
 
 def create_engine(config: TranslateConfig, source: str, target: str) -> Engine:
-    """The engine that `config` names, for canonical `source` and `target` languages."""
+    """The engine of `config`, for canonical `source` and `target` languages."""
     return find_engine(config.engine)(config, source, target)
 
 
@@ -163,10 +136,10 @@ class ImportedEngine:
 
     def __init__(self, config: TranslateConfig, source: str, target: str) -> None:
         if config.translations is None:
-            raise UsageError("--translations is missing: in which file are the translations?")
+            raise UsageError("--translations is missing: name the file of translations.")
         self._path = path = Path(str(config.translations).replace("{lang}", target))
         if not path.is_file():
-            raise DataError(f"{path}: no such file; --translations names the translations.")
+            raise DataError(f"{path}: no such file; check --translations.")
         if split_name(path)[1].removesuffix(".gz") not in (".tsv", ".jsonl"):
             raise UsageError(f"--translations {path}: expected a .tsv or .jsonl file.")
         self._match: str | None = None if config.match == "auto" else config.match
@@ -210,7 +183,7 @@ class ImportedEngine:
             first = self._find(key)
             if first is None:
                 self._index.execute("INSERT INTO translations VALUES (?, ?)", (key, translation))
-            # A sentence may have two translations, and the first will do; a row may not.
+            # A sentence may have several translations, of which the first is used; a row may not.
             elif self._match == _PAIR_ID and first != translation:
                 name = key.decode(errors="replace")
                 problem = f"a second, different translation for pairID {name}."
@@ -218,7 +191,7 @@ class ImportedEngine:
         self._index.execute("COMMIT")
 
     def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The rows; the first one decides how rows are matched, unless the user did."""
+        """Line numbers and rows; the first row decides how to match unless `--match` does."""
         is_tsv = split_name(self._path)[1].startswith(".tsv")
         for number, values, _ in () if is_tsv else read_rows(self._path, ()):
             if isinstance(values, BadRow):
@@ -242,9 +215,9 @@ class ImportedEngine:
         for name in names:
             if isinstance(values.get(name), str):
                 return str(values[name])
-        raise DataError.at(self._path, number, f"none of the strings {', '.join(names)} in it.")
+        raise DataError.at(self._path, number, f"has none of the strings {', '.join(names)}.")
 
 
 def encode(text: str) -> bytes:
-    """A text in UTF-8, which may hold half a surrogate pair from a JSON escape."""
+    """A text in UTF-8, even with a lone surrogate from a JSON escape."""
     return text.encode("utf-8", "surrogatepass")

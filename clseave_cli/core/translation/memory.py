@@ -1,8 +1,8 @@
-"""The translation memory: nothing is translated twice.
+"""The translation memory, which saves translating anything twice.
 
-One SQLite file in WAL mode, shared by any number of processes on one machine. Translations are kept
-by engine, model, revision, settings, languages and exact text, each with a checksum. The memory
-also records which files `translate` has written, so that no file of the user's is replaced.
+One SQLite file in WAL mode, shared by any number of processes on one machine. Translations are
+keyed by engine, model, revision, settings, languages and exact text, each with a checksum. The
+memory also records which files `translate` wrote, so that no other file is replaced.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ _BUSY_SECONDS = 60.0
 _CACHE_KIB = 64 * 1024
 _MAX_VARIABLES = 10_000
 
-# Texts are BLOBs, because they may hold lone surrogates. `attempts`: how often the engine was
-# asked. `checked`: version of the checks that were made, '' for none. `suspicions`: names of the
-# checks that failed, separated by spaces. `checksum`: of all of these and the identity, because
-# SQLite itself does not notice a flipped bit.
+# Texts are BLOBs, because they may hold lone surrogates. `attempts`: requests made. `checked`:
+# version of the checks, '' if there were none. `suspicions`: names of failed checks, separated by
+# spaces. `checksum`: of all of these and the identity, as SQLite does not notice flipped bits.
 _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS identities (id INTEGER PRIMARY KEY, engine TEXT NOT NULL,"
     " model TEXT NOT NULL, revision TEXT NOT NULL, settings TEXT NOT NULL, source TEXT NOT NULL,"
@@ -50,16 +49,16 @@ _FROM_FORMAT_1 = (
     "DROP TABLE IF EXISTS claims",
 )
 _IDENTITY = "engine, model, revision, settings, source, target"
-# By what SQLite's message says.
+# Advice by pattern of SQLite's message.
 _ADVICE = {
     "full": "free some space there and run the same command again.",
-    "locked|busy": f"another process has kept it locked for {_BUSY_SECONDS:.0f} s; try again.",
+    "locked|busy": f"another process has locked it for {_BUSY_SECONDS:.0f} s; try again.",
     "readonly|unable to open": "choose another file with --memory.",
 }
 
 
 class Entry(NamedTuple):
-    """What the memory holds for one text; its columns are described at `_SCHEMA`."""
+    """A translation in the memory; `_SCHEMA` describes the columns."""
 
     translation: str
     attempts: int
@@ -72,15 +71,12 @@ def _decode(data: bytes) -> str:
 
 
 class Memory(AbstractContextManager["Memory"]):
-    """A connection to the memory, for one thread; a context manager.
+    """A connection to the memory, for one thread. What was stored survives a kill.
 
-    What was stored stays, however the process ends.
-
-    Args:
-        path: the SQLite file, created with its folder if it does not exist; None: the cache's.
+    The SQLite file `path` is created if missing; None is the one in the cache.
 
     Raises:
-        TranslationError: the file is no translation memory, is damaged or cannot be opened.
+        TranslationError: the file is not a translation memory, is damaged or cannot be opened.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -88,7 +84,7 @@ class Memory(AbstractContextManager["Memory"]):
         self._seeds: dict[int, int] = {}
         with self._errors():
             path.parent.mkdir(parents=True, exist_ok=True)
-            # SQLite takes a file of a few bytes for an empty database, and would write over it.
+            # SQLite takes any tiny file for an empty database and would overwrite it.
             with suppress(FileNotFoundError), path.open("rb") as stream:
                 if stream.read(16) not in (b"", b"SQLite format 3\0"):
                     raise TranslationError(
@@ -106,8 +102,7 @@ class Memory(AbstractContextManager["Memory"]):
     def _open(self) -> None:
         execute = self._connection.execute
         with suppress(sqlite3.OperationalError):
-            # Busy while another process opens the file. That one may make the switch for both;
-            # otherwise this connection does without.
+            # Fails while another process opens the file, which then makes the switch for both.
             execute("PRAGMA journal_mode = WAL")
         # A killed process loses nothing in NORMAL mode; a power cut may lose the last moments.
         execute("PRAGMA synchronous = NORMAL")
@@ -135,7 +130,7 @@ class Memory(AbstractContextManager["Memory"]):
         self._connection.close()
 
     def identity_id(self, identity: Identity) -> int:
-        """The number under which the memory keeps an identity."""
+        """The number of an identity in the memory."""
         values = dataclasses.astuple(identity)
         with self._writing():
             self._connection.execute(
@@ -148,12 +143,12 @@ class Memory(AbstractContextManager["Memory"]):
         return numbers[seed]
 
     def _read_seeds(self) -> None:
-        # Checksums start from the identity itself: a damaged number would lead to another language.
+        # Checksums include the identity, because a damaged number would lead to another language.
         rows = self._connection.execute(f"SELECT id, {_IDENTITY} FROM identities").fetchall()
         self._seeds = {number: _checksum(0, *values) for number, *values in rows}
 
     def find(self, identity: int, texts: Iterable[str]) -> dict[str, Entry]:
-        """What the memory holds for `texts`; a damaged entry counts as missing."""
+        """The entries of `texts`; missing and damaged ones are omitted."""
         entries: dict[str, Entry] = {}
         seed = self._seeds.get(identity, 0)
         keys = [encode(text) for text in texts]
@@ -175,7 +170,7 @@ class Memory(AbstractContextManager["Memory"]):
         return entries
 
     def store(self, identity: int, entries: Iterable[tuple[str, Entry]]) -> None:
-        """Keeps translations, replacing older ones."""
+        """Stores translations, replacing older ones."""
         rows, seed = [], self._seeds.get(identity, 0)
         for text, (translation, attempts, checked, suspicions) in entries:
             values = encode(text), encode(translation), attempts, checked, " ".join(suspicions)
@@ -186,13 +181,13 @@ class Memory(AbstractContextManager["Memory"]):
             )
 
     def record_output(self, path: Path, contents: Path) -> None:
-        """Records that `translate` writes what `contents` holds to `path`."""
+        """Records that `translate` is writing `contents` to `path`."""
         values = _path_key(path), file_digest(contents)
         with self._writing():
             self._connection.execute("INSERT OR IGNORE INTO outputs VALUES (?, ?)", values)
 
     def has_written(self, path: Path) -> bool:
-        """Whether `translate` wrote the file at `path`, and nobody has changed it since."""
+        """Whether `translate` wrote the file at `path`, unchanged since."""
         query = "SELECT 1 FROM outputs WHERE path = ? AND digest = ?"
         values = _path_key(path), file_digest(path)
         with self._errors():
@@ -216,10 +211,10 @@ class Memory(AbstractContextManager["Memory"]):
             ) from error
 
     def _explain(self, message: str) -> TranslationError:
-        advice = "the file is damaged; move it away, or choose another with --memory."
-        for pattern, other in _ADVICE.items():
-            if re.search(pattern, message):
-                advice = other
+        advice = next(
+            (advice for pattern, advice in _ADVICE.items() if re.search(pattern, message)),
+            "the file is damaged; move it away, or choose another with --memory.",
+        )
         return TranslationError(f"{self.path}: the translation memory fails ({message}): {advice}")
 
 

@@ -1,7 +1,7 @@
-"""Local neural translation: any Hugging Face sequence-to-sequence model, on this machine.
+"""Local neural translation with any Hugging Face sequence-to-sequence model.
 
-The model runs in torch or, converted once and then several times faster on a CPU, in CTranslate2.
-Neither is imported before the first text has to be translated.
+The model runs in torch or, converted once and several times faster on a CPU, in CTranslate2.
+Neither is imported before there is a text to translate.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from clseave_cli.core.translation.quality import has_loop
 from clseave_cli.errors import ClseaveError, ModelError, UsageError
 from clseave_cli.processes import process_count, usable_cores
 
-#: MIT licence, a hundred languages, 1.9 GB: usable by everyone for everything.
+#: MIT licence, a hundred languages, 1.9 GB.
 DEFAULT_MODEL = "facebook/m2m100_418M"
 
 #: Licences of models, by the prefix of their names.
@@ -36,28 +36,28 @@ LICENCES = {
 
 _BATCH_SIZE = 64
 _BATCH_CHARACTERS = 12_000
-# These models were trained on single sentences; longer texts are cut at sentence ends.
+# These models were trained on single sentences; longer texts are split at sentence ends.
 _TEXT_CHARACTERS = 400
 # The longest translation has factor × the source's tokens + extra; more is a loop.
 _LENGTH_FACTOR, _LENGTH_EXTRA = 2, 16
 _CONVERTIBLE = {"marian", "m2m_100", "mbart", "t5", "bart", "pegasus"}
 _WEIGHTS_AND_WORDS = ("*.safetensors", "*.json", "*.spm", "*.model", "*.txt")
-# T5's relative positions have no limit, but its training texts had.
+# T5's relative positions have no limit, but its training texts did.
 _MAX_TOKENS = 512
 _TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # One of these exists wherever torch could see a GPU on Linux (NVIDIA, WSL, AMD).
 _GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 
-#: What the guard against repetition forbids: the same three tokens twice in one translation.
+#: Against loops: no three tokens occur twice in a translation.
 GUARD = {"no_repeat_ngram_size": 3}
 
-#: A model: token ids of source sentences (marks and end included), the longest translation, and
-#: whether repetition is forbidden (`GUARD`) → token ids of the translations, by beam search.
+#: Beam search: token ids of source sentences, the longest translation and whether to apply `GUARD`
+#: → token ids of the translations.
 Decoder = Callable[[list[list[int]], int, bool], list[list[int]]]
 
 
 class NmtEngine:
-    """A model that is loaded when the first text comes."""
+    """Translates with a local model, loaded for the first text."""
 
     def __init__(self, config: TranslateConfig, source: str, target: str) -> None:
         name = (config.model or DEFAULT_MODEL).replace("{lang}", target)
@@ -78,12 +78,10 @@ class NmtEngine:
         )
         self._has_ctranslate2 = importlib.util.find_spec("ctranslate2") is not None
         if config.backend == "ctranslate2" and not self._has_ctranslate2:
-            raise UsageError(
-                "--backend ctranslate2: not installed; pip install -e '.[ctranslate2]'."
-            )
+            raise UsageError("--backend ctranslate2: run pip install -e '.[ctranslate2]' first.")
 
     def translate(self, texts: Sequence[str], attempt: int) -> list[str]:
-        """Translates one batch; a text that the model loops on is decoded again with a guard."""
+        """Translates one batch, and decodes texts on which the model loops again with a guard."""
         codec, _ = self._load()
         ids = codec.encode(texts)
         for text, tokens in zip(texts, ids, strict=True):
@@ -107,7 +105,7 @@ class NmtEngine:
         max_new_tokens = min(longest, codec.max_tokens - 2)
         try:
             return codec.decode(decoder(ids, max_new_tokens, guarded))
-        except RuntimeError as error:  # torch's and CTranslate2's
+        except RuntimeError as error:  # of torch or CTranslate2
             if "out of memory" not in str(error).lower() or len(ids) == 1:
                 raise
         half = len(ids) // 2
@@ -133,8 +131,8 @@ class NmtEngine:
         uses = self._config.backend != "transformers" and fits and self._has_ctranslate2
         if self._config.int8 and not uses:
             raise UsageError(
-                f"--int8: {name} would run in transformers, which does not have it; it needs "
-                "CTranslate2 (pip install -e '.[ctranslate2]') and a model that it knows."
+                f"--int8: {name} would run in transformers, which lacks int8; it needs CTranslate2 "
+                "(pip install -e '.[ctranslate2]') and a model that CTranslate2 supports."
             )
         return uses
 
@@ -144,15 +142,10 @@ class NmtEngine:
 
 
 class Codec:
-    """Turns texts into token ids and back, with the languages marked as the model expects.
-
-    Attributes:
-        tokenizer, config: the model's.
-        prefix_id: the token every translation starts with, None if there is none.
-        max_tokens: the longest source or target.
+    """Turns texts into token ids and back, with language marks as the model expects.
 
     Raises:
-        ModelError: the model does not know one of the languages, or cannot be loaded.
+        ModelError: the model lacks one of the languages, or cannot be loaded.
     """
 
     def __init__(self, name: str, config: Any, source: str, target: str) -> None:
@@ -163,7 +156,7 @@ class Codec:
         self.tokenizer = load(name, AutoTokenizer.from_pretrained)
         self._name, self.config = name, config
         self._text_prefix = ""
-        self.prefix_id: int | None = None
+        self.prefix_id: int | None = None  # the first token of every translation
         self._marks: set[int] = set()
         self._mark_languages(source, target)
         positions = getattr(config, "max_position_embeddings", None) or _MAX_TOKENS
@@ -205,17 +198,17 @@ class Codec:
             else:  # MADLAD-400: <2de>
                 marks = {mark[2:-1]: mark for mark in tokenizer.get_vocab() if mark[:2] == "<2"}
                 self._text_prefix = marks[self._code(target, marks)] + " "
-        else:  # a model of one pair; its card may say which
+        else:  # a model of one pair, which its tokenizer may name
             pair = (getattr(tokenizer, f"{side}_lang", None) for side in ("source", "target"))
-            for wanted, given in zip((source, target), pair, strict=True):
-                if given and canonical(given) != wanted:
+            for language, code in zip((source, target), pair, strict=True):
+                if code and canonical(code) != language:
                     raise ModelError(
                         f"{self._name}: translates {tokenizer.source_lang} into "
                         f"{tokenizer.target_lang}, not {source} into {target}; choose with --model."
                     )
 
     def _code(self, language: str, names: Any) -> str:
-        """The model's spelling of a language, out of `names`."""
+        """The spelling of a language in `names`."""
         for spelling in spellings(language):
             if spelling in names:
                 return spelling
@@ -226,19 +219,16 @@ class Codec:
 
 
 def _torch_decoder(name: str, codec: Codec, config: TranslateConfig) -> Decoder:
-    """The model in torch, on the device and in the precision of `config`."""
+    """A decoder in torch."""
     import torch
     from transformers import AutoModelForSeq2SeqLM
 
-    from clseave_cli.core.models.backbones import loading_arguments
-    from clseave_cli.core.models.weights import load
+    from clseave_cli.core.models.weights import load_model
     from clseave_cli.core.training.precision import resolve_device
 
     device = resolve_device(config.device)
-    loading = loading_arguments(codec.config) | {
-        "dtype": getattr(torch, _TYPES[_precision(config)])
-    }
-    model = load(name, AutoModelForSeq2SeqLM.from_pretrained, **loading)
+    dtype = getattr(torch, _TYPES[_precision(config)])
+    model = load_model(name, AutoModelForSeq2SeqLM.from_pretrained, dtype=dtype)
     model.eval().to(device)
     # The model's default, often 200, would contradict the length chosen for each batch.
     model.generation_config.max_length = None
@@ -266,7 +256,7 @@ def _torch_decoder(name: str, codec: Codec, config: TranslateConfig) -> Decoder:
 
 
 def _ctranslate_decoder(name: str, revision: str, codec: Codec, config: TranslateConfig) -> Decoder:
-    """The model in CTranslate2; the first time, it is converted into the cache."""
+    """A decoder in CTranslate2."""
     import ctranslate2
 
     from clseave_cli.core.training.precision import resolve_device
@@ -303,16 +293,16 @@ def _ctranslate_decoder(name: str, revision: str, codec: Codec, config: Translat
 
 
 def _converted(name: str, revision: str) -> Path:
-    """The folder of the converted model."""
+    """The model's folder in the cache, converted for CTranslate2 the first time."""
     import ctranslate2
     from ctranslate2.converters import TransformersConverter
 
     from clseave_cli.core.models.weights import first_line, quiet
 
     class Converter(TransformersConverter):  # type: ignore[misc]
-        """Reads safetensors only, fetches no attention code, and finds the marks of M2M-100.
+        """Reads safetensors only, downloads no attention code, and finds M2M-100's language marks.
 
-        transformers 5 no longer reports those under the name where the converter looks for them.
+        transformers 5 no longer lists these where the converter looks.
         """
 
         def load_model(self, model_class: Any, name: str, **arguments: Any) -> Any:
@@ -346,12 +336,12 @@ def _converted(name: str, revision: str) -> Path:
 
 
 def _precision(config: TranslateConfig) -> str:
-    """The arithmetic that `--precision` means here; `auto` is float32 on a CPU, for exactness."""
+    """The precision to use; `auto` is fp32 on a CPU, for exactness."""
     if config.precision != "auto":
         return config.precision
     is_linux = sys.platform == "linux"
     if config.device == "cpu" or (is_linux and not any(map(os.path.exists, _GPU_DEVICES))):
-        return "fp32"  # without the seconds that torch takes to load
+        return "fp32"  # saves the seconds of importing torch
     from clseave_cli.core.training.precision import resolve_device, resolve_precision
 
     device = resolve_device(config.device)
@@ -359,11 +349,7 @@ def _precision(config: TranslateConfig) -> str:
 
 
 def load_config(name: str) -> Any:
-    """A model's configuration.
-
-    Raises:
-        UsageError: it is not a sequence-to-sequence model.
-    """
+    """A model's configuration; raises a UsageError unless it is a sequence-to-sequence model."""
     from transformers import AutoConfig
 
     from clseave_cli.core.models.weights import load
@@ -378,11 +364,11 @@ def load_config(name: str) -> Any:
 
 
 def _revision(name: str) -> str:
-    """The version of a model: a commit, or a digest of the folder."""
+    """The commit of a model on the hub, or a digest of its folder."""
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ModelError(f"{name}: no config.json in it; is this a Hugging Face model folder?")
+            raise ModelError(f"{name}: has no config.json; is this a Hugging Face model folder?")
         files = sorted({path for pattern in _WEIGHTS_AND_WORDS for path in folder.glob(pattern)})
         return json_digest({path.name: file_digest(path) for path in files})[:16]
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -393,7 +379,7 @@ def _revision(name: str) -> str:
         config_file = hf_hub_download(name, "config.json", local_files_only=not hub_answers())
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{name}: neither a folder here nor to be had from the hub ({hub_reason(error)}); "
-            "name another with --model."
+            f"{name}: is not a folder, and cannot be fetched from the hub ({hub_reason(error)}); "
+            "choose another --model."
         ) from None
     return Path(config_file).parent.name  # …/snapshots/COMMIT/config.json

@@ -1,4 +1,4 @@
-"""Files that a translation writes: the translated file, the lists beside it, a sample."""
+"""Writes the translated file, the lists of failed and suspect rows, and a sample to review."""
 
 from __future__ import annotations
 
@@ -18,18 +18,13 @@ from clseave_cli.core.files import atomic_file, sweep
 from clseave_cli.core.translation.memory import Entry, Memory
 from clseave_cli.errors import DataError
 
-#: What `write_file` counts, besides the rows marked by each check; and the lists it writes.
+#: What `write_file` counts, besides rows marked by each check, and the lists it writes.
 COUNTS = ("rows", "unchanged", "failed", "dropped", "suspect")
 LISTS = ("failed", "rejected", "suspect")
 
 
 class Outputs:
-    """Replaces files, but none that `translate` did not write or that was changed since.
-
-    Args:
-        memory: keeps the digest of every file written.
-        overwrite: replace others as well.
-    """
+    """Replaces only files that `translate` wrote and nobody changed, unless `overwrite`."""
 
     def __init__(self, memory: Memory, overwrite: bool) -> None:
         self._memory = memory
@@ -50,8 +45,7 @@ class Outputs:
             yield stream
             stream.flush()
             self.check(target)
-            # Recorded before it gets its name: after a kill in between, it must not pass for the
-            # user's.
+            # Recorded before the rename, so that after a kill it does not pass for the user's.
             self._memory.record_output(target, Path(stream.name))
 
     def remove(self, target: Path) -> None:
@@ -61,11 +55,11 @@ class Outputs:
 
 
 class _NothingTranslated(Exception):
-    """Leaves the existing file as it is."""
+    """Keeps the existing file."""
 
 
 def review_path(target: Path) -> Path:
-    """Where the sample of a translated file is written."""
+    """The path of a translated file's sample."""
     return target.with_name(f"{split_name(target)[0]}.review.md")
 
 
@@ -76,21 +70,17 @@ def write_file(
     outputs: Outputs,
     rows: Iterable[tuple[Row, Entry | str]],
 ) -> tuple[Counter[str], dict[str, Path]]:
-    """Writes a translated file, the lists that go with it and the sample.
+    """Writes a translated file, its lists and its sample.
 
-    Args:
-        file: the file that is translated.
-        target: where the translation goes; left as it is if no row would be translated.
-        config: what happens to suspect rows, and how large the sample is.
-        outputs: guards the user's files.
-        rows: each row with its translation, or with the reason why there is none.
+    An existing target is kept if no row is translated. `rows` are rows with their translations, or
+    with the reasons why they have none.
 
     Returns:
-        how many rows there are in all, translated, unchanged, failed, dropped, suspect, and marked
-        by each check; and the files written: `output`, `failed`, `rejected`, `suspect`, `review`.
+        The numbers of all, translated, unchanged, failed, dropped and suspect rows, and of rows
+        marked by each check; and the files written: `output`, `review`, and any of `LISTS`.
 
     Raises:
-        DataError: a file that `translate` did not write is in the way.
+        DataError: a target is not ours to replace.
     """
     stem, _ = split_name(target)
     # The lock on the target covers its lists, too.
@@ -108,7 +98,7 @@ def write_file(
         streams: dict[str, BinaryIO] = {}
 
         def set_aside(name: str, row: Row, reason: str, **more: str) -> None:
-            """Adds a row to a list, which is written when the block ends well."""
+            """Adds a row to a list."""
             if name not in streams:
                 paths[name] = target.with_name(f"{stem}.{name}.jsonl")
                 streams[name] = lists.enter_context(outputs.replacing(paths[name]))
@@ -135,10 +125,10 @@ def write_file(
                 if config.review:
                     sample.offer(row, kept)
             elif not file.marks_rows:
-                write(row, "", ())  # its line keeps its place
-        left_out = counts["failed"] + counts["dropped"]
-        counts["rows"] = counts["translated"] + counts["unchanged"] + left_out
-        if not counts["translated"] and (left_out or (not counts["rows"] and target.exists())):
+                write(row, "", ())  # keeps the other lines in their places
+        num_skipped = counts["failed"] + counts["dropped"]
+        counts["rows"] = counts["translated"] + counts["unchanged"] + num_skipped
+        if not counts["translated"] and (num_skipped or (not counts["rows"] and target.exists())):
             raise _NothingTranslated
         paths["output"] = target
     for name in set(LISTS) - paths.keys():
@@ -151,24 +141,18 @@ def write_file(
 
 
 class Sample:
-    """Rows drawn at random as they are written, half of them from the suspect ones.
-
-    Args:
-        size: how many rows.
-        seed: of the draw.
-        title: name of the file they come from.
-    """
+    """Rows drawn at random while they are written, half of them suspect, if there are enough."""
 
     def __init__(self, size: int, seed: int, title: str) -> None:
         self._size = size
         self._title = title
         self._random = random.Random(seed)
-        # By whether they are suspect, a heap of the rows drawn: lot, line, row of the table.
+        # Heaps of suspect and other rows drawn: lot, line, row of the table.
         self._picks: dict[bool, list[tuple[float, int, str]]] = {True: [], False: []}
         self._seen = {True: 0, False: 0}
 
     def offer(self, row: Row, entry: Entry) -> None:
-        """Takes a row into the sample while its lot is among the highest."""
+        """Draws a lot for a row and keeps the row while the lot is among the highest."""
         is_suspect = bool(entry.suspicions)
         picks, lot = self._picks[is_suspect], self._random.random()
         self._seen[is_suspect] += 1
@@ -181,24 +165,23 @@ class Sample:
             heapq.heappop(picks)
 
     def markdown(self) -> str:
-        """The sample as a table, source beside translation."""
+        """The sample as a Markdown table."""
         suspect, others = self._picks[True], self._picks[False]
         suspect = heapq.nlargest(max(self._size // 2, self._size - len(others)), suspect)
         others = heapq.nlargest(self._size - len(suspect), others)
         parts = (sorted(part, key=lambda pick: pick[1]) for part in (suspect, others))
         rows = [row for part in parts for _, _, row in part]
-        return "\n".join((
-            f"# {self._title}: translations to review",
-            "",
-            f"{len(rows)} of {sum(self._seen.values())} rows, drawn at random; "
-            f"the first {len(suspect)} are from the {self._seen[True]} that a check marked.",
-            "Put an x into the last column where a translation is wrong.",
-            "",
-            "| row | source | translation | marked by | wrong |",
-            "|---|---|---|---|---|",
-            *rows,
-            "",
-        ))  # fmt: skip
+        table = "\n".join(rows)
+        return f"""# {self._title}: translations to review
+
+{len(rows)} of {sum(self._seen.values())} rows, drawn at random; the first {len(suspect)} are from \
+the {self._seen[True]} that a check marked.
+Put an x into the last column where a translation is wrong.
+
+| row | source | translation | marked by | wrong |
+|---|---|---|---|---|
+{table}
+"""
 
 
 def _cell(text: str) -> str:

@@ -1,15 +1,13 @@
-"""Checks that find translations worth a second look. They mark; they do not judge.
+"""Checks that mark translations worth a second look.
 
-The output and the summary show them by name:
-
-- `empty`: nothing came back.
-- `copy`: the source came back unchanged.
-- `script`: most letters are not of a script the target language is written in.
-- `language`: language identification (an extra) is sure it is another language.
-- `length`: far too short or long for the source, scripts taken into account.
-- `repetition`: the same piece over and over, the way neural models loop.
+- `empty`: there is none.
+- `copy`: the source, unchanged.
+- `script`: most letters are not of the target language's script.
+- `language`: language identification (an extra) is sure that it is another language.
+- `length`: far too short or long for the source, given both scripts.
+- `repetition`: a piece repeated over and over, as neural models do.
 - `numerals`: a number of the source is missing.
-- `added-sentence`: more sentences than the source has.
+- `added-sentence`: more sentences than the source.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ CHECKS = (
     "empty", "copy", "script", "language", "length", "repetition", "numerals", "added-sentence",
 )  # fmt: skip
 
-#: Goes up when a check changes; what the memory holds is then checked again.
+#: Increase it when a check changes, so that entries of the memory are checked again.
 _VERSION = "3"
 
 _LETTER = re.compile(r"[^\W\d_]")
@@ -44,13 +42,13 @@ _SENTENCE_END = re.compile(
 )
 _INITIAL = re.compile(r"\b(?:[^\W\d_]|Mr|Mrs|Ms|Dr|St|No|Nr|vs|bzw|ca)\.")
 
-# Lengths are weighted, because Han, kana and Hangul say more with fewer characters.
+# Weights lengths, because Han, kana and Hangul need fewer characters.
 _DENSE_WEIGHT = 2.5
 _LENGTH_SLACK = 12
 _LENGTH_RANGE = (0.35, 2.6)
 _MIN_COPIED_WORDS = 3
 
-# Languages that models fall into by mistake; few, because every language costs memory.
+# Languages that models produce by mistake; few, because each costs memory.
 _CONFUSED = ("en", "de", "nl", "fr", "es", "ja", "zh", "ko", "ru")
 _MIN_IDENTIFIED_CHARACTERS = 20
 _MIN_IDENTIFIED_DENSE_CHARACTERS = 6
@@ -63,15 +61,7 @@ _HAN_NUMBERS = {str(value): digit for value, digit in enumerate("〇一二三四
 
 
 class Checks:
-    """All checks for one pair of languages.
-
-    Args:
-        source: canonical code of the language translated from.
-        target: canonical code of the language translated into.
-
-    Attributes:
-        version: tells the memory which checks were made.
-    """
+    """All checks for two languages, by canonical code; `version` identifies them in the memory."""
 
     def __init__(self, source: str, target: str) -> None:
         letters = letters_of(target)
@@ -88,7 +78,7 @@ class Checks:
                 self.version += "+language"
 
     def find(self, source: str, translation: str) -> tuple[str, ...]:
-        """Names of the checks that the translation fails."""
+        """Names of the checks that a translation fails."""
         if not translation.strip():
             return ("empty",)
         if not needs_translation(source):
@@ -106,7 +96,7 @@ class Checks:
         return tuple(name for name in fails if fails[name])
 
     def _is_in_wrong_language(self, text: str) -> bool:
-        """Whether the text is surely in another language; short texts are never sure."""
+        """Whether the text is surely in another language; never for short texts."""
         least = _MIN_IDENTIFIED_CHARACTERS if text.isascii() else _MIN_IDENTIFIED_DENSE_CHARACTERS
         if self._identifier is None or len(text) < least:
             return False
@@ -117,7 +107,7 @@ class Checks:
         if source.strip().casefold() != translation.strip().casefold():
             return False
         words = _WORD.findall(source)
-        # "Pizza." may well stay as it is where the script is the same, a name in any script.
+        # "Pizza." may stay in the same script, and a name in any script.
         return not _is_name(words) and (not self._same_script or len(words) >= _MIN_COPIED_WORDS)
 
     def _is_in_wrong_script(self, source: str, translation: str) -> bool:
@@ -125,7 +115,7 @@ class Checks:
             return False
         words = _WORD.findall(source)
         foreign = set(self._foreign.findall(translation))
-        # One name of the source left as it is, alone or in a sentence of the right script.
+        # A name kept from the source, alone or in a sentence of the right script, is fine.
         is_kept_name = _is_name(list(foreign)) and foreign <= set(words)
         in_sentence = needs_translation(self._foreign.sub("", translation))
         return not (is_kept_name and (in_sentence or _is_name(words)))
@@ -144,12 +134,12 @@ class Checks:
 
 
 def needs_translation(text: str) -> bool:
-    """Whether the text has a letter at all."""
+    """Whether the text has a letter."""
     return _LETTER.search(text) is not None
 
 
 def _is_name(words: list[str]) -> bool:
-    """Whether the words are a single one that may be a name."""
+    """Whether this is a single word that may be a name."""
     return len(words) == 1 and words[0][:1].isupper()
 
 
@@ -159,7 +149,7 @@ def has_loop(text: str) -> bool:
 
 
 def _numbers(text: str) -> Counter[str]:
-    """The numbers in a text, whatever digits and separators they are written with."""
+    """The numbers in a text, with any digits and separators."""
     numbers: Counter[str] = Counter()
     for number in _NUMBER.findall(text):
         digits = "".join(str(unicodedata.digit(c)) for c in number if c.isdigit())

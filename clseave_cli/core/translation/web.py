@@ -1,8 +1,8 @@
-"""The engines behind a web address: `libre` and `google`, and the HTTP they share.
+"""The web engines `libre` and `google`, and their HTTP.
 
-`libre` is a LibreTranslate server, or anything that speaks its protocol. `google` is Google
-Translate's free web page. No contract stands behind that page: it may slow down, refuse or change
-at any time, and Google's terms decide what the translations may be used for.
+`libre` is LibreTranslate, or any server with its protocol. `google` is Google Translate's free web
+page, which comes without a contract: it may slow down, refuse or change at any time, and Google's
+terms decide what the translations may be used for.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from clseave_cli.errors import TranslationError, UsageError
 from clseave_cli.version import __version__
 
 USER_AGENT = f"clseave/{__version__} (research translation; python-requests)"
-#: The key is not an option, because every user of a machine can read command lines.
+#: Not an option, because all users of a machine can read command lines.
 API_KEY_VARIABLE = "LIBRETRANSLATE_API_KEY"
 
-#: A longer answer is not a translation, and would only fill the memory.
+#: A longer answer cannot be a translation.
 _MAX_ANSWER_BYTES = 8 << 20
 _CHUNK_BYTES = 1 << 10
 _CAPTCHA_SIGNS = ("captcha", "unusual traffic", "/sorry/", "are you a robot", "cf-challenge")
 
 _NO_ANSWER = "no answer within {seconds:g} s"
 _NOBODY_THERE = "cannot be reached; is the address right, and the server running?"
-# What an exception means, by the first that fits: its class, words in its text, our error.
+# An exception's class, a pattern of its text, and our error; the first match counts.
 _PROBLEMS: tuple[tuple[type[Exception], str, type[Fault], str], ...] = (
     (requests.ConnectTimeout, "", Unreachable, "cannot be reached within {seconds:g} s"),
     (requests.Timeout, "", Fault, _NO_ANSWER),
@@ -64,7 +64,7 @@ _LIBRE_BATCH_SIZE = 32
 _LIBRE_TEXT_CHARACTERS = 2_000
 _LIBRE_CONCURRENCY = 2
 
-# The text travels in the address, percent-encoded, and addresses over 8 kB are often refused.
+# The text is part of the URL, percent-encoded, and URLs over 8 kB are often refused.
 _GOOGLE_TEXT_CHARACTERS = 1_800
 _GOOGLE_CONCURRENCY = 4
 _GOOGLE_REQUESTS_PER_SECOND = 5.0  # deep-translator's documentation: five a second, 200,000 a day
@@ -73,26 +73,29 @@ _TAG = re.compile(r"<[^>]*>")
 
 
 class _WebEngine(Engine):
-    """What the two engines share: requests with a deadline, and errors that say what to do.
+    """Thread-safe requests with a deadline, and errors that say what to do.
 
-    Several threads may use it. Redirects are never followed: they would carry an API key to
-    whatever address they name. The deadline runs from looking up the name to the last byte.
+    Redirects are not followed, because they would get the API key. The deadline covers everything
+    from the DNS lookup to the last byte.
     """
 
     def __init__(
         self, name: str, config: TranslateConfig, url: str, source: str, target: str
     ) -> None:
-        self._url = check_url(url)
+        try:
+            parts = urlsplit(url)
+            is_address = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # a port that is not a number, or an open bracket
+            is_address = False
+        if not is_address:
+            raise UsageError(f"--url {url}: expected an address such as http://localhost:5000.")
+        self._url = url
         self._timeout_seconds = config.timeout_seconds
         self.identity = Identity(name, address(url), "", "", source, target)
         self._idle: queue.SimpleQueue[requests.Session] = queue.SimpleQueue()
 
     def _pair(self, codes: Collection[str], where: str) -> list[str]:
-        """What the service calls the two languages (`zh-CN`, `zh-Hans`), out of all its codes.
-
-        Raises:
-            TranslationError: it does not have one of them.
-        """
+        """The service's codes of the two languages (`zh-CN`, `zh-Hans`), or a TranslationError."""
         table = {code.replace("-", "_").lower(): code for code in codes}
         pair = []
         for language in (self.identity.source, self.identity.target):
@@ -107,22 +110,18 @@ class _WebEngine(Engine):
         return pair
 
     def _request(self, method: str, url: str, **arguments: Any) -> requests.Response:
-        """Sends one request and reads the whole answer, which is then in `content`.
-
-        Raises:
-            Fault, Rejection or TranslationError: as in `Engine.translate`.
-        """
+        """Sends one request and reads the whole answer; raises errors as in `Engine.translate`."""
         where = address(url)
         outcome: Future[requests.Response] = Future()
-        # In a thread of its own, which is left behind at the deadline: the timeout of a socket
-        # starts anew with every byte that a server lets drip, and looking up a name has none.
-        given = (outcome, method, url, arguments)
-        threading.Thread(target=self._exchange, args=given, daemon=True).start()
+        # In a thread, abandoned at the deadline: a socket's timeout restarts with every byte that
+        # drips in, and a DNS lookup has none.
+        request = (outcome, method, url, arguments)
+        threading.Thread(target=self._exchange, args=request, daemon=True).start()
         try:
             response = outcome.result(self._timeout_seconds)
         except Exception as error:
             raise self._explain(error, where) from None
-        _judge(response, where)
+        _require_success(response, where)
         return response
 
     def _exchange(
@@ -158,8 +157,8 @@ class _WebEngine(Engine):
         return error
 
 
-def _judge(response: requests.Response, where: str) -> None:
-    """Raises an error if an answer is no translation; see `_WebEngine._request`."""
+def _require_success(response: requests.Response, where: str) -> None:
+    """Raises an error unless the answer is a success; see `_WebEngine._request`."""
     status = response.status_code
     wait = retry_after(response.headers.get("Retry-After"))
     target = response.headers.get("Location", "") if 300 <= status < 400 else ""
@@ -172,8 +171,8 @@ def _judge(response: requests.Response, where: str) -> None:
     problem = f"{where}: HTTP {status}"
     if target:
         raise TranslationError(
-            f"{problem}: redirects to {address(urljoin(where, target))}; redirects are not "
-            "followed: if you trust that address, name it with --url."
+            f"{problem}: redirects to {address(urljoin(where, target))}; if you trust that "
+            "address, pass it with --url."
         )
     if status in (403, 429):
         raise Refusal(problem, wait)
@@ -187,26 +186,14 @@ def _judge(response: requests.Response, where: str) -> None:
 
 
 def address(url: str) -> str:
-    """Scheme, host and path of a URL: what may be shown, without user, password and query."""
+    """Scheme, host and path of a URL, without user, password and query, to be shown."""
     parts = urlsplit(url)
     host = parts.hostname or ""
     return f"{parts.scheme}://{host}{f':{parts.port}' if parts.port else ''}{parts.path}"
 
 
-def check_url(url: str) -> str:
-    """`url` itself; raises a UsageError if it is no http(s) address."""
-    try:
-        parts = urlsplit(url)
-        is_address = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # a port that is no number, a bracket that is not closed
-        is_address = False
-    if not is_address:
-        raise UsageError(f"--url {url}: expected an address such as http://localhost:5000.")
-    return url
-
-
 def retry_after(header: str | None) -> float | None:
-    """Seconds a `Retry-After` header asks to wait; None when absent or unreadable."""
+    """The seconds to wait that a `Retry-After` header names; None if missing or invalid."""
     if header is None:
         return None
     try:
@@ -217,16 +204,16 @@ def retry_after(header: str | None) -> float | None:
 
 
 def is_captcha(response: requests.Response) -> bool:
-    """Whether the answer is a page that asks for proof of a human, not a translation."""
+    """Whether the answer is a captcha page."""
     if "html" not in response.headers.get("Content-Type", "html"):
         return False
     page = response.content[:20_000].decode("utf-8", "replace").lower()
-    # A translation may well speak of captchas; a page that carries one is no result page.
+    # A translation may mention captchas, but only a result page has a result container.
     return "result-container" not in page and any(sign in page for sign in _CAPTCHA_SIGNS)
 
 
 class LibreEngine(_WebEngine):
-    """Sends texts in batches, after asking the server for its list of languages."""
+    """Sends texts in batches to a LibreTranslate server."""
 
     licence = (
         "LibreTranslate is AGPL-3.0 software; its models (Argos, mostly OPUS data) and the "
@@ -235,7 +222,7 @@ class LibreEngine(_WebEngine):
 
     def __init__(self, config: TranslateConfig, source: str, target: str) -> None:
         if config.url is None:
-            raise UsageError("--url is missing: where is the LibreTranslate server?")
+            raise UsageError("--url is missing: name the address of the LibreTranslate server.")
         url = config.url.rstrip("/").removesuffix("/translate")
         super().__init__("libre", config, url, source, target)
         self._codes: list[str] = []
@@ -262,7 +249,7 @@ class LibreEngine(_WebEngine):
         return translations
 
     def _language_codes(self) -> list[str]:
-        """The server's codes for the two languages (`zh` or `zh-Hans`, as it is)."""
+        """The server's codes for the two languages."""
         answer = self._ask("GET", "languages")
         entries = answer if isinstance(answer, list) else ()
         codes = [
@@ -277,14 +264,14 @@ class LibreEngine(_WebEngine):
         try:
             return json.loads(response.content)
         except (ValueError, RecursionError):
-            raise Fault(f"{address(self._url)}/{path}: the answer is not (whole) JSON") from None
+            raise Fault(f"{address(self._url)}/{path}: the answer is not complete JSON") from None
 
 
 class GoogleEngine(_WebEngine):
-    """One request per text, so that alignment cannot slip.
+    """Sends one text per request.
 
-    deep-translator's own request has neither a timeout nor headers and takes none; so the page is
-    fetched and read here, and deep-translator gives the address and the languages.
+    deep-translator provides the URL and the languages. Its requests allow neither a timeout nor
+    headers, so the page is fetched and parsed here.
     """
 
     licence = (
@@ -308,13 +295,10 @@ class GoogleEngine(_WebEngine):
         )
 
     def translate(self, texts: Sequence[str], attempt: int) -> list[str]:
-        """Asks the page for each text."""
-        return [self._translate(text) for text in texts]
-
-    def _translate(self, text: str) -> str:
-        response = self._request("GET", self._url, params={**self._codes, "q": text})
+        """Fetches the page of one text."""
+        response = self._request("GET", self._url, params={**self._codes, "q": texts[0]})
         # Without a charset in the header, requests would read German umlauts as Latin-1.
         result = _GOOGLE_RESULT.search(response.content.decode("utf-8", "replace"))
         if result is None:
-            raise Fault(f"{address(self._url)}: a page without a (whole) translation in it")
-        return html.unescape(_TAG.sub(" ", result[1])).strip()
+            raise Fault(f"{address(self._url)}: a page without a complete translation")
+        return [html.unescape(_TAG.sub(" ", result[1])).strip()]
