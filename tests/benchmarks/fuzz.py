@@ -223,7 +223,7 @@ class Run:
         shutil.rmtree(target, ignore_errors=True)
         return shutil.copytree(source, target)
 
-    def spoil(self, files: list[Path]) -> None:
+    def damage_one(self, files: list[Path]) -> None:
         """Damages one of the files; JSON may get another value instead."""
         path = self.fuzzer.random.choice(sorted(files))
         content = path.read_bytes()
@@ -238,7 +238,7 @@ class Run:
         """A damaged model folder, exported or not; half of them are sealed again."""
         exported = self.fuzzer.random.random() < 0.4
         runs = self.copy(self.exported if exported else self.runs, "damaged")
-        self.spoil([p for p in runs.rglob("*") if p.is_file() and "training" not in p.parts])
+        self.damage_one([p for p in runs.rglob("*") if p.is_file() and "training" not in p.parts])
         if self.fuzzer.random.random() < 0.5:
             for path in [*runs.glob("config.json"), *runs.glob("*/config.json")]:
                 with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
@@ -247,7 +247,7 @@ class Run:
         arguments = ["predict", image, "Das ist rot.", "--lang", "de", "--runs", runs]
         self.command(f"{'exported' if exported else 'model'} folder", 1, arguments)
 
-    def spoilt_data(self, *splits: str) -> tuple[str, Path]:
+    def damaged_data(self, *splits: str) -> tuple[str, Path]:
         """A kind of damage, and a copy of the world with it."""
         fuzzer, data = self.fuzzer, self.copy(self.world, "data")
         kind = fuzzer.random.choice(("rows", "rows", "bytes", "csv", "image", "parquet"))
@@ -257,7 +257,7 @@ class Run:
         if kind == "rows":
             path.write_bytes(b"\n".join(fuzzer.line(row) for row in rows))
         elif kind == "bytes":
-            self.spoil(list(data.glob(f"*{split}*.jsonl")))
+            self.damage_one(list(data.glob(f"*{split}*.jsonl")))
         elif kind == "csv":
             lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
             path.with_suffix(".csv").write_bytes(fuzzer.damage("\n".join(lines).encode()))
@@ -268,7 +268,7 @@ class Run:
 
             table = pyarrow.Table.from_pylist(rows)
             pyarrow.parquet.write_table(table, path.with_suffix(".parquet"))
-            self.spoil([path.with_suffix(".parquet")])
+            self.damage_one([path.with_suffix(".parquet")])
             path.unlink()
         else:
             name = fuzzer.random.choice(sorted((data / "images").iterdir()))
@@ -277,7 +277,7 @@ class Run:
 
     def evaluate(self) -> None:
         """Damaged data, images or options."""
-        kind, data = self.spoilt_data("test")
+        kind, data = self.damaged_data("test")
         options = self.folder / "options.toml"
         content = b"resamples = 5\nlang = ['en', 'de']\nsplit = 'test'\nskip-bad = true\n"
         options.write_bytes(self.fuzzer.maybe(0.2, content))
@@ -286,7 +286,7 @@ class Run:
 
     def align(self) -> None:
         """Damaged training data, for one epoch."""
-        kind, data = self.spoilt_data("train", "dev")
+        kind, data = self.damaged_data("train", "dev")
         skip = self.fuzzer.random.choice(([], ["--skip-bad"]))
         out = self.folder / "align-de"
         for path in (out, out.with_name("align-de.partial")):
@@ -318,7 +318,7 @@ class Run:
 
     def translate(self) -> None:
         """Damaged rows, or a damaged file of translations."""
-        kind, data = self.spoilt_data("test")
+        kind, data = self.damaged_data("test")
         rows = tiny_world.read_jsonl(self.world / "snli_ve_test.jsonl")
         translations = self.folder / "translations.tsv"
         # One malformed text would have the whole file refused.
