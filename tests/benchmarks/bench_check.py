@@ -78,11 +78,11 @@ def encoders(model: InferenceModel, pairs: list[tuple[Path, str, str]]) -> float
     return time.process_time() - start
 
 
-def compare(paths: list[Path], root: Path, config: CheckConfig) -> str:
+def compare(corpus: Path, config: CheckConfig) -> str:
     """The time of `check`, and of the encoders on the pairs that it classified."""
     load_model(config.runs, device=config.device, precision=config.precision)  # imports torch
     start = time.process_time()
-    result = findings.check(paths, config)
+    result = findings.check([corpus], config)
     seconds = time.process_time() - start
     classified = [text for text in result.texts if text.verdict]
     start = time.process_time()
@@ -91,7 +91,7 @@ def compare(paths: list[Path], root: Path, config: CheckConfig) -> str:
     for text in classified:
         # Relative references are resolved beside their file, as in `check`.
         folder = (Path.cwd() / text.text.file).parent
-        picture = Locator(root, False).web([text.text.picture.name], folder)
+        picture = Locator(corpus, False).web([text.text.picture.name], folder)
         if isinstance(picture.source, Path):
             pairs.append((picture.source, text.text.text, text.lang or ""))
     for lang in model.sources:
@@ -117,11 +117,8 @@ def main() -> None:
     settings = {"runs": arguments.demo / "runs", "device": "cpu", "precision": "fp32"}
     settings |= {"min_confidence": arguments.min_confidence}
     if arguments.corpus is not None:
-        print(
-            compare(
-                [arguments.corpus], arguments.corpus, CheckConfig(lang=arguments.lang, **settings)
-            )
-        )
+        config = CheckConfig(lang=arguments.lang, **settings)
+        print(compare(arguments.corpus, config))
         return
     images = arguments.demo / "data" / "images"
     with tempfile.TemporaryDirectory() as folder:
