@@ -170,14 +170,14 @@ def test_packed_files(tmp_path, name):
         ("x.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"x\.jsonl:2: not UTF-8"),
         ("x.jsonl", b'{"text": "a"}\n{"text": "\xed\xa0\x80"}\n', r"x\.jsonl:2: not UTF-8"),
         ("x.jsonl", '{"text": "é"}\n'.encode("utf-16-be"), r"x\.jsonl:1: not"),
-        ("x.jsonl", b'{"id": 1}\n', "no field sentence2 or hypothesis or text; it has"),
+        ("x.jsonl", b'{"id": 1}\n', "no field sentence2 or hypothesis or text; the fields"),
         ("x.csv", b"id,text\n1,a\n2,b,c\n", r"x\.csv:3: 3 cells; expected 2"),
         ("x.csv", b'id,text\n1,"a\n', r"x\.csv:2: not valid CSV"),
         ("x.csv", b"id,text\n1,\xff\n", r"x\.csv:2: not UTF-8"),
         ("x.csv", b"gr\xf6\xdfe,text\n1,a\n", r"x\.csv:1: not UTF-8"),
         ("x.csv", "id,text\n".encode("utf-16"), r"x\.csv:1: not UTF-8; convert the file\.$"),
         ("x.csv", "id,text\n".encode("utf-16-be"), r"x\.csv:1: not UTF-8; convert the file\.$"),
-        ("x.csv", b"", "no field .* it has none. Name the field with --field"),
+        ("x.csv", b"", "no field .* the fields are none. Choose one with --field"),
         ("x.txt", b"a\n\xff\n", r"x\.txt:2: not UTF-8"),
         ("x.parquet", b"PAR1 not really", "not a readable Parquet file"),
     ],
@@ -189,7 +189,7 @@ def test_damaged_files(tmp_path, name, content, said):
 
 
 def test_files_of_no_known_kind(tmp_path):
-    with pytest.raises(UsageError, match="cannot tell the format by the ending"):
+    with pytest.raises(UsageError, match="unknown format; expected a name"):
         open_text_file(tmp_path / "x.docx", None, "en")
     with pytest.raises(DataError, match="no such file"):
         open_text_file(tmp_path / "x.jsonl", None, "en")
