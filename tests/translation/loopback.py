@@ -1,4 +1,4 @@
-"""HTTP servers on loopback that translate by a rule and misbehave on demand."""
+"""Real HTTP servers on loopback that translate by a rule, and misbehave on demand."""
 
 import html
 import itertools
@@ -14,7 +14,7 @@ CAPTCHA = b"<html><body>Our systems have detected unusual traffic. <form id=capt
 
 
 def translated(text, target="de"):
-    """The servers' translation: every word with the language in front."""
+    """What the servers answer: the words, each marked with the language, in the same order."""
     return " ".join(f"{target}{word}" for word in text.split(" "))
 
 
@@ -26,28 +26,25 @@ class _Handler(BaseHTTPRequestHandler):
         split = urllib.parse.urlsplit(self.path)
         query = urllib.parse.parse_qs(split.query, keep_blank_values=True)
         if split.path.endswith("/languages"):
-            codes = ({"code": code} for code in ("en", "de", "zh-Hans"))
-            self.send(200, json.dumps(list(codes)).encode())
+            self.send(200, b'[{"code": "en"}, {"code": "de"}, {"code": "zh-Hans"}]')
             return
         text = query["q"][0]
-        page = (
-            "<html><head><title>Translate</title></head><body>"
-            f'<div class="result-container">{html.escape(translated(text, query["tl"][0]))}</div>'
-            "</body></html>"
-        )
+        answer = html.escape(translated(text, query["tl"][0]))
+        page = f'<html><body><div class="result-container">{answer}</div></body></html>'
         self.answer([text], page.encode(), "text/html", query)
 
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        answers = [translated(text, request["target"]) for text in request["q"]]
-        body = json.dumps({"translatedText": answers}).encode()
-        self.answer(request["q"], body, "application/json", request)
+        texts = request["q"]
+        answers = [translated(text, request["target"]) for text in texts]
+        payload = json.dumps({"translatedText": answers}).encode()
+        self.answer(texts, payload, "application/json", request)
 
     def answer(self, texts, body, kind, request):
         loopback = self.server.loopback
         with loopback.lock:
             loopback.requested += texts
-            loopback.num_pending += 1
+            loopback.under_way += 1
             loopback.agents.add(self.headers.get("User-Agent", ""))
             loopback.last_request = request
             fault = loopback.fault
@@ -58,7 +55,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send(200, body, kind)
         finally:
             with loopback.lock:
-                loopback.num_pending -= 1
+                loopback.under_way -= 1
 
     def send(self, status, body, kind="application/json", **headers):
         self.send_response(status)
@@ -70,7 +67,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def half_send(self, body, kind, with_length):
-        """Sends two thirds of the answer and closes the connection."""
+        """Half of the answer, and then the connection is closed."""
         self.send_response(200)
         self.send_header("Content-Type", kind)
         if with_length:
@@ -81,8 +78,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def hang_up(self):
-        """Closes the connection without an answer."""
+        """No answer, and the connection is closed."""
         self.connection.shutdown(socket.SHUT_RDWR)
+        self.close_connection = True
+
+    def stall(self, seconds):
+        time.sleep(seconds)
         self.close_connection = True
 
     def log_message(self, format, *args):
@@ -94,31 +95,21 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 128
 
     def handle_error(self, request, client_address):
-        """Ignores clients that were killed."""
+        """A client that is killed hangs up; nothing to report."""
 
 
 class Loopback:
-    """A server that runs during the `with` block.
-
-    Attributes:
-        kind: `google` or `libre`.
-        url: its address.
-        fault: None, or a function of the handler, the proper answer and the texts that answers
-            wrongly, or returns False to let the proper answer be sent.
-        delay_seconds: time before an answer.
-        requested: every text requested, in order, with repetitions.
-        agents: the User-Agents.
-        last_request: query or JSON body of the last request.
-    """
+    """A server, `google` or `libre`, that lives as long as the `with` block."""
 
     def __init__(self, kind):
         self.kind = kind
+        #: Given the handler, its proper answer and the texts, answers, or returns False to pass.
         self.fault = None
         self.delay_seconds = 0.0
-        self.requested = []
+        self.requested = []  # every text, in order, repetitions included
         self.agents = set()
         self.last_request = None
-        self.num_pending = 0
+        self.under_way = 0
         self.lock = threading.Lock()
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.loopback = self
@@ -126,9 +117,9 @@ class Loopback:
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}{path}"
 
     def settle(self):
-        """Waits until the requests of a client that died are answered."""
+        """Waits until requests of a client that died have been read, and dealt with."""
         time.sleep(0.02)
-        while self.num_pending > 0:
+        while self.under_way > 0:
             time.sleep(0.001)
 
     def __enter__(self):
@@ -141,39 +132,29 @@ class Loopback:
 
 
 def misbehave_at_random(seed):
-    """Returns a fault that goes wrong in one of eight ways, half of the time."""
-    choose = random.Random(seed)
-    lock = threading.Lock()
-    numbers = itertools.count()
+    """A fault of a server that goes wrong in every way, half of the time."""
+    choose, lock, numbers = random.Random(seed), threading.Lock(), itertools.count()
 
     def misbehave(handler, body, texts):
         with lock:
-            kind = choose.randrange(16)
-            number = next(numbers)
+            kind, number = choose.randrange(16), next(numbers)
         if any("poison" in text for text in texts):
             kind = 1
-        match kind:
-            case 0:
-                handler.send(429, b"slow down", Retry_After="0" if number % 2 else "1")
-            case 1:
-                handler.send(500, b"oops")
-            case 2:
-                handler.send(200, b"", "text/html")
-            case 3:
-                handler.send(200, CAPTCHA, "text/html")
-            case 4:
-                handler.half_send(body, "text/html", with_length=True)
-            case 5:
-                handler.half_send(body, "application/json", with_length=False)
-            case 6:
-                answers = [translated(text) for text in texts]
-                answers = answers[1:] if number % 2 else [*answers, "deone demore"]
-                handler.send(200, json.dumps({"translatedText": answers}).encode())
-            case 7 if number % 4 == 0:
-                time.sleep(0.8)
-                handler.close_connection = True
-            case _:
-                return False
+        answers = [translated(text) for text in texts]
+        spoilt = answers[1:] if number % 2 else [*answers, "deone demore"]
+        faults = [
+            lambda: handler.send(429, b"slow down", Retry_After="0" if number % 2 else "1"),
+            lambda: handler.send(500, b"oops"),
+            lambda: handler.send(200, b"", "text/html"),
+            lambda: handler.send(200, CAPTCHA, "text/html"),
+            lambda: handler.half_send(body, "text/html", with_length=True),
+            lambda: handler.half_send(body, "application/json", with_length=False),
+            lambda: handler.send(200, json.dumps({"translatedText": spoilt}).encode()),
+            lambda: handler.stall(0.8),
+        ]
+        if kind >= len(faults) or (kind == 7 and number % 4):
+            return False
+        faults[kind]()
         return True
 
     return misbehave
