@@ -1,4 +1,4 @@
-"""What many tests need: a cache of their own, no network, and tiny models made once."""
+"""Fixtures of many tests: an empty cache, no network, and tiny models made once."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ import tiny_world
 
 _REPOSITORY = Path(__file__).parents[1]
 
-# A shell lets what it starts in the background ignore Ctrl-C; many tests are about it.
+# Background jobs of a shell ignore Ctrl-C, which many tests are about.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
-def cache(monkeypatch, tmp_path_factory, request):
-    """Every test has its own, empty cache of features."""
+def cache(monkeypatch, tmp_path_factory):
+    """An empty feature cache for every test."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("CLSEAVE_CACHE", str(folder))
     monkeypatch.delenv("CLSEAVE_RUNS", raising=False)
@@ -34,13 +34,13 @@ def cache(monkeypatch, tmp_path_factory, request):
 
 @pytest.fixture(autouse=True)
 def no_fsync(monkeypatch):
-    """Only a power cut could tell the difference, and a busy disk takes long over it."""
+    """Skips fsync: only a power cut shows the difference, and a busy disk is slow."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture(scope="session")
 def assets():
-    """Real material beside the checkout; skips where there is none."""
+    """Real data beside the checkout; skips the test if there is none."""
     folder = _REPOSITORY.parent / "shared" / "assets"
     if not folder.is_dir():
         pytest.skip("no shared/assets beside the checkout")
@@ -49,43 +49,30 @@ def assets():
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A tiny SNLI-VE folder; read only."""
+    """A tiny SNLI-VE folder; read-only."""
     return tiny_world.write_world(tmp_path_factory.mktemp("world") / "data")
 
 
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory, world):
-    """A tiny untrained CLIP folder; read only."""
-    from clseave_cli.core.models.scratch import ClipShape, new_clip
-
-    folder = tmp_path_factory.mktemp("clip")
-    new_clip(folder, tiny_world.sentences(world), ClipShape(**tiny_world.CLIP_SHAPE))
-    tiny_world.enlarge_weights(folder, 3.0)
-    return folder
+    """A tiny untrained CLIP folder; read-only."""
+    return tiny_world.write_clip(tmp_path_factory.mktemp("clip"), tiny_world.sentences(world))
 
 
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory, world):
-    """A tiny untrained BERT folder; read only."""
-    from clseave_cli.core.models.scratch import new_encoder
-
-    folder = tmp_path_factory.mktemp("encoder")
-    new_encoder(folder, tiny_world.sentences(world), **tiny_world.ENCODER_SHAPE)
-    return folder
+    """A tiny untrained BERT folder; read-only."""
+    return tiny_world.write_encoder(tmp_path_factory.mktemp("encoder"), tiny_world.sentences(world))
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, world, clip, encoder):
-    """Models for en (a pooled head), de and nl (a student each); read only."""
-    from clseave_cli.core.config import FinetuneConfig
-    from clseave_cli.core.finetuning import finetune
-
+    """CLIP-VE with a pooled head, and students of de and nl; read-only."""
     base = tmp_path_factory.mktemp("trained")
-    runs, shared = base / "runs", {"epochs": 2, **tiny_world.QUICK}
+    runs = base / "runs"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CLSEAVE_CACHE", str(base / "cache"))
-        teacher = {"data": str(world), "runs": runs, "clip": str(clip), "head": "pooled"}
-        finetune(FinetuneConfig(**teacher, **shared))
+        tiny_world.train_teacher(world, runs, clip)
         for lang in ("de", "nl"):
             tiny_world.quick_align(world, runs, runs, encoder, lang, epochs=2)
     return runs
@@ -93,21 +80,19 @@ def trained(tmp_path_factory, world, clip, encoder):
 
 @pytest.fixture
 def data(tmp_path, world):
-    """A copy of the tiny world, to spoil."""
-    shutil.copytree(world, tmp_path / "data")
-    return tmp_path / "data"
+    """A copy of the tiny world, to be changed."""
+    return shutil.copytree(world, tmp_path / "data")
 
 
 @pytest.fixture
 def runs(tmp_path, trained):
-    """A copy of the trained models, to spoil."""
-    shutil.copytree(trained, tmp_path / "runs")
-    return tmp_path / "runs"
+    """A copy of the trained models, to be changed."""
+    return shutil.copytree(trained, tmp_path / "runs")
 
 
 @pytest.fixture
 def clseave(monkeypatch, capsys):
-    """Runs `clseave …` through the real `main`: exit code, stdout, stderr."""
+    """Runs `clseave …` through `main`; returns exit code, stdout and stderr."""
     from clseave_cli import main as command
 
     def run(*arguments):
@@ -127,7 +112,7 @@ def clseave(monkeypatch, capsys):
 
 @pytest.fixture
 def refused(clseave):
-    """Runs a command that must fail in one clear line; gives that line."""
+    """Runs a command that must fail with one line on stderr; returns that line."""
 
     def run(*arguments, code=1):
         ended, out, err = clseave(*arguments)

@@ -1,4 +1,4 @@
-"""A loopback server that speaks as much of the hub's API as push and pull need."""
+"""A loopback server with the part of the hub's API that push and pull use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOKEN = "hf_loopback"
 
 
 class Repository:
-    """A model repository: `commits` are pairs of a hash and the files there are then."""
+    """A model repository; `commits` holds a hash and the files of each."""
 
     def __init__(self, private: bool) -> None:
         self.private = private
@@ -26,7 +26,7 @@ class Repository:
 
     @property
     def files(self) -> dict[str, bytes]:
-        """Those of the last commit."""
+        """The files of the last commit."""
         return self.commits[-1][1]
 
     def commit(self, files: dict[str, bytes]) -> str:
@@ -82,36 +82,29 @@ class _Handler(BaseHTTPRequestHandler):
         if not self.is_authorised:
             return self.send(401)
         if path == "/api/repos/create":
-            asked = json.loads(body)
-            name = f"{asked['organization']}/{asked['name']}"
+            request = json.loads(body)
+            name = f"{request['organization']}/{request['name']}"
             status = 409 if name in self.server.repositories else 200
-            if status == 200:
-                made = Repository(
-                    asked.get("visibility") == "private" or bool(asked.get("private"))
-                )
-                self.server.repositories[name] = made
+            private = request.get("visibility") == "private" or bool(request.get("private"))
+            self.server.repositories.setdefault(name, Repository(private))
             return self.send_json({"url": f"{self.server.url}/{name}"}, status)
         if path == "/api/validate-yaml":
             return self.send_json({"errors": [], "warnings": []})
         if path.endswith(".git/info/lfs/objects/batch"):
             objects = [
-                {**each, "actions": {"upload": {"href": f"{self.server.url}/lfs/{each['oid']}"}}}
+                each | {"actions": {"upload": {"href": f"{self.server.url}/lfs/{each['oid']}"}}}
                 for each in json.loads(body)["objects"]
             ]
             return self.send_json({"objects": objects})
         match = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main", path)
         assert match is not None, path
         if match[2] == "preupload":
-            asked = [file["path"] for file in json.loads(body)["files"]]
-            modes = [
-                {
-                    "path": each,
-                    "uploadMode": "lfs" if each.endswith(".safetensors") else "regular",
-                    "shouldIgnore": False,
-                }
-                for each in asked
-            ]
-            return self.send_json({"files": modes})
+            modes = {True: "lfs", False: "regular"}
+            return self.send_json({"files": [
+                {"path": file["path"], "shouldIgnore": False,
+                 "uploadMode": modes[file["path"].endswith(".safetensors")]}
+                for file in json.loads(body)["files"]
+            ]})  # fmt: skip
         repository = self.server.repositories[match[1]]
         files = dict(repository.files)
         for line in map(json.loads, body.splitlines()):
@@ -162,7 +155,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class Hub(ThreadingHTTPServer):
-    """Attributes: the repositories by name, and every request so far, as `GET /path`."""
+    """Attributes: `repositories` by name; `requested`, every request so far as `GET /path`."""
 
     daemon_threads = True
 
@@ -176,7 +169,7 @@ class Hub(ThreadingHTTPServer):
 
 @contextmanager
 def serve_hub() -> Iterator[Hub]:
-    """A hub that lives as long as the block."""
+    """A hub that runs during the block."""
     with Hub() as hub:
         thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()

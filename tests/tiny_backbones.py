@@ -1,9 +1,10 @@
-"""Tiny models of every layout clseave reads, with random weights and tokenizers of their own."""
+"""Tiny models of every layout that clseave reads, with random weights and real tokenizers."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +15,21 @@ import torch
 MAX_TOKENS = 24
 EMBEDDING_DIM = 16
 
-_TOWER = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "hidden_act": "gelu",
-}
+_TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+          "num_attention_heads": 2, "hidden_act": "gelu"}  # fmt: skip
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_NO_POOLING = {"add_pooling_layer": False}
 _IMAGE = {"image_size": 32, "patch_size": 16}
 
 
 def save_word_tokenizer(
-    folder: Path,
-    sentences: Iterable[str],
-    *,
-    special: dict[str, str],
-    template: str,
-    max_tokens: int = MAX_TOKENS,
-    **options: Any,
+    folder: Path, sentences: Iterable[str], *, special: dict[str, str], template: str
 ) -> Any:
-    """A tokenizer of words, with whatever special tokens and in whatever order a model has them.
+    """Writes a tokenizer that splits the words of `sentences` at spaces.
 
     Args:
-        folder: where to write it.
-        sentences: the words it knows.
-        special: token by the name transformers gives its role; numbered in this order.
+        special: token by its role in transformers; numbered in this order.
         template: how a text is framed, such as `<s> $A </s>`.
-        max_tokens: the longest text.
-        options: more arguments of the tokenizer.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -55,44 +42,43 @@ def save_word_tokenizer(
     tokenizer.post_processor = processors.TemplateProcessing(
         single=template, special_tokens=[(token, vocabulary[token]) for token in tokens]
     )
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=max_tokens, **special, **options
+    written = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=MAX_TOKENS, **special
     )
-    made.save_pretrained(folder)
-    return made
+    written.save_pretrained(folder)
+    return written
 
 
-_ROBERTA_TOKENS = {
-    "bos_token": "<s>",
-    "cls_token": "<s>",
-    "pad_token": "<pad>",
-    "eos_token": "</s>",
-    "sep_token": "</s>",
-    "unk_token": "<unk>",
-}
-_GEMMA_TOKENS = {
-    "pad_token": "<pad>",
-    "eos_token": "<eos>",
-    "bos_token": "<bos>",
-    "unk_token": "<unk>",
-}
+_ROBERTA_TOKENS = {"bos_token": "<s>", "cls_token": "<s>", "pad_token": "<pad>",
+                   "eos_token": "</s>", "sep_token": "</s>", "unk_token": "<unk>"}  # fmt: skip
+_GEMMA_TOKENS = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>",
+                 "unk_token": "<unk>"}  # fmt: skip
+_DEBERTA_TOKENS = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]",
+                   "unk_token": "[UNK]"}  # fmt: skip
+
+_save_roberta_tokenizer = partial(
+    save_word_tokenizer, special=_ROBERTA_TOKENS, template="<s> $A </s>"
+)
+_save_deberta_tokenizer = partial(
+    save_word_tokenizer, special=_DEBERTA_TOKENS, template="[CLS] $A [SEP]"
+)
+_save_mmbert_tokenizer = partial(
+    save_word_tokenizer, special=_GEMMA_TOKENS, template="<bos> $A <eos>"
+)
 
 
-def _save_roberta_tokenizer(folder: Path, sentences: Iterable[str]) -> Any:
-    return save_word_tokenizer(folder, sentences, special=_ROBERTA_TOKENS, template="<s> $A </s>")
+def _bert(folder: Path, sentences: Iterable[str]) -> Path:
+    return tiny_world.write_encoder(folder, sentences, max_tokens=MAX_TOKENS)
 
 
 def _save_bert_tokenizer(folder: Path, sentences: Iterable[str]) -> Any:
     from transformers import AutoTokenizer
 
-    from clseave_cli.core.models.scratch import new_encoder
-
-    new_encoder(folder, sentences, **{**tiny_world.ENCODER_SHAPE, "max_tokens": MAX_TOKENS})
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(_bert(folder, sentences))
 
 
 def _save(folder: Path, model: Any, processor: Any = None, factor: float = 3.0) -> Path:
-    """Writes a model, its weights and biases large enough to tell sentences apart."""
+    """Writes a model with weights and biases large enough that embeddings differ."""
     torch.manual_seed(0)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -107,17 +93,12 @@ def _save(folder: Path, model: Any, processor: Any = None, factor: float = 3.0) 
 
 
 def new_clip(folder: Path, sentences: Iterable[str]) -> Path:
-    from clseave_cli.core.models.scratch import ClipShape
-    from clseave_cli.core.models.scratch import new_clip as write_clip
-
-    shape = {**tiny_world.CLIP_SHAPE, "max_tokens": MAX_TOKENS, "embedding_dim": EMBEDDING_DIM}
-    write_clip(folder, sentences, ClipShape(**shape))
-    tiny_world.enlarge_weights(folder, 3.0)
-    return folder
+    shape = {"max_tokens": MAX_TOKENS, "embedding_dim": EMBEDDING_DIM}
+    return tiny_world.write_clip(folder, sentences, **shape)
 
 
 def _save_gemma_tokenizer(folder: Path, sentences: Iterable[str]) -> Any:
-    """SigLIP 2's: in lower case, no token in front; padded on the left, as the class would."""
+    """SigLIP 2's: lower-cased, without a first token, padded on the left as the class does."""
     from tokenizers import Tokenizer, models, normalizers, processors, trainers
     from transformers import Siglip2Tokenizer
 
@@ -165,17 +146,15 @@ def new_siglip(folder: Path, sentences: Iterable[str], **text: Any) -> Path:
 
 
 def new_siglip2(folder: Path, sentences: Iterable[str]) -> Path:
-    """SigLIP 2 with pictures in their own proportions (NaFlex)."""
+    """SigLIP 2 that keeps the proportions of pictures (NaFlex)."""
     from transformers import Siglip2Config, Siglip2ImageProcessorPil, Siglip2Model
 
     tokenizer = _save_gemma_tokenizer(folder, sentences)
     torch.manual_seed(0)
     config = Siglip2Config(
         text_config=_siglip_text(tokenizer),
-        vision_config={
-            **_TOWER, "hidden_size": EMBEDDING_DIM, "patch_size": 8, "num_patches": 16,
-        },
-    )  # fmt: skip
+        vision_config=_TOWER | {"hidden_size": EMBEDDING_DIM, "patch_size": 8, "num_patches": 16},
+    )
     processor = Siglip2ImageProcessorPil(patch_size=8, max_num_patches=16)
     return _save(folder, Siglip2Model(config), processor, factor=1.0)
 
@@ -187,7 +166,7 @@ def _teacher(
     max_positions: int = MAX_TOKENS,
     **text: Any,
 ) -> Callable[[Path, Iterable[str]], Path]:
-    """Makes a small CLIP of a kind, such as `AltCLIP`, with a BERT's or RoBERTa's text tower."""
+    """Returns a function that writes a CLIP of a kind, such as `AltCLIP`."""
 
     def make(folder: Path, sentences: Iterable[str]) -> Path:
         import transformers
@@ -221,7 +200,7 @@ def new_vit(folder: Path) -> Path:
 
 
 def new_dual_encoder(folder: Path, sentences: Iterable[str]) -> Path:
-    """A LaBSE-like BERT, read through its pooling layer, and a ViT."""
+    """A BERT read through its pooling layer, as LaBSE is, and a ViT."""
     from clseave_cli.core.models.backbones import new_dual_encoder as join
 
     text = STUDENTS["LaBSE"](folder.with_name("text"), sentences)
@@ -246,28 +225,23 @@ TEACHERS: dict[str, Callable[[Path, Iterable[str]], Path]] = {
 }  # fmt: skip
 
 
-def _bert(folder: Path, sentences: Iterable[str]) -> Path:
-    _save_bert_tokenizer(folder, sentences)
-    return folder
-
-
 def _student(
     kind: str,
     save_tokenizer: Callable[[Path, Iterable[str]], Any],
     tower: dict[str, Any] = _TOWER | _NO_DROPOUT,
     max_positions: int = MAX_TOKENS,
-    pooling: dict[str, bool] | None = None,
+    model: dict[str, bool] | None = None,
     **shape: Any,
 ) -> Callable[[Path, Iterable[str]], Path]:
-    """Makes a small encoder of a kind, such as `Bert`, whose weights are seeded.
+    """Returns a function that writes an encoder.
 
     Args:
-        kind: the first part of the names of its classes in transformers.
+        kind: prefix of its classes in transformers, such as `Bert`.
         save_tokenizer: writes its tokenizer.
-        tower: width, layers and heads by the names that its configuration has for them.
+        tower: width, layers and heads, with the names that its configuration uses.
         max_positions: rows of its position table.
-        pooling: whether it is saved with a pooling layer, where its class can be told.
-        shape: what else its configuration needs.
+        model: more arguments of its model class.
+        shape: more keys of its configuration.
     """
 
     def make(folder: Path, sentences: Iterable[str]) -> Path:
@@ -282,46 +256,26 @@ def _student(
             pad_token_id=tokenizer.pad_token_id,
             **shape,
         )
-        model = getattr(transformers, f"{kind}Model")(config, **pooling or {})
-        return _save(folder, model, factor=9.0)
+        encoder = getattr(transformers, f"{kind}Model")(config, **model or {})
+        return _save(folder, encoder, factor=9.0)
 
     return make
-
-
-def _save_deberta_tokenizer(folder: Path, sentences: Iterable[str]) -> Any:
-    tokens = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    special = {**tokens, "unk_token": "[UNK]"}
-    return save_word_tokenizer(folder, sentences, special=special, template="[CLS] $A [SEP]")
-
-
-def _save_mmbert_tokenizer(folder: Path, sentences: Iterable[str]) -> Any:
-    template = "<bos> $A <eos>"
-    return save_word_tokenizer(folder, sentences, special=_GEMMA_TOKENS, template=template)
 
 
 def new_mpnet(
     folder: Path, sentences: Iterable[str], special: dict[str, str] = _ROBERTA_TOKENS
 ) -> Path:
-    """Its positions start where RoBERTa's do; a bias hangs on places in the row besides."""
-    from transformers import MPNetConfig, MPNetModel
-
-    tokenizer = save_word_tokenizer(folder, sentences, special=special, template="<s> $A </s>")
-    torch.manual_seed(0)
-    config = MPNetConfig(
-        **_TOWER,
-        **_NO_DROPOUT,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=MAX_TOKENS + tokenizer.pad_token_id + 1,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return _save(folder, MPNetModel(config, add_pooling_layer=False), factor=9.0)
+    """Positions start where RoBERTa's do; a bias depends on places in the row, too."""
+    save_tokenizer = partial(save_word_tokenizer, special=special, template="<s> $A </s>")
+    pad = list(dict.fromkeys(special.values())).index(special["pad_token"])
+    make = _student("MPNet", save_tokenizer, max_positions=MAX_TOKENS + pad + 1, model=_NO_POOLING)
+    return make(folder, sentences)
 
 
-#: mDeBERTa takes no mask of pairs of tokens, MPNet's bias looks across sentences.
+#: mDeBERTa takes no mask of token pairs; MPNet's bias reaches across sentences.
 CANNOT_BE_PACKED = ("mDeBERTa", "MPNet")
 
-_NO_POOLING = {"add_pooling_layer": False}
-#: Students by the name their likes are known by.
+#: Students by the name of the model that they are like.
 STUDENTS: dict[str, Callable[[Path, Iterable[str]], Path]] = {
     "mBERT": _bert,
     "DistilmBERT": _student(
@@ -329,9 +283,9 @@ STUDENTS: dict[str, Callable[[Path, Iterable[str]], Path]] = {
         {"n_layers": 2, "n_heads": 2, "dim": 32, "hidden_dim": 64, "dropout": 0.0,
          "attention_dropout": 0.0},
     ),
-    # Positions of these two start where RoBERTa's do; data2vec is saved with its pooling layer.
+    # Positions of both start where RoBERTa's do; data2vec is saved with its pooling layer.
     "XLM-R": _student("XLMRoberta", _save_roberta_tokenizer, max_positions=MAX_TOKENS + 2,
-                      pooling=_NO_POOLING, type_vocab_size=1),
+                      model=_NO_POOLING, type_vocab_size=1),
     "data2vec": _student("Data2VecText", _save_roberta_tokenizer, max_positions=MAX_TOKENS + 2,
                          type_vocab_size=1),
     # A BERT, saved with its pooling layer.
@@ -354,6 +308,6 @@ STUDENTS: dict[str, Callable[[Path, Iterable[str]], Path]] = {
 
 
 def embeddings(encoder: Any, texts: Iterable[str]) -> torch.Tensor:
-    """What a sentence encoder of the package makes of texts: (B, D)."""
+    """(B, D) embeddings of texts by a sentence encoder of the package."""
     with torch.no_grad():
         return torch.cat(list(encoder.embed(encoder.tokenize(texts))))

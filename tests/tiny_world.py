@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-#: What every caption contains; no model may ever read it.
+#: Part of every caption, which no model may read.
 CAPTION = "xylophone caption"
 
 COLOURS = {
@@ -31,52 +31,20 @@ COLOURS = {
     "blue": (40, 60, 220),
     "white": (250, 250, 250),
 }
-_WORDS = {
-    "de": {
-        "The square is {}.": "Das Quadrat ist {}.",
-        "A dog waits outside.": "Draußen wartet ein Hund.",
-        "red": "rot",
-        "green": "grün",
-        "blue": "blau",
-        "white": "weiß",
-    },
-    "nl": {
-        "The square is {}.": "Het vierkant is {}.",
-        "A dog waits outside.": "Buiten wacht een hond.",
-        "red": "rood",
-        "green": "groen",
-        "blue": "blauw",
-        "white": "wit",
-    },
-    "zh": {
-        "The square is {}.": "方块是{}的。",
-        "A dog waits outside.": "一只狗在外面等着。",
-        "red": "红色",
-        "green": "绿色",
-        "blue": "蓝色",
-        "white": "白色",
-    },
+#: For each language a sentence about the square, one about something else, and the colours' names.
+_SENTENCES = {
+    "en": ("The square is {}.", "A dog waits outside.", "red green blue white"),
+    "de": ("Das Quadrat ist {}.", "Draußen wartet ein Hund.", "rot grün blau weiß"),
+    "nl": ("Het vierkant is {}.", "Buiten wacht een hond.", "rood groen blauw wit"),
+    "zh": ("方块是{}的。", "一只狗在外面等着。", "红色 绿色 蓝色 白色"),
 }
 
-CLIP_SHAPE = {
-    "image_size": 32,
-    "patch_size": 16,
-    "width": 32,
-    "num_layers": 1,
-    "num_heads": 2,
-    "embedding_dim": 16,
-    "max_tokens": 32,
-    "vocab_size": 600,
-}
-ENCODER_SHAPE = {
-    "width": 32,
-    "num_layers": 1,
-    "num_heads": 2,
-    "vocab_size": 300,
-    "max_tokens": 48,
-}
+_TOWER = {"width": 32, "num_layers": 1, "num_heads": 2}
+CLIP_SHAPE = _TOWER | {"image_size": 32, "patch_size": 16, "embedding_dim": 16, "max_tokens": 32,
+                       "vocab_size": 600}  # fmt: skip
+ENCODER_SHAPE = _TOWER | {"vocab_size": 300, "max_tokens": 48}
 
-#: Options that make a stage take a moment.
+#: Options that make a stage quick.
 QUICK = {"device": "cpu", "precision": "fp32", "batch_size": 8, "learning_rate": 2e-3}
 
 
@@ -100,46 +68,41 @@ def edit_row(path: Path, line: int, **changes: object) -> None:
 def write_world(
     folder: Path, images_per_split: int = 4, languages: Sequence[str] = ("en", "de", "nl")
 ) -> Path:
-    """An SNLI-VE folder in some languages; every image has three rows."""
+    """An SNLI-VE folder; every image has three rows, and train has twice the images."""
     random = np.random.default_rng(7)
     (folder / "images").mkdir(parents=True)
-    names = list(COLOURS)
     for number, split in enumerate(("train", "train2", "dev", "test")):
-        rows = []
+        rows: list[tuple[str, str, int | None]] = []
         for image in range(images_per_split):
-            colour, other = names[image % 4], names[(image + 1 + number) % 4]
+            colour, other = image % 4, (image + 1 + number) % 4
             if other == colour:
-                other = names[(image + 1) % 4]
+                other = (image + 1) % 4
             noise = random.integers(-20, 20, (32, 32, 3))
-            pixels = np.clip(np.array(COLOURS[colour]) + noise, 0, 255).astype(np.uint8)
+            pixels = np.clip(list(COLOURS.values())[colour] + noise, 0, 255).astype(np.uint8)
             name = f"{split}{image}.png"
             Image.fromarray(pixels).save(folder / "images" / name)
-            for kind, sentence, word in (
-                ("entailment", "The square is {}.", colour),
-                ("contradiction", "The square is {}.", other),
-                ("neutral", "A dog waits outside.", ""),
-            ):
-                rows.append((f"{name}#{kind[0]}", name, kind, sentence, word))
-        # Two folders of images make one training split twice as large.
-        target = split.rstrip("2")
+            rows += [(name, "entailment", colour), (name, "contradiction", other)]
+            rows.append((name, "neutral", None))
         for lang in languages:
             suffix = "" if lang == "en" else f".{lang}"
-            path = folder / f"snli_ve_{target}{suffix}.jsonl"
-            words = _WORDS.get(lang, {})
+            path = folder / f"snli_ve_{split.rstrip('2')}{suffix}.jsonl"
+            about_square, about_dog, words = _SENTENCES.get(lang, _SENTENCES["en"])
             lines = [
                 {
-                    "pairID": pair,
+                    "pairID": f"{image}#{label[0]}",
                     "Flickr30K_ID": image,
                     "sentence1": f"{CAPTION} of {image}",
-                    "sentence2": words.get(form, form).format(words.get(word, word)),
+                    "sentence2": about_dog
+                    if colour is None
+                    else about_square.format(words.split()[colour]),
                     "gold_label": label,
                 }
-                for pair, image, label, form, word in rows
+                for image, label, colour in rows
             ]
             if split == "train2":
                 lines = read_jsonl(path) + lines
             if lang == "de":
-                lines.reverse()  # languages meet by pairID, never by line
+                lines.reverse()  # languages are joined by pairID, never by line
             write_jsonl(path, lines)
     return folder
 
@@ -154,7 +117,7 @@ def sentences(folder: Path) -> list[str]:
 
 
 def png(width: int, height: int, rows: bytes = bytes(1000)) -> bytes:
-    """A PNG whose header may promise anything, with so many bytes of rows."""
+    """A PNG whose header may promise more pixels than `rows` holds."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         checksum = zlib.crc32(kind + body)
@@ -162,12 +125,38 @@ def png(width: int, height: int, rows: bytes = bytes(1000)) -> bytes:
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     pixels = zlib.compress(rows, 9)
-    ends = chunk(b"IHDR", header), chunk(b"IDAT", pixels), chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + b"".join(ends)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def write_clip(folder: Path, sentences: list[str], **shape: int) -> Path:
+    """A tiny untrained CLIP; `shape` replaces parts of CLIP_SHAPE."""
+    from clseave_cli.core.models.scratch import ClipShape, new_clip
+
+    new_clip(folder, sentences, ClipShape(**CLIP_SHAPE | shape))
+    enlarge_weights(folder, 3.0)
+    return folder
+
+
+def write_encoder(folder: Path, sentences: list[str], **shape: int) -> Path:
+    """A tiny untrained BERT; `shape` replaces parts of ENCODER_SHAPE."""
+    from clseave_cli.core.models.scratch import new_encoder
+
+    new_encoder(folder, sentences, **ENCODER_SHAPE | shape)
+    return folder
+
+
+def train_teacher(data: Path, runs: Path, clip: Path, head: str = "pooled") -> None:
+    """A quick CLIP-VE in `runs`."""
+    from clseave_cli.core.config import FinetuneConfig
+    from clseave_cli.core.finetuning import finetune
+
+    options = {"clip": str(clip), "head": head, "epochs": 2, **QUICK}
+    finetune(FinetuneConfig(data=str(data), runs=runs, **options))
 
 
 def enlarge_weights(folder: Path, factor: float) -> None:
-    """Makes random weights larger, so that different sentences get clearly different embeddings."""
+    """Enlarges random weights, so that different sentences get clearly different embeddings."""
     from safetensors.torch import load_file, save_file
 
     path = folder / "model.safetensors"
@@ -181,7 +170,7 @@ def enlarge_weights(folder: Path, factor: float) -> None:
 def quick_align(
     data: Path, runs: Path, trained: Path, encoder: Path, *languages: str, **options: Any
 ) -> Any:
-    """`align` for an epoch, against the teacher in `trained`; `progress` is among the options."""
+    """`align` for an epoch against the teacher in `trained`; `options` may hold `progress`."""
     from clseave_cli.core.alignment import align
     from clseave_cli.core.config import AlignConfig
     from clseave_cli.progress import SILENT
@@ -193,15 +182,15 @@ def quick_align(
 
 
 def stage_command(stage: str, data: Path, trained: Path, model: Path, *more: object) -> list[str]:
-    """The command line of a stage that starts from a model; `align` is of de and nl."""
-    teacher = trained / "clip-ve"
+    """The command line of a stage that starts from a model; `align` trains on de and nl."""
     options = {
-        "finetune-ve": ["--clip", model, "--patience", "9"],
-        "align": ["--lang", "de", "--lang", "nl", "--student", model, "--teacher", teacher],
-        "pretrain": ["--clip", model],
-    }[stage]
-    shared = ["--data", data, "--device", "cpu", "--precision", "fp32"]
-    return [str(argument) for argument in (stage, *options, *shared, *more)]
+        "finetune-ve": ("--clip", model, "--patience", 9),
+        "align": ("--student", model, "--teacher", trained / "clip-ve", "--lang", "de", "--lang",
+                  "nl"),
+        "pretrain": ("--clip", model),
+    }[stage]  # fmt: skip
+    shared = ("--data", data, "--device", "cpu", "--precision", "fp32")
+    return [*map(str, (stage, *options, *shared, *more))]
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -214,7 +203,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def metrics_of(folder: Path) -> list[dict]:
-    """What a run's metrics.jsonl says, times apart."""
+    """The records of a run's metrics.jsonl without times."""
     return [
         {key: value for key, value in record.items() if key != "pairs_per_second"}
         for record in read_jsonl(folder / "metrics.jsonl")
@@ -222,9 +211,12 @@ def metrics_of(folder: Path) -> list[dict]:
 
 
 def model_files(folder: Path) -> dict[str, bytes]:
-    """What a stage made, its card and record apart."""
-    files = tree(folder)
-    return {n: c for n, c in files.items() if not n.startswith("training/") and n != "README.md"}
+    """The bytes of a model folder's files without its card and its training record."""
+    return {
+        name: content
+        for name, content in tree(folder).items()
+        if not name.startswith("training/") and name != "README.md"
+    }
 
 
 def write_captions(world: Path, folder: Path, *languages: str) -> Path:
@@ -244,7 +236,7 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 
 def reseal(folder: Path, format_name: str, *, without: Sequence[str] = (), **changes: Any) -> None:
-    """Makes a model folder sound again after its files, or keys of its config, were changed."""
+    """Seals a model folder again after its files, or keys of its config, were changed."""
     from clseave_cli.core.models.folder import seal
 
     config = json.loads((folder / "config.json").read_bytes()) | changes
@@ -256,14 +248,14 @@ def reseal(folder: Path, format_name: str, *, without: Sequence[str] = (), **cha
 
 
 def flip_byte(path: Path, place: float = 0.5) -> None:
-    """Changes one bit of a file, at a share of its length."""
+    """Flips one bit of a file, at a fraction of its length."""
     content = bytearray(path.read_bytes())
     content[min(int(len(content) * place), len(content) - 1)] ^= 0x04
     path.write_bytes(content)
 
 
 class Notes:
-    """A `Progress` that remembers what it was told."""
+    """A `Progress` that records its notes."""
 
     def __init__(self) -> None:
         from clseave_cli.progress import SILENT
@@ -280,7 +272,7 @@ class Notes:
 
 
 def warm_processes() -> multiprocessing.context.ForkServerContext:
-    """Processes forked from a server that has loaded the package and done nothing else."""
+    """Processes forked from a server that has only loaded the package."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["clseave_cli.core.finetuning", "clseave_cli.core.alignment", "clseave_cli.main"]
@@ -289,7 +281,7 @@ def warm_processes() -> multiprocessing.context.ForkServerContext:
 
 
 def slow_steps() -> None:
-    """Makes every optimiser step of this process last long enough to be interrupted."""
+    """Makes every optimiser step of this process long enough to be interrupted."""
     import torch
 
     os.fsync = lambda descriptor: None  # a kill, unlike a power cut, loses nothing written
@@ -303,12 +295,12 @@ def slow_steps() -> None:
 
 
 class Killed(BaseException):
-    """What nothing in the package catches."""
+    """Caught nowhere in the package."""
 
 
 @contextmanager
 def killed_at_step(number: int) -> Iterator[None]:
-    """Ends a training in the block at an optimiser step, counted from 1, as a kill would."""
+    """Ends a training in the block at an optimiser step (from 1), as a kill would."""
     import torch
 
     step, calls = torch.optim.AdamW.step, itertools.count(1)
@@ -328,12 +320,12 @@ def killed_at_step(number: int) -> Iterator[None]:
 
 
 def full_disk(*_arguments: object, **_more: object) -> None:
-    """Stands for a function that writes to a full disk."""
+    """Replaces a function that writes, as on a full disk."""
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def small_files() -> None:
-    """Makes writing more than 30 kB into a file fail in this process, as on a full disk."""
+    """Limits the files of this process to 30 kB, as a full disk would."""
     import resource
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
@@ -358,7 +350,7 @@ def _kill_myself(*_arguments) -> None:
 
 
 class CommandProcess:
-    """`clseave …` in a process of its own that has torch loaded already: quick to start."""
+    """`clseave …` in a separate process that starts quickly, as it has torch already."""
 
     def __init__(
         self, *arguments: str, folder: Path, before: Callable[[], None] | None = None
@@ -382,7 +374,7 @@ class CommandProcess:
         return self.process.exitcode
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Waits until something holds, or the process has ended."""
+        """Waits until the condition holds or the process has ended."""
         deadline = time.monotonic() + 60
         while not condition() and self.alive:
             assert time.monotonic() < deadline, self.stderr
@@ -398,11 +390,7 @@ class CommandProcess:
 
 
 def _command(
-    arguments: tuple[str, ...],
-    out: Path,
-    err: Path,
-    cache: str,
-    before: Callable[[], None] | None,
+    arguments: tuple[str, ...], out: Path, err: Path, cache: str, before: Callable[[], None] | None
 ) -> None:
     from clseave_cli.main import main
 
@@ -414,27 +402,22 @@ def _command(
         main()
 
 
-def join_team(rank: int, count: int, port: int) -> None:
+def _join(rank: int, count: int, port: int) -> None:
     """Makes this process one of several, as `torchrun` would."""
     slow_steps()
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
 
 
 def start_team(*arguments: str, folder: Path, count: int = 2) -> list[CommandProcess]:
-    """`clseave …` in several processes that work together."""
+    """`clseave …` in several processes that train together."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     return [
         CommandProcess(
             *arguments,
             folder=folder / f"process{rank}",
-            before=functools.partial(join_team, rank, count, port),
+            before=functools.partial(_join, rank, count, port),
         )
         for rank in range(count)
     ]

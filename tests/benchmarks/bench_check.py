@@ -1,15 +1,14 @@
-"""How well and how fast `check` judges: seeded contradictions, and the encoders alone.
+"""Precision, recall and speed of `check`.
 
     python tests/benchmarks/bench_check.py DEMO [--captions 300] [--min-confidence 0.7]
 
-DEMO is a folder that `clseave demo` wrote. In each of its languages, of so many captions of test
-pictures every third is contradicted by its picture. Prints precision and recall of the finding
-`contradicts` with the language given and with `--lang auto` (needs the extra langid), and the time
-of `check` beside that of the encoders over the same pairs.
+DEMO is a folder that `clseave demo` wrote. A third of the captions contradict their test picture.
+Prints precision and recall of the finding `contradicts` in each language, and in all of them with
+`--lang auto` (needs the extra langid).
 
     python tests/benchmarks/bench_check.py DEMO --corpus DIR [--lang en]
 
-The time alone, over the pages of a folder. Times are the processor's: others may use the machine.
+Prints the processor time of `check` on the pages of a folder beside that of the encoders alone.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ def measure(demo: Path, table: Path, gold: Sequence[str], config: CheckConfig) -
 
 
 def encoders(model: InferenceModel, pairs: list[tuple[Path, str, str]]) -> float:
-    """Processor seconds to encode each picture once and every text, and to judge the pairs."""
+    """Processor seconds to encode every picture and text once and to classify the pairs."""
     start = time.process_time()
     paths = list(dict.fromkeys(path for path, _, _ in pairs))
     vectors = {}
@@ -79,20 +78,20 @@ def encoders(model: InferenceModel, pairs: list[tuple[Path, str, str]]) -> float
     return time.process_time() - start
 
 
-def compare(paths: list[Path], root: Path, config: CheckConfig) -> str:
-    """The time of `check` and of the encoders over the pairs that it judged."""
+def compare(corpus: Path, config: CheckConfig) -> str:
+    """The time of `check`, and of the encoders on the pairs that it classified."""
     load_model(config.runs, device=config.device, precision=config.precision)  # imports torch
     start = time.process_time()
-    result = findings.check(paths, config)
+    result = findings.check([corpus], config)
     seconds = time.process_time() - start
-    judged = [text for text in result.texts if text.verdict]
+    classified = [text for text in result.texts if text.verdict]
     start = time.process_time()
     model = load_model(config.runs, device=config.device, precision=config.precision)
     pairs = []
-    for text in judged:
-        # Relative references are looked up beside their file, as `check` does.
+    for text in classified:
+        # Relative references are resolved beside their file, as in `check`.
         folder = (Path.cwd() / text.text.file).parent
-        picture = Locator(root, False).web([text.text.picture.name], folder)
+        picture = Locator(corpus, False).web([text.text.picture.name], folder)
         if isinstance(picture.source, Path):
             pairs.append((picture.source, text.text.text, text.lang or ""))
     for lang in model.sources:
@@ -101,36 +100,41 @@ def compare(paths: list[Path], root: Path, config: CheckConfig) -> str:
     alone = encoders(model, pairs)
     pictures = len({path for path, _, _ in pairs})
     return (
-        f"{len(result.texts)} texts, {len(judged)} judged, {pictures} different pictures: check "
-        f"{seconds:.2f} s (its models loaded in it); encoders {alone:.2f} s, loading {loading:.2f}"
-        f" s; {seconds / (alone + loading):.2f} times; {result.summary()}"
+        f"{len(result.texts)} texts, {len(classified)} judged, {pictures} different pictures: "
+        f"check {seconds:.2f} s with loading; encoders {alone:.2f} s, loading {loading:.2f} s; "
+        f"{seconds / (alone + loading):.2f} times; {result.summary()}"
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("demo", type=Path)
     parser.add_argument("--captions", type=int, default=300)
     parser.add_argument("--min-confidence", type=float, default=CheckConfig.min_confidence)
     parser.add_argument("--corpus", type=Path)
     parser.add_argument("--lang", default="auto")
-    given = parser.parse_args()
-    settings = {"runs": given.demo / "runs", "device": "cpu", "precision": "fp32"}
-    settings |= {"min_confidence": given.min_confidence}
-    if given.corpus is not None:
-        print(compare([given.corpus], given.corpus, CheckConfig(lang=given.lang, **settings)))
+    arguments = parser.parse_args()
+    settings = {"runs": arguments.demo / "runs", "device": "cpu", "precision": "fp32"}
+    settings |= {"min_confidence": arguments.min_confidence}
+    if arguments.corpus is not None:
+        config = CheckConfig(lang=arguments.lang, **settings)
+        print(compare(arguments.corpus, config))
         return
-    images = given.demo / "data" / "images"
+    images = arguments.demo / "data" / "images"
     with tempfile.TemporaryDirectory() as folder:
         together: list[tuple[str, str, str]] = []
         for lang in (*_LANGUAGES, "auto"):
-            rows = captions(given.demo, lang, given.captions) if lang != "auto" else together
+            rows = (
+                captions(arguments.demo, lang, arguments.captions) if lang != "auto" else together
+            )
             together += rows if lang != "auto" else []
             table = Path(folder, f"{lang}.csv")
             with table.open("w", encoding="utf-8", newline="") as stream:
                 csv.writer(stream).writerows([("image", "text"), *(row[:2] for row in rows)])
             config = CheckConfig(lang=lang, images=images, **settings)
-            print(lang, measure(given.demo, table, [row[2] for row in rows], config), flush=True)
+            print(
+                lang, measure(arguments.demo, table, [row[2] for row in rows], config), flush=True
+            )
 
 
 if __name__ == "__main__":

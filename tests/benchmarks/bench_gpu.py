@@ -3,18 +3,18 @@
     python tests/benchmarks/bench_gpu.py --bert-vocabulary FILE --clip-vocabulary DIR \\
         --sentences DIR [--quick]
 
-Architectures are those of mBERT and CLIP ViT-B/16 with random weights, sentences real ones varied
-until there are as many as SNLI-VE has, pictures noise of 500 × 375 pixels. Without `--steps` it
-runs the thesis's nine epochs of `align` and six of `finetune-ve` on 529,527 pairs; with it so many
-steps of each. `--shape small --device cpu --steps 3` is a dry run for a machine without GPU.
+The architectures are mBERT and CLIP ViT-B/16 with random weights. Real sentences are varied to
+SNLI-VE's number, and pictures are noise of 500 × 375 pixels. By default it runs the thesis's nine
+epochs of `align` and six of `finetune-ve` on 529,527 pairs, with `--steps` that many steps of each.
+`--shape small --device cpu --steps 3` is a dry run without a GPU.
 
-`--quick` takes 40,000 pairs and 1,200 photos, and within five minutes on one GPU says what there is
-to say of the loop: pairs a second, milliseconds of a step on the host and in kernels, the share of
-the time in which kernels run, captured steps against plain ones, a kill and its resumption, photos
-a second against bare decoding, and sentence-transformers (where it is installed) in the same run.
+`--quick` takes 40,000 pairs and 1,200 photos, five minutes on one GPU. It prints throughput, the
+time of a step on the host and in kernels, the share of the time in which kernels run, captured
+steps against plain ones, a kill and its resumption, photos a second against bare decoding, and the
+throughput of sentence-transformers if it is installed.
 
-To be reached on one H100 or H200: 20,000 pairs/s in `align`, 12,000 in `finetune-ve`, kernels
-running 85 % of the time, 3,000 photos/s with 16 cores.
+Goals on one H100 or H200: 20,000 pairs/s in `align`, 12,000 in `finetune-ve`, kernels running 85 %
+of the time, 3,000 photos/s with 16 cores.
 """
 
 from __future__ import annotations
@@ -31,18 +31,21 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 import transformers
-from bench_full_size import write_bert, write_clip
 from bench_training import (
     SMALL_BERT,
     parallel_pairs,
     sentence_transformers,
+    write_bert,
+    write_clip,
     write_pairs,
 )
 from PIL import Image
@@ -65,16 +68,13 @@ from clseave_cli.progress import SILENT
 #: Dense bf16 peak of an H200 (SXM) in the vendor's data sheet, FLOP/s.
 H200_PEAK = 989e12
 
-#: SNLI-VE's size: pairs and photos of the training split.
-SNLI_VE_PAIRS, SNLI_VE_PHOTOS = 529_527, 29_783
-
 #: Pairs in a batch.
 FINETUNE_BATCH, ALIGN_BATCH = 64, 128
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is made and trained on."""
+    """Numbers of pairs and photos, and changes to the shapes of the models."""
 
     pairs: int
     photos: int
@@ -84,25 +84,24 @@ class Sizes:
 
 
 SIZES = {
-    "full": Sizes(SNLI_VE_PAIRS, SNLI_VE_PHOTOS, 17_858, {}, {}),
+    "full": Sizes(529_527, 29_783, 17_858, {}, {}),  # SNLI-VE's
     "quick": Sizes(40_000, 1_200, 1_000, {}, {}),
     "small": Sizes(600, 6, 60, SMALL_BERT, {"num_hidden_layers": 2}),
 }
 
-#: Steps of `--quick`: in a window that is timed, all that are timed, and those profiled then; that
-#: are compared with plain ones; and in the run that is killed: all of them, the one after which the
-#: state is saved, the last one.
+#: Steps of `--quick`: in a timed window, timed in all, and profiled after that.
 WINDOW, TIMED, PROFILED = 20, 240, 40
+#: Steps that are compared with plain ones.
 COMPARED = 200
+#: Of the run that is killed: all its steps, the last saved one, and the last one before the kill.
 RESUMED, SAVED_AT, KILLED_AT = 60, 30, 45
-#: What `--shape small` makes of these.
+#: Divides these numbers of steps.
 DIVISOR = {"small": 5}
 
 
 def varied(real: list[tuple[str, str]], count: int) -> list[tuple[str, str]]:
     """`count` sentence pairs, nearly as long as the real ones and nearly all distinct."""
-    laps = itertools.count()
-    endless = ((pair, lap) for lap in laps for pair in real)
+    endless = ((pair, lap) for lap in itertools.count() for pair in real)
     return [
         (f"{english} {lap}", f"{target} {lap}") if lap else (english, target)
         for (english, target), lap in itertools.islice(endless, count)
@@ -110,15 +109,14 @@ def varied(real: list[tuple[str, str]], count: int) -> list[tuple[str, str]]:
 
 
 def write_photos(folder: Path, count: int) -> list[str]:
-    """JPEG files of Flickr30k's usual size; noise, smoothed so that they are no larger."""
+    """Writes JPEG files of Flickr30k's usual size: noise, smoothed so that they are no larger."""
     folder.mkdir(parents=True)
 
     def write(number: int) -> str:
         random = np.random.default_rng(number)
-        coarse = random.integers(0, 256, (24, 32, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC).save(
-            folder / f"{number}.jpg", quality=90
-        )
+        coarse = Image.fromarray(random.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+        photo = coarse.resize((500, 375), Image.Resampling.BICUBIC)
+        photo.save(folder / f"{number}.jpg", quality=90)
         return f"{number}.jpg"
 
     with ThreadPoolExecutor() as pool:
@@ -126,7 +124,7 @@ def write_photos(folder: Path, count: int) -> list[str]:
 
 
 def write_entailment(folder: Path, split: str, hypotheses: list[str], photos: list[str]) -> None:
-    """A split with about 18 hypotheses a photo."""
+    """Writes a split with about 18 hypotheses a photo."""
     with (folder / f"snli_ve_{split}.jsonl").open("w", encoding="utf-8") as stream:
         for number, hypothesis in enumerate(hypotheses):
             row = {
@@ -139,7 +137,7 @@ def write_entailment(folder: Path, split: str, hypotheses: list[str], photos: li
 
 
 class Clock:
-    """A `Progress` that adds up how long each piece of work took."""
+    """A `Progress` that records the time of each task."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -158,13 +156,13 @@ class Clock:
 
 
 def matrix_weights(backbone: nn.Module) -> int:
-    """Weights that every token is multiplied with: all matrices but the embedding tables."""
+    """The number of weights by which every token is multiplied, embedding tables excluded."""
     tables = {id(m.weight) for m in backbone.modules() if isinstance(m, nn.Embedding)}
     return sum(p.numel() for p in backbone.parameters() if p.ndim > 1 and id(p) not in tables)
 
 
 def report(title: str, training: TrainingResult, encoder: Any, sentences: list[str]) -> None:
-    """Prints rate, share of the tensor cores and memory of a run."""
+    """Prints throughput, share of the tensor cores' peak and memory of a run."""
     tokens = len(encoder.tokenize(sentences[:20_000]).ids) / len(sentences[:20_000])
     # Forward and backward: six operations a weight and token (Kaplan et al. 2020, section 2.1).
     rate = training.pairs_per_second * tokens * 6 * matrix_weights(encoder.backbone)
@@ -177,46 +175,16 @@ def report(title: str, training: TrainingResult, encoder: Any, sentences: list[s
     )
 
 
-@contextmanager
-def timed(title: str) -> Iterator[None]:
-    """Prints how long a block took."""
-    begin = time.perf_counter()
-    yield
-    print(f"{title:<12} {time.perf_counter() - begin:.1f} s", flush=True)
-
-
 class Killed(BaseException):
-    """What nothing in the package catches."""
-
-
-@contextmanager
-def steps_as(step: Callable[[Any, Any, Any], float]) -> Iterator[None]:
-    """In the block, the loop makes its steps through a function of run, rows and parts."""
-    plain = loop._Loop._step
-    loop._Loop._step = step  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        loop._Loop._step = plain  # type: ignore[method-assign]
-
-
-@contextmanager
-def plain_steps() -> Iterator[None]:
-    """In the block, no step is captured."""
-    recorder = loop._Loop._recorder
-    loop._Loop._recorder = lambda run: None  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        loop._Loop._recorder = recorder  # type: ignore[method-assign]
+    """Caught nowhere in the package."""
 
 
 def profile(
     title: str, batch: int, run: Callable[[int], object], on_gpu: bool, divisor: int
 ) -> None:
-    """Prints what a step costs the host and the GPU, and how much of the time kernels run.
+    """Prints the time of a step on the host and in kernels, in the median window.
 
-    Time is that of the median window: shapes of batches are captured in others.
+    Other windows include captures of new shapes of batches.
     """
     window, timed_steps, profiled = WINDOW // divisor, TIMED // divisor, PROFILED // divisor
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -246,7 +214,7 @@ def profile(
             profiler.stop()
         return result
 
-    with steps_as(step):
+    with mock.patch.object(loop._Loop, "_step", step):
         run(timed_steps + profiled)
     whole = float(np.median(np.diff(seconds))) / window
     line = (
@@ -260,7 +228,7 @@ def profile(
 
 
 def compare(run: Callable[[str, int], Path], divisor: int) -> None:
-    """Prints how far captured steps are from plain ones, and from those of autocast alone."""
+    """Prints how much captured steps differ from plain ones and from those of autocast alone."""
 
     def metrics(name: str) -> tuple[Any, float]:
         lines = (run(name, COMPARED // divisor) / "training" / "metrics.jsonl").read_text()
@@ -269,14 +237,10 @@ def compare(run: Callable[[str, int], Path], divisor: int) -> None:
         return np.array([entry["loss"] for entry in entries]), dev[-1] if dev else np.nan
 
     captured, dev = metrics("captured")
-    with plain_steps():
+    with mock.patch.object(loop._Loop, "_recorder", lambda run: None):
         plain, plain_dev = metrics("plain")
-    original = SentenceEncoder.trains_in_bfloat16
-    SentenceEncoder.trains_in_bfloat16 = property(lambda encoder: False)  # type: ignore[assignment]
-    try:
+    with mock.patch.object(SentenceEncoder, "trains_in_bfloat16", False):
         _, autocast_dev = metrics("autocast")
-    finally:
-        SentenceEncoder.trains_in_bfloat16 = original  # type: ignore[method-assign]
     worst = np.abs(captured / plain - 1).max()
     print(f"captured     losses of {COMPARED // divisor} steps against plain ones: at most "
           f"{worst:.2e} apart; dev MSE {dev:.5f}, plain {plain_dev:.5f}, by autocast alone "
@@ -284,7 +248,7 @@ def compare(run: Callable[[str, int], Path], divisor: int) -> None:
 
 
 def kill_and_resume(run: Callable[..., Path], divisor: int) -> None:
-    """Prints whether a killed and resumed run ends in the weights of a whole one."""
+    """Prints whether a killed and resumed run ends with the weights of an undisturbed one."""
     plain = loop._Loop._step
     steps, saved_at, killed_at = (number // divisor for number in (RESUMED, SAVED_AT, KILLED_AT))
 
@@ -292,11 +256,11 @@ def kill_and_resume(run: Callable[..., Path], divisor: int) -> None:
         if self.state.step == killed_at:
             raise Killed
         if self.state.step == saved_at:
-            self.saved_at = -np.inf  # so that a state is due
+            self.saved_at = -np.inf  # a checkpoint is due
         return plain(self, rows, parts)
 
     whole = run("whole", steps)
-    with steps_as(step), suppress(Killed):
+    with mock.patch.object(loop._Loop, "_step", step), suppress(Killed):
         run("killed", steps)
     resumed = run("killed", steps, resume=True)
     names = sorted(path.relative_to(whole) for path in whole.rglob("*.safetensors"))
@@ -306,13 +270,12 @@ def kill_and_resume(run: Callable[..., Path], divisor: int) -> None:
 
 
 def decode(path: Path) -> None:
-    """Decodes and resizes a photo, and no more."""
     with Image.open(path) as photo:
         photo.convert("RGB").resize((298, 224), Image.Resampling.BICUBIC)
 
 
 def decoded_per_second(photos: list[Path]) -> float:
-    """Photos a second that all cores decode, in processes: no lock is in their way."""
+    """Photos a second that all cores decode and resize, in processes that share no lock."""
     with ProcessPoolExecutor(usable_cores(), get_context("fork")) as pool:
         list(pool.map(decode, photos[:64], chunksize=4))
         begin = time.perf_counter()
@@ -321,24 +284,23 @@ def decoded_per_second(photos: list[Path]) -> float:
 
 
 def peer(
-    arguments: argparse.Namespace, out: Path, some: list[tuple[str, str]], ours: float
+    arguments: argparse.Namespace, out: Path, pairs: list[tuple[str, str]], ours: float
 ) -> None:
-    """Prints the rate of sentence-transformers with the same student and batch."""
+    """Prints the throughput of sentence-transformers with the same student and batch."""
     if importlib.util.find_spec("sentence_transformers") is None:
         print("peer         sentence-transformers is not installed: not measured", flush=True)
         return
-    given = argparse.Namespace(epochs=1, learning_rate=AlignConfig.learning_rate)
-    vectors = torch.zeros(len(some), 512)
+    options = argparse.Namespace(epochs=1, learning_rate=AlignConfig.learning_rate)
+    vectors = torch.zeros(len(pairs), 512)
     precision = resolve_precision(arguments.precision, torch.device(arguments.device))
     rate, _ = sentence_transformers(
-        precision, given, out, some, vectors, some[:64], vectors[:64], arguments.device
-    )  # fmt: skip
+        precision, options, out, pairs, vectors, pairs[:64], vectors[:64], arguments.device
+    )
     print(f"peer         sentence-transformers, {precision}: {rate:,.0f} pairs/s; align is "
           f"{ours / rate:.1f} times as fast", flush=True)  # fmt: skip
 
 
 def main() -> None:
-    """Makes models and data in a folder of its own, trains, prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("bert-vocabulary", "clip-vocabulary", "sentences"):
         parser.add_argument(f"--{name}", type=Path, required=True)
@@ -363,33 +325,28 @@ def main() -> None:
 def make_data(
     arguments: argparse.Namespace, out: Path, sizes: Sizes
 ) -> tuple[list[tuple[str, str]], list[Path]]:
-    """Models and data; returns the training pairs and the photos."""
-    data = out / "data"
+    """Writes models and data; returns the training pairs and the photos."""
+    begin, data = time.perf_counter(), out / "data"
     pairs = varied(parallel_pairs(arguments), sizes.pairs + sizes.dev)
     training, dev = pairs[sizes.dev :], pairs[: sizes.dev]
     photos = write_photos(data / "images", sizes.photos + max(2, sizes.photos // 30))
     write_clip(out / "clip", arguments.clip_vocabulary, **sizes.clip)
     write_bert(out / "bert", arguments.bert_vocabulary, **sizes.bert)
-    for split, own, seen in (
-        ("train", training, photos[: sizes.photos]),
-        ("dev", dev, photos[sizes.photos :]),
-    ):
-        write_pairs(data, split, arguments.lang, own)
-        write_entailment(data, split, [english for english, _ in own], seen)
+    first, others = photos[: sizes.photos], photos[sizes.photos :]
+    for split, pairs, names in (("train", training, first), ("dev", dev, others)):
+        write_pairs(data, split, arguments.lang, pairs)
+        write_entailment(data, split, [english for english, _ in pairs], names)
+    print(f"making data  {time.perf_counter() - begin:.1f} s", flush=True)
     return training, [data / "images" / name for name in photos]
 
 
 def quick(arguments: argparse.Namespace, out: Path, sizes: Sizes) -> None:
-    """The loop on one GPU, in five minutes."""
+    """Measures the loop on one GPU in five minutes."""
     divisor = DIVISOR.get(arguments.shape or "", 1)
     on_gpu = arguments.device != "cpu"
-    with timed("making data"):
-        training, photos = make_data(arguments, out, sizes)
-    shared = {
-        "data": str(out / "data"),
-        "device": arguments.device,
-        "precision": arguments.precision,
-    }
+    training, photos = make_data(arguments, out, sizes)
+    shared = {"data": str(out / "data"), "runs": out, "device": arguments.device,
+              "precision": arguments.precision}  # fmt: skip
     clock = Clock()
 
     def epochs(steps: int | None, batch: int) -> int:
@@ -397,8 +354,7 @@ def quick(arguments: argparse.Namespace, out: Path, sizes: Sizes) -> None:
 
     def finetuned(name: str, steps: int | None = None) -> TrainingResult:
         config = FinetuneConfig(
-            head="pooled",
-            **shared, clip=str(out / "clip"), runs=out, out=out / name, patience=None,
+            **shared, head="pooled", clip=str(out / "clip"), out=out / name, patience=None,
             max_steps=steps, epochs=epochs(steps, FINETUNE_BATCH),
         )  # fmt: skip
         result = finetune(config, clock).training
@@ -407,11 +363,11 @@ def quick(arguments: argparse.Namespace, out: Path, sizes: Sizes) -> None:
 
     def aligned(name: str, steps: int | None = None, resume: bool = False) -> Path:
         config = AlignConfig(
-            **shared, lang=(arguments.lang,), student=str(out / "bert"), runs=out,
-            teacher=out / "clip-ve", out=out / name, select="mse", max_steps=steps, resume=resume,
+            **shared, lang=(arguments.lang,), student=str(out / "bert"), teacher=out / "clip-ve",
+            out=out / name, select="mse", max_steps=steps, resume=resume,
             epochs=epochs(steps, ALIGN_BATCH),
         )  # fmt: skip
-        # Random weights may end as a collapse, which is refused; the steps were made all the same.
+        # Random weights may collapse, which is refused after the last step.
         with suppress(TrainingError):
             align(config, clock)
             return out / name
@@ -424,69 +380,44 @@ def quick(arguments: argparse.Namespace, out: Path, sizes: Sizes) -> None:
           f"{bare:,.0f} photos/s", flush=True)  # fmt: skip
     tower = backbones.load_clip_text(out / "clip-ve" / "text")
     report("finetune-ve", first, tower, [english for english, _ in training])
-    profile(
-        "finetune-ve",
-        FINETUNE_BATCH,
-        lambda steps: finetuned("profiled-ve", steps),
-        on_gpu,
-        divisor,
-    )
+    profile("finetune-ve", FINETUNE_BATCH, partial(finetuned, "profiled-ve"), on_gpu, divisor)
 
     folder = aligned("student")
     summary = json.loads((folder / "training" / "summary.json").read_text())
     student = new_student(out / "bert", tower.embedding_dim)
     report("align", TrainingResult(**summary), student, [target for _, target in training])
-    profile("align", ALIGN_BATCH, lambda steps: aligned("profiled", steps), on_gpu, divisor)
+    profile("align", ALIGN_BATCH, partial(aligned, "profiled"), on_gpu, divisor)
     compare(aligned, divisor)
     kill_and_resume(aligned, divisor)
     peer(arguments, out, training[: 60 // divisor * ALIGN_BATCH], summary["pairs_per_second"])
 
 
 def run(arguments: argparse.Namespace, out: Path, sizes: Sizes) -> None:
-    """Both stages, one after the other: the second one's teacher is the first one's model."""
-    data, runs = out / "data", out / "runs"
-    with timed("making data"):
-        training, _ = make_data(arguments, out, sizes)
-    shared = {
-        "data": str(data),
-        "runs": runs,
-        "device": arguments.device,
-        "precision": arguments.precision,
-        "max_steps": arguments.steps,
-    }
+    """Runs both stages; the model of the first is the teacher of the second."""
+    training, _ = make_data(arguments, out, sizes)
+    shared = {"data": str(out / "data"), "runs": out / "runs", "device": arguments.device,
+              "precision": arguments.precision, "max_steps": arguments.steps}  # fmt: skip
     clock = Clock()
-    finetuned = finetune(
-        FinetuneConfig(
-            head="pooled",
-            **shared,
-            clip=str(out / "clip"),
-            epochs=arguments.finetune_epochs,
-            patience=0,
-        ),
-        clock,
-    )
+    config = FinetuneConfig(
+        **shared, head="pooled", clip=str(out / "clip"), epochs=arguments.finetune_epochs,
+        patience=0,
+    )  # fmt: skip
+    finetuned = finetune(config, clock).training
     features = clock.seconds["train: image features"]
     print(f"features     {sizes.photos} photos · {features:.1f} s · "
           f"{sizes.photos / features:,.0f} photos/s", flush=True)  # fmt: skip
-    assert finetuned.training is not None
-    teacher = backbones.load_clip_text(runs / "clip-ve" / "text")
-    report("finetune-ve", finetuned.training, teacher, [english for english, _ in training])
-    clock = Clock()
-    aligned = align(
-        AlignConfig(
-            **shared,
-            lang=(arguments.lang,),
-            student=str(out / "bert"),
-            epochs=arguments.align_epochs,
-            select="mse",
-        ),
-        clock,
-    )
+    assert finetuned is not None
+    teacher = backbones.load_clip_text(out / "runs" / "clip-ve" / "text")
+    report("finetune-ve", finetuned, teacher, [english for english, _ in training])
+    student_config = AlignConfig(
+        **shared, lang=(arguments.lang,), student=str(out / "bert"), epochs=arguments.align_epochs,
+        select="mse",
+    )  # fmt: skip
+    aligned = align(student_config, clock).training
     print(f"teacher      {clock.seconds['teacher embeddings']:.1f} s", flush=True)
-    assert aligned.training is not None
+    assert aligned is not None
     student = new_student(out / "bert", teacher.embedding_dim)
-    targets = [target for _, target in training]
-    report("align", aligned.training, student, targets)
+    report("align", aligned, student, [target for _, target in training])
 
 
 if __name__ == "__main__":

@@ -1,23 +1,24 @@
-"""Kills every command that writes at random moments, runs it again, and compares what it wrote.
+"""Kills every command that writes at random moments, resumes it, and compares the output.
 
     python tests/benchmarks/bench_kills.py --kills 100 --out DIR
     python tests/benchmarks/bench_kills.py --kills 25 --out DIR align predict
 
-A command is started on a small mini-VE world, killed with SIGKILL after a random time, started
-again with what continues it, and so on, until it ends. Then its output is compared, byte for byte,
-with that of runs that nobody disturbed (those of its files in which two such runs agree), and the
-next round begins, until the kills are spent. Then two processes are started at one output at the
-same time. Beside every output lie files of the user's, which must stay. Prints a line a command;
-the exit status is 1 if an output differs, anything of the user's is gone or anything is left
-behind.
+A command is started on a small mini-VE world, killed with SIGKILL after a random time, resumed, and
+so on until it ends. Its output is then compared, byte for byte, with that of undisturbed runs
+(files in which two such runs agree), and the next round begins until the kills are spent. Finally,
+two processes write to one output at the same time. Files of the user's beside the output must stay.
+Prints a line a command. The exit status is 1 if an output differs, a file of the user's is gone or
+anything is left behind.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import os
 import random
+import shlex
 import shutil
 import sys
 import time
@@ -26,58 +27,44 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tiny_world import (
-    CLIP_SHAPE,
-    ENCODER_SHAPE,
-    CommandProcess,
-    read_jsonl,
-    sentences,
-    tree,
-    write_jsonl,
-)
+import tiny_world
+from tiny_world import CommandProcess, read_jsonl, tree
 
 from clseave_cli.core.data import mini_ve
 from clseave_cli.core.data.mini_ve.generation import Sizes
-from clseave_cli.core.models.scratch import ClipShape, new_clip, new_encoder
 
-#: Of an undisturbed run's time; later, the run is mostly over.
+#: The latest kill, as a fraction of an undisturbed run's time.
 _LATEST_KILL = 0.95
 _MOST_KILLS_A_ROUND = 8
-#: Seconds that a command may take.
-_LONGEST = 1800.0
+#: The longest that a command may take.
+_TIMEOUT_SECONDS = 1800.0
 _USERS = {"thesis.tex": b"the user's", ".output.original": b"the user's", ".other.lock": b""}
 
 
 def write_world(out: Path) -> None:
-    """A small mini-VE with untrained models, and rows to judge and to translate."""
+    """A small mini-VE with untrained models, and rows to predict and to translate."""
     mini_ve.generate(out / "data", sizes=Sizes(120, 60, 60))
-    texts = sentences(out / "data")
+    texts = tiny_world.sentences(out / "data")
     for name in ("clip", "encoder"):
         (out / name).mkdir()
-    new_clip(out / "clip", texts, ClipShape(**CLIP_SHAPE | {"image_size": 64, "vocab_size": 1000}))
-    new_encoder(out / "encoder", texts, **ENCODER_SHAPE | {"vocab_size": 1000})
-    rows = read_jsonl(out / "data" / "snli_ve_test.de.jsonl")
-    write_jsonl(
-        out / "pairs.jsonl",
-        [
-            {
-                "image": str(out / "data" / "images" / row["Flickr30K_ID"]),
-                "hypothesis": row["sentence2"],
-            }
-            for row in rows
-        ],
-    )
+    tiny_world.write_clip(out / "clip", texts, image_size=64, vocab_size=1000)
+    tiny_world.write_encoder(out / "encoder", texts, vocab_size=1000)
+    images = out / "data" / "images"
+    rows = [
+        {"image": str(images / row["Flickr30K_ID"]), "hypothesis": row["sentence2"]}
+        for row in read_jsonl(out / "data" / "snli_ve_test.de.jsonl")
+    ]
+    tiny_world.write_jsonl(out / "pairs.jsonl", rows)
     with (out / "de.tsv").open("w") as stream:
         for split in ("train", "dev", "test"):
-            english = read_jsonl(out / "data" / f"snli_ve_{split}.jsonl")
             german = read_jsonl(out / "data" / f"snli_ve_{split}.de.jsonl")
             translations = {row["pairID"]: row["sentence2"] for row in german}
-            for row in english:
+            for row in read_jsonl(out / "data" / f"snli_ve_{split}.jsonl"):
                 stream.write(f"{row['sentence2']}\t{translations[row['pairID']]}\n")
 
 
 def small_demo() -> None:
-    """Makes `demo` in this process a matter of seconds."""
+    """Makes `demo` quick in this process."""
     from clseave_cli.core import config
 
     mini_ve.generate = functools.partial(mini_ve.generate, sizes=Sizes(120, 60, 60))
@@ -87,55 +74,43 @@ def small_demo() -> None:
 
 @dataclass(frozen=True)
 class Writer:
-    """A command: its arguments without the output, and what continues it."""
+    """A command: its arguments, the option for its output, and the arguments that resume it."""
 
-    arguments: tuple[object, ...]
+    command: str
     option: str = "--out"
-    resume: tuple[str, ...] = ()
+    resume: str = ""
 
-    def start(self, output: Path, said: Path, resume: bool) -> CommandProcess:
-        more = self.resume if resume else ()
-        return CommandProcess(
-            *map(str, (*self.arguments, self.option, output, *more)),
-            folder=said,
-            before=small_demo if self.arguments[0] == "demo" else None,
-        )
+    def start(self, output: Path, logs: Path, resume: bool) -> CommandProcess:
+        more = self.resume.split() if resume else []
+        arguments = [*shlex.split(self.command), self.option, str(output), *more]
+        before = small_demo if arguments[0] == "demo" else None
+        return CommandProcess(*arguments, folder=logs, before=before)
 
 
 def writers(out: Path) -> dict[str, Writer]:
-    """Every command that writes, in the order in which each has what it reads."""
-    training = ("--epochs", 6, "--batch-size", 16, "--device", "cpu", "--precision", "fp32",
-                "--checkpoint-minutes", 0.003)  # fmt: skip
-    data, models = ("--data", out / "data"), ("--runs", out / "models")
-    student = (*data, "--lang", "de", "--student", out / "encoder")
-    teacher = ("--teacher", out / "models" / "clip-ve")
-    shape = ("--image-size", 64, "--width", 32, "--layers", 1, "--heads", 2, "--embedding-dim", 16)
-    resume = ("--resume",)
+    """Every command that writes, each after those whose output it reads."""
+    out_dir = shlex.quote(str(out))
+    training = "--epochs 6 --batch-size 16 --device cpu --precision fp32 --checkpoint-minutes 0.003"
+    data, models = f"--data {out_dir}/data", f"--runs {out_dir}/models"
+    student = f"{data} --lang de --student {out_dir}/encoder --teacher {out_dir}/models/clip-ve"
+    shape = "--image-size 64 --width 32 --layers 1 --heads 2 --embedding-dim 16"
+    clip = f"--clip {out_dir}/clip --patience 99 --learning-rate 0.001"
+    rows = f"--input {out_dir}/pairs.jsonl"
+    translations = f"--engine file --translations {out_dir}/de.tsv --match text"
+    resume = "--resume"
     return {
-        "pretrain": Writer(("pretrain", *data, *shape, *training), resume=resume),
-        "finetune-ve": Writer(
-            ("finetune-ve", *data, "--clip", out / "clip", "--patience", 99, "--learning-rate",
-             1e-3, *training),
-            resume=resume,
-        ),
-        "align": Writer(("align", *student, *teacher, *training), resume=resume),
-        "autoencode": Writer(("autoencode", *student, *teacher, *training), resume=resume),
-        "evaluate": Writer(
-            ("evaluate", *data, *models, "--resamples", 200, "--device", "cpu"), "--report"
-        ),
-        "export": Writer(("export", *models)),
+        "pretrain": Writer(f"pretrain {data} {shape} {training}", resume=resume),
+        "finetune-ve": Writer(f"finetune-ve {data} {clip} {training}", resume=resume),
+        "align": Writer(f"align {student} {training}", resume=resume),
+        "autoencode": Writer(f"autoencode {student} {training}", resume=resume),
+        "evaluate": Writer(f"evaluate {data} {models} --resamples 200 --device cpu", "--report"),
+        "export": Writer(f"export {models}"),
         "predict": Writer(
-            ("predict", "--input", out / "pairs.jsonl", *models, "--lang", "de", "--batch-size", 1,
-             "--device", "cpu"),
-            "--output",
-            resume,
+            f"predict {rows} {models} --lang de --batch-size 1 --device cpu", "--output", resume
         ),
-        "translate": Writer(
-            ("translate", *data, "--lang", "de", "--engine", "file", "--translations",
-             out / "de.tsv", "--match", "text"),
-        ),
-        "demo": Writer(("demo", "--device", "cpu")),
-    }  # fmt: skip
+        "translate": Writer(f"translate {data} --lang de {translations}"),
+        "demo": Writer("demo --device cpu"),
+    }
 
 
 def content(output: Path) -> dict[str, bytes]:
@@ -143,22 +118,22 @@ def content(output: Path) -> dict[str, bytes]:
     return tree(output) if output.is_dir() else {"": output.read_bytes()}
 
 
-def run_to_end(writer: Writer, output: Path, said: Path, resume: bool = False) -> float:
-    """Runs a command undisturbed; returns how long it took."""
+def run_to_end(writer: Writer, output: Path, logs: Path, resume: bool = False) -> float:
+    """Runs a command undisturbed; returns its seconds."""
     begin = time.monotonic()
-    process = writer.start(output, said, resume)
-    process.process.join(_LONGEST)
+    process = writer.start(output, logs, resume)
+    process.process.join(_TIMEOUT_SECONDS)
     if process.wait():
         raise SystemExit(process.stderr)
     return time.monotonic() - begin
 
 
 def run_with_kills(
-    writer: Writer, output: Path, said: Path, latest: float, most: int, generator: random.Random
+    writer: Writer, output: Path, logs: Path, latest: float, most: int, generator: random.Random
 ) -> int:
-    """Runs a command to its end, killing it up to `most` times; returns how often it was killed."""
+    """Runs a command to its end with up to `most` kills; returns their number."""
     for number in range(most):
-        process = writer.start(output, said, number > 0)
+        process = writer.start(output, logs, number > 0)
         process.process.join(generator.uniform(0, latest))
         process.process.kill()
         code = process.wait()
@@ -166,70 +141,68 @@ def run_with_kills(
             return number
         if code != -9:
             raise SystemExit(process.stderr)
-    run_to_end(writer, output, said, resume=True)
+    run_to_end(writer, output, logs, resume=True)
     return most
 
 
-def run_twice(writer: Writer, output: Path, said: Path) -> list[int]:
-    """Exit codes of two processes at one output; one that is refused must say why."""
-    both = [writer.start(output, said / str(number), False) for number in range(2)]
+def run_twice(writer: Writer, output: Path, logs: Path) -> list[int]:
+    """Exit codes of two processes that write one output; a refusal must say why."""
+    both = [writer.start(output, logs / str(number), False) for number in range(2)]
     for process in both:
-        process.process.join(_LONGEST)
+        process.process.join(_TIMEOUT_SECONDS)
     codes = [process.wait() for process in both]
+    reasons = ("another process", "an unfinished run")
     for process, code in zip(both, codes, strict=True):
-        if code and not any(
-            words in process.stderr for words in ("another process", "an unfinished run")
-        ):
+        if code and not any(reason in process.stderr for reason in reasons):
             raise SystemExit(process.stderr)
     return codes
 
 
-class Round:
-    """A fresh folder for an output, with files of the user's beside it."""
+def fresh(folder: Path) -> Path:
+    """The path of an output in an empty folder, with files of the user's beside it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name, users in _USERS.items():
+        (folder / name).write_bytes(users)
+    return folder / "output"
 
-    def __init__(self, folder: Path) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        for name, users in _USERS.items():
-            (folder / name).write_bytes(users)
-        self._folder, self.output = folder, folder / "output"
 
-    def faults(self, expected: dict[str, bytes]) -> list[str]:
-        """What is not as it should be after the command has ended."""
-        there = content(self.output)
-        faults = [f"{name}: differs" for name in expected if there.get(name) != expected[name]]
-        faults += [f"{path}: left behind" for path in there if ".clseave-" in path]
-        beside = {p.name: p.read_bytes() for p in self._folder.iterdir() if p != self.output}
-        return faults + [
-            f"{name}: gone, changed or left behind"
-            for name in beside | _USERS
-            if beside.get(name) != _USERS.get(name)
-        ]
+def faults_of(output: Path, expected: dict[str, bytes]) -> list[str]:
+    """What is wrong after the command has ended."""
+    files = content(output)
+    faults = [f"{name}: differs" for name in expected if files.get(name) != expected[name]]
+    faults += [f"{path}: left behind" for path in files if ".clseave-" in path]
+    beside = {p.name: p.read_bytes() for p in output.parent.iterdir() if p != output}
+    return faults + [
+        f"{name}: gone, changed or left behind"
+        for name in beside | _USERS
+        if beside.get(name) != _USERS.get(name)
+    ]
 
 
 def bench(name: str, writer: Writer, out: Path, kills: int, seed: int) -> bool:
-    """Kills one command, prints its line, and says whether all was well."""
+    """Kills one command and prints its line; returns whether there was no fault."""
     undisturbed, seconds = [], 0.0
     for number in range(2):  # the first one also warms up
-        output = Round(out / f"undisturbed-{name}-{number}").output
-        seconds = run_to_end(writer, output, out / "said")
+        output = fresh(out / f"undisturbed-{name}-{number}")
+        seconds = run_to_end(writer, output, out / "logs")
         undisturbed.append(content(output))
     expected = {n: data for n, data in undisturbed[0].items() if undisturbed[1].get(n) == data}
     assert expected, f"{name}: two runs agree in no file"
     generator, left, num_rounds, faults = random.Random(seed), kills, 0, []
     latest = _LATEST_KILL * seconds
     while left > 0:
-        this = Round(out / "killed")
+        output = fresh(out / "killed")
         most = min(left, _MOST_KILLS_A_ROUND)
-        num_kills = run_with_kills(writer, this.output, out / "said", latest, most, generator)
+        num_kills = run_with_kills(writer, output, out / "logs", latest, most, generator)
         if not num_kills:
             latest *= 0.7  # the machine has become faster
         left, num_rounds = left - num_kills, num_rounds + 1
-        faults += this.faults(expected)
-    this = Round(out / "killed")
-    codes = run_twice(writer, this.output, out / "said")
+        faults += faults_of(output, expected)
+    output = fresh(out / "killed")
+    codes = run_twice(writer, output, out / "logs")
     if codes == [0, 0] or sorted(map(bool, codes)) == [False, True]:
-        faults += this.faults(expected)
+        faults += faults_of(output, expected)
     else:
         faults.append(f"two at once: exit codes {codes}")
     print(
@@ -244,7 +217,6 @@ def bench(name: str, writer: Writer, out: Path, kills: int, seed: int) -> bool:
 
 
 def main() -> None:
-    """Kills, runs again, compares."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("commands", nargs="*", metavar="COMMAND", help="unset: all that write")
     parser.add_argument("--kills", type=int, default=100, help="in all")
@@ -258,15 +230,14 @@ def main() -> None:
         write_world(out)
     for name, folder in (("finetune-ve", "clip-ve"), ("align", "align-de")):
         if not (out / "models" / folder).is_dir():
-            run_to_end(every[name], out / "models" / folder, out / "said")
+            run_to_end(every[name], out / "models" / folder, out / "logs")
     names = options.commands or list(every)
-    kills = [options.kills * (n + 1) // len(names) - options.kills * n // len(names)
-             for n in range(len(names))]  # fmt: skip
-    well = [
-        bench(name, every[name], out, number, options.seed)
-        for name, number in zip(names, kills, strict=True)
+    ends = [options.kills * n // len(names) for n in range(len(names) + 1)]
+    passed = [
+        bench(name, every[name], out, end - start, options.seed)
+        for name, (start, end) in zip(names, itertools.pairwise(ends), strict=True)
     ]
-    sys.exit(not all(well))
+    sys.exit(not all(passed))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,16 @@
-"""`predict` at full size, random weights: how long one answer takes from cold, how many a second.
+"""`predict` at full size with random weights: time of one cold answer, throughput of many.
 
     python tests/benchmarks/bench_predict.py cold --clip-vocabulary DIR --bert-vocabulary FILE \\
         --pictures DIR --out DIR [--exported DIR …]
     python tests/benchmarks/bench_predict.py batch …the same
 
-ViT-B/16 and mBERT as their configurations define them; DIR of `--clip-vocabulary` holds CLIP's
-vocab.json and merges.txt, FILE is mBERT's vocab.txt, `--pictures` an SNLI-VE folder. The models are
-made once and kept in `--out`.
+The models are ViT-B/16 and mBERT, made once and kept in `--out`. DIR of `--clip-vocabulary` holds
+CLIP's vocab.json and merges.txt, FILE is mBERT's vocab.txt, `--pictures` an SNLI-VE folder.
 
 `cold`: processes that start, answer one question and end, with torch and with each exported folder,
-in turn with processes that import torch and the two model classes and map the weights; the first of
-each is dropped.
-`batch`: `predict --input --output` beside the same modules called on tensors that are ready, in the
-same process and in turn.
+in turn with bare processes that import torch and the two model classes and map the weights. The
+first of each is dropped.
+`batch`: `predict --input --output`, and the same modules on prepared tensors, in turn in a process.
 """
 
 from __future__ import annotations
@@ -54,11 +52,11 @@ print(f"peak {peak} MiB, private {private} MiB", file=sys.stderr)
 
 
 def models(arguments: argparse.Namespace) -> Path:
-    """A CLIP-VE and a student of full size with random weights; made where they are missing."""
-    runs = Path(arguments.out) / "runs"
+    """A CLIP-VE and a student of full size with random weights; made if they are missing."""
+    runs = arguments.out / "runs"
     if (runs / f"align-{LANG}").is_dir():
         return runs
-    from bench_full_size import write_bert, write_clip
+    from bench_training import write_bert, write_clip
 
     from clseave_cli.core.files import atomic_folder
     from clseave_cli.core.models.clip_ve import ClipVE
@@ -77,7 +75,7 @@ def models(arguments: argparse.Namespace) -> Path:
 
 
 def rows(arguments: argparse.Namespace, num_images: int, num_sentences: int) -> list[dict]:
-    """Pairs of the picture folder: each of `num_images` with `num_sentences` sentences."""
+    """Pairs from `--pictures`: each of `num_images` with `num_sentences` sentences."""
     from clseave_cli.core.data.images import ImageFolder
     from clseave_cli.core.data.records import read_split
 
@@ -92,7 +90,7 @@ def rows(arguments: argparse.Namespace, num_images: int, num_sentences: int) -> 
 
 
 def cold(arguments: argparse.Namespace) -> None:
-    """Prints the seconds from start to exit, and the memory: at its peak, and what is private."""
+    """Prints the seconds from start to exit, and peak and private memory."""
     runs = models(arguments)
     (row,) = rows(arguments, 1, 1)
     image = runs / "clip-ve" / "image" / "model.safetensors"
@@ -127,7 +125,7 @@ def cold(arguments: argparse.Namespace) -> None:
 
 
 def batch(arguments: argparse.Namespace) -> None:
-    """Prints pairs a second of `predict` and of the models alone."""
+    """Prints pairs a second of `predict` and of the modules alone."""
     import torch
     import transformers
 
@@ -155,12 +153,11 @@ def batch(arguments: argparse.Namespace) -> None:
             model(torch.cat(list(student.embed(tokens, 256))), images[index]).softmax(1).tolist()
 
         with tempfile.TemporaryDirectory() as folder:
-            source, target = Path(folder, "pairs.jsonl"), Path(folder, "answers.jsonl")
+            files = (Path(folder, f"{name}.jsonl") for name in ("pairs", "answers", "empty"))
+            source, target, empty = files
             source.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-            config = PredictConfig(runs=runs, lang=LANG, device="cpu", precision="fp32")
-            empty = Path(folder, "empty.jsonl")
             empty.touch()
-
+            config = PredictConfig(runs=runs, lang=LANG, device="cpu", precision="fp32")
             work = {
                 "modules": modules,
                 "predict": partial(predict_file, config, source, target),
@@ -172,7 +169,7 @@ def batch(arguments: argparse.Namespace) -> None:
                     begin = time.perf_counter()
                     run()
                     best[name] = min(best[name], time.perf_counter() - begin)
-        best["predict"] -= best["load"]  # loading the models again is not the rate's
+        best["predict"] -= best["load"]  # the modules are loaded already
         print(f"{len(pairs)} pairs on {len(names)} images:")
         for name in ("modules", "predict"):
             rate, share = len(pairs) / best[name], best["modules"] / best[name]
@@ -181,7 +178,6 @@ def batch(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Runs the benchmark that is named."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("benchmark", choices=("cold", "batch"))
     for name in ("clip-vocabulary", "bert-vocabulary", "pictures", "out"):

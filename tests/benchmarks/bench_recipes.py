@@ -1,21 +1,22 @@
-"""What recipes of `finetune-ve` gain over its preset, and what they cost; also a grid search.
+"""Gain and cost of recipes of `finetune-ve` over its preset; also a grid search.
 
     clseave demo --out demo
     python tests/benchmarks/bench_recipes.py demo --out recipes
     python tests/benchmarks/bench_recipes.py demo --out grid \
         --grid learning_rate=1e-3,2.5e-3,5e-3 --grid schedule=cosine,linear
 
-Each training is done once and kept under --out, so an interrupted benchmark goes on, and `--next`
-does one training only. The table has the test accuracy of every recipe in the source language, its
-paired difference to the plain preset with a 95 % interval by photo, and the processor time of the
-whole `finetune-ve` (an empty cache included) as a ratio to the preset's.
+Trained models are kept under --out, so an interrupted benchmark resumes; with `--next` it makes one
+training only. The table has the test accuracy of every recipe in the source language, its paired
+difference to the plain preset with a 95 % interval by photo, and the processor time of the whole
+`finetune-ve`, with an empty cache, as a ratio to the preset's.
 
-Each of several demos (worlds of several seeds) is trained on with its world's seed.
+The seed of the trainings on each demo is that of its world.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -33,7 +34,7 @@ from clseave_cli.core.finetuning import finetune
 from clseave_cli.core.prediction.predictor import predict_file
 
 PLAIN, ENSEMBLE = "plain", "ensemble of the three"
-#: Plain models of other seeds; `soft labels` learns from the mean of their answers.
+#: Plain models of other seeds; `soft labels` learns from their mean probabilities.
 MEMBERS = {f"plain, seed {seed}": {"seed": seed} for seed in (100, 101, 102)}
 RECIPES: dict[str, dict[str, Any]] = {
     PLAIN: {},
@@ -49,25 +50,23 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 def grid(options: list[str]) -> dict[str, dict[str, Any]]:
     """Every combination of `name=value,value…`, by its name."""
+
+    def parsed(text: str) -> Any:
+        with contextlib.suppress(json.JSONDecodeError):
+            return json.loads(text)
+        return text
+
     axes = []
     for option in options:
         name, values = option.split("=")
-        axes.append([(name, _number(value)) for value in values.split(",")])
+        axes.append([(name, parsed(value)) for value in values.split(",")])
     combinations = map(dict, itertools.product(*axes))
-    return {PLAIN: {}} | {
-        " ".join(f"{k}={v}" for k, v in each.items()): each for each in combinations
-    }
-
-
-def _number(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
+    named = {" ".join(f"{k}={v}" for k, v in each.items()): each for each in combinations}
+    return {PLAIN: {}} | named
 
 
 def train(demo: Path, folder: Path, options: dict[str, Any], arguments: argparse.Namespace) -> None:
-    """One `finetune-ve` in a cache of its own, its time, and its answers to the test rows."""
+    """Runs `finetune-ve` with an empty cache; records its time and its predictions on test."""
     shared = FinetuneConfig.PRESETS[arguments.preset] | {
         "data": str(demo / "data"), "clip": str(arguments.clip or demo / "runs" / "clip"),
         "runs": folder, "device": "cpu", "resume": folder.exists(),
@@ -77,13 +76,13 @@ def train(demo: Path, folder: Path, options: dict[str, Any], arguments: argparse
         began = time.process_time()
         finetune(FinetuneConfig(**(shared | options)))
         seconds = time.process_time() - began
-    if not shared["resume"]:  # otherwise an earlier sitting did a part of it
+    if not shared["resume"]:  # a resumed training has only a part of the time
         (folder / "seconds.json").write_text(json.dumps(seconds))
-    answer(demo, folder, "test")
+    predict(demo, folder, "test")
 
 
-def answer(demo: Path, folder: Path, split: str) -> Path:
-    """The answers of a model to the rows of a split."""
+def predict(demo: Path, folder: Path, split: str) -> Path:
+    """The file with a model's predictions on a split."""
     target = folder / f"{split}.jsonl"
     if not target.exists():
         config = PredictConfig(runs=folder, images=demo / "data" / "images", device="cpu")
@@ -94,42 +93,42 @@ def answer(demo: Path, folder: Path, split: str) -> Path:
 def missing(
     demos: list[Path], recipes: dict[str, dict[str, Any]], arguments: argparse.Namespace
 ) -> Iterator[tuple[Path, Path, dict[str, Any]]]:
-    """What is still to be trained: the demo, the folder to write, and the options."""
+    """Models still to be trained: the demo, their folder and their options."""
     for demo in demos:
         path = demo / "data" / "world.json"
-        world = json.loads(path.read_bytes())["seed"] if path.exists() else 0
-        place = arguments.out / f"world-{world}"
+        seed = json.loads(path.read_bytes())["seed"] if path.exists() else 0
+        world = arguments.out / f"world-{seed}"
         for name, options in recipes.items():
-            if (place / name / "test.jsonl").exists():
+            if (world / name / "test.jsonl").exists():
                 continue
-            options = {"seed": world} | options
+            options = {"seed": seed} | options
             if "soft_labels" in options:
-                files = tuple(answer(demo, place / member, "train") for member in MEMBERS)
+                files = tuple(predict(demo, world / member, "train") for member in MEMBERS)
                 options |= {"soft_labels": files}
-            yield demo, place / name, options
+            yield demo, world / name, options
 
 
 def table(arguments: argparse.Namespace, names: list[str]) -> None:
-    """Prints what is there."""
-    for place in sorted(arguments.out.glob("world-*")):
-        print(f"\n{place.name}\n\n| recipe | accuracy, % | difference, points | time |")
+    """Prints a table of the models trained so far."""
+    for world in sorted(arguments.out.glob("world-*")):
+        print(f"\n{world.name}\n\n| recipe | accuracy, % | difference, points | time |")
         print("|---|---|---|---|")
-        right, images = {}, None
+        correct, images = {}, None
         for name in names:
-            if (place / name / "test.jsonl").exists():
-                right[name], images, _ = _read(place / name)
-        if right.keys() >= MEMBERS.keys():
-            members = [_read(place / name)[2] for name in MEMBERS]
+            if (world / name / "test.jsonl").exists():
+                correct[name], images, _ = _read(world / name)
+        if correct.keys() >= MEMBERS.keys():
+            members = [_read(world / name)[2] for name in MEMBERS]
             mean = np.mean([probabilities for probabilities, _ in members], axis=0)
-            right[ENSEMBLE] = mean.argmax(axis=1) == members[0][1]
-        for name, correct in right.items():
-            difference = compare_predictions(correct, right[PLAIN], images, resamples=2000, seed=0)
+            correct[ENSEMBLE] = mean.argmax(axis=1) == members[0][1]
+        for name, rows in correct.items():
+            difference = compare_predictions(rows, correct[PLAIN], images, resamples=2000, seed=0)
             ends = "" if name == PLAIN else (
                 f"{100 * difference.value:+.1f} [{100 * difference.low:+.1f}, "
                 f"{100 * difference.high:+.1f}]"
             )  # fmt: skip
-            cost = f"{_seconds(place / name) / _seconds(place / PLAIN):.2f}"
-            print(f"| {name} | {100 * correct.mean():.1f} | {ends} | {cost} |")
+            cost = f"{_seconds(world / name) / _seconds(world / PLAIN):.2f}"
+            print(f"| {name} | {100 * rows.mean():.1f} | {ends} | {cost} |")
 
 
 def _seconds(folder: Path) -> float:
@@ -138,7 +137,7 @@ def _seconds(folder: Path) -> float:
 
 
 def _read(folder: Path) -> tuple[Any, Any, Any]:
-    """Which test rows are right, their photos, and probabilities with gold labels."""
+    """Whether each test row is right, its photo, and the probabilities and gold labels."""
     rows = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
     labels = list(rows[0]["probabilities"])
     probabilities = np.array([list(row["probabilities"].values()) for row in rows])

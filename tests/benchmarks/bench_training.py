@@ -1,12 +1,12 @@
-"""Training against named peers: same model, same data, same machine, same run.
+"""Compares training with other trainers: same model, data, machine and run.
 
     python tests/benchmarks/bench_training.py align --bert-vocabulary FILE --sentences DIR
     python tests/benchmarks/bench_training.py overhead --bert-vocabulary FILE --sentences DIR
 
 `--bert-vocabulary` is mBERT's vocab.txt, `--sentences` a folder of parallel text (`--split`,
-`--lang`). `align` needs sentence-transformers. Weights are random, and speed does not depend on
-them. Random weights give every sentence the same embedding for long, so to compare what `align`
-has learnt, give it `--student`, a folder with a trained BERT of that size (all-MiniLM-L6-v2).
+`--lang`). `align` needs sentence-transformers. Weights are random, which does not change speed, but
+every sentence has much the same embedding at first. So to compare what `align` learns, give it
+`--student`, a folder with a trained BERT of that size (all-MiniLM-L6-v2).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,9 +26,17 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from bench_full_size import write_bert
 from torch import Tensor
 from torch.nn import functional
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTokenizer,
+)
 
 from clseave_cli.core.alignment import align
 from clseave_cli.core.config import AlignConfig, Precision, TrainingConfig
@@ -46,10 +55,29 @@ SMALL_BERT: dict[str, Any] = {
     "num_hidden_layers": 6,
     "num_attention_heads": 12,
     "intermediate_size": 1536,
-    # 1 / sqrt(width): with BERT's 0.02 so narrow a model says nearly the same to every sentence.
+    # 1 / sqrt(width): BERT's 0.02 makes all embeddings of so narrow a model alike.
     "initializer_range": 0.05,
 }
 Pairs = list[tuple[str, str]]
+
+
+def write_clip(folder: Path, vocabulary: Path, **layers: int) -> None:
+    """Writes CLIP ViT-B/16, or one with fewer layers, with random weights."""
+    tokenizer = CLIPTokenizer(str(vocabulary / "vocab.json"), str(vocabulary / "merges.txt"))
+    config = CLIPConfig(
+        text_config=layers, vision_config={"patch_size": 16, **layers}, projection_dim=512
+    )
+    CLIPModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessorPil().save_pretrained(folder)
+
+
+def write_bert(folder: Path, vocabulary: Path, **shape: Any) -> None:
+    """Writes mBERT (cased), or a BERT of another shape, with random weights."""
+    tokenizer = BertTokenizer(str(vocabulary), do_lower_case=False)
+    config = BertConfig(vocab_size=len(tokenizer), **shape)
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def parallel_pairs(arguments: argparse.Namespace) -> Pairs:
@@ -75,49 +103,42 @@ def write_pairs(folder: Path, split: str, lang: str, pairs: Pairs) -> None:
 
 
 def write_teacher(folder: Path, english: list[str], width: int) -> None:
-    """A small CLIP-VE with random weights whose embeddings differ clearly from each other."""
+    """A small CLIP-VE with random weights whose embeddings differ clearly."""
     clip = folder.with_name("clip")
     new_clip(clip, english, ClipShape(num_layers=2, embedding_dim=width, vocab_size=2000))
     teacher = ClipVE.from_clip(clip).eval()
-    # Untrained, it says nearly the same to every sentence; what is common is taken away.
+    # Untrained, all embeddings are alike; the mean is subtracted.
     projection = teacher.text.projection.weight
     *_, last = (m for m in teacher.text.backbone.modules() if isinstance(m, torch.nn.LayerNorm))
     with torch.no_grad():
         (embeddings,) = teacher.text.embed(teacher.text.tokenize(english[:256]))
-        common = torch.linalg.lstsq(projection, embeddings.mean(dim=0)[:, None]).solution[:, 0]
-        last.bias -= common
+        mean = embeddings.mean(dim=0)[:, None]
+        last.bias -= torch.linalg.lstsq(projection, mean).solution[:, 0]
         projection *= 0.5 / embeddings.std(dim=0).mean()
     folder.mkdir(parents=True)
     teacher.save(folder)
 
 
-def peak_gib() -> float:
-    """Largest memory of this process so far, without what getrusage inherits at a fork."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (peak,) = (line.split()[1] for line in lines if line.startswith("VmHWM:"))
-    return int(peak) / 2**20
-
-
-def apart(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
-    """What a function gives in a process of its own, and the largest memory of that, GiB."""
+def in_process(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+    """The result of a function in a new process, and the peak memory of that in GiB."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_with_peak, function, *arguments).result()
 
 
 def _with_peak(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
-    return function(*arguments), peak_gib()
-
-
-# --- align ---
+    result = function(*arguments)
+    # Unlike getrusage's, this peak is not inherited from the parent.
+    (peak,) = re.findall(r"^VmHWM:\s*(\d+)", Path("/proc/self/status").read_text(), re.M)
+    return result, int(peak) / 2**20
 
 
 def bench_align(arguments: argparse.Namespace, out: Path) -> None:
     """`align` against sentence-transformers' MSE distillation."""
     pairs = parallel_pairs(arguments)
     held_out, training = pairs[:512], pairs[512 : 512 + arguments.pairs]
-    # No dev sentence is trained on in other words.
-    seen = {english for english, _ in held_out}
-    training = [pair for pair in training if pair[0] not in seen]
+    # Other translations of a dev sentence are not trained on.
+    english = {source for source, _ in held_out}
+    training = [pair for pair in training if pair[0] not in english]
     write_pairs(out / "data", "train", arguments.lang, training)
     write_pairs(out / "data", "dev", arguments.lang, held_out)
     write_teacher(out / "runs" / "clip-ve", [english for english, _ in training], 512)
@@ -127,33 +148,22 @@ def bench_align(arguments: argparse.Namespace, out: Path) -> None:
         write_bert(out / "bert", arguments.bert_vocabulary, **SMALL_BERT)
     teacher = ClipVE.from_folder(out / "runs" / "clip-ve")
 
-    def wanted(pairs: Pairs) -> Tensor:
+    def targets(pairs: Pairs) -> Tensor:
         sentences, index = distinct([english for english, _ in pairs])
-        exact = autocast("fp32", CPU)
-        vectors = sentence_embeddings(
-            teacher.text, sentences, autocast=exact, description="teacher"
-        )
-        return vectors.rows(index)
+        exact = {"autocast": autocast("fp32", CPU), "description": "teacher"}
+        return sentence_embeddings(teacher.text, sentences, **exact).rows(index)
 
-    training_vectors, dev_vectors = wanted(training), wanted(held_out)
+    training_vectors, dev_vectors = targets(training), targets(held_out)
     print(f"{len(training)} pairs, {arguments.epochs} epochs, teacher variance "
           f"{dev_vectors.var(dim=0).mean():.3f}", flush=True)  # fmt: skip
 
     begin = time.perf_counter()
-    result, peak = apart(
-        align,
-        AlignConfig(
-            data=str(out / "data"),
-            lang=(arguments.lang,),
-            student=str(out / "bert"),
-            runs=out / "runs",
-            device="cpu",
-            precision=arguments.precision,
-            epochs=arguments.epochs,
-            learning_rate=arguments.learning_rate,
-            select="mse",
-        ),
-    )
+    config = AlignConfig(
+        data=str(out / "data"), lang=(arguments.lang,), student=str(out / "bert"),
+        runs=out / "runs", device="cpu", precision=arguments.precision, epochs=arguments.epochs,
+        learning_rate=arguments.learning_rate, select="mse",
+    )  # fmt: skip
+    result, peak = in_process(align, config)
     seconds = time.perf_counter() - begin
     assert result.training is not None
     ours = result.training.pairs_per_second
@@ -163,7 +173,7 @@ def bench_align(arguments: argparse.Namespace, out: Path) -> None:
         f"{result.training.dev['mse']:.4f} · everything {seconds:.0f} s · {peak:.2f} GiB",
         flush=True,
     )
-    (rate, mse), peak = apart(
+    (rate, mse), peak = in_process(
         sentence_transformers, precision, arguments, out, training, training_vectors, held_out,
         dev_vectors,
     )  # fmt: skip
@@ -172,7 +182,7 @@ def bench_align(arguments: argparse.Namespace, out: Path) -> None:
 
 
 def equal_student(encoder: Path, device: str) -> Any:
-    """The same student from the same weights, as a model of sentence-transformers."""
+    """A student of sentence-transformers with the architecture and weights of ours."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Dense, Transformer
     from sentence_transformers.sentence_transformer.modules import LayerNorm, Pooling
@@ -182,13 +192,9 @@ def equal_student(encoder: Path, device: str) -> Any:
     width, embedding_dim = reference.projection.in_features, reference.embedding_dim
     norm = LayerNorm(width)
     norm.norm.load_state_dict(reference.norm.state_dict())
-    dense = Dense(
-        width,
-        embedding_dim,
-        bias=False,
-        activation_function=None,
-        init_weight=reference.projection.weight.detach().clone(),
-    )
+    weight = reference.projection.weight.detach().clone()
+    linear = {"bias": False, "activation_function": None}
+    dense = Dense(width, embedding_dim, init_weight=weight, **linear)
     modules = [Transformer(str(encoder)), Pooling(width, "lasttoken"), norm, dense]
     return SentenceTransformer(modules=modules, device=device)
 
@@ -203,7 +209,7 @@ def sentence_transformers(
     dev_vectors: Tensor,
     device: str = "cpu",
 ) -> tuple[float, float]:
-    """Pairs a second of that student in its trainer, and the dev MSE afterwards."""
+    """Pairs a second of `equal_student` in its trainer, and the dev MSE afterwards."""
     from datasets import Dataset
     from sentence_transformers import (
         SentenceTransformerTrainer,
@@ -215,34 +221,22 @@ def sentence_transformers(
     dataset = Dataset.from_dict(
         {"non_english": [target for _, target in training], "label": list(vectors.numpy())}
     )
+    options = SentenceTransformerTrainingArguments(
+        output_dir=str(out / "peer"), num_train_epochs=arguments.epochs,
+        per_device_train_batch_size=AlignConfig.batch_size, learning_rate=arguments.learning_rate,
+        weight_decay=AlignConfig.weight_decay, warmup_steps=0.1, save_strategy="no",
+        report_to="none", disable_tqdm=True, use_cpu=device == "cpu", bf16=precision == "bf16",
+    )  # fmt: skip
     trainer = SentenceTransformerTrainer(
-        model=student,
-        train_dataset=dataset,
-        loss=losses.MSELoss(student),
-        args=SentenceTransformerTrainingArguments(
-            output_dir=str(out / "peer"),
-            num_train_epochs=arguments.epochs,
-            per_device_train_batch_size=AlignConfig.batch_size,
-            learning_rate=arguments.learning_rate,
-            weight_decay=AlignConfig.weight_decay,
-            warmup_steps=0.1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=device == "cpu",
-            bf16=precision == "bf16",
-        ),
+        model=student, train_dataset=dataset, loss=losses.MSELoss(student), args=options
     )
     rate = trainer.train().metrics["train_samples_per_second"]
     embeddings = student.encode([target for _, target in held_out], convert_to_tensor=True)
     return rate, functional.mse_loss(embeddings.cpu(), dev_vectors).item()
 
 
-# --- the loop itself ---
-
-
 def bench_overhead(arguments: argparse.Namespace, out: Path) -> None:
-    """What a step costs in the loop beyond forward, backward and optimiser."""
+    """Prints the time of a step in the loop beside that of forward, backward and optimiser."""
     write_bert(out / "bert", arguments.bert_vocabulary, **SMALL_BERT)
     pairs = parallel_pairs(arguments)
     student = new_student(out / "bert", 512).train()
@@ -260,14 +254,9 @@ def bench_overhead(arguments: argparse.Namespace, out: Path) -> None:
         return student.pack(tokens, rows), torch.from_numpy(rows)
 
     stage = Stage(
-        name="overhead",
-        module=student,
-        num_examples=len(tokens),
-        prepare=prepare,
-        loss=loss,
-        evaluate=lambda: {"mse": 0.0},
-        selection=Selection("mse", "lowest"),
-    )
+        name="overhead", module=student, num_examples=len(tokens), prepare=prepare, loss=loss,
+        evaluate=lambda: {"mse": 0.0}, selection=Selection("mse", "lowest"),
+    )  # fmt: skip
     config = TrainingConfig(epochs=1, precision="fp32")
 
     def bare() -> None:
@@ -294,8 +283,7 @@ def bench_overhead(arguments: argparse.Namespace, out: Path) -> None:
         for _ in range(arguments.repeats):
             measured["bare"].append(periods(bare))
             measured["loop"].append(periods(loop))
-    # The same batches in the same order, so each step is compared with itself; the quickest of
-    # its repeats is the one least disturbed.
+    # Batches and their order are the same. The quickest repeat of each step is the least disturbed.
     seconds = {name: np.min(steps, axis=0).sum() for name, steps in measured.items()}
     for name, total in seconds.items():
         print(f"{name}  {1000 * total / (arguments.steps - 1):7.1f} ms a step")
@@ -306,12 +294,11 @@ BENCHMARKS = {"align": bench_align, "overhead": bench_overhead}
 
 
 def main() -> None:
-    """Runs one benchmark in a folder of its own, which goes afterwards."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("benchmark", choices=list(BENCHMARKS))
     parser.add_argument("--bert-vocabulary", type=Path)
     parser.add_argument("--sentences", type=Path, required=True)
-    parser.add_argument("--student", type=Path, help="Of align: a BERT that has learnt something.")
+    parser.add_argument("--student", type=Path, help="for align: a trained BERT")
     parser.add_argument("--split", default="sick")
     parser.add_argument("--lang", default="nl")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])

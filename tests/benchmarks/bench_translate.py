@@ -1,6 +1,8 @@
-"""Measures what `translate` must reach: `python tests/benchmarks/bench_translate.py [NAME …]`.
+"""Writes out files whose translations are all in the memory, and prints throughput and peak memory.
 
-Names: memory, scale. Each prints its figures; nothing is asserted about time.
+    python tests/benchmarks/bench_translate.py [memory] [scale]
+
+`memory` has 500,000 rows, three times; `scale` has five million.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -31,21 +32,16 @@ def sentence(index: int) -> str:
     return f"{' '.join(words).capitalize()} {index}."
 
 
-def _say(**figures: object) -> None:
-    sys.stdout.write(json.dumps(figures) + "\n")
-    sys.stdout.flush()
-
-
-def _calibrate() -> float:
-    """Seconds for ten million rounds of a plain loop: how much of a core there is just now."""
+def _loop_seconds() -> float:
+    """Seconds of a loop of ten million rounds, which shows how much of a core is free."""
     start, total = time.perf_counter(), 0
     for number in range(10_000_000):
         total += number
     return round(time.perf_counter() - start, 2)
 
 
-def _fill(folder: Path, num_rows: int) -> Path:
-    """A data file of `num_rows` rows and a memory that holds every translation."""
+def _fill(folder: Path, num_rows: int) -> None:
+    """Writes a data file and a memory that holds every translation."""
     from clseave_cli.core.translation.engine import Identity
     from clseave_cli.core.translation.memory import Entry, Memory
     from clseave_cli.core.translation.quality import Checks
@@ -74,7 +70,6 @@ def _fill(folder: Path, num_rows: int) -> Path:
             if len(entries) == 20_000 or index == num_rows - 1:
                 memory.store(identity, entries)
                 entries.clear()
-    return folder
 
 
 _WRITE = """
@@ -100,35 +95,26 @@ print(json.dumps({
 def _write_out(num_rows: int) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as name:
         _fill(Path(name), num_rows)
-        # In a process of its own, so that the peak of memory is its own.
+        # In a new process, whose peak memory is that of `translate` alone.
         out = subprocess.run(
             [sys.executable, "-c", _WRITE, name],
             check=True, stdout=subprocess.PIPE, env={"PYTHONPATH": ":".join(sys.path)},
         ).stdout  # fmt: skip
-    figures: dict[str, object] = json.loads(out)
-    return figures
+    return json.loads(out)  # type: ignore[no-any-return]
 
 
-def memory() -> None:
-    """Rows that are in the memory already, written out."""
-    for _ in range(3):
-        _say(benchmark="memory", loop_seconds=_calibrate(), **_write_out(500_000))
-
-
-def scale() -> None:
-    """Five million rows."""
-    _say(benchmark="scale", loop_seconds=_calibrate(), **_write_out(5_000_000))
-
-
-_BENCHMARKS: dict[str, Callable[[], None]] = {"memory": memory, "scale": scale}
+#: Rows of each benchmark, and how often it runs.
+_BENCHMARKS = {"memory": (500_000, 3), "scale": (5_000_000, 1)}
 
 
 def main() -> None:
-    """Runs the benchmarks named, or all of them."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help=", ".join(_BENCHMARKS))
     for name in parser.parse_args().names or _BENCHMARKS:
-        _BENCHMARKS[name]()
+        num_rows, repeats = _BENCHMARKS[name]
+        for _ in range(repeats):
+            metrics = {"benchmark": name, "loop_seconds": _loop_seconds(), **_write_out(num_rows)}
+            print(json.dumps(metrics), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Thousands of damaged inputs to the commands: no traceback, no hang, no gigabytes.
+"""Runs commands on thousands of damaged inputs: no traceback, no hang, no gigabytes.
 
     python tests/benchmarks/fuzz.py [--inputs 10000] [--seed 0] [--only TARGET …]
 
-Through the real `main`, with tiny models trained here. `TARGETS` lists what is damaged: rows (of
-`predict --input`, half of them with a damaged image of their own), the command line, model folders,
-data, images, options and translations. Every command must end with exit code 0, or with 1 or 2 and
-one line; every row must get one line of JSON, or a row of CSV. Whatever takes longer than a minute
-is a hang. Prints what was tried, the process's largest memory and every failure.
+It calls `main` with tiny models. `TARGETS` lists what is damaged: rows of `predict --input`, half
+of them with a damaged image, the command line, model folders, data, images, options and
+translations. Every command must end with exit code 0, or with 1 or 2 and one line, and every row
+must get one line of JSON or one row of CSV. A command that takes longer than a minute hangs. Prints
+the number of inputs, the peak memory and the failures.
 """
 
 from __future__ import annotations
@@ -36,11 +36,8 @@ import tiny_world
 from PIL import Image
 
 from clseave_cli import main as command
-from clseave_cli.core.alignment import align
-from clseave_cli.core.config import AlignConfig, ExportConfig, FinetuneConfig
-from clseave_cli.core.data import rows as rows_of_data
-from clseave_cli.core.finetuning import finetune
-from clseave_cli.core.models.scratch import ClipShape, new_clip, new_encoder
+from clseave_cli.core.config import ExportConfig
+from clseave_cli.core.data.rows import BadRow, DelimitedRows
 from clseave_cli.core.prediction.export import export
 
 _ROWS_PER_FILE = 50
@@ -53,7 +50,7 @@ _NASTY = (
 
 
 class Fuzzer:
-    """Makes damaged inputs from one source of randomness."""
+    """Damages inputs at random."""
 
     def __init__(self, seed: int, world: Path) -> None:
         self.random = random.Random(seed)
@@ -65,7 +62,7 @@ class Fuzzer:
                 self.images.append(content.getvalue())
 
     def text(self) -> str:
-        """A sentence: ordinary, nasty, or of arbitrary characters."""
+        """An ordinary, nasty or arbitrary string."""
         kind = self.random.random()
         if kind < 0.3:
             return "The square is red."
@@ -86,7 +83,7 @@ class Fuzzer:
         return self.random.choice(simple)
 
     def damage(self, content: bytes) -> bytes:
-        """The bytes with a few places changed, cut out, repeated, or the end missing."""
+        """The bytes with changes, deletions and repetitions, or truncated."""
         changed = bytearray(content)
         for _ in range(self.random.choice((1, 1, 2, 5, 20))):
             place = self.random.randrange(len(changed) + 1)
@@ -105,20 +102,22 @@ class Fuzzer:
         return bytes(changed)
 
     def line(self, row: dict[str, object]) -> bytes:
-        """A row as a line of JSON: whole, with another value, or with damaged bytes."""
+        """A row as JSON: whole, with another value, or with damaged bytes."""
         if self.random.random() < 0.3:
             row = row | {self.random.choice(list(row)): self.value()}
         if self.random.random() < 0.05:
             row = dict(list(row.items())[1:])
         line = json.dumps(row, ensure_ascii=self.random.random() < 0.5)
         content = line.encode(errors="surrogatepass")
-        if self.random.random() < 0.15:
-            content = self.damage(content).replace(b"\n", b" ")
-        return content
+        return self.maybe(0.15, content).replace(b"\n", b" ")
+
+    def maybe(self, share: float, content: bytes) -> bytes:
+        """Damages a share of the contents."""
+        return self.damage(content) if self.random.random() < share else content
 
 
 class Run:
-    """The fuzzing of one seed: what was tried, and what failed."""
+    """The fuzzing of one seed: inputs, exit codes and failures."""
 
     def __init__(self, seed: int, folder: Path) -> None:
         self.folder = folder
@@ -127,23 +126,17 @@ class Run:
         self.failures: list[str] = []
         self.slowest = 0.0
         self.world = tiny_world.write_world(folder / "world")
-        self.runs = folder / "runs"
-        self._train()
+        self.runs, self.exported = folder / "runs", folder / "exported"
+        sentences = tiny_world.sentences(self.world)
+        clip = tiny_world.write_clip(folder / "clip", sentences)
+        encoder = tiny_world.write_encoder(folder / "encoder", sentences)
+        tiny_world.train_teacher(self.world, self.runs, clip, head="patches")
+        tiny_world.quick_align(self.world, self.runs, self.runs, encoder, "de", epochs=2)
+        export(ExportConfig(runs=self.runs, out=self.exported))
         self.fuzzer = Fuzzer(seed, self.world)
 
-    def _train(self) -> None:
-        sentences = tiny_world.sentences(self.world)
-        new_clip(self.folder / "clip", sentences, ClipShape(**tiny_world.CLIP_SHAPE))
-        new_encoder(self.folder / "encoder", sentences, **tiny_world.ENCODER_SHAPE)
-        tiny_world.enlarge_weights(self.folder / "clip", 3.0)
-        shared = {"data": str(self.world), "runs": self.runs, "epochs": 2, **tiny_world.QUICK}
-        finetune(FinetuneConfig(clip=str(self.folder / "clip"), **shared))
-        align(AlignConfig(lang=("de",), student=str(self.folder / "encoder"), **shared))
-        self.exported = self.folder / "exported"
-        export(ExportConfig(runs=self.runs, out=self.exported))
-
     def command(self, kind: str, num_inputs: int, arguments: list[object]) -> tuple[int, str]:
-        """Runs `clseave`; what it must not do is noted as a failure."""
+        """Runs `clseave` and records failures; returns exit code and stdout."""
         self.tried[kind] += num_inputs
         out, err = _Captured(), _Captured()
         sys.argv = ["clseave", *map(str, arguments)]
@@ -159,22 +152,19 @@ class Run:
                 print(f"Traceback: {error!r}", file=err)
         faulthandler.cancel_dump_traceback_later()
         self.slowest = max(self.slowest, time.perf_counter() - begin)
-        told, said = err.text(), out.text()
+        message = err.text()
         self.ended[f"{kind.split()[0]} exit {code}"] += 1
-        lines = [line for line in told.splitlines() if line.startswith("clseave: ")]
-        bad = (
+        lines = [line for line in message.splitlines() if line.startswith("clseave: ")]
+        if (
             code not in (0, 1, 2)
-            or "Traceback" in told
-            or "internal error" in told
-            or "Warning" in told
-            or (code and (len(lines) != 1 and "Usage:" not in told))
-        )
-        if bad:
-            self.failures.append(f"{kind}: exit {code}: {told[-600:]!r}\n    {arguments!r:.600}")
-        return code, said
+            or any(word in message for word in ("Traceback", "internal error", "Warning"))
+            or (code and len(lines) != 1 and "Usage:" not in message)
+        ):
+            self.failures.append(f"{kind}: exit {code}: {message[-600:]!r}\n    {arguments!r:.600}")
+        return code, out.text()
 
     def predict_rows(self) -> None:
-        """One file of rows; half of them name an image of their own, damaged."""
+        """A file of rows, half of which name a damaged image."""
         fuzzer, folder = self.fuzzer, self.folder / "rows"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -189,8 +179,7 @@ class Run:
         if is_csv:
             cells = (f"{row['image']},{row['hypothesis']}\n" for row in rows)
             content = "".join(["image,hypothesis\n", *cells]).encode(errors="surrogatepass")
-            if fuzzer.random.random() < 0.5:
-                content = fuzzer.damage(content)
+            content = fuzzer.maybe(0.5, content)
         else:
             content = b"\n".join(fuzzer.line(row) for row in rows)
         source = folder / f"pairs.{'csv' if is_csv else 'jsonl'}"
@@ -202,8 +191,8 @@ class Run:
         code, _ = self.command(kind, len(rows), [*arguments, "--lang", lang, "--json"])
         if code == 0:
             if is_csv and target.suffix == "":
-                answers = list(rows_of_data.DelimitedRows(target.open("rb"), "surrogateescape"))
-                if any(isinstance(row, rows_of_data.BadRow) for _, row, _ in answers):
+                answers = list(DelimitedRows(target.open("rb"), "surrogateescape"))
+                if any(isinstance(row, BadRow) for _, row, _ in answers):
                     self.failures.append(f"{kind}: a row of the answers is no CSV")
             else:
                 answers = [json.loads(line) for line in target.read_bytes().split(b"\n")[:-1]]
@@ -214,30 +203,28 @@ class Run:
             self.failures.append(f"{kind}: refused as a whole")
 
     def predict_pair(self) -> None:
-        """One call on the command line."""
+        """One pair on the command line."""
         fuzzer = self.fuzzer
         image = str(self.folder / "image.png")
         Path(image).write_bytes(fuzzer.damage(fuzzer.random.choice(fuzzer.images)))
-        # The system passes no argument with a NUL, and `-x` would be a flag.
+        # No argument can hold a NUL, and `-x` would be a flag.
         words = [
             os.fsdecode(fuzzer.text().encode(errors="replace")).replace("\0", "").lstrip("-")
             for _ in range(2)
         ]
         image = fuzzer.random.choice((image, words[0], str(self.world / "images/test0.png")))
         more = fuzzer.random.choice(([], ["--json"], ["--lang", "de"], ["--lang", words[0]]))
-        self.command(
-            "predict pair", 1, ["predict", "--runs", self.runs, *more, "--", image, words[1]]
-        )
+        arguments = ["predict", "--runs", self.runs, *more, "--", image, words[1]]
+        self.command("predict pair", 1, arguments)
 
     def copy(self, source: Path, name: str) -> Path:
-        """A fresh copy of a folder, to spoil."""
+        """A fresh copy of a folder, to be damaged."""
         target = self.folder / name
         shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(source, target)
-        return target
+        return shutil.copytree(source, target)
 
-    def spoil(self, files: list[Path]) -> None:
-        """Damages one of some files; a JSON document may stay one, with another value in it."""
+    def damage_one(self, files: list[Path]) -> None:
+        """Damages one of the files; JSON may get another value instead."""
         path = self.fuzzer.random.choice(sorted(files))
         content = path.read_bytes()
         if path.suffix == ".json" and self.fuzzer.random.random() < 0.5:
@@ -248,10 +235,10 @@ class Run:
             path.write_bytes(self.fuzzer.damage(content))
 
     def model(self) -> None:
-        """A damaged model folder, exported or not; half of them sealed again after it."""
+        """A damaged model folder, exported or not; half of them are sealed again."""
         exported = self.fuzzer.random.random() < 0.4
         runs = self.copy(self.exported if exported else self.runs, "damaged")
-        self.spoil([p for p in runs.rglob("*") if p.is_file() and "training" not in p.parts])
+        self.damage_one([p for p in runs.rglob("*") if p.is_file() and "training" not in p.parts])
         if self.fuzzer.random.random() < 0.5:
             for path in [*runs.glob("config.json"), *runs.glob("*/config.json")]:
                 with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
@@ -260,8 +247,8 @@ class Run:
         arguments = ["predict", image, "Das ist rot.", "--lang", "de", "--runs", runs]
         self.command(f"{'exported' if exported else 'model'} folder", 1, arguments)
 
-    def spoilt_data(self, *splits: str) -> tuple[str, Path]:
-        """A copy of the world with one kind of damage, and which kind."""
+    def damaged_data(self, *splits: str) -> tuple[str, Path]:
+        """A kind of damage, and a copy of the world with it."""
         fuzzer, data = self.fuzzer, self.copy(self.world, "data")
         kind = fuzzer.random.choice(("rows", "rows", "bytes", "csv", "image", "parquet"))
         split = fuzzer.random.choice(splits)
@@ -270,7 +257,7 @@ class Run:
         if kind == "rows":
             path.write_bytes(b"\n".join(fuzzer.line(row) for row in rows))
         elif kind == "bytes":
-            self.spoil(list(data.glob(f"*{split}*.jsonl")))
+            self.damage_one(list(data.glob(f"*{split}*.jsonl")))
         elif kind == "csv":
             lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
             path.with_suffix(".csv").write_bytes(fuzzer.damage("\n".join(lines).encode()))
@@ -281,7 +268,7 @@ class Run:
 
             table = pyarrow.Table.from_pylist(rows)
             pyarrow.parquet.write_table(table, path.with_suffix(".parquet"))
-            self.spoil([path.with_suffix(".parquet")])
+            self.damage_one([path.with_suffix(".parquet")])
             path.unlink()
         else:
             name = fuzzer.random.choice(sorted((data / "images").iterdir()))
@@ -290,30 +277,27 @@ class Run:
 
     def evaluate(self) -> None:
         """Damaged data, images or options."""
-        kind, data = self.spoilt_data("test")
+        kind, data = self.damaged_data("test")
         options = self.folder / "options.toml"
         content = b"resamples = 5\nlang = ['en', 'de']\nsplit = 'test'\nskip-bad = true\n"
-        options.write_bytes(
-            self.fuzzer.damage(content) if self.fuzzer.random.random() < 0.2 else content
-        )
+        options.write_bytes(self.fuzzer.maybe(0.2, content))
         arguments = ["evaluate", "--data", data, "--runs", self.runs, "--config", options]
         self.command(f"evaluate {kind}", 1, [*arguments, "--json"])
 
     def align(self) -> None:
         """Damaged training data, for one epoch."""
-        kind, data = self.spoilt_data("train", "dev")
+        kind, data = self.damaged_data("train", "dev")
         skip = self.fuzzer.random.choice(([], ["--skip-bad"]))
         out = self.folder / "align-de"
-        for place in (out, out.with_name("align-de.partial")):
-            shutil.rmtree(place, ignore_errors=True)
-        shared = [part for key, value in tiny_world.QUICK.items() for part in
-                  (f"--{key.replace('_', '-')}", value)]  # fmt: skip
+        for path in (out, out.with_name("align-de.partial")):
+            shutil.rmtree(path, ignore_errors=True)
+        quick = [f"--{key.replace('_', '-')}={value}" for key, value in tiny_world.QUICK.items()]
         arguments = ["align", "--lang", "de", "--data", data, "--runs", self.runs, "--out", out]
-        arguments += ["--student", self.folder / "encoder", "--epochs", 1, *shared, *skip]
+        arguments += ["--student", self.folder / "encoder", "--epochs", 1, *quick, *skip]
         self.command(f"align {kind}", 1, arguments)
 
     def published(self) -> None:
-        """A file of another layout."""
+        """A file in a published layout."""
         fuzzer, names = self.fuzzer, [f"test{n}.png" for n in range(4)]
         documents: list[object] = [
             {"images": [{"id": n, "file_name": name} for n, name in enumerate(names)],
@@ -326,7 +310,7 @@ class Run:
         content = json.dumps(fuzzer.random.choice(documents)).encode()
         path = self.folder / "published" / "test.json"
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(fuzzer.damage(content) if fuzzer.random.random() < 0.7 else content)
+        path.write_bytes(fuzzer.maybe(0.7, content))
         arguments = ["evaluate", "--data", "test.json", "--images", self.world / "images"]
         with contextlib.chdir(path.parent):
             shutil.rmtree("data", ignore_errors=True)
@@ -334,17 +318,15 @@ class Run:
 
     def translate(self) -> None:
         """Damaged rows, or a damaged file of translations."""
-        kind, data = self.spoilt_data("test")
+        kind, data = self.damaged_data("test")
         rows = tiny_world.read_jsonl(self.world / "snli_ve_test.jsonl")
         translations = self.folder / "translations.tsv"
-        # One text of many that is not sound would have the whole file refused.
+        # One malformed text would have the whole file refused.
         texts = [self.fuzzer.text().encode(errors="replace").decode() for _ in rows]
         texts = [" ".join(text.replace('"', "").split()) or "Rouge." for text in texts]
         lines = [f"{row['pairID']}\t{text}" for row, text in zip(rows, texts, strict=True)]
         content = "\n".join(["pairID\ttranslation", *lines]).encode()
-        if self.fuzzer.random.random() < 0.2:
-            content = self.fuzzer.damage(content)
-        translations.write_bytes(content)
+        translations.write_bytes(self.fuzzer.maybe(0.2, content))
         (self.folder / "memory.sqlite").unlink(missing_ok=True)
         suspect = self.fuzzer.random.choice(("keep", "drop", "retry"))
         arguments = ["translate", "--lang", "fr", "--data", data, "--split", "test"]
@@ -353,7 +335,7 @@ class Run:
         self.command(f"translate {kind}", 1, [*arguments, "--on-suspect", suspect])
 
 
-#: What is damaged, and in how many of the commands.
+#: What is damaged, and the weight with which it is chosen.
 TARGETS: dict[str, tuple[Callable[[Run], None], int]] = {
     "rows": (Run.predict_rows, 3),
     "pair": (Run.predict_pair, 8),
@@ -366,7 +348,7 @@ TARGETS: dict[str, tuple[Callable[[Run], None], int]] = {
 
 
 class _Captured(io.TextIOWrapper):
-    """What goes to stdout or stderr, as text."""
+    """Captures stdout or stderr."""
 
     def __init__(self) -> None:
         super().__init__(io.BytesIO(), "utf-8", errors="backslashreplace", write_through=True)
@@ -376,7 +358,6 @@ class _Captured(io.TextIOWrapper):
 
 
 def main() -> None:
-    """Fuzzes until enough inputs were tried."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--inputs", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,12 +1,12 @@
-"""Thousands of made-up pages and tables for `check`: no traceback, no hang, no way out.
+"""Runs `check` on thousands of invented pages and tables: no traceback, no hang, no escape.
 
     python tests/benchmarks/fuzz_check.py [--inputs 10000] [--seed 0]
 
-HTML, Markdown, CSV, JSONL, JSON and tar files of valid pieces in any order, nasty strings and
-noise. Every path that Python opens is watched (an audit hook): nothing outside the folder may be
-opened, except Python's code, and nothing may be connected to. Whatever takes longer than ten
-seconds of computing is a hang. Then one large input of every pathological kind. Prints what was
-tried.
+The inputs are HTML, Markdown, CSV, JSONL, JSON and tar files of valid pieces in any order, nasty
+strings and noise, then one large input of every pathological kind. An audit hook watches that
+nothing outside the folder is opened, except Python's code, and that nothing is connected to. An
+input that takes longer than ten seconds of processor time hangs. Prints the numbers of inputs and
+the failures.
 """
 
 from __future__ import annotations
@@ -37,29 +37,23 @@ from clseave_cli.progress import SILENT
 _HANG_SECONDS = 10
 _PIECES = (
     "<img ", "<IMG\n", "alt=", "alt", "src=", "srcset=", "data-src=", ">", "/>", "'", '"',
-    "<figure>",
-    "</figure>", "<figcaption>", "</figcaption>", "<picture>", "<source ", "<base href=", "<!--",
-    "-->",
-    "<![CDATA[", "<script>", "</script>", "<svg>", "<template>", "<html lang=de>", "<meta charset=",
-    "utf-16", "idna", "![", "](", ")", "[x]: ", "`", "```\n", "    ", "> ", "- ",
-    "| a |\n|---|\n", "<p>\n",
-    "image,text\n", "image\ttext\n", ",", ";", "\t", "\n", "\r\n", "\r", "{", "}", '{"image": "',
-    '", "text": "',
-    '"}\n', '{"images": [{"id": 1, "file_name": "',
-    '"}], "annotations": [{"image_id": 1, "caption": "',
+    "<figure>", "</figure>", "<figcaption>", "</figcaption>", "<picture>", "<source ",
+    "<base href=", "<!--", "-->", "<![CDATA[", "<script>", "</script>", "<svg>", "<template>",
+    "<html lang=de>", "<meta charset=", "utf-16", "idna", "![", "](", ")", "[x]: ", "`", "```\n",
+    "    ", "> ", "- ", "| a |\n|---|\n", "<p>\n", "image,text\n", "image\ttext\n", ",", ";", "\t",
+    "\n", "\r\n", "\r", "{", "}", '{"image": "', '", "text": "', '"}\n',
+    '{"images": [{"id": 1, "file_name": "', '"}], "annotations": [{"image_id": 1, "caption": "',
     "red.png", "page.html", "A red square.", "image", "&#0;", "&#x110000;", "&lt;", "\0", "\ufeff",
 )  # fmt: skip
 _PATHS = (
     "../secret.png", "../../../../etc/passwd", "/etc/passwd", "//etc/passwd", "%2e%2e/secret.png",
     "..\\secret.png", "file:///etc/passwd", "FILE:/etc/passwd", "C:\\secret.png", "link.png",
-    "dir/secret.png",
-    "http://127.0.0.1:1/a.png", "//127.0.0.1/a", "https://[::1]/a", "data:image/png;base64,AAAA",
-    "data:,",
-    "data:;base64,%%%", "/proc/self/mem", "/dev/zero", "pipe.png", "http://[", "javascript:1",
-    ".", "x" * 5000,
+    "dir/secret.png", "http://127.0.0.1:1/a.png", "//127.0.0.1/a", "https://[::1]/a",
+    "data:image/png;base64,AAAA", "data:,", "data:;base64,%%%", "/proc/self/mem", "/dev/zero",
+    "pipe.png", "http://[", "javascript:1", ".", "x" * 5000,
 )  # fmt: skip
 
-#: What makes a path a picture's, in every language.
+#: Makes a path refer to a picture, in every format.
 _FRAMES = (
     "%", '<img src="%" alt=x>', "<img srcset='% 2x' alt=x>", "![x](%)", "![x](<%>)", "\n%,x\n",
     '\n{"image": "%", "text": "x"}\n',
@@ -67,7 +61,7 @@ _FRAMES = (
 
 
 def source(randomness: random.Random) -> bytes:
-    """Pieces of all languages in any order, and some noise."""
+    """Pieces of all formats in any order, with some noise."""
     parts = []
     for _ in range(randomness.randrange(60)):
         kind = randomness.random()
@@ -88,7 +82,7 @@ def source(randomness: random.Random) -> bytes:
 
 
 def tar(randomness: random.Random) -> bytes:
-    """A WebDataset with paths of every kind, a few of its bytes changed."""
+    """A WebDataset with paths of every kind and a few changed bytes."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as archive:
         for number in range(randomness.randrange(4)):
@@ -107,7 +101,7 @@ def tar(randomness: random.Random) -> bytes:
 
 
 def watch(folder: Path, events: Counter[str]) -> None:
-    """Counts what is opened outside the folder and connected to."""
+    """Counts files opened outside the folder, connections and processes."""
     code = tuple({str(Path(path).resolve()) for path in (*sys.path, sys.prefix, sys.base_prefix)})
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
@@ -122,7 +116,7 @@ def watch(folder: Path, events: Counter[str]) -> None:
 
 
 def attempt(path: Path) -> str:
-    """Checks the file, makes every output, reads every picture; what went wrong, or nothing."""
+    """Checks a file, renders every format and reads every picture; returns the failure, if any."""
     start = time.process_time()
     faulthandler.dump_traceback_later(6 * _HANG_SECONDS, exit=True)
     try:
@@ -141,51 +135,50 @@ def attempt(path: Path) -> str:
     return f"took {seconds:.0f} s" if seconds > _HANG_SECONDS else ""
 
 
-def large(size: int = 4_000_000) -> dict[str, bytes]:
-    """Inputs on which a parser with a quadratic step takes for ever."""
+def large(size: int) -> dict[str, bytes]:
+    """Inputs on which a quadratic parser takes for ever."""
     repeated = (
         "<", "<!--", "<!", "<?", "<a ", "<a b='", "</", "</a ", "<a/", "<a b=", "&", "&#",
-        "<![CDATA[",
-        '<img alt="', "<div>", "<figure>", "<figure><figcaption>&amp;",
-        "<img src=x srcset='a,b 1x'>",
-        "<source srcset=a>", "<script>", "![", "![a](", "[", "*a **b ", "> ", "- ", "`", "|",
-        "<p>\n", '"', ",",
-        "{", "[1,", '{"a":', "\r", "</figcaption><figcaption>a",
+        "<![CDATA[", '<img alt="', "<div>", "<figure>", "<figure><figcaption>&amp;",
+        "<img src=x srcset='a,b 1x'>", "<source srcset=a>", "<script>", "![", "![a](", "[",
+        "*a **b ", "> ", "- ", "`", "|", "<p>\n", '"', ",", "{", "[1,", '{"a":', "\r",
+        "</figcaption><figcaption>a",
     )  # fmt: skip
     return {piece: (piece * (size // len(piece))).encode() for piece in repeated}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--inputs", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--megabytes", type=float, default=1.0)
-    given = parser.parse_args()
-    randomness = random.Random(given.seed)
+    arguments = parser.parse_args()
+    randomness = random.Random(arguments.seed)
     failures, tried, events = [], Counter[str](), Counter[str]()
-    with tempfile.TemporaryDirectory() as made:
-        folder = Path(made).resolve() / "site"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary).resolve() / "site"
         folder.mkdir()
-        Image.new("RGB", (32, 32), "red").save(folder / "red.png")
-        Image.new("RGB", (32, 32), "red").save(folder.parent / "secret.png")
+        for path in (folder / "red.png", folder.parent / "secret.png"):
+            Image.new("RGB", (32, 32), "red").save(path)
         (folder / "link.png").symlink_to(folder.parent / "secret.png")
         (folder / "dir").symlink_to(folder.parent)
         watch(folder, events)
         kinds = ("html", "md", "csv", "tsv", "jsonl", "json", "tar")
-        for number in range(given.inputs):
-            kind = kinds[number % len(kinds)]
+
+        def run(kind: str, content: bytes, name: str, group: str) -> None:
             path = folder / f"input.{kind}"
-            path.write_bytes(tar(randomness) if kind == "tar" else source(randomness))
+            path.write_bytes(content)
             if problem := attempt(path):
-                failures.append(f"{kind} {number}: {problem}")
-            tried[kind] += 1
-        for piece, content in large(int(1e6 * given.megabytes)).items():
+                failures.append(f"{kind} {name}: {problem}")
+            tried[group] += 1
+
+        for number in range(arguments.inputs):
+            kind = kinds[number % len(kinds)]
+            content = tar(randomness) if kind == "tar" else source(randomness)
+            run(kind, content, str(number), kind)
+        for piece, content in large(int(1e6 * arguments.megabytes)).items():
             for kind in ("html", "md", "csv", "jsonl", "json"):
-                path = folder / f"input.{kind}"
-                path.write_bytes(content)
-                if problem := attempt(path):
-                    failures.append(f"{kind} of {piece!r}: {problem}")
-                tried[f"large {kind}"] += 1
+                run(kind, content, f"of {piece!r}", f"large {kind}")
         outside = dict(events)  # before the folder itself is removed
     print(json.dumps({"tried": tried, "outside": outside, "failures": failures}, indent=1))
 

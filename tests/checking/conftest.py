@@ -1,4 +1,4 @@
-"""A folder of pictures, and a model that knows their colours."""
+"""A folder of pictures, and a model that recognises their colours."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from clseave_cli.core.prediction.checking import findings
 
 @pytest.fixture
 def site(tmp_path, monkeypatch):
-    """The working directory: red.png and blue.png, 32 pixels wide; a secret lies beside it."""
+    """The working directory: red.png and blue.png; above it lie secret ones."""
     folder = tmp_path / "site"
     folder.mkdir()
     for name in ("red", "blue"):
@@ -24,7 +24,7 @@ def site(tmp_path, monkeypatch):
 
 
 class ColourModel:
-    """Sees whether a picture is red; a text that says so fits, one that says blue does not."""
+    """Entails texts that name exactly the picture's colour, contradicts those of another."""
 
     sources = {"en": "clip-ve"}  # noqa: RUF012
 
@@ -55,7 +55,7 @@ class ColourModel:
 
 @pytest.fixture
 def model(monkeypatch):
-    """Takes the place of the trained models."""
-    colours = ColourModel()
-    monkeypatch.setattr(findings, "load_model", lambda *arguments, **more: colours)
-    return colours
+    """Replaces the trained models."""
+    colour_model = ColourModel()
+    monkeypatch.setattr(findings, "load_model", lambda *arguments, **more: colour_model)
+    return colour_model

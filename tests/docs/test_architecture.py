@@ -13,8 +13,8 @@ import clseave_cli
 ROOT = Path(clseave_cli.__file__).parent
 PACKAGE = "clseave_cli"
 
-#: From the top floor down; a module may import from its own room, or from a room on a lower floor.
-#: What stands directly in the package or in core/ is a room of one file.
+#: From the top down. A module may import from its room or from a room on a lower floor; modules
+#: directly in the package or in core/ are rooms of one file.
 FLOORS = (
     {"__main__"},
     {"main"},
@@ -30,19 +30,16 @@ FLOORS = (
 )
 
 
-def modules() -> dict[str, Path]:
-    found = {}
-    for path in sorted(ROOT.rglob("*.py")):
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        found[".".join(part for part in parts if part != "__init__")] = path
-    return found
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
 
 
-MODULES = modules()
+#: Every module, by its name without the package's.
+MODULES = {name_of(path): path for path in sorted(ROOT.rglob("*.py"))}
 
 
 def room(module: str) -> str:
-    """The room of a module, both named without the package's name."""
     parts = module.split(".")
     return ".".join(parts[:2]) if parts[0] == "core" else parts[0]
 
@@ -52,11 +49,11 @@ def floor(module: str) -> int:
     for number, rooms in enumerate(FLOORS):
         if room(module) in rooms:
             return number
-    raise AssertionError(f"{module}: on no floor; see docs/architecture.md")
+    raise AssertionError(f"{module}: not in FLOORS; see docs/architecture.md")
 
 
 def import_names(path: Path) -> Iterator[tuple[int, str]]:
-    """Every module that a file imports, anywhere in it, with the line."""
+    """Line and name of every module that a file imports anywhere."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -70,13 +67,12 @@ def import_names(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def imported(path: Path) -> list[tuple[int, str]]:
-    """The modules of this package among them, without the package's name."""
-    ours = [
+    """Line and name of every module of this package that a file imports."""
+    return [
         (line, name.removeprefix(f"{PACKAGE}."))
         for line, name in import_names(path)
-        if name.startswith(f"{PACKAGE}.")
+        if name.startswith(f"{PACKAGE}.") and name.removeprefix(f"{PACKAGE}.") in MODULES
     ]
-    return [(line, module) for line, module in ours if module in MODULES]
 
 
 def test_the_test_sees_imports_of_every_spelling(tmp_path):

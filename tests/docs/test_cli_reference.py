@@ -1,4 +1,4 @@
-"""docs/cli.md says what the program says, of every command and flag."""
+"""docs/cli.md is up to date and documents every command and flag."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ def generator() -> ModuleType:
 def section(command: str) -> str:
     text = (DOCS / "cli.md").read_text(encoding="utf-8")
     sections = re.split(r"^## ", text, flags=re.MULTILINE)
-    (found,) = [part for part in sections if part.startswith(f"clseave {command}\n")]
-    return found
+    return next(part for part in sections if part.startswith(f"clseave {command}\n"))
 
 
 def test_it_is_up_to_date(generator):

@@ -1,4 +1,4 @@
-"""README.md and docs/: every link leads somewhere, every command is one the program takes."""
+"""README.md and docs/: links have targets, and the program accepts every command."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def page_id(page: Path) -> str:
 
 
 def anchors(text: str) -> set[str]:
-    """The names GitHub gives headings, to be linked to after a #."""
+    """GitHub's anchors of the headings."""
     headings = re.findall(r"^#+ (.+)$", _FENCE.sub("", text), re.MULTILINE)
     plain = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
     return {heading.strip().replace(" ", "-") for heading in plain}
 
 
 def commands(text: str) -> list[list[str]]:
-    """The arguments of every clseave command that a page shows, in blocks and in sentences."""
+    """The arguments of every clseave command in a page's blocks and sentences."""
     shown = [line for _, block in _FENCE.findall(text) for line in joined(block)]
     rest = _FENCE.sub("", text)
     shown += [*_INDENTED.findall(rest), *_INLINE.findall(rest)]
@@ -51,7 +51,7 @@ def joined(block: str) -> list[str]:
 
 
 def clseave_arguments(line: str) -> list[list[str]]:
-    """What follows `clseave` (or `-m clseave_cli`) in each simple command of a shell line."""
+    """The words after `clseave` (or `-m clseave_cli`) in each simple command of a shell line."""
     if "clseave" not in line:
         return []
     lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
@@ -59,8 +59,8 @@ def clseave_arguments(line: str) -> list[list[str]]:
     try:
         words = list(lexer)
     except ValueError:
-        return []  # a sentence with an apostrophe, no command
-    found: list[list[str]] = []
+        return []  # a sentence with an apostrophe
+    calls: list[list[str]] = []
     current: list[str] | None = None
     for number, word in enumerate(words):
         start_of_command = number == 0 or words[number - 1] in ("&&", "||", "|", ";")
@@ -71,11 +71,11 @@ def clseave_arguments(line: str) -> list[list[str]]:
             word == "clseave_cli" and words[number - 1 : number] == ["-m"]
         ):
             current = []
-            found.append(current)
+            calls.append(current)
         elif current is not None:
             current.append(word)
-    # `clseave` alone is the program's name; an upper-case word or an ellipsis is a place-holder.
-    return [words for words in found if words and re.fullmatch(r"[a-z-]+", words[0])]
+    # `clseave` alone is the program's name; an upper-case word or an ellipsis is a placeholder.
+    return [words for words in calls if words and re.fullmatch(r"[a-z-]+", words[0])]
 
 
 class _Understood(Exception):
@@ -83,54 +83,54 @@ class _Understood(Exception):
 
 
 def parse(arguments: list[str]) -> None:
-    """Runs a command up to the point where its options are understood, and nothing more.
+    """Runs a command until its options are resolved.
 
     Raises:
-        _Understood: they are. Anything else that is raised says what is wrong with them.
+        _Understood: they are valid. Any other error says what is wrong with them.
     """
     group: Any = typer.main.get_command(app)
     for command in group.commands.values():
         if all(parameter.name != "config" for parameter in command.params):
-            command.callback = stop  # the others stop where their config would be made
+            command.callback = stop  # the others stop when their config is resolved
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(options, "resolve", stop_after(options.resolve))
         group.main(arguments, "clseave", standalone_mode=False)
 
 
-#: What a command that no test runs here contains, and why.
+#: Parts of commands that are not run here, and why.
 _NOT_RUN = {
     "demo": "tests/evaluation/test_demo.py does",
-    "serve": "it does not end; tests/prediction/test_service.py",
-    "translate": "its model is on the hub; tests/cli/test_translate.py",
-    "illustrate": "its model is on the hub; tests/stages/test_illustrate.py",
+    "serve": "does not end; tests/prediction/test_service.py",
+    "translate": "hub; tests/cli/test_translate.py",
+    "illustrate": "hub; tests/stages/test_illustrate.py",
     "--guided": "tests/stages/test_guided.py",
-    "--data nli": "needs the pictures that a model draws",
+    "--data nli": "needs generated pictures",
     "Helsinki-NLP/": "hub",
     "OFA-Sys/": "hub",
     "sentence-transformers/": "hub",
     "ORG/NAME": "hub; tests/evaluation/test_publishing.py",
-    "XVNLI/": "a data set of others",
+    "XVNLI/": "not in the tiny world",
     "hf:": "hub; tests/data/test_hub.py",
     "predict photos": "tests/prediction/test_predict_rows.py",
     "--lang auto": "needs the extra langid",
     "--tracker": "needs the extra tensorboard",
     "--source-lang": "tests/stages/test_backbones.py",
     "--input -": "tests/prediction/test_predict_rows.py",
-    "--gold": "a text of others; tests/cli/test_word_align.py",
+    "--gold": "not in the tiny world; tests/cli/test_word_align.py",
     "--input sentences.txt": "the same",
     "--alignments": "the same",
     "runs-0": "tests/cli/test_command_line.py and tests/evaluation do",
     "--debug": "an example of an error",
     "pretrain": "tests/stages/test_pretraining.py",
     "compare": "tests/evaluation/test_comparison.py",
-    "retrieve": "it needs captions; tests/evaluation/test_retrieval.py",
+    "retrieve": "needs captions; tests/evaluation/test_retrieval.py",
     "--explain": "tests/stages/test_patch_head.py",
-    "calibrate --precision": "four photos support none; tests/evaluation/test_abstention.py",
+    "calibrate --precision": "needs more photos; tests/evaluation/test_abstention.py",
     "--unsure": "the same",
-    "check docs": "its exit code tells of findings; tests/checking",
+    "check docs": "its exit status depends on findings; tests/checking",
 }
 
-#: Models from the world instead of the hub, and options that make a command take a moment.
+#: Local models instead of the hub's, and options that make a command quick.
 _QUICK = {
     "finetune-ve": "--clip models/clip --epochs 1 --batch-size 8",
     # The thesis's reader needs a teacher whose states are as wide as its embeddings.
@@ -143,20 +143,17 @@ _QUICK = {
 
 
 def commands_to_run(page: Path) -> list[list[str]]:
-    """The commands in a page's blocks, in order, without those that `_NOT_RUN` gives a reason for.
+    """The commands in a page's blocks without those in `_NOT_RUN`.
 
-    The reference's are patterns, the log's belong to their commits, and those of the page of
-    backbones need a model of the hub (tests/stages/test_backbones.py).
+    The reference has patterns, the experiments belong to their commits, and the page about
+    backbones needs models of the hub (tests/stages/test_backbones.py).
     """
     if page.name in ("cli.md", "experiments.md", "backbones.md"):
         return []
     blocks = _FENCE.findall(page.read_text(encoding="utf-8"))
-    every = [arguments for _, block in blocks for arguments in block_commands(block)]
+    lines = [line for _, block in blocks for line in joined(block)]
+    every = [arguments for line in lines for arguments in clseave_arguments(line)]
     return [each for each in every if not any(part in " ".join(each) for part in _NOT_RUN)]
-
-
-def block_commands(block: str) -> list[list[str]]:
-    return [arguments for line in joined(block) for arguments in clseave_arguments(line)]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands_to_run(page)], ids=page_id)
@@ -168,7 +165,7 @@ def test_the_commands_of_a_page_run_in_order(
     data = tiny_world.write_world(tmp_path / "data", languages=("en", "de", "nl", "ja", "ko", "zh"))
     for source, folder in ((clip, "models/clip"), (encoder, "models/encoder")):
         shutil.copytree(source, tmp_path / folder)
-    if ["finetune-ve"] not in every:  # otherwise the page starts from nothing
+    if ["finetune-ve"] not in every:  # otherwise the page trains its models
         shutil.copytree(trained, tmp_path / "runs")
     for photo in ("photo.jpg", "image.jpg"):
         shutil.copy(data / "images" / "test0.png", tmp_path / photo)
@@ -194,19 +191,16 @@ def stop_after(resolve: Callable[..., Any]) -> Callable[..., None]:
     return call
 
 
-def test_commands_are_found_and_told_from_sentences():
-    text = "\n".join(
-        [
-            'Type `clseave predict image.jpg "a man\'s dog" --lang ja`; `clseave` is its name.',
-            "```bash",
-            "pip install -e . && clseave demo",
-            "CLSEAVE_RUNS=x clseave align \\",
-            "  --lang de | cat",
-            "torchrun --nproc-per-node 8 -m clseave_cli align --lang nl",
-            "```",
-            "`clseave COMMAND` `clseave … | head`",
-        ]
-    )
+def test_commands_are_distinguished_from_sentences():
+    text = """\
+Type `clseave predict image.jpg "a man's dog" --lang ja`; `clseave` is its name.
+```bash
+pip install -e . && clseave demo
+CLSEAVE_RUNS=x clseave align \\
+  --lang de | cat
+torchrun --nproc-per-node 8 -m clseave_cli align --lang nl
+```
+`clseave COMMAND` `clseave … | head`"""
     assert commands(text) == [
         ["demo"],
         ["align", "--lang", "de"],
@@ -216,22 +210,22 @@ def test_commands_are_found_and_told_from_sentences():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_links_lead_somewhere(page):
+def test_links_have_targets(page):
     text = page.read_text(encoding="utf-8")
     for target in _LINK.findall(_FENCE.sub("", text)):
         if re.match(r"https?://", target):
             continue
         path, _, anchor = target.partition("#")
         linked = page.parent / path if path else page
-        assert linked.exists(), f"{page_id(page)}: {target} is not there"
+        assert linked.exists(), f"{page_id(page)}: {target} does not exist"
         if anchor:
             assert anchor in anchors(linked.read_text(encoding="utf-8")), target
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_every_command_shown_is_one_the_program_takes(page, tmp_path, monkeypatch):
+def test_the_program_accepts_every_command(page, tmp_path, monkeypatch):
     if page.name == "cli.md":
-        return  # its usage lines are patterns; the reference has tests of its own
+        return  # its usage lines are patterns; see test_cli_reference.py
     text = page.read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     for name, body in _TOML.findall(text):
@@ -245,24 +239,23 @@ def test_every_command_shown_is_one_the_program_takes(page, tmp_path, monkeypatc
             continue
         except Exception as error:
             if page.name == "experiments.md" and "was removed" in str(error):
-                continue  # a log keeps the commands that it tells of
+                continue  # a log keeps old commands
             pytest.fail(f"{page_id(page)}: {shlex.join(['clseave', *arguments])}: {error}")
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        ["align", "--langs", "de"],
-        ["finetune-ve", "--preset", "x"],
-        ["finetune-ve", "--epochs", "0"],
-        ["compare", "A"],
-        ["nothing"],
+        "align --langs de",
+        "finetune-ve --preset x",
+        "finetune-ve --epochs 0",
+        "compare A",
+        "nothing",
     ],
-    ids=" ".join,
 )
 def test_the_parse_check_refuses_what_the_program_refuses(wrong):
     with pytest.raises(Exception) as caught:
-        parse(wrong)
+        parse(wrong.split())
     assert not isinstance(caught.value, _Understood)
 
 
@@ -288,13 +281,8 @@ def test_files_of_the_repository_named_in_the_pages_exist(page):
 
 
 def test_every_guarantee_is_cited_by_a_test():
-    promised = set(
-        re.findall(
-            r"^- \*\*(G\d+)\.",
-            (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8"),
-            re.MULTILINE,
-        )
-    )
+    page = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    promised = set(re.findall(r"^- \*\*(G\d+)\.", page, re.MULTILINE))
     tests = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
     cited = {number for text in tests for number in re.findall(r"\bG\d+\b", text)}
     assert promised == cited != set()

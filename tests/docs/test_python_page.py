@@ -1,4 +1,4 @@
-"""docs/python.md: its example runs as it is written, and its functions are those there are."""
+"""docs/python.md: its example runs, and it lists the functions of the package."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""Simulated results, learning curves and galleries."""
+
 import io
 from dataclasses import replace
 
@@ -24,12 +26,13 @@ LANGUAGES = ("en", "de", "nl", "ja", "zh", "ko")
 
 
 def make_results(languages=LANGUAGES, seed=0, num_rows=600):
-    """Simulated figures, computed by the real functions: worse from language to language."""
+    """Metrics of simulated predictions, each language worse than the one before."""
     generator = np.random.default_rng(seed)
     labels = generator.integers(3, size=num_rows)
     images = np.array([f"{index:05d}.jpg" for index in generator.integers(60, size=num_rows)])
     english = generator.normal(size=(num_rows, 3))
     english[np.arange(num_rows), labels] += 2.4
+    english_right = english.argmax(axis=1) == labels
     teacher = generator.normal(size=(num_rows, 32))
     results = []
     for index, lang in enumerate(languages):
@@ -39,41 +42,27 @@ def make_results(languages=LANGUAGES, seed=0, num_rows=600):
         more = {}
         if index:
             student = teacher + 0.2 * index * generator.normal(size=teacher.shape)
-            more = {
-                "difference_to_english": compare_predictions(
-                    right, english.argmax(axis=1) == labels, images, resamples=200, seed=0
-                ),
-                "transfer": measure_transfer(student, teacher, np.arange(num_rows)),
-            }
+            difference = compare_predictions(right, english_right, images, resamples=200, seed=0)
+            transfer = measure_transfer(student, teacher, np.arange(num_rows))
+            more = {"difference_to_english": difference, "transfer": transfer}
+        share, kappa = agreement(logits, english)
         results.append(
             LanguageResult(
-                **vars(scores),
-                lang=lang,
-                split="test",
-                hard_accuracy=float(right[::2].mean()),
-                num_hard=num_rows // 2,
-                ratio_to_english=scores.accuracy / float((english.argmax(axis=1) == labels).mean()),
-                agreement_with_english=agreement(logits, english)[0],
-                kappa_with_english=agreement(logits, english)[1],
-                **more,
+                **vars(scores), lang=lang, split="test", hard_accuracy=float(right[::2].mean()),
+                num_hard=num_rows // 2, agreement_with_english=share, kappa_with_english=kappa,
+                ratio_to_english=scores.accuracy / float(english_right.mean()), **more,
             )
-        )
+        )  # fmt: skip
+    baselines = Baselines(majority=0.334, hypothesis_only=0.412, shuffled_image=0.371)
+    signature = Signature(
+        version="0.1.0", data={"snli_ve_test.jsonl": "3f2a9c1b" * 8},
+        checkpoints={"clip-ve": "91ab44e0" * 8, "align-de": "77de01c2" * 8}, seed=0,
+        resamples=200, num_examples=num_rows, precision="fp32", device="cpu",
+    )  # fmt: skip
     return Results(
         results=tuple(results),
-        baselines={
-            lang: Baselines(majority=0.334, hypothesis_only=0.412, shuffled_image=0.371)
-            for lang in languages
-        },
-        signature=Signature(
-            version="0.1.0",
-            data={"snli_ve_test.jsonl": "3f2a9c1b" * 8},
-            checkpoints={"clip-ve": "91ab44e0" * 8, "align-de": "77de01c2" * 8},
-            seed=0,
-            resamples=200,
-            num_examples=num_rows,
-            precision="fp32",
-            device="cpu",
-        ),
+        baselines=dict.fromkeys(languages, baselines),
+        signature=signature,
         distances=analyse_distances({result.lang: result.accuracy for result in results}),
     )
 
@@ -85,7 +74,7 @@ def results():
 
 @pytest.fixture
 def judged(results):
-    """English, and a German that was calibrated, has thresholds, and saw photos in training."""
+    """English, and German with calibration, thresholds and photos seen in training."""
     german = replace(
         results.results[1], ece=0.02, ece_uncalibrated=0.06, loss=0.4, loss_uncalibrated=0.5,
         aurc=0.03, temperature=1.3, seen=Overlap(3, 30, 6, 0.05, 0.9, 1.0, 0.8),
@@ -98,15 +87,14 @@ HOSTILE = "<script>alert('1')</script> | $x_1$ & 100 % 円 \\ `code` [a](b)"
 
 
 def encoded_image(width, height, *, noise):
-    """A PNG drawing of two colours, or a JPEG photo of noise."""
+    """A PNG drawing of two colours, or a JPEG of noise."""
     stream = io.BytesIO()
+    image = Image.new("RGB", (width, height), "white")
+    image.paste("red", (2, 2, width // 2, height // 2))
     if noise:
         pixels = np.random.default_rng(0).integers(256, size=(height, width, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(stream, "JPEG")
-    else:
-        image = Image.new("RGB", (width, height), "white")
-        image.paste("red", (2, 2, width // 2, height // 2))
-        image.save(stream, "PNG")
+        image = Image.fromarray(pixels)
+    image.save(stream, "JPEG" if noise else "PNG")
     return stream.getvalue()
 
 
@@ -126,29 +114,27 @@ def curves():
 
 @pytest.fixture(scope="session")
 def galleries():
-    sentences = {"en": "There is a red circle.", "ja": "赤い円があります。", "de": HOSTILE}
     entries = tuple(
         GalleryEntry(lang, text, "entailment", predicted, (0.7, 0.2, 0.1))
-        for (lang, text), predicted in zip(
-            sentences.items(), ("entailment", "neutral", "entailment"), strict=True
+        for lang, text, predicted in (
+            ("en", "There is a red circle.", "entailment"),
+            ("ja", "赤い円があります。", "neutral"),
+            ("de", HOSTILE, "entailment"),
         )
     )
+    items = (
+        GalleryItem("scene.png", encoded_image(64, 64, noise=False), entries),
+        GalleryItem("photo.jpg", encoded_image(900, 600, noise=True), entries),
+    )
     return [
-        Gallery(
-            "Scenes",
-            "One scene, every language.",
-            (
-                GalleryItem("scene.png", encoded_image(64, 64, noise=False), entries),
-                GalleryItem("photo.jpg", encoded_image(900, 600, noise=True), entries),
-            ),
-        ),
+        Gallery("Scenes", "One scene, every language.", items),
         Gallery("Errors", HOSTILE, (GalleryItem(HOSTILE, b"not an image", entries[:1]),)),
     ]
 
 
 @pytest.fixture
 def trainings(results):
-    """Three trainings; English at 70, 80 and 90 %, German two points lower each time."""
+    """Three seeds with English at 70, 80 and 90 %, and German two points lower."""
     runs = []
     for accuracy in (0.7, 0.8, 0.9):
         english, german = (

@@ -1,4 +1,4 @@
-"""A model that tells what it was given, so that the service can be watched without one."""
+"""A fake model that records what it receives, to test the service without a real one."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class FakeModel:
         self.num_prepared = 0
         self.gate = threading.Event()
         self.gate.set()
-        self.poison: float | None = None  # a red that fails its batch
-        self.broken_scores = None  # what becomes of the probabilities
-        self.cells = None  # (G, G) shares of a head that sees patches
+        self.poison: float | None = None  # a red value that fails its batch
+        self.broken_scores = None  # a function applied to the probabilities
+        self.cells = None  # (G, G) attention of a head that sees patches
         self.preparation = None
         self.calibrations = dict.fromkeys(self.sources, Calibration())
 

@@ -1,4 +1,4 @@
-"""Something small to train: five numbers to three classes."""
+"""A task to train on: classify five numbers."""
 
 import torch
 from torch import nn
@@ -12,12 +12,12 @@ CPU = torch.device("cpu")
 
 
 class Task:
-    """Learnt by a network with or without dropout.
+    """A small network and its data.
 
     Attributes:
-        dev: dev losses to give in turn; None: the true ones.
-        steps: called with the number of every step, before its loss is computed.
-        at_epoch_end: called before the dev loss is computed.
+        dev: dev losses to return in turn; None for the true ones.
+        steps: functions called with the number of every step, before its loss.
+        at_epoch_end: functions called before the dev loss.
         trained_first: parameters that are trained while the others are frozen for `freeze_epochs`.
         seen: the examples of every step.
         losses: the loss of every step.

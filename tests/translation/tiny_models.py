@@ -1,10 +1,12 @@
-"""Tiny translation models with random weights and real tokenizers, made on the fly."""
+"""Tiny translation models with random weights and real tokenizers."""
 
 from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 import torch
@@ -32,68 +34,51 @@ _SENTENCES = [
 ]
 
 
-def _sentencepiece_model(vocab_size: int) -> bytes:
+def _write_vocabulary(folder: Path, spm: str, *special: str, last: tuple[str, ...] = ()) -> Any:
+    """Trains sentencepiece, writes `spm` and vocab.json, and returns the numbers of the pieces."""
+    folder.mkdir(parents=True)
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(_SENTENCES * 20),
-        model_writer=model,
-        vocab_size=vocab_size,
-        hard_vocab_limit=False,
-        character_coverage=1.0,
-        minloglevel=2,
-    )
-    return model.getvalue()
-
-
-def _pieces(model: bytes) -> list[str]:
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    return [processor.id_to_piece(index) for index in range(3, processor.get_piece_size())]
+        sentence_iterator=iter(_SENTENCES * 20), model_writer=model, vocab_size=120,
+        hard_vocab_limit=False, character_coverage=1.0, minloglevel=2,
+    )  # fmt: skip
+    (folder / spm).write_bytes(model.getvalue())
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    pieces = [processor.id_to_piece(index) for index in range(3, processor.get_piece_size())]
+    vocab = {piece: index for index, piece in enumerate([*special, *pieces, *last])}
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    return vocab
 
 
 def make_marian(folder: Path, languages: tuple[str, ...] = ()) -> Path:
-    """An OPUS-MT-like folder; `languages` are the codes of a multilingual one (`deu`)."""
-    folder.mkdir(parents=True)
-    spm = _sentencepiece_model(120)
-    for name in ("source.spm", "target.spm"):
-        (folder / name).write_bytes(spm)
+    """An OPUS-MT-like folder; a multilingual one with `languages` such as `deu`."""
     tags = [f">>{language}<<" for language in languages]
-    names = ["</s>", "<unk>", *tags, *_pieces(spm)]
-    vocab = {piece: index for index, piece in enumerate([*names, "<pad>"])}
-    (folder / "vocab.json").write_text(json.dumps(vocab))
-    tokenizer = MarianTokenizer(
-        str(folder / "source.spm"), str(folder / "target.spm"), str(folder / "vocab.json")
-    )
-    tokenizer.save_pretrained(folder)
+    vocab = _write_vocabulary(folder, "source.spm", "</s>", "<unk>", *tags, last=("<pad>",))
+    shutil.copy(folder / "source.spm", folder / "target.spm")
+    files = (str(folder / name) for name in ("source.spm", "target.spm", "vocab.json"))
+    MarianTokenizer(*files).save_pretrained(folder)
     torch.manual_seed(0)
-    model = MarianMTModel(
-        MarianConfig(
-            **_SHAPE,
-            vocab_size=len(vocab),
-            pad_token_id=vocab["<pad>"],
-            eos_token_id=0,
-            bos_token_id=0,
-            decoder_start_token_id=vocab["<pad>"],
-            forced_eos_token_id=0,
-            scale_embedding=True,
-        )
+    config = MarianConfig(
+        **_SHAPE,
+        vocab_size=len(vocab),
+        pad_token_id=vocab["<pad>"],
+        eos_token_id=0,
+        bos_token_id=0,
+        decoder_start_token_id=vocab["<pad>"],
+        forced_eos_token_id=0,
+        scale_embedding=True,
     )
-    model.save_pretrained(folder)
+    MarianMTModel(config).save_pretrained(folder)
     return folder
 
 
 def make_m2m100(folder: Path) -> Path:
-    """A folder like that of `facebook/m2m100_418M`, all hundred languages included."""
-    folder.mkdir(parents=True)
-    spm = _sentencepiece_model(120)
-    (folder / "sentencepiece.bpe.model").write_bytes(spm)
-    names = ["<s>", "<pad>", "</s>", "<unk>", *_pieces(spm)]
-    vocab = {piece: index for index, piece in enumerate(names)}
-    (folder / "vocab.json").write_text(json.dumps(vocab))
-    tokenizer = M2M100Tokenizer(str(folder / "vocab.json"), str(folder / "sentencepiece.bpe.model"))
+    """A folder like that of `facebook/m2m100_418M`, with all its hundred languages."""
+    spm = "sentencepiece.bpe.model"
+    vocab = _write_vocabulary(folder, spm, "<s>", "<pad>", "</s>", "<unk>")
+    tokenizer = M2M100Tokenizer(str(folder / "vocab.json"), str(folder / spm))
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    model = M2M100ForConditionalGeneration(
-        M2M100Config(**_SHAPE, vocab_size=len(vocab) + 100 + tokenizer.num_madeup_words)
-    )
-    model.save_pretrained(folder)
+    config = M2M100Config(**_SHAPE, vocab_size=len(vocab) + 100 + tokenizer.num_madeup_words)
+    M2M100ForConditionalGeneration(config).save_pretrained(folder)
     return folder
