@@ -7,20 +7,13 @@ from clseave_cli.core.models.clip_ve import EntailmentHead, HeadConfig
 
 @pytest.fixture
 def embeddings():
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(6, 8, generator=generator), torch.randn(6, 8, generator=generator)
+    return torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
 
 
 def _reference(head, h, p):
     """Eq. 3.1–3.3 spelled out, for a head in eval mode."""
     h, p = (v / v.norm(dim=1, keepdim=True) for v in (h, p))
-    rows = []
-    for one_h, one_p in zip(h, p, strict=True):
-        feature = [*one_h, *one_p]
-        feature += [abs(a - b) for a, b in zip(one_h, one_p, strict=True)]
-        feature += [a * b for a, b in zip(one_h, one_p, strict=True)]
-        rows.append(torch.stack(feature))
-    x = torch.stack(rows)
+    x = torch.cat([h, p, (h - p).abs(), h * p], dim=1)
 
     def batch_norm(layer, x):
         scale = layer.weight / torch.sqrt(layer.running_var + layer.eps)
