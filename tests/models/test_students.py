@@ -84,10 +84,15 @@ def test_sentence_embeddings_are_what_transformers_computes(kind, backbone, stud
     torch.testing.assert_close(embeddings(student, TEXTS), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_student_of_any_kind_is_the_same_after_save_and_load(student, tmp_path):
+def test_a_student_of_any_kind_is_the_same_after_save_and_load(
+    kind, student, tmp_path, monkeypatch
+):
     student.verify_packing()
+    assert student.first_position == (2 if kind[0] in ("XLM-R", "data2vec", "MPNet") else 0)
     fingerprint = save_student(student, tmp_path, languages=["de"], teacher="t" * 64)
-    again = load_student(tmp_path, "t" * 64)
+    with monkeypatch.context() as patch:
+        patch.setattr(backbones, "_first_position", None)  # saved, not determined again
+        again = load_student(tmp_path, "t" * 64)
     assert again.fingerprint == fingerprint and not again.training
     assert module_digest(again) == module_digest(student)
     assert again.packing == student.packing  # or evaluate and predict would pack what cannot be
@@ -99,26 +104,16 @@ def test_a_student_of_any_kind_is_the_same_after_save_and_load(student, tmp_path
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["languages"] == ["de"] and config["pooling"] == student.pooling
     assert config["teacher"] == "t" * 64 and config["format_version"] == 1
-    # The projection of earlier versions is refused.
-    reseal(tmp_path, "student", projection="mlp")
-    with pytest.raises(ModelError, match="its projection is of a kind"):
-        load_student(tmp_path)
-
-
-def test_the_result_of_the_packing_check_is_saved(kind, student, tmp_path, monkeypatch):
-    student.verify_packing()
-    assert student.first_position == (2 if kind[0] in ("XLM-R", "data2vec", "MPNet") else 0)
-    save_student(student, tmp_path, languages=["de"], teacher="t" * 64)
-    with monkeypatch.context() as patch:
-        patch.setattr(backbones, "_first_position", None)  # not determined again
-        assert load_student(tmp_path).packing == student.packing
-    # A folder of an earlier version: positions were not in it.
-    config = json.loads((tmp_path / "config.json").read_text())
     assert config["first_position"] == student.first_position
+    # A folder of an earlier version: positions were not in it.
     reseal(tmp_path, "student", without=("first_position",))
     again = load_student(tmp_path)
     assert again.packing == student.packing
     assert torch.equal(embeddings(again, TEXTS), embeddings(student, TEXTS))
+    # The projection of earlier versions is refused.
+    reseal(tmp_path, "student", projection="mlp")
+    with pytest.raises(ModelError, match="its projection is of a kind"):
+        load_student(tmp_path)
 
 
 def test_unknown_positions_are_never_passed(tmp_path, world, monkeypatch):
