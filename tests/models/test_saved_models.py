@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from tiny_world import flip_byte, model_files, tree
+from tiny_world import CLIP_SHAPE, flip_byte, model_files, tree
 
 from clseave_cli.core.files import json_digest
 from clseave_cli.core.models import backbones
@@ -54,7 +54,7 @@ def test_a_flipped_byte_in_any_file_is_noticed(saved):
     del files["calibration.json"]  # tests/evaluation/test_abstention.py
     for name, content in files.items():
         path = folder / name
-        # Every byte of the configuration is tried below.
+        # Bytes of the configuration are tried below.
         for place in (0.0, 0.3, 0.5, 0.99) if name != "config.json" else ():
             flip_byte(path, place)
             with pytest.raises(ModelError, match=str(path)):
@@ -74,9 +74,9 @@ def test_every_byte_of_the_configuration_counts(saved):
     for place in range(0, sound.index(b'"clseave_version"'), 7):
         damaged = bytearray(sound)
         damaged[place] ^= 0x04
-        path.write_bytes(damaged)
-        if damaged[place] in b" \t\n\r" and sound[place] in b" \t\n\r":
+        if bytes([sound[place], damaged[place]]).isspace():
             continue
+        path.write_bytes(damaged)
         with pytest.raises(ModelError, match=str(folder)):
             load(folder)
 
@@ -110,8 +110,7 @@ def test_a_configuration_cannot_reach_outside_its_folder(runs):
 
 
 def test_widths_that_do_not_fit_are_refused(clip, tmp_path):
-    shape = ClipShape(image_size=32, width=32, num_layers=1, num_heads=2, embedding_dim=24)
-    new_clip(tmp_path, ["red"], shape)
+    new_clip(tmp_path, ["red"], ClipShape(**CLIP_SHAPE | {"embedding_dim": 24}))
     text, image = backbones.load_clip_text(clip), backbones.load_clip_image(tmp_path)
     head = EntailmentHead(HeadConfig(embedding_dim=16))
     with pytest.raises(ModelError, match=r"text tower projects to 16, the image tower to 24"):
