@@ -74,9 +74,8 @@ def test_a_translator_is_merged_into_every_word_vector(sentence_encoder):
     behind.backbone.set_input_embeddings(nn.Sequential(copy.deepcopy(words), translator))
     expected = embeddings(behind, texts)
     assert (expected - embeddings(sentence_encoder, texts)).abs().max() > 1e-2
-    with reduced_vocabulary(
-        sentence_encoder, sentence_encoder.tokenize(TRAINED), translator=translator
-    ):
+    tokens = sentence_encoder.tokenize(TRAINED)
+    with reduced_vocabulary(sentence_encoder, tokens, translator=translator):
         trained = embeddings(sentence_encoder, TRAINED)
     torch.testing.assert_close(trained, expected[: len(TRAINED)], rtol=0, atol=1e-5)
     assert sentence_encoder.backbone.get_input_embeddings() is words
@@ -85,9 +84,8 @@ def test_a_translator_is_merged_into_every_word_vector(sentence_encoder):
 
 def test_no_other_token_takes_the_padding_id_that_positions_depend_on(tmp_path):
     """MPNet counts tokens that are not padding, whose id follows an unused one here."""
-    special = {
-        "unk_token": "<unk>", "pad_token": "<pad>", "cls_token": "<s>", "sep_token": "</s>",
-    }  # fmt: skip
+    tokens = {"unk": "<unk>", "pad": "<pad>", "cls": "<s>", "sep": "</s>"}
+    special = {f"{role}_token": token for role, token in tokens.items()}
     student = new_student(new_mpnet(tmp_path, TRAINED, special), 16).eval()
     assert not student.verify_packing() and student.pad_id == 1
     expected = embeddings(student, TRAINED)
@@ -96,11 +94,8 @@ def test_no_other_token_takes_the_padding_id_that_positions_depend_on(tmp_path):
 
 
 def test_word_vectors_in_another_form_are_left_alone(sentence_encoder):
-    class Scaled(nn.Embedding):
-        pass
-
     words = _words(sentence_encoder)
-    scaled = Scaled(*words.shape, _weight=words.detach().clone())
+    scaled = type("Scaled", (nn.Embedding,), {})(*words.shape, _weight=words.detach().clone())
     sentence_encoder.backbone.set_input_embeddings(scaled)
     with reduced_vocabulary(sentence_encoder, sentence_encoder.tokenize(TRAINED)):
         assert sentence_encoder.backbone.get_input_embeddings() is scaled
