@@ -1,7 +1,7 @@
-"""The exception tree: everything the program refuses is a `ClseaveError`.
+"""Exceptions: everything the program refuses is a `ClseaveError`.
 
-`main` turns one of these into a single line on stderr and its exit code. A message says what is
-wrong, where (file and line), what was expected, and what to do about it.
+`main` prints the message on one line of stderr and exits with `exit_code`. A message says what is
+wrong, where (file and line), what was expected, and what to do.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 class ClseaveError(Exception):
-    """Anything clseave refuses, with a one-line message meant for the user."""
+    """Anything clseave refuses, with a one-line message for the user."""
 
     exit_code = 1
 
     def __str__(self) -> str:
-        """The message; control characters of names and files are shown, not obeyed."""
+        """The message, with control characters (from file names, say) escaped."""
         return _CONTROL.sub(lambda match: repr(match[0])[1:-1], super().__str__())
 
 
 class UsageError(ClseaveError):
-    """The command line or configuration asks for something that does not exist."""
+    """The command line or configuration asks for something invalid."""
 
     exit_code = 2
 
 
 class DataError(ClseaveError):
-    """An input file, row or image is missing, damaged or contradicts itself."""
+    """An input file, row or image is missing, damaged or inconsistent."""
 
     @classmethod
     def at(cls, path: Path | str, line: int, message: str) -> DataError:
-        """An error about one line of a file, written `file:line: message`."""
+        """An error in one line of a file: `file:line: message`."""
         return cls(f"{path}:{line}: {message}")
 
 
 class ExtraMissing(ClseaveError):
-    """What was asked for needs an optional package that is not installed."""
+    """An optional package is needed and not installed."""
 
 
 class ModelError(ClseaveError):
@@ -50,7 +50,7 @@ class TrainingError(ClseaveError):
 
 
 class TranslationError(ClseaveError):
-    """A translation engine refuses to work, or rows are left untranslated."""
+    """A translation engine fails, or rows are left untranslated."""
 
 
 class Interrupted(ClseaveError):

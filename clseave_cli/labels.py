@@ -1,4 +1,4 @@
-"""The three labels of visual entailment: their names, order and ids, defined once."""
+"""The three labels of visual entailment: names, order and ids."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ from typing import Literal
 
 Label = Literal["entailment", "neutral", "contradiction"]
 
-#: What a model answers: a label, or that it is too unsure of it.
+#: What a model answers: a label, or that it is not sure enough of one.
 Answer = Literal["entailment", "neutral", "contradiction", "unsure"]
 
 #: Label names by id: `LABELS[0]` is `entailment`. Logits follow this order everywhere.
 LABELS: tuple[Label, ...] = ("entailment", "neutral", "contradiction")
-
-#: Id by label name.
 LABEL_IDS: dict[str, int] = {name: index for index, name in enumerate(LABELS)}
 
-#: Id of a row that carries no label (text-only data, or SNLI's `-`: no majority).
+#: Id of a row without a label (text-only data, or SNLI's `-`: no majority).
 UNLABELLED = -1

@@ -1,4 +1,4 @@
-"""This process: its streams and signals, and the processes, cores and threads there are."""
+"""Settings of this process: its rank, streams, signals, cores and threads."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,57 +19,56 @@ Result = TypeVar("Result")
 
 
 def process_count() -> int:
-    """How many processes work on this command; 1 without a launcher."""
-    return _number("WORLD_SIZE") or 1
+    """The number of processes that share this command's work; 1 without a launcher."""
+    return _launcher_value("WORLD_SIZE") or 1
 
 
 def process_rank() -> int:
-    """This process's number among them, from 0."""
-    return _number("RANK") or 0
+    """This process's rank among them, from 0."""
+    return _launcher_value("RANK") or 0
 
 
 def local_rank() -> int | None:
-    """This process's number on its machine; None without a launcher."""
-    return _number("LOCAL_RANK")
+    """This process's rank on its machine; None without a launcher."""
+    return _launcher_value("LOCAL_RANK")
 
 
 def is_first_process() -> bool:
-    """Whether this process is the one that speaks and writes."""
+    """Whether this process is rank 0, the one that prints and writes."""
     return process_rank() == 0
 
 
-def _number(name: str) -> int | None:
-    """What a launcher set a variable to; one that is left over alone comes from no launcher."""
-    launched = all(os.environ.get(each, "").isdecimal() for each in ("RANK", "WORLD_SIZE"))
-    text = os.environ.get(name, "") if launched else ""
-    return int(text) if text.isdecimal() else None
+def _launcher_value(name: str) -> int | None:
+    """A number set by a launcher, which always sets RANK and WORLD_SIZE, too."""
+    values = [os.environ.get(each, "") for each in ("RANK", "WORLD_SIZE", name)]
+    return int(values[-1]) if all(value.isdecimal() for value in values) else None
 
 
 def usable_cores() -> int:
-    """How many cores this process may use, which may be fewer than the machine has."""
+    """The number of cores this process may use, which may be fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def prepare_streams() -> None:
-    """Makes stdout and stderr take every text, also where they were closed or lack letters.
+    """Makes stdout and stderr accept any text, even if closed or in a limited encoding.
 
-    A result must not be lost to a terminal that cannot show its characters.
+    A result must not be lost because a terminal cannot display its characters.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by the caller: `>&-`
-            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - for good
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - stays open
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
 @contextmanager
 def sigterm_as_ctrl_c() -> Iterator[None]:
-    """Lets SIGTERM end a command as Ctrl-C does; a training's own handlers come before it."""
+    """Makes SIGTERM end a command as Ctrl-C does, unless a stage installs its own handlers."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may say what a signal does
+        yield  # only the main thread may install signal handlers
         return
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -77,55 +77,50 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-#: What decides how OpenMP's threads wait, in the runtimes that torch may come with, and what
-#: clseave chooses: to spin for a fraction of a millisecond. libgomp takes its own count before the
-#: policy's (300,000 by default); the policy decides how briefly a process spins that has more
-#: threads than there are cores (1,000 times if active, 100 times by default, which costs `align` a
-#: fifth). LLVM's and Intel's runtime would never sleep if active, but for the block time, in ms.
+#: How OpenMP's threads wait, in each runtime that torch may use: they spin for a fraction of a
+#: millisecond, then sleep. libgomp's spin count (default 300,000) applies as long as there are no
+#: more threads than cores. With more, the policy sets the count: 1,000 if active, 100 by default,
+#: which costs `align` a fifth. LLVM's and Intel's runtimes, if active, sleep only after the block
+#: time, in ms.
 _WAITING = {"GOMP_SPINCOUNT": "1000", "OMP_WAIT_POLICY": "active", "KMP_BLOCKTIME": "1"}
 _NUM_THREADS = "OMP_NUM_THREADS"
 
 
 def spin_briefly() -> None:
-    """Lets OpenMP's threads soon sleep while they wait, unless the user says how they wait.
+    """Makes idle OpenMP threads go to sleep soon, unless the user has set how they wait.
 
-    By default they spin for long. Beside another program that computes, each then waits for one
-    that the system is not running, and torch becomes up to a hundred times slower
-    (docs/experiments.md, 2026-11-26). The variables are read when torch is loaded, so this comes
-    before.
+    By default they spin for long. If another program computes at the same time, each then waits for
+    a thread that is not scheduled, and torch is up to a hundred times slower (docs/experiments.md,
+    2026-11-26). Call this before torch is loaded, which reads the variables.
     """
     if not any(name in os.environ for name in _WAITING):
         os.environ.update(_WAITING)
 
 
 def use_one_thread() -> None:
-    """Lets torch, not loaded yet, compute in one thread, unless the user says how many.
+    """Makes torch, not loaded yet, use one thread, unless the user has set a number.
 
-    For work so small that threads wait for each other longer than they compute.
+    For work so small that threads spend longer waiting for each other than computing.
     """
     os.environ.setdefault(_NUM_THREADS, "1")
 
 
 def thread_policy() -> str:
-    """How many threads compute and how they wait, in words."""
+    """The number of threads and how they wait, in words."""
     count = os.environ.get(_NUM_THREADS, f"{usable_cores()} (every usable core)")
-    waiting = [f"{name}={os.environ[name]}" for name in _WAITING if name in os.environ]
-    return ", ".join([count, *waiting])
+    return ", ".join([count, *(f"{n}={os.environ[n]}" for n in _WAITING if n in os.environ)])
 
 
 def ahead(
-    executor: Executor,
-    function: Callable[[Item], Result],
-    items: Sequence[Item],
-    num_ahead: int,
+    executor: Executor, function: Callable[[Item], Result], items: Iterable[Item], num_ahead: int
 ) -> Iterator[Result]:
-    """`function` of every item in order, with up to `num_ahead` computed before they are asked for.
+    """`function` of every item in order, with up to `num_ahead` computed in advance.
 
-    Unlike `Executor.map`, it never holds more than that many results.
+    Unlike `Executor.map`, it never holds more results than that.
     """
-    pending = deque(executor.submit(function, item) for item in items[:num_ahead])
-    for number in range(len(items)):
+    rest = iter(items)
+    pending = deque(executor.submit(function, item) for item in islice(rest, num_ahead))
+    while pending:
         result = pending.popleft().result()
-        if number + num_ahead < len(items):
-            pending.append(executor.submit(function, items[number + num_ahead]))
+        pending.extend(executor.submit(function, item) for item in islice(rest, 1))
         yield result

@@ -1,4 +1,4 @@
-"""How the core tells a caller what it is doing, without printing anything itself."""
+"""How the core reports what it is doing, without printing anything itself."""
 
 from __future__ import annotations
 
@@ -11,47 +11,43 @@ class Task(Protocol):
     """One piece of work under way."""
 
     def advance(self, amount: int = 1, **fields: float | int | str) -> None:
-        """Counts `amount` units as done; `fields` are the latest metrics (loss, rate, …)."""
+        """Counts `amount` more units as done; `fields` are the latest metrics (loss, rate, …)."""
 
 
 class Progress(Protocol):
-    """What a use case reports to. The command line draws it; a library caller may ignore it."""
+    """Receives reports. The command line draws them; a library caller may ignore them."""
 
     @contextmanager
     def task(
-        self, description: str, total: int | None = None, unit: str = "", *, noted: bool = False
+        self, description: str, total: int | None = None, unit: str = "", *, summary: bool = True
     ) -> Iterator[Task]:
-        """Opens a piece of work, closed with the block.
+        """Starts a piece of work, which ends with the block.
 
         Args:
-            description: what is done.
-            total: number of its units; None: unknown.
-            unit: their name.
-            noted: whether a note of the caller's says how it went, so that nothing else need.
+            description: what is being done.
+            total: number of units; None: unknown.
+            unit: name of the units.
+            summary: whether to report the end of the work; not needed if a note does.
         """
         ...
 
     def note(self, message: str) -> None:
-        """Something the user should know, one line."""
+        """Reports one line that the user should read."""
 
 
-class _SilentTask:
+class _Silent:
+    @contextmanager
+    def task(
+        self, description: str, total: int | None = None, unit: str = "", *, summary: bool = True
+    ) -> Iterator[Task]:
+        yield self
+
     def advance(self, amount: int = 1, **fields: float | int | str) -> None:
         return
 
-
-class Silent:
-    """A `Progress` that keeps quiet: the default of every use case."""
-
-    @contextmanager
-    def task(
-        self, description: str, total: int | None = None, unit: str = "", *, noted: bool = False
-    ) -> Iterator[Task]:
-        """Opens a piece of work that nobody watches."""
-        yield _SilentTask()
-
     def note(self, message: str) -> None:
-        """Drops the message."""
+        return
 
 
-SILENT = Silent()
+#: Ignores every report: the default of every use case.
+SILENT = _Silent()

@@ -18,15 +18,7 @@ def link_words(
     target_words: list[int],
     threshold: float,
 ) -> set[tuple[int, int]]:
-    """The linked words of one pair, number by number.
-
-    Args:
-        source: states of the source's sub-words, special tokens left out.
-        target: the same of the target.
-        source_words: the word of each sub-word of the source.
-        target_words: the same of the target.
-        threshold: least probability in both directions.
-    """
+    """The linked words of one pair: states and words of both sides' sub-words, without specials."""
     similarity = [[sum(a * b for a, b in zip(s, t, strict=True)) for t in target] for s in source]
     forward = [softmax(row) for row in similarity]
     backward = [softmax(list(column)) for column in zip(*similarity, strict=True)]
@@ -39,7 +31,6 @@ def link_words(
 
 
 def softmax(scores: list[float]) -> list[float]:
-    """Probabilities from scores."""
     highest = max(scores)
     parts = [math.exp(score - highest) for score in scores]
     return [part / sum(parts) for part in parts]
@@ -47,14 +38,7 @@ def softmax(scores: list[float]) -> list[float]:
 
 @torch.no_grad()
 def sentence_states(model, tokenizer, words: list[str], layer: int) -> tuple[Tensor, list[int]]:
-    """The states of one sentence's sub-words and the word of each, without special tokens.
-
-    Args:
-        model: an encoder of transformers.
-        tokenizer: its fast tokenizer.
-        words: the sentence.
-        layer: whose output, counted from 1.
-    """
+    """The states of a sentence's sub-words and the word of each; layers count from 1."""
     inputs = tokenizer(words, is_split_into_words=True, return_tensors="pt")
     states = model(**inputs.to(model.device), output_hidden_states=True).hidden_states[layer][0]
     places = [place for place, word in enumerate(inputs.word_ids(0)) if word is not None]

@@ -46,6 +46,10 @@ def _keys(numbers):
     return packed_keys(number.to_bytes(16, "little") for number in numbers)
 
 
+def _all(vectors):
+    return vectors.rows(np.arange(len(vectors)))
+
+
 def _compute(items):
     """One by one, each item's number and its negative."""
     for item in items:
@@ -230,7 +234,7 @@ def test_a_shard_of_another_width_is_computed_again(tmp_path):
     VectorCache(tmp_path, 3).get(_keys(range(2)), ones(3), "x")
     (wide,) = tmp_path.iterdir()
     vectors = VectorCache(tmp_path, 2).get(_keys(range(2)), ones(2), "x")
-    assert torch.equal(vectors.all(), torch.ones(2, 2))
+    assert torch.equal(_all(vectors), torch.ones(2, 2))
     assert not wide.exists() and len(list(tmp_path.iterdir())) == 1
 
 
@@ -270,12 +274,12 @@ def test_a_configuration_is_part_of_its_encoder(clip, tmp_path, kind):
 def test_vectors_come_in_the_order_of_the_keys(tmp_path):
     cache = VectorCache(tmp_path, 2)
     keys = _keys(range(10))
-    first = cache.get(keys[5:], _compute, "x").all()
+    first = _all(cache.get(keys[5:], _compute, "x"))
     assert first[:, 0].tolist() == [0, 1, 2, 3, 4]
     # Items 5 to 9 are there under their keys; the others are computed by their places.
     order = [7, 2, 9, 0]
     mixed = cache.get(keys[order], _compute, "x")
-    assert mixed.all()[:, 0].tolist() == [2, 1, 4, 3]
+    assert _all(mixed)[:, 0].tolist() == [2, 1, 4, 3]
     assert mixed.rows(np.array([3, 0, 0])).tolist() == [[3, -3], [2, -2], [2, -2]]
 
 
@@ -289,7 +293,7 @@ def test_vectors_lie_in_several_shards(tmp_path, monkeypatch):
     monkeypatch.setattr("clseave_cli.core.features._SHARD_BYTES", 4 * 2 * 4)
     vectors = VectorCache(tmp_path, 2).get(_keys(range(10)), _compute, "x")
     assert len(list(tmp_path.iterdir())) == 3
-    assert vectors.all()[:, 0].tolist() == list(range(10))
+    assert _all(vectors)[:, 0].tolist() == list(range(10))
     assert vectors.rows(np.array([9, 0, 5])).tolist() == [[9, -9], [0, 0], [5, -5]]
 
 
@@ -314,7 +318,7 @@ def test_what_was_computed_before_an_interruption_is_kept(tmp_path, reason):
 
     vectors = cache.get(_keys(range(3)), rest, "x")
     assert asked == [2]
-    assert vectors.all().tolist() == [[0, 0], [1, -1], [2, -2]]
+    assert _all(vectors).tolist() == [[0, 0], [1, -1], [2, -2]]
 
 
 def test_nothing_is_written_of_a_computation_that_failed_at_once(tmp_path):
@@ -339,7 +343,7 @@ def test_what_is_computed_is_written_from_time_to_time(tmp_path, monkeypatch):
 
     vectors = VectorCache(tmp_path, 2).get(_keys(range(6)), compute, "x")
     assert written == [0, 0, 1, 1, 1, 2]  # a minute is over after three
-    assert vectors.all()[:, 0].tolist() == list(range(6))
+    assert _all(vectors)[:, 0].tolist() == list(range(6))
 
 
 def _fill(folder, start, barrier):
@@ -351,7 +355,7 @@ def _fill(folder, start, barrier):
         for item in items:
             yield torch.full((1, 4), float(start + item))
 
-    vectors = cache.get(keys, compute, "x").all()
+    vectors = _all(cache.get(keys, compute, "x"))
     os._exit(0 if vectors[:, 0].tolist() == list(range(start, start + 300)) else 3)
 
 
@@ -372,7 +376,7 @@ def test_two_processes_fill_one_cache(tmp_path):
         raise AssertionError(f"{len(items)} vectors were lost")
         yield
 
-    vectors = VectorCache(tmp_path / "shared", 4).get(_keys(range(450)), never, "x").all()
+    vectors = _all(VectorCache(tmp_path / "shared", 4).get(_keys(range(450)), never, "x"))
     assert np.array_equal(vectors[:, 3].numpy(), np.arange(450))
 
 
@@ -404,8 +408,8 @@ def test_sentences_that_are_too_long_are_counted_and_one_is_named(text):
     assert sentences.index.tolist() == [0, 1, 2, 1, 3]
     assert sentences.tokens.num_truncated == 2
     assert notes.lines == [
-        "f.jsonl:2: too long for the encoder, as are 2 distinct sentences in all: "
-        "cut to 32 tokens, the terminal token kept."
+        "f.jsonl:2: one of 2 distinct sentences that are too long for the encoder; "
+        "truncated to 32 tokens with the terminal token."
     ]
 
 

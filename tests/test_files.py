@@ -63,12 +63,12 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(
     other = "align-de" if command == "finetune-ve" else "clip-ve"
     before = tree(photos), tree(models), (home / "thesis.tex").read_text()
     for out, words, code in (
-        (photos, "is there already (with images, rows.jsonl) and is not", 2),
-        (models, "is there already (with align-de, align-nl and 1 more) and is not", 2),
-        (models / other, "is there already (with README.md, calibration.json and", 2),
+        (photos, "already exists (with images, rows.jsonl) and is not", 2),
+        (models, "already exists (with align-de, align-nl and 1 more) and is not", 2),
+        (models / other, "already exists (with README.md, calibration.json and", 2),
         (home, "is the home directory, or contains it", 2),
         (tmp_path.parent, "is the home directory, or contains it", 2),
-        (photos / "rows.jsonl", "is not a folder; choose another place for the output.", 1),
+        (photos / "rows.jsonl", "is not a folder; choose another output.", 1),
     ):
         error = refused(*writers[command], out, code=code)
         if command == "curve" and "already" in words:  # it lies in a folder of many things
@@ -131,7 +131,7 @@ def test_a_demo_leaves_a_folder_of_the_users_alone(refused, tmp_path):
         (out / name).mkdir(parents=True)
         (out / name / "thesis.tex").write_text("the user's")
         error = refused("demo", "--out", out, code=2)
-        assert f"{out / name}: is there already (with thesis.tex) and is not" in error
+        assert f"{out / name}: already exists (with thesis.tex) and is not" in error
         assert tree(out) == {f"{name}/thesis.tex": b"the user's"}
 
 

@@ -114,7 +114,7 @@ def init(commands: Mapping[str, type[StageConfig]]) -> Callable[[], None]:
         from clseave_cli.core.files import writing
 
         if _PROJECT_FILE.exists():
-            raise UsageError(f"{_PROJECT_FILE}: is there already and stays as it is.")
+            raise UsageError(f"{_PROJECT_FILE}: already exists and stays as it is.")
         with writing(_PROJECT_FILE), _PROJECT_FILE.open("x", encoding="utf-8") as stream:
             stream.write(project_template(commands))
         terminal.say(f"{_PROJECT_FILE}: remove the # before what you change")

@@ -173,7 +173,7 @@ class TerminalProgress:
 
     @contextmanager
     def task(
-        self, description: str, total: int | None = None, unit: str = "", *, noted: bool = False
+        self, description: str, total: int | None = None, unit: str = "", *, summary: bool = True
     ) -> Iterator[Task]:
         """Draws one piece of work until the block ends; then a line stands for it.
 
@@ -186,7 +186,7 @@ class TerminalProgress:
             finally:
                 if bars is not None and task.bar is not None:
                     bars.remove_task(task.bar)
-        if not noted and (is_outermost or bars is None):
+        if summary and (is_outermost or bars is None):
             task.end()
 
     @contextmanager

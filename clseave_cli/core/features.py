@@ -1,10 +1,9 @@
 """Content-addressed caches: image features and teacher embeddings, computed once.
 
-A cache is a folder of immutable shards, one per burst of new vectors. Each shard is a safetensors
-file of keys and vectors, named by the digest of its own bytes: a shard that does not match its name
-is damaged, is removed, and what it held is computed again. Several processes may fill one cache;
-at worst they do the same work twice. Sound shards are memory-mapped: vectors take room on the disk,
-not in memory, until they are asked for.
+A cache is a folder of immutable shards. Each is a safetensors file of keys and vectors, named after
+the digest of its bytes; one that does not match its name is damaged, so it is removed and its
+vectors are computed again. Several processes may fill one cache; at worst they do the same work
+twice. Shards are memory-mapped: vectors are read from the disk only when needed.
 
 Legend: N rows · U distinct items · D width of a vector · E width of a photo's features.
 """
@@ -30,7 +29,7 @@ import torch
 from PIL.Image import Image
 from safetensors.torch import load_file, save
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from clseave_cli.core.data.images import ImageFolder, open_image
 from clseave_cli.core.data.records import Split, distinct
@@ -44,19 +43,17 @@ from clseave_cli.errors import ClseaveError, DataError
 from clseave_cli.processes import ahead, usable_cores
 from clseave_cli.progress import SILENT, Progress, Task
 
-#: A shard is written when so much waits for it, or when the last one is so old: what a crash costs
-#: is little, and the files are few.
+#: A shard is written at this size or age, so that a crash loses little and files stay few.
 _SHARD_BYTES = 128 * 2**20
 _SHARD_SECONDS = 60.0
 _IMAGE_BATCH = {"cuda": 256, "cpu": 64}
-#: Photos that a core decodes at a time: so few that all cores have work, even for a small split.
+#: Photos in a group, which one core decodes: few, so that even a small split occupies all cores.
 _DECODED_AT_ONCE = 32
-#: So many groups of these are decoded while others are encoded: one for each core, within these
-#: bounds. One is 19 MB of float32 at 224 × 224, and as much again for its photos while in work.
+#: Groups decoded ahead of the encoder: one per core, within these bounds. A group is 19 MB of
+#: float32 at 224 × 224, and as much again while it is decoded.
 _FEWEST_AHEAD, _MOST_AHEAD = 4, 32
-#: With fewer groups for each, starting processes takes longer than they save. An estimate.
+#: With fewer groups per process, starting processes costs more than it saves. An estimate.
 _GROUPS_A_PROCESS = 4
-#: Sentences tokenised at a time.
 _SENTENCES_AT_ONCE = 65_536
 _KEY_BYTES = 16
 _MISSING = -1
@@ -67,12 +64,7 @@ Keys = npt.NDArray[np.void]
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """Vectors of distinct items, and which of them each row of the data uses.
-
-    Attributes:
-        vectors: of U items.
-        index: (N,) item per row of the data.
-    """
+    """Vectors of U distinct items, and (N,) the item of each row of the data."""
 
     vectors: Vectors
     index: npt.NDArray[np.intp]
@@ -84,12 +76,7 @@ class Features:
 
 @dataclass(frozen=True, eq=False)
 class Sentences:
-    """The distinct sentences of some rows as tokens, and which of them each row has.
-
-    Attributes:
-        tokens: U tokenised sentences.
-        index: (N,) sentence per row.
-    """
+    """U distinct sentences as tokens, and (N,) the sentence of each row of the data."""
 
     tokens: TokenTable
     index: npt.NDArray[np.intp]
@@ -101,21 +88,14 @@ def tokenize_sentences(
     where: Callable[[int], str],
     progress: Progress = SILENT,
 ) -> Sentences:
-    """Tokenises the sentences of N rows; those that are too long are cut, counted and told.
-
-    Args:
-        encoder: the encoder to tokenise for.
-        sentences: N of them, repeats included.
-        where: `file:line` of a row.
-        progress: told about sentences that were cut.
-    """
+    """Tokenises the sentences of N rows; notes truncated ones with `where`, a row's `file:line`."""
     texts, index = distinct(sentences)
     tokens = encoder.tokenize(texts)
     if tokens.num_truncated:
         first = int(np.argmax(tokens.truncated[index]))
         progress.note(
-            f"{where(first)}: too long for the encoder, as are {tokens.num_truncated} distinct "
-            f"sentences in all: cut to {encoder.max_tokens} tokens, the terminal token kept."
+            f"{where(first)}: one of {tokens.num_truncated} distinct sentences that are too long "
+            f"for the encoder; truncated to {encoder.max_tokens} tokens with the terminal token."
         )
     return Sentences(tokens, index)
 
@@ -126,13 +106,9 @@ def by_rows(
     photos: Features,
     rows_at_once: int,
 ) -> Tensor:
-    """What a head says of N rows, (N, …); their photos are read from the disk a block at a time.
+    """(N, …) outputs of a head for (N, D) hypotheses, with photos read from the disk in blocks.
 
-    Args:
-        compute: gives (B, …) for (B, D) sentence embeddings and (B, E) photos.
-        hypotheses: (N, D) sentence embeddings.
-        photos: of the N rows.
-        rows_at_once: B.
+    `compute` maps (B, D) sentence embeddings and (B, E) photos to (B, …).
     """
 
     def block(start: int) -> Tensor:
@@ -144,7 +120,7 @@ def by_rows(
 
 
 def embed_rows(encoder: SentenceEncoder, sentences: Sentences) -> Tensor:
-    """(N, D) float32 embeddings of the rows' sentences; several processes share the work out."""
+    """(N, D) float32 embeddings of the rows' sentences; all processes share the work."""
     tokens = sentences.tokens
     shard = processes().shard(np.arange(len(tokens)))
     embeddings = processes().gather(
@@ -159,9 +135,9 @@ class Photos:
     """The files of N named images.
 
     Attributes:
-        paths: where they are.
+        paths: the files.
         where: `file:line` that first names each.
-        keys: (N,) digests of their content.
+        keys: (N,) digests of their contents.
     """
 
     paths: list[Path]
@@ -170,15 +146,10 @@ class Photos:
 
     @classmethod
     def named(cls, names: Sequence[str], where: list[str], images: ImageFolder) -> Photos:
-        """Finds and reads images, and decodes none.
-
-        Args:
-            names: N names, as the data spell them.
-            where: `file:line` that first names each.
-            images: where to find them.
+        """Finds images by their names in the data, and digests the files without decoding them.
 
         Raises:
-            DataError: an image is missing; the line that names it is in the message.
+            DataError: an image is missing; names the line.
         """
         paths = [images.find(name, place) for name, place in zip(names, where, strict=True)]
         with ThreadPoolExecutor() as pool:
@@ -193,13 +164,11 @@ class Photos:
             DataError: as `named`.
         """
         _, first = np.unique(split.image_index, return_index=True)
-        # Rows without an image, if there are any, come before the others.
-        rows = first[len(first) - len(split.image_names) :]
-        where = [split.where(row) for row in rows]
-        return cls.named(split.image_names, where, images)
+        rows = first[len(first) - len(split.image_names) :]  # index -1, no image, is sorted first
+        return cls.named(split.image_names, [split.where(row) for row in rows], images)
 
     def digest(self) -> str:
-        """One digest of what all of them show; their order counts."""
+        """A digest of all contents in order."""
         return hashlib.blake2b(self.keys.tobytes(), digest_size=32).hexdigest()
 
 
@@ -211,33 +180,26 @@ def image_features(
     autocast: Autocast,
     progress: Progress = SILENT,
 ) -> Features:
-    """The projected features of every row's image, from the cache where they are there.
+    """The projected features of every row's image, cached.
 
-    With the patches of each image (`ImageEncoder.patch_grid`) they are in half precision. Where
-    blocks of the tower are trained, they are what the first of these reads (`ImageEncoder.states`),
-    in half precision too.
-
-    Args:
-        encoder: the image tower, as it was loaded.
-        split: N rows; or only its name, and every image is a row.
-        photos: `Photos.of` the split.
-        autocast: the arithmetic.
-        progress: reports what is computed.
+    With patches (`ImageEncoder.patch_grid`), they are in half precision. If blocks of the tower are
+    trained, they are instead the inputs of the first such block (`ImageEncoder.states`), also in
+    half precision. If `split` is only a name, each photo is a row.
 
     Raises:
-        DataError: an image is damaged; the line that names it is in the message.
+        DataError: an image is damaged; names the line.
     """
     name = split if isinstance(split, str) else split.name
-    # Two names may stand for the same picture.
+    # The same picture may have two names.
     keys, path_of_key, key_of_path = np.unique(photos.keys, return_index=True, return_inverse=True)
 
     def decode(item: int) -> Image:
         path = photos.paths[item]
         try:
-            # The bytes that are decoded are those that the key stands for, or the cache would give
-            # another photo's vector from now on.
             content = path.read_bytes()
-            if packed_keys([_picture_key(content)])[0] != photos.keys[item]:
+            # If the file has changed since, its vector would be cached under the old key.
+            digest = hashlib.blake2b(content, digest_size=32).digest()  # as `file_digest`
+            if packed_keys([digest[:_KEY_BYTES]])[0] != photos.keys[item]:
                 raise DataError(f"{path}: replaced while it was being read; run the command again.")
             return open_image(content, str(path))
         except DataError as error:
@@ -246,7 +208,7 @@ def image_features(
             raise DataError(f"{photos.where[item]}: {path}: {error.strerror}.") from None
 
     def pixels(items: list[int]) -> Tensor:
-        # Preprocessed together: half the cost of one by one.
+        # Preprocessing a group costs half as much as one by one.
         return encoder.preprocess([decode(item) for item in items])
 
     grid, width = encoder.patch_grid, encoder.premise_width
@@ -261,7 +223,7 @@ def image_features(
         items = path_of_key[missing].tolist()
         if dtype == torch.float16:
             length = encoder.state_width if encoder.num_trained else encoder.embedding_dim
-            advice = "" if encoder.num_trained else "; --patch-grid makes them fewer"
+            advice = "" if encoder.num_trained else "; --patch-grid reduces their number"
             progress.note(
                 f"{name}: {len(items):,} photos × {width // length} vectors × {length} × 2 "
                 f"bytes = {len(items) * width * 2 / 1e9:.2f} GB into {folder}{advice}."
@@ -276,19 +238,18 @@ def image_features(
 
     cache = VectorCache(folder, width, dtype)
     vectors = cache.get(keys, compute, f"{name}: image features", progress)
-    return Features(
-        vectors, key_of_path if isinstance(split, str) else key_of_path[split.image_index]
-    )
+    index = key_of_path if isinstance(split, str) else key_of_path[split.image_index]
+    return Features(vectors, index)
 
 
 def _decoded(
     pixels: Callable[[list[int]], Tensor], groups: list[list[int]], device: torch.device
 ) -> Iterator[Tensor]:
-    """What `pixels` makes of each group of photos, in order; all cores work ahead.
+    """`pixels` of each group of photos, in order, decoded ahead on all cores.
 
-    For a GPU they only decode and resize, and many photos keep processes busy: threads wait for
-    each other's interpreter lock, and for that of the thread that starts kernels. 16 cores decode
-    1,900 photos a second in threads and 3,000 in processes (docs/experiments.md, 2026-11-26).
+    For a GPU, many photos are decoded in processes: threads compete for the interpreter lock with
+    each other and with the one that launches kernels. 16 cores decode 1,900 photos a second in
+    threads and 3,000 in processes (docs/experiments.md, 2026-11-26).
     """
 
     def locked(group: list[int]) -> Tensor:
@@ -299,9 +260,9 @@ def _decoded(
     if device.type == "cuda" and many and not multiprocessing.current_process().daemon:
         first, groups = locked(groups[0]), groups[1:]
         yield first
-        # Each process has up to three results on the way.
+        # Each process may hold three results.
         if _shared_bytes() >= 3 * first.nbytes * num_workers * processes().count:
-            for part in _by_processes(_Groups(pixels, groups), num_workers):
+            for part in _by_processes(pixels, groups, num_workers):
                 yield page_locked(part, device)
             return
     num_ahead = min(max(_FEWEST_AHEAD, usable_cores()), _MOST_AHEAD)
@@ -309,55 +270,42 @@ def _decoded(
         yield from ahead(decoders, locked, groups, num_ahead)
 
 
-@dataclass(frozen=True)
-class _Groups(Dataset[Tensor | Exception]):
-    """Groups of photos, decoded; an error as it is, for a loader would rewrite its message."""
-
-    pixels: Callable[[list[int]], Tensor]
-    groups: list[list[int]]
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-    def __getitem__(self, number: int) -> Tensor | Exception:
+def _by_processes(
+    pixels: Callable[[list[int]], Tensor], groups: list[list[int]], num_workers: int
+) -> Iterator[Tensor]:
+    def decode(group: list[int]) -> Tensor | Exception:
         try:
-            return self.pixels(self.groups[number])
+            return pixels(group)
         except Exception as error:
-            return error
+            return error  # if raised, the loader would rewrite its message
 
-
-def _by_processes(groups: _Groups, num_workers: int) -> Iterator[Tensor]:
-    """Every group in order.
-
-    Raises:
-        ClseaveError: a process was killed.
-    """
-    loader = DataLoader(
-        groups,
+    loader: Iterable[Tensor | Exception] = DataLoader(
+        groups,  # type: ignore[arg-type]
         batch_size=None,
+        collate_fn=decode,
         num_workers=num_workers,
         multiprocessing_context="fork",
-        # Out of the group that Ctrl-C and SIGTERM go to: this process ends them.
+        # Outside the process group that receives Ctrl-C and SIGTERM: this process ends them.
         worker_init_fn=lambda _: os.setsid(),
-        # Of its own: the seeds of its workers shall not move the one that trains.
+        # Seeding the workers must not advance the generator used in training.
         generator=torch.Generator(),
     )
     try:
-        for made in loader:
-            if isinstance(made, Exception):
-                raise made
-            yield made
+        for part in loader:
+            if isinstance(part, Exception):
+                raise part
+            yield part
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
         raise ClseaveError(
-            "a process that decodes photos was killed, perhaps for want of memory; what was "
-            "computed is kept. Run the command again."
+            "a process that decodes photos was killed, perhaps for lack of memory; finished "
+            "features are saved. Run the command again."
         ) from None
 
 
 def _shared_bytes() -> int:
-    """How much memory processes can share; a container often has 64 MB. 0: none, as on Windows."""
+    """Free shared memory, often 64 MB in a container; 0: none, as on Windows."""
     try:
         return shutil.disk_usage("/dev/shm").free
     except OSError:
@@ -365,12 +313,7 @@ def _shared_bytes() -> int:
 
 
 def premises_now(encoder: ImageEncoder, photos: Features) -> Features:
-    """The features of photos by the tower as it is, in memory, where `photos` are states of it.
-
-    Args:
-        encoder: the image tower; one of which nothing is trained gives the photos as they are.
-        photos: what `image_features` gave.
-    """
+    """Current features, in memory, of photos from `image_features`; unchanged if not trained."""
     if not encoder.num_trained:
         return photos
     dtype = torch.float16 if encoder.patch_grid else torch.float32
@@ -391,10 +334,9 @@ def sentence_embeddings(
     description: str,
     progress: Progress = SILENT,
 ) -> Vectors:
-    """The embeddings of U distinct sentences by a frozen encoder, from the cache where there."""
+    """The embeddings of U distinct sentences by a frozen encoder, cached."""
     keys = packed_keys(
-        hashlib.blake2b(sentence.encode(), digest_size=_KEY_BYTES).digest()
-        for sentence in sentences
+        hashlib.blake2b(text.encode(), digest_size=_KEY_BYTES).digest() for text in sentences
     )
 
     def compute(missing: npt.NDArray[np.intp]) -> Iterator[Tensor]:
@@ -410,18 +352,12 @@ def sentence_embeddings(
 
 
 def _folder(kind: str, encoder: ImageEncoder | SentenceEncoder, autocast: Autocast) -> Path:
-    """A folder per encoder and arithmetic: bfloat16 vectors are not float32 ones."""
+    """A folder per encoder and arithmetic: bfloat16 vectors differ from float32 ones."""
     return cache_root() / kind / f"{encoder.digest()}-{autocast.precision}"
 
 
 class Vectors:
-    """(U, D) vectors that stay on disk, memory-mapped, until they are asked for.
-
-    Args:
-        count: U.
-        width: D.
-        dtype: of the numbers.
-    """
+    """(U, D) vectors in memory-mapped shards, for `count` U and `width` D."""
 
     def __init__(self, count: int, width: int, dtype: torch.dtype = torch.float32) -> None:
         self.width, self.dtype = width, dtype
@@ -438,21 +374,17 @@ class Vectors:
         shard_of, row_of = self._shard_of[items], self._row_of[items]
         for number in np.unique(shard_of):
             places = np.flatnonzero(shard_of == number)
-            # By torch, which lets other threads go on while the disk is read; numpy does not.
+            # Unlike NumPy, torch lets other threads run while the disk is read.
             rows = torch.from_numpy(row_of[places])
             vectors[torch.from_numpy(places)] = self._shards[number][rows]
         return vectors
 
-    def all(self) -> Tensor:
-        """(U, D) all of them, in memory."""
-        return self.rows(np.arange(len(self)))
-
     def missing(self) -> npt.NDArray[np.intp]:
-        """The items that no shard holds yet."""
+        """The items in no shard yet."""
         return np.flatnonzero(self._shard_of == _MISSING)
 
     def add(self, shard: Tensor, items: npt.NDArray[np.intp], rows: npt.NDArray[np.intp]) -> None:
-        """Says that a mapped shard holds some items, in the given rows of it."""
+        """Registers a memory-mapped shard that holds the items in the given rows."""
         self._shard_of[items] = len(self._shards)
         self._row_of[items] = rows
         self._shards.append(shard)
@@ -461,10 +393,7 @@ class Vectors:
 class VectorCache:
     """Vectors by content key, in one folder.
 
-    Args:
-        folder: a folder per kind of vector: its name must stand for everything that decides them.
-        width: D; shards of another width are damaged.
-        dtype: of the numbers.
+    The folder's name must identify everything that the vectors depend on, except their keys.
     """
 
     def __init__(self, folder: Path, width: int, dtype: torch.dtype = torch.float32) -> None:
@@ -478,19 +407,14 @@ class VectorCache:
         description: str,
         progress: Progress = SILENT,
     ) -> Vectors:
-        """The vectors of U distinct keys; what is not there is computed and kept.
+        """The vectors of U distinct keys; missing ones are computed and cached.
 
-        Several processes (`torchrun`) share the work out. An error or an interruption in between
-        loses nothing of what was computed before it.
-
-        Args:
-            keys: (U,) see `packed_keys`.
-            compute: yields the vectors of the given items in order, in batches of any size.
-            description: what the progress bar says.
-            progress: reports what is computed.
+        Several processes (`torchrun`) share the work. Vectors computed before an error or an
+        interruption are saved. `compute` yields the vectors of the given items in order, in
+        batches of any size.
 
         Raises:
-            ClseaveError: the disk is full, or does not keep what is written.
+            ClseaveError: the disk is full, or written shards cannot be read back.
         """
         vectors = Vectors(len(keys), self._width, self._dtype)
         if not len(keys):
@@ -498,8 +422,8 @@ class VectorCache:
         order = np.argsort(keys)
         mapped: set[Path] = set()
         self._find(vectors, keys, order, mapped)
-        # The second time only what another process was to compute and is not there: it was
-        # damaged at once, or lies on a disk that this one does not see.
+        # In the second round, each process computes what it still misses of the others' work:
+        # shards that were damaged at once, or are on a disk that this process does not see.
         for shard in (processes().shard, lambda items: items):
             processes().wait()
             todo = shard(vectors.missing())
@@ -510,8 +434,8 @@ class VectorCache:
             self._find(vectors, keys, order, mapped)
         if len(vectors.missing()):
             raise ClseaveError(
-                f"{self._folder}: what was just written there cannot be read back; is the folder "
-                "being emptied, or the disk damaged? CLSEAVE_CACHE names another."
+                f"{self._folder}: shards just written cannot be read back; is the folder being "
+                "emptied, or the disk damaged? Set CLSEAVE_CACHE to use another folder."
             )
         return vectors
 
@@ -523,7 +447,7 @@ class VectorCache:
         task: Task,
     ) -> None:
         done = 0
-        # Vectors wait together with their items: an interruption may come between any two lines.
+        # Vectors with their items: an interruption may come between any two lines.
         waiting: list[tuple[npt.NDArray[np.intp], Tensor]] = []
         written_at = time.monotonic()
 
@@ -543,43 +467,36 @@ class VectorCache:
                     write()
                     written_at = time.monotonic()
         finally:
-            # At the end, and at Ctrl-C or a damaged image too: what is computed stays computed.
-            write()
+            write()  # also after Ctrl-C or a damaged image
 
     def _find(
         self, vectors: Vectors, keys: Keys, order: npt.NDArray[np.intp], mapped: set[Path]
     ) -> None:
-        """Notes what the shards hold that are not mapped yet; removes damaged ones."""
+        """Maps new shards and registers what they hold; removes damaged ones."""
         for path in sorted(self._folder.glob("*.safetensors")):
             if path in mapped:
                 continue
             try:
-                said = path.stat()
-                if _shard_digest(path, said.st_size, said.st_mtime_ns) != path.stem:
-                    path.unlink(missing_ok=True)
-                    continue
-                shard = load_file(path)
+                status = path.stat()
+                is_sound = _shard_digest(path, status.st_size, status.st_mtime_ns) == path.stem
+                shard = load_file(path) if is_sound else {}
             except (DataError, OSError):
                 continue  # another process removed it
-            if shard["vectors"].shape != (len(shard["keys"]), self._width):
+            if not shard or shard["vectors"].shape != (len(shard["keys"]), self._width):
                 path.unlink(missing_ok=True)
                 continue
             mapped.add(path)
             shard_keys = _as_keys(shard["keys"].numpy())
-            places = np.searchsorted(keys, shard_keys, sorter=order)
-            places[places == len(keys)] = 0
-            items = order[places]
+            # The place of each key among the sorted ones; not all are requested.
+            positions = np.searchsorted(keys, shard_keys, sorter=order)
+            items = order[np.minimum(positions, len(keys) - 1)]
             rows = np.flatnonzero(keys[items] == shard_keys)
             if len(rows):
                 vectors.add(shard["vectors"], items[rows], rows)
 
     def _write(self, keys: Keys, vectors: Tensor) -> None:
-        content = save(
-            {
-                "keys": torch.from_numpy(keys.view(np.uint8).reshape(-1, _KEY_BYTES)),
-                "vectors": vectors.contiguous(),
-            }
-        )
+        key_bytes = torch.from_numpy(keys.view(np.uint8).reshape(-1, _KEY_BYTES))
+        content = save({"keys": key_bytes, "vectors": vectors.contiguous()})
         name = hashlib.blake2b(content, digest_size=_KEY_BYTES).hexdigest()
         with atomic_file(self._folder / f"{name}.safetensors") as stream:
             stream.write(content)
@@ -587,19 +504,14 @@ class VectorCache:
 
 @functools.lru_cache(maxsize=1024)
 def _shard_digest(path: Path, size: int, modified_ns: int) -> str:
-    """The digest of a file's bytes: a shard is read through once, not once a language."""
+    """The digest of a shard, which is read once, not once a language."""
     return file_digest(path, _KEY_BYTES)
 
 
-def _picture_key(content: bytes) -> bytes:
-    """The key of a picture, the beginning of `file_digest`."""
-    return hashlib.blake2b(content, digest_size=32).digest()[:_KEY_BYTES]
-
-
 def packed_keys(digests: Iterable[bytes]) -> Keys:
-    """Keys of `VectorCache.get`, from digests of 16 bytes each."""
+    """Keys for `VectorCache.get`, from digests of 16 bytes."""
     packed = bytearray()
-    for digest in digests:  # not joined: a list of millions of them would be larger than the result
+    for digest in digests:  # `join` would first make a list of millions, larger than the result
         packed += digest
     return _as_keys(np.frombuffer(packed, dtype=np.uint8))
 

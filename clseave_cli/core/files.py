@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and never in place of something else."""
+"""Files and folders that appear whole or not at all, and never replace something unrelated."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +19,15 @@ from typing import Any, BinaryIO
 
 from clseave_cli.errors import ClseaveError, DataError, ModelError, UsageError
 
-#: Above this many files one sync of everything is faster than one each (thousands of pictures).
+#: Above this many files (thousands of pictures), one sync of everything is faster than one each.
 _MOST_SINGLE_SYNCS = 100
 _NOT_WRITABLE = ("EACCES", "EROFS", "EPERM", "ENOTDIR", "EEXIST", "EISDIR", "ELOOP", "ENAMETOOLONG")
-#: Of file systems without locks (Lustre without `flock`, NFS without its daemon).
+#: Errors of file systems without locks (Lustre without `flock`, NFS without its daemon).
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
-#: renameat2(2): paths as for rename(2), and the flag that swaps two of them.
+#: Arguments of renameat2(2): paths as in rename(2); swap the two.
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
-#: Options whose folders no output may replace or contain.
+#: Options whose folders an output must neither replace nor contain.
 _INPUTS = (
     "data", "images", "runs", "teacher", "clip", "text", "vision", "student", "students",
     "autoencoder", "guided", "init_from",
@@ -38,26 +38,26 @@ _LITTER = r"(.*/)?(\.DS_Store|\.nfs[0-9a-f]+)"
 
 @contextmanager
 def writing(target: Path) -> Iterator[None]:
-    """Turns a full or read-only disk met inside the block into a `ClseaveError` naming `target`."""
+    """Turns the errors of a full or read-only disk into a `ClseaveError` that names `target`."""
     try:
         yield
     except Exception as error:
-        # Of blocks inside one another the outer one has the name that the user knows.
+        # In nested blocks, the outermost one names what the user knows.
         cause = (error.__cause__ if type(error) is ClseaveError else None) or error
-        # safetensors and tokenizers write from Rust, and give the system's error only in words.
-        words = re.search(r"\(os error (\d+)\)", str(cause))
-        number = cause.errno if isinstance(cause, OSError) else int(words[1]) if words else 0
+        # safetensors and tokenizers write from Rust; the error number is only in the message.
+        message = re.search(r"\(os error (\d+)\)", str(cause))
+        number = cause.errno if isinstance(cause, OSError) else int(message[1]) if message else 0
         if "Symlink loop" in str(cause):  # pathlib's RuntimeError
             number = errno.ELOOP
         name = errno.errorcode.get(number or 0, "")
         if name in ("ENOSPC", "EDQUOT", "EFBIG"):
             raise ClseaveError(
-                f"{target}: the disk is full; what was there before is untouched. "
+                f"{target}: the disk is full; existing files are untouched. "
                 "Free some space and run the same command again."
             ) from cause
-        # Nothing can be made there (/proc), or somebody removed the folder meanwhile.
-        place = Path(os.path.realpath(getattr(cause, "filename", None) or os.curdir)).parent
-        is_gone = name == "ENOENT" and place in Path(os.path.realpath(target)).parents
+        # Nothing can be created there (/proc), or the folder was removed meanwhile.
+        parent = Path(os.path.realpath(getattr(cause, "filename", None) or os.curdir)).parent
+        is_gone = name == "ENOENT" and parent in Path(os.path.realpath(target)).parents
         if name in _NOT_WRITABLE or is_gone:
             raise ClseaveError(
                 f"{target}: cannot be written ({os.strerror(number or 0)}); choose another folder."
@@ -71,10 +71,10 @@ class Kind:
 
     Attributes:
         name: for messages, such as `a report`.
-        members: regular expression of the paths of its files; the files that a model's
-            `config.json` lists are members too.
-        marker: a JSON file that every such folder has; empty: the members are proof enough.
-        marks: whether the object in the marker is that of this kind.
+        members: regular expression that matches the paths of its files; those listed in a
+            `config.json` are members, too.
+        marker: a JSON file in every such folder; empty: the members suffice.
+        marks: whether the marker's content is of this kind.
     """
 
     name: str
@@ -84,47 +84,43 @@ class Kind:
 
 
 def require_replaceable(out: Path, kind: Kind | None, config: object = None) -> None:
-    """Refuses an output folder that would take the place of something else.
+    """Refuses an output folder that would replace something else.
 
-    A folder is replaced as a whole. So `out` must be new, empty, or of the same kind without any
-    other file in it, and must not contain an input of the command, the working directory or the
-    home directory. Every command calls this before it works and again before it writes.
-
-    Args:
-        out: the folder to write.
-        kind: what will be written; None: `out` must be new or empty.
-        config: the command's options, whose input folders are protected.
+    A folder is replaced as a whole. So `out` must be new, empty, or of the same kind with no other
+    files in it, and must not contain an input of the command, the working directory or the home
+    directory. Every command calls this before it starts and again before it writes. `kind` None
+    requires a new or empty folder; `config` has the options that name inputs.
 
     Raises:
-        UsageError: something else stands there; names it.
-        ClseaveError: `out` is a file, lies below one, or cannot be written.
+        UsageError: `out` is or contains something else; names it.
+        ClseaveError: `out` is a file, is below one, or cannot be written.
     """
     for path in (out, *out.parents):
         if os.path.lexists(path) and not path.is_dir():
-            raise ClseaveError(f"{path}: is not a folder; choose another place for the output.")
+            raise ClseaveError(f"{path}: is not a folder; choose another output.")
     with writing(out):
-        place = out.resolve()
+        folder = out.resolve()
         for name, protected in _protected(config):
-            if protected.resolve().is_relative_to(place):
+            if protected.resolve().is_relative_to(folder):
                 raise UsageError(
                     f"{out}: is {name}, or contains it, and would be replaced as a whole; "
                     "choose another folder."
                 )
-        if not os.access(next(path for path in place.parents if path.exists()), os.W_OK | os.X_OK):
+        if not os.access(next(path for path in folder.parents if path.exists()), os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, "no write permission")
-        names = sorted(path.name for path in place.iterdir()) if place.exists() else []
-        if names and (kind is None or not kind.marks(json_object(place / kind.marker))):
+        names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+        if names and (kind is None or not kind.marks(json_object(folder / kind.marker))):
             more = f" and {len(names) - 2} more" if len(names) > 2 else ""
             raise UsageError(
-                f"{out}: is there already (with {', '.join(names[:2])}{more}) and is not "
+                f"{out}: already exists (with {', '.join(names[:2])}{more}) and is not "
                 f"{kind.name if kind else 'empty'}; choose another folder, or move that one away."
             )
-        if kind is not None and (stranger := next(_strangers(kind, place), None)):
+        if kind is not None and (foreign := next(_foreign_files(kind, folder), None)):
             raise UsageError(
-                f"{out / stranger}: clseave did not write it, and {out} is replaced as a whole; "
+                f"{out / foreign}: clseave did not write it, and {out} is replaced as a whole; "
                 "move it elsewhere, or choose another folder."
             )
-        if os.path.ismount(place):
+        if os.path.ismount(folder):
             raise UsageError(f"{out}: is a mount point; choose a folder inside it.")
 
 
@@ -136,13 +132,13 @@ def _protected(config: object) -> Iterator[tuple[str, Path]]:
     for name in _INPUTS:
         value = getattr(config, name, None)
         for path in value if isinstance(value, tuple) else (value,):
-            with suppress(OSError, ValueError):  # a name of the hub, perhaps
+            with suppress(OSError, ValueError):  # may be a hub id
                 if path and Path(path).exists():
                     yield f"--{name.replace('_', '-')} {path}", Path(path)
 
 
-def _strangers(kind: Kind, folder: Path) -> Iterator[str]:
-    """Files of a folder that are no members of its kind, by their paths in it."""
+def _foreign_files(kind: Kind, folder: Path) -> Iterator[str]:
+    """Paths, relative to a folder, of files that do not belong to its kind."""
     members = re.compile(f"{kind.members}|{_LITTER}")
     listed = set(json_object(folder / "config.json").get("files", ()))
     for path in sorted(folder.rglob("*")):
@@ -153,16 +149,15 @@ def _strangers(kind: Kind, folder: Path) -> Iterator[str]:
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is none."""
-    try:
-        content = json.loads(path.read_bytes()) if path.is_file() else None
-    except (OSError, ValueError, RecursionError):
-        content = None
-    return content if isinstance(content, dict) else {}
+    """The object in a JSON file; empty if there is none."""
+    with suppress(OSError, ValueError, RecursionError):
+        if path.is_file() and isinstance(content := json.loads(path.read_bytes()), dict):
+            return content
+    return {}
 
 
 def fsync_folder(folder: Path) -> None:
-    """Makes the names in `folder` survive a power cut (POSIX: a rename needs its folder synced)."""
+    """Makes renames in a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -171,16 +166,14 @@ def fsync_folder(folder: Path) -> None:
 
 
 def aside(target: Path) -> Path:
-    """A new name beside `target` for what will take its place; `sweep` knows it."""
+    """A temporary name next to `target` for what will replace it; `sweep` recognises it."""
     return target.with_name(f".{target.name}.clseave-{secrets.token_hex(4)}")
 
 
 def sweep(folder: Path, name: str = ".*") -> None:
-    """Removes what killed processes left half-written in a folder that nobody else writes into.
+    """Removes temporary files of killed processes; nobody else may be writing to the folder.
 
-    Args:
-        folder: where `atomic_file` and `atomic_folder` wrote.
-        name: regular expression of their targets' names.
+    `name` is a regular expression for the targets of `atomic_file` and `atomic_folder`.
     """
     pattern = re.compile(rf"\.(?:{name})\.clseave-[0-9a-f]{{8}}")
     for path in folder.iterdir():
@@ -192,10 +185,10 @@ def sweep(folder: Path, name: str = ".*") -> None:
 
 @contextmanager
 def atomic_file(target: Path) -> Iterator[BinaryIO]:
-    """Opens a binary file that becomes `target` when the block ends well, and vanishes otherwise.
+    """Opens a binary file that becomes `target` if the block succeeds and is removed otherwise.
 
     Raises:
-        ClseaveError: the disk is full or read-only; an older `target` is left as it was.
+        ClseaveError: the disk is full or read-only; an older `target` is untouched.
     """
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -213,18 +206,17 @@ def atomic_file(target: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill, which takes `target`'s place when the block ends well.
+    """A folder to fill, which becomes `target` if the block succeeds.
 
-    An older `target` is replaced as a whole, so `require_replaceable` comes first. At every moment
-    the old folder or the new one stands there; only on file systems that cannot swap two folders
-    there is an instant with neither. A kill then leaves the old one beside it, and
-    `locked_target` or the next `atomic_folder` puts it back.
+    An older `target` is replaced as a whole, so call `require_replaceable` first. There is always
+    an old or a new folder, except for an instant on file systems that cannot swap two folders. If
+    killed in that instant, `locked_target` or the next `atomic_folder` restores the old one.
 
     Raises:
-        ClseaveError: the disk is full or read-only; an older `target` is left as it was.
+        ClseaveError: the disk is full or read-only; an older `target` is untouched.
     """
     with writing(target):
-        target = target.resolve()  # a link stays a link
+        target = target.resolve()  # keeps symbolic links
         target.parent.mkdir(parents=True, exist_ok=True)
         _restore(target)
         unfinished = aside(target)
@@ -243,7 +235,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def _swapped(one: Path, other: Path) -> bool:
-    """Swaps two folders in one step where the system can (Linux); False: nothing was done."""
+    """Swaps two folders atomically if the system can (Linux); False: nothing was done."""
     try:
         renameat2 = ctypes.CDLL(None).renameat2
     except (OSError, AttributeError):
@@ -257,7 +249,7 @@ def _old(target: Path) -> Path:
 
 
 def _restore(target: Path) -> None:
-    """Puts an older folder back that was moved away for a new one which never came."""
+    """Moves an older folder back if its replacement was never completed."""
     old = _old(target)
     if not target.exists() and old.exists():
         old.rename(target)
@@ -265,11 +257,11 @@ def _restore(target: Path) -> None:
 
 
 def _finish(folder: Path) -> None:
-    """Gives all files in a folder the modes that the umask asks for, and brings them to disk."""
+    """Syncs a folder's files to disk, with the modes that the umask asks for."""
     mode = folder.stat().st_mode & 0o666
     files = [path for path in folder.rglob("*") if path.is_file()]
     for path in files:
-        path.chmod(mode)  # some writers (safetensors) make files for the owner's eyes only
+        path.chmod(mode)  # some writers (safetensors) create files only the owner can read
         if len(files) <= _MOST_SINGLE_SYNCS:
             with path.open("rb") as stream:
                 os.fsync(stream.fileno())
@@ -279,23 +271,23 @@ def _finish(folder: Path) -> None:
 
 @contextmanager
 def locked_target(target: Path) -> Iterator[None]:
-    """Keeps a file or folder to this process, and removes what killed ones left unfinished of it.
+    """Locks a file or folder for this process, and removes what killed ones left unfinished.
 
-    The lock is the file `.NAME.lock` beside `target`, removed at the end of the block; after a kill
-    nobody holds it. File systems without locks are no obstacle, and nothing is removed there.
+    The lock file is `.NAME.lock` next to `target`, removed at the end of the block; a kill releases
+    it. On file systems without locks, nothing is locked or removed.
 
     Raises:
         ClseaveError: another process is writing `target`, or its folder cannot be written.
     """
     with writing(target):
-        place = target.resolve()
-        place.parent.mkdir(parents=True, exist_ok=True)
-        path = place.with_name(f".{place.name}.lock")
-        lock, locks = _open_locked(path, target)
+        resolved = target.resolve()
+        resolved.parent.mkdir(parents=True, exist_ok=True)
+        path = resolved.with_name(f".{resolved.name}.lock")
+        lock, is_locked = _open_locked(path, target)
     try:
-        if locks:
-            _restore(place)
-            sweep(place.parent, re.escape(place.name))
+        if is_locked:
+            _restore(resolved)
+            sweep(resolved.parent, re.escape(resolved.name))
         yield
     finally:
         path.unlink(missing_ok=True)
@@ -303,7 +295,7 @@ def locked_target(target: Path) -> Iterator[None]:
 
 
 def _open_locked(path: Path, target: Path) -> tuple[BinaryIO, bool]:
-    """The lock file, and whether the file system has locks at all."""
+    """The lock file, and whether it is locked; if not, the file system has no locks."""
     while True:
         lock = path.open("ab")
         try:
@@ -316,7 +308,7 @@ def _open_locked(path: Path, target: Path) -> tuple[BinaryIO, bool]:
             lock.close()
             raise ClseaveError(
                 f"{target}: another process is writing it; let it end or stop it, or choose "
-                "another place."
+                "another output."
             ) from None
         except OSError as error:
             if error.errno in _NO_LOCKS:
@@ -327,7 +319,7 @@ def _open_locked(path: Path, target: Path) -> tuple[BinaryIO, bool]:
 
 
 def write_json(target: Path, value: Any) -> None:
-    """Writes `value` as indented UTF-8 JSON, atomically."""
+    """Writes indented UTF-8 JSON atomically."""
     with atomic_file(target) as stream:
         stream.write((json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode())
 
@@ -336,10 +328,10 @@ def read_json(path: Path) -> Any:
     """Reads a JSON document that clseave wrote.
 
     Raises:
-        ModelError: the file is missing, unreadable, no regular file, or not JSON.
+        ModelError: the file is missing, unreadable, not a regular file, or not JSON.
     """
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for without end
+        if path.exists() and not path.is_file():  # reading a pipe might never end
             raise ModelError(f"{path}: not a regular file.")
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -347,73 +339,66 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror}).") from None
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: damaged, not valid JSON ({error}); make it again.") from None
+        raise ModelError(f"{path}: damaged, not valid JSON ({error}); create it again.") from None
 
 
 def cache_root() -> Path:
-    """Where caches live: `CLSEAVE_CACHE`, or `~/.cache/clseave`.
+    """The folder of all caches: `CLSEAVE_CACHE`, or `~/.cache/clseave`.
 
     Raises:
-        ClseaveError: neither is there.
+        ClseaveError: neither is defined.
     """
     with suppress(RuntimeError):
         return Path(os.environ.get("CLSEAVE_CACHE") or Path.home() / ".cache" / "clseave")
     raise ClseaveError("this user has no home directory for caches; set CLSEAVE_CACHE to a folder.")
 
 
-#: What a cache holds, by its folder in `cache_root`. The last one may have cost money.
+#: The content of each folder in `cache_root`. The last one may have cost money.
 CACHES = {
     "image": "embeddings of photos",
     "patches": "states of photos' patches",
-    "states": "what trained blocks of an image tower read",
+    "states": "inputs of the trained blocks of an image tower",
     "text": "the teacher's embeddings of sentences",
     "words": "links between words",
     "hypothesis-only": "answers of the hypothesis-only baseline",
     "ctranslate2": "converted translation models",
-    "translation": "translations, and which files they went to",
+    "translation": "translations, and the files they went to",
 }
 
 
 def cache_sizes() -> dict[str, int]:
-    """The bytes that each of `CACHES` takes."""
-    root = cache_root()
-    return {kind: folder_bytes(root / kind) for kind in CACHES}
+    """The size of each of `CACHES`, in bytes."""
+    return {kind: folder_bytes(cache_root() / kind) for kind in CACHES}
 
 
-def clear_caches(kinds: Iterable[str]) -> int:
-    """Deletes some of `CACHES`; returns how many bytes they took.
+def clear_caches(kinds: Collection[str]) -> int:
+    """Deletes some of `CACHES`; returns their size in bytes.
 
     Raises:
         UsageError: there is no such cache.
-        ClseaveError: it cannot be deleted.
+        ClseaveError: one cannot be deleted.
     """
-    kinds = list(kinds)
     for kind in kinds:
         if kind not in CACHES:
             raise UsageError(f"{kind}: no such cache; there are: {', '.join(CACHES)}.")
-    freed = 0
+    num_bytes = 0
     for folder in (cache_root() / kind for kind in kinds):
-        size = folder_bytes(folder)
+        num_bytes += folder_bytes(folder)
         try:
-            if folder.exists():
+            with suppress(FileNotFoundError):
                 shutil.rmtree(folder)
         except OSError as error:
             raise ClseaveError(f"{folder}: cannot be deleted ({error.strerror}).") from None
-        freed += size
-    return freed
+    return num_bytes
 
 
 def folder_bytes(folder: Path) -> int:
-    """The size of all files in a folder; 0 where there is none."""
+    """The size of all files in a folder; 0 if it does not exist."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def file_digest(path: Path, num_bytes: int = 32) -> str:
-    """BLAKE2b of a file's bytes, in hex (`b2sum -l 256`; twice SHA-256's speed without SHA-NI).
-
-    Args:
-        path: the file.
-        num_bytes: length of the digest.
+    """BLAKE2b of a file, in hex (`b2sum -l 256`; twice as fast as SHA-256 without SHA-NI).
 
     Raises:
         DataError: the file cannot be read.

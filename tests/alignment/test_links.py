@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from tiny_world import Notes
 
-from clseave_cli.core.alignment.links import AlignmentScore, Links, read_lines, read_links, score
+from clseave_cli.core.alignment.links import AlignmentScore, Links, read_links, score
 from clseave_cli.errors import DataError
 
 
 def _read(tmp_path, content, num_words, **options):
     path = tmp_path / "links.txt"
-    path.write_text(content)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
     num_lines = len(num_words)
     options = {"lines": np.arange(1, num_lines + 1), "num_lines": num_lines} | options
     return read_links(path, np.array(num_words), text="pairs.txt", **options)
@@ -34,24 +34,31 @@ def test_what_is_written_is_read_again(tmp_path):
     taken = again.take(np.array([2, 1, 0, 2]))
     first, second, third = _pairs(again)
     assert _pairs(taken) == [third, second, first, third]
-
-
-def test_a_last_line_needs_no_end(tmp_path):
-    assert _pairs(_read(tmp_path, "0-0\n1-1", [[2, 2]] * 2)) == [[(0, 0, True)], [(1, 1, True)]]
     assert _pairs(_read(tmp_path, "0-0\n\n", [[2, 2]] * 2)) == [[(0, 0, True)], []]
 
 
-def test_lines_of_sentences_that_are_not_used(tmp_path):
-    # Line 2 belongs to a row that was left out; its words are not known.
-    links = _read(
-        tmp_path, "0-0\n7-9 what?\n1-1\n", [[2, 2]] * 2, lines=np.array([1, 3]), num_lines=3
-    )
-    assert _pairs(links) == [[(0, 0, True)], [(1, 1, True)]]
+@pytest.mark.parametrize(
+    ("content", "options", "note"),
+    [
+        ("0-0\n1-1", {}, ""),  # the last line needs no end
+        # Line 2 belongs to a skipped row.
+        ("0-0\n7-9 what?\n1-1\n", {"lines": np.array([1, 3]), "num_lines": 3}, ""),
+        ("0-0 5-5\nx 1-1\n", {"skip_bad": True},
+         "2 bad links skipped, the first in line 1: 5-5 names a word"),
+        ("0-0 0-9\n1-1\n", {"gold": True},
+         "1 bad links skipped, the first in line 1: 0-9 names a word"),
+    ],
+)  # fmt: skip
+def test_the_good_links_of_a_file_are_read(tmp_path, content, options, note):
+    notes = Notes()
+    links = _read(tmp_path, content, [[2, 2]] * 2, progress=notes, **options)
+    assert _pairs(links) == [[(0, 0, True)], [(1, 1, True)]] and note in notes.text
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (b"\xff\xfe\x00", "links.txt: not UTF-8 text"),
         ("0-0\n0-0\n0-0\n", r"links.txt:3: more lines than sentences; pairs.txt has 2"),
         ("0-0\n", r"links.txt: 1 lines; expected 2, as in pairs.txt"),
         ("", r"links.txt: 0 lines; expected 2"),
@@ -68,32 +75,11 @@ def test_bad_files(tmp_path, content, message):
         _read(tmp_path, content, [[2, 3]] * 2)
 
 
-def test_files_that_are_no_text(tmp_path):
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="binary: not UTF-8 text"):
-        read_lines(tmp_path / "binary", "links")
-    with pytest.raises(DataError, match="nowhere: cannot be read"):
-        read_lines(tmp_path / "nowhere", "links")
-
-
-def test_bad_links_are_left_out_and_told(tmp_path):
-    notes = Notes()
-    links = _read(tmp_path, "0-0 5-5\nx 1-1\n", [[2, 2]] * 2, skip_bad=True, progress=notes)
-    assert _pairs(links) == [[(0, 0, True)], [(1, 1, True)]]
-    assert "2 bad links skipped, the first in line 1: 5-5 names a word" in notes.text
-
-
-def test_one_link_of_a_gold_file_may_name_a_word_that_does_not_exist(tmp_path):
-    notes = Notes()
-    links = _read(tmp_path, "0-0 0-9\n1-1\n", [[2, 2]] * 2, gold=True, progress=notes)
-    assert _pairs(links) == [[(0, 0, True)], [(1, 1, True)]]
-    assert "1 bad links skipped, the first in line 1: 0-9 names a word" in notes.text
-    for content, message in {
-        "0-0 0-9\n5-1\n": "2 links name words that do not exist: line 1: 0-9 names",
-        "0-0 0:1\n1-1\n": "links.txt:1: '0:1' is no link",
-    }.items():
-        with pytest.raises(DataError, match=message):
-            _read(tmp_path, content, [[2, 2]] * 2, gold=True)
+def test_a_gold_file_may_misnumber_one_link_alone(tmp_path):
+    with pytest.raises(DataError, match="2 links name words that do not exist: line 1: 0-9 names"):
+        _read(tmp_path, "0-0 0-9\n5-1\n", [[2, 2]] * 2, gold=True)
+    with pytest.raises(DataError, match=r"links.txt:1: '0:1' is no link"):
+        _read(tmp_path, "0-0 0:1\n1-1\n", [[2, 2]] * 2, gold=True)
 
 
 @pytest.mark.parametrize(
@@ -114,14 +100,9 @@ def test_a_score_worked_by_hand(tmp_path):
     gold = _read(tmp_path, "0-0 1-1 2p2\n0-0 0p1\n", [[3, 3]] * 2)
     links = _read(tmp_path, "0-0 1-1 2-1 0-0\n0-1\n", [[3, 3]] * 2)
     assert score(links, gold) == AlignmentScore(
-        precision=3 / 4,
-        recall=2 / 3,
-        error_rate=pytest.approx(1 - (2 + 3) / (4 + 3)),
-        num_pairs=2,
-        num_found=4,
-        num_sure=3,
-        num_possible=5,
-    )
+        precision=3 / 4, recall=2 / 3, error_rate=pytest.approx(1 - (2 + 3) / (4 + 3)),
+        num_pairs=2, num_found=4, num_sure=3, num_possible=5,
+    )  # fmt: skip
 
 
 def test_the_gold_itself_has_no_errors_and_nothing_found_has_only_errors(tmp_path):

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_world import (
     Notes,
-    edit_row,
     killed_at_step,
     metrics_of,
     quick_align,
@@ -51,11 +50,6 @@ def _sampler(sizes, **options):
     return Sampler(pairs, AlignConfig(**({"batch_size": 4} | options)))
 
 
-def _shares(batches, sizes):
-    ends = np.cumsum(sizes)
-    return np.bincount(np.searchsorted(ends, np.concatenate(batches), "right")) / sum(sizes)
-
-
 # --- shares ---
 
 
@@ -68,26 +62,23 @@ def test_shares_by_hand():
     paced = _sampler(sizes, sampling="self-paced")
     assert paced.shares({}).tolist() == [0.5, 0.5]
     recall = {"recall_at_10": 0.8, "recall_at_10/a": 0.9, "recall_at_10/b": 0.7}
-    assert paced.shares(recall).tolist() == pytest.approx(
-        [math.exp(-9) / (math.exp(-9) + math.exp(-7)), math.exp(-7) / (math.exp(-9) + math.exp(-7))]
-    )
+    a, b = math.exp(-9), math.exp(-7)
+    assert paced.shares(recall).tolist() == pytest.approx([a / (a + b), b / (a + b)])
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "temperature", "self-paced"])
 def test_an_epoch_is_as_long_as_ever_and_repeats_evenly(sampling):
-    """That of a fixed sampling may begin within a round: then once more and once less, at most."""
+    """A fixed sampling may begin within a round, so that counts differ by two."""
     sizes = [50, 7, 3]
     sampler = _sampler(sizes, sampling=sampling)
     dev = {"recall_at_10/a": 0.5, "recall_at_10/b": 0.6, "recall_at_10/c": 0.55}
     batches = sampler.batches(3, dev)
-    assert sampler.num_examples == 60 and len(batches) == 15
     drawn = np.concatenate(batches)
-    assert len(drawn) == 60
-    np.testing.assert_allclose(_shares(batches, sizes), sampler.shares(dev), atol=1 / 60)
-    counts = np.bincount(drawn, minlength=60)
-    for first, size in zip((0, 50, 57), sizes, strict=True):
-        part = counts[first : first + size]
-        assert part.max() - part.min() <= (1 if sampling == "self-paced" else 2)
+    assert len(batches) == 15 and len(drawn) == sampler.num_examples == 60
+    parts = np.split(np.bincount(drawn, minlength=60), np.cumsum(sizes)[:-1])
+    shares = [part.sum() / 60 for part in parts]
+    np.testing.assert_allclose(shares, sampler.shares(dev), atol=1 / 60)
+    assert max(map(np.ptp, parts)) <= (1 if sampling == "self-paced" else 2)
     again = _sampler(sizes, sampling=sampling).batches(3, dev)
     assert all(map(np.array_equal, batches, again))
     assert not np.array_equal(np.concatenate(sampler.batches(4, dev)), drawn)
@@ -107,11 +98,9 @@ def test_no_pair_is_met_twice_before_all_were_met_once(sizes, epoch_pairs, sampl
     for epoch in range(8):
         batches = sampler.batches(epoch, {})
         assert len(batches) == math.ceil(sampler.num_examples / 4)
-        drawn = np.concatenate(batches)
-        assert len(drawn) == sampler.num_examples
-        counts += np.bincount(drawn, minlength=len(counts))
-        for part in np.split(counts, np.cumsum(sizes)[:-1]):
-            assert part.max() - part.min() <= 1
+        counts += np.bincount(np.concatenate(batches), minlength=len(counts))
+        assert counts.sum() == (epoch + 1) * sampler.num_examples
+        assert max(map(np.ptp, np.split(counts, np.cumsum(sizes)[:-1]))) <= 1
 
 
 def test_short_epochs_meet_everything_in_turn():
@@ -120,7 +109,7 @@ def test_short_epochs_meet_everything_in_turn():
     for round_ in (epochs[:10], epochs[10:]):
         assert sorted(np.concatenate(round_).tolist()) == list(range(1000))
     assert set(epochs[0]) != set(epochs[10])
-    # Nothing is remembered: a resumed run meets the same.
+    # A resumed run meets the same.
     again = _sampler([1000], epoch_pairs=100, batch_size=10).batches(13, {})
     assert np.array_equal(np.concatenate(again), epochs[13])
     # Languages of one size are not met in step.
@@ -191,11 +180,8 @@ def test_contrastive_batches_span_processes(world, tmp_path, trained, encoder, c
     assert clseave(*command, "--out", tmp_path / "alone")[0] == 0
     team = start_team(*command, "--out", str(tmp_path / "team"), folder=tmp_path / "said")
     assert [process.wait() for process in team] == [0, 0], team[0].stderr
-    for two, one in zip(
-        metrics_of(tmp_path / "team" / "training"),
-        metrics_of(tmp_path / "alone" / "training"),
-        strict=True,
-    ):
+    both, single = (metrics_of(tmp_path / name / "training") for name in ("team", "alone"))
+    for two, one in zip(both, single, strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
         assert two.get("dev", {}) == pytest.approx(one.get("dev", {}), rel=1e-3, abs=1e-4)
 
@@ -206,9 +192,8 @@ def test_english_is_its_own_translation(world, tmp_path, runs, encoder):
         learning_rate=2e-3, weight_decay=0.0, out=runs / "many", select="mse",
     )  # fmt: skip
     assert result.languages == ("de", "nl", "en")
-    assert json.loads((runs / "many" / "config.json").read_text())["languages"] == [
-        "de", "nl", "en",
-    ]  # fmt: skip
+    languages = json.loads((runs / "many" / "config.json").read_text())["languages"]
+    assert languages == ["de", "nl", "en"]
     dev = result.training.dev
     assert dev["cosine/en"] > 0.8
     assert dev["mse"] == pytest.approx(np.mean([dev[f"mse/{lang}"] for lang in ("de", "nl", "en")]))
@@ -255,16 +240,16 @@ def test_an_auxiliary_language_is_trained_along_and_does_not_count(
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("lang", "message"),
     [
-        ({"auxiliary": ("de",)}, "--auxiliary de: is a --lang already"),
-        ({"auxiliary": ("en",)}, "--auxiliary en: use --include-english instead"),
-        ({"auxiliary": ("../x",)}, "--auxiliary ../x: not a language code"),
+        ("de", "is a --lang already"),
+        ("en", "use --include-english instead"),
+        ("../x", "not a language code"),
     ],
 )
-def test_auxiliary_languages_that_are_none(world, tmp_path, trained, encoder, options, said):
-    with pytest.raises(UsageError, match=said.replace(".", r"\.")):
-        quick_align(world, tmp_path, trained, encoder, "de", **options)
+def test_auxiliary_languages_that_are_none(world, tmp_path, trained, encoder, lang, message):
+    with pytest.raises(UsageError, match=f"--auxiliary {lang}: {message}"):
+        quick_align(world, tmp_path, trained, encoder, "de", auxiliary=(lang,))
 
 
 # --- low resource ---
@@ -308,7 +293,7 @@ def test_a_language_with_no_rows_is_told(data, tmp_path, trained, encoder, refus
 
 
 def _texts(data, progress=SILENT, lang=("de", "nl"), **options):
-    """What a run trains on and holds out."""
+    """The training and the dev texts of a run, by language."""
     reader = _reader(data, progress, lang=lang, dev_fraction=0.4, **options)
     return {lang: reader.read(lang) for lang in (*lang, *options.get("auxiliary", ()))}
 
@@ -321,9 +306,10 @@ def _keep_sentences(path, kept):
 
 @pytest.fixture
 def plain(data):
-    """Its translations are plain text: they name no photos."""
+    """Its translations are plain text, which names no photos; Dutch has no dev file."""
     for lang in ("de", "nl"):
         _forget_photos(data / f"snli_ve_train.{lang}.jsonl")
+    (data / "snli_ve_dev.nl.jsonl").unlink()
     return data
 
 
@@ -335,18 +321,15 @@ def _forget_photos(path, *more):
 def test_photos_are_held_out_with_all_their_rows_in_every_language(
     data, tmp_path, trained, encoder
 ):
-    dev_files = [data / f"snli_ve_dev.{lang}.jsonl" for lang in ("de", "nl")]
-    dev_files[1].unlink()
+    (data / "snli_ve_dev.nl.jsonl").unlink()
     whole = len(read_jsonl(data / "snli_ve_train.de.jsonl"))
     (german, _), (dutch, dutch_dev) = _texts(data).values()
     held = set(dutch_dev.target.image_names)
-    assert len(held) == 3 and held.isdisjoint(german.target.image_names)
-    assert held.isdisjoint(dutch.target.image_names)
+    assert len(held) == 3
+    assert held.isdisjoint({*german.target.image_names, *dutch.target.image_names})
     assert len(german.target) == len(dutch.target) == whole - len(dutch_dev.target)
-    dev_files[0].unlink()
-    assert {frozenset(dev.target.image_names) for _, dev in _texts(data).values()} == {
-        frozenset(held)
-    }
+    (data / "snli_ve_dev.de.jsonl").unlink()
+    assert [set(dev.target.image_names) for _, dev in _texts(data).values()] == [held, held]
     # The default chooses the checkpoint by accuracy on photos that were not trained beside.
     notes = Notes()
     dev = quick_align(data, tmp_path, trained, encoder, "de", progress=notes).training.dev
@@ -364,8 +347,7 @@ def test_photos_are_held_out_with_all_their_rows_in_every_language(
 
 
 def test_held_out_sentences_are_held_out_in_every_language(plain):
-    for lang in ("de", "nl"):
-        (plain / f"snli_ve_dev.{lang}.jsonl").unlink()
+    (plain / "snli_ve_dev.de.jsonl").unlink()
     notes = Notes()
     texts = _texts(plain, notes)
     held = {lang: set(dev.sources) for lang, (_, dev) in texts.items()}
@@ -378,8 +360,7 @@ def test_held_out_sentences_are_held_out_in_every_language(plain):
     assert "held out for other languages" not in notes.text
 
 
-def test_the_translations_left_out_are_known_for_the_vocabulary(plain):
-    (plain / "snli_ve_dev.nl.jsonl").unlink()
+def test_held_out_translations_are_kept_for_the_vocabulary_and_may_not_be_all(plain):
     reader = _reader(plain, lang=("de", "nl"), dev_fraction=0.4)
     german, held = reader.read("de")[0], set(reader.read("nl")[1].sources)
     english = {row["pairID"]: row["sentence2"] for row in read_jsonl(plain / "snli_ve_train.jsonl")}
@@ -387,10 +368,12 @@ def test_the_translations_left_out_are_known_for_the_vocabulary(plain):
     expected = [row["sentence2"] for row in rows if english[row["pairID"]] in held]
     assert sorted(reader.left_out["de"]) == sorted(expected) and "nl" not in reader.left_out
     assert len(expected) + len(german.target) == len(rows)
+    _keep_sentences(plain / "snli_ve_train.de.jsonl", held)
+    with pytest.raises(DataError, match=r"train\.de\.jsonl: nothing is left to train on"):
+        _texts(plain, allow_leak=True)
 
 
 def test_a_sentence_held_out_for_one_language_is_trained_on_in_none(plain):
-    (plain / "snli_ve_dev.nl.jsonl").unlink()
     every = set(read_split(plain, "train").hypotheses)
     # Dutch has fewer sentences, so the two it holds out need not be those German would.
     for missing in every:
@@ -401,11 +384,8 @@ def test_a_sentence_held_out_for_one_language_is_trained_on_in_none(plain):
         held = set(dutch_dev.sources)
         assert len(held) == 2 and not held & {*german.sources, *dutch.sources}
         assert set(german.sources) == every - held
-        left_out = 24 - len(german.sources)
-        assert (
-            f"snli_ve_train.de.jsonl: {left_out} pairs skipped, because their photos or en "
-            "sentences are held out for other languages."
-        ) in notes.text
+        num_skipped = f"snli_ve_train.de.jsonl: {24 - len(german.sources)} pairs skipped, because"
+        assert f"{num_skipped} their photos or en sentences are held out for" in notes.text
         # The file German has stays whole, though its sentences are in the training file as well.
         assert len(german_dev.sources) == len(read_jsonl(plain / "snli_ve_dev.de.jsonl"))
         as_auxiliary = _texts(plain, lang=("de",), auxiliary=("nl",))
@@ -414,8 +394,7 @@ def test_a_sentence_held_out_for_one_language_is_trained_on_in_none(plain):
 
 
 def test_languages_without_dev_files_spare_what_the_others_hold_out(plain):
-    for lang in ("de", "nl"):
-        (plain / f"snli_ve_dev.{lang}.jsonl").unlink()
+    (plain / "snli_ve_dev.de.jsonl").unlink()
     every = set(read_split(plain, "train").hypotheses)
     (held,) = ({*dev.sources} for _, dev in _texts(plain, lang=("de",)).values())
     # Dutch lacks one of the two sentences that German holds out, and holds out another.
@@ -429,15 +408,10 @@ def test_languages_without_dev_files_spare_what_the_others_hold_out(plain):
 def test_held_out_sentences_are_not_trained_on_as_english(
     plain, tmp_path, trained, encoder, monkeypatch
 ):
-    (plain / "snli_ve_dev.nl.jsonl").unlink()
-    taken = []
-    add_source = corpus.Corpus.add_source
-
-    def watch(self, source_lang):
-        taken.append(set(self.sources))
-        return add_source(self, source_lang)
-
-    monkeypatch.setattr(corpus.Corpus, "add_source", watch)
+    taken, add = [], corpus.Corpus.add_source
+    monkeypatch.setattr(
+        corpus.Corpus, "add_source", lambda *a: taken.append(set(a[0].sources)) or add(*a)
+    )
     result = quick_align(
         plain, tmp_path, trained, encoder, "de", "nl", include_english=True, dev_fraction=0.4,
         limit=3,
@@ -452,28 +426,17 @@ def test_held_out_sentences_are_not_trained_on_as_english(
     assert alignment.count_sentences(dataclasses.replace(config, lang=("de",))) == {"de": 5}
 
 
-def test_a_language_with_nothing_but_held_out_sentences_is_told(plain):
-    (plain / "snli_ve_dev.nl.jsonl").unlink()
-    held = set(_texts(plain)["nl"][1].sources)
-    _keep_sentences(plain / "snli_ve_train.de.jsonl", held)
-    with pytest.raises(DataError, match=r"train\.de\.jsonl: nothing is left to train on"):
-        _texts(plain, allow_leak=True)
-
-
 def test_too_little_text_to_hold_out(plain, tmp_path, trained, encoder):
     (plain / "snli_ve_dev.de.jsonl").unlink()
-    for line in range(1, 25):
-        edit_row(plain / "snli_ve_train.de.jsonl", line, sentence2="Gleich.")
-    rows = read_jsonl(plain / "snli_ve_train.jsonl")
-    write_jsonl(plain / "snli_ve_train.jsonl", [row | {"sentence2": "Same."} for row in rows])
+    for path in (plain / "snli_ve_train.de.jsonl", plain / "snli_ve_train.jsonl"):
+        write_jsonl(path, [row | {"sentence2": "Same."} for row in read_jsonl(path)])
     with pytest.raises(DataError, match="too few to hold out"):
         quick_align(plain, tmp_path, trained, encoder, "de")
 
 
 def test_the_epoch_in_which_each_language_has_nearly_its_last_recall():
     history = [(0.1, 0.5), (0.94, 0.6), (0.96, 0.2), (1.0, 0.4)]
-    epochs = [
-        {"recall_at_10": 0.0, "recall_at_10/de": de, "recall_at_10/ja": ja} for de, ja in history
-    ]
+    names = ("recall_at_10", "recall_at_10/de", "recall_at_10/ja")
+    epochs = [dict(zip(names, (0.0, *recalls), strict=True)) for recalls in history]
     assert epochs_to_95(epochs) == {"de": 3, "ja": 1}
     assert epochs_to_95([{"recall_at_10": 0.5, "mse": 0.1}]) == {}

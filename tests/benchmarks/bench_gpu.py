@@ -146,7 +146,7 @@ class Clock:
 
     @contextmanager
     def task(
-        self, description: str, total: int | None = None, unit: str = "", *, noted: bool = False
+        self, description: str, total: int | None = None, unit: str = "", *, summary: bool = True
     ) -> Iterator[Any]:
         begin = time.perf_counter()
         with SILENT.task(description) as task:

@@ -68,7 +68,7 @@ def test_a_missing_split_or_data_folder(commands, refused, data, command):
 def test_a_missing_image_folder(commands, refused, data, command):
     shutil.rmtree(data / "images")
     error = refused(*commands[command])
-    assert f"{data}: no image folder in it" in error and "name it with --images DIR" in error
+    assert f"{data}: no image folder in it" in error and "choose it with --images DIR" in error
     error = refused(*commands[command], "--images", data / "photos")
     assert f"{data / 'photos'}: no such image folder" in error
 
@@ -135,7 +135,7 @@ def test_a_line_that_does_not_parse_and_two_rows_with_one_pair_id(commands, refu
     path.write_text(whole)
     edit_row(path, 5, pairID=rows[1]["pairID"])
     error = refused(*commands[command])
-    assert f"{path}:5: pairID {rows[1]['pairID']!r} stands already in line 2" in error
+    assert f"{path}:5: pairID {rows[1]['pairID']!r} is also in line 2" in error
 
 
 @pytest.mark.parametrize("command", READERS)
@@ -205,7 +205,7 @@ def test_a_hypothesis_of_ten_thousand_words(commands, clseave, data):
     edit_row(path, 3, sentence2="red " * 10_000)
     code, _, err = clseave(*commands["evaluate"])
     assert code == 0
-    assert f"{path}:3: too long for the encoder, as are 1 distinct" in err.replace("\n", " ")
+    assert f"{path}:3: one of 1 distinct sentences that are too long" in err.replace("\n", " ")
 
 
 @pytest.mark.parametrize("damage", ["missing", "folder", "truncated"])
@@ -315,7 +315,7 @@ def test_a_full_disk_under_predict_keeps_the_older_answers(
     write_jsonl(source, [{"image": "data/images/test0.png", "hypothesis": "The square is red."}])
     full_disk()
     error = refused("predict", "--input", source, "--output", target, "--runs", runs)
-    assert f"{target}: the disk is full; what was there before is untouched" in error
+    assert f"{target}: the disk is full; existing files are untouched" in error
     assert target.read_text() == older
     assert not list(tmp_path.glob(".answers*"))
 

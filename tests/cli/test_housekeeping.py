@@ -126,7 +126,7 @@ def test_init_writes_what_every_command_takes_and_never_overwrites(
     for name, (config_class, _) in _COMMANDS.items():
         assert resolve(config_class, {}, table=name) == config_class()
     path.write_text(text + "mine = 1\n")
-    assert "is there already" in refused("init", code=2)
+    assert "already exists" in refused("init", code=2)
     assert path.read_text() == text + "mine = 1\n"
 
     path.write_text(re.sub(r"^# (?=\w+ = )", "", text, flags=re.MULTILINE))

@@ -53,9 +53,9 @@ def test_photos_that_are_missing_are_counted_and_left_out(finetune, data):
     for photo in photos:
         photo.unlink()
     code, err = finetune()
-    assert code == 1 and f"{lacking} of {len(rows)} rows lack theirs, 2 of" in err
+    assert code == 1 and f"images are missing, in {lacking} of {len(rows)} rows" in err
     code, err = finetune("--skip-bad")
-    assert code == 0 and "They are left out" in err
+    assert code == 0 and f"in {lacking} of {len(rows)} rows; skipped." in err
 
 
 def test_without_a_dev_split_photos_are_held_out(finetune, data, tmp_path):
@@ -112,7 +112,7 @@ def test_suspect_translations_are_told_and_left_out_of_a_training(
         "align", "--lang", "de", "--data", data, "--teacher", trained / "clip-ve",
         "--runs", tmp_path / "runs", "--student", encoder, "--epochs=1", *_QUICK,
     ]  # fmt: skip
-    for more, said in (([], "used; --skip-suspect"), (["--skip-suspect"], "left out")):
+    for more, said in (([], "used; --skip-suspect"), (["--skip-suspect"], "skipped")):
         code, _, err = clseave(*arguments, *more)
         assert code == 0, err
         said = f"{path}: 3 rows marked translation_suspect {said}"

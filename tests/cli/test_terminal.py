@@ -69,7 +69,7 @@ def test_a_bar_leaves_one_line_of_finished_work_and_nothing_of_interrupted_work(
     progress = terminal.TerminalProgress()
     with progress.task("features", 3) as task:
         task.advance(3)
-    with progress.task("epoch 1/2", 3, "pairs", noted=True) as task:
+    with progress.task("epoch 1/2", 3, "pairs", summary=False) as task:
         task.advance(3)
     with pytest.raises(KeyboardInterrupt), progress.task("epoch 2/2", 3, "pairs"):
         raise KeyboardInterrupt

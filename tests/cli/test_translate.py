@@ -27,8 +27,7 @@ def server():
 @pytest.fixture
 def google(server):
     """The command with the engine that `server` answers."""
-    url = ("--url", server.url, "--requests-per-second", "1000")
-    return (*GERMAN, "--engine", "google", *url)
+    return (*GERMAN, "--engine", "google", "--url", server.url, "--requests-per-second", "1000")
 
 
 @pytest.fixture(autouse=True)
@@ -42,27 +41,22 @@ def data(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
 
 
-def test_translates_and_tells_what_it_did(google, clseave):
+def test_translates_and_tells_what_it_did(google, server, clseave):
+    server.fault = lambda handler, body, texts: (
+        handler.send(200, body.replace(b" de7 ", b" ").replace(b" de8 ", b" "), "text/html") is None
+    )
     code, out, err = clseave(*google, "--review", "3")
     assert code == 0, err
-    assert len(out.splitlines()) == 1 and out.startswith(f"{OUTPUT}: 30 rows · 30 tran")
+    summary = f"{OUTPUT}: 30 rows · 30 translated · 2 suspect (numerals 2)"
+    assert len(out.splitlines()) == 1 and out.startswith(summary)
+    assert sum("translation_suspect" in row for row in read_jsonl(OUTPUT)) == 2
     assert "data/snli_ve_dev.de.review.md" in out
     assert "no contract and no guarantee" in err and "30/30 texts" in err
     code, out, err = clseave(*google, "--json")
     document = json.loads(out)
     assert code == 0 and document["engine"] == "google" and document["stopped"] is None
     assert document["files"][0]["num_from_memory"] == 30
-    assert read_jsonl(OUTPUT)[7]["sentence2"] == translated("A man sees 7 dogs.")
-
-
-def test_suspect_rows_are_counted_in_the_summary(google, server, clseave):
-    server.fault = lambda handler, body, texts: (
-        handler.send(200, body.replace(b" de7 ", b" ").replace(b" de8 ", b" "), "text/html") is None
-    )
-    code, out, err = clseave(*google)
-    assert code == 0, err
-    assert "30 rows · 30 translated · 2 suspect (numerals 2)" in out
-    assert sum("translation_suspect" in row for row in read_jsonl(OUTPUT)) == 2
+    assert read_jsonl(OUTPUT)[6]["sentence2"] == translated("A man sees 6 dogs.")
 
 
 def test_a_dead_server_is_one_line_and_no_file(clseave, refused):

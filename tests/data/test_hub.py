@@ -269,6 +269,14 @@ def test_files_of_other_layouts_are_named_by_one_flag(tmp_path, files, data, exp
     assert data_folder(str(tmp_path / "there" / data), root=root) != folder
 
 
+def test_a_parquet_file_is_a_layout_too(tmp_path):
+    table = datasets.Dataset.from_list([_SNLI | {"filename": "9.jpg"}])
+    table.to_parquet(tmp_path / "test.parquet")
+    folder = data_folder(str(tmp_path / "test.parquet"), root=tmp_path / "data")
+    (row,) = read_jsonl(folder / "snli_ve_test.jsonl")
+    assert row["hypothesis"] == _SNLI["hypothesis"]
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -279,9 +287,9 @@ def test_files_of_other_layouts_are_named_by_one_flag(tmp_path, files, data, exp
         ),
         (
             '[{"pic": "a", "says": "b"}]',
-            r"a, row 1: no layout that is known has these columns: pic",
+            r"a, row 1: no supported layout has these columns: pic",
         ),
-        ('[{"sentence2": "a"}, {"sentence2": ""}]', "row 2: sentence2 holds no sentence"),
+        ('[{"sentence2": "a"}, {"sentence2": ""}]', "row 2: sentence2 has no sentence"),
         ("[]", "a has no rows"),
     ],
 )

@@ -129,15 +129,15 @@ def _split(folder, images):
 
 def test_rows_without_their_image_are_counted_or_left_out(tmp_path, folder):
     split = _split(tmp_path, ["1", "8", "3", "9", "8"])
-    said = "image '8' is not in .*; 3 of 5 rows lack theirs, 2 of 4 images\\. .* --skip-bad leaves"
+    said = "image '8' is not in .*; 2 of 4 images are missing, in 3 of 5 rows\\. .* --skip-bad"
     with pytest.raises(DataError, match=rf"train\.jsonl:2: {said}"):
         folder.rows_with_image(split, skip_bad=False)
     notes = Notes()
     kept = folder.rows_with_image(split, skip_bad=True, progress=notes)
     assert kept.pair_ids == ["0", "2"] and kept.image_names == ["1", "3"]
-    assert "3 of 5 rows lack theirs, 2 of 4 images. They are left out" in notes.text
+    assert "2 of 4 images are missing, in 3 of 5 rows; skipped." in notes.text
     assert folder.rows_with_image(kept, skip_bad=False) is kept
-    with pytest.raises(DataError, match=r"2 of 2 rows lack theirs"):
+    with pytest.raises(DataError, match=r"2 of 2 images are missing"):
         folder.rows_with_image(_split(tmp_path, ["8", "9"]), skip_bad=True)
 
 

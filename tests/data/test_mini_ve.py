@@ -294,7 +294,7 @@ class Counting:
     """A `Progress` that adds up."""
 
     @contextmanager
-    def task(self, description, total=None, unit="", *, noted=False):
+    def task(self, description, total=None, unit="", *, summary=True):
         self.total, self.done = total, 0
         yield self
 
@@ -309,7 +309,7 @@ def test_a_seed_gives_the_same_bytes_and_another_seed_other_scenes(tmp_path):
     generate(tmp_path / "b", seed=7, sizes=SMALL)
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
     # An older world is not written over: somebody may have put files of theirs into it.
-    with pytest.raises(UsageError, match="is there already"):
+    with pytest.raises(UsageError, match="already exists"):
         generate(tmp_path / "b", seed=8, sizes=SMALL)
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
     second = generate(tmp_path / "c", seed=8, sizes=SMALL)
@@ -320,7 +320,7 @@ def test_a_seed_gives_the_same_bytes_and_another_seed_other_scenes(tmp_path):
 
 def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UsageError, match="is there already"):
+    with pytest.raises(UsageError, match="already exists"):
         generate(tmp_path, sizes=SMALL)
     with pytest.raises(ClseaveError, match="is not a folder"):
         generate(tmp_path / "thesis.tex", sizes=SMALL)

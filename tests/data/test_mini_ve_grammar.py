@@ -9,14 +9,14 @@ import pytest
 from clseave_cli.core.data.mini_ve.grammar import LANGUAGES, NUM_TEMPLATES, say
 from clseave_cli.core.data.mini_ve.world import (
     COUNTS,
+    DESCRIPTIONS,
+    ITEM_PAIRS,
     Absence,
     Conjunction,
     Count,
     Description,
     Item,
     Presence,
-    descriptions,
-    item_pairs,
 )
 
 
@@ -47,11 +47,11 @@ def test_sentences_written_by_hand(hypothesis, template, sentences):
 
 def every_hypothesis():
     return [
-        *(Presence(what) for what in descriptions()),
-        *(Absence(what) for what in descriptions()),
+        *(Presence(what) for what in DESCRIPTIONS),
+        *(Absence(what) for what in DESCRIPTIONS),
         *(Count(number) for number in COUNTS),
-        *(Conjunction(*pair) for pair in item_pairs()),
-        *(Conjunction(*reversed(pair)) for pair in item_pairs()),
+        *(Conjunction(*pair) for pair in ITEM_PAIRS),
+        *(Conjunction(*reversed(pair)) for pair in ITEM_PAIRS),
     ]
 
 

@@ -8,7 +8,9 @@ import pytest
 from clseave_cli.core.data.mini_ve.world import (
     COLORS,
     COUNTS,
+    DESCRIPTIONS,
     GRID,
+    ITEM_PAIRS,
     ITEMS,
     SHAPES,
     Absence,
@@ -19,8 +21,6 @@ from clseave_cli.core.data.mini_ve.world import (
     Item,
     Presence,
     Scene,
-    descriptions,
-    item_pairs,
 )
 
 RED_CIRCLE = Item("red", "circle")
@@ -119,14 +119,14 @@ def test_judge_agrees_with_every_filling_of_a_small_vocabulary():
 def test_judge_agrees_with_every_filling_of_the_full_vocabulary():
     rng = Random(1)
     hypotheses = [
-        *(Presence(what) for what in descriptions()),
-        *(Absence(what) for what in descriptions()),
+        *(Presence(what) for what in DESCRIPTIONS),
+        *(Absence(what) for what in DESCRIPTIONS),
         *(Count(number) for number in COUNTS),
     ]
     for columns in (1, 2):
         shown = tuple((8 + cell, item) for cell, item in enumerate(rng.sample(ITEMS, 3)))
         scene = Scene(shown, Curtain(1, 0, columns, 1))
-        about = rng.sample(item_pairs(), 20)
+        about = rng.sample(ITEM_PAIRS, 20)
         for hypothesis in [*hypotheses, *(Conjunction(*pair) for pair in about)]:
             expected = label_by_filling(hypothesis, scene, ITEMS)
             assert hypothesis.judge(scene) == expected, (hypothesis, scene)
@@ -134,8 +134,8 @@ def test_judge_agrees_with_every_filling_of_the_full_vocabulary():
 
 def test_the_vocabulary_is_complete():
     assert len(ITEMS) == len(set(ITEMS)) == len(COLORS) * len(SHAPES)
-    assert len(set(descriptions())) == len(ITEMS) + len(COLORS) + len(SHAPES)
-    assert len(item_pairs()) == len(ITEMS) * (len(ITEMS) - 1) // 2
+    assert len(set(DESCRIPTIONS)) == len(ITEMS) + len(COLORS) + len(SHAPES)
+    assert len(ITEM_PAIRS) == len(ITEMS) * (len(ITEMS) - 1) // 2
 
 
 def test_curtain_cells_are_numbered_row_by_row():

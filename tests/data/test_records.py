@@ -100,8 +100,8 @@ BAD_ROWS = {
     "no sentence2; expected the hypothesis": row(2, sentence2=None),
     "no sentence2 (the row has 'sentense2')": row(2, sentence2=None, sentense2="x"),
     "sentence2 is empty": row(2, sentence2="  \t"),
-    "sentence2 holds half a surrogate pair": row(2, sentence2="a \ud83d b"),
-    "sentence2_en holds half a surrogate pair": row(2, sentence2_en="a \ud83d b"),
+    "sentence2 has half a surrogate pair": row(2, sentence2="a \ud83d b"),
+    "sentence2_en has half a surrogate pair": row(2, sentence2_en="a \ud83d b"),
     "sentence2_en is empty; expected the sentence": row(2, sentence2_en=" "),
     "no gold_label (the row has 'gold_lable')": row(2, gold_label=None, gold_lable="neutral"),
     "gold_label is [[[[[[[...]]]]]]]; expected": row(
@@ -113,7 +113,7 @@ BAD_ROWS = {
     ),
     "no Flickr30K_ID": row(2, Flickr30K_ID=None),
     "Flickr30K_ID is ['x']": row(2, Flickr30K_ID=["x"]),
-    "pairID 'p1' stands already in line 1": row(1, sentence2="again"),
+    "pairID 'p1' is also in line 1": row(1, sentence2="again"),
     "not valid JSON (": "[" * 100_000,
 }
 
@@ -178,7 +178,7 @@ def test_suspect_translations_are_counted_or_left_out(write):
     for skip, ids, said in (
         (None, ["p1", "p2", "p3"], ""),
         (False, ["p1", "p2", "p3"], "1 rows marked translation_suspect used; --skip-suspect"),
-        (True, ["p2", "p3"], "1 rows marked translation_suspect left out."),
+        (True, ["p2", "p3"], "1 rows marked translation_suspect skipped."),
     ):
         notes = Notes()
         assert read_split(folder, "train", skip_suspect=skip, progress=notes).pair_ids == ids
@@ -355,7 +355,7 @@ def test_what_is_missing_is_named(tmp_path, write):
         read_split(tmp_path / "nowhere", "train")
     folder = write([row(1)])
     write([row(1)], "snli_ve_train.nl.jsonl")
-    said = r"no snli_ve_train.de.jsonl \(.*there: en, nl\).*--lang de"
+    said = r"no snli_ve_train.de.jsonl \(.*train: en, nl\).*--lang de"
     with pytest.raises(DataError, match=said):
         read_split(folder, "train", "de")
 

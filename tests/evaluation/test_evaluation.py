@@ -620,7 +620,7 @@ def test_xvnli_as_it_is_in_both_modes(xvnli, assets, tmp_path):
         if result.mode == "translate-test":
             assert result.accuracy == document.results[0].accuracy
             assert result.agreement_with_english == 1
-    assert f"{unlabelled} rows without a majority label (-) left out" in notes.text
+    assert f"{unlabelled} rows without a majority label (-) skipped" in notes.text
     # As IGLUE lays them out.
     for lang in ("en", "fr"):
         (tmp_path / "annotations" / lang).mkdir(parents=True)

@@ -95,7 +95,7 @@ def test_push_pull_and_predict_through_hf_endpoint(tmp_path, runs, photo):
     assert shared(models) == shared([Path(folders[1]).with_name(m.name) for m in models])
     assert (never.returncode, never.stdout) == (1, "")
     assert never.stderr == (
-        "clseave: org/never-fetched: no such folder here, and not fetched from the hub "
+        "clseave: org/never-fetched: no such folder, and cannot be fetched from the hub "
         "(http://127.0.0.1:9 does not answer, or HF_HUB_OFFLINE is set).\n"
     )
 
@@ -205,9 +205,9 @@ def test_what_cannot_be_pushed_is_refused_before_the_hub_is_asked(
 def test_the_hub_refuses_in_one_line(hub, runs, monkeypatch, refused):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     message = refused("push", runs / "align-de", "org/de", *_PUSH)
-    assert "org/de: not pushed (no such repository, or not open to you: `hf auth login`" in message
+    assert "org/de: not pushed (no such repository, or no access: run `hf auth login`" in message
     message = refused("predict", "x.png", "x", "--runs", "org/none")
-    assert "org/none: no such folder here, and not fetched from the hub (no such" in message
+    assert "org/none: no such folder, and cannot be fetched from the hub (no such" in message
     hub.repositories["org/de"] = Repository(private=False)
     message = refused("predict", "x.png", "x", "--runs", "org/de@v9")
     assert "(no such branch, tag or commit)" in message

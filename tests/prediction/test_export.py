@@ -281,7 +281,7 @@ def test_the_command_says_what_it_wrote(tmp_path, trained, clseave, refused):
     assert code == 0 and f"{out}: an export that also read nl was replaced." in said
     (out / "config.json").write_text("{")
     error = refused("export", "--runs", trained, "--out", out, "--lang", "nl", code=2)
-    assert f"{out}: is there already" in error  # nothing is known of a damaged one
+    assert f"{out}: already exists" in error  # nothing is known of a damaged one
     assert "is not an exported model" in refused(
         "export", "--runs", trained, "--out", trained / "clip-ve", code=2
     )

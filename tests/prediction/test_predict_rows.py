@@ -138,7 +138,7 @@ def test_a_damaged_finished_file_is_refused_and_left_alone(source, trained, tmp_
     answers = target.read_bytes().splitlines(keepends=True)
     damaged = b"".join([*answers[:5], line])
     target.write_bytes(damaged)
-    with pytest.raises(DataError, match=r"answers\.jsonl:6: damaged, not a whole answer; choose"):
+    with pytest.raises(DataError, match=r"answers\.jsonl:6: damaged, not a complete answer"):
         predict_file(_config(trained, resume=True), source, target)
     assert target.read_bytes() == damaged
     assert not (tmp_path / "answers.jsonl.partial").exists()
@@ -332,9 +332,9 @@ def test_answers_to_a_table_are_a_table(trained, world, tmp_path, ending, monkey
         scores = [[row.pop(label) or 0 for label in LABELS] for row in (one, other)]
         assert one == other and scores[0] == pytest.approx(scores[1], rel=1e-4)
     _write_table(target, rows)
-    with pytest.raises(UsageError, match="is there already and holds no answers"):
+    with pytest.raises(UsageError, match="already exists and holds no answers"):
         predict_file(config, source, target)
-    with pytest.raises(UsageError, match=r"pairs\.\w+ is no table of this kind; name the answers"):
+    with pytest.raises(UsageError, match=r"pairs\.\w+ is not a table of this kind; name"):
         predict_file(config, source, tmp_path / ("a.csv" if ending == ".parquet" else "a.parquet"))
 
 

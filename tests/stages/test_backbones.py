@@ -322,7 +322,7 @@ def test_a_source_file_is_needed(chinese, chinese_world, tmp_path, refused, enco
     )  # fmt: skip
     assert "no sentence2_zh" in line and "or a file of the split train in zh" in line
     line = refused("finetune-ve", "--source-lang", "zh", "--data", folder, "--runs", tmp_path)
-    assert "no snli_ve_train.zh.jsonl (languages of the split train there: en, de)" in line
+    assert "no snli_ve_train.zh.jsonl (languages of the split train: en, de)" in line
     line = refused("finetune-ve", "--source-lang", "../x", "--data", folder, code=2)
     assert "--source-lang ../x: not a language code" in line
 

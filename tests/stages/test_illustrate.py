@@ -9,7 +9,7 @@ from tiny_world import read_jsonl, tree, write_captions, write_jsonl
 from clseave_cli.core.config import IllustrateConfig
 from clseave_cli.core.data.images import ImageFolder, picture_name
 from clseave_cli.core.data.mini_ve import Sizes, generate
-from clseave_cli.core.data.mini_ve.generation import asked_of, guided
+from clseave_cli.core.data.mini_ve.generation import guided, scenes_of
 from clseave_cli.core.guided import illustration
 from clseave_cli.core.guided.illustration import Engine, illustrate
 from clseave_cli.errors import DataError, UsageError
@@ -136,7 +136,7 @@ def test_guided_scenes_have_the_label_and_say_no_more(mini_ve):
     labels = {
         row["pairID"]: row["gold_label"] for row in read_jsonl(mini_ve / "snli_ve_train.jsonl")
     }
-    asked = asked_of(mini_ve, "train", by_row=True)
+    asked = scenes_of(mini_ve, "train", by_row=True)
     assert asked.keys() == labels.keys()
     forms = set()
     for key, (scene, hypothesis) in asked.items():

@@ -176,7 +176,7 @@ def test_a_disk_that_is_really_full(stage, small_disk, refused):
     command, reference = stage
     (small_disk / "precious").write_text("older work")
     error = refused(*command(small_disk), "--checkpoint-minutes", "0")
-    assert "the disk is full; what was there before is untouched. Free some space" in error
+    assert "the disk is full; existing files are untouched. Free some space" in error
     assert str(small_disk) in error
     assert (small_disk / "precious").read_text() == "older work"
     left = [path.name for path in small_disk.iterdir()]

@@ -193,7 +193,7 @@ def test_a_full_disk_keeps_the_old_model_and_the_unfinished_run(tmp_path, monkey
     _open(out)
     run = _run(out, resume=True)
     monkeypatch.setattr(files.os, "fsync", full_disk)
-    with pytest.raises(ClseaveError, match=r"model: the disk is full; what was there before is un"):
+    with pytest.raises(ClseaveError, match=r"model: the disk is full; existing files are un"):
         _publish(run, "new")
     monkeypatch.undo()
     assert (out / "model").read_text() == "old"

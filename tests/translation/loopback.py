@@ -26,21 +26,15 @@ class _Handler(BaseHTTPRequestHandler):
         split = urllib.parse.urlsplit(self.path)
         query = urllib.parse.parse_qs(split.query, keep_blank_values=True)
         if split.path.endswith("/languages"):
-            self.send(
-                200, json.dumps([{"code": "en"}, {"code": "de"}, {"code": "zh-Hans"}]).encode()
-            )
+            self.send(200, b'[{"code": "en"}, {"code": "de"}, {"code": "zh-Hans"}]')
             return
         text = query["q"][0]
-        page = (
-            "<html><head><title>Translate</title></head><body>"
-            f'<div class="result-container">{html.escape(translated(text, query["tl"][0]))}</div>'
-            "</body></html>"
-        )
+        answer = html.escape(translated(text, query["tl"][0]))
+        page = f'<html><body><div class="result-container">{answer}</div></body></html>'
         self.answer([text], page.encode(), "text/html", query)
 
     def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        request = json.loads(body)
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         texts = request["q"]
         answers = [translated(text, request["target"]) for text in texts]
         payload = json.dumps({"translatedText": answers}).encode()
@@ -88,6 +82,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.shutdown(socket.SHUT_RDWR)
         self.close_connection = True
 
+    def stall(self, seconds):
+        time.sleep(seconds)
+        self.close_connection = True
+
     def log_message(self, format, *args):
         """Quiet."""
 
@@ -101,29 +99,19 @@ class _Server(ThreadingHTTPServer):
 
 
 class Loopback:
-    """A server that lives as long as the `with` block.
+    """A server, `google` or `libre`, that lives as long as the `with` block."""
 
-    Attributes:
-        kind: the service it plays, `google` or `libre`.
-        url: where it listens.
-        fault: makes it misbehave: given the handler, its proper answer and the texts, it answers
-            otherwise, or returns False to pass. None for a good server.
-        delay_seconds: how long it takes for an answer.
-        requested: every text it was asked for, in order, repetitions included.
-        agents: the User-Agents seen.
-        last_request: query or JSON body of the last request.
-    """
-
-    def __init__(self, kind, port=0):
+    def __init__(self, kind):
         self.kind = kind
+        #: Given the handler, its proper answer and the texts, answers, or returns False to pass.
         self.fault = None
         self.delay_seconds = 0.0
-        self.requested = []
+        self.requested = []  # every text, in order, repetitions included
         self.agents = set()
         self.last_request = None
         self.under_way = 0
         self.lock = threading.Lock()
-        self._server = _Server(("127.0.0.1", port), _Handler)
+        self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.loopback = self
         path = "/m" if kind == "google" else ""
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}{path}"
@@ -145,37 +133,28 @@ class Loopback:
 
 def misbehave_at_random(seed):
     """A fault of a server that goes wrong in every way, half of the time."""
-    choose = random.Random(seed)
-    lock = threading.Lock()
-    numbers = itertools.count()
+    choose, lock, numbers = random.Random(seed), threading.Lock(), itertools.count()
 
     def misbehave(handler, body, texts):
         with lock:
-            kind = choose.randrange(16)
-            number = next(numbers)
+            kind, number = choose.randrange(16), next(numbers)
         if any("poison" in text for text in texts):
             kind = 1
-        if kind == 0:
-            handler.send(429, b"slow down", Retry_After="0" if number % 2 else "1")
-        elif kind == 1:
-            handler.send(500, b"oops")
-        elif kind == 2:
-            handler.send(200, b"", "text/html")
-        elif kind == 3:
-            handler.send(200, CAPTCHA, "text/html")
-        elif kind == 4:
-            handler.half_send(body, "text/html", with_length=True)
-        elif kind == 5:
-            handler.half_send(body, "application/json", with_length=False)
-        elif kind == 6:
-            answers = [translated(text) for text in texts]
-            spoilt = answers[1:] if number % 2 else [*answers, "deone demore"]
-            handler.send(200, json.dumps({"translatedText": spoilt}).encode())
-        elif kind == 7 and number % 4 == 0:
-            threading.Event().wait(0.8)
-            handler.close_connection = True
-        else:
+        answers = [translated(text) for text in texts]
+        spoilt = answers[1:] if number % 2 else [*answers, "deone demore"]
+        faults = [
+            lambda: handler.send(429, b"slow down", Retry_After="0" if number % 2 else "1"),
+            lambda: handler.send(500, b"oops"),
+            lambda: handler.send(200, b"", "text/html"),
+            lambda: handler.send(200, CAPTCHA, "text/html"),
+            lambda: handler.half_send(body, "text/html", with_length=True),
+            lambda: handler.half_send(body, "application/json", with_length=False),
+            lambda: handler.send(200, json.dumps({"translatedText": spoilt}).encode()),
+            lambda: handler.stall(0.8),
+        ]
+        if kind >= len(faults) or (kind == 7 and number % 4):
             return False
+        faults[kind]()
         return True
 
     return misbehave

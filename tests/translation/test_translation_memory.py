@@ -106,25 +106,19 @@ def test_a_memory_of_the_first_format_is_taken_over(tmp_path):
         }
 
 
-@pytest.mark.parametrize(
-    "content", [b"not a database, but long enough to look like one" * 40, b"x"]
-)
-def test_another_file_is_refused_and_left_alone(tmp_path, content):
+def test_another_file_is_refused_and_left_alone(tmp_path):
     path = tmp_path / "notes.txt"
-    path.write_bytes(content)
-    with pytest.raises(TranslationError, match=r"notes\.txt.*--memory"):
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE songs (name)")
+    with pytest.raises(TranslationError, match="not a translation memory of this version"):
         Memory(path)
-    assert path.read_bytes() == content
+    for content in (b"not a database, but long enough to look like one" * 40, b"x"):
+        path.write_bytes(content)
+        with pytest.raises(TranslationError, match=r"notes\.txt.*--memory"):
+            Memory(path)
+        assert path.read_bytes() == content
     with pytest.raises(TranslationError, match="choose another with --memory"):
         Memory(path / "m")
-
-
-def test_another_programs_database_is_refused(tmp_path):
-    connection = sqlite3.connect(tmp_path / "other")
-    connection.execute("CREATE TABLE songs (name)")
-    connection.close()
-    with pytest.raises(TranslationError, match="not a translation memory of this version"):
-        Memory(tmp_path / "other")
 
 
 def test_a_damaged_page_is_reported(tmp_path):

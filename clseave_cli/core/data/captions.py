@@ -1,7 +1,7 @@
 """Captions of images, in one language or in several that are parallel.
 
 `captions_{split}.jsonl` holds the English ones, `captions_{split}.{lang}.jsonl` those of another
-language. The k-th caption of an image in one language translates its k-th in every other.
+language. The k-th caption of an image translates its k-th caption in every other language.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Captions:
         paths: the file of each language, by its code.
         images: the N names, as the files give them.
         where: `file:line` of the first mention of each image.
-        texts: by language, the captions of each image; an image has as many in every language.
+        texts: by language, the captions of each image; their number is the same in every language.
     """
 
     paths: dict[str, Path]
@@ -34,26 +34,6 @@ class Captions:
     def all_texts(self) -> Iterator[str]:
         """Every caption, language by language and image by image."""
         return (text for by_image in self.texts.values() for texts in by_image for text in texts)
-
-
-def captions_path(folder: Path, split: str, lang: str) -> Path:
-    """The file of a split's captions in a language.
-
-    Raises:
-        DataError: there is none.
-    """
-    stems = [f"captions_{split}"] if lang == ENGLISH else []
-    stems.append(f"captions_{split}.{lang}")
-    for name in (stem + ending for stem in stems for ending in EXTENSIONS):
-        if (folder / name).is_file():
-            return folder / name
-    advice = (
-        "" if lang == ENGLISH else f" `clseave translate --lang {lang} --field caption` makes it."
-    )
-    raise DataError(
-        f"{folder / stems[0]}.jsonl: no such file; expected lines such as "
-        f'{{"image": "1.jpg", "caption": "two dogs run"}}.{advice}'
-    )
 
 
 def caption_languages(folder: Path, split: str) -> list[str]:
@@ -77,31 +57,51 @@ def read_captions(folder: Path, split: str, languages: Sequence[str] = (ENGLISH,
     """Reads a split's captions in one or more languages.
 
     Raises:
-        UsageError: a language is no language code.
+        UsageError: a language is not a language code.
         DataError: a missing file, a bad row, or captions that are not parallel; names file and
             line.
     """
     for lang in languages:
         require_language(lang)
-    paths = {lang: captions_path(folder, split, lang) for lang in languages}
-    read = {lang: _read(path) for lang, path in paths.items()}
-    first = read[languages[0]]
-    for lang in languages[1:]:
-        _require_parallel(paths[languages[0]], first, paths[lang], read[lang])
+    paths = {lang: _path(folder, split, lang) for lang in languages}
+    captions = {lang: _read(path) for lang, path in paths.items()}
+    first = languages[0]
+    for other in languages[1:]:
+        _require_counterparts(captions, paths, first, other)
+        _require_counterparts(captions, paths, other, first)
+    images = list(captions[first])
     return Captions(
         paths,
-        list(first),
-        [f"{paths[languages[0]]}:{captions[0][0]}" for captions in first.values()],
+        images,
+        [f"{paths[first]}:{captions[first][name][0][0]}" for name in images],
         {
-            lang: [[text for _, text in by_image[n]] for n in first]
-            for lang, by_image in read.items()
+            lang: [[text for _, text in by_image[name]] for name in images]
+            for lang, by_image in captions.items()
         },
     )
 
 
-def _read(path: Path) -> dict[str, list[tuple[int, str]]]:
-    """For each image, the line and text of its captions."""
-    captions: dict[str, list[tuple[int, str]]] = {}
+def _path(folder: Path, split: str, lang: str) -> Path:
+    stems, advice = [f"captions_{split}.{lang}"], ""
+    if lang == ENGLISH:
+        stems.insert(0, f"captions_{split}")
+    else:
+        advice = f" `clseave translate --lang {lang} --field caption` creates it."
+    paths = [folder / (stem + ending) for stem in stems for ending in EXTENSIONS]
+    if existing := next((path for path in paths if path.is_file()), None):
+        return existing
+    raise DataError(
+        f"{paths[0]}: no such file; expected lines such as "
+        f'{{"image": "1.jpg", "caption": "two dogs run"}}.{advice}'
+    )
+
+
+#: Line and text of the captions of each image.
+_ByImage = dict[str, list[tuple[int, str]]]
+
+
+def _read(path: Path) -> _ByImage:
+    captions: _ByImage = {}
     for line, row, _ in read_rows(path, ("image", "caption")):
         try:
             name = require_text(row, ("image",), "the image's name")
@@ -110,31 +110,19 @@ def _read(path: Path) -> dict[str, list[tuple[int, str]]]:
             raise DataError.at(path, line, str(bad)) from None
         captions.setdefault(name, []).append((line, text))
     if not captions:
-        raise DataError(f"{path}: no captions in it.")
+        raise DataError(f"{path}: no captions.")
     return captions
 
 
-def _require_parallel(
-    path: Path,
-    captions: dict[str, list[tuple[int, str]]],
-    other_path: Path,
-    others: dict[str, list[tuple[int, str]]],
+def _require_counterparts(
+    captions: dict[str, _ByImage], paths: dict[str, Path], lang: str, other: str
 ) -> None:
-    """Refuses two languages of which one has a caption that the other lacks.
-
-    Raises:
-        DataError: names the first such caption, by file and line.
-    """
-    for here, there, by_image, translated in (
-        (path, other_path, captions, others),
-        (other_path, path, others, captions),
-    ):
-        for name, of_image in by_image.items():
-            count = len(translated.get(name, ()))
-            if count < len(of_image):
-                raise DataError.at(
-                    here,
-                    of_image[count][0],
-                    f"caption {count + 1} of {name!r} has no counterpart in {there.name}; the k-th "
-                    "caption of an image must translate its k-th in every other language.",
-                )
+    for name, texts in captions[lang].items():
+        count = len(captions[other].get(name, ()))
+        if count < len(texts):
+            raise DataError.at(
+                paths[lang],
+                texts[count][0],
+                f"caption {count + 1} of {name!r} has no counterpart in {paths[other].name}; the "
+                "k-th caption of an image must translate its k-th in every other language.",
+            )

@@ -1,4 +1,4 @@
-"""Where a model looked at a photo, as a picture."""
+"""Heat maps of where a model looked at a photo."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from clseave_cli.core.data.images import Preparation
 from clseave_cli.core.files import atomic_file
 from clseave_cli.errors import UsageError
 
-#: Of the colours, the rest is the photo in grey.
+#: Opacity of the colours over the grey photo.
 _OPACITY = 0.6
-#: From the least to the most attention; between them the colours are mixed.
+#: From least to most attention, interpolated in between.
 _COLOURS = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))
 _SCALE_HEIGHT, _TEXT_SIZE, _MARGIN = 12, 13, 6
-#: What a file written here says of itself.
+#: The `Software` of PNG files written here.
 _SOFTWARE = "clseave"
 
 
@@ -30,13 +30,10 @@ def heat_map(
     preparation: Preparation | None,
     longest_side: int = 480,
 ) -> Image.Image:
-    """A photo in grey, coloured by where the model looked, above the scale of the colours.
+    """A grey photo, coloured by where the model looked, with the colour scale below.
 
-    Args:
-        photo: in RGB.
-        attention: (G, G) shares of the cells, from the top left, that add up to 1.
-        preparation: how the photo was cut for the model; None: the cells cover all of it.
-        longest_side: of the photo as it is drawn, in pixels.
+    `attention` has (G, G) shares of cells, from the top left, that add up to 1. The cells cover
+    what `preparation` cropped (None: all) of the RGB photo. `longest_side` is in pixels.
     """
     shrink = longest_side / max(photo.size)
     width, height = (max(1, round(shrink * side)) for side in photo.size)
@@ -47,64 +44,62 @@ def heat_map(
     cells = Image.fromarray(_colours(attention / most))
     cells = cells.resize((max(1, right - left), max(1, bottom - top)), Image.Resampling.NEAREST)
     coloured.paste(cells, (left, top))
-    even = f"share of attention (even: {100 / attention.size:.1f} %)"
-    line = _SCALE_HEIGHT + _TEXT_SIZE + 3 * _MARGIN
-    canvas = Image.new("RGB", (longest_side, height + line), "white")
+    legend_height = _SCALE_HEIGHT + _TEXT_SIZE + 3 * _MARGIN
+    canvas = Image.new("RGB", (longest_side, height + legend_height), "white")
     canvas.paste(Image.blend(grey, coloured, _OPACITY))
     scale = Image.fromarray(_colours(np.linspace(0, 1, canvas.width)[None]))
     scale = scale.resize((canvas.width, _SCALE_HEIGHT))
-    white = Image.new("RGB", scale.size, "white")  # as if it lay over a pale photo
+    white = Image.new("RGB", scale.size, "white")  # as over a pale photo
     canvas.paste(Image.blend(white, scale, _OPACITY), (0, height + _MARGIN))
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(_TEXT_SIZE)
-    words = ("0 %", even, f"{100 * most:.1f} %")
-    for place, anchor, text in zip((0, 0.5, 1), ("ls", "ms", "rs"), words, strict=True):
-        at = (place * canvas.width, canvas.height - _MARGIN)
-        pen.text(at, text, "black", font, anchor)
+    even = f"share of attention (even: {100 / attention.size:.1f} %)"
+    for x, anchor, text in ((0, "ls", "0 %"), (0.5, "ms", even), (1, "rs", f"{100 * most:.1f} %")):
+        pen.text((x * canvas.width, canvas.height - _MARGIN), text, "black", font, anchor)
     return canvas
 
 
 def _colours(values: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
-    """(…, 3) colours of (…) values from 0 to 1."""
+    """(…, 3) colours of (…) values in [0, 1]."""
     steps = np.linspace(0, 1, len(_COLOURS))
     channels = [np.interp(values, steps, channel) for channel in zip(*_COLOURS, strict=True)]
     return np.stack(channels, axis=-1).astype(np.uint8)
 
 
 def png_uri(picture: Image.Image) -> str:
-    """A picture inside its own address, so that a page needs no other file."""
+    """A picture as a data URI, so that a page needs no other file."""
     stream = io.BytesIO()
     picture.save(stream, "PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
 
 
 def require_writable(target: Path) -> None:
-    """Refuses a target of `write_png` that is not named as one, or is a file of something else.
+    """Refuses a target of `write_png` that is not named `.png`, or that clseave did not write.
 
     Raises:
-        UsageError: says what is wrong with it.
+        UsageError: says what is wrong.
     """
     if target.suffix.lower() != ".png":
         raise UsageError(f"{target}: expected a name that ends in .png.")
-    if target.exists() and made_by(target) != _SOFTWARE:
-        raise UsageError(f"{target}: is there already, and clseave did not write it.")
+    if target.exists() and png_software(target) != _SOFTWARE:
+        raise UsageError(f"{target}: already exists, and clseave did not write it.")
 
 
-def made_by(path: Path) -> str | None:
-    """What a PNG says it was made by; None where it says nothing, or is none."""
+def png_software(path: Path) -> str | None:
+    """The `Software` that a PNG file names; None if it names none or is not a PNG."""
     try:
-        with Image.open(path, formats=("PNG",)) as there:
-            return there.info.get("Software")
-    except Exception:  # whatever Pillow raises: it is not ours
+        with Image.open(path, formats=("PNG",)) as picture:
+            return picture.info.get("Software")
+    except Exception:  # Pillow raises many kinds for damaged files
         return None
 
 
 def write_png(picture: Image.Image, target: Path, software: str = _SOFTWARE) -> None:
-    """Writes a picture that says what it was made by, in place of an older one.
+    """Writes or replaces a PNG file that names the software it comes from.
 
     Raises:
         ClseaveError: it cannot be written.
     """
-    said = PngInfo()
-    said.add_text("Software", software)
+    info = PngInfo()
+    info.add_text("Software", software)
     with atomic_file(target) as stream:
-        picture.save(stream, "PNG", pnginfo=said)
+        picture.save(stream, "PNG", pnginfo=info)

@@ -1,4 +1,4 @@
-"""The hub: whether it answers, its models, and its data sets as ordinary data folders."""
+"""The Hugging Face hub: its models and data sets as local folders."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from clseave_cli.progress import SILENT, Progress
 
 Config = TypeVar("Config", bound=StageConfig)
 
-#: A repository, and a branch, tag or commit of it.
+#: A repository and, optionally, a branch, tag or commit.
 _REPOSITORY = re.compile(r"([a-z0-9][\w.-]*/[a-z0-9][\w.-]*)(?:@(\w[\w./-]*))?", re.A | re.I)
-#: What model folders consist of, and all that is fetched or pushed. Pickles are not among it.
+#: The only files of models that are fetched or pushed; pickles are excluded.
 MODEL_FILES = (
     "*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.onnx", "*.onnx.data", "README.md",
 )  # fmt: skip
@@ -36,21 +36,20 @@ _TIMEOUT_SECONDS = 10.0
 
 @functools.cache
 def hub_answers() -> bool:
-    """Whether the hub can be reached; without it its client would try again for half a minute."""
+    """Whether the hub can be reached; if not, its client would retry for half a minute."""
     import huggingface_hub
 
     try:
         huggingface_hub.get_session().head(
             huggingface_hub.constants.ENDPOINT, timeout=_TIMEOUT_SECONDS
         )
-    except Exception:
-        # Whatever goes wrong, down to HF_HUB_OFFLINE: what is in the cache must do.
+    except Exception:  # including HF_HUB_OFFLINE: use what is cached
         return False
     return True
 
 
 def hub_reason(error: Exception) -> str:
-    """Why something could not be had from the hub, short enough for a one-line message."""
+    """Why something could not be fetched from the hub, for a one-line message."""
     import huggingface_hub
 
     if not hub_answers():
@@ -60,23 +59,21 @@ def hub_reason(error: Exception) -> str:
         return "no such branch, tag or commit"
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403, 404):
-        return "no such repository, or not open to you: `hf auth login`, or set HF_TOKEN"
+        return "no such repository, or no access: run `hf auth login`, or set HF_TOKEN"
     return " ".join(str(error).split())[:200] or repr(error)[:200]
 
 
 def is_repository(name: str) -> bool:
-    """Whether a text is spelled like a repository of the hub, `ORG/NAME`, without a revision."""
+    """Whether a name has the form `ORG/NAME`, without a revision."""
     match = _REPOSITORY.fullmatch(name)
     return match is not None and match[2] is None
 
 
 def model_folder(name: Path, progress: Progress = SILENT) -> Path:
-    """The local folder that `--runs`, `--teacher`, `--student` and `--students` mean.
+    """The local folder for a value of `--runs`, `--teacher`, `--student` or `--students`.
 
-    Args:
-        name: a folder, or `ORG/NAME[@revision]` where no such folder is here. It is fetched into
-            the hub's cache; without a connection, what was fetched before is used.
-        progress: told what is fetched.
+    If it is not a folder but `ORG/NAME[@revision]`, it is fetched into the hub's cache. Without a
+    connection, the cached copy is used.
 
     Raises:
         ModelError: there is no such repository, or it cannot be fetched.
@@ -87,7 +84,7 @@ def model_folder(name: Path, progress: Progress = SILENT) -> Path:
     import huggingface_hub
 
     if hub_answers():
-        progress.note(f"{name}: fetching what is not in the cache yet")
+        progress.note(f"{name}: fetching files that are not cached")
     try:
         folder = huggingface_hub.snapshot_download(
             match[1],
@@ -98,78 +95,71 @@ def model_folder(name: Path, progress: Progress = SILENT) -> Path:
         )
     except Exception as error:  # of the hub's client, of HTTP, or of the disk
         raise ModelError(
-            f"{name}: no such folder here, and not fetched from the hub ({hub_reason(error)})."
+            f"{name}: no such folder, and cannot be fetched from the hub ({hub_reason(error)})."
         ) from None
     return Path(folder)
 
 
 def with_local_models(config: Config, progress: Progress = SILENT) -> Config:
-    """The options with folders where they name repositories of the hub.
+    """A copy of options in which local folders replace hub ids.
 
-    Where models are trained, `--runs` is what they are written to and `--student` what they start
-    from; both stay as they are.
+    In training, `--runs` is the output and `--student` the base model; both are left unchanged.
 
     Raises:
         ModelError: as `model_folder`.
     """
+    trains = isinstance(config, TrainingConfig)
     local: dict[str, Any] = {}
-    for name in ("runs", "teacher", "student", "students"):
+    for name in ("teacher", "students") if trains else ("teacher", "students", "runs", "student"):
         value = getattr(config, name, None)
-        trains = isinstance(config, TrainingConfig)
-        if value is None or (trains and name in ("runs", "student")):
-            continue
         if isinstance(value, tuple):
             local[name] = tuple(model_folder(each, progress) for each in value)
-        else:
+        elif value is not None:
             local[name] = model_folder(value, progress)
-        if name == "teacher" and local[name] != value and (local[name] / "clip-ve").is_dir():
+        if name == "teacher" and local.get(name) != value and (local[name] / "clip-ve").is_dir():
             local[name] /= "clip-ve"  # a repository is laid out like --runs
     return dataclasses.replace(config, **local) if local else config
 
 
 def data_folder(data: str, progress: Progress = SILENT, root: Path = Path("data")) -> Path:
-    """The local folder that `--data` means.
+    """The local folder for a value of `--data`.
 
-    Args:
-        data: a data folder; `hf:ORG/NAME`, which is downloaded through `datasets`; or a file of
-            another layout, or a pattern of files. All but the first become a folder once.
-        progress: told about the rows written.
-        root: where such folders go.
+    This is a data folder; `hf:ORG/NAME`, downloaded through `datasets`; or a file of a published
+    layout or a pattern of such files. All but the first are converted, once, to a folder in `root`.
 
     Raises:
-        DataError: the data set cannot be loaded, or is of no layout we know.
+        DataError: the data set cannot be loaded, or its layout is not supported.
     """
     files: list[Path] = []
     if not data.startswith(_PREFIX):
         # A pattern may begin at the root, which Path.glob refuses.
-        named = [data] if Path(data).exists() else sorted(glob.glob(data, recursive=True))  # noqa: PTH207
-        files = [path for path in map(Path, named) if path.is_file()]
+        paths = [data] if Path(data).exists() else sorted(glob.glob(data, recursive=True))  # noqa: PTH207
+        files = [path for path in map(Path, paths) if path.is_file()]
         if not files:
             return Path(data)
     name = re.sub(r"[^A-Za-z0-9._-]+", "--", data.removeprefix(_PREFIX)).strip("-.")
-    if files:  # another content is another folder
+    if files:  # files with other contents get another folder
         name += f"-{json_digest([file_digest(path) for path in files])[:8]}"
     target = root / name
     if not target.is_dir():
-        with atomic_folder(target) as aside:
+        with atomic_folder(target) as folder:
             parts = layouts.file_parts(files) if files else _hub_parts(data.removeprefix(_PREFIX))
-            layouts.write_folder(aside, parts, data, progress)
+            layouts.write_folder(folder, parts, data, progress)
     return target
 
 
 def _hub_parts(name: str) -> Iterator[layouts.Part]:
-    """The splits of a data set of the hub."""
     import datasets
     from huggingface_hub import constants, snapshot_download
 
-    if not (constants.HF_HUB_OFFLINE or hub_answers()):  # its client would try for a minute
+    if not (constants.HF_HUB_OFFLINE or hub_answers()):  # the client would retry for a minute
         raise DataError(
-            f"--data hf:{name}: {constants.ENDPOINT} does not answer; set HF_HUB_OFFLINE=1 to take "
-            "what was fetched before."
+            f"--data hf:{name}: {constants.ENDPOINT} does not answer; set HF_HUB_OFFLINE=1 to use "
+            "cached data."
         )
     try:
         try:
-            loaded = datasets.load_dataset(name)
+            splits = datasets.load_dataset(name)
         except RuntimeError as error:
             if "scripts are no longer supported" not in str(error):
                 raise
@@ -184,9 +174,9 @@ def _hub_parts(name: str) -> Iterator[layouts.Part]:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"--data hf:{name}: cannot be loaded ({reason}).") from None
-    parts = [(ours, ENGLISH, loaded[n]) for n, ours in layouts.SPLITS.items() if n in loaded]
-    if loaded.keys() <= layouts.CODES:  # each is the test data of a language
-        parts = [("test", lang, rows) for lang, rows in loaded.items()]
+    parts = [(ours, ENGLISH, splits[n]) for n, ours in layouts.SPLITS.items() if n in splits]
+    if splits.keys() <= layouts.CODES:  # each is the test data of a language
+        parts = [("test", lang, rows) for lang, rows in splits.items()]
     if not parts:
         usual = ", ".join(layouts.SPLITS)
         raise DataError(f"--data hf:{name}: none of its splits is one of {usual}.")
@@ -195,7 +185,7 @@ def _hub_parts(name: str) -> Iterator[layouts.Part]:
 
 
 def _plain_rows(rows: Any) -> Iterator[dict[str, Any]]:
-    """Rows with the names of labels instead of numbers, and photos as the bytes of their files."""
+    """Rows with labels by name instead of number, and photos as the bytes of their files."""
     import datasets
 
     photos = [key for key, kind in rows.features.items() if isinstance(kind, datasets.Image)]
@@ -204,7 +194,7 @@ def _plain_rows(rows: Any) -> Iterator[dict[str, Any]]:
         rows = rows.cast_column(key, datasets.Image(decode=False))
     for row in rows:
         for key in photos:
-            if row[key] and not row[key]["bytes"]:  # one that lies in the client's cache
+            if row[key] and not row[key]["bytes"]:  # a path in the client's cache
                 stream = io.BytesIO()
                 in_rgb(datasets.Image().decode_example(row[key])).save(stream, "PNG")
                 row[key] = stream.getvalue()

@@ -1,7 +1,7 @@
-"""Languages: one spelling for the user, the spellings of engines, scripts, and identification.
+"""Languages: codes and their spellings, scripts, names, and identification.
 
-The user writes `zh`. An engine may call it `zh-CN`, `zho_Hans`, `zh_Hans` or `__zh__`; the command
-line understands these too. To identify the language of a text, lingua is needed (extra `langid`).
+The user writes `zh`. A translation engine may call it `zh-CN`, `zho_Hans`, `zh_Hans` or `__zh__`;
+the command line accepts these, too. Identifying languages needs lingua (extra `langid`).
 """
 
 from __future__ import annotations
@@ -9,25 +9,23 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from clseave_cli.errors import ExtraMissing, UsageError
 
-# A warning needs more certainty than a guess: "A dog waits outside." is Estonian with 0.75.
+# A warning needs high certainty: "A dog waits outside." is taken for Estonian with 0.75.
 _CERTAIN = 0.9
 _UNLIKELY = 0.02
 
 
-@dataclass(frozen=True)
-class Language:
-    """One language as this project names it.
+class Language(NamedTuple):
+    """One language.
 
     Attributes:
         code: the spelling of the command line and of file names (BCP 47, as short as possible).
-        iso3: ISO 639-3, of the individual language where `code` names a macrolanguage.
+        iso3: ISO 639-3; if `code` is a macrolanguage, that of the individual language.
         script: ISO 15924.
-        region: the country that mBART-50 attaches to the code, "" where it knows none.
+        region: the country in mBART-50's code; empty if it does not support the language.
     """
 
     code: str
@@ -35,22 +33,9 @@ class Language:
     script: str
     region: str = ""
 
-    @property
-    def spellings(self) -> tuple[str, ...]:
-        """Every spelling models are known to use, the most specific first."""
-        candidates = [
-            f"{self.iso3}_{self.script}",
-            f"{self.code}_{self.region}" if self.region else "",
-            self.code.replace("-", "_"),
-            self.code,
-            self.iso3,
-            *_EXTRA_SPELLINGS.get(self.code, ()),
-        ]
-        return tuple(dict.fromkeys(spelling for spelling in candidates if spelling))
 
-
-# code, ISO 639-3, script, region: the languages of M2M-100 and of Google, as far as their script
-# is known; any other code is passed to the engine as the user wrote it.
+# code, ISO 639-3, script, region: languages of M2M-100 and Google. Other codes are passed to the
+# engine unchanged.
 _TABLE = """
 af afr Latn ZA|ak aka Latn|am amh Ethi|ar arb Arab AR|as asm Beng|ast ast Latn|ay ayr Latn
 az azj Latn AZ|ba bak Cyrl|be bel Cyrl|bg bul Cyrl|bho bho Deva|bm bam Latn|bn ben Beng IN
@@ -74,7 +59,7 @@ ts tso Latn|tt tat Cyrl|ug uig Arab|uk ukr Cyrl UA|ur urd Arab PK|uz uzn Latn|vi
 wo wol Latn|xh xho Latn ZA|yi ydd Hebr|yo yor Latn|zh zho Hans CN|zh-Hant zho Hant|zu zul Latn
 """
 
-# code, and other spellings of it.
+# code, other spellings.
 _MORE_SPELLINGS = """
 zh zh_CN zh_Hans cmn_Hans cmn|zh-Hant zh_TW zh_HK cmn_Hant|he iw|jv jw|no nb nor|nso ns|tl fil
 ar ara|fa fas|et ekk|lv lav|ms msa|sw swa|mn mon|ne nep|az aze|sq sqi|yi yid|uz uzb|ps pus
@@ -90,14 +75,24 @@ _EXTRA_SPELLINGS = {code: spellings for code, *spellings in _read(_MORE_SPELLING
 LANGUAGES = {entry[0]: Language(*entry) for entry in _read(_TABLE)}
 
 
-# Where two languages share a spelling, the first one has it.
+def spellings(code: str) -> tuple[str, ...]:
+    """The spellings that models may use for a language, the most specific first."""
+    if code not in LANGUAGES:
+        return (code,)
+    _, iso3, script, region = LANGUAGES[code]
+    candidates = [f"{iso3}_{script}", f"{code}_{region}" if region else ""]
+    candidates += [code.replace("-", "_"), code, iso3, *_EXTRA_SPELLINGS.get(code, ())]
+    return tuple(dict.fromkeys(filter(None, candidates)))
+
+
+# A spelling shared by two languages belongs to the first.
 _ALIASES = {
-    spelling.replace("_", "-").lower(): language.code
-    for language in reversed(LANGUAGES.values())
-    for spelling in language.spellings
+    spelling.replace("_", "-").lower(): code
+    for code in reversed(LANGUAGES)
+    for spelling in spellings(code)
 }
 
-# Letters per script: enough to tell them apart, not every block Unicode has.
+# Letters per script: enough to tell scripts apart, not every Unicode block.
 _SCRIPT_RANGES = {
     "Latn": "A-Za-zªºÀ-ÖØ-öø-ɏḀ-ỿ",
     "Cyrl": "\u0400-\u052f",
@@ -126,21 +121,19 @@ _SCRIPT_RANGES = {
     "Khmr": "\u1780-\u17b3",
     "Thaa": "\u0780-\u07a5",
 }
-_WRITTEN_WITH = {
-    "Jpan": ("Hani", "Kana"),
-    "Hans": ("Hani",),
-    "Hant": ("Hani",),
-    "Hang": ("Hang", "Hani"),
-}
+# The East Asian scripts, all dense (see `is_dense`), by their parts.
+_EAST_ASIAN = {
+    "Jpan": ("Hani", "Kana"), "Hans": ("Hani",), "Hant": ("Hani",), "Hang": ("Hang", "Hani"),
+}  # fmt: skip
 
 
 def canonical(code: str) -> str:
     """The project's spelling of a language code: `zh_CN`, `zho_Hans`, `cmn` → `zh`.
 
-    A code the table does not know comes back as it was, for the engine to accept or refuse.
+    A code that is not in the table is returned unchanged, for the engine to accept or refuse.
 
     Raises:
-        UsageError: this cannot be a language code.
+        UsageError: not a language code.
     """
     if not re.fullmatch(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*", code):
         raise UsageError(
@@ -149,59 +142,45 @@ def canonical(code: str) -> str:
     return _ALIASES.get(code.replace("_", "-").lower(), code)
 
 
-def spellings(code: str) -> tuple[str, ...]:
-    """The spellings under which a model may know the language, the most specific first."""
-    language = LANGUAGES.get(code)
-    return language.spellings if language else (code,)
-
-
 def letters_of(code: str) -> str | None:
-    """The letters the language is written with, as the inside of a regular expression's `[…]`.
-
-    None where the script is not known; then no check can be made.
-    """
-    language = LANGUAGES.get(code)
-    if language is None:
+    """The letters of a language, for a regular expression's `[…]`; None: unknown script."""
+    if code not in LANGUAGES:
         return None
-    scripts = _WRITTEN_WITH.get(language.script, (language.script,))
-    return "".join(_SCRIPT_RANGES[script] for script in scripts)
+    script = LANGUAGES[code].script
+    return "".join(_SCRIPT_RANGES[each] for each in _EAST_ASIAN.get(script, (script,)))
 
 
 def unexpected_script(text: str, code: str) -> bool:
-    """Whether most letters of a text are of no script that the language is written with."""
-    letters = letters_of(code)
-    if letters is None:
+    """Whether most letters of a text are in scripts that the language does not use."""
+    expected = letters_of(code)
+    if expected is None:
         return False
-    words = re.sub(r"[\W\d_]", "", text)
-    return 2 * len(re.findall(f"[{letters}]", words)) < len(words)
+    letters = re.sub(r"[\W\d_]", "", text)
+    return 2 * len(re.findall(f"[{expected}]", letters)) < len(letters)
 
 
 def is_dense(code: str) -> bool:
-    """Whether one character carries about as much as a syllable or word (Han, kana, Hangul)."""
-    language = LANGUAGES.get(code)
-    return language is not None and language.script in {"Jpan", "Hans", "Hant", "Hang"}
+    """Whether a character is about as much as a syllable or word (Han, kana, Hangul)."""
+    return code in LANGUAGES and LANGUAGES[code].script in _EAST_ASIAN
 
 
-# code, English name.
-_NAMES = """
-ar Arabic|de German|en English|es Spanish|fr French|ja Japanese|ko Korean|nl Dutch|ru Russian
-zh Chinese
-"""
+_NAMES = {
+    "ar": "Arabic", "de": "German", "en": "English", "es": "Spanish", "fr": "French",
+    "ja": "Japanese", "ko": "Korean", "nl": "Dutch", "ru": "Russian", "zh": "Chinese",
+}  # fmt: skip
 
 
 def language_name(code: str) -> str:
-    """`German` for `de`; the code itself where the name is not listed."""
-    return dict(_read(_NAMES)).get(code, code)
+    """`German` for `de`; the code itself if the name is not listed."""
+    return _NAMES.get(code, code)
 
 
 class LanguageIdentifier:
-    """Tells languages apart; slow to start, so it starts with the first text.
-
-    Args:
-        languages: their codes; `zh-Hant` counts as `zh`, and the first of several such is meant.
+    """Identifies the language of a text; loads lingua's models, slowly, with the first text.
 
     Attributes:
-        languages: those of them that can be told apart.
+        languages: the candidates that lingua supports. `zh-Hant` counts as `zh`; of several such
+            candidates, the first is used.
 
     Raises:
         ExtraMissing: lingua is not installed.
@@ -223,7 +202,7 @@ class LanguageIdentifier:
         self._detector: Any = None
 
     def identify(self, text: str) -> tuple[str, float]:
-        """The likeliest language of a text, and how sure that is (0 to 1)."""
+        """The likeliest language of a text, and its probability."""
         if len(self.languages) == 1:
             return self.languages[0], 1.0
         if self._detector is None:
@@ -235,26 +214,23 @@ class LanguageIdentifier:
 
 
 def language_warning(text: str, lang: str, thorough: bool = True) -> str | None:
-    """Why a text is probably not in a language; None where nothing speaks against it.
+    """A warning if a text is probably not in the language `lang`.
 
-    Args:
-        text: the text.
-        lang: the language.
-        thorough: check the language if lingua is installed, not only the script: among all that
-            lingua can tell apart, from trigrams alone, which takes a second once and 64 MB.
+    If `thorough` and lingua is installed, checks the language, not only the script. Lingua compares
+    the trigrams of all its languages, which takes 64 MB, and a second at first.
     """
     if unexpected_script(text, lang):
         return f"the sentence is not in the script of {lang}; check the language."
     detector = _all_languages() if thorough else None
     if detector is None:
         return None
-    shares = {
+    probabilities = {
         each.language.iso_code_639_1.name.lower(): each.value
         for each in detector.compute_language_confidence_values(text)
     }
     code = lang.split("-")[0].lower()
-    likeliest = max(shares, key=lambda each: shares[each], default=code)
-    if shares.get(code, 1) <= _UNLIKELY and shares[likeliest] >= _CERTAIN:
+    likeliest = max(probabilities, key=probabilities.__getitem__, default=code)
+    if probabilities.get(code, 1) <= _UNLIKELY and probabilities[likeliest] >= _CERTAIN:
         return f"the sentence seems to be in {likeliest}, not in {lang}; check the language."
     return None
 

@@ -1,8 +1,8 @@
-"""Data sets as they are published, written out as data folders.
+"""Converts published data sets to data folders.
 
-`LAYOUTS` says how each calls the sentence and the photo. Sentences become rows
-(`snli_ve_{split}.jsonl`) or captions (`captions_{split}.jsonl`); a language other than English
-stands before the ending, as in `captions_test.de.jsonl`.
+`LAYOUTS` lists their columns. Sentences become rows (`snli_ve_{split}.jsonl`) or captions
+(`captions_{split}.jsonl`), with the language before the extension if it is not English
+(`captions_test.de.jsonl`).
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Layout(NamedTuple):
     Attributes:
         name: the data sets.
         text: column of the sentence or sentences; `*`: a column for each language.
-        photo: columns that may name the photo. What holds the photo itself is seen by its type.
-        kind: rows, or captions; choices are rows, too: the text is entailed by the photo, and that
-            of the column `negative_caption` contradicts it.
+        photo: columns that may name the photo. One that holds the photo is recognised by its type.
+        kind: rows or captions; choices become rows, in which the photo entails the `caption` and
+            contradicts the `negative_caption`.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Layout(NamedTuple):
     kind: Literal["rows", "captions", "choices"]
 
 
-#: The first whose text column is there counts.
+#: The first one whose text column exists is used.
 LAYOUTS = (
     Layout("SNLI-VE, XVNLI (IGLUE)", "sentence2", IMAGE_KEYS, "rows"),
     Layout(
@@ -67,24 +67,24 @@ LAYOUTS = (
     Layout("Crossmodal-3600, Multi30k", "*", ("image/key", "filename", "image_id"), "captions"),
 )  # fmt: skip
 
-#: What others call our splits.
+#: Our splits, by the names that others use.
 SPLITS = {"train": "train", "validation": "dev", "val": "dev", "dev": "dev", "test": "test"}
-#: Names of splits, folders and columns that are taken for languages.
+#: Names of splits, folders and columns that are languages.
 CODES = {*LANGUAGES, "fil", "quz"}
 
-#: Some rows of a data set: what their ids begin with, split, language, and the rows themselves,
-#: photos as the bytes of their files.
+#: A part of a data set: prefix of its row ids, split, language, and rows, with photos as the bytes
+#: of their files.
 Part = tuple[str, str, str, Iterable[dict[str, Any]]]
 
 
 def file_parts(paths: Iterable[Path]) -> Iterator[Part]:
-    """The parts in files; their names and folders tell split and language.
+    """The parts in files, whose names and folders give split and language.
 
     Raises:
-        DataError: one of them cannot be read.
+        DataError: a file cannot be read.
     """
     for path in paths:
-        # The captions of STAIR are COCO's in Japanese, and nothing in the file says so.
+        # STAIR has COCO's format, in Japanese, which only the file name tells.
         lang = "ja" if path.name.startswith("stair_captions") else path.parent.name
         lang = lang if lang in CODES else ENGLISH
         split = re.search("|".join(SPLITS), path.stem)
@@ -93,7 +93,7 @@ def file_parts(paths: Iterable[Path]) -> Iterator[Part]:
 
 def _file_rows(path: Path) -> Iterator[dict[str, Any]]:
     if path.suffix != ".json":
-        for line, row, _ in read_rows(path, ()):
+        for line, row, _ in read_rows(path):
             if isinstance(row, BadRow):
                 raise DataError.at(path, line, str(row))
             yield row
@@ -113,10 +113,10 @@ def _file_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def write_folder(folder: Path, parts: Iterable[Part], data: str, progress: Progress) -> None:
-    """Fills a data folder; `data` is what messages call the parts.
+    """Fills a data folder with the parts of `--data`.
 
     Raises:
-        DataError: a part is of no layout in `LAYOUTS`, has no rows, or holds a damaged photo.
+        DataError: a part has none of the `LAYOUTS`, has no rows, or contains a damaged photo.
     """
     with ExitStack() as stack, progress.task(data, unit="rows") as task:
         writer = _Writer(folder, stack)
@@ -151,15 +151,14 @@ class _Writer:
             if layout.kind == "choices":
                 label = "contradiction" if text == row[layout.text] else "entailment"
                 row_id += f"-{label}"
-            # Rows of two languages are joined by their ids: not where they stand in another order.
+            # Languages are joined by row ids, so numbers must not match rows in different orders.
             first_lang, *first = self._ids.setdefault(row_id, (lang, photo, label))
             if first_lang != lang and first != [photo, label]:
                 row_id = f"{lang}-{row_id}"
-            plain = {"pairID": row_id, "image": photo, "hypothesis": text, "label": label}
-            # What `translate` notes; nothing else, and never the caption.
-            notes = [k for k in row if k == SUSPECT_FIELD or k.startswith("sentence2_")]
-            plain |= {key: row[key] for key in notes}
-            self._write(f"snli_ve_{split}", lang, plain)
+            out = {"pairID": row_id, "image": photo, "hypothesis": text, "label": label}
+            # Other keys are dropped, the caption above all, except those that `translate` adds.
+            kept_keys = [k for k in row if k == SUSPECT_FIELD or k.startswith("sentence2_")]
+            self._write(f"snli_ve_{split}", lang, out | {key: row[key] for key in kept_keys})
 
     def _write(self, stem: str, lang: str, row: dict[str, Any]) -> None:
         name = f"{stem}.jsonl" if lang == ENGLISH else f"{stem}.{lang}.jsonl"
@@ -168,7 +167,7 @@ class _Writer:
         self._files[name].write(json_line({k: v for k, v in row.items() if v is not None}))
 
     def _photo(self, layout: Layout, row: dict[str, Any]) -> str | None:
-        """The name of a row's photo, which is a file now if the row holds it."""
+        """The name of a row's photo; writes the file if the row contains it."""
         names = (str(row[key]) for key in layout.photo if isinstance(row.get(key), str | int))
         name = PurePosixPath(next(names, "")).name
         contents = (v.get("bytes") if isinstance(v, dict) else v for v in row.values())
@@ -177,7 +176,7 @@ class _Writer:
             return name or None
         digest = hashlib.blake2b(content, digest_size=16).hexdigest()
         stem = image_stem(name)
-        # Names of data sets are not trusted as paths. Another photo of the same name keeps its own.
+        # A name that is unsafe as a path, or belongs to another photo, is replaced by the digest.
         if not re.fullmatch(r"\w[\w.-]*", stem) or self._photos.setdefault(stem, digest) != digest:
             stem = digest
         try:
@@ -195,20 +194,22 @@ def _layout(row: dict[str, Any]) -> Layout:
     for layout in LAYOUTS:
         if layout.text in row or (layout.text == "*" and ENGLISH in row):
             return layout
-    raise BadRow(f"no layout that is known has these columns: {', '.join(map(str, row))[:200]}.")
+    raise BadRow(f"no supported layout has these columns: {', '.join(map(str, row))[:200]}.")
 
 
 def _sentences(layout: Layout, row: dict[str, Any], lang: str) -> Iterator[tuple[str, str]]:
     """The language and the text of every sentence of a row."""
-    both = ("caption", layout.text) if layout.kind == "choices" else (layout.text,)
-    columns = dict.fromkeys(both, lang)
-    if layout.text == "*":  # a text under `id` is no Indonesian
-        columns = {key: key for key in row if key in CODES and key != "id"}
-        columns |= {} if isinstance(row.get("id"), str | None) else {"id": "id"}
-    for column, each in columns.items():
+    columns = [layout.text]
+    if layout.kind == "choices":
+        columns.insert(0, "caption")
+    if layout.text == "*":  # a string under `id` is an id, not Indonesian
+        columns = [
+            k for k in row if k in CODES and not (k == "id" and isinstance(row[k], str | None))
+        ]
+    for column in columns:
         value = row.get(column)
         value = value.get("caption") if isinstance(value, dict) else value
         for text in value if isinstance(value, list) else [value]:
             if not isinstance(text, str) or not text.strip():
-                raise BadRow(f"{column} holds no sentence.")
-            yield each, text
+                raise BadRow(f"{column} has no sentence.")
+            yield column if layout.text == "*" else lang, text

@@ -1,8 +1,8 @@
-"""What `predict` reads and writes: pairs to judge, row by row, and the answers in their order.
+"""Input and output of `predict`: pairs, row by row, and their answers in the same order.
 
-Pairs come from a file of any format, or as JSON Lines or CSV down a pipe. A row that cannot be used
-is handed on as a `DataError` in its place, so that one bad row does not stop the others. Until all
-answers are there, they are JSON Lines: a run that was killed goes on after its last whole line.
+Pairs come from a file of any format, or through a pipe as JSON Lines or CSV. A bad row becomes a
+`DataError` in its place, so that it does not stop the others. Unfinished answers are JSON Lines, so
+that an interrupted run can resume after the last complete line.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ from clseave_cli.core.files import atomic_file, fsync_folder, locked_target, swe
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.labels import LABELS
 
-#: What an answer says beside image and hypothesis.
+#: Keys of an answer, besides image and hypothesis.
 ANSWER_KEYS = ("lang", "label", "probabilities", "model", "truncated", "warning", "error")
 #: The same as columns of a table.
 ANSWER_COLUMNS = ("lang", "label", *LABELS, "model", "truncated", "warning", "error")
-# Where a row has the keys of `predict` beside those of a data set, `predict`'s count.
+# If a row also has the keys of a data set, those of `predict` come first.
 _IMAGE_KEYS, _HYPOTHESIS_KEYS = IMAGE_KEYS[::-1], HYPOTHESIS_KEYS[::-1]
 _ENDINGS = {"csv": (".csv", ".tsv"), "parquet": (".parquet",), "jsonl": (".jsonl", ".ndjson")}
 _PARQUET_ROWS = 1024
@@ -62,7 +62,7 @@ _LONGEST_LINE_BYTES = 16 << 20
 
 
 class Pair(NamedTuple):
-    """An image, as its row names it, and a sentence about it; `others` go with the answer."""
+    """An image, as its row names it, a sentence about it, and other values for the answer."""
 
     image: str
     hypothesis: str
@@ -72,19 +72,19 @@ class Pair(NamedTuple):
 class Pairs:
     """The rows of a stream in order, in batches.
 
-    A batch is smaller than `size` only at the end, or where the next row is not there yet: a
-    program that writes one row and waits for the answer gets it.
+    A batch has fewer rows than `size` at the end, or if the next row has not arrived yet: a program
+    that writes one row and waits for the answer gets it.
 
     Args:
-        stream: a file or pipe. Parquet by its name; CSV where the first line names columns for
-            image and hypothesis; JSON Lines otherwise. Empty lines are skipped.
-        name: what messages call it; packed where it ends in `.gz`.
-        size: most rows in a batch.
-        columns: of the image's name and the hypothesis; None: the first usual one that is there.
+        stream: a file or pipe: Parquet, according to its name; CSV, if the first line names columns
+            for image and hypothesis; otherwise JSON Lines. Empty lines are skipped.
+        name: the path, for messages; `.gz` means compressed.
+        size: maximum number of rows in a batch.
+        columns: names of the image and hypothesis columns; None: the first usual one.
 
     Attributes:
-        whole: a pair's `others` are all its columns, as a table needs them, image and hypothesis
-            included; None: where the stream is CSV.
+        whole: whether `others` of a pair include image and hypothesis, for an output table; None:
+            if the stream is CSV.
     """
 
     def __init__(self, stream: BinaryIO, name: str, size: int, *columns: str | None) -> None:
@@ -112,14 +112,14 @@ class Pairs:
         if self.name.endswith(".parquet"):
             return "parquet"
         names = self.header[1]
-        if all(set(names).intersection(keys) for keys in (self._image_keys, self._text_keys)):
+        if not (set(names).isdisjoint(self._image_keys) or set(names).isdisjoint(self._text_keys)):
             return "csv"
         if self.name.removesuffix(".gz").endswith((".csv", ".tsv")):
-            wanted = (
-                "expected a header with the columns image and hypothesis, or SNLI-VE's; "
-                f"--image-column and --text-column name others (there: {', '.join(names)[:200]})."
+            expected = (
+                f"columns {', '.join(names)[:200]}; expected image and hypothesis, or SNLI-VE's. "
+                "Choose others with --image-column and --text-column."
             )
-            raise DataError.at(self.name, 1, NOT_UTF8 if is_garbled(names) else wanted)
+            raise DataError.at(self.name, 1, NOT_UTF8 if is_garbled(names) else expected)
         return "jsonl"
 
     def __iter__(self) -> Iterator[list[Pair | DataError]]:
@@ -132,11 +132,11 @@ class Pairs:
             rows = json_rows(self._lines)
         if self.whole is None:
             self.whole = self.format == "csv"
-        size, lines = self._size, self._lines
+        lines = self._lines
         pairs = (self._pair(values, line) for line, values, _ in rows)
         for pair in pairs:
             batch = [pair]
-            while len(batch) < size and lines.ready and (more := next(pairs, None)) is not None:
+            while len(batch) < self._size and lines.ready and (more := next(pairs, None)):
                 batch.append(more)
             yield batch
 
@@ -153,11 +153,10 @@ class Pairs:
             return DataError.at(
                 self.name, line, f"expected an object with texts for image and hypothesis ({keys})."
             )
-        # What an answer has already, or something else of that name.
-        taken = {*ANSWER_KEYS, *ANSWER_COLUMNS}
+        dropped = {*ANSWER_KEYS, *ANSWER_COLUMNS}
         if not self.whole:
-            taken |= {*IMAGE_KEYS, *HYPOTHESIS_KEYS, *self._image_keys, *self._text_keys}
-        others = {key: value for key, value in row.items() if key not in taken}
+            dropped |= {*IMAGE_KEYS, *HYPOTHESIS_KEYS, *self._image_keys, *self._text_keys}
+        others = {key: value for key, value in row.items() if key not in dropped}
         if _holds_gold_labels(row.keys()):
             others["gold_label"] = row["label"]
         nested = [value for value in others.values() if type(value) in (dict, list)]
@@ -170,11 +169,11 @@ class Pairs:
 
 @dataclass(frozen=True)
 class AnswerTable:
-    """Answers as a table: the columns of the input, then those of `ANSWER_COLUMNS`.
+    """Answers as a table: the columns of the input, then `ANSWER_COLUMNS`.
 
     Attributes:
-        columns: of CSV.
-        delimiter: between its cells.
+        columns: names of the columns of CSV.
+        delimiter: delimiter of CSV.
         source: the input, if it is Parquet.
     """
 
@@ -184,22 +183,22 @@ class AnswerTable:
 
     @classmethod
     def of(cls, pairs: Pairs, target: Path | None) -> AnswerTable | None:
-        """The table that the target's name asks for, or else the input is; None: JSON Lines.
+        """A table of the format in the target's name, or else of the input; None: JSON Lines.
 
         Raises:
-            UsageError: the target (None: a stream) is to be another kind of table than the input.
+            UsageError: the target (None: a stream) and the input are different kinds of tables.
         """
         ending = target.suffix.lower() if target is not None else ""
         if ending == ".gz":
-            raise UsageError(f"{target}: answers are not packed; leave .gz out of the name.")
-        wanted = next((kind for kind, those in _ENDINGS.items() if ending in those), pairs.format)
-        if wanted == "jsonl" or (wanted == "parquet" and target is None):
+            raise UsageError(f"{target}: answers are not compressed; leave .gz out of the name.")
+        kind = next((kind for kind, endings in _ENDINGS.items() if ending in endings), pairs.format)
+        if kind == "jsonl" or (kind == "parquet" and target is None):
             return None
-        if wanted != pairs.format:
+        if kind != pairs.format:
             raise UsageError(
-                f"{target}: {pairs.name} is no table of this kind; name the answers .jsonl."
+                f"{target}: {pairs.name} is not a table of this kind; name the answers .jsonl."
             )
-        if wanted == "parquet":
+        if kind == "parquet":
             return cls(source=Path(pairs.name))
         delimiter, names = pairs.header
         delimiter = {".csv": ",", ".tsv": "\t"}.get(ending, delimiter)
@@ -208,7 +207,7 @@ class AnswerTable:
         return cls([*columns, *ANSWER_COLUMNS], delimiter)
 
     def encode(self, answers: Iterable[dict[str, Any]], with_header: bool = False) -> bytes:
-        """Some rows of CSV."""
+        """Answers as lines of CSV."""
         text = io.StringIO()
         writer = csv.writer(text, delimiter=self.delimiter, lineterminator="\n")
         if with_header:
@@ -219,7 +218,7 @@ class AnswerTable:
         return text.getvalue().encode(errors="surrogateescape")
 
     def write(self, answers: Iterator[dict[str, Any]], stream: BinaryIO) -> None:
-        """The whole table."""
+        """Writes the whole table."""
         if self.source is None:
             stream.write(self.encode((), with_header=True))
             stream.writelines(self.encode([answer]) for answer in answers)
@@ -230,20 +229,20 @@ class AnswerTable:
         kinds = {"truncated": pyarrow.bool_(), **dict.fromkeys(LABELS, pyarrow.float64())}
         fields = [pyarrow.field(n, kinds.get(n, pyarrow.string())) for n in ANSWER_COLUMNS]
         with reading_parquet(self.source, self.source) as file:
-            there = {field.name: field for field in file.schema_arrow}
-            kept = [field for name, field in there.items() if name not in ANSWER_COLUMNS]
-            if _holds_gold_labels(there):
-                fields.insert(0, there["label"].with_name("gold_label"))
+            fields_by_name = {field.name: field for field in file.schema_arrow}
+            kept = [field for name, field in fields_by_name.items() if name not in ANSWER_COLUMNS]
+            if _holds_gold_labels(fields_by_name):
+                fields.insert(0, fields_by_name["label"].with_name("gold_label"))
             schema = pyarrow.schema([*kept, *fields])
             with pyarrow.parquet.ParquetWriter(stream, schema) as writer:
                 for batch in file.iter_batches(_PARQUET_ROWS, columns=[f.name for f in kept]):
-                    some = list(islice(answers, batch.num_rows))
-                    added = pyarrow.Table.from_pylist(some, pyarrow.schema(fields))
+                    rows = list(islice(answers, batch.num_rows))
+                    added = pyarrow.Table.from_pylist(rows, pyarrow.schema(fields))
                     columns = [*batch.columns, *added.columns]
                     writer.write_table(pyarrow.Table.from_arrays(columns, schema=schema))
 
     def header(self, path: Path) -> list[str]:
-        """The names of the columns of such a table."""
+        """The column names of such a table."""
         if self.source is not None:
             with reading_parquet(path, path) as file:
                 return list(file.schema_arrow.names)
@@ -252,32 +251,30 @@ class AnswerTable:
 
 
 def _holds_gold_labels(names: Iterable[str]) -> bool:
-    """Whether the column `label` is one of the data, which the answer's would replace."""
-    others = {"gold_label", "probabilities", *LABELS}
-    return "label" in names and others.isdisjoint(names)
+    """Whether `label` is a column of the data, not one of earlier answers."""
+    return "label" in names and {"gold_label", "probabilities", *LABELS}.isdisjoint(names)
 
 
 def read_probabilities(path: Path, pair_ids: Sequence[str]) -> npt.NDArray[np.float32]:
-    """(N, 3) probabilities that answers give to N rows, in the order of `labels.LABELS`.
+    """(N, 3) probabilities of N rows from a file of answers, in the order of `labels.LABELS`.
 
-    Args:
-        path: what `predict --output` writes, or another file of rows with `pairID` and a column
-            for each label, or `probabilities`, by label or as a list. Other rows are skipped.
-        pair_ids: of the rows.
+    The file is the output of `predict`, or has rows with `pairID` and a column for each label, or
+    `probabilities`, by label or as a list. Rows of other ids are skipped.
 
     Raises:
         DataError: an answer is damaged, or rows have none.
     """
-    place = {pair_id: row for row, pair_id in enumerate(pair_ids)}
+    row_of_id = {pair_id: row for row, pair_id in enumerate(pair_ids)}
     table = np.full((len(pair_ids), len(LABELS)), np.nan, dtype=np.float32)
     for line, answer, _ in read_rows(path, (*ID_KEYS, "probabilities", "error", *LABELS)):
         try:
             if answer.get("error"):
                 continue
-            given = answer.get("probabilities") or answer
-            triple = [float(given[label]) for label in LABELS] if isinstance(given, dict) else given
-            row = place.get(require_text(answer, ID_KEYS, "the row's unique id"))
-            if len(triple) != len(LABELS) or not abs(sum(triple) - 1) < 1e-3 or min(triple) < 0:
+            values = answer.get("probabilities") or answer
+            if isinstance(values, dict):
+                values = [float(values[label]) for label in LABELS]
+            row = row_of_id.get(require_text(answer, ID_KEYS, "the row's unique id"))
+            if len(values) != len(LABELS) or not abs(sum(values) - 1) < 1e-3 or min(values) < 0:
                 raise ValueError
         except (BadRow, AttributeError, KeyError, TypeError, ValueError):
             raise DataError.at(
@@ -285,59 +282,50 @@ def read_probabilities(path: Path, pair_ids: Sequence[str]) -> npt.NDArray[np.fl
                 "to 1, as `clseave predict --output` writes them.",
             ) from None  # fmt: skip
         if row is not None:
-            table[row] = triple
-    lacking = np.flatnonzero(np.isnan(table[:, 0]))
-    if len(lacking):
+            table[row] = values
+    missing = np.flatnonzero(np.isnan(table[:, 0]))
+    if len(missing):
         raise DataError(
-            f"{path}: no probabilities for {len(lacking)} of {len(pair_ids)} training rows, such "
-            f"as pairID {pair_ids[lacking[0]]!r}; let `clseave predict` answer the training file."
+            f"{path}: no probabilities for {len(missing)} of {len(pair_ids)} training rows, such "
+            f"as pairID {pair_ids[missing[0]]!r}; run `clseave predict` on the training file."
         )
     return table
 
 
 class _Lines:
-    """The lines of a stream, and whether the next one is there already."""
+    """The lines of a stream; `ready` tells whether the next one has arrived."""
 
     def __init__(self, stream: BinaryIO, name: str) -> None:
         self._name = name
-        self._whole: deque[bytes] = deque()
-        self._begun = bytearray()
+        self._complete: deque[bytes] = deque()
+        self._incomplete = bytearray()
         self.ended = False
         self._read: Callable[[], bytes]
         if name.endswith(".gz"):
             unpacked = gzip.GzipFile(fileobj=stream)
             self._read = lambda: unpacked.read1(_CHUNK_BYTES)
-            self._waits: Callable[[], bool] = lambda: False
+            self._must_wait: Callable[[], bool] = lambda: False
         else:
-            # Past Python's buffer: what lies there would be hidden from `select`.
+            # Bypasses Python's buffer, which `select` does not see.
             self._read = lambda: os.read(stream.fileno(), _CHUNK_BYTES)
-            self._waits = lambda: not select.select([stream], [], [], 0)[0]
+            self._must_wait = lambda: not select.select([stream], [], [], 0)[0]
 
     def __iter__(self) -> Iterator[bytes]:
-        return self
+        while self.peek():
+            yield self._complete.popleft()
 
-    def __next__(self) -> bytes:
-        while not self._whole:
-            if self.ended:
-                raise StopIteration
+    def peek(self) -> bytes:
+        """The next line, without consuming it; empty at the end."""
+        while not (self._complete or self.ended):
             self._fill()
-        return self._whole.popleft()
+        return self._complete[0] if self._complete else b""
 
     @property
     def ready(self) -> bool:
-        """Whether asking for the next line does not have to wait."""
-        while not (self._whole or self.ended):
-            if self._waits():
-                return False
+        """Whether the next line, or the end, can be read without waiting."""
+        while not (self._complete or self.ended or self._must_wait()):
             self._fill()
-        return True
-
-    def peek(self) -> bytes:
-        """The next line, left where it is; empty at the end."""
-        line = next(self, b"")
-        if line:
-            self._whole.appendleft(line)
-        return line
+        return bool(self._complete or self.ended)
 
     def _fill(self) -> None:
         try:
@@ -345,40 +333,38 @@ class _Lines:
         except (OSError, EOFError, zlib.error) as error:
             reason = getattr(error, "strerror", None) or error
             raise DataError(f"{self._name}: cannot be read ({reason}).") from None
-        *whole, rest = chunk.split(b"\n")
-        for part in whole:
-            self._begun += part
-            self._whole.append(bytes(self._begun) + b"\n")
-            self._begun.clear()
-        self._begun += rest
-        if len(self._begun) > _LONGEST_LINE_BYTES:
+        *ends, rest = chunk.split(b"\n")
+        for end in ends:
+            self._complete.append(bytes(self._incomplete + end) + b"\n")
+            self._incomplete.clear()
+        self._incomplete += rest
+        if len(self._incomplete) > _LONGEST_LINE_BYTES:
             raise DataError(
                 f"{self._name}: a line of more than {_LONGEST_LINE_BYTES >> 20} MiB; "
                 "expected JSON Lines or CSV."
             )
-        if not chunk:
-            self.ended = True
-            if self._begun:
-                self._whole.append(bytes(self._begun))
+        self.ended = not chunk
+        if self.ended and self._incomplete:
+            self._complete.append(bytes(self._incomplete))
 
 
 class AnswerFile:
-    """Collects answers in `TARGET.partial`, which takes the target's name when all are there.
+    """Collects answers in `TARGET.partial`, which is renamed to the target when complete.
 
-    A context manager: in its block no other process writes these answers.
+    A context manager: no other process writes these answers within its block.
 
     Args:
-        target: the file that will hold the answers; an older one stays until then.
-        resume: go on with what an interrupted run left, or after what a finished one wrote.
-        table: the form of the target; None: JSON Lines.
+        target: the output file; an older one is kept until the new one is complete.
+        resume: continue after the answers of an interrupted or finished run.
+        table: the format of the target; None: JSON Lines.
 
     Attributes:
-        finished: the earlier answers are those of a run that ended, in the target.
+        finished: whether the earlier answers are a finished run's, in the target.
 
     Raises:
-        UsageError: an interrupted run left answers, and `resume` is not set; or the target is a
-            file of something else.
-        ClseaveError: another process is writing there, or the folder cannot be written.
+        UsageError: an interrupted run left answers, and `resume` is not set; or the target is not a
+            file of answers.
+        ClseaveError: another process is writing it, or the folder cannot be written.
     """
 
     def __init__(self, target: Path, resume: bool, table: AnswerTable | None = None) -> None:
@@ -390,14 +376,14 @@ class AnswerFile:
     def __enter__(self) -> AnswerFile:
         with ExitStack() as lock:
             lock.enter_context(locked_target(self.target))
-            there = self.partial.exists()
-            if there and not self._resume:
+            is_partial = self.partial.exists()
+            if is_partial and not self._resume:
                 raise UsageError(
                     f"{self.partial}: an unfinished run lies there; --resume continues it, "
-                    "deleting that file forgets it."
+                    "deleting that file discards it."
                 )
-            is_jsonl = self._table is None  # a finished table is made again
-            self.finished = self._resume and is_jsonl and self.target.exists() and not there
+            is_jsonl = self._table is None  # a table is written anew
+            self.finished = self._resume and is_jsonl and self.target.exists() and not is_partial
             if not self.finished and self.target.exists():
                 self._require_answers()
             sweep(self.target.parent, re.escape(self.partial.name))
@@ -410,51 +396,48 @@ class AnswerFile:
     def _require_answers(self) -> None:
         with writing(self.target), self.target.open("rb") as stream:
             first = stream.readline()
-        names = set(_whole_answer(first) or ())
+        names = set(_parsed(first) or ())
         if self._table is not None and first:
             names = {*self._table.header(self.target)}
         if first and "error" not in names and not {"label", "model"} <= names:
             raise UsageError(
-                f"{self.target}: is there already and holds no answers; choose another --output."
+                f"{self.target}: already exists and holds no answers; choose another --output."
             )
 
     def earlier(self) -> Iterator[dict[str, Any]]:
-        """The answers to go on after; at the end, what an interruption tore is cut off the file.
+        """Yields the existing answers, then removes an incomplete line at the end of the file.
 
         Raises:
-            DataError: a finished file is damaged; nothing is cut off it.
+            DataError: a finished file is damaged; it is left unchanged.
         """
         path = self.target if self.finished else self.partial
         if not path.exists():
             return
         with writing(path), path.open("rb" if self.finished else "r+b") as stream:
-            whole = 0
+            num_bytes = 0
             for number, line in enumerate(stream, start=1):
-                answer = _whole_answer(line)
+                answer = _parsed(line)
                 if answer is None and self.finished:
                     raise DataError.at(
-                        path,
-                        number,
-                        "damaged, not a whole answer; choose another --output, or leave out "
-                        "--resume to replace that file.",
-                    )
+                        path, number, "damaged, not a complete answer; choose another --output, or "
+                        "leave out --resume to replace that file.",
+                    )  # fmt: skip
                 if answer is None:
                     break
-                whole += len(line)
+                num_bytes += len(line)
                 yield answer
             if not self.finished:
-                stream.truncate(whole)
+                stream.truncate(num_bytes)
 
     def reopen(self) -> None:
-        """Takes a finished file's answers over, to write further ones after them."""
-        # A copy: the finished file stays whole until there is a longer one.
+        """Copies a finished file, to append to the copy."""
         with self.target.open("rb") as answers, atomic_file(self.partial) as stream:
             shutil.copyfileobj(answers, stream)
         self.finished = False
 
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:
-        """Where to write further answers; once the block ends well, the target is complete."""
+        """A stream to append answers to; if the block succeeds, the target is complete."""
         with writing(self.target):
             self.target.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -475,8 +458,8 @@ class AnswerFile:
             self.partial.unlink()
 
 
-def _whole_answer(line: bytes) -> dict[str, Any] | None:
-    # After a power cut, a line may be there in length only.
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """A line as an answer; None if incomplete, or blank after a power cut."""
     try:
         answer = json.loads(line) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):

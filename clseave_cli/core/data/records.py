@@ -1,9 +1,8 @@
-"""SNLI-VE-shaped data: reading a split, refusing bad rows, joining two languages.
+"""SNLI-VE-shaped data: reads a split, refuses bad rows, joins two languages.
 
-A split is a file `snli_ve_{split}.jsonl` (other languages `snli_ve_{split}.{lang}.jsonl`), or the
-same in another format, or without the `snli_ve_` prefix, or `{lang}/{split}` as IGLUE lays XVNLI
-out. Rows are kept as columns: half a million pairs are a few lists and arrays, not half a
-million objects.
+A split is a file `snli_ve_{split}.jsonl` (other languages: `snli_ve_{split}.{lang}.jsonl`), also in
+another format, without `snli_ve_`, or as `{lang}/{split}`, IGLUE's layout of XVNLI. Rows are stored
+as columns: half a million pairs are a few lists and arrays, not half a million objects.
 
 The caption (`sentence1`) is never read: it would leak a text premise into the model.
 """
@@ -14,7 +13,7 @@ import dataclasses
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +44,12 @@ from clseave_cli.errors import DataError, UsageError
 from clseave_cli.labels import LABEL_IDS, LABELS, UNLABELLED
 from clseave_cli.progress import SILENT, Progress
 
-#: The language whose file may go without a suffix; the source language unless it is said.
+#: The default source language, whose files may have no language suffix.
 ENGLISH = "en"
 
-#: Endings of the images that are read.
+#: Extensions of images that can be read.
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-#: Endings that name an image; a year (`holiday.2021`) is none.
+#: Extensions in names of images, unlike the year in `holiday.2021`.
 _IMAGE_ENDINGS = (*IMAGE_EXTENSIONS, ".tif", ".tiff", ".heic", ".avif")
 
 _NO_MAJORITY = "-"
@@ -64,15 +63,15 @@ class Split:
     Attributes:
         name: split name, such as `train`.
         lang: language code of the hypotheses.
-        path: the file they were read from.
+        path: the file.
         pair_ids: unique row ids.
         hypotheses: sentences in `lang`.
-        sources: the source sentence kept beside each translated one; None where there is none.
+        sources: the source sentence of each translated one; None: the row has none.
         labels: (N,) int8, an id of `labels.LABELS` or `UNLABELLED`.
         image_names: the distinct images, as the file names them.
-        image_index: (N,) int32 into `image_names`; -1 where the row names no image.
+        image_index: (N,) int32 into `image_names`; -1: the row names no image.
         lines: (N,) int32, 1-based line (or row) numbers in the file.
-        num_lines: how many lines the file has, to the last row.
+        num_lines: number of lines in the file, to the last row.
         digest: BLAKE2b-256 of the file.
     """
 
@@ -97,33 +96,31 @@ class Split:
         return f"{self.path}:{self.lines[row]}"
 
     def take(self, rows: npt.NDArray[np.intp]) -> Split:
-        """The split with only the given rows, in the given order."""
-        kept_images, image_index = np.unique(self.image_index[rows], return_inverse=True)
-        names = [self.image_names[i] for i in kept_images if i >= 0]
-        if len(kept_images) and kept_images[0] < 0:
-            image_index = image_index - 1
+        """Only the given rows, in the given order."""
+        images, image_index = np.unique(self.image_index[rows], return_inverse=True)
+        num_none = np.count_nonzero(images < 0)
         return dataclasses.replace(
             self,
             pair_ids=[self.pair_ids[i] for i in rows],
             hypotheses=[self.hypotheses[i] for i in rows],
             sources=[self.sources[i] for i in rows],
             labels=self.labels[rows],
-            image_names=names,
-            image_index=image_index.astype(np.int32),
+            image_names=[self.image_names[i] for i in images[num_none:]],
+            image_index=(image_index - num_none).astype(np.int32),
             lines=self.lines[rows],
         )
 
 
 @dataclass(frozen=True, eq=False)
 class Parallel:
-    """Sentences of two languages that belong together, joined by `pairID`.
+    """Sentences of two languages, joined by `pairID`.
 
     Attributes:
-        target: the rows of the target language that have a counterpart, M of them.
-        sources: the M sentences in the source language.
-        num_unmatched_target: rows of the target file without a row in the source language.
-        num_unmatched_source: rows of the source language's file without a target row.
-        unmatched_examples: a few of those `pairID`s, to look at.
+        target: the M rows of the target language that have a counterpart.
+        sources: their M sentences in the source language.
+        num_unmatched_target: rows of the target language without a source row.
+        num_unmatched_source: rows of the source language without a target row.
+        unmatched_examples: a few of their `pairID`s.
     """
 
     target: Split
@@ -145,10 +142,10 @@ def is_language(lang: str) -> bool:
 
 
 def require_language(lang: str, flag: str = "--lang") -> None:
-    """Refuses what is no language code: it becomes part of file names.
+    """Refuses anything but a language code, which becomes part of file names.
 
     Raises:
-        UsageError: not of the form `de`, `zh-Hant` or `pt-BR`; names the flag.
+        UsageError: not a language code; names the flag.
     """
     if not is_language(lang):
         raise UsageError(f"{flag} {lang}: not a language code; expected one such as de, ja or zh.")
@@ -159,22 +156,16 @@ def split_path(folder: Path, split: str, lang: str) -> Path | None:
     stems = [f"snli_ve_{split}.{lang}", f"{split}.{lang}", f"{lang}/{split}"]
     if lang == ENGLISH:
         stems = [f"snli_ve_{split}", *stems, split]
-    for stem in stems:
-        for extension in EXTENSIONS:
-            path = folder / (stem + extension)
-            if path.is_file():
-                return path
-    return None
+    paths = (folder / (stem + extension) for stem in stems for extension in EXTENSIONS)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def languages(folder: Path, split: str) -> list[str]:
-    """Codes of the languages a split is there in, English first, then by name."""
-    endings = "|".join(map(re.escape, EXTENSIONS))
-    pattern = re.compile(rf"(?:snli_ve_)?{re.escape(split)}\.({_LANGUAGE.pattern})(?:{endings})")
+    """Codes of the languages of a split, English first, then by name."""
+    # In {split}.{lang}.jsonl the code is the last part but the extension; {lang}/ is a folder.
     names = [path.name for path in folder.iterdir()]
-    codes = {match[1] for name in names if (match := pattern.fullmatch(name))}
-    codes |= {name for name in names if _LANGUAGE.fullmatch(name)} | {ENGLISH}
-    existing = [lang for lang in codes if split_path(folder, split, lang)]
+    codes = {ENGLISH, *names, *(split_name(Path(name))[0].rpartition(".")[2] for name in names)}
+    existing = [lang for lang in codes if is_language(lang) and split_path(folder, split, lang)]
     return sorted(existing, key=lambda lang: (lang != ENGLISH, lang))
 
 
@@ -182,7 +173,7 @@ def require_split_path(folder: Path, split: str, lang: str) -> Path:
     """The file of a split in a language.
 
     Raises:
-        DataError: the folder or the file is not there.
+        DataError: the folder or the file does not exist.
     """
     if not folder.is_dir():
         raise DataError(
@@ -191,15 +182,15 @@ def require_split_path(folder: Path, split: str, lang: str) -> Path:
         )
     try:
         path = split_path(folder, split, lang)
-        there = "" if path else ", ".join(languages(folder, split)) or "none"
+        others = "" if path else ", ".join(languages(folder, split)) or "none"
     except OSError as error:
         raise DataError(f"{folder}: cannot be read ({error.strerror}).") from None
     if path is None:
         suffix = "" if lang == ENGLISH else f".{lang}"
-        advice = f" `clseave translate --lang {lang}` makes it." if lang != ENGLISH else ""
+        advice = "" if lang == ENGLISH else f" `clseave translate --lang {lang}` creates it."
         raise DataError(
             f"{folder}: no snli_ve_{split}{suffix}.jsonl "
-            f"(languages of the split {split} there: {there}).{advice}"
+            f"(languages of the split {split}: {others}).{advice}"
         )
     return path
 
@@ -222,81 +213,150 @@ def read_split(
         folder: the data folder.
         split: name of the split.
         lang: language code.
-        labelled: rows need a label; those with SNLI's `-` are dropped and counted. Otherwise
-            labels are taken where they are, and `-` rows stay.
+        labelled: rows need a label; those with SNLI's `-` are skipped. If False, labels are
+            optional, and `-` rows are kept.
         with_images: rows need an image name.
-        source_lang: language of the sentences kept beside translated ones (`sentence2_en`).
-        skip_bad: set bad rows aside in `{file}.rejected.jsonl` instead of refusing the file.
-        skip_suspect: leave out rows marked `translation_suspect`; False: tell how many there are;
-            None: ignore the marks.
-        progress: told what was left out.
+        source_lang: language of the source sentences in translated rows (`sentence2_en`).
+        skip_bad: write bad rows to `{file}.rejected.jsonl` instead of refusing the file.
+        skip_suspect: skip rows marked `translation_suspect`; False: only note their number; None:
+            ignore the marks.
+        progress: receives notes about skipped rows.
 
     Raises:
-        DataError: a missing file, or the first bad row, named by file and line.
+        DataError: a missing file, or the first bad row; names file and line.
     """
     path = require_split_path(folder, split, lang)
-    columns = _Columns(labelled, with_images, f"sentence2_{source_lang}", bool(skip_suspect))
+    source_key = f"sentence2_{source_lang}"
+    keys = {*ID_KEYS, *HYPOTHESIS_KEYS, *LABEL_KEYS, *IMAGE_KEYS, source_key, SUSPECT_FIELD}
+    pair_ids, hypotheses, labels, lines, image_index = [], [], [], [], []
+    sources: list[str | None] = []
+    image_ids: dict[str, int] = {}
+    first_line: dict[str, int] = {}
     rejected: list[dict[str, Any]] = []
-    line = 0
-    for line, row, _ in read_rows(path, columns.keys):
+    num_unlabelled = num_suspect = line = 0
+    for line, row, _ in read_rows(path, keys):
         try:
-            columns.add(line, row)
+            pair_id = require_text(row, ID_KEYS, "the row's unique id")
+            hypothesis = require_text(row, HYPOTHESIS_KEYS, "the hypothesis")
+            label, image = _label(row, labelled), _image(row, with_images)
+            source = row.get(source_key)
+            if source is not None:
+                source = require_text(row, (source_key,), "the sentence that was translated")
+            if pair_id in first_line:
+                number = first_line[pair_id]
+                raise BadRow(f"pairID {pair_id!r} is also in line {number}; ids must be unique.")
         except BadRow as bad:
             if not skip_bad:
                 raise DataError.at(
                     path, line, f"{bad} Fix the row, or set such rows aside with --skip-bad."
                 ) from None
-            kept = bad.text if isinstance(row, BadRow) else row
-            rejected.append({"line": line, "reason": str(bad), "row": kept})
-    columns.tell(path, skip_suspect, progress)
-    if not columns.pair_ids:
+            content = bad.text if isinstance(row, BadRow) else row
+            rejected.append({"line": line, "reason": str(bad), "row": content})
+            continue
+        first_line[pair_id] = line
+        if label is None:
+            num_unlabelled += 1
+            continue
+        if row.get(SUSPECT_FIELD):
+            num_suspect += 1
+            if skip_suspect:
+                continue
+        pair_ids.append(pair_id)
+        hypotheses.append(hypothesis)
+        labels.append(label)
+        lines.append(line)
+        image_index.append(-1 if image is None else image_ids.setdefault(image, len(image_ids)))
+        sources.append(source)
+    if num_unlabelled:
+        progress.note(f"{path}: {num_unlabelled} rows without a majority label (-) skipped.")
+    if num_suspect and skip_suspect is not None:
+        outcome = "skipped" if skip_suspect else "used; --skip-suspect skips them"
+        progress.note(f"{path}: {num_suspect} rows marked {SUSPECT_FIELD} {outcome}.")
+    if not pair_ids:
         reason = "expected one JSON object a line, or a table with a header"
-        if columns.num_dropped or columns.num_suspect:
-            reason = "all are left out"
+        if num_unlabelled or num_suspect:
+            reason = "all are skipped"
         if rejected:
             first = rejected[0]
             reason = f"all {len(rejected)} are bad, as line {first['line']}: {first['reason']}"
         raise DataError(f"{path}: no usable rows; {reason.removesuffix('.')}.")
     if rejected:
-        progress.note(
-            f"{path}: {len(rejected)} bad rows set aside in {_write_rejected(path, rejected)}."
-        )
+        target = _write_rejected(path, rejected)
+        progress.note(f"{path}: {len(rejected)} bad rows set aside in {target}.")
     return Split(
         name=split,
         lang=lang,
         path=path,
-        pair_ids=columns.pair_ids,
-        hypotheses=columns.hypotheses,
-        sources=columns.sources,
-        labels=np.array(columns.labels, dtype=np.int8),
-        image_names=list(columns.image_ids),
-        image_index=np.array(columns.image_index, dtype=np.int32),
-        lines=np.array(columns.lines, dtype=np.int32),
+        pair_ids=pair_ids,
+        hypotheses=hypotheses,
+        sources=sources,
+        labels=np.array(labels, dtype=np.int8),
+        image_names=list(image_ids),
+        image_index=np.array(image_index, dtype=np.int32),
+        lines=np.array(lines, dtype=np.int32),
         num_lines=line,
         digest=file_digest(path),
     )
 
 
-def join(target: Split, source: Split | None, source_lang: str = ENGLISH) -> Parallel:
-    """Brings a translated split together with its source sentences, by `pairID` only.
+def _label(row: dict[str, Any], labelled: bool) -> int | None:
+    """A label id; None: no majority, so the row is skipped."""
+    value = first_value(row, LABEL_KEYS)
+    if isinstance(value, str) and value in LABEL_IDS:
+        return LABEL_IDS[value]
+    if value == _NO_MAJORITY:
+        return None if labelled else UNLABELLED
+    if value is None and not labelled:
+        return UNLABELLED
+    expected = f"one of {', '.join(LABELS)}"
+    if value is None:
+        raise BadRow(missing(row, LABEL_KEYS, expected))
+    raise BadRow(f"{LABEL_KEYS[0]} is {short(value)}; expected {expected}.")
 
-    Args:
-        target: the translated rows.
-        source: the rows in the source language; None takes the sentence kept beside each
-            translation (`sentence2_en`).
-        source_lang: the source language.
+
+def _image(row: dict[str, Any], is_required: bool) -> str | None:
+    value = image_name(row)
+    if (isinstance(value, str) and value.strip()) or (value is None and not is_required):
+        return value
+    if value is None:
+        raise BadRow(missing(row, IMAGE_KEYS, "the image's name"))
+    raise BadRow(f"{IMAGE_KEYS[0]} is {short(value)}; expected the image's name.")
+
+
+def _write_rejected(path: Path, rejected: list[dict[str, Any]]) -> Path:
+    target = path.with_name(split_name(path)[0] + ".rejected.jsonl")
+    if target.exists():
+        with reading(target) as stream:
+            _, first, _ = next(json_rows(stream), (0, {}, b""))
+        if not isinstance(first, dict) or first.keys() != rejected[0].keys():
+            raise DataError(
+                f"{target}: already exists and --skip-bad did not write it; move it away, because "
+                "bad rows are set aside there."
+            )
+    with atomic_file(target) as stream:
+        for entry in rejected:
+            try:
+                stream.write(json_line(entry))
+            except RecursionError:
+                stream.write(json_line(entry | {"row": short(entry["row"])}))
+    return target
+
+
+def join(target: Split, source: Split | None, source_lang: str = ENGLISH) -> Parallel:
+    """Joins a translated split with its source sentences, by `pairID` only.
+
+    Without `source`, uses the source sentence in each translated row (`sentence2_en`).
 
     Raises:
-        DataError: nothing matches, or rows lack the sentence that has to stand beside them.
+        DataError: nothing matches, or rows have no source sentence.
     """
     if source is None:
         sources = [sentence for sentence in target.sources if sentence is not None]
         if len(sources) < len(target):
-            key, num_missing = f"sentence2_{source_lang}", len(target) - len(sources)
             raise DataError(
-                f"{target.where(target.sources.index(None))}: no {key}, nor in {num_missing - 1} "
-                f"other rows of {len(target)}; expected it in every row, or a file of the split "
-                f"{target.name} in {source_lang}."
+                f"{target.where(target.sources.index(None))}: no sentence2_{source_lang}, nor in "
+                f"{len(target) - len(sources) - 1} other rows of {len(target)}; expected it in "
+                f"every row, or a file of the split {target.name} in {source_lang}."
             )
         return Parallel(target, sources, 0, 0, ())
     by_id = dict(zip(source.pair_ids, source.hypotheses, strict=True))
@@ -308,14 +368,14 @@ def join(target: Split, source: Split | None, source_lang: str = ENGLISH) -> Par
         )
     matched = target if len(rows) == len(target) else target.take(np.array(rows))
     target_ids = set(target.pair_ids)
-    strays = [p for p in target.pair_ids if p not in by_id][:3]
-    strays += [p for p in source.pair_ids if p not in target_ids][:3]
+    unmatched = [p for p in target.pair_ids if p not in by_id][:3]
+    unmatched += [p for p in source.pair_ids if p not in target_ids][:3]
     return Parallel(
         target=matched,
         sources=[by_id[pair_id] for pair_id in matched.pair_ids],
         num_unmatched_target=len(target) - len(matched),
         num_unmatched_source=len(source) - len(matched),
-        unmatched_examples=tuple(strays[:3]),
+        unmatched_examples=tuple(unmatched[:3]),
     )
 
 
@@ -330,13 +390,12 @@ def check_leak(first: Split, second: Split) -> None:
     if shared:
         raise DataError(
             f"{second.path}: {len(shared)} of its images are also in {first.path}, such as "
-            f"{shared[0]}; what is measured on them would not count. "
-            "--allow-leak permits it."
+            f"{shared[0]}; metrics on them would be invalid. Use --allow-leak to permit it."
         )
 
 
 def distinct(values: Sequence[str]) -> tuple[list[str], npt.NDArray[np.intp]]:
-    """The distinct values in order of first occurrence, and for every value which one it is."""
+    """The distinct values in order of first occurrence, and the index of each value in them."""
     numbers: dict[str, int] = {}
     index = np.array([numbers.setdefault(value, len(numbers)) for value in values], dtype=np.intp)
     return list(numbers), index
@@ -349,7 +408,7 @@ def image_stem(name: str) -> str:
 
 
 def are_first(values: Sequence[str], count: int, seed: int) -> npt.NDArray[np.bool_]:
-    """Which values come first in a random order that is the same wherever they stand."""
+    """Marks the first `count` values in a random order that depends on the values alone."""
     keys = [hashlib.blake2b(f"{seed} {v}".encode(), digest_size=16).digest() for v in values]
     first = np.zeros(len(values), dtype=bool)
     first[sorted(range(len(keys)), key=keys.__getitem__)[:count]] = True
@@ -359,17 +418,12 @@ def are_first(values: Sequence[str], count: int, seed: int) -> npt.NDArray[np.bo
 def hold_out_images(
     split: Split, name: str, fraction: float, seed: int, progress: Progress = SILENT
 ) -> tuple[Split, Split]:
-    """Divides a split by its images where another split has no file.
+    """Holds out a fraction of a split's images, with all their rows, as the split `name`.
 
-    Args:
-        split: the rows to divide.
-        name: of the split that has no file.
-        fraction: share of the images that go there, with all their rows.
-        seed: of the choice, which depends on the images' names alone.
-        progress: told what is held out.
+    The choice depends on the seed and the images' names alone.
 
     Returns:
-        What is left of the split, and the split held out.
+        The rest of the split, and the held-out one.
 
     Raises:
         DataError: there are too few images.
@@ -379,120 +433,12 @@ def hold_out_images(
     if num_held >= len(stems):
         raise DataError(
             f"{split.path}: {len(stems)} images are too few to hold out {fraction:.0%} of them; "
-            f"give a file for the split {name}, or a smaller --dev-fraction."
+            f"add a file for the split {name}, or set a smaller --dev-fraction."
         )
-    held = are_first(stems, num_held, seed)[stem_of_image][split.image_index]
-    kept, held_out = split.take(np.flatnonzero(~held)), split.take(np.flatnonzero(held))
+    is_held = are_first(stems, num_held, seed)[stem_of_image][split.image_index]
+    kept, held_out = split.take(np.flatnonzero(~is_held)), split.take(np.flatnonzero(is_held))
     progress.note(
         f"{split.path.parent}: no file for the split {name}; holding out {num_held} of "
         f"{len(stems)} images of {split.path.name} with their {len(held_out)} rows instead."
     )
     return kept, dataclasses.replace(held_out, name=name)
-
-
-@dataclass
-class _Columns:
-    labelled: bool
-    with_images: bool
-    source_key: str
-    skip_suspect: bool
-    pair_ids: list[str] = field(default_factory=list)
-    hypotheses: list[str] = field(default_factory=list)
-    sources: list[str | None] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    image_ids: dict[str, int] = field(default_factory=dict)
-    image_index: list[int] = field(default_factory=list)
-    lines: list[int] = field(default_factory=list)
-    num_dropped: int = 0
-    num_suspect: int = 0
-    first_line: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def keys(self) -> set[str]:
-        """The keys that are looked at."""
-        keys = {*ID_KEYS, *HYPOTHESIS_KEYS, *LABEL_KEYS, *IMAGE_KEYS}
-        return keys | {self.source_key, SUSPECT_FIELD}
-
-    def add(self, line: int, row: Any) -> None:
-        """Takes in a row.
-
-        Raises:
-            BadRow: it cannot be used.
-        """
-        pair_id = require_text(row, ID_KEYS, "the row's unique id")
-        hypothesis = require_text(row, HYPOTHESIS_KEYS, "the hypothesis")
-        label, image = self._label(row), self._image(row)
-        source = row.get(self.source_key)
-        if source is not None:
-            source = require_text(row, (self.source_key,), "the sentence that was translated")
-        if pair_id in self.first_line:
-            raise BadRow(
-                f"pairID {pair_id!r} stands already in line {self.first_line[pair_id]}; "
-                "every row needs its own."
-            )
-        self.first_line[pair_id] = line
-        if label is None:
-            self.num_dropped += 1
-            return
-        if row.get(SUSPECT_FIELD):
-            self.num_suspect += 1
-            if self.skip_suspect:
-                return
-        self.pair_ids.append(pair_id)
-        self.hypotheses.append(hypothesis)
-        self.labels.append(label)
-        self.lines.append(line)
-        self.image_index.append(
-            -1 if image is None else self.image_ids.setdefault(image, len(self.image_ids))
-        )
-        self.sources.append(source)
-
-    def tell(self, path: Path, skip_suspect: bool | None, progress: Progress) -> None:
-        """Tells what was left out, or should perhaps be."""
-        if self.num_dropped:
-            progress.note(f"{path}: {self.num_dropped} rows without a majority label (-) left out.")
-        if self.num_suspect and skip_suspect is not None:
-            rest = "left out" if skip_suspect else "used; --skip-suspect leaves them out"
-            progress.note(f"{path}: {self.num_suspect} rows marked {SUSPECT_FIELD} {rest}.")
-
-    def _label(self, row: dict[str, Any]) -> int | None:
-        value = first_value(row, LABEL_KEYS)
-        if isinstance(value, str) and value in LABEL_IDS:
-            return LABEL_IDS[value]
-        if value == _NO_MAJORITY:
-            return None if self.labelled else UNLABELLED
-        if not self.labelled and value is None:
-            return UNLABELLED
-        expected = f"one of {', '.join(LABELS)}"
-        if value is None:
-            raise BadRow(missing(row, LABEL_KEYS, expected))
-        raise BadRow(f"{LABEL_KEYS[0]} is {short(value)}; expected {expected}.")
-
-    def _image(self, row: dict[str, Any]) -> str | None:
-        value = image_name(row)
-        if isinstance(value, str) and value.strip():
-            return value
-        if value is None:
-            if self.with_images:
-                raise BadRow(missing(row, IMAGE_KEYS, "the image's name"))
-            return None
-        raise BadRow(f"{IMAGE_KEYS[0]} is {short(value)}; expected the image's name.")
-
-
-def _write_rejected(path: Path, rejected: list[dict[str, Any]]) -> Path:
-    target = path.with_name(split_name(path)[0] + ".rejected.jsonl")
-    if target.exists():
-        with reading(target) as stream:
-            _, first, _ = next(json_rows(stream), (0, {}, b""))
-        if not isinstance(first, dict) or first.keys() != rejected[0].keys():
-            raise DataError(
-                f"{target}: is there already and --skip-bad did not write it; move it away, the "
-                "bad rows are set aside there."
-            )
-    with atomic_file(target) as stream:
-        for entry in rejected:
-            try:
-                stream.write(json_line(entry))
-            except RecursionError:
-                stream.write(json_line(entry | {"row": short(entry["row"])}))
-    return target

@@ -1,8 +1,8 @@
-"""Rows of data files: JSON Lines, CSV and TSV, Parquet and plain text, packed with gzip or not.
+"""Rows of data files: JSON Lines, CSV, TSV, Parquet and plain text, also compressed with gzip.
 
 Readers yield `(line, values, record)`: the 1-based line a row starts on (in Parquet, its number),
-its values by key, and the row as its format has it. A row that cannot be read is a `BadRow` in
-place of its values, so that the caller decides whether to stop, to set it aside or to answer it.
+its values by key, and the row in its format. If a row cannot be read, a `BadRow` replaces its
+values, and the caller decides what to do with it.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ import orjson
 
 from clseave_cli.errors import DataError, UsageError
 
-# The keys of SNLI-VE, XVNLI, e-SNLI-VE and `predict`, in the order they are looked for.
+# The keys of SNLI-VE, XVNLI, e-SNLI-VE and `predict`; the first one present is used.
 ID_KEYS = ("pairID", "pair_id")
 HYPOTHESIS_KEYS = ("sentence2", "hypothesis")
 LABEL_KEYS = ("gold_label", "label")
 IMAGE_KEYS = ("Flickr30K_ID", "Flikr30kID", "Flickr30kID", "image")
 _CAPTION_KEY = "sentence1"
 
-#: Field that lists why a kept translation is suspect.
+#: Field with the reasons why a translation is suspect.
 SUSPECT_FIELD = "translation_suspect"
 
-#: Endings of the files of a split, in the order they are looked for.
+#: Extensions of a split's files; the first one that exists is used.
 EXTENSIONS = (".jsonl", ".csv", ".parquet", ".tsv", ".jsonl.gz", ".csv.gz", ".tsv.gz")
 _FORMATS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv", ".txt": "plain",
@@ -42,20 +42,20 @@ _FORMATS = {
 NOT_UTF8 = "not UTF-8; convert the file."
 _BOM = b"\xef\xbb\xbf"
 _DELIMITERS = ",;\t"
-# The longest cell; csv's own limit, 128 KiB, is lower than some explanations are long.
+# Some explanations exceed csv's default, 128 KiB.
 _MAX_CELL_CHARACTERS = 16 << 20
-#: Parquet rows in memory at once: a small file can hold millions of characters in every row.
+#: Parquet rows in memory at once: even in a small file, rows can have millions of characters.
 PARQUET_BATCH = 64
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 40
 
-#: A row as the readers yield it; the last is a line, a list of cells, or a batch and an index.
+#: What the readers yield; the last item is a line of JSON, a list of cells, or None.
 Record = tuple[int, Any, Any]
 
 
 class BadRow(Exception):
-    """Why a row cannot be used; `text` is its line where that could not be parsed."""
+    """Why a row cannot be used; `text` is its line, if it could not be parsed."""
 
     def __init__(self, reason: str, text: str = "") -> None:
         super().__init__(reason)
@@ -63,7 +63,7 @@ class BadRow(Exception):
 
 
 def first_value(row: dict[str, Any], keys: Iterable[str]) -> Any:
-    """The value of the first of the keys that the row has; None where it has none."""
+    """The value of the first key that the row has; None: it has none of them."""
     for key in keys:
         value = row.get(key)
         if value is not None:
@@ -72,17 +72,15 @@ def first_value(row: dict[str, Any], keys: Iterable[str]) -> Any:
 
 
 def require_text(row: dict[str, Any] | BadRow, keys: tuple[str, ...], meaning: str) -> str:
-    """The text under the first of the keys that the row has.
+    """The text of the first key that the row has.
 
     Raises:
-        BadRow: it is missing, empty, not text, or not valid Unicode; or the row is a bad one.
+        BadRow: `row`; or the text is missing, empty, not a string, or not valid Unicode.
     """
     if isinstance(row, BadRow):
         raise row
-    value = row.get(keys[0])
-    if value is None:
-        value = first_value(row, keys)
-    if value is None:
+    value = row.get(keys[0])  # the usual case, fast
+    if value is None and (value := first_value(row, keys)) is None:
         raise BadRow(missing(row, keys, meaning))
     if not isinstance(value, str):
         raise BadRow(f"{keys[0]} is {short(value)}; expected {meaning} as text.")
@@ -92,13 +90,13 @@ def require_text(row: dict[str, Any] | BadRow, keys: tuple[str, ...], meaning: s
         if not value.isascii():
             value.encode()
     except UnicodeEncodeError:
-        raise BadRow(f"{keys[0]} holds half a surrogate pair; expected valid Unicode.") from None
+        raise BadRow(f"{keys[0]} has half a surrogate pair; expected valid Unicode.") from None
     return value
 
 
 def missing(row: dict[str, Any], keys: tuple[str, ...], meaning: str) -> str:
-    """Says that a row has none of the keys, and which of its keys may be one mistyped."""
-    # Never the caption: taken for the hypothesis, it would give the label away.
+    """A message for a row with none of the keys; suggests one that may be mistyped."""
+    # Never suggests the caption: as the hypothesis, it would give the label away.
     others = [key for key in row if key not in keys and key != _CAPTION_KEY]
     near = [match for key in keys for match in difflib.get_close_matches(key, others, 1, 0.8)]
     hint = f" (the row has {short(near[0])})" if near else ""
@@ -106,46 +104,45 @@ def missing(row: dict[str, Any], keys: tuple[str, ...], meaning: str) -> str:
 
 
 def image_name(row: dict[str, Any], keys: Iterable[str] = IMAGE_KEYS) -> Any:
-    """What a row calls its image; a number is a name, too."""
+    """The name of a row's image, which may be a number."""
     value = first_value(row, keys)
     return str(value) if type(value) is int else value
 
 
 def short(value: Any) -> str:
-    """A value for a message, however long or deeply nested it is."""
+    """A value for a message, however long or deeply nested."""
     return "null" if value is None else _REPR.repr(value)
 
 
 def split_name(path: Path) -> tuple[str, str]:
-    """A file's name without and with only its format: (`x.train`, `.jsonl.gz`)."""
+    """Splits a file's name before the extension: (`x.train`, `.jsonl.gz`)."""
     packed = ".gz" if path.suffix == ".gz" else ""
-    name = path.name.removesuffix(packed)
-    suffix = Path(name).suffix
-    return name.removesuffix(suffix), suffix + packed
+    name = Path(path.name.removesuffix(packed))
+    return name.stem, name.suffix + packed
 
 
 def format_of(path: Path) -> str:
-    """The format that a file's name tells: `jsonl`, `csv`, `plain` or `parquet`.
+    """The format of a file, from its name: `jsonl`, `csv`, `plain` or `parquet`.
 
     Raises:
-        UsageError: no format has that ending.
+        UsageError: no format has this extension.
     """
-    ending = split_name(path)[1].lower()
-    kind = _FORMATS.get(ending.removesuffix(".gz"))
-    if kind is None or ending == ".parquet.gz":
+    extension = split_name(path)[1].lower()
+    kind = _FORMATS.get(extension.removesuffix(".gz"))
+    if kind is None or extension == ".parquet.gz":
         raise UsageError(
-            f"{path}: cannot tell the format by the ending; expected .jsonl, .csv, .tsv or .txt "
-            "(each also with .gz), or .parquet."
+            f"{path}: unknown format; expected a name ending in .jsonl, .csv, .tsv or .txt (each "
+            "also with .gz), or .parquet."
         )
     return kind
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[BinaryIO]:
-    """The bytes of a file, unpacked where its name ends in `.gz`.
+    """The bytes of a file, decompressed if its name ends in `.gz`.
 
     Raises:
-        DataError: it cannot be read, or the packing is damaged.
+        DataError: the file cannot be read, or is damaged.
     """
     try:
         with path.open("rb") as raw:
@@ -162,7 +159,7 @@ def reading(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def packing(path: Path, stream: BinaryIO) -> Iterator[BinaryIO]:
-    """A stream to write to, packed where `path` ends in `.gz`, always into the same bytes."""
+    """A stream that compresses, reproducibly, if `path` ends in `.gz`."""
     if path.suffix == ".gz":
         with gzip.GzipFile("", "wb", fileobj=stream, mtime=0) as packed:
             yield cast(BinaryIO, packed)
@@ -170,12 +167,10 @@ def packing(path: Path, stream: BinaryIO) -> Iterator[BinaryIO]:
         yield stream
 
 
-def read_rows(path: Path, columns: Collection[str]) -> Iterator[Record]:
+def read_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[Record]:
     """The rows of a JSON Lines, CSV, TSV or Parquet file.
 
-    Args:
-        path: the file.
-        columns: the keys to read; formats that store whole rows give the others too.
+    Of Parquet, only the given columns are read (None: all).
 
     Raises:
         DataError: the file cannot be read.
@@ -189,7 +184,7 @@ def read_rows(path: Path, columns: Collection[str]) -> Iterator[Record]:
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a text file with their numbers, line ends included.
+    """The numbered lines of a text file, line ends included.
 
     Raises:
         DataError: the file cannot be read, or a line is not UTF-8.
@@ -220,16 +215,16 @@ def json_rows(lines: Iterable[bytes]) -> Iterator[Record]:
 
 
 def _patient_json(line: bytes) -> Any:
-    """What Python's laxer parser makes of a line that orjson refuses, or what is wrong with it."""
+    """A line that orjson refuses, by Python's more tolerant parser, or what is wrong with it."""
     try:
-        return json.loads(line.decode())  # of bytes, it would also take UTF-16
+        return json.loads(line.decode())  # given bytes, it would accept UTF-16, too
     except UnicodeDecodeError:
         reason = NOT_UTF8
     except json.JSONDecodeError as error:
         reason = f"not valid JSON ({error.msg} at column {error.colno})."
     except RecursionError:
         reason = "not valid JSON (nested too deeply)."
-    except ValueError as error:  # such as a number of thousands of digits
+    except ValueError as error:  # such as a number with thousands of digits
         reason = f"not valid JSON ({error})."
     return BadRow(reason, line.decode(errors="replace"))
 
@@ -237,27 +232,26 @@ def _patient_json(line: bytes) -> Any:
 class DelimitedRows:
     """The rows of CSV or TSV, read strictly: every line of the file belongs to exactly one row.
 
-    A quote that is opened and not closed makes one row of many lines. Then its first line alone is
-    bad; the others are read again. Empty cells have no value.
+    An unclosed quote would join many lines to one row. Then only the first line is bad, and the
+    others are read again. Empty cells have no value.
 
     Args:
-        lines: the lines, the header first.
-        errors: what happens to bytes that are not UTF-8, as for `bytes.decode`.
+        lines: the lines, beginning with the header.
+        errors: how to treat bytes that are not UTF-8, as in `bytes.decode`.
 
     Attributes:
-        header: the cells of the first row, as they stand there.
-        delimiter: whatever of comma, semicolon and tab makes most cells of the first line.
-        first_line: the first line itself.
+        header: the cells of the first line.
+        delimiter: comma, semicolon or tab, whichever is most frequent in the first line.
+        first_line: the bytes of the first line.
     """
 
     def __init__(self, lines: Iterable[bytes], errors: str = "strict") -> None:
         csv.field_size_limit(_MAX_CELL_CHARACTERS)
-        source = iter(lines)
-        self.first_line = next(source, b"")
+        self._source, self._errors = iter(lines), errors
+        self.first_line = next(self._source, b"")
         self.delimiter, self.header = header_of(self.first_line)
-        self._source, self._errors = source, errors
-        self._again: list[str] = []
-        self._taken: list[str] = []
+        self._again: list[str] = []  # lines to read again, the next one last
+        self._row_lines: list[str] = []  # lines of the current row
 
     def __iter__(self) -> Iterator[Record]:
         names = [name.strip() for name in self.header]
@@ -277,11 +271,13 @@ class DelimitedRows:
             except csv.Error as error:
                 reason = f"not valid CSV ({error})."
             else:
-                reason = "" if not cells or len(cells) == len(names) else self._miscounted(cells)
-                if len(self._taken) > 1 and not reason and self._swallows_rows():
+                reason = ""
+                if cells and len(cells) != len(names):
+                    reason = f"{len(cells)} cells; expected {len(names)}, as in the header."
+                elif len(self._row_lines) > 1 and self._swallows_rows():
                     reason = "not valid CSV (the lines of several rows in one cell)."
             if reason:
-                first, *others = self._taken
+                first, *others = self._row_lines
                 if others:
                     reason += " Is a quote opened here and not closed?"
                 yield line, BadRow(reason, first), None
@@ -294,39 +290,35 @@ class DelimitedRows:
                 if "" in cells:
                     values = {name: cell for name, cell in values.items() if cell}
                 yield line, values, cells
-            line += len(self._taken)
-            self._taken.clear()
+            line += len(self._row_lines)
+            self._row_lines.clear()
 
     def _reader(self) -> Iterator[list[str]]:
-        self._taken.clear()
+        self._row_lines.clear()
         return csv.reader(self._lines(), delimiter=self.delimiter, strict=True)
 
     def _lines(self) -> Iterator[str]:
-        """The lines to come as text, noted in `_taken`; first those to read again."""
         while self._again:
-            self._taken.append(self._again.pop())
-            yield self._taken[-1]
+            self._row_lines.append(self._again.pop())
+            yield self._row_lines[-1]
         for content in self._source:
             try:
                 line = content.decode("utf-8", self._errors)
             except UnicodeDecodeError:
-                self._taken.append(content.decode("utf-8", "replace"))
+                self._row_lines.append(content.decode("utf-8", "replace"))
                 raise
-            self._taken.append(line)
+            self._row_lines.append(line)
             yield line
 
-    def _miscounted(self, cells: list[str]) -> str:
-        return f"{len(cells)} cells; expected {len(self.header)}, as in the header."
-
     def _swallows_rows(self) -> bool:
-        """Whether all lines taken after the first look like rows: two stray quotes do that."""
-        # Not prose with as many commas: there are spaces after them, or quotes that are doubled.
+        """Whether all lines of a row but the first look like rows, after two stray quotes."""
+        # Prose with as many commas has spaces after them, or doubled quotes.
         width = len(self.header)
         return width > 1 and all(
             len(cells := line.split(self.delimiter)) == width
             and not any(cell.startswith(" ") for cell in cells[1:])
             and '""' not in line
-            for line in self._taken[1:]
+            for line in self._row_lines[1:]
         )
 
 
@@ -341,16 +333,16 @@ def header_of(line: bytes) -> tuple[str, list[str]]:
 
 
 def is_garbled(names: Iterable[str]) -> bool:
-    """Whether names of columns were decoded from something else than UTF-8, such as UTF-16."""
+    """Whether column names were decoded from an encoding other than UTF-8, such as UTF-16."""
     return not {"\0", "\ufffd"}.isdisjoint("".join(names))
 
 
 @contextmanager
 def reading_parquet(source: Path | BinaryIO, name: str | Path) -> Iterator[Any]:
-    """A `pyarrow.parquet.ParquetFile`; `name` is what messages call it.
+    """A `pyarrow.parquet.ParquetFile`; `name` is for messages.
 
     Raises:
-        DataError: it is damaged, or holds what Python has no value for.
+        DataError: it is damaged, or contains values that Python cannot represent.
     """
     import pyarrow
     import pyarrow.parquet
@@ -358,7 +350,7 @@ def reading_parquet(source: Path | BinaryIO, name: str | Path) -> Iterator[Any]:
     try:
         with pyarrow.parquet.ParquetFile(source) as file:
             yield file
-    # A damaged file shows as any of these, depending on where the damage is.
+    # Depending on the place, damage causes any of these.
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = str(error).partition("\n")[0]
         raise DataError(f"{name}: not a readable Parquet file ({reason}).") from None
@@ -367,17 +359,15 @@ def reading_parquet(source: Path | BinaryIO, name: str | Path) -> Iterator[Any]:
 def parquet_rows(
     source: Path | BinaryIO, name: str | Path, columns: Collection[str] | None = None
 ) -> Iterator[Record]:
-    """The rows of a Parquet file; only the given columns are read (None: all of them)."""
-    line = 0
+    """The rows of a Parquet file; reads only the given columns (None: all)."""
     with reading_parquet(source, name) as file:
         names = [n for n in file.schema_arrow.names if columns is None or n in columns]
-        for batch in file.iter_batches(PARQUET_BATCH, columns=names):
-            for values in batch.to_pylist():
-                line += 1
-                yield line, values, None
+        batches = file.iter_batches(PARQUET_BATCH, columns=names)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        yield from ((line, values, None) for line, values in enumerate(rows, 1))
 
 
 def json_line(value: dict[str, Any]) -> bytes:
-    """A row as a line of JSON; half a surrogate pair stays written as an escape."""
+    """A row as a line of JSON; half a surrogate pair is escaped."""
     line = json.dumps(value, ensure_ascii=False, default=str) + "\n"
     return line.encode(errors="backslashreplace")

@@ -1,10 +1,9 @@
-"""Files with texts to translate: read row by row, written with everything else as it was."""
+"""Files of texts to translate: read row by row, and written with everything else unchanged."""
 
 from __future__ import annotations
 
 import csv
 import io
-import itertools
 import json
 import re
 from abc import ABC, abstractmethod
@@ -34,12 +33,12 @@ from clseave_cli.core.data.rows import (
 )
 from clseave_cli.errors import DataError
 
-#: Fields that hold the text, where the user names none.
+#: Fields of the text, unless the user chooses one; the first one present is used.
 FIELDS = (*HYPOTHESIS_KEYS, "text")
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
-#: A row group of a translated Parquet file ends at so many rows, or bytes.
+#: Maximum size of a row group of a translated Parquet file.
 _GROUP_ROWS, _GROUP_BYTES = 20_000, 64 << 20
 
 
@@ -48,9 +47,9 @@ class Row(NamedTuple):
 
     Attributes:
         line: number of the line it starts on, or of the row in a Parquet file; from 1.
-        text: what is to be translated.
-        pair_id: the row's `pairID`, None where it has none.
-        record: the row as its format's writer wants it back.
+        text: the text to translate.
+        pair_id: the row's `pairID`, if it has one.
+        record: the row, in the form that the writer needs.
     """
 
     line: int
@@ -59,21 +58,16 @@ class Row(NamedTuple):
     record: Any
 
 
-#: Writes a row with its text replaced, and its suspicions where the format has a place for them.
+#: Writes a row with its translation, and the reasons why that is suspect if the format allows.
 Write = Callable[[Row, str, tuple[str, ...]], None]
 
 
 class TextFile(ABC):
-    """A file of one of the formats.
-
-    Args:
-        path: the file.
-        field: the field to translate; None for the first of `FIELDS` that exists.
-        source: language of the text.
+    """A file of one of the formats; see `open_text_file`.
 
     Attributes:
-        marks_rows: whether a kept row can carry the names of its suspicions. Where none can, every
-            line keeps its place, and one without a translation is to be written empty.
+        marks_rows: whether a row can be marked as suspect. If not (plain text), every line keeps
+            its place, and a row without a translation becomes an empty line.
     """
 
     marks_rows = True
@@ -86,45 +80,40 @@ class TextFile(ABC):
         """The rows, in order.
 
         Raises:
-            DataError: naming file and line, for the first row that cannot be read.
+            DataError: a row cannot be read; names file and line.
         """
 
     @abstractmethod
     def writer(self, stream: BinaryIO) -> AbstractContextManager[Write]:
-        """What writes rows in the same format into a stream, which stays open after the block."""
+        """A function that writes rows to a stream in the same format; leaves the stream open."""
 
     def _choose_field(self, names: list[str]) -> str:
-        """The field to translate, out of those the file has.
+        """The field to translate, of those that the file has.
 
         Raises:
             DataError: the file does not have it, or is not UTF-8.
         """
-        wanted = FIELDS if self._field is None else (self._field,)
-        for name in wanted:
+        candidates = FIELDS if self._field is None else (self._field,)
+        for name in candidates:
             if name in names:
                 return name
         if is_garbled(names):
-            raise self._refused(1, NOT_UTF8)
+            raise DataError.at(self.path, 1, NOT_UTF8)
         raise DataError(
-            f"{self.path}: no field {' or '.join(wanted)}; it has {', '.join(names) or 'none'}. "
-            "Name the field with --field."
+            f"{self.path}: no field {' or '.join(candidates)}; the fields are "
+            f"{', '.join(names) or 'none'}. Choose one with --field."
         )
-
-    def _refused(self, line: int, reason: str) -> DataError:
-        return DataError.at(self.path, line, reason)
 
 
 def open_text_file(path: Path, field: str | None, source: str) -> TextFile:
-    """The file at `path`, by the format its name tells.
+    """Opens `.jsonl`, `.csv`, `.tsv`, `.txt` (each also with `.gz`) or `.parquet`.
 
-    Args:
-        path: `.jsonl`, `.csv`, `.tsv`, `.txt` (each also with `.gz`) or `.parquet`.
-        field: which field holds the text; None for the first of `FIELDS` that exists.
-        source: language of the text: names the field that keeps it (`sentence2_en`).
+    The text is in `field` (None: the first of `FIELDS` that exists). Its language, `source`, names
+    the field for the source sentence (`sentence2_en`).
 
     Raises:
-        DataError: there is no such file, or not such a field.
-        UsageError: no format has that ending.
+        DataError: there is no such file or field.
+        UsageError: no format has this extension.
     """
     kind = format_of(path)
     if not path.is_file():
@@ -142,31 +131,35 @@ def _pair_id(values: dict[str, Any]) -> str | None:
 
 
 class _JsonLinesFile(TextFile):
-    """A row's bytes stay as they are, except for the value that is translated."""
+    """Leaves the bytes of a row unchanged, except for the translated value.
+
+    A row's record is its line and its values.
+    """
 
     def __init__(self, path: Path, field: str | None, source: str) -> None:
         super().__init__(path, field, source)
         if field is None:
-            next(self.rows(), None)  # the first row tells
+            next(self.rows(), None)  # the first row determines the field
 
     def rows(self) -> Iterator[Row]:
-        """The rows; blank lines are skipped. A row's record is its line and its values."""
         with reading(self.path) as stream:
             for number, values, line in json_rows(stream):
                 if isinstance(values, BadRow):
-                    raise self._refused(number, str(values))
+                    raise DataError.at(self.path, number, str(values))
                 if self._field is None:
                     self._field = self._choose_field(list(values))
                 text = values.get(self._field)
                 if type(text) is not str:
-                    what = f"is {short(text)}" if self._field in values else "is missing"
-                    raise self._refused(number, f'"{self._field}" {what}; expected a string.')
+                    problem = f"is {short(text)}" if self._field in values else "is missing"
+                    raise DataError.at(
+                        self.path, number, f'"{self._field}" {problem}; expected a string.'
+                    )
                 yield Row(number, text, _pair_id(values), (line, values))
 
     @contextmanager
     def writer(self, stream: BinaryIO) -> Iterator[Write]:
-        """The source and the marks are added at the end of a row."""
-        field = self._field or ""  # a file without rows has not told it, and needs none
+        """Source sentence and marks are added at the end of a row."""
+        field = self._field or ""  # unknown, and not needed, if the file has no rows
         key, source_field = _quote(field), f"{field}_{self._source}"
         source_key = b", " + _quote(source_field) + b": "
 
@@ -175,8 +168,8 @@ class _JsonLinesFile(TextFile):
             quoted = _quote(row.text)
             start = line.find(key + b": " + quoted) + len(key) + 2
             end = start + len(quoted)
-            # Nearly every row is flat and names the field once; such a name is not part of a
-            # string, where its quotes would be escaped.
+            # Most rows are flat and have the key once. It cannot be inside a string, where its
+            # quotes would be escaped.
             if start < len(key) + 2 or line.count(key) > 1 or line.count(b"{") > 1:
                 start, end = _search(line, field)
             close = line.rindex(b"}")
@@ -194,7 +187,7 @@ class _JsonLinesFile(TextFile):
 
 
 def _quote(text: str) -> bytes:
-    """A text as JSON writes it; a lone surrogate has no UTF-8, but an escape."""
+    """A text in JSON; a lone surrogate, which has no UTF-8, is escaped."""
     try:
         return orjson.dumps(text)
     except orjson.JSONEncodeError:
@@ -202,7 +195,7 @@ def _quote(text: str) -> bytes:
 
 
 def _search(data: bytes, field: str) -> tuple[int, int]:
-    """The span of a key's value among the line's outermost keys; of the last, as parsers do."""
+    """The span of a top-level key's value; of the last such key, as in JSON parsers."""
     line = data.decode()
 
     def skip(at: int) -> int:
@@ -224,7 +217,7 @@ def _search(data: bytes, field: str) -> tuple[int, int]:
 
 
 class _DelimitedFile(TextFile):
-    """CSV or TSV, with a header. Cells may hold line breaks; a row's record is its cells."""
+    """CSV or TSV with a header; a row's record is its cells."""
 
     def rows(self) -> Iterator[Row]:
         with reading(self.path) as stream:
@@ -232,12 +225,12 @@ class _DelimitedFile(TextFile):
             column = records.header.index(self._choose_field(records.header))
             for number, values, cells in records:
                 if isinstance(values, BadRow):
-                    raise self._refused(number, str(values))
+                    raise DataError.at(self.path, number, str(values))
                 yield Row(number, cells[column], _pair_id(values), cells)
 
     @contextmanager
     def writer(self, stream: BinaryIO) -> Iterator[Write]:
-        """Keeps delimiter, line ends and quoting; source and suspicions are the last columns."""
+        """Keeps delimiter, line ends and quoting; appends columns for source and suspicions."""
         with reading(self.path) as lines:
             records = DelimitedRows(lines)
         line, header = records.first_line, records.header
@@ -268,12 +261,11 @@ class _DelimitedFile(TextFile):
 
 
 class _PlainFile(TextFile):
-    """A sentence a line: line 7 of the translation belongs to that of the source."""
+    """A sentence a line, empty lines included; a row's record is its line break."""
 
     marks_rows = False
 
     def rows(self) -> Iterator[Row]:
-        """The lines, empty ones too; a row's record is its line break."""
         for number, line in text_lines(self.path):
             text = line.removesuffix("\n").removesuffix("\r")
             yield Row(number, text, None, line[len(text) :])
@@ -281,7 +273,7 @@ class _PlainFile(TextFile):
     @contextmanager
     def writer(self, stream: BinaryIO) -> Iterator[Write]:
         def write(row: Row, translation: str, suspicions: tuple[str, ...]) -> None:
-            # A line break that an engine made up would shift all lines below.
+            # A line break in a translation would shift all lines below.
             line = " ".join(translation.splitlines()) if row.text != translation else translation
             stream.write((line + row.record).encode("utf-8", "replace"))
 
@@ -289,7 +281,7 @@ class _PlainFile(TextFile):
 
 
 class _ParquetFile(TextFile):
-    """A row's record is its batch and its place in it."""
+    """A row's record is its batch and its index there."""
 
     def __init__(self, path: Path, field: str | None, source: str) -> None:
         import pyarrow
@@ -313,12 +305,14 @@ class _ParquetFile(TextFile):
                     number += 1
                     text = values[self._column]
                     if text is None:
-                        raise self._refused(number, f"{self._column} is null; expected a string.")
+                        raise DataError.at(
+                            self.path, number, f"{self._column} is null; expected a string."
+                        )
                     yield Row(number, text, _pair_id(values), (batch, index))
 
     @contextmanager
     def writer(self, stream: BinaryIO) -> Iterator[Write]:
-        """The schema gets columns for source and suspicions at its end."""
+        """Appends columns for source and suspicions."""
         import pyarrow
         import pyarrow.parquet
 
@@ -327,36 +321,34 @@ class _ParquetFile(TextFile):
         if source_field not in schema.names:
             schema = schema.append(pyarrow.field(source_field, pyarrow.string()))
         schema = schema.append(pyarrow.field(SUSPECT_FIELD, pyarrow.list_(pyarrow.string())))
-        kept: list[tuple[Row, str, tuple[str, ...]]] = []
+        group: list[tuple[str, str, list[str]]] = []
+        batches: list[tuple[Any, list[int]]] = []  # with the indices of the rows to write
         num_bytes = 0
 
         def write(row: Row, translation: str, suspicions: tuple[str, ...]) -> None:
             nonlocal num_bytes
-            batch, _ = row.record
-            if not kept or batch is not kept[-1][0].record[0]:
+            batch, index = row.record
+            if not batches or batches[-1][0] is not batch:
+                batches.append((batch, []))
                 num_bytes += batch.nbytes
-            kept.append((row, translation, suspicions))
-            if len(kept) >= _GROUP_ROWS or num_bytes >= _GROUP_BYTES:
+            batches[-1][1].append(index)
+            group.append((row.text, translation, list(suspicions)))
+            if len(group) >= _GROUP_ROWS or num_bytes >= _GROUP_BYTES:
                 write_group()
 
         def write_group() -> None:
             nonlocal num_bytes
-            if not kept:
-                return
-            rows, translations, suspicions = zip(*kept, strict=True)
-            batches = []
-            records = (row.record for row in rows)
-            for _, group in itertools.groupby(records, key=lambda record: id(record[0])):
-                (batch, *_), indices = zip(*group, strict=True)
-                batches.append(batch.take(pyarrow.array(indices)))
-            table = pyarrow.Table.from_batches(batches)
-            columns = dict(zip(table.column_names, table.columns, strict=True))
-            columns[self._column] = pyarrow.array(translations, schema.field(self._column).type)
-            columns.setdefault(source_field, pyarrow.array([row.text for row in rows]))
-            columns[SUSPECT_FIELD] = pyarrow.array([list(names) for names in suspicions])
-            arrays = [columns[part.name].cast(part.type) for part in schema]
-            out.write_table(pyarrow.Table.from_arrays(arrays, schema=schema))
-            kept.clear()
+            if group:
+                taken = [batch.take(pyarrow.array(indices)) for batch, indices in batches]
+                table = pyarrow.Table.from_batches(taken)
+                columns = dict(zip(table.column_names, table.columns, strict=True))
+                texts, translations, suspicions = map(pyarrow.array, zip(*group, strict=True))
+                columns.setdefault(source_field, texts)
+                columns |= {self._column: translations, SUSPECT_FIELD: suspicions}
+                arrays = [columns[part.name].cast(part.type) for part in schema]
+                out.write_table(pyarrow.Table.from_arrays(arrays, schema=schema))
+            group.clear()
+            batches.clear()
             num_bytes = 0
 
         out = pyarrow.parquet.ParquetWriter(stream, schema, compression=self._compression)

@@ -20,10 +20,10 @@ import torch
 from PIL import Image
 
 from clseave_cli.core.config import IllustrateConfig
-from clseave_cli.core.data.heat_map import made_by, write_png
+from clseave_cli.core.data.heat_map import png_software, write_png
 from clseave_cli.core.data.images import ImageFolder, picture_name
 from clseave_cli.core.data.mini_ve.drawing import draw
-from clseave_cli.core.data.mini_ve.generation import asked_of, guided
+from clseave_cli.core.data.mini_ve.generation import guided, scenes_of
 from clseave_cli.core.data.records import ENGLISH, image_stem, require_split_path
 from clseave_cli.core.data.rows import (
     ID_KEYS,
@@ -140,7 +140,7 @@ def _missing(out: Path, wanted: list[Wanted], engine: Engine) -> list[tuple[Want
         present = there.get(picture_name(each.key))
         if present is None:
             missing.append((each, record))
-        elif made_by(present) != record:
+        elif png_software(present) != record:
             raise UsageError(
                 f"{present}: was not drawn by illustrate from this text with these options; delete "
                 "it, or choose another --out."
@@ -150,7 +150,7 @@ def _missing(out: Path, wanted: list[Wanted], engine: Engine) -> list[tuple[Want
 
 def _mini_ve(config: IllustrateConfig) -> Engine:
     """The built-in world: other scenes of which the same is true."""
-    asked = asked_of(config.data, config.split, by_row=config.guided_by == "pairID")
+    asked = scenes_of(config.data, config.split, by_row=config.guided_by == "pairID")
 
     def picture(wanted: Wanted) -> Image.Image:
         if wanted.key not in asked:

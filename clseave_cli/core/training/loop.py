@@ -287,7 +287,7 @@ class _Loop:
         todo = self._batches()[state.batch : state.batch + self.total_steps - state.step]
         self.stage.module.train()
         title = f"{self.stage}: epoch {state.epoch + 1}/{self.last_epoch}"
-        with self.progress.task(title, self.stage.num_examples, "pairs", noted=True) as task:
+        with self.progress.task(title, self.stage.num_examples, "pairs", summary=False) as task:
             task.advance(state.num_seen)
             begin = time.monotonic()
             for rows, parts in self._prepared(todo):

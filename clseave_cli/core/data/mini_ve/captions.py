@@ -1,12 +1,12 @@
 """Captions in six languages, from which the contrastive stage learns what a picture shows.
 
-Most are short: each word costs training time. Lists of what is in view, the curtain included, hold
-all that a hypothesis may ask about. Others name a single thing of the scene, or how many there are;
-those are shared by many pictures, and so make the model tell things apart where a list already
-tells the pictures apart. A few are whole sentences, so that the words of the hypotheses are in the
+Most are short, because each word costs training time. Lists of everything in view, including the
+curtain, contain all that a hypothesis may ask about. Others name a single thing of the scene, or
+the number of shapes. Many pictures share those, so the model must tell things apart, while a list
+identifies its picture. A few are whole sentences, so that the words of the hypotheses are in the
 vocabulary.
 
-What is said is drawn once, and then put into words in every language.
+The content is drawn once, then worded in every language.
 """
 
 from __future__ import annotations
@@ -18,54 +18,47 @@ from random import Random
 from clseave_cli.core.data.mini_ve.grammar import LANGUAGES, numbered, phrases
 from clseave_cli.core.data.mini_ve.world import COLORS, SHAPES, Description, Item, Scene
 
-#: How often the last caption of a scene is a whole sentence.
+#: Probability that the last caption of a scene is a whole sentence.
 _SENTENCE_PROBABILITY = 0.15
 
-#: A thing in view: a coloured shape, the curtain (None), or so many shapes.
+#: Something in view: a coloured shape, the curtain (None), or a number of shapes.
 _Thing = Item | None | int
 
 
 @dataclass(frozen=True)
 class _Wording:
-    """How one language says captions.
+    """Captions in one language.
 
     Attributes:
         curtain: the noun.
-        several: how many shapes there are, without a verb.
+        joints: what joins the things of a sentence: between them, and before the last one.
+        covers: three clauses about a curtain, then three for a scene without one; a line each.
+        forms: sentences, a line each; the third replaces the second if there are two things. `all`
+            and `missing` are phrases by their names in the grammar.
+        several: the number of shapes, without a verb.
         comma: between the things of a list.
-        joints: what stands between the things of a sentence, and before the last of them.
-        ending: how a sentence goes on and ends.
-        covered: what may be said of a curtain, a line each.
-        open: the same where there is none.
-        forms: sentences, a line each; the third goes in place of the second where there are two
-            things. `all` and `missing` hold phrases by their names in the grammar.
-        inner: the phrase of every thing but the last, where it is another than the last one's.
+        ending: end of a sentence.
+        inner: name of the phrase for every thing but the last, if it differs from the last one's.
     """
 
     curtain: str
-    several: str
-    comma: str
     joints: tuple[str, str]
-    ending: str
-    covered: str
-    open: str
+    covers: str
     forms: str
+    several: str = "{number} {shapes}"
+    comma: str = ", "
+    ending: str = "; {cover}."
     inner: str | None = None
 
 
 _WORDINGS = {
     "en": _Wording(
         curtain="curtain",
-        several="{number} {shapes}",
-        comma=", ",
         joints=(", ", " and "),
-        ending="; {cover}.",
-        covered="""
+        covers="""
             a curtain hides a part of it
             a part of it is hidden behind a curtain
             something may be behind the curtain
-        """,
-        open="""
             nothing is hidden
             there is no curtain
             the whole of it is in view
@@ -80,16 +73,11 @@ _WORDINGS = {
     ),
     "de": _Wording(
         curtain="Vorhang",
-        several="{number} {shapes}",
-        comma=", ",
         joints=(", ", " und "),
-        ending="; {cover}.",
-        covered="""
+        covers="""
             ein Vorhang verdeckt einen Teil davon
             ein Teil davon ist hinter einem Vorhang verborgen
             hinter dem Vorhang könnte etwas sein
-        """,
-        open="""
             nichts ist verborgen
             es gibt keinen Vorhang
             alles ist zu sehen
@@ -104,16 +92,11 @@ _WORDINGS = {
     ),
     "nl": _Wording(
         curtain="gordijn",
-        several="{number} {shapes}",
-        comma=", ",
         joints=(", ", " en "),
-        ending="; {cover}.",
-        covered="""
+        covers="""
             een gordijn verbergt een deel ervan
             een deel ervan is verborgen achter een gordijn
             achter het gordijn kan iets zijn
-        """,
-        open="""
             er is niets verborgen
             er is geen gordijn
             alles is te zien
@@ -132,12 +115,10 @@ _WORDINGS = {
         comma="、",
         joints=("と", "と"),
         ending="。{cover}。",
-        covered="""
+        covers="""
             一部がカーテンで隠れています
             その一部はカーテンの後ろに隠れています
             カーテンの後ろに何かあるかもしれません
-        """,
-        open="""
             何も隠れていません
             カーテンはありません
             全体が見えています
@@ -156,12 +137,10 @@ _WORDINGS = {
         comma="、",
         joints=("、", "和"),
         ending="；{cover}。",
-        covered="""
+        covers="""
             帘子遮住了一部分
             有一部分藏在帘子后面
             帘子后面可能有东西
-        """,
-        open="""
             没有任何东西被遮住
             没有帘子
             整个场景都看得见
@@ -177,15 +156,11 @@ _WORDINGS = {
     "ko": _Wording(
         curtain="커튼",
         several="도형 {number} 개",
-        comma=", ",
         joints=(" ", " "),
-        ending="; {cover}.",
-        covered="""
+        covers="""
             커튼이 일부를 가리고 있습니다
             일부가 커튼 뒤에 숨겨져 있습니다
             커튼 뒤에 무언가 있을 수 있습니다
-        """,
-        open="""
             숨겨진 것이 없습니다
             커튼이 없습니다
             전체가 보입니다
@@ -203,34 +178,29 @@ _WORDINGS = {
 
 
 def captions(scene: Scene, number: int, rng: Random) -> list[dict[str, str]]:
-    """`number` captions of `scene`, each by language: lists and single things in turn, now and then
-    a sentence."""
-    told = [_thing(scene, rng) if turn % 2 else _list(scene, rng) for turn in range(number)]
+    """`number` captions of `scene` by language: lists and single things in turn, and, with a small
+    probability, a sentence at the end."""
+    things: list[_Thing] = [*scene.items, None] if scene.curtain else [*scene.items]
+    result = []
+    for turn in range(number):
+        if turn % 2:
+            named = [rng.choice([*things, len(scene.items)])]
+        else:
+            named = rng.sample(things, len(things))
+        result.append(
+            {
+                lang: wording.comma.join(_name(thing, lang) for thing in named)
+                for lang, wording in _WORDINGS.items()
+            }
+        )
     if rng.random() < _SENTENCE_PROBABILITY:
-        told[-1:] = [_sentence(scene, rng)] if told else []
-    return told
-
-
-def _things(scene: Scene) -> list[_Thing]:
-    return [*scene.items, None] if scene.curtain else [*scene.items]
-
-
-def _list(scene: Scene, rng: Random) -> dict[str, str]:
-    things = rng.sample(_things(scene), len(_things(scene)))
-    return {
-        lang: wording.comma.join(_name(thing, lang) for thing in things)
-        for lang, wording in _WORDINGS.items()
-    }
-
-
-def _thing(scene: Scene, rng: Random) -> dict[str, str]:
-    thing = rng.choice([*_things(scene), len(scene.items)])
-    return {lang: _name(thing, lang) for lang in LANGUAGES}
+        result[-1:] = [_sentence(scene, rng)] if result else []
+    return result
 
 
 @cache
 def _name(thing: _Thing, lang: str) -> str:
-    """A thing without an article, as a list names it."""
+    """A thing without an article, for a list."""
     wording = _WORDINGS[lang]
     if thing is None:
         return wording.curtain
@@ -241,30 +211,19 @@ def _name(thing: _Thing, lang: str) -> str:
 
 def _sentence(scene: Scene, rng: Random) -> dict[str, str]:
     items = rng.sample(scene.items, len(scene.items))
-    cover = rng.randrange(3)
+    cover = rng.randrange(3) + (0 if scene.curtain else 3)
     absent = [
         *(Description(c, None) for c in COLORS if all(item.color != c for item in scene.items)),
         *(Description(None, s) for s in SHAPES if all(item.shape != s for item in scene.items)),
     ]
-    # Five shapes in view can have all colours and all shapes between them.
+    # Five shapes can have all colours and all shapes between them.
     missing = rng.choice(absent) if absent else None
     forms = [0, 2 if len(items) == 2 else 1]
     form = rng.choice([*forms, 3, 4] if missing else forms)
-    return {
-        lang: _say(lang, form, items, missing, cover, scene.curtain is not None)
-        for lang in LANGUAGES
-    }
+    return {lang: _say(lang, form, items, missing, cover) for lang in LANGUAGES}
 
 
-def _say(
-    lang: str,
-    form: int,
-    items: list[Item],
-    missing: Description | None,
-    cover: int,
-    is_covered: bool,
-) -> str:
-    """A sentence in one language."""
+def _say(lang: str, form: int, items: list[Item], missing: Description | None, cover: int) -> str:
     wording = _WORDINGS[lang]
     named = [phrases(item, lang) for item in items]
     comma, last = wording.joints
@@ -272,12 +231,11 @@ def _say(
     for case, end in named[-1].items():
         *rest, _ = (words[wording.inner or case] for words in named)
         joined[case] = f"{comma.join(rest)}{last}{end}" if rest else end
-    covers = wording.covered if is_covered else wording.open
     return (_line(wording.forms, form) + wording.ending).format(
         *named,
         all=joined,
         missing=phrases(missing, lang) if missing else {},
-        cover=_line(covers, cover),
+        cover=_line(wording.covers, cover),
         **numbered(len(items), lang),
     )
 

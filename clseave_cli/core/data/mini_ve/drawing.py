@@ -1,4 +1,4 @@
-"""Draws a scene as a small picture: flat shapes on pale paper, and a striped grey curtain."""
+"""Draws a scene as a small picture: flat shapes on pale paper, with a striped grey curtain."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from PIL import Image, ImageDraw
 
 from clseave_cli.core.data.mini_ve.world import GRID, Curtain, Scene
 
-#: Pixels along one cell: a vision transformer with patches of 16 sees one cell a patch.
+#: Side of a cell in pixels: one patch of a vision transformer with patches of 16.
 CELL = 16
 
-#: Everything is drawn this many times larger and then averaged down, which smooths the edges.
+#: Pictures are drawn this many times larger, then averaged, for smooth edges.
 SUPERSAMPLING = 4
 
 RGB = tuple[int, int, int]
@@ -30,56 +30,37 @@ _CLOTH: RGB = (168, 168, 174)
 _FOLD: RGB = (128, 128, 136)
 _HEM: RGB = (88, 88, 98)
 
-# Outlines around (0, 0), y downwards, scaled so that all shapes look about equally large.
+_TURNS = [2 * math.pi * step / 40 for step in range(40)]
 
 
-def _star(points: int = 5, inner: float = 0.45) -> Points:
-    return [
-        (
-            (1.12 if corner % 2 == 0 else 1.12 * inner) * math.sin(math.pi * corner / points),
-            (1.12 if corner % 2 == 0 else 1.12 * inner) * -math.cos(math.pi * corner / points),
-        )
-        for corner in range(2 * points)
-    ]
+def _heart(t: float) -> tuple[float, float]:
+    y = 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t) + 2.5
+    return 16 * math.sin(t) ** 3 / 15.5, -y / 15.5
 
 
-def _heart(steps: int = 40) -> Points:
-    turns = [2 * math.pi * step / steps for step in range(steps)]
-    return [
-        (
-            16 * math.sin(t) ** 3 / 15.5,
-            -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t) + 2.5)
-            / 15.5,
-        )
-        for t in turns
-    ]
-
-
+# Around (0, 0), with y downwards, and scaled to look about equally large.
 _OUTLINES: dict[str, Points] = {
-    "circle": [
-        (math.cos(2 * math.pi * step / 40), math.sin(2 * math.pi * step / 40)) for step in range(40)
-    ],
+    "circle": [(math.cos(t), math.sin(t)) for t in _TURNS],
     "square": [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)],
     "triangle": [(0.0, -1.05), (1.1, 0.9), (-1.1, 0.9)],
-    "star": _star(),
-    "heart": _heart(),
+    "star": [
+        (radius * math.sin(math.pi * corner / 5), radius * -math.cos(math.pi * corner / 5))
+        for corner, radius in enumerate((1.12, 1.12 * 0.45) * 5)
+    ],
+    "heart": [_heart(t) for t in _TURNS],
 }
 
 
 def draw(scene: Scene, rng: Random) -> Image.Image:
-    """Draws `scene`.
+    """An RGB picture of `GRID * CELL` pixels a side.
 
-    `rng` moves, sizes and tints things a little, so that two pictures are never quite alike.
-
-    Returns:
-        An RGB picture of `GRID * CELL` pixels a side.
+    `rng` varies positions, sizes and colours slightly, so that no two pictures are identical.
     """
-    side = GRID * CELL
-    image = Image.new("RGB", (side * SUPERSAMPLING,) * 2, _tinted(_PAPER, 8, rng))
+    image = Image.new("RGB", (GRID * CELL * SUPERSAMPLING,) * 2, _tinted(_PAPER, 8, rng))
     pen = ImageDraw.Draw(image)
     for cell, item in scene.shown:
         row, column = divmod(cell, GRID)
-        # Radius plus shift stays below half a cell, so a shape never reaches a neighbour.
+        # Radius plus shift is less than half a cell, so that shapes never touch.
         radius = rng.uniform(5.2, 6.1)
         x = (column + 0.5) * CELL + rng.uniform(-1.0, 1.0)
         y = (row + 0.5) * CELL + rng.uniform(-1.0, 1.0)
@@ -103,7 +84,7 @@ def _draw_curtain(pen: ImageDraw.ImageDraw, curtain: Curtain, rng: Random) -> No
     start = left + rng.randrange(pitch // 2)
     for x in range(start, right, pitch):
         pen.rectangle((x, top, min(x + pitch // 2 - 1, right), bottom), fill=fold)
-    # The rod and the hem, by which the cloth ends clearly at a cell's border.
+    # Rod and hem mark the border to the next cells clearly.
     edge = SUPERSAMPLING
     pen.rectangle((left, top, right, top + 2 * edge - 1), fill=_HEM)
     pen.rectangle((left, bottom - edge + 1, right, bottom), fill=_HEM)

@@ -1,4 +1,4 @@
-"""Samples the built-in world, balances its labels, and writes it as an SNLI-VE folder."""
+"""Samples the built-in world with balanced labels, and writes it as an SNLI-VE folder."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -15,8 +16,10 @@ from clseave_cli.core.data.mini_ve.drawing import draw
 from clseave_cli.core.data.mini_ve.grammar import LANGUAGES, NUM_TEMPLATES, say
 from clseave_cli.core.data.mini_ve.world import (
     COUNTS,
+    DESCRIPTIONS,
     FORMS,
     GRID,
+    ITEM_PAIRS,
     ITEMS,
     Absence,
     Conjunction,
@@ -26,31 +29,29 @@ from clseave_cli.core.data.mini_ve.world import (
     Item,
     Presence,
     Scene,
-    descriptions,
-    item_pairs,
 )
 from clseave_cli.core.files import atomic_folder, json_object, require_replaceable
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.labels import LABELS, Label
 from clseave_cli.progress import SILENT, Progress
 
-#: Changes whenever the same seed gives another world.
+#: Changes when the same seed gives a different world.
 VERSION = 2
 
 SPLITS = ("train", "dev", "test")
 
-#: The part of all rows that each form takes.
+#: Share of each form in the rows.
 FORM_SHARES = {"presence": 0.31, "absence": 0.31, "count": 0.12, "conjunction": 0.26}
 
-#: The part of the pairs of coloured shapes whose conjunction is said in the test split only,
-#: where they make up half of the conjunctions.
+#: Share of the pairs of coloured shapes whose conjunctions are held out for the test split, where
+#: they are half of the conjunctions.
 HELD_OUT_SHARE = 0.2
 
-#: How often there is a curtain. A neutral row needs one, an entailed count or absence none.
+#: A neutral row needs a curtain; an entailed count or absence needs a scene without one.
 _CURTAIN_PROBABILITY = 0.5
 
-#: How often a scene shows 1, 2, … shapes. There are only 400 scenes of one shape and no curtain,
-#: and all splits must share them.
+#: Weights of scenes with 1, 2, … shapes. There are only 400 with one shape and no curtain, for all
+#: splits together.
 _SHOWN_WEIGHTS = {1: 8, 2: 23, 3: 23, 4: 23, 5: 23}
 
 #: Width and height in cells. At least four cells, so that any conjunction could be behind it.
@@ -59,17 +60,7 @@ _CURTAIN_SIZES = ((1, GRID), (2, GRID), (GRID, 1), (GRID, 2), (2, 2), (2, 3), (3
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large a world to make.
-
-    Attributes:
-        train_scenes: Scenes, that is pictures, in the training split.
-        dev_scenes: Scenes in the development split.
-        test_scenes: Scenes in the test split.
-        train_hypotheses: Hypotheses per training scene, on average.
-        dev_hypotheses: Hypotheses per development scene, on average.
-        test_hypotheses: Hypotheses per test scene, on average.
-        captions: Captions per training and development scene.
-    """
+    """Numbers of scenes (pictures), of hypotheses per scene on average, of captions per scene."""
 
     train_scenes: int = 5000
     dev_scenes: int = 400
@@ -79,27 +70,23 @@ class Sizes:
     test_hypotheses: int = 6
     captions: int = 4
 
-    def scenes(self, split: str) -> int:
-        """Scenes in `split`."""
-        return int(getattr(self, f"{split}_scenes"))
-
-    def hypotheses(self, split: str) -> int:
-        """Hypotheses per scene of `split`."""
-        return int(getattr(self, f"{split}_hypotheses"))
+    def of(self, split: str, what: str) -> int:
+        """The number of `scenes` or `hypotheses` of a split."""
+        return int(getattr(self, f"{split}_{what}"))
 
 
 @dataclass(frozen=True)
 class MiniVE:
-    """A world on disk, and what is in it.
+    """A world on disk.
 
     Attributes:
-        folder: Where it was written.
-        seed: What it was sampled with.
-        num_scenes: Scenes by split.
-        num_pairs: Rows by split, form and label.
-        num_sentences: Distinct English hypotheses by split.
-        num_unseen: Test rows whose conjunction no training or development row says.
-        num_captions: Captions by split, where there are any.
+        folder: its folder.
+        seed: its seed.
+        num_scenes: scenes by split.
+        num_pairs: rows by split, form and label.
+        num_sentences: distinct English hypotheses by split.
+        num_unseen: test rows whose conjunction is in no training or development row.
+        num_captions: captions by split, except the test split.
     """
 
     folder: Path
@@ -111,8 +98,8 @@ class MiniVE:
     num_captions: Mapping[str, int]
 
 
-class _Saying(NamedTuple):
-    """A hypothesis and the paraphrase in which it is said: one sentence of each language."""
+class _Sentence(NamedTuple):
+    """A hypothesis in one paraphrase, in any language."""
 
     hypothesis: Hypothesis
     template: int
@@ -120,25 +107,19 @@ class _Saying(NamedTuple):
 
 class _Row(NamedTuple):
     scene: int
-    saying: _Saying
+    sentence: _Sentence
     label: Label
 
 
 def generate(
     out: Path, *, seed: int = 0, sizes: Sizes = Sizes(), progress: Progress = SILENT
 ) -> MiniVE:
-    """Makes a world and writes it to `out` as an SNLI-VE folder.
+    """Generates a world and writes it to `out`, a new or empty folder.
 
-    The folder holds `images/`, `snli_ve_{split}.jsonl`, `snli_ve_{split}.{lang}.jsonl` in five
+    The folder has `images/`, `snli_ve_{split}.jsonl`, `snli_ve_{split}.{lang}.jsonl` in five
     languages, `captions_{split}.jsonl` and `captions_{split}.{lang}.jsonl` of the splits `train`
-    and `dev`, and `world.json`. The same seed and sizes give the same bytes. In every split every
+    and `dev`, and `world.json`. The same seed and sizes give the same bytes. In every split, every
     sentence has each label equally often, so nothing can be learnt from the sentence alone.
-
-    Args:
-        out: The folder to write; new or empty.
-        seed: Another seed gives other scenes.
-        sizes: How many scenes, hypotheses and captions.
-        progress: Told about every picture drawn.
 
     Raises:
         UsageError: `out` is not empty, or `sizes` are not positive, or too small to balance the
@@ -152,16 +133,17 @@ def generate(
     scenes = sample_scenes(seed, sizes)
     held_out = _held_out_pairs(seed)
     rows = {split: _sample_rows(split, scenes[split], held_out, seed, sizes) for split in SPLITS}
+    tested = [row.sentence.hypothesis for row in rows["test"]]
     world = MiniVE(
         folder=out,
         seed=seed,
         num_scenes={split: len(scenes[split]) for split in SPLITS},
         num_pairs={split: _count_pairs(rows[split]) for split in SPLITS},
-        num_sentences={split: len({row.saying for row in rows[split]}) for split in SPLITS},
-        num_unseen=sum(_pair(row.saying.hypothesis) in held_out for row in rows["test"]),
-        num_captions={
-            split: len(scenes[split]) * sizes.captions for split in SPLITS if split != "test"
-        },
+        num_sentences={split: len({row.sentence for row in rows[split]}) for split in SPLITS},
+        num_unseen=sum(
+            isinstance(h, Conjunction) and {h.first, h.second} in held_out for h in tested
+        ),
+        num_captions={split: len(scenes[split]) * sizes.captions for split in ("train", "dev")},
     )
     require_replaceable(out, None)
     with atomic_folder(out) as folder:
@@ -172,38 +154,33 @@ def generate(
                 for index, scene in enumerate(scenes[split]):
                     name = _image_name(split, index)
                     picture = draw(scene, _random(seed, f"drawing/{name}"))
-                    # Hardly larger than at the best level, and written in half the time.
+                    # Hardly larger than at the highest level, in half the time.
                     picture.save(folder / "images" / name, compress_level=1)
                     task.advance()
         for split in SPLITS:
             _write_split(folder, split, scenes[split], rows[split], seed, sizes)
-        about = {"world": "mini-VE", "version": VERSION, "seed": seed, "sizes": asdict(sizes)}
+        record = {"world": "mini-VE", "version": VERSION, "seed": seed, "sizes": asdict(sizes)}
         counts = {name: value for name, value in vars(world).items() if name.startswith("num_")}
-        about |= {"languages": LANGUAGES, **counts}
-        _write_lines(folder / "world.json", [about], indent=2)
+        _write_lines(folder / "world.json", [record | {"languages": LANGUAGES} | counts], indent=2)
     return world
 
 
 def _random(seed: int, purpose: str) -> Random:
-    # A generator per purpose: a change in one part of the world leaves the other parts alone.
+    # A generator per purpose: changing one part of the world leaves the others unchanged.
     return Random(f"mini-VE/{VERSION}/{seed}/{purpose}")
 
 
-# --- scenes -------------------------------------------------------------------------------------
-
-
 def sample_scenes(seed: int, sizes: Sizes) -> dict[str, list[Scene]]:
-    """Scenes by split, no two of them equal: the ones that `generate` draws."""
+    """The scenes of each split, all different."""
     rng = _random(seed, "scenes")
-    seen: set[Scene] = set()
-    scenes: dict[str, list[Scene]] = {split: [] for split in SPLITS}
+    scenes: dict[Scene, None] = {}
+    by_split = {}
     for split in SPLITS:
-        while len(scenes[split]) < sizes.scenes(split):
-            scene = _sample_scene(rng)
-            if scene not in seen:
-                seen.add(scene)
-                scenes[split].append(scene)
-    return scenes
+        start = len(scenes)
+        while len(scenes) < start + sizes.of(split, "scenes"):
+            scenes[_sample_scene(rng)] = None
+        by_split[split] = list(scenes)[start:]
+    return by_split
 
 
 def _sample_scene(rng: Random) -> Scene:
@@ -216,16 +193,16 @@ def _sample_scene(rng: Random) -> Scene:
     in_view = [cell for cell in range(GRID * GRID) if cell not in hidden]
     [number] = rng.choices(list(_SHOWN_WEIGHTS), list(_SHOWN_WEIGHTS.values()))
     cells = sorted(rng.sample(in_view, number))
-    # All different, so that a caption's list of things also says how many there are.
+    # All different, so that a list of things in a caption also gives their number.
     return Scene(tuple(zip(cells, rng.sample(ITEMS, number), strict=True)), curtain)
 
 
 def guided(scene: Scene, hypothesis: Hypothesis | None, rng: Random) -> Scene:
     """Another scene for which a hypothesis has the same label, for the same reason.
 
-    What it is about stays in view (None: everything), in another place; other shapes give way to
-    others that it is not about. There are as many of them, and a curtain of the same size, so that
-    the scene alone says no more about the label than the first one does.
+    Shapes that the hypothesis mentions (None: all shapes) are kept in other places, and the rest
+    are replaced by others that it does not mention. The number of shapes and the size of the
+    curtain are the same, so that the scene alone reveals no more about the label than before.
     """
 
     def stays(item: Item) -> bool:
@@ -251,50 +228,45 @@ def guided(scene: Scene, hypothesis: Hypothesis | None, rng: Random) -> Scene:
     return other
 
 
-def asked_of(folder: Path, split: str, *, by_row: bool) -> dict[str, Any]:
+def scenes_of(
+    folder: Path, split: str, *, by_row: bool
+) -> dict[str, tuple[Scene, Hypothesis | None]]:
     """Scene and hypothesis of each row of a world on disk, by `pairID`; or scenes, by image.
 
     Raises:
-        DataError: not such a folder, or one of another version.
+        DataError: not a world of this version, or no such split.
     """
-    about = json_object(folder / "world.json")
-    if about.get("world") != "mini-VE" or about.get("version") != VERSION or split not in SPLITS:
+    record = json_object(folder / "world.json")
+    if record.get("world") != "mini-VE" or record.get("version") != VERSION or split not in SPLITS:
         raise DataError(f"{folder}: expected a mini-VE of this version, and one of its splits.")
-    seed, sizes = about["seed"], Sizes(**about["sizes"])
+    seed, sizes = record["seed"], Sizes(**record["sizes"])
     scenes = sample_scenes(seed, sizes)[split]
     if not by_row:
-        return {f"{split}-{index:05d}": (scene, None) for index, scene in enumerate(scenes)}
+        return {Path(_image_name(split, i)).stem: (scene, None) for i, scene in enumerate(scenes)}
     rows = _sample_rows(split, scenes, _held_out_pairs(seed), seed, sizes)
-    ids = [record["pairID"] for record in _records(split, [[{"en": ""}]] * len(scenes), rows)]
-    asked = ((scenes[row.scene], row.saying.hypothesis) for row in rows)
-    return dict(zip(ids, asked, strict=True))
-
-
-# --- hypotheses ---------------------------------------------------------------------------------
+    records = _records(split, [[{"en": ""}]] * len(scenes), rows)
+    return {
+        record["pairID"]: (scenes[row.scene], row.sentence.hypothesis)
+        for record, row in zip(records, rows, strict=True)
+    }
 
 
 def _held_out_pairs(seed: int) -> set[frozenset[Item]]:
-    pairs = item_pairs()
+    pairs = ITEM_PAIRS
     chosen = _random(seed, "held out").sample(pairs, round(HELD_OUT_SHARE * len(pairs)))
     return {frozenset(pair) for pair in chosen}
 
 
-def _pair(hypothesis: Hypothesis) -> frozenset[Item]:
-    if isinstance(hypothesis, Conjunction):
-        return frozenset((hypothesis.first, hypothesis.second))
-    return frozenset()
-
-
 def _pools(split: str, held_out: set[frozenset[Item]]) -> list[tuple[float, list[Hypothesis]]]:
-    """The hypotheses that `split` may use, in groups with their part of the rows."""
+    """Groups of hypotheses that a split may use, with their share of the rows."""
     seen: list[Hypothesis] = []
     unseen: list[Hypothesis] = []
-    for one, other in item_pairs():
+    for one, other in ITEM_PAIRS:
         pool = unseen if frozenset((one, other)) in held_out else seen
         pool += [Conjunction(one, other), Conjunction(other, one)]
     pools: list[tuple[float, list[Hypothesis]]] = [
-        (FORM_SHARES["presence"], [Presence(what) for what in descriptions()]),
-        (FORM_SHARES["absence"], [Absence(what) for what in descriptions()]),
+        (FORM_SHARES["presence"], [Presence(what) for what in DESCRIPTIONS]),
+        (FORM_SHARES["absence"], [Absence(what) for what in DESCRIPTIONS]),
         (FORM_SHARES["count"], [Count(number) for number in COUNTS]),
     ]
     if split == "test":
@@ -308,37 +280,41 @@ def _sample_rows(
 ) -> list[_Row]:
     """Rows in threes: a sentence with an entailed, a neutral and a contradicted scene.
 
-    So every sentence is balanced exactly, whatever the scenes are.
+    So every sentence is balanced exactly, whatever the scenes.
 
     Raises:
         UsageError: there are too few scenes.
     """
     rng = _random(seed, f"hypotheses/{split}")
-    num_triples = len(scenes) * sizes.hypotheses(split) // len(LABELS)
-    turns: list[deque[_Saying]] = []
+    num_triples = len(scenes) * sizes.of(split, "hypotheses") // len(LABELS)
+    turns: list[deque[_Sentence]] = []
     for share, pool in _pools(split, held_out):
-        turns += [_shuffled(pool, rng)] * round(share * num_triples)
+        sentences = [
+            _Sentence(each, template) for each in pool for template in range(NUM_TEMPLATES)
+        ]
+        # One queue for all turns of a pool: its sentences are used equally often.
+        turns += [deque(rng.sample(sentences, len(sentences)))] * round(share * num_triples)
     rng.shuffle(turns)
-    # The scene used last is the last to be tried: all get about equally many hypotheses.
+    # Scenes used last are tried last, so all get about equally many hypotheses.
     queue = rng.sample(range(len(scenes)), len(scenes))
-    asked: list[set[Hypothesis]] = [set() for _ in scenes]
+    used: list[set[Hypothesis]] = [set() for _ in scenes]
     rows: list[_Row] = []
-    for sayings in turns:
+    for sentence_queue in turns:
         triple: list[_Row] = []
-        # A sentence whose scenes are used up passes its turn on to the next.
-        for _ in range(len(sayings)):
-            triple = _triple(sayings[0], scenes, queue, asked)
-            sayings.rotate(-1)
+        # If a sentence has no scenes left, the next one takes its turn.
+        for _ in range(len(sentence_queue)):
+            triple = _triple(sentence_queue[0], scenes, queue, used)
+            sentence_queue.rotate(-1)
             if triple:
                 break
         else:
             raise UsageError(
                 f"mini-VE: {len(scenes)} {split} scenes are too few to balance the labels of "
-                f"{sizes.hypotheses(split)} hypotheses each; ask for more scenes or fewer "
+                f"{sizes.of(split, 'hypotheses')} hypotheses each; choose more scenes or fewer "
                 "hypotheses."
             )
         for row in triple:
-            asked[row.scene].add(row.saying.hypothesis)
+            used[row.scene].add(row.sentence.hypothesis)
             queue.remove(row.scene)
             queue.append(row.scene)
         rows += triple
@@ -346,32 +322,23 @@ def _sample_rows(
     return sorted(rows, key=lambda row: row.scene)
 
 
-def _shuffled(pool: list[Hypothesis], rng: Random) -> deque[_Saying]:
-    """Every sentence about `pool`, to be used in turn: so all of them are equally frequent."""
-    sayings = [_Saying(each, template) for each in pool for template in range(NUM_TEMPLATES)]
-    return deque(rng.sample(sayings, len(sayings)))
-
-
 def _triple(
-    saying: _Saying, scenes: list[Scene], queue: list[int], asked: list[set[Hypothesis]]
+    sentence: _Sentence, scenes: list[Scene], queue: list[int], used: list[set[Hypothesis]]
 ) -> list[_Row]:
-    """The first scene in `queue` for each label, or nothing if a label has no scene left."""
-    found: dict[Label, _Row] = {}
+    """A row with the first scene in `queue` for each label; empty if a label has no scene left."""
+    rows: dict[Label, _Row] = {}
     for index in queue:
-        label = saying.hypothesis.judge(scenes[index])
-        if label not in found and saying.hypothesis not in asked[index]:
-            found[label] = _Row(index, saying, label)
-            if len(found) == len(LABELS):
-                return list(found.values())
+        label = sentence.hypothesis.judge(scenes[index])
+        if label not in rows and sentence.hypothesis not in used[index]:
+            rows[label] = _Row(index, sentence, label)
+            if len(rows) == len(LABELS):
+                return list(rows.values())
     return []
 
 
 def _count_pairs(rows: list[_Row]) -> dict[str, dict[Label, int]]:
-    counts = Counter((row.saying.hypothesis.form, row.label) for row in rows)
+    counts = Counter((row.sentence.hypothesis.form, row.label) for row in rows)
     return {form: {label: counts[form, label] for label in LABELS} for form in FORMS}
-
-
-# --- files --------------------------------------------------------------------------------------
 
 
 def _image_name(split: str, index: int) -> str:
@@ -384,46 +351,43 @@ def _write_split(
     rng = _random(seed, f"captions/{split}")
     texts = [captions(scene, sizes.captions, rng) for scene in scenes]
     for language in LANGUAGES if split != "test" else ():
-        said = (
+        lines = (
             {"image": _image_name(split, index), "caption": caption[language]}
-            for index, several in enumerate(texts)
-            for caption in several
+            for index, of_scene in enumerate(texts)
+            for caption in of_scene
         )
         suffix = "" if language == LANGUAGES[0] else f".{language}"
-        _write_lines(folder / f"captions_{split}{suffix}.jsonl", said)
+        _write_lines(folder / f"captions_{split}{suffix}.jsonl", lines)
     records = _records(split, texts, rows)
     _write_lines(folder / f"snli_ve_{split}.jsonl", records)
     for language in LANGUAGES[1:]:
-        translated = (
-            record | {"sentence2": say(*row.saying, language), "sentence2_en": record["sentence2"]}
+        lines = (
+            record
+            | {"sentence2": say(*row.sentence, language), "sentence2_en": record["sentence2"]}
             for record, row in zip(records, rows, strict=True)
         )
-        _write_lines(folder / f"snli_ve_{split}.{language}.jsonl", translated)
+        _write_lines(folder / f"snli_ve_{split}.{language}.jsonl", lines)
 
 
 def _records(
     split: str, texts: list[list[dict[str, str]]], rows: list[_Row]
 ) -> list[dict[str, str]]:
-    records = []
-    asked: Counter[int] = Counter()
-    for row in rows:
-        image = _image_name(split, row.scene)
-        records.append(
-            {
-                "Flickr30K_ID": image,
-                "sentence1": texts[row.scene][0]["en"],
-                "sentence2": say(*row.saying, "en"),
-                "gold_label": row.label,
-                "pairID": f"{image}#0h{asked[row.scene]}",
-                "captionID": f"{image}#0",
-            }
-        )
-        asked[row.scene] += 1
-    return records
+    return [
+        {
+            "Flickr30K_ID": _image_name(split, scene),
+            "sentence1": texts[scene][0]["en"],
+            "sentence2": say(*row.sentence, "en"),
+            "gold_label": row.label,
+            "pairID": f"{_image_name(split, scene)}#0h{number}",
+            "captionID": f"{_image_name(split, scene)}#0",
+        }
+        for scene, of_scene in groupby(rows, key=lambda row: row.scene)
+        for number, row in enumerate(of_scene)
+    ]
 
 
 def _write_lines(path: Path, values: Iterable[Any], indent: int | None = None) -> None:
-    # One encoder for all lines: `json.dumps` with options would build one for each.
+    # `json.dumps` with options would create an encoder for each line.
     encode = json.JSONEncoder(ensure_ascii=False, indent=indent).encode
     with path.open("w", encoding="utf-8", newline="\n") as stream:
         for value in values:

@@ -1,8 +1,8 @@
-"""Hand-written grammars: one hypothesis, said in six languages.
+"""Hand-written grammars that word a hypothesis in six languages.
 
-Each language has three paraphrases per form, and the paraphrases correspond: number 2 in German
-translates number 2 in English. So an English sentence has exactly one translation, and the choice
-of a paraphrase, made without regard to the label, gives nothing away.
+Each language has three paraphrases per form, and they correspond: number 2 in German translates
+number 2 in English. So an English sentence has exactly one translation. The paraphrase is chosen
+independently of the label, so it gives nothing away.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ class _Grammar:
     """One language.
 
     Attributes:
-        shapes: nouns for `SHAPES` in order, then for a shape of any kind; with what `phrases` needs
-            to know of a noun behind a slash.
+        shapes: nouns for `SHAPES` in order, then for any shape; after a slash, what `phrases` needs
+            (gender, article or measure word).
         colors: adjectives for `COLORS` in order.
-        phrases: names a thing in every way the templates want, from its adjective (or "") and noun.
+        phrases: the phrases that templates use, from an adjective (or "") and a noun.
         numerals: 1, 2, and so on.
-        singular: what else the templates want about one shape.
-        plural: the same about several shapes.
         templates: `NUM_TEMPLATES` lines for each of `FORMS` in order. `0` is the (first) thing, `1`
             the second.
+        singular: other words in templates, for one shape.
+        plural: the same for several shapes.
     """
 
     shapes: str
@@ -49,12 +49,6 @@ class _Grammar:
     templates: str
     singular: dict[str, str] = field(default_factory=dict)
     plural: dict[str, str] = field(default_factory=dict)
-
-    def thing(self, what: Description | Item) -> dict[str, str]:
-        """The phrases for a thing."""
-        color = self.colors.split()[COLORS.index(what.color)] if what.color else ""
-        shape = SHAPES.index(what.shape) if what.shape else -1
-        return self.phrases(color, self.shapes.split()[shape])
 
 
 def _english(color: str, noun: str) -> dict[str, str]:
@@ -78,7 +72,7 @@ def _german(color: str, noun: str) -> dict[str, str]:
 
 
 def _dutch(color: str, noun: str) -> dict[str, str]:
-    """After *een* and *geen* an adjective takes *-e* except before a *het* noun."""
+    """After *een* and *geen*, an adjective takes *-e* except before a *het* noun."""
     noun, article = noun.split("/")
     if color:
         plain, inflected = color.split("/")
@@ -99,7 +93,7 @@ def _chinese(color: str, noun: str) -> dict[str, str]:
 def _korean(color: str, noun: str) -> dict[str, str]:
     """The form of a particle depends on the final consonant."""
     words = f"{color} {noun}".strip()
-    # Hangul syllables are laid out in blocks of 28 by their final consonant; the first has none.
+    # Hangul syllables come in blocks of 28, by final consonant; the first of a block has none.
     has_final = (ord(words[-1]) - ord("가")) % 28 != 0
     subject, conjunction = ("이", "과") if has_final else ("가", "와")
     return {"bare": words, "it": words, "subject": words + subject, "and": words + conjunction}
@@ -256,24 +250,23 @@ _GRAMMARS = {
 LANGUAGES = tuple(_GRAMMARS)
 
 
-# A few thousand sentences, each of which is said many times.
+# There are a few thousand sentences, each used many times.
 @cache
 def say(hypothesis: Hypothesis, template: int, language: str) -> str:
-    """`hypothesis` as a sentence of `language`, in paraphrase `template` (0, 1 or 2)."""
-    grammar = _GRAMMARS[language]
-    forms = grammar.templates.strip().split("\n\n")
+    """A hypothesis as a sentence, in paraphrase `template` (0, 1 or 2)."""
+    forms = _GRAMMARS[language].templates.strip().split("\n\n")
     text = forms[FORMS.index(hypothesis.form)].strip().split("\n")[template].strip()
     match hypothesis:
         case Count(number):
             return text.format(**numbered(number, language))
         case Conjunction(first, second):
-            return text.format(grammar.thing(first), grammar.thing(second))
+            return text.format(phrases(first, language), phrases(second, language))
         case _:
-            return text.format(grammar.thing(hypothesis.what))
+            return text.format(phrases(hypothesis.what, language))
 
 
 def numbered(number: int, language: str) -> dict[str, str]:
-    """What templates want about a small number of shapes: its word, and what agrees with it."""
+    """The words for a number of shapes: the numeral, and what agrees with it."""
     grammar = _GRAMMARS[language]
     others = grammar.singular if number == 1 else grammar.plural
     return {"number": grammar.numerals.split()[number - 1], **others}
@@ -281,5 +274,8 @@ def numbered(number: int, language: str) -> dict[str, str]:
 
 @cache
 def phrases(what: Description | Item, language: str) -> dict[str, str]:
-    """A thing in every way that templates want; `bare` is without an article: `red circle`."""
-    return _GRAMMARS[language].thing(what)
+    """The phrases for a thing; `bare` has no article: `red circle`."""
+    grammar = _GRAMMARS[language]
+    color = grammar.colors.split()[COLORS.index(what.color)] if what.color else ""
+    shape = SHAPES.index(what.shape) if what.shape else -1
+    return grammar.phrases(color, grammar.shapes.split()[shape])

@@ -1,7 +1,7 @@
-"""Scenes of the built-in world, hypotheses about them, and three-valued judgement.
+"""Scenes of the built-in world, and hypotheses about them with their labels.
 
-A scene is a grid of cells, each empty or holding one coloured shape; a curtain may hide a rectangle
-of cells. A hypothesis is judged over every way the hidden cells could be filled (each empty or any
+A scene is a grid of cells, each empty or with one coloured shape; a curtain may hide a rectangle of
+cells. A hypothesis is judged over every possible content of the hidden cells (each empty or any
 coloured shape): true in all is entailment, false in all is contradiction, otherwise neutral.
 """
 
@@ -16,11 +16,11 @@ from clseave_cli.labels import Label
 #: Cells along one side of a scene.
 GRID = 4
 
-#: What can be drawn. Every word here needs an entry in the drawing and in each grammar.
+#: Each word needs an entry in the drawing and in every grammar.
 COLORS = ("red", "blue", "green", "yellow", "black")
 SHAPES = ("circle", "square", "triangle", "star", "heart")
 
-#: The numbers that a count hypothesis may name.
+#: The numbers in count hypotheses.
 COUNTS = (1, 2, 3, 4)
 
 
@@ -31,19 +31,29 @@ class Item(NamedTuple):
     shape: str
 
 
-#: Every coloured shape there is.
 ITEMS = tuple(Item(color, shape) for color, shape in product(COLORS, SHAPES))
+
+#: Every unordered pair of different coloured shapes.
+ITEM_PAIRS = list(combinations(ITEMS, 2))
 
 
 class Description(NamedTuple):
-    """A coloured shape of which the colour or the shape may be left open (None)."""
+    """A shape of any colour or a colour of any shape (None), or both given."""
 
     color: str | None
     shape: str | None
 
     def fits(self, item: Item) -> bool:
-        """Whether `item` is one of the things described."""
+        """Whether `item` matches the description."""
         return self.color in (None, item.color) and self.shape in (None, item.shape)
+
+
+#: The subjects of presence and absence: coloured shapes, colours, shapes.
+DESCRIPTIONS = [
+    *(Description(*item) for item in ITEMS),
+    *(Description(color, None) for color in COLORS),
+    *(Description(None, shape) for shape in SHAPES),
+]
 
 
 class Curtain(NamedTuple):
@@ -65,9 +75,9 @@ class Curtain(NamedTuple):
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: coloured shapes by cell (in cell order), and perhaps a curtain.
+    """The content of a picture: coloured shapes by cell, in order, and perhaps a curtain.
 
-    What is behind the curtain is not part of the scene, because nothing about it is known.
+    What is behind the curtain is unknown, so it is not part of the scene.
     """
 
     shown: tuple[tuple[int, Item], ...]
@@ -80,16 +90,16 @@ class Scene:
 
     @property
     def num_hidden(self) -> int:
-        """How many cells the curtain hides."""
+        """The number of hidden cells."""
         return self.curtain.columns * self.curtain.rows if self.curtain else 0
 
     def count(self, what: Description) -> int:
-        """How many of the shapes in view fit `what`."""
-        return len([None for _, item in self.shown if what.fits(item)])
+        """The number of shapes in view that fit `what`."""
+        return sum(what.fits(item) for _, item in self.shown)
 
 
-def _verdict(*, certain: bool, possible: bool) -> Label:
-    """The label of a sentence that every filling (`certain`) or some filling makes true."""
+def _label(*, certain: bool, possible: bool) -> Label:
+    """The label, given that all (`certain`) or some contents of the hidden cells make it true."""
     if certain:
         return "entailment"
     return "neutral" if possible else "contradiction"
@@ -103,9 +113,8 @@ class Presence:
     what: Description
 
     def judge(self, scene: Scene) -> Label:
-        """The label for `scene`."""
         shown = scene.count(self.what)
-        return _verdict(certain=shown > 0, possible=shown + scene.num_hidden > 0)
+        return _label(certain=shown > 0, possible=shown + scene.num_hidden > 0)
 
 
 @dataclass(frozen=True)
@@ -116,22 +125,20 @@ class Absence:
     what: Description
 
     def judge(self, scene: Scene) -> Label:
-        """The label for `scene`."""
         shown = scene.count(self.what)
-        return _verdict(certain=shown + scene.num_hidden == 0, possible=shown == 0)
+        return _label(certain=shown + scene.num_hidden == 0, possible=shown == 0)
 
 
 @dataclass(frozen=True)
 class Count:
-    """There are exactly so many shapes."""
+    """There are exactly `number` shapes."""
 
     form: ClassVar[str] = "count"
     number: int
 
     def judge(self, scene: Scene) -> Label:
-        """The label for `scene`."""
         shown, hidden = len(scene.shown), scene.num_hidden
-        return _verdict(
+        return _label(
             certain=shown == self.number and hidden == 0,
             possible=shown <= self.number <= shown + hidden,
         )
@@ -139,34 +146,19 @@ class Count:
 
 @dataclass(frozen=True)
 class Conjunction:
-    """There is a first coloured shape and a second, different one."""
+    """There are two different coloured shapes."""
 
     form: ClassVar[str] = "conjunction"
     first: Item
     second: Item
 
     def judge(self, scene: Scene) -> Label:
-        """The label for `scene`."""
         missing = len({self.first, self.second} - set(scene.items))
-        # Each missing one needs a hidden cell of its own, so one cell cannot make up for two.
-        return _verdict(certain=missing == 0, possible=missing <= scene.num_hidden)
+        # Each missing shape needs a hidden cell.
+        return _label(certain=missing == 0, possible=missing <= scene.num_hidden)
 
 
 Hypothesis = Presence | Absence | Count | Conjunction
 
-#: The sentence forms, in the order in which they are reported.
+#: The sentence forms, in the order of reports.
 FORMS = tuple(form.form for form in (Presence, Absence, Count, Conjunction))
-
-
-def descriptions() -> list[Description]:
-    """Everything presence and absence can be about: coloured shapes, colours, shapes."""
-    return [
-        *(Description(*item) for item in ITEMS),
-        *(Description(color, None) for color in COLORS),
-        *(Description(None, shape) for shape in SHAPES),
-    ]
-
-
-def item_pairs() -> list[tuple[Item, Item]]:
-    """Every unordered pair of different coloured shapes."""
-    return list(combinations(ITEMS, 2))
