@@ -2,7 +2,8 @@
 
 Given a photo and a sentence in any language: does the photo entail it, contradict it, or leave it
 open? The command line is `clseave`. From Python, each stage is a function with keyword options,
-and `VisualEntailment` predicts (docs/python.md).
+and `VisualEntailment` predicts (docs/python.md). Arguments and errors of all stages are those of
+`pretrain`, each with the fields of its config.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ def pretrain(*, progress: Progress | None = None, **options: Any) -> StageResult
     """Trains a CLIP-family model on image-caption pairs: `clseave pretrain`.
 
     Args:
-        progress: told how far things are; None: nobody is.
-        options: fields of `PretrainConfig`, named as the flags, with underscores; `preset`, and
-            `config`, a TOML file of options.
+        progress: receives progress and notes; None: discards them.
+        options: fields of `PretrainConfig`, named like the flags, with underscores; also `preset`,
+            and `config`, a TOML file of options.
 
     Raises:
-        UsageError: an option does not exist or makes no sense.
+        UsageError: an option does not exist or is invalid.
         ClseaveError: bad data, an unusable model, a full disk, or an interruption.
     """
     result: StageResult = _stage("pretraining:pretrain", "PretrainConfig", progress, options)
@@ -51,58 +52,43 @@ def pretrain(*, progress: Progress | None = None, **options: Any) -> StageResult
 
 
 def finetune(*, progress: Progress | None = None, **options: Any) -> StageResult:
-    """Trains CLIP-VE, the model of the source language: `clseave finetune-ve`.
-
-    Args and errors are those of `pretrain`, with the fields of `FinetuneConfig`.
-    """
+    """Trains CLIP-VE in the source language: `clseave finetune-ve` (`FinetuneConfig`)."""
     result: StageResult = _stage("finetuning:finetune", "FinetuneConfig", progress, options)
     return result
 
 
 def translate(*, progress: Progress | None = None, **options: Any) -> TranslationSummary:
-    """Translates the hypotheses of a data set: `clseave translate`.
-
-    Args and errors are those of `pretrain`, with the fields of `TranslateConfig`.
-    """
-    where = "translation.corpus:translate"
-    result: TranslationSummary = _stage(where, "TranslateConfig", progress, options)
+    """Translates the hypotheses of a data set: `clseave translate` (`TranslateConfig`)."""
+    place = "translation.corpus:translate"
+    result: TranslationSummary = _stage(place, "TranslateConfig", progress, options)
     return result
 
 
 def align(*, progress: Progress | None = None, **options: Any) -> StageResult:
-    """Trains a student of CLIP-VE for other languages: `clseave align`.
-
-    Args and errors are those of `pretrain`, with the fields of `AlignConfig`.
-    """
+    """Trains a student of CLIP-VE for other languages: `clseave align` (`AlignConfig`)."""
     result: StageResult = _stage("alignment:align", "AlignConfig", progress, options)
     return result
 
 
 def evaluate(*, progress: Progress | None = None, **options: Any) -> Results:
-    """Measures the models in every language: `clseave evaluate`.
-
-    Args and errors are those of `pretrain`, with the fields of `EvaluateConfig`.
-    """
+    """Evaluates the models in every language: `clseave evaluate` (`EvaluateConfig`)."""
     result: Results = _stage("evaluation.run:evaluate", "EvaluateConfig", progress, options)
     return result
 
 
 def retrieve(*, progress: Progress | None = None, **options: Any) -> Retrieval:
-    """Finds images by captions and captions by images: `clseave retrieve`.
-
-    Args and errors are those of `pretrain`, with the fields of `RetrieveConfig`.
-    """
-    where = "evaluation.retrieval:retrieve"
-    result: Retrieval = _stage(where, "RetrieveConfig", progress, options)
+    """Ranks images for captions and the reverse: `clseave retrieve` (`RetrieveConfig`)."""
+    place = "evaluation.retrieval:retrieve"
+    result: Retrieval = _stage(place, "RetrieveConfig", progress, options)
     return result
 
 
-def _stage(where: str, config: str, progress: Progress | None, options: dict[str, Any]) -> Any:
+def _stage(place: str, config: str, progress: Progress | None, options: dict[str, Any]) -> Any:
     from clseave_cli.core.config import named_options, preset_options, toml_options
     from clseave_cli.core.data.hub import with_local_models
     from clseave_cli.progress import SILENT
 
-    module, _, name = where.partition(":")
+    module, _, name = place.partition(":")
     config_class: Any = getattr(importlib.import_module("clseave_cli.core.config"), config)
     stage: Callable[..., Any] = getattr(importlib.import_module(f"clseave_cli.core.{module}"), name)
     preset = preset_options(config_class, options.pop("preset", None))
@@ -114,7 +100,7 @@ def _stage(where: str, config: str, progress: Progress | None, options: dict[str
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded on first use: importing the package must not pull torch in.
+    # Loaded on first use: importing the package must not import torch.
     if name in ("Prediction", "VisualEntailment"):
         from clseave_cli.core.prediction import predictor
 

@@ -40,13 +40,13 @@ app = typer.Typer(
     name="clseave",
     help="Cross-lingual visual entailment: does this photo entail that sentence, in any language?",
     no_args_is_help=True,
-    # Plain text: nothing is cut at 80 columns, and rich takes as long to import as all the rest.
+    # Plain text is not truncated at 80 columns; importing rich would double the start-up time.
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-#: Commands that several processes can share; the others would only do the same work again.
+#: Commands that share their work between processes; the others would repeat it.
 _SHARED = ("translate", "pretrain", "finetune-ve", "align")
 
 _debug = False
@@ -72,12 +72,12 @@ def _root(
 
 
 def _guarded(name: str, function: Callable[..., None]) -> Callable[..., None]:
-    """The command, with Ctrl-C and SIGTERM as an error, in one process where more are no use."""
+    """The command with Ctrl-C and SIGTERM as an error, refused in several processes if useless."""
 
     @functools.wraps(function)
     def call(**arguments: Any) -> None:
         if processes.process_count() > 1 and name not in _SHARED:
-            raise UsageError(f"{name}: works in one process; start it without a launcher.")
+            raise UsageError(f"{name}: runs in one process; start it without a launcher.")
         try:
             with processes.sigterm_as_ctrl_c():
                 function(**arguments)
@@ -106,35 +106,29 @@ _COMMANDS: dict[str, tuple[type[config.StageConfig], Callable[..., None]]] = {
     "serve": (config.ServeConfig, serve.run),
 }
 
-for _name, (_config_class, _run) in _COMMANDS.items():
-    app.command(_name, cls=options.Subcommand)(
-        _guarded(_name, options.command(_config_class, _run, _name))
-    )
-
-_OTHERS: dict[str, Callable[..., None]] = {
+_FUNCTIONS: dict[str, Callable[..., None]] = {
+    **{name: options.command(kind, run, name) for name, (kind, run) in _COMMANDS.items()},
     "compare": compare.run,
     "push": push.run,
     "models": housekeeping.models,
     "cache": housekeeping.cache,
     "doctor": housekeeping.doctor,
-    "init": housekeeping.init(
-        {name: config_class for name, (config_class, _) in _COMMANDS.items()}
-    ),
+    "init": housekeeping.init({name: kind for name, (kind, _) in _COMMANDS.items()}),
 }
 
-for _name, _run in _OTHERS.items():
-    app.command(_name, cls=options.Subcommand)(_guarded(_name, _run))
+for _name, _function in _FUNCTIONS.items():
+    app.command(_name, cls=options.Subcommand)(_guarded(_name, _function))
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
     rank = processes.process_rank()
-    speaker = "clseave" if rank == 0 else f"clseave (process {rank})"
-    sys.stderr.write(f"{speaker}: {terminal.printable(' '.join(message.splitlines()))}\n")
+    prefix = "clseave" if rank == 0 else f"clseave (process {rank})"
+    sys.stderr.write(f"{prefix}: {terminal.printable(' '.join(message.splitlines()))}\n")
     sys.exit(exit_code)
 
 
 def _refuse_usage(error: Any) -> NoReturn:
-    """Ends with the one line of a wrong option, or with help where no command was given."""
+    """Exits with one line about a wrong option, or with the help if there is no command."""
     if len(sys.argv) == 1:
         error.show()
         sys.exit(error.exit_code)
@@ -143,25 +137,24 @@ def _refuse_usage(error: Any) -> NoReturn:
     _fail(f"{message[:1].lower()}{message[1:]}; see `{command} --help`.", error.exit_code)
 
 
-def _quieten_libraries() -> None:
-    """Lets this program speak for the libraries it will load, unless the user asked them to."""
+def _silence_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # What Pillow says of broken EXIF data or odd palettes, nobody can act on.
+    # Nobody can act on Pillow's warnings about broken EXIF data or odd palettes.
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def _leave_quietly() -> NoReturn:
-    """Ends where the reader went away (`clseave … | head`): nothing is wrong, nobody listens."""
+def _exit_after_broken_pipe() -> NoReturn:
+    """Exits without an error: the reader closed the pipe (`clseave … | head`)."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(0)
 
 
-def _leave_launcher(code: Any) -> None:
-    """Ends one of several processes without tearing the interpreter down.
+def _exit_distributed(code: Any) -> None:
+    """Exits one of several processes without finalising the interpreter.
 
-    The communication library's threads may still hold tensors then. One that lets go of its last
-    while Python disappears aborts the process, and the launcher calls a finished run failed.
+    Threads of the communication library may still hold tensors; releasing the last one during
+    finalisation aborts the process, and the launcher reports a finished run as failed.
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
@@ -170,21 +163,21 @@ def _leave_launcher(code: Any) -> None:
 
 
 def main() -> None:
-    """Runs the command line; every error ends in one line on stderr and its exit code."""
+    """Runs the command line; an error prints one line on stderr and sets the exit code."""
     try:
         _run_command()
     except SystemExit as end:
         distributed = sys.modules.get("torch.distributed")
         if processes.process_count() > 1 and distributed and distributed.is_initialized():
-            _leave_launcher(end.code)
+            _exit_distributed(end.code)
         raise
 
 
 def _run_command() -> None:
     processes.prepare_streams()
-    _quieten_libraries()
+    _silence_libraries()
     processes.spin_briefly()
-    if "_CLSEAVE_COMPLETE" in os.environ:  # fish takes each line of a broken help for a candidate
+    if "_CLSEAVE_COMPLETE" in os.environ:  # fish takes each wrapped line of help for a candidate
         os.environ["COLUMNS"] = "10000"
     stdout = sys.stdout
     try:
@@ -196,19 +189,19 @@ def _run_command() -> None:
     except SystemExit:
         if sys.stdout is stdout:
             raise
-        _leave_quietly()  # Typer puts another stream there, and exits 1, when the pipe broke
+        _exit_after_broken_pipe()  # Typer has replaced stdout and exits with 1
     except BrokenPipeError:
-        _leave_quietly()
+        _exit_after_broken_pipe()
     except ClseaveError as error:
         if _debug:
             raise
         _fail(str(error), error.exit_code)
-    except ModuleNotFoundError as error:  # such as torch, without which some commands work
+    except ModuleNotFoundError as error:  # such as torch, which some commands do not need
         if _debug:
             raise
         _fail(f"{error.name} is not installed, and this needs it: pip install -e .", 1)
     except Exception as error:
-        if hasattr(error, "format_message"):  # Typer's own refusals
+        if hasattr(error, "format_message"):  # Typer's usage errors
             _refuse_usage(error)
         if _debug:
             raise

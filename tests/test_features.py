@@ -25,7 +25,7 @@ from clseave_cli.core.features import (
 )
 from clseave_cli.core.files import cache_root, file_digest
 from clseave_cli.core.models import backbones
-from clseave_cli.core.training.precision import autocast
+from clseave_cli.core.training.device import autocast
 from clseave_cli.errors import ClseaveError, DataError
 from clseave_cli.processes import ahead
 

@@ -1,4 +1,4 @@
-"""`clseave compare`: two evaluations, row by row."""
+"""`clseave compare`: compares two evaluations, row by row."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def run(
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Compare two evaluations on the rows they share; a tie is called a tie.
+    """Compare two evaluations on the rows they share.
 
-    Both folders are what `evaluate --report DIR` wrote. Differences are
-    paired, their intervals resampled by photo.
+    Both folders come from `evaluate --report DIR`. Differences are paired,
+    with bootstrap intervals over photos.
     """
     from clseave_cli.commands.tables import comparison_table
     from clseave_cli.core.evaluation.comparison import compare_reports
@@ -36,7 +36,7 @@ def run(
         terminal.print_json(asdict(comparison))
         return
     terminal.stdout().print(comparison_table(comparison, verbose=verbose))
-    alone = {"A": comparison.missing_in_second, "B": comparison.missing_in_first}
-    for name, languages in alone.items():
+    exclusive = {"A": comparison.missing_in_second, "B": comparison.missing_in_first}
+    for name, languages in exclusive.items():
         if languages:
             terminal.say(f"only in {name}: {', '.join(languages)}")

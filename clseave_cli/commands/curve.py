@@ -1,4 +1,4 @@
-"""`clseave curve`: how good a student gets from how many sentences."""
+"""`clseave curve`: the quality of students by the number of sentences."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from clseave_cli.core.config import CurveConfig
 
 
 def run(config: CurveConfig, *, json: Json = False) -> None:
-    """Train students on 100, 300, … all sentences and measure each.
+    """Train students on 100, 300, … all sentences and evaluate each.
 
-    One student a language and number of sentences; --together adds one of
-    all the languages. Options of align come from --config FILE.toml. Writes
-    curve.json and curve.png. Finished points are kept, and an interrupted
-    one goes on where it stopped.
+    Trains a student per language and number of sentences; --together adds
+    one of all languages. Options of align come from --config FILE.toml.
+    Writes curve.json and curve.png. Run an interrupted command again to
+    resume; finished points are kept.
     """
     from clseave_cli.commands.tables import data_curves_table
     from clseave_cli.core.evaluation.curve import data_curves

@@ -1,4 +1,4 @@
-"""`clseave evaluate`, `retrieve` and `calibrate`: how good, how sure, in every language?"""
+"""`clseave evaluate`, `retrieve` and `calibrate`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from clseave_cli.core.config import CalibrateConfig, EvaluateConfig, RetrieveCon
 
 
 def run(config: EvaluateConfig, *, json: Json = False, verbose: Verbose = False) -> None:
-    """Measure the models on a split: a table, JSON, or a report.
+    """Evaluate the models on a split: a table, JSON, or a report.
 
     Every accuracy comes with baselines that never see the photo. --report
     DIR writes an HTML page, figures and a LaTeX table. Several --runs are
-    the same training with several seeds: the table is that of the first,
-    and a second one shows mean and spread. If their source languages
-    differ, one more shows the accuracy by source and target.
+    the same training with several seeds: the table shows the first, and
+    another one mean and spread. If their source languages differ, a third
+    shows the accuracy by source and target.
     """
     from clseave_cli.commands.tables import results_table, seeds_table, sources_table
     from clseave_cli.core.evaluation.run import evaluate
@@ -37,9 +37,9 @@ def run(config: EvaluateConfig, *, json: Json = False, verbose: Verbose = False)
 def retrieve(config: RetrieveConfig, *, json: Json = False, verbose: Verbose = False) -> None:
     """Rank all images for each caption, and all captions for each image.
 
-    Reads captions_SPLIT.jsonl and captions_SPLIT.LANG.jsonl. Gives recall
-    among the first 1, 5 and 10, and median and quartiles of the ranks, for
-    every language: a table, JSON, or figures with --report DIR.
+    Reads captions_SPLIT.jsonl and captions_SPLIT.LANG.jsonl. Reports recall
+    at 1, 5 and 10, and median and quartiles of the ranks, for every
+    language: a table, JSON, or figures with --report DIR.
     """
     from clseave_cli.commands.tables import retrieval_table
     from clseave_cli.core.evaluation import retrieval
@@ -48,31 +48,32 @@ def retrieve(config: RetrieveConfig, *, json: Json = False, verbose: Verbose = F
     if json:
         terminal.print_json(asdict(document))
         return
-    for found in ("images", "captions"):
-        terminal.stdout().print(retrieval_table(document, found, verbose=verbose))
+    for target in ("images", "captions"):
+        terminal.stdout().print(retrieval_table(document, target, verbose=verbose))
     if config.report is not None:
         terminal.say(f"report: {config.report / 'retrieval.json'}, recall.png, ranks.png")
 
 
 def calibrate(config: CalibrateConfig, *, json: Json = False) -> None:
-    """Fit how sure the models may say they are, and when they answer unsure.
+    """Calibrate the probabilities, and set the thresholds of unsure answers.
 
     Fits a temperature for each language on a labelled split with images, and stores it in the
-    model's folder. --precision also sets a threshold, above which at least that share of the
-    answers is right, with 95 % confidence. Below it, `predict --unsure`, `serve` and `check` say
-    unsure. Earlier thresholds of the language are replaced.
+    model's folder. --precision also sets thresholds above which at least that share of the answers
+    is right, with 95 % confidence. Below, `predict --unsure`, `serve` and `check` answer unsure.
+    Earlier thresholds of the language are replaced.
     """
     from clseave_cli.core.evaluation.abstention import calibrate
     from clseave_cli.core.evaluation.summary import percent
 
-    done = calibrate(config, terminal.TerminalProgress())
+    results = calibrate(config, terminal.TerminalProgress())
     if json:
-        terminal.print_json({"calibrated": [asdict(each) for each in done]})
+        terminal.print_json({"calibrated": list(map(asdict, results))})
         return
-    for each in done:
-        terminal.say(f"{each.lang} · {each.folder} · temperature {each.temperature:.3f}")
-        for label, found in each.thresholds.items():
+    for result in results:
+        terminal.say(f"{result.lang} · {result.folder} · temperature {result.temperature:.3f}")
+        for label, threshold in result.thresholds.items():
             terminal.say(
-                f"   {label} answers from {percent(found.least)} % on: {percent(found.coverage)} % "
-                f"of them, of which {percent(found.accuracy)} % are right here"
+                f"   {label}: answered from {percent(threshold.least)} % on; that is "
+                f"{percent(threshold.coverage)} % of these answers, and "
+                f"{percent(threshold.accuracy)} % of them are right here"
             )

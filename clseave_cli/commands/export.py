@@ -1,4 +1,4 @@
-"""`clseave export`: the models as a folder that runs without torch."""
+"""`clseave export`: writes the models as a folder that runs without torch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from clseave_cli.core.config import ExportConfig
 def run(config: ExportConfig, *, json: Json = False) -> None:
     """Write the models as one folder that runs without torch.
 
-    `clseave predict --runs DIR` and `clseave serve --runs DIR` read it; they start sooner and need
-    less memory. It is compared with the original models before it appears.
+    `clseave predict` and `clseave serve` read it with --runs, start faster and use less memory.
+    Before the folder appears, it is compared with the original models.
     """
     from clseave_cli.core.prediction.export import TOLERANCE, export
 

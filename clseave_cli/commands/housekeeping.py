@@ -1,4 +1,4 @@
-"""`clseave models`, `cache`, `doctor` and `init`: what is here, and what it can do."""
+"""`clseave models`, `cache`, `doctor` and `init`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from clseave_cli.core.config import StageConfig, project_template
 from clseave_cli.errors import UsageError
 
 _PROJECT_FILE = Path("clseave.toml")
-#: What `--clear all` leaves alone.
-_DEAR = "translation"
+#: Expensive to recompute, so `--clear all` keeps it.
+_KEPT = "translation"
 
 
 def models(
@@ -27,16 +27,16 @@ def models(
     *,
     json: Json = False,
 ) -> None:
-    """List the models: languages, teacher, dev metrics, size, and which one predict takes."""
+    """List the models: languages, teacher, dev metrics, size, and which one predict uses."""
     from clseave_cli.core.data.hub import model_folder
     from clseave_cli.core.models.listing import list_models
 
-    there = list_models(model_folder(runs, terminal.TerminalProgress()))
+    listing = list_models(model_folder(runs, terminal.TerminalProgress()))
     if json:
-        chosen = {lang: {"model": name, "why": why} for lang, (name, why) in there.predict.items()}
-        terminal.print_json({"models": list(map(asdict, there.entries)), "predict": chosen})
+        chosen = {k: {"model": name, "why": why} for k, (name, why) in listing.predict.items()}
+        terminal.print_json({"models": list(map(asdict, listing.entries)), "predict": chosen})
         return
-    for entry in there.entries:
+    for entry in listing.entries:
         parts = [entry.kind, ", ".join(entry.languages), _size(entry.num_bytes)]
         parts += [f"teacher {entry.teacher[:12]}"] if entry.teacher else []
         parts += [f"fingerprint {entry.fingerprint[:12]}"] if entry.fingerprint else []
@@ -44,7 +44,7 @@ def models(
         parts += [f"dev {metrics}"] if metrics else []
         parts += [f"unusable: {entry.problem}"] if entry.problem else []
         terminal.say(f"{entry.name}: {' · '.join(filter(None, parts))}")
-    for lang, (name, why) in there.predict.items():
+    for lang, (name, why) in listing.predict.items():
         terminal.say(f"predict --lang {lang}: {name} ({why})")
 
 
@@ -52,21 +52,21 @@ def cache(
     clear: Annotated[
         list[str] | None,
         typer.Option(
-            "--clear", metavar="KIND", help=f"Delete it; repeat; all: every one but {_DEAR}."
+            "--clear", metavar="KIND", help=f"Cache to delete; repeatable; all: all but {_KEPT}."
         ),
     ] = None,
     *,
     json: Json = False,
 ) -> None:
-    """Show what the caches take, or delete some; what is missing is computed again.
+    """Show the sizes of the caches, or delete some; they are computed again when needed.
 
-    CLSEAVE_CACHE chooses the folder. Models of the hub are in another
-    cache: see hf cache --help.
+    CLSEAVE_CACHE sets the folder. Models from the hub are in another cache:
+    see hf cache --help.
     """
     from clseave_cli.core.files import CACHES, cache_root, cache_sizes, clear_caches
 
     if clear:
-        cheap = [kind for kind in CACHES if kind != _DEAR]
+        cheap = [kind for kind in CACHES if kind != _KEPT]
         kinds = [each for kind in clear for each in (cheap if kind == "all" else [kind])]
         terminal.say(f"{_size(clear_caches(kinds))} freed")
         return
@@ -86,7 +86,7 @@ def doctor(
     ] = True,
     json: Json = False,
 ) -> None:
-    """Show versions, devices, threads and extras, and how fast this machine multiplies."""
+    """Show versions, devices, threads, extras, and the speed of matrix products."""
     from clseave_cli.core.training.machine import EXTRAS, examine
 
     report = examine(seconds=5.0 if speed else 0.0)
@@ -100,24 +100,24 @@ def doctor(
         state = f"pip install -e '.[{extra}]'" if missing else "installed"
         terminal.say(f"  {extra:<12} {EXTRAS[extra][0]}: {state}")
     for name, rate in report.speed.items():
-        terminal.say(f"{name}: {rate:,.0f} billion operations a second")
+        terminal.say(f"{name}: {rate:,.0f} billion operations per second")
 
 
 def init(commands: Mapping[str, type[StageConfig]]) -> Callable[[], None]:
-    """The command `init`, which writes the options of some commands."""
+    """The command `init`, for the options of these commands."""
 
     def run() -> None:
-        """Write a clseave.toml for this folder, with every main option and its default.
+        """Write a clseave.toml with every main option and its default, commented out.
 
-        All of it is commented out. It never overwrites one.
+        An existing file is never overwritten.
         """
         from clseave_cli.core.files import writing
 
         if _PROJECT_FILE.exists():
-            raise UsageError(f"{_PROJECT_FILE}: already exists and stays as it is.")
+            raise UsageError(f"{_PROJECT_FILE}: already exists and was not changed.")
         with writing(_PROJECT_FILE), _PROJECT_FILE.open("x", encoding="utf-8") as stream:
             stream.write(project_template(commands))
-        terminal.say(f"{_PROJECT_FILE}: remove the # before what you change")
+        terminal.say(f"{_PROJECT_FILE}: remove the # in front of options you change")
 
     return run
 

@@ -1,4 +1,4 @@
-"""Typer commands generated from config dataclasses, and the order in which options win."""
+"""Generates Typer commands from config dataclasses, and resolves options."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ConfigFile = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show fingerprints of data and models.")]
 
-#: Headings of the options that are not among the first, in the order of `--help-all`.
+#: Headings of secondary options, in the order of `--help-all`.
 _PANELS: dict[type, str] = {
     config.TokenConfig: "Token method",
     config.WordAlignerConfig: "Word alignment",
@@ -42,28 +42,26 @@ _PANELS: dict[type, str] = {
 }
 _MORE = "More options"
 
-#: What stands for a value in `--help`, by its type.
 _METAVARS = {int: "N", float: "N", str: "TEXT"}
-#: Longer lists of choices go into the text.
+#: Longer lists of choices go into the help text.
 _LONGEST_METAVAR = 16
 
 
 class Subcommand(typer.core.TyperCommand):
-    """A subcommand that shows its main options with `--help`, and all with `--help-all`."""
+    """A subcommand with its main options in `--help`, and all in `--help-all`."""
 
     rich_markup_mode: Any
     _shows_all = False
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self.rich_markup_mode = None  # plain text: nothing is cut at 80 columns
+        self.rich_markup_mode = None  # plain text is not truncated at 80 columns
         for parameter in self.params:
-            if parameter.metavar is None:  # or Typer shows the type's name in Python
+            if parameter.metavar is None:  # Typer would show the Python type
                 is_argument = parameter.param_type_name == "argument"
                 parameter.metavar = (parameter.name or "").upper() if is_argument else "N"
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Refuses what was removed, and shows the long help; the rest is Typer's."""
         config_class = getattr(self.callback, "config_class", None)
         if config_class is not None and not ctx.resilient_parsing:
             config.refuse_removed(config_class, args)
@@ -72,15 +70,12 @@ class Subcommand(typer.core.TyperCommand):
         return super().parse_args(ctx, ["--help"] if self._shows_all else args)
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """What stands behind the command's name, arguments without braces."""
         return [re.sub(r"[{}]|\.{3}", "", piece) for piece in super().collect_usage_pieces(ctx)]
 
     def get_short_help_str(self, limit: int = 0) -> str:
-        """The first line of the help, whole."""
         return (self.help or "").partition("\n")[0]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Writes the options under their headings."""
         titles = ("Arguments", "Options", _MORE, *_PANELS.values())
         sections: dict[str, list[tuple[str, str]]] = {title: [] for title in titles}
         parameters: list[Any] = self.get_params(ctx)
@@ -102,34 +97,28 @@ class Subcommand(typer.core.TyperCommand):
 
 
 def _refuse_keys(config_class: type[StageConfig], args: list[str]) -> None:
-    """Refuses flags of options that the command takes from `--config` alone.
-
-    Raises:
-        UsageError: there is one.
-    """
+    """Raises `UsageError` for a flag that is now only a key of `--config`."""
     keys = {flag_of(part): part.name for part in dataclasses.fields(config_class)}
     for flag in (argument.partition("=")[0] for argument in args):
         if config_class.FLAGS and keys.get(flag, "") not in ("", *config_class.FLAGS):
             raise UsageError(f"{flag} was removed: put {keys[flag]} into a --config FILE.toml.")
 
 
-def command(config_class: type[C], run: Callable[..., None], name: str = "") -> Callable[..., None]:
-    """The function Typer needs for `run(config, **own)`: one flag per field of `config_class`,
-    or of those in its `FLAGS`.
+def command(config_class: type[C], run: Callable[..., None], name: str) -> Callable[..., None]:
+    """A Typer function that calls `run` with a config made from flags.
 
-    Parameters of `run` after the first are flags and arguments of the command itself, declared
-    with Typer's own annotations. Models of the hub are fetched before it is called.
-
-    Args:
-        config_class: the options.
-        run: the command.
-        name: what its table in clseave.toml is called; empty: it has none.
+    There is a flag for each field of `config_class`, or those in its `FLAGS`. Other parameters of
+    `run` have Typer annotations. Models of the hub are downloaded first. `name` is the command's
+    table in clseave.toml.
     """
-    own = list(inspect.signature(run, eval_str=True).parameters.values())[1:]
+    others = list(inspect.signature(run, eval_str=True).parameters.values())[1:]
+    hints = typing.get_type_hints(config_class)
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    order = dict.fromkeys((*config_class.FIRST, *fields))
     flags = [
-        _flag(config_class, field, annotation)
-        for field, annotation in _fields(config_class)
-        if not config_class.FLAGS or field.name in config_class.FLAGS
+        _flag(config_class, fields[field], hints[field])
+        for field in order
+        if field in (config_class.FLAGS or fields)
     ]
     extra = [_keyword("config", ConfigFile)]
     if config_class.PRESETS:
@@ -137,15 +126,15 @@ def command(config_class: type[C], run: Callable[..., None], name: str = "") -> 
         preset = typer.Option("--preset", metavar="NAME", help=f"A set of options: {names}.")
         extra.append(_keyword("preset", Annotated[str | None, preset]))
 
-    def invoke(**given: Any) -> None:
-        own_values = {parameter.name: given.pop(parameter.name) for parameter in own}
-        config_file, preset = given.pop("config"), given.pop("preset", None)
-        options = resolve(config_class, given, config_file, preset, name)
+    def invoke(**values: Any) -> None:
+        arguments = {parameter.name: values.pop(parameter.name) for parameter in others}
+        config_file, preset = values.pop("config"), values.pop("preset", None)
+        options = resolve(config_class, values, config_file, preset, name)
         from clseave_cli.core.data.hub import with_local_models
 
-        run(with_local_models(options, terminal.TerminalProgress()), **own_values)
+        run(with_local_models(options, terminal.TerminalProgress()), **arguments)
 
-    parameters = [*own, *flags, *extra]
+    parameters = [*others, *flags, *extra]
     invoke.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     invoke.__annotations__ = {p.name: p.annotation for p in parameters}
     invoke.__doc__ = run.__doc__
@@ -160,14 +149,9 @@ def resolve(
     preset: str | None = None,
     table: str = "",
 ) -> C:
-    """The config that options make together; they win in the order of these arguments.
+    """A config from flags, which win over `--config`, the preset, and a table of clseave.toml.
 
-    Args:
-        config_class: what to make.
-        flags: values by field; None and empty lists were not given.
-        config_file: what `--config` names.
-        preset: what `--preset` names.
-        table: name of a table in the working directory's clseave.toml.
+    Flags that are None or an empty list are unset.
 
     Raises:
         UsageError: the preset or a key of a file does not exist, or a value has the wrong type.
@@ -180,13 +164,6 @@ def resolve(
         if value is not None and value != []:
             values[name] = tuple(value) if isinstance(value, list) else value
     return config_class(**values)
-
-
-def _fields(config_class: type[StageConfig]) -> list[tuple[dataclasses.Field[Any], Any]]:
-    hints = typing.get_type_hints(config_class)
-    fields = {field.name: field for field in dataclasses.fields(config_class)}
-    first = {name: fields[name] for name in config_class.FIRST if name in fields}
-    return [(field, hints[name]) for name, field in (first | fields).items()]
 
 
 def _flag(
@@ -217,7 +194,7 @@ def _flag(
 
 
 def _panel(config_class: type[StageConfig], name: str) -> str | None:
-    """The heading an option stands under: none for those that come first."""
+    """The heading of a secondary option."""
     first = config_class.FIRST
     if not first or name in first or config_class.FLAGS:
         return None

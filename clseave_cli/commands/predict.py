@@ -21,7 +21,7 @@ from clseave_cli.errors import ClseaveError, DataError, UsageError
 from clseave_cli.processes import use_one_thread
 
 if TYPE_CHECKING:
-    from clseave_cli.core.prediction.predictor import Prediction
+    from clseave_cli.core.prediction.predictor import Prediction, VisualEntailment
 
 _BAR_WIDTH = 30
 _STREAM = Path("-")
@@ -40,13 +40,13 @@ def run(
     source: Annotated[
         Path | None,
         typer.Option(
-            "--input", metavar="FILE", help="Rows of image and hypothesis, any format; -: stdin."
+            "--input", metavar="FILE", help="Rows with image and hypothesis, any format; -: stdin."
         ),
     ] = None,
     target: Annotated[
         Path | None,
         typer.Option(
-            "--output", metavar="FILE", help="Answers, in the format of --input; unset, -: stdout."
+            "--output", metavar="FILE", help="Answers in the format of --input; unset, -: stdout."
         ),
     ] = None,
     explain: Annotated[
@@ -55,9 +55,9 @@ def run(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Say whether an image entails, contradicts or leaves open a sentence.
+    """Predict whether an image entails, contradicts or leaves open a sentence.
 
-    Either IMAGE and HYPOTHESIS, also several of both, or --input FILE.
+    Give IMAGE and HYPOTHESIS, or several of both, or --input FILE.
     """
     if (source is None) == (image is None or not hypothesis) or (source and image):
         raise UsageError("give IMAGE and HYPOTHESIS, or --input FILE.")
@@ -72,49 +72,29 @@ def run(
             raise UsageError(f"--{name.replace('_', '-')} goes with --input.")
     if target is not None:
         raise UsageError("--output goes with --input.")
-    pictures, sentences = _pictures(image, hypothesis)
-    if len(pictures) * len(sentences) > 1:
-        if explain is not None:
-            raise UsageError("--explain goes with one IMAGE and one HYPOTHESIS.")
-        _predict_several(config, pictures, sentences, json)
-        return
-
-    # One pair is so little work that two threads would mostly wait for each other.
-    use_one_thread()
-    from clseave_cli.core.data.heat_map import require_writable, write_png
+    pictures, sentences = _split_arguments(image, hypothesis)
+    is_single = len(pictures) * len(sentences) == 1
+    if explain is not None and not is_single:
+        raise UsageError("--explain goes with one IMAGE and one HYPOTHESIS.")
+    if is_single:  # too little work for several threads, which would mostly wait
+        use_one_thread()
+    from clseave_cli.core.data.heat_map import require_writable
     from clseave_cli.core.prediction.predictor import VisualEntailment
 
     if explain is not None:
         require_writable(explain)
     model = VisualEntailment.from_pretrained(
         config.runs, config.lang, config.device, config.precision, config.student,
-        lasting=False, unsure=config.unsure, progress=terminal.TerminalProgress(),
+        lasting=not is_single, unsure=config.unsure, progress=terminal.TerminalProgress(),
     )  # fmt: skip
-    start = time.perf_counter()
-    result = model.predict([(pictures[0], sentences[0])])[0]
-    seconds = time.perf_counter() - start
-    if isinstance(result, ClseaveError):
-        raise result
-    if explain is not None:
-        write_png(model.explain(pictures[0], result), explain)
-    if result.truncated:
-        terminal.say(
-            "the hypothesis is too long and was cut at the encoder's limit.", to_stderr=True
-        )
-    if result.warning:
-        terminal.say(f"warning: {result.warning}", to_stderr=True)
-    if json:
-        terminal.print_json(result.to_json())
+    if is_single:
+        _predict_one(model, pictures[0], sentences[0], explain, json)
     else:
-        _show(result, seconds)
+        _predict_several(model, config.batch_size, pictures, sentences, json)
 
 
-def _pictures(image: str, words: list[str]) -> tuple[list[str | bytes], list[str]]:
-    """The pictures that the arguments name, and the sentences.
-
-    Raises:
-        DataError: a folder or a pattern names no picture.
-    """
+def _split_arguments(image: str, words: list[str]) -> tuple[list[str | bytes], list[str]]:
+    """The pictures and the sentences among the arguments."""
     from clseave_cli.core.data.records import IMAGE_EXTENSIONS
 
     def is_picture(name: str) -> bool:
@@ -125,32 +105,52 @@ def _pictures(image: str, words: list[str]) -> tuple[list[str | bytes], list[str
     if image == "-":
         _require_open(sys.stdin, "IMAGE")
         return [sys.stdin.buffer.read()], words
-    named = [image]
-    with suppress(OSError):  # what is wrong with it, the model says
+    paths = [image]
+    with suppress(OSError):  # `predict` reports what is wrong with the path
         if image and Path(image).is_dir():
-            named = [str(path) for path in sorted(Path(image).iterdir())]
+            paths = [str(path) for path in sorted(Path(image).iterdir())]
         elif glob.has_magic(image) and not Path(image).exists():
-            named = sorted(glob.glob(image, recursive=True))  # noqa: PTH207 - also from the root
-    if named != [image] and not (named := list(filter(is_picture, named))):
+            paths = sorted(glob.glob(image, recursive=True))  # noqa: PTH207 - also from the root
+    if paths != [image] and not (paths := list(filter(is_picture, paths))):
         raise DataError(f"{image}: no pictures; expected files such as a.jpg.")
-    # The files that the shell has put in the place of a pattern.
+    # The shell expands a pattern to several arguments.
     more = list(itertools.takewhile(is_picture, words[:-1]))
-    return [*named, *more], words[len(more) :]
+    return [*paths, *more], words[len(more) :]
+
+
+def _predict_one(
+    model: VisualEntailment, picture: str | bytes, sentence: str, explain: Path | None, json: bool
+) -> None:
+    from clseave_cli.core.data.heat_map import write_png
+
+    start = time.perf_counter()
+    result = model.predict([(picture, sentence)])[0]
+    seconds = time.perf_counter() - start
+    if isinstance(result, ClseaveError):
+        raise result
+    if explain is not None:
+        write_png(model.explain(picture, result), explain)
+    if result.truncated:
+        terminal.say("the hypothesis was too long and was truncated.", to_stderr=True)
+    if result.warning:
+        terminal.say(f"warning: {result.warning}", to_stderr=True)
+    if json:
+        terminal.print_json(result.to_json())
+    else:
+        _print_bars(result, seconds)
 
 
 def _predict_several(
-    config: PredictConfig, pictures: list[str | bytes], sentences: list[str], json: bool
+    model: VisualEntailment,
+    batch_size: int,
+    pictures: list[str | bytes],
+    sentences: list[str],
+    json: bool,
 ) -> None:
-    from clseave_cli.core.prediction.predictor import VisualEntailment
-
-    model = VisualEntailment.from_pretrained(
-        config.runs, config.lang, config.device, config.precision, config.student,
-        unsure=config.unsure, progress=terminal.TerminalProgress(),
-    )  # fmt: skip
     pairs = list(itertools.product(pictures, sentences))
-    results = model.batch(pairs, batch_size=config.batch_size)
+    results = model.batch(pairs, batch_size=batch_size)
     answers: list[dict[str, Any]] = []
-    _escape_what_stdout_lacks()
+    _escape_unencodable()
     for (picture, sentence), result in zip(pairs, results, strict=True):
         name = picture if isinstance(picture, str) else "the image"
         if isinstance(result, ClseaveError):
@@ -158,9 +158,9 @@ def _predict_several(
             line = f"{'error':<24}{result}"
         else:
             answers.append(result.to_json())
-            about = [name] * (len(pictures) > 1) + [sentence] * (len(sentences) > 1)
+            pair = [name] * (len(pictures) > 1) + [sentence] * (len(sentences) > 1)
             percent = 100 * max(result.probabilities.values())
-            line = f"{result.label:<14}{percent:6.1f} %  {': '.join(about)}"
+            line = f"{result.label:<14}{percent:6.1f} %  {': '.join(pair)}"
         if not json:
             terminal.say(line)
     for warning in dict.fromkeys(each["warning"] for each in answers if "warning" in each):
@@ -168,7 +168,7 @@ def _predict_several(
     if json:
         terminal.print_json(answers)
     if all("error" in answer for answer in answers):
-        raise DataError(f"no pair could be judged; the first: {answers[0]['error']}")
+        raise DataError(f"no pair has a prediction; the first error: {answers[0]['error']}")
 
 
 def _predict_file(config: PredictConfig, source: Path, target: Path, json: bool) -> None:
@@ -191,27 +191,27 @@ def _predict_file(config: PredictConfig, source: Path, target: Path, json: bool)
             {"predicted": done.num_predicted, "errors": done.num_errors, "output": str(target)}
         )
     else:
-        # Only answers go to a stdout that others read.
+        # If the answers go to stdout, nothing else does.
         name = "stdout" if target == _STREAM else str(target)
         counts = f"{done.num_predicted} predicted, {done.num_errors} with an error"
         terminal.say(f"{name}: {counts}", to_stderr=target == _STREAM)
     if done.num_errors and not done.num_predicted:
-        raise DataError(f"no row could be judged; the first: {done.first_error}")
+        raise DataError(f"no row has a prediction; the first error: {done.first_error}")
 
 
 def _require_open(stream: TextIO | None, name: str) -> None:
-    # `main` has put the null device in the place of a closed stdout.
+    # `main` replaces a closed stdout with the null device.
     if stream is None or getattr(stream, "name", "") == os.devnull:
         raise UsageError(f"{name} -: the stream is closed; give a file.")
 
 
-def _escape_what_stdout_lacks() -> None:
-    if isinstance(sys.stdout, TextIOWrapper):  # names may need letters that its encoding lacks
+def _escape_unencodable() -> None:
+    if isinstance(sys.stdout, TextIOWrapper):  # its encoding may lack letters of file names
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def _show(result: Prediction, seconds: float) -> None:
-    _escape_what_stdout_lacks()
+def _print_bars(result: Prediction, seconds: float) -> None:
+    _escape_unencodable()
     out = terminal.stdout()
     block = "█" if out.encoding.startswith("utf") else "#"
     out.print(result.label, style="bold")

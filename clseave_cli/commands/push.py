@@ -1,4 +1,4 @@
-"""`clseave push`: models to the Hugging Face hub."""
+"""`clseave push`: publishes models on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ def run(
     ] = "",
     report: Annotated[
         Path | None,
-        typer.Option("--report", metavar="DIR", help="What evaluate --report wrote of the models."),
+        typer.Option("--report", metavar="DIR", help="The models' report of evaluate --report."),
     ] = None,
     teacher: Annotated[
         Path | None,
-        typer.Option("--teacher", metavar="DIR", help="A student's CLIP-VE; unset: beside it."),
+        typer.Option("--teacher", metavar="DIR", help="A student's CLIP-VE; unset: next to it."),
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Open to you alone.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Visible only to you.")] = False,
 ) -> None:
-    """Publish models on the Hugging Face hub, with a card that says how good they are.
+    """Publish models on the Hugging Face hub, with a card that shows their results.
 
-    FOLDER is a student (its CLIP-VE goes with it), a CLIP-VE, a whole
-    runs folder, or an exported one. `--runs ORG/NAME` reads it everywhere.
+    FOLDER is a student (published with its CLIP-VE), a CLIP-VE, a whole runs
+    folder, or an exported one. Other commands read it with --runs ORG/NAME.
     Log in with `hf auth login`, or set HF_TOKEN.
     """
     from clseave_cli.core.evaluation.publishing import push
 
-    done = push(
+    result = push(
         folder,
         repository,
         license=license,
@@ -44,5 +44,5 @@ def run(
         private=private,
         progress=terminal.TerminalProgress(),
     )
-    languages = ", ".join(done.languages)
-    terminal.say(f"{done.url}: {languages} · {done.num_files} files")
+    languages = ", ".join(result.languages)
+    terminal.say(f"{result.url}: {languages} · {result.num_files} files")

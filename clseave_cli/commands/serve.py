@@ -1,4 +1,4 @@
-"""`clseave serve`: an HTTP service and a page to try it on."""
+"""`clseave serve`: an HTTP service with a page to try it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def run(config: ServeConfig) -> None:
-    """Answer over HTTP, with a page to drop a photo on.
+    """Predict over HTTP, with a page to try it.
 
-    Reads the models under --runs, or a folder that `clseave export` wrote. Ctrl-C ends it.
+    Reads the models under --runs, or a folder that `clseave export` wrote. Ctrl-C stops it.
     """
     try:
         from clseave_cli.core.prediction.service import create_app, make_server
@@ -26,26 +26,22 @@ def run(config: ServeConfig) -> None:
         raise ExtraMissing(f"serve needs {error.name}: pip install -e '.[serve]'.") from None
     listening = _listen(config.host, config.port)
     model = _load(config)
-    # What the form's parser says of each bad request: whoever sends many would fill the log.
+    # The form parser warns about each bad request, which would let clients fill the log.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
     server = make_server(create_app(model, config))
     host = f"[{config.host}]" if ":" in config.host else config.host
     terminal.say(f"http://{host}:{listening.getsockname()[1]} · {', '.join(model.sources)}")
     if config.host not in ("127.0.0.1", "::1", "localhost") and not config.allowed_host:
         terminal.say(
-            "only requests to localhost are answered; --allowed-host NAME allows another name.",
+            "only requests to localhost are answered; add other names with --allowed-host NAME.",
             to_stderr=True,
         )
-    # Ctrl-C is how this command is meant to end.
-    with suppress(KeyboardInterrupt):
+    with suppress(KeyboardInterrupt):  # the normal way to stop
         server.run(sockets=[listening])
 
 
 def _load(config: ServeConfig) -> InferenceModel:
-    """Loads every encoder now, not with its first request.
-
-    Where no language is named, those whose model cannot be loaded are left out, with a note.
-    """
+    """Loads every encoder now; without --lang, those that cannot be loaded are skipped."""
     from clseave_cli.core.prediction.inference import load_model
     from clseave_cli.core.prediction.predictor import AUTO
 
@@ -61,16 +57,12 @@ def _load(config: ServeConfig) -> InferenceModel:
             if languages or len(model.sources) == 1:
                 raise
             del model.sources[lang]
-            terminal.say(f"{lang} is left out: {error}", to_stderr=True)
+            terminal.say(f"{lang}: skipped: {error}", to_stderr=True)
     return model
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Takes the port before the models are loaded, which may be long.
-
-    Raises:
-        ClseaveError: it is taken, or the address is not this machine's.
-    """
+    """Opens the port; called before the models are loaded, so that a used port fails at once."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=512)

@@ -22,10 +22,10 @@ def pretrain(config: PretrainConfig) -> None:
 def finetune_ve(config: FinetuneConfig) -> None:
     """Fine-tune CLIP for visual entailment in one language (CLIP-VE).
 
-    The image encoder is frozen and its features are computed once,
-    unless --unfreeze-blocks or --lora train it; the text encoder, the
-    projection and the head are trained. Use --preset thesis for the
-    thesis's hyper-parameters.
+    Trains the text encoder, the projection and the head. The image encoder
+    is frozen and its features are computed once, unless --unfreeze-blocks
+    or --lora train it. Use --preset thesis for the thesis's
+    hyper-parameters.
     """
     from clseave_cli.core import finetuning
 
@@ -36,8 +36,8 @@ def finetune_ve(config: FinetuneConfig) -> None:
 def align(config: AlignConfig) -> None:
     """Teach a multilingual encoder CLIP-VE's sentence embeddings.
 
-    Reads snli_ve_train.jsonl and snli_ve_dev.jsonl and the same files in
-    LANG, as translate writes them. Use --preset thesis for the thesis's
+    Reads snli_ve_train.jsonl, snli_ve_dev.jsonl and their translations into
+    LANG by clseave translate. Use --preset thesis for the thesis's
     hyper-parameters.
     """
     from clseave_cli.core import alignment

@@ -1,4 +1,4 @@
-"""Results as tables for the terminal, with as many columns as it is wide enough for."""
+"""Results as tables, with as many columns as the terminal has room for."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Column:
-    """A column: its head, its cell of what a row is about, and how soon it goes for want of room.
+    """A column; `cell` formats a row. If space is short, the highest ranks are dropped first.
 
-    Columns of the highest `rank` go first; those of rank 0 stay.
+    Columns of rank 0 are never dropped.
     """
 
     head: str
@@ -49,9 +49,8 @@ def _table(
     caption: Sequence[str],
     columns: Sequence[_Column],
     rows: Iterable[Any],
-    width: int | None,
+    width: int | None = None,
 ) -> Table:
-    """A table in the look that all of them share: whole numbers, in as many columns as fit."""
     console, rows, shown = terminal.stdout(), list(rows), list(columns)
     width = console.width if width is None else width
     while True:
@@ -67,14 +66,14 @@ def _table(
         if Measurement.get(console, options, table).maximum <= width or not last.rank:
             break
         shown.remove(last)
-    table.caption = "\n".join(caption)
-    if left_out := [" ".join(c.head.split()) for c in columns if c not in shown]:
-        table.caption += f"\nLeft out for want of room: {', '.join(left_out)}."
+    table.caption = escape("\n".join(caption))
+    if dropped := [" ".join(c.head.split()) for c in columns if c not in shown]:
+        table.caption += f"\nNot shown (terminal too narrow): {', '.join(dropped)}."
     return table
 
 
 def _name(result: LanguageResult, results: Results) -> str:
-    """The language, and if it was translated, into which: short, so that 80 columns will do."""
+    """The language, and the one it was translated into, if any."""
     return result.lang + (f" → {results.source_lang}" if result.mode == "translate-test" else "")
 
 
@@ -83,9 +82,9 @@ def _range(low: float | None, high: float | None) -> str:
 
 
 def results_table(results: Results, width: int | None = None, *, verbose: bool = False) -> Table:
-    """The language table: accuracy, how sure that is, and the baselines.
+    """Accuracy by language, with intervals and baselines.
 
-    `width` is that of the terminal (None: of stdout); `verbose` shows fingerprints.
+    `width` is the terminal's (None: stdout's); `verbose` shows fingerprints.
     """
     source = results.source_lang
     baselines = {r.key: results.baselines.get(r.key) for r in results.results}
@@ -93,7 +92,7 @@ def results_table(results: Results, width: int | None = None, *, verbose: bool =
     def baseline(name: str) -> Callable[[LanguageResult], str]:
         return lambda r: percent(getattr(baselines[r.key], name, None))
 
-    # Heads are broken by hand, so that the table fits 80 columns.
+    # With these line breaks in heads, the table fits 80 columns.
     columns = [
         _Column("\nlang", lambda r: _name(r, results)),
         _Column("\naccuracy", lambda r: percent(r.accuracy), style="bold"),
@@ -107,7 +106,7 @@ def results_table(results: Results, width: int | None = None, *, verbose: bool =
     caption = [*not_above(results), *one_answer(results)]
     if mean := mean_of_others(results):
         caption.append(f"{mean[0].upper()}{mean[1:]}.")
-    measured = [
+    optional = [
         _Column("\nunsure", lambda r: percent(r.unsure and r.unsure.share), 5),
         _Column(
             "right\nif sure",
@@ -117,7 +116,7 @@ def results_table(results: Results, width: int | None = None, *, verbose: bool =
         _Column("photos\nseen", lambda r: percent(r.seen and r.seen.share), 6),
         _Column("unseen\nphotos", lambda r: percent(r.seen and r.seen.accuracy_unseen), 6),
     ]
-    columns += [c for c in measured if {c.cell(r) for r in results.results} - {DASH}]
+    columns += [c for c in optional if {c.cell(r) for r in results.results} - {DASH}]
     if any(result.mode == "translate-test" for result in results.results):
         caption.append(f"“→ {source}”: translated into {language_name(source)} first.")
     caption.append(
@@ -125,25 +124,25 @@ def results_table(results: Results, width: int | None = None, *, verbose: bool =
     )
     if verbose:
         caption.append(str(results.signature))
-    of = " (the first training)" if results.seeds else ""
-    title = f"Visual entailment by language, in %{of}"
-    return _table(title, list(map(escape, caption)), columns, results.results, width)
+    title = "Visual entailment by language, in %"
+    title += " (the first training)" if results.seeds else ""
+    return _table(title, caption, columns, results.results, width)
 
 
-def sources_table(results: Results, width: int | None = None) -> Table:
+def sources_table(results: Results) -> Table:
     """Accuracy by source language and language of the hypotheses (thesis 6.2)."""
+
+    def accuracy(target: str) -> Callable[[str], str]:
+        return lambda source: percent(results.sources[source].get(target))
+
     targets = dict.fromkeys(lang for of_source in results.sources.values() for lang in of_source)
-    columns = [_Column("source", lambda source: source)]
-    for target in targets:
-        columns.append(
-            _Column(target, lambda s, target=target: percent(results.sources[s].get(target)))  # type: ignore[misc]
-        )
-    caption = "`clseave compare` on two reports has the paired differences."
-    return _table("Accuracy by source language, in %", [caption], columns, results.sources, width)
+    columns = [_Column("source", str), *(_Column(lang, accuracy(lang)) for lang in targets)]
+    caption = "`clseave compare` shows the paired differences of two reports."
+    return _table("Accuracy by source language, in %", [caption], columns, results.sources)
 
 
 def seeds_table(results: Results, width: int | None = None) -> Table:
-    """What several trainings reach: the mean, how far they lie apart, and how sure the mean is."""
+    """Mean and spread over several trainings, with intervals of the mean."""
 
     def summary(r: LanguageResult, name: str = "accuracy") -> Any:
         return results.seeds[r.key].get(name)
@@ -160,30 +159,29 @@ def seeds_table(results: Results, width: int | None = None) -> Table:
     ]
     caption = (
         "± sample standard deviation over trainings; 95 % interval of the mean accuracy by "
-        "bootstrap over photos, the trainings as they are."
+        "bootstrap over photos, with the trainings fixed."
     )
     rows = [r for r in results.results if "accuracy" in results.seeds.get(r.key, {})]
     return _table("Over several seeds, in %", [caption], columns, rows, width)
 
 
-def data_curves_table(curves: DataCurves, width: int | None = None) -> Table:
-    """What students reach by the number of sentences they learnt from."""
-    lines = {name: {n: value for n, value, *_ in line} for name, line in curves.lines().items()}
+def data_curves_table(curves: DataCurves) -> Table:
+    """The metric of students by number of training sentences."""
+
+    def metric(line: Sequence[tuple[Any, ...]]) -> Callable[[int], str]:
+        values = {number: value for number, value, *_ in line}
+        return lambda number: f"{values[number]:.1f}" if number in values else DASH
+
     columns = [_Column("sentences", lambda number: f"{number:,}")]
-    for name, line in lines.items():
-        columns.append(
-            _Column(name, lambda n, line=line: f"{line[n]:.1f}" if n in line else DASH)  # type: ignore[misc]
-        )
+    columns += [_Column(name, metric(line)) for name, line in curves.lines().items()]
     teacher = "" if curves.english is None else f"; the teacher: {percent(curves.english)}"
     numbers = sorted({point.num_sentences for point in curves.points})
     caption = [f"{curves.metric}{teacher}"]
-    return _table("Students by number of sentences", caption, columns, numbers, width)
+    return _table("Students by number of sentences", caption, columns, numbers)
 
 
-def comparison_table(
-    comparison: Comparison, width: int | None = None, *, verbose: bool = False
-) -> Table:
-    """Two evaluations side by side: the paired difference, and whether it is one."""
+def comparison_table(comparison: Comparison, *, verbose: bool = False) -> Table:
+    """Two evaluations side by side, with paired differences and verdicts."""
     caption = [
         "A minus B on the same rows, in points; 95 % intervals by paired bootstrap over "
         f"photos ({comparison.resamples:,} resamples, seed {comparison.seed})."
@@ -204,13 +202,13 @@ def comparison_table(
         _Column("verdict", lambda entry: verdicts[entry.verdict], style="bold"),
     ]
     title = escape(f"A: {comparison.first}\nB: {comparison.second}")
-    return _table(title, list(map(escape, caption)), columns, comparison.languages, width)
+    return _table(title, caption, columns, comparison.languages)
 
 
 def retrieval_table(
-    document: Retrieval, found: Literal["images", "captions"], *, verbose: bool = False
+    document: Retrieval, target: Literal["images", "captions"], *, verbose: bool = False
 ) -> Table:
-    """How well images are found by captions, or captions by images, in every language."""
+    """Recall and ranks by language, of images given captions or captions given images."""
     trained = {True: "yes", False: "no", None: DASH}
 
     def recall(k: int) -> Callable[[Any], str]:
@@ -233,6 +231,6 @@ def retrieval_table(
     caption = [f"R@k in %; 95 % intervals by bootstrap over images; {sizes}."]
     if verbose:
         caption.append(str(document.signature))
-    title = {"images": "Images, given a caption", "captions": "Captions, given an image"}[found]
-    rows = [(r, scores := getattr(r, found), scores.recall_at[1]) for r in document.results]
-    return _table(title, list(map(escape, caption)), columns, rows, None)
+    title = {"images": "Images, given a caption", "captions": "Captions, given an image"}[target]
+    rows = [(r, scores := getattr(r, target), scores.recall_at[1]) for r in document.results]
+    return _table(title, caption, columns, rows)

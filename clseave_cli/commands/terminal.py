@@ -1,7 +1,4 @@
-"""What the user sees: progress and notes on stderr, results on stdout.
-
-Of several processes (`torchrun`) only the first one speaks, errors apart.
-"""
+"""Prints results on stdout, and progress and notes on stderr; under `torchrun`, on rank 0 only."""
 
 from __future__ import annotations
 
@@ -14,6 +11,7 @@ import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,95 +28,73 @@ if TYPE_CHECKING:
 
 _LINE_SECONDS = 10.0
 
-#: Control characters, which would reach into the terminal; a line break and a tab may.
+#: Characters that control a terminal, except line breaks and tabs.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 def printable(text: str) -> str:
-    """A text with its control characters spelled out, as ids and paths of data may hold some."""
-    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    """A text with control characters escaped: ids and paths in data may contain them."""
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
-# Consoles are made on first use: `clseave --help` must not wait for rich.
+# Consoles are created on first use: `clseave --help` must not wait for rich.
 @functools.cache
 def stdout() -> Console:
-    """Where results go."""
     return make_console(stderr=False)
 
 
 @functools.cache
 def stderr() -> Console:
-    """Where progress and notes go."""
     return make_console(stderr=True)
 
 
 def make_console(*, stderr: bool, **settings: Any) -> Console:
-    """A console of rich's that prints no control characters of data."""
+    """A rich console that escapes control characters."""
     from rich.console import Console
 
     class PrintableConsole(Console):
-        """Every text passes here, cells of tables too."""
-
-        def render_str(self, text: str, **settings: Any) -> Text:
+        def render_str(self, text: str, **settings: Any) -> Text:  # also for cells of tables
             return super().render_str(printable(text), **settings)
 
-        def on_broken_pipe(self) -> None:
-            """Leaves it to `main`, which ends quietly; rich would exit with 1."""
-            raise BrokenPipeError(errno.EPIPE, "the reader went away")
+        def on_broken_pipe(self) -> None:  # `main` ends quietly; rich would exit with 1
+            raise BrokenPipeError(errno.EPIPE, "the reader closed the pipe")
 
     quiet = not is_first_process()
     return PrintableConsole(stderr=stderr, highlight=False, quiet=quiet, **settings)
 
 
 def say(message: str, *, to_stderr: bool = False) -> None:
-    """Prints a text as it is; on stderr, a terminal gets it broken between words.
-
-    Paths and URLs stay whole, and results can be copied as they are.
-    """
+    """Prints a text; on stderr, a terminal gets it wrapped between words, never within a path."""
     console = stderr() if to_stderr else stdout()
     if to_stderr and console.is_terminal:
-        lines = message.splitlines()
         message = "\n".join(
             textwrap.fill(line, console.width, break_long_words=False, break_on_hyphens=False)
-            for line in lines
+            for line in message.splitlines()
         )
     console.print(message, markup=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
-    """Prints exactly one JSON document on stdout, escaped where it cannot show a character.
-
-    Paths become texts.
-
-    Raises:
-        ClseaveError: a number in it is not finite.
-    """
+    """Prints one JSON document on stdout; raises `ClseaveError` if a number is not finite."""
     try:
         text = json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False, default=str)
     except ValueError:
-        raise ClseaveError(
-            "a number of the result is not finite; are the models damaged?"
-        ) from None
+        raise ClseaveError("a result is not finite; are the models damaged?") from None
     try:
         text.encode(sys.stdout.encoding)
-    except UnicodeEncodeError:
+    except UnicodeEncodeError:  # the encoding lacks some letters
         text = json.dumps(value, indent=2, default=str)
     sys.stdout.write(text + "\n")
 
 
-def _metrics(fields: dict[str, float | int | str]) -> str:
-    texts = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in fields.items()}
-    return " · ".join(f"{name.replace('_', ' ')} {text}" for name, text in texts.items())
-
-
 class _Task:
-    """A piece of work: counted here, and drawn as a bar where there are bars."""
+    """Counts a piece of work, and draws it as a bar or in lines."""
 
     def __init__(self, description: str, total: int | None, unit: str, bars: Progress | None):
         self._description, self._total, self._unit = printable(description), total, unit
-        self._done, self._fields = 0, ""
-        self._start = self._last = time.monotonic()
-        # When the first report came, and what it counted: maybe work of an earlier sitting.
+        self._done, self._metrics = 0, ""
+        self._start = self._last_line = time.monotonic()
+        # Time and amount of the first report, which may count the work of an interrupted run.
         self._first: tuple[float, int] | None = None
         self._bars = bars
         self.bar: TaskID | None = None
@@ -128,41 +104,34 @@ class _Task:
     def advance(self, amount: int = 1, **fields: float | int | str) -> None:
         self._first = self._first or (time.monotonic(), amount)
         self._done += amount
-        self._fields = _metrics(fields) or self._fields
+        if fields:
+            values = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in fields.items()}
+            self._metrics = " · ".join(f"{k.replace('_', ' ')} {v}" for k, v in values.items())
         if self._bars is not None and self.bar is not None:
             line = self._line(self._time_left())
             self._bars.update(self.bar, completed=self._done, details=line)
-        elif time.monotonic() - self._last >= _LINE_SECONDS:
-            self._last = time.monotonic()
+        elif time.monotonic() - self._last_line >= _LINE_SECONDS:
+            self._last_line = time.monotonic()
             say(f"{self._description}: {self._line(self._time_left())}", to_stderr=True)
 
     def _line(self, time_text: str) -> str:
-        """How far it is, a time, and the latest metrics."""
-        of = f"/{self._total}" if self._total is not None else ""
-        done = f"{self._done}{of} {self._unit}".strip()
-        return " · ".join(part for part in (done, time_text, self._fields) if part)
+        total = f"/{self._total}" if self._total is not None else ""
+        done = f"{self._done}{total} {self._unit}".strip()
+        return " · ".join(filter(None, (done, time_text, self._metrics)))
 
     def end(self) -> None:
-        """Says that it is done."""
-        line = self._line(f"in {_clock(time.monotonic() - self._start)}")
+        line = self._line(f"in {timedelta(seconds=int(time.monotonic() - self._start))}")
         say(f"{self._description}: {line}", to_stderr=True)
 
     def _time_left(self) -> str:
-        """Empty where nothing is left, or too little is counted to tell."""
+        """Empty if there is no estimate."""
         if self._first is None or self._total is None or self._done >= self._total:
             return ""
-        begun, before = self._first
-        if self._done == before:
+        start, done_before = self._first
+        if self._done == done_before:
             return ""
-        rate = (self._done - before) / (time.monotonic() - begun)
-        return f"{_clock((self._total - self._done) / rate)} left" if rate else ""
-
-
-def _clock(seconds: float) -> str:
-    """A time in hours, minutes and seconds: 0:01:23."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
+        seconds_each = (time.monotonic() - start) / (self._done - done_before)
+        return f"{timedelta(seconds=int((self._total - self._done) * seconds_each))} left"
 
 
 class TerminalProgress:
@@ -175,10 +144,7 @@ class TerminalProgress:
     def task(
         self, description: str, total: int | None = None, unit: str = "", *, summary: bool = True
     ) -> Iterator[Task]:
-        """Draws one piece of work until the block ends; then a line stands for it.
-
-        A bar leaves nothing behind, whether the work is done or interrupted.
-        """
+        """Draws a piece of work until the block ends; completed work leaves one line."""
         with self._drawn() as (bars, is_outermost):
             task = _Task(description, total, unit, bars)
             try:
@@ -191,13 +157,13 @@ class TerminalProgress:
 
     @contextmanager
     def _drawn(self) -> Iterator[tuple[Progress | None, bool]]:
-        """The bars, where there are some, and whether this work is what opened them."""
+        """The bars, if stderr is a terminal, and whether this task opened them."""
         if self._bars is not None or not stderr().is_terminal:
             yield self._bars, False
             return
         from rich import progress
 
-        # The numbers come first: a bar is drawn only where it cuts none of them.
+        # Numbers take precedence: a narrow terminal gets no bar.
         bar = [progress.BarColumn(bar_width=16)] if stderr().width >= 100 else []
         self._bars = progress.Progress(
             progress.TextColumn("{task.description}: {task.fields[details]}", markup=False),
@@ -212,12 +178,11 @@ class TerminalProgress:
             self._bars = None
 
     def note(self, message: str) -> None:
-        """Prints a line above the bars."""
         say(message, to_stderr=True)
 
 
 def print_training(folder: Path, training: TrainingResult | None) -> None:
-    """Prints where a model lies and how its training went."""
+    """Prints the folder of a model and a summary of its training."""
     if training is None:
         say(f"{folder}: complete")
         return

@@ -1,4 +1,4 @@
-"""`clseave translate`: the hypotheses of a data set in other languages."""
+"""`clseave translate`: translates the hypotheses of a data set."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from clseave_cli.processes import is_first_process
 
 
 def run(config: TranslateConfig, *, json: Json = False) -> None:
-    """Translate the hypotheses of a data set, none lost and none asked for twice.
+    """Translate the hypotheses of a data set.
 
     Reads snli_ve_{train,dev,test}.jsonl (or --input FILE) and writes
-    snli_ve_train.de.jsonl and so on beside them. What was translated once
-    is kept in a memory: after a crash, a kill or Ctrl-C, the same command
-    goes on where it stopped. Files that this command did not write, or that
-    were changed since, are replaced only with --overwrite.
+    snli_ve_train.de.jsonl and so on next to them. A memory keeps all
+    translations: after a crash, a kill or Ctrl-C, run the same command again
+    to resume. Files that this command did not write, or that were changed
+    since, are replaced only with --overwrite.
     """
     from clseave_cli.core.translation.corpus import translate
 
@@ -35,17 +35,17 @@ def run(config: TranslateConfig, *, json: Json = False) -> None:
     lists = ", ".join(str(file.failed) for file in summary.files if file.failed)
     if summary.stopped:
         raise TranslationError(
-            f"stopped: {summary.stopped}. {num_failed} rows are without a translation ({lists}); "
-            "run the same command again later to go on with them, or choose another --engine."
+            f"stopped: {summary.stopped}. {num_failed} rows are not translated ({lists}); "
+            "run the same command again later to resume, or choose another --engine."
         )
     if num_failed:
         raise TranslationError(
             f"{num_failed} rows could not be translated; {lists} says why. "
-            "Run the same command again to try only those."
+            "Run the same command again to retry only those."
         )
     if not all(file.is_written for file in summary.files if file.num_rows):
         raise TranslationError(
-            "no row is left to write: the checks found all translations suspect."
+            "nothing was written: the checks flagged every translation as suspect."
         )
 
 

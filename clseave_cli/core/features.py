@@ -36,9 +36,8 @@ from clseave_cli.core.data.records import Split, distinct
 from clseave_cli.core.files import atomic_file, cache_root, file_digest
 from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
 from clseave_cli.core.models.tokens import TokenTable
+from clseave_cli.core.training.device import Autocast, on_device, page_locked
 from clseave_cli.core.training.distribution import processes
-from clseave_cli.core.training.placement import on_device, page_locked
-from clseave_cli.core.training.precision import Autocast
 from clseave_cli.errors import ClseaveError, DataError
 from clseave_cli.processes import ahead, usable_cores
 from clseave_cli.progress import SILENT, Progress, Task

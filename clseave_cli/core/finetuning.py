@@ -1,9 +1,13 @@
-"""`finetune-ve`: CLIP-VE, the visual-entailment model of the source language (thesis 3.1.2)."""
+"""`finetune-ve`: trains CLIP-VE, the visual-entailment model of the source language (thesis 3.1.2).
+
+Legend: N training rows · B rows of a batch · S distinct hypotheses · E width of image features.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,15 +40,15 @@ from clseave_cli.core.features import (
     tokenize_sentences,
 )
 from clseave_cli.core.files import file_digest, json_digest
-from clseave_cli.core.guided import GuidedPictures, divergence, gap, leak, statistics_kept
+from clseave_cli.core.guided import GuidedPictures, divergence, fixed_running_statistics, gap, leak
 from clseave_cli.core.models.adapters import adapted, require_peft, train_blocks
 from clseave_cli.core.models.calibration import fit_temperature
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.packing import PackedBatch
 from clseave_cli.core.models.vocabulary import reduced_vocabulary
+from clseave_cli.core.training.device import Autocast
 from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
-from clseave_cli.core.training.precision import Autocast
 from clseave_cli.core.training.run import Run, StageResult, public_name, set_up
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.labels import LABELS
@@ -55,51 +59,42 @@ _BLOCKS_RATE = 0.1
 
 
 class _Batch(NamedTuple):
-    """B pairs, made ready.
+    """B pairs, prepared."""
 
-    Attributes:
-        sentences: this process's shard of the batch's S distinct hypotheses, packed.
-        num_sentences: S; in a single process B, and then there are B embeddings where batches are
-            filled up to few shapes.
-        sentence_of_row: (B,) int64 into the S.
-        premises: (B, E) features of the rows' images; where the image tower is trained, what it
-            reads for this process's shard of the rows (`ImageEncoder.states`).
-        labels: (B,) int64 ids of `labels.LABELS`.
-        targets: the labels, or (B, 3) probabilities to learn in their place.
-        guided: (B, E) of guided pictures, and (B,) float32 1; without one the photo's, and 0.
-    """
-
-    sentences: PackedBatch
-    num_sentences: int
-    sentence_of_row: Tensor
+    sentences: PackedBatch  # this process's shard of the batch's distinct hypotheses
+    num_sentences: int  # S; in one process B, because a GPU's batches are padded to few shapes
+    sentence_of_row: Tensor  # (B,) int64 into the S
+    #: (B, E) image features; if the image tower is trained, its inputs (`ImageEncoder.states`) for
+    #: this process's shard of the rows.
     premises: Tensor
-    labels: Tensor
-    targets: Tensor
+    labels: Tensor  # (B,) int64 ids of `labels.LABELS`
+    targets: Tensor  # the labels, or (B, 3) probabilities
+    #: (B, E) of guided pictures, and (B,) float32 1; for a row without one, its photo's, and 0.
     guided: tuple[Tensor, Tensor] | None
 
 
 @dataclass(frozen=True, eq=False)
 class _Pairs:
-    """A split ready for training: distinct sentences as tokens, images as features."""
+    """A split as tokens of distinct sentences and image features."""
 
     sentences: Sentences
     images: Features
     labels: Tensor
-    guided: Features | None = None  # of the rows' guided pictures; index -1: the row has none
+    guided: Features | None = None  # of guided pictures; index -1: the row has none
 
     def batch(self, rows: Rows, model: ClipVE, targets: Tensor) -> _Batch:
-        # A sentence that stands twice in a batch is encoded once; its gradients add up.
+        # A repeated sentence is encoded once; its gradients add up.
         sentences, sentence_of_row = np.unique(self.sentences.index[rows], return_inverse=True)
         group = processes()
         places = len(rows) if group.count == 1 else None
-        shown = group.shard(rows) if model.image.num_trained else rows
-        premises, guided = self.images.vectors.rows(self.images.index[shown]), None
+        image_rows = group.shard(rows) if model.image.num_trained else rows
+        premises, guided = self.images.vectors.rows(self.images.index[image_rows]), None
         if self.guided is not None:
-            pictures = self.guided.index[rows]
-            is_there = torch.from_numpy(pictures >= 0)
-            drawn = self.guided.vectors.rows(pictures)
-            drawn[~is_there] = premises[~is_there]
-            guided = drawn, is_there.float()
+            index = self.guided.index[rows]
+            has_guided = torch.from_numpy(index >= 0)
+            pictures = self.guided.vectors.rows(index)
+            pictures[~has_guided] = premises[~has_guided]
+            guided = pictures, has_guided.float()
         numbers = torch.from_numpy(rows)
         return _Batch(
             model.text.pack(self.sentences.tokens, group.shard(sentences), places),
@@ -113,7 +108,7 @@ class _Pairs:
 
 
 def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult:
-    """Trains text tower, its projection and the head on cached features of the image tower.
+    """Trains the text tower, its projection and the head on cached image features.
 
     Raises:
         ClseaveError: bad data, an unusable CLIP model, a full disk, or an interruption.
@@ -121,14 +116,13 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult
     require_language(config.source_lang, "--source-lang")
     out = config.out or config.runs / "clip-ve"
     languages = (config.source_lang,)
-    _require_fitting(config)
+    _require_compatible(config)
     setup = set_up("finetune-ve", config, config.data, out, progress)
     if setup is None:
         return StageResult(out, languages, None)
     device, folder = setup.device, setup.data
     train_split, dev_split, images = _data(config, folder, progress)
-    _require_batch_statistics(config, train_split)
-    _require_two_labels(train_split)
+    _require_trainable(config, train_split)
     keys = train_split.pair_ids
     if config.guided_by == "image":
         keys = [train_split.image_names[image] for image in train_split.image_index]
@@ -156,11 +150,11 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult
             _prepare(model, split, photos, pictures, setup.autocast, progress)
             for (split, photos), pictures in zip(splits, (guided, None), strict=True)
         )
-        said = ""
+        leak_note = ""
         if train_pairs.guided is not None:
             width = model.image.embedding_dim
-            said = leak(train_pairs.guided, train_pairs.images, train_split.labels, width)
-            progress.note(said)
+            leak_note = leak(train_pairs.guided, train_pairs.images, train_split.labels, width)
+            progress.note(leak_note)
 
         def loss(batch: _Batch) -> Tensor:
             sentences = processes().gather(lambda: model.text(batch.sentences), batch.num_sentences)
@@ -177,31 +171,31 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult
             return torch.stack([total, _accuracy(logits, batch.labels)])
 
         def guided_loss(
-            hypotheses: Tensor, logits: Tensor, batch: _Batch, pictures: Tensor, is_there: Tensor
+            hypotheses: Tensor, logits: Tensor, batch: _Batch, pictures: Tensor, has_guided: Tensor
         ) -> Tensor:
-            """What guided pictures add: CE(p_y) + γ · KL(p_y ‖ p_x), eq. 12 to 14."""
+            """The loss of guided pictures: CE(p_y) + γ · KL(p_y ‖ p_x), eq. 12 to 14."""
             if config.guided_control == "noise":
                 pictures = torch.randn_like(pictures)
-            with statistics_kept(model.head):
-                drawn = model(hypotheses, pictures)
-            losses = functional.cross_entropy(drawn, batch.targets, reduction="none")
-            losses = losses + config.guided_kl * divergence(drawn, logits)
+            with fixed_running_statistics(model.head):
+                guided_logits = model(hypotheses, pictures)
+            losses = functional.cross_entropy(guided_logits, batch.targets, reduction="none")
+            losses = losses + config.guided_kl * divergence(guided_logits, logits)
             if config.guided_adapter:
                 of_pictures, of_photos = map(model.head.embedding, (pictures, batch.premises))
                 weight = 0.5 if config.guided_cosine is None else config.guided_cosine
                 losses = losses + weight * gap(of_pictures, of_photos, config.guided_distance)
-            return (losses * is_there).mean()
+            return (losses * has_guided).mean()
 
         def evaluate() -> dict[str, float]:
             hypotheses = embed_rows(model.text, dev_pairs.sentences)
             photos = premises_now(model.image, dev_pairs.images)
             logits = by_rows(model, hypotheses, photos, model.rows_at_once)
             labels = dev_pairs.labels.to(device)
-            on_cpu = logits.float().cpu().numpy(), dev_pairs.labels.numpy()
+            temperature = fit_temperature(logits.float().cpu().numpy(), dev_pairs.labels.numpy())
             return {
                 "loss": functional.cross_entropy(logits, labels).item(),
                 "accuracy": _accuracy(logits, labels).item(),
-                "temperature": fit_temperature(*on_cpu),
+                "temperature": temperature,
             }
 
         stage = Stage(
@@ -213,9 +207,9 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult
             evaluate=evaluate,
             selection=Selection(config.select, "lowest" if config.select == "loss" else "highest"),
             metrics=("accuracy",),
-            alone=tuple(model.head.parameters()),
-            alone_epochs=config.freeze_epochs or 0.0,
-            factors={model.image: _image_rate(config)} if model.image.num_trained else {},
+            trained_first=tuple(model.head.parameters()),
+            freeze_epochs=config.freeze_epochs or 0.0,
+            rate_factors={model.image: _image_rate(config)} if model.image.num_trained else {},
         )
         tokens = [pairs.sentences.tokens for pairs in (train_pairs, dev_pairs)]
         with (
@@ -233,15 +227,15 @@ def finetune(config: FinetuneConfig, progress: Progress = SILENT) -> StageResult
                 HypothesisClassifier.fit(hypotheses, labels, train_split).write(aside)
                 task.advance()
 
-        run.publish(save, _card(config, len(train_split), result, said), seen)
-    _tell_if_nothing_was_learnt(config, dev_split, result, progress)
+        run.publish(save, _card(config, len(train_split), result, leak_note), seen)
+    _note_if_not_learnt(config, dev_split, result, progress)
     return StageResult(out, languages, result)
 
 
-def _tell_if_nothing_was_learnt(
+def _note_if_not_learnt(
     config: FinetuneConfig, dev: Split, result: TrainingResult, progress: Progress
 ) -> None:
-    """Says what to try where the photo made no difference: 1e-6 is for a long-trained CLIP."""
+    """Advises a larger learning rate after a chance result: 1e-6 suits a long-trained CLIP."""
     counts = np.bincount(dev.labels, minlength=len(LABELS))
     majority = counts.max() / len(dev)
     accuracy = result.dev["accuracy"]
@@ -256,19 +250,11 @@ def _tell_if_nothing_was_learnt(
 def _data(
     config: FinetuneConfig, folder: Path, progress: Progress
 ) -> tuple[Split, Split, ImageFolder]:
-    """The training and dev rows, and their images.
-
-    Raises:
-        DataError: a file or an image is missing or bad, or an image is in both splits.
-    """
-
-    def read(name: str) -> Split:
-        return read_split(
-            folder, name, config.source_lang, skip_bad=config.skip_bad, progress=progress
-        )
-
+    """Reads the training and dev rows, and finds their images; refuses bad or shared ones."""
+    lang = config.source_lang
+    read = partial(read_split, folder, lang=lang, skip_bad=config.skip_bad, progress=progress)
     train_split = read(config.train_split)
-    if split_path(folder, config.dev_split, config.source_lang) is None:
+    if split_path(folder, config.dev_split, lang) is None:
         train_split, dev_split = hold_out_images(
             train_split, config.dev_split, config.dev_fraction, config.seed, progress
         )
@@ -285,13 +271,11 @@ def _data(
 
 
 def _targets(config: FinetuneConfig, split: Split) -> Tensor:
-    """What is learnt of the training rows: (N,) label ids, or (N, 3) probabilities.
+    """The training targets: (N,) label ids, or (N, 3) probabilities.
 
-    Cross-entropy with (1 − w) y + w q is that with y and the KL divergence from q, weighted, but
-    for the entropy of q, which has no gradient.
-
-    Raises:
-        DataError: a row has no soft label, or a file of them is damaged.
+    Cross-entropy with (1 − w) y + w q is the weighted sum of that with y and of the KL divergence
+    from q, except for the entropy of q, which has no gradient. Raises a DataError if a row has no
+    soft label, or a file of them is damaged.
     """
     labels = torch.from_numpy(split.labels.astype(np.int64))
     if not config.soft_labels and not config.label_smoothing:
@@ -305,19 +289,14 @@ def _targets(config: FinetuneConfig, split: Split) -> Tensor:
 
 
 def _image_rate(config: FinetuneConfig) -> float:
-    """The learning rate in the image tower, as a share of that of all else."""
+    """The image tower's multiplier of the learning rate."""
     if config.image_learning_rate is None:
         return 1.0 if config.unfreeze_blocks is None else _BLOCKS_RATE
     return config.image_learning_rate / (config.learning_rate or 1.0)
 
 
-def _require_fitting(config: FinetuneConfig) -> None:
-    """Refuses options that do not go together.
-
-    Raises:
-        UsageError: names them.
-        ExtraMissing: `--lora` needs a package that is not installed.
-    """
+def _require_compatible(config: FinetuneConfig) -> None:
+    """Raises a UsageError for options that do not go together, or an ExtraMissing for `--lora`."""
     trains_image = config.unfreeze_blocks is not None or config.lora is not None
     if config.patch_grid and config.head != "patches":
         raise UsageError("--patch-grid goes with --head patches.")
@@ -342,23 +321,20 @@ def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.argmax(dim=1) == labels).float().mean()
 
 
-def _require_two_labels(split: Split) -> None:
-    labels = np.unique(split.labels)
-    if len(labels) == 1:
-        raise DataError(
-            f"{split.path}: every row is {LABELS[labels[0]]!r}; expected rows of at least two "
-            "labels, or there is nothing to tell apart."
-        )
-
-
-def _require_batch_statistics(config: FinetuneConfig, split: Split) -> None:
-    """The head normalises over the examples it sees at once, so there must be two of them."""
+def _require_trainable(config: FinetuneConfig, split: Split) -> None:
+    """Raises an error if a batch may have a single example, or all rows have the same label."""
     smallest = len(split) // math.ceil(len(split) / config.batch_size)
     if smallest // min(config.accumulation, smallest) < 2:
         raise UsageError(
             f"{split.path}: {len(split)} rows with --batch-size {config.batch_size} and "
             f"--accumulation {config.accumulation} leave parts of one example; the head's batch "
             "normalisation needs two. Raise --batch-size or lower --accumulation."
+        )
+    labels = np.unique(split.labels)
+    if len(labels) == 1:
+        raise DataError(
+            f"{split.path}: every row is {LABELS[labels[0]]!r}; expected rows of at least two "
+            "labels."
         )
 
 
@@ -373,9 +349,9 @@ def _prepare(
     options: dict[str, Any] = {"autocast": with_autocast, "progress": progress}
     pictures = None
     if guided is not None:
-        # The rows as if their photos were the guided pictures: the same cache serves both.
-        drawn = replace(split, name="guided", image_index=guided.index)
-        pictures = image_features(model.image, drawn, guided.photos, **options)
+        # The rows with the guided pictures as their photos, so that both share a cache.
+        guided_split = replace(split, name="guided", image_index=guided.index)
+        pictures = image_features(model.image, guided_split, guided.photos, **options)
         pictures.index[guided.index < 0] = -1
     return _Pairs(
         tokenize_sentences(model.text, split.hypotheses, split.where, progress),
@@ -385,16 +361,16 @@ def _prepare(
     )
 
 
-def _card(config: FinetuneConfig, num_train: int, result: TrainingResult, said: str) -> str:
+def _card(config: FinetuneConfig, num_train: int, result: TrainingResult, leak_note: str) -> str:
     dev = result.dev
     model = public_name(config.clip)
     image, text = "frozen", "text tower"
     if config.unfreeze_blocks is not None:
         image = f"its last {config.unfreeze_blocks} blocks trained"
     if config.lora is not None:
-        image = f"adapters of rank {config.lora} trained and added"
+        image = f"adapters of rank {config.lora} trained and merged"
         text = "the same in the text tower"
-    guided = said and f"Guided pictures supervised the photos. {said}\n"
+    guided = leak_note and f"Guided pictures supervised the photos. {leak_note}\n"
     return f"""---
 library_name: clseave
 tags: [visual-entailment, clip]
@@ -411,5 +387,5 @@ Says whether an image entails, contradicts or leaves open a sentence in `{config
 {guided}
     clseave predict image.jpg "a sentence" --lang {config.source_lang} --runs runs
 
-`training/` records every option, version and figure.
+`training/` records every option, version and metric.
 """

@@ -1,8 +1,8 @@
 """`pretrain`: contrastive training of a CLIP-family model from image-caption pairs.
 
-Each image of a batch is encoded once and meets several of its captions, each in every language; a
-caption that stands for two images of a batch is a match of both, not a negative (equal captions are
-common in small worlds).
+Each image of a batch is encoded once and compared with several of its captions, each in every
+language. A caption of two images of a batch is a match of both, not a negative (equal captions are
+common in small data sets).
 
 Legend: B images · K captions per image · L languages · D embedding width.
 """
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from clseave_cli.core.config import PretrainConfig
@@ -39,62 +39,51 @@ from clseave_cli.core.models.scratch import ClipShape, new_clip
 from clseave_cli.core.models.tokens import TokenTable
 from clseave_cli.core.models.vocabulary import reduced_vocabulary
 from clseave_cli.core.models.weights import quiet
+from clseave_cli.core.training.device import on_device
 from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
-from clseave_cli.core.training.placement import on_device
 from clseave_cli.core.training.run import Run, StageResult, public_name, set_up
 from clseave_cli.core.training.sampling import RECALL, self_paced_shares, whole_parts
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.progress import SILENT, Progress
 
 #: CLIP's bound on the learned temperature: logits are scaled by at most 100.
-_LARGEST_LOGIT_SCALE = float(np.log(100.0))
-#: Decoded images kept in memory between epochs.
-_PIXEL_MEMORY_BYTES = 1 << 30
+_MAX_LOGIT_SCALE = float(np.log(100.0))
+#: Decoded images cached between epochs.
+_PIXEL_CACHE_BYTES = 1 << 30
 _DEV_IMAGES = 1024
-#: Images that the dev recall looks among, as in `RECALL`.
-_ANSWERS = 10
+_RECALL_RANK = 10  # as in `RECALL`
 
 
 class _Batch(NamedTuple):
-    """B images and the captions they meet, made ready.
+    """B images and their captions, prepared."""
 
-    Attributes:
-        pixels: this process's shard of the images, as `ImageEncoder.preprocess` gives them.
-        num_images: B.
-        captions: this process's shard of the batch's C distinct captions, packed.
-        num_captions: C.
-        caption_of_slot: (K, L, B) int64 into the C.
-        caption_ids: (K, L, B) int64; equal ids mark equal captions.
-        guided: as `pixels`, of guided pictures, and (B,) float32 1; without one the image's, and 0.
-    """
-
-    pixels: Tensor
-    num_images: int
-    captions: PackedBatch
-    num_captions: int
-    caption_of_slot: Tensor
-    caption_ids: Tensor
+    pixels: Tensor  # this process's shard of the images, from `ImageEncoder.preprocess`
+    num_images: int  # B
+    captions: PackedBatch  # this process's shard of the batch's C distinct captions
+    num_captions: int  # C
+    caption_of_slot: Tensor  # (K, L, B) int64 into the C
+    caption_ids: Tensor  # (K, L, B) int64; equal ids mark equal captions
+    #: `pixels` of guided pictures, and (B,) float32 1; for an image without one itself, and 0.
     guided: tuple[Tensor, Tensor] | None
 
 
 def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult:
-    """Trains a CLIP model, from scratch or from a given one.
+    """Trains a CLIP model, from scratch or from an existing one.
 
     Raises:
         ClseaveError: bad data, an unusable model, a full disk, or an interruption.
     """
     languages = tuple(dict.fromkeys(config.lang)) or (ENGLISH,)
-    _require_sense(config, languages)
+    _require_compatible(config, languages)
     out = config.out or config.runs / "clip"
     setup = set_up("pretrain", config, config.data, out, progress)
     if setup is None:
         return StageResult(out, (), None)
     device, folder = setup.device, setup.data
     images = ImageFolder.of(folder, config.images)
-    splits = [
-        read_captions(folder, split, languages) for split in (config.train_split, config.dev_split)
-    ]
+    split_names = config.train_split, config.dev_split
+    splits = [read_captions(folder, name, languages) for name in split_names]
     photos = [Photos.named(split.images, split.where, images) for split in splits]
     if not config.allow_leak:
         _check_leak(splits, photos)
@@ -105,30 +94,28 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
     text.verify_packing("the text tower", progress)
     torch.manual_seed(config.seed)
     inputs = {"clip": json_digest([text.digest(), image.digest()])}
-    for name, split, pictures in zip(
-        (config.train_split, config.dev_split), splits, photos, strict=True
-    ):
+    for name, split, pictures in zip(split_names, splits, photos, strict=True):
         inputs |= {path.name: file_digest(path) for path in split.paths.values()}
         inputs[f"photos: {name}"] = pictures.digest()
     if guided is not None:
         inputs["guided pictures"] = guided.photos.digest()
     with Run("pretrain", out, config, inputs) as run:
-        together, objective = config.sampling == "parallel", contrastive_loss
+        is_parallel, objective = config.sampling == "parallel", contrastive_loss
         if config.objective == "triplet":
             hardest = config.negatives == "hardest"
             objective = partial(triplet_loss, margin=config.margin, hardest=hardest)
             model.logit_scale.requires_grad_(False)  # it has no gradient
         training, dev = (
-            _Examples(config, split, pictures.paths, text, image, drawn)
-            for split, pictures, drawn in zip(splits, photos, (guided, None), strict=True)
+            _Examples(config, split, pictures.paths, text, image, supervision)
+            for split, pictures, supervision in zip(splits, photos, (guided, None), strict=True)
         )
 
         def embed(batch: _Batch) -> tuple[Tensor, Tensor, Tensor]:
-            """(B, D) images, (K, L, B, D) captions of unit length, and the scale."""
+            """(B, D) images, (K, L, B, D) unit captions, and the logit scale."""
             images = processes().gather(lambda: image(batch.pixels), batch.num_images)
             captions = processes().gather(lambda: text(batch.captions), batch.num_captions)
             text_embeddings = functional.normalize(captions.float(), dim=1)
-            scale = model.logit_scale.clamp(max=_LARGEST_LOGIT_SCALE).exp()
+            scale = model.logit_scale.clamp(max=_MAX_LOGIT_SCALE).exp()
             return images.float(), text_embeddings[batch.caption_of_slot], scale
 
         def loss(batch: _Batch) -> Tensor:
@@ -137,62 +124,61 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
             mean = _mean_loss(objective, batch, embeddings, captions, scale)
             if batch.guided is None:
                 return mean
-            pixels, is_there = batch.guided
+            pixels, has_guided = batch.guided
             if config.guided_control == "noise":
-                drawn = torch.randn_like(images)
+                pictures = torch.randn_like(images)
             else:
-                drawn = processes().gather(lambda: image(pixels), batch.num_images).float()
-            # Which of the batch's captions does the picture mean, and which the photo? (eq. 3, 5)
-            answers = [
+                pictures = processes().gather(lambda: image(pixels), batch.num_images).float()
+            # How guided pictures and photos match the batch's captions (eq. 3, 5).
+            guided_logits, logits = (
                 scale * each @ captions.flatten(0, -2).T
-                for each in (functional.normalize(drawn, dim=1), embeddings)
-            ]
-            terms = config.guided_kl * divergence(*answers)
+                for each in (functional.normalize(pictures, dim=1), embeddings)
+            )
+            terms = config.guided_kl * divergence(guided_logits, logits)
             if config.guided_cosine:
-                terms = terms + config.guided_cosine * gap(drawn, images, config.guided_distance)
-            return mean + (terms * is_there).mean()
+                terms = terms + config.guided_cosine * gap(pictures, images, config.guided_distance)
+            return mean + (terms * has_guided).mean()
 
         def evaluate() -> dict[str, float]:
             rows = np.arange(min(_DEV_IMAGES, len(dev)))
-            losses: list[list[float]] = [[] for _ in languages]
-            pictures = []
+            losses, photo_embeddings = [], []
             for part in np.array_split(rows, max(1, len(rows) // config.batch_size)):
                 batch = on_device(dev.batch(part), device)
                 images, captions, scale = embed(batch)
-                embedded = functional.normalize(images, dim=1), captions, scale
-                pictures.append(embedded[0].cpu())
-                # One language at a time: the loss of several together grows with their number.
-                for number, of_language in enumerate(losses):
-                    one = slice(number, number + 1)
-                    of_language.append(_mean_loss(objective, batch, *embedded, one).item())
-            measured = {
-                "loss": [float(np.mean(of_language)) for of_language in losses],
-                RECALL: dev.recalls(rows, torch.cat(pictures)),
+                embeddings = functional.normalize(images, dim=1)
+                photo_embeddings.append(embeddings.cpu())
+                # One language at a time: the joint loss grows with the number of languages.
+                means = (
+                    _mean_loss(objective, batch, embeddings, captions, scale, slice(n, n + 1))
+                    for n in range(len(languages))
+                )
+                losses.append([mean.item() for mean in means])
+            by_language = {
+                "loss": [float(np.mean(of_language)) for of_language in zip(*losses, strict=True)],
+                RECALL: dev.recalls(rows, torch.cat(photo_embeddings)),
             }
-            metrics = {name: float(np.mean(values)) for name, values in measured.items()}
-            for name, values in measured.items() if len(languages) > 1 else ():
+            metrics = {name: float(np.mean(values)) for name, values in by_language.items()}
+            for name, values in by_language.items() if len(languages) > 1 else ():
                 metrics |= {f"{name}/{k}": v for k, v in zip(languages, values, strict=True)}
             return metrics
 
+        projections = nn.ModuleList([model.text_projection, model.visual_projection])
         stage = Stage(
             name="pretrain",
             module=model,
-            num_examples=len(training) * (1 if together else len(languages)),
-            prepare=training.batch if together else training.of_one_language,
+            num_examples=len(training) * (1 if is_parallel else len(languages)),
+            prepare=training.batch if is_parallel else training.monolingual_batch,
             loss=loss,
             evaluate=evaluate,
             selection=Selection("loss", "lowest"),
-            sample=None if together else training.batches,
-            alone=(
-                *model.text_projection.parameters(),
-                *model.visual_projection.parameters(),
-                model.logit_scale,
-            ),
-            alone_epochs=config.freeze_epochs or 0.0,
+            sample=None if is_parallel else training.batches,
+            trained_first=(*projections.parameters(), model.logit_scale),
+            freeze_epochs=config.freeze_epochs or 0.0,
         )
-        # A pretrained vocabulary keeps the vectors of tokens that these captions do not use.
-        keeps = config.clip is not None or config.text is not None
-        with reduced_vocabulary(text, training.tokens, dev.tokens) if keeps else nullcontext():
+        # Only a pretrained vocabulary has vectors worth keeping for tokens without a caption.
+        is_pretrained = config.clip is not None or config.text is not None
+        vocabulary = reduced_vocabulary(text, training.tokens, dev.tokens)
+        with vocabulary if is_pretrained else nullcontext():
             result = train(stage, config, device=device, folder=run.folder, progress=progress)
 
         @quiet()
@@ -201,8 +187,10 @@ def pretrain(config: PretrainConfig, progress: Progress = SILENT) -> StageResult
             text.tokenizer.save_pretrained(aside)
             image.processor.save_pretrained(aside)
 
-        pairs = zip(splits, photos, strict=True)
-        seen = [SeenRows.of_photos(split.images, pictures.keys) for split, pictures in pairs]
+        seen = [
+            SeenRows.of_photos(split.images, pictures.keys)
+            for split, pictures in zip(splits, photos, strict=True)
+        ]
         seen += seen_before(config.clip)
         run.publish(save, _card(config, languages, len(training), result), seen)
         return StageResult(out, (), result)
@@ -216,7 +204,7 @@ def _mean_loss(
     scale: Tensor,
     languages: slice = slice(None),
 ) -> Tensor:
-    """The loss in some languages, mean over the K captions that an image meets."""
+    """The loss in some languages, averaged over the K captions of an image."""
     losses = [
         objective(images, embeddings[languages], ids[languages], scale)
         for embeddings, ids in zip(captions, batch.caption_ids, strict=True)
@@ -229,29 +217,29 @@ def contrastive_loss(
 ) -> Tensor:
     """CLIP's symmetric contrastive loss in several languages at once (docs/training.md).
 
-    An image's captions in all languages are its matches, and so are those equal to one of them.
+    An image's captions in all languages are its matches, as are those equal to one of them.
 
     Args:
         images: (B, D) unit vectors.
         captions: (L, B, D) unit vectors; caption i of each language belongs to image i.
         caption_ids: (L, B) equal ids mark equal captions.
-        scale: the temperature's inverse, a positive scalar.
+        scale: the inverse temperature, a positive scalar.
 
     Returns:
-        The mean of the image-to-caption cross-entropy, over the captions of all languages, and the
-        caption-to-image cross-entropy, mean over languages; a scalar.
+        A scalar: the mean of the image-to-caption cross-entropy over the captions of all languages
+        and the caption-to-image cross-entropy averaged over languages.
     """
     logits = scale * images @ captions.flatten(0, 1).T  # (B, L · B)
     ids = caption_ids.flatten()
-    matches = torch.stack([of_language[:, None] == ids for of_language in caption_ids]).any(dim=0)
-    of_images = functional.cross_entropy(logits, _shares(matches))
-    of_captions = [
-        functional.cross_entropy(to_captions.T, _shares(are_matches.T))
-        for to_captions, are_matches in zip(
+    matches = (caption_ids[:, :, None] == ids).any(dim=0)  # (B, L · B)
+    image_loss = functional.cross_entropy(logits, _shares(matches))
+    caption_losses = [
+        functional.cross_entropy(logits_of_language.T, _shares(matches_of_language.T))
+        for logits_of_language, matches_of_language in zip(
             logits.chunk(len(captions), dim=1), matches.chunk(len(captions), dim=1), strict=True
         )
     ]
-    return 0.5 * (of_images + torch.stack(of_captions).mean())
+    return 0.5 * (image_loss + torch.stack(caption_losses).mean())
 
 
 def triplet_loss(
@@ -263,15 +251,15 @@ def triplet_loss(
     margin: float,
     hardest: bool,
 ) -> Tensor:
-    """Triplet ranking in several languages, both directions added, a scalar (docs/training.md).
+    """Triplet ranking loss in several languages, the sum of both directions (docs/training.md).
 
-    Takes what `contrastive_loss` takes, without use for the scale. The margin is in cosine. Only
-    the `hardest` negative counts (VSE++, Faghri et al. 2018, equation 6), or the sum over all of
-    them (VSE, Kiros et al. 2014, equation 8); equal captions are none.
+    Takes the arguments of `contrastive_loss`, but ignores the scale. The margin is in cosine.
+    Counts the `hardest` negative only (VSE++, Faghri et al. 2018, equation 6), or the sum over all
+    (VSE, Kiros et al. 2014, equation 8); equal captions are not negatives. Returns a scalar.
     """
     losses = []
-    for of_language, ids in zip(captions, caption_ids, strict=True):
-        cosine = images @ of_language.T  # (B, B)
+    for embeddings, ids in zip(captions, caption_ids, strict=True):
+        cosine = images @ embeddings.T  # (B, B)
         lead = margin - cosine.diagonal()[:, None]
         equal = ids[:, None] == ids
         for rows in (cosine, cosine.T):
@@ -281,13 +269,13 @@ def triplet_loss(
 
 
 def _shares(matches: Tensor) -> Tensor:
-    """Each row's matches as probabilities, all equal."""
+    """Equal probabilities for each row's matches."""
     weights = matches.float().contiguous()
     return weights / weights.sum(dim=1, keepdim=True)
 
 
 class _Examples:
-    """Prepares batches: pixels, decoded once and kept while memory allows, and packed captions."""
+    """Prepares batches: packed captions, and pixels, decoded once while the cache has room."""
 
     def __init__(
         self,
@@ -304,29 +292,27 @@ class _Examples:
         sentences, index = distinct(list(captions.all_texts()))
         self.tokens: TokenTable = text.tokenize(sentences)
         first, *_ = captions.texts.values()
-        ends = np.cumsum([len(of_image) for of_image in first])
-        # (L, captions of it) for each image: they are parallel.
+        ends = np.cumsum([len(image_captions) for image_captions in first])
+        # (L, captions) of each image; they are parallel.
         self._caption_ids = np.split(index.reshape(len(captions.texts), -1), ends[:-1], axis=1)
-        self._kept: dict[Path, Tensor] = {}
-        self._kept_bytes = 0
+        self._cache: dict[Path, Tensor] = {}
+        self._cache_bytes = 0
         self._decoders = ThreadPoolExecutor()
 
     def __len__(self) -> int:
         return len(self._photos)
 
     def batches(self, epoch: int, dev: dict[str, float]) -> list[Rows]:
-        """The batches of an epoch, each of one language: image i in language l is l · N + i.
+        """The batches of an epoch, each in one language: image i of N in language l is l · N + i.
 
-        Args:
-            epoch: its number, from 0.
-            dev: the dev metrics after the epoch before; empty before the first.
+        `dev` holds the previous epoch's dev metrics; empty before the first.
         """
         config, count = self._config, len(self._languages)
         random = np.random.default_rng([config.seed, epoch])
         shares = np.full(count, 1 / count)
         if config.sampling == "self-paced":
             shares = self_paced_shares(self._languages, dev)
-        drawn: list[Rows] = []
+        batches: list[Rows] = []
         num_pairs = len(self) * count
         num_batches = math.ceil(num_pairs / config.batch_size)
         for language, number in enumerate(whole_parts(shares, num_batches).tolist()):
@@ -334,18 +320,17 @@ class _Examples:
             rounds = [random.permutation(len(self)) for _ in range(math.ceil(needed / len(self)))]
             if rounds:
                 images = np.concatenate(rounds)[:needed]
-                drawn += np.array_split(language * len(self) + images, number)
-        return [drawn[place] for place in random.permutation(num_batches)]
+                batches += np.array_split(language * len(self) + images, number)
+        return [batches[number] for number in random.permutation(num_batches)]
 
-    def of_one_language(self, rows: Rows) -> _Batch:
-        """The examples of a batch of `batches`."""
+    def monolingual_batch(self, rows: Rows) -> _Batch:
+        """Prepares a batch of `batches`."""
         language, images = int(rows[0]) // len(self), rows % len(self)
         return self.batch(images, slice(language, language + 1))
 
     def batch(self, rows: Rows, languages: slice = slice(None)) -> _Batch:
-        """The examples of some images, in all languages or in some."""
-        # Which captions an image meets depends on the batch's rows alone, so that a resumed run
-        # draws the same.
+        """Prepares some images with captions in all languages or some."""
+        # The captions depend on the batch's rows alone, so that a resumed run draws the same.
         random = np.random.default_rng([self._config.seed, *rows.tolist()])
         count = self._config.captions_per_image
         slots = np.stack(
@@ -356,17 +341,17 @@ class _Examples:
             axis=2,
         )  # (K, L, B)
         needed, caption_of_slot = np.unique(slots, return_inverse=True)
-        share = processes().shard
-        paths, guided = [self._photos[row] for row in share(rows)], None
+        shard = processes().shard
+        paths, guided = [self._photos[row] for row in shard(rows)], None
         if self._guided is not None:
-            drawn, index = self._guided.photos.paths, self._guided.index
-            own = zip(index[share(rows)].tolist(), paths, strict=True)
-            pixels = self._pixels([drawn[item] if item >= 0 else photo for item, photo in own])
+            pictures, index = self._guided.photos.paths, self._guided.index
+            pairs = zip(index[shard(rows)].tolist(), paths, strict=True)
+            pixels = self._pixels([pictures[i] if i >= 0 else photo for i, photo in pairs])
             guided = pixels, torch.from_numpy(index[rows] >= 0).float()
         return _Batch(
             self._pixels(paths),
             len(rows),
-            self._text.pack(self.tokens, share(needed)),
+            self._text.pack(self.tokens, shard(needed)),
             len(needed),
             torch.from_numpy(caption_of_slot.reshape(slots.shape)),
             torch.from_numpy(slots),
@@ -374,33 +359,31 @@ class _Examples:
         )
 
     def recalls(self, rows: Rows, images: Tensor) -> list[float]:
-        """Of each language, the share of captions whose image is among the nearest ten.
+        """For each language, the share of captions whose image is among the ten nearest.
 
-        Args:
-            rows: I images.
-            images: (I, D) their embeddings.
+        `rows` are I images, `images` their (I, D) embeddings.
         """
         ids = np.concatenate([self._caption_ids[row] for row in rows], axis=1)  # (L, captions)
         image = np.repeat(np.arange(len(rows)), [self._caption_ids[row].shape[1] for row in rows])
         texts = embed_rows(self._text, Sentences(self.tokens, np.arange(len(self.tokens)))).cpu()
         recalls = []
-        for of_language in ids:
-            needed, text = np.unique(of_language, return_inverse=True)
+        for ids_of_language in ids:
+            needed, text = np.unique(ids_of_language, return_inverse=True)
             ranks = rank_pairs(texts[needed], images, text, image)
-            recalls.append(float(ranks.within(_ANSWERS)[text].mean()))
+            recalls.append(float(ranks.within(_RECALL_RANK)[text].mean()))
         return recalls
 
     def _pixels(self, paths: list[Path]) -> Tensor:
-        new = [path for path in paths if path not in self._kept]
-        fresh: dict[Path, Tensor] = {}
+        new = [path for path in paths if path not in self._cache]
+        decoded: dict[Path, Tensor] = {}
         if new:
             images = list(self._decoders.map(open_image, new))
-            fresh = dict(zip(new, self._image.preprocess(images).unbind(), strict=True))
-        pixels = torch.stack([fresh[p] if p in fresh else self._kept[p] for p in paths])
-        for path, image in fresh.items():
-            if self._kept_bytes + image.nbytes <= _PIXEL_MEMORY_BYTES:
-                self._kept[path] = image.clone()
-                self._kept_bytes += image.nbytes
+            decoded = dict(zip(new, self._image.preprocess(images).unbind(), strict=True))
+        pixels = torch.stack([decoded[p] if p in decoded else self._cache[p] for p in paths])
+        for path, image in decoded.items():
+            if self._cache_bytes + image.nbytes <= _PIXEL_CACHE_BYTES:
+                self._cache[path] = image.clone()
+                self._cache_bytes += image.nbytes
         return pixels
 
 
@@ -414,26 +397,22 @@ def _check_leak(splits: Sequence[Captions], photos: Sequence[Photos]) -> None:
         )
 
 
-def _require_sense(config: PretrainConfig, languages: Sequence[str]) -> None:
-    """Refuses options that contradict each other, or would do nothing.
-
-    Raises:
-        UsageError: names them.
-    """
+def _require_compatible(config: PretrainConfig, languages: Sequence[str]) -> None:
+    """Raises a UsageError for options that contradict each other, or would do nothing."""
     if (config.text is None) != (config.vision is None):
         raise UsageError("--text and --vision go together: a model needs both encoders.")
     if config.clip is not None and config.text is not None:
         raise UsageError("--clip is a whole model; leave it out, or --text and --vision.")
     if config.freeze_epochs and config.clip is None and config.text is None:
         raise UsageError(
-            "--freeze-epochs keeps pretrained encoders as they are for a while; it goes with "
-            "--text and --vision, or --clip."
+            "--freeze-epochs freezes pretrained encoders at first; use it with --text and "
+            "--vision, or --clip."
         )
     changed = config.margin != PretrainConfig.margin or config.negatives != PretrainConfig.negatives
     if changed and config.objective != "triplet":
         raise UsageError("--margin and --negatives go with --objective triplet.")
     if config.sampling != "parallel" and len(languages) < 2:
-        raise UsageError(f"--sampling {config.sampling} needs several --lang to choose among.")
+        raise UsageError(f"--sampling {config.sampling} needs several --lang.")
 
 
 def _starting_model(
@@ -461,9 +440,8 @@ def _card(
     config: PretrainConfig, languages: Sequence[str], num_images: int, result: TrainingResult
 ) -> str:
     training = f"{config.objective.capitalize()} training"
-    starts = (config.clip,) if config.clip else (config.text, config.vision)
-    named = [f"`{public_name(start)}`" for start in starts if start]
-    start = " and ".join(named) or "random weights"
+    starts = config.clip, config.text, config.vision
+    start = " and ".join(f"`{public_name(start)}`" for start in starts if start) or "random weights"
     return f"""---
 library_name: transformers
 tags: [clip]
@@ -474,5 +452,5 @@ language: [{", ".join(languages)}]
 
 {training} from {start} on {num_images} images with captions, {result.epochs} epochs,
 the weights of epoch {result.best_epoch} kept (dev loss {result.dev["loss"]:.4f}). Load it with
-`transformers.AutoModel`, or give it to `clseave finetune-ve --clip`.
+`transformers.AutoModel`, or pass it to `clseave finetune-ve --clip`.
 """

@@ -32,7 +32,7 @@ from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.listing import find_students
 from clseave_cli.core.models.student import load_student
-from clseave_cli.core.training.precision import autocast
+from clseave_cli.core.training.device import autocast
 
 _BATCH = 512
 

@@ -28,7 +28,7 @@ from clseave_cli.core.features import (
     tokenize_sentences,
 )
 from clseave_cli.core.models.clip_ve import ClipVE, EntailmentHead
-from clseave_cli.core.training.precision import autocast
+from clseave_cli.core.training.device import autocast
 
 
 def mentioned(hypothesis: Hypothesis, scene: Scene) -> list[int]:

@@ -55,8 +55,8 @@ from clseave_cli.core.models import backbones
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.student import new_student
 from clseave_cli.core.training import loop
+from clseave_cli.core.training.device import resolve_precision
 from clseave_cli.core.training.loop import TrainingResult
-from clseave_cli.core.training.precision import resolve_precision
 from clseave_cli.errors import TrainingError
 from clseave_cli.labels import LABELS
 from clseave_cli.processes import usable_cores

@@ -178,7 +178,7 @@ def run_twice(writer: Writer, output: Path, said: Path) -> list[int]:
     codes = [process.wait() for process in both]
     for process, code in zip(both, codes, strict=True):
         if code and not any(
-            words in process.stderr for words in ("another process", "an unfinished run lies there")
+            words in process.stderr for words in ("another process", "an unfinished run")
         ):
             raise SystemExit(process.stderr)
     return codes

@@ -37,8 +37,8 @@ from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.scratch import ClipShape, new_clip
 from clseave_cli.core.models.student import new_student
 from clseave_cli.core.models.vocabulary import reduced_vocabulary
+from clseave_cli.core.training.device import autocast, resolve_precision
 from clseave_cli.core.training.loop import Selection, Stage, batches, train
-from clseave_cli.core.training.precision import autocast, resolve_precision
 
 CPU = torch.device("cpu")
 SMALL_BERT: dict[str, Any] = {

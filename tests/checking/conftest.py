@@ -56,6 +56,6 @@ class ColourModel:
 @pytest.fixture
 def model(monkeypatch):
     """Takes the place of the trained models."""
-    made = ColourModel()
-    monkeypatch.setattr(findings, "load_model", lambda *arguments, **more: made)
-    return made
+    colours = ColourModel()
+    monkeypatch.setattr(findings, "load_model", lambda *arguments, **more: colours)
+    return colours

@@ -1,4 +1,4 @@
-"""What is found, what is accepted, and what `clseave check` prints and returns."""
+"""Findings, baselines, and the output and exit status of `clseave check`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def page(site, model):
 def rules(path, **options):
     """(line, rule) of every finding."""
     result = check([path], CheckConfig(**options))
-    return [(c.text.where, f.rule) for c in result.texts for f in c.findings]
+    return [(c.text.place, f.rule) for c in result.texts for f in c.findings]
 
 
 def test_verdicts(page):
@@ -77,8 +77,8 @@ def test_texts_that_need_no_model(site, model, text, rule):
     Image.new("RGB", (32, 32), COLOURS["red"]).save(site / "red-2.png")
     rows = [{"image": name, "text": text} for name in ("red.png", "red-2.png")]
     (site / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    found = {rule for line, rule in rules(site / "rows.jsonl") if line == 2 or text != "red-2"}
-    assert found - {"unsure"} == ({rule} if rule else set())
+    reported = {rule for line, rule in rules(site / "rows.jsonl") if line == 2 or text != "red-2"}
+    assert reported - {"unsure"} == ({rule} if rule else set())
 
 
 def test_the_same_text_on_many_pictures(site, model):
@@ -108,7 +108,7 @@ def test_pictures_that_cannot_be_judged_are_counted(site, model, monkeypatch, co
         (site / "a.png").write_bytes(content)
     (site / "page.md").write_text("![Red](a.png)")
     result = check([site / "page.md"], CheckConfig())
-    assert not result.found
+    assert not result.flagged
     assert next(iter(result.summary()["skipped"])).startswith(reason)
 
 
@@ -137,15 +137,15 @@ def test_the_language_is_that_of_each_text(site, trained, monkeypatch):
 def test_what_was_accepted_is_no_finding_until_text_or_picture_change(page, site):
     first = check([page], CheckConfig())
     (site / "run.json").write_text(render(first, "json"))
-    entry = first.found[0].findings[0].fingerprint
+    entry = first.flagged[0].findings[0].fingerprint
     (site / "decisions.json").write_text(
         json.dumps({"decisions": [
             {"fingerprint": entry, "decision": "accept"},
-            {"fingerprint": first.found[1].findings[0].fingerprint, "decision": "reject"},
+            {"fingerprint": first.flagged[1].findings[0].fingerprint, "decision": "reject"},
         ]})
     )  # fmt: skip
     again = check([page], CheckConfig(baseline=site / "run.json"))
-    assert (again.found, again.num_accepted, again.fails("unsure")) == ([], 3, False)
+    assert (again.flagged, again.num_accepted, again.fails("unsure")) == ([], 3, False)
     assert rules(page, baseline=site / "decisions.json") == [(4, "unsure"), (5, "empty")]
     page.write_text("\n" + _PAGE)  # lines move
     assert rules(page, baseline=site / "run.json") == []
@@ -280,7 +280,7 @@ def test_real_models_judge_a_folder(site, trained, world, clseave):
         "--image-column", "Flickr30K_ID", "--format", "jsonl",
     )  # fmt: skip
     rows = [json.loads(line) for line in out.splitlines()]
-    judged = [row for row in rows if row["verdict"]]
-    assert code in (0, 1) and len(judged) == len(rows) > 40
-    assert all(abs(sum(row["probabilities"].values()) - 1) < 1e-5 for row in judged)
+    with_verdict = [row for row in rows if row["verdict"]]
+    assert code in (0, 1) and len(with_verdict) == len(rows) > 40
+    assert all(abs(sum(row["probabilities"].values()) - 1) < 1e-5 for row in with_verdict)
     assert {Path(row["file"]).suffix for row in rows} == {".jsonl"}

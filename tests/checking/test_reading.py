@@ -30,9 +30,9 @@ def read(*paths, **options):
 
 
 def seen(*paths, **options):
-    """(where, text, the file of the picture or why there is none) of everything read."""
+    """(place, text, the file of the picture or why there is none) of everything read."""
     return [
-        (t.where, t.text, getattr(t.picture.source, "name", None) or t.picture.skipped)
+        (t.place, t.text, getattr(t.picture.source, "name", None) or t.picture.skipped)
         for t in read(*paths, **options)
     ]
 
@@ -185,7 +185,7 @@ def test_webdataset_members_are_read_where_they_are(site):
             archive.addfile(member, io.BytesIO(content))
     before = set(site.parent.rglob("*"))
     texts = read("shard.tar")
-    assert [(t.where, t.text, t.picture.source) for t in texts] == [
+    assert [(t.place, t.text, t.picture.source) for t in texts] == [
         ("0", "zero", b"PNG"), ("1", "one", b"JPG"),
     ]  # fmt: skip
     assert set(site.parent.rglob("*")) == before
@@ -235,14 +235,14 @@ def test_no_reference_leads_out_of_the_folder(site, reference, reason, kind):
     os.mkfifo(site / "pipe.png")
     if kind == "html":
         page(site, f"<img alt=x src='{reference}'>".replace("\0", "%00"))
-        (found,) = seen("page.html")
+        (entry,) = seen("page.html")
     else:
         row = json.dumps({"image": reference, "text": "x"})
         (site / "rows.jsonl").write_text(row)
-        (found,) = seen("rows.jsonl")
-    assert found[2] in ("outside the folder", "remote", "missing", "not a valid URL")
+        (entry,) = seen("rows.jsonl")
+    assert entry[2] in ("outside the folder", "remote", "missing", "not a valid URL")
     if kind == "html":
-        assert found[2] == reason
+        assert entry[2] == reason
 
 
 def test_an_absolute_path_in_a_table_must_be_inside(site):
@@ -250,7 +250,7 @@ def test_an_absolute_path_in_a_table_must_be_inside(site):
         site / "red.png", site.parent / "secret-red.png", "/etc/passwd"
     )]  # fmt: skip
     (site / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert [found[2] for found in seen("rows.jsonl")] == [
+    assert [entry[2] for entry in seen("rows.jsonl")] == [
         "red.png", "outside the folder", "outside the folder",
     ]  # fmt: skip
 

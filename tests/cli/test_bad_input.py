@@ -153,7 +153,7 @@ def test_bad_rows_are_set_aside_when_asked(commands, clseave, data, command):
 
 
 @pytest.mark.parametrize(
-    ("lang", "code", "said"),
+    ("lang", "code", "message"),
     [
         ("klingon", 2, "--lang klingon: not a language code; expected one such as de, ja or zh"),
         ("../de", 2, "--lang ../de: not a language code"),
@@ -161,10 +161,10 @@ def test_bad_rows_are_set_aside_when_asked(commands, clseave, data, command):
     ],
 )
 @pytest.mark.parametrize("command", ["align", "evaluate", "predict"])
-def test_an_unknown_language(commands, refused, command, lang, code, said):
+def test_an_unknown_language(commands, refused, command, lang, code, message):
     arguments = [a for a in commands[command] if a not in ("--lang", "de")]
     error = refused(*arguments, "--lang", lang, code=code)
-    assert said in error
+    assert message in error
     if lang == "xx":
         advice = "clseave align --lang xx" if command == "predict" else "clseave translate --lang"
         assert advice in error
@@ -181,13 +181,12 @@ def test_an_unknown_device(commands, refused, command):
 
 def test_an_unknown_model_folder(commands, refused, tmp_path):
     nowhere = tmp_path / "nowhere"
-    for command, said in {
+    for command, (more, message) in {
         "finetune-ve": (["--clip", nowhere], f"{nowhere}: no such model folder"),
         "align": (["--student", nowhere], f"{nowhere}: no such model folder"),
         "evaluate": (["--runs", nowhere], f"{nowhere}"),
         "predict": (["--runs", nowhere], f"{nowhere / 'clip-ve'}: no such model folder"),
     }.items():
-        more, message = said
         assert message in refused(*commands[command], *more)
     error = refused(*commands["align"], "--teacher", nowhere)
     assert f"{nowhere}: no such model folder; `clseave finetune-ve` makes it" in error
@@ -199,7 +198,7 @@ def test_a_hypothesis_of_ten_thousand_words(commands, clseave, data):
     arguments = commands["predict"]
     arguments[2] = "red " * 10_000
     code, out, err = clseave(*arguments, "--json")
-    assert code == 0 and "too long and was cut" in err.replace("\n", " ")
+    assert code == 0 and "too long and was truncated" in err.replace("\n", " ")
     assert json.loads(out)["label"]
     path = data / "snli_ve_test.jsonl"
     edit_row(path, 3, sentence2="red " * 10_000)
@@ -218,12 +217,12 @@ def test_a_pair_that_cannot_be_judged(commands, refused, data, damage):
     elif damage == "truncated":
         path.write_bytes(content[:80])
     error = refused(*commands["predict"])
-    said = {
+    messages = {
         "missing": "no such image",
         "folder": "no pictures",
         "truncated": "damaged or not an image",
     }
-    assert f"{path}: {said[damage]}" in error
+    assert f"{path}: {messages[damage]}" in error
     commands["predict"][1:3] = [data / "images" / "test1.png", "   "]
     assert "the hypothesis is empty; expected a sentence" in refused(*commands["predict"])
 
@@ -257,7 +256,7 @@ def test_a_student_with_a_flipped_byte(commands, refused, runs, file):
 
 
 @pytest.mark.parametrize(
-    ("command", "flags", "said"),
+    ("command", "flags", "message"),
     [
         ("finetune-ve", ["--batch-size", "0"], "--batch-size 0: expected at least 1"),
         ("finetune-ve", ["--epochs", "0"], "--epochs 0: expected at least 1"),
@@ -272,8 +271,8 @@ def test_a_student_with_a_flipped_byte(commands, refused, runs, file):
         ("predict", ["--output", "pairs.jsonl"], "--output goes with --input"),
     ],
 )
-def test_options_that_make_no_sense(commands, refused, command, flags, said):
-    assert said in refused(*commands[command], *flags, code=2)
+def test_options_that_make_no_sense(commands, refused, command, flags, message):
+    assert message in refused(*commands[command], *flags, code=2)
 
 
 def test_align_needs_a_language(refused, data):

@@ -161,9 +161,9 @@ def test_threads_spin_only_briefly_unless_the_user_says_how(monkeypatch, chosen)
         "OMP_WAIT_POLICY": "active",
         "KMP_BLOCKTIME": "1",
     }
-    said = ", ".join(f"{name}={value}" for name, value in waiting.items())
+    waits = ", ".join(f"{name}={value}" for name, value in waiting.items())
     cores = processes.usable_cores()
-    assert processes.thread_policy() == f"{cores} (every usable core), {said}"
+    assert processes.thread_policy() == f"{cores} (every usable core), {waits}"
 
 
 def test_importing_changes_nothing_global(tmp_path):
@@ -217,7 +217,7 @@ def test_the_options_that_matter_come_first(clseave):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--objective", "head-aware"], "--objective head-aware was removed: "),
         (["--objective=head-aware"], "--objective head-aware was removed: "),
@@ -226,22 +226,22 @@ def test_the_options_that_matter_come_first(clseave):
         (["--final-norm", "twice"], "--final-norm was removed: "),
     ],
 )
-def test_what_was_removed_is_refused_with_advice(refused, tmp_path, arguments, said):
-    assert said in refused("align", "--lang", "de", *arguments, code=2)
+def test_what_was_removed_is_refused_with_advice(refused, tmp_path, arguments, message):
+    assert message in refused("align", "--lang", "de", *arguments, code=2)
     key, _, value = " ".join(arguments).removeprefix("--").replace("=", " ").partition(" ")
     path = tmp_path / "old.toml"
     path.write_text(f"{key} = {json.dumps(value or True)}\n")
-    assert f"{path}: {said}" in refused("align", "--config", path, code=2)
+    assert f"{path}: {message}" in refused("align", "--config", path, code=2)
 
 
 def test_an_option_for_the_config_file_alone_is_no_flag(refused, monkeypatch):
     monkeypatch.setattr(AlignConfig, "FLAGS", ("lang",), raising=False)
-    said = "--code was removed: put code into a --config FILE.toml."
-    assert said in refused("align", "--lang", "de", "--code=relu", code=2)
+    message = "--code was removed: put code into a --config FILE.toml."
+    assert message in refused("align", "--lang", "de", "--code=relu", code=2)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["align", "--langs", "de"], "no such option: --langs (Possible options: "),
         (["align", "--epochs", "x"], "invalid value for '--epochs': "),
@@ -251,8 +251,8 @@ def test_an_option_for_the_config_file_alone_is_no_flag(refused, monkeypatch):
         (["demo", "--seed", 10**20], f"--seed {10**20}: expected at most 4294967295"),
     ],
 )
-def test_wrong_usage_is_one_line(refused, arguments, said):
-    assert said in refused(*arguments, code=2)
+def test_wrong_usage_is_one_line(refused, arguments, message):
+    assert message in refused(*arguments, code=2)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -337,9 +337,11 @@ def test_a_file_of_which_nothing_can_be_judged_is_an_error(clseave, trained, tmp
     write_jsonl(pairs, [{"photo": "test0", "sentence": "red"}] * 2)
     code, out, err = clseave("predict", "--input", pairs, "--output", answers, "--runs", trained)
     assert code == 1 and out == f"{answers}: 0 predicted, 2 with an error\n"
-    said = "expected an object with texts for image and hypothesis"
+    message = "expected an object with texts for image and hypothesis"
     keys = "(keys ['photo', 'sentence'])"
-    assert f"no row could be judged; the first: {pairs}:1: {said} {keys}." in " ".join(err.split())
+    assert f"no row has a prediction; the first error: {pairs}:1: {message} {keys}." in " ".join(
+        err.split()
+    )
     assert len(read_jsonl(answers)) == 2
 
 
@@ -446,7 +448,7 @@ def test_a_file_may_name_several_languages_or_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("epoch = 3", "no option named epoch; did you mean epochs?"),
         ("zzz = 3", "no option named zzz; there are: "),
@@ -466,12 +468,12 @@ def test_a_file_may_name_several_languages_or_one(tmp_path):
         (b"clip = '\xff'", "not valid TOML"),
     ],
 )
-def test_a_file_with_a_mistake_is_refused(refused, tmp_path, content, said):
+def test_a_file_with_a_mistake_is_refused(refused, tmp_path, content, message):
     path = tmp_path / "options.toml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     error = refused("finetune-ve", "--config", path, code=2)
-    assert said in error
-    assert str(path) in error or said.startswith("--epochs")
+    assert message in error
+    assert str(path) in error or message.startswith("--epochs")
 
 
 def test_a_library_caller_meets_the_same_refusals():

@@ -153,7 +153,7 @@ def test_the_project_file_loses_to_preset_config_and_flag(tmp_path, monkeypatch)
     ("shell", "variables", "expected"),
     [
         ("bash", {"COMP_WORDS": "clseave align --stud", "COMP_CWORD": "2"}, "--student"),
-        ("zsh", {"_TYPER_COMPLETE_ARGS": "clseave cac"}, '_arguments \'*: :(("cache":"Show what'),
+        ("zsh", {"_TYPER_COMPLETE_ARGS": "clseave cac"}, '_arguments \'*: :(("cache":"Show the'),
         (
             "fish",
             {

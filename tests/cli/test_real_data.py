@@ -112,8 +112,8 @@ def test_suspect_translations_are_told_and_left_out_of_a_training(
         "align", "--lang", "de", "--data", data, "--teacher", trained / "clip-ve",
         "--runs", tmp_path / "runs", "--student", encoder, "--epochs=1", *_QUICK,
     ]  # fmt: skip
-    for more, said in (([], "used; --skip-suspect"), (["--skip-suspect"], "skipped")):
+    for more, use in (([], "used; --skip-suspect"), (["--skip-suspect"], "skipped")):
         code, _, err = clseave(*arguments, *more)
         assert code == 0, err
-        said = f"{path}: 3 rows marked translation_suspect {said}"
-        assert said in " ".join(err.split())
+        message = f"{path}: 3 rows marked translation_suspect {use}"
+        assert message in " ".join(err.split())

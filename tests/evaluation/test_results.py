@@ -149,7 +149,7 @@ def test_unsure_and_seen_stand_in_the_table_of_the_baselines(judged):
     (line,) = (line for line in text.splitlines() if line.split()[:1] == ["de"])
     assert line.split()[-5:] == ["37.1", "10.0", "97.0", "5.0", "80.0"]
     # Before them go what a reader misses less.
-    shown, _, left_out = rendered(judged, 80).partition("Left out")
+    shown, _, left_out = rendered(judged, 80).partition("Not shown")
     assert "unsure" in shown and "ratio to en" in left_out
     assert "unsure" not in rendered(replace(judged, results=judged.results[:1]), 120)
     assert Results.from_json(judged.to_json()) == judged
@@ -161,7 +161,7 @@ def test_a_narrow_terminal_gets_fewer_columns_and_whole_numbers(results, table):
     for width in (40, 60, 120):
         text = rendered(several, width, table)
         assert "…" not in text and max(map(len, text.splitlines())) <= width
-        assert ("Left out" in text) == (width < 120)
+        assert ("Not shown" in text) == (width < 120)
         assert all(f"{100 * r.accuracy:.1f}" in text for r in results.results)
 
 

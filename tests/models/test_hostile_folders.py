@@ -212,7 +212,7 @@ def test_a_student_of_a_newer_format_leaves_other_languages_usable(
         assert model(world / "images" / "test0.png", "Rot.").label
     assert "format version 99, this clseave reads 1; update clseave" in predict_error("nl")
     assert serve._load(ServeConfig(runs=runs)).sources.keys() == {"en", "de"}
-    assert "nl is left out: " in capsys.readouterr().err
+    assert "nl: skipped: " in capsys.readouterr().err
     with pytest.raises(ModelError, match="format version 99"):
         serve._load(ServeConfig(runs=runs, lang=("nl",)))
     for command in (

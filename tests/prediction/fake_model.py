@@ -21,7 +21,7 @@ class FakeModel:
         self.gate.set()
         self.poison: float | None = None  # a red that fails its batch
         self.broken_scores = None  # what becomes of the probabilities
-        self.looked = None  # (G, G) shares of a head that sees patches
+        self.cells = None  # (G, G) shares of a head that sees patches
         self.preparation = None
         self.calibrations = dict.fromkeys(self.sources, Calibration())
 
@@ -47,4 +47,4 @@ class FakeModel:
         return scores if self.broken_scores is None else self.broken_scores(scores)
 
     def attention(self, hypotheses, premises):
-        return None if self.looked is None else [self.looked] * len(hypotheses)
+        return None if self.cells is None else [self.cells] * len(hypotheses)

@@ -25,11 +25,11 @@ from clseave_cli.core.prediction.service import create_app
 def _find_browser():
     """One on the path, or the one that `playwright install chromium` has put away."""
     for name in ("chromium", "google-chrome", "chrome"):
-        if found := shutil.which(name):
-            return found
+        if path := shutil.which(name):
+            return path
     with sync_playwright() as starter:
-        own = Path(starter.chromium.executable_path)
-    return own if own.is_file() else None
+        bundled = Path(starter.chromium.executable_path)
+    return bundled if bundled.is_file() else None
 
 
 _BROWSER = _find_browser()
@@ -72,7 +72,7 @@ def page(browser, address):
     page = browser.new_page()
     problems = []
     page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("console", lambda said: said.type == "error" and problems.append(said.text))
+    page.on("console", lambda entry: entry.type == "error" and problems.append(entry.text))
     page.on("request", lambda sent: problems.append(sent.url) if _elsewhere(sent, address) else 0)
     page.goto(address)
     # Not `wait_for_function`: the page's security policy forbids what it evaluates.
@@ -180,9 +180,9 @@ def test_several_lines_an_example_and_a_warning(page):
     assert page.input_value("#hypothesis") == "There is a red circle."
     page.fill("#hypothesis", "There is a red circle.\n赤い円があります。\n")
     page.click("#ask")
-    page.wait_for_selector("#answer .judged")
+    page.wait_for_selector("#answer .answer")
     sentences = page.locator(".sentence").all_inner_texts()
     assert sentences == ["There is a red circle.", "赤い円があります。"]
     assert page.locator(".problem").all_inner_texts() == [
-        "Careful: the sentence is not in the script of en; check the language."
+        "Warning: the sentence is not in the script of en; check the language."
     ]

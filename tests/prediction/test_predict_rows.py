@@ -160,7 +160,7 @@ def test_the_answers_of_another_run_are_refused_and_left_alone(
             "--lang", lang, "--resume",
         )  # fmt: skip
         assert code == (1 if is_finished else 2)
-        assert f"{left.name}:{number}: answers another row" in err
+        assert f"{left.name}:{number}: does not answer this row" in err
         assert left.read_bytes() == answers and partial.exists() == (not is_finished)
 
     refused(1, lang="nl")
@@ -174,7 +174,7 @@ def test_the_answers_of_another_run_are_refused_and_left_alone(
 def test_rows_without_an_answer_are_no_answers(source, trained, tmp_path):
     target = tmp_path / "answers.jsonl"
     write_jsonl(target, [row | {"lang": "de"} for row in read_jsonl(source)[:5]])
-    with pytest.raises(DataError, match=r"answers\.jsonl:1: answers another row"):
+    with pytest.raises(DataError, match=r"answers\.jsonl:1: does not answer this row"):
         predict_file(_config(trained, resume=True), source, target)
 
 
@@ -380,7 +380,7 @@ def test_several_pictures_and_sentences(clseave, refused, trained, world, tmp_pa
     assert answer["label"] == answers[0]["label"] and answer["image"] == "the image"
 
     code, out, err = clseave("predict", folder / "c.jpg", "a", "b", *models)
-    assert code == 1 and "no pair could be judged" in err and out.count("c.jpg: damaged") == 2
+    assert code == 1 and "no pair has a prediction" in err and out.count("c.jpg: damaged") == 2
     assert "no pictures" in refused("predict", f"{folder}/x*.png", "a", *models)
     assert "too long" in refused("predict", "x" * 300, "a", *models)
     assert ": no such image" in refused("predict", "", "a", *models)  # not the working directory
@@ -393,7 +393,7 @@ def test_a_student_that_is_named_reads_the_sentence(clseave, refused, trained, w
         for more in (["--lang", "nl"], ["--student", trained / "align-nl"])
     ]
     assert answers[0] == answers[1]
-    assert "no model for de; languages there: nl" in refused(
+    assert "no model for de; available: nl" in refused(
         "predict", image, "x", *models, "--student", trained / "align-nl", "--lang", "de"
     )
 
@@ -436,9 +436,9 @@ def test_what_is_no_file_is_not_waited_for(trained, tmp_path):
     model = VisualEntailment.from_pretrained(trained, device="cpu", precision="fp32")
     names = ["fifo.png", ".", "a.eps", "no\0where", "x" * 5000, "\ud83d"]
     answers = model.predict([(tmp_path / name, "The square is red.") for name in names])
-    said = ["not a regular file", "not a regular file", "damaged or not an image", "null byte",
+    reasons = ["not a regular file", "not a regular file", "damaged or not an image", "null byte",
             "too long", "surrogates not allowed"]  # fmt: skip
-    for answer, part in zip(answers, said, strict=True):
+    for answer, part in zip(answers, reasons, strict=True):
         assert part in str(answer)
 
 
@@ -491,7 +491,7 @@ def test_each_pair_may_have_its_language():
     answers = model.predict([(_RED, "It is red."), (_RED, "Das ist rot.")], lang=["en", "de"])
     assert [answer.lang for answer in answers] == ["en", "de"]
     assert model(_RED, "Das ist rot.", lang="de").model == "runs/align-de"
-    for lang, message in [(None, "lang None: expected one of those loaded"), ("fr", "lang 'fr'"),
+    for lang, message in [(None, "lang None: expected a loaded language"), ("fr", "lang 'fr'"),
                           (["en", "de"], "2 languages for 1 pairs")]:  # fmt: skip
         with pytest.raises(UsageError, match=message):
             model.predict([(_RED, "It is red.")], lang)
@@ -535,7 +535,7 @@ def test_what_is_no_number_is_no_answer(runs, world, tmp_path, refused):
     save_file(weights, path)
     reseal(runs / "clip-ve", "clip-ve")
     image = world / "images" / "test0.png"
-    message = "gives probabilities that are not finite numbers"
+    message = "probabilities are not finite"
     assert message in refused("predict", image, "The square is red.", "--runs", runs, "--json")
     write_jsonl(tmp_path / "pairs.jsonl", [{"image": str(image), "hypothesis": "Red."}])
     target = tmp_path / "answers.jsonl"
@@ -580,7 +580,7 @@ def test_streams_that_lack_letters_a_reader_or_are_closed(trained, world, runs, 
     rows = [{"image": str(image), "hypothesis": "Das Quadrat ist rot. 赤"}] * 3
     write_jsonl(tmp_path / "pairs.jsonl", rows)
     clseave = f"{sys.executable} -m clseave_cli predict --lang de --runs {other}"
-    for tail, code, said in [
+    for tail, code, message in [
         (f"{image} 'Das Quadrat ist rot.'", 0, b""),
         (f"--input {tmp_path}/pairs.jsonl --output - | head -1", 0, b""),
         ("--input - --output x <&-", 2, b"--input -: the stream is closed"),
@@ -590,7 +590,7 @@ def test_streams_that_lack_letters_a_reader_or_are_closed(trained, world, runs, 
             ["bash", "-o", "pipefail", "-c", f"{clseave} {tail}"], capture_output=True, timeout=120,
             env={**os.environ, "PYTHONPATH": str(_REPOSITORY), "PYTHONIOENCODING": "ascii"},
         )  # fmt: skip
-        assert done.returncode == code and said in done.stderr, done.stderr
+        assert done.returncode == code and message in done.stderr, done.stderr
         assert b"Traceback" not in done.stderr and b"internal error" not in done.stderr
 
 
@@ -610,7 +610,7 @@ def test_a_student_is_known_by_its_config_not_its_folder(runs, world, refused):
     )
     assert answer.model == str(runs / "my-german")
     error = refused("predict", "a.png", "x", "--lang", "ja", "--runs", runs)
-    assert "no model for ja; languages there: en, de, nl" in error
+    assert "no model for ja; available: en, de, nl" in error
     (runs / "align-x").mkdir()
     (runs / "align-x" / "config.json").write_text("{}")
     assert find_students(runs)["de"] == runs / "my-german"

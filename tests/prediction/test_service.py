@@ -99,7 +99,7 @@ def test_below_a_threshold_the_answer_is_unsure(serve, model):
 
 def test_where_the_model_looked_is_drawn_for_those_who_ask(serve, model):
     assert "explanation" not in ask(serve(), explain="true").json()  # a head without patches
-    model.looked = np.array([[0.1, 0.2], [0.3, 0.4]])
+    model.cells = np.array([[0.1, 0.2], [0.3, 0.4]])
     assert "explanation" not in ask(serve()).json()
     head, _, encoded = ask(serve(), explain="true").json()["explanation"].partition(",")
     assert head == "data:image/png;base64"
@@ -194,7 +194,7 @@ def test_a_poisonous_request_fails_alone(serve, model):
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (lambda scores: scores * np.nan, "align-de: gives probabilities that are not finite"),
+        (lambda scores: scores * np.nan, "align-de: probabilities are not finite"),
         (lambda scores: scores[:0], "the model failed on this request"),
         (lambda scores: 1 / 0, "the model failed on this request"),
     ],
@@ -298,10 +298,10 @@ def test_idle_connections_give_way(tmp_path):
         "make_server(create_app(FakeModel(), ServeConfig())).run(sockets=[listening])\n"
     )
     paths = os.pathsep.join(filter(None, (str(Path(__file__).parent), *sys.path)))
-    with (tmp_path / "stderr").open("w+") as said:
+    with (tmp_path / "stderr").open("w+") as log:
         server = subprocess.Popen(
             [sys.executable, "-c", script],
-            env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.PIPE, stderr=said,
+            env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.PIPE, stderr=log,
         )  # fmt: skip
         address = ("127.0.0.1", int(server.stdout.readline()))
         idle = [socket.create_connection(address) for _ in range(600)]
@@ -312,8 +312,8 @@ def test_idle_connections_give_way(tmp_path):
                 each.close()
             server.terminate()
             server.communicate(timeout=20)
-        said.seek(0)
-        assert said.read() == ""
+        log.seek(0)
+        assert log.read() == ""
 
 
 @pytest.mark.parametrize(
@@ -347,8 +347,8 @@ def test_a_decompression_bomb_is_refused_unopened(serve, model):
     [
         ({"hypothesis": " \n"}, "empty"),
         ({"hypothesis": "x" * 1001}, "longer than 1000 characters"),
-        ({"lang": "fr"}, "there are: en, de"),
-        ({"lang": "../en"}, "there are: en, de"),
+        ({"lang": "fr"}, "available: en, de"),
+        ({"lang": "../en"}, "available: en, de"),
     ],
     ids=["empty", "long", "language", "path"],
 )

@@ -100,17 +100,19 @@ def test_a_teacher_of_any_layout_is_exported_or_refused(layout, world, tmp_path)
         assert not (tmp_path / "onnx").exists()
         return
     assert export(config).difference < 1e-4
-    ours = TorchModel.from_runs(tmp_path, ["en"], "cpu", "fp32")
-    theirs = load_model(tmp_path / "onnx")
+    torch_model = TorchModel(tmp_path, ["en"], "cpu", "fp32")
+    onnx_model = load_model(tmp_path / "onnx")
     texts = ["The square is red.", "x", "The square is " + "green. The square is blue. " * 30]
-    wanted, cut = ours.embed_sentences("en", texts)
-    found, found_cut = theirs.embed_sentences("en", texts)
-    assert found == pytest.approx(wanted, abs=1e-3) and found_cut.tolist() == cut.tolist()
+    expected, cut = torch_model.embed_sentences("en", texts)
+    actual, actual_cut = onnx_model.embed_sentences("en", texts)
+    assert actual == pytest.approx(expected, abs=1e-3) and actual_cut.tolist() == cut.tolist()
     picture = open_image(world / "images" / "test0.png").resize((50, 35))
-    pixels = ours.prepare(picture)
-    assert theirs.prepare(picture) == pytest.approx(pixels, abs=1e-5)
+    pixels = torch_model.prepare(picture)
+    assert onnx_model.prepare(picture) == pytest.approx(pixels, abs=1e-5)
     batch = np.stack([pixels, pixels[:, ::-1].copy()])
-    assert theirs.embed_images(batch) == pytest.approx(ours.embed_images(batch), abs=1e-3)
+    assert onnx_model.embed_images(batch) == pytest.approx(
+        torch_model.embed_images(batch), abs=1e-3
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in STUDENTS if name != "mBERT"])
@@ -229,17 +231,17 @@ def test_students_imitate_the_chinese_original(chinese, chinese_world):
     """The mean squared error on dev, computed anew from the rows that belong together."""
     teacher = ClipVE.from_folder(chinese / "clip-ve").text
     student = load_student(chinese / "align-en+de")
-    figures = []
+    errors = []
     for suffix in ("", ".de"):
         target, source = (
             {row["pairID"]: row["sentence2"] for row in read_jsonl(chinese_world / name)}
             for name in (f"snli_ve_dev{suffix}.jsonl", "snli_ve_dev.zh.jsonl")
         )
-        wanted = _embed(teacher, [source[pair] for pair in target])
-        found = _embed(student, list(target.values()))
-        figures.append(float(((found - wanted) ** 2).mean()))
+        expected = _embed(teacher, [source[pair] for pair in target])
+        actual = _embed(student, list(target.values()))
+        errors.append(float(((actual - expected) ** 2).mean()))
     summary = json.loads((chinese / "align-en+de" / "training" / "summary.json").read_text())
-    assert summary["dev"]["mse"] == pytest.approx(np.mean(figures), rel=1e-3)
+    assert summary["dev"]["mse"] == pytest.approx(np.mean(errors), rel=1e-3)
 
 
 def test_without_a_language_sentences_are_in_the_source_models(chinese, chinese_world, tmp_path):
@@ -250,7 +252,7 @@ def test_without_a_language_sentences_are_in_the_source_models(chinese, chinese_
     export(ExportConfig(runs=chinese, out=both, lang=("de", "zh"), device="cpu"))
     assert VisualEntailment.from_pretrained(both)(image, "红色的圆。").lang == "zh"
     export(ExportConfig(runs=chinese, out=german, lang=("de",), device="cpu"))
-    with pytest.raises(ModelError, match="no model for zh; languages there: de"):
+    with pytest.raises(ModelError, match="no model for zh; available: de"):
         VisualEntailment.from_pretrained(german)
     rows, answers = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
     write_jsonl(rows, [{"image": str(image), "hypothesis": "红色的圆。"}])

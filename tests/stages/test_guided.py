@@ -64,10 +64,10 @@ def _pretrain(captioned, world, runs, clip, **options):
 def test_divergence_and_gap_are_those_of_the_equations():
     torch.manual_seed(0)
     guided_logits, logits = torch.randn(2, 5, 3)
-    wanted = functional.kl_div(
+    expected_result = functional.kl_div(
         logits.log_softmax(1), guided_logits.softmax(1), reduction="none"
     ).sum(1)  # torch's order: KL(second ‖ first)
-    torch.testing.assert_close(guided.divergence(guided_logits, logits), wanted)
+    torch.testing.assert_close(guided.divergence(guided_logits, logits), expected_result)
     # By hand: KL((1/2, 1/2) ‖ (1/4, 3/4)) = ln 2 − ½ ln 3.
     halves, quarters = torch.zeros(1, 2), torch.tensor([[0.0, np.log(3.0)]])
     assert guided.divergence(halves, quarters).item() == pytest.approx(np.log(2) - np.log(3) / 2)
@@ -81,7 +81,7 @@ def test_the_guided_pass_uses_batch_statistics_and_records_none():
     head = EntailmentHead(HeadConfig(embedding_dim=8, dropout=0.0))
     pair = torch.randn(2, 6, 8).unbind()
     before = {name: value.clone() for name, value in head.state_dict().items()}
-    with guided.statistics_kept(head):
+    with guided.fixed_running_statistics(head):
         logits = head(*pair)
     assert all(value.equal(before[name]) for name, value in head.state_dict().items())
     torch.testing.assert_close(logits, head(*pair), rtol=0, atol=0)
@@ -184,17 +184,17 @@ def test_an_adapter_begins_as_nothing_learns_and_is_exported(world, drawn, clip,
     assert ClipVE.from_folder(folder).head.adapter.weight.abs().max() > 0
     exported = export(ExportConfig(runs=tmp_path, out=tmp_path / "onnx")).folder
     pair = world / "images" / "test0.png", "The square is red."
-    wanted, answer = (
+    expected_result, answer = (
         VisualEntailment.from_pretrained(runs, "en")(*pair).probabilities.values()
         for runs in (tmp_path, exported)
     )
-    assert list(answer) == pytest.approx(list(wanted), abs=1e-3)
+    assert list(answer) == pytest.approx(list(expected_result), abs=1e-3)
 
 
 def test_what_pictures_give_away_is_said(world, drawn, clip, tmp_path):
     notes = Notes()
     result = _finetune(world, tmp_path, clip, notes, guided=drawn, guided_by="pairID", epochs=1)
-    line = next(line for line in notes.lines if "sees nothing but the picture" in line)
+    line = next(line for line in notes.lines if "sees only the picture" in line)
     assert line in (result.folder / "README.md").read_text()
     (tmp_path / "entailed").mkdir()
     for number, row in enumerate(read_jsonl(world / "snli_ve_train.jsonl")):
@@ -221,7 +221,7 @@ def test_image_only_accuracy_is_high_where_pictures_tell_the_label_and_chance_ot
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (("--guided-adapter",), "--guided-adapter goes with --guided DIR."),
         (("--guided-kl", "2"), "--guided-kl goes with --guided DIR."),
@@ -235,15 +235,15 @@ def test_image_only_accuracy_is_high_where_pictures_tell_the_label_and_chance_ot
         ),
     ],
 )
-def test_options_that_make_no_sense_are_refused(world, clip, tmp_path, refused, options, said):
+def test_options_that_make_no_sense_are_refused(world, clip, tmp_path, refused, options, message):
     options = [option.format(images=world / "images") for option in options]
     command = ("finetune-ve", "--data", world, "--clip", clip, "--runs", tmp_path)
-    assert said in refused(*command, *options, code=2)
+    assert message in refused(*command, *options, code=2)
 
 
 def test_a_folder_without_the_pictures_is_refused(world, clip, tmp_path, refused):
     command = ("finetune-ve", "--data", world, "--clip", clip, "--runs", tmp_path / "runs")
     assert "no such folder; `clseave illustrate`" in refused(*command, "--guided", Path("nowhere"))
-    wanted = "no picture of any of 24 rows; expected files such as train0.png#e.png."
+    expected_result = "no picture of any of 24 rows; expected files such as train0.png#e.png."
     images = ("--guided", world / "images", "--guided-by", "pairID")
-    assert wanted in refused(*command, *images)
+    assert expected_result in refused(*command, *images)

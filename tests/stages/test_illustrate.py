@@ -158,8 +158,8 @@ def test_the_built_in_world_draws_its_pictures(mini_ve, tmp_path, clseave, refus
     ):
         out = tmp_path / by
         options = ("--guided-by", by, "--out", out, "--limit", limit)
-        assert clseave(*command, *options)[1] == f"{out}: {limit} pictures drawn · 0 there before\n"
-        assert clseave(*command, *options)[1] == f"{out}: 0 pictures drawn · {limit} there before\n"
+        assert clseave(*command, *options)[1] == f"{out}: {limit} pictures drawn · 0 kept\n"
+        assert clseave(*command, *options)[1] == f"{out}: 0 pictures drawn · {limit} kept\n"
         with Image.open(out / name) as picture:
             assert picture.size == (64, 64)
             assert '"engine": "mini-ve"' in picture.info["Software"]
@@ -212,33 +212,35 @@ def pipeline(tmp_path_factory, clip):
 
 def test_a_real_pipeline_draws_and_repeats_itself(world, pipeline, tmp_path, clseave):
     def run(out, *more):
-        code, said, err = clseave(
+        code, message, err = clseave(
             "illustrate", "--data", world, "--guided-by", "pairID", "--template", "{sentence2}",
             "--model", pipeline, "--steps", 2, "--size", 16, "--device", "cpu", "--precision",
             "fp32", "--out", tmp_path / out, *more,
         )  # fmt: skip
         assert code == 0, err
-        return said
+        return message
 
     assert "3 pictures drawn" in run("a", "--limit", 3)
-    assert "1 pictures drawn · 3 there before" in run("a", "--limit", 4)
+    assert "1 pictures drawn · 3 kept" in run("a", "--limit", 4)
     assert "4 pictures drawn" in run("b", "--limit", 4)
     assert tree(tmp_path / "a") == tree(tmp_path / "b") and len(tree(tmp_path / "a")) == 4
     assert len(set(tree(tmp_path / "a").values())) == 4
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "said"),
+    ("options", "code", "message"),
     [
         ((), 2, "--model is missing: which text-to-image model"),
-        (("--model", "{clip}"), 1, "not loaded as a pipeline of diffusers ("),
+        (("--model", "{clip}"), 1, "cannot be loaded as a diffusers pipeline ("),
         (("--model", "{pipeline}", "--size", "20"), 1, "train0.png#e: not drawn ("),
     ],
 )
-def test_unusable_models_are_refused(world, pipeline, clip, tmp_path, refused, options, code, said):
+def test_unusable_models_are_refused(
+    world, pipeline, clip, tmp_path, refused, options, code, message
+):
     options = [option.format(clip=clip, pipeline=pipeline) for option in options]
     command = ("illustrate", "--data", world, "--guided-by", "pairID", "--template", "{sentence2}")
-    assert said in refused(*command, "--out", tmp_path / "out", *options, code=code)
+    assert message in refused(*command, "--out", tmp_path / "out", *options, code=code)
 
 
 def test_without_diffusers_one_line_says_how_to_install_it(world, tmp_path, refused, monkeypatch):

@@ -17,7 +17,7 @@ from clseave_cli.core.evaluation.run import evaluate
 from clseave_cli.core.features import Photos, image_features
 from clseave_cli.core.finetuning import finetune
 from clseave_cli.core.models.clip_ve import ClipVE
-from clseave_cli.core.training.precision import autocast
+from clseave_cli.core.training.device import autocast
 from clseave_cli.progress import SILENT
 
 
@@ -75,8 +75,8 @@ def test_patches_are_cached_in_half_precision_and_their_size_is_said(world, clip
     assert len(notes.lines) == 1 and torch.equal(again.of_rows(), features.of_rows())
     with torch.no_grad():
         picture = open_image(world / "images" / split.image_names[split.image_index[0]])
-        wanted = image(image.preprocess([picture]))
-    torch.testing.assert_close(again.of_rows()[:1].float(), wanted, rtol=1e-3, atol=1e-3)
+        expected = image(image.preprocess([picture]))
+    torch.testing.assert_close(again.of_rows()[:1].float(), expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("int8", [False, True])
@@ -90,12 +90,12 @@ def test_an_exported_folder_answers_and_looks_as_the_models_do(world, looking, t
         model = VisualEntailment.from_pretrained(looking, lang, "cpu", "fp32")
         for name in ("test0.png", "test1.png"):
             pair = world / "images" / name, "Das Quadrat ist rot."
-            wanted = model(*pair)
+            expected = model(*pair)
             answer = VisualEntailment.from_pretrained(exported, lang)(*pair)
             assert list(answer.probabilities.values()) == pytest.approx(
-                list(wanted.probabilities.values()), abs=tolerance
+                list(expected.probabilities.values()), abs=tolerance
             )
-            np.testing.assert_allclose(answer.attention, wanted.attention, atol=tolerance)
+            np.testing.assert_allclose(answer.attention, expected.attention, atol=tolerance)
 
 
 def test_predict_explains(world, looking, trained, clseave, refused, tmp_path):
@@ -126,5 +126,5 @@ def test_the_heat_map_colours_what_the_tower_saw():
 
 def test_a_patch_grid_without_patches_is_refused(world, clip, refused, tmp_path):
     options = ("--data", world, "--clip", clip, "--runs", tmp_path, "--head", "pooled")
-    said = refused("finetune-ve", *options, "--patch-grid", 1, code=2)
-    assert "--patch-grid goes with --head patches" in said
+    message = refused("finetune-ve", *options, "--patch-grid", 1, code=2)
+    assert "--patch-grid goes with --head patches" in message

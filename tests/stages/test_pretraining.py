@@ -67,8 +67,8 @@ def test_with_distinct_captions_the_loss_is_clips_own():
     loss = contrastive_loss(images, captions[None], torch.arange(5)[None], scale)
     logits = 7.0 * images @ captions.T
     own = torch.arange(5)
-    wanted = functional.cross_entropy(logits, own) + functional.cross_entropy(logits.T, own)
-    torch.testing.assert_close(loss, wanted / 2)
+    expected = functional.cross_entropy(logits, own) + functional.cross_entropy(logits.T, own)
+    torch.testing.assert_close(loss, expected / 2)
 
 
 def test_equal_captions_are_matches_of_both_images():
@@ -80,12 +80,12 @@ def test_equal_captions_are_matches_of_both_images():
     loss = contrastive_loss(images, captions[None], ids, torch.tensor(3.0))
     log_rows = (3 * images @ captions.T).log_softmax(dim=1)
     log_columns = (3 * images @ captions.T).log_softmax(dim=0).T
-    wanted = []
+    expected = []
     for table in (log_rows, log_columns):
         first = -(table[0, 0] + table[0, 1]) / 2
         second = -(table[1, 0] + table[1, 1]) / 2
-        wanted.append((first + second - table[2, 2]) / 3)
-    torch.testing.assert_close(loss, sum(wanted) / 2)
+        expected.append((first + second - table[2, 2]) / 3)
+    torch.testing.assert_close(loss, sum(expected) / 2)
 
 
 @pytest.mark.parametrize("hardest", [False, True])
@@ -95,17 +95,17 @@ def test_the_triplet_loss_is_that_of_its_papers_in_each_language(hardest):
     # In the second language, images 0 and 3 share a caption: neither is the other's negative.
     second[3] = second[0]
     ids = torch.tensor([[0, 1, 2, 3], [4, 5, 6, 4]])
-    pick, wanted = (max if hardest else sum), 0.0
+    pick, expected = (max if hardest else sum), 0.0
     for captions, of_language in ((first, ids[0]), (second, ids[1])):
         cosine = (images @ captions.T).tolist()
         for i in range(4):
             others = [j for j in range(4) if of_language[j] != of_language[i]]
             of_image = [max(0, 0.2 + cosine[i][j] - cosine[i][i]) for j in others]
             of_caption = [max(0, 0.2 + cosine[j][i] - cosine[i][i]) for j in others]
-            wanted += (pick(of_image) + pick(of_caption)) / 4 / 2
+            expected += (pick(of_image) + pick(of_caption)) / 4 / 2
     captions, scale = torch.stack([first, second]), torch.tensor(3.0)
     loss = triplet_loss(images, captions, ids, scale, margin=0.2, hardest=hardest)
-    assert wanted > 0 and loss.item() == pytest.approx(wanted, rel=1e-5)
+    assert expected > 0 and loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_in_several_languages_the_loss_is_that_of_the_definition():
@@ -117,25 +117,25 @@ def test_in_several_languages_the_loss_is_that_of_the_definition():
     scale, rows = 3.0, range(3)
     columns = [(lang, j) for lang in range(2) for j in rows]
     mine = [{int(ids[lang, i]) for lang in range(2)} for i in rows]
-    wanted = 0.0
+    expected = 0.0
     for i in rows:
         logits = torch.stack([scale * images[i] @ sentences[ids[column]] for column in columns])
         hits = [k for k, column in enumerate(columns) if int(ids[column]) in mine[i]]
-        wanted -= logits.log_softmax(dim=0)[hits].mean() / 3
+        expected -= logits.log_softmax(dim=0)[hits].mean() / 3
     for lang, j in columns:
         logits = scale * images @ sentences[ids[lang, j]]
         hits = [i for i in rows if int(ids[lang, j]) in mine[i]]
-        wanted -= logits.log_softmax(dim=0)[hits].mean() / 6
+        expected -= logits.log_softmax(dim=0)[hits].mean() / 6
     loss = contrastive_loss(images, sentences[ids], ids, torch.tensor(scale))
-    torch.testing.assert_close(loss, wanted / 2)
+    torch.testing.assert_close(loss, expected / 2)
 
 
 def test_dev_loss_is_recorded_by_language_as_if_there_were_no_other(captioned, tmp_path):
     for split in ("train", "dev"):
         rows = read_jsonl(captioned / f"captions_{split}.jsonl")
         for lang, caption in (("xx", "{}"), ("yy", "y {}")):
-            told = [row | {"caption": caption.format(row["caption"])} for row in rows]
-            write_jsonl(captioned / f"captions_{split}.{lang}.jsonl", told)
+            translated = [row | {"caption": caption.format(row["caption"])} for row in rows]
+            write_jsonl(captioned / f"captions_{split}.{lang}.jsonl", translated)
     untrained = {"learning_rate": 0.0, "epochs": 1}
     alone = {
         lang: _pretrain(captioned, tmp_path / lang, lang=lang, **untrained).training.dev["loss"]
@@ -197,15 +197,15 @@ def test_frozen_encoders_have_no_gradient_and_a_killed_run_thaws_at_the_same_ste
 
 def test_starts_that_contradict_each_other_are_refused(captioned, tmp_path, encoders, clip, runs):
     text, vision = encoders["text"], encoders["vision"]
-    for options, said in (
+    for options, message in (
         ({"text": text}, "--text and --vision go together"),
         ({"clip": str(clip), "text": text, "vision": vision}, "--clip is a whole model"),
-        ({"freeze_epochs": 0.5}, "--freeze-epochs keeps pretrained encoders"),
+        ({"freeze_epochs": 0.5}, "--freeze-epochs freezes pretrained encoders"),
         ({"text": text, "vision": text}, "a xlm-roberta model; expected a vision encoder such as"),
         ({"text": vision, "vision": vision}, "a vit model; expected a text encoder"),
-        ({"text": str(runs / "clip-ve" / "text"), "vision": vision}, "has the same state whatever"),
+        ({"text": str(runs / "clip-ve" / "text"), "vision": vision}, "has the same state in every"),
     ):
-        with pytest.raises(ClseaveError, match=re.escape(said)):
+        with pytest.raises(ClseaveError, match=re.escape(message)):
             _pretrain(captioned, tmp_path / "new", **options)
     assert not (tmp_path / "new").exists()
 
@@ -303,21 +303,21 @@ def test_a_language_that_lags_gets_more_batches(bilingual, clip):
     (german,) = [rows for rows in batches if 1 in rows // 8][:1]
     shown = {f"Hier: {text[::-1]}" for texts in captions.texts["en"] for text in texts}
     sentences = list(dict.fromkeys(captions.all_texts()))
-    met = examples.of_one_language(german).caption_ids  # (K, L, B)
+    met = examples.monolingual_batch(german).caption_ids  # (K, L, B)
     assert met.shape == (1, 1, 2)
     assert {sentences[number] for number in met.flatten()} <= shown
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"margin": 0.3}, "--margin and --negatives go with --objective triplet"),
         ({"negatives": "hardest"}, "--margin and --negatives go with --objective triplet"),
         ({"sampling": "self-paced"}, "--sampling self-paced needs several --lang"),
     ],
 )
-def test_options_without_effect_are_refused(captioned, tmp_path, options, said):
-    with pytest.raises(UsageError, match=said):
+def test_options_without_effect_are_refused(captioned, tmp_path, options, message):
+    with pytest.raises(UsageError, match=message):
         _pretrain(captioned, tmp_path, **options)
 
 
@@ -354,7 +354,7 @@ def test_an_image_is_encoded_once_however_many_captions_it_meets(captioned, tmp_
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("{broken", r"captions_train.jsonl:2: not valid JSON"),
         ('{"image": "train0.png"}', r"captions_train.jsonl:2: no caption; expected a sentence"),
@@ -366,11 +366,11 @@ def test_an_image_is_encoded_once_however_many_captions_it_meets(captioned, tmp_
         ),
     ],
 )
-def test_a_bad_caption_is_refused_by_file_and_line(captioned, tmp_path, line, said):
+def test_a_bad_caption_is_refused_by_file_and_line(captioned, tmp_path, line, message):
     path = captioned / "captions_train.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], line, *lines[2:]]))
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         _pretrain(captioned, tmp_path)
 
 

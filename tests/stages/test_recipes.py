@@ -44,10 +44,10 @@ def answers(world, tmp_path):
     tables = generator.dirichlet([1, 1, 1], (2, len(rows)))
     files = []
     for number, table in enumerate(tables.tolist()):
-        given = [triple if number else dict(zip(LABELS, triple, strict=True)) for triple in table]
+        values = [triple if number else dict(zip(LABELS, triple, strict=True)) for triple in table]
         lines = [
             {"pairID": row["pairID"], "probabilities": each}
-            for row, each in zip(rows, given, strict=True)
+            for row, each in zip(rows, values, strict=True)
         ]
         lines.append({"pairID": "of another file", "error": "no such image"})
         files.append(write_jsonl(tmp_path / f"answers{number}.jsonl", lines[::-1]))
@@ -64,12 +64,12 @@ def test_soft_labels_are_kl_beside_cross_entropy(world, answers):
     targets = finetuning._targets(config, split)
     logits = torch.randn(len(split), 3, generator=torch.manual_seed(0), requires_grad=True)
     labels, teacher = torch.from_numpy(split.labels).long(), tables.mean(dim=0)
-    wanted = 0.7 * functional.cross_entropy(logits, labels, label_smoothing=0.2)
+    expected = 0.7 * functional.cross_entropy(logits, labels, label_smoothing=0.2)
     kl = functional.kl_div(logits.log_softmax(1), teacher, reduction="batchmean")
     entropy = -(teacher * teacher.log()).sum(1).mean()
     loss = functional.cross_entropy(logits, targets)
-    torch.testing.assert_close(loss, wanted + 0.3 * (kl + entropy))
-    gradients = [torch.autograd.grad(each, logits)[0] for each in (loss, wanted + 0.3 * kl)]
+    torch.testing.assert_close(loss, expected + 0.3 * (kl + entropy))
+    gradients = [torch.autograd.grad(each, logits)[0] for each in (loss, expected + 0.3 * kl)]
     torch.testing.assert_close(*gradients)
 
 
@@ -101,11 +101,11 @@ def test_what_predict_writes_of_any_model_teaches(world, trained, clip, clseave,
 def test_soft_labels_that_do_not_fit_are_refused(world, answers, clip, tmp_path, spoilt):
     path = answers[0][0]
     lines = path.read_text().splitlines()
-    wanted = r"answers0.jsonl:3: expected pairID and the probabilities of three labels"
+    expected = r"answers0.jsonl:3: expected pairID and the probabilities of three labels"
     if spoilt == "lacking":
         first = read_jsonl(path)[-1]["pairID"]
         path.write_text("\n".join(lines[:-1]))
-        wanted = rf"no probabilities for 1 of 24 training rows, such as pairID '{first}'"
+        expected = rf"no probabilities for 1 of 24 training rows, such as pairID '{first}'"
     elif spoilt == "torn":
         path.write_text("\n".join([*lines[:2], lines[2][:20], *lines[3:]]))
     elif spoilt == "id":
@@ -113,7 +113,7 @@ def test_soft_labels_that_do_not_fit_are_refused(world, answers, clip, tmp_path,
     else:
         bad = {"sum": [0.5, 0.5, 0.5], "label": {"yes": 0.5, "no": 0.5}}[spoilt]
         edit_row(path, 3, probabilities=bad)
-    with pytest.raises(DataError, match=wanted):
+    with pytest.raises(DataError, match=expected):
         _finetune(world, tmp_path / "runs", clip, soft_labels=(path,))
     assert not (tmp_path / "runs").exists()
 
@@ -223,12 +223,12 @@ def test_states_are_cached_and_their_size_is_said(world, tmp_path, clip, cache):
 
 
 def test_recipes_that_do_not_go_together_are_refused(world, tmp_path, clip, monkeypatch):
-    for options, said in (
+    for options, message in (
         ({"unfreeze_blocks": 1, "lora": 2}, "choose one"),
         ({"image_learning_rate": 1e-5}, "goes with --unfreeze-blocks or --lora"),
         ({"unfreeze_blocks": 2}, r"--unfreeze-blocks 2: the image tower has only 1"),
     ):
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=message):
             _finetune(world, tmp_path, clip, **options)
     monkeypatch.setattr(adapters.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ExtraMissing, match=r"pip install -e '\.\[lora\]'"):

@@ -1,4 +1,4 @@
-"""finetune-ve, align, evaluate and predict on a tiny world, against figures computed anew."""
+"""finetune-ve, align, evaluate and predict on a tiny world, against independent numbers."""
 
 import json
 import math
@@ -230,11 +230,15 @@ def test_a_student_learns_its_teacher_by_heart(world, tmp_path, trained, aligned
     rows = {r["pairID"]: r["sentence2"] for r in read_jsonl(world / "snli_ve_test.jsonl")}
     german = read_jsonl(world / "snli_ve_test.de.jsonl")
     with torch.no_grad():
-        ours = torch.cat(list(student.embed(student.tokenize([r["sentence2"] for r in german]))))
+        student_embeddings = torch.cat(
+            list(student.embed(student.tokenize([r["sentence2"] for r in german])))
+        )
         wanted = model.text.tokenize([rows[r["pairID"]] for r in german])
-        theirs = torch.cat(list(model.text.embed(wanted)))
+        teacher_embeddings = torch.cat(list(model.text.embed(wanted)))
     # A constant answer would have an error of the variance.
-    assert (ours - theirs).square().mean() < 0.6 * theirs.var(dim=0).mean()
+    assert (student_embeddings - teacher_embeddings).square().mean() < 0.6 * teacher_embeddings.var(
+        dim=0
+    ).mean()
 
 
 def test_the_teacher_is_left_as_it_is(world, tmp_path, runs, aligned, monkeypatch):
@@ -271,10 +275,7 @@ def test_dev_accuracy_chooses_where_there_are_images(data, tmp_path, trained, al
         "temperature",
     }  # fmt: skip
     # Recomputed with the saved student, on the dev rows.
-    student = {auto.folder: load_student(auto.folder)}
-    teacher = ClipVE.from_folder(trained / "clip-ve")
-    judged = TorchModel(teacher, {"de": auto.folder}, student, "fp32")
-    model = VisualEntailment(judged, "de")
+    model = VisualEntailment(TorchModel(trained, ["de"], "cpu", "fp32", auto.folder), "de")
     rows = read_jsonl(data / "snli_ve_dev.de.jsonl")
     answers = model.predict([(data / "images" / r["Flickr30K_ID"], r["sentence2"]) for r in rows])
     right = [a.label == r["gold_label"] for a, r in zip(answers, rows, strict=True)]
@@ -473,8 +474,8 @@ def test_an_alignment_resumes_with_the_same_english_photos_and_aligner_only(
     _repaint(data, "train0.png")  # a photo that is not looked at may change
     _killed_in_training(alignment, aligned, data, tmp_path, resume=True, **options)
 
-    def refused(said):
-        with pytest.raises(UsageError, match=said):
+    def refused(message):
+        with pytest.raises(UsageError, match=message):
             aligned(data, tmp_path, resume=True, **options)
 
     english = data / "snli_ve_train.jsonl"

@@ -31,12 +31,12 @@ class Replayer:
 
         def replay():
             self.replays += 1
-            made = work()
-            result.resize_(made.shape).copy_(made)
+            value = work()
+            result.resize_(value.shape).copy_(value)
 
         return replay, result
 
-    def beside(self):
+    def stream(self):
         return nullcontext()
 
 
@@ -50,21 +50,21 @@ def batch(*numbers, factor=1):
     return Batch(torch.tensor(numbers), (torch.ones(1), factor))
 
 
-def weighted(given):
-    ones, factor = given.pair
-    return (given.numbers.sum() * factor * ones).double()
+def weighted(inputs):
+    ones, factor = inputs.pair
+    return (inputs.numbers.sum() * factor * ones).double()
 
 
 def test_a_graph_serves_all_batches_of_its_shape_with_their_own_numbers():
     recorder = Replayer()
     function = Captured(weighted, CPU, recorder, pytest.fail)
-    given = [batch(1, 2), batch(3, 4), batch(5, 6), batch(7), batch(8), batch(1, 2, factor=2)]
-    given += [batch(9, 9), batch(3), batch(4, 4, factor=2)]
-    results = [function(one).item() for one in given]
-    assert results == [weighted(one).item() for one in given]
+    inputs = [batch(1, 2), batch(3, 4), batch(5, 6), batch(7), batch(8), batch(1, 2, factor=2)]
+    inputs += [batch(9, 9), batch(3), batch(4, 4, factor=2)]
+    results = [function(one).item() for one in inputs]
+    assert results == [weighted(one).item() for one in inputs]
     # Shapes (2, factor 1), (1, factor 1), (2, factor 2): the first of each is computed plainly.
-    assert (recorder.captures, recorder.replays) == (3, len(given) - 3)
-    assert function.num_graphs == 3
+    assert (recorder.captures, recorder.replays) == (3, len(inputs) - 3)
+    assert len(function._graphs) == 3
 
 
 def test_what_cannot_be_captured_runs_plainly_and_is_said_once():
@@ -77,7 +77,7 @@ def test_what_cannot_be_captured_runs_plainly_and_is_said_once():
 
 
 def test_shapes_that_never_come_twice_end_the_attempt(monkeypatch):
-    monkeypatch.setattr("clseave_cli.core.training.capture._MOST_SINGLE_SHAPES", 3)
+    monkeypatch.setattr("clseave_cli.core.training.capture._MAX_SINGLE_SHAPES", 3)
     notes: list[str] = []
     recorder = Replayer()
     function = Captured(weighted, CPU, recorder, notes.append)
@@ -91,14 +91,14 @@ def test_shapes_that_never_come_twice_end_the_attempt(monkeypatch):
 @pytest.fixture
 def replayed(monkeypatch):
     """Every run captures its steps, with the stand-in."""
-    made: list[Replayer] = []
+    recorders: list[Replayer] = []
 
     def recorder(run):
-        made.append(Replayer())
-        return made[-1]
+        recorders.append(Replayer())
+        return recorders[-1]
 
     monkeypatch.setattr(loop._Loop, "_recorder", recorder)
-    return made
+    return recorders
 
 
 @pytest.mark.parametrize(("accumulation", "is_guided"), [(1, False), (2, False), (1, True)])

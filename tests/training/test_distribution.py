@@ -35,35 +35,35 @@ def _finish(team):
 
 
 def _assert_close(folder, reference):
-    ours, theirs = metrics_of(folder / "training"), metrics_of(reference / "training")
-    assert len(ours) == len(theirs)
-    for own, other in zip(ours, theirs, strict=True):
+    actual, expected = metrics_of(folder / "training"), metrics_of(reference / "training")
+    assert len(actual) == len(expected)
+    for one, other in zip(actual, expected, strict=True):
         # An epoch agrees to rounding; then Adam and BatchNorm make more of it, as much as the
         # processor's rounding gives them to begin with.
-        tolerance = {1: 1e-5, 2: 1e-4}.get(own["epoch"], 0.03)
+        tolerance = {1: 1e-5, 2: 1e-4}.get(one["epoch"], 0.03)
         # Where the loss is lowest it hardly changes, so the temperature agrees less.
-        fitted = [record.get("dev", {}).pop("temperature", 1.0) for record in (own, other)]
+        fitted = [record.get("dev", {}).pop("temperature", 1.0) for record in (one, other)]
         assert fitted[0] == pytest.approx(fitted[1], rel=max(tolerance, 1e-3))
-        assert own.pop("dev", {}) == pytest.approx(other.pop("dev", {}), rel=tolerance)
-        assert own.pop("loss") == pytest.approx(other.pop("loss"), rel=tolerance)
+        assert one.pop("dev", {}) == pytest.approx(other.pop("dev", {}), rel=tolerance)
+        assert one.pop("loss") == pytest.approx(other.pop("loss"), rel=tolerance)
         # Of two dozen rows one may lie on the edge between two labels.
         flips = 0.1 if tolerance > 1e-4 else 0.0
-        accuracy = own.pop("accuracy", 0.0)
+        accuracy = one.pop("accuracy", 0.0)
         assert accuracy == pytest.approx(other.pop("accuracy", 0.0), rel=1e-6, abs=flips)
-        assert own == other
+        assert one == other
     for path in sorted(reference.rglob("*.safetensors")):
-        for name, wanted in load_file(path).items():
+        for name, expected_value in load_file(path).items():
             if name.endswith(("k_proj.bias", "key.bias")):
                 continue  # a softmax does not see it: its gradient is nothing but rounding
             got = load_file(folder / path.relative_to(reference))[name]
-            if not wanted.is_floating_point():
-                assert got.equal(wanted), name
+            if not expected_value.is_floating_point():
+                assert got.equal(expected_value), name
                 continue
             # Adam divides by the gradient's size: where that is next to nothing, rounding decides.
             # A weight moves by up to 3e-3 in this run; BatchNorm's means are of the features' size.
             most = 5e-3 if "running" in name else 1e-3
-            assert (got - wanted).abs().max() < most, name
-            assert (got - wanted).abs().float().mean() < most / 10, name
+            assert (got - expected_value).abs().max() < most, name
+            assert (got - expected_value).abs().float().mean() < most / 10, name
 
 
 def _wait_for_state(process, out, step):
@@ -74,7 +74,7 @@ def _wait_for_state(process, out, step):
 
 
 @pytest.mark.parametrize("stage", ["finetune-ve", "align"], indirect=True)
-def test_two_processes_train_as_one_and_survive_each_others_end(stage, tmp_path, clseave, cache):
+def test_two_processes_train_as_one_and_end_together(stage, tmp_path, clseave, cache):
     name, arguments = stage
     out = tmp_path / "runs" / NAMES[name]
     code, _, err = clseave(*arguments, "--out", tmp_path / "alone")
@@ -83,10 +83,10 @@ def test_two_processes_train_as_one_and_survive_each_others_end(stage, tmp_path,
     for path in cache.rglob("*.safetensors"):
         path.unlink()
 
-    team = start_team(*arguments, folder=tmp_path / "said")
-    codes, said = _finish(team)
-    assert codes == [0, 0], said
-    assert "epoch 6/6" in said[0] and said[1] == ""
+    team = start_team(*arguments, folder=tmp_path / "outputs")
+    codes, outputs = _finish(team)
+    assert codes == [0, 0], outputs
+    assert "epoch 6/6" in outputs[0] and outputs[1] == ""
     _assert_close(out, tmp_path / "alone")
     assert list((tmp_path / "runs").iterdir()) == [out]
     # Each vector was computed by one of the two.
@@ -101,32 +101,34 @@ def test_two_processes_train_as_one_and_survive_each_others_end(stage, tmp_path,
     team = start_team(*again, folder=tmp_path / "killed")
     _wait_for_state(team[0], out, 2)
     team[1].signal(signal.SIGKILL)
-    codes, said = _finish(team)
-    assert codes == [1, -signal.SIGKILL], said
-    errors = [line for line in said[0].splitlines() if line.startswith("clseave")]
-    assert len(errors) == 1 and "process 0 of 2 cannot reach the others" in errors[0], said
-    assert "Traceback" not in said[0] and not out.exists()
+    codes, outputs = _finish(team)
+    assert codes == [1, -signal.SIGKILL], outputs
+    errors = [line for line in outputs[0].splitlines() if line.startswith("clseave")]
+    assert len(errors) == 1 and "process 0 of 2 cannot reach the others" in errors[0], outputs
+    assert "Traceback" not in outputs[0] and not out.exists()
 
     team = start_team(*again, folder=tmp_path / "stopped")
     _wait_for_state(team[0], out, 6)
     team[1].signal(signal.SIGTERM)
-    codes, said = _finish(team)
-    assert codes == [130, 130], said
-    assert "state saved in" in said[0]
+    codes, outputs = _finish(team)
+    assert codes == [130, 130], outputs
+    assert "state saved in" in outputs[0]
 
-    codes, said = _finish(start_team(*again, folder=tmp_path / "resumed"))
-    assert codes == [0, 0], said
-    assert "resuming at step" in said[0]
+    codes, outputs = _finish(start_team(*again, folder=tmp_path / "resumed"))
+    assert codes == [0, 0], outputs
+    assert "resuming at step" in outputs[0]
     assert (model_files(out), metrics_of(out / "training")) == reference
 
 
 @pytest.mark.parametrize("stage", ["align"], indirect=True)
-def test_a_folder_in_use_is_told_to_all(stage, tmp_path):
+def test_every_process_refuses_a_folder_in_use(stage, tmp_path):
     name, arguments = stage
     with locked_target(tmp_path / "runs" / NAMES[name]):
-        codes, said = _finish(start_team(*arguments, "--resume", folder=tmp_path / "said"))
-    assert codes == [1, 1], said
-    assert all("another process is writing it" in own.splitlines()[-1] for own in said), said
+        codes, outputs = _finish(start_team(*arguments, "--resume", folder=tmp_path / "outputs"))
+    assert codes == [1, 1], outputs
+    assert all("another process is writing it" in output.splitlines()[-1] for output in outputs), (
+        outputs
+    )
 
 
 @pytest.mark.parametrize("more", [(), ("--guided-control", "shuffle")], ids=["plain", "guided"])
@@ -138,8 +140,8 @@ def test_contrastive_loss_sees_the_embeddings_of_all(stage, more, tmp_path, worl
     arguments += ["--guided", images] if more else []
     code, _, err = clseave(*arguments, "--out", tmp_path / "alone")
     assert code == 0, err
-    codes, said = _finish(start_team(*arguments, folder=tmp_path / "said"))
-    assert codes == [0, 0], said
+    codes, outputs = _finish(start_team(*arguments, folder=tmp_path / "outputs"))
+    assert codes == [0, 0], outputs
     _assert_close(tmp_path / "runs" / NAMES[name], tmp_path / "alone")
 
 
@@ -160,7 +162,7 @@ def test_without_a_launcher_nothing_changes():
     assert alone.once(lambda: 5) == 5
 
 
-def test_a_launcher_that_tells_half_is_an_error(monkeypatch, refused, world, clip, tmp_path):
+def test_an_incomplete_launcher_is_an_error(monkeypatch, refused, world, clip, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     processes.cache_clear()
@@ -174,7 +176,7 @@ def test_commands_for_one_process_say_so(monkeypatch, refused, command):
     monkeypatch.setenv("RANK", "0")
     more = {"predict": ["x.jpg", "x"], "compare": ["a", "b"]}.get(command, [])
     error = refused(command, *more, code=2)
-    assert error == f"clseave: {command}: works in one process; start it without a launcher."
+    assert error == f"clseave: {command}: runs in one process; start it without a launcher."
 
 
 @pytest.mark.parametrize("stage", ["align"], indirect=True)

@@ -66,7 +66,7 @@ def _assert_same(reference, out):
 def test_a_stopped_run_goes_on_as_if_uninterrupted(attempt, number, tmp_path, clseave):
     """G6."""
     command, out, reference = attempt
-    process = CommandProcess(*command, folder=tmp_path / "said", before=slow_steps)
+    process = CommandProcess(*command, folder=tmp_path / "outputs", before=slow_steps)
     process.wait_until(lambda: _steps(out) >= 5)
     process.signal(number)
     assert process.wait() == 130
@@ -77,7 +77,7 @@ def test_a_stopped_run_goes_on_as_if_uninterrupted(attempt, number, tmp_path, cl
     assert not out.exists()
 
     code, _, err = clseave(*command)
-    assert code == 2 and "an unfinished run lies there; --resume continues it" in err
+    assert code == 2 and "there is an unfinished run; --resume continues it" in err
     code, _, err = clseave(*command, "--resume")
     assert code == 0, err
     assert "resuming at step" in err
@@ -130,9 +130,11 @@ def test_a_run_under_way_is_left_alone(attempt, tmp_path, refused):
     """G3."""
     command, out, reference = attempt
     command = [*command, "--checkpoint-minutes", "0"]
-    process = CommandProcess(*command, folder=tmp_path / "said", before=slow_steps)
+    process = CommandProcess(*command, folder=tmp_path / "outputs", before=slow_steps)
     process.wait_until(lambda: _steps(out) >= 5)
-    process.signal(signal.SIGSTOP)
+    process.signal(signal.SIGSTOP)  # which takes effect a little later
+    state = ["ps", "-o", "state=", "-p", str(process.process.pid)]
+    process.wait_until(lambda: "T" in subprocess.run(state, capture_output=True, text=True).stdout)
     for more in ([], ["--resume"]):
         before = tree(out.parent)
         error = refused(*command, *more)
@@ -145,7 +147,7 @@ def test_a_run_under_way_is_left_alone(attempt, tmp_path, refused):
 
 def test_a_file_system_that_takes_no_more(attempt, tmp_path, clseave):
     command, out, reference = attempt
-    process = CommandProcess(*command, folder=tmp_path / "said", before=small_files)
+    process = CommandProcess(*command, folder=tmp_path / "outputs", before=small_files)
     assert process.wait() == 1
     errors = [line for line in process.stderr.splitlines() if line.startswith("clseave:")]
     assert len(errors) == 1 and f"{out}: the disk is full" in errors[0], process.stderr

@@ -112,7 +112,7 @@ def test_patience_one_stops_at_the_first_rise(tmp_path, dev, epochs, best, early
     assert (result.epochs, result.best_epoch) == (len(dev), best)
 
 
-def test_selection_by_the_highest_figure():
+def test_selection_by_the_highest_metric():
     assert Selection("accuracy", "highest").better(0.5, None)
     assert Selection("accuracy", "highest").better(0.6, 0.5)
     assert not Selection("accuracy", "highest").better(0.5, 0.5)
@@ -136,7 +136,7 @@ _ONE_STEP = {"epochs": 1, "batch_size": 20, "learning_rate": 1e39}
 
 
 @pytest.mark.parametrize(
-    ("lose", "options", "said", "kept"),
+    ("lose", "options", "message", "kept"),
     [
         (lambda task: _lose_inputs(task, float("nan"), 6), {}, "the loss is not", 6),
         (lambda task: _lose_inputs(task, float("inf"), 3), {}, "the loss is not", 3),
@@ -145,10 +145,12 @@ _ONE_STEP = {"epochs": 1, "batch_size": 20, "learning_rate": 1e39}
         (lambda task: None, _ONE_STEP, "a weight is not", 0),
     ],
 )
-def test_what_is_not_finite_ends_the_run_and_is_never_saved(tmp_path, lose, options, said, kept):
+def test_what_is_not_finite_ends_the_run_and_is_never_saved(tmp_path, lose, options, message, kept):
     task = Task()
     lose(task)
-    with pytest.raises(TrainingError, match=f"^task de: {said} finite at step {kept + 1}; lower"):
+    with pytest.raises(
+        TrainingError, match=f"^task de: {message} finite at step {kept + 1}; lower"
+    ):
         task.run(tmp_path, checkpoint_minutes=0, **options)
     assert [state.name for state in tmp_path.glob("state-*")] == [f"state-{kept:08}"] * bool(kept)
     for state in tmp_path.glob("state-*"):
@@ -159,12 +161,12 @@ def test_what_is_not_finite_ends_the_run_and_is_never_saved(tmp_path, lose, opti
     assert not (tmp_path / "summary.json").exists()
 
 
-@pytest.mark.parametrize("figure", [float("nan"), float("inf")])
-def test_a_dev_figure_that_is_not_finite_ends_the_run(tmp_path, figure):
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_dev_metric_that_is_not_finite_ends_the_run(tmp_path, value):
     task = Task()
-    task.dev = [0.6, figure, 0.4]
-    said = "^task de: the dev metric loss is not finite at step 8;"
-    with pytest.raises(TrainingError, match=said):
+    task.dev = [0.6, value, 0.4]
+    message = "^task de: the dev metric loss is not finite at step 8;"
+    with pytest.raises(TrainingError, match=message):
         task.run(tmp_path)
     assert not (tmp_path / "summary.json").exists()
 
@@ -251,17 +253,17 @@ def uninterrupted(tmp_path_factory):
 
 
 @pytest.mark.parametrize("step", [1, 5, 6, 7, 9])
-def test_a_part_is_trained_alone_at_first(tmp_path, step):
+def test_other_parameters_are_frozen_at_first(tmp_path, step):
     """For an epoch and a half of four steps each, whenever the run is interrupted."""
     whole, killed, resumed = tasks = [Task(dropout=0.3) for _ in range(3)]
     for task in tasks:
-        task.alone, task.alone_epochs = tuple(task.module[3].parameters()), 1.5
+        task.trained_first, task.freeze_epochs = tuple(task.module[3].parameters()), 1.5
     first = whole.module[0].weight
-    begun = first.detach().clone()
+    initial = first.detach().clone()
 
     def look(done):
         assert first.requires_grad == (done >= 6)
-        assert torch.equal(first, begun) == (done <= 6)
+        assert torch.equal(first, initial) == (done <= 6)
 
     whole.steps.append(look)
     whole.run(tmp_path / "whole")
@@ -350,21 +352,20 @@ def _number(gpu):
 def test_every_process_goes_on_with_the_random_numbers_of_the_first_ones_gpu(tmp_path, monkeypatch):
     # The first process has used its GPU, number 0, and never that of the second.
     module = nn.Linear(2, 2)
-    run = (module, torch.optim.AdamW(module.parameters()), torch.amp.GradScaler("cpu"))
+    trained = module, torch.optim.AdamW(module.parameters()), torch.amp.GradScaler("cpu")
     _Gpus(monkeypatch, 7, 0)
-    checkpoint.save_state(
-        tmp_path, checkpoint.LoopState(step=1), *run, None, torch.device("cuda:0")
-    )
-    for own in (0, 1):
+    first = checkpoint.Trainee(*trained, torch.device("cuda:0"))
+    checkpoint.save_state(tmp_path, checkpoint.LoopState(step=1), first, None)
+    for gpu in (0, 1):
         gpus = _Gpus(monkeypatch, 1, 2)
-        checkpoint.load_state(tmp_path, *run, torch.device("cuda", own))
+        checkpoint.load_state(tmp_path, checkpoint.Trainee(*trained, torch.device("cuda", gpu)))
         restored = [int(state) for state in gpus.states]
-        assert restored[own] == 7 and restored[1 - own] == (1, 2)[1 - own]
+        assert restored[gpu] == 7 and restored[1 - gpu] == (1, 2)[1 - gpu]
 
 
 @pytest.fixture
 def strict(monkeypatch):
-    """Algorithms are deterministic until the run is told otherwise, as on a GPU."""
+    """Algorithms are deterministic until the restriction is lifted, as on a GPU."""
 
     @contextmanager
     def deterministic(device):
@@ -547,7 +548,7 @@ def test_a_full_disk_while_saving_keeps_the_last_good_state(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("error", "raised", "said"),
+    ("error", "raised", "message"),
     [
         # As safetensors says it.
         (SafetensorError("I/O error: No space left on device (os error 28)"), ClseaveError,
@@ -555,12 +556,12 @@ def test_a_full_disk_while_saving_keeps_the_last_good_state(tmp_path, monkeypatc
         (ValueError("a mistake of ours"), ValueError, "a mistake of ours"),
     ],
 )  # fmt: skip
-def test_only_a_full_disk_is_called_full(tmp_path, monkeypatch, error, raised, said):
+def test_only_a_full_disk_is_called_full(tmp_path, monkeypatch, error, raised, message):
     def fail(*_arguments):
         raise error
 
     monkeypatch.setattr(checkpoint, "save_file", fail)
-    with pytest.raises(raised, match=said):
+    with pytest.raises(raised, match=message):
         Task().run(tmp_path, checkpoint_minutes=0)
     assert raised is ValueError or not list(tmp_path.glob("*state-*"))
 

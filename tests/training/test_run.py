@@ -70,7 +70,7 @@ def test_an_unfinished_run_is_neither_overwritten_nor_mixed(tmp_path):
     """G6."""
     out = tmp_path / "model"
     _open(out)
-    with pytest.raises(UsageError, match=r"unfinished run lies there; --resume continues"):
+    with pytest.raises(UsageError, match=r"there is an unfinished run; --resume continues"):
         _open(out)
     with pytest.raises(UsageError, match=r"was run with epochs = 10, not 3; resume with the same"):
         _open(out, resume=True, epochs=3)

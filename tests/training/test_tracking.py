@@ -1,4 +1,4 @@
-"""Trackers: the same figures as metrics.jsonl, nothing else, and never a reason to stop."""
+"""Trackers: the same numbers as metrics.jsonl, nothing else, and never a reason to stop."""
 
 import sys
 import types
@@ -47,9 +47,9 @@ class _Service:
         self._call("init")
         return self
 
-    def log(self, figures, step):
+    def log(self, numbers, step):
         self._call("log")
-        self.logged.append((step, figures))
+        self.logged.append((step, numbers))
 
     def finish(self):
         self._call("finish")
@@ -66,7 +66,7 @@ def _installed(monkeypatch, name, **options):
     return service
 
 
-def _wanted(folder):
+def _expected(folder):
     """What metrics.jsonl says, as step and flat numbers."""
     for record in read_jsonl(folder / "metrics.jsonl"):
         dev = {f"dev/{key}": value for key, value in record.pop("dev", {}).items()}
@@ -81,7 +81,7 @@ def test_a_tracker_gets_the_figures_of_the_record_and_numbers_only(
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     service = _installed(monkeypatch, name)
     _train(tmp_path, Notes(), tracker=name)
-    assert service.logged == list(_wanted(tmp_path)) and len(service.logged) == 6
+    assert service.logged == list(_expected(tmp_path)) and len(service.logged) == 6
     assert service.calls[0] == "init" and service.calls[-1] == "finish"
     assert service.arguments["name"] == "task de"
     assert capsys.readouterr().out == ""  # standard output is the command's own
@@ -98,9 +98,9 @@ def test_a_tracker_that_fails_ends_nothing(tmp_path, monkeypatch, name, moments,
     notes = Notes()
     result = _train(tmp_path, notes, tracker=name)
     assert result.steps == 4 and len(read_jsonl(tmp_path / "metrics.jsonl")) == 6
-    told = [line for line in notes.lines if "--tracker" in line]
-    assert told == [
-        f"--tracker {name}: failed (network is down); the run goes on without it, "
+    failures = [line for line in notes.lines if "--tracker" in line]
+    assert failures == [
+        f"--tracker {name}: failed (network is down); the run continues without it; "
         "metrics.jsonl has everything."
     ]
     assert service.calls.count("log") == num_logged
@@ -113,7 +113,7 @@ def test_a_tracker_is_closed_when_the_run_fails(tmp_path, monkeypatch, name):
     assert service.calls[-1] == "finish"
 
 
-def test_a_missing_package_is_told_before_the_work(tmp_path, monkeypatch, name):
+def test_a_missing_package_is_refused_before_the_work(tmp_path, monkeypatch, name):
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ClseaveError, match=rf"^--tracker {name}: .*install -e '\.\[{name}\]"):
         Run("task", tmp_path / "model", TrainingConfig(tracker=name), {})
@@ -139,9 +139,9 @@ def test_tensorboard_events_are_kept_with_the_model(tmp_path):
     training = tmp_path / "model" / "training"
     events = EventAccumulator(str(training / tracking.TENSORBOARD_FOLDER))
     events.Reload()
-    steps, wanted = zip(*_wanted(training), strict=True)
+    steps, expected = zip(*_expected(training), strict=True)
     shown = events.Scalars("loss")
     assert [event.step for event in shown] == list(steps)
-    assert [event.value for event in shown] == pytest.approx([each["loss"] for each in wanted])
-    dev = [each["dev/loss"] for each in wanted if "dev/loss" in each]
+    assert [event.value for event in shown] == pytest.approx([each["loss"] for each in expected])
+    dev = [each["dev/loss"] for each in expected if "dev/loss" in each]
     assert [event.value for event in events.Scalars("dev/loss")] == pytest.approx(dev)

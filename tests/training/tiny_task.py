@@ -18,7 +18,7 @@ class Task:
         dev: dev losses to give in turn; None: the true ones.
         steps: called with the number of every step, before its loss is computed.
         at_epoch_end: called before the dev loss is computed.
-        alone: parameters that are trained by themselves for `alone_epochs`.
+        trained_first: parameters that are trained while the others are frozen for `freeze_epochs`.
         seen: the examples of every step.
         losses: the loss of every step.
     """
@@ -32,7 +32,7 @@ class Task:
             nn.Linear(5, 16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, 3)
         )
         self.dev = None
-        self.alone, self.alone_epochs = (), 0.0
+        self.trained_first, self.freeze_epochs = (), 0.0
         self.steps, self.at_epoch_end = [], []
         self.seen, self.losses = [], []
 
@@ -65,8 +65,8 @@ class Task:
             loss=self._loss,
             evaluate=self._evaluate,
             selection=Selection("loss", "lowest"),
-            alone=self.alone,
-            alone_epochs=self.alone_epochs,
+            trained_first=self.trained_first,
+            freeze_epochs=self.freeze_epochs,
         )
         config = TrainingConfig(**(defaults | options))
         return train(stage, config, device=CPU, folder=folder, progress=progress)

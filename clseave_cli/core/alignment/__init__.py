@@ -113,8 +113,8 @@ def align(config: AlignConfig, progress: Progress = SILENT) -> StageResult:
             sample=sampler.batches,
             # The last epoch's metrics are enough: had a language collapsed, the run had ended.
             resumed=watch.check,
-            alone=() if translator is None else tuple(translator.parameters()),
-            alone_epochs=1 if config.translator_epochs is None else config.translator_epochs,
+            trained_first=() if translator is None else tuple(translator.parameters()),
+            freeze_epochs=1 if config.translator_epochs is None else config.translator_epochs,
         )
         tokens = [pairs.sentences.tokens, *(each.sentences.tokens for each in dev)]
         with reduced_vocabulary(student, *tokens, translator=translator):

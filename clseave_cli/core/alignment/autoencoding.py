@@ -23,8 +23,8 @@ from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.packing import PackedBatch
 from clseave_cli.core.models.student import Autoencoder, new_student, save_autoencoder
 from clseave_cli.core.models.tokens import TokenTable
+from clseave_cli.core.training.device import on_device
 from clseave_cli.core.training.loop import Rows, Selection, Stage, TrainingResult, train
-from clseave_cli.core.training.placement import on_device
 from clseave_cli.core.training.run import Run, StageResult, public_name, set_up
 from clseave_cli.errors import UsageError
 from clseave_cli.progress import SILENT, Progress

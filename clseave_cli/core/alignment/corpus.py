@@ -40,8 +40,8 @@ from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.tokens import TokenTable
 from clseave_cli.core.models.vocabulary import trim_vocabulary
+from clseave_cli.core.training.device import Autocast
 from clseave_cli.core.training.loop import Rows
-from clseave_cli.core.training.precision import Autocast
 from clseave_cli.errors import DataError
 from clseave_cli.progress import SILENT, Progress
 

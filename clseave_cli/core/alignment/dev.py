@@ -33,8 +33,8 @@ from clseave_cli.core.models.calibration import fit_temperature
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.ranking import rank
+from clseave_cli.core.training.device import Autocast
 from clseave_cli.core.training.loop import Rows, Selection
-from clseave_cli.core.training.precision import Autocast
 from clseave_cli.errors import DataError, TrainingError
 from clseave_cli.labels import UNLABELLED
 from clseave_cli.progress import Progress

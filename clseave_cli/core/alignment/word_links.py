@@ -23,7 +23,7 @@ from clseave_cli.core.config import WordAlignConfig
 from clseave_cli.core.data.hub import data_folder
 from clseave_cli.core.data.records import distinct, join, read_split, require_language, split_path
 from clseave_cli.core.files import atomic_file, locked_target, writing
-from clseave_cli.core.training.precision import resolve_device
+from clseave_cli.core.training.device import resolve_device
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.progress import SILENT, Progress
 

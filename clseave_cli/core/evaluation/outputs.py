@@ -28,7 +28,7 @@ from clseave_cli.core.models.calibration import Calibration, read_calibrations
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.student import load_student
-from clseave_cli.core.training.precision import autocast, resolve_device
+from clseave_cli.core.training.device import autocast, resolve_device
 from clseave_cli.errors import DataError, ModelError
 from clseave_cli.progress import SILENT, Progress
 

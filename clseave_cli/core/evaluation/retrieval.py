@@ -47,7 +47,7 @@ from clseave_cli.core.models.encoders import ImageEncoder, SentenceEncoder
 from clseave_cli.core.models.listing import find_students
 from clseave_cli.core.models.ranking import Ranks, rank_pairs
 from clseave_cli.core.models.student import load_student
-from clseave_cli.core.training.precision import autocast, resolve_device, resolve_precision
+from clseave_cli.core.training.device import autocast, resolve_device, resolve_precision
 from clseave_cli.core.training.run import public_name
 from clseave_cli.errors import ModelError
 from clseave_cli.progress import SILENT, Progress

@@ -54,7 +54,7 @@ from clseave_cli.core.models.clip_ve import fingerprint, source_language
 from clseave_cli.core.models.folder import skip_other_versions
 from clseave_cli.core.models.listing import find_students
 from clseave_cli.core.models.student import require_teacher, student_fingerprint
-from clseave_cli.core.training.precision import resolve_device, resolve_precision
+from clseave_cli.core.training.device import resolve_device, resolve_precision
 from clseave_cli.core.translation.corpus import translate_hypotheses
 from clseave_cli.errors import DataError, ModelError, UsageError
 from clseave_cli.labels import LABELS

@@ -1,6 +1,6 @@
-"""Answer-guided pictures: drawn from the text, they supervise the photos in training only.
+"""Answer-guided pictures: drawn from the text to supervise the photos during training.
 
-After "Bridging the Gap between Authentic and Answer-Guided Images" (CCL24-Eval, task 9); the
+From "Bridging the Gap between Authentic and Answer-Guided Images" (CCL24-Eval, task 9); the
 equations are in docs/methods.md.
 
 Legend: N rows · U guided pictures · B rows of a batch · C classes · D embedding width
@@ -27,16 +27,16 @@ from clseave_cli.core.features import Features, Photos
 from clseave_cli.errors import DataError, UsageError
 from clseave_cli.progress import Progress
 
-#: Guided pictures that tell so much more of a label than photos do give it away.
-_LEAK = 0.05
+#: Guided pictures give labels away if they predict them this much better than photos do.
+_LEAK_MARGIN = 0.05
 
 
 @dataclass(frozen=True, eq=False)
 class GuidedPictures:
     """The guided pictures of N rows."""
 
-    photos: Photos  # U of them
-    index: npt.NDArray[np.int32]  # (N,) which of them a row has; -1: none
+    photos: Photos  # U pictures
+    index: npt.NDArray[np.int32]  # (N,) into the U; -1: none
 
     @classmethod
     def of(
@@ -45,12 +45,12 @@ class GuidedPictures:
         keys: Sequence[str],
         progress: Progress,
     ) -> GuidedPictures | None:
-        """Looks the pictures of N rows up by their keys; None without `--guided`.
+        """Finds the pictures of N rows by their keys; None without `--guided`.
 
-        With the control `shuffle`, each stands in another's place.
+        The control `shuffle` exchanges them.
 
         Raises:
-            UsageError: options of guided pictures were given, and no folder.
+            UsageError: an option of guided pictures comes without `--guided`.
             DataError: the folder is missing, or has no picture of any row.
         """
         if config.guided is None:
@@ -89,15 +89,15 @@ def divergence(guided: Tensor, authentic: Tensor) -> Tensor:
 
 
 def gap(guided: Tensor, authentic: Tensor, distance: str) -> Tensor:
-    """(B,) how far (B, D) embeddings of guided pictures are from those of the photos (eq. 8)."""
-    if distance == "l2":  # as they are: of unit vectors, it is the cosine over again
+    """(B,) distances of (B, D) embeddings of guided pictures and photos (eq. 8)."""
+    if distance == "l2":  # not normalised: for unit vectors, it is equivalent to the cosine
         return (guided - authentic).square().mean(dim=1)
     return 1 - functional.cosine_similarity(guided, authentic, dim=1)
 
 
 @contextmanager
-def statistics_kept(module: nn.Module) -> Iterator[None]:
-    """In the block, batch normalisation uses the batch's statistics and records none of them."""
+def fixed_running_statistics(module: nn.Module) -> Iterator[None]:
+    """Within the block, batch normalisation does not update its running statistics."""
     norms = [part for part in module.modules() if isinstance(part, nn.BatchNorm1d)]
     for norm in norms:
         norm.track_running_stats = False
@@ -109,38 +109,38 @@ def statistics_kept(module: nn.Module) -> Iterator[None]:
 
 
 def leak(guided: Features, photos: Features, labels: npt.NDArray[np.int8], width: int) -> str:
-    """Says how much guided pictures (index -1: none) and photos of N rows tell of (N,) labels."""
+    """Reports how well guided pictures (index -1: none) and photos alone predict (N,) labels."""
     of_guided, of_photos = (image_only_accuracy(i, labels, width) for i in (guided, photos))
-    said = (
-        "A classifier that sees nothing but the picture is right about the label of "
+    report = (
+        "A classifier that sees only the picture predicts the label of "
         f"{of_guided:.1%} of guided pictures and {of_photos:.1%} of photos."
     )
-    if of_guided > of_photos + _LEAK:
-        said += " Guided pictures give labels away: the head can learn to read them there instead."
-    return said
+    if of_guided > of_photos + _LEAK_MARGIN:
+        report += " Guided pictures give labels away: the head can learn to read them there."
+    return report
 
 
 def image_only_accuracy(images: Features, labels: npt.NDArray[np.int8], width: int) -> float:
-    """How often a logistic regression that sees nothing but the picture is right about the label.
+    """The accuracy of a logistic regression that sees only the picture.
 
-    It reads the first D = `width` features, the embedding, of one half of the pictures to learn
-    from, and of the other; NaN where a half is empty.
+    It reads the first D = `width` features, the embedding. It is trained on one half of the
+    pictures and measured on the other; NaN if a half is empty.
     """
     from sklearn.linear_model import LogisticRegression
 
     def embeddings(rows: npt.NDArray[np.intp]) -> Any:
-        # A few at a time: with its patches, a picture is thousands of numbers.
+        # In small parts: with its patches, a picture has thousands of features.
         parts = np.array_split(images.index[rows], 1 + len(rows) // 256)
         vectors = torch.cat([images.vectors.rows(part)[:, :width].float() for part in parts])
         return (functional.normalize(vectors, dim=1) * width**0.5).numpy()
 
     random = np.random.default_rng(0)
-    is_learnt = (random.permutation(len(images.vectors)) % 2 == 0)[images.index]
-    rows = random.permutation(np.flatnonzero(images.index >= 0))[:10_000]  # more tell no more
-    learnt, asked = rows[is_learnt[rows]], rows[~is_learnt[rows]]
-    if not len(learnt) or not len(asked):
+    in_train = (random.permutation(len(images.vectors)) % 2 == 0)[images.index]
+    rows = random.permutation(np.flatnonzero(images.index >= 0))[:10_000]  # enough for the margin
+    train, test = rows[in_train[rows]], rows[~in_train[rows]]
+    if not len(train) or not len(test):
         return float("nan")
-    if len(set(labels[learnt].tolist())) == 1:
-        return float((labels[asked] == labels[learnt[0]]).mean())
-    model = LogisticRegression(max_iter=1000, tol=1e-3).fit(embeddings(learnt), labels[learnt])
-    return float(model.score(embeddings(asked), labels[asked]))
+    if len(set(labels[train].tolist())) == 1:
+        return float((labels[test] == labels[train[0]]).mean())
+    model = LogisticRegression(max_iter=1000, tol=1e-3).fit(embeddings(train), labels[train])
+    return float(model.score(embeddings(test), labels[test]))

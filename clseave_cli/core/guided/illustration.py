@@ -1,7 +1,7 @@
-"""`illustrate`: pictures drawn from the texts of a data set, one file for each key.
+"""`illustrate`: draws pictures from the texts of a data set, one file for each key.
 
-A picture says in itself what it was made from. So the folder is the memory of what is done, however
-a run ended, and no picture is drawn twice.
+Each picture records what it was drawn from. So an interrupted run can be repeated, and no picture
+is drawn twice.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from clseave_cli.core.data.rows import (
     require_text,
 )
 from clseave_cli.core.files import file_digest, json_digest, locked_target, sweep
-from clseave_cli.core.training.precision import autocast, resolve_device
+from clseave_cli.core.training.device import autocast, resolve_device
 from clseave_cli.errors import ClseaveError, DataError, ExtraMissing, ModelError, UsageError
 from clseave_cli.progress import SILENT, Progress
 
@@ -45,29 +45,29 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Wanted(NamedTuple):
     """A picture to draw."""
 
-    key: str  # of the data, by which the picture is named
+    key: str  # of the data; names the picture
     prompt: str
     seed: int
 
 
 class Engine(NamedTuple):
-    """What draws."""
+    """Draws pictures."""
 
-    identity: dict[str, Any]  # all that a picture depends on besides its prompt and seed
+    identity: dict[str, Any]  # everything a picture depends on besides its prompt and seed
     draw: Callable[[Wanted], Image.Image | None]  # None: the model withholds it
 
 
 class Illustrations(NamedTuple):
-    """What `illustrate` came to."""
+    """The numbers of pictures."""
 
     folder: Path
     drawn: int
-    kept: int  # there before
+    kept: int  # existed before
     withheld: int  # by the model's safety checker
 
 
 def illustrate(config: IllustrateConfig, progress: Progress = SILENT) -> Illustrations:
-    """Draws a picture for every key that has none yet.
+    """Draws a picture for every key that has none.
 
     Raises:
         ClseaveError: bad rows, an unusable model, a full disk, or a file in the way.
@@ -81,21 +81,17 @@ def illustrate(config: IllustrateConfig, progress: Progress = SILENT) -> Illustr
         missing = _missing(out, wanted, engine)
         drawn = 0
         with progress.task(f"illustrate {config.split}", len(missing), "pictures") as task:
-            for each, record in missing:
-                image = engine.draw(each)
+            for picture, record in missing:
+                image = engine.draw(picture)
                 if image is not None:
-                    write_png(image, out / f"{picture_name(each.key)}.png", record)
+                    write_png(image, out / f"{picture_name(picture.key)}.png", record)
                     drawn += 1
                 task.advance()
     return Illustrations(out, drawn, len(wanted) - len(missing), len(missing) - drawn)
 
 
 def _wanted(config: IllustrateConfig) -> list[Wanted]:
-    """The pictures to draw, in the order of the rows.
-
-    Raises:
-        DataError: a bad row, or one that lacks what the template names.
-    """
+    """The pictures of all rows, in order; raises a DataError for a bad or incomplete row."""
     by_image = config.guided_by == "image"
     template = config.template or ("{caption}" if by_image else "{sentence1}")
     path = config.input
@@ -103,7 +99,7 @@ def _wanted(config: IllustrateConfig) -> list[Wanted]:
         path = config.data / f"captions_{config.split}.jsonl"
     path = path or require_split_path(config.data, config.split, ENGLISH)
     fields = _FIELD.findall(template)
-    prompts: dict[str, dict[str, None]] = {}  # dictionaries as sets in order
+    prompts: dict[str, dict[str, None]] = {}  # the inner dictionaries are ordered sets
     for line, row, _ in read_rows(path, {*IMAGE_KEYS, *ID_KEYS, *fields}):
         try:
             if by_image and not isinstance(row, BadRow):
@@ -115,13 +111,12 @@ def _wanted(config: IllustrateConfig) -> list[Wanted]:
         key = image_stem(key) if by_image else key
         if key not in prompts and len(prompts) == config.limit:
             break
-        # Names of fields stand at odd places.
-        parts = _FIELD.split(template)
+        parts = _FIELD.split(template)  # the odd ones are names of fields
         parts[1::2] = [values[name].strip() for name in fields]
         prompts.setdefault(key, {})["".join(parts)] = None
     if not prompts:
-        raise DataError(f"{path}: no rows in it.")
-    # A picture's seed is the same whichever others are drawn.
+        raise DataError(f"{path}: it has no rows.")
+    # A picture's seed does not depend on which others are drawn.
     return [
         Wanted(key, " ".join(parts), zlib.crc32(f"{config.seed} {key}".encode()))
         for key, parts in prompts.items()
@@ -129,36 +124,32 @@ def _wanted(config: IllustrateConfig) -> list[Wanted]:
 
 
 def _missing(out: Path, wanted: list[Wanted], engine: Engine) -> list[tuple[Wanted, str]]:
-    """The pictures that are not there yet, and what each will say it was made by.
-
-    Raises:
-        UsageError: a picture is there that other options made, or something else did.
-    """
-    there, missing = ImageFolder(out), []
-    for each in wanted:
-        record = "clseave illustrate " + json.dumps(each._asdict() | engine.identity)
-        present = there.get(picture_name(each.key))
-        if present is None:
-            missing.append((each, record))
-        elif png_software(present) != record:
+    """The pictures that do not exist yet, each with its record; refuses those of another run."""
+    folder, missing = ImageFolder(out), []
+    for picture in wanted:
+        record = "clseave illustrate " + json.dumps(picture._asdict() | engine.identity)
+        existing = folder.get(picture_name(picture.key))
+        if existing is None:
+            missing.append((picture, record))
+        elif png_software(existing) != record:
             raise UsageError(
-                f"{present}: was not drawn by illustrate from this text with these options; delete "
-                "it, or choose another --out."
+                f"{existing}: was not drawn by illustrate from this text with these options; "
+                "delete it, or choose another --out."
             )
     return missing
 
 
 def _mini_ve(config: IllustrateConfig) -> Engine:
-    """The built-in world: other scenes of which the same is true."""
-    asked = scenes_of(config.data, config.split, by_row=config.guided_by == "pairID")
+    """The built-in world, which draws other scenes with the same answer."""
+    scenes = scenes_of(config.data, config.split, by_row=config.guided_by == "pairID")
 
-    def picture(wanted: Wanted) -> Image.Image:
-        if wanted.key not in asked:
+    def draw_scene(wanted: Wanted) -> Image.Image:
+        if wanted.key not in scenes:
             raise DataError(f"{config.data}: the world has no picture or row {wanted.key!r}.")
-        (scene, hypothesis), random = asked[wanted.key], Random(wanted.seed)
+        (scene, hypothesis), random = scenes[wanted.key], Random(wanted.seed)
         return draw(guided(scene, hypothesis, random), random)
 
-    return Engine({"engine": "mini-ve"}, picture)
+    return Engine({"engine": "mini-ve"}, draw_scene)
 
 
 def _diffusers(config: IllustrateConfig) -> Engine:
@@ -181,10 +172,10 @@ def _diffusers(config: IllustrateConfig) -> Engine:
             if not folder.is_dir():
                 folder = Path(DiffusionPipeline.download(config.model, use_safetensors=True))
             pipeline = load(folder, dtype=dtype, use_safetensors=True).to(device)
-    except Exception as error:  # of the hub, of a damaged folder, or of one of another kind
+    except Exception as error:  # from the hub, or because the folder is damaged or no pipeline
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"--model {config.model}: not loaded as a pipeline of diffusers ({reason})."
+            f"--model {config.model}: cannot be loaded as a diffusers pipeline ({reason})."
         ) from None
     pipeline.set_progress_bar_config(disable=True)
     options = {
@@ -193,22 +184,22 @@ def _diffusers(config: IllustrateConfig) -> Engine:
     }  # fmt: skip
     options = {name: value for name, value in options.items() if value is not None}
 
-    def picture(wanted: Wanted) -> Image.Image | None:
-        # Of the CPU: the same noise on every device.
+    def generate(wanted: Wanted) -> Image.Image | None:
+        # On the CPU, for the same noise on every device.
         generator = torch.Generator("cpu").manual_seed(wanted.seed)
         try:
             with warnings.catch_warnings(action="ignore"):
                 output = pipeline(prompt=wanted.prompt, generator=generator, **options)
-        # A size that does not fit the model, or a pipeline that takes no prompt or no such option.
+        # The size does not suit the model, or the pipeline takes no prompt or no such option.
         except (torch.OutOfMemoryError, ValueError, TypeError) as error:
             raise ClseaveError(
-                f"{wanted.key}: not drawn ({error}). Try another --size, or another --model."
+                f"{wanted.key}: not drawn ({error}). Try another --size or --model."
             ) from None
-        is_black = getattr(output, "nsfw_content_detected", None) or [False]
+        is_withheld = getattr(output, "nsfw_content_detected", None) or [False]
         image: Image.Image = output.images[0]
-        return None if is_black[0] else image
+        return None if is_withheld[0] else image
 
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     digest = json_digest([[path.name, file_digest(path)] for path in files])[:16]
     identity = {"engine": "diffusers", "model": config.model, "digest": digest}
-    return Engine(identity | {"precision": precision, **options}, picture)
+    return Engine(identity | {"precision": precision, **options}, generate)

@@ -1,4 +1,4 @@
-"""Answering: one pair or many, with torch or an exported folder; exporting; serving."""
+"""Predicting one pair or many, with torch or an exported folder; exporting; serving."""
 
 from typing import TypeAlias
 

@@ -1,6 +1,6 @@
-"""`export`: the models as ONNX graphs that run without torch, checked against torch.
+"""`export`: writes the models as ONNX graphs that run without torch, and compares them with torch.
 
-Legend: B images or sentences · T tokens · D embedding width.
+Legend: B images or sentences · T tokens · D embedding width · C labels · G cells along a side.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from clseave_cli.core.config import ExportConfig
-from clseave_cli.core.data.images import Preparation
 from clseave_cli.core.data.records import require_language
 from clseave_cli.core.files import (
     Kind,
@@ -41,7 +40,7 @@ from clseave_cli.core.prediction.torch_model import TorchModel
 from clseave_cli.errors import ExtraMissing, ModelError
 from clseave_cli.progress import SILENT, Progress
 
-#: Largest difference of a probability from torch's that an exported folder may have.
+#: Largest difference from torch's probabilities that is accepted.
 TOLERANCE = {"fp32": 1e-3, "int8": 0.1}
 
 _KIND = Kind(
@@ -51,7 +50,6 @@ _KIND = Kind(
     lambda config: config.get("format") == onnx_model.FORMAT,
 )
 _OPSET = 18
-_NEEDED = ("onnx", "onnxruntime")
 _PROBE_SENTENCES = (
     "A dog runs.",
     "Two people in red shirts are sitting on a bench, and one of them reads a newspaper.",
@@ -64,14 +62,7 @@ _PROBE_SIZES = ((224, 224), (320, 200), (90, 333))
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What was written.
-
-    Attributes:
-        folder: where.
-        languages: that it reads.
-        num_bytes: of all its files.
-        difference: largest difference of a probability from torch's, over the probes.
-    """
+    """The exported folder; `difference` is the largest from torch's probabilities on the probes."""
 
     folder: Path
     languages: tuple[str, ...]
@@ -85,11 +76,11 @@ def export(config: ExportConfig, progress: Progress = SILENT) -> ExportResult:
     The folder appears only if its probabilities agree with torch's on a few probes.
 
     Raises:
-        ClseaveError: a model is missing or of an unknown kind, an extra is not installed, `out` is
-            a folder of something else, or the graphs differ from the models by more than
-            `TOLERANCE`.
+        ClseaveError: a model is missing or of an unsupported kind, an extra is not installed, `out`
+            holds something else, or the graphs differ from the models by more than `TOLERANCE`.
     """
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    needed = ("onnx", "onnxruntime")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise ExtraMissing(f"export needs {' and '.join(missing)}: pip install -e '.[onnx]'.")
     for lang in config.lang:
@@ -97,10 +88,10 @@ def export(config: ExportConfig, progress: Progress = SILENT) -> ExportResult:
     require_replaceable(config.out, _KIND, config)
     precision = "int8" if config.int8 else "fp32"
     with locked_target(config.out), atomic_folder(config.out) as folder:
-        before: dict[str, str] = {}
-        with suppress(ModelError):  # none is there, a damaged one, or one of another version
-            before = onnx_model.read_manifest(config.out)["languages"]
-        model = TorchModel.from_runs(config.runs, config.lang or None, "cpu", "fp32")
+        previous: dict[str, str] = {}
+        with suppress(ModelError):  # missing, damaged, or of another version
+            previous = onnx_model.read_manifest(config.out)["languages"]
+        model = TorchModel(config.runs, config.lang or None, "cpu", "fp32")
         if not config.lang:
             skip_other_versions(model.sources, progress)
         manifest = _write(model, folder, config.int8, progress)
@@ -108,7 +99,7 @@ def export(config: ExportConfig, progress: Progress = SILENT) -> ExportResult:
         difference = _difference(model, exported)
         if not difference <= TOLERANCE[precision]:
             raise ModelError(
-                f"{config.out}: not written: a probability differs from torch's by "
+                f"{config.out}: not written, because a probability differs from torch's by "
                 f"{difference:.2g}, more than {TOLERANCE[precision]:g} for {precision}."
                 + (" Export without --int8." if config.int8 else "")
             )
@@ -116,20 +107,24 @@ def export(config: ExportConfig, progress: Progress = SILENT) -> ExportResult:
         seal(folder, onnx_model.FORMAT, manifest)
         require_replaceable(config.out, _KIND, config)
         num_bytes = folder_bytes(folder)
-    gone = [lang for lang in before if lang not in model.sources]
-    if gone:
-        progress.note(f"{config.out}: an export that also read {', '.join(gone)} was replaced.")
+    if dropped := [lang for lang in previous if lang not in model.sources]:
+        progress.note(f"{config.out}: replaced an export that also read {', '.join(dropped)}.")
     return ExportResult(config.out, tuple(model.sources), num_bytes, difference)
 
 
 def _write(model: TorchModel, folder: Path, int8: bool, progress: Progress) -> dict[str, Any]:
-    """Writes graphs and tokenizers; returns what the manifest says of them."""
+    """Writes graphs and tokenizers; returns their part of the manifest."""
     clip_ve = model.clip_ve
     names = {lang: Path(source).name for lang, source in model.sources.items()}
     encoders = {name: model.encoder(lang) for lang, name in names.items()}
-    pixels_of = preparation(clip_ve.image.processor)
+    settings: dict[str, dict[str, Any]] = {}
+    if (preparation := model.preparation) is None:
+        raise ModelError(
+            "the image tower's preprocessing cannot be exported: expected resizing or cropping to "
+            "one size, scaling by 1/255 and normalising, as CLIP's and SigLIP's do."
+        )
     with progress.task("export", total=len(encoders) + 2, unit="graphs") as task:
-        pixels = torch.zeros(2, 3, *pixels_of.crop)
+        pixels = torch.zeros(2, 3, *preparation.crop)
         _write_graph(clip_ve.image, {"pixels": pixels}, folder / "image.onnx", int8)
         task.advance()
         inputs = {
@@ -148,28 +143,25 @@ def _write(model: TorchModel, folder: Path, int8: bool, progress: Progress) -> d
             _write_graph(_Padded(encoder), inputs, folder / name / "encoder.onnx", int8, "tokens")
             tokenizer = encoder.tokenizer.backend_tokenizer
             tokenizer.save(str(folder / name / "tokenizer.json"), pretty=False)
+            keys = ("max_tokens", "terminal_id", "pad_id")
+            settings[name] = {key: getattr(encoder, key) for key in keys}
+            if encoder.filling:
+                settings[name]["filling"] = dataclasses.asdict(encoder.filling)
             task.advance()
     fingerprints = {name: encoder.fingerprint for name, encoder in encoders.items()}
     return {
         "source_lang": clip_ve.source_lang,
         "languages": names,
-        "encoders": {name: _settings(encoder) for name, encoder in encoders.items()},
-        "preparation": dataclasses.asdict(pixels_of),
+        "encoders": settings,
+        "preparation": dataclasses.asdict(preparation),
         "precision": "int8" if int8 else "fp32",
         "sources": fingerprints | {"clip-ve": clip_ve.fingerprint},
         "calibrations": {lang: dataclasses.asdict(model.calibrations[lang]) for lang in names},
     }
 
 
-def _settings(encoder: SentenceEncoder) -> dict[str, Any]:
-    """How sentences become token ids."""
-    names = ("max_tokens", "terminal_id", "pad_id")
-    filling = {"filling": dataclasses.asdict(encoder.filling)} if encoder.filling else {}
-    return {name: getattr(encoder, name) for name in names} | filling
-
-
 class _Padded(nn.Module):
-    """A sentence encoder that reads one sentence a row, as other ONNX programs expect."""
+    """A sentence encoder with one padded sentence a row, the usual form of ONNX models."""
 
     def __init__(self, encoder: SentenceEncoder) -> None:
         super().__init__()
@@ -177,24 +169,24 @@ class _Padded(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, D) embeddings of (B, T) ids; the mask is 1 on tokens and 0 on padding."""
-        rows, width = input_ids.shape
-        positions = torch.arange(width).expand(rows, width) * attention_mask
-        numbers = torch.arange(rows)
-        segments = attention_mask * (numbers[:, None] + 1) - 1
-        terminals = numbers * width + attention_mask.sum(1) - 1
+        num_rows, width = input_ids.shape
+        positions = torch.arange(width).expand(num_rows, width) * attention_mask
+        rows = torch.arange(num_rows)
+        segments = attention_mask * (rows[:, None] + 1) - 1
+        terminals = rows * width + attention_mask.sum(1) - 1
         embedding: Tensor = self.encoder(PackedBatch(input_ids, positions, segments, terminals))
         return embedding
 
 
 class _Probabilities(nn.Module):
-    """The head and its softmax, and where it looks if it sees patches."""
+    """The head with softmax, and with its attention if it reads patches."""
 
     def __init__(self, clip_ve: ClipVE) -> None:
         super().__init__()
         self.head = clip_ve.head
 
     def forward(self, hypothesis: Tensor, premise: Tensor) -> tuple[Tensor, ...]:
-        """(B, C) probabilities, and (B, G, G) shares of the cells."""
+        """(B, C) probabilities, and (B, G, G) attention to the cells."""
         probabilities: Tensor = self.head(hypothesis, premise).softmax(dim=1)
         if not self.head.config.patch_grid:
             return (probabilities,)
@@ -209,24 +201,17 @@ def _write_graph(
     second: str = "",
     outputs: Sequence[str] = ("output",),
 ) -> None:
-    """Traces a module for any batch size, and writes it optimised, its weights beside it.
+    """Traces a module, and writes an optimised graph for any batch size, with weights in `.data`.
 
-    Args:
-        module: what the graph computes.
-        inputs: examples, by their names.
-        path: where to.
-        int8: with 8-bit weights.
-        second: name of the inputs' second dimension, if it varies too.
-        outputs: names of what the module gives.
+    `inputs` are examples by name; `second` names their second dimension if it varies, too.
     """
     axes = {0: "batch"}
     input_axes = axes | ({1: second} if second else {})
-    with tempfile.TemporaryDirectory(dir=path.parent) as aside:
-        raw = Path(aside, "raw.onnx")
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        raw = Path(folder, "raw.onnx")
         with warnings.catch_warnings(), torch.no_grad():
-            # The tracer warns of shape checks, which it cannot follow, and of being the old one;
-            # the new one (torch 2.13) writes graphs that onnxruntime refuses: two outputs of one
-            # name.
+            # The tracer warns about shape checks and its deprecation. Its successor (torch 2.13)
+            # writes graphs that onnxruntime refuses: two outputs have the same name.
             warnings.simplefilter("ignore")
             torch.onnx.export(
                 module.eval(),
@@ -244,18 +229,18 @@ def _write_graph(
 
 
 def _quantised(path: Path) -> Path:
-    """The graph with 8-bit weights in its matrix products; embeddings stay as they are."""
+    """Writes a graph with 8-bit weights in matrix products; embeddings keep their precision."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     target = path.with_name("int8.onnx")
-    logging.disable(logging.WARNING)  # the quantiser's advice, given on the root logger
+    logging.disable(logging.WARNING)  # the quantiser logs advice on the root logger
     try:
         quantize_dynamic(
             path,
             target,
             op_types_to_quantize=["MatMul", "Gemm"],
             per_channel=True,
-            # Signed weights overflow in the 16-bit sums of processors without VNNI.
+            # Signed weights overflow 16-bit sums on processors without VNNI.
             weight_type=QuantType.QUInt8,
             use_external_data_format=True,
         )
@@ -265,7 +250,7 @@ def _quantised(path: Path) -> Path:
 
 
 def _optimise(source: Path, target: Path) -> None:
-    """Fuses what can be fused, once and not at every start; weights go into a file to be mapped."""
+    """Optimises a graph once, not at every start; its weights go to a file for memory mapping."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -281,23 +266,8 @@ def _optimise(source: Path, target: Path) -> None:
     onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
-def preparation(processor: Any) -> Preparation:
-    """The numbers of an image processor of CLIP's kind.
-
-    Raises:
-        ModelError: it does something else as well, or less.
-    """
-    found = Preparation.of(processor)
-    if found is None:
-        raise ModelError(
-            "the image tower's preprocessing cannot be exported: expected resizing or cropping to "
-            "one size, scaling by 1/255 and normalising, as CLIP's and SigLIP's do."
-        )
-    return found
-
-
 def _difference(reference: TorchModel, exported: InferenceModel) -> float:
-    """The largest difference of a probability, over every language, probe picture and sentence."""
+    """The largest difference of a probability over all languages and probes."""
     random = np.random.default_rng(0)
     pictures = [
         Image.fromarray(random.integers(0, 256, (6, 5, 3), dtype=np.uint8)).resize(size)
@@ -313,6 +283,6 @@ def _difference(reference: TorchModel, exported: InferenceModel) -> float:
             np.tile(premises, (len(hypotheses), 1)),
         )
 
-    # NumPy's maximum, because NaN is none to Python's.
+    # NumPy's maximum propagates NaN; Python's does not.
     differences = [probe(reference, each) - probe(exported, each) for each in reference.sources]
     return float(np.abs(differences).max())

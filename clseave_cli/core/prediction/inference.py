@@ -1,4 +1,4 @@
-"""Models as `predict` and `serve` see them: arrays in, arrays out, whatever computes.
+"""The interface that torch models and exported models share: arrays in, arrays out.
 
 Legend: B images or sentences · D embedding width · E width of a premise (an image's embedding, and
 those of its patches if the head sees them) · G cells along a side of a photo · C labels (3).
@@ -6,9 +6,11 @@ those of its patches if the head sees them) · G cells along a side of a photo �
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,14 +22,21 @@ from clseave_cli.core.models.calibration import Calibration
 from clseave_cli.core.models.folder import peek
 from clseave_cli.core.prediction import Floats
 from clseave_cli.errors import UsageError
+from clseave_cli.processes import ahead, usable_cores
 from clseave_cli.progress import SILENT, Progress
+
+_IMAGE_BATCH = 32
+_IMAGES_AHEAD = 64
+
+Source = TypeVar("Source")
+Details = TypeVar("Details")
 
 
 class InferenceModel(Protocol):
     """An image tower, a sentence encoder per language, and the head.
 
     Attributes:
-        sources: the folder of the model that reads each language, CLIP-VE's language first.
+        sources: folder of the model that reads each language, CLIP-VE's language first.
         calibrations: temperature and thresholds of each language.
     """
 
@@ -36,7 +45,7 @@ class InferenceModel(Protocol):
 
     @property
     def preparation(self) -> Preparation | None:
-        """How a photo is cut for the image tower; None: not as by CLIP's."""
+        """How a photo is resized and cropped; None: not as CLIP does."""
         ...
 
     def prepare(self, image: Image.Image) -> Floats:
@@ -50,7 +59,7 @@ class InferenceModel(Protocol):
     def embed_sentences(
         self, lang: str, sentences: Sequence[str]
     ) -> tuple[Floats, npt.NDArray[np.bool_]]:
-        """(B, D) embeddings of B sentences, and (B,) which of them were cut at the limit."""
+        """(B, D) embeddings of B sentences, and (B,) whether each was truncated."""
         ...
 
     def probabilities(self, lang: str, hypotheses: Floats, premises: Floats) -> Floats:
@@ -58,19 +67,35 @@ class InferenceModel(Protocol):
         ...
 
     def attention(self, hypotheses: Floats, premises: Floats) -> Floats | None:
-        """(B, G, G) shares of the cells of the photos; None: the head sees no cells."""
+        """(B, G, G) attention to the cells of each photo, adding up to 1; None: no patches."""
         ...
 
 
-def own_language(runs: Path, student: Path | None = None) -> str:
-    """The language CLIP-VE itself reads, which an exported folder may lack; or that of a student.
+def embed_in_batches(
+    model: InferenceModel,
+    sources: Sequence[Source],
+    load: Callable[[Source], tuple[Floats | None, Details]],
+) -> Iterator[tuple[Source, tuple[Floats | None, Details]]]:
+    """Yields each source with an (E,) embedding and details; loads ahead in several threads.
 
-    Args:
-        runs: as for `load_model`.
-        student: likewise.
+    `load` returns an image's (3, height, width) pixels and details. Without pixels, there is no
+    embedding.
+    """
+    with ThreadPoolExecutor(max_workers=usable_cores()) as pool:
+        loaded = zip(sources, ahead(pool, load, sources, _IMAGES_AHEAD), strict=True)
+        while batch := list(islice(loaded, _IMAGE_BATCH)):
+            pixels = [each for _, (each, _) in batch if each is not None]
+            embeddings = iter(model.embed_images(np.stack(pixels)) if pixels else ())
+            for source, (each, details) in batch:
+                # A copy, so that a cached embedding does not keep its whole batch in memory.
+                yield source, (None if each is None else next(embeddings).copy(), details)
+
+
+def default_language(runs: Path, student: Path | None = None) -> str:
+    """The language of CLIP-VE, even if the exported folder cannot read it; or of a student.
 
     Raises:
-        ModelError: no such folder, or a damaged one.
+        ModelError: the folder is missing or damaged.
         UsageError: the student reads several languages.
     """
     from clseave_cli.core.prediction import onnx_model
@@ -81,7 +106,7 @@ def own_language(runs: Path, student: Path | None = None) -> str:
             raise UsageError(f"--student {student}: reads {', '.join(languages)}; choose --lang.")
         return languages[0]
     if onnx_model.is_exported(runs):
-        return onnx_model.own_language(runs)
+        return onnx_model.source_language(runs)
     from clseave_cli.core.models.clip_ve import source_language
 
     return source_language(runs / "clip-ve")
@@ -99,22 +124,22 @@ def load_model(
 ) -> InferenceModel:
     """Loads the models under `runs`, or a folder that `clseave export` wrote.
 
-    A sentence encoder may be loaded only when its language is first asked for.
+    Some sentence encoders are loaded only when their language is first used.
 
     Args:
-        runs: either folder. For an exported one, torch is not imported.
-        languages: that will be asked for; None: every one there is a model for.
-        device: where torch computes.
-        precision: how torch computes.
-        lasting: for many answers. An exported folder is then compared with its digests, and its
-            weights are arranged for this processor: seconds at the start, and a copy in memory,
-            for faster answers. Otherwise only its manifest is checked, and a tower's weights leave
-            memory when it has answered. Torch's models are always loaded to last.
-        student: what reads the sentences, instead of the models under `runs`.
-        progress: told of languages without a temperature.
+        runs: either folder; torch is not imported for an exported one.
+        languages: to read; None: every language that has a model.
+        device: torch's device.
+        precision: torch's precision.
+        lasting: whether many predictions follow. If so, an exported folder is verified against its
+            digests, and its weights are copied and rearranged for this processor: a slower start
+            for faster answers. If not, only the manifest is verified, and the image tower's weights
+            are released after use. Torch models ignore this.
+        student: folder of the student that reads the sentences, instead of those under `runs`.
+        progress: receives notes about languages without a temperature.
 
     Raises:
-        ClseaveError: no model for a language, a damaged one, a missing extra, no such device.
+        ClseaveError: a model or an extra is missing, a model is damaged, or the device is unknown.
     """
     from clseave_cli.core.prediction import onnx_model
 
@@ -126,7 +151,7 @@ def load_model(
     else:
         from clseave_cli.core.prediction.torch_model import TorchModel
 
-        model = TorchModel.from_runs(runs, languages, device, precision, student)
+        model = TorchModel(runs, languages, device, precision, student)
     if without := [k for k, each in model.calibrations.items() if each.temperature == 1]:
         progress.note(
             f"{', '.join(without)}: no temperature was fitted, so probabilities may be too sure; "

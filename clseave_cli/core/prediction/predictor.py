@@ -1,6 +1,6 @@
 """`predict`: the label of one image and sentence, or of many.
 
-Legend: N pairs · B images at once · D embedding width · G cells along a side of a photo.
+Legend: N pairs · E width of a premise · G cells along a side of a photo.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ import os
 import stat
 import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice, repeat
 from os.path import samestat
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -33,21 +32,22 @@ from clseave_cli.core.data.records import require_language
 from clseave_cli.core.data.rows import json_line
 from clseave_cli.core.files import writing
 from clseave_cli.core.prediction import Floats
-from clseave_cli.core.prediction.inference import InferenceModel, load_model, own_language
+from clseave_cli.core.prediction.inference import (
+    InferenceModel,
+    default_language,
+    embed_in_batches,
+    load_model,
+)
 from clseave_cli.errors import ClseaveError, DataError, ModelError, UsageError
 from clseave_cli.labels import LABELS, Answer, Label
-from clseave_cli.processes import ahead, usable_cores
 from clseave_cli.progress import SILENT, Progress
 
-#: In place of a language: that of each sentence, identified.
+#: In place of a language: identify that of each sentence.
 AUTO = "auto"
 
-#: Memory for image embeddings that are kept, so that a picture used often is encoded once: 32,768
-#: of 2 KiB at D = 512, or 166 with the patches of a ViT-B/16.
+#: Memory for cached image embeddings: 32,768 at D = 512, or 166 with the patches of a ViT-B/16.
 _KEPT_BYTES = 64 * 2**20
-_IMAGE_BATCH = 32
-_IMAGES_AHEAD = 64
-#: Identifying the language of a sentence takes a millisecond: too long for each of a million rows.
+#: Identifying a language takes a millisecond: too long for each of a million rows.
 _FEW_SENTENCES = 64
 
 #: A path, the content of an image file, an open one, a Pillow image, or uint8 (height, width, 3).
@@ -56,19 +56,18 @@ ImageSource = str | Path | bytes | BinaryIO | Image.Image | npt.NDArray[np.uint8
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of one image and sentence.
+    """The answer for one image and sentence.
 
     Attributes:
-        image: the image's path; the kind of object for an image that has none.
+        image: the image's path, or `the image` if it has none.
         hypothesis: the sentence.
         lang: its language.
-        label: the likeliest label, or `unsure`.
+        label: the most likely label, or `unsure`.
         probabilities: of every label, adding up to 1.
         model: folder of the model that read the sentence.
-        truncated: whether the sentence was too long and was cut.
-        warning: why the sentence is probably not in that language.
-        attention: (G, G) shares of the cells of the photo, where the head looked; None: it sees one
-            vector of the photo.
+        truncated: whether the sentence was too long and was truncated.
+        warning: why the sentence is probably not in `lang`.
+        attention: (G, G) attention to the cells of the photo, adding up to 1; None: no patches.
     """
 
     image: str
@@ -82,20 +81,20 @@ class Prediction:
     attention: Floats | None = field(default=None, compare=False, repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """The object `predict --json` prints; `truncated` and `warning` only where there is one."""
-        optional = ("truncated", "warning")
+        """The object `predict --json` prints; `truncated` and `warning` only if they are set."""
+        optional = ("truncated", "warning", "attention")
         fields = dataclasses.asdict(replace(self, attention=None))
-        return {k: v for k, v in fields.items() if v or k not in (*optional, "attention")}
+        return {key: value for key, value in fields.items() if value or key not in optional}
 
 
 @dataclass(frozen=True)
 class Photo:
-    """An image to judge, not decoded yet.
+    """An image that is not decoded yet.
 
     Attributes:
-        name: what messages and answers call it.
-        content: where it comes from, or why it cannot be read.
-        key: equal for equal pictures; of a file: path, time of change, size.
+        name: its path, or another name for messages and answers.
+        content: its source, or why it cannot be read.
+        key: equal for equal images; for a file: path, modification time, size.
     """
 
     name: str
@@ -104,7 +103,7 @@ class Photo:
 
     @classmethod
     def of(cls, source: ImageSource) -> Photo:
-        """Looks at a source, and reads it unless it is a path."""
+        """Reads a source, unless it is a path."""
         # The name of an open file may be missing, None, or a number.
         name = source if isinstance(source, str | Path) else getattr(source, "name", None)
         name = str(name) if isinstance(name, str | Path) else "the image"
@@ -130,11 +129,7 @@ class Photo:
         return cls(name, problem, problem)
 
     def decode(self) -> Image.Image:
-        """The picture in RGB, upright.
-
-        Raises:
-            DataError: it cannot be read, is damaged, or too large.
-        """
+        """The image in RGB, upright; raises `DataError` if it is damaged or too large."""
         if isinstance(self.content, DataError):
             raise self.content
         if isinstance(self.content, Image.Image):
@@ -144,15 +139,14 @@ class Photo:
 
 
 class VisualEntailment:
-    """Says whether images entail sentences.
+    """Predicts whether images entail sentences.
 
     Example:
         >>> model = VisualEntailment.from_pretrained("runs", lang="ja")
         >>> model("photo.jpg", "犬が走っている").label
 
     Attributes:
-        lang: the language of sentences for which none is named; `auto` where it is identified,
-            None where several were loaded.
+        lang: the default language; `auto`: identified; None: name one with each sentence.
     """
 
     def __init__(
@@ -162,14 +156,7 @@ class VisualEntailment:
         identifier: LanguageIdentifier | None = None,
         unsure: bool = False,
     ) -> None:
-        """Wraps a loaded model; `from_pretrained` loads one.
-
-        Args:
-            model: reads `lang`, or all languages of the identifier.
-            lang: the language, `auto`, or None: it has to be named with each sentence.
-            identifier: tells which language a sentence is in, for `auto`.
-            unsure: whether to answer `unsure` below the thresholds of languages that have any.
-        """
+        """Wraps a loaded model; `from_pretrained` loads one."""
         self.lang = lang
         self._model = model
         self._unsure = unsure
@@ -189,27 +176,27 @@ class VisualEntailment:
         unsure: bool = False,
         progress: Progress = SILENT,
     ) -> VisualEntailment:
-        """Loads the models under `runs` that read a language, or several.
+        """Loads the models under `runs` for one or several languages.
 
         Args:
-            runs: folder of the models, one that `clseave export` wrote, or a repository of the
-                hub, `ORG/NAME[@revision]`.
-            lang: language of the sentences, or several; `auto` identifies it among those there is
-                a model for (needs the extra `langid`); None: the one CLIP-VE itself reads.
-            device: `auto`, `cpu`, `cuda` or `cuda:N`; an exported model computes on the CPU.
-            precision: arithmetic of the matrix products; an exported model has its own.
-            student: a student's folder, or a repository of the hub: it reads every sentence.
-            lasting: as for `load_model`; False for one answer, soon and in little memory.
+            runs: folder of models, an exported folder, or a hub repository, `ORG/NAME[@revision]`.
+            lang: language of the sentences, or several; `auto`: identified among those that have a
+                model (needs the extra `langid`); None: CLIP-VE's language.
+            device: `auto`, `cpu`, `cuda` or `cuda:N`; an exported model runs on the CPU.
+            precision: of matrix products; an exported model's is fixed.
+            student: folder or hub repository of a student that reads every sentence.
+            lasting: False: start faster and use less memory, for one answer (`load_model`).
             unsure: answer `unsure` below the thresholds that `clseave calibrate` set.
-            progress: told of languages without a temperature.
+            progress: receives notes about languages without a temperature.
 
         Raises:
-            ClseaveError: no model for the language, a damaged one, an unknown device, or `unsure`
-                without thresholds.
+            ClseaveError: a model is missing or damaged, the device is unknown, or `unsure` has no
+                thresholds.
         """
-        runs, only = model_folder(Path(runs)), model_folder(Path(student)) if student else None
+        runs = model_folder(Path(runs))
+        student = model_folder(Path(student)) if student else None
         if lang is None:
-            lang = own_language(runs, only)
+            lang = default_language(runs, student)
         languages = [lang] if isinstance(lang, str) else list(lang)
         auto = languages == [AUTO]
         for each in languages if not auto else ():
@@ -220,7 +207,7 @@ class VisualEntailment:
             device=device,
             precision=precision,
             lasting=lasting,
-            student=only,
+            student=student,
             progress=progress,
         )
         for each in model.sources if unsure else ():
@@ -233,11 +220,11 @@ class VisualEntailment:
         return cls(model, languages[0] if len(languages) == 1 else None, identifier, unsure)
 
     def __call__(self, image: ImageSource, hypothesis: str, lang: str | None = None) -> Prediction:
-        """Judges one pair, and warns if the sentence is probably not in its language.
+        """Predicts one pair, and warns if the sentence is probably in another language.
 
         Raises:
-            ClseaveError: the image cannot be read, the hypothesis is empty, no model for the
-                language is loaded, or the model gives no finite probabilities.
+            ClseaveError: the image cannot be read, the hypothesis is empty, no model is loaded for
+                the language, or its probabilities are not finite.
         """
         result = self.predict([(image, hypothesis)], lang)[0]
         if isinstance(result, ClseaveError):
@@ -251,15 +238,14 @@ class VisualEntailment:
         pairs: Iterable[tuple[ImageSource, str]],
         lang: str | Sequence[str | None] | None = None,
     ) -> list[Prediction | ClseaveError]:
-        """Judges many pairs, computed together.
+        """Predicts many pairs together.
 
         Args:
-            pairs: N images and sentences; an image that occurs often is encoded once, and again
-                only when its file has changed.
-            lang: of all sentences, or of each; None: the one that was loaded.
+            pairs: N images and sentences; an image is encoded again only if its file changes.
+            lang: language of all sentences, or of each; None: the default.
 
         Returns:
-            N predictions in the same order; an error stands where a pair cannot be judged.
+            N predictions in the same order, with an error for each pair that has none.
 
         Raises:
             UsageError: no model is loaded for a language, or none is named.
@@ -274,7 +260,7 @@ class VisualEntailment:
             sentence = pairs[row][1]
             if photo.key in problems:
                 results[row] = problems[photo.key]
-            elif problem := problem_of(sentence):
+            elif problem := sentence_problem(sentence):
                 results[row] = DataError(f"{photo.name}: {problem}")
             else:
                 if sentence_lang == AUTO and self._identifier:
@@ -284,18 +270,17 @@ class VisualEntailment:
             source, sentences = self._model.sources[each], [pairs[row][1] for row in rows]
             hypotheses, truncated = self._model.embed_sentences(each, sentences)
             premises = np.stack([vectors[photos[row].key] for row in rows])
-            judged = self._model.probabilities(each, hypotheses, premises)
-            unsure = self._model.calibrations[each].is_unsure(judged) & self._unsure
+            probabilities = self._model.probabilities(each, hypotheses, premises)
+            unsure = self._model.calibrations[each].is_unsure(probabilities) & self._unsure
             attention = self._model.attention(hypotheses, premises)
-            looked = [None] * len(rows) if attention is None else attention
-            for row, sentence, scores, is_unsure, cut, where in zip(
-                rows, sentences, judged, unsure, truncated, looked, strict=True
+            cells = [None] * len(rows) if attention is None else attention
+            for row, sentence, scores, is_unsure, is_truncated, cell_shares in zip(
+                rows, sentences, probabilities, unsure, truncated, cells, strict=True
             ):
                 if not np.isfinite(scores).all():
                     results[row] = ModelError(
-                        f"{source}: gives probabilities that are not finite numbers; its weights "
-                        "or CLIP-VE's are damaged: copy or train it again. With --precision fp16, "
-                        "try fp32."
+                        f"{source}: probabilities are not finite; its weights or CLIP-VE's are "
+                        "damaged: copy or train it again. With --precision fp16, try fp32."
                     )
                     continue
                 results[row] = Prediction(
@@ -305,9 +290,9 @@ class VisualEntailment:
                     label="unsure" if is_unsure else LABELS[int(scores.argmax())],
                     probabilities=dict(zip(LABELS, scores.tolist(), strict=True)),
                     model=source,
-                    truncated=bool(cut),
+                    truncated=bool(is_truncated),
                     warning=language_warning(sentence, each, len(pairs) <= _FEW_SENTENCES),
-                    attention=where,
+                    attention=cell_shares,
                 )
         return [results[row] for row in range(len(pairs))]
 
@@ -317,23 +302,23 @@ class VisualEntailment:
         lang: str | Iterable[str | None] | None = None,
         batch_size: int = 256,
     ) -> Iterator[Prediction | ClseaveError]:
-        """Judges pairs as `predict` does, but as they come, `batch_size` in memory at once."""
+        """Predicts a stream of pairs as `predict` does, `batch_size` at a time."""
         pairs = iter(pairs)
         languages = repeat(lang) if lang is None or isinstance(lang, str) else iter(lang)
-        while some := list(islice(pairs, batch_size)):
-            yield from self.predict(some, list(islice(languages, len(some))))
+        while batch := list(islice(pairs, batch_size)):
+            yield from self.predict(batch, list(islice(languages, len(batch))))
 
     def explain(self, image: ImageSource, prediction: Prediction) -> Image.Image:
-        """The photo, coloured by where the head looked for a prediction, above its scale.
+        """A heat map of the head's attention for a prediction, over the photo.
 
         Raises:
-            UsageError: the head sees one vector of the photo, and no parts of it.
+            UsageError: the head sees no patches.
             DataError: the image cannot be read.
         """
         if prediction.attention is None:
             raise UsageError(
-                "this CLIP-VE sees one vector of the photo, so it looks nowhere in particular; "
-                "`clseave finetune-ve --head patches` trains one that sees its parts."
+                "this CLIP-VE reads the photo as one vector, so there is no attention to show; "
+                "`clseave finetune-ve --head patches` trains one that reads patches."
             )
         photo = Photo.of(image).decode()
         return heat_map(photo, prediction.attention, self._model.preparation)
@@ -341,43 +326,39 @@ class VisualEntailment:
     def _embed(
         self, photos: Mapping[Hashable, Photo]
     ) -> tuple[dict[Hashable, Floats], dict[Hashable, DataError]]:
-        """(E,) vectors of the photos that can be read, and what is wrong with the others."""
+        """(E,) vectors of the photos that can be read, and errors for the others."""
         vectors = {key: self._images[key] for key in photos if key in self._images}
         problems: dict[Hashable, DataError] = {}
         new = [photo for key, photo in photos.items() if key not in vectors]
-        with ThreadPoolExecutor(max_workers=usable_cores()) as pool:
-            decoded = zip(new, ahead(pool, self._prepare, new, _IMAGES_AHEAD), strict=True)
-            while batch := list(islice(decoded, _IMAGE_BATCH)):
-                problems |= {p.key: each for p, each in batch if isinstance(each, DataError)}
-                pixels = {p.key: each for p, each in batch if not isinstance(each, DataError)}
-                if pixels:
-                    embedded = self._model.embed_images(np.stack(list(pixels.values())))
-                    # Copies, so that what is kept does not keep the whole batch.
-                    vectors |= dict(zip(pixels, (each.copy() for each in embedded), strict=True))
-                    self._images |= vectors
+        for photo, (vector, problem) in embed_in_batches(self._model, new, self._load):
+            if problem is not None:
+                problems[photo.key] = problem
+            elif vector is not None:
+                vectors[photo.key] = self._images[photo.key] = vector
         num_bytes = next(iter(self._images.values())).nbytes if self._images else 0
         while len(self._images) * num_bytes > _KEPT_BYTES:
             del self._images[next(iter(self._images))]
         return vectors, problems
 
-    def _prepare(self, photo: Photo) -> Floats | DataError:
-        """(3, height, width) pixels; called from several threads."""
+    def _load(self, photo: Photo) -> tuple[Floats | None, DataError | None]:
         try:
-            return self._model.prepare(photo.decode())
+            return self._model.prepare(photo.decode()), None
         except DataError as error:
-            return error
+            return None, error
 
     def _languages(self, lang: str | Sequence[str | None] | None, count: int) -> list[str]:
-        """The language of each of N sentences."""
-        given = [lang] * count if lang is None or isinstance(lang, str) else list(lang)
-        if len(given) != count:
-            raise UsageError(f"lang: {len(given)} languages for {count} pairs; give one for each.")
+        """The language of each of `count` sentences."""
+        requested = [lang] * count if lang is None or isinstance(lang, str) else list(lang)
+        if len(requested) != count:
+            raise UsageError(
+                f"lang: {len(requested)} languages for {count} pairs; give one for each."
+            )
         allowed = {*self._model.sources, *([AUTO] if self._identifier else [])}
         languages = []
-        for each in (self.lang if each is None else each for each in given):
+        for each in (self.lang if each is None else each for each in requested):
             if each not in allowed:
                 raise UsageError(
-                    f"lang {each!r}: expected one of those loaded ({', '.join(sorted(allowed))}); "
+                    f"lang {each!r}: expected a loaded language ({', '.join(sorted(allowed))}); "
                     "from_pretrained(…, lang=[…]) loads several."
                 )
             languages.append(each)
@@ -386,7 +367,7 @@ class VisualEntailment:
 
 @dataclass
 class BatchResult:
-    """What became of an input: how many rows of each kind, and the first message of each."""
+    """Counts of answers, and the first warning and error."""
 
     num_predicted: int = 0
     num_errors: int = 0
@@ -396,7 +377,6 @@ class BatchResult:
     first_error: str | None = None
 
     def count(self, answers: Iterable[dict[str, Any]]) -> None:
-        """Counts answers, as they are written."""
         for answer in answers:
             self.num_predicted += "error" not in answer
             self.num_errors += "error" in answer
@@ -412,30 +392,34 @@ def predict_file(
     target: Path | BinaryIO,
     progress: Progress = SILENT,
 ) -> BatchResult:
-    """Judges every row of a file or stream, in order; memory does not grow with their number.
+    """Predicts every row of a file or stream, in order and in constant memory.
 
-    A row names `image` (a file's relative paths are looked up beside it) and `hypothesis`. A row
-    that cannot be judged gets `error` instead of `label`. A target file appears when it is
-    complete; until then, `TARGET.partial` holds the answers so far, for `config.resume`. With it, a
-    complete target is compared with the input in the same way, and gets the rows it lacks.
+    A row has `image` (relative to the file) and `hypothesis`. A row without a prediction gets
+    `error` instead of `label`. The target appears when it is complete; until then,
+    `TARGET.partial` holds the answers. `config.resume` continues either file after checking that
+    its answers belong to the input.
 
     Args:
-        config: models, language, and whether to go on with what an earlier run wrote.
-        source: as `data.pairs.Pairs` takes it.
-        target: where the answers go, in the format its name tells, or that of the source.
-        progress: told how many rows are done, and of sentences that were cut.
+        config: models, language, and whether to resume.
+        source: input of `data.pairs.Pairs`.
+        target: for the answers, in the format of its name or else of the source.
+        progress: receives notes about truncated sentences and warnings.
 
     Raises:
-        ClseaveError: the input cannot be read, a model is missing, or the answers to go on with are
-            damaged or of another run.
+        ClseaveError: the input cannot be read, a model is missing, or the answers to resume are
+            damaged or from another run.
     """
     tally = BatchResult()
-    lang = config.lang or own_language(config.runs, config.student)
+    lang = config.lang or default_language(config.runs, config.student)
     name = str(source) if isinstance(source, Path) else "stdin"
     base: Path | ImageFolder = source.parent if isinstance(source, Path) else Path()
     if config.images is not None:
         base = ImageFolder(config.images)
-    with _reading(source) as stream, ExitStack() as stack:
+    try:
+        reader = _opened(source, "rb")
+    except OSError as error:
+        raise DataError(f"{source}: cannot be read ({error.strerror}).") from None
+    with reader as stream, ExitStack() as stack:
         pairs = Pairs(stream, name, config.batch_size, config.image_column, config.text_column)
         batches = iter(pairs)
         answers = _answer_file(config, target, stream, pairs)
@@ -443,7 +427,7 @@ def predict_file(
             stack.enter_context(answers)
             batches = _unanswered(pairs, answers, lang, tally)
             if answers.finished:
-                # The first rows left to do come after all answers were compared with theirs.
+                # The first unanswered row comes only after all answers were checked.
                 first = next(batches, None)
                 if first is None:
                     return tally
@@ -453,21 +437,22 @@ def predict_file(
             config.runs, lang, config.device, config.precision, config.student,
             unsure=config.unsure, progress=progress,
         )  # fmt: skip
-        with _writing(answers, target) as out, progress.task("predict", unit="pairs") as task:
+        writer = answers.open() if answers else _opened(target, "wb")
+        with writer as out, progress.task("predict", unit="pairs") as task:
             for batch in batches:
-                outcomes = list(_judge_rows(model, base, batch, bool(pairs.whole)))
+                rows = list(_answer_rows(model, base, batch, bool(pairs.whole)))
                 if answers is None and (table := AnswerTable.of(pairs, None)):
                     is_first = not (tally.num_predicted or tally.num_errors)
-                    out.write(table.encode(outcomes, with_header=is_first))
+                    out.write(table.encode(rows, with_header=is_first))
                 else:
-                    out.write(b"".join(map(json_line, outcomes)))
+                    out.write(b"".join(map(json_line, rows)))
                 out.flush()
-                tally.count(outcomes)
-                task.advance(len(outcomes))
+                tally.count(rows)
+                task.advance(len(rows))
     if tally.num_truncated:
         progress.note(
-            f"{name}: {tally.num_truncated} hypotheses were too long and were cut at the encoder's "
-            "limit (`truncated`)."
+            f"{name}: {tally.num_truncated} hypotheses were too long and were truncated "
+            "(`truncated`)."
         )
     if tally.num_warnings:
         progress.note(
@@ -476,19 +461,14 @@ def predict_file(
     return tally
 
 
-def _reading(source: Path | BinaryIO) -> AbstractContextManager[BinaryIO]:
-    if not isinstance(source, Path):
-        return nullcontext(source)
-    try:
-        return source.open("rb")
-    except OSError as error:
-        raise DataError(f"{source}: cannot be read ({error.strerror}).") from None
+def _opened(file: Path | BinaryIO, mode: str) -> AbstractContextManager[BinaryIO]:
+    return cast(BinaryIO, file.open(mode)) if isinstance(file, Path) else nullcontext(file)
 
 
 def _answer_file(
     config: PredictConfig, target: Path | BinaryIO, source: BinaryIO, pairs: Pairs
 ) -> AnswerFile | None:
-    """The file of the answers; None for a pipe or device, which nothing can be added to later."""
+    """The file of the answers; None: a pipe or device, which cannot be resumed."""
     if isinstance(target, Path) and (target.is_file() or not target.exists()):
         if target.exists() and samestat(target.stat(), os.fstat(source.fileno())):
             raise UsageError(f"{target}: is both input and output; choose another --output.")
@@ -497,73 +477,61 @@ def _answer_file(
         with writing(target):
             return AnswerFile(target.resolve(), config.resume, table)
     if isinstance(target, Path) and target.is_dir():
-        raise UsageError(f"{target}: is a folder; expected a file for the answers.")
+        raise UsageError(f"{target}: is a folder; expected a file.")
     if config.resume:
         raise UsageError("--resume needs a file as --output.")
     return None
 
 
-def _writing(
-    answers: AnswerFile | None, target: Path | BinaryIO
-) -> AbstractContextManager[BinaryIO]:
-    if answers is not None:
-        return answers.open()
-    return target.open("wb") if isinstance(target, Path) else nullcontext(target)
-
-
 def _unanswered(
     pairs: Pairs, answers: AnswerFile, lang: str, tally: BatchResult
 ) -> Iterator[list[Pair | DataError]]:
-    """The rows that an earlier run left to do.
-
-    Raises:
-        ClseaveError: its answers are damaged, or those of other rows.
-    """
+    """The rows without an answer; raises `ClseaveError` if an answer belongs to another row."""
     earlier = answers.earlier()
     number = 0
     for batch in pairs:
-        todo = []
+        unanswered = []
         for row in batch:
             number += 1
             answer = next(earlier, None)
             if answer is None:
-                todo.append(row)
-            elif _answers(answer, row, lang, pairs):
+                unanswered.append(row)
+            elif _is_answer_to(answer, row, lang, pairs):
                 tally.count([answer])
             else:
-                raise _another_run(answers, number)
-        if todo:
-            yield todo
+                raise _mismatch(answers, number)
+        if unanswered:
+            yield unanswered
     if next(earlier, None) is not None:
-        raise _another_run(answers, number + 1)
+        raise _mismatch(answers, number + 1)
 
 
-def _answers(answer: dict[str, Any], row: Pair | DataError, lang: str, pairs: Pairs) -> bool:
+def _is_answer_to(answer: dict[str, Any], row: Pair | DataError, lang: str, pairs: Pairs) -> bool:
     if isinstance(row, DataError):
         return answer.keys() == {"error"}
-    same_language = lang == AUTO or answer.get("lang") == lang
-    answered = "label" in answer or "error" in answer
-    judged = answer.get("image"), answer.get("hypothesis")
     if pairs.whole:  # a table keeps the columns of its input
-        judged = pairs.named_by(answer)
-    return answered and same_language and judged == row[:2]
+        pair = pairs.named_by(answer)
+    else:
+        pair = answer.get("image"), answer.get("hypothesis")
+    is_complete = "label" in answer or "error" in answer
+    return is_complete and pair == row[:2] and lang in (AUTO, answer.get("lang"))
 
 
-def _another_run(answers: AnswerFile, number: int) -> ClseaveError:
-    what = "answers another row than the input has there, or in another language;"
+def _mismatch(answers: AnswerFile, number: int) -> ClseaveError:
+    message = "does not answer this row of the input, or is in another language;"
     if answers.finished:
-        what += " choose another --output, or leave out --resume to replace that file."
-        return DataError.at(answers.target, number, what)
-    what += " resume with what it was started with, or delete that file."
-    return UsageError(f"{answers.partial}:{number}: {what}")
+        message += " choose another --output, or omit --resume to replace the file."
+        return DataError.at(answers.target, number, message)
+    message += " resume with the original input and --lang, or delete the file."
+    return UsageError(f"{answers.partial}:{number}: {message}")
 
 
-def _judge_rows(
+def _answer_rows(
     model: VisualEntailment, base: Path | ImageFolder, rows: list[Pair | DataError], as_table: bool
 ) -> Iterator[dict[str, Any]]:
-    """The answers to some rows, each with the row's other columns, or as a row of a table."""
-    find = base.get if isinstance(base, ImageFolder) else base.joinpath
-    paths = [find(row.image) if isinstance(row, Pair) else None for row in rows]
+    """Yields an answer to each row, with the row's other columns."""
+    locate = base.get if isinstance(base, ImageFolder) else base.joinpath
+    paths = [locate(row.image) if isinstance(row, Pair) else None for row in rows]
     pairs = [
         (path, row.hypothesis)
         for path, row in zip(paths, rows, strict=True)
@@ -587,21 +555,21 @@ def _judge_rows(
 
 
 def _stamp(name: str) -> tuple[str, int, int]:
-    """What tells one state of an image file from another: path, time of change, size."""
+    """Path, modification time and size of an image file."""
     try:
-        status = os.stat(name)  # noqa: PTH116 - of the name as it is given
+        status = os.stat(name)  # noqa: PTH116 - Path would normalise the name
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"{name}: no such image.") from None
     except (OSError, ValueError) as error:  # such as a name too long, or with a NUL in it
         raise DataError(f"{name}: cannot be read ({error}).") from None
-    # Opening a pipe or a device could wait for ever.
+    # Opening a pipe or a device could block forever.
     if not stat.S_ISREG(status.st_mode):
         raise DataError(f"{name}: damaged or not an image (not a regular file).")
     return name, status.st_mtime_ns, status.st_size
 
 
-def problem_of(hypothesis: str) -> str | None:
-    """Why a sentence cannot be judged."""
+def sentence_problem(hypothesis: str) -> str | None:
+    """Why a sentence is refused."""
     if not hypothesis.strip():
         return "the hypothesis is empty; expected a sentence."
     try:

@@ -1,12 +1,11 @@
-"""A step as a CUDA graph: captured once for each shape of batch, then replayed.
+"""Training steps as CUDA graphs: captured once for each batch shape, then replayed.
 
-A training step on short sentences is a few thousand kernels of some microseconds each, and starting
-them one by one from Python takes several times as long as running them. A graph starts them all at
-once. It repeats what was captured to the letter: the same kernels on the same addresses. So a
-batch is copied into the graph's tensors first, and what a step leaves for the next one (weights,
-optimiser state, running statistics) must stay where it is. Random numbers move on from replay to
-replay as they would without a graph, so a state saved in between holds all that the next step
-needs.
+A training step on short sentences is a few thousand kernels of a few microseconds each; launching
+them one by one from Python takes several times as long as running them. A graph launches them all
+at once. It replays exactly what was captured: the same kernels on the same addresses. So each batch
+is first copied into the graph's tensors, and what one step leaves for the next (weights, optimiser
+state, running statistics) must stay at its address. Random numbers advance from replay to replay as
+they would without a graph, so a state saved in between holds all that the next step needs.
 """
 
 from __future__ import annotations
@@ -19,23 +18,19 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from clseave_cli.core.training.placement import on_device, tensors_of
+from clseave_cli.core.training.device import on_device, tensors_of
 
-#: Shapes that are captured: a bound on what the driver keeps for graphs. Filled-up batches of one
-#: size come in about ten, a batch in parts in three times as many.
-_MOST_GRAPHS = 48
-#: So many shapes of which none came twice, and no more is expected of this kind of batch.
-_MOST_SINGLE_SHAPES = 256
+#: Limits the memory that the driver keeps for graphs. Padded batches of one size come in about ten
+#: shapes, accumulated ones in three times as many.
+_MAX_GRAPHS = 48
+#: After this many shapes without a repetition, capturing is given up.
+_MAX_SINGLE_SHAPES = 256
 
 Batch = TypeVar("Batch")
 
 
 class CudaRecorder:
-    """CUDA graphs that share one pool of memory: at any time only one of them is being run.
-
-    Args:
-        device: of the work.
-    """
+    """Records CUDA graphs that share one memory pool; only one may run at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -45,31 +40,31 @@ class CudaRecorder:
         """Records `work` without running it.
 
         Returns:
-            What runs it again, and the tensor its result is written to each time.
+            A function that replays it, and the tensor that each replay writes its result to.
         """
         graph = torch.cuda.CUDAGraph()
-        # Another thread is locking pages for the next batches meanwhile, which is no part of this.
+        # Another thread pins memory for the next batches, which must not invalidate the capture.
         mode = "thread_local"
         try:
             with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode=mode):
                 result = work()
         except RuntimeError:
-            # The generator still takes itself for a part of the recording; a copy does not.
+            # The generator still believes that it is being captured; a clone does not.
             generator = torch.cuda.default_generators[self._stream.device_index]
             generator.graphsafe_set_state(generator.clone_state())
             raise
         return graph.replay, result
 
     @contextmanager
-    def beside(self) -> Iterator[None]:
-        """Where recorded and plain work both run, in order with what comes before and after."""
-        before = torch.cuda.current_stream(self._stream.device)
-        self._stream.wait_stream(before)
+    def stream(self) -> Iterator[None]:
+        """The stream for captured and eager work, ordered with the work before and after it."""
+        outer = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(outer)
         try:
             with torch.cuda.stream(self._stream):
                 yield
         finally:
-            before.wait_stream(self._stream)
+            outer.wait_stream(self._stream)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,17 +75,17 @@ class _Graph:
 
 
 class Captured(Generic[Batch]):
-    """A function of a batch, replayed for batches of a shape that it has met before.
+    """A function of a batch that is captured once for each batch shape, then replayed.
 
-    A shape's first batch is computed plainly, which also sets up what libraries set up once; its
-    second one is captured. The function must work on the device alone: no number may come back to
-    Python, and what it changes must be changed in place.
+    The first batch of a shape runs eagerly, which also initialises libraries; the second is
+    captured. The function must run on the device alone: it must return no number to Python, and
+    change tensors in place.
 
     Args:
-        function: of a batch on the device, to a tensor.
+        function: maps a batch on the device to a tensor.
         device: where it computes.
-        recorder: what captures; None: every batch is computed plainly.
-        note: told, in one line, when the function turns out not to be capturable.
+        recorder: captures it; None: every batch runs eagerly.
+        note: receives one line if the function cannot be captured.
     """
 
     def __init__(
@@ -104,61 +99,50 @@ class Captured(Generic[Batch]):
         self._device = device
         self._recorder = recorder
         self._note = note
-        self._met: set[Hashable] = set()
+        self._shapes: set[Hashable] = set()
         self._graphs: dict[Hashable, _Graph] = {}
 
-    @property
-    def num_graphs(self) -> int:
-        """How many shapes were captured."""
-        return len(self._graphs)
-
     def __call__(self, batch: Batch) -> Tensor:
-        """What the function makes of a batch, which may lie in page-locked memory.
-
-        The result is overwritten by the next call.
-        """
+        """The function of a batch, best in pinned memory; the next call overwrites the result."""
         recorder = self._recorder
         if recorder is None:
             return self._function(on_device(batch, self._device))
-        with recorder.beside():
+        with recorder.stream():
             shape = _shape(batch)
             graph = self._graphs.get(shape)
-            if graph is None and shape in self._met and len(self._graphs) < _MOST_GRAPHS:
+            if graph is None and shape in self._shapes and len(self._graphs) < _MAX_GRAPHS:
                 graph = self._capture(recorder, batch)
                 if graph is not None:
                     self._graphs[shape] = graph
             if graph is None:
-                self._remember(shape)
+                self._shapes.add(shape)
+                if not self._graphs and len(self._shapes) > _MAX_SINGLE_SHAPES:
+                    self._give_up("almost no two batches have the same shape")
                 return self._function(on_device(batch, self._device))
-            for copied, given in zip(graph.inputs, tensors_of(batch), strict=True):
-                copied.copy_(given, non_blocking=True)
+            for target, source in zip(graph.inputs, tensors_of(batch), strict=True):
+                target.copy_(source, non_blocking=True)
             graph.replay()
             return graph.result
 
     def _capture(self, recorder: CudaRecorder, batch: Batch) -> _Graph | None:
-        # Outside of the recording, so that the copies are no part of it.
-        copied = on_device(batch, self._device, copy=True)
+        # Before the capture, so that it does not include the copies.
+        inputs = on_device(batch, self._device, copy=True)
         try:
-            replay, result = recorder.capture(lambda: self._function(copied))
+            replay, result = recorder.capture(lambda: self._function(inputs))
         except RuntimeError as error:
             self._give_up(str(error).splitlines()[0])
             return None
-        return _Graph(tensors_of(copied), replay, result)
-
-    def _remember(self, shape: Hashable) -> None:
-        self._met.add(shape)
-        if not self._graphs and len(self._met) > _MOST_SINGLE_SHAPES:
-            self._give_up("hardly two batches have the same shape")
+        return _Graph(tensors_of(inputs), replay, result)
 
     def _give_up(self, reason: str) -> None:
-        """From now on every batch is computed plainly; says why."""
+        """Runs every further batch eagerly."""
         self._recorder = None
         self._graphs.clear()
         self._note(f"steps are not captured as CUDA graphs ({reason}); they run one by one.")
 
 
 def _shape(batch: Any) -> Hashable:
-    """What two batches have in common that one graph serves: all but the numbers in tensors."""
+    """Equal for batches that differ only in the values of their tensors."""
     if isinstance(batch, Tensor):
         return tuple(batch.shape), batch.dtype
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):

@@ -1,8 +1,8 @@
-"""Training state on disk: everything the next step depends on, as safetensors and JSON.
+"""Training states on disk: everything the next step depends on, as safetensors and JSON.
 
-A state is a folder `state-{step}`, written aside and renamed, with a digest per file. What is not
-stored is derived: the order of the examples from seed, epoch and the dev metrics of the last one,
-the learning rate from the step.
+A state is a folder `state-{step}`, written aside and renamed, with a digest of each file. The rest
+is derived: the order of the examples from seed, epoch and the last dev metrics, the learning rate
+from the step.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,66 +20,56 @@ from torch import Tensor, nn
 from clseave_cli.core.files import atomic_folder, file_digest, json_digest, read_json, write_json
 from clseave_cli.errors import ModelError
 
-#: Name of a state's folder.
-STATE = re.compile(r"state-\d+")
+STATE = re.compile(r"state-\d+")  # the name of a state's folder
 
 
 @dataclass
 class LoopState:
-    """Where the loop stands, apart from tensors.
+    """The loop's progress, apart from tensors. Names are keys of `state.json`."""
 
-    Attributes:
-        step: optimiser steps done.
-        pairs: examples trained on, repeats counted.
-        epoch: epochs done.
-        batch: batches of the current epoch done.
-        best: the best dev metric so far.
-        best_epoch: the epoch whose weights are kept, counted from 1.
-        dev: all dev metrics of that epoch.
-        last_dev: those of the last epoch done.
-        epochs_without_gain: epochs since the best dev metric.
-        sums: of the training loss and the stage's metrics over this epoch's examples.
-        num_seen: examples seen this epoch.
-        seconds: wall time of earlier sittings and this one.
-        metrics_bytes: length of metrics.jsonl at this point.
-        relaxed: whether something had no deterministic algorithm on the device.
-    """
-
-    step: int = 0
-    pairs: int = 0
-    epoch: int = 0
-    batch: int = 0
-    best: float | None = None
-    best_epoch: int = 0
-    dev: dict[str, float] | None = None
-    last_dev: dict[str, float] | None = None
-    epochs_without_gain: int = 0
+    step: int = 0  # optimiser steps completed
+    pairs: int = 0  # examples trained on, repetitions included
+    epoch: int = 0  # epochs completed
+    batch: int = 0  # batches of the current epoch completed
+    best: float | None = None  # the best dev metric so far
+    best_epoch: int = 0  # the epoch whose weights are kept, counted from 1
+    dev: dict[str, float] | None = None  # all dev metrics of that epoch
+    last_dev: dict[str, float] | None = None  # those of the last completed epoch
+    epochs_without_gain: int = 0  # since the best dev metric
+    #: Sums of the training loss and the stage's metrics over this epoch's examples.
     sums: list[float] = field(default_factory=list)
-    num_seen: int = 0
-    seconds: float = 0.0
-    metrics_bytes: int = 0
-    relaxed: bool = False
+    num_seen: int = 0  # examples of this epoch
+    seconds: float = 0.0  # wall time, over all resumptions
+    metrics_bytes: int = 0  # length of metrics.jsonl
+    relaxed: bool = False  # whether some operation has no deterministic algorithm
+
+
+class Trainee(NamedTuple):
+    """What a step changes."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    device: torch.device  # its random state
 
 
 def save_state(
-    folder: Path,
-    state: LoopState,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    best: dict[str, Tensor] | None,
-    device: torch.device,
+    folder: Path, state: LoopState, trainee: Trainee, best: dict[str, Tensor] | None
 ) -> None:
     """Writes `state-{step}` into `folder`, then removes older ones.
 
-    Of random numbers, those of the CPU and of `device` are kept. Every process goes on from them,
-    each on its own device, since between steps they are the same for all.
+    The random states of the CPU and of the device are saved. Between steps they are the same in
+    all processes, so each resumes from them on its device.
     """
+    module, optimizer, scaler, device = trainee
     target = folder / f"state-{state.step:08d}"
     with atomic_folder(target) as aside:
         save_file(snapshot(module), aside / "module.safetensors")
         save_file(_optimizer_tensors(optimizer), aside / "optimizer.safetensors")
-        save_file(_random_tensors(device), aside / "random.safetensors")
+        random = {"cpu": torch.random.get_rng_state()}
+        if device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(device)
+        save_file(random, aside / "random.safetensors")
         if best is not None:
             save_file(best, aside / "best.safetensors")
         files = {path.name: file_digest(path) for path in sorted(aside.iterdir())}
@@ -90,34 +80,33 @@ def save_state(
             shutil.rmtree(path)
 
 
-def load_state(
-    folder: Path,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    device: torch.device,
-) -> tuple[LoopState, dict[str, Tensor] | None] | None:
-    """Restores the newest sound state into the given objects, and the random numbers of `device`.
+def load_state(folder: Path, trainee: Trainee) -> tuple[LoopState, dict[str, Tensor] | None] | None:
+    """Restores the newest intact state.
 
     Returns:
-        Where the loop stands and the weights kept so far; None if there is no state.
+        The loop's progress and the weights kept so far; None if there is no state.
 
     Raises:
-        ModelError: there are states, and none is sound.
+        ModelError: all states are damaged.
     """
+    module, optimizer, scaler, device = trainee
     states = sorted(_states(folder), reverse=True)
     for path in states:
-        stored = _sound_record(path)
+        stored = _intact_record(path)
         if stored is None:
             continue
         restore(module, load_file(path / "module.safetensors"))
         _restore_optimizer(optimizer, load_file(path / "optimizer.safetensors"))
-        # Empty where the run scaled no loss so far: `auto` is another precision on another device.
+        # Empty if the loss was not scaled so far: `auto` may be another precision on this device.
         if scale := stored.pop("scaler"):
             scaler.load_state_dict(scale)
         best_path = path / "best.safetensors"
         best = load_file(best_path) if best_path.exists() else None
-        _restore_random(load_file(path / "random.safetensors"), device)
+        random = load_file(path / "random.safetensors")
+        torch.random.set_rng_state(random["cpu"])
+        # A run may resume on another device; one from the CPU keeps the GPU's seed.
+        if device.type == "cuda" and "cuda" in random:
+            torch.cuda.set_rng_state(random["cuda"], device)
         return LoopState(**stored), best
     if states:
         raise ModelError(
@@ -128,7 +117,7 @@ def load_state(
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of what training changes in a module, on the CPU: trained weights, and buffers."""
+    """Copies what training changes in a module, trained weights and buffers, to the CPU."""
     frozen = _frozen(module)
     return {
         name: value.detach().to("cpu", copy=True).contiguous()
@@ -138,18 +127,17 @@ def snapshot(module: nn.Module) -> dict[str, Tensor]:
 
 
 def restore(module: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Puts a snapshot back; those of earlier versions hold frozen weights too.
+    """Loads a snapshot; those of earlier versions hold frozen weights too.
 
     Raises:
-        RuntimeError: it is of another module.
+        RuntimeError: it belongs to another module.
     """
     report = module.load_state_dict(weights, strict=False)
-    if strange := {*report.missing_keys, *report.unexpected_keys} - _frozen(module):
-        raise RuntimeError(f"the state is of another module, which differs in {min(strange)}")
+    if mismatch := {*report.missing_keys, *report.unexpected_keys} - _frozen(module):
+        raise RuntimeError(f"the state is of another module, which differs in {min(mismatch)}")
 
 
 def _frozen(module: nn.Module) -> set[str]:
-    """Names of the weights that are not trained."""
     return {name for name, weight in module.named_parameters() if not weight.requires_grad}
 
 
@@ -157,15 +145,14 @@ def _states(folder: Path) -> list[Path]:
     return [path for path in folder.glob("state-*") if STATE.fullmatch(path.name)]
 
 
-def _sound_record(path: Path) -> dict[str, Any] | None:
-    """What a state says of itself; None if it, or a file that it lists, is damaged or missing."""
+def _intact_record(path: Path) -> dict[str, Any] | None:
+    """The contents of `state.json`; None if it, or a file that it lists, is damaged or missing."""
     try:
         record: dict[str, Any] = read_json(path / "state.json")
         intact = record.pop("digest") == json_digest(record)
         files = record.pop("files")
         intact &= all(file_digest(path / Path(name).name) == files[name] for name in files)
-    except Exception:
-        # Whatever is wrong with it, an unsound state is one we do not use.
+    except Exception:  # whatever is wrong, the state cannot be used
         return None
     return record if intact else None
 
@@ -186,17 +173,3 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tens
     optimizer.load_state_dict(
         {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
     )
-
-
-def _random_tensors(device: torch.device) -> dict[str, Tensor]:
-    tensors = {"cpu": torch.random.get_rng_state()}
-    if device.type == "cuda":
-        tensors["cuda"] = torch.cuda.get_rng_state(device)
-    return tensors
-
-
-def _restore_random(tensors: dict[str, Tensor], device: torch.device) -> None:
-    torch.random.set_rng_state(tensors["cpu"])
-    # A run may go on on another device; one that was on the CPU keeps the GPU's seed.
-    if device.type == "cuda" and "cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["cuda"], device)

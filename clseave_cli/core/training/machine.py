@@ -1,4 +1,4 @@
-"""What this installation and this machine can do: versions, devices, extras, speed."""
+"""Examines this installation and machine: versions, devices, extras, speed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from clseave_cli.version import __version__
 _PACKAGES = (
     "torch", "transformers", "tokenizers", "huggingface_hub", "onnxruntime", "numpy", "pillow",
 )  # fmt: skip
-#: By extra of the installation: what it is for, and the modules it brings.
+#: For each extra, its purpose and the modules it installs.
 EXTRAS = {
     "check": ("check reads HTML and Markdown", ("lxml", "markdown_it")),
     "langid": ("--lang auto, and warnings about the language", ("lingua",)),
@@ -38,36 +38,24 @@ EXTRAS = {
     "wandb": ("--tracker wandb", ("wandb",)),
     "trackio": ("--tracker trackio", ("trackio",)),
 }
-#: Rows, inputs and outputs of the matrix product in which an encoder of BERT's size spends most of
-#: its time, for a batch of 16 packed rows.
+#: The matrix product in which an encoder of BERT's size spends most of its time, for a batch of 16
+#: packed rows.
 _ROWS, _WIDTH, _INNER = 2048, 768, 3072
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What `examine` sees.
+    """The result of `examine`."""
 
-    Attributes:
-        versions: of clseave, Python and packages; `-` where one is missing.
-        devices: what torch can compute on.
-        threads: how many compute, and how they wait.
-        missing: the modules that are not installed, by name in `EXTRAS`.
-        speed: billions of floating-point operations a second, by device and arithmetic.
-    """
-
-    versions: dict[str, str]
-    devices: list[str]
-    threads: str
-    missing: dict[str, list[str]]
-    speed: dict[str, float]
+    versions: dict[str, str]  # of clseave, Python and packages; `-` for a missing one
+    devices: list[str]  # that torch can use
+    threads: str  # how many compute, and how they wait
+    missing: dict[str, list[str]]  # modules that are not installed, by key of `EXTRAS`
+    speed: dict[str, float]  # billions of operations a second, by device and precision
 
 
 def examine(seconds: float = 5.0) -> Machine:
-    """Looks at the installation and the machine.
-
-    Args:
-        seconds: how long to multiply matrices; 0: not at all.
-    """
+    """Examines the machine; measures its speed for some seconds, 0: not at all."""
     versions = {"clseave": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -79,25 +67,25 @@ def examine(seconds: float = 5.0) -> Machine:
         for name, (_, modules) in EXTRAS.items()
     }
     devices, products = _devices()
-    speed = {}
-    for name, product in products.items() if seconds else ():
-        speed[name] = _rate(product, seconds / len(products))
+    if not seconds:
+        products = {}
+    speed = {name: _rate(product, seconds / len(products)) for name, product in products.items()}
     return Machine(versions, devices, thread_policy(), missing, speed)
 
 
 def _devices() -> tuple[list[str], dict[str, Callable[[], object]]]:
-    """The devices, and a matrix product for each arithmetic that is worth comparing."""
+    """The devices, and a matrix product for each precision worth comparing."""
     cpu = f"cpu ({usable_cores()} cores)"
     try:
         import torch
     except ModuleNotFoundError:
         left, right = (np.ones(shape, np.float32) for shape in ((_ROWS, _WIDTH), (_WIDTH, _INNER)))
         return [cpu], {"cpu fp32": partial(_multiply, left, right)}
-    arithmetics = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     products: dict[str, Callable[[], object]] = {}
     names = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     for device in names[:1] or ["cpu"]:
-        for name, dtype in arithmetics.items():
+        for name, dtype in dtypes.items():
             if device != "cpu" or name != "fp16":
                 a = torch.ones(_ROWS, _WIDTH, dtype=dtype, device=device)
                 b = torch.ones(_WIDTH, _INNER, dtype=dtype, device=device)
@@ -107,14 +95,14 @@ def _devices() -> tuple[list[str], dict[str, Callable[[], object]]]:
 
 
 def _multiply(left: Any, right: Any) -> object:
-    return (left @ right)[0, 0].item()  # reading one number waits for the GPU
+    return (left @ right)[0, 0].item()  # reading a number waits for the GPU
 
 
 def _rate(product: Callable[[], object], seconds: float) -> float:
-    """Billions of operations a second; the first product, which warms up, does not count."""
+    """Billions of operations a second, without the first product, which warms up."""
     product()
     start, count = time.perf_counter(), 0
-    while (passed := time.perf_counter() - start) < seconds:
+    while (elapsed := time.perf_counter() - start) < seconds:
         product()
         count += 1
-    return count * 2 * _ROWS * _WIDTH * _INNER / passed / 1e9
+    return count * 2 * _ROWS * _WIDTH * _INNER / elapsed / 1e9

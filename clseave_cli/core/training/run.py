@@ -1,9 +1,8 @@
-"""The folder of a run: unfinished beside its target, published whole at the end.
+"""The folder of a run: partial beside its target during training, published whole at the end.
 
-While a stage trains, its record and saved states lie in `{out}.partial/training`. When it is done,
-the model and the record appear as `{out}` in one step and the partial folder goes. Of several
-processes the first one writes. It holds the lock of `{out}`, so whatever is half-written there or
-in the partial folder was left by a process that was killed.
+While a stage trains, its record and saved states are in `{out}.partial/training`. At the end, model
+and record appear as `{out}` in one step, and the partial folder is removed. Rank 0 does the
+writing. It holds the lock of `{out}`, so any half-written file was left by a killed process.
 """
 
 from __future__ import annotations
@@ -22,67 +21,53 @@ from typing import Any
 import torch
 import transformers
 
+from clseave_cli.core import files
 from clseave_cli.core.config import TrainingConfig
 from clseave_cli.core.data.hub import data_folder
 from clseave_cli.core.data.hypothesis_only import HYPOTHESIS_ONLY_FILE
 from clseave_cli.core.data.seen import SEEN_FILE, SeenRows
-from clseave_cli.core.files import (
-    Kind,
-    aside,
-    atomic_folder,
-    fsync_folder,
-    locked_target,
-    read_json,
-    require_replaceable,
-    sweep,
-    write_json,
-    writing,
-)
 from clseave_cli.core.training import tracking
 from clseave_cli.core.training.checkpoint import STATE
+from clseave_cli.core.training.device import Autocast, autocast, resolve_device
 from clseave_cli.core.training.distribution import processes
 from clseave_cli.core.training.loop import TrainingResult
-from clseave_cli.core.training.precision import Autocast, autocast, resolve_device
 from clseave_cli.errors import UsageError
 from clseave_cli.processes import is_first_process
 from clseave_cli.progress import Progress
 from clseave_cli.version import __version__
 
-#: Options that may differ between a run and its continuation.
+#: Options that may differ when a run is resumed.
 _FREE_OPTIONS = ("resume", "device", "checkpoint_minutes", "runs", "out", "tracker")
 _RECORDS = ("run.json", "metrics.jsonl", "summary.json")
 _TRAINING = (
     rf"training/(run\.json|metrics\.jsonl|summary\.json|{tracking.TENSORBOARD_FOLDER}/.+)"
     rf"|{re.escape(SEEN_FILE)}|{re.escape(HYPOTHESIS_ONLY_FILE)}"
 )
-#: What transformers writes into the folder of a whole model, which `pretrain` makes.
+#: The files of a Hugging Face model, which `pretrain` publishes.
 _HUGGING_FACE = (
     r"(\w*config|tokenizer|vocab|added_tokens|special_tokens_map|model\.safetensors\.index)\.json"
     r"|(vocab|merges)\.txt|[\w.]+\.model|chat_template\.jinja|model[\w-]*\.safetensors"
 )
-UNFINISHED = Kind(
+UNFINISHED = files.Kind(
     "an unfinished run",
     rf"lock|(.*/)?\.[^/]+\.clseave-[0-9a-f]{{8}}(/.*)?|training/{STATE.pattern}/.+|{_TRAINING}",
 )
 
 
 class Run:
-    """One stage's run, new or continued; a context manager.
-
-    Inside its block it is the only run into `out`, and its folder is there.
+    """A stage's run, new or resumed; a context manager that locks `out`.
 
     Args:
         stage: name of the stage.
-        out: folder the model will appear in.
+        out: folder of the finished model.
         config: every resolved option.
-        inputs: fingerprints of what the run reads (data files, models it starts from).
+        inputs: fingerprints of the data files and models that the run reads.
 
     Attributes:
-        folder: where the record and the states lie.
+        folder: of the record and the states; exists within the block.
 
     Raises:
-        UsageError: an unfinished run lies there and `--resume` was not given, or the options or
-            inputs differ from those of the run to be resumed.
+        UsageError: there is an unfinished run, without `--resume` or with other options or inputs.
         ClseaveError: another process is training there, or the tracker's package is missing.
     """
 
@@ -97,7 +82,7 @@ class Run:
         self._lock = ExitStack()
         self._record: dict[str, Any] = {
             "stage": stage,
-            # As JSON keeps them, to be compared with those of a run to be resumed.
+            # In JSON's types, to be compared with those of a run to resume.
             "options": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
             "inputs": inputs,
             "versions": {
@@ -111,7 +96,7 @@ class Run:
 
     def __enter__(self) -> Run:
         threads = processes().once(self._open)
-        # Sums depend on how many threads share them: a resumed run goes on with as many.
+        # Sums depend on the number of threads, so a resumed run keeps it.
         self._lock.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(threads)
         return self
@@ -120,33 +105,29 @@ class Run:
         self._lock.close()
 
     def _open(self) -> int:
-        """Makes or takes over the folder; returns the number of threads to train with."""
-        with writing(self._partial), ExitStack() as lock:
-            lock.enter_context(locked_target(self.out))
+        """Creates or takes over the folder; returns the number of threads to train with."""
+        with files.writing(self._partial), ExitStack() as lock:
+            lock.enter_context(files.locked_target(self.out))
             self._require_replaceable()
-            sweep(self.out.parent, re.escape(self._partial.name))
+            files.sweep(self.out.parent, re.escape(self._partial.name))
             if not self.folder.exists():
-                with atomic_folder(self.folder) as folder:
-                    write_json(folder / "run.json", self._record)
-                fsync_folder(self.out.parent)
+                with files.atomic_folder(self.folder) as folder:
+                    files.write_json(folder / "run.json", self._record)
+                files.fsync_folder(self.out.parent)
             elif not self._config.resume:
                 raise UsageError(
-                    f"{self._partial}: an unfinished run lies there; --resume continues it, "
-                    "deleting that folder forgets it."
+                    f"{self._partial}: there is an unfinished run; --resume continues it, "
+                    "deleting that folder discards it."
                 )
-            record = read_json(self.folder / "run.json")
+            record = files.read_json(self.folder / "run.json")
             self._require_same(record)
-            sweep(self._partial)
-            sweep(self.folder)
+            files.sweep(self._partial)
+            files.sweep(self.folder)
             self._lock = lock.pop_all()
         return int(record.get("threads", torch.get_num_threads()))
 
     def _require_same(self, record: dict[str, Any]) -> None:
-        """Refuses to resume a run that was started with other options or inputs.
-
-        Raises:
-            UsageError: names the first that differs.
-        """
+        """Raises a UsageError if the run was started with other options or inputs."""
         for group in ("options", "inputs"):
             for name, value in self._record[group].items():
                 old = record[group].get(name)
@@ -157,25 +138,22 @@ class Run:
                     )
 
     def _require_replaceable(self) -> None:
-        require_replaceable(self.out, model_kind(self._stage), self._config)
-        require_replaceable(self._partial, UNFINISHED)
+        files.require_replaceable(self.out, model_kind(self._stage), self._config)
+        files.require_replaceable(self._partial, UNFINISHED)
 
     def publish(
         self, save: Callable[[Path], Any], card: str, seen: Sequence[SeenRows] = ()
     ) -> None:
-        """Makes the finished model appear.
+        """Publishes the finished model, its files written by `save`, and the text of its card.
 
-        Args:
-            save: writes the model's files into the folder it is given.
-            card: text of the model card.
-            seen: the rows it was trained on, and those that chose its checkpoint.
+        `seen` are the rows that trained it, and those that selected its checkpoint.
 
         Raises:
             ClseaveError: the disk is full, or a file is in the way; the partial folder is kept.
         """
 
         def write() -> None:
-            with atomic_folder(self.out) as folder:
+            with files.atomic_folder(self.out) as folder:
                 save(folder)
                 (folder / "README.md").write_text(card, encoding="utf-8")
                 (folder / "training").mkdir(exist_ok=True)
@@ -186,26 +164,26 @@ class Run:
                 if seen:
                     SeenRows.union(seen).write(folder)
                 self._require_replaceable()
-            # In one step, so that a kill leaves no half of it behind to be resumed.
-            doomed = self._partial.rename(aside(self._partial))
-            shutil.rmtree(doomed, ignore_errors=True)
+            # In one step, so that a kill leaves no partial run to resume.
+            obsolete = self._partial.rename(files.aside(self._partial))
+            shutil.rmtree(obsolete, ignore_errors=True)
 
         processes().once(write)
 
 
 def is_complete(out: Path) -> bool:
-    """Whether a run published this folder and no newer one is under way."""
-    complete = (out / "training" / "summary.json").is_file()
-    return complete and not (_partial(out) / "training").exists()
+    """Whether a run published this folder, and there is no newer unfinished one."""
+    is_published = (out / "training" / "summary.json").is_file()
+    return is_published and not (_partial(out) / "training").exists()
 
 
 def finished_before(out: Path, progress: Progress) -> bool:
-    """Whether there is nothing to resume, since the run `is_complete`; then says so."""
+    """Whether the run `is_complete`, with a note; removes what a kill may have left."""
     if not is_complete(out):
         return False
     if is_first_process():
-        with locked_target(out):
-            sweep(out.parent, re.escape(_partial(out).name))
+        with files.locked_target(out):
+            files.sweep(out.parent, re.escape(_partial(out).name))
     progress.note(f"{out}: already complete.")
     return True
 
@@ -214,10 +192,10 @@ def _partial(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
-def model_kind(stage: str) -> Kind:
-    """The kind of folder that a stage's runs become."""
+def model_kind(stage: str) -> files.Kind:
+    """The kind of folder that a stage publishes."""
     members = rf"config\.json|calibration\.json|README\.md|{_TRAINING}"
-    return Kind(
+    return files.Kind(
         f"a model of `{stage}`",
         f"{members}|{_HUGGING_FACE}" if stage == "pretrain" else members,
         "training/run.json",
@@ -226,58 +204,45 @@ def model_kind(stage: str) -> Kind:
 
 
 def public_name(model: str) -> str:
-    """How a model card calls a model: its hub id, or a folder's name without the local path."""
+    """The model's name in a model card: its hub id, or its folder's name without the path."""
     path = Path(model)
     is_local = path.is_absolute() or path.is_dir() or len(path.parts) > 2
     return path.resolve().name if is_local else model
 
 
 def _same(old: Any, new: Any) -> bool:
-    if isinstance(old, str) and isinstance(new, str):
-        # `data` and `./data/` are one folder; other words are one only if they are equal.
+    if isinstance(old, str) and isinstance(new, str):  # `data` and `./data/` are the same folder
         return old == new or Path(old).resolve() == Path(new).resolve()
     return bool(old == new)
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage made.
-
-    Attributes:
-        folder: the model.
-        languages: what it reads, or was trained on; empty if that is no matter of language.
-        training: how the run went; None if it had been finished before.
-    """
+    """The model that a stage trained."""
 
     folder: Path
-    languages: tuple[str, ...]
-    training: TrainingResult | None
+    languages: tuple[str, ...]  # that it reads, or was trained on; empty if that does not apply
+    training: TrainingResult | None  # None: it was already complete
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What every stage settles before it reads its data.
-
-    Attributes:
-        device: the device to compute on.
-        autocast: the arithmetic.
-        data: the data folder; a data set of the hub has become one.
-    """
+    """The environment of a stage."""
 
     device: torch.device
     autocast: Autocast
-    data: Path
+    data: Path  # local, even for a data set of the hub
 
 
 def set_up(
     stage: str, config: TrainingConfig, data: str | Path, out: Path, progress: Progress
 ) -> Setup | None:
-    """Looks at target, device and data; None where `--resume` meets a finished run.
+    """Resolves device and data, and checks the target; None if `--resume` has nothing to resume.
 
     Raises:
         ClseaveError: one of them cannot be used.
     """
-    require_replaceable(out, model_kind(stage), config)
+    files.require_replaceable(out, model_kind(stage), config)
     if config.resume and finished_before(out, progress):
         return None
     device = resolve_device(config.device)

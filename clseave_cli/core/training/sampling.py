@@ -1,4 +1,4 @@
-"""What each of L languages gets of an epoch, and when each of them has learnt."""
+"""How an epoch is shared among L languages, and how soon each is learnt."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy.typing as npt
 Rows = npt.NDArray[np.intp]
 Shares = npt.NDArray[np.float64]
 
-#: The dev metric that self-paced sampling goes by; of a language, `recall_at_10/de`.
+#: The dev metric behind self-paced sampling; a language's is named `recall_at_10/de`.
 RECALL = "recall_at_10"
 
 #: τ of self-paced sampling, as in its source.
@@ -20,10 +20,10 @@ _LEARNT = 0.95
 
 
 def self_paced_shares(languages: Sequence[str], dev: Mapping[str, float]) -> Shares:
-    """(L,) shares of an epoch: softmax(−r/0.1), r the dev recall after the epoch before.
+    """(L,) shares of an epoch: softmax(−r/0.1), r the dev recall after the previous epoch.
 
-    All alike before the first evaluation. From visually grounded cross-lingual transfer,
-    "Multilingual as Multitask", a.
+    Equal before the first evaluation. From visually grounded cross-lingual transfer, "Multilingual
+    as Multitask", a.
     """
     recall = np.array([dev.get(f"{RECALL}/{lang}", 0.0) for lang in languages])
     weights = np.exp(-(recall - recall.min()) / _SELF_PACED_TEMPERATURE)
@@ -32,23 +32,23 @@ def self_paced_shares(languages: Sequence[str], dev: Mapping[str, float]) -> Sha
 
 
 def whole_parts(shares: Shares, total: int) -> Rows:
-    """Whole numbers in the ratio of the shares that sum to `total` (largest remainders)."""
+    """Integers proportional to the shares that sum to `total` (largest remainders)."""
     exact = shares * total
     parts = np.floor(exact).astype(np.intp)
-    short = total - int(parts.sum())
-    parts[np.argsort(parts - exact, kind="stable")[:short]] += 1
+    missing = total - int(parts.sum())
+    parts[np.argsort(parts - exact, kind="stable")[:missing]] += 1
     return parts
 
 
 def epochs_to_95(epochs: Sequence[Mapping[str, float]]) -> dict[str, int]:
-    """The epoch, from 1, in which each language first had 95 % of the recall it ended with.
+    """The first epoch, from 1, in which each language had 95 % of its final recall.
 
-    `epochs` are the dev metrics after each; where none is of a language, nothing is returned.
+    `epochs` holds the dev metrics after each. Empty if they are not by language.
     """
-    reached: dict[str, int] = {}
+    first: dict[str, int] = {}
     for name, recall in (epochs[-1] if epochs else {}).items():
         metric, _, lang = name.partition("/")
         if metric == RECALL and lang:
-            near = [dev.get(name, 0.0) >= _LEARNT * recall for dev in epochs]
-            reached[lang] = 1 + near.index(True)
-    return reached
+            is_learnt = [dev.get(name, 0.0) >= _LEARNT * recall for dev in epochs]
+            first[lang] = 1 + is_learnt.index(True)
+    return first

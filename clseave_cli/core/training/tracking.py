@@ -1,4 +1,4 @@
-"""Trackers: a run's metrics in TensorBoard, Weights & Biases or trackio. They get numbers only."""
+"""Sends a run's metrics, numbers only, to TensorBoard, Weights & Biases or trackio."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _WANDB |= {"console": "off", "save_code": False}
 
 
 def require(name: str) -> None:
-    """Raises a ClseaveError before the work if the package of a tracker is not installed."""
-    # Without an origin it is a folder of that name where the command runs: wandb makes one.
+    """Raises a ClseaveError if the tracker's package is not installed."""
+    # Without an origin it is a folder in the working directory: wandb makes one of its name.
     if name != "none" and getattr(importlib.util.find_spec(name), "origin", None) is None:
         raise ClseaveError(
             f"--tracker {name}: the package {name} is not installed; pip install -e '.[{name}]'."
@@ -35,19 +35,19 @@ def require(name: str) -> None:
 
 @contextmanager
 def tracker(
-    config: TrainingConfig, *, title: str, folder: Path, first_step: int, progress: Progress
+    config: TrainingConfig, title: str, folder: Path, first_step: int, progress: Progress
 ) -> Iterator[Callable[[dict[str, Any]], object]]:
-    """What shows records of `metrics.jsonl` in `config.tracker`, until that fails once."""
-    calls: list[Callable[..., Any]] = []  # to show a step's numbers, and to close
+    """Yields a function that sends a record of `metrics.jsonl`; does nothing after a failure."""
+    calls: list[Callable[..., Any]] = []  # one logs a step, the other closes the tracker
 
     def attempt(call: Callable[..., Any], *arguments: Any) -> Any:
         try:
-            with redirect_stdout(io.StringIO()):  # standard output belongs to the command's result
+            with redirect_stdout(io.StringIO()):  # stdout is for the command's result
                 return call(*arguments)
-        except Exception as error:  # whatever it is, the training is worth more
+        except Exception as error:  # whatever it is, training must not stop
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            rest = "the run goes on without it, metrics.jsonl has everything."
-            progress.note(f"--tracker {config.tracker}: failed ({reason}); {rest}")
+            advice = "the run continues without it; metrics.jsonl has everything."
+            progress.note(f"--tracker {config.tracker}: failed ({reason}); {advice}")
             calls.clear()
 
     if config.tracker != "none" and is_first_process():  # several processes are one run
@@ -61,7 +61,7 @@ def tracker(
 
 
 def _numbers(record: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a record, those of an object in it under `name/key`."""
+    """The numbers of a record, dev metrics as `dev/name`."""
     dev = {f"dev/{name}": value for name, value in record.get("dev", {}).items()}
     return {k: v for k, v in (record | dev).items() if isinstance(v, int | float) and k != "step"}
 
@@ -70,7 +70,7 @@ def _open(config: TrainingConfig, title: str, folder: Path, first_step: int) -> 
     if config.tracker == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
-        # The step hides what an interrupted run wrote after its last state.
+        # Hides what an interrupted run wrote after its last state.
         writer: Any = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=first_step)
         return lambda step, n: [writer.add_scalar(*item, step) for item in n.items()], writer.close
     service: Any = importlib.import_module(config.tracker)

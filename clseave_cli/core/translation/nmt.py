@@ -224,7 +224,7 @@ def _torch_decoder(name: str, codec: Codec, config: TranslateConfig) -> Decoder:
     from transformers import AutoModelForSeq2SeqLM
 
     from clseave_cli.core.models.weights import load_model
-    from clseave_cli.core.training.precision import resolve_device
+    from clseave_cli.core.training.device import resolve_device
 
     device = resolve_device(config.device)
     dtype = getattr(torch, _TYPES[_precision(config)])
@@ -259,7 +259,7 @@ def _ctranslate_decoder(name: str, revision: str, codec: Codec, config: Translat
     """A decoder in CTranslate2."""
     import ctranslate2
 
-    from clseave_cli.core.training.precision import resolve_device
+    from clseave_cli.core.training.device import resolve_device
 
     folder = _converted(name, revision)
     device = resolve_device(config.device)
@@ -342,7 +342,7 @@ def _precision(config: TranslateConfig) -> str:
     is_linux = sys.platform == "linux"
     if config.device == "cpu" or (is_linux and not any(map(os.path.exists, _GPU_DEVICES))):
         return "fp32"  # saves the seconds of importing torch
-    from clseave_cli.core.training.precision import resolve_device, resolve_precision
+    from clseave_cli.core.training.device import resolve_device, resolve_precision
 
     device = resolve_device(config.device)
     return "fp32" if device.type == "cpu" else resolve_precision("auto", device)

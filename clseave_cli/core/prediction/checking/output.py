@@ -1,4 +1,4 @@
-"""The findings in the formats that people, scripts and code hosts read, and the page."""
+"""Writes findings in every output format, and as a page to review."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from clseave_cli.core.prediction.checking.findings import RULES, Checked, CheckR
 from clseave_cli.errors import UsageError
 from clseave_cli.version import __version__
 
-#: What a terminal would obey, or show in another order, and what XML cannot hold.
-_UNSEEN = re.compile(
+#: Characters that control a terminal or its text direction, or that XML does not allow.
+_CONTROLS = re.compile(
     "[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2028\u2029\u2066-\u2069\ufffe\uffff]"
 )
 _MARK = "<!-- clseave check: report -->"
-#: More findings than these nobody goes through by hand.
+#: Nobody reviews more findings by hand.
 _MOST_ON_PAGE = 2000
 
 
 def render(result: CheckResult, format: str) -> str:
-    """The findings in a format of `--format`."""
+    """The output of `--format`."""
     return {
         "text": _text, "json": _json, "jsonl": _json_lines, "junit": _junit, "sarif": _sarif,
         "github": _github,
@@ -36,7 +36,6 @@ def render(result: CheckResult, format: str) -> str:
 
 
 def summary_line(result: CheckResult) -> str:
-    """One line of counts."""
     counts: Any = result.summary()
     parts = [f"{counts['texts']} texts"]
     parts += [f"{number} {name}" for name, number in counts["verdicts"].items()]
@@ -54,7 +53,7 @@ def summary_line(result: CheckResult) -> str:
 
 
 def _visible(text: str) -> str:
-    return _UNSEEN.sub("�", text)
+    return _CONTROLS.sub("�", text)
 
 
 def _short(text: str, length: int) -> str:
@@ -62,22 +61,23 @@ def _short(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def _by_file(found: list[Checked]) -> Iterator[tuple[str, list[Checked]]]:
-    for file, group in groupby(found, key=lambda checked: checked.text.file):
+def _by_file(texts: list[Checked]) -> Iterator[tuple[str, list[Checked]]]:
+    for file, group in groupby(texts, key=lambda checked: checked.text.file):
         yield file, list(group)
 
 
 def _text(result: CheckResult) -> str:
     lines = []
-    for file, group in _by_file(result.found):
+    for file, group in _by_file(result.flagged):
         lines.append(_visible(file))
         for checked in group:
-            place = _short(str(checked.text.where), 24)
+            place = _short(str(checked.text.place), 24)
             image = _short(checked.text.picture.name.rpartition("/")[2], 28)
             for finding in checked.findings:
-                said = f'"{_short(checked.text.text, 90)}" ' if checked.text.text else ""
-                about = f"{said}· {_visible(finding.message)}" if said else finding.message
-                lines.append(f"{place:>6}  {finding.rule:<11}  {image:<28}  {_visible(about)}")
+                message = _visible(finding.message)
+                if checked.text.text:
+                    message = f'"{_short(checked.text.text, 90)}" · {message}'
+                lines.append(f"{place:>6}  {finding.rule:<11}  {image:<28}  {message}")
         lines.append("")
     return "\n".join([*lines, summary_line(result)]) + "\n"
 
@@ -100,7 +100,7 @@ def _junit(result: CheckResult) -> str:
             suites, "testsuite", name=_visible(file), tests=str(len(group)), failures=str(failures)
         )
         for checked in group:
-            name = f"{checked.text.where} {checked.text.picture.name}"
+            name = f"{checked.text.place} {checked.text.picture.name}"
             case = ElementTree.SubElement(
                 suite, "testcase", classname=_visible(file), name=_visible(name)
             )
@@ -117,10 +117,10 @@ def _junit(result: CheckResult) -> str:
 
 def _sarif(result: CheckResult) -> str:
     results = []
-    for checked in result.found:
+    for checked in result.flagged:
         place: dict[str, Any] = {"artifactLocation": {"uri": quote(checked.text.file)}}
-        if isinstance(checked.text.where, int):
-            place["region"] = {"startLine": checked.text.where}
+        if isinstance(checked.text.place, int):
+            place["region"] = {"startLine": checked.text.place}
         for finding in checked.findings:
             results.append(
                 {
@@ -142,33 +142,31 @@ def _sarif(result: CheckResult) -> str:
 
 
 def _sentence(checked: Checked, message: str) -> str:
-    said = f" “{checked.text.text}”" if checked.text.text else ""
-    return _visible(f"{checked.text.picture.name or checked.text.file}:{said} {message}.")
+    text = f" “{checked.text.text}”" if checked.text.text else ""
+    return _visible(f"{checked.text.picture.name or checked.text.file}:{text} {message}.")
 
 
 def _github(result: CheckResult) -> str:
-    """Workflow commands, which become annotations of the lines."""
+    """Workflow commands, which GitHub shows as annotations of lines."""
 
     def escaped(text: str) -> str:
         return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
     lines = []
-    for checked in result.found:
+    for checked in result.flagged:
         file = escaped(checked.text.file).replace(":", "%3A").replace(",", "%2C")
-        line = checked.text.where
-        where = f"file={file}" + (f",line={line}" if isinstance(line, int) else "")
+        line = checked.text.place
+        properties = f"file={file}" + (f",line={line}" if isinstance(line, int) else "")
         for finding in checked.findings:
             message = escaped(_sentence(checked, finding.message))
-            lines.append(f"::{finding.level} {where},title=clseave {finding.rule}::{message}\n")
+            lines.append(
+                f"::{finding.level} {properties},title=clseave {finding.rule}::{message}\n"
+            )
     return "".join(lines)
 
 
 def report_target(folder: Path) -> Path:
-    """The page of a report in a folder.
-
-    Raises:
-        UsageError: another `index.html` is there.
-    """
+    """The page of a report; raises `UsageError` if the folder has another `index.html`."""
     target = folder / "index.html"
     if target.exists() and _MARK.encode() not in target.read_bytes()[:200]:
         raise UsageError(
@@ -178,21 +176,17 @@ def report_target(folder: Path) -> Path:
 
 
 def write_report(target: Path, result: CheckResult) -> None:
-    """Writes a page to go through the findings by hand, the worst first, pictures included.
-
-    Raises:
-        ClseaveError: the disk is full or read-only.
-    """
-    found = sorted(result.found, key=lambda checked: checked.rank)
+    """Writes a self-contained page to review the findings, the worst first."""
+    flagged = sorted(result.flagged, key=lambda checked: checked.rank)
     entries = []
-    for checked in found[:_MOST_ON_PAGE]:
+    for checked in flagged[:_MOST_ON_PAGE]:
         picture = base64.b64encode(checked.thumbnail).decode()
         entries.append(checked.to_json() | {"thumbnail": picture})
     data = json.dumps(
-        {"entries": entries, "summary": summary_line(result), "total": len(found)},
+        {"entries": entries, "summary": summary_line(result), "total": len(flagged)},
         ensure_ascii=False,
     )
-    # Nothing in a string may end the script or open a comment in it.
+    # No string may close the script or open a comment.
     data = data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     page = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     with atomic_file(target) as stream:

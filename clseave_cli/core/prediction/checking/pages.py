@@ -1,4 +1,4 @@
-"""The images of HTML and Markdown, their texts, and the lines they are in."""
+"""Reads images, their texts and their lines from HTML and Markdown."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from clseave_cli.errors import DataError, ExtraMissing
 
 _MAX_CANDIDATES = 8
 _MAX_BLOCK = 20_000
-#: Where a page is cut: before the tags whose lines are asked for.
+#: Tags whose lines are needed: a page is fed to the parser in pieces that begin with them.
 _TAG = re.compile(r"<(?:img|figcaption)", re.IGNORECASE)
-#: The encodings of pages; Python knows others that are none, or slow on purpose-made input.
+#: Accepted encodings; some of Python's others are no text encodings, or slow on crafted input.
 _ENCODING = re.compile(
     r"utf-8|windows-125\d|iso-8859-\d+|koi8-[ru]|shift_jis|euc-(jp|kr)|gb(k|2312|18030)|big5", re.I
 )
@@ -27,12 +27,12 @@ class Image:
     """An image of a page.
 
     Attributes:
-        line: where it is, from 1.
-        text: its alt text or caption; None where there is none.
-        sources: the references that may lead to it.
-        base: what relative ones are relative to, where the page says so.
+        line: from 1.
+        text: alt text or caption; None: neither.
+        sources: alternative references to the image.
+        base: the page's `<base href>`.
         lang: the language that the page declares.
-        decorative: whether the page says that it means nothing.
+        decorative: whether the page marks it as decorative.
     """
 
     line: int
@@ -44,7 +44,7 @@ class Image:
 
 
 def decoded(content: bytes) -> str:
-    """Text in the encoding that it declares, or UTF-8."""
+    """Decodes text from the encoding that it declares, or UTF-8."""
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return content.decode("utf-16", "replace")
     declared = _CHARSET.search(content[:1024])
@@ -54,27 +54,17 @@ def decoded(content: bytes) -> str:
 
 
 def read_html(content: bytes) -> list[Image]:
-    """The images of a page, in order.
-
-    Raises:
-        DataError: it cannot be parsed.
-        ExtraMissing: lxml is not installed.
-    """
-    return _Page(decoded(content), 0).found
+    """The images of a page, in order; raises `DataError` if it cannot be parsed."""
+    return _Page(decoded(content), 0).images
 
 
 def read_markdown(content: bytes) -> Iterator[Image]:
-    """The images of a Markdown text, those in its HTML included.
-
-    Raises:
-        DataError: it cannot be parsed.
-        ExtraMissing: markdown-it-py or lxml is not installed.
-    """
+    """The images of a Markdown text, including those in its HTML."""
     try:
         from markdown_it import MarkdownIt
     except ImportError as error:
         raise _missing(error) from None
-    # What is inside a block is parsed here: in a very long one, that takes quadratic time.
+    # Inline parsing takes quadratic time, so the length of blocks is checked first.
     parser = MarkdownIt("commonmark").enable("table").disable("inline")
     env: dict[str, Any] = {}
     for block in parser.parse(decoded(content), env):
@@ -85,13 +75,13 @@ def read_markdown(content: bytes) -> Iterator[Image]:
         if block.type == "inline":
             parser.inline.parse(block.content, parser, env, inside)
         if block.type == "html_block":
-            yield from _Page(block.content, line).found
+            yield from _Page(block.content, line).images
         for token in inside:
             if token.type == "image":
                 alt = "".join(_plain(child) for child in token.children or ())
                 yield Image(line + 1, alt, (str(token.attrGet("src") or ""),))
             elif token.type == "html_inline" and token.content[:4].lower() == "<img":
-                yield from _Page(token.content, line).found
+                yield from _Page(token.content, line).images
             line += token.content.count("\n") + (token.type in ("softbreak", "hardbreak"))
 
 
@@ -114,20 +104,17 @@ class _Figure:
 
 
 class _Page:
-    """The target of lxml's parser, which is fed in pieces that begin where the tags asked for do.
-
-    It builds no tree: neither depth nor number of lines has a limit.
-    """
+    """Target of lxml's parser; without a tree, neither depth nor length of a page is limited."""
 
     def __init__(self, source: str, lines_before: int) -> None:
         try:
             from lxml import etree
         except ImportError as error:
             raise _missing(error) from None
-        self.found: list[Image] = []
-        self._lines: dict[str, int] = {}  # where the last tag of a name began
+        self.images: list[Image] = []
+        self._lines: dict[str, int] = {}  # of the last tag by name
         self._base = self._lang = ""
-        self._sources: list[str] = []  # of the <picture> around
+        self._sources: list[str] = []  # of the enclosing <picture>
         self._figures: list[_Figure] = []
         self._is_code = False
         if not source.strip():
@@ -143,7 +130,7 @@ class _Page:
                 line += piece.count("\n")
             parser.close()
         except etree.LxmlError as error:
-            raise DataError(f"not HTML that can be read ({error}).") from None
+            raise DataError(f"HTML cannot be parsed ({error}).") from None
         while self._figures:
             self._close_figure()
 
@@ -198,16 +185,16 @@ class _Page:
             or attributes.get("role") in ("presentation", "none")
             or attributes.get("aria-hidden") == "true",
         )  # fmt: skip
-        (self._figures[-1].images if self._figures else self.found).append(image)
+        (self._figures[-1].images if self._figures else self.images).append(image)
 
     def _close_figure(self) -> None:
         figure = self._figures.pop()
-        # A picture with a caption needs no other text, and a caption of many describes none.
+        # A captioned image needs no alt text; a caption of several images describes none of them.
         caption = "".join(figure.caption).strip() if len(figure.images) == 1 else ""
-        self.found += [i for i in figure.images if not caption or (i.text and not i.decorative)]
+        self.images += [i for i in figure.images if not caption or (i.text and not i.decorative)]
         if caption:
             image = figure.images[0]
-            self.found.append(replace(image, line=figure.line, text=caption, decorative=False))
+            self.images.append(replace(image, line=figure.line, text=caption, decorative=False))
 
 
 def _candidates(srcset: str) -> list[str]:
@@ -216,7 +203,7 @@ def _candidates(srcset: str) -> list[str]:
     while (srcset := srcset.strip(" \t\r\n\f,")) and len(urls) < _MAX_CANDIDATES:
         url, *rest = srcset.split(None, 1)
         srcset = rest[0] if rest else ""
-        if not url.endswith(","):  # up to the next comma goes its width or density
+        if not url.endswith(","):  # skip its width or density, up to the next comma
             srcset = srcset.partition(",")[2]
         urls.append(url.rstrip(","))
     return urls

@@ -1,8 +1,7 @@
-"""Where the pictures of a page or table are: inside the folder given, in a `data:` URI, or remote.
+"""Locates the pictures of pages and tables: inside the folder, in a `data:` URI, or remote.
 
-References come from files that nobody vouches for. A path leads to a picture only if the file it
-names, symbolic links followed, is inside the folder; a remote picture is requested only on demand,
-and only from public addresses.
+References come from untrusted files. A file is read only if it is inside the folder after resolving
+symbolic links; a remote picture is requested only on demand, and only from public addresses.
 """
 
 from __future__ import annotations
@@ -25,23 +24,23 @@ from urllib.parse import SplitResult, quote, unquote, unquote_to_bytes, urljoin,
 
 from clseave_cli.errors import DataError
 
-#: Largest picture, in bytes, wherever it comes from.
+#: Largest picture.
 MAX_BYTES = 64 << 20
 _MAX_REDIRECTS = 5
 _FETCH_SECONDS = 20.0
 _CONTROLS = re.compile(r"[\x00-\x20\x7f-\x9f]+")
-#: IPv6 addresses that a gateway turns into the IPv4 address in their last 32 bits.
+#: IPv6 addresses that a gateway translates to the IPv4 address in their last 32 bits.
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that a text belongs to.
+    """A picture of a text.
 
     Attributes:
-        name: what messages call it: the reference, shortened.
-        source: a file inside the folder, the bytes themselves, or a URL to request.
-        skipped: why it cannot be looked at, where `source` is None.
+        name: the reference, shortened for messages.
+        source: a file inside the folder, the encoded picture, or a URL to request.
+        skipped: why there is no `source`.
     """
 
     name: str
@@ -50,17 +49,13 @@ class Picture:
 
     @property
     def key(self) -> str:
-        """The same for the same picture."""
+        """Equal for the same picture."""
         if isinstance(self.source, bytes):
             return hashlib.blake2b(self.source, digest_size=16).hexdigest()
         return str(self.source or self.name)
 
     def read(self) -> bytes:
-        """The encoded picture.
-
-        Raises:
-            DataError: it cannot be read or is too large.
-        """
+        """The encoded picture; raises `DataError` if it cannot be read or is too large."""
         if self.source is None:
             raise DataError(self.skipped)
         if isinstance(self.source, str):
@@ -79,45 +74,36 @@ class Picture:
 
 
 class Locator:
-    """Turns references into pictures.
-
-    Args:
-        root: the folder that no path may lead out of.
-        fetching: whether remote pictures may be requested.
-    """
+    """Resolves references to pictures inside `root`, and to remote ones if `fetching`."""
 
     def __init__(self, root: Path, fetching: bool) -> None:
         self._root = root.resolve()
         self._fetching = fetching
-        self._one = lru_cache(1 << 14)(self._find)  # a logo is on every page
+        self._resolve_cached = lru_cache(1 << 14)(self._resolve)  # a logo is on every page
 
     def file(self, reference: str, folder: Path) -> Picture:
-        """The picture that a path or URL in a table names, relative to `folder`."""
+        """The picture at a path or URL in a table, relative to `folder`."""
         if re.match(r"https?://", reference, re.IGNORECASE):
             return self._remote(reference)
         return self._inside(folder / reference, _short(reference))
 
     def web(self, references: Iterable[str | None], folder: Path, base: str = "") -> Picture:
-        """The picture that the references of one `<img>` or link lead to.
+        """The picture of one `<img>` or link in a page of `folder` with `<base href>`.
 
-        Args:
-            references: alternatives; a file is preferred to a request, and that to a `data:` URI,
-                which often only holds the place until a script loads the picture.
-            folder: where the page is.
-            base: the page's `<base href>`.
+        Of its references, a file is preferred to a URL, and a URL to a `data:` URI, which is often
+        only a placeholder until a script loads the picture.
         """
-        plain = (reference.strip() for reference in references if reference)
         pictures = [
             _data_uri(reference)
             if reference[:5].lower() == "data:"
-            else self._one(reference, folder, base)
-            for reference in plain
+            else self._resolve_cached(reference, folder, base)
+            for reference in ((each or "").strip() for each in references)
             if reference
         ]
         return min(pictures, key=_rank, default=Picture("", None, "no source"))
 
-    def _find(self, reference: str, folder: Path, base: str) -> Picture:
-        # As browsers do: line breaks are dropped, and a backslash is a slash.
+    def _resolve(self, reference: str, folder: Path, base: str) -> Picture:
+        # Like browsers: drop line breaks, and treat a backslash as a slash.
         plain = re.sub(r"[\t\r\n]", "", reference).replace("\\", "/")
         name = _short(reference)
         try:
@@ -130,7 +116,7 @@ class Locator:
         if parts.scheme:  # file:, a Windows drive, …
             return Picture(name, None, "outside the folder")
         path = unquote(parts.path)
-        # A path from the root of the site, which the folder stands for.
+        # An absolute path starts at the root of the site, which is the folder.
         start = self._root if path.startswith("/") else folder
         return self._inside(start / path.lstrip("/"), name)
 
@@ -142,7 +128,7 @@ class Locator:
             real = path.resolve()
             if not real.is_relative_to(self._root):
                 return Picture(name, None, "outside the folder")
-            # Opening a pipe or a device could wait for ever.
+            # Opening a pipe or a device could block forever.
             if stat.S_ISREG(real.stat().st_mode):
                 return Picture(name, real)
         except (OSError, ValueError, RuntimeError):  # a loop of links, a NUL, a name too long, …
@@ -176,10 +162,11 @@ def _data_uri(text: str) -> Picture:
 
 
 def fetch(url: str) -> bytes:
-    """The body of a picture's URL, redirects followed.
+    """Downloads a picture, following redirects.
 
     Raises:
-        DataError: not http(s), not a public address, an error, too large, or too slow.
+        DataError: the URL is not http(s) or not at a public address, or the answer is an error, too
+            large or too slow.
     """
     for _ in range(_MAX_REDIRECTS):
         try:
@@ -196,9 +183,9 @@ def fetch(url: str) -> bytes:
 
 
 def _request(parts: SplitResult) -> bytes | str:
-    """The body, or where the server redirects to."""
+    """The body, or the location of a redirect."""
     connection = _PublicConnection(parts)
-    # A timeout of the socket's starts anew with every byte; this one does not.
+    # A socket's timeout restarts with every byte; this one does not.
     timer = threading.Timer(_FETCH_SECONDS, connection.abort)
     timer.daemon = True
     timer.start()
@@ -213,7 +200,7 @@ def _request(parts: SplitResult) -> bytes | str:
         content = response.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise DataError(f"larger than {MAX_BYTES >> 20} MiB")
-        if response.length:  # there was more to come
+        if response.length:  # incomplete
             raise DataError(f"could not be fetched within {_FETCH_SECONDS:.0f} s")
         return content
     finally:
@@ -222,9 +209,9 @@ def _request(parts: SplitResult) -> bytes | str:
 
 
 class _PublicConnection(http.client.HTTPConnection):
-    """A connection to the very address that was found to be public.
+    """A connection to an address that was checked to be public.
 
-    The host's name is resolved once: a second answer could be another one (DNS rebinding).
+    The host name is resolved once: a second answer could differ (DNS rebinding).
     """
 
     def __init__(self, parts: SplitResult) -> None:
@@ -233,11 +220,11 @@ class _PublicConnection(http.client.HTTPConnection):
         super().__init__(parts.hostname or "", port, timeout=_FETCH_SECONDS)
 
     def connect(self) -> None:
-        """Connects, and refuses a host that has any address which is not public."""
-        found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
-        if not found or not all(is_public(str(entry[4][0])) for entry in found):
+        """Connects, unless the host has any address that is not public."""
+        entries = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        if not entries or not all(is_public(str(entry[4][0])) for entry in entries):
             raise DataError("refused: the host is not at a public address")
-        family, kind, protocol, _, address = found[0]
+        family, kind, protocol, _, address = entries[0]
         self.sock = socket.socket(family, kind, protocol)
         self.sock.settimeout(self.timeout)
         self.sock.connect(address)
@@ -246,13 +233,13 @@ class _PublicConnection(http.client.HTTPConnection):
             self.sock = context.wrap_socket(self.sock, server_hostname=self.host)
 
     def abort(self) -> None:
-        """Ends whatever waits for the server."""
-        with suppress(OSError, AttributeError):  # not connected yet, or not any more
+        """Ends a request that is waiting for the server."""
+        with suppress(OSError, AttributeError):  # not connected
             self.sock.shutdown(socket.SHUT_RDWR)
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the public internet's, also behind a translation to IPv4."""
+    """Whether an IP address, or the IPv4 address that it translates to, is public."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         inner = ip.ipv4_mapped or ip.sixtofour

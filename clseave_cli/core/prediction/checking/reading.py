@@ -1,7 +1,7 @@
-"""Texts and the pictures they belong to, out of pages, tables, folders and archives.
+"""Reads texts and their pictures from pages, tables, folders and archives.
 
-No input stops the others: what cannot be read becomes a `Text` with a `problem`. Every reader is
-linear in the size of its file, whatever is in it.
+Unreadable input becomes a `Text` with a `problem` and does not stop the rest. Every reader takes
+linear time.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ _MAX_JSON_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Text:
-    """A text that is to fit a picture.
+    """A text and its picture.
 
     Attributes:
-        file: its file, as messages name it.
-        where: the line in it, from 1, or the place in a file that has no lines.
-        text: the text, its white space made single spaces; empty where there is none.
+        file: name of the file in messages.
+        place: line, from 1; or a description, in a file without lines.
+        text: with single spaces; may be empty.
         picture: the picture.
         lang: the language that the page declares, if any.
-        problem: why nothing could be read here.
+        problem: why the text could not be read.
     """
 
     file: str
-    where: int | str
+    place: int | str
     text: str
     picture: Picture
     lang: str = ""
@@ -69,21 +69,21 @@ class Text:
 
 @dataclass(frozen=True)
 class _File:
-    """A file to read; `named` where the user named it, and not only a folder around it."""
+    """A file to read; `is_named`: it is an argument itself, not found in a folder."""
 
     path: Path
     shown: str
     locator: Locator
     config: CheckConfig
-    named: bool
+    is_named: bool
 
-    def text(self, text: Any, picture: Picture, where: int | str, lang: str = "") -> Text:
-        # A lone surrogate, which JSON can spell, is in no encoding.
+    def text(self, text: Any, picture: Picture, place: int | str, lang: str = "") -> Text:
+        # JSON can hold lone surrogates, which no encoding accepts.
         clean = str("" if text is None else text).encode("utf-8", "replace").decode()
-        return Text(self.shown, where, " ".join(clean.split()), picture, lang)
+        return Text(self.shown, place, " ".join(clean.split()), picture, lang)
 
-    def problem(self, message: str, where: int | str = "") -> Text:
-        return Text(self.shown, where, "", Picture("", None, "unread"), problem=message)
+    def problem(self, message: str, place: int | str = "") -> Text:
+        return Text(self.shown, place, "", Picture("", None, "unread"), problem=message)
 
     def content(self, limit: int) -> bytes:
         with self.path.open("rb") as stream:
@@ -93,8 +93,8 @@ class _File:
         return content
 
     def picture(self, value: Any) -> Picture:
-        """The picture that a cell of a table holds or names."""
-        if isinstance(value, dict):  # as the library datasets keeps images
+        """The picture in a cell of a table, or at its path or URL."""
+        if isinstance(value, dict):  # the image format of Hugging Face datasets
             value = value.get("bytes") or value.get("path")
         if isinstance(value, bytes):
             return Picture("bytes", value)
@@ -103,43 +103,39 @@ class _File:
         return Picture("", None, "missing")
 
     def columns(self, names: Sequence[str]) -> tuple[str, str] | None:
-        """The columns of pictures and texts; None in a file that only lies there.
-
-        Raises:
-            DataError: they or the file were named, and they are not there, or it is not UTF-8.
-        """
+        """The columns of pictures and texts; None: a table found in a folder has none."""
         by_name = {name.strip().lower(): name for name in reversed(names)}
-        chosen = []
-        for wanted, usual, flag in (
+        columns = []
+        for requested, usual, flag in (
             (self.config.image_column, _IMAGE_COLUMNS, "--image-column"),
             (self.config.text_column, _TEXT_COLUMNS, "--text-column"),
         ):
-            options = (wanted.lower(),) if wanted else usual
-            column = next((by_name[option] for option in options if option in by_name), None)
-            if column is None and not wanted and not self.named:
+            candidates = (requested.lower(),) if requested else usual
+            column = next((by_name[each] for each in candidates if each in by_name), None)
+            if column is not None:
+                columns.append(column)
+            elif not requested and not self.is_named:
                 return None
-            if column is None and is_garbled(names):
+            elif is_garbled(names):
                 raise DataError(NOT_UTF8)
-            if column is None:
-                there = ", ".join(names)[:200]
-                raise DataError(f"{flag} {wanted or 'NAME'}: choose a column; there are: {there}.")
-            chosen.append(column)
-        return chosen[0], chosen[1]
+            else:
+                existing = ", ".join(names)[:200]
+                raise DataError(
+                    f"{flag} {requested or 'NAME'}: choose a column; there are: {existing}."
+                )
+        return columns[0], columns[1]
 
 
 def read_texts(
     paths: Sequence[Path], config: CheckConfig, fetching: bool, progress: Progress
 ) -> Iterator[Text]:
-    """The texts in files and folders, in order, as they are read.
+    """Yields the texts in files and folders, in order.
 
-    Args:
-        paths: files and folders; of a folder, every file of a kind that is read, hidden ones apart.
-        config: the columns of tables, and where pictures may be.
-        fetching: whether remote pictures may be requested.
-        progress: told of files that are skipped.
+    In folders, hidden files and files of other kinds are skipped. Only with `fetching`, remote
+    pictures may be requested.
 
     Raises:
-        UsageError: a path is not there, or of no kind that is read.
+        UsageError: a path does not exist, or is not of a supported kind.
         ExtraMissing: a page needs a parser that is not installed.
     """
     for folder in (config.root, config.images):
@@ -150,7 +146,7 @@ def read_texts(
             raise UsageError(f"{path}: no such file or folder.")
         if path.is_file() and path.suffix.lower() not in _READERS:
             kinds = " ".join(_READERS)
-            raise UsageError(f"{path}: not a kind of file that is checked; there are: {kinds}.")
+            raise UsageError(f"{path}: unsupported kind of file; expected one of {kinds}.")
     for path in paths:
         root = config.root or (path if path.is_dir() else path.parent)
         web, tables = Locator(root, fetching), Locator(config.images or root, fetching)
@@ -188,7 +184,7 @@ def _walk(root: Path, progress: Progress) -> Iterator[Path]:
 
 
 def _shown(path: Path) -> str:
-    """Relative to the working directory where it is in it: the same on every machine."""
+    """Relative to the working directory if possible: the same on every machine."""
     absolute = Path(os.path.normpath(path.absolute()))
     shown = absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else path
     return shown.as_posix().encode("utf-8", "replace").decode()
@@ -237,22 +233,22 @@ def _parquet(file: _File) -> Iterator[Text]:
 def _rows(
     file: _File, rows: Iterable[Record], names: Sequence[str] = (), unit: str = ""
 ) -> Iterator[Text]:
-    """The texts of a table whose columns have these names, or the keys of its first row."""
+    """The texts of a table; without `names`, its columns are the keys of the first row."""
     columns = file.columns(names) if names else None
     if names and columns is None:
         return
     for number, values, _ in rows:
-        where = f"{unit}{number}" if unit else number
+        place = f"{unit}{number}" if unit else number
         if isinstance(values, BadRow):
-            yield file.problem(str(values), where)
+            yield file.problem(str(values), place)
         elif values:
             if (columns := columns or file.columns(list(values))) is None:
                 return
-            yield file.text(values.get(columns[1]), file.picture(values.get(columns[0])), where)
+            yield file.text(values.get(columns[1]), file.picture(values.get(columns[0])), place)
 
 
 def _loads(text: str | bytes) -> Any:
-    """A JSON document; None for what is none."""
+    """A JSON document; None: invalid."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -264,17 +260,17 @@ def _coco(file: _File) -> Iterator[Text]:
     images = document.get("images") if isinstance(document, dict) else None
     annotations = document.get("annotations") if isinstance(document, dict) else None
     if not isinstance(images, list) or not isinstance(annotations, list):
-        if file.named:
+        if file.is_named:
             raise DataError('not COCO captions; expected lists "images" and "annotations".')
-        return  # some other JSON that lies in the folder
+        return  # another kind of JSON in a folder
     names = {str(i.get("id")): i.get("file_name") for i in images if isinstance(i, dict)}
     for number, entry in enumerate(annotations):
-        where = f"annotations[{number}]"
+        place = f"annotations[{number}]"
         if isinstance(entry, dict) and "caption" in entry:
             picture = file.picture(names.get(str(entry.get("image_id"))))
-            yield file.text(entry["caption"], picture, where)
+            yield file.text(entry["caption"], picture, place)
         else:
-            yield file.problem('expected "image_id" and "caption".', where)
+            yield file.problem('expected "image_id" and "caption".', place)
 
 
 def _beside(file: _File) -> Iterator[Text]:
@@ -302,16 +298,17 @@ def _tar(file: _File) -> Iterator[Text]:
     try:
         with tarfile.open(file.path, "r:") as archive:
             for member in archive:
-                # Damaged sizes can lead backwards, and then for ever.
+                # Damaged sizes can lead backwards, which would loop forever.
                 if member.offset <= offset:
                     raise tarfile.TarError("members overlap")
                 offset = member.offset
-                archive.members = []  # type: ignore[attr-defined]  # it would grow
+                archive.members = []  # type: ignore[attr-defined]  # or it grows without limit
                 folder, name = os.path.split(member.name)
                 stem, _, kind = name.lower().partition(".")
-                if (new := f"{folder.removeprefix('.')}/{stem}".removeprefix("/")) != key:
+                new_key = f"{folder.removeprefix('.')}/{stem}".removeprefix("/")
+                if new_key != key:
                     yield from _sample(file, key, parts)
-                    key, parts = new, {}
+                    key, parts = new_key, {}
                 is_picture = PurePosixPath(name.lower()).suffix in IMAGE_EXTENSIONS
                 if (is_picture or kind in ("txt", "caption", "json")) and member.isreg():
                     stream = archive.extractfile(member)
@@ -334,7 +331,7 @@ def _sample(file: _File, key: str, parts: dict[str, bytes]) -> Iterator[Text]:
         yield file.text(text, Picture(key, parts["picture"]), key)
 
 
-#: By the end of a file's name, who reads it.
+#: Readers by file name extension.
 _READERS = {
     ".html": _html, ".htm": _html, ".xhtml": _html, ".md": _markdown, ".markdown": _markdown,
     ".csv": _delimited, ".tsv": _delimited, ".jsonl": _json_lines, ".ndjson": _json_lines,
