@@ -4,6 +4,7 @@ import pytest
 import torch
 from reference_aligner import sentence_states
 from tiny_world import QUICK, flip_byte, killed_at_step, read_jsonl, tree, weights
+from transformers import AutoModel, AutoTokenizer
 
 from clseave_cli.core.alignment.autoencoding import autoencode
 from clseave_cli.core.config import AutoencodeConfig
@@ -26,28 +27,19 @@ def test_it_is_two_layers(code):
     assert (autoencoder(states).min() < 0) == (code == "linear")
 
 
-def test_save_and_load(tmp_path):
+def test_only_an_intact_folder_of_the_same_shape_is_loaded(tmp_path):
     saved = Autoencoder(6, 4)
     fingerprint = save_autoencoder(saved, tmp_path, languages=["de"])
     loaded, loaded_fingerprint = load_autoencoder(tmp_path, Autoencoder(6, 4))
     assert loaded_fingerprint == fingerprint
     for name, value in saved.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
-
-
-@pytest.mark.parametrize(
-    ("expected", "message"),
-    [((8, 4, "relu"), "of 6 to 4, code relu; needed here: 8 to 4, code relu"),
-     ((6, 4, "linear"), "needed here: 6 to 4, code linear")],
-)  # fmt: skip
-def test_another_shape_is_refused(tmp_path, expected, message):
-    save_autoencoder(Autoencoder(6, 4), tmp_path, languages=["de"])
-    with pytest.raises(ModelError, match=message):
-        load_autoencoder(tmp_path, Autoencoder(*expected))
-
-
-def test_a_damaged_or_missing_folder_is_refused(tmp_path):
-    save_autoencoder(Autoencoder(6, 4), tmp_path, languages=["de"])
+    for other, message in (
+        (Autoencoder(8, 4), "of 6 to 4, code relu; needed here: 8 to 4, code relu"),
+        (Autoencoder(6, 4, "linear"), "needed here: 6 to 4, code linear"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            load_autoencoder(tmp_path, other)
     flip_byte(tmp_path / "autoencoder.safetensors")
     with pytest.raises(ModelError, match="damaged"):
         load_autoencoder(tmp_path, Autoencoder(6, 4))
@@ -55,18 +47,21 @@ def test_a_damaged_or_missing_folder_is_refused(tmp_path):
         load_autoencoder(tmp_path / "nowhere", Autoencoder(6, 4))
 
 
-def _autoencode(world, trained, encoder, out, **options):
+@pytest.fixture
+def train(world, trained, encoder, tmp_path):
+    """Trains an autoencoder into a folder of this name."""
+    inputs = {"data": str(world), "runs": trained, "student": str(encoder)}
     defaults = {"lang": ("de", "nl"), "epochs": 2, **QUICK, "learning_rate": 1e-2}
-    return autoencode(
-        AutoencodeConfig(
-            data=str(world), runs=trained, student=str(encoder), out=out, **(defaults | options)
-        )
-    )
+
+    def run(name, **options):
+        return autoencode(AutoencodeConfig(out=tmp_path / name, **inputs, **(defaults | options)))
+
+    return run
 
 
-def test_training_reconstructs_the_states(world, trained, encoder, tmp_path):
+def test_training_reconstructs_the_states(train, encoder):
     before = tree(encoder)
-    result = _autoencode(world, trained, encoder, tmp_path / "a", code="linear", epochs=60)
+    result = train("a", code="linear", epochs=60)
     records = read_jsonl(result.folder / "training" / "metrics.jsonl")
     errors = [record["dev"]["mse"] for record in records if "dev" in record]
     assert errors[-1] < 0.5 * errors[0]
@@ -76,11 +71,9 @@ def test_training_reconstructs_the_states(world, trained, encoder, tmp_path):
     assert not any(parameter.isnan().any() for parameter in loaded.parameters())
 
 
-def test_the_loss_is_that_of_the_words_first_tokens(world, trained, encoder, tmp_path):
+def test_the_loss_is_that_of_the_words_first_tokens(train, world, encoder):
     """The last dev metric, recomputed with transformers alone."""
-    from transformers import AutoModel, AutoTokenizer
-
-    result = _autoencode(world, trained, encoder, tmp_path / "a")
+    result = train("a")
     autoencoder, _ = load_autoencoder(result.folder, Autoencoder(32, 32))
     model = AutoModel.from_pretrained(encoder, add_pooling_layer=False).eval()
     tokenizer = AutoTokenizer.from_pretrained(encoder)
@@ -95,28 +88,24 @@ def test_the_loss_is_that_of_the_words_first_tokens(world, trained, encoder, tmp
     assert result.training.dev["mse"] == pytest.approx(error, rel=1e-4)
 
 
-def test_a_finished_autoencoder_is_not_trained_again(world, trained, encoder, tmp_path):
-    first = _autoencode(world, trained, encoder, tmp_path / "a")
-    before = tree(first.folder)
-    again = _autoencode(world, trained, encoder, tmp_path / "a", resume=True)
-    assert again.training is None and tree(first.folder) == before
-
-
-def test_a_killed_run_ends_in_the_same_autoencoder(world, trained, encoder, tmp_path):
+def test_a_killed_run_ends_in_the_same_autoencoder_and_is_not_trained_again(train, tmp_path):
     options = {"epochs": 6, "batch_size": 4, "checkpoint_minutes": 0}
-    whole = _autoencode(world, trained, encoder, tmp_path / "whole", **options)
+    whole = train("whole", **options)
     with killed_at_step(7):
-        _autoencode(world, trained, encoder, tmp_path / "killed", **options)
+        train("killed", **options)
     (state,) = (tmp_path / "killed.partial" / "training").glob("state-*")
     assert state.name == "state-00000006"
-    resumed = _autoencode(world, trained, encoder, tmp_path / "killed", resume=True, **options)
+    resumed = train("killed", resume=True, **options)
     assert weights(resumed.folder) == weights(whole.folder)
     assert resumed.training.steps == whole.training.steps > 7
+    finished = tree(resumed.folder)
+    again = train("killed", resume=True, **options)
+    assert again.training is None and tree(resumed.folder) == finished
 
 
-def test_refusals(world, trained, encoder, tmp_path):
+def test_refusals(train, tmp_path):
     with pytest.raises(UsageError, match="--lang is missing"):
-        _autoencode(world, trained, encoder, tmp_path / "a", lang=())
+        train("a", lang=())
     with pytest.raises(DataError, match=r"no snli_ve_train.ko.jsonl"):
-        _autoencode(world, trained, encoder, tmp_path / "a", lang=("ko",))
+        train("a", lang=("ko",))
     assert not list(tmp_path.iterdir())

@@ -6,11 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
+from math import inf, nan
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_world import reseal
+from transformers.integrations import hub_kernels
 
 from clseave_cli import VisualEntailment
 from clseave_cli.commands import serve
@@ -28,11 +31,16 @@ def folder(tmp_path, encoder):
     return shutil.copytree(encoder, tmp_path / "model")
 
 
+@pytest.fixture
+def predict_error(runs, world, refused):
+    """Runs `predict` on the damaged models; gives the line in which it fails."""
+    image = world / "images" / "test0.png"
+    return lambda lang: refused("predict", image, "Rot.", "--lang", lang, "--runs", runs)
+
+
 def _edit(path, change):
-    """Changes the tensors of a safetensors file."""
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, {"format": "pt"})
+    """Replaces the tensors of a safetensors file."""
+    save_file(change(load_file(path)), path, {"format": "pt"})
 
 
 def _configure(folder, **changes):
@@ -40,20 +48,18 @@ def _configure(folder, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def _lacks_a_layer(tensors):
-    for name in [name for name in tensors if ".0.attention" in name]:
-        del tensors[name]
+def _lacks(part):
+    return lambda tensors: {name: tensors[name] for name in tensors if part not in name}
 
 
 def _has_a_layer_more(tensors):
-    for name in [name for name in tensors if "layer.0." in name]:
-        tensors[name.replace("layer.0.", "layer.1.")] = tensors[name].clone()
+    return tensors | {n.replace("layer.0.", "layer.1."): t.clone() for n, t in tensors.items()}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_lacks_a_layer, "do not fit its config.json; missing: encoder.layer.0.attention"),
+        (_lacks(".0.attention"), "do not fit its config.json; missing: encoder.layer.0.attention"),
         (_has_a_layer_more, "do not fit its config.json; unexpected: encoder.layer.1.attention"),
     ],
 )
@@ -64,48 +70,41 @@ def test_weights_of_another_architecture_are_refused(folder, change, message):
 
 
 def test_an_unused_head_in_the_files_is_accepted(folder):
-    def add_heads(tensors):
-        tensors["cls.predictions.bias"] = torch.zeros(3)
-        tensors["pooler.dense.bias"] = torch.zeros(32)
-
-    _edit(folder / "model.safetensors", add_heads)
+    heads = {"cls.predictions.bias": torch.zeros(3), "pooler.dense.bias": torch.zeros(32)}
+    _edit(folder / "model.safetensors", lambda tensors: tensors | heads)
     load_encoder(folder)
 
 
-@pytest.mark.parametrize("load", [load_clip, ClipVE.from_clip])
-def test_a_clip_model_without_its_towers_is_refused(tmp_path, clip, load):
+def test_a_clip_model_without_its_towers_is_refused(tmp_path, clip):
     shutil.copytree(clip, tmp_path, dirs_exist_ok=True)
-    _edit(
-        tmp_path / "model.safetensors",
-        lambda tensors: [tensors.pop(name) for name in [*tensors] if ".encoder." in name],
-    )
-    with pytest.raises(ModelError, match=r"missing: text_model\.encoder.* and \d+ more"):
-        load(tmp_path)
+    _edit(tmp_path / "model.safetensors", _lacks(".encoder."))
+    for load in (load_clip, ClipVE.from_clip):
+        with pytest.raises(ModelError, match=r"missing: text_model\.encoder.* and \d+ more"):
+            load(tmp_path)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [nan, inf])
 @pytest.mark.parametrize(
-    "part",
+    ("kind", "lang", "folder", "file"),
     [
-        "clip-ve/text/model.safetensors",
-        "clip-ve/image/model.safetensors",
-        "clip-ve/head.safetensors",
-        "align-de/encoder/model.safetensors",
-        "align-de/projection.safetensors",
+        ("clip-ve", "en", "clip-ve", "text/model.safetensors"),
+        ("clip-ve", "en", "clip-ve", "image/model.safetensors"),
+        ("clip-ve", "en", "clip-ve", "head.safetensors"),
+        ("student", "de", "align-de", "encoder/model.safetensors"),
+        ("student", "de", "align-de", "projection.safetensors"),
     ],
 )
-def test_weights_that_are_not_finite_are_refused(runs, world, refused, part, value):
+def test_weights_that_are_not_finite_are_refused(
+    runs, predict_error, kind, lang, folder, file, value
+):
     def spoil(tensors):
         name = max(name for name in tensors if tensors[name].is_floating_point())
         tensors[name].view(-1)[-1] = value
+        return tensors
 
-    _edit(runs / part, spoil)
-    folder = runs / part.partition("/")[0]
-    kind, lang = ("clip-ve", "en") if folder.name == "clip-ve" else ("student", "de")
-    reseal(folder, kind)
-    image = world / "images" / "test0.png"
-    error = refused("predict", image, "x", "--lang", lang, "--runs", runs)
-    assert "holds numbers that are not finite" in error
+    _edit(runs / folder / file, spoil)
+    reseal(runs / folder, kind)
+    assert "holds numbers that are not finite" in predict_error(lang)
 
 
 @pytest.mark.parametrize(
@@ -127,38 +126,23 @@ def test_sizes_are_checked_before_anything_is_built(folder, monkeypatch, changes
 
 @pytest.mark.parametrize(("kind", "lang"), [("clip-ve", "en"), ("student", "de")])
 @pytest.mark.parametrize("languages", [7, [], [7], "de", None, {"de": 0}])
-def test_invalid_languages_are_refused(runs, world, refused, kind, lang, languages):
+def test_invalid_languages_are_refused(runs, predict_error, kind, lang, languages):
     folder = runs / ("clip-ve" if kind == "clip-ve" else "align-de")
     reseal(folder, kind, languages=languages)
-    image = world / "images" / "test0.png"
-    assert "languages" in refused("predict", image, "x", "--lang", lang, "--runs", runs)
+    assert "languages" in predict_error(lang)
     reseal(folder, kind, without=("languages",))
-    message = refused("predict", image, "x", "--lang", lang, "--runs", runs)
-    assert "it names no languages" in message
-
-
-def test_a_tokenizer_without_end_is_refused(runs, world, refused):
-    path = runs / "align-de" / "encoder" / "tokenizer_config.json"
-    path.write_text(
-        path.read_text().replace('"model_max_length": ', '"model_max_length": 1e999, "x": ')
-    )
-    reseal(runs / "align-de", "student")
-    image = world / "images" / "test0.png"
-    error = refused("predict", image, "x", "--lang", "de", "--runs", runs)
-    assert "not a valid student configuration" in error
+    assert "it names no languages" in predict_error(lang)
 
 
 def test_a_head_larger_than_its_file_is_not_built(runs, monkeypatch):
     folder = runs / "clip-ve"
     reseal(folder, "clip-ve", head={"embedding_dim": 2_000_000, "hidden_dim": 128})
     initialised = []
-    initialise = torch.nn.init.kaiming_uniform_
 
-    def watch(tensor, **options):
+    def initialise(tensor, **_options):
         initialised.append(tensor)
-        return initialise(tensor, **options)
 
-    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", watch)
+    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", initialise)
     with pytest.raises(ModelError, match=r"head\.safetensors: does not fit the model"):
         ClipVE.from_folder(folder)
     assert initialised and all(tensor.is_meta for tensor in initialised)
@@ -168,13 +152,10 @@ def test_a_head_larger_than_its_file_is_not_built(runs, monkeypatch):
 
 
 def test_the_attention_named_in_a_configuration_is_ignored(folder, monkeypatch):
-    from transformers.integrations import hub_kernels
-
-    asked = []
-    monkeypatch.setattr(hub_kernels, "load_and_register_attn_kernel", lambda *a: asked.append(a))
+    monkeypatch.setattr(hub_kernels, "load_and_register_attn_kernel", load := Mock())
     _configure(folder, _attn_implementation="somebody/kernel", attn_implementation="some/body")
     model, _ = load_encoder(folder)
-    assert model.config._attn_implementation == "sdpa" and not asked
+    assert model.config._attn_implementation == "sdpa" and not load.called
 
 
 @pytest.mark.parametrize(
@@ -196,24 +177,24 @@ def test_a_configuration_that_is_not_valid_json(folder, runs, make, message):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("name", "change", "message"),
     [
-        lambda content: content["model"].update(vocab={"a": 3}),
-        lambda content: content.update(post_processor={"type": "X"}),
+        ("", lambda c: c["model"].update(vocab={"a": 3}), "{encoder}: cannot be loaded"),
+        ("", lambda c: c.update(post_processor={"type": "X"}), "{encoder}: cannot be loaded"),
+        ("_config", lambda c: c.update(model_max_length=inf), "not a valid student configuration"),
     ],
 )
-def test_an_inconsistent_tokenizer_is_refused(runs, world, refused, change):
-    path = runs / "align-de" / "encoder" / "tokenizer.json"
+def test_an_invalid_tokenizer_is_refused(runs, predict_error, name, change, message):
+    encoder = runs / "align-de" / "encoder"
+    path = encoder / f"tokenizer{name}.json"
     content = json.loads(path.read_text())
     change(content)
-    path.write_text(json.dumps(content))
-    reseal(path.parents[1], "student")
-    image = world / "images" / "test0.png"
-    error = refused("predict", image, "Rot.", "--lang", "de", "--runs", runs)
-    assert f"{path.parent}: cannot be loaded" in error
+    path.write_text(json.dumps(content).replace("Infinity", "1e999"))
+    reseal(runs / "align-de", "student")
+    assert message.format(encoder=encoder) in predict_error("de")
 
 
-def test_control_characters_are_escaped(folder, runs, refused, world, clseave):
+def test_control_characters_are_escaped(folder, runs, refused, world):
     _configure(folder, model_type="\x1b[2Jevil")
     error = refused("align", "--lang", "de", "--student", folder, "--data", world, "--runs", runs)
     assert "\x1b" not in error and r"\x1b[2Jevil" in error
@@ -223,23 +204,20 @@ def test_control_characters_are_escaped(folder, runs, refused, world, clseave):
 
 
 def test_a_student_of_a_newer_format_leaves_other_languages_usable(
-    runs, world, clseave, refused, capsys
+    runs, world, clseave, refused, predict_error, capsys
 ):
-    path = runs / "align-nl" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
-    image = world / "images" / "test0.png"
+    _configure(runs / "align-nl", format_version=99)
     for lang in ("en", "de"):
-        assert VisualEntailment.from_pretrained(runs, lang)(image, "Rot.").label
-    error = refused("predict", image, "Rood.", "--lang", "nl", "--runs", runs)
-    assert "format version 99, this clseave reads 1; update clseave" in error
+        model = VisualEntailment.from_pretrained(runs, lang)
+        assert model(world / "images" / "test0.png", "Rot.").label
+    assert "format version 99, this clseave reads 1; update clseave" in predict_error("nl")
     assert serve._load(ServeConfig(runs=runs)).sources.keys() == {"en", "de"}
     assert "nl: skipped: " in capsys.readouterr().err
     with pytest.raises(ModelError, match="format version 99"):
         serve._load(ServeConfig(runs=runs, lang=("nl",)))
-    out = runs.parent / "onnx"
     for command in (
         ("evaluate", "--runs", runs, "--data", world, "--resamples", "10"),
-        ("export", "--runs", runs, "--out", out),
+        ("export", "--runs", runs, "--out", runs.parent / "onnx"),
     ):
         code, printed, message = clseave(*command)
         note = f"{runs / 'align-nl'}: format version 99, this clseave reads 1; nl is left out."

@@ -20,12 +20,9 @@ def _reference(patches, h, x):
     cells = functional.layer_norm(x, x.shape[1:]) + patches.position
     normed = functional.layer_norm(h, h.shape)
     gathered, seen = patches.value.bias, []
-    matrices = (
-        patches.query.weight.split(len(h)),
-        patches.query.bias.split(len(h)),
-        patches.value.weight.split(len(h), dim=1),
-    )
-    for query, bias, value in zip(*matrices, strict=True):
+    queries, biases = patches.query.weight.split(len(h)), patches.query.bias.split(len(h))
+    all_values = patches.value.weight.split(len(h), dim=1)
+    for query, bias, value in zip(queries, biases, all_values, strict=True):
         keys, values = cells @ query, cells @ value.T  # (P, D)
         scores = (keys @ normed + cells @ bias) / math.sqrt(len(h))
         weights = scores.exp() / scores.exp().sum()
@@ -53,9 +50,8 @@ def test_the_attention_equals_the_equations_spelled_out(head):
             torch.testing.assert_close(state[row], expected, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(weights[row], expected_weights, rtol=1e-4, atol=1e-5)
         seen = []
-        hook = head.layers.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        head.layers.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         head(h, premise)
-        hook.remove()
         attention = head.attention(h, premise)
     h, p = functional.normalize(h), functional.normalize(p)
     torch.testing.assert_close(seen[0], torch.cat([h, p, (h - p).abs(), h * p, state], dim=1))
@@ -79,9 +75,7 @@ def test_the_attention_learns_to_find_what_is_named():
     h, premise, shows = pairs(1000)
 
     def mass_over_area():
-        with torch.no_grad():
-            on_it = head.attention(h, premise).flatten(1)[shows]
-        return on_it.mean().item() * 9
+        return head.attention(h, premise).flatten(1)[shows].mean().item() * 9
 
     assert 0.7 < mass_over_area() < 1.4
     for _ in range(100):
@@ -145,6 +139,5 @@ def test_a_head_with_patches_is_the_same_after_save_and_load(clip, tmp_path):
 def test_a_pooled_head_is_saved_without_patch_options(clip, tmp_path):
     ClipVE.from_clip(clip).save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["head"] == {
-        "embedding_dim": 16, "hidden_dim": 128, "dropout": 0.1, "normalize": True,
-    }  # fmt: skip
+    pooled = {"embedding_dim": 16, "hidden_dim": 128, "dropout": 0.1, "normalize": True}
+    assert config["head"] == pooled

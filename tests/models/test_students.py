@@ -84,41 +84,35 @@ def test_sentence_embeddings_are_what_transformers_computes(kind, backbone, stud
     torch.testing.assert_close(embeddings(student, TEXTS), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_student_of_any_kind_is_the_same_after_save_and_load(student, tmp_path):
+def test_a_student_of_any_kind_is_the_same_after_save_and_load(
+    kind, student, tmp_path, monkeypatch
+):
     student.verify_packing()
+    assert student.first_position == (2 if kind[0] in ("XLM-R", "data2vec", "MPNet") else 0)
     fingerprint = save_student(student, tmp_path, languages=["de"], teacher="t" * 64)
-    again = load_student(tmp_path, "t" * 64)
+    with monkeypatch.context() as patch:
+        patch.setattr(backbones, "_first_position", None)  # saved, not determined again
+        again = load_student(tmp_path, "t" * 64)
     assert again.fingerprint == fingerprint and not again.training
     assert module_digest(again) == module_digest(student)
     assert again.packing == student.packing  # or evaluate and predict would pack what cannot be
     assert again.digest() == student.digest()
     assert torch.equal(embeddings(again, TEXTS), embeddings(student, TEXTS))
-    model = AutoModel.from_pretrained(tmp_path / "encoder")
-    saved, loaded = model.state_dict(), student.backbone.state_dict()
-    assert all(torch.equal(saved[key], weight) for key, weight in loaded.items())
+    saved = AutoModel.from_pretrained(tmp_path / "encoder").state_dict()
+    assert all(torch.equal(saved[k], weight) for k, weight in student.backbone.state_dict().items())
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["languages"] == ["de"] and config["pooling"] == student.pooling
     assert config["teacher"] == "t" * 64 and config["format_version"] == 1
-    # The projection of earlier versions is refused.
-    reseal(tmp_path, "student", projection="mlp")
-    with pytest.raises(ModelError, match="its projection is of a kind"):
-        load_student(tmp_path)
-
-
-def test_the_result_of_the_packing_check_is_saved(kind, student, tmp_path, monkeypatch):
-    student.verify_packing()
-    assert student.first_position == (2 if kind[0] in ("XLM-R", "data2vec", "MPNet") else 0)
-    save_student(student, tmp_path, languages=["de"], teacher="t" * 64)
-    with monkeypatch.context() as patch:
-        patch.setattr(backbones, "_first_position", None)  # not determined again
-        assert load_student(tmp_path).packing == student.packing
-    # A folder of an earlier version: positions were not in it.
-    config = json.loads((tmp_path / "config.json").read_text())
     assert config["first_position"] == student.first_position
+    # A folder of an earlier version: positions were not in it.
     reseal(tmp_path, "student", without=("first_position",))
     again = load_student(tmp_path)
     assert again.packing == student.packing
     assert torch.equal(embeddings(again, TEXTS), embeddings(student, TEXTS))
+    # The projection of earlier versions is refused.
+    reseal(tmp_path, "student", projection="mlp")
+    with pytest.raises(ModelError, match="its projection is of a kind"):
+        load_student(tmp_path)
 
 
 def test_unknown_positions_are_never_passed(tmp_path, world, monkeypatch):
@@ -127,9 +121,8 @@ def test_unknown_positions_are_never_passed(tmp_path, world, monkeypatch):
     folder = STUDENTS["XLM-R"](tmp_path, sentences(world))
     student = new_student(folder, 16).eval()
     assert student.first_position is None and not student.verify_packing()
-    torch.testing.assert_close(
-        embeddings(student, TEXTS), _reference(folder, student), rtol=1e-4, atol=1e-4
-    )
+    expected = _reference(folder, student)
+    torch.testing.assert_close(embeddings(student, TEXTS), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_position_table_is_a_limit_too(backbone, tmp_path):
@@ -156,8 +149,7 @@ def test_packing_respects_the_windows_of_local_attention(tmp_path, world):
     student = new_student(STUDENTS["mmBERT"](tmp_path, sentences(world)), 16)
     assert student.verify_packing()
     student.backbone.config.local_attention = 2 * MAX_TOKENS  # what packing takes the window from
-    tokens = student.tokenize(TEXTS)
-    batch = student.pack(tokens, np.arange(len(TEXTS)))
+    batch = student.pack(student.tokenize(TEXTS), np.arange(len(TEXTS)))
     wide = student._attention_mask(batch)["sliding_attention"]
     assert torch.equal(wide, batch.attention_mask(causal=False))
 

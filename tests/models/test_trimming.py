@@ -47,9 +47,8 @@ def _tokenizer(kind):
         tokenizer = Tokenizer(models.Unigram())
         tokenizer.normalizer = normalizers.NFKC()
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-        frame = processors.TemplateProcessing(
-            single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-        )
+        ends = [("<s>", 0), ("</s>", 2)]
+        frame = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
         trainer = trainers.UnigramTrainer(vocab_size=200, unk_token="<unk>", **options)
     elif kind == "bpe":
         tokenizer = Tokenizer(models.BPE())
@@ -102,17 +101,25 @@ def _student(folder):
 
 def _trimmed(folder):
     student = _student(folder)
-    tokens = student.tokenize(USED)
-    places = trim_vocabulary(student, np.unique(tokens.ids), str(folder))
-    return student, tokens, places
+    places = trim_vocabulary(student, np.unique(student.tokenize(USED).ids), str(folder))
+    return student, places
 
 
-def test_the_text_in_use_has_the_same_tokens_and_vectors(whole):
-    before = _student(whole)
-    student, tokens, places = _trimmed(whole)
+@pytest.fixture
+def before(whole):
+    return _student(whole)
+
+
+@pytest.fixture
+def student(whole):
+    """The same student, trimmed."""
+    return _trimmed(whole)[0]
+
+
+def test_the_text_in_use_has_the_same_tokens_and_vectors(whole, before):
+    student, places = _trimmed(whole)
     assert len(student.trimmed.kept) < 0.8 * student.trimmed.num_tokens
-    again = student.tokenize(USED)
-    assert again.ids.tolist() == places[tokens.ids].tolist()
+    assert student.tokenize(USED).ids.tolist() == places[before.tokenize(USED).ids].tolist()
     assert torch.equal(embeddings(student, USED), embeddings(before, USED))
     # Pieces of the text are text too.
     words = [word for text in USED for word in text.split()]
@@ -121,25 +128,19 @@ def test_the_text_in_use_has_the_same_tokens_and_vectors(whole):
     assert torch.equal(embeddings(student, kept_words), embeddings(before, kept_words))
 
 
-def test_other_text_is_still_tokenised(whole):
-    before = _student(whole)
-    student, _, _ = _trimmed(whole)
-    unknown = before.tokenizer.unk_token_id
+def test_other_text_is_still_tokenised(before, student):
     for text in OTHERS:
-        old = before.tokenizer.backend_tokenizer.encode(text).ids
-        new = student.tokenizer.backend_tokenizer.encode(text).ids
-        assert len(new) >= len(old) and new[-1] == student.terminal_id
-        # No token becomes unknown.
-        assert new.count(student.tokenizer.unk_token_id) <= old.count(unknown)
-        decoded = [t.tokenizer.decode(ids, skip_special_tokens=True).split()
-                   for t, ids in ((before, old), (student, new))]  # fmt: skip
-        plain = ["".join(words).replace("##", "") for words in decoded]
-        assert plain[0] == plain[1]
+        ids, unknown, plain = [], [], []
+        for tokenizer in (before.tokenizer, student.tokenizer):
+            ids.append(tokenizer.backend_tokenizer.encode(text).ids)
+            unknown.append(ids[-1].count(tokenizer.unk_token_id))
+            words = tokenizer.decode(ids[-1], skip_special_tokens=True).split()
+            plain.append("".join(words).replace("##", ""))
+        assert len(ids[1]) >= len(ids[0]) and ids[1][-1] == student.terminal_id
+        assert unknown[1] <= unknown[0] and plain[1] == plain[0]
 
 
-def test_transformers_alone_loads_it(whole, tmp_path):
-    before = _student(whole)
-    student, _, _ = _trimmed(whole)
+def test_transformers_alone_loads_it(whole, before, student, tmp_path):
     save_student(student, tmp_path, languages=["de"], teacher="t" * 64)
     model = AutoModel.from_pretrained(tmp_path / "encoder").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "encoder")
@@ -149,18 +150,15 @@ def test_transformers_alone_loads_it(whole, tmp_path):
     reference = AutoModel.from_pretrained(whole).eval()
     old = AutoTokenizer.from_pretrained(whole)
     for text in USED:
-        with torch.no_grad():
-            actual = model(**tokenizer(text, return_tensors="pt")).last_hidden_state
-            expected = reference(**old(text, return_tensors="pt")).last_hidden_state
-        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+        actual = model(**tokenizer(text, return_tensors="pt")).last_hidden_state
+        expected = reference(**old(text, return_tensors="pt")).last_hidden_state
+        assert torch.equal(actual, expected)
     loaded = load_student(tmp_path)
     assert torch.equal(embeddings(loaded, USED), embeddings(before, USED))
     assert np.array_equal(loaded.trimmed.kept, student.trimmed.kept)
 
 
-def test_it_can_be_undone(whole, tmp_path):
-    before = _student(whole)
-    student, _, _ = _trimmed(whole)
+def test_it_can_be_undone(before, student, tmp_path):
     # As training would change them.
     with torch.no_grad():
         for model in (before, student):
@@ -176,8 +174,7 @@ def test_it_can_be_undone(whole, tmp_path):
     assert restored.tokenizer.get_vocab() == before.tokenizer.get_vocab()
 
 
-def test_refusals(whole, tmp_path, encoder):
-    student, _, _ = _trimmed(whole)
+def test_refusals(before, student, tmp_path, encoder):
     save_student(student, tmp_path, languages=["de"], teacher="t" * 64)
     with pytest.raises(ModelError, match="not the encoder that was trimmed"):
         restore_student(tmp_path, encoder)
@@ -186,59 +183,52 @@ def test_refusals(whole, tmp_path, encoder):
     flip_byte(tmp_path / "vocabulary.safetensors", 0.9)
     with pytest.raises(ModelError, match=r"vocabulary\.safetensors: damaged"):
         load_student(tmp_path)
-    plain = tmp_path / "plain"
-    plain.mkdir()
-    save_student(_student(whole), plain, languages=["de"], teacher="t" * 64)
+    (tmp_path / "plain").mkdir()
+    save_student(before, tmp_path / "plain", languages=["de"], teacher="t" * 64)
     with pytest.raises(ModelError, match="whole already"):
-        restore_student(plain)
+        restore_student(tmp_path / "plain")
 
 
 def test_a_tokenizer_of_words_is_refused(tmp_path):
     STUDENTS["XLM-R"](tmp_path, CORPUS)
-    with pytest.raises(
-        ModelError, match=r"works with WordPiece, Unigram and BPE .*, not WordLevel"
-    ):
+    with pytest.raises(ModelError, match=r"with WordPiece, Unigram and BPE .*, not WordLevel"):
         _trimmed(tmp_path)
 
 
 def test_the_least_probable_piece_stays(tmp_path):
     """The penalty of an unknown character depends on it."""
     _write_xlmr(tmp_path, "unigram")
-    student, _, _ = _trimmed(tmp_path)
-    before = json.loads(_student(tmp_path).tokenizer.backend_tokenizer.to_str())
-    after = json.loads(student.tokenizer.backend_tokenizer.to_str())
-    lowest = [min(score for _, score in c["model"]["vocab"]) for c in (before, after)]
+    lowest = []
+    for student in (_student(tmp_path), _trimmed(tmp_path)[0]):
+        content = json.loads(student.tokenizer.backend_tokenizer.to_str())
+        lowest.append(min(score for _, score in content["model"]["vocab"]))
     assert lowest[0] == lowest[1]
 
 
 def test_single_characters_by_kind():
     marks = ("Ġ", "▁", "##", "</w>")
-    for token in ("a", "##a", "▁a", "Ġ", "a</w>", "<0x0A>", "▁", "犬", "##犬"):
-        assert vocabulary._is_single(token, marks), token
-    for token in ("ab", "##ab", "<s>", "##", "▁ab"):
-        assert not vocabulary._is_single(token, marks), token
+    single = ["a", "##a", "▁a", "Ġ", "a</w>", "<0x0A>", "▁", "犬", "##犬"]
+    tokens = [*single, "ab", "##ab", "<s>", "##", "▁ab"]
+    assert [token for token in tokens if vocabulary._is_single(token, marks)] == single
 
 
 # --- through align ---
 
 
-def _align(world, runs, trained, encoder, **options):
-    return quick_align(world, runs, trained, encoder, "de", epochs=2, **options)
-
-
 def test_a_trimmed_student_is_the_untrimmed_one_on_its_text(world, tmp_path, trained, encoder):
-    plain = _align(world, tmp_path / "plain", trained, encoder)
-    short = _align(world, tmp_path / "short", trained, encoder, trim_vocabulary=True)
+    plain, short = (
+        quick_align(world, tmp_path / name, trained, encoder, "de", epochs=2, trim_vocabulary=trim)
+        for name, trim in (("plain", False), ("short", True))
+    )
     texts = [row["sentence2"] for row in read_jsonl(world / "snli_ve_train.de.jsonl")]
     whole, trimmed = load_student(plain.folder), load_student(short.folder)
     assert torch.equal(embeddings(trimmed, texts), embeddings(whole, texts))
     assert short.training.dev == plain.training.dev
     size = [(r.folder / "encoder" / "model.safetensors").stat().st_size for r in (plain, short)]
     assert size[1] < size[0]
-    kept = trimmed.trimmed
-    assert kept.encoder == str(encoder) and kept.num_tokens == len(whole.tokenizer)
-    restored = restore_student(short.folder)
-    assert module_digest(restored) == module_digest(whole)
+    assert trimmed.trimmed.encoder == str(encoder)
+    assert trimmed.trimmed.num_tokens == len(whole.tokenizer)
+    assert module_digest(restore_student(short.folder)) == module_digest(whole)
     # Text of other languages still gets an answer.
     (tmp_path / "short" / "clip-ve").symlink_to(trained / "clip-ve")
     model = VisualEntailment.from_pretrained(tmp_path / "short", "de", "cpu", "fp32")
@@ -247,9 +237,9 @@ def test_a_trimmed_student_is_the_untrimmed_one_on_its_text(world, tmp_path, tra
 
 
 def test_english_keeps_its_tokens_too(world, tmp_path, trained, encoder):
-    result = _align(world, tmp_path, trained, encoder, trim_vocabulary=True, include_english=True)
+    options = {"epochs": 2, "trim_vocabulary": True, "include_english": True}
+    result = quick_align(world, tmp_path, trained, encoder, "de", **options)
     student = load_student(result.folder)
-    whole = new_student(encoder, 16)
     texts = [row["sentence2"] for row in read_jsonl(world / "snli_ve_train.jsonl")]
     kept = student.trimmed.kept[student.tokenize(texts).ids]
-    assert kept.tolist() == whole.tokenize(texts).ids.tolist()
+    assert kept.tolist() == new_student(encoder, 16).tokenize(texts).ids.tolist()

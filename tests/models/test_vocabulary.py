@@ -6,19 +6,11 @@ import torch
 from tiny_backbones import embeddings, new_mpnet
 from torch import nn
 
-from clseave_cli.core.models import backbones
 from clseave_cli.core.models.student import new_student
 from clseave_cli.core.models.vocabulary import reduced_vocabulary
 
 TRAINED = ["The square is red.", "The square is red and green.", "red", "A dog waits outside."]
 OTHERS = ["Das Quadrat ist weiß.", "Buiten wacht een hond."]
-
-
-@pytest.fixture(params=["clip", "bert"])
-def sentence_encoder(request, clip, encoder):
-    torch.manual_seed(0)
-    model = backbones.load_clip_text(clip) if request.param == "clip" else new_student(encoder, 16)
-    return model.eval()
 
 
 def _words(encoder):
@@ -62,15 +54,16 @@ def test_words_in_use_are_trained_as_in_the_whole_table_and_no_others(
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_embeddings_are_the_same_inside_and_outside(sentence_encoder):
-    def embedded():
-        return embeddings(sentence_encoder, [*TRAINED, *OTHERS])
-
+def test_embeddings_are_the_same_inside_and_after_a_failure(sentence_encoder):
     trained, others = (sentence_encoder.tokenize(texts) for texts in (TRAINED, OTHERS))
-    expected = embedded()
-    with reduced_vocabulary(sentence_encoder, trained, others):
-        assert torch.equal(embedded(), expected)
-    assert torch.equal(embedded(), expected)
+    shapes = {name: value.shape for name, value in sentence_encoder.state_dict().items()}
+    expected = embeddings(sentence_encoder, [*TRAINED, *OTHERS])
+    with pytest.raises(RuntimeError), reduced_vocabulary(sentence_encoder, trained, others):
+        assert torch.equal(embeddings(sentence_encoder, [*TRAINED, *OTHERS]), expected)
+        raise RuntimeError  # an encoder is whole again after a failure too
+    assert {n: v.shape for n, v in sentence_encoder.state_dict().items()} == shapes
+    assert sentence_encoder.token_places is None
+    assert torch.equal(embeddings(sentence_encoder, [*TRAINED, *OTHERS]), expected)
 
 
 def test_a_translator_is_merged_into_every_word_vector(sentence_encoder):
@@ -81,9 +74,8 @@ def test_a_translator_is_merged_into_every_word_vector(sentence_encoder):
     behind.backbone.set_input_embeddings(nn.Sequential(copy.deepcopy(words), translator))
     expected = embeddings(behind, texts)
     assert (expected - embeddings(sentence_encoder, texts)).abs().max() > 1e-2
-    with reduced_vocabulary(
-        sentence_encoder, sentence_encoder.tokenize(TRAINED), translator=translator
-    ):
+    tokens = sentence_encoder.tokenize(TRAINED)
+    with reduced_vocabulary(sentence_encoder, tokens, translator=translator):
         trained = embeddings(sentence_encoder, TRAINED)
     torch.testing.assert_close(trained, expected[: len(TRAINED)], rtol=0, atol=1e-5)
     assert sentence_encoder.backbone.get_input_embeddings() is words
@@ -92,9 +84,8 @@ def test_a_translator_is_merged_into_every_word_vector(sentence_encoder):
 
 def test_no_other_token_takes_the_padding_id_that_positions_depend_on(tmp_path):
     """MPNet counts tokens that are not padding, whose id follows an unused one here."""
-    special = {
-        "unk_token": "<unk>", "pad_token": "<pad>", "cls_token": "<s>", "sep_token": "</s>",
-    }  # fmt: skip
+    tokens = {"unk": "<unk>", "pad": "<pad>", "cls": "<s>", "sep": "</s>"}
+    special = {f"{role}_token": token for role, token in tokens.items()}
     student = new_student(new_mpnet(tmp_path, TRAINED, special), 16).eval()
     assert not student.verify_packing() and student.pad_id == 1
     expected = embeddings(student, TRAINED)
@@ -102,21 +93,9 @@ def test_no_other_token_takes_the_padding_id_that_positions_depend_on(tmp_path):
         assert torch.equal(embeddings(student, TRAINED), expected)
 
 
-def test_an_encoder_is_whole_again_after_a_failure(sentence_encoder):
-    names = {name: value.shape for name, value in sentence_encoder.state_dict().items()}
-    tokens = sentence_encoder.tokenize(TRAINED)
-    with pytest.raises(RuntimeError), reduced_vocabulary(sentence_encoder, tokens):
-        raise RuntimeError
-    assert {n: v.shape for n, v in sentence_encoder.state_dict().items()} == names
-    assert sentence_encoder.token_places is None
-
-
 def test_word_vectors_in_another_form_are_left_alone(sentence_encoder):
-    class Scaled(nn.Embedding):
-        pass
-
     words = _words(sentence_encoder)
-    scaled = Scaled(*words.shape, _weight=words.detach().clone())
+    scaled = type("Scaled", (nn.Embedding,), {})(*words.shape, _weight=words.detach().clone())
     sentence_encoder.backbone.set_input_embeddings(scaled)
     with reduced_vocabulary(sentence_encoder, sentence_encoder.tokenize(TRAINED)):
         assert sentence_encoder.backbone.get_input_embeddings() is scaled
