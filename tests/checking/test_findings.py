@@ -181,6 +181,8 @@ def test_exit_status(site, model, clseave):
     assert rules(site / "fine.html") == []  # a decorative picture needs no text
     (site / "unsure.html").write_text("<img src=red.png alt='A square.'>")
     assert clseave("check", "fine.html")[0] == 0
+    (site / "one.html").write_text("<img src=red.png alt='A red square.'>")
+    assert clseave("check", "one.html")[:2] == (0, "1 text · 1 fits\n")
     assert clseave("check", "unsure.html")[0] == 0
     assert clseave("check", "unsure.html", "--fail-on", "unsure")[0] == 1
     assert clseave("check", "nothing.html")[0] == 2
