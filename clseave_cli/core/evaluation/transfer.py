@@ -209,8 +209,8 @@ def describe_power(num_languages: int, smallest: Mapping[str, float | None]) -> 
     measured = {kind: p for kind, p in smallest.items() if p is not None}
     able = ", ".join(kind for kind, p in measured.items() if p < 0.05) or "none"
     limit = (
-        ": the smallest p, that of a perfect ranking by a distance, grows with equal distances and "
-        f"is below 0.05 for {able}"
+        ": the smallest possible p, that of a perfect ranking by a distance, is larger if "
+        f"distances are equal, and below 0.05 for {able}"
     )
     return (
         f"Only {num_languages} languages{limit if measured else ''}. With several kinds of "
