@@ -75,7 +75,7 @@ def say(message: str, *, to_stderr: bool = False) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Prints one JSON document on stdout; raises `ClseaveError` if a number is not finite."""
+    """Prints one JSON document, paths as strings; raises `ClseaveError` for NaN or infinity."""
     try:
         text = json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False, default=str)
     except ValueError:
@@ -116,7 +116,8 @@ class _Task:
 
     def _line(self, time_text: str) -> str:
         total = f"/{self._total}" if self._total is not None else ""
-        done = f"{self._done}{total} {self._unit}".strip()
+        count = f"{self._done}{total}"
+        done = f"{count} {self._unit.removesuffix('s') if count == '1' else self._unit}".strip()
         return " · ".join(filter(None, (done, time_text, self._metrics)))
 
     def end(self) -> None:

@@ -49,6 +49,12 @@ def test_what_an_earlier_sitting_did_is_not_taken_for_speed(clock, capsys):
         assert "900/1000 pairs · 0:00:10 left" in capsys.readouterr().err
 
 
+def test_a_single_item_is_singular(capsys):
+    with terminal.TerminalProgress().task("check", unit="texts") as task:
+        task.advance(1)
+    assert capsys.readouterr().err == "check: 1 text · in 0:00:00\n"
+
+
 def test_time_left_is_not_guessed(clock, capsys):
     for total in (None, 10):
         with terminal.TerminalProgress().task("reading", total) as task:
