@@ -385,7 +385,7 @@ def clear_caches(kinds: Collection[str]) -> int:
     for folder in (cache_root() / kind for kind in kinds):
         num_bytes += folder_bytes(folder)
         try:
-            with suppress(FileNotFoundError):
+            if folder.exists():
                 shutil.rmtree(folder)
         except OSError as error:
             raise ClseaveError(f"{folder}: cannot be deleted ({error.strerror}).") from None

@@ -238,7 +238,8 @@ def test_a_trimmed_student_is_the_untrimmed_one_on_its_text(world, tmp_path, tra
 
 def test_english_keeps_the_tokens_of_all_its_sentences(world, tmp_path, trained, encoder):
     """Also of dev sentences, and of those that held-out photos or --limit drop."""
-    data, words = tmp_path / "data", "Het vierkant is rood groen blauw wit Buiten wacht".split()
+    words = ["Het", "vierkant", "is", "rood", "groen", "blauw", "wit", "Buiten", "wacht"]
+    data = tmp_path / "data"
     data.mkdir()
     (data / "images").symlink_to(world / "images")
     photos = [f"train{n // 4 + 1}{n % 4}.png".replace("train1", "train") for n in range(8)]
