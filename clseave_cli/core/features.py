@@ -131,17 +131,11 @@ def embed_rows(encoder: SentenceEncoder, sentences: Sentences) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Photos:
-    """The files of N named images.
-
-    Attributes:
-        paths: the files.
-        where: `file:line` that first names each.
-        keys: (N,) digests of their contents.
-    """
+    """The files of N named images."""
 
     paths: list[Path]
-    where: list[str]
-    keys: Keys
+    where: list[str]  # `file:line` that first names each
+    keys: Keys  # (N,) digests of their contents
 
     @classmethod
     def named(cls, names: Sequence[str], where: list[str], images: ImageFolder) -> Photos:

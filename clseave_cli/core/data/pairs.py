@@ -84,7 +84,7 @@ class Pairs:
 
     Attributes:
         whole: whether `others` of a pair include image and hypothesis, for an output table; None:
-            if the stream is CSV.
+            only if the stream is CSV.
     """
 
     def __init__(self, stream: BinaryIO, name: str, size: int, *columns: str | None) -> None:
@@ -125,7 +125,7 @@ class Pairs:
     def __iter__(self) -> Iterator[list[Pair | DataError]]:
         if self.format == "parquet":
             self._lines.ended = True
-            rows = parquet_rows(self._stream, Path(self.name), None)
+            rows = parquet_rows(self._stream, self.name)
         elif self.format == "csv":
             rows = iter(DelimitedRows(self._lines, errors="surrogateescape"))
         else:
@@ -169,17 +169,11 @@ class Pairs:
 
 @dataclass(frozen=True)
 class AnswerTable:
-    """Answers as a table: the columns of the input, then `ANSWER_COLUMNS`.
+    """Answers as a table: the columns of the input, then `ANSWER_COLUMNS`."""
 
-    Attributes:
-        columns: names of the columns of CSV.
-        delimiter: delimiter of CSV.
-        source: the input, if it is Parquet.
-    """
-
-    columns: list[str] = field(default_factory=list)
-    delimiter: str = ","
-    source: Path | None = None
+    columns: list[str] = field(default_factory=list)  # of CSV
+    delimiter: str = ","  # of CSV
+    source: Path | None = None  # the input, if it is Parquet
 
     @classmethod
     def of(cls, pairs: Pairs, target: Path | None) -> AnswerTable | None:

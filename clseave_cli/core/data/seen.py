@@ -32,15 +32,11 @@ Digests = npt.NDArray[np.uint64]
 
 
 class SeenRows(NamedTuple):
-    """Digests of P photos and R pairs.
+    """Digests of P photos and R pairs."""
 
-    Attributes:
-        photos: (P, 2) digests of names without extension, and of contents; 0: not read.
-        pairs: (R,) digests of a photo's name and a hypothesis.
-    """
-
+    #: (P, 2) digests of names without extension, and of contents; 0: not read.
     photos: Digests = np.zeros((0, 2), np.uint64)
-    pairs: Digests = np.zeros(0, np.uint64)
+    pairs: Digests = np.zeros(0, np.uint64)  # (R,) digests of a photo's name and a hypothesis
 
     @classmethod
     def of(cls, split: Split, contents: npt.NDArray[np.void] | None = None) -> SeenRows:

@@ -77,25 +77,15 @@ class Sizes:
 
 @dataclass(frozen=True)
 class MiniVE:
-    """A world on disk.
-
-    Attributes:
-        folder: its folder.
-        seed: its seed.
-        num_scenes: scenes by split.
-        num_pairs: rows by split, form and label.
-        num_sentences: distinct English hypotheses by split.
-        num_unseen: test rows whose conjunction is in no training or development row.
-        num_captions: captions by split, except the test split.
-    """
+    """A world on disk."""
 
     folder: Path
     seed: int
-    num_scenes: Mapping[str, int]
-    num_pairs: Mapping[str, Mapping[str, Mapping[Label, int]]]
-    num_sentences: Mapping[str, int]
-    num_unseen: int
-    num_captions: Mapping[str, int]
+    num_scenes: Mapping[str, int]  # scenes by split
+    num_pairs: Mapping[str, Mapping[str, Mapping[Label, int]]]  # rows by split, form and label
+    num_sentences: Mapping[str, int]  # distinct English hypotheses by split
+    num_unseen: int  # test rows whose conjunction is in no training or development row
+    num_captions: Mapping[str, int]  # captions by split, except the test split
 
 
 class _Sentence(NamedTuple):
