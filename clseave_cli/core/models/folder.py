@@ -105,7 +105,7 @@ def peek(folder: Path, format_name: str) -> dict[str, Any]:
             "onnx": "export --out DIR",
             "autoencoder": "autoencode --lang LANG",
         }[format_name]
-        raise ModelError(f"{folder}: no such model folder; `clseave {stage}` makes it.")
+        raise ModelError(f"{folder}: no such model folder; `clseave {stage}` creates it.")
     config = read_json(folder / _CONFIG)
     if not isinstance(config, dict) or config.get("format") != format_name:
         raise ModelError(f"{folder}: not a {format_name} folder of clseave.")

@@ -227,9 +227,13 @@ def scenes_of(
         DataError: not a world of this version, or no such split.
     """
     record = json_object(folder / "world.json")
-    if record.get("world") != "mini-VE" or record.get("version") != VERSION or split not in SPLITS:
-        raise DataError(f"{folder}: expected a mini-VE of this version, and one of its splits.")
-    seed, sizes = record["seed"], Sizes(**record["sizes"])
+    try:
+        seed, sizes = record["seed"], Sizes(**record["sizes"])
+        if (record["world"], record["version"]) != ("mini-VE", VERSION) or split not in SPLITS:
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        message = f"{folder}: expected a mini-VE of this version, and one of its splits."
+        raise DataError(message) from None
     scenes = sample_scenes(seed, sizes)[split]
     if not by_row:
         return {Path(_image_name(split, i)).stem: (scene, None) for i, scene in enumerate(scenes)}
