@@ -350,7 +350,7 @@ def _folder(kind: str, encoder: ImageEncoder | SentenceEncoder, autocast: Autoca
 
 
 class Vectors:
-    """(U, D) vectors in memory-mapped shards, for `count` U and `width` D."""
+    """(U, D) vectors in memory-mapped shards; U is `count`, D is `width`."""
 
     def __init__(self, count: int, width: int, dtype: torch.dtype = torch.float32) -> None:
         self.width, self.dtype = width, dtype

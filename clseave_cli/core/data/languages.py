@@ -207,7 +207,7 @@ class LanguageIdentifier:
 
 
 def language_warning(text: str, lang: str, thorough: bool = True) -> str | None:
-    """A warning if a text is probably not in the language `lang`.
+    """A warning if a text is probably not in the language `lang`, else None.
 
     If `thorough` and lingua is installed, checks the language, not only the script. Lingua compares
     the trigrams of all its languages, which takes 64 MB, and a second at first.

@@ -101,7 +101,7 @@ class SeenRows(NamedTuple):
         return status
 
     def has(self, others: SeenRows) -> npt.NDArray[np.bool_]:
-        """(P,) whether each photo of the other, with its content read, is among these."""
+        """(P,) whether each photo of `others`, whose contents must be read, is among these."""
         (names, files), (seen_names, seen_files) = others.photos.T, self.photos.T
         is_file = np.isin(files, seen_files) & (files > 0)
         return np.asarray(np.isin(names, seen_names) | is_file)

@@ -131,5 +131,5 @@ def skip_other_versions(folders: dict[str, Any], progress: Progress) -> None:
             del folders[lang]
             progress.note(
                 f"{folder}: format version {version}, this clseave reads {FORMAT_VERSION}; "
-                f"{lang} is left out. Update clseave to read it."
+                f"{lang} is skipped. Update clseave to read it."
             )
