@@ -97,11 +97,10 @@ def test_accumulation_changes_nothing(tmp_path, accumulation):
     parts.run(tmp_path / "parts", clip_norm=0.5, accumulation=accumulation)
     assert len(parts.seen) > len(whole.seen)
     torch.testing.assert_close(parts.weights, whole.weights, rtol=1e-4, atol=1e-6)
-    losses = [
-        [record["loss"] for record in read_jsonl(tmp_path / name / "metrics.jsonl")]
-        for name in ("whole", "parts")
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    losses, expected = (
+        [record["loss"] for record in metrics_of(tmp_path / name)] for name in ("parts", "whole")
+    )
+    assert losses == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_gradient_norm_is_clipped(tmp_path, monkeypatch):
@@ -354,35 +353,32 @@ def test_the_records_are_on_the_disk_before_the_state_is(tmp_path, monkeypatch):
     assert synced == [(tmp_path / "metrics.jsonl").stat().st_ino]
 
 
-class _Gpus:
-    """Stands for the random numbers of two GPUs, as one process sees them."""
+def _fake_gpus(monkeypatch, *numbers):
+    """The random states of GPUs, as one process sees them, for what asks torch for them."""
+    states = [torch.tensor([number], dtype=torch.uint8) for number in numbers]
 
-    def __init__(self, monkeypatch, *states):
-        self.states = [torch.tensor([state], dtype=torch.uint8) for state in states]
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(states))
-        monkeypatch.setattr(torch.cuda, "get_rng_state", lambda gpu: self.states[_number(gpu)])
-        monkeypatch.setattr(torch.cuda, "set_rng_state", self._set)
+    def index(gpu):
+        return gpu if isinstance(gpu, int) else torch.device(gpu).index
 
-    def _set(self, state, gpu):
-        self.states[_number(gpu)] = state
-
-
-def _number(gpu):
-    return gpu if isinstance(gpu, int) else torch.device(gpu).index
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(states))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda gpu: states[index(gpu)])
+    monkeypatch.setattr(
+        torch.cuda, "set_rng_state", lambda state, gpu: states.__setitem__(index(gpu), state)
+    )
+    return states
 
 
 def test_every_process_goes_on_with_the_random_numbers_of_the_first_ones_gpu(tmp_path, monkeypatch):
     # The first process has used its GPU, number 0, and never that of the second.
     module = nn.Linear(2, 2)
     trained = module, torch.optim.AdamW(module.parameters()), torch.amp.GradScaler("cpu")
-    _Gpus(monkeypatch, 7, 0)
+    _fake_gpus(monkeypatch, 7, 0)
     first = checkpoint.Trainee(*trained, torch.device("cuda:0"))
     checkpoint.save_state(tmp_path, checkpoint.LoopState(step=1), first, None)
-    for gpu in (0, 1):
-        gpus = _Gpus(monkeypatch, 1, 2)
+    for gpu, expected in enumerate(([7, 2], [1, 7])):
+        states = _fake_gpus(monkeypatch, 1, 2)
         checkpoint.load_state(tmp_path, checkpoint.Trainee(*trained, torch.device("cuda", gpu)))
-        restored = [int(state) for state in gpus.states]
-        assert restored[gpu] == 7 and restored[1 - gpu] == (1, 2)[1 - gpu]
+        assert [int(state) for state in states] == expected
 
 
 @pytest.fixture
@@ -488,14 +484,13 @@ def test_resuming_where_nothing_was_saved_starts_afresh(tmp_path, uninterrupted)
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
-    task = Task()
-
-    def impatient(step):
+    def interrupt_twice(step):
         if step == 2:
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
 
-    task.steps.append(impatient)
+    task = Task()
+    task.steps.append(interrupt_twice)
     with pytest.raises(KeyboardInterrupt):
         task.run(tmp_path)
     assert len(task.seen) == 2
