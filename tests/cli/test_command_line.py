@@ -63,9 +63,7 @@ print("LOADED", sorted(heavy & set(sys.modules)))
     assert "--help" in done.stdout
 
 
-def test_the_package_is_light_and_runs_as_a_module(tmp_path):
-    script = "import sys, clseave_cli; print('torch' in sys.modules)"
-    assert _python("-c", script, folder=tmp_path).stdout == "False\n"
+def test_the_package_runs_as_a_module(tmp_path):
     done = _python("-m", "clseave_cli", "--version", folder=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"clseave {__version__}\n", "")
     done = _python("-m", "clseave_cli", "predict", folder=tmp_path)
