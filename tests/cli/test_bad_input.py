@@ -160,12 +160,13 @@ def test_an_unknown_device_or_model_folder(commands, refused, tmp_path, command)
         ],
         "align": [
             ("--student", nowhere, f"{nowhere}: no such model folder"),
-            ("--teacher", nowhere, f"{nowhere}: no such model folder; `clseave finetune-ve` mak"),
+            ("--teacher", nowhere, "no such model folder; `clseave finetune-ve` creates it"),
         ],
         "evaluate": [("--runs", nowhere, f"{nowhere}")],
         "predict": [("--runs", nowhere, f"{nowhere / 'clip-ve'}: no such model folder")],
     }[command]:
-        assert message in refused(*commands[command], option, folder)
+        error = refused(*commands[command], option, folder)
+        assert message in error and f"{folder}" in error
 
 
 def test_a_hypothesis_of_ten_thousand_words(commands, clseave, data):

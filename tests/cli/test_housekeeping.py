@@ -1,6 +1,8 @@
 """`clseave models`, `cache`, `doctor` and `init`."""
 
+import errno
 import json
+import os
 import re
 import shutil
 import sys
@@ -59,8 +61,11 @@ def test_models_lists_every_model_and_the_one_that_predict_takes(
     text = clseave("models", "--runs", runs)[1]
     assert "\npredict --lang de: align-de (before both: fewest languages, then by name)\n" in text
 
-    (tmp_path / "none").mkdir()
-    assert listed(clseave, tmp_path / "none") == ({}, {})
+    other = tmp_path / "none" / "other"
+    other.mkdir(parents=True)
+    assert listed(clseave, other.parent) == ({}, {})
+    (other / "config.json").write_text('{"languages": 5, "teacher": true}')
+    assert listed(clseave, other.parent)[0]["other"]["languages"] == []
     assert "no such folder" in refused("models", "--runs", tmp_path / "nowhere")
 
 
@@ -84,6 +89,15 @@ def test_cache_shows_and_clears(clseave, cache, data, runs, refused):
     assert sorted(path.name for path in cache.iterdir()) == ["mine", "translation"]
     assert clseave("cache", "--clear", "translation")[1] == "0.0 MiB freed\n"
     assert not (cache / "translation").exists()
+
+
+def test_a_cache_that_loses_files_meanwhile_is_not_called_cleared(refused, cache, monkeypatch):
+    def vanished(folder):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), folder / "shard")
+
+    (cache / "image").mkdir(parents=True)
+    monkeypatch.setattr(shutil, "rmtree", vanished)
+    assert "image: cannot be deleted" in refused("cache", "--clear", "image")
 
 
 @pytest.mark.parametrize("torch", [True, False], ids=["torch", "without torch"])
