@@ -24,7 +24,7 @@ QUICK = ["--epochs", "1", "--batch-size", "4", "--device", "cpu", "--precision",
 
 @pytest.fixture
 def writers(world, trained, clip, encoder, tmp_path):
-    """Every command that writes a folder, without the folder: arguments, and the option for it."""
+    """Commands that write a folder or a file, each up to the option that names it."""
     captioned = write_captions(world, tmp_path / "captioned")
     shared = ["--runs", tmp_path / "runs", *QUICK]
     student = ["--lang", "de", "--student", encoder, "--teacher", trained / "clip-ve"]
@@ -43,6 +43,7 @@ def writers(world, trained, clip, encoder, tmp_path):
         "evaluate": ["evaluate", "--data", world, "--runs", trained, "--lang", "de", "--resamples",
                      10, "--device", "cpu", "--report"],
         "export": ["export", "--runs", trained, "--lang", "de", "--out"],
+        "predict": ["predict", "--input", os.devnull, "--runs", trained, "--output"],
     }  # fmt: skip
 
 
@@ -50,10 +51,10 @@ WRITERS = ("pretrain", "finetune-ve", "align", "autoencode", "curve", "evaluate"
 
 
 @pytest.mark.parametrize("command", WRITERS)
-def test_a_folder_of_something_else_is_refused_and_left_alone(
+def test_a_folder_of_something_else_or_in_use_is_refused_and_left_alone(
     writers, command, refused, tmp_path, trained, monkeypatch
 ):
-    """G1: a folder of photos, one of models, a model of another stage, home, a full mount."""
+    """G1: a folder of photos, one of models, a model of another stage, home, a full mount; G3."""
     photos, models, home = tmp_path / "photos", tmp_path / "models", tmp_path / "home"
     for path in (photos / "images" / "a.jpg", photos / "rows.jsonl", home / "thesis.tex"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +62,11 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(
     shutil.copytree(trained, models)
     monkeypatch.setenv("HOME", str(home))
     other = "align-de" if command == "finetune-ve" else "clip-ve"
-    before = tree(photos), tree(models), (home / "thesis.tex").read_text()
+
+    def users_files():
+        return {name: text for name, text in tree(tmp_path).items() if ".cache/" not in name}
+
+    before = users_files()
     for out, words, code in (
         (photos, "already exists (with images, rows.jsonl) and is not", 2),
         (models, "already exists (with align-de, align-nl and 1 more) and is not", 2),
@@ -75,14 +80,19 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(
             assert error.startswith(f"clseave: {out}/") and "clseave did not write it" in error
         else:
             assert error.startswith(f"clseave: {out}: {words}")
-        assert (tree(photos), tree(models), (home / "thesis.tex").read_text()) == before
+        assert users_files() == before
+    with locked_target(tmp_path / "out"):
+        error = refused(*writers[command], tmp_path / "out")
+        assert f"{tmp_path / 'out'}: another process is writing it" in error
+        assert users_files().keys() == {*before, ".out.lock"}
+    assert users_files() == before and not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("command", WRITERS)
-def test_a_folder_of_the_same_kind_is_replaced_unless_a_file_of_the_users_is_in_it(
+def test_a_folder_of_the_same_kind_is_replaced_unless_it_is_in_use_or_has_a_file_of_the_users(
     writers, command, clseave, refused, tmp_path, monkeypatch
 ):
-    """G2 and G5: nothing else is left beside it, and all may read what they may by the umask."""
+    """G1, G2, G5: nothing else is left beside it, and all may read what they may by the umask."""
     out = tmp_path / "results" / "out"
     out.mkdir(parents=True)  # an empty folder is no obstacle
     umask = os.umask(0o027)
@@ -94,6 +104,15 @@ def test_a_folder_of_the_same_kind_is_replaced_unless_a_file_of_the_users_is_in_
         assert f"{out / 'notes.txt'}: clseave did not write it" in error
         assert {**first, "notes.txt": b"the user's"} == tree(out)
         (out / "notes.txt").unlink()
+        with monkeypatch.context() as patch:
+            patch.chdir(out)
+            for place in (out, Path(), out.parent):
+                error = refused(*writers[command], place, code=2)
+                assert "is the working directory, or contains it" in error
+        if command in ("align", "evaluate", "export"):
+            error = refused(*writers[command], out, "--runs", out, code=2)
+            assert f"{out}: is --runs {out}, or contains it" in error
+        assert tree(out) == first
         (out.parent / "out.clseave-old").mkdir()
         code, _, err = clseave(*writers[command], out)
         assert code == 0, err
@@ -103,25 +122,6 @@ def test_a_folder_of_the_same_kind_is_replaced_unless_a_file_of_the_users_is_in_
     assert sorted(path.name for path in out.parent.iterdir()) == ["out", "out.clseave-old"]
     for path in out.rglob("*"):
         assert stat.S_IMODE(path.stat().st_mode) == (0o750 if path.is_dir() else 0o640), path
-
-
-@pytest.mark.parametrize("command", ["align", "evaluate", "export"])
-def test_inputs_are_not_replaced_by_an_output_of_their_kind(
-    writers, command, refused, clseave, tmp_path, monkeypatch, runs
-):
-    """G1: a model that is read, the working directory, a parent of either."""
-    out = tmp_path / "kind" / "out"
-    assert clseave(*writers[command], out)[0] == 0
-    before = tree(out)
-    monkeypatch.chdir(out)
-    for place in (out, Path(), out.parent):
-        assert "is the working directory, or contains it" in refused(
-            *writers[command], place, code=2
-        )
-    monkeypatch.chdir(tmp_path)
-    error = refused(*writers[command], out, "--runs", out, code=2)
-    assert f"{out}: is --runs {out}, or contains it" in error
-    assert tree(out) == before
 
 
 def test_a_demo_leaves_a_folder_of_the_users_alone(refused, tmp_path):
@@ -135,28 +135,19 @@ def test_a_demo_leaves_a_folder_of_the_users_alone(refused, tmp_path):
         assert tree(out) == {f"{name}/thesis.tex": b"the user's"}
 
 
-@pytest.mark.parametrize("command", ["align", "curve", "evaluate", "export"])
-def test_one_process_a_target(writers, command, refused, tmp_path):
-    """G3: the second one is told at once, and nothing is touched."""
-    out = tmp_path / "out"
-    with locked_target(out):
-        before = tree(tmp_path)
-        assert f"{out}: another process is writing it" in refused(*writers[command], out)
-        assert tree(tmp_path) == before
-    assert not list(tmp_path.glob(".*"))
-
-
-def test_one_process_a_file(refused, tmp_path, trained, world, clseave):
+def test_one_process_a_file(writers, refused, tmp_path, world, clseave):
     """G3: and a file of something else is not replaced by answers."""
-    pairs, answers = tmp_path / "pairs.jsonl", tmp_path / "answers.jsonl"
+    folder = tmp_path / "answers"
+    folder.mkdir()
+    answers, pairs = folder / "answers.jsonl", tmp_path / "pairs.jsonl"
     write_jsonl(pairs, [{"image": str(world / "images" / "test0.png"), "hypothesis": "A dog."}])
-    arguments = ["predict", "--input", pairs, "--runs", trained, "--device", "cpu", "--output"]
+    arguments = [*writers["predict"][:-1], "--input", pairs, "--device", "cpu", "--output"]
     with locked_target(answers):
         assert f"{answers}: another process is writing it" in refused(*arguments, answers)
         assert "another process" in refused(*arguments, answers, "--resume")
     for _ in range(2):  # older answers are replaced
         assert clseave(*arguments, answers)[0] == 0
-    assert len(read_jsonl(answers)) == 1 and len(list(tmp_path.iterdir())) == 2
+    assert len(read_jsonl(answers)) == 1 and list(folder.iterdir()) == [answers]
     photo = tmp_path / "photo.png"
     photo.write_bytes(b"\x89PNG\r\n\x1a\n")
     assert "holds no answers; choose another" in refused(*arguments, photo, code=2)
@@ -186,20 +177,13 @@ def _without_privileges():
 
 
 @pytest.mark.parametrize("command", ["align", "evaluate", "export", "predict"])
-def test_a_folder_that_may_not_be_written_is_told_before_the_work(
-    writers, command, tmp_path, trained, monkeypatch
-):
+def test_a_folder_that_may_not_be_written_is_refused_before_the_work(writers, command, tmp_path):
     """G1: in one line, with no file read."""
     closed = tmp_path / "closed"
     closed.mkdir()
     closed.chmod(0o555)
-    answers = ["predict", "--input", "/dev/null", "--runs", trained, "--output"]
-    arguments = writers.get(command, answers)
-    process = CommandProcess(
-        *map(str, [*arguments, closed / "out"]),
-        folder=tmp_path / "said",
-        before=_without_privileges,
-    )
+    arguments = map(str, [*writers[command], closed / "out"])
+    process = CommandProcess(*arguments, folder=tmp_path / "outputs", before=_without_privileges)
     assert process.wait() == 1, process.stderr
     assert f"{closed / 'out'}: cannot be written (Permission denied)" in process.stderr
     assert process.stderr.count("\n") == 1
@@ -207,34 +191,28 @@ def test_a_folder_that_may_not_be_written_is_told_before_the_work(
 
 @pytest.mark.parametrize("place", ["/proc/x", "/proc/x/y", "loop", "loop/x"])
 @pytest.mark.parametrize("command", ["evaluate", "predict"])
-def test_an_impossible_place_is_told(writers, command, refused, tmp_path, trained, place):
+def test_an_impossible_place_is_refused(writers, command, refused, tmp_path, place):
     (tmp_path / "loop").symlink_to("loop")
-    answers = ["predict", "--input", "/dev/null", "--runs", trained, "--output"]
-    error = refused(*writers.get(command, answers), tmp_path / place)
+    error = refused(*writers[command], tmp_path / place)
     assert "cannot be written (" in error or "is not a folder" in error
 
 
-def test_a_user_without_a_home_is_told_what_to_set(monkeypatch, refused, world, clip, tmp_path):
+def test_a_user_without_a_home_learns_what_to_set(monkeypatch, refused, writers, tmp_path):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
     monkeypatch.delenv("CLSEAVE_CACHE")
-    monkeypatch.setattr(Path, "home", _no_home)
-    error = refused("finetune-ve", "--data", world, "--clip", clip, "--runs", tmp_path)
+    monkeypatch.setattr(Path, "home", no_home)
+    error = refused(*writers["finetune-ve"], tmp_path / "out")
     assert "no home directory for caches; set CLSEAVE_CACHE to a folder" in error
-
-
-def _no_home():
-    raise RuntimeError("Could not determine home directory.")
 
 
 # --- interruptions ---
 
 
-def _write(target, text):
+def _write(target, text="new"):
     with atomic_folder(target) as folder:
         (folder / "a").write_text(text)
-
-
-def _no_swap(*_):
-    return False
 
 
 class _Tracer:
@@ -262,7 +240,7 @@ def _traced(target, tracer):
     """Whether a new folder came before the tracer acted."""
     sys.settrace(tracer)
     try:
-        _write(target, "new")
+        _write(target)
     except KeyboardInterrupt:
         return False
     finally:
@@ -270,32 +248,35 @@ def _traced(target, tracer):
     return tracer.left > 0
 
 
+@pytest.fixture(params=[True, False], ids=["swap", "no swap"])
+def swaps(request, monkeypatch):
+    """Whether folders are swapped, as on Linux, or the file system cannot do that."""
+    if not request.param:
+        monkeypatch.setattr(files, "_swapped", lambda *_: False)
+    return request.param
+
+
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("swaps", [True, False])
-def test_ctrl_c_at_any_instruction_keeps_the_old_folder_or_the_new(tmp_path, monkeypatch, swaps):
-    """G4: with the swap of Linux, and on file systems without it."""
-    if not swaps:
-        monkeypatch.setattr(files, "_swapped", _no_swap)
-    target, number, interrupted = tmp_path / "model", 0, set()
+@pytest.mark.usefixtures("swaps")
+def test_ctrl_c_at_any_instruction_keeps_the_old_folder_or_the_new(tmp_path):
+    """G4."""
+    target, number, contents = tmp_path / "model", 0, set()
     done = False
     while not done:
         number += 1
         shutil.rmtree(target, ignore_errors=True)
         _write(target, "old")
         done = _traced(target, _Tracer(number, _interrupt))
-        interrupted.add((target / "a").read_text())
+        contents.add((target / "a").read_text())
         with locked_target(target):
             pass
         assert tree(tmp_path).keys() == {"model/a"}, number
-    assert interrupted == {"old", "new"} and number > 300
+    assert contents == {"old", "new"} and number > 300
 
 
-@pytest.mark.parametrize("swaps", [True, False])
-def test_a_kill_at_any_line_is_made_good_by_the_next_run(tmp_path, monkeypatch, swaps):
+def test_a_kill_at_any_line_is_made_good_by_the_next_run(tmp_path, swaps):
     """G4: with the swap, the old folder or the new one stands there even before that run."""
-    if not swaps:
-        monkeypatch.setattr(files, "_swapped", _no_swap)
     target, number, missing, status = tmp_path / "model", 0, 0, 9
     while status:
         number += 1
@@ -323,26 +304,25 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 
 
 def test_a_link_to_a_folder_stays_one(tmp_path):
-    (tmp_path / "disk" / "model").mkdir(parents=True)
-    (tmp_path / "model").symlink_to(tmp_path / "disk" / "model")
-    _write(tmp_path / "model", "new")
-    assert (tmp_path / "disk" / "model" / "a").read_text() == "new"
-    assert (tmp_path / "model").is_symlink() and len(list((tmp_path / "disk").iterdir())) == 1
+    folder = tmp_path / "disk" / "model"
+    folder.mkdir(parents=True)
+    (tmp_path / "model").symlink_to(folder)
+    _write(tmp_path / "model")
+    assert (folder / "a").read_text() == "new" and (tmp_path / "model").is_symlink()
+    assert list(folder.parent.iterdir()) == [folder]
 
 
 def test_files_have_the_modes_of_the_umask(tmp_path):
     """G5."""
     umask = os.umask(0o007)
     try:
-        _write(tmp_path / "folder", "new")
+        _write(tmp_path / "folder")
         with atomic_file(tmp_path / "file") as stream:
             stream.write(b"new")
     finally:
         os.umask(umask)
-    modes = [
-        stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("folder", "folder/a", "file")
-    ]
-    assert modes == [0o770, 0o660, 0o660]
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")}
+    assert modes == {"folder": 0o770, "a": 0o660, "file": 0o660}
 
 
 # --- locks ---

@@ -1,16 +1,15 @@
 """What bad input gets: one clear line, the right exit code, and nothing lost."""
 
-import errno
 import json
 import os
 import shutil
 import signal
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
-from tiny_world import edit_row, flip_byte, read_jsonl, reseal, tree, write_jsonl
+from tiny_world import edit_row, flip_byte, full_disk, read_jsonl, reseal, tree, write_jsonl
 
-from clseave_cli.core import files
 from clseave_cli.core.files import cache_root
 from clseave_cli.core.models.encoders import ImageEncoder
 
@@ -54,10 +53,22 @@ def refused(refused, runs):
 
 
 @pytest.mark.parametrize("command", READERS)
-def test_a_missing_split_or_data_folder(commands, refused, data, command):
-    (data / FILES[command]).unlink()
+def test_missing_files_and_folders_are_named(commands, refused, data, command):
+    path, images = data / FILES[command], data / "images"
+    if command != "align":  # which reads text alone
+        image = read_jsonl(path)[4]["Flickr30K_ID"]
+        (images / image).unlink()
+        error = refused(*commands[command])
+        # The image's first row is the fourth line.
+        assert f"{path.name}:4: image {image!r} is not in {images}" in error
+        error = refused(*commands[command], "--images", data / "photos")
+        assert f"{data / 'photos'}: no such image folder" in error
+        shutil.rmtree(images)
+        error = refused(*commands[command])
+        assert f"{data}: no image folder in it" in error and "choose it with --images DIR" in error
+    path.unlink()
     error = refused(*commands[command])
-    assert f"{data}: no {FILES[command]} (languages of the split" in error
+    assert f"{data}: no {path.name} (languages of the split" in error
     shutil.rmtree(data)
     error = refused(*commands[command])
     assert f"{data}: no such data folder; expected one with snli_ve_" in error
@@ -65,83 +76,53 @@ def test_a_missing_split_or_data_folder(commands, refused, data, command):
 
 
 @pytest.mark.parametrize("command", ["finetune-ve", "evaluate"])
-def test_a_missing_image_folder(commands, refused, data, command):
-    shutil.rmtree(data / "images")
-    error = refused(*commands[command])
-    assert f"{data}: no image folder in it" in error and "choose it with --images DIR" in error
-    error = refused(*commands[command], "--images", data / "photos")
-    assert f"{data / 'photos'}: no such image folder" in error
-
-
-@pytest.mark.parametrize("command", ["finetune-ve", "evaluate"])
-def test_a_missing_image(commands, refused, data, command):
-    row = read_jsonl(data / FILES[command])[4]
-    (data / "images" / row["Flickr30K_ID"]).unlink()
-    error = refused(*commands[command])
-    # The image's first row is the fourth line.
-    assert f"{FILES[command]}:4: image {row['Flickr30K_ID']!r} is not in {data / 'images'}" in error
-
-
-@pytest.mark.parametrize("command", ["finetune-ve", "evaluate"])
-@pytest.mark.parametrize("damage", ["truncated", "rubbish", "empty"])
-def test_a_damaged_image(commands, refused, data, command, damage):
-    from PIL import Image
-
+def test_a_damaged_image(commands, refused, data, command):
     row = read_jsonl(data / FILES[command])[0]
-    path = data / "images" / row["Flickr30K_ID"]
-    Image.open(path).resize((90, 90)).save(path.with_suffix(".jpg"))
-    path.unlink()
-    path = path.with_suffix(".jpg")
+    path = (data / "images" / row["Flickr30K_ID"]).with_suffix(".jpg")
+    Image.open(path.with_suffix(".png")).resize((90, 90)).save(path)
+    path.with_suffix(".png").unlink()
     content = path.read_bytes()
-    path.write_bytes(
-        {"truncated": content[: len(content) // 2], "rubbish": b"GIF89a...", "empty": b""}[damage]
-    )
-    error = refused(*commands[command])
-    assert f"{FILES[command]}:1: {path}: damaged or not an image" in error
+    for damaged in (content[: len(content) // 2], b"GIF89a...", b""):
+        path.write_bytes(damaged)
+        error = refused(*commands[command])
+        assert f"{FILES[command]}:1: {path}: damaged or not an image" in error
+        shutil.rmtree(data.parent / "new", ignore_errors=True)  # an unfinished run
 
 
-BAD_ROWS = {
-    "no pairID": {"pairID": None},
-    "no sentence2": {"sentence2": None},
-    "sentence2 is empty": {"sentence2": " "},
-    "no gold_label": {"gold_label": None},
-    "gold_label is 'entailed'; expected one of": {"gold_label": "entailed"},
-    "no Flickr30K_ID": {"Flickr30K_ID": None},
-}
-
-
-@pytest.mark.parametrize("command", READERS)
-@pytest.mark.parametrize("reason", BAD_ROWS)
-def test_a_missing_or_wrong_key(commands, refused, clseave, data, command, reason):
-    path = data / FILES[command]
-    edit_row(path, 2, **BAD_ROWS[reason])
-    if command == "align" and reason in ("no gold_label", "no Flickr30K_ID"):
-        code, _, err = clseave(*commands[command])  # text is all that align needs
-        assert code == 0, err
-        return
-    error = refused(*commands[command])
-    assert f"{path}:2: {reason}" in error and "--skip-bad" in error
+BAD_ROWS = [
+    ({"pairID": None}, "no pairID"),
+    ({"sentence2": None}, "no sentence2"),
+    ({"sentence2": " "}, "sentence2 is empty"),
+    ({"gold_label": None}, "no gold_label"),
+    ({"gold_label": "entailed"}, "gold_label is 'entailed'; expected one of"),
+    ({"Flickr30K_ID": None}, "no Flickr30K_ID"),
+]
 
 
 @pytest.mark.parametrize("command", READERS)
-def test_a_line_that_does_not_parse_and_two_rows_with_one_pair_id(commands, refused, data, command):
+def test_bad_rows_are_refused_and_set_aside_when_asked(commands, refused, clseave, data, command):
+    """G9: `align` needs text alone, neither labels nor images."""
     path = data / FILES[command]
-    whole, rows = path.read_text(), read_jsonl(path)
-    lines = whole.splitlines()
-    lines[2] = lines[2][:-9]
-    path.write_text("\n".join(lines))
+    original, rows = path.read_text(), read_jsonl(path)
+    lines = original.splitlines()
+    path.write_text("\n".join([*lines[:2], lines[2][:-9], *lines[3:]]))
     error = refused(*commands[command])
     assert f"{path}:3: not valid JSON" in error and "--skip-bad" in error
-    path.write_text(whole)
+    path.write_text(original)
     edit_row(path, 5, pairID=rows[1]["pairID"])
     error = refused(*commands[command])
     assert f"{path}:5: pairID {rows[1]['pairID']!r} is also in line 2" in error
-
-
-@pytest.mark.parametrize("command", READERS)
-def test_bad_rows_are_set_aside_when_asked(commands, clseave, data, command):
-    """G9."""
-    path = data / FILES[command]
+    for changes, reason in BAD_ROWS:
+        path.write_text(original)
+        edit_row(path, 2, **changes)
+        if command == "align" and reason in ("no gold_label", "no Flickr30K_ID"):
+            code, _, err = clseave(*commands[command])
+            assert code == 0, err
+            shutil.rmtree(data.parent / "new")
+        else:
+            error = refused(*commands[command])
+            assert f"{path}:2: {reason}" in error and "--skip-bad" in error
+    path.write_text(original)
     edit_row(path, 2, sentence2="")
     before = path.read_bytes()
     code, _, err = clseave(*commands[command], "--skip-bad")
@@ -152,46 +133,40 @@ def test_bad_rows_are_set_aside_when_asked(commands, clseave, data, command):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    ("lang", "code", "message"),
-    [
+@pytest.mark.parametrize("command", ["align", "evaluate", "predict"])
+def test_an_unknown_language(commands, refused, command):
+    arguments = [a for a in commands[command] if a not in ("--lang", "de")]
+    advice = "clseave align --lang xx" if command == "predict" else "clseave translate --lang"
+    for lang, code, message in (
         ("klingon", 2, "--lang klingon: not a language code; expected one such as de, ja or zh"),
         ("../de", 2, "--lang ../de: not a language code"),
-        ("xx", 1, "xx"),
-    ],
-)
-@pytest.mark.parametrize("command", ["align", "evaluate", "predict"])
-def test_an_unknown_language(commands, refused, command, lang, code, message):
-    arguments = [a for a in commands[command] if a not in ("--lang", "de")]
-    error = refused(*arguments, "--lang", lang, code=code)
-    assert message in error
-    if lang == "xx":
-        advice = "clseave align --lang xx" if command == "predict" else "clseave translate --lang"
-        assert advice in error
+        ("xx", 1, advice),
+    ):
+        assert message in refused(*arguments, "--lang", lang, code=code)
 
 
 @pytest.mark.parametrize("command", ["finetune-ve", "align", "evaluate", "predict"])
-def test_an_unknown_device(commands, refused, command):
+def test_an_unknown_device_or_model_folder(commands, refused, tmp_path, command):
     arguments = [a for a in commands[command] if a not in ("--device", "cpu")]
     error = refused(*arguments, "--device", "tpu", code=2)
     assert "--device tpu: unknown; expected auto, cpu, cuda or cuda:N" in error
     error = refused(*arguments, "--device", "cuda:77")
     assert "--device cuda:77: torch sees" in error and "use --device cpu or auto" in error
-
-
-def test_an_unknown_model_folder(commands, refused, tmp_path):
     nowhere = tmp_path / "nowhere"
-    for command, (more, message) in {
-        "finetune-ve": (["--clip", nowhere], f"{nowhere}: no such model folder"),
-        "align": (["--student", nowhere], f"{nowhere}: no such model folder"),
-        "evaluate": (["--runs", nowhere], f"{nowhere}"),
-        "predict": (["--runs", nowhere], f"{nowhere / 'clip-ve'}: no such model folder"),
-    }.items():
-        assert message in refused(*commands[command], *more)
-    error = refused(*commands["align"], "--teacher", nowhere)
-    assert f"{nowhere}: no such model folder; `clseave finetune-ve` creates it" in error
-    error = refused(*commands["finetune-ve"], "--clip", "no-such/model-on-the-hub")
-    assert "no-such/model-on-the-hub: cannot be loaded" in error
+    for option, folder, message in {
+        "finetune-ve": [
+            ("--clip", nowhere, f"{nowhere}: no such model folder"),
+            ("--clip", "no-such/model", "no-such/model: cannot be loaded"),
+        ],
+        "align": [
+            ("--student", nowhere, f"{nowhere}: no such model folder"),
+            ("--teacher", nowhere, "no such model folder; `clseave finetune-ve` creates it"),
+        ],
+        "evaluate": [("--runs", nowhere, f"{nowhere}")],
+        "predict": [("--runs", nowhere, f"{nowhere / 'clip-ve'}: no such model folder")],
+    }[command]:
+        error = refused(*commands[command], option, folder)
+        assert message in error and f"{folder}" in error
 
 
 def test_a_hypothesis_of_ten_thousand_words(commands, clseave, data):
@@ -207,22 +182,16 @@ def test_a_hypothesis_of_ten_thousand_words(commands, clseave, data):
     assert f"{path}:3: one of 1 distinct sentences that are too long" in err.replace("\n", " ")
 
 
-@pytest.mark.parametrize("damage", ["missing", "folder", "truncated"])
-def test_a_pair_that_cannot_be_judged(commands, refused, data, damage):
+def test_a_pair_that_cannot_be_judged(commands, refused, data):
     path = data / "images" / "test0.png"
     content = path.read_bytes()
     path.unlink()
-    if damage == "folder":
-        path.mkdir()
-    elif damage == "truncated":
-        path.write_bytes(content[:80])
-    error = refused(*commands["predict"])
-    messages = {
-        "missing": "no such image",
-        "folder": "no pictures",
-        "truncated": "damaged or not an image",
-    }
-    assert f"{path}: {messages[damage]}" in error
+    assert f"{path}: no such image" in refused(*commands["predict"])
+    path.mkdir()
+    assert f"{path}: no pictures" in refused(*commands["predict"])
+    path.rmdir()
+    path.write_bytes(content[:80])
+    assert f"{path}: damaged or not an image" in refused(*commands["predict"])
     commands["predict"][1:3] = [data / "images" / "test1.png", "   "]
     assert "the hypothesis is empty; expected a sentence" in refused(*commands["predict"])
 
@@ -237,22 +206,20 @@ def test_a_student_of_another_teacher(commands, refused, runs):
 
 @pytest.mark.parametrize(
     "file",
-    ["config.json", "head.safetensors", "text/model.safetensors", "image/model.safetensors",
-     "text/tokenizer.json"],
+    ["clip-ve/config.json", "clip-ve/head.safetensors", "clip-ve/text/model.safetensors",
+     "clip-ve/image/model.safetensors", "clip-ve/text/tokenizer.json", "align-de/config.json",
+     "align-de/projection.safetensors", "align-de/encoder/config.json"],
 )  # fmt: skip
-def test_a_checkpoint_with_a_flipped_byte(commands, refused, runs, file):
-    flip_byte(runs / "clip-ve" / file)
-    for command in ("predict", "evaluate", "align"):
-        error = refused(*commands[command])
-        assert f"{runs / 'clip-ve'}" in error and ("damaged" in error or "not a clip-ve" in error)
-
-
-@pytest.mark.parametrize("file", ["config.json", "projection.safetensors", "encoder/config.json"])
-def test_a_student_with_a_flipped_byte(commands, refused, runs, file):
-    flip_byte(runs / "align-de" / file)
-    predict = [*commands["predict"], "--lang", "de"]
-    for arguments in (predict, commands["evaluate"]):
-        assert f"{runs / 'align-de'}" in refused(*arguments)
+def test_a_model_with_a_flipped_byte(commands, refused, runs, file):
+    flip_byte(runs / file)
+    folder = runs / file.partition("/")[0]
+    if folder.name == "align-de":
+        for arguments in ([*commands["predict"], "--lang", "de"], commands["evaluate"]):
+            assert f"{folder}" in refused(*arguments)
+    else:
+        for command in ("predict", "evaluate", "align"):
+            error = refused(*commands[command])
+            assert f"{folder}" in error and ("damaged" in error or "not a clip-ve" in error)
 
 
 @pytest.mark.parametrize(
@@ -275,55 +242,28 @@ def test_options_that_make_no_sense(commands, refused, command, flags, message):
     assert message in refused(*commands[command], *flags, code=2)
 
 
-def test_align_needs_a_language(refused, data):
-    assert "--lang is missing; for example --lang de" in refused("align", "--data", data, code=2)
-
-
-def test_predict_needs_a_pair_or_files(refused):
-    for arguments in ([], ["image.jpg"], ["image.jpg", "x", "--input", "a", "--output", "b"]):
-        error = refused("predict", *arguments, code=2)
-        assert "give IMAGE and HYPOTHESIS, or --input FILE" in error
-
-
-def test_an_input_file_that_is_not_there(refused, runs, tmp_path):
-    target = tmp_path / "answers.jsonl"
-    older = '{"error": "older"}\n'
-    target.write_text(older)
-    for source in (tmp_path / "nowhere.jsonl", tmp_path):
-        error = refused("predict", "--input", source, "--output", target, "--runs", runs)
-        assert f"{source}: cannot be read" in error
-    assert target.read_text() == older
-
-
-@pytest.fixture
-def full_disk(monkeypatch):
-    """Fills the disk from where it is called."""
-
-    def full(*_arguments):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    return lambda: monkeypatch.setattr(files.os, "fsync", full)
-
-
-def test_a_full_disk_under_predict_keeps_the_older_answers(
-    refused, runs, data, tmp_path, full_disk
+def test_a_missing_input_or_a_full_disk_keeps_the_older_answers(
+    refused, runs, data, tmp_path, monkeypatch
 ):
     target, source = tmp_path / "answers.jsonl", tmp_path / "pairs.jsonl"
     older = '{"error": "older"}\n'
     target.write_text(older)
     write_jsonl(source, [{"image": "data/images/test0.png", "hypothesis": "The square is red."}])
-    full_disk()
-    error = refused("predict", "--input", source, "--output", target, "--runs", runs)
-    assert f"{target}: the disk is full; existing files are untouched" in error
+    arguments = ["predict", "--runs", runs, "--output", target, "--input"]
+    for unreadable in (tmp_path / "nowhere.jsonl", tmp_path):
+        assert f"{unreadable}: cannot be read" in refused(*arguments, unreadable)
     assert target.read_text() == older
-    assert not list(tmp_path.glob(".answers*"))
+    monkeypatch.setattr(os, "fsync", full_disk)
+    error = refused(*arguments, source)
+    assert f"{target}: the disk is full; existing files are untouched" in error
+    assert target.read_text() == older and not list(tmp_path.glob(".answers*"))
 
 
-def test_a_full_disk_under_a_report(commands, clseave, refused, tmp_path, full_disk):
+def test_a_full_disk_under_a_report(commands, clseave, refused, tmp_path, monkeypatch):
     report = tmp_path / "report"
     # The features are cached by now; what is left to write is the report.
     assert clseave(*commands["evaluate"])[0] == 0
-    full_disk()
+    monkeypatch.setattr(os, "fsync", full_disk)
     error = refused(*commands["evaluate"], "--report", report)
     assert f"{report}: the disk is full" in error and list(tmp_path.glob(".report*")) == []
 

@@ -102,22 +102,21 @@ def test_other_options_or_data_make_other_points(data, arguments, clseave, runs)
     assert "already measured" not in clseave(*arguments)[2]
 
 
-def _no_images(data):
-    (data / "images").rename(data / "elsewhere")
-    return "no image folder in it"
-
-
-def _no_labels(data):
-    """`align` takes such text."""
-    for path in data.glob("snli_ve_*.nl.jsonl"):
-        rows = [{k: v for k, v in r.items() if k != "gold_label"} for r in read_jsonl(path)]
-        write_jsonl(path, rows)
-    return "snli_ve_test.nl.jsonl:1"
-
-
-@pytest.mark.parametrize("damage", [_no_images, _no_labels])
-def test_rows_that_cannot_be_measured_are_noted_before_training(data, arguments, clseave, damage):
-    reason = damage(data)
+@pytest.mark.parametrize(
+    ("missing", "reason"),
+    [("images", "no image folder in it"), ("labels", "snli_ve_test.nl.jsonl:1")],
+)
+def test_rows_that_cannot_be_measured_are_noted_before_training(
+    data, arguments, clseave, missing, reason
+):
+    """`align` takes text without images and labels."""
+    if missing == "images":
+        (data / "images").rename(data / "elsewhere")
+    else:
+        for path in data.glob("snli_ve_*.nl.jsonl"):
+            for row in (rows := read_jsonl(path)):
+                del row["gold_label"]
+            write_jsonl(path, rows)
     code, out, err = clseave(*arguments, "--lang", "nl", "--data", data, "--json")
     assert code == 0, err
     assert reason in err.partition("align nl")[0] and "measured on dev alone" in err
@@ -127,12 +126,11 @@ def test_rows_that_cannot_be_measured_are_noted_before_training(data, arguments,
     assert all("recall_at_10" in p["dev"] for p in document["points"])
 
 
-def test_what_cannot_be_drawn_is_told(arguments, refused, tmp_path):
+def test_a_curve_that_cannot_be_drawn_is_refused(arguments, refused, tmp_path):
     assert "--lang is missing" in refused(*arguments, code=2)
-    assert "--limit 0: expected at least 1" in refused(
-        *arguments, "--lang", "de", "--limit", 0, code=2
-    )
-    error = refused(*arguments, "--lang", "de", "--epochs", 3, code=2)
+    arguments += ["--lang", "de"]
+    assert "--limit 0: expected at least 1" in refused(*arguments, "--limit", 0, code=2)
+    error = refused(*arguments, "--epochs", 3, code=2)
     assert "--epochs was removed: put epochs into a --config FILE.toml." in error
     assert "--lang" not in CurveConfig.REMOVED
     with pytest.raises(UsageError, match="takes the clip-ve in --runs"):

@@ -2,6 +2,7 @@
 
 import io
 import re
+import types
 
 import pytest
 
@@ -12,14 +13,7 @@ from clseave_cli.errors import ClseaveError
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that the test puts forward."""
-
-    class Clock:
-        now = 1000.0
-
-        def monotonic(self):
-            return self.now
-
-    clock = Clock()
+    clock = types.SimpleNamespace(now=1000.0, monotonic=lambda: clock.now)
     monkeypatch.setattr(terminal, "time", clock)
     return clock
 
@@ -39,23 +33,12 @@ def test_a_line_tells_metrics_and_one_labelled_clock(clock, capsys):
         "align de: epoch 1/2: 900/1000 pairs · 0:06:53 left · loss 0.25 · pairs/s 5",
         "align de: epoch 1/2: 1000/1000 pairs · in 25:02:05 · loss 0.25 · pairs/s 5",
     ]
-
-
-def test_what_an_earlier_sitting_did_is_not_taken_for_speed(clock, capsys):
+    # What an earlier sitting did is not taken for speed, and the time left is not guessed.
     with terminal.TerminalProgress().task("align", 1000, "pairs") as task:
         task.advance(800)
         clock.now += 10
         task.advance(100)
         assert "900/1000 pairs · 0:00:10 left" in capsys.readouterr().err
-
-
-def test_a_single_item_is_singular(capsys):
-    with terminal.TerminalProgress().task("check", unit="texts") as task:
-        task.advance(1)
-    assert capsys.readouterr().err == "check: 1 text · in 0:00:00\n"
-
-
-def test_time_left_is_not_guessed(clock, capsys):
     for total in (None, 10):
         with terminal.TerminalProgress().task("reading", total) as task:
             clock.now += 30
@@ -116,3 +99,9 @@ def test_json_holds_no_nan(capsys):
     with pytest.raises(ClseaveError, match="not finite"):
         terminal.print_json({"accuracy": float("nan")})
     assert capsys.readouterr().out == ""
+
+
+def test_a_single_item_is_singular(capsys):
+    with terminal.TerminalProgress().task("check", unit="texts") as task:
+        task.advance(1)
+    assert capsys.readouterr().err == "check: 1 text · in 0:00:00\n"

@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -81,23 +80,23 @@ def test_failures_are_in_the_exit_code(google, server, clseave):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "message"),
     [
         (("--engine", "babel"), 2, "no such engine; choose from nmt, google"),
         (("--on-suspect", "laugh"), 2, "--on-suspect"),
         (("--model", "./nowhere"), 1, "./nowhere: no such model folder"),
     ],
 )
-def test_refusals(refused, arguments, code, said):
-    assert said in refused(*GERMAN, *arguments, code=code)
+def test_refusals(refused, arguments, code, message):
+    assert message in refused(*GERMAN, *arguments, code=code)
 
 
 def test_ctrl_c_saves_what_there_is(google, server, clseave, tmp_path):
     server.delay_seconds = 0.1
     chdir = functools.partial(os.chdir, tmp_path)
-    process = CommandProcess(*google, "--concurrency", "2", folder=tmp_path / "said", before=chdir)
-    while len(server.requested) < 6:
-        time.sleep(0.01)
+    command = (*google, "--concurrency", "2")
+    process = CommandProcess(*command, folder=tmp_path / "outputs", before=chdir)
+    process.wait_until(lambda: len(server.requested) >= 6)
     process.signal(signal.SIGINT)
     assert process.wait() == 130
     assert "interrupted; " in process.stderr

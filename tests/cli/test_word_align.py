@@ -8,6 +8,7 @@ from tiny_world import edit_row, read_jsonl, write_jsonl, write_world
 
 @pytest.fixture
 def text(tmp_path):
+    (tmp_path / "gold").write_text("1-1 2-2 3p4\n1-1 2p2\n")
     path = tmp_path / "text"
     path.write_text(
         "The square is red . ||| Das Quadrat ist rot .\nA dog waits . ||| Ein Hund wartet .\n"
@@ -15,26 +16,29 @@ def text(tmp_path):
     return path
 
 
-def _links(clseave, *arguments):
-    code, out, err = clseave("word-align", *arguments, "--device", "cpu")
-    assert code == 0, err
-    return out.splitlines()
+@pytest.fixture
+def word_align(clseave):
+    def run(*arguments):
+        code, out, err = clseave("word-align", *arguments, "--device", "cpu")
+        assert code == 0, err
+        return out.splitlines()
+
+    return run
 
 
-def test_a_file_of_sentence_pairs(clseave, text, encoder, tmp_path):
-    printed = _links(clseave, "--input", text, "--aligner", encoder)
-    assert len(printed) == 2
-    assert all("-" in link for line in printed for link in line.split())
+def test_a_file_of_sentence_pairs(word_align, text, encoder, tmp_path):
+    printed = word_align("--input", text, "--aligner", encoder)
+    assert len(printed) == 2 and all("-" in link for line in printed for link in line.split())
     links = tmp_path / "links"
-    assert _links(clseave, "--input", text, "--aligner", encoder, "--out", links) == []
+    assert word_align("--input", text, "--aligner", encoder, "--out", links) == []
     assert links.read_text().splitlines() == printed
 
 
-def test_the_languages_of_a_data_folder(clseave, data, encoder, tmp_path):
+def test_the_languages_of_a_data_folder(word_align, data, encoder, tmp_path):
     # The German file is in another order, and has a row that English has not.
     edit_row(data / "snli_ve_train.de.jsonl", 2, pairID="stray")
     words = tmp_path / "words"
-    links = _links(clseave, "--data", data, "--lang", "de", "--aligner", encoder, "--words", words)
+    links = word_align("--data", data, "--lang", "de", "--aligner", encoder, "--words", words)
     german = [row["sentence2"] for row in read_jsonl(data / "snli_ve_train.de.jsonl")]
     shown = words.read_text().splitlines()
     assert len(links) == len(shown) == len(german) == 24
@@ -44,7 +48,7 @@ def test_the_languages_of_a_data_folder(clseave, data, encoder, tmp_path):
     assert [line for line in shown if line.startswith("A dog waits outside. ||| Draußen")]
 
 
-def test_another_source_language(clseave, encoder, tmp_path):
+def test_another_source_language(word_align, encoder, tmp_path):
     pytest.importorskip("rjieba")
     data = write_world(tmp_path / "data", languages=("en", "de", "zh"))
     edit_row(data / "snli_ve_train.de.jsonl", 2, pairID="stray")
@@ -52,7 +56,7 @@ def test_another_source_language(clseave, encoder, tmp_path):
     rows = read_jsonl(data / "snli_ve_train.de.jsonl")
     words = tmp_path / "words"
     command = ["--data", data, "--source-lang", "zh", "--lang", "de", "--aligner", encoder]
-    links = _links(clseave, *command, "--words", words)
+    links = word_align(*command, "--words", words)
     shown = words.read_text().splitlines()
     assert (links[1], shown[1]) == ("", "")
     for row, line in zip(rows, shown, strict=True):
@@ -65,29 +69,27 @@ def test_another_source_language(clseave, encoder, tmp_path):
     # Other aligners count the same words.
     text = ["--input", words, "--aligner", encoder]
     words.write_text("".join(f"{line}\n" for line in shown if line))
-    assert _links(clseave, *text) == [line for line in links if line]
+    assert word_align(*text) == [line for line in links if line]
     # Kept beside the translations, in place of a file.
     write_jsonl(
         data / "snli_ve_train.de.jsonl",
         [r | {"sentence2_zh": chinese.get(r["pairID"], "是")} for r in rows],
     )
     (data / "snli_ve_train.zh.jsonl").unlink()
-    beside = _links(clseave, *command)
+    beside = word_align(*command)
     assert beside[1] and [*beside[:1], *beside[2:]] == [*links[:1], *links[2:]]
     # English is a language like any other.
     english = ["--data", data, "--source-lang", "de", "--lang", "en", "--aligner", encoder]
-    assert len(_links(clseave, *english)) == 24
+    assert len(word_align(*english)) == 24
 
 
 def test_scoring_without_a_model(clseave, text, tmp_path):
     # Worked by hand: 4 links, 3 of them possible; 3 sure ones, 2 of them found.
-    (tmp_path / "found").write_text("0-0 1-1 2-3\n1-1\n")
-    (tmp_path / "gold").write_text("1-1 2-2 3p4\n1-1 2p2\n")
-    arguments = ["--input", text, "--alignments", tmp_path / "found", "--gold", tmp_path / "gold"]
+    (tmp_path / "links").write_text("0-0 1-1 2-3\n1-1\n")
+    arguments = ["--input", text, "--alignments", tmp_path / "links", "--gold", tmp_path / "gold"]
     code, out, err = clseave("word-align", *arguments, "--json")
     assert code == 0 and "words are counted from 1" in err
-    score = json.loads(out)
-    assert score == {
+    assert json.loads(out) == {
         "precision": 1.0, "recall": 2 / 3, "error_rate": pytest.approx(1 - 6 / 7),
         "num_pairs": 2, "num_found": 4, "num_sure": 3, "num_possible": 5,
     }  # fmt: skip
@@ -96,12 +98,11 @@ def test_scoring_without_a_model(clseave, text, tmp_path):
 
 
 def test_the_best_layer_and_threshold_are_searched_on_gold(clseave, text, encoder, tmp_path):
-    (tmp_path / "gold").write_text("1-1 2-2 3p4\n1-1 2p2\n")
     arguments = ["word-align", "--input", text, "--aligner", encoder, "--gold", tmp_path / "gold"]
     rates = {}
-    for threshold in ("0.001", "0.01", "0.05", "0.1", "0.2", "0.3"):
+    for threshold in (0.001, 0.01, 0.05, 0.1, 0.2, 0.3):
         code, out, _ = clseave(*arguments, "--json", "--aligner-threshold", threshold)
-        rates[float(threshold)] = json.loads(out)["error_rate"]
+        rates[threshold] = json.loads(out)["error_rate"]
     code, out, _ = clseave(*arguments, "--json", "--search")
     best = json.loads(out)
     assert code == 0 and best["layer"] == 1
@@ -112,18 +113,19 @@ def test_the_best_layer_and_threshold_are_searched_on_gold(clseave, text, encode
 
 @pytest.mark.parametrize(("name", "num_misnumbered"), [("enfr", 0), ("zhen", 0), ("jaen", 6)])
 def test_real_gold_files(clseave, assets, tmp_path, name, num_misnumbered):
-    """Human links are read, and scored against themselves as found ones: nothing is wrong."""
+    """Human links, scored against themselves without an error."""
     text, gold = (assets / "alignment" / f"{name}.{kind}" for kind in ("src-tgt", "gold"))
     # As an aligner would write them: sure links alone, counted from 0.
-    found, lines = tmp_path / "found", []
+    path, lines = tmp_path / "links", []
     sentences = text.read_text().splitlines()
     for line, pair in zip(gold.read_text().splitlines(), sentences, strict=True):
         source, target = (len(side.split()) for side in pair.split("|||"))
         links = [tuple(map(int, link.split("-"))) for link in line.split() if "-" in link]
-        kept = [f"{i - 1}-{j - 1}" for i, j in links if i <= source and j <= target]
-        lines.append(" ".join(kept))
-    found.write_text("\n".join(lines) + "\n")
-    arguments = ["word-align", "--input", text, "--alignments", found, "--gold", gold, "--json"]
+        lines.append(
+            " ".join(f"{i - 1}-{j - 1}" for i, j in links if i <= source and j <= target) + "\n"
+        )
+    path.write_text("".join(lines))
+    arguments = ["word-align", "--input", text, "--alignments", path, "--gold", gold, "--json"]
     code, out, err = clseave(*arguments)
     assert code == 0 and "words are counted from 1" in err
     assert (f"{num_misnumbered} bad links skipped" in err) == (num_misnumbered > 0)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from tiny_task import CPU
-from tiny_world import QUICK, killed_at_step, metrics_of, quick_align, weights
+from tiny_world import QUICK, Notes, killed_at_step, metrics_of, quick_align, weights
 from torch import Tensor
 
 from clseave_cli.core.config import FinetuneConfig
@@ -67,67 +67,58 @@ def test_a_graph_serves_all_batches_of_its_shape_with_their_own_numbers():
     assert len(function._graphs) == 3
 
 
-def test_what_cannot_be_captured_runs_plainly_and_is_said_once():
-    notes: list[str] = []
-    function = Captured(weighted, CPU, Replayer("operation not permitted"), notes.append)
+def test_what_cannot_be_captured_runs_plainly_and_is_noted_once():
+    notes = Notes()
+    function = Captured(weighted, CPU, Replayer("operation not permitted"), notes.note)
     assert [function(batch(number)).item() for number in range(4)] == [0, 1, 2, 3]
-    assert notes == [
+    assert notes.lines == [
         "steps are not captured as CUDA graphs (operation not permitted); they run one by one."
     ]
 
 
 def test_shapes_that_never_come_twice_end_the_attempt(monkeypatch):
     monkeypatch.setattr("clseave_cli.core.training.capture._MAX_SINGLE_SHAPES", 3)
-    notes: list[str] = []
-    recorder = Replayer()
-    function = Captured(weighted, CPU, recorder, notes.append)
-    for length in range(1, 7):
+    notes, recorder = Notes(), Replayer()
+    function = Captured(weighted, CPU, recorder, notes.note)
+    for length in (1, 2, 3, 4, 5, 6, 6):
         assert function(batch(*range(length))).item() == sum(range(length))
-    function(batch(*range(6)))
     assert recorder.captures == 0
-    assert len(notes) == 1 and "the same shape" in notes[0]
+    assert len(notes.lines) == 1 and "the same shape" in notes.text
 
 
 @pytest.fixture
-def replayed(monkeypatch):
-    """Every run captures its steps, with the stand-in."""
-    recorders: list[Replayer] = []
-
-    def recorder(run):
-        recorders.append(Replayer())
-        return recorders[-1]
-
-    monkeypatch.setattr(loop._Loop, "_recorder", recorder)
-    return recorders
+def recorder(monkeypatch):
+    """The stand-in that captures the steps of every run."""
+    recorder = Replayer()
+    monkeypatch.setattr(loop._Loop, "_recorder", lambda self: recorder)
+    return recorder
 
 
 @pytest.mark.parametrize(("accumulation", "is_guided"), [(1, False), (2, False), (1, True)])
 def test_finetune_ends_in_the_weights_of_plain_steps(
-    tmp_path, world, clip, monkeypatch, accumulation, is_guided
+    tmp_path, world, clip, request, accumulation, is_guided
 ):
+    options = {"epochs": 2, "clip_norm": 1.0, "accumulation": accumulation, **QUICK}
+    if is_guided:
+        options |= {"guided": world / "images", "guided_control": "shuffle"}
+
     def run(name):
-        options = {"epochs": 2, "clip_norm": 1.0, "accumulation": accumulation, **QUICK}
-        if is_guided:
-            options |= {"guided": world / "images", "guided_control": "shuffle"}
-        runs = tmp_path / name
-        folder = finetune(
-            FinetuneConfig(data=str(world), clip=str(clip), runs=runs, **options)
-        ).folder
+        config = FinetuneConfig(data=str(world), clip=str(clip), runs=tmp_path / name, **options)
+        folder = finetune(config).folder
         return weights(folder), metrics_of(folder / "training")
 
     plain = run("plain")
-    recorder = Replayer()
-    monkeypatch.setattr(loop._Loop, "_recorder", lambda self: recorder)
+    recorder = request.getfixturevalue("recorder")
     assert run("captured") == plain
     assert recorder.replays > recorder.captures > 0
 
 
-def test_align_resumes_in_mid_run_to_the_same_bits(tmp_path, trained, world, encoder, replayed):
+def test_align_resumes_in_mid_run_to_the_same_bits(tmp_path, trained, world, encoder, recorder):
     def run(name, **options):
         return quick_align(world, tmp_path / name, trained, encoder, "de", epochs=6, **options)
 
     whole = run("whole")
-    assert sum(recorder.replays for recorder in replayed)
+    assert recorder.replays
     with killed_at_step(4):
         run("killed", checkpoint_minutes=0)
     assert weights(run("killed", resume=True).folder) == weights(whole.folder)
@@ -135,16 +126,14 @@ def test_align_resumes_in_mid_run_to_the_same_bits(tmp_path, trained, world, enc
 
 @pytest.mark.parametrize("objective", ["mse", "contrastive"])
 def test_batches_filled_up_train_as_others_do(
-    tmp_path, trained, world, encoder, monkeypatch, replayed, objective
+    tmp_path, trained, world, encoder, monkeypatch, recorder, objective
 ):
     """As on a GPU: few shapes, places and teacher embeddings behind the pairs'."""
-    losses = {}
+    losses, options = {}, {"epochs": 4, "objective": objective}
     for filled in (False, True):
         monkeypatch.setattr(SentenceEncoder, "buckets_shapes", filled)
-        run = quick_align(
-            world, tmp_path / str(filled), trained, encoder, "de", "nl",
-            epochs=4, objective=objective,
-        )  # fmt: skip
+        runs, recorder.replays = tmp_path / str(filled), 0
+        run = quick_align(world, runs, trained, encoder, "de", "nl", **options)
         losses[filled] = [entry["loss"] for entry in metrics_of(run.folder / "training")]
+        assert recorder.replays
     assert losses[True] == pytest.approx(losses[False], rel=1e-3)
-    assert all(recorder.replays for recorder in replayed)

@@ -43,19 +43,14 @@ def test_auto_takes_what_the_gpu_multiplies_and_not_what_it_emulates(
     assert resolve_precision("auto", GPU) == expected
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_precision_that_is_named_is_taken(monkeypatch, precision):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    for device in (CPU, GPU):
-        assert resolve_precision(precision, device) == precision
-
-
 @pytest.mark.parametrize(
     ("precision", "expected"),
     [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)],
 )
-def test_matrix_products_are_computed_in_it(precision, expected):
+def test_a_named_precision_is_that_of_matrix_products(monkeypatch, precision, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert resolve_precision(precision, CPU) == resolve_precision(precision, GPU) == precision
     with autocast(precision, CPU)():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == expected
 
@@ -73,24 +68,17 @@ class _Nested:
     missing: Tensor | None
 
 
-def _batch():
+def test_every_tensor_moves_and_the_rest_stays():
     tokens = torch.arange(4).reshape(1, 4)
-    return _Nested(
+    batch = _Nested(
         _Named(torch.arange(3), 3),
         PackedBatch(tokens, tokens, tokens, tokens[0], ((1, 4),)),
         (torch.ones(2), torch.zeros(2)),
         None,
     )
-
-
-def test_every_tensor_moves_and_the_rest_stays():
-    moved = on_device(_batch(), torch.device("meta"))
+    moved = on_device(batch, torch.device("meta"))
     tensors = [moved.inner.rows, moved.sentences.input_ids, moved.sentences.terminals, *moved.pair]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert isinstance(moved.inner, _Named) and moved.inner.count == 3
     assert moved.sentences.groups == ((1, 4),) and moved.missing is None
-
-
-def test_for_a_cpu_nothing_is_copied():
-    batch = _batch()
-    assert on_device(page_locked(batch, torch.device("cpu")), torch.device("cpu")) is batch
+    assert on_device(page_locked(batch, CPU), CPU) is batch  # nothing is copied

@@ -29,9 +29,12 @@ def stage(request, world, trained, clip, encoder, tmp_path):
     )  # fmt: skip
 
 
-def _finish(team):
+def _ended(team, *expected_codes):
+    """Asserts how the processes end; returns their stderr."""
     codes = [process.wait() for process in team]
-    return codes, [process.stderr for process in team]
+    outputs = [process.stderr for process in team]
+    assert codes == list(expected_codes), outputs
+    return outputs
 
 
 def _assert_close(folder, reference):
@@ -83,9 +86,12 @@ def test_two_processes_train_as_one_and_end_together(stage, tmp_path, clseave, c
     for path in cache.rglob("*.safetensors"):
         path.unlink()
 
-    team = start_team(*arguments, folder=tmp_path / "outputs")
-    codes, outputs = _finish(team)
-    assert codes == [0, 0], outputs
+    with locked_target(out):
+        team = start_team(*arguments, "--resume", folder=tmp_path / "refused")
+        for output in _ended(team, 1, 1):
+            assert "another process is writing it" in output.splitlines()[-1], output
+
+    outputs = _ended(start_team(*arguments, folder=tmp_path / "outputs"), 0, 0)
     assert "epoch 6/6" in outputs[0] and outputs[1] == ""
     _assert_close(out, tmp_path / "alone")
     assert list((tmp_path / "runs").iterdir()) == [out]
@@ -101,8 +107,7 @@ def test_two_processes_train_as_one_and_end_together(stage, tmp_path, clseave, c
     team = start_team(*again, folder=tmp_path / "killed")
     _wait_for_state(team[0], out, 2)
     team[1].signal(signal.SIGKILL)
-    codes, outputs = _finish(team)
-    assert codes == [1, -signal.SIGKILL], outputs
+    outputs = _ended(team, 1, -signal.SIGKILL)
     errors = [line for line in outputs[0].splitlines() if line.startswith("clseave")]
     assert len(errors) == 1 and "process 0 of 2 cannot reach the others" in errors[0], outputs
     assert "Traceback" not in outputs[0] and not out.exists()
@@ -110,25 +115,11 @@ def test_two_processes_train_as_one_and_end_together(stage, tmp_path, clseave, c
     team = start_team(*again, folder=tmp_path / "stopped")
     _wait_for_state(team[0], out, 6)
     team[1].signal(signal.SIGTERM)
-    codes, outputs = _finish(team)
-    assert codes == [130, 130], outputs
-    assert "state saved in" in outputs[0]
+    assert "state saved in" in _ended(team, 130, 130)[0]
 
-    codes, outputs = _finish(start_team(*again, folder=tmp_path / "resumed"))
-    assert codes == [0, 0], outputs
+    outputs = _ended(start_team(*again, folder=tmp_path / "resumed"), 0, 0)
     assert "resuming at step" in outputs[0]
     assert (model_files(out), metrics_of(out / "training")) == reference
-
-
-@pytest.mark.parametrize("stage", ["align"], indirect=True)
-def test_every_process_refuses_a_folder_in_use(stage, tmp_path):
-    name, arguments = stage
-    with locked_target(tmp_path / "runs" / NAMES[name]):
-        codes, outputs = _finish(start_team(*arguments, "--resume", folder=tmp_path / "outputs"))
-    assert codes == [1, 1], outputs
-    assert all("another process is writing it" in output.splitlines()[-1] for output in outputs), (
-        outputs
-    )
 
 
 @pytest.mark.parametrize("more", [(), ("--guided-control", "shuffle")], ids=["plain", "guided"])
@@ -140,8 +131,7 @@ def test_contrastive_loss_sees_the_embeddings_of_all(stage, more, tmp_path, worl
     arguments += ["--guided", images] if more else []
     code, _, err = clseave(*arguments, "--out", tmp_path / "alone")
     assert code == 0, err
-    codes, outputs = _finish(start_team(*arguments, folder=tmp_path / "outputs"))
-    assert codes == [0, 0], outputs
+    _ended(start_team(*arguments, folder=tmp_path / "outputs"), 0, 0)
     _assert_close(tmp_path / "runs" / NAMES[name], tmp_path / "alone")
 
 

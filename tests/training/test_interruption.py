@@ -62,51 +62,53 @@ def _assert_same(reference, out):
     assert list(out.parent.iterdir()) == [out]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_run_goes_on_as_if_uninterrupted(attempt, number, tmp_path, clseave):
+def test_a_run_stopped_and_killed_again_and_again_ends_in_the_same_weights(
+    attempt, tmp_path, clseave
+):
     """G6."""
     command, out, reference = attempt
-    process = CommandProcess(*command, folder=tmp_path / "outputs", before=slow_steps)
-    process.wait_until(lambda: _steps(out) >= 5)
-    process.signal(number)
-    assert process.wait() == 130
-    last = process.stderr.splitlines()[-1]
-    assert last.startswith(f"clseave: {command[0]}")
-    assert "the same command with --resume" in last
-    assert "Traceback" not in process.stderr
-    assert not out.exists()
-
-    code, _, err = clseave(*command)
-    assert code == 2 and "there is an unfinished run; --resume continues it" in err
+    num_steps = len(
+        [record for record in metrics_of(reference / "training") if "dev" not in record]
+    )
+    ends = (
+        (signal.SIGKILL, 1),
+        (signal.SIGTERM, num_steps // 4),
+        (signal.SIGKILL, num_steps // 2),
+        (signal.SIGINT, 3 * num_steps // 4),
+        (signal.SIGKILL, num_steps),
+    )
+    for number, step in ends:
+        # A stop saves the state by itself.
+        saving = ["--checkpoint-minutes", "0"] if number == signal.SIGKILL else []
+        process = CommandProcess(
+            *command, "--resume", *saving, folder=tmp_path / str(step), before=slow_steps
+        )
+        process.wait_until(lambda step=step: _steps(out) >= step)
+        process.signal(number)
+        if number == signal.SIGKILL:
+            # The last one may have come too late, which is a moment too.
+            assert process.wait() in (-signal.SIGKILL, 0), process.stderr
+            continue
+        assert process.wait() == 130 and not out.exists()
+        last_line = process.stderr.splitlines()[-1]
+        assert last_line.startswith(f"clseave: {command[0]}")
+        assert "the same command with --resume" in last_line
+        assert number == signal.SIGTERM or "resuming at step" in process.stderr
+        assert "Traceback" not in process.stderr
+        code, _, err = clseave(*command)
+        assert code == 2 and "there is an unfinished run; --resume continues it" in err
     code, _, err = clseave(*command, "--resume")
-    assert code == 0, err
-    assert "resuming at step" in err
-    _assert_same(reference, out)
-
-
-def test_a_run_killed_again_and_again_ends_in_the_same_weights(attempt, tmp_path, clseave):
-    """G6."""
-    command, out, reference = attempt
-    command = [*command, "--checkpoint-minutes", "0", "--resume"]
-    last = len([r for r in metrics_of(reference / "training") if "dev" not in r])
-    for kill, steps in enumerate((1, last // 2, last)):
-        process = CommandProcess(*command, folder=tmp_path / str(kill), before=slow_steps)
-        process.wait_until(lambda steps=steps: _steps(out) >= steps)
-        process.signal(signal.SIGKILL)
-        # The last one may have come too late, which is a moment too.
-        assert process.wait() in (-signal.SIGKILL, 0), process.stderr
-    code, _, err = clseave(*command)
     assert code == 0, err
     _assert_same(reference, out)
 
 
 def _hidden(runs):
     """What lies hidden in a runs folder, however deep; not what is in there again."""
+    hidden = [path.relative_to(runs) for path in runs.rglob(".*") if path.suffix != ".lock"]
     return [
-        path.relative_to(runs).as_posix()
-        for path in runs.rglob(".*")
-        if path.suffix != ".lock"
-        and not any(parent.name.startswith(".") for parent in path.relative_to(runs).parents)
+        path.as_posix()
+        for path in hidden
+        if not any(parent.name.startswith(".") for parent in path.parents)
     ]
 
 
@@ -121,6 +123,18 @@ def test_kills_while_something_is_written_do_not_fill_the_disk(attempt, tmp_path
         (left,) = _hidden(out.parent)
         assert ".clseave-" in left
     code, _, err = clseave(*command)
+    assert code == 0, err
+    _assert_same(reference, out)
+
+
+def test_a_file_system_that_takes_no_more(attempt, tmp_path, clseave):
+    command, out, reference = attempt
+    process = CommandProcess(*command, folder=tmp_path / "outputs", before=small_files)
+    assert process.wait() == 1 and not out.exists()
+    errors = [line for line in process.stderr.splitlines() if line.startswith("clseave:")]
+    assert len(errors) == 1 and f"{out}: the disk is full" in errors[0], process.stderr
+    assert "Traceback" not in process.stderr
+    code, _, err = clseave(*command, "--resume")
     assert code == 0, err
     _assert_same(reference, out)
 
@@ -145,36 +159,19 @@ def test_a_run_under_way_is_left_alone(attempt, tmp_path, refused):
     _assert_same(reference, out)
 
 
-def test_a_file_system_that_takes_no_more(attempt, tmp_path, clseave):
-    command, out, reference = attempt
-    process = CommandProcess(*command, folder=tmp_path / "outputs", before=small_files)
-    assert process.wait() == 1
-    errors = [line for line in process.stderr.splitlines() if line.startswith("clseave:")]
-    assert len(errors) == 1 and f"{out}: the disk is full" in errors[0], process.stderr
-    assert "Traceback" not in process.stderr
-    assert not out.exists()
-    code, _, err = clseave(*command, "--resume")
-    assert code == 0, err
-    _assert_same(reference, out)
-
-
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 200 kB; skips where we may not mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if os.geteuid() != 0:
-        pytest.skip("mounting needs root")
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", folder], capture_output=True
-    )
-    if mounted.returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", folder]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("cannot mount here")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True, capture_output=True)
 
 
-def test_a_disk_that_is_really_full(stage, small_disk, refused):
+def test_a_disk_that_is_really_full(stage, small_disk, refused, monkeypatch, tmp_path):
     command, reference = stage
     (small_disk / "precious").write_text("older work")
     error = refused(*command(small_disk), "--checkpoint-minutes", "0")
@@ -184,14 +181,9 @@ def test_a_disk_that_is_really_full(stage, small_disk, refused):
     left = [path.name for path in small_disk.iterdir()]
     assert reference.name not in left and not any(name.startswith(".") for name in left)
 
-
-def test_a_cache_on_a_full_disk(attempt, small_disk, refused, monkeypatch):
-    command, _, _ = attempt
-    filler = os.open(small_disk / "filler", os.O_CREAT | os.O_WRONLY)
-    with suppress(OSError):
-        while os.write(filler, b"x" * 4096):
-            pass
-    os.close(filler)
     monkeypatch.setenv("CLSEAVE_CACHE", str(small_disk / "cache"))
-    error = refused(*command)
+    with suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as filler:
+        while filler.write(b"x" * 4096):
+            pass
+    error = refused(*command(tmp_path / "runs"))
     assert "the disk is full" in error and "cache" in error

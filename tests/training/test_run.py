@@ -47,10 +47,6 @@ def _publish_in(run, text):
     run.publish(save, "# card\n")
 
 
-def _kind(folder):
-    return UNFINISHED if folder.endswith(".partial") else model_kind("stage")
-
-
 def test_a_run_appears_whole_and_leaves_nothing_beside_it(tmp_path):
     out = tmp_path / "runs" / "model"
     with _run(out, seed=3) as run:
@@ -66,8 +62,8 @@ def test_a_run_appears_whole_and_leaves_nothing_beside_it(tmp_path):
     assert set(record["versions"]) >= {"clseave", "torch", "transformers"}
 
 
-def test_an_unfinished_run_is_neither_overwritten_nor_mixed(tmp_path):
-    """G6."""
+def test_an_unfinished_run_is_neither_overwritten_nor_mixed(tmp_path, monkeypatch):
+    """G6: a folder by another name is the same folder."""
     out = tmp_path / "model"
     _open(out)
     with pytest.raises(UsageError, match=r"there is an unfinished run; --resume continues"):
@@ -78,6 +74,18 @@ def test_an_unfinished_run_is_neither_overwritten_nor_mixed(tmp_path):
         _open(out, INPUTS | {"data": "d2"}, resume=True)
     _open(out, resume=True, device="cpu", checkpoint_minutes=1.0)
 
+    def start(data, **options):
+        with Run("stage", tmp_path / "run", FinetuneConfig(data=data, **options), INPUTS):
+            pass
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    start("data")
+    for name in ("data/", "./data", f"{tmp_path}/data"):
+        start(name, resume=True)
+    with pytest.raises(UsageError, match="was run with data = 'data', not 'd'"):
+        start("d", resume=True)
+
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_two_runs_never_train_into_one_folder(tmp_path, resume):
@@ -86,9 +94,8 @@ def test_two_runs_never_train_into_one_folder(tmp_path, resume):
     with _run(out) as run:
         (run.folder / "state-00000001").mkdir()
         before = tree(tmp_path)
-        with pytest.raises(
-            ClseaveError, match=r"model: another process is writing it; let it end"
-        ) as error:
+        message = r"model: another process is writing it; let it end"
+        with pytest.raises(ClseaveError, match=message) as error:
             _open(out, resume=resume)
         assert error.value.exit_code == 1
         assert tree(tmp_path) == before and (run.folder / "state-00000001").is_dir()
@@ -107,10 +114,10 @@ def test_a_run_that_ends_by_an_error_is_resumed_at_once(tmp_path):
     assert kept.tb and refused.tb  # they hold the frames, and with them the runs
 
 
-def _lay(*paths):
+def _touch(*paths):
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("")
+        path.touch()
 
 
 def test_what_kills_left_of_a_run_goes_when_it_is_resumed(tmp_path):
@@ -118,7 +125,7 @@ def test_what_kills_left_of_a_run_goes_when_it_is_resumed(tmp_path):
     out, training = tmp_path / "align-de", tmp_path / "align-de.partial" / "training"
     for name in ("align-de", "align-de+nl"):
         _open(tmp_path / name)
-    _lay(
+    _touch(
         training / "state-00000012" / "state.json",
         tmp_path / ".align-de.original" / "a user's",
         tmp_path / ".align-de.clseave-original" / "a user's",
@@ -126,7 +133,7 @@ def test_what_kills_left_of_a_run_goes_when_it_is_resumed(tmp_path):
         tmp_path / "align-de+nl.partial" / "training" / ".state-00000012.clseave-abcd1234" / "x",
     )
     kept = tree(tmp_path)
-    _lay(
+    _touch(
         training / ".state-00000012.clseave-abcd1234" / "state.json",
         training / ".summary.json.clseave-abcd1234",
         tmp_path / ".align-de.clseave-abcd1234" / "text" / "config.json",
@@ -144,18 +151,18 @@ def test_what_kills_left_of_a_run_goes_when_it_is_resumed(tmp_path):
 @pytest.mark.parametrize("folder", ["model", "model.partial"])
 def test_a_file_of_the_users_is_named_and_kept(tmp_path, folder, place):
     """G2: before the work, and before the model is put in place."""
-    out = tmp_path / "model"
+    out, notes = tmp_path / "model", tmp_path / folder / place
+    message = rf"{folder}/{place}: clseave did not write it"
     _publish(_run(out))
     with _run(out) as run:
-        _lay(tmp_path / folder / place)
-        for refused in (
-            lambda: require_replaceable(tmp_path / folder, _kind(folder)),
-            lambda: _publish_in(run, "new"),
-        ):
-            with pytest.raises(UsageError, match=rf"{folder}/{place}: clseave did not write it"):
-                refused()
-    assert (tmp_path / folder / place).exists() and (out / "model").read_text() == "weights"
-    (tmp_path / folder / place).unlink()
+        _touch(notes)
+        kind = UNFINISHED if folder.endswith(".partial") else model_kind("stage")
+        with pytest.raises(UsageError, match=message):
+            require_replaceable(tmp_path / folder, kind)
+        with pytest.raises(UsageError, match=message):
+            _publish_in(run, "new")
+    assert notes.exists() and (out / "model").read_text() == "weights"
+    notes.unlink()
     _publish(_run(out, resume=True), "new")
     assert (out / "model").read_text() == "new"
 
@@ -170,20 +177,6 @@ def test_a_resumed_run_goes_on_with_its_number_of_threads(tmp_path, monkeypatch)
     with _run(tmp_path / "model", resume=True):
         assert numbers[-1] == 3
     assert numbers[-1] == 1
-
-
-@pytest.mark.parametrize("other", ["data/", "./data", "{here}/data"])
-def test_a_folder_by_another_name_is_the_same_folder(tmp_path, monkeypatch, other):
-    def start(data, **options):
-        with Run("stage", tmp_path / "run", FinetuneConfig(data=data, **options), INPUTS):
-            pass
-
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").mkdir()
-    start("data")
-    start(other.format(here=tmp_path), resume=True)
-    with pytest.raises(UsageError, match="was run with data = 'data', not 'd'"):
-        start("d", resume=True)
 
 
 def test_a_full_disk_keeps_the_old_model_and_the_unfinished_run(tmp_path, monkeypatch):

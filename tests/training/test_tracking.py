@@ -24,23 +24,19 @@ def _train(folder, progress, **options):
 class _Service:
     """Stands for the packages wandb and trackio, whose calls are alike."""
 
-    def __init__(self, fails_at=()):
+    def __init__(self, monkeypatch, name, fails_at=()):
         self.fails_at = fails_at
-        self.calls = []
-        self.logged = []
+        self.calls, self.logged = [], []
+        module = types.ModuleType(name)
+        module.__spec__ = types.SimpleNamespace(name=name, origin="here")
+        module.init, module.Settings = self.init, dict
+        monkeypatch.setitem(sys.modules, name, module)
 
     def _call(self, name):
         self.calls.append(name)
         sys.stdout.write(f"{name}: how chatty\n")
         if name in self.fails_at:
             raise RuntimeError("network is down\nand more")
-
-    def module(self, name):
-        module = types.ModuleType(name)
-        module.__spec__ = types.SimpleNamespace(name=name, origin="here")
-        module.init = self.init
-        module.Settings = dict
-        return module
 
     def init(self, **arguments):
         self.arguments = arguments
@@ -60,12 +56,6 @@ def name(request):
     return request.param
 
 
-def _installed(monkeypatch, name, **options):
-    service = _Service(**options)
-    monkeypatch.setitem(sys.modules, name, service.module(name))
-    return service
-
-
 def _expected(folder):
     """What metrics.jsonl says, as step and flat numbers."""
     for record in read_jsonl(folder / "metrics.jsonl"):
@@ -75,11 +65,11 @@ def _expected(folder):
         yield step, record | dev
 
 
-def test_a_tracker_gets_the_figures_of_the_record_and_numbers_only(
+def test_a_tracker_gets_the_metrics_of_the_record_and_numbers_only(
     tmp_path, monkeypatch, name, capsys
 ):
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
-    service = _installed(monkeypatch, name)
+    service = _Service(monkeypatch, name)
     _train(tmp_path, Notes(), tracker=name)
     assert service.logged == list(_expected(tmp_path)) and len(service.logged) == 6
     assert service.calls[0] == "init" and service.calls[-1] == "finish"
@@ -94,12 +84,10 @@ def test_a_tracker_gets_the_figures_of_the_record_and_numbers_only(
     ("moments", "num_logged"), [(["init"], 0), (["log", "finish"], 1), (["finish"], 6)]
 )
 def test_a_tracker_that_fails_ends_nothing(tmp_path, monkeypatch, name, moments, num_logged):
-    service = _installed(monkeypatch, name, fails_at=moments)
-    notes = Notes()
+    service, notes = _Service(monkeypatch, name, fails_at=moments), Notes()
     result = _train(tmp_path, notes, tracker=name)
     assert result.steps == 4 and len(read_jsonl(tmp_path / "metrics.jsonl")) == 6
-    failures = [line for line in notes.lines if "--tracker" in line]
-    assert failures == [
+    assert [line for line in notes.lines if "--tracker" in line] == [
         f"--tracker {name}: failed (network is down); the run continues without it; "
         "metrics.jsonl has everything."
     ]
@@ -107,7 +95,7 @@ def test_a_tracker_that_fails_ends_nothing(tmp_path, monkeypatch, name, moments,
 
 
 def test_a_tracker_is_closed_when_the_run_fails(tmp_path, monkeypatch, name):
-    service = _installed(monkeypatch, name)
+    service = _Service(monkeypatch, name)
     with pytest.raises(ClseaveError):
         _train(tmp_path, Notes(), tracker=name, learning_rate=1e30, schedule="constant", epochs=9)
     assert service.calls[-1] == "finish"
@@ -120,9 +108,9 @@ def test_a_missing_package_is_refused_before_the_work(tmp_path, monkeypatch, nam
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_tracker_is_no_other_run(tmp_path, monkeypatch):
-    _installed(monkeypatch, "trackio")
-    for options in ({}, {"resume": True, "tracker": "trackio"}):
+def test_another_tracker_is_no_other_run(tmp_path, monkeypatch, name):
+    _Service(monkeypatch, name)
+    for options in ({}, {"resume": True, "tracker": name}):
         with Run("task", tmp_path / "model", TrainingConfig(**options), {}):
             pass
 
