@@ -1,4 +1,4 @@
-"""How good a student is on the dev rows, language by language.
+"""Dev metrics of a student, by language.
 
 Legend: N dev rows · P sentences to retrieve among · D embedding width.
 """
