@@ -26,13 +26,13 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Schedule = Literal["constant", "linear", "cosine"]
 Tracking = Literal["none", "tensorboard", "wandb", "trackio"]
 
-Head = Literal["pooled", "patches"]
+Head = Literal["pooled", "patches"]  # the photo's embedding (thesis 3.1.2), or patches, too
 GuidedBy = Literal["image", "pairID"]
 #: The hidden state that represents a sentence: the last token's (thesis 3.3.1), the first token's
 #: (BERT's [CLS]), or the mean over all tokens, including special ones (Sentence-BERT).
 Pooling = Literal["terminal", "cls", "mean"]
-ObjectiveName = Literal["mse", "cosine", "mse+cosine", "contrastive"]
-Method = Literal["sentence", "token", "sentence+token"]
+ObjectiveName = Literal["mse", "cosine", "mse+cosine", "contrastive"]  # docs/methods.md
+Method = Literal["sentence", "token", "sentence+token"]  # thesis 3.3, 3.2, both
 #: The layer that maps the student's states to the teacher's width.
 Code = Literal["linear", "relu"]
 #: The token whose code represents the sentence; `pooler` is [CLS] through the pooling layer.
@@ -324,7 +324,7 @@ class TrainingConfig(ModelsConfig, SeededConfig):
     schedule: Schedule = option("linear", "Learning rate after the warm-up.")
     accumulation: int = option(1, "Parts of a batch, to save memory.", least=1)
     clip_norm: float | None = optional_number("Largest gradient norm; 0: no clipping.", 0)
-    patience: int | None = optional_number("Stop after N epochs without gain; 0: never.", 1)
+    patience: int | None = optional_number("Epochs to wait for a better dev metric; 0: no stop.", 1)
     stop_epoch: int | None = optional_number("Last epoch; schedule as for --epochs; 0: off.", 1)
     max_steps: int | None = option(None, "Stop after N steps; schedule as for --epochs.", least=1)
     keep: Literal["best", "last"] = option("best", "Epoch whose weights are published.")
@@ -401,7 +401,9 @@ class TranslateConfig(SeededConfig, EngineConfig):
         "on_suspect", "review", "memory",
     )  # fmt: skip
     data: Path = option(Path("data"), "Folder of the snli_ve_SPLIT files.")
-    split: tuple[str, ...] = option((), "Split to translate; repeat; unset: train, dev and test.")
+    split: tuple[str, ...] = option(
+        (), "Split to translate; repeat; unset: any of train, dev, test."
+    )
     input: tuple[Path, ...] = option(
         (), "Translate this file instead (.jsonl, .csv, .tsv, .txt, .parquet); repeat."
     )
@@ -423,10 +425,12 @@ class IllustrateConfig(SeededConfig):
 
     data: Path = option(Path("data"), "Data folder.")
     split: str = option("train", "Split to draw.")
-    input: Path | None = option(None, "Rows to draw; unset: captions_SPLIT.jsonl or snli_ve_SPLIT.")
+    input: Path | None = option(
+        None, "Rows to draw; unset: captions_SPLIT.jsonl, by pairID snli_ve_SPLIT."
+    )
     guided_by: GuidedBy = option("image", "Draw a picture for each image, or each row (pairID).")
     template: str | None = option(
-        None, "Prompt with fields in braces; unset: {caption} or {sentence1}."
+        None, "Prompt with fields in braces; unset: {caption}, by pairID {sentence1}."
     )
     out: Path | None = option(None, "Folder to write; unset: DATA/guided-image or -pairID.")
     engine: Literal["diffusers", "mini-ve"] = option("diffusers", "mini-ve: the built-in world.")
@@ -468,9 +472,11 @@ class PretrainConfig(TrainingConfig, GuidedConfig):
     data: Path = option(Path("data"), "Folder of captions_train.jsonl and captions_dev.jsonl.")
     images: Path | None = option(None, "Image folder; unset: found in --data.")
     clip: str | None = option(None, "Model to start from (hub id or folder); unset: from scratch.")
-    text: str | None = option(None, "Text encoder to start from (hub id or folder).")
+    text: str | None = option(None, "Text encoder to start from; goes with --vision.")
     vision: str | None = option(None, "Vision encoder to start from; goes with --text.")
-    freeze_epochs: float | None = optional_number("Epochs that train projections only; 0: none.", 0)
+    freeze_epochs: float | None = optional_number(
+        "Epochs that train only projections and logit scale; 0: none.", 0
+    )
     out: Path | None = option(None, "Folder to write; unset: RUNS/clip.")
     captions_per_image: int = option(1, "Captions of an image in one step.", least=1)
     objective: Literal["contrastive", "triplet"] = option(
@@ -548,15 +554,21 @@ class FinetuneConfig(TrainingConfig, DataConfig, GuidedConfig):
     learning_rate: float = option(1e-6, "Peak learning rate.", least=0)
     warmup_fraction: float = option(0.0, "Share of steps for the warm-up.", least=0)
     schedule: Schedule = option("constant", "Learning rate after the warm-up.")
-    patience: int | None = optional_number("Stop after N epochs without gain; 0: never.", 1, 1)
+    patience: int | None = optional_number(
+        "Epochs to wait for a better dev metric; 0: no stop.", 1, 1
+    )
     select: Literal["loss", "accuracy"] = option("loss", "Dev metric that selects the checkpoint.")
     label_smoothing: float = option(0.0, "Share of a label spread over all three.", least=0, most=1)
-    soft_labels: tuple[Path, ...] = option((), "A teacher's answers; repeat to average several.")
+    soft_labels: tuple[Path, ...] = option(
+        (), "A teacher's answers to the training rows; repeat to average several."
+    )
     soft_weight: float = option(0.5, "Weight of --soft-labels in the loss.", least=0, most=1)
     unfreeze_blocks: int | None = optional_number("Also train the image tower's last N blocks.", 1)
     lora: int | None = optional_number("Train adapters of this rank in both towers (LoRA).", 1)
     image_learning_rate: float | None = option(
-        None, "Peak rate of the image tower; unset: a tenth, with --lora the same.", least=0
+        None,
+        "Peak rate of the image tower; unset: a tenth of the other; --lora: the same.",
+        least=0,
     )
     dev_fraction: float = option(0.05, "Share of training images held out if there is no dev file.")
 
@@ -633,7 +645,9 @@ class StudentConfig(TrainingConfig, DataConfig, TokenConfig):
     init_from: Path | None = option(None, "Student of another language to start from.")
     keep_embeddings: bool = option(False, "--init-from: keep its word vectors, too.")
     translator: Translator = option("none", "Initial matrix after the word vectors.")
-    translator_epochs: int | None = option(None, "Epochs that train it alone; unset: 1.", least=0)
+    translator_epochs: int | None = option(
+        None, "Epochs that train the translator only; unset: 1.", least=0
+    )
     lexicon: Path | None = option(None, "Word pairs; unset: words aligned in the text.")
     objective: ObjectiveName = option("mse", "Loss between student and teacher.")
     pooling: Pooling = option("terminal", "Hidden state that represents the sentence.")
@@ -642,7 +656,7 @@ class StudentConfig(TrainingConfig, DataConfig, TokenConfig):
     auxiliary_weight: float = option(0.3, "Weight of its pairs in the loss.", least=0)
     sampling: Sampling = option("proportional", "How often each language is sampled.")
     sampling_temperature: float = option(
-        5.0, "temperature: the T in shares of pairs^(1/T).", least=1
+        5.0, "temperature: T in shares of pairs^(1/T); 1: proportional.", least=1
     )
     epoch_pairs: int | None = option(None, "Pairs in an epoch; unset: every pair once.", least=1)
     trim_vocabulary: bool = option(False, "Keep only the tokens that the text needs.")
@@ -770,7 +784,7 @@ class EvaluateConfig(SeededConfig, DataConfig, EngineConfig):
     exclude_seen: bool = option(False, "Skip rows whose photo a model saw in training.")
     allow_leak: bool = option(False, "Evaluate on photos that a model saw in training, too.")
     near_duplicates: int | None = option(
-        None, "Photos count as seen if their hashes differ in at most N of 64 bits.", least=0
+        None, "Photos count as seen if perceptual hashes differ in at most N of 64 bits.", least=0
     )
     resamples: int = option(2000, "Bootstrap resamples behind every interval.", least=1)
     report: Path | None = option(None, "Folder for the report; unset: none.")
@@ -844,7 +858,9 @@ class CheckConfig(ModelsConfig):
     max_characters: int = option(250, "Longest text.", least=1)
     max_same: int = option(3, "Most different pictures with the same text.", least=1)
     judge: bool = option(True, "Use the model; --no-judge: only checks without it.")
-    root: Path | None = option(None, "Root of pictures (/ in a page); unset: PATH or its folder.")
+    root: Path | None = option(
+        None, "Only pictures in it are opened; / in a page; unset: PATH or its folder."
+    )
     images: Path | None = option(None, "Folder of a table's pictures; unset: that of the table.")
     image_column: str | None = option(None, "Picture column; unset: image, file_name, …")
     text_column: str | None = option(None, "Text column; unset: text, caption, alt, …")

@@ -69,7 +69,7 @@ class _Batch(NamedTuple):
     premises: Tensor
     labels: Tensor  # (B,) int64 ids of `labels.LABELS`
     targets: Tensor  # the labels, or (B, 3) probabilities
-    #: (B, E) of guided pictures, and (B,) float32 1; for a row without one, its photo's, and 0.
+    #: (B, E) features of guided pictures, and (B,) float32 1; of its photo and 0 if a row has none.
     guided: tuple[Tensor, Tensor] | None
 
 

@@ -64,7 +64,7 @@ class _Batch(NamedTuple):
     num_captions: int  # C
     caption_of_slot: Tensor  # (K, L, B) int64 into the C
     caption_ids: Tensor  # (K, L, B) int64; equal ids mark equal captions
-    #: `pixels` of guided pictures, and (B,) float32 1; for an image without one itself, and 0.
+    #: Like `pixels`, of guided pictures, and (B,) float32 1; an image without one repeats, with 0.
     guided: tuple[Tensor, Tensor] | None
 
 

@@ -144,6 +144,7 @@ def test_real_gold_files(clseave, assets, tmp_path, name, num_misnumbered):
         ("--input text --aligner-layer 9", 2, "--aligner-layer 9: … has 1; choose from 1 to 1"),
         ("--input text --out data", 2, "--out data: is a folder; name a file, such as data/"),
         ("--input text --words data", 2, "--words data: is a folder; name a file, such as data/"),
+        ("--input text --out new --words ./new", 2, "--out and --words: both are new; name two"),
         ("--data data", 2, "--lang is missing"),
         ("--data data --lang ko", 1, "no snli_ve_train.ko.jsonl"),
         ("--data data --lang en", 2, "--lang en: is --source-lang, too"),

@@ -103,7 +103,11 @@ def test_a_killed_run_ends_in_the_same_autoencoder_and_is_not_trained_again(trai
     assert again.training is None and tree(resumed.folder) == finished
 
 
-def test_refusals(train, tmp_path):
+def test_refusals(train, tmp_path, monkeypatch):
+    # Before the encoder is loaded.
+    monkeypatch.setattr("clseave_cli.core.alignment.autoencoding.new_student", pytest.fail)
+    with pytest.raises(DataError, match=r"no snli_ve_gone.de.jsonl"):
+        train("a", dev_split="gone")
     with pytest.raises(UsageError, match="--lang is missing"):
         train("a", lang=())
     with pytest.raises(DataError, match=r"no snli_ve_train.ko.jsonl"):

@@ -8,6 +8,7 @@ Legend: L words in a batch of sentences · H width of a state.
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch.nn import functional
 
 from clseave_cli.core.alignment.words import NONE, WordTokens, find_tokens, split_words
 from clseave_cli.core.config import AutoencodeConfig
-from clseave_cli.core.data.records import distinct, read_split, require_language
+from clseave_cli.core.data.records import distinct, read_split, require_language, require_split_path
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.packing import PackedBatch
@@ -83,6 +84,9 @@ def autoencode(config: AutoencodeConfig, progress: Progress = SILENT) -> StageRe
     setup = set_up("autoencode", config, config.data, out, progress)
     if setup is None:
         return StageResult(out, languages, None)
+    splits = config.train_split, config.dev_split
+    for lang, name in itertools.product(languages, splits):
+        require_split_path(setup.data, name, lang)
     device = setup.device
     teacher = ClipVE.from_folder(config.teacher or config.runs / "clip-ve")
     torch.manual_seed(config.seed)
@@ -93,7 +97,7 @@ def autoencode(config: AutoencodeConfig, progress: Progress = SILENT) -> StageRe
     training_parts: list[WordTokens] = []
     dev_parts: list[WordTokens] = []
     for lang in languages:
-        for name, parts in ((config.train_split, training_parts), (config.dev_split, dev_parts)):
+        for name, parts in zip(splits, (training_parts, dev_parts), strict=True):
             split = read_split(
                 setup.data,
                 name,

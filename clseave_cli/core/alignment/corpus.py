@@ -30,12 +30,7 @@ from clseave_cli.core.data.records import (
     read_split,
     split_path,
 )
-from clseave_cli.core.features import (
-    Features,
-    Sentences,
-    sentence_embeddings,
-    tokenize_sentences,
-)
+from clseave_cli.core.features import Features, Sentences, sentence_embeddings, tokenize_sentences
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import SentenceEncoder
 from clseave_cli.core.models.tokens import TokenTable

@@ -1,4 +1,4 @@
-"""How good a student is on the dev rows, language by language.
+"""Dev metrics of a student, by language.
 
 Legend: N dev rows · P sentences to retrieve among · D embedding width.
 """
@@ -44,8 +44,8 @@ _COLLAPSED = 1e-3
 #: Retrieval: candidates (P at most), and the rank that counts as a hit.
 _CANDIDATES, _HIT_RANK = 1000, 10
 
-#: Dev metrics without images; the others' is mse. Cosine objectives leave the length of embeddings
-#: open, so squared error does not rank them.
+#: Dev metrics by objective, without images; mse for the others. Cosine objectives leave the length
+#: of embeddings open, so squared error does not rank them.
 _TEXT_METRICS = {"cosine": "cosine", "contrastive": "recall_at_10"}
 
 
@@ -219,7 +219,10 @@ class CollapseWatch:
         self._varied: set[str] = set()
 
     def check(self, metrics: dict[str, float], *, at_the_end: bool = False) -> dict[str, float]:
-        """Returns the metrics, or raises a TrainingError if the student has collapsed."""
+        """Returns an epoch's metrics, or raises a TrainingError if the student has collapsed.
+
+        `at_the_end`: its weights are those that are kept.
+        """
         for name, ratio in metrics.items():
             metric, _, lang = name.partition("/")
             if metric != "variance_ratio" or self._may_collapse:

@@ -66,11 +66,8 @@ class Sampler:
         sampling = self._config.sampling
         if sampling == "self-paced":
             return self_paced_shares(self._languages, dev)
-        power = {
-            "proportional": 1.0,
-            "uniform": 0.0,
-            "temperature": 1 / self._config.sampling_temperature,
-        }[sampling]
+        temperature = self._config.sampling_temperature
+        power = {"proportional": 1.0, "uniform": 0.0, "temperature": 1 / temperature}[sampling]
         weights = self._sizes.astype(np.float64) ** power
         shares: npt.NDArray[np.float64] = weights / weights.sum()
         return shares

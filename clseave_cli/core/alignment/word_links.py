@@ -68,6 +68,8 @@ def align_words(config: WordAlignConfig, progress: Progress = SILENT) -> WordAli
     """
     if config.search and (config.gold is None or config.alignments is not None):
         raise UsageError("--search: needs --gold to compare with, and no --alignments.")
+    if config.out and config.words and config.out.resolve() == config.words.resolve():
+        raise UsageError(f"--out and --words: both are {config.out}; name two files.")
     inputs = [path for path in (config.input, config.alignments, config.gold) if path is not None]
     with ExitStack() as stack:
         for name, first_line in (("out", _LINKS), ("words", _WORDS)):

@@ -40,10 +40,7 @@ class GuidedPictures:
 
     @classmethod
     def of(
-        cls,
-        config: FinetuneConfig | PretrainConfig,
-        keys: Sequence[str],
-        progress: Progress,
+        cls, config: FinetuneConfig | PretrainConfig, keys: Sequence[str], progress: Progress
     ) -> GuidedPictures | None:
         """Finds the pictures of N rows by their keys; None without `--guided`.
 

@@ -58,7 +58,7 @@ class Engine(NamedTuple):
 
 
 class Illustrations(NamedTuple):
-    """The numbers of pictures."""
+    """The result of `illustrate`: its folder and numbers of pictures."""
 
     folder: Path
     drawn: int

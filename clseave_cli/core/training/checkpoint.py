@@ -81,7 +81,7 @@ def save_state(
 
 
 def load_state(folder: Path, trainee: Trainee) -> tuple[LoopState, dict[str, Tensor] | None] | None:
-    """Restores the newest intact state.
+    """Restores the newest intact state into the trainee.
 
     Returns:
         The loop's progress and the weights kept so far; None if there is no state.

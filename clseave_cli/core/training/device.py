@@ -81,7 +81,7 @@ def deterministic(device: torch.device) -> Iterator[Callable[[], None] | None]:
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> Precision:
-    """The precision that `auto` stands for: the fastest that the hardware supports."""
+    """What `auto` stands for: bf16 if the hardware has it, else fp16 on a GPU, fp32 on a CPU."""
     if precision != "auto":
         return precision
     if device.type == "cuda":

@@ -40,8 +40,8 @@ from clseave_cli.errors import Interrupted, TrainingError
 from clseave_cli.processes import ahead
 from clseave_cli.progress import SILENT, Progress
 
-_RECORDS_PER_EPOCH = 20  # in metrics.jsonl, besides that of the dev metrics
-_BATCHES_AHEAD = 3  # prepared before their step
+_RECORDS_PER_EPOCH = 20  # in metrics.jsonl, plus one with dev metrics
+_BATCHES_AHEAD = 3  # prepared while a step runs
 
 Rows = npt.NDArray[np.intp]
 Result = TypeVar("Result")

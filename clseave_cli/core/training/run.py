@@ -237,7 +237,7 @@ class Setup:
 def set_up(
     stage: str, config: TrainingConfig, data: str | Path, out: Path, progress: Progress
 ) -> Setup | None:
-    """Resolves device and data, and checks the target; None if `--resume` has nothing to resume.
+    """Resolves device and data, and checks the target; None if `--resume` finds a finished run.
 
     Raises:
         ClseaveError: one of them cannot be used.

@@ -204,7 +204,8 @@ class Codec:
                 if code and canonical(code) != language:
                     raise ModelError(
                         f"{self._name}: translates {tokenizer.source_lang} into "
-                        f"{tokenizer.target_lang}, not {source} into {target}; choose with --model."
+                        f"{tokenizer.target_lang}, not {source} into {target}; choose another "
+                        "--model."
                     )
 
     def _code(self, language: str, names: Any) -> str:

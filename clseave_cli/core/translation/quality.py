@@ -1,6 +1,6 @@
 """Checks that mark translations worth a second look.
 
-- `empty`: there is none.
+- `empty`: no text.
 - `copy`: the source, unchanged.
 - `script`: most letters are not of the target language's script.
 - `language`: language identification (an extra) is sure that it is another language.

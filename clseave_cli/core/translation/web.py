@@ -295,8 +295,9 @@ class GoogleEngine(_WebEngine):
         )
 
     def translate(self, texts: Sequence[str], attempt: int) -> list[str]:
-        """Fetches the page of one text."""
-        response = self._request("GET", self._url, params={**self._codes, "q": texts[0]})
+        """Fetches the page of a text; `limits` allow one at a time."""
+        (text,) = texts
+        response = self._request("GET", self._url, params={**self._codes, "q": text})
         # Without a charset in the header, requests would read German umlauts as Latin-1.
         result = _GOOGLE_RESULT.search(response.content.decode("utf-8", "replace"))
         if result is None:
