@@ -1,7 +1,8 @@
+from collections import Counter
+
 import numpy as np
 import pytest
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
-from sklearn.metrics import classification_report as sklearn_report
+from sklearn.metrics import classification_report, confusion_matrix, f1_score, log_loss
 
 from clseave_cli.core.evaluation.metrics import (
     accuracy_interval,
@@ -28,7 +29,7 @@ def clustered_rows(generator, num_images, rows_per_image, accuracy, spread=2.0):
     return generator.random(len(images)) < per_image[images], images
 
 
-def test_a_resample_draws_as_many_photos_as_there_are():
+def test_a_resample_draws_as_many_photos_as_there_are(monkeypatch):
     sums = np.eye(7)
     weights = resampled_sums(sums, 500, seed=1)
     assert (weights.sum(axis=1) == 7).all()
@@ -37,13 +38,9 @@ def test_a_resample_draws_as_many_photos_as_there_are():
     covariance = np.cov(weights.T)
     assert np.allclose(np.diag(covariance), 6 / 7, atol=0.25)
     assert np.allclose(covariance[~np.eye(7, dtype=bool)].mean(), -1 / 7, atol=0.03)
-
-
-def test_resamples_do_not_depend_on_how_many_are_held_at_once(monkeypatch):
-    sums = np.random.default_rng(0).random((20, 2))
-    whole = resampled_sums(sums, 50, seed=3)
+    # However many are held at once.
     monkeypatch.setattr("clseave_cli.core.evaluation.metrics._WEIGHTS_AT_ONCE", 60)
-    assert np.allclose(resampled_sums(sums, 50, seed=3), whole)
+    assert np.allclose(resampled_sums(sums, 500, seed=1), weights)
 
 
 def test_the_same_seed_gives_the_same_interval():
@@ -104,31 +101,25 @@ def test_where_the_bootstrap_would_claim_certainty(right, images, value, low, hi
 
 def test_intervals_cover_the_truth_as_often_as_they_say():
     generator = np.random.default_rng(2024)
-    covered = by_row = 0
+    covered = Counter()
     for seed in range(600):
         right, images = clustered_rows(generator, 80, 8, 0.7)
-        found = accuracy_interval(right, images, resamples=400, seed=seed)
-        covered += found.low <= 0.7 <= found.high
-        if seed < 200:
-            naive = accuracy_interval(right, np.arange(len(right)), resamples=400, seed=seed)
-            by_row += naive.low <= 0.7 <= naive.high
-    assert 0.93 <= covered / 600 <= 0.97
-    # What resampling rows would have claimed: the reason for clustering.
-    assert by_row / 200 < 0.85
-
-
-def test_macro_f1_intervals_cover_the_truth():
-    # Labels uniform and errors symmetric: macro-F1 is the accuracy, 0.7.
-    generator = np.random.default_rng(7)
-    covered = 0
-    for seed in range(600):
-        right, images = clustered_rows(generator, 80, 8, 0.7)
+        # Labels uniform and errors symmetric: macro-F1 is the accuracy, 0.7.
         labels = generator.integers(3, size=len(right))
         predicted = np.where(right, labels, (labels + generator.integers(1, 3, len(right))) % 3)
         sums = cluster_sums(np.eye(9)[labels * 3 + predicted], images)
-        found = interval(sums, macro_f1, resamples=400, seed=seed)
-        covered += found.low <= 0.7 <= found.high
-    assert 0.93 <= covered / 600 <= 0.97
+        options = {"resamples": 400, "seed": seed}
+        intervals = {
+            "accuracy": accuracy_interval(right, images, **options),
+            "macro-F1": interval(sums, macro_f1, **options),
+        }
+        if seed < 200:
+            intervals["by row"] = accuracy_interval(right, np.arange(len(right)), **options)
+        covered.update(name for name, each in intervals.items() if each.low <= 0.7 <= each.high)
+    assert 0.93 <= covered["accuracy"] / 600 <= 0.97
+    assert 0.93 <= covered["macro-F1"] / 600 <= 0.97
+    # What resampling rows would have claimed: the reason for clustering.
+    assert covered["by row"] / 200 < 0.85
 
 
 def test_differences_cover_the_truth_and_p_is_right_under_the_null():
@@ -169,28 +160,20 @@ def test_p_and_interval_say_the_same_of_few_photos(resamples):
         assert (found.p < 0.05) == (not found.is_tie)
 
 
-def test_a_clear_difference_is_no_tie():
-    first, images = np.ones(300, dtype=bool), np.arange(300) // 3
+def test_a_clear_difference_is_no_tie_and_equal_predictions_are_one():
+    right, images = np.ones(300, dtype=bool), np.arange(300) // 3
     second = np.arange(300) % 5 > 0
-    difference = compare_predictions(first, second, images, resamples=500, seed=0)
+    difference = compare_predictions(right, second, images, resamples=500, seed=0)
     assert difference.value == pytest.approx(0.2)
     assert (difference.only_first, difference.only_second) == (60, 0)
     assert difference.low > 0 and difference.p < 0.01 and not difference.is_tie
-    swapped = compare_predictions(second, first, images, resamples=500, seed=0)
-    assert (swapped.value, swapped.low, swapped.high) == (
-        -difference.value,
-        pytest.approx(-difference.high),
-        pytest.approx(-difference.low),
-    )
+    swapped = compare_predictions(second, right, images, resamples=500, seed=0)
+    assert swapped.value == -difference.value
+    assert (swapped.low, swapped.high) == pytest.approx((-difference.high, -difference.low))
     assert swapped.p == pytest.approx(difference.p)
-
-
-def test_equal_predictions_are_a_tie_with_p_one():
-    right = np.arange(30) % 3 > 0
-    difference = compare_predictions(right, right, np.arange(30) // 3, resamples=200, seed=0)
-    assert (difference.value, difference.low, difference.high) == (0, 0, 0)
-    assert difference.p == difference.mcnemar_p == 1.0
-    assert difference.is_tie
+    equal = compare_predictions(second, second, images, resamples=200, seed=0)
+    assert (equal.value, equal.low, equal.high) == (0, 0, 0)
+    assert equal.p == equal.mcnemar_p == 1.0 and equal.is_tie
 
 
 def test_a_statistic_that_is_the_same_in_all_resamples_has_no_interval():
@@ -269,17 +252,16 @@ def test_equals_scikit_learn_on_random_tables(seed):
     labels, logits, images = random_table(seed, num_rows=50 * (seed + 1), skill=seed / 4)
     scores = score(labels, logits, images, resamples=50, seed=seed)
     predicted = logits.argmax(axis=1)
-    assert scores.accuracy == pytest.approx(accuracy_score(labels, predicted))
-    assert scores.macro_f1 == pytest.approx(f1_score(labels, predicted, average="macro"))
     assert scores.loss == pytest.approx(log_loss(labels, probabilities(logits), labels=[0, 1, 2]))
     assert np.array_equal(scores.confusion, confusion_matrix(labels, predicted, labels=[0, 1, 2]))
-    expected = sklearn_report(labels, predicted, target_names=LABELS, output_dict=True)
+    expected = classification_report(labels, predicted, target_names=LABELS, output_dict=True)
+    assert scores.accuracy == pytest.approx(expected["accuracy"])
+    assert scores.macro_f1 == pytest.approx(expected["macro avg"]["f1-score"])
     for name in LABELS:
-        ours = scores.per_class[name]
-        assert ours.precision == pytest.approx(expected[name]["precision"])
-        assert ours.recall == pytest.approx(expected[name]["recall"])
-        assert ours.f1 == pytest.approx(expected[name]["f1-score"])
-        assert ours.support == expected[name]["support"]
+        precision, recall, f1, support = expected[name].values()
+        of_label = scores.per_class[name]
+        assert (of_label.precision, of_label.recall) == pytest.approx((precision, recall))
+        assert (of_label.f1, of_label.support) == pytest.approx((f1, support))
 
 
 def test_macro_f1_of_resampled_counts_is_that_of_the_resampled_rows():
@@ -299,8 +281,8 @@ def test_a_label_that_is_neither_there_nor_predicted_has_f1_zero():
     logits = np.log([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1]])
     scores = score([0, 1], logits, ["a", "b"], resamples=10)
     assert scores.macro_f1 == pytest.approx(2 / 3)
-    assert scores.per_class["contradiction"].f1 == 0
-    assert scores.per_class["contradiction"].support == 0
+    absent = scores.per_class["contradiction"]
+    assert (absent.f1, absent.support) == (0, 0)
 
 
 def test_all_right_is_not_certainty():
@@ -314,23 +296,17 @@ def test_calibration_worked_by_hand():
     assert calibration([0, 1, 2], np.eye(3))[0] == 0  # always sure, always right
     # 2 bins: (0, 0.5] holds confidences 0.4 and 0.5, one of them right; (0.5, 1] holds 0.8, 0.9,
     # 1.0, two right. ECE = 2/5 · |0.5 − 0.45| + 3/5 · |2/3 − 0.9| = 0.02 + 0.14 = 0.16.
-    p = np.array(
-        [[0.4, 0.3, 0.3], [0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.9, 0.1, 0.0], [0.0, 0.0, 1.0]]
-    )
-    ece, points = calibration([0, 1, 1, 0, 0], p, num_bins=2)
+    p = [[0.4, 0.3, 0.3], [0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.9, 0.1, 0.0], [0.0, 0.0, 1.0]]
+    ece, points = calibration([0, 1, 1, 0, 0], np.array(p), num_bins=2)
     assert ece == pytest.approx(0.16)
-    assert [(point.confidence, point.accuracy, point.count) for point in points] == [
-        (pytest.approx(0.45), 0.5, 2),
-        (pytest.approx(0.9), pytest.approx(2 / 3), 3),
-    ]
+    assert [point.count for point in points] == [2, 3]
+    assert [point.confidence for point in points] == pytest.approx([0.45, 0.9])
+    assert [point.accuracy for point in points] == pytest.approx([0.5, 2 / 3])
 
 
-def test_logits_far_apart_have_a_finite_loss():
-    scores = score([0, 1], [[0.0, 1000.0, 0.0], [0.0, 1000.0, 0.0]], ["a", "b"], resamples=10)
-    assert scores.loss == pytest.approx(500)
-
-
-def test_loss_does_not_change_with_a_constant_added_to_the_logits():
+def test_the_loss_is_finite_and_does_not_change_with_a_constant_added_to_the_logits():
+    far_apart = [[0.0, 1000.0, 0.0], [0.0, 1000.0, 0.0]]
+    assert score([0, 1], far_apart, ["a", "b"], resamples=10).loss == pytest.approx(500)
     labels, logits, images = random_table(1)
     shifted = score(labels, logits + 7, images, resamples=10)
     assert shifted.loss == pytest.approx(score(labels, logits, images, resamples=10).loss)
