@@ -142,10 +142,10 @@ def all_right(num_photos, rows=2, wrong=0):
 def test_repeated_rows_and_their_order_change_nothing():
     sure, right = (each[0] for each in clustered(np.random.default_rng(1), 1, 300, 4))
     images = np.repeat(np.arange(300), 4)
-    found = find_threshold(sure, right, images, 0.75)
+    threshold = find_threshold(sure, right, images, 0.75)
     order = np.random.default_rng(2).permutation(3 * len(sure))
     again = [np.tile(each, 3)[order] for each in (sure, right, images)]
-    assert found.least is not None and find_threshold(*again, 0.75) == found
+    assert threshold.least is not None and find_threshold(*again, 0.75) == threshold
 
 
 def test_too_few_photos_say_how_many_would_do():

@@ -104,40 +104,39 @@ def test_the_source_tower_reads_a_language_as_if_it_were_its_own(data, trained):
 # --- translate-test ---
 
 
-def test_a_perfect_translation_gives_the_english_figures(world, trained, glossary):
-    _, made = glossary
+def test_a_perfect_translation_gives_the_english_results(world, trained, glossary):
+    _, started = glossary
     options = {"mode": "both", "engine": "glossary"}
     document = _evaluate(world, trained, **options)
     english, *others = document.results
-    assert [r.key for r in others] == ["de", "de.translate-test", "nl", "nl.translate-test"]
-    for result in others[1::2]:
-        assert result.accuracy == english.accuracy and result.confusion == english.confusion
-        assert result.loss == pytest.approx(english.loss, rel=1e-4)
-        assert result.agreement_with_english == 1 and result.transfer is None
+    keys = [result.key for result in document.results]
+    assert keys == ["en", "de", "de.translate-test", "nl", "nl.translate-test"]
+    assert list(document.baselines) == keys
+    for student, translated in zip(others[::2], others[1::2], strict=True):
+        accuracy = translated.accuracy
+        assert (accuracy, translated.confusion) == (english.accuracy, english.confusion)
+        assert translated.loss == pytest.approx(english.loss, rel=1e-4)
+        assert translated.agreement_with_english == 1 and translated.transfer is None
         # Its hypothesis-only classifier reads English, as the model does.
-        assert document.baselines[result.key].hypothesis_only == pytest.approx(
-            document.baselines["en"].hypothesis_only
-        )
-        assert result.difference_to_zero_shot.num_examples == 12
-        student = next(r for r in others if r.key == result.lang)
-        assert result.difference_to_zero_shot.value == pytest.approx(
-            result.accuracy - student.accuracy
-        )
+        guesses = (document.baselines[key].hypothesis_only for key in ("en", translated.key))
+        assert len({round(share, 9) for share in guesses}) == 1
+        assert translated.difference_to_zero_shot.num_examples == 12
+        gain = translated.difference_to_zero_shot.value
+        assert gain == pytest.approx(accuracy - student.accuracy)
         assert student.difference_to_zero_shot is None and student.transfer is not None
-    assert document.baselines.keys() == {"en", "de", "de.translate-test", "nl", "nl.translate-test"}
     assert document.signature.translators == {"de": "glossary 1", "nl": "glossary 1"}
     assert document.distances.losses.keys() == {"de", "nl"}
     # Each distinct sentence once, and never again.
     sentences = {row["sentence2"] for row in read_jsonl(_test_file(world, "de"))}
-    assert sorted(made[0].asked) == sorted(sentences)
+    assert sorted(started[0].asked) == sorted(sentences)
     again = _evaluate(world, trained, **options)
-    assert [engine.asked for engine in made[2:]] == [[], []] and again == document
+    assert [engine.asked for engine in started[2:]] == [[], []] and again == document
 
 
-def test_translate_test_needs_no_student(data, trained, tmp_path, glossary):
-    shutil.copytree(trained / "clip-ve", tmp_path / "runs" / "clip-ve")
-    options = {"mode": "translate-test", "engine": "glossary", "lang": ("de",)}
-    document = _evaluate(data, tmp_path / "runs", **options)
+def test_translate_test_needs_no_student(data, runs, glossary):
+    for lang in ("de", "nl"):
+        shutil.rmtree(runs / f"align-{lang}")
+    document = _evaluate(data, runs, mode="translate-test", engine="glossary", lang=("de",))
     (german,) = document.results
     assert (german.lang, german.mode) == ("de", "translate-test")
     assert document.signature.checkpoints.keys() == {"clip-ve"} and document.distances is None
@@ -435,14 +434,14 @@ def test_one_training_is_not_two_seeds_and_equal_names_become_numbers(world, see
 
 
 def test_the_classifier_in_the_model_is_asked_once_for_all_trainings(data, seeds, monkeypatch):
-    predict, asked = HypothesisClassifier.predict, []
+    predict, calls = HypothesisClassifier.predict, []
     monkeypatch.setattr(
-        HypothesisClassifier, "predict", lambda *given: asked.append(1) or predict(*given)
+        HypothesisClassifier, "predict", lambda *texts: calls.append(texts) or predict(*texts)
     )
     (data / "snli_ve_train.jsonl").unlink()
     document = _evaluate(data, *seeds[:2], lang=("en",))
     assert document.seeds["en"]["difference_to_hypothesis_only"].num_seeds == 2
-    assert len(asked) == 1
+    assert len(calls) == 1
 
 
 def test_rows_of_training_are_told(data, trained, tmp_path):

@@ -45,10 +45,10 @@ class Page(HTMLParser):
             self.rows[None].append([])
         elif tag in ("td", "th") and None in self.rows:
             self.rows[None][-1].append("")
-        found = dict(attributes)
-        self.addresses += [found[name] for name in ("src", "href") if name in found]
+        attribute = dict(attributes)
+        self.addresses += [attribute[name] for name in ("src", "href") if name in attribute]
         if tag not in VOID:
-            self._open.append((tag, found))
+            self._open.append((tag, attribute))
 
     def handle_endtag(self, tag):
         assert self._open.pop()[0] == tag
@@ -264,20 +264,20 @@ def test_what_the_thesis_tables(results, curves):
         results, results=(results.results[0], constant, results.results[2]), baselines=baselines,
         sources={"en": {"en": 0.9, "de": 0.85}, "zh": {"de": 0.8}}, distances=None,
     )  # fmt: skip
-    found = Page(html_page(shown, {"curves-align": Drawing(b"", ())}, [], curves))
+    shown_page = Page(html_page(shown, {"curves-align": Drawing(b"", ())}, [], curves))
     others = 50 * (results.results[1].accuracy + results.results[2].accuracy)
-    assert f"Mean of de, nl: {others:.1f} %." in found.text
-    assert "German gives 100.0 % of the rows the same label." in found.text
+    assert f"Mean of de, nl: {others:.1f} %." in shown_page.text
+    assert "German gives 100.0 % of the rows the same label." in shown_page.text
     confusion = np.array(results.results[0].confusion)
-    shares = [row[-1] for row in found.rows["By label"][2:]]
+    shares = [row[-1] for row in shown_page.rows["By label"][2:]]
     assert shares[:2] == [f"{100 * confusion.sum(axis=0).max() / confusion.sum():.1f}", "100.0"]
-    assert found.rows["The data"][1:] == [
+    assert shown_page.rows["The data"][1:] == [
         ["training", "1,200", "30", "7"], ["test", *map(str, confusion.sum(axis=1))],
     ]  # fmt: skip
-    assert found.rows["By source language"] == [
+    assert shown_page.rows["By source language"] == [
         ["source", "en", "de"], ["English", "90.0", "85.0"], ["Chinese", "–", "80.0"],
     ]  # fmt: skip
-    assert found.rows["Learning curves"][:2] == [
+    assert shown_page.rows["Learning curves"][:2] == [
         ["dev mse, epoch", "1", "2", "3", "4"], ["align-de", "0.03", "0.015", "0.01", "0.0075"],
     ]  # fmt: skip
     assert html_page(results, {}, []).count("of the rows the same label") == 0
@@ -312,8 +312,8 @@ def test_several_trainings_are_shown_by_their_means(trainings):
 def test_gains_over_the_baselines_worked_by_hand(results):
     german = replace(results.results[1], accuracy=0.7319)
     paired = replace(german.difference_to_english, value=0.3199, low=0.29, high=0.35)
-    own = replace(results.baselines["de"], difference_to_hypothesis_only=paired)
-    shown = page(replace(results, results=(german,), baselines={"de": own}))
+    baselines = replace(results.baselines["de"], difference_to_hypothesis_only=paired)
+    shown = page(replace(results, results=(german,), baselines={"de": baselines}))
     row = shown.rows["Did it look?"][2]
     # 73.19 − 33.4 and 73.19 − 41.2; an older document has no paired difference.
     assert row[:6] == ["German", "73.2", "33.4", "+39.8", "–", "–"]
