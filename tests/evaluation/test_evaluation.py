@@ -147,17 +147,17 @@ def test_translate_test_needs_no_student(data, runs, glossary):
 
 def test_failed_translations_are_an_error_and_suspect_ones_are_told(data, trained, glossary):
     known, _ = glossary
+    suspect = "Das ist gar nicht übersetzt worden. Und noch ein Satz. Und noch einer."
+    known |= dict.fromkeys(known, suspect)
     edit_row(_test_file(data, "de"), 3, sentence2="Ein neuer Satz.")
     options = {"mode": "translate-test", "engine": "glossary", "lang": ("de",)}
     message = r"test.de.jsonl:3: 1 of 12 hypotheses .*no entry for 'Ein neuer Sa"
     with pytest.raises(TranslationError, match=message):
         _evaluate(data, trained, **options)
-    suspect = "Das ist gar nicht übersetzt worden. Und noch ein Satz. Und noch einer."
-    known |= dict.fromkeys([*known, "Ein neuer Satz."], suspect)
-    notes = Notes()
-    document = _evaluate(data, trained, progress=notes, **options)
+    known["Ein neuer Satz."] = suspect
+    document = _evaluate(data, trained, progress=(notes := Notes()), **options)
     assert document.results[0].num_examples == 12
-    assert re.search(r"\d+ of 12 translations look suspect \(", notes.text)
+    assert "12 of 12 translations look suspect (" in notes.text
 
 
 @pytest.fixture
