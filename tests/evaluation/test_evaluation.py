@@ -220,14 +220,12 @@ def _photo_is_missing(data, runs, tmp_path):
     return {}
 
 
-def _row_of_the_last_language_is_bad(data, runs, tmp_path):
-    edit_row(_test_file(data, "nl"), 3, gold_label="perhaps")
-    return {}
+def _edited(line, **changes):
+    def damage(data, runs, tmp_path):
+        edit_row(_test_file(data, "nl"), line, **changes)  # the last language
+        return {}
 
-
-def _training_photo_in_the_test_set(data, runs, tmp_path):
-    edit_row(_test_file(data, "nl"), 1, Flickr30K_ID="train0")
-    return {}
+    return damage
 
 
 def _student_of_another_teacher(data, runs, tmp_path):
@@ -248,9 +246,9 @@ def _calibration_of_the_last_language_is_damaged(data, runs, tmp_path):
         ("zero-shot", _report_below_a_file, "file: is not a folder"),
         ("zero-shot", _photo_is_missing, "image 'test1.png' is not in"),
         ("translate-test", _photo_is_missing, "image 'test1.png' is not in"),
-        ("zero-shot", _row_of_the_last_language_is_bad, r"test.nl.jsonl:3: .*perhaps"),
-        ("zero-shot", _training_photo_in_the_test_set, "also in"),
-        ("translate-test", _training_photo_in_the_test_set, "also in"),
+        ("zero-shot", _edited(3, gold_label="perhaps"), r"test.nl.jsonl:3: .*perhaps"),
+        ("zero-shot", _edited(1, Flickr30K_ID="train0"), "also in"),
+        ("translate-test", _edited(1, Flickr30K_ID="train0"), "also in"),
         ("zero-shot", _student_of_another_teacher, "align-nl: this student was trained against"),
         ("zero-shot", _calibration_of_the_last_language_is_damaged, "calibration.json: damaged"),
     ],

@@ -320,11 +320,11 @@ def test_gains_over_the_baselines_worked_by_hand(results):
     assert row[6:10] == ["41.2", "+32.0", "+29.0 to +35.0", "higher"]
 
 
-def test_unsure_and_seen_stand_beside_the_baselines(judged):
-    english, german = page(judged).rows["Did it look?"][2:4]
+def test_unsure_and_seen_stand_beside_the_baselines(calibrated):
+    english, german = page(calibrated).rows["Did it look?"][2:4]
     assert english[-5:] == ["–"] * 5
     assert german[-5:] == ["10.0", "97.0", "96.0 – 98.0", "5.0", "80.0"]
-    assert page(judged).rows["Calibration"][2] == [
+    assert page(calibrated).rows["Calibration"][2] == [
         "German", "1.300", "2.0", "6.0", "0.400", "0.500", "3.0",
     ]  # fmt: skip
 

@@ -125,13 +125,13 @@ def test_the_table_shows_percentages_with_one_decimal(results):
     assert "3f2a9c1b" not in text and "3f2a9c1b" in rendered(results, verbose=True)
 
 
-def test_unsure_and_seen_stand_in_the_table_of_the_baselines(judged):
-    assert cells_of("de", rendered(judged, 120))[-5:] == ["37.1", "10.0", "97.0", "5.0", "80.0"]
+def test_unsure_and_seen_stand_in_the_table_of_the_baselines(calibrated):
+    assert cells_of("de", rendered(calibrated, 120))[-5:] == ["37.1", "10.0", "97.0", "5.0", "80.0"]
     # Before them go what a reader misses less.
-    shown, _, left_out = rendered(judged, 80).partition("Not shown")
+    shown, _, left_out = rendered(calibrated, 80).partition("Not shown")
     assert "unsure" in shown and "ratio to en" in left_out
-    assert "unsure" not in rendered(replace(judged, results=judged.results[:1]), 120)
-    assert Results.from_json(judged.to_json()) == judged
+    assert "unsure" not in rendered(replace(calibrated, results=calibrated.results[:1]), 120)
+    assert Results.from_json(calibrated.to_json()) == calibrated
 
 
 @pytest.mark.parametrize("table", [results_table, seeds_table])
