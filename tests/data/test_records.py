@@ -63,13 +63,10 @@ def test_columns_hold_what_the_rows_say_without_byte_order_mark_and_empty_lines(
     assert split.where(1) == f"{path}:2"
 
 
-@pytest.mark.parametrize(
-    ("key", "name"),
-    [("Flickr30K_ID", 7), ("Flikr30kID", "7"), ("Flickr30kID", "7"), ("image", "7")],
-)
-def test_every_spelling_of_the_image_key_is_read_and_a_number_is_a_name(write, key, name):
-    folder = write([row(1, **{"Flickr30K_ID": None, key: name})])
-    assert read_split(folder, "train").image_names == ["7"]
+@pytest.mark.parametrize("key", ["Flickr30K_ID", "Flikr30kID", "Flickr30kID", "image"])
+def test_every_spelling_of_the_image_key_is_read_and_a_number_is_a_name(write, key):
+    rows = [row(1, **{"Flickr30K_ID": None, key: 7}), row(2, **{"Flickr30K_ID": None, key: "8"})]
+    assert read_split(write(rows), "train").image_names == ["7", "8"]
 
 
 def test_rows_without_majority_are_dropped_and_counted(write):
@@ -354,10 +351,10 @@ def test_files_of_a_language(write):
 
 def test_a_folder_a_language(tmp_path):
     """As IGLUE lays XVNLI out: annotations/fr/test.jsonl."""
-    for lang in ("en", "fr", "zh-Hant", "images"):
+    for lang in ("en", "fr", "zh-Hant", "images", "ru"):
         (tmp_path / lang).mkdir()
-        write_jsonl(tmp_path / lang / "test.jsonl", [row(1, sentence2=lang)])
-    (tmp_path / "ru").mkdir()
+        if lang != "ru":
+            write_jsonl(tmp_path / lang / "test.jsonl", [row(1, sentence2=lang)])
     assert languages(tmp_path, "test") == ["en", "fr", "zh-Hant"]
     assert read_split(tmp_path, "test", "fr").hypotheses == ["fr"]
     assert read_split(tmp_path, "test").hypotheses == ["en"]

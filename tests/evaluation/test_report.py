@@ -102,15 +102,6 @@ def test_the_page_needs_nothing_but_itself_and_text_from_data_is_text(folder, ga
     assert page.hypotheses["ja"] == {"赤い円があります。"}
 
 
-def test_the_page_shows_the_figures_of_the_results(folder, results):
-    text = Page(read(folder / "report.html")).text
-    accuracies = [f"{100 * result.accuracy:.1f}" for result in results.results]
-    for shown in ("German", "Korean", "cannot be read", *accuracies):
-        assert shown in text
-    # One signature, in the footer.
-    assert all(text.count(digest) == 1 for digest in results.signature.checkpoints.values())
-
-
 def test_every_figure_carries_the_signature_in_small_print(folder, results):
     for path in (folder / "figures").iterdir():
         with Image.open(path) as image:
@@ -197,8 +188,14 @@ def test_one_language_fills_its_figures(results):
     assert texts[6:12:2] == ["–", "–", "–"] and texts[:2] == ["75 %", "3"]
 
 
-def test_the_page_fits_what_it_is_shown_on(folder):
+def test_the_page_shows_the_figures_of_the_results_and_fits_what_it_is_shown_on(folder, results):
     html = read(folder / "report.html")
+    text = Page(html).text
+    accuracies = [f"{100 * result.accuracy:.1f}" for result in results.results]
+    for shown in ("German", "Korean", "cannot be read", *accuracies):
+        assert shown in text
+    # One signature, in the footer.
+    assert all(text.count(digest) == 1 for digest in results.signature.checkpoints.values())
     # Groups of labels over P, R and F1; a shadow where a table goes on; cards that stack; print.
     assert html.count('scope="colgroup" colspan="3"') == 3
     assert "background:" in html.split(".scroll {")[1].split("}")[0]
@@ -283,16 +280,12 @@ def test_what_the_thesis_tables(results, curves):
     assert html_page(results, {}, []).count("of the rows the same label") == 0
 
 
-def test_english_alone_is_not_compared_with_itself(results):
-    alone = replace(results, results=results.results[:1], distances=None)
-    assert alone.results[0].agreement_with_english == 1
-    assert "Against English" not in page(alone).rows
-
-
-def test_a_label_that_no_row_has_is_told(results):
+def test_a_label_that_no_row_has_is_told_and_english_alone_is_not_compared_with_itself(results):
     english = results.results[0]
+    assert english.agreement_with_english == 1
     per_class = english.per_class | {"neutral": ClassScores(0.0, 0.0, 0.0, 0)}
     two = page(replace(results, results=(replace(english, per_class=per_class),), distances=None))
+    assert "Against English" not in two.rows
     assert "No row has the gold label neutral: macro-F1 counts a 0 for it." in two.text
     assert "No row has the gold label neutral: there is no recall" in two.text
     assert two.rows["By label"][-1][4:7] == ["0.0", "–", "0.0"]
