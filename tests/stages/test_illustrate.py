@@ -166,9 +166,11 @@ def test_the_built_in_world_draws_its_pictures(mini_ve, tmp_path, clseave, refus
     other = tmp_path / "other"
     other.mkdir()
     write_captions_like(mini_ve, other)
-    assert "expected a mini-VE of this version" in refused(
-        "illustrate", "--engine", "mini-ve", "--data", other
-    )
+    for content in ("{}", '{"world": "mini-VE", "version": 2}'):
+        (other / "world.json").write_text(content)
+        assert "expected a mini-VE of this version" in refused(
+            "illustrate", "--engine", "mini-ve", "--data", other
+        )
 
 
 def write_captions_like(world, folder):
