@@ -19,30 +19,28 @@ _NAMES = ["contradiction", "entailment", "neutral"]
 
 
 def _dataset(colours, labels):
-    features = datasets.Features(
-        {
-            "image": datasets.Image(),
-            "hypothesis": datasets.Value("string"),
-            "label": datasets.ClassLabel(names=_NAMES),
-        }
-    )
+    features = {
+        "image": datasets.Image(),
+        "hypothesis": datasets.Value("string"),
+        "label": datasets.ClassLabel(names=_NAMES),
+    }
     rows = {
         "image": [Image.new("RGB", (8, 8), colour) for colour in colours],
         "hypothesis": [f"Satz {n} über {colour}" for n, colour in enumerate(colours)],
         "label": labels,
     }
-    return datasets.Dataset.from_dict(rows, features=features)
+    return datasets.Dataset.from_dict(rows, features=datasets.Features(features))
 
 
 @pytest.fixture
 def hub(monkeypatch):
     """Data sets by name; each can be asked for once."""
     held = {
-        "org/ve": datasets.DatasetDict(
-            train=_dataset(["red", "green", "red"], [1, 0, -1]),
-            validation=_dataset(["blue"], [2]),
-            other=_dataset(["black"], [2]),
-        )
+        "org/ve": {
+            "train": _dataset(["red", "green", "red"], [1, 0, -1]),
+            "validation": _dataset(["blue"], [2]),
+            "other": _dataset(["black"], [2]),
+        }
     }
 
     def load(name):
@@ -54,13 +52,10 @@ def hub(monkeypatch):
     return held
 
 
-def test_a_local_folder_is_itself(tmp_path, hub):
-    assert data_folder(str(tmp_path)) == tmp_path
-
-
 def test_a_data_set_is_written_out_once_as_an_ordinary_folder(tmp_path, hub):
     folder = data_folder("hf:org/ve", root=tmp_path)
     assert folder == tmp_path / "org--ve"
+    assert data_folder(str(folder)) == folder  # a local folder is itself
     names = sorted(path.name for path in folder.glob("*.jsonl"))
     assert names == ["snli_ve_dev.jsonl", "snli_ve_train.jsonl"]
     train = read_split(folder, "train", labelled=False)
@@ -68,20 +63,15 @@ def test_a_data_set_is_written_out_once_as_an_ordinary_folder(tmp_path, hub):
     assert train.image_index.tolist() == [0, 1, 0]  # a photo of several rows stays one photo
     assert train.hypotheses == ["Satz 0 über red", "Satz 1 über green", "Satz 2 über red"]
     images = ImageFolder.of(folder, None)
-    colours = [
-        open_image(images.find(train.image_names[i], "x")).getpixel((4, 4))
-        for i in train.image_index
-    ]
-    assert colours == [(255, 0, 0), (0, 128, 0), (255, 0, 0)]
+    photos = [open_image(images.find(name, "x")) for name in train.image_names]
+    assert [photo.getpixel((4, 4)) for photo in photos] == [(255, 0, 0), (0, 128, 0)]
     assert read_split(folder, "dev").labels.tolist() == [1]
 
     assert data_folder("hf:org/ve", root=tmp_path) == folder and not hub  # not asked for again
 
 
 def test_a_photo_in_two_splits_of_the_hub_is_a_leak(tmp_path, hub):
-    hub["org/leaky"] = datasets.DatasetDict(
-        train=_dataset(["red"], [1]), test=_dataset(["red"], [0])
-    )
+    hub["org/leaky"] = {"train": _dataset(["red"], [1]), "test": _dataset(["red"], [0])}
     folder = data_folder("hf:org/leaky", root=tmp_path)
     with pytest.raises(DataError, match="1 of its images are also in"):
         check_leak(read_split(folder, "train"), read_split(folder, "test"))
@@ -150,9 +140,8 @@ def test_rows_of_snli_ve_as_others_publish_them(tmp_path, hub, row, expected):
 def test_photos_that_lie_beside_the_rows(tmp_path, hub):
     """As `datasets` keeps those of a folder of images: their paths, not their bytes."""
     Image.new("L", (8, 8), 7).save(tmp_path / "a.tif")
-    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
-    rows = {"image": [str(tmp_path / "a.tif")], "caption": ["A dog."]}
-    hub["org/folder"] = datasets.DatasetDict(test=datasets.Dataset.from_dict(rows, features))
+    rows = datasets.Dataset.from_dict({"image": [str(tmp_path / "a.tif")], "caption": ["A dog."]})
+    hub["org/folder"] = {"test": rows.cast_column("image", datasets.Image())}
     folder = data_folder("hf:org/folder", root=tmp_path / "data")
     ((name, caption),) = _captions(folder, "test")
     assert caption == "A dog." and name.endswith(".png")
@@ -168,21 +157,34 @@ def test_two_photos_of_one_name_stay_two(tmp_path, hub):
     assert contents == [_jpeg("red"), _jpeg("blue")]
 
 
+def _write_text_rows(folder, *splits):
+    """A data set without photos; each split is one row that says its name."""
+    folder.mkdir()
+    for split in splits:
+        row = {"pairID": split, "Flickr30K_ID": "1", "sentence2": split, "gold_label": "neutral"}
+        (folder / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    return folder
+
+
 def test_a_data_set_with_a_script_is_read_without_it(tmp_path, hub, monkeypatch):
     def refuse(name):
         raise RuntimeError("Dataset scripts are no longer supported, but found SNLI-VE.py")
 
-    fetched = tmp_path / "fetched"
-    fetched.mkdir()
-    for split in ("dev", "test"):
-        row = {"pairID": split, "Flickr30K_ID": "1", "sentence2": split, "gold_label": "neutral"}
-        (fetched / f"snli_ve_{split}.jsonl").write_text(json.dumps(row) + "\n")
+    fetched = _write_text_rows(tmp_path / "fetched", "snli_ve_dev", "snli_ve_test")
     (fetched / "SNLI-VE.py").write_text("raise SystemExit")
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(fetched))
     folder = data_folder("hf:HuggingFaceM4/SNLI-VE", root=tmp_path / "data")
-    assert read_split(folder, "dev").hypotheses == ["dev"]
+    assert read_split(folder, "dev").hypotheses == ["snli_ve_dev"]
     assert read_split(folder, "test").image_names == ["1"]
+
+
+def test_a_real_local_data_set_goes_through_datasets(tmp_path, monkeypatch):
+    source = _write_text_rows(tmp_path / "set", "train")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    folder = data_folder(f"hf:{source}", root=tmp_path / "data")
+    split = read_split(folder, "train")
+    assert (split.pair_ids, split.hypotheses, split.image_names) == (["train"], ["train"], ["1"])
 
 
 def _captions(folder, name):
@@ -247,84 +249,82 @@ _XM3600 = {
          {"captions_test": ["en"], "captions_test.de": ["de"]}),
         ({"train.jsonl": {"en": "A dog.", "de": "Ein Hund."}}, "train.jsonl",
          {"snli_ve_train": ["A dog."], "snli_ve_train.de": ["Ein Hund."]}),
+        ({"test.parquet": _SNLI | {"filename": "9.jpg"}}, "test.parquet",
+         {"snli_ve_test": ["A dog."]}),
     ],
 )  # fmt: skip
 def test_files_of_other_layouts_are_named_by_one_flag(tmp_path, files, data, expected):
     for name, content in files.items():
-        path = tmp_path / "there" / name
+        path = tmp_path / "files" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content))
-    root = tmp_path / "data"
-    folder = data_folder(str(tmp_path / "there" / data), root=root)
+        if path.suffix == ".parquet":
+            datasets.Dataset.from_list([content]).to_parquet(path)
+        else:
+            path.write_text(json.dumps(content))
+    data, root = str(tmp_path / "files" / data), tmp_path / "data"
+    folder = data_folder(data, root=root)
     written = {path.stem: read_jsonl(path) for path in folder.iterdir()}
-    assert {
+    assert expected == {
         stem: [row.get("caption", row.get("hypothesis")) for row in rows]
         for stem, rows in written.items()
-    } == expected
-    if data == "*.json":
+    }
+    if "add_att.json" in files:
         split = read_split(folder, "test")
         assert split.labels.tolist() == [0, 2, 0, 2] and split.image_names == ["9.jpg"]
-    assert data_folder(str(tmp_path / "there" / data), root=root) == folder
-    path.write_text(json.dumps(content) + "\n")  # another content is another folder
-    assert data_folder(str(tmp_path / "there" / data), root=root) != folder
-
-
-def test_a_parquet_file_is_a_layout_too(tmp_path):
-    table = datasets.Dataset.from_list([_SNLI | {"filename": "9.jpg"}])
-    table.to_parquet(tmp_path / "test.parquet")
-    folder = data_folder(str(tmp_path / "test.parquet"), root=tmp_path / "data")
-    (row,) = read_jsonl(folder / "snli_ve_test.jsonl")
-    assert row["hypothesis"] == _SNLI["hypothesis"]
+    assert data_folder(data, root=root) == folder
+    if path.suffix != ".parquet":  # another content is another folder
+        path.write_text(json.dumps(content) + "\n")
+        assert data_folder(data, root=root) != folder
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("[", r"a\.json: not readable as COCO captions or rows"),
-        (
-            '{"annotations": [{"caption": "x", "image_id": 3}], "images": []}',
-            "not readable as COCO",
-        ),
-        (
-            '[{"pic": "a", "says": "b"}]',
-            r"a, row 1: no supported layout has these columns: pic",
-        ),
+        ('{"annotations": [{"caption": "x", "image_id": 3}], "images":[]}', "not readable as COCO"),
+        ('[{"pic": "a", "says": "b"}]', r"a, row 1: no supported layout has these columns: pic"),
         ('[{"sentence2": "a"}, {"sentence2": ""}]', "row 2: sentence2 has no sentence"),
         ("[]", "a has no rows"),
     ],
 )
-def test_files_of_no_layout_are_one_error_and_leave_nothing(tmp_path, content, said):
+def test_files_of_no_layout_are_one_error_and_leave_nothing(tmp_path, content, message):
     (tmp_path / "a.json").write_text(content)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         data_folder(str(tmp_path / "a.json"), root=tmp_path / "data")
     assert list((tmp_path / "data").iterdir()) == []
 
 
-def test_a_photo_that_is_none_is_refused(tmp_path, hub):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("org/absent", r"--data hf:org/absent: cannot be loaded \(Couldn't find"),
+        ("org/odd", "none of its splits"),
+        ("org/none", r"hf:org/none: test, row 1: damaged, or not an image in JPEG"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_and_leaves_nothing_behind(tmp_path, hub, name, message):
+    hub["org/odd"] = {"all": _dataset(["red"], [1])}
     hub["org/none"] = _splits(test=[_SNLI | {"filename": "a", "image": b"secret"}])
-    with pytest.raises(
-        DataError, match=r"hf:org/none: test, row 1: damaged, or not an image in JPEG"
-    ):
-        data_folder("hf:org/none", root=tmp_path)
+    with pytest.raises(DataError, match=message):
+        data_folder(f"hf:{name}", Notes(), root=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_one_command_evaluates_xvnli(clseave, trained, tmp_path, world, hub, monkeypatch):
     """Without the photos of Flickr30k, and without a training split."""
     monkeypatch.chdir(tmp_path)
-    names = ["test0", "test1"]
-    rows = {
-        lang: [
-            {"hypothesis": sentence, "label": "entailment", "flikr30k_id": name,
-             "image": {"bytes": (world / "images" / f"{name}.png").read_bytes()}}
-            for name in names
-        ]
-        for lang, sentence in {"en": "The square is red.", "de": "Das Quadrat ist rot."}.items()
-    }  # fmt: skip
-    hub["floschne/xvnli"] = _splits(**rows)
-    code, out, err = clseave(
-        "evaluate", "--data", "hf:floschne/xvnli", "--runs", trained, "--resamples", 20, "--json"
-    )
+    hub["floschne/xvnli"] = _splits(
+        **{
+            lang: [
+                {"hypothesis": sentence, "label": "entailment", "flikr30k_id": path.stem,
+                 "image": {"bytes": path.read_bytes()}}
+                for path in (world / "images/test0.png", world / "images/test1.png")
+            ]
+            for lang, sentence in (("en", "The square is red."), ("de", "Das Quadrat ist rot."))
+        }
+    )  # fmt: skip
+    options = ("--data", "hf:floschne/xvnli", "--runs", trained, "--resamples", 20)
+    code, out, err = clseave("evaluate", *options, "--json")
     assert code == 0, err
     results = json.loads(out)["results"]
     assert [(each["lang"], each["num_examples"]) for each in results] == [("en", 2), ("de", 2)]
@@ -335,29 +335,3 @@ def test_a_name_cannot_leave_the_data_folder(tmp_path, hub):
     root = tmp_path / "in" / "data"
     folder = data_folder("hf:../../evil", root=root)
     assert folder.parent == root and folder.is_dir()
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("org/none", r"--data hf:org/none: cannot be loaded \(Couldn't find"),
-        ("org/odd", "none of its splits"),
-    ],
-)
-def test_what_cannot_be_used_leaves_nothing_behind(tmp_path, hub, name, said):
-    hub["org/odd"] = {"all": _dataset(["red"], [1])}
-    with pytest.raises(DataError, match=said):
-        data_folder(f"hf:{name}", Notes(), root=tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_real_local_data_set_goes_through_datasets(tmp_path):
-    source = tmp_path / "set"
-    source.mkdir()
-    row = {"pairID": "a", "Flickr30K_ID": "1", "sentence2": "x y", "gold_label": "neutral"}
-    (source / "train.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
-        folder = data_folder(f"hf:{source}", root=tmp_path / "data")
-    split = read_split(folder, "train")
-    assert (split.pair_ids, split.hypotheses, split.image_names) == (["a"], ["x y"], ["1"])

@@ -1,6 +1,7 @@
 import io
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,19 +28,11 @@ def folder(tmp_path):
     return ImageFolder(root)
 
 
-@pytest.mark.parametrize(
-    ("name", "file"),
-    [
-        ("1.jpg", "1.jpg"),
-        ("1", "1.jpg"),
-        ("2", "2.JPG"),
-        ("3.jpg", "3.png"),
-        ("4.0", "4.0.jpeg"),
-        ("party.2021", "party.2021.png"),
-    ],
-)
-def test_an_image_is_found_with_or_without_extension(folder, name, file):
-    assert folder.find(name, "x:1") == folder.root / file
+@pytest.mark.parametrize("file", ["1.jpg", "2.JPG", "3.png", "4.0.jpeg", "party.2021.png"])
+def test_an_image_is_found_with_or_without_extension(folder, file):
+    stem = Path(file).stem
+    for name in (file, stem, f"{stem}.jpg"):
+        assert folder.find(name, "x:1") == folder.root / file
 
 
 @pytest.mark.parametrize(
@@ -67,35 +60,30 @@ def test_a_truncated_jpeg_is_refused(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
     whole = path.read_bytes()
-    for kept in (0, 1, 10, len(whole) // 3, len(whole) - 50):
-        path.write_bytes(whole[:kept])
+    assert open_image(path).size == (64, 64)
+    for length in (0, 1, 10, len(whole) // 3, len(whole) - 50):
+        path.write_bytes(whole[:length])
         with pytest.raises(DataError, match=r"photo.jpg: damaged or not an image"):
             open_image(path)
-    path.write_bytes(whole)
-    assert open_image(path).size == (64, 64)
+        with pytest.raises(DataError, match=r"^upload 3: damaged"):
+            open_image(whole[:length], "upload 3")
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda path: path.write_text("<html>404</html>"), "damaged or not an image"),
         (lambda path: path.mkdir(), "damaged or not an image"),
         (lambda path: None, "no such image"),
         (lambda path: path.symlink_to(path.name), r"cannot be read \(Too many levels"),
         # Over twice Pillow's limit, and over once, where Pillow only warns.
-        (
-            lambda path: path.write_bytes(png(60_000, 60_000)),
-            f"more pixels than .* {_LIMIT}; scale",
-        ),
-        (
-            lambda path: path.write_bytes(png(10_000, 10_000)),
-            f"more pixels than .* {_LIMIT}; scale",
-        ),
+        (lambda path: path.write_bytes(png(60_000, 60_000)), f"more pixels .* {_LIMIT}; scale"),
+        (lambda path: path.write_bytes(png(10_000, 10_000)), f"more pixels .* {_LIMIT}; scale"),
     ],
 )
-def test_what_is_no_image_is_refused(tmp_path, make, said):
+def test_what_is_no_image_is_refused(tmp_path, make, message):
     make(tmp_path / "a.jpg")
-    with pytest.raises(DataError, match=rf"a\.jpg: {said}"):
+    with pytest.raises(DataError, match=rf"a\.jpg: {message}"):
         open_image(tmp_path / "a.jpg")
 
 
@@ -118,53 +106,44 @@ def test_16_bit_greys_keep_their_shades(tmp_path):
     assert greys.tolist() == [[[0] * 3, [1] * 3, [127] * 3, [255] * 3]]
 
 
-def _split(folder, images):
-    rows = [
-        {"pairID": str(n), "sentence2": "x", "gold_label": "neutral", "image": image}
-        for n, image in enumerate(images)
-    ]
-    write_jsonl(folder / "train.jsonl", rows)
-    return read_split(folder, "train")
-
-
 def test_rows_without_their_image_are_counted_or_left_out(tmp_path, folder):
-    split = _split(tmp_path, ["1", "8", "3", "9", "8"])
-    said = "image '8' is not in .*; 2 of 4 images are missing, in 3 of 5 rows\\. .* --skip-bad"
-    with pytest.raises(DataError, match=rf"train\.jsonl:2: {said}"):
-        folder.rows_with_image(split, skip_bad=False)
+    def split(*images):
+        row = {"sentence2": "x", "gold_label": "neutral"}
+        rows = [row | {"pairID": str(n), "image": image} for n, image in enumerate(images)]
+        write_jsonl(tmp_path / "train.jsonl", rows)
+        return read_split(tmp_path, "train")
+
+    missing = r"image '8' is not in .*; 2 of 4 images are missing, in 3 of 5 rows\. .* --skip-bad"
+    with pytest.raises(DataError, match=rf"train\.jsonl:2: {missing}"):
+        folder.rows_with_image(split("1", "8", "3", "9", "8"), skip_bad=False)
     notes = Notes()
-    kept = folder.rows_with_image(split, skip_bad=True, progress=notes)
+    some_missing = split("1", "8", "3", "9", "8")
+    kept = folder.rows_with_image(some_missing, skip_bad=True, progress=notes)
     assert kept.pair_ids == ["0", "2"] and kept.image_names == ["1", "3"]
     assert "2 of 4 images are missing, in 3 of 5 rows; skipped." in notes.text
     assert folder.rows_with_image(kept, skip_bad=False) is kept
     with pytest.raises(DataError, match=r"2 of 2 images are missing"):
-        folder.rows_with_image(_split(tmp_path, ["8", "9"]), skip_bad=True)
+        folder.rows_with_image(split("8", "9"), skip_bad=True)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "1", "I;16"])
 def test_every_mode_becomes_rgb(mode):
-    stream = io.BytesIO()
-    Image.new(mode, (5, 3)).save(stream, "JPEG" if mode == "CMYK" else "PNG")
-    image = open_image(stream.getvalue(), "x")
+    image = open_image(_encoded(mode, "JPEG" if mode == "CMYK" else "PNG"), "x")
     assert image.mode == "RGB" and image.size == (5, 3)
 
 
-def test_the_image_from_bytes_goes_by_the_name_given():
-    with pytest.raises(DataError, match=r"^upload 3: damaged"):
-        open_image(b"nothing", "upload 3")
+def _encoded(mode, kind):
+    stream = io.BytesIO()
+    Image.new(mode, (5, 3)).save(stream, kind)
+    return stream.getvalue()
 
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_reading_a_format_loads_no_other(kind):
-    content = io.BytesIO()
-    Image.new("RGB", (9, 8)).save(content, kind)
     script = """
 import sys
 from clseave_cli.core.data.images import open_image
 open_image(sys.stdin.buffer.read())
 assert "PIL.TgaImagePlugin" not in sys.modules
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script], input=content.getvalue(), capture_output=True, timeout=60
-    )
-    assert done.returncode == 0, done.stderr.decode()
+    subprocess.run([sys.executable, "-c", script], input=_encoded("RGB", kind), check=True)

@@ -9,6 +9,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from contextlib import contextmanager
+from itertools import combinations, product
 from pathlib import Path
 
 import pytest
@@ -40,9 +41,13 @@ def world(request, tmp_path_factory):
     return generate(folder, seed=request.param, sizes=SIZES)
 
 
-def rows_of(world, split, language="en"):
+def rows_of(world, split, language="en", kind="snli_ve"):
     suffix = "" if language == "en" else f".{language}"
-    return read_jsonl(world.folder / f"snli_ve_{split}{suffix}.jsonl")
+    return read_jsonl(world.folder / f"{kind}_{split}{suffix}.jsonl")
+
+
+def captions_of(world, split, language="en"):
+    return rows_of(world, split, language, kind="captions")
 
 
 # --- an independent reading of the English ------------------------------------------------------
@@ -96,21 +101,15 @@ def label_of(sentence, caption):
 # --- what the rows say --------------------------------------------------------------------------
 
 
-def test_every_label_follows_from_what_the_caption_says(world):
-    for split in SPLITS:
-        for row in rows_of(world, split):
-            expected = label_of(row["sentence2"], row["sentence1"])
-            assert row["gold_label"] == expected, row
-
-
-def test_every_sentence_has_each_label_equally_often(world):
+def test_labels_follow_from_the_caption_and_are_equally_frequent_for_every_sentence(world):
     """So whatever a function of the text answers, it is right in one row of three."""
     for split in SPLITS:
         by_sentence = defaultdict(Counter)
         for row in rows_of(world, split):
             by_sentence[row["sentence2"]][row["gold_label"]] += 1
+            assert row["gold_label"] == label_of(row["sentence2"], row["sentence1"]), row
         for sentence, counts in by_sentence.items():
-            assert len(set(counts[label] for label in LABELS)) == 1, (sentence, counts)
+            assert len({counts[label] for label in LABELS}) == 1, (sentence, counts)
 
 
 def test_a_perfect_reader_of_the_wrong_pictures_is_near_chance(world):
@@ -125,45 +124,47 @@ def test_a_perfect_reader_of_the_wrong_pictures_is_near_chance(world):
 
 
 def test_the_curtain_alone_is_not_enough(world):
-    by_form = Counter()
+    labels = defaultdict(Counter)
     rows = rows_of(world, "test")
     for row in rows:
-        covered = is_covered(row["sentence1"])
-        by_form[form_of(row["sentence2"]), covered, row["gold_label"]] += 1
-    best = sum(
-        max(by_form[form, covered, label] for label in LABELS)
-        for form in ("presence", "absence", "count", "conjunction")
-        for covered in (True, False)
-    )
+        labels[form_of(row["sentence2"]), is_covered(row["sentence1"])][row["gold_label"]] += 1
+    num_right = sum(max(counts.values()) for counts in labels.values())
     # Neutral is always covered, and one of the other two labels needs an open scene in every form.
-    assert best / len(rows) == pytest.approx(2 / 3, abs=0.03)
+    assert num_right / len(rows) == pytest.approx(2 / 3, abs=0.03)
 
 
 def test_half_of_the_tested_conjunctions_are_new(world):
-    def pairs(split):
-        return [
+    train, dev, test = (
+        [
             frozenset(things(row["sentence2"]))
             for row in rows_of(world, split)
             if form_of(row["sentence2"]) == "conjunction"
         ]
-
-    known = {*pairs("train"), *pairs("dev")}
-    tested = pairs("test")
-    num_known_or_undrawn = sum(pair in known for pair in tested)
-    assert len(tested) - num_known_or_undrawn >= world.num_unseen == len(tested) // 2
+        for split in SPLITS
+    )
+    num_new = sum(pair not in {*train, *dev} for pair in test)
+    assert num_new >= world.num_unseen == len(test) // 2
 
 
 # --- what the files hold ------------------------------------------------------------------------
 
 
-def test_no_scene_or_picture_is_in_two_splits(world):
+def test_no_scene_or_picture_is_in_two_splits_and_no_id_twice(world):
     images = {split: {row["Flickr30K_ID"] for row in rows_of(world, split)} for split in SPLITS}
     scenes = {split: set(drawn) for split, drawn in sample_scenes(world.seed, SIZES).items()}
-    for one, other in (("train", "dev"), ("train", "test"), ("dev", "test")):
+    for one, other in combinations(SPLITS, 2):
         assert not images[one] & images[other]
         assert not scenes[one] & scenes[other]
     contents = [path.read_bytes() for path in (world.folder / "images").iterdir()]
     assert len(set(contents)) == len(contents) == sum(world.num_scenes.values())
+    rows = [row for split in SPLITS for row in rows_of(world, split)]
+    assert len({row["pairID"] for row in rows}) == len(rows)
+    for row in rows:
+        assert row["captionID"] == row["Flickr30K_ID"] + "#0"
+        assert row["pairID"].startswith(row["captionID"])
+    for name in {row["Flickr30K_ID"] for row in rows[::50]}:
+        with Image.open(world.folder / "images" / name) as picture:
+            assert (picture.format, picture.size, picture.mode) == ("PNG", (64, 64), "RGB")
 
 
 def test_every_scene_is_asked_about(world):
@@ -177,48 +178,26 @@ def test_every_scene_is_asked_about(world):
         assert max(Counter((r["Flickr30K_ID"], r["sentence2"]) for r in rows).values()) == 1
 
 
-def test_ids_are_unique_and_images_are_there(world):
-    rows = [row for split in SPLITS for row in rows_of(world, split)]
-    assert len({row["pairID"] for row in rows}) == len(rows)
-    for row in rows:
-        assert row["captionID"] == row["Flickr30K_ID"] + "#0"
-        assert row["pairID"].startswith(row["captionID"])
-    for name in {row["Flickr30K_ID"] for row in rows[::50]}:
-        with Image.open(world.folder / "images" / name) as picture:
-            assert (picture.format, picture.size, picture.mode) == ("PNG", (64, 64), "RGB")
-
-
 def test_the_languages_are_parallel(world):
-    for split in SPLITS:
-        english = rows_of(world, split)
-        for language in TRANSLATIONS:
-            translated = rows_of(world, split, language)
-            translations = {}
-            for row, other in zip(english, translated, strict=True):
-                assert other == {
-                    **row,
-                    "sentence2": other["sentence2"],
-                    "sentence2_en": row["sentence2"],
-                }
-                assert other["sentence2"] != row["sentence2"]
-                known = translations.setdefault(row["sentence2"], other["sentence2"])
-                assert known == other["sentence2"]
+    for split, language in product(SPLITS, TRANSLATIONS):
+        translations = {}
+        rows = zip(rows_of(world, split), rows_of(world, split, language), strict=True)
+        for row, translated in rows:
+            sentence = translated["sentence2"]
+            assert translated == {**row, "sentence2": sentence, "sentence2_en": row["sentence2"]}
+            assert sentence != row["sentence2"]
+            assert translations.setdefault(row["sentence2"], sentence) == sentence
 
 
 def test_captions_tell_the_truth(world):
-    known = {
-        row["Flickr30K_ID"]: row["sentence1"]
-        for split in ("train", "dev")
-        for row in rows_of(world, split)
-    }
     for split in ("train", "dev"):
+        descriptions = {row["Flickr30K_ID"]: row["sentence1"] for row in rows_of(world, split)}
         lines = captions_of(world, split)
         assert len(lines) == world.num_captions[split] == 4 * world.num_scenes[split]
         complete = Counter()
         for line in lines:
             image, caption = line["image"], line["caption"]
-            shown = set(things(known[image]))
-            covered = is_covered(known[image])
+            shown, covered = set(things(descriptions[image])), is_covered(descriptions[image])
             # A single thing need not be the curtain; what is said of it must be so.
             assert covered or not is_covered(caption)
             for number in re.findall(rf"\b({'|'.join(NUMBERS)})\b", caption.lower()):
@@ -233,27 +212,21 @@ def test_captions_tell_the_truth(world):
         assert min(complete.values()) >= 2
 
 
-def captions_of(world, split, language="en"):
-    suffix = "" if language == "en" else f".{language}"
-    return read_jsonl(world.folder / f"captions_{split}{suffix}.jsonl")
-
-
 def test_the_captions_of_all_languages_are_parallel(world):
     """A list names as many things in every language, and a thing has one name in each."""
     for language in TRANSLATIONS:
-        names, sentences = {}, {}
+        names, sentences = defaultdict(set), defaultdict(set)
         for split in ("train", "dev"):
             english, translated = captions_of(world, split), captions_of(world, split, language)
             for line, other in zip(english, translated, strict=True):
                 assert other.keys() == line.keys() and other["image"] == line["image"]
                 if line["caption"].endswith("."):
-                    sentences.setdefault(line["caption"], set()).add(other["caption"])
+                    sentences[line["caption"]].add(other["caption"])
                     continue
                 things = line["caption"].split(", "), re.split(", |、", other["caption"])
                 for thing, name in zip(*things, strict=True):
-                    names.setdefault(thing, set()).add(name)
-        for meanings in (names, sentences):
-            assert all(len(told) == 1 for told in meanings.values())
+                    names[thing].add(name)
+        for meanings in (names, sentences):  # one translation each, and no two alike
             assert len({name for (name,) in meanings.values()}) == len(meanings)
         assert not names.keys() & {name for (name,) in names.values()}
 
@@ -263,14 +236,14 @@ def test_captions_written_by_hand(world):
         return
     languages = ("en", *TRANSLATIONS)
     with Path(__file__).with_name("mini_ve_captions.tsv").open(encoding="utf-8") as table:
-        by_hand = [
-            tuple(row[lang] for lang in languages) for row in csv.DictReader(table, delimiter="\t")
-        ]
-    lines = [
+        rows = list(csv.DictReader(table, delimiter="\t"))
+    captions = (
         [line["caption"] for split in ("train", "dev") for line in captions_of(world, split, lang)]
         for lang in languages
-    ]
-    assert set(by_hand) <= set(zip(*lines, strict=True))
+    )
+    assert {tuple(row[lang] for lang in languages) for row in rows} <= set(
+        zip(*captions, strict=True)
+    )
 
 
 def test_the_report_counts_what_is_written(world):

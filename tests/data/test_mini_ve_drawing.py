@@ -1,5 +1,6 @@
 """Pictures: what is drawn where."""
 
+from itertools import combinations
 from random import Random
 
 import numpy as np
@@ -18,9 +19,12 @@ def cell_of(picture, cell):
     return picture[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
 
 
-def test_a_picture_is_64_pixels_a_side_and_rgb():
+def test_a_picture_is_rgb_and_depends_on_scene_and_generator_only():
     picture = draw(Scene(()), Random(0))
     assert (picture.size, picture.mode) == ((64, 64), "RGB")
+    scene = Scene(tuple(enumerate(ITEMS[:3])), Curtain(0, 3, 4, 1))
+    assert (pixels(scene, 1) == pixels(scene, 1)).all()
+    assert (pixels(scene, 1) != pixels(scene, 2)).any()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -50,24 +54,18 @@ def test_a_color_is_bright_in_its_own_channels(color, channels):
 def test_shapes_cover_different_pixels():
     masks = []
     for shape in SHAPES:
-        drawn = [cell_of(pixels(Scene(((0, Item("black", shape)),)), s), 0) for s in range(20)]
-        masks.append(np.mean([picture.sum(axis=2) < 400 for picture in drawn], axis=0))
-    for index, mask in enumerate(masks):
-        for other in masks[:index]:
-            assert np.abs(mask - other).sum() > 15
+        scene = Scene(((0, Item("black", shape)),))
+        dark = [cell_of(pixels(scene, seed), 0).sum(axis=2) < 400 for seed in range(20)]
+        masks.append(np.mean(dark, axis=0))
+    for one, other in combinations(masks, 2):
+        assert np.abs(one - other).sum() > 15
 
 
 def test_the_curtain_covers_its_cells_and_no_others():
     curtain = Curtain(1, 2, 2, 2)
     for seed in range(10):
         picture = pixels(Scene((), curtain), seed)
-        covered = (picture.max(axis=2) < 200).reshape(GRID, CELL, GRID, CELL).all(axis=(1, 3))
-        touched = (picture != picture[0, 0]).any(axis=2).reshape(GRID, CELL, GRID, CELL)
-        assert tuple(np.flatnonzero(covered)) == curtain.cells()
-        assert tuple(np.flatnonzero(touched.any(axis=(1, 3)))) == curtain.cells()
-
-
-def test_pictures_of_one_scene_differ_by_the_generator_only():
-    scene = Scene(tuple(enumerate(ITEMS[:3])), Curtain(0, 3, 4, 1))
-    assert (pixels(scene, 1) == pixels(scene, 1)).all()
-    assert (pixels(scene, 1) != pixels(scene, 2)).any()
+        dark, touched = picture.max(axis=2) < 200, (picture != picture[0, 0]).any(axis=2)
+        cells = (GRID, CELL, GRID, CELL)
+        assert tuple(np.flatnonzero(dark.reshape(cells).all(axis=(1, 3)))) == curtain.cells()
+        assert tuple(np.flatnonzero(touched.reshape(cells).any(axis=(1, 3)))) == curtain.cells()

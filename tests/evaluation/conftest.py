@@ -73,7 +73,7 @@ def results():
 
 
 @pytest.fixture
-def judged(results):
+def calibrated(results):
     """English, and German with calibration, thresholds and photos seen in training."""
     german = replace(
         results.results[1], ece=0.02, ece_uncalibrated=0.06, loss=0.4, loss_uncalibrated=0.5,

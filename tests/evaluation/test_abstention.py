@@ -57,9 +57,9 @@ def test_labels_stay_where_probabilities_nearly_tie():
         assert Calibration(temperature).apply(near).argmax(1).tolist() == near.argmax(1).tolist()
 
 
-def test_rows_that_are_all_right_fit_no_temperature():
-    assert fit_temperature(np.eye(3) * 4, np.arange(3)) == 1.0
-    assert fit_temperature(np.full((3, 3), np.nan), np.arange(3)) == 1.0
+@pytest.mark.parametrize("logits", [np.eye(3) * 4, np.full((3, 3), np.nan)])
+def test_rows_that_are_all_right_or_no_numbers_fit_no_temperature(logits):
+    assert fit_temperature(logits, np.arange(3)) == 1.0
 
 
 def test_a_student_of_several_languages_has_a_temperature_for_each(tmp_path):
@@ -106,32 +106,30 @@ def clustered(generator, draws, photos, rows):
 def test_the_promise_holds_in_95_of_100_draws_with_clustered_rows():
     generator = np.random.default_rng(5)
     photos, rows, precision = 200, 4, 0.8
-    sure, right = clustered(generator, 1000, photos, rows)
-    everyone = clustered(generator, 1, 50_000, rows)
-    order = np.argsort(-everyone[0][0])
-    reached = np.cumsum(everyone[1][0][order]) / np.arange(1, len(order) + 1)
-    steps = -everyone[0][0][order]
+    draws = list(zip(*clustered(generator, 1000, photos, rows), strict=True))
+    (everyone,), (everyone_right,) = clustered(generator, 1, 50_000, rows)
+    order = np.argsort(-everyone)
+    reached = np.cumsum(everyone_right[order]) / np.arange(1, len(order) + 1)
+    steps = -everyone[order]
 
     def kept(least):
         return reached[max(0, np.searchsorted(steps, -least, side="right") - 1)] >= precision
 
     images = np.repeat(np.arange(photos), rows)
-    found = [
-        find_threshold(s, r, images, precision).least for s, r in zip(sure, right, strict=True)
-    ]
-    broken = sum(least is not None and not kept(least) for least in found)
-    assert broken <= 50
-    assert sum(least is not None for least in found) > 750  # it is no promise to say nothing
+    thresholds = [find_threshold(sure, right, images, precision).least for sure, right in draws]
+    promised = [least for least in thresholds if least is not None]
+    assert sum(not kept(least) for least in promised) <= 50
+    assert len(promised) > 750  # it is no promise to say nothing
     # An exact bound that takes the same rows for independent breaks its promise far more often.
-    tried = np.linspace(precision, 1 / 3, 40)
-    naive = 0
-    for s, r in zip(sure, right, strict=True):
-        given = s[:, None] >= tried
-        wrong = (~r[:, None] & given).sum(0)
-        passed = stats.binom.cdf(wrong, given.sum(0), 1 - precision) <= 0.05
+    candidates = np.linspace(precision, 1 / 3, 40)
+    num_broken = 0
+    for sure, right in draws:
+        answered = sure[:, None] >= candidates
+        wrong = (~right[:, None] & answered).sum(0)
+        passed = stats.binom.cdf(wrong, answered.sum(0), 1 - precision) <= 0.05
         num_passed = int(np.cumprod(passed).sum())
-        naive += num_passed > 0 and not kept(tried[num_passed - 1])
-    assert naive > 60
+        num_broken += num_passed > 0 and not kept(candidates[num_passed - 1])
+    assert num_broken > 60
 
 
 def all_right(num_photos, rows=2, wrong=0):
@@ -141,10 +139,19 @@ def all_right(num_photos, rows=2, wrong=0):
     return np.full(len(correct), 0.99), correct, images
 
 
+def test_repeated_rows_and_their_order_change_nothing():
+    sure, right = (each[0] for each in clustered(np.random.default_rng(1), 1, 300, 4))
+    images = np.repeat(np.arange(300), 4)
+    threshold = find_threshold(sure, right, images, 0.75)
+    order = np.random.default_rng(2).permutation(3 * len(sure))
+    again = [np.tile(each, 3)[order] for each in (sure, right, images)]
+    assert threshold.least is not None and find_threshold(*again, 0.75) == threshold
+
+
 def test_too_few_photos_say_how_many_would_do():
-    found = find_threshold(*all_right(40), 0.95)
-    assert found.least is None and 40 < found.num_needed < 200
-    enough = find_threshold(*all_right(found.num_needed), 0.95)
+    few = find_threshold(*all_right(40), 0.95)
+    assert few.least is None and 40 < few.num_needed < 200
+    enough = find_threshold(*all_right(few.num_needed), 0.95)
     assert enough.least == pytest.approx(1 / 3) and enough.num_needed is None
     assert (enough.coverage, enough.accuracy) == (1.0, 1.0)
     # Rows are no photos: more of them add nothing.
@@ -152,22 +159,11 @@ def test_too_few_photos_say_how_many_would_do():
     # Where most of the surest are wrong, no number of photos helps.
     hopeless = find_threshold(*all_right(200, wrong=300), 0.95)
     assert (hopeless.least, hopeless.num_needed) == (None, None)
-
-
-def test_repeated_rows_and_their_order_change_nothing():
-    sure, right = (each[0] for each in clustered(np.random.default_rng(1), 1, 300, 4))
-    images = np.repeat(np.arange(300), 4)
-    found = find_threshold(sure, right, images, 0.75)
-    order = np.random.default_rng(2).permutation(3 * len(sure))
-    again = [np.tile(each, 3)[order] for each in (sure, right, images)]
-    assert found.least is not None and find_threshold(*again, 0.75) == found
-
-
-def test_rows_of_other_labels_do_not_count():
+    # Rows of other labels do not count.
     sure, right, images = all_right(200, rows=4)
-    others = np.tile([True, True, True, False], 200)
-    found = find_threshold(np.where(others, sure, -1), right & others, images, 0.95)
-    assert (found.accuracy, found.coverage) == (1.0, 1.0)
+    of_label = np.tile([True, True, True, False], 200)
+    of_one = find_threshold(np.where(of_label, sure, -1), right & of_label, images, 0.95)
+    assert (of_one.accuracy, of_one.coverage) == (1.0, 1.0)
 
 
 # --- the command ---
@@ -176,79 +172,75 @@ def test_rows_of_other_labels_do_not_count():
 def test_training_fits_what_calibrate_fits_again(clseave, world, runs):
     before = {name: read_calibrations(runs / name) for name in ("clip-ve", "align-de", "align-nl")}
     assert [list(each) for each in before.values()] == [["en"], ["de"], ["nl"]]
-    prints, files = fingerprint(runs / "clip-ve"), tree(runs)
+    fingerprint_before, files = fingerprint(runs / "clip-ve"), tree(runs)
     code, out, err = clseave("calibrate", "--data", world, "--runs", runs, "--json")
     assert code == 0, err
     document = {each["lang"]: each for each in json.loads(out)["calibrated"]}
-    for name, (lang, fitted) in {n: next(iter(c.items())) for n, c in before.items()}.items():
-        again = read_calibrations(runs / name)[lang]
-        assert again.temperature == document[lang]["temperature"]
-        assert again.temperature == pytest.approx(fitted.temperature, rel=0.02)
-    assert fingerprint(runs / "clip-ve") == prints
+    for name, fitted in before.items():
+        for lang, again in read_calibrations(runs / name).items():
+            assert again.temperature == document[lang]["temperature"]
+            assert again.temperature == pytest.approx(fitted[lang].temperature, rel=0.02)
+    assert document.keys() == {"en", "de", "nl"}
+    assert fingerprint(runs / "clip-ve") == fingerprint_before
     changed = {name for name, content in tree(runs).items() if content != files[name]}
     assert {name.rpartition("/")[2] for name in changed} <= {CALIBRATION_FILE}
 
 
 def test_a_promise_that_dev_cannot_support_is_refused_and_nothing_stored(refused, world, runs):
     files = tree(runs)
-    message = refused("calibrate", "--data", world, "--runs", runs, "--precision", "0.95")
-    assert (
-        "the dev split cannot support it; nothing was stored. en, all answers: 4 photos, "
-        in message
-    )
-    options = ["--data", world, "--runs", runs, "--precision", "0.9", "--split", "train"]
-    assert "was trained on these rows" in refused("calibrate", *options)
-    only = refused("calibrate", "--runs", runs, "--label", "neutral", code=2)
-    assert only == "clseave: --label goes with --precision."
-    unknown = refused("calibrate", "--precision", "0.9", "--label", "maybe", code=2)
-    assert "--label maybe: expected entailment, neutral, contradiction." in unknown
+    options = ["--data", world, "--runs", runs, "--precision"]
+    message = refused("calibrate", *options, "0.95")
+    reason = "the dev split cannot support it; nothing was stored. en, all answers: 4 photos, "
+    assert reason in message
+    message = refused("calibrate", *options, "0.9", "--split", "train")
+    assert "was trained on these rows" in message
+    message = refused("calibrate", "--runs", runs, "--label", "neutral", code=2)
+    assert message == "clseave: --label goes with --precision."
+    message = refused("calibrate", *options, "0.9", "--label", "maybe", code=2)
+    assert "--label maybe: expected entailment, neutral, contradiction." in message
     assert tree(runs) == files
 
 
-def test_thresholds_reach_predict_and_evaluate(clseave, refused, world, runs, tmp_path):
+def test_thresholds_reach_predict_and_evaluate_and_a_missing_temperature_is_told_once(
+    clseave, refused, world, runs, tmp_path
+):
     row = read_jsonl(world / "snli_ve_test.jsonl")[0]
-    pair = [world / "images" / row["Flickr30K_ID"], row["sentence2"], "--runs", runs]
-    message = refused("predict", *pair, "--unsure", code=2)
+    pair = {"image": row["Flickr30K_ID"], "hypothesis": row["sentence2"]}
+    rows = write_jsonl(tmp_path / "pairs.jsonl", [pair, pair])
+    images, output = world / "images", tmp_path / "out.jsonl"
+    one = ["predict", images / pair["image"], pair["hypothesis"], "--runs", runs, "--json"]
+    many = ["predict", "--input", rows, "--output", output, "--images", images, "--runs", runs]
+    message = refused(*one, "--unsure", code=2)
     assert "has no threshold for en" in message and "calibrate --lang en" in message
     write_calibrations(runs / "clip-ve", {"en": Calibration(3.0, dict.fromkeys(LABELS, 1.0), 0.95)})
-    code, out, err = clseave("predict", *pair, "--unsure", "--json")
+    code, out, err = clseave(*one, "--unsure")
     assert (code, json.loads(out)["label"]) == (0, "unsure"), err
-    assert json.loads(clseave("predict", *pair, "--json")[1])["label"] in LABELS
-    rows = write_jsonl(tmp_path / "pairs.jsonl", [{"image": str(pair[0]), "hypothesis": pair[1]}])
-    options = ["--input", rows, "--output", tmp_path / "out.jsonl", "--runs", runs, "--unsure"]
-    assert clseave("predict", *options)[0] == 0
-    assert read_jsonl(tmp_path / "out.jsonl")[0]["label"] == "unsure"
+    assert json.loads(clseave(*one)[1])["label"] in LABELS
+    assert clseave(*many, "--unsure")[0] == 0
+    assert read_jsonl(output)[0]["label"] == "unsure"
     document = evaluate(EvaluateConfig(data=str(world), runs=(runs,), resamples=20))
     english, german = document.results[:2]
     assert (english.unsure.share, english.unsure.num_answered, english.temperature) == (1, 0, 3)
     assert german.unsure is None
+    output.unlink()
+    (runs / "clip-ve" / CALIBRATION_FILE).unlink()
+    for command in (one, many):
+        code, _, err = clseave(*command)
+        assert (code, err.count("en: no temperature was fitted")) == (0, 1)
 
 
 def test_probabilities_are_those_of_the_temperature_and_labels_stay(world, runs):
     config = EvaluateConfig(data=str(world), runs=(runs,), resamples=20, precision="fp32")
     for model in runs.iterdir():
         (model / CALIBRATION_FILE).unlink()
-    before = evaluate(config)
-    assert {r.temperature for r in before.results} == {None}
+    before = evaluate(config).results
+    assert {r.temperature for r in before} == {None}
     write_calibrations(runs / "clip-ve", {"en": Calibration(0.5)})
-    after = evaluate(config)
-    english = after.results[0]
-    assert english.ece_uncalibrated == before.results[0].ece != english.ece
-    assert english.loss_uncalibrated == before.results[0].loss != english.loss
-    assert [r.confusion for r in after.results] == [r.confusion for r in before.results]
-    assert after.results[1].loss == before.results[1].loss
-
-
-def test_a_model_without_a_temperature_says_so_once(clseave, world, runs, tmp_path):
-    (runs / "clip-ve" / CALIBRATION_FILE).unlink()
-    row = read_jsonl(world / "snli_ve_test.jsonl")[0]
-    pairs = [{"image": row["Flickr30K_ID"], "hypothesis": row["sentence2"]}] * 2
-    rows = write_jsonl(tmp_path / "pairs.jsonl", pairs)
-    one = [world / "images" / row["Flickr30K_ID"], row["sentence2"]]
-    many = ["--input", rows, "--output", tmp_path / "out.jsonl", "--images", world / "images"]
-    for arguments in (one, many):
-        code, _, err = clseave("predict", *arguments, "--runs", runs)
-        assert (code, err.count("en: no temperature was fitted")) == (0, 1)
+    after = evaluate(config).results
+    assert after[0].ece_uncalibrated == before[0].ece != after[0].ece
+    assert after[0].loss_uncalibrated == before[0].loss != after[0].loss
+    assert [r.confusion for r in after] == [r.confusion for r in before]
+    assert after[1].loss == before[1].loss
 
 
 @pytest.mark.parametrize("damage", ["digest", "temperature", "model", "json"])
@@ -259,8 +251,8 @@ def test_a_damaged_calibration_is_refused(runs, damage):
         write_calibrations(runs / "align-de", {"en": Calibration(2.0)})
         content = json.loads((runs / "align-de" / CALIBRATION_FILE).read_text())
     elif damage == "temperature":
-        content["languages"]["en"]["temperature"] = -2.0
         del content["digest"]
+        content["languages"]["en"]["temperature"] = -2.0
         content["digest"] = json_digest(content)
     else:
         content["languages"]["en"]["temperature"] += 1
@@ -284,11 +276,9 @@ def test_calibrate_refuses_a_damaged_calibration_before_a_model_runs(
 
 
 def test_evaluate_reads_each_calibration_once(world, runs, monkeypatch):
-    read = []
+    models = []
     monkeypatch.setattr(
-        evaluation,
-        "read_calibrations",
-        lambda model: read.append(model) or read_calibrations(model),
+        evaluation, "read_calibrations", lambda m: models.append(m) or read_calibrations(m)
     )
     evaluate(EvaluateConfig(data=str(world), runs=(runs,), lang=("en", "de"), resamples=10))
-    assert read == [runs / "clip-ve", runs / "align-de"]
+    assert models == [runs / "clip-ve", runs / "align-de"]

@@ -6,15 +6,9 @@ from safetensors.numpy import load_file, save_file
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from clseave_cli.core.data.hypothesis_only import (
-    HYPOTHESIS_ONLY_FILE,
-    HypothesisClassifier,
-)
+from clseave_cli.core.data.hypothesis_only import HYPOTHESIS_ONLY_FILE, HypothesisClassifier
 from clseave_cli.core.evaluation.baselines import Guesses, shuffled_rows
-from clseave_cli.core.evaluation.metrics import (
-    accuracy_interval,
-    compare_predictions,
-)
+from clseave_cli.core.evaluation.metrics import accuracy_interval, compare_predictions
 from clseave_cli.core.evaluation.results import SeedSummary
 from clseave_cli.errors import ModelError
 
@@ -39,12 +33,10 @@ def test_majority_takes_the_first_of_equals():
     ids=["en", "ja", "zh", "ko"],
 )
 def test_finds_what_the_wording_gives_away(telling, sentences):
-    train = [(sentences.format(n, word), label) for word, label in telling.items() for n in "123"]
-    test = [(sentences.format(9, word), label) for word, label in telling.items()]
-    predicted = predict_from_hypotheses(
-        [text for text, _ in train], [label for _, label in train], [text for text, _ in test]
-    )
-    assert predicted.tolist() == [label for _, label in test]
+    train = [sentences.format(number, word) for number in "123" for word in telling]
+    test = [sentences.format(9, word) for word in telling]
+    labels = list(telling.values())
+    assert predict_from_hypotheses(train, 3 * labels, test).tolist() == labels
 
 
 def test_counting_equal_rows_is_training_on_every_row():
@@ -67,10 +59,10 @@ def test_sentences_without_anything_to_read_get_the_majority():
     assert predict_from_hypotheses(["", " "], [1, 1], ["x", ""]).tolist() == [1, 1]
     assert predict_from_hypotheses(["", " ", ""], [1, 2, 2], ["x"]).tolist() == [2]
     assert predict_from_hypotheses(["a b", "!"], [0, 0], ["zzz"]).tolist() == [0]
-
-
-def test_punctuation_alone_is_something_to_read():
+    # Punctuation alone is something to read.
     assert predict_from_hypotheses(["?", "?", "!"], [2, 2, 0], ["?", "!"])[0] == 2
+    with pytest.raises(ValueError, match="needs training rows"):
+        predict_from_hypotheses([], [], ["a"])
 
 
 @pytest.mark.parametrize("num_labels", [1, 2, 3])
@@ -78,13 +70,11 @@ def test_what_is_kept_in_a_model_folder_guesses_as_before(tmp_path, num_labels):
     generator = np.random.default_rng(0)
     words = ["red", "Blau", "犬", "!", "no", "두"]
     train, test = ([" ".join(generator.choice(words, 4)) for _ in range(200)] for _ in "ab")
-    labels = generator.integers(num_labels, size=200)
     assert HypothesisClassifier.read(tmp_path) is None
-    classifier = HypothesisClassifier.fit(train, labels)
+    classifier = HypothesisClassifier.fit(train, generator.integers(num_labels, size=200))
     classifier.write(tmp_path)
     again = HypothesisClassifier.read(tmp_path)
-    assert again.counts == classifier.counts
-    assert sum(again.counts) == 200
+    assert again.counts == classifier.counts and sum(again.counts) == 200
     assert again.predict(test).tolist() == classifier.predict(test).tolist()
 
 
@@ -103,11 +93,6 @@ def test_a_damaged_classifier_is_refused(tmp_path, spoilt):
         HypothesisClassifier.read(tmp_path)
 
 
-def test_no_training_rows_are_refused():
-    with pytest.raises(ValueError, match="needs training rows"):
-        predict_from_hypotheses([], [], ["a"])
-
-
 @given(st.lists(st.integers(0, 6), max_size=60), st.integers(0, 2**32 - 1))
 def test_shuffling_keeps_as_few_photos_as_possible(images, seed):
     rows = shuffled_rows(images, seed)
@@ -117,40 +102,35 @@ def test_shuffling_keeps_as_few_photos_as_possible(images, seed):
     assert kept == max(0, 2 * largest - len(images))
 
 
-def test_shuffling_depends_on_the_seed_only():
-    images = np.arange(300) // 3
-    assert np.array_equal(shuffled_rows(images, 1), shuffled_rows(images, 1))
-    assert not np.array_equal(shuffled_rows(images, 1), shuffled_rows(images, 2))
-
-
-def test_shuffling_mixes_rows_of_one_photo_apart():
+def test_shuffling_depends_on_the_seed_only_and_mixes_rows_of_one_photo_apart():
     images = np.arange(900) // 9
-    photos = images[shuffled_rows(images, 0)].reshape(100, 9)
+    rows = shuffled_rows(images, 0)
+    assert np.array_equal(shuffled_rows(images, 0), rows)
+    assert not np.array_equal(shuffled_rows(images, 1), rows)
+    photos = images[rows].reshape(100, 9)
     assert np.mean([len(set(row)) for row in photos.tolist()]) > 8
 
 
 def test_seeds_worked_by_hand():
-    assert SeedSummary.of([0.7, 0.8, 0.9]) == SeedSummary(
-        3, pytest.approx(0.8), pytest.approx(0.1), 0.7, 0.9
-    )
     assert SeedSummary.of([0.7]) == SeedSummary(1, 0.7, 0.0, 0.7, 0.7)
+    mean, std = pytest.approx(0.8), pytest.approx(0.1)
+    assert SeedSummary.of([0.7, 0.8, 0.9]) == SeedSummary(3, mean, std, 0.7, 0.9)
 
 
 def test_the_interval_of_one_training_is_that_of_its_accuracy():
     generator = np.random.default_rng(0)
     images = np.arange(400) // 8
-    right = generator.random(400) < 0.7
     options = {"resamples": 300, "seed": 3}
-    one = accuracy_interval(np.mean([right], axis=0), images, **options)
-    assert one == accuracy_interval(right, images, **options)
     # Three trainings that err on different rows: the mean is surer than any of them.
     several = [generator.random(400) < 0.7 for _ in range(3)]
+    one = accuracy_interval(several[0], images, **options)
+    assert accuracy_interval(np.mean(several[:1], axis=0), images, **options) == one
     mean = accuracy_interval(np.mean(several, axis=0), images, **options)
     assert mean.value == pytest.approx(np.mean(several))
     assert mean.high - mean.low < one.high - one.low
     # The same training three times is no more than the one.
-    again = accuracy_interval(np.mean([right] * 3, axis=0), images, **options)
-    assert (again.low, again.high) == (pytest.approx(one.low), pytest.approx(one.high))
+    again = accuracy_interval(np.mean([several[0]] * 3, axis=0), images, **options)
+    assert (again.low, again.high) == pytest.approx((one.low, one.high))
 
 
 def test_the_difference_of_several_trainings_is_that_of_their_means():
@@ -159,7 +139,7 @@ def test_the_difference_of_several_trainings_is_that_of_their_means():
     options = {"resamples": 300, "seed": 3}
     first, second = ([generator.random(400) < p for _ in range(3)] for p in (0.8, 0.7))
     alone = compare_predictions(first[0], second[0], images, **options)
-    shares = [np.mean(of, axis=0) for of in (first, second)]
+    shares = [np.mean(rows, axis=0) for rows in (first, second)]
     mean = compare_predictions(*shares, images, **options)
     assert mean.value == pytest.approx(np.mean(first) - np.mean(second))
     assert mean.high - mean.low < alone.high - alone.low

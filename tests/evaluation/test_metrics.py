@@ -1,9 +1,11 @@
+from collections import Counter
+
 import numpy as np
 import pytest
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
-from sklearn.metrics import classification_report as sklearn_report
+from sklearn.metrics import classification_report, confusion_matrix, f1_score, log_loss
 
 from clseave_cli.core.evaluation.metrics import (
+    Interval,
     accuracy_interval,
     agreement,
     calibration,
@@ -28,7 +30,7 @@ def clustered_rows(generator, num_images, rows_per_image, accuracy, spread=2.0):
     return generator.random(len(images)) < per_image[images], images
 
 
-def test_a_resample_draws_as_many_photos_as_there_are():
+def test_a_resample_draws_as_many_photos_as_there_are(monkeypatch):
     sums = np.eye(7)
     weights = resampled_sums(sums, 500, seed=1)
     assert (weights.sum(axis=1) == 7).all()
@@ -37,21 +39,15 @@ def test_a_resample_draws_as_many_photos_as_there_are():
     covariance = np.cov(weights.T)
     assert np.allclose(np.diag(covariance), 6 / 7, atol=0.25)
     assert np.allclose(covariance[~np.eye(7, dtype=bool)].mean(), -1 / 7, atol=0.03)
-
-
-def test_resamples_do_not_depend_on_how_many_are_held_at_once(monkeypatch):
-    sums = np.random.default_rng(0).random((20, 2))
-    whole = resampled_sums(sums, 50, seed=3)
+    # However many are held at once.
     monkeypatch.setattr("clseave_cli.core.evaluation.metrics._WEIGHTS_AT_ONCE", 60)
-    assert np.allclose(resampled_sums(sums, 50, seed=3), whole)
+    assert np.allclose(resampled_sums(sums, 500, seed=1), weights)
 
 
-def test_the_same_seed_gives_the_same_interval():
+def test_the_same_seed_gives_the_same_interval_in_any_order_of_the_rows():
     right, images = clustered_rows(np.random.default_rng(0), 50, 5, 0.7)
     first = accuracy_interval(right, images, resamples=200, seed=4)
-    assert accuracy_interval(right, images, resamples=200, seed=4) == first
     assert accuracy_interval(right, images, resamples=200, seed=5) != first
-    # In any order of the rows.
     order = np.random.default_rng(1).permutation(len(right))
     assert accuracy_interval(right[order], images[order], resamples=200, seed=4) == first
 
@@ -64,11 +60,10 @@ def test_the_same_seed_gives_the_same_interval():
     ],
 )
 def test_independent_rows_give_the_textbook_standard_error(measure, values, within):
-    found = measure(values, np.arange(2000), resamples=4000, seed=0)
-    half = 1.96 * values.std() / np.sqrt(2000)
-    assert found.value == pytest.approx(values.mean())
-    assert found.low == pytest.approx(values.mean() - half, abs=within)
-    assert found.high == pytest.approx(values.mean() + half, abs=within)
+    measured = measure(values, np.arange(2000), resamples=4000, seed=0)
+    mean, half = values.mean(), 1.96 * values.std() / np.sqrt(2000)
+    assert measured.value == pytest.approx(mean)
+    assert (measured.low, measured.high) == pytest.approx((mean - half, mean + half), abs=within)
 
 
 # Clopper-Pearson for 10 of 10: the lower end is 0.025 to the power of 1/10.
@@ -89,11 +84,9 @@ ALIKE = 0.025**0.1
 )
 def test_where_the_bootstrap_would_claim_certainty(right, images, value, low, high):
     options = {"resamples": 2000, "seed": 0}
-    for found in (
-        accuracy_interval(right, images, **options),
-        accuracy_interval(np.mean([right] * 3, axis=0), images, **options),
-    ):
-        assert (found.value, found.low, found.high) == pytest.approx((value, low, high))
+    for rows in (right, np.mean([right] * 3, axis=0)):
+        accuracy = accuracy_interval(rows, images, **options)
+        assert (accuracy.value, accuracy.low, accuracy.high) == pytest.approx((value, low, high))
     # A mean, and a difference of one photo, then have no interval.
     assert mean_interval(right, images, **options).low is None
     if len(set(images)) == 1:
@@ -104,31 +97,25 @@ def test_where_the_bootstrap_would_claim_certainty(right, images, value, low, hi
 
 def test_intervals_cover_the_truth_as_often_as_they_say():
     generator = np.random.default_rng(2024)
-    covered = by_row = 0
+    covered = Counter()
     for seed in range(600):
         right, images = clustered_rows(generator, 80, 8, 0.7)
-        found = accuracy_interval(right, images, resamples=400, seed=seed)
-        covered += found.low <= 0.7 <= found.high
-        if seed < 200:
-            naive = accuracy_interval(right, np.arange(len(right)), resamples=400, seed=seed)
-            by_row += naive.low <= 0.7 <= naive.high
-    assert 0.93 <= covered / 600 <= 0.97
-    # What resampling rows would have claimed: the reason for clustering.
-    assert by_row / 200 < 0.85
-
-
-def test_macro_f1_intervals_cover_the_truth():
-    # Labels uniform and errors symmetric: macro-F1 is the accuracy, 0.7.
-    generator = np.random.default_rng(7)
-    covered = 0
-    for seed in range(600):
-        right, images = clustered_rows(generator, 80, 8, 0.7)
+        # Labels uniform and errors symmetric: macro-F1 is the accuracy, 0.7.
         labels = generator.integers(3, size=len(right))
         predicted = np.where(right, labels, (labels + generator.integers(1, 3, len(right))) % 3)
         sums = cluster_sums(np.eye(9)[labels * 3 + predicted], images)
-        found = interval(sums, macro_f1, resamples=400, seed=seed)
-        covered += found.low <= 0.7 <= found.high
-    assert 0.93 <= covered / 600 <= 0.97
+        options = {"resamples": 400, "seed": seed}
+        intervals = {
+            "accuracy": accuracy_interval(right, images, **options),
+            "macro-F1": interval(sums, macro_f1, **options),
+        }
+        if seed < 200:
+            intervals["by row"] = accuracy_interval(right, np.arange(len(right)), **options)
+        covered.update(name for name, each in intervals.items() if each.low <= 0.7 <= each.high)
+    assert 0.93 <= covered["accuracy"] / 600 <= 0.97
+    assert 0.93 <= covered["macro-F1"] / 600 <= 0.97
+    # What resampling rows would have claimed: the reason for clustering.
+    assert covered["by row"] / 200 < 0.85
 
 
 def test_differences_cover_the_truth_and_p_is_right_under_the_null():
@@ -147,93 +134,77 @@ def test_differences_cover_the_truth_and_p_is_right_under_the_null():
     assert 0.03 <= significant / 600 <= 0.07
 
 
-def test_p_and_interval_say_the_same():
-    generator = np.random.default_rng(5)
-    for seed in range(60):
-        first, images = clustered_rows(generator, 30, 8, 0.7)
-        second = generator.random(len(first)) < 0.62
-        difference = compare_predictions(first, second, images, resamples=999, seed=seed)
-        if abs(difference.p - 0.05) > 0.01:  # at the border, a resample more or less decides
+@pytest.mark.parametrize(
+    ("few", "resamples"), [(False, 999), (True, 20), (True, 200), (True, 2000)]
+)
+def test_p_and_interval_say_the_same(few, resamples):
+    generator = np.random.default_rng(6)
+    for seed in range(150 if few else 60):
+        shape = (generator.integers(2, 13), 1, 0.9) if few else (30, 8, 0.7)
+        first, images = clustered_rows(generator, *shape)
+        second = generator.random(len(first)) < generator.choice([0.0, 0.1, 0.4, 0.62])
+        difference = compare_predictions(first, second, images, resamples=resamples, seed=seed)
+        if few or abs(difference.p - 0.05) > 0.01:  # at the border, single resamples decide
             assert (difference.p < 0.05) == (not difference.is_tie)
 
 
-@pytest.mark.parametrize("resamples", [20, 200, 2000])
-def test_p_and_interval_say_the_same_of_few_photos(resamples):
-    generator = np.random.default_rng(6)
-    for seed in range(150):
-        num_images = generator.integers(2, 13)
-        images = np.repeat(np.arange(num_images), generator.integers(1, 5, size=num_images))
-        first = generator.random(len(images)) < 0.9
-        second = generator.random(len(images)) < generator.choice([0.0, 0.1, 0.4])
-        found = compare_predictions(first, second, images, resamples=resamples, seed=seed)
-        assert (found.p < 0.05) == (not found.is_tie)
-
-
-def test_a_clear_difference_is_no_tie():
-    first, images = np.ones(300, dtype=bool), np.arange(300) // 3
+def test_a_clear_difference_is_no_tie_and_equal_predictions_are_one():
+    right, images = np.ones(300, dtype=bool), np.arange(300) // 3
     second = np.arange(300) % 5 > 0
-    difference = compare_predictions(first, second, images, resamples=500, seed=0)
+    difference = compare_predictions(right, second, images, resamples=500, seed=0)
     assert difference.value == pytest.approx(0.2)
     assert (difference.only_first, difference.only_second) == (60, 0)
     assert difference.low > 0 and difference.p < 0.01 and not difference.is_tie
-    swapped = compare_predictions(second, first, images, resamples=500, seed=0)
-    assert (swapped.value, swapped.low, swapped.high) == (
-        -difference.value,
-        pytest.approx(-difference.high),
-        pytest.approx(-difference.low),
-    )
+    swapped = compare_predictions(second, right, images, resamples=500, seed=0)
+    assert swapped.value == -difference.value
+    assert (swapped.low, swapped.high) == pytest.approx((-difference.high, -difference.low))
     assert swapped.p == pytest.approx(difference.p)
-
-
-def test_equal_predictions_are_a_tie_with_p_one():
-    right = np.arange(30) % 3 > 0
-    difference = compare_predictions(right, right, np.arange(30) // 3, resamples=200, seed=0)
-    assert (difference.value, difference.low, difference.high) == (0, 0, 0)
-    assert difference.p == difference.mcnemar_p == 1.0
-    assert difference.is_tie
+    equal = compare_predictions(second, second, images, resamples=200, seed=0)
+    assert (equal.value, equal.low, equal.high) == (0, 0, 0)
+    assert equal.p == equal.mcnemar_p == 1.0 and equal.is_tie
 
 
 def test_a_statistic_that_is_the_same_in_all_resamples_has_no_interval():
     cells = np.tile(np.eye(9)[[0, 4, 8]].sum(axis=0), (20, 1))  # one row of each label a photo
-    found = interval(cells, macro_f1, resamples=100, seed=0)
-    assert (found.value, found.low, found.high) == (1.0, None, None)
+    assert interval(cells, macro_f1, resamples=100, seed=0) == Interval(1.0, None, None)
     # Two of three rows right in every photo, of one size or another.
     sums = np.array([[2.0, 3.0], [4.0, 6.0], [6.0, 9.0]])
-    found = interval(sums, lambda s: s[:, 0] / s[:, 1], resamples=100, seed=0)
-    assert (found.value, found.low, found.high) == (pytest.approx(2 / 3), None, None)
+    shares = interval(sums, lambda s: s[:, 0] / s[:, 1], resamples=100, seed=0)
+    assert shares == Interval(pytest.approx(2 / 3), None, None)
 
 
 @pytest.mark.parametrize("num_photos", [2, 3, 4, 5, 6, 7, 50])
 def test_one_all_right_the_other_all_wrong_is_the_sign_test(num_photos):
     ones, images = np.ones(2 * num_photos), np.arange(2 * num_photos) // 2
-    found = compare_predictions(ones, 1 - ones, images, resamples=2000, seed=0)
+    sure = compare_predictions(ones, 1 - ones, images, resamples=2000, seed=0)
     # By hand: the share of photos where the first wins is at least 0.025 to the power of 1/G.
-    assert (found.low, found.high) == (pytest.approx(2 * 0.025 ** (1 / num_photos) - 1), 1.0)
-    assert found.p == pytest.approx(2 * 0.5**num_photos)
-    assert (found.p < 0.05) == (not found.is_tie) == (num_photos >= 6)
+    assert (sure.low, sure.high) == (
+        pytest.approx(2 * 0.025 ** (1 / num_photos) - 1),
+        1.0,
+    )
+    assert sure.p == pytest.approx(2 * 0.5**num_photos)
+    assert (sure.p < 0.05) == (not sure.is_tie) == (num_photos >= 6)
     swapped = compare_predictions(1 - ones, ones, images, resamples=2000, seed=0)
-    assert (swapped.low, swapped.high, swapped.p) == (-1.0, -found.low, found.p)
+    assert (swapped.low, swapped.high, swapped.p) == (-1.0, -sure.low, sure.p)
 
 
 @pytest.mark.parametrize("num_photos", [2, 3, 4])
 def test_few_photos_that_all_gain_are_no_proof(num_photos):
-    images = np.arange(4 * num_photos) // 4
-    first = np.ones(len(images), dtype=bool)
-    second = np.arange(len(images)) % 5 == 0
-    found = compare_predictions(first, second, images, resamples=2000, seed=0)
-    assert found.value > 0.7 and found.p > 0.05
-    assert (found.low, found.high) == (None, None) and found.is_tie
+    rows = np.arange(4 * num_photos)
+    gain = compare_predictions(rows >= 0, rows % 5 == 0, rows // 4, resamples=2000, seed=0)
+    assert gain.value > 0.7 and gain.p > 0.05
+    assert (gain.low, gain.high) == (None, None) and gain.is_tie
 
 
-def test_resamples_that_do_not_reach_the_tail_tell_no_interval():
+@pytest.mark.parametrize(("resamples", "enough"), [(1, False), (38, False), (40, True)])
+def test_resamples_that_do_not_reach_the_tail_give_no_interval(resamples, enough):
     # 39 resamples of many photos: the first and the last leave out 2.5 % each.
     right, images = np.arange(20_000) % 3 == 0, np.arange(20_000)
-    for resamples, told in ((1, False), (38, False), (40, True)):
-        found = accuracy_interval(right, images, resamples=resamples, seed=0)
-        assert found.value == pytest.approx(1 / 3, abs=1e-4)
-        assert (found.low is not None) == (found.high is not None) == told
-        difference = compare_predictions(right, ~right, images, resamples=resamples, seed=0)
-        assert (difference.low is not None) == told and (difference.p < 0.05) == told
+    accuracy = accuracy_interval(right, images, resamples=resamples, seed=0)
+    assert accuracy.value == pytest.approx(1 / 3, abs=1e-4)
+    assert (accuracy.low is not None) == (accuracy.high is not None) == enough
+    difference = compare_predictions(right, ~right, images, resamples=resamples, seed=0)
+    assert (difference.low is not None) == (difference.p < 0.05) == enough
 
 
 @pytest.mark.parametrize(
@@ -269,17 +240,16 @@ def test_equals_scikit_learn_on_random_tables(seed):
     labels, logits, images = random_table(seed, num_rows=50 * (seed + 1), skill=seed / 4)
     scores = score(labels, logits, images, resamples=50, seed=seed)
     predicted = logits.argmax(axis=1)
-    assert scores.accuracy == pytest.approx(accuracy_score(labels, predicted))
-    assert scores.macro_f1 == pytest.approx(f1_score(labels, predicted, average="macro"))
     assert scores.loss == pytest.approx(log_loss(labels, probabilities(logits), labels=[0, 1, 2]))
     assert np.array_equal(scores.confusion, confusion_matrix(labels, predicted, labels=[0, 1, 2]))
-    expected = sklearn_report(labels, predicted, target_names=LABELS, output_dict=True)
+    expected = classification_report(labels, predicted, target_names=LABELS, output_dict=True)
+    assert scores.accuracy == pytest.approx(expected["accuracy"])
+    assert scores.macro_f1 == pytest.approx(expected["macro avg"]["f1-score"])
     for name in LABELS:
-        ours = scores.per_class[name]
-        assert ours.precision == pytest.approx(expected[name]["precision"])
-        assert ours.recall == pytest.approx(expected[name]["recall"])
-        assert ours.f1 == pytest.approx(expected[name]["f1-score"])
-        assert ours.support == expected[name]["support"]
+        precision, recall, f1, support = expected[name].values()
+        of_label = scores.per_class[name]
+        assert (of_label.precision, of_label.recall) == pytest.approx((precision, recall))
+        assert (of_label.f1, of_label.support) == pytest.approx((f1, support))
 
 
 def test_macro_f1_of_resampled_counts_is_that_of_the_resampled_rows():
@@ -299,8 +269,8 @@ def test_a_label_that_is_neither_there_nor_predicted_has_f1_zero():
     logits = np.log([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1]])
     scores = score([0, 1], logits, ["a", "b"], resamples=10)
     assert scores.macro_f1 == pytest.approx(2 / 3)
-    assert scores.per_class["contradiction"].f1 == 0
-    assert scores.per_class["contradiction"].support == 0
+    absent = scores.per_class["contradiction"]
+    assert (absent.f1, absent.support) == (0, 0)
 
 
 def test_all_right_is_not_certainty():
@@ -314,23 +284,17 @@ def test_calibration_worked_by_hand():
     assert calibration([0, 1, 2], np.eye(3))[0] == 0  # always sure, always right
     # 2 bins: (0, 0.5] holds confidences 0.4 and 0.5, one of them right; (0.5, 1] holds 0.8, 0.9,
     # 1.0, two right. ECE = 2/5 · |0.5 − 0.45| + 3/5 · |2/3 − 0.9| = 0.02 + 0.14 = 0.16.
-    p = np.array(
-        [[0.4, 0.3, 0.3], [0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.9, 0.1, 0.0], [0.0, 0.0, 1.0]]
-    )
-    ece, points = calibration([0, 1, 1, 0, 0], p, num_bins=2)
+    p = [[0.4, 0.3, 0.3], [0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.9, 0.1, 0.0], [0.0, 0.0, 1.0]]
+    ece, points = calibration([0, 1, 1, 0, 0], np.array(p), num_bins=2)
     assert ece == pytest.approx(0.16)
-    assert [(point.confidence, point.accuracy, point.count) for point in points] == [
-        (pytest.approx(0.45), 0.5, 2),
-        (pytest.approx(0.9), pytest.approx(2 / 3), 3),
-    ]
+    assert [point.count for point in points] == [2, 3]
+    assert [point.confidence for point in points] == pytest.approx([0.45, 0.9])
+    assert [point.accuracy for point in points] == pytest.approx([0.5, 2 / 3])
 
 
-def test_logits_far_apart_have_a_finite_loss():
-    scores = score([0, 1], [[0.0, 1000.0, 0.0], [0.0, 1000.0, 0.0]], ["a", "b"], resamples=10)
-    assert scores.loss == pytest.approx(500)
-
-
-def test_loss_does_not_change_with_a_constant_added_to_the_logits():
+def test_the_loss_is_finite_and_does_not_change_with_a_constant_added_to_the_logits():
+    far_apart = [[0.0, 1000.0, 0.0], [0.0, 1000.0, 0.0]]
+    assert score([0, 1], far_apart, ["a", "b"], resamples=10).loss == pytest.approx(500)
     labels, logits, images = random_table(1)
     shifted = score(labels, logits + 7, images, resamples=10)
     assert shifted.loss == pytest.approx(score(labels, logits, images, resamples=10).loss)

@@ -13,6 +13,7 @@ from tiny_world import flip_byte, reseal, tree
 
 from clseave_cli import VisualEntailment
 from clseave_cli.core.data import hub as client
+from clseave_cli.core.models.clip_ve import fingerprint
 
 _REPOSITORY = Path(__file__).parents[2]
 _PUSH = ("--license", "cc-by-4.0")
@@ -39,25 +40,30 @@ def hub(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def pushed(hub, runs, clseave):
+    """The repository org/de with a student and its teacher."""
+    code, _, err = clseave("push", runs / "align-de", "org/de", *_PUSH)
+    assert code == 0, err
+    return hub.repositories["org/de"]
+
+
+@pytest.fixture
 def photo(world):
     return world / "images" / "test0.png"
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """What is shared of a model folder."""
-    listed = json.loads((folder / "config.json").read_bytes())["files"]
-    files = tree(folder)
-    return {
-        name: files[name]
-        for name in ["config.json", "calibration.json", *listed, "training/seen.safetensors"]
-    }
-
-
 def shared(folders: list[Path]) -> dict[str, bytes]:
-    return {f"{f.name}/{name}": c for f in folders for name, c in contents(f).items()}
+    """What is shared of model folders."""
+    files = {}
+    for folder in folders:
+        contents = tree(folder)
+        listed = json.loads(contents["config.json"])["files"]
+        names = ("config.json", "calibration.json", *listed, "training/seen.safetensors")
+        files |= {f"{folder.name}/{name}": contents[name] for name in names}
+    return files
 
 
-def test_push_pull_and_predict_through_hf_endpoint(tmp_path, runs, photo):
+def test_push_pull_and_predict_through_hf_endpoint(tmp_path, runs, photo, clseave):
     """In processes of their own, as HF_ENDPOINT is read when the hub's client is loaded."""
     with serve_hub() as server:
         environment = {
@@ -70,24 +76,23 @@ def test_push_pull_and_predict_through_hf_endpoint(tmp_path, runs, photo):
             "PYTHONPATH": str(_REPOSITORY),
         }
 
-        def clseave(*arguments):
+        def process(*arguments):
             return subprocess.run(
                 [sys.executable, "-m", "clseave_cli", *map(str, arguments)],
                 capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120,
             )  # fmt: skip
 
-        pushed = clseave("push", "runs/align-de", "org/de", *_PUSH)
+        pushed = process("push", "runs/align-de", "org/de", *_PUSH)
         assert pushed.returncode == 0, pushed.stderr
         assert pushed.stdout.startswith(f"{server.url}/org/de/commit/")
-        question = (photo, "Das Quadrat ist rot.", "--lang", "de", "--json")
-        here, there = (
-            clseave("predict", *question, "--runs", where) for where in ("runs", "org/de@main")
-        )
+        question = ("predict", photo, "Das Quadrat ist rot.", "--lang", "de", "--json", "--runs")
+        fetched = process(*question, "org/de@main")
         # The same again, now that the hub is gone.
         environment["HF_ENDPOINT"] = "http://127.0.0.1:9"
-        again = clseave("predict", *question, "--runs", "org/de")
-        never = clseave("predict", *question, "--runs", "org/never-fetched")
-    answers = [json.loads(done.stdout) for done in (here, there, again)]
+        again = process(*question, "org/de")
+        never = process(*question, "org/never-fetched")
+    outputs = (clseave(*question, runs)[1], fetched.stdout, again.stdout)
+    answers = [json.loads(output) for output in outputs]
     folders = [answer.pop("model") for answer in answers]
     assert answers[0] == answers[1] == answers[2]
     assert folders[1] == folders[2] != folders[0]
@@ -105,31 +110,29 @@ def test_a_push_is_one_commit_of_the_models_alone(hub, runs, clseave):
     assert code == 0, err
     repository = hub.repositories["org/all"]
     assert repository.private and len(repository.commits) == 2
-    models = [runs / name for name in ("clip-ve", "align-de", "align-nl")]
     pushed = {k: v for k, v in repository.files.items() if k not in (".gitattributes", "README.md")}
-    assert pushed == shared(models)
+    assert pushed == shared([runs / name for name in ("clip-ve", "align-de", "align-nl")])
     everything = b"".join(repository.files.values())
     assert str(runs.parent.parent).encode() not in everything  # where all of it was made
-    assert out == f"{hub.url}/org/all/commit/{repository.commits[-1][0]}: en, de, nl · " + (
-        f"{len(pushed)} files\n"
-    )
+    commit = f"{hub.url}/org/all/commit/{repository.commits[-1][0]}"
+    assert out == f"{commit}: en, de, nl · {len(pushed)} files\n"
 
 
 def test_the_card_has_metrics_with_intervals(hub, tmp_path, runs, world, clseave):
     from huggingface_hub import ModelCard
 
-    report = tmp_path / "report"
+    report, student = tmp_path / "report", runs / "align-de"
     evaluation = ("evaluate", "--runs", runs, "--data", world, "--resamples", 20)
     assert clseave(*evaluation, "--report", report)[0] == 0
-    assert clseave("push", runs / "align-de", "org/de", *_PUSH, "--report", report)[0] == 0
+    assert clseave("push", student, "org/de", *_PUSH, "--report", report)[0] == 0
     text = hub.repositories["org/de"].files["README.md"].decode()
     card = ModelCard(text)
     assert card.data.language == ["en", "de"] and card.data.license == "cc-by-4.0"
-    results = json.loads((report / "results.json").read_text())["results"]
-    by_lang = {result["lang"]: result for result in results}
-    assert [each.dataset_config for each in card.data.eval_results] == ["en", "de"]
-    for each in card.data.eval_results:
-        result = by_lang[each.dataset_config]
+    document = json.loads((report / "results.json").read_text())
+    results = document["results"][:2]
+    assert len(card.data.eval_results) == len(results)
+    for each, result in zip(card.data.eval_results, results, strict=True):
+        assert each.dataset_config == result["lang"]
         assert (each.dataset_name, each.dataset_split) == (world.name, "test")
         assert (each.metric_type, each.metric_value) == ("accuracy", result["accuracy"])
         assert each.metric_args == {
@@ -138,44 +141,51 @@ def test_the_card_has_metrics_with_intervals(hub, tmp_path, runs, world, clseave
             "confidence": 0.95,
             "rows": result["num_examples"],
         }
-    assert f"| German | {100 * by_lang['de']['accuracy']:.1f} |" in text
+    assert [result["lang"] for result in results] == ["en", "de"]
+    assert f"| German | {100 * results[1]['accuracy']:.1f} |" in text
     assert "--lang de --runs org/de\n" in text and str(tmp_path) not in text
 
     # What CLIP-VE's own tower read is not what the student is worth.
-    document = json.loads((report / "results.json").read_text())
+    other = shutil.copytree(report, tmp_path / "other")
     by_source = {"signature": document["signature"] | {"reader": "source"}}
     for more in (by_source, {"sources": {"zh": {}}}):
-        other = tmp_path / "other"
-        shutil.copytree(report, other, dirs_exist_ok=True)
         (other / "results.json").write_text(json.dumps(document | more))
-        code, _, err = clseave("push", runs / "align-de", "org/de", *_PUSH, "--report", other)
+        code, _, err = clseave("push", student, "org/de", *_PUSH, "--report", other)
         assert code == 1 and "evaluate the models by themselves" in err
 
     # The report is of these models; others of the same name are not what it measured.
-    shutil.rmtree(runs / "align-de")
-    shutil.copytree(runs / "align-nl", runs / "align-de")
-    reseal(runs / "align-de", "student", languages=["de"])
-    code, _, err = clseave("push", runs / "align-de", "org/de", *_PUSH, "--report", report)
+    shutil.rmtree(student)
+    shutil.copytree(runs / "align-nl", student)
+    reseal(student, "student", languages=["de"])
+    code, _, err = clseave("push", student, "org/de", *_PUSH, "--report", report)
     assert code == 1 and "its de was not measured with these models alone" in err
 
 
-def test_a_second_push_removes_what_is_gone_and_keeps_other_files(hub, runs, refused, clseave):
-    done = clseave("push", runs / "align-de", "org/de", *_PUSH)
-    assert done[0] == 0, done[2]
-    repository = hub.repositories["org/de"]
-    kept = {"LICENSE": b"mine", "picture.png": b"x"}
-    repository.commit(repository.files | kept | {"align-de/encoder/added_tokens.json": b"{}"})
-    done = clseave("push", runs / "align-de", "org/de", *_PUSH)
-    assert done[0] == 0, done[2]
-    assert kept.items() <= repository.files.items()
-    assert "align-de/encoder/added_tokens.json" not in repository.files
+def test_a_second_push_removes_what_is_gone_and_keeps_other_files(
+    hub, pushed, runs, refused, clseave
+):
+    extra = {"LICENSE": b"mine", "picture.png": b"x"}
+    pushed.commit(pushed.files | extra | {"align-de/encoder/added_tokens.json": b"{}"})
+    code, _, err = clseave("push", runs / "align-de", "org/de", *_PUSH)
+    assert code == 0, err
+    assert extra.items() <= pushed.files.items()
+    assert "align-de/encoder/added_tokens.json" not in pushed.files
 
-    before = repository.files
+    before = pushed.files
     message = refused("push", runs / "align-nl", "org/de", *_PUSH, code=2)
     assert "org/de: holds other models too (align-de)" in message
     message = refused("push", runs / "align-de", "org/de", *_PUSH, "--private", code=2)
     assert "org/de: is public already" in message
-    assert repository.files == before
+    assert pushed.files == before
+
+
+def test_pickles_are_never_fetched(hub, pushed, photo):
+    evil = {name: b"evil" for name in ("pytorch_model.bin", "x.pt", "align-de/x.pkl", "x.py")}
+    pushed.commit(pushed.files | evil)
+    model = VisualEntailment.from_pretrained("org/de", lang="de")
+    assert model(photo, "Das Quadrat ist rot.").lang == "de"
+    fetched = [path for path in hub.requested if "/resolve/" in path]
+    assert fetched and not any(name in path for path in fetched for name in evil)
 
 
 @pytest.mark.parametrize(
@@ -213,27 +223,14 @@ def test_the_hub_refuses_in_one_line(hub, runs, monkeypatch, refused):
     assert "(no such branch, tag or commit)" in message
 
 
-@pytest.mark.parametrize("command", ["push", "predict"])
-def test_without_a_connection_there_is_one_line_at_once(runs, refused, monkeypatch, command):
+@pytest.mark.parametrize(
+    "arguments",
+    [("push", "runs/align-de", "org/de", *_PUSH), ("predict", "x.png", "x", "--runs", "org/de")],
+)
+def test_without_a_connection_there_is_one_line_at_once(runs, refused, monkeypatch, arguments):
     client.hub_answers.cache_clear()  # HF_HUB_OFFLINE is set for all tests
     monkeypatch.chdir(runs.parent)
-    arguments = {"push": ("runs/align-de", "org/de", *_PUSH), "predict": ("x.png", "x", "--runs",
-                 "org/de")}  # fmt: skip
-    message = refused(command, *arguments[command])
-    assert "does not answer, or HF_HUB_OFFLINE is set" in message
-    assert "\n" not in message
-
-
-def test_pickles_are_never_fetched(hub, runs, photo, clseave):
-    done = clseave("push", runs / "align-de", "org/de", *_PUSH)
-    assert done[0] == 0, done[2]
-    repository = hub.repositories["org/de"]
-    evil = {name: b"evil" for name in ("pytorch_model.bin", "x.pt", "align-de/x.pkl", "x.py")}
-    repository.commit(repository.files | evil)
-    model = VisualEntailment.from_pretrained("org/de", lang="de")
-    assert model(photo, "Das Quadrat ist rot.").lang == "de"
-    fetched = [path for path in hub.requested if "/resolve/" in path]
-    assert fetched and not any(name in path for path in fetched for name in evil)
+    assert "does not answer, or HF_HUB_OFFLINE is set" in refused(*arguments)
 
 
 def test_teacher_students_and_a_commit_come_from_the_hub(
@@ -245,8 +242,7 @@ def test_teacher_students_and_a_commit_come_from_the_hub(
     code, _, err = clseave("align", "--lang", "de", "--teacher", f"org/all@{sha}", *options)
     assert code == 0, err
     record = json.loads((tmp_path / "new/align-de/training/run.json").read_text())
-    teacher = json.loads((runs / "clip-ve" / "config.json").read_text())["fingerprint"]
-    assert record["inputs"]["teacher"] == teacher
+    assert record["inputs"]["teacher"] == fingerprint(runs / "clip-ve")
     shutil.rmtree(runs / "align-de")
     evaluation = ("evaluate", "--runs", runs, "--students", "org/all", "--data", data)
     code, out, err = clseave(*evaluation, "--lang", "de", "--resamples", 20, "--json")

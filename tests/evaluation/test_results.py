@@ -20,14 +20,16 @@ def rendered(results, width=80, table=results_table, **options):
     return console.file.getvalue()
 
 
-def test_json_and_back_is_the_same(results):
-    text = json.dumps(results.to_json(), allow_nan=False)
-    assert Results.from_json(json.loads(text)) == results
-    assert json.loads(text) == results.to_json()
+def cells_of(lang, text):
+    """The cells beside a language in a table."""
+    (cells,) = (cells for line in text.splitlines() if (cells := line.split())[:1] == [lang])
+    return cells[1:]
 
 
-def test_keys_of_a_later_version_are_left_alone(results):
-    document = results.to_json()
+def test_json_and_back_is_the_same_and_keys_of_a_later_version_are_left_alone(results):
+    document = json.loads(json.dumps(results.to_json(), allow_nan=False))
+    assert document == results.to_json()
+    assert Results.from_json(document) == results
     document["results"][0]["brier"] = 0.3
     assert Results.from_json(document) == results
 
@@ -64,54 +66,45 @@ def test_what_is_no_document_is_refused(tmp_path):
 
 
 def test_the_signature_is_one_line(results):
-    assert str(results.signature) == (
+    line = (
         "clseave 0.1.0 · n 600 · snli_ve_test.jsonl 3f2a9c1b · clip-ve 91ab44e0 · "
         "align-de 77de01c2 · fp32 on cpu · seed 0 · 200 resamples by photo"
     )
-
-
-def test_a_signature_without_precision_is_of_an_older_version(results):
+    assert str(results.signature) == line
+    # Of an older version.
     document = results.to_json()
     del document["signature"]["precision"], document["signature"]["device"]
     older = Results.from_json(document).signature
     assert (older.precision, older.device) == (None, None)
-    assert str(older) == str(results.signature).replace(" · fp32 on cpu", "")
-
-
-def test_many_models_are_few_words(results):
-    def line(checkpoints):
-        return str(replace(results.signature, checkpoints=checkpoints))
-
+    assert str(older) == line.replace(" · fp32 on cpu", "")
+    # Many models are few words.
     many = {f"align-{number}": f"{number:064x}" for number in range(20)}
-    assert re.search(r"3f2a9c1b · 20 models \w{8} · fp32", line(many))
-    assert line(many) != line(many | {"align-3": "00" * 32})
+    signature = replace(results.signature, checkpoints=many)
+    assert re.search(r"3f2a9c1b · 20 models \w{8} · fp32", str(signature))
+    assert str(signature) != str(replace(signature, checkpoints=many | {"align-3": "00" * 32}))
 
 
 def test_training_rows_are_known_by_their_file(results):
     assert not results.of_training_rows
-    training = {"snli_ve_train.jsonl": "ab" * 32}
-    other = replace(results, signature=replace(results.signature, training=training))
-    assert not other.of_training_rows
-    data = {"copied.jsonl": "ab" * 32}
-    assert replace(other, signature=replace(other.signature, data=data)).of_training_rows
+    training = replace(results.signature, training={"snli_ve_train.jsonl": "ab" * 32})
+    assert not replace(results, signature=training).of_training_rows
+    copied = replace(training, data={"copied.jsonl": "ab" * 32})
+    assert replace(results, signature=copied).of_training_rows
 
 
 def test_several_seeds_are_summarised(results):
-    german = results.results[1]
-    others = [
-        replace(results, results=(replace(german, accuracy=value, ratio_to_english=None),))
-        for value in (0.7, 0.8, 0.9)
+    german = replace(results.results[1], ratio_to_english=None)
+    trainings = [
+        replace(results, results=(replace(german, accuracy=value),)) for value in (0.7, 0.8, 0.9)
     ]
-    summary = across_seeds(others)
-    assert summary.keys() == {"de"}
-    assert summary["de"]["accuracy"].mean == pytest.approx(0.8)
+    summary = across_seeds(trainings)
+    assert summary.keys() == {"de"} and "ratio_to_english" not in summary["de"]
+    means = {name: each.mean for name, each in summary["de"].items()}
+    assert means["accuracy"] == pytest.approx(0.8)
     assert summary["de"]["accuracy"].std == pytest.approx(0.1)
-    assert "ratio_to_english" not in summary["de"]
     # The same in all three, and paired.
-    assert summary["de"]["shuffled_image"].mean == pytest.approx(0.371)
-    assert summary["de"]["difference_to_english"].mean == pytest.approx(
-        german.difference_to_english.value
-    )
+    assert means["shuffled_image"] == pytest.approx(0.371)
+    assert means["difference_to_english"] == pytest.approx(german.difference_to_english.value)
     both = replace(results, seeds=summary)
     assert Results.from_json(both.to_json()) == both
     assert across_seeds([]) == {}
@@ -119,30 +112,26 @@ def test_several_seeds_are_summarised(results):
 
 def test_the_table_shows_percentages_with_one_decimal(results):
     german = replace(
-        results.results[1],
-        accuracy=0.7319,
-        accuracy_low=0.7254,
-        accuracy_high=0.7384,
-        ratio_to_english=1.0003,
-        agreement_with_english=0.875,
-    )
-    text = rendered(replace(results, results=(results.results[0], german)))
-    (line,) = (line for line in text.splitlines() if line.split()[:1] == ["de"])
-    assert line.split()[1:] == ["73.2", "72.5–73.8", "100.0", "87.5", "33.4", "41.2", "37.1"]
-    assert "…" not in text
+        results.results[1], accuracy=0.7319, accuracy_low=0.7254, accuracy_high=0.7384,
+        ratio_to_english=1.0003, agreement_with_english=0.875, most_frequent=1.0,
+    )  # fmt: skip
+    document = replace(results, results=(results.results[0], german))
+    text = rendered(document)
+    expected = ["73.2", "72.5–73.8", "100.0", "87.5", "33.4", "41.2", "37.1"]
+    assert cells_of("de", text) == expected and "…" not in text
+    caption = results_table(document).caption
+    assert "German gives 100.0 % of the rows the same label." in caption
     # Fingerprints are for those who ask; there are paragraphs of them.
     assert "3f2a9c1b" not in text and "3f2a9c1b" in rendered(results, verbose=True)
 
 
-def test_unsure_and_seen_stand_in_the_table_of_the_baselines(judged):
-    text = rendered(judged, 120)
-    (line,) = (line for line in text.splitlines() if line.split()[:1] == ["de"])
-    assert line.split()[-5:] == ["37.1", "10.0", "97.0", "5.0", "80.0"]
+def test_unsure_and_seen_stand_in_the_table_of_the_baselines(calibrated):
+    assert cells_of("de", rendered(calibrated, 120))[-5:] == ["37.1", "10.0", "97.0", "5.0", "80.0"]
     # Before them go what a reader misses less.
-    shown, _, left_out = rendered(judged, 80).partition("Not shown")
+    shown, _, left_out = rendered(calibrated, 80).partition("Not shown")
     assert "unsure" in shown and "ratio to en" in left_out
-    assert "unsure" not in rendered(replace(judged, results=judged.results[:1]), 120)
-    assert Results.from_json(judged.to_json()) == judged
+    assert "unsure" not in rendered(replace(calibrated, results=calibrated.results[:1]), 120)
+    assert Results.from_json(calibrated.to_json()) == calibrated
 
 
 @pytest.mark.parametrize("table", [results_table, seeds_table])
@@ -165,19 +154,7 @@ def test_the_table_says_where_a_baseline_is_as_good(results):
 
 
 def test_the_table_has_dashes_for_what_was_not_measured(results):
-    english = replace(
-        results.results[0],
-        accuracy_low=None,
-        accuracy_high=None,
-        ratio_to_english=None,
-        agreement_with_english=None,
-    )
+    unmeasured = ("accuracy_low", "accuracy_high", "ratio_to_english", "agreement_with_english")
+    english = replace(results.results[0], **dict.fromkeys(unmeasured))
     text = rendered(replace(results, results=(english,), baselines={}))
-    (line,) = (line for line in text.splitlines() if line.split()[:1] == ["en"])
-    assert line.split()[2:] == ["–"] * 6
-
-
-def test_the_table_says_where_a_model_has_one_answer(results):
-    german = replace(results.results[1], most_frequent=1.0)
-    caption = results_table(replace(results, results=(results.results[0], german))).caption
-    assert "German gives 100.0 % of the rows the same label." in caption
+    assert cells_of("en", text)[1:] == ["–"] * 6

@@ -1,19 +1,24 @@
 """The photos and pairs that models saw in training: recorded, refused, left out, or told."""
 
-from __future__ import annotations
-
 import shutil
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_world import QUICK, Notes, edit_row, read_jsonl, write_captions, write_jsonl
+from tiny_world import (
+    QUICK,
+    Notes,
+    edit_row,
+    killed_at_step,
+    read_jsonl,
+    write_captions,
+    write_jsonl,
+)  # fmt: skip
 
 from clseave_cli.core import finetuning
 from clseave_cli.core.config import EvaluateConfig, FinetuneConfig, PretrainConfig
 from clseave_cli.core.data.seen import SEEN_FILE, SeenRows
-from clseave_cli.core.evaluation.results import Results
 from clseave_cli.core.evaluation.run import evaluate
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.pretraining import pretrain
@@ -26,55 +31,49 @@ def _evaluate(data, runs, progress=SILENT, **options):
     return evaluate(EvaluateConfig(data=str(data), runs=(runs,), **(defaults | options)), progress)
 
 
-def _other_folder(data, rows):
-    """A data folder of another name, with a test split and photos of whatever names."""
+def _other_folder(data, split="test"):
+    """A data folder of another name with the photos and one split, as its test split."""
     other = data.parent / "other"
-    other.mkdir()
     shutil.copytree(data / "images", other / "images")
-    write_jsonl(other / "snli_ve_test.jsonl", rows)
+    shutil.copy(data / f"snli_ve_{split}.jsonl", other / "snli_ve_test.jsonl")
     return other
-
-
-def _own_training_file(data):
-    return _other_folder(data, read_jsonl(data / "snli_ve_train.jsonl")), {}, 8
 
 
 def _renamed(data, num_pairs=0):
     """The test rows; the first two photos are training photos under other names."""
-    rows = read_jsonl(data / "snli_ve_test.jsonl")
-    folder = _other_folder(data, rows)
+    folder = _other_folder(data)
     for number in range(2):
         shutil.copy(data / f"images/train{number}.png", folder / f"images/test{number}.png")
-    seen = read_jsonl(data / "snli_ve_train.jsonl")
-    for line in range(1, num_pairs + 1):
-        edit_row(folder / "snli_ve_test.jsonl", line, sentence2=seen[line - 1]["sentence2"])
-    return folder, {}, 2
+    for line, row in enumerate(read_jsonl(data / "snli_ve_train.jsonl")[:num_pairs], 1):
+        edit_row(folder / "snli_ve_test.jsonl", line, sentence2=row["sentence2"])
+    return folder
 
 
-def _dev(data):
-    return data, {"split": "dev", "lang": ("en",)}, 4
-
-
-@pytest.mark.parametrize("case", [_own_training_file, _renamed, _dev])
-def test_seen_photos_are_refused_before_a_model_runs(data, trained, monkeypatch, case):
-    folder, options, num_photos = case(data)
+@pytest.mark.parametrize(
+    ("case", "options", "num_photos"),
+    [
+        (lambda data: _other_folder(data, "train"), {}, 8),
+        (_renamed, {}, 2),
+        (lambda data: data, {"split": "dev", "lang": ("en",)}, 4),
+    ],
+    ids=["training file", "renamed photos", "dev"],
+)
+def test_seen_photos_are_refused_before_a_model_runs(
+    data, trained, monkeypatch, case, options, num_photos
+):
     monkeypatch.setattr(ClipVE, "from_folder", None)
-    said = rf"{num_photos} of its [48] images are also in .*--exclude-seen .*--allow-leak"
-    with pytest.raises(DataError, match=said):
-        _evaluate(folder, trained, **options)
+    message = rf"{num_photos} of its [48] images are also in .*--exclude-seen .*--allow-leak"
+    with pytest.raises(DataError, match=message):
+        _evaluate(case(data), trained, **options)
 
 
-def test_a_leak_that_is_allowed_is_told_everywhere(data, trained, tmp_path, clseave):
-    folder, _, _ = _renamed(data, num_pairs=3)
-    code, _, err = clseave(
-        "evaluate", "--data", folder, "--runs", trained, "--resamples", "20", "--allow-leak",
-        "--report", tmp_path / "report",
-    )  # fmt: skip
-    assert code == 0, err
-    document = Results.read(tmp_path / "report")
+def test_a_leak_that_is_allowed_is_told_everywhere(data, trained, tmp_path):
+    report, notes = tmp_path / "report", Notes()
+    folder = _renamed(data, num_pairs=3)
+    document = _evaluate(folder, trained, notes, allow_leak=True, report=report)
     (english,) = document.results
     seen = english.seen
-    rows = read_jsonl(tmp_path / "report" / "predictions.en.jsonl")
+    rows = read_jsonl(report / "predictions.en.jsonl")
     right = np.array([row["predicted"] == row["label"] for row in rows])
     is_seen = np.array([row["image"] in ("test0.png", "test1.png") for row in rows])
     assert (seen.num_images, seen.num_examples, seen.share) == (2, 6, 0.5)
@@ -83,24 +82,22 @@ def test_a_leak_that_is_allowed_is_told_everywhere(data, trained, tmp_path, clse
     assert seen.accuracy_unseen == right[~is_seen].mean()
     assert document.signature.seen == {"snli_ve_test.jsonl": 2}
     assert "2 photos seen in training" in str(document.signature)
-    told = "(2 of 4 photos, 50.0 % of the rows)"
-    assert told in " ".join(err.split()) and told in (tmp_path / "report/report.html").read_text()
+    for text in (notes.text, (report / "report.html").read_text()):
+        assert "(2 of 4 photos, 50.0 % of the rows)" in text
 
 
 def test_excluding_seen_photos_is_evaluating_the_others(data, trained):
-    folder, _, _ = _renamed(data)
-    notes = Notes()
-    document = _evaluate(folder, trained, progress=notes, exclude_seen=True)
+    folder, notes = _renamed(data), Notes()
+    document = _evaluate(folder, trained, notes, exclude_seen=True)
     assert "6 of 12 rows left out" in notes.text
     assert document.signature.excluded == {"snli_ve_test.jsonl": 6}
     assert "6 rows of seen photos left out" in str(document.signature)
     path = folder / "snli_ve_test.jsonl"
     write_jsonl(path, read_jsonl(path)[6:])
-    notes = Notes()
-    rest = _evaluate(folder, trained, progress=notes)
+    rest = _evaluate(folder, trained, quiet := Notes())
     assert document.results == rest.results and rest.results[0].seen is None
-    assert notes.text == "" and rest.signature.excluded == {}
-    write_jsonl(path, read_jsonl(data / "snli_ve_train.jsonl"))
+    assert quiet.text == "" and rest.signature.excluded == {}
+    shutil.copy(data / "snli_ve_train.jsonl", path)
     with pytest.raises(DataError, match="24 of 24 rows left out; a model saw all photos"):
         _evaluate(folder, trained, exclude_seen=True)
 
@@ -134,8 +131,7 @@ def test_a_folder_of_an_earlier_version_is_evaluated_as_before(world, trained, r
 
 def test_a_resumed_run_has_the_record_and_can_be_replaced(world, trained, tmp_path, clip):
     config = {"data": str(world), "runs": tmp_path, "clip": str(clip), "epochs": 1, **QUICK}
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(finetuning, "train", _killed)
+    with killed_at_step(1):
         finetuning.finetune(FinetuneConfig(**config))
     for options in ({"resume": True}, {}):
         finetuning.finetune(FinetuneConfig(**config, **options))
@@ -143,25 +139,24 @@ def test_a_resumed_run_has_the_record_and_can_be_replaced(world, trained, tmp_pa
         assert record == (trained / "clip-ve" / SEEN_FILE).read_bytes()
 
 
-def test_a_photo_that_was_scaled_and_saved_again_is_noticed_if_asked(data, trained, refused):
+def test_a_photo_that_was_scaled_and_saved_again_is_noticed_if_asked(
+    data, trained, refused, monkeypatch
+):
     pytest.importorskip("imagehash")
-    folder = _other_folder(data, read_jsonl(data / "snli_ve_test.jsonl"))
+    folder = _other_folder(data)
     again = Image.open(data / "images/train1.png").resize((80, 80))
     again.save(folder / "images/test0.png")
-    document = _evaluate(folder, trained)  # another name, other bytes
-    assert document.results[0].seen is None
+    assert _evaluate(folder, trained).results[0].seen is None  # another name, other bytes
+    options = {"near_duplicates": 4}
     command = ("evaluate", "--data", folder, "--runs", trained, "--near-duplicates", 4)
     assert "1 of its 4 images are also in" in refused(*command)
-    document = _evaluate(folder, trained, near_duplicates=4, allow_leak=True)
-    assert (document.results[0].seen.num_images, document.results[0].seen.num_pairs) == (1, 0)
-    document = _evaluate(folder, trained, near_duplicates=4, exclude_seen=True)
+    (english,) = _evaluate(folder, trained, **options, allow_leak=True).results
+    assert (english.seen.num_images, english.seen.num_pairs) == (1, 0)
+    document = _evaluate(folder, trained, **options, exclude_seen=True)
     assert document.signature.excluded == {"snli_ve_test.jsonl": 3}
     for photo in [*(folder / "images").glob("train*"), *(folder / "images").glob("dev*")]:
         photo.unlink()
     assert "cannot compare with them" in refused(*command)
-
-
-def test_near_duplicates_need_their_package(data, trained, monkeypatch):
     monkeypatch.setitem(sys.modules, "imagehash", None)
     with pytest.raises(ExtraMissing, match=r"imagehash; run: pip install -e '\.\[duplicates\]'"):
         _evaluate(data, trained, near_duplicates=0)
@@ -170,18 +165,14 @@ def test_near_duplicates_need_their_package(data, trained, monkeypatch):
 def test_what_a_clip_was_trained_on_was_seen_too(data, trained, tmp_path, clip):
     """The photos of `pretrain` are in its folder, and in that of a CLIP-VE that starts from it."""
     captions = write_captions(data, tmp_path / "captions")
-    rows = read_jsonl(data / "snli_ve_test.jsonl")
-    lines = [{"image": row["Flickr30K_ID"], "caption": row["sentence2"]} for row in rows[:3]]
+    rows = read_jsonl(data / "snli_ve_test.jsonl")[:3]
+    lines = [{"image": row["Flickr30K_ID"], "caption": row["sentence2"]} for row in rows]
     write_jsonl(captions / "captions_train.jsonl", lines)
     shared = {"epochs": 1, "runs": tmp_path, **QUICK}
     pretrain(PretrainConfig(data=captions, images=data / "images", clip=str(clip), **shared))
     seen = SeenRows.read(tmp_path / "clip")
     assert len(seen.photos) == 5 and seen.photos.all() and not len(seen.pairs)
-    begun = str(tmp_path / "clip")
-    finetuning.finetune(FinetuneConfig(data=str(data), clip=begun, head="pooled", **shared))
+    pretrained = str(tmp_path / "clip")
+    finetuning.finetune(FinetuneConfig(data=str(data), clip=pretrained, head="pooled", **shared))
     with pytest.raises(DataError, match="1 of its 4 images are also in"):
         _evaluate(data, tmp_path, lang=("en",))
-
-
-def _killed(*_, **__):
-    raise KeyboardInterrupt

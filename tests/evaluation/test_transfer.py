@@ -20,6 +20,8 @@ from clseave_cli.core.models import ranking
 
 # The thesis's test accuracies.
 THESIS = {"en": 0.7317, "de": 0.7319, "nl": 0.7135, "ja": 0.7082, "zh": 0.6994, "ko": 0.6875}
+# Each language worse than the one before.
+PERFECT = {"en": 0.9, "de": 0.8, "nl": 0.7, "ja": 0.6, "zh": 0.5, "ko": 0.4}
 
 
 def test_the_thesis_accuracies_against_its_distances():
@@ -30,46 +32,44 @@ def test_the_thesis_accuracies_against_its_distances():
     losses = [THESIS["en"] - THESIS[lang] for lang in languages]
     for kind in ("featural", "syntactic", "phonological", "inventory"):
         distances = [THESIS_DISTANCES[kind][lang] for lang in languages]
-        found = analysis.correlations[kind]
-        assert found.pearson == pytest.approx(stats.pearsonr(distances, losses).statistic)
-        assert found.spearman == pytest.approx(stats.spearmanr(distances, losses).statistic)
-        assert found.num_languages == 5
+        correlation = analysis.correlations[kind]
+        assert correlation.pearson == pytest.approx(stats.pearsonr(distances, losses).statistic)
+        assert correlation.spearman == pytest.approx(stats.spearmanr(distances, losses).statistic)
+        assert correlation.num_languages == 5
     # By hand: ranks of the syntactic distance 1, 2, 3.5, 3.5, 5 and of the loss 1, 2, 3, 4, 5.
     assert analysis.correlations["syntactic"].spearman == pytest.approx(9.5 / np.sqrt(95))
+    # By hand: 5! orders; two equal distances may swap, three in six ways; and all that reversed.
+    num_orders = {"syntactic": 2, "inventory": 2, "featural": 2 * 2, "phonological": 6}
+    for kind, number in num_orders.items():
+        assert analysis.correlations[kind].smallest_p == pytest.approx(2 * number / 120)
+    # As good a ranking as there can be has that p.
+    syntactic = analyse_distances(PERFECT).correlations["syntactic"]
+    assert syntactic.spearman_p == syntactic.smallest_p
 
 
-def test_lost_cells_are_left_out_and_two_points_give_no_correlation():
-    analysis = analyse_distances(THESIS)
-    assert analysis.correlations["genetic"].distances["ja"] is None
-    assert analysis.correlations["genetic"].num_languages == 2
-    assert analysis.correlations["genetic"].pearson is None
-    assert analysis.correlations["geographic"].spearman_p is None
-
-
-def test_p_counts_all_orders():
-    # Five points in perfect order: 2 of 120 orders are as extreme. One neighbouring swap: the
-    # table of Spearman's rho (n = 5) gives 0.0833 (two-sided) for 0.9.
-    perfect = {"en": 0.9, "de": 0.8, "nl": 0.7, "ja": 0.5, "zh": 0.5, "ko": 0.4}
-    order = analyse_distances({**perfect, "ja": 0.6}).correlations["syntactic"]
-    assert order.spearman < 1  # ja and zh are equally far: no perfect ranking is possible
-    distances = {kind: dict.fromkeys(("de", "nl", "ja", "zh", "ko")) for kind in ("x",)}
-    distances["x"] = {"de": 0.1, "nl": 0.2, "ja": 0.3, "zh": 0.4, "ko": 0.5}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transfer, "THESIS_DISTANCES", {"featural": distances["x"]})
-        ranked = analyse_distances({**perfect, "ja": 0.6}).correlations["featural"]
-        assert (ranked.spearman, ranked.spearman_p) == (pytest.approx(1), pytest.approx(2 / 120))
-        swapped = analyse_distances({**perfect, "ja": 0.45, "zh": 0.55}).correlations["featural"]
-        assert swapped.spearman == pytest.approx(0.9)
-        assert swapped.spearman_p == pytest.approx(0.0833, abs=1e-4)
-
-
-def test_equal_losses_give_no_correlation():
-    assert analyse_distances(dict.fromkeys(THESIS, 0.7)).correlations["syntactic"].pearson is None
-
-
-def test_without_english_or_another_language_there_is_nothing_to_analyse():
+def test_lost_cells_are_left_out_and_two_points_or_equal_losses_give_no_correlation():
+    genetic = analyse_distances(THESIS).correlations["genetic"]
+    assert genetic.distances["ja"] is None
+    assert (genetic.num_languages, genetic.pearson, genetic.smallest_p) == (2, None, None)
+    assert analyse_distances(THESIS).correlations["geographic"].spearman_p is None
+    level = analyse_distances(dict.fromkeys(THESIS, 0.7))
+    assert level.correlations["syntactic"].pearson is None
+    # Without English or another language there is nothing to analyse.
     assert analyse_distances({"de": 0.7, "nl": 0.6}) is None
     assert analyse_distances({"en": 0.7}) is None
+
+
+def test_p_counts_all_orders(monkeypatch):
+    # Five points in perfect order: 2 of 120 orders are as extreme. One neighbouring swap: the
+    # table of Spearman's rho (n = 5) gives 0.0833 (two-sided) for 0.9.
+    syntactic = analyse_distances(PERFECT).correlations["syntactic"]
+    assert syntactic.spearman < 1  # ja and zh are equally far: no perfect ranking is possible
+    distances = {"de": 0.1, "nl": 0.2, "ja": 0.3, "zh": 0.4, "ko": 0.5}
+    monkeypatch.setattr(transfer, "THESIS_DISTANCES", {"featural": distances})
+    ranked = analyse_distances(PERFECT).correlations["featural"]
+    assert (ranked.spearman, ranked.spearman_p) == pytest.approx((1, 2 / 120))
+    swapped = analyse_distances({**PERFECT, "ja": 0.5, "zh": 0.6}).correlations["featural"]
+    assert (swapped.spearman, swapped.spearman_p) == pytest.approx((0.9, 0.0833), abs=1e-4)
 
 
 def test_the_note_says_what_n_points_can_show():
@@ -81,30 +81,15 @@ def test_the_note_says_what_n_points_can_show():
     assert describe_power(12, {}).startswith("12 languages")
 
 
-def test_the_smallest_p_counts_ties_of_distances():
-    found = analyse_distances(THESIS).correlations
-    # By hand: 5! orders; two equal distances may swap, three in six ways; and all that reversed.
-    assert found["syntactic"].smallest_p == pytest.approx(2 * 2 / 120)
-    assert found["inventory"].smallest_p == pytest.approx(2 * 2 / 120)
-    assert found["featural"].smallest_p == pytest.approx(2 * 2 * 2 / 120)
-    assert found["phonological"].smallest_p == pytest.approx(2 * 6 / 120)
-    assert found["genetic"].smallest_p is None
-    # As good a ranking as there can be has that p.
-    perfect = {"en": 0.9, "de": 0.8, "nl": 0.7, "ja": 0.6, "zh": 0.5, "ko": 0.4}
-    syntactic = analyse_distances(perfect).correlations["syntactic"]
-    assert syntactic.spearman_p == syntactic.smallest_p
-
-
 def test_many_languages_use_the_approximation(monkeypatch):
     generator = np.random.default_rng(0)
-    languages = [f"l{index}" for index in range(12)]
-    distances = dict(zip(languages, generator.random(12).tolist(), strict=True))
-    monkeypatch.setattr(transfer, "THESIS_DISTANCES", {"featural": distances})
+    distances = {f"l{index}": distance for index, distance in enumerate(generator.random(12))}
     losses = generator.random(12)
-    accuracies = {"en": 1.0, **dict(zip(languages, (1 - losses).tolist(), strict=True))}
-    found = analyse_distances(accuracies).correlations["featural"]
-    assert found.pearson_p == pytest.approx(stats.pearsonr(list(distances.values()), losses).pvalue)
-    assert found.smallest_p is None
+    monkeypatch.setattr(transfer, "THESIS_DISTANCES", {"featural": distances})
+    accuracies = {"en": 1.0} | dict(zip(distances, 1 - losses, strict=True))
+    featural = analyse_distances(accuracies).correlations["featural"]
+    assert featural.pearson_p == pytest.approx(stats.pearsonr([*distances.values()], losses).pvalue)
+    assert featural.smallest_p is None
 
 
 KINDS = ("featural", "syntactic", "genetic", "geographic", "phonological", "inventory")
@@ -131,19 +116,21 @@ def fake_lang2vec(monkeypatch):
 
 
 def test_other_languages_come_from_lang2vecs_own_distances(fake_lang2vec):
-    distances = lang2vec_distances(["fr", "de", "ara", "zh"])
+    distances = lang2vec_distances(["fr", "de", "ara", "zh", "fr-CA"])
     assert tuple(distances) == KINDS  # all six
-    assert distances["featural"] == {"fr": 0.5, "de": 0.1, "ara": 0.9, "zh": None}
-    assert distances["inventory"] == pytest.approx(
-        {"fr": 0.55, "de": 0.15, "ara": 0.95, "zh": None}
-    )
+    # A region is the same language.
+    assert distances["featural"] == {"fr": 0.5, "de": 0.1, "ara": 0.9, "zh": None, "fr-CA": 0.5}
+    inventory = {"fr": 0.55, "de": 0.15, "ara": 0.95, "zh": None, "fr-CA": 0.55}
+    assert distances["inventory"] == pytest.approx(inventory)
 
 
-def test_one_source_for_all_languages(fake_lang2vec):
-    analysis = analyse_distances({"en": 0.8, "de": 0.7, "fr": 0.6, "ar": 0.5})
+def test_one_source_for_all_languages_and_unknown_ones_are_gaps_that_are_named(fake_lang2vec):
+    analysis = analyse_distances({"en": 0.8, "de": 0.7, "fr": 0.6, "ar": 0.5, "tlh": 0.4})
     assert analysis.source == LANG2VEC_SOURCE
     assert analysis.correlations["syntactic"].distances["de"] == pytest.approx(0.11)
     assert analysis.correlations["genetic"].spearman == pytest.approx(1)
+    assert analysis.correlations["syntactic"].distances["tlh"] is None
+    assert "lang2vec does not know tlh." in analysis.note
 
 
 def test_distances_are_to_the_source_language(fake_lang2vec, monkeypatch):
@@ -158,23 +145,12 @@ def test_distances_are_to_the_source_language(fake_lang2vec, monkeypatch):
     assert analyse_distances(accuracies, "fr") is None  # the table has English alone
 
 
-def test_a_script_or_region_is_the_same_language(fake_lang2vec):
-    assert lang2vec_distances(["fr-CA"])["featural"]["fr-CA"] == pytest.approx(0.5)
-
-
-def test_an_unknown_language_is_a_gap_that_is_named(fake_lang2vec):
-    analysis = analyse_distances({"en": 0.8, "fr": 0.7, "tlh": 0.6})
-    assert analysis.correlations["syntactic"].distances["tlh"] is None
-    assert "lang2vec does not know tlh." in analysis.note
-
-
 def test_the_real_lang2vec_where_it_is_installed():
     module = pytest.importorskip("lang2vec.lang2vec", exc_type=ImportError)
     if not hasattr(module, "distance"):
         pytest.skip("PyPI's lang2vec has no distances")
     distances = lang2vec_distances(["fr", "ar", "zh-Hant", "tlh"])["syntactic"]
-    assert 0 < distances["fr"] < distances["ar"] < 1
-    assert distances["tlh"] is None
+    assert 0 < distances["fr"] < distances["ar"] < 1 and distances["tlh"] is None
 
 
 @pytest.mark.parametrize("installed", [False, True])
@@ -192,9 +168,7 @@ def test_without_its_distances_the_table_is_used_with_gaps(monkeypatch, fake_lan
 
 
 def test_errors_worked_by_hand():
-    student = [[1.0, 0.0], [0.0, 2.0]]
-    teacher = [[1.0, 1.0], [0.0, -1.0]]
-    measured = measure_transfer(student, teacher, ["a", "b"])
+    measured = measure_transfer([[1.0, 0.0], [0.0, 2.0]], [[1.0, 1.0], [0.0, -1.0]], ["a", "b"])
     # Errors 0, −1, 0, 3: squares 10 over 4 numbers; absolutes 4 over 4.
     assert (measured.mse, measured.mse_sum) == (2.5, 5.0)
     assert (measured.mae, measured.mae_sum) == (1.0, 2.0)
@@ -223,7 +197,7 @@ def test_the_thesis_summed_figure():
     assert measured.mse == pytest.approx(0.01488, rel=1e-3)
 
 
-def test_retrieval_equals_a_plain_loop():
+def test_retrieval_equals_a_plain_loop_whatever_the_chunks(monkeypatch):
     generator = np.random.default_rng(1)
     teacher = generator.normal(size=(60, 8))
     student = teacher + 0.9 * generator.normal(size=(60, 8))
@@ -238,15 +212,9 @@ def test_retrieval_equals_a_plain_loop():
     assert measured.retrieval_to_student == np.mean(np.array(to_student) == np.arange(60))
     assert measured.retrieval_to_teacher != measured.retrieval_to_student
     assert 0.2 < measured.retrieval_to_teacher < 0.9
-
-
-def test_retrieval_does_not_depend_on_the_chunks(monkeypatch):
-    generator = np.random.default_rng(2)
-    teacher = generator.normal(size=(50, 4))
-    student = teacher + 0.5 * generator.normal(size=(50, 4))
-    whole = measure_transfer(student, teacher, np.arange(50) // 2)
+    pairs_alike = measure_transfer(student, teacher, np.arange(60) // 2)
     monkeypatch.setattr(ranking, "_SIMILARITIES_AT_ONCE", 130)
-    assert measure_transfer(student, teacher, np.arange(50) // 2) == whole
+    assert measure_transfer(student, teacher, np.arange(60) // 2) == pairs_alike
 
 
 def test_another_row_with_the_same_sentence_is_a_hit():
@@ -259,15 +227,10 @@ def test_another_row_with_the_same_sentence_is_a_hit():
 
 def test_collapsed_embeddings_score_chance_and_show_no_variance():
     teacher = np.random.default_rng(3).normal(size=(40, 16))
-    collapsed = np.full((40, 16), 0.3)
-    measured = measure_transfer(collapsed, teacher, np.arange(40))
+    measured = measure_transfer(np.full((40, 16), 0.3), teacher, np.arange(40))
     assert measured.retrieval_to_student == pytest.approx(1 / 40)
     assert measured.retrieval_to_teacher == pytest.approx(1 / 40)
     assert measured.variance_student == pytest.approx(0, abs=1e-12)
     assert measured.variance_teacher > 0.5
-
-
-def test_zero_vectors_do_not_divide_by_zero():
-    measured = measure_transfer(np.zeros((4, 3)), np.zeros((4, 3)), np.arange(4))
-    assert (measured.mse, measured.cosine) == (0, 0)
-    assert measured.retrieval_to_teacher == 0.25
+    zeros = measure_transfer(np.zeros((4, 3)), np.zeros((4, 3)), np.arange(4))
+    assert (zeros.mse, zeros.cosine, zeros.retrieval_to_teacher) == (0, 0, 0.25)
