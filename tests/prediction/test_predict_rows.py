@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import io
+import itertools
 import json
 import os
 import shutil
@@ -37,9 +38,7 @@ needs_lingua = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def source(tmp_path, world):
-    """Forty German rows on four pictures, a few of them bad."""
+def _write_source(folder, world):
     rows = []
     for number in range(40):
         words = ("rot", "blau", "grün", "weiß")[number // 4 % 4]
@@ -48,9 +47,23 @@ def source(tmp_path, world):
     rows[7]["image"] = "nowhere.png"
     rows[11] = {"nothing": 1}
     rows[13]["hypothesis"] = "halb \ud83d"
-    path = tmp_path / "pairs.jsonl"
+    path = folder / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture
+def source(tmp_path, world):
+    """Forty German rows on four pictures, a few of them bad."""
+    return _write_source(tmp_path, world)
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory, world, trained):
+    """Such rows, the file an uninterrupted run wrote, and its result; read-only."""
+    source = _write_source(tmp_path_factory.mktemp("answered"), world)
+    whole = source.with_name("whole.jsonl")
+    return source, whole, predict_file(_config(trained), source, whole)
 
 
 def _config(trained, **options):
@@ -68,77 +81,80 @@ def _same(first, second):
 # --- resuming ---
 
 
-@pytest.mark.parametrize("left", [0, 1, 5, 12, 14, 40])
-def test_a_resumed_run_continues_exactly_where_it_stopped(source, trained, tmp_path, left):
-    whole, target = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
-    done = predict_file(_config(trained), source, whole)
+@pytest.mark.parametrize("left", [0, 1, 5, 12, 14, 40, "power cut"])
+def test_a_resumed_run_continues_exactly_where_it_stopped(answered, trained, tmp_path, left):
+    source, whole, done = answered
     assert (done.num_predicted, done.num_errors) == (37, 3)
     lines = whole.read_bytes().splitlines(keepends=True)
-    earlier = b"".join(lines[:left])
-    torn = b"".join(lines[left : left + 1])[:-5] or b"{"
-    partial = tmp_path / "answers.jsonl.partial"
+    if left == "power cut":
+        earlier, torn = b"".join(lines[:4]), b"\0" * (len(lines[4]) - 1) + b"\n"
+        torn += b"".join(lines[5:9])
+    else:
+        earlier, torn = b"".join(lines[:left]), b"".join(lines[left : left + 1])[:-5] or b"{"
+    target, partial = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.partial"
     partial.write_bytes(earlier + torn)
     target.write_text('{"error": "older"}\n')
     with pytest.raises(UsageError, match=r"partial: an unfinished run lies there; --resume"):
         predict_file(_config(trained), source, target)
-    again = predict_file(_config(trained, resume=True), source, target)
-    assert again == done and not partial.exists()
-    assert target.read_bytes().startswith(earlier)
-    _same(target, whole)
-
-
-def test_a_line_lost_in_a_power_cut_is_done_again(source, trained, tmp_path):
-    whole, target = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
-    predict_file(_config(trained), source, whole)
-    lines = whole.read_bytes().splitlines(keepends=True)
-    lines[4] = b"\0" * (len(lines[4]) - 1) + b"\n"
-    (tmp_path / "answers.jsonl.partial").write_bytes(b"".join(lines[:9]))
-    predict_file(_config(trained, resume=True), source, target)
-    _same(target, whole)
-
-
-def test_what_is_complete_is_left_alone(source, trained, tmp_path, monkeypatch):
-    target = tmp_path / "answers.jsonl"
-    done = predict_file(_config(trained, resume=True), source, target)  # nothing to resume: begins
-    monkeypatch.setattr(VisualEntailment, "from_pretrained", None)
-    before = target.read_bytes()
     assert predict_file(_config(trained, resume=True), source, target) == done
-    assert target.read_bytes() == before
+    assert not partial.exists() and target.read_bytes().startswith(earlier)
+    _same(target, whole)
 
 
-def test_a_finished_file_gets_the_answers_of_added_rows(source, trained, tmp_path, monkeypatch):
+def test_a_finished_file_gets_the_answers_of_added_rows_only(
+    source, trained, tmp_path, monkeypatch
+):
     whole, target = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
     done = predict_file(_config(trained), source, whole)
-    rows = source.read_text().splitlines(keepends=True)
-    source.write_text("".join(rows[:13]))
-    predict_file(_config(trained), source, target)
-    source.write_text("".join(rows))
+    rows = source.read_text()
+    source.write_text("".join(rows.splitlines(keepends=True)[:13]))
+    resume = _config(trained, resume=True)
+    part = predict_file(resume, source, target)  # nothing to resume: begins
     before = target.read_bytes()
-
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(VisualEntailment, "predict", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            predict_file(_config(trained, resume=True), source, target)
+    with monkeypatch.context() as patch:  # no row to add: loads no model
+        patch.setattr(VisualEntailment, "from_pretrained", None)
+        assert predict_file(resume, source, target) == part
+    source.write_text(rows)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(VisualEntailment, "predict", _interrupted_at(1))
+        predict_file(resume, source, target)
     assert target.read_bytes() == before
-    assert predict_file(_config(trained, resume=True), source, target) == done
+    assert predict_file(resume, source, target) == done
     assert target.read_bytes().startswith(before)
     assert not (tmp_path / "answers.jsonl.partial").exists()
     _same(target, whole)
 
 
+def _interrupted_at(number):
+    """Replaces `predict`: Ctrl-C at its call of this number."""
+    predict, calls = VisualEntailment.predict, itertools.count(1)
+
+    def interrupted(*arguments):
+        if next(calls) == number:
+            raise KeyboardInterrupt
+        return predict(*arguments)
+
+    return interrupted
+
+
 @pytest.mark.parametrize(
-    "line", [b"{", b"[1]\n", b"\0\0\n", b"\xff\n", b'{"a": 1}', b"[" * 100_000 + b"\n"]
+    "line", [b"{", b"[1]\n", b"\0\0\n", b"\xff\n", b'{"a": 1}', b"[" * 100_000 + b"\n", None]
 )
-def test_a_damaged_finished_file_is_refused_and_left_alone(source, trained, tmp_path, line):
-    target = tmp_path / "answers.jsonl"
-    predict_file(_config(trained), source, target)
-    answers = target.read_bytes().splitlines(keepends=True)
-    damaged = b"".join([*answers[:5], line])
-    target.write_bytes(damaged)
-    with pytest.raises(DataError, match=r"answers\.jsonl:6: damaged, not a complete answer"):
+def test_a_damaged_finished_file_is_refused_and_left_alone(answered, trained, tmp_path, line):
+    """Also one whose rows have no answer (None)."""
+    source, whole, _ = answered
+    target, message = (
+        tmp_path / "answers.jsonl",
+        r"answers\.jsonl:6: damaged, not a complete answer",
+    )
+    if line is None:
+        write_jsonl(target, [row | {"lang": "de"} for row in read_jsonl(source)[:5]])
+        message = r"answers\.jsonl:1: does not answer this row"
+    else:
+        lines = whole.read_bytes().splitlines(keepends=True)
+        target.write_bytes(b"".join([*lines[:5], line]))
+    damaged = target.read_bytes()
+    with pytest.raises(DataError, match=message):
         predict_file(_config(trained, resume=True), source, target)
     assert target.read_bytes() == damaged
     assert not (tmp_path / "answers.jsonl.partial").exists()
@@ -146,12 +162,11 @@ def test_a_damaged_finished_file_is_refused_and_left_alone(source, trained, tmp_
 
 @pytest.mark.parametrize("is_finished", [False, True])
 def test_the_answers_of_another_run_are_refused_and_left_alone(
-    source, trained, tmp_path, clseave, is_finished
+    answered, source, trained, tmp_path, clseave, is_finished
 ):
     """In another language, with rows gone at the end, and with one gone in the middle."""
     target, partial = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.partial"
-    predict_file(_config(trained), source, target)
-    answers, left = target.read_bytes(), target if is_finished else partial
+    answers, left = answered[1].read_bytes(), target if is_finished else partial
 
     def refused(number, lang="de"):
         left.write_bytes(answers)
@@ -171,13 +186,6 @@ def test_the_answers_of_another_run_are_refused_and_left_alone(
     refused(4)
 
 
-def test_rows_without_an_answer_are_no_answers(source, trained, tmp_path):
-    target = tmp_path / "answers.jsonl"
-    write_jsonl(target, [row | {"lang": "de"} for row in read_jsonl(source)[:5]])
-    with pytest.raises(DataError, match=r"answers\.jsonl:1: does not answer this row"):
-        predict_file(_config(trained, resume=True), source, target)
-
-
 def test_after_a_kill_no_line_is_torn_and_none_is_lost(source, trained, tmp_path, cache, clseave):
     """G7."""
     whole, target = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
@@ -185,16 +193,15 @@ def test_after_a_kill_no_line_is_torn_and_none_is_lost(source, trained, tmp_path
                  "--batch-size", "1", "--device", "cpu", "--precision", "fp32"]  # fmt: skip
     assert clseave(*arguments, "--output", whole)[0] == 0
     partial = tmp_path / "answers.jsonl.partial"
-    for number, wanted in enumerate((3, 9, 20)):
+    for number, num_lines in enumerate((3, 9, 20)):
         more = ["--resume"] if number else []
         running = CommandProcess(
             *map(str, [*arguments, "--output", target, *more]),
             folder=tmp_path / f"run{number}", before=_slow_answers,
         )  # fmt: skip
-        while running.alive and (
-            not partial.exists() or partial.read_bytes().count(b"\n") < wanted
-        ):
-            time.sleep(0.01)
+        running.wait_until(
+            lambda n=num_lines: partial.exists() and partial.read_bytes().count(b"\n") >= n
+        )
         running.signal(signal.SIGKILL if number < 2 else signal.SIGINT)
         assert running.wait() == (-signal.SIGKILL if number < 2 else 130), running.stderr
         assert not target.exists()
@@ -264,9 +271,8 @@ def _write_table(path, rows):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     else:
         with path.open("w", newline="") as stream:
-            writer = csv.DictWriter(
-                stream, rows[0], delimiter="\t" if path.suffix == ".tsv" else ";"
-            )
+            delimiter = "\t" if path.suffix == ".tsv" else ";"
+            writer = csv.DictWriter(stream, rows[0], delimiter=delimiter)
             writer.writeheader()
             writer.writerows(rows)
 
@@ -311,16 +317,8 @@ def test_answers_to_a_table_are_a_table(trained, world, tmp_path, ending, monkey
             assert sum(scores) == pytest.approx(1) and answer["label"] in LABELS
 
     _write_table(source, rows[:8])
-    judge, calls = VisualEntailment.predict, []
-
-    def interrupted(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return judge(*arguments)
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(VisualEntailment, "predict", interrupted)
+        patch.setattr(VisualEntailment, "predict", _interrupted_at(3))
         predict_file(config, source, target)
     assert len(read_jsonl(tmp_path / f"answers{ending}.partial")) == 6 and not target.exists()
     resumed = replace(config, resume=True)
@@ -338,17 +336,15 @@ def test_answers_to_a_table_are_a_table(trained, world, tmp_path, ending, monkey
         predict_file(config, source, tmp_path / ("a.csv" if ending == ".parquet" else "a.parquet"))
 
 
-def test_the_input_alone_prints_to_stdout(clseave, trained, world, tmp_path):
-    image = world / "images" / "test0.png"
-    for name, content in (
-        ("a.csv", f"id,image,hypothesis\n007,{image},Rot.\n".encode()),
-        ("a.jsonl", json.dumps({"id": "007", "image": str(image), "hypothesis": "Rot."}).encode()),
-    ):
-        (tmp_path / name).write_bytes(content)
-        code, out, err = clseave("predict", "--input", tmp_path / name, "--runs", trained)
-        assert code == 0 and "stdout: 1 predicted" in err
-        answer = next(csv.DictReader(out.splitlines())) if name == "a.csv" else json.loads(out)
-        assert answer["id"] == "007" and answer["label"] in LABELS
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_the_input_alone_prints_to_stdout(clseave, trained, world, tmp_path, name):
+    row = {"id": "007", "image": str(world / "images" / "test0.png"), "hypothesis": "Rot."}
+    table = ",".join(row) + "\n" + ",".join(row.values())
+    (tmp_path / name).write_text(table if name == "a.csv" else json.dumps(row))
+    code, out, err = clseave("predict", "--input", tmp_path / name, "--runs", trained)
+    assert code == 0 and "stdout: 1 predicted" in err
+    answer = next(csv.DictReader(out.splitlines())) if name == "a.csv" else json.loads(out)
+    assert answer["id"] == "007" and answer["label"] in LABELS
 
 
 # --- several pictures and sentences ---
@@ -419,15 +415,13 @@ def test_a_picture_that_changed_is_looked_at_again(trained, world, tmp_path):
     model = VisualEntailment.from_pretrained(trained, device="cpu", precision="fp32")
     path, sentence = tmp_path / "now.png", "The square is red."
     assert "no such image" in str(model.predict([(path, sentence)])[0])
-    seen = []
-    for name in ("test0.png", "test1.png"):
-        shutil.copy(world / "images" / name, path)
-        os.utime(path, ns=(len(seen), len(seen)))
-        seen.append(model(path, sentence).probabilities)
-        assert seen[-1] == pytest.approx(
-            model(world / "images" / name, sentence).probabilities, rel=1e-4
-        )
-    assert seen[0] != pytest.approx(seen[1], rel=1e-4)
+    scores = []
+    for number, image in enumerate(world / "images" / f"test{n}.png" for n in (0, 1)):
+        shutil.copy(image, path)
+        os.utime(path, ns=(number, number))
+        scores.append(model(path, sentence).probabilities)
+        assert scores[-1] == pytest.approx(model(image, sentence).probabilities, rel=1e-4)
+    assert scores[0] != pytest.approx(scores[1], rel=1e-4)
 
 
 def test_what_is_no_file_is_not_waited_for(trained, tmp_path):
@@ -497,23 +491,13 @@ def test_each_pair_may_have_its_language():
             model.predict([(_RED, "It is red.")], lang)
 
 
-def test_several_languages_are_loaded(trained, world):
-    model = VisualEntailment.from_pretrained(trained, lang=["de", "nl"], device="cpu")
-    image = world / "images" / "test0.png"
-    answers = model.predict([(image, "Das Quadrat ist rot.")] * 2, ["de", "nl"])
-    assert [answer.lang for answer in answers] == ["de", "nl"]
-    assert answers[0].probabilities != answers[1].probabilities
-
-
 def test_a_long_thin_picture_costs_its_row_only(trained, tmp_path, world, data, refused):
     """Scaled up to CLIP's shortest side of 224, it would have a thousand million pixels."""
     (tmp_path / "long.png").write_bytes(_png(Image.new("L", (20_000, 1))))
     good = str(world / "images" / "test0.png")
-    write_jsonl(
-        tmp_path / "pairs.jsonl",
-        [{"image": image, "hypothesis": "Das ist rot."} for image in ("long.png", good)],
-    )
-    done = predict_file(_config(trained), tmp_path / "pairs.jsonl", tmp_path / "answers.jsonl")
+    rows = [{"image": image, "hypothesis": "Das ist rot."} for image in ("long.png", good)]
+    source = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    done = predict_file(_config(trained), source, tmp_path / "answers.jsonl")
     assert (done.num_predicted, done.num_errors) == (1, 1)
     message = "20000 × 1 pixels; expected a picture whose long side is at most 100 times"
     assert f"long.png: {message}" in done.first_error
@@ -600,14 +584,12 @@ def test_streams_that_lack_letters_a_reader_or_are_closed(trained, world, runs, 
 def test_a_student_is_known_by_its_config_not_its_folder(runs, world, refused):
     (runs / "align-de").rename(runs / "my-german")
     (runs / ".align-de.x1").symlink_to(runs / "my-german")
-    (runs / "encoder").mkdir()
-    (runs / "encoder" / "config.json").write_text('{"model_type": "bert"}')
-    (runs / "rubbish").mkdir()
-    (runs / "rubbish" / "config.json").write_bytes(b"\xff{")
+    for name, config in (("encoder", b'{"model_type": "bert"}'), ("rubbish", b"\xff{")):
+        (runs / name).mkdir()
+        (runs / name / "config.json").write_bytes(config)
     assert find_students(runs) == {"de": runs / "my-german", "nl": runs / "align-nl"}
-    answer = VisualEntailment.from_pretrained(runs, "de")(
-        world / "images" / "test0.png", "Das Quadrat ist rot."
-    )
+    image = world / "images" / "test0.png"
+    answer = VisualEntailment.from_pretrained(runs, "de")(image, "Das Quadrat ist rot.")
     assert answer.model == str(runs / "my-german")
     error = refused("predict", "a.png", "x", "--lang", "ja", "--runs", runs)
     assert "no model for ja; available: en, de, nl" in error
@@ -615,18 +597,20 @@ def test_a_student_is_known_by_its_config_not_its_folder(runs, world, refused):
     (runs / "align-x" / "config.json").write_text("{}")
     assert find_students(runs)["de"] == runs / "my-german"
     (runs / "align-nl" / "config.json").write_text("no JSON")
-    assert "align-nl/config.json: damaged" in refused(
-        "predict", world / "images" / "test0.png", "x", "--lang", "nl", "--runs", runs
-    )
+    error = refused("predict", image, "x", "--lang", "nl", "--runs", runs)
+    assert "align-nl/config.json: damaged" in error
 
 
-def test_a_damaged_calibration_holds_up_its_own_language_only(runs, world, refused):
+def test_of_several_languages_a_damaged_calibration_holds_up_only_one(runs, world, refused):
+    pair = world / "images" / "test0.png", "Das Quadrat ist rot."
+    model = VisualEntailment.from_pretrained(runs, lang=["de", "nl"], device="cpu")
+    answers = model.predict([pair] * 2, ["de", "nl"])
+    assert [answer.lang for answer in answers] == ["de", "nl"]
+    assert answers[0].probabilities != answers[1].probabilities
     (runs / "align-nl" / "calibration.json").write_text("{}")
-    model = VisualEntailment.from_pretrained(runs, ["de", "nl"])
-    assert model(world / "images" / "test0.png", "Das Quadrat ist rot.", lang="de").lang == "de"
-    assert "align-nl/calibration.json: damaged" in refused(
-        "predict", world / "images" / "test0.png", "x", "--lang", "nl", "--runs", runs
-    )
+    assert VisualEntailment.from_pretrained(runs, ["de", "nl"])(*pair, lang="de").lang == "de"
+    message = refused("predict", *pair, "--lang", "nl", "--runs", runs)
+    assert "align-nl/calibration.json: damaged" in message
 
 
 def test_a_student_needs_no_english_text_tower(runs, world):
@@ -649,14 +633,10 @@ def test_the_language_is_identified_among_those_there_are(trained, world, tmp_pa
     model = VisualEntailment.from_pretrained(trained, "auto", "cpu", "fp32")
     assert (model.lang, loaded) == ("auto", [])
     image = world / "images" / "test0.png"
-    sentences = {
-        "A dog waits outside in the rain.": "en",
-        "Draußen wartet ein Hund auf die Kinder.": "de",
-        "The square is not red.": "en",
-        "Das Viereck ist nicht sehr rot.": "de",
-    }
+    sentences = ["A dog waits outside in the rain.", "Draußen wartet ein Hund auf die Kinder.",
+                 "The square is not red.", "Das Viereck ist nicht sehr rot."]  # fmt: skip
     answers = model.predict([(image, sentence) for sentence in sentences])
-    assert [answer.lang for answer in answers] == list(sentences.values())
+    assert [answer.lang for answer in answers] == ["en", "de", "en", "de"]
     assert loaded == ["align-de"]
     for answer, sentence in zip(answers, sentences, strict=True):
         alone = VisualEntailment.from_pretrained(trained, answer.lang, "cpu", "fp32")
