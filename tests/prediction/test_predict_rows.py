@@ -101,9 +101,7 @@ def test_a_resumed_run_continues_exactly_where_it_stopped(answered, trained, tmp
     _same(target, whole)
 
 
-def test_a_finished_file_gets_the_answers_of_added_rows_only(
-    source, trained, tmp_path, monkeypatch
-):
+def test_a_finished_file_gets_only_what_was_added(source, trained, tmp_path, monkeypatch):
     whole, target = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
     done = predict_file(_config(trained), source, whole)
     rows = source.read_text()
