@@ -29,13 +29,7 @@ from clseave_cli.errors import ModelError
 from clseave_cli.labels import LABELS
 
 _REPOSITORY = Path(__file__).parents[2]
-SENTENCES = [
-    "Das Quadrat ist rot.",
-    "Draußen wartet ein Hund.",
-    "日本語 🙂",
-    "rot " * 200,
-    "[SEP] x",
-]
+SENTENCES = ["Das Quadrat ist rot.", "Draußen wartet ein Hund.", "日本 🙂", "rot " * 200, "[SEP] x"]
 
 
 @pytest.fixture(scope="session")

@@ -145,7 +145,7 @@ def test_no_answer_stays_beside_another_question(page, change):
 
 def test_an_answer_that_comes_after_an_edit_is_not_shown(page):
     held = []
-    page.route("**/judge", held.append)
+    page.route("**/judge", lambda route: held.append(route))
     _ask(page, "It is green.")
     page.wait_for_selector("#ask:disabled")
     assert page.inner_text("#ask") == "Asking…"

@@ -141,10 +141,8 @@ def _interrupted_at(number):
 def test_a_damaged_finished_file_is_refused_and_left_alone(answered, trained, tmp_path, line):
     """Also one whose rows have no answer (None)."""
     source, whole, _ = answered
-    target, message = (
-        tmp_path / "answers.jsonl",
-        r"answers\.jsonl:6: damaged, not a complete answer",
-    )
+    target = tmp_path / "answers.jsonl"
+    message = r"answers\.jsonl:6: damaged, not a complete answer"
     if line is None:
         write_jsonl(target, [row | {"lang": "de"} for row in read_jsonl(source)[:5]])
         message = r"answers\.jsonl:1: does not answer this row"
