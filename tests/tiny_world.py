@@ -270,6 +270,34 @@ def flip_byte(path: Path, place: float = 0.5) -> None:
     path.write_bytes(content)
 
 
+def record(patch: Any, owner: object, name: str, entry: Callable[..., Any]) -> list[Any]:
+    """Replaces a function so that every call appends `entry` of its arguments to the list."""
+    original, entries = getattr(owner, name), []
+
+    def recording(*arguments, **more):
+        entries.append(entry(*arguments, **more))
+        return original(*arguments, **more)
+
+    patch.setattr(owner, name, recording)
+    return entries
+
+
+@contextmanager
+def interrupted_at(owner: object, name: str, number: int) -> Iterator[None]:
+    """Ends the block, which must raise it, by Ctrl-C at a call (from 1) of a function."""
+    import pytest
+
+    calls = itertools.count(1)
+
+    def interrupt(*_arguments, **_more):
+        if next(calls) == number:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        record(patch, owner, name, interrupt)
+        yield
+
+
 class Notes:
     """A `Progress` that records its notes."""
 

@@ -94,9 +94,10 @@ def test_the_same_text_on_many_pictures(site, model):
     [
         (b"<svg/>", "damaged or not an image"),
         (b"", "damaged or not an image"),
-        (png(15, 40), "smaller than 16 pixels"),
+        (png(15, 40, bytes(1840)), "smaller than 16 pixels"),
         (png(99, 99), "more pixels than the limit"),
     ],
+    ids=["SVG", "empty", "tiny", "bomb"],
 )
 def test_pictures_that_cannot_be_judged_are_counted(site, model, monkeypatch, content, reason):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)

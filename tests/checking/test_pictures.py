@@ -94,10 +94,8 @@ def test_answers_that_are_refused(server, as_public, monkeypatch, path, reason):
 def test_a_private_address_is_never_connected_to(site, model, server, monkeypatch):
     url, asked, _ = server
     port = url.rpartition(":")[2]
-    resolve = socket.getaddrinfo
-    monkeypatch.setattr(  # what an attacker's name server says
-        socket, "getaddrinfo", lambda host, *rest, **more: resolve("127.0.0.1", *rest, **more)
-    )
+    addresses = socket.getaddrinfo("127.0.0.1", port, type=socket.SOCK_STREAM)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: addresses)  # a hostile name server
     (site / "page.md").write_text(f"![Red]({url}/a.png) ![Red](http://example.org:{port}/b.png)")
     result = check([site / "page.md"], CheckConfig(), fetching=True)
     assert asked == []

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_world import flip_byte, labelled_pairs, reseal, tree
+from tiny_world import flip_byte, labelled_pairs, record, reseal, tree
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -77,14 +77,7 @@ def test_embeddings_are_those_of_torch(trained, exported):
 
 
 def test_embeddings_do_not_depend_on_their_batch_whose_size_is_bounded(exported, monkeypatch):
-    shapes = []
-    compute = onnx_model._run
-
-    def watched(session, **inputs):
-        shapes.append(inputs["input_ids"].shape)
-        return compute(session, **inputs)
-
-    monkeypatch.setattr(onnx_model, "_run", watched)
+    shapes = record(monkeypatch, onnx_model, "_run", lambda _, **inputs: inputs["input_ids"].shape)
     model = load_model(exported, ["de"])
     sentences = [*SENTENCES, *(f"Das Quadrat {number} ist rot." for number in range(600))] * 2
     together, cut = model.embed_sentences("de", sentences)

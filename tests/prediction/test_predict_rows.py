@@ -3,7 +3,6 @@
 import csv
 import importlib.util
 import io
-import itertools
 import json
 import os
 import shutil
@@ -21,7 +20,16 @@ import pyarrow.parquet
 import pytest
 from fake_model import FakeModel
 from PIL import Image
-from tiny_world import CommandProcess, flip_byte, read_jsonl, reseal, tree, write_jsonl
+from tiny_world import (
+    CommandProcess,
+    flip_byte,
+    interrupted_at,
+    read_jsonl,
+    record,
+    reseal,
+    tree,
+    write_jsonl,
+)
 
 from clseave_cli import VisualEntailment
 from clseave_cli.commands import predict
@@ -72,10 +80,9 @@ def _config(trained, **options):
 
 
 def _same(first, second):
-    for one, other in zip(read_jsonl(first), read_jsonl(second), strict=True):
-        scores = one.pop("probabilities", {}), other.pop("probabilities", {})
-        assert scores[0] == pytest.approx(scores[1], rel=1e-4)
-        assert one == other
+    for answer, other in zip(read_jsonl(first), read_jsonl(second), strict=True):
+        expected = pytest.approx(other.pop("probabilities", {}), rel=1e-4)
+        assert answer.pop("probabilities", {}) == expected and answer == other
 
 
 # --- resuming ---
@@ -113,26 +120,13 @@ def test_a_finished_file_gets_only_what_was_added(source, trained, tmp_path, mon
         patch.setattr(VisualEntailment, "from_pretrained", None)
         assert predict_file(resume, source, target) == part
     source.write_text(rows)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(VisualEntailment, "predict", _interrupted_at(1))
+    with interrupted_at(VisualEntailment, "predict", 1):
         predict_file(resume, source, target)
     assert target.read_bytes() == before
     assert predict_file(resume, source, target) == done
     assert target.read_bytes().startswith(before)
     assert not (tmp_path / "answers.jsonl.partial").exists()
     _same(target, whole)
-
-
-def _interrupted_at(number):
-    """Replaces `predict`: Ctrl-C at its call of this number."""
-    predict, calls = VisualEntailment.predict, itertools.count(1)
-
-    def interrupted(*arguments):
-        if next(calls) == number:
-            raise KeyboardInterrupt
-        return predict(*arguments)
-
-    return interrupted
 
 
 @pytest.mark.parametrize(
@@ -208,13 +202,7 @@ def test_after_a_kill_no_line_is_torn_and_none_is_lost(source, trained, tmp_path
 
 
 def _slow_answers():
-    judge = VisualEntailment.predict
-
-    def slow(*arguments):
-        time.sleep(0.03)
-        return judge(*arguments)
-
-    VisualEntailment.predict = slow
+    record(pytest.MonkeyPatch(), VisualEntailment, "predict", lambda *_: time.sleep(0.03))
 
 
 # --- where answers go ---
@@ -283,16 +271,11 @@ def _read_table(path):
 
 
 @pytest.mark.parametrize("ending", [".csv", ".tsv", ".parquet"])
-def test_answers_to_a_table_are_a_table(trained, world, tmp_path, ending, monkeypatch):
+def test_answers_to_a_table_are_a_table(trained, world, tmp_path, ending):
     """Every column stays as it is, and the answer's come behind; also after an interruption."""
     names = [*(str(world / "images" / f"test{n}.png") for n in range(4)), "nowhere.png"]
     rows = [
-        {
-            "id": f"{n:03}",
-            "pic": names[n % 5],
-            "sentence": f'Das "{n}";\n ist rot.',
-            "label": "maybe",
-        }
+        {"id": f"{n:03}", "pic": names[n % 5], "sentence": f'Das "{n}";\n rot.', "label": "maybe"}
         for n in range(12)
     ]
     source, whole, target = (tmp_path / f"{name}{ending}" for name in ("pairs", "whole", "answers"))
@@ -313,8 +296,7 @@ def test_answers_to_a_table_are_a_table(trained, world, tmp_path, ending, monkey
             assert sum(scores) == pytest.approx(1) and answer["label"] in LABELS
 
     _write_table(source, rows[:8])
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(VisualEntailment, "predict", _interrupted_at(3))
+    with interrupted_at(VisualEntailment, "predict", 3):
         predict_file(config, source, target)
     assert len(read_jsonl(tmp_path / f"answers{ending}.partial")) == 6 and not target.exists()
     resumed = replace(config, resume=True)
@@ -385,9 +367,8 @@ def test_a_student_that_is_named_reads_the_sentence(clseave, refused, trained, w
         for more in (["--lang", "nl"], ["--student", trained / "align-nl"])
     ]
     assert answers[0] == answers[1]
-    assert "no model for de; available: nl" in refused(
-        "predict", image, "x", *models, "--student", trained / "align-nl", "--lang", "de"
-    )
+    command = ("predict", image, "x", *models, "--student", trained / "align-nl")
+    assert "no model for de; available: nl" in refused(*command, "--lang", "de")
 
 
 def test_a_stream_of_pairs_is_judged_as_it_comes():
@@ -398,7 +379,7 @@ def test_a_stream_of_pairs_is_judged_as_it_comes():
             taken.append(number)
             yield (None if number == 1 else _RED), f"It is {number}."
 
-    answers = model.batch(pairs(), (lang for lang in ["en", "de", "en", "de", "en"]), batch_size=2)
+    answers = model.batch(pairs(), iter(["en", "de", "en", "de", "en"]), batch_size=2)
     assert next(answers).lang == "en" and taken == [0, 1]
     rest = list(answers)
     assert isinstance(rest[0], DataError) and [each.lang for each in rest[1:]] == ["en", "de", "en"]
@@ -424,12 +405,15 @@ def test_what_is_no_file_is_not_waited_for(trained, tmp_path):
     os.mkfifo(tmp_path / "fifo.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
     model = VisualEntailment.from_pretrained(trained, device="cpu", precision="fp32")
-    names = ["fifo.png", ".", "a.eps", "no\0where", "x" * 5000, "\ud83d"]
-    answers = model.predict([(tmp_path / name, "The square is red.") for name in names])
-    reasons = ["not a regular file", "not a regular file", "damaged or not an image", "null byte",
-            "too long", "surrogates not allowed"]  # fmt: skip
-    for answer, part in zip(answers, reasons, strict=True):
-        assert part in str(answer)
+    for name, reason in (
+        ("fifo.png", "not a regular file"),
+        (".", "not a regular file"),
+        ("a.eps", "damaged or not an image"),
+        ("no\0where", "null byte"),
+        ("x" * 5000, "too long"),
+        ("\ud83d", "surrogates not allowed"),
+    ):
+        assert reason in str(model.predict([(tmp_path / name, "The square is red.")])[0])
 
 
 _RED = np.full((6, 5, 3), (250, 20, 20), dtype=np.uint8)
@@ -441,20 +425,15 @@ def _png(image=None):
     return content.getvalue()
 
 
-@pytest.mark.parametrize("kind", ["bytes", "stream", "file", "pillow", "array", "str"])
-def test_pictures_need_not_be_paths(tmp_path, kind):
-    fake = FakeModel()
-    model = VisualEntailment(fake, "en")
+def test_pictures_need_not_be_paths(tmp_path):
     path = tmp_path / "red.png"
     path.write_bytes(_png())
     with path.open("rb") as file:
-        source = {
-            "bytes": _png(), "stream": io.BytesIO(_png()), "file": file, "str": str(path),
-            "pillow": Image.fromarray(_RED), "array": _RED,
-        }[kind]  # fmt: skip
-        answer, again = model.predict([(source, "It is red."), (path, "It is red.")])
-    assert answer.probabilities == pytest.approx(again.probabilities)
-    assert answer.image == (str(path) if kind in ("file", "str") else "the image")
+        sources = [path, str(path), file, _png(), io.BytesIO(_png()), Image.fromarray(_RED), _RED]
+        answers = [VisualEntailment(FakeModel(), "en")(source, "It is red.") for source in sources]
+    for answer in answers:
+        assert answer.probabilities == pytest.approx(answers[0].probabilities)
+    assert [answer.image for answer in answers] == [str(path)] * 3 + ["the image"] * 4
 
 
 class _Numbered(io.BytesIO):
@@ -621,11 +600,7 @@ def test_a_student_needs_no_english_text_tower(runs, world):
 
 @needs_lingua
 def test_the_language_is_identified_among_those_there_are(trained, world, tmp_path, monkeypatch):
-    loaded = []
-    load = torch_model.load_student
-    monkeypatch.setattr(
-        torch_model, "load_student", lambda *a: loaded.append(a[0].name) or load(*a)
-    )
+    loaded = record(monkeypatch, torch_model, "load_student", lambda folder, *_: folder.name)
     model = VisualEntailment.from_pretrained(trained, "auto", "cpu", "fp32")
     assert (model.lang, loaded) == ("auto", [])
     image = world / "images" / "test0.png"

@@ -227,10 +227,10 @@ def test_without_a_language_sentences_are_in_the_source_models(chinese, chinese_
     export(ExportConfig(runs=chinese, out=german, lang=("de",), device="cpu"))
     with pytest.raises(ModelError, match="no model for zh; available: de"):
         VisualEntailment.from_pretrained(german)
-    rows, answers = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
-    write_jsonl(rows, [{"image": str(image), "hypothesis": "红色的圆。"}])
-    predict_file(PredictConfig(runs=chinese), rows, answers)
-    assert read_jsonl(answers)[0]["lang"] == "zh"
+    rows = [{"image": str(image), "hypothesis": "红色的圆。"}]
+    source, target = write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "answers.jsonl"
+    predict_file(PredictConfig(runs=chinese), source, target)
+    assert read_jsonl(target)[0]["lang"] == "zh"
 
 
 @pytest.fixture(scope="module")

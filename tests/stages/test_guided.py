@@ -16,7 +16,7 @@ from tiny_world import (
     read_jsonl,
     weights,
     write_captions,
-)  # fmt: skip
+)
 from torch.nn import functional
 
 from clseave_cli import VisualEntailment

@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 from PIL import Image
-from tiny_world import read_jsonl, tree, write_captions, write_jsonl
+from tiny_world import interrupted_at, read_jsonl, tree, write_captions, write_jsonl
 
 from clseave_cli.core.config import IllustrateConfig
 from clseave_cli.core.data.images import ImageFolder, picture_name
@@ -64,7 +64,7 @@ def test_captions_of_an_image_make_one_prompt_and_rows_one_each(world, tmp_path,
 
 
 def test_what_is_done_is_remembered_and_a_stopped_run_ends_in_the_same_bytes(
-    world, tmp_path, engine, monkeypatch
+    world, tmp_path, engine
 ):
     """G8."""
 
@@ -75,18 +75,8 @@ def test_what_is_done_is_remembered_and_a_stopped_run_ends_in_the_same_bytes(
 
     whole = run("whole")
     assert (whole.drawn, whole.kept) == (24, 0)
-    write, calls = illustration.write_png, []
-
-    def dying(*arguments):
-        calls.append(arguments)
-        if len(calls) == 8:
-            raise KeyboardInterrupt
-        write(*arguments)
-
-    monkeypatch.setattr(illustration, "write_png", dying)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_at(illustration, "write_png", 8):
         run("stopped")
-    monkeypatch.setattr(illustration, "write_png", write)
     rest = run("stopped")
     assert (rest.drawn, rest.kept) == (17, 7)
     assert tree(tmp_path / "stopped") == tree(tmp_path / "whole")

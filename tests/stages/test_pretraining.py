@@ -12,6 +12,7 @@ from tiny_world import (
     killed_at_step,
     quick_finetune,
     read_jsonl,
+    record,
     sentences,
     weights,
     write_captions,
@@ -313,14 +314,8 @@ def test_training_starts_from_a_given_model_and_encodes_an_image_once(
 ):
     from transformers import CLIPModel
 
-    counts = []
-    forward = pretraining.ImageEncoder.forward
-
-    def counting(encoder, pixels):
-        counts.append(len(pixels))
-        return forward(encoder, pixels)
-
-    monkeypatch.setattr(pretraining.ImageEncoder, "forward", counting)
+    encoder = pretraining.ImageEncoder
+    counts = record(monkeypatch, encoder, "forward", lambda _, pixels: len(pixels))
     options = {"epochs": 1, "batch_size": 4, "captions_per_image": 2, "clip": str(clip)}
     result = _pretrain(captioned, tmp_path, learning_rate=0.0, weight_decay=0.0, **options)
     assert sum(counts) == 8 + 4  # every training and every dev image once

@@ -13,6 +13,7 @@ from tiny_world import (
     killed_at_step,
     quick_finetune,
     read_jsonl,
+    record,
     sentences,
     weights,
     write_jsonl,
@@ -167,11 +168,16 @@ def test_the_trained_blocks_give_what_the_whole_tower_gives(layout, grid, world,
     assert all(p.requires_grad for p in image.blocks.parameters())
 
 
-def test_dev_accuracy_is_that_of_the_saved_model(world, tmp_path, clip, clseave):
+def test_states_are_cached_and_the_dev_loss_is_that_of_the_saved_model(
+    world, tmp_path, clip, clseave, cache
+):
     """The tower is trained, so dev photos are encoded anew in every epoch."""
-    result = quick_finetune(
-        world, tmp_path, clip, unfreeze_blocks=1, learning_rate=1e-2, image_learning_rate=1e-2
-    )
+    notes, options = Notes(), {"learning_rate": 1e-2, "image_learning_rate": 1e-2}
+    result = quick_finetune(world, tmp_path, clip, progress=notes, unfreeze_blocks=1, **options)
+    assert "train: 8 photos × 5 vectors × 32 × 2 bytes = 0.00 GB into" in notes.text
+    assert "--patch-grid" not in notes.text
+    assert [folder.name for folder in cache.iterdir()] == ["states"]
+    assert cache_sizes()["states"] > 8 * 5 * 32 * 2
     _predict(clseave, world, "dev", tmp_path / "dev.jsonl", tmp_path)
     answers = read_jsonl(tmp_path / "dev.jsonl")
     losses = [-np.log(row["probabilities"][row["gold_label"]]) for row in answers]
@@ -179,27 +185,14 @@ def test_dev_accuracy_is_that_of_the_saved_model(world, tmp_path, clip, clseave)
 
 
 def test_the_image_tower_has_its_learning_rate(world, tmp_path, clip, monkeypatch):
-    rates = []
-    step = torch.optim.AdamW.step
+    def learning_rates(optimizer, *_):
+        return [group["lr"] for group in optimizer.param_groups if group["params"]]
 
-    def watch(optimizer, *arguments, **more):
-        rates.append([group["lr"] for group in optimizer.param_groups if group["params"]])
-        return step(optimizer, *arguments, **more)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", watch)
+    rates = record(monkeypatch, torch.optim.AdamW, "step", learning_rates)
     for options, factor in (({}, 0.1), ({"image_learning_rate": 1e-3}, 0.5)):
         rates.clear()
         quick_finetune(world, tmp_path / str(factor), clip, unfreeze_blocks=1, **options)
         assert rates and all(r == pytest.approx([2e-3] * 2 + [2e-3 * factor] * 2) for r in rates)
-
-
-def test_states_are_cached_and_their_size_is_said(world, tmp_path, clip, cache):
-    notes = Notes()
-    quick_finetune(world, tmp_path / "a", clip, progress=notes, unfreeze_blocks=1)
-    assert "train: 8 photos × 5 vectors × 32 × 2 bytes = 0.00 GB into" in notes.text
-    assert "--patch-grid" not in notes.text
-    assert [folder.name for folder in cache.iterdir()] == ["states"]
-    assert cache_sizes()["states"] > 8 * 5 * 32 * 2
 
 
 def test_recipes_that_do_not_go_together_are_refused(world, tmp_path, clip, monkeypatch):

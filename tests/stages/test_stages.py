@@ -14,10 +14,12 @@ from tiny_world import (
     Notes,
     edit_row,
     enlarge_weights,
+    interrupted_at,
     labelled_pairs,
     quick_align,
     quick_finetune,
     read_jsonl,
+    record,
     tree,
     weights,
     write_jsonl,
@@ -30,7 +32,7 @@ from clseave_cli.core.alignment.dev import CollapseWatch
 from clseave_cli.core.config import AlignConfig, EvaluateConfig
 from clseave_cli.core.data.records import read_split
 from clseave_cli.core.evaluation.run import evaluate
-from clseave_cli.core.models import tokens
+from clseave_cli.core.models import encoders
 from clseave_cli.core.models.calibration import read_calibrations
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import module_digest
@@ -71,14 +73,10 @@ def test_fine_tuning_learns_a_tiny_world_by_heart(data, tmp_path, clip):
 
 
 def test_the_image_tower_is_in_eval_mode_and_stays_as_it_is(world, tmp_path, clip, monkeypatch):
-    modes = []
-    forward = ClipVE.forward
+    def modes_of(model, *_):
+        return model.training, model.image.training or model.image.backbone.training
 
-    def watch(model, hypothesis, premise):
-        modes.append((model.training, model.image.training or model.image.backbone.training))
-        return forward(model, hypothesis, premise)
-
-    monkeypatch.setattr(ClipVE, "forward", watch)
+    modes = record(monkeypatch, ClipVE, "forward", modes_of)
     before = ClipVE.from_clip(clip)
     after = ClipVE.from_folder(_finetune(world, tmp_path, clip, epochs=2).folder)
     assert set(modes) == {(True, False), (False, False)}
@@ -91,23 +89,18 @@ def test_the_image_tower_is_in_eval_mode_and_stays_as_it_is(world, tmp_path, cli
 
 
 def test_only_the_head_learns_while_the_text_tower_is_frozen(world, tmp_path, clip):
-    models = [
-        ClipVE.from_folder(
-            _finetune(
-                world, tmp_path / f"{epochs}-{frozen}", clip,
-                epochs=epochs, freeze_epochs=frozen, keep="last",
-            ).folder
-        )
-        for epochs, frozen in ((1, 2.0), (2, 2.0), (2, 1.0))
-    ]  # fmt: skip
+    models = []
+    for epochs, frozen in ((1, 2.0), (2, 2.0), (2, 1.0)):
+        options = {"epochs": epochs, "freeze_epochs": frozen, "keep": "last"}
+        result = _finetune(world, tmp_path / f"{epochs}-{frozen}", clip, **options)
+        models.append(ClipVE.from_folder(result.folder))
     one, two, thawed = (module_digest(model.text) for model in models)
     assert one == two == module_digest(ClipVE.from_clip(clip).text) != thawed
     assert module_digest(models[0].head) != module_digest(models[1].head)
 
 
 def test_model_cards_name_no_local_path(trained):
-    for card in trained.glob("*/README.md"):
-        text = card.read_text()
+    for text in (card.read_text() for card in trained.glob("*/README.md")):
         assert str(trained.parent) not in text and "/tmp" not in text
         assert "base_model: " in text and "--runs runs" in text
 
@@ -133,19 +126,14 @@ def test_dev_metrics_and_predictions_are_those_of_the_saved_model_in_transformer
 
 def _english_logits(world, runs, split):
     """Row by row, with transformers' own forward for the text and the image."""
-    from transformers import (
-        AutoTokenizer,
-        CLIPImageProcessorPil,
-        CLIPTextModelWithProjection,
-        CLIPVisionModelWithProjection,
-    )
+    import transformers
 
     folder = runs / "clip-ve"
     head = ClipVE.from_folder(folder).head
-    text = CLIPTextModelWithProjection.from_pretrained(folder / "text").eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder / "text")
-    vision = CLIPVisionModelWithProjection.from_pretrained(folder / "image").eval()
-    processor = CLIPImageProcessorPil.from_pretrained(folder / "image")
+    text = transformers.CLIPTextModelWithProjection.from_pretrained(folder / "text").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "text")
+    vision = transformers.CLIPVisionModelWithProjection.from_pretrained(folder / "image").eval()
+    processor = transformers.CLIPImageProcessorPil.from_pretrained(folder / "image")
     logits = []
     pairs, labels = labelled_pairs(world, split=split)
     with torch.no_grad():
@@ -158,18 +146,12 @@ def _english_logits(world, runs, split):
 
 
 def test_captions_never_reach_a_tokenizer(world, tmp_path, clip, aligned, monkeypatch):
-    read = []
-    tokenize = tokens.tokenize
-
-    def spy(tokenizer, sentences, **more):
-        read.extend(sentences)
-        return tokenize(tokenizer, sentences, **more)
-
-    monkeypatch.setattr("clseave_cli.core.models.encoders.tokenize", spy)
+    batches = record(monkeypatch, encoders, "tokenize", lambda _, sentences, **more: [*sentences])
     assert CAPTION in (world / "snli_ve_train.jsonl").read_text()
     _finetune(world, tmp_path, clip)
     aligned(world, tmp_path, teacher=tmp_path / "clip-ve")
     evaluate(EvaluateConfig(data=str(world), runs=(tmp_path,), resamples=10))
+    read = [sentence for batch in batches for sentence in batch]
     assert "The square is red." in read and "Das Quadrat ist rot." in read
     assert not [sentence for sentence in read if CAPTION in sentence]
 
@@ -191,15 +173,12 @@ def test_an_image_in_train_and_dev_is_refused(data, tmp_path, clip, aligned):
         aligned(data, tmp_path / "runs")
 
 
-def test_too_few_examples_for_batch_statistics(data, tmp_path, clip):
+def test_training_data_without_batch_statistics_or_of_one_label_is_refused(data, tmp_path, clip):
     with pytest.raises(UsageError, match=r"24 rows with --batch-size 1 .*Raise --batch-size"):
         _finetune(data, tmp_path / "runs", clip, batch_size=1)
     with pytest.raises(UsageError, match="--accumulation 4 leave parts of one example"):
         _finetune(data, tmp_path / "runs", clip, batch_size=4, accumulation=4)
     _finetune(data, tmp_path / "runs", clip, batch_size=4, accumulation=2)
-
-
-def test_rows_of_one_label_are_no_training_data(data, tmp_path, clip):
     path = data / "snli_ve_train.jsonl"
     write_jsonl(path, [row | {"gold_label": "neutral"} for row in read_jsonl(path)])
     with pytest.raises(DataError, match=r"snli_ve_train.jsonl: every row is 'neutral'; expected"):
@@ -228,28 +207,16 @@ def test_a_student_learns_its_teacher_by_heart(world, tmp_path, trained, aligned
 
 def test_the_teacher_is_left_as_it_is(world, tmp_path, runs, aligned, monkeypatch):
     before = tree(runs / "clip-ve")
-    teachers = []
-    load = ClipVE.from_folder.__func__
-
-    def keep(cls, folder):
-        teachers.append(load(cls, folder))
-        return teachers[-1]
-
-    monkeypatch.setattr(ClipVE, "from_folder", classmethod(keep))
-    modes = []
-    evaluate_dev = alignment.evaluate_student
-
-    def watch(student, teacher, dev_sets, **more):
-        modes.append(any(m.training for m in teacher.modules()))
-        return evaluate_dev(student, teacher, dev_sets, **more)
-
-    monkeypatch.setattr(alignment, "evaluate_student", watch)
+    records = record(
+        monkeypatch, alignment, "evaluate_student",
+        lambda _, teacher, *rest: (teacher, any(m.training for m in teacher.modules())),
+    )  # fmt: skip
     aligned(world, tmp_path, teacher=runs / "clip-ve", epochs=2)
     assert tree(runs / "clip-ve") == before
-    (teacher,) = teachers
-    assert modes == [False, False] and not any(m.training for m in teacher.modules())
+    (teacher, *others), modes = zip(*records, strict=True)
+    assert others == [teacher]
+    assert modes == (False, False) and not any(m.training for m in teacher.modules())
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
-    monkeypatch.undo()
     assert module_digest(teacher) == module_digest(ClipVE.from_folder(runs / "clip-ve"))
 
 
@@ -350,14 +317,8 @@ def test_a_repeated_pair_is_weighed_not_repeated(data, tmp_path, aligned):
     assert once.training.pairs == twice.training.pairs == 3 * 5
 
 
-def test_rows_without_a_partner_are_counted_and_named(data, tmp_path, aligned):
+def test_rows_without_a_partner_or_an_image_are_skipped_and_counted(data, tmp_path, aligned):
     edit_row(data / "snli_ve_train.de.jsonl", 3, pairID="stray")
-    notes = Notes()
-    aligned(data, tmp_path, progress=notes)
-    assert "1 rows have no en row and 1 en rows no de row (such as stray, " in notes.text
-
-
-def test_a_dev_row_without_image_does_not_borrow_another(data, tmp_path, aligned):
     path = data / "snli_ve_dev.de.jsonl"
     rows = read_jsonl(path)
     write_jsonl(path, rows[1:])
@@ -368,6 +329,7 @@ def test_a_dev_row_without_image_does_not_borrow_another(data, tmp_path, aligned
     notes = Notes()
     nameless = aligned(data, tmp_path / "b", progress=notes).training.dev
     assert nameless == without
+    assert "1 rows have no en row and 1 en rows no de row (such as stray, " in notes.text
     assert f"{path}: dev metrics skip 1 rows without label or image." in notes.text
 
 
@@ -430,14 +392,8 @@ def test_one_dev_row_has_no_spread_that_could_be_lost(data, tmp_path, aligned):
 
 def _killed_in_training(module, stage, *arguments, **options):
     """Leaves an unfinished run behind."""
-
-    def killed(*_arguments, **_more):
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "train", killed)
-        with pytest.raises(KeyboardInterrupt):
-            stage(*arguments, **options)
+    with interrupted_at(module, "train", 1):
+        stage(*arguments, **options)
 
 
 def test_an_alignment_resumes_with_the_same_english_photos_and_aligner_only(
@@ -567,11 +523,7 @@ def test_many_predictions_keep_their_order_and_their_errors(world, trained):
 
 def test_an_image_used_often_is_encoded_once_and_few_are_kept(world, trained, monkeypatch):
     model = VisualEntailment.from_pretrained(trained, device="cpu", precision="fp32")
-    opened = []
-    open_image = prediction.open_image
-    monkeypatch.setattr(
-        prediction, "open_image", lambda path, name: opened.append(path.name) or open_image(path)
-    )
+    opened = record(monkeypatch, prediction, "open_image", lambda path, name: path.name)
     monkeypatch.setattr(prediction, "_KEPT_BYTES", 2 * 16 * 4)
     names = ["test0.png", "test1.png", "test0.png", "test2.png", "test0.png"]
     pairs = [(world / "images" / name, "The square is red.") for name in names]
