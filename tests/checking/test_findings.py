@@ -53,7 +53,7 @@ def test_verdicts_of_pictures_that_are_encoded_once(page, model):
     assert check([page], CheckConfig(judge=False)).summary()["skipped"] == {"missing": 1}
 
 
-def test_what_calibrate_promised_decides_unless_told_otherwise(page, model):
+def test_thresholds_of_calibrate_decide_unless_an_option_does(page, model):
     model.calibrations["en"] = Calibration(thresholds={"contradiction": 0.98}, precision=0.95)
     assert rules(page) == [(3, "unsure"), (4, "unsure"), (5, "empty")]  # 0.97, and 0.4 < 0.7
     assert rules(page, min_confidence=0.0) == [(3, "contradicts"), (5, "empty")]
@@ -210,9 +210,9 @@ def test_exit_status(site, model, clseave):
 )  # fmt: skip
 def test_options_of_the_project(page, site, clseave, refused, name, table):
     (site / name).write_text(f"[{table}]\nmin-confidence = 0.98\nfail_on = 'unsure'\n")
-    (site / "own.toml").write_text("min_confidence = 0.3\n")
+    (site / "lenient.toml").write_text("min_confidence = 0.3\n")
     assert "3 unsure" in clseave("check", page.name)[1]
-    assert "2 fits" in clseave("check", page.name, "--config", "own.toml")[1]
+    assert "2 fits" in clseave("check", page.name, "--config", "lenient.toml")[1]
     assert "1 unsure" in clseave("check", page.name, "--min-confidence", 0.7)[1]
     (site / name).write_text(f"[{table}]\nfetch = true\n")  # a project may not ask for requests
     assert f"{name}: no option named fetch" in refused("check", page.name, code=2)

@@ -9,8 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -222,12 +222,10 @@ def test_input_and_output_are_not_the_same_file(source, trained, tmp_path):
 def test_a_pipe_is_written_to_and_stays(source, trained, tmp_path):
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    got = []
-    reader = threading.Thread(target=lambda: got.append(fifo.read_bytes()))
-    reader.start()
-    predict_file(_config(trained), source, fifo)
-    reader.join(20)
-    assert fifo.is_fifo() and got[0].count(b"\n") == 40
+    with ThreadPoolExecutor(1) as pool:
+        answers = pool.submit(fifo.read_bytes)
+        predict_file(_config(trained), source, fifo)
+        assert fifo.is_fifo() and answers.result(20).count(b"\n") == 40
     with pytest.raises(UsageError, match="--resume needs a file"):
         predict_file(_config(trained, resume=True), source, fifo)
 
@@ -304,9 +302,9 @@ def test_answers_to_a_table_are_a_table(trained, world, tmp_path, ending):
     assert len(_read_table(target)) == 8
     _write_table(source, rows)
     assert predict_file(resumed, source, target) == done  # a finished table is made again
-    for one, other in zip(_read_table(target), answers, strict=True):
-        scores = [[row.pop(label) or 0 for label in LABELS] for row in (one, other)]
-        assert one == other and scores[0] == pytest.approx(scores[1], rel=1e-4)
+    for row, answer in zip(_read_table(target), answers, strict=True):
+        scores = [[each.pop(label) or 0 for label in LABELS] for each in (row, answer)]
+        assert row == answer and scores[0] == pytest.approx(scores[1], rel=1e-4)
     _write_table(target, rows)
     with pytest.raises(UsageError, match="already exists and holds no answers"):
         predict_file(config, source, target)

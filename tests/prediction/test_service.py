@@ -48,20 +48,14 @@ def model():
 @pytest.fixture
 def serve(model):
     """Opens a client to a service with some options; closes it at the end."""
-    clients = []
+    with contextlib.ExitStack() as stack:
 
-    def start(**options):
-        client = TestClient(
-            create_app(model, ServeConfig(**options)),
-            base_url="http://localhost",
-            raise_server_exceptions=False,
-        )
-        clients.append(client.__enter__())
-        return client
+        def start(**options):
+            app = create_app(model, ServeConfig(**options))
+            client = TestClient(app, base_url="http://localhost", raise_server_exceptions=False)
+            return stack.enter_context(client)
 
-    yield start
-    for client in clients:
-        client.__exit__(None, None, None)
+        yield start
 
 
 def ask(client, image=None, hypothesis="A sentence.", **form):
@@ -133,8 +127,10 @@ def _held(model, app, send, reds):
         _wait_until(lambda: model.num_prepared == 1)
         answers += [pool.submit(send, picture((red, 0, 0))) for red in reds[1:]]
         _wait_until(lambda: len(app.state.batcher.waiting) == len(reds) - 1)
-        yield answers
-        model.gate.set()
+        try:
+            yield answers
+        finally:
+            model.gate.set()
 
 
 def test_requests_that_come_while_one_is_computed_go_together(serve, model):
@@ -146,8 +142,8 @@ def test_requests_that_come_while_one_is_computed_go_together(serve, model):
         return ask(client, image, lang=("en", "de")[red // 20 % 2])
 
     with _held(model, client.app, send, reds) as futures:
-        model.gate.set()
-        answers = [each.result().json() for each in futures]
+        pass
+    answers = [each.result().json() for each in futures]
     assert model.image_batches == [1, 4, 4]
     assert {lang for lang, _ in model.sentence_batches} == {"en", "de"}
     # Every client gets its own answer: the redder the picture, the likelier the first label.

@@ -185,7 +185,7 @@ def test_an_adapter_begins_as_nothing_learns_and_is_exported(world, drawn, clip,
     assert actual.probabilities == pytest.approx(expected.probabilities, abs=1e-3)
 
 
-def test_what_pictures_give_away_is_said(world, drawn, clip, tmp_path):
+def test_what_pictures_give_away_is_reported(world, drawn, clip, tmp_path):
     notes = Notes()
     options = {"guided": drawn, "guided_by": "pairID", "epochs": 1}
     result = quick_finetune(world, tmp_path, clip, progress=notes, **options)

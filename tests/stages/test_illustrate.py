@@ -32,10 +32,10 @@ def engine(monkeypatch):
         def __init__(self):
             self.asked, self.withheld = [], ()
 
-        def draw(self, wanted):
-            self.asked.append(wanted)
-            colour = wanted.seed % 256, wanted.seed // 256 % 256, 0
-            return None if wanted.key in self.withheld else Image.new("RGB", (4, 4), colour)
+        def draw(self, request):
+            self.asked.append(request)
+            colour = request.seed % 256, request.seed // 256 % 256, 0
+            return None if request.key in self.withheld else Image.new("RGB", (4, 4), colour)
 
     painter = Painter()
     engine = Engine({"engine": "painter"}, painter.draw)

@@ -60,7 +60,7 @@ def test_training_again_or_resumed_gives_the_same_weights(world, looking, clip, 
     assert weights(tmp_path / "clip-ve") == weights(looking / "clip-ve")
 
 
-def test_patches_are_cached_in_half_precision_and_their_size_is_said(world, clip):
+def test_patches_are_cached_in_half_precision_and_their_size_is_noted(world, clip):
     image = ClipVE.from_clip(clip, head="patches").image
     split = read_split(world, "train")
     photos = Photos.of(split, ImageFolder.of(world, None))

@@ -486,7 +486,7 @@ def test_the_metrics_of_evaluate_are_those_of_predict_and_can_be_traced(world, t
     assert (signature.seed, signature.num_examples) == (0, 12)
 
 
-def test_languages_without_a_student_are_told_not_dropped(data, trained):
+def test_languages_without_a_student_are_noted_not_dropped(data, trained):
     rows = read_jsonl(data / "snli_ve_test.jsonl")
     write_jsonl(data / "snli_ve_test.ja.jsonl", rows)
     notes = Notes()
