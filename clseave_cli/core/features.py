@@ -131,17 +131,11 @@ def embed_rows(encoder: SentenceEncoder, sentences: Sentences) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Photos:
-    """The files of N named images.
-
-    Attributes:
-        paths: the files.
-        where: `file:line` that first names each.
-        keys: (N,) digests of their contents.
-    """
+    """The files of N named images."""
 
     paths: list[Path]
-    where: list[str]
-    keys: Keys
+    where: list[str]  # `file:line` that first names each
+    keys: Keys  # (N,) digests of their contents
 
     @classmethod
     def named(cls, names: Sequence[str], where: list[str], images: ImageFolder) -> Photos:
@@ -356,7 +350,7 @@ def _folder(kind: str, encoder: ImageEncoder | SentenceEncoder, autocast: Autoca
 
 
 class Vectors:
-    """(U, D) vectors in memory-mapped shards, for `count` U and `width` D."""
+    """(U, D) vectors in memory-mapped shards; U is `count`, D is `width`."""
 
     def __init__(self, count: int, width: int, dtype: torch.dtype = torch.float32) -> None:
         self.width, self.dtype = width, dtype

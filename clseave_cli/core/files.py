@@ -67,19 +67,14 @@ def writing(target: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of folder that clseave writes, and how to recognise one.
+    """A kind of folder that clseave writes, and how to recognise one."""
 
-    Attributes:
-        name: for messages, such as `a report`.
-        members: regular expression that matches the paths of its files; those listed in a
-            `config.json` are members, too.
-        marker: a JSON file in every such folder; empty: the members suffice.
-        marks: whether the marker's content is of this kind.
-    """
-
-    name: str
+    name: str  # for messages, such as `a report`
+    #: Regular expression that matches the paths of its files; those listed in a `config.json` are
+    #: members, too.
     members: str
-    marker: str = ""
+    marker: str = ""  # a JSON file in every such folder; empty: the members suffice
+    #: Whether the marker's content is of this kind.
     marks: Callable[[dict[str, Any]], bool] = lambda content: True
 
 
@@ -385,7 +380,7 @@ def clear_caches(kinds: Collection[str]) -> int:
     for folder in (cache_root() / kind for kind in kinds):
         num_bytes += folder_bytes(folder)
         try:
-            with suppress(FileNotFoundError):
+            if folder.exists():
                 shutil.rmtree(folder)
         except OSError as error:
             raise ClseaveError(f"{folder}: cannot be deleted ({error.strerror}).") from None

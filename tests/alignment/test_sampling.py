@@ -366,7 +366,8 @@ def test_held_out_translations_are_kept_for_the_vocabulary_and_may_not_be_all(pl
     english = {row["pairID"]: row["sentence2"] for row in read_jsonl(plain / "snli_ve_train.jsonl")}
     rows = read_jsonl(plain / "snli_ve_train.de.jsonl")
     expected = [row["sentence2"] for row in rows if english[row["pairID"]] in held]
-    assert sorted(reader.left_out["de"]) == sorted(expected) and "nl" not in reader.left_out
+    left_out = reader.left_out["de"].target.hypotheses
+    assert sorted(left_out) == sorted(expected) and "nl" not in reader.left_out
     assert len(expected) + len(german.target) == len(rows)
     _keep_sentences(plain / "snli_ve_train.de.jsonl", held)
     with pytest.raises(DataError, match=r"train\.de\.jsonl: nothing is left to train on"):

@@ -189,7 +189,7 @@ def test_an_unknown_model_folder(commands, refused, tmp_path):
     }.items():
         assert message in refused(*commands[command], *more)
     error = refused(*commands["align"], "--teacher", nowhere)
-    assert f"{nowhere}: no such model folder; `clseave finetune-ve` makes it" in error
+    assert f"{nowhere}: no such model folder; `clseave finetune-ve` creates it" in error
     error = refused(*commands["finetune-ve"], "--clip", "no-such/model-on-the-hub")
     assert "no-such/model-on-the-hub: cannot be loaded" in error
 

@@ -1,6 +1,8 @@
 """`clseave models`, `cache`, `doctor` and `init`."""
 
+import errno
 import json
+import os
 import re
 import shutil
 import sys
@@ -64,8 +66,11 @@ def test_models_says_what_is_there_and_which_one_predict_takes(clseave, runs, wo
     assert "\npredict --lang de: align-de (before both: fewest languages, then by name)\n" in text
 
 
-def test_models_without_any(clseave, tmp_path, refused):
+def test_models_without_any_of_ours(clseave, tmp_path, refused):
     assert listed(clseave, tmp_path) == ({}, {})
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"languages": 5, "teacher": true}')
+    assert listed(clseave, tmp_path)[0]["other"]["languages"] == []
     assert "no such folder" in refused("models", "--runs", tmp_path / "none")
 
 
@@ -89,6 +94,15 @@ def test_cache_shows_and_clears(clseave, cache, data, runs, refused):
     assert sorted(path.name for path in cache.iterdir()) == ["mine", "translation"]
     assert clseave("cache", "--clear", "translation")[1] == "0.0 MiB freed\n"
     assert not (cache / "translation").exists()
+
+
+def test_a_cache_that_loses_files_meanwhile_is_not_called_cleared(refused, cache, monkeypatch):
+    def vanished(folder):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), folder / "shard")
+
+    (cache / "image").mkdir(parents=True)
+    monkeypatch.setattr(shutil, "rmtree", vanished)
+    assert "image: cannot be deleted" in refused("cache", "--clear", "image")
 
 
 @pytest.mark.parametrize("torch", [True, False], ids=["torch", "without torch"])

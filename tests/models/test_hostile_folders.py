@@ -220,7 +220,7 @@ def test_a_student_of_a_newer_format_leaves_other_languages_usable(
         ("export", "--runs", runs, "--out", runs.parent / "onnx"),
     ):
         code, printed, message = clseave(*command)
-        note = f"{runs / 'align-nl'}: format version 99, this clseave reads 1; nl is left out."
+        note = f"{runs / 'align-nl'}: format version 99, this clseave reads 1; nl is skipped."
         assert code == 0 and note in message.replace("\n", " ")
         assert "clseave align" not in message  # it has a student
         assert re.search(r"\bde\b", printed) and not re.search(r"\bnl\b", printed)

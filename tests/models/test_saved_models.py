@@ -83,8 +83,8 @@ def test_every_byte_of_the_configuration_counts(saved):
 @pytest.mark.parametrize(
     ("load", "name", "message"),
     [
-        (ClipVE.from_folder, "nowhere", "no such model folder; `clseave finetune-ve` makes it"),
-        (load_student, "nowhere", "no such model folder; `clseave align --lang LANG` make"),
+        (ClipVE.from_folder, "nowhere", "no such model folder; `clseave finetune-ve` creates it"),
+        (load_student, "nowhere", "no such model folder; `clseave align --lang LANG` creates"),
         (ClipVE.from_folder, ".", r"config.json: no such file"),
         (ClipVE.from_folder, "align-de", "not a clip-ve folder"),
         (ClipVE.from_folder, "list", "not a clip-ve folder"),

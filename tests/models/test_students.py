@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -163,6 +164,15 @@ def test_a_tokenizer_without_a_terminal_token_is_refused(tmp_path, world, templa
     save_word_tokenizer(tmp_path, sentences(world), special=special, template=template)
     with pytest.raises(ModelError, match="its tokenizer does not end a text in its"):
         new_student(tmp_path, 16)
+
+
+def test_a_tokenizer_that_drops_letters_is_refused():
+    backend = SimpleNamespace(encode=lambda text: SimpleNamespace(ids=[]))
+    tokenizer = SimpleNamespace(
+        backend_tokenizer=backend, sep_token_id=None, eos_token_id=None, name_or_path="x"
+    )
+    with pytest.raises(ModelError, match="x: its tokenizer does not end a text in its"):
+        backbones.input_settings(None, tokenizer, {})
 
 
 def test_other_models_are_refused(tmp_path, clip):

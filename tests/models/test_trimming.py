@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_backbones import STUDENTS, embeddings
-from tiny_world import ENCODER_SHAPE, flip_byte, quick_align, read_jsonl, sentences
+from tiny_world import ENCODER_SHAPE, flip_byte, quick_align, read_jsonl, sentences, write_jsonl
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModel,
@@ -236,10 +236,21 @@ def test_a_trimmed_student_is_the_untrimmed_one_on_its_text(world, tmp_path, tra
     assert sum(answer.probabilities.values()) == pytest.approx(1)
 
 
-def test_english_keeps_its_tokens_too(world, tmp_path, trained, encoder):
-    options = {"epochs": 2, "trim_vocabulary": True, "include_english": True}
-    result = quick_align(world, tmp_path, trained, encoder, "de", **options)
+def test_english_keeps_the_tokens_of_all_its_sentences(world, tmp_path, trained, encoder):
+    """Also of dev sentences, and of those that held-out photos or --limit drop."""
+    words = ["Het", "vierkant", "is", "rood", "groen", "blauw", "wit", "Buiten", "wacht"]
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "images").symlink_to(world / "images")
+    photos = [f"train{n // 4 + 1}{n % 4}.png".replace("train1", "train") for n in range(8)]
+    for name in ("train", "train.de", "train.nl", "dev", "dev.de"):  # photos are held out for nl
+        rows = read_jsonl(world / f"snli_ve_{name}.jsonl")
+        for row in rows:
+            number = photos.index(row["Flickr30K_ID"]) if name.startswith("train") else 8
+            row["sentence2"] = "Das Quadrat." if name[-3:] in (".de", ".nl") else words[number]
+        write_jsonl(data / f"snli_ve_{name}.jsonl", rows)
+    options = {"trim_vocabulary": True, "include_english": True, "limit": 3}
+    result = quick_align(data, tmp_path, trained, encoder, "de", "nl", **options)
     student = load_student(result.folder)
-    texts = [row["sentence2"] for row in read_jsonl(world / "snli_ve_train.jsonl")]
-    kept = student.trimmed.kept[student.tokenize(texts).ids]
-    assert kept.tolist() == new_student(encoder, 16).tokenize(texts).ids.tolist()
+    kept = student.trimmed.kept[student.tokenize(words).ids]
+    assert kept.tolist() == new_student(encoder, 16).tokenize(words).ids.tolist()

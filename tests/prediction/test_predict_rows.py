@@ -34,10 +34,12 @@ from tiny_world import (
 from clseave_cli import VisualEntailment
 from clseave_cli.commands import predict
 from clseave_cli.core.config import PredictConfig
+from clseave_cli.core.data.pairs import AnswerTable
+from clseave_cli.core.files import writing
 from clseave_cli.core.models.listing import find_students
 from clseave_cli.core.prediction import torch_model
 from clseave_cli.core.prediction.predictor import predict_file
-from clseave_cli.errors import DataError, ExtraMissing, UsageError
+from clseave_cli.errors import ClseaveError, DataError, ExtraMissing, UsageError
 from clseave_cli.labels import LABELS
 
 _REPOSITORY = Path(__file__).parents[2]
@@ -101,7 +103,7 @@ def test_a_resumed_run_continues_exactly_where_it_stopped(answered, trained, tmp
     target, partial = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.partial"
     partial.write_bytes(earlier + torn)
     target.write_text('{"error": "older"}\n')
-    with pytest.raises(UsageError, match=r"partial: an unfinished run lies there; --resume"):
+    with pytest.raises(UsageError, match=r"partial: an unfinished run left it; --resume"):
         predict_file(_config(trained), source, target)
     assert predict_file(_config(trained, resume=True), source, target) == done
     assert not partial.exists() and target.read_bytes().startswith(earlier)
@@ -266,6 +268,17 @@ def _read_table(path):
         delimiter = {".tsv": "\t", ".csv": ","}[path.suffix]
         rows = list(csv.DictReader(stream, delimiter=delimiter))
     return [{k: float(v) if k in LABELS and v else v or None for k, v in r.items()} for r in rows]
+
+
+def test_a_full_disk_is_not_blamed_on_the_input(tmp_path):
+    _write_table(tmp_path / "in.parquet", [{"image": "a.png", "hypothesis": "A cat."}] * 3)
+    table, answers = AnswerTable(source=tmp_path / "in.parquet"), iter([{"label": "neutral"}] * 3)
+    with (
+        pytest.raises(ClseaveError, match=r"out\.parquet: the disk is full"),
+        writing(tmp_path / "out.parquet"),
+        Path("/dev/full").open("wb", buffering=0) as full,
+    ):
+        table.write(answers, full)
 
 
 @pytest.mark.parametrize("ending", [".csv", ".tsv", ".parquet"])

@@ -151,7 +151,9 @@ def test_the_built_in_world_draws_its_pictures(mini_ve, tmp_path, clseave, refus
     other = tmp_path / "other"
     other.mkdir()
     shutil.copy(mini_ve / "captions_train.jsonl", other)
-    assert "expected a mini-VE of this version" in refused(*command[:-1], other)
+    for content in ("{}", '{"world": "mini-VE", "version": 2}'):
+        (other / "world.json").write_text(content)
+        assert "expected a mini-VE of this version" in refused(*command[:-1], other)
 
 
 # --- diffusers ---

@@ -180,10 +180,14 @@ def _read(
         whole, dev = reader.read(lang)
         training = limited(whole, config.limit, config.seed, progress)
         if config.trim_vocabulary:
-            corpus.keep_tokens(dev.target.hypotheses)
-            corpus.keep_tokens(reader.left_out.get(lang, []))
-            if training is not whole:  # --limit drops sentences, not words of the language
-                corpus.keep_tokens(whole.target.hypotheses)
+            # Words stay in the vocabulary even if --limit or held-out photos drop their sentences.
+            texts = [dev] if training is whole else [dev, whole]
+            if lang in reader.left_out:
+                texts.append(reader.left_out[lang])
+            for text in texts:
+                corpus.keep_tokens(text.target.hypotheses)
+                if config.include_english:
+                    corpus.keep_tokens(text.sources)
         for kind, parallel in (("train", training), ("dev", dev)):
             inputs[parallel.target.path.name] = parallel.target.digest
             inputs[f"{kind}: {source_lang} of {lang}"] = json_digest(parallel.sources)

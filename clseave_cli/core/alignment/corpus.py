@@ -57,8 +57,8 @@ class ParallelReader:
     config: StudentConfig
     progress: Progress  # receives notes about skipped rows
     source_lang: str = ENGLISH
-    #: By language, its translations of what is held out for other languages.
-    left_out: dict[str, list[str]] = field(default_factory=dict, init=False)
+    #: By language, its rows that are held out for other languages.
+    left_out: dict[str, Parallel] = field(default_factory=dict, init=False)
     _held_out: dict[str, HeldOut] = field(default_factory=dict, init=False)
     _sources: dict[str, Split] = field(default_factory=dict, init=False)
 
@@ -108,7 +108,7 @@ class ParallelReader:
                 f"{path}: nothing is left to train on, because all rows are held out for other "
                 "languages; add dev files for those, or lower --dev-fraction."
             )
-        self.left_out[lang] = left_out.target.hypotheses
+        self.left_out[lang] = left_out
         self.progress.note(
             f"{path}: {len(left_out.target)} pairs skipped, because their photos or "
             f"{self.source_lang} sentences are held out for other languages."

@@ -17,18 +17,12 @@ from clseave_cli.errors import DataError
 
 @dataclass(frozen=True, eq=False)
 class Captions:
-    """N images with their captions, in the order of first mention.
+    """N images with their captions, in the order of first mention."""
 
-    Attributes:
-        paths: the file of each language, by its code.
-        images: the N names, as the files give them.
-        where: `file:line` of the first mention of each image.
-        texts: by language, the captions of each image; their number is the same in every language.
-    """
-
-    paths: dict[str, Path]
-    images: list[str]
-    where: list[str]
+    paths: dict[str, Path]  # the file of each language, by its code
+    images: list[str]  # the N names, as the files give them
+    where: list[str]  # `file:line` of the first mention of each image
+    #: By language, the captions of each image; their number is the same in every language.
     texts: dict[str, list[list[str]]]
 
     def all_texts(self) -> Iterator[str]:

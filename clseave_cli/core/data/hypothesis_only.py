@@ -43,18 +43,13 @@ class HypothesisClassifier:
     Tokens are words, but single characters in scripts without spaces between words (and in Hangul,
     where a word is a stem with endings). Such a baseline detects annotation artifacts (Gururangan
     et al., "Annotation Artifacts in Natural Language Inference Data", 2018).
-
-    Attributes:
-        counts: (C,) training rows of each label.
-        file: name of its training file; empty if unknown.
-        digest: BLAKE2b-256 of that file.
     """
 
-    counts: tuple[int, ...]
+    counts: tuple[int, ...]  # (C,) training rows of each label
     _tfidf: TfidfVectorizer | None  # None: nothing to learn; predicts the most frequent label
     _model: LogisticRegression
-    file: str = ""
-    digest: str = ""
+    file: str = ""  # name of its training file; empty if unknown
+    digest: str = ""  # BLAKE2b-256 of that file
 
     @classmethod
     def fit(

@@ -181,21 +181,14 @@ def in_rgb(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class Preparation:
-    """The steps of a CLIP-like image processor, as numbers for a JSON file.
+    """The steps of a CLIP-like image processor, as numbers for a JSON file."""
 
-    Attributes:
-        resize: (height, width), or (shortest side,), which keeps the aspect ratio.
-        crop: (height, width) of the centre crop; a smaller picture is padded with black.
-        mean: of red, green and blue, between 0 and 1.
-        std: of red, green and blue.
-        resample: Pillow's number of the filter.
-    """
-
-    resize: tuple[int, ...]
+    resize: tuple[int, ...]  # (height, width), or (shortest side,), which keeps the aspect ratio
+    #: (height, width) of the centre crop; a smaller picture is padded with black.
     crop: tuple[int, int]
-    mean: tuple[float, float, float]
+    mean: tuple[float, float, float]  # of red, green and blue, between 0 and 1
     std: tuple[float, float, float]
-    resample: int = Image.Resampling.BICUBIC
+    resample: int = Image.Resampling.BICUBIC  # the filter, as Pillow numbers it
 
     @classmethod
     def of(cls, processor: Any) -> Preparation | None:

@@ -19,19 +19,12 @@ _UNLIKELY = 0.02
 
 
 class Language(NamedTuple):
-    """One language.
+    """One language."""
 
-    Attributes:
-        code: the spelling of the command line and of file names (BCP 47, as short as possible).
-        iso3: ISO 639-3; if `code` is a macrolanguage, that of the individual language.
-        script: ISO 15924.
-        region: the country in mBART-50's code; empty if it does not support the language.
-    """
-
-    code: str
-    iso3: str
-    script: str
-    region: str = ""
+    code: str  # the spelling of the command line and of file names (BCP 47, as short as possible)
+    iso3: str  # ISO 639-3; if `code` is a macrolanguage, that of the individual language
+    script: str  # ISO 15924
+    region: str = ""  # the country in mBART-50's code; empty if it does not support the language
 
 
 # code, ISO 639-3, script, region: languages of M2M-100 and Google. Other codes are passed to the
@@ -214,7 +207,7 @@ class LanguageIdentifier:
 
 
 def language_warning(text: str, lang: str, thorough: bool = True) -> str | None:
-    """A warning if a text is probably not in the language `lang`.
+    """A warning if a text is probably not in the language `lang`, else None.
 
     If `thorough` and lingua is installed, checks the language, not only the script. Lingua compares
     the trigrams of all its languages, which takes 64 MB, and a second at first.

@@ -36,19 +36,14 @@ from clseave_cli.progress import Progress
 
 
 class Layout(NamedTuple):
-    """The columns of published data sets.
+    """The columns of published data sets."""
 
-    Attributes:
-        name: the data sets.
-        text: column of the sentence or sentences; `*`: a column for each language.
-        photo: columns that may name the photo. One that holds the photo is recognised by its type.
-        kind: rows or captions; choices become rows, in which the photo entails the `caption` and
-            contradicts the `negative_caption`.
-    """
-
-    name: str
-    text: str
+    name: str  # of the data sets
+    text: str  # column of the sentence or sentences; `*`: a column for each language
+    #: Columns that may name the photo. One that holds the photo is recognised by its type.
     photo: tuple[str, ...]
+    #: Rows or captions; choices become rows, in which the photo entails the `caption` and
+    #: contradicts the `negative_caption`.
     kind: Literal["rows", "captions", "choices"]
 
 

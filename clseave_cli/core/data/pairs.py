@@ -84,7 +84,7 @@ class Pairs:
 
     Attributes:
         whole: whether `others` of a pair include image and hypothesis, for an output table; None:
-            if the stream is CSV.
+            only if the stream is CSV.
     """
 
     def __init__(self, stream: BinaryIO, name: str, size: int, *columns: str | None) -> None:
@@ -125,7 +125,7 @@ class Pairs:
     def __iter__(self) -> Iterator[list[Pair | DataError]]:
         if self.format == "parquet":
             self._lines.ended = True
-            rows = parquet_rows(self._stream, Path(self.name), None)
+            rows = parquet_rows(self._stream, self.name)
         elif self.format == "csv":
             rows = iter(DelimitedRows(self._lines, errors="surrogateescape"))
         else:
@@ -169,17 +169,11 @@ class Pairs:
 
 @dataclass(frozen=True)
 class AnswerTable:
-    """Answers as a table: the columns of the input, then `ANSWER_COLUMNS`.
+    """Answers as a table: the columns of the input, then `ANSWER_COLUMNS`."""
 
-    Attributes:
-        columns: names of the columns of CSV.
-        delimiter: delimiter of CSV.
-        source: the input, if it is Parquet.
-    """
-
-    columns: list[str] = field(default_factory=list)
-    delimiter: str = ","
-    source: Path | None = None
+    columns: list[str] = field(default_factory=list)  # of CSV
+    delimiter: str = ","  # of CSV
+    source: Path | None = None  # the input, if it is Parquet
 
     @classmethod
     def of(cls, pairs: Pairs, target: Path | None) -> AnswerTable | None:
@@ -219,7 +213,8 @@ class AnswerTable:
 
     def write(self, answers: Iterator[dict[str, Any]], stream: BinaryIO) -> None:
         """Writes the whole table."""
-        if self.source is None:
+        source = self.source
+        if source is None:
             stream.write(self.encode((), with_header=True))
             stream.writelines(self.encode([answer]) for answer in answers)
             return
@@ -228,18 +223,24 @@ class AnswerTable:
 
         kinds = {"truncated": pyarrow.bool_(), **dict.fromkeys(LABELS, pyarrow.float64())}
         fields = [pyarrow.field(n, kinds.get(n, pyarrow.string())) for n in ANSWER_COLUMNS]
-        with reading_parquet(self.source, self.source) as file:
+        with reading_parquet(source, source) as file:
             fields_by_name = {field.name: field for field in file.schema_arrow}
-            kept = [field for name, field in fields_by_name.items() if name not in ANSWER_COLUMNS]
-            if _holds_gold_labels(fields_by_name):
-                fields.insert(0, fields_by_name["label"].with_name("gold_label"))
-            schema = pyarrow.schema([*kept, *fields])
-            with pyarrow.parquet.ParquetWriter(stream, schema) as writer:
-                for batch in file.iter_batches(_PARQUET_ROWS, columns=[f.name for f in kept]):
-                    rows = list(islice(answers, batch.num_rows))
-                    added = pyarrow.Table.from_pylist(rows, pyarrow.schema(fields))
-                    columns = [*batch.columns, *added.columns]
-                    writer.write_table(pyarrow.Table.from_arrays(columns, schema=schema))
+        kept = [field for name, field in fields_by_name.items() if name not in ANSWER_COLUMNS]
+        if _holds_gold_labels(fields_by_name):
+            fields.insert(0, fields_by_name["label"].with_name("gold_label"))
+        schema = pyarrow.schema([*kept, *fields])
+
+        def batches() -> Iterator[Any]:
+            # A generator, or `reading_parquet` would blame the input for a full disk.
+            with reading_parquet(source, source) as file:
+                yield from file.iter_batches(_PARQUET_ROWS, columns=[f.name for f in kept])
+
+        with pyarrow.parquet.ParquetWriter(stream, schema) as writer:
+            for batch in batches():
+                rows = list(islice(answers, batch.num_rows))
+                added = pyarrow.Table.from_pylist(rows, pyarrow.schema(fields))
+                columns = [*batch.columns, *added.columns]
+                writer.write_table(pyarrow.Table.from_arrays(columns, schema=schema))
 
     def header(self, path: Path) -> list[str]:
         """The column names of such a table."""
@@ -379,7 +380,7 @@ class AnswerFile:
             is_partial = self.partial.exists()
             if is_partial and not self._resume:
                 raise UsageError(
-                    f"{self.partial}: an unfinished run lies there; --resume continues it, "
+                    f"{self.partial}: an unfinished run left it; --resume continues it, "
                     "deleting that file discards it."
                 )
             is_jsonl = self._table is None  # a table is written anew

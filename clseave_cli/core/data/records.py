@@ -58,35 +58,20 @@ _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z]{4})?(-[A-Z]{2})?")
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """The rows of one split in one language, as columns of equal length N.
+    """The rows of one split in one language, as columns of equal length N."""
 
-    Attributes:
-        name: split name, such as `train`.
-        lang: language code of the hypotheses.
-        path: the file.
-        pair_ids: unique row ids.
-        hypotheses: sentences in `lang`.
-        sources: the source sentence of each translated one; None: the row has none.
-        labels: (N,) int8, an id of `labels.LABELS` or `UNLABELLED`.
-        image_names: the distinct images, as the file names them.
-        image_index: (N,) int32 into `image_names`; -1: the row names no image.
-        lines: (N,) int32, 1-based line (or row) numbers in the file.
-        num_lines: number of lines in the file, to the last row.
-        digest: BLAKE2b-256 of the file.
-    """
-
-    name: str
-    lang: str
+    name: str  # split name, such as `train`
+    lang: str  # language code of the hypotheses
     path: Path
-    pair_ids: list[str]
-    hypotheses: list[str]
-    sources: list[str | None]
-    labels: npt.NDArray[np.int8]
-    image_names: list[str]
-    image_index: npt.NDArray[np.int32]
-    lines: npt.NDArray[np.int32]
-    num_lines: int
-    digest: str
+    pair_ids: list[str]  # unique row ids
+    hypotheses: list[str]  # sentences in `lang`
+    sources: list[str | None]  # the source sentence of each translated one; None: the row has none
+    labels: npt.NDArray[np.int8]  # (N,) an id of `labels.LABELS` or `UNLABELLED`
+    image_names: list[str]  # the distinct images, as the file names them
+    image_index: npt.NDArray[np.int32]  # (N,) index into `image_names`; -1: the row names no image
+    lines: npt.NDArray[np.int32]  # (N,) 1-based line (or row) numbers in the file
+    num_lines: int  # number of lines in the file, to the last row
+    digest: str  # BLAKE2b-256 of the file
 
     def __len__(self) -> int:
         return len(self.pair_ids)
@@ -113,21 +98,13 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Parallel:
-    """Sentences of two languages, joined by `pairID`.
+    """Sentences of two languages, joined by `pairID`."""
 
-    Attributes:
-        target: the M rows of the target language that have a counterpart.
-        sources: their M sentences in the source language.
-        num_unmatched_target: rows of the target language without a source row.
-        num_unmatched_source: rows of the source language without a target row.
-        unmatched_examples: a few of their `pairID`s.
-    """
-
-    target: Split
-    sources: list[str]
-    num_unmatched_target: int
-    num_unmatched_source: int
-    unmatched_examples: tuple[str, ...]
+    target: Split  # the M rows of the target language that have a counterpart
+    sources: list[str]  # their M sentences in the source language
+    num_unmatched_target: int  # rows of the target language without a source row
+    num_unmatched_source: int  # rows of the source language without a target row
+    unmatched_examples: tuple[str, ...]  # a few of their `pairID`s
 
     def take(self, rows: npt.NDArray[np.intp]) -> Parallel:
         """Only the given rows, in the given order."""

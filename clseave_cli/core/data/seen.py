@@ -32,15 +32,11 @@ Digests = npt.NDArray[np.uint64]
 
 
 class SeenRows(NamedTuple):
-    """Digests of P photos and R pairs.
+    """Digests of P photos and R pairs."""
 
-    Attributes:
-        photos: (P, 2) digests of names without extension, and of contents; 0: not read.
-        pairs: (R,) digests of a photo's name and a hypothesis.
-    """
-
+    #: (P, 2) digests of names without extension, and of contents; 0: not read.
     photos: Digests = np.zeros((0, 2), np.uint64)
-    pairs: Digests = np.zeros(0, np.uint64)
+    pairs: Digests = np.zeros(0, np.uint64)  # (R,) digests of a photo's name and a hypothesis
 
     @classmethod
     def of(cls, split: Split, contents: npt.NDArray[np.void] | None = None) -> SeenRows:
@@ -105,7 +101,7 @@ class SeenRows(NamedTuple):
         return status
 
     def has(self, others: SeenRows) -> npt.NDArray[np.bool_]:
-        """(P,) whether each photo of the other, with its content read, is among these."""
+        """(P,) whether each photo of `others`, whose contents must be read, is among these."""
         (names, files), (seen_names, seen_files) = others.photos.T, self.photos.T
         is_file = np.isin(files, seen_files) & (files > 0)
         return np.asarray(np.isin(names, seen_names) | is_file)

@@ -43,19 +43,12 @@ _GROUP_ROWS, _GROUP_BYTES = 20_000, 64 << 20
 
 
 class Row(NamedTuple):
-    """One row of a file.
+    """One row of a file."""
 
-    Attributes:
-        line: number of the line it starts on, or of the row in a Parquet file; from 1.
-        text: the text to translate.
-        pair_id: the row's `pairID`, if it has one.
-        record: the row, in the form that the writer needs.
-    """
-
-    line: int
-    text: str
-    pair_id: str | None
-    record: Any
+    line: int  # number of the line it starts on, or of the row in a Parquet file; from 1
+    text: str  # to translate
+    pair_id: str | None  # the row's `pairID`, if it has one
+    record: Any  # the row, in the form that the writer needs
 
 
 #: Writes a row with its translation, and the reasons why that is suspect if the format allows.

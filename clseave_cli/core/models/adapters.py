@@ -30,7 +30,7 @@ def require_peft() -> None:
 def train_blocks(image: ImageEncoder, count: int | None, flag: str) -> None:
     """Has the last `count` blocks of an image tower trained, and computed in every step.
 
-    None: all blocks are computed but frozen, as adapters need it. Messages name the option `flag`.
+    None: all blocks are computed but frozen, for adapters. Messages name the option `flag`.
 
     Raises:
         UsageError: the tower has fewer blocks, or is not like CLIP's.

@@ -161,8 +161,8 @@ def input_settings(model: Any, tokenizer: Any, saved: Mapping[str, Any]) -> dict
     Raises:
         ModelError: the tokenizer does not end a text in an end-of-sentence token.
     """
-    terminal_id = tokenizer.backend_tokenizer.encode("a").ids[-1]
-    if terminal_id not in (tokenizer.sep_token_id, tokenizer.eos_token_id):
+    ids = tokenizer.backend_tokenizer.encode("a").ids
+    if not ids or ids[-1] not in (tokenizer.sep_token_id, tokenizer.eos_token_id):
         raise ModelError(
             f"{tokenizer.name_or_path}: its tokenizer does not end a text in its [SEP] or "
             "end-of-sentence token."
@@ -179,7 +179,7 @@ def input_settings(model: Any, tokenizer: Any, saved: Mapping[str, Any]) -> dict
             int(model.config.max_position_embeddings) - unused, int(tokenizer.model_max_length)
         ),
         "first_position": first,
-        "terminal_id": terminal_id,
+        "terminal_id": ids[-1],
         "packs": saved.get("packs", True),
     }
 

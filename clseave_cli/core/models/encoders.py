@@ -233,7 +233,7 @@ class SentenceEncoder(nn.Module):
         batch_size: int | None = None,
         sentences: npt.NDArray[np.intp] | None = None,
     ) -> Iterator[Tensor]:
-        """Yields the embeddings of all sentences, or of these, in order, in batches: (≤ B, D).
+        """Yields the embeddings of all sentences, or of the given ones, in batches: (≤ B, D).
 
         By default, the batch size B suits the device.
         """

@@ -105,7 +105,7 @@ def peek(folder: Path, format_name: str) -> dict[str, Any]:
             "onnx": "export --out DIR",
             "autoencoder": "autoencode --lang LANG",
         }[format_name]
-        raise ModelError(f"{folder}: no such model folder; `clseave {stage}` makes it.")
+        raise ModelError(f"{folder}: no such model folder; `clseave {stage}` creates it.")
     config = read_json(folder / _CONFIG)
     if not isinstance(config, dict) or config.get("format") != format_name:
         raise ModelError(f"{folder}: not a {format_name} folder of clseave.")
@@ -131,5 +131,5 @@ def skip_other_versions(folders: dict[str, Any], progress: Progress) -> None:
             del folders[lang]
             progress.note(
                 f"{folder}: format version {version}, this clseave reads {FORMAT_VERSION}; "
-                f"{lang} is left out. Update clseave to read it."
+                f"{lang} is skipped. Update clseave to read it."
             )

@@ -101,8 +101,7 @@ def _entry(folder: Path, teacher: str) -> ModelEntry:
     try:
         config = read_json(folder / "config.json")
         kind = config.get("format", _PRETRAINED)
-        if kind != _PRETRAINED:
-            config = peek(folder, kind)
+        config = {} if kind == _PRETRAINED else peek(folder, kind)
     except (ModelError, AttributeError, KeyError) as error:
         config, problem = {}, str(error)
     expected = config.get("teacher")

@@ -27,27 +27,19 @@ _Thing = Item | None | int
 
 @dataclass(frozen=True)
 class _Wording:
-    """Captions in one language.
+    """Captions in one language."""
 
-    Attributes:
-        curtain: the noun.
-        joints: what joins the things of a sentence: between them, and before the last one.
-        covers: three clauses about a curtain, then three for a scene without one; a line each.
-        forms: sentences, a line each; the third replaces the second if there are two things. `all`
-            and `missing` are phrases by their names in the grammar.
-        several: the number of shapes, without a verb.
-        comma: between the things of a list.
-        ending: end of a sentence.
-        inner: name of the phrase for every thing but the last, if it differs from the last one's.
-    """
-
-    curtain: str
+    curtain: str  # the noun
+    #: What joins the things of a sentence: between them, and before the last one.
     joints: tuple[str, str]
-    covers: str
+    covers: str  # three clauses about a curtain, then three for a scene without one; a line each
+    #: Sentences, a line each; the third replaces the second if there are two things. `all` and
+    #: `missing` are phrases by their names in the grammar.
     forms: str
-    several: str = "{number} {shapes}"
-    comma: str = ", "
-    ending: str = "; {cover}."
+    several: str = "{number} {shapes}"  # the number of shapes, without a verb
+    comma: str = ", "  # between the things of a list
+    ending: str = "; {cover}."  # end of a sentence
+    #: Name of the phrase for every thing but the last, if it differs from the last one's.
     inner: str | None = None
 
 

@@ -77,25 +77,15 @@ class Sizes:
 
 @dataclass(frozen=True)
 class MiniVE:
-    """A world on disk.
-
-    Attributes:
-        folder: its folder.
-        seed: its seed.
-        num_scenes: scenes by split.
-        num_pairs: rows by split, form and label.
-        num_sentences: distinct English hypotheses by split.
-        num_unseen: test rows whose conjunction is in no training or development row.
-        num_captions: captions by split, except the test split.
-    """
+    """A world on disk."""
 
     folder: Path
     seed: int
-    num_scenes: Mapping[str, int]
-    num_pairs: Mapping[str, Mapping[str, Mapping[Label, int]]]
-    num_sentences: Mapping[str, int]
-    num_unseen: int
-    num_captions: Mapping[str, int]
+    num_scenes: Mapping[str, int]  # scenes by split
+    num_pairs: Mapping[str, Mapping[str, Mapping[Label, int]]]  # rows by split, form and label
+    num_sentences: Mapping[str, int]  # distinct English hypotheses by split
+    num_unseen: int  # test rows whose conjunction is in no training or development row
+    num_captions: Mapping[str, int]  # captions by split, except the test split
 
 
 class _Sentence(NamedTuple):
@@ -237,9 +227,13 @@ def scenes_of(
         DataError: not a world of this version, or no such split.
     """
     record = json_object(folder / "world.json")
-    if record.get("world") != "mini-VE" or record.get("version") != VERSION or split not in SPLITS:
-        raise DataError(f"{folder}: expected a mini-VE of this version, and one of its splits.")
-    seed, sizes = record["seed"], Sizes(**record["sizes"])
+    try:
+        seed, sizes = record["seed"], Sizes(**record["sizes"])
+        if (record["world"], record["version"]) != ("mini-VE", VERSION) or split not in SPLITS:
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        message = f"{folder}: expected a mini-VE of this version, and one of its splits."
+        raise DataError(message) from None
     scenes = sample_scenes(seed, sizes)[split]
     if not by_row:
         return {Path(_image_name(split, i)).stem: (scene, None) for i, scene in enumerate(scenes)}

@@ -28,27 +28,20 @@ NUM_TEMPLATES = 3
 
 @dataclass(frozen=True)
 class _Grammar:
-    """One language.
+    """One language."""
 
-    Attributes:
-        shapes: nouns for `SHAPES` in order, then for any shape; after a slash, what `phrases` needs
-            (gender, article or measure word).
-        colors: adjectives for `COLORS` in order.
-        phrases: the phrases that templates use, from an adjective (or "") and a noun.
-        numerals: 1, 2, and so on.
-        templates: `NUM_TEMPLATES` lines for each of `FORMS` in order. `0` is the (first) thing, `1`
-            the second.
-        singular: other words in templates, for one shape.
-        plural: the same for several shapes.
-    """
-
+    #: Nouns for `SHAPES` in order, then for any shape; after a slash, what `phrases` needs (gender,
+    #: article or measure word).
     shapes: str
-    colors: str
+    colors: str  # adjectives for `COLORS` in order
+    #: The phrases that templates use, from an adjective (or "") and a noun.
     phrases: Callable[[str, str], dict[str, str]]
-    numerals: str
+    numerals: str  # 1, 2, and so on
+    #: `NUM_TEMPLATES` lines for each of `FORMS` in order. `0` is the (first) thing, `1` the second.
     templates: str
+    #: Other words in templates, for one shape.
     singular: dict[str, str] = field(default_factory=dict)
-    plural: dict[str, str] = field(default_factory=dict)
+    plural: dict[str, str] = field(default_factory=dict)  # the same for several shapes
 
 
 def _english(color: str, noun: str) -> dict[str, str]:
