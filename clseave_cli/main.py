@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import functools
 import os
 import sys
@@ -205,4 +206,7 @@ def _run_command() -> None:
             _refuse_usage(error)
         if _debug:
             raise
+        # The core turns those of its files into a `ClseaveError`.
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            _fail("standard output: the disk is full; free some space and run it again.", 1)
         _fail(f"internal error: {type(error).__name__}: {error} (--debug shows where)", 1)

@@ -73,7 +73,7 @@ def calibrate(config: CalibrateConfig, *, json: Json = False) -> None:
         terminal.say(f"{result.lang} · {result.folder} · temperature {result.temperature:.3f}")
         for label, threshold in result.thresholds.items():
             terminal.say(
-                f"   {label}: answered from {percent(threshold.least)} % on; that is "
-                f"{percent(threshold.coverage)} % of these answers, and "
-                f"{percent(threshold.accuracy)} % of them are right here"
+                f"   {label}: threshold {percent(threshold.least)} %, reached by "
+                f"{percent(threshold.coverage)} % of these answers, of which "
+                f"{percent(threshold.accuracy)} % are right on this split"
             )

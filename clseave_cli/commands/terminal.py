@@ -11,7 +11,6 @@ import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +59,8 @@ def make_console(*, stderr: bool, **settings: Any) -> Console:
             raise BrokenPipeError(errno.EPIPE, "the reader closed the pipe")
 
     quiet = not is_first_process()
-    return PrintableConsole(stderr=stderr, highlight=False, quiet=quiet, **settings)
+    settings |= {"highlight": False, "emoji": False}  # emoji: ":cat:" in data is no cat
+    return PrintableConsole(stderr=stderr, quiet=quiet, **settings)
 
 
 def say(message: str, *, to_stderr: bool = False) -> None:
@@ -75,7 +75,7 @@ def say(message: str, *, to_stderr: bool = False) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Prints one JSON document on stdout; raises `ClseaveError` if a number is not finite."""
+    """Prints one JSON document, paths as strings; raises `ClseaveError` for NaN or infinity."""
     try:
         text = json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False, default=str)
     except ValueError:
@@ -116,11 +116,12 @@ class _Task:
 
     def _line(self, time_text: str) -> str:
         total = f"/{self._total}" if self._total is not None else ""
-        done = f"{self._done}{total} {self._unit}".strip()
+        count = f"{self._done}{total}"
+        done = f"{count} {self._unit.removesuffix('s') if count == '1' else self._unit}".strip()
         return " · ".join(filter(None, (done, time_text, self._metrics)))
 
     def end(self) -> None:
-        line = self._line(f"in {timedelta(seconds=int(time.monotonic() - self._start))}")
+        line = self._line(f"in {_clock(time.monotonic() - self._start)}")
         say(f"{self._description}: {line}", to_stderr=True)
 
     def _time_left(self) -> str:
@@ -131,7 +132,12 @@ class _Task:
         if self._done == done_before:
             return ""
         seconds_each = (time.monotonic() - start) / (self._done - done_before)
-        return f"{timedelta(seconds=int((self._total - self._done) * seconds_each))} left"
+        return f"{_clock((self._total - self._done) * seconds_each)} left"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"  # 25:00:00 after a day
 
 
 class TerminalProgress:

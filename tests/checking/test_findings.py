@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from PIL import Image
 from tiny_world import COLOURS, png
@@ -16,7 +17,7 @@ from clseave_cli.core.models.calibration import Calibration
 from clseave_cli.core.prediction.checking import findings
 from clseave_cli.core.prediction.checking.findings import check
 from clseave_cli.core.prediction.checking.output import render, write_report
-from clseave_cli.errors import UsageError
+from clseave_cli.errors import ModelError, UsageError
 
 _PAGE = """\
 <html lang=en>
@@ -57,6 +58,21 @@ def test_thresholds_of_calibrate_decide_unless_an_option_does(page, model):
     model.calibrations["en"] = Calibration(thresholds={"contradiction": 0.98}, precision=0.95)
     assert rules(page) == [(3, "unsure"), (4, "unsure"), (5, "empty")]  # 0.97, and 0.4 < 0.7
     assert rules(page, min_confidence=0.0) == [(3, "contradicts"), (5, "empty")]
+
+
+def test_the_cache_counts_thumbnails(page, model, monkeypatch):
+    monkeypatch.setattr(findings, "_AT_ONCE", 1)
+    monkeypatch.setattr(findings, "_KEPT_BYTES", 2 * findings._LEAST_BYTES)
+    for thumbnails, num_images in ((False, 2), (True, 4)):
+        model.num_images = 0
+        check([page, page], CheckConfig(), thumbnails=thumbnails)
+        assert model.num_images == num_images
+
+
+def test_a_damaged_model_is_no_verdict(page, model, monkeypatch):
+    monkeypatch.setattr(model, "probabilities", lambda *rows: np.full((len(rows[1]), 3), np.nan))
+    with pytest.raises(ModelError, match="clip-ve: probabilities are not finite"):
+        check([page], CheckConfig())
 
 
 @pytest.mark.parametrize(
@@ -194,6 +210,8 @@ def test_exit_status(site, model, clseave):
     assert rules(site / "fine.html") == []
     (site / "unsure.html").write_text("<img src=red.png alt='A square.'>")
     assert clseave("check", "fine.html")[0] == 0
+    (site / "one.html").write_text("<img src=red.png alt='A red square.'>")
+    assert clseave("check", "one.html")[:2] == (0, "1 text · 1 fits\n")
     assert clseave("check", "unsure.html")[0] == 0
     assert clseave("check", "unsure.html", "--fail-on", "unsure")[0] == 1
     assert clseave("check", "nothing.html")[0] == 2

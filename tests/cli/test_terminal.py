@@ -33,10 +33,11 @@ def test_a_line_tells_metrics_and_one_labelled_clock(clock, capsys):
         task.advance(800)
         clock.now += 5
         task.advance(100)  # no line of its own: the last one is too young
+        clock.now += 24 * 3600
     assert capsys.readouterr().err.splitlines() == [
         "align de: epoch 1/2: 100/1000 pairs · 0:03:00 left · loss 0.25 · pairs/s 5",
         "align de: epoch 1/2: 900/1000 pairs · 0:06:53 left · loss 0.25 · pairs/s 5",
-        "align de: epoch 1/2: 1000/1000 pairs · in 1:02:05 · loss 0.25 · pairs/s 5",
+        "align de: epoch 1/2: 1000/1000 pairs · in 25:02:05 · loss 0.25 · pairs/s 5",
     ]
 
 
@@ -46,6 +47,12 @@ def test_what_an_earlier_sitting_did_is_not_taken_for_speed(clock, capsys):
         clock.now += 10
         task.advance(100)
         assert "900/1000 pairs · 0:00:10 left" in capsys.readouterr().err
+
+
+def test_a_single_item_is_singular(capsys):
+    with terminal.TerminalProgress().task("check", unit="texts") as task:
+        task.advance(1)
+    assert capsys.readouterr().err == "check: 1 text · in 0:00:00\n"
 
 
 def test_time_left_is_not_guessed(clock, capsys):
@@ -98,6 +105,11 @@ def test_control_characters_of_data_never_reach_the_terminal(capsys):
     out, err = capsys.readouterr()
     assert r"a\x1b]0;title\x07b" in out
     assert err == "\\x1b[31mred\\x9b and \\u202eback\n"
+
+
+def test_data_that_spells_an_emoji_stays_text(capsys):
+    terminal.say("photos:ok:.jpg")
+    assert capsys.readouterr().out == "photos:ok:.jpg\n"
 
 
 def test_json_holds_no_nan(capsys):

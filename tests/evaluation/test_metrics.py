@@ -350,6 +350,7 @@ def test_agreement_and_kappa_worked_by_hand():
         ([], np.zeros((0, 3)), [], "need "),
         ([0, 1], np.zeros((2, 2)), ["a", "b"], "need "),
         ([0, 1], np.zeros((2, 3)), ["a"], "same length"),
+        ([[0], [1]], np.zeros((2, 3)), ["a", "b"], "need "),
         ([0, -1], np.zeros((2, 3)), ["a", "b"], "every row needs a label"),
         ([0, 3], np.zeros((2, 3)), ["a", "b"], "every row needs a label"),
         ([0, 1], np.full((2, 3), np.nan), ["a", "b"], "finite logits"),
@@ -358,3 +359,13 @@ def test_agreement_and_kappa_worked_by_hand():
 def test_refuses_rows_it_cannot_score(labels, logits, images, message):
     with pytest.raises(ValueError, match=message):
         score(labels, logits, images)
+
+
+@pytest.mark.parametrize(("rows", "others"), [(3, 1), (1, 3), (3, 2), (0, 0)])
+def test_rows_are_never_broadcast(rows, others):
+    sampling = {"resamples": 10, "seed": 0}
+    for images in {rows, others}:
+        with pytest.raises(ValueError, match="equal, non-empty shapes"):
+            compare_predictions(np.ones(rows), np.ones(others), range(images), **sampling)
+    with pytest.raises(ValueError, match="equal, non-empty shapes"):
+        agreement(np.ones((rows, 3)), np.ones((others, 3)))

@@ -205,6 +205,15 @@ def test_errors_worked_by_hand():
     assert measured.variance_student == measured.variance_teacher == pytest.approx(0.625)
 
 
+@pytest.mark.parametrize(
+    ("student", "teacher", "num_sentences"),
+    [((3, 2), (1, 2), 3), ((3, 2), (3, 2), 1), ((0, 2), (0, 2), 0), ((3,), (3,), 3)],
+)
+def test_embeddings_are_never_broadcast(student, teacher, num_sentences):
+    with pytest.raises(ValueError, match="equal, non-empty shapes"):
+        measure_transfer(np.ones(student), np.ones(teacher), range(num_sentences))
+
+
 def test_the_thesis_summed_figure():
     # FACTS: validation "MSE" 7.62 at 512 dimensions is 0.0149 per dimension.
     teacher = np.random.default_rng(0).normal(size=(30, 512))

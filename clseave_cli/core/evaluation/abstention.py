@@ -159,8 +159,8 @@ def calibrate(config: CalibrateConfig, progress: Progress = SILENT) -> list[Cali
     calibrated = []
     for runs, of_folder in zip(config.runs, systems, strict=True):
         clip_ve = runs / "clip-ve"
-        by_key = run_systems(config, clip_ve, of_folder, calibrations, rows, progress)
-        for key, outputs in by_key.items():
+        models = clip_ve, of_folder, calibrations
+        for key, outputs in run_systems(config, *models, rows, progress).items():
             model = outputs.system.student or clip_ve
             calibrated.append(_calibrated(config, outputs, model, levels[runs, key]))
     if problems := [

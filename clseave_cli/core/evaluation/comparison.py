@@ -131,8 +131,8 @@ def compare_reports(
 ) -> Comparison:
     """Compares two report folders (`evaluate --report`), joining rows by `pairID`.
 
-    Intervals are not corrected for many comparisons: one in twenty ties will look like a
-    difference.
+    Intervals are not corrected for many comparisons: of twenty between equal models, expect one to
+    look different.
 
     Raises:
         DataError: a folder has no predictions, they have no language or no row in common, or they

@@ -73,8 +73,9 @@ def _measured(config: CurveConfig, out: Path, progress: Progress) -> DataCurves:
     source = EvaluateConfig(**options | {"runs": (config.runs,), "lang": (source_lang,)})
     english = None
     try:
+        images = ImageFolder.of(folder, config.images)
         for lang in languages:
-            labelled_rows(source, folder, lang, ImageFolder.of(folder, config.images), progress)
+            labelled_rows(source, folder, lang, images, progress)
         english = evaluate(source, progress).results[0].accuracy
     except DataError as error:
         progress.note(f"{error} Students are measured on dev alone.")

@@ -141,13 +141,14 @@ def _examples(data: Path, report: Path) -> tuple[Example, ...]:
     """For each label, the row that every language gets right with the highest probability."""
     confidence: dict[str, float] = {}
     sentences: dict[str, dict[str, str]] = {}
-    for lang in LANGUAGES:
-        rows, split = read_predicted_rows(report, lang), read_split(data, "test", lang)
+    splits = {lang: read_split(data, "test", lang) for lang in LANGUAGES}
+    for lang, split in splits.items():
+        rows = read_predicted_rows(report, lang)
         p = np.where(rows.predicted == rows.labels, rows.probabilities.max(axis=1), 0.0)
         for pair_id, probability in zip(rows.pair_ids, p.tolist(), strict=True):
             confidence[pair_id] = min(confidence.get(pair_id, 1.0), probability)
         sentences[lang] = dict(zip(split.pair_ids, split.hypotheses, strict=True))
-    source = read_split(data, "test", LANGUAGES[0])
+    source = splits[LANGUAGES[0]]
     examples = []
     for label_id, label in enumerate(LABELS):
         rows_of_label = np.flatnonzero(source.labels == label_id)

@@ -49,6 +49,13 @@ class Interval:
         return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
 
 
+def require_equal_shapes(*columns: npt.ArrayLike) -> None:
+    """Raises ValueError for columns that are empty, or that NumPy would broadcast."""
+    shapes = {np.shape(column) for column in columns}
+    if len(shapes) > 1 or 0 in min(shapes):
+        raise ValueError(f"need equal, non-empty shapes, not {sorted(shapes)}")
+
+
 def cluster_sums(quantities: npt.ArrayLike, images: npt.ArrayLike) -> Floats:
     """(G, S) sums of (N, S) quantities over the rows of each photo.
 
@@ -186,7 +193,11 @@ def compare_predictions(
     Both are scored on the same resamples of photos, so hard photos cancel out. If one model gets
     every row right and the other none, interval and p are those of the exact sign test over photos.
     There is no interval if the resamples are too few for its tail (few photos need a longer one).
+
+    Raises:
+        ValueError: no rows, or not equally many.
     """
+    require_equal_shapes(correct_first, correct_second, images)
     gain = np.asarray(correct_first, dtype=np.float64) - np.asarray(correct_second, np.float64)
     sums = _counted(gain, images)
     ends: tuple[float | None, float | None] = (None, None)
@@ -213,7 +224,11 @@ def agreement(logits_first: npt.ArrayLike, logits_second: npt.ArrayLike) -> tupl
     """Share of rows that two models give the same label, right or wrong; and Cohen's κ.
 
     Both logits are (N, C), of the same rows. κ is 1 if all labels agree.
+
+    Raises:
+        ValueError: no rows, or not equally many.
     """
+    require_equal_shapes(logits_first, logits_second)
     first, second = (np.argmax(logits, axis=1) for logits in (logits_first, logits_second))
     share = float(np.mean(first == second))
     # scikit-learn would divide by zero if both always give the same one label.
@@ -287,7 +302,7 @@ def score(
     """
     gold = np.asarray(labels, dtype=np.int64)
     log_p = log_softmax(np.asarray(logits, dtype=np.float64), axis=1)
-    if not len(gold) or log_p.shape != (len(gold), len(LABELS)):
+    if not gold.size or log_p.shape != (*gold.shape, len(LABELS)):
         raise ValueError(f"need (N,) labels and (N, 3) logits, not {gold.shape}, {log_p.shape}")
     if not (np.isin(gold, range(len(LABELS))).all() and np.isfinite(log_p).all()):
         raise ValueError("every row needs a label and finite logits")

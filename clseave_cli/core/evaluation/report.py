@@ -83,6 +83,7 @@ def html_page(
 
 
 def latex_table(results: Results) -> str:
+    """A `table` environment that needs the package `booktabs`; means of several trainings."""
     return _render("table.tex", results)
 
 

@@ -269,13 +269,13 @@ def highlights(results: Results) -> tuple[Highlight, ...]:
         tiles.append(Highlight("Other languages", value, note))
     if compared := [d for r in others if (d := r.difference_to_english) is not None]:
         ties = f"{sum(difference.is_tie for difference in compared)} of {len(compared)}"
-        note = f"interval of the {mean_of or 'difference'} holds zero"
+        note = f"interval of the {mean_of or 'difference'} contains zero"
         tiles.append(Highlight(f"Tied with {name}", ties, note))
     if measured := [
         (value, by) for r in mean.results for by, (value, _) in compared_with(mean, r).items()
     ]:
         most, by = max(measured)
-        tiles.append(Highlight("Best baseline", f"{percent(most)} %", f"at most, by {by}"))
+        tiles.append(Highlight("Best baseline", f"{percent(most)} %", f"the highest: {by}"))
     return tuple(tiles)
 
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from scipy import stats
 from sklearn.preprocessing import normalize
 
-from clseave_cli.core.evaluation.metrics import Floats
+from clseave_cli.core.evaluation.metrics import Floats, require_equal_shapes
 from clseave_cli.core.models.ranking import rank
 from clseave_cli.errors import ExtraMissing
 
@@ -54,8 +54,13 @@ def measure_transfer(
 
     `sentences` are the (N,) identities of the sentences, such as the English texts: retrieving any
     row of the same sentence is a hit.
+
+    Raises:
+        ValueError: no rows, or shapes that do not match.
     """
     predicted, target = np.asarray(student, np.float32), np.asarray(teacher, np.float32)
+    require_equal_shapes(predicted, target)
+    require_equal_shapes(predicted[..., 0], sentences)
     _, groups = np.unique(np.asarray(sentences), return_inverse=True)
     error = predicted - target
     mse = float(np.mean(np.square(error), dtype=np.float64))
@@ -204,8 +209,8 @@ def describe_power(num_languages: int, smallest: Mapping[str, float | None]) -> 
     measured = {kind: p for kind, p in smallest.items() if p is not None}
     able = ", ".join(kind for kind, p in measured.items() if p < 0.05) or "none"
     limit = (
-        ": the smallest p, that of a perfect ranking by a distance, grows with equal distances and "
-        f"is below 0.05 for {able}"
+        ": the smallest possible p, that of a perfect ranking by a distance, is larger if "
+        f"distances are equal, and below 0.05 for {able}"
     )
     return (
         f"Only {num_languages} languages{limit if measured else ''}. With several kinds of "

@@ -84,7 +84,7 @@ class Batcher:
         Raises:
             Busy: too many questions are waiting, or the service is stopping.
             DataError: the image is damaged, or too large (`TooLarge`).
-            ModelError: the model failed on this question alone.
+            ModelError: the model failed, even on this question alone.
         """
         self.require_room(len(questions))
         self._num_unanswered += len(questions)

@@ -21,7 +21,7 @@ from clseave_cli.core.data.images import Preparation
 from clseave_cli.core.models.calibration import Calibration
 from clseave_cli.core.models.folder import peek
 from clseave_cli.core.prediction import Floats
-from clseave_cli.errors import UsageError
+from clseave_cli.errors import ModelError, UsageError
 from clseave_cli.processes import ahead, usable_cores
 from clseave_cli.progress import SILENT, Progress
 
@@ -89,6 +89,14 @@ def embed_in_batches(
             for source, (each, details) in batch:
                 # A copy, so that a cached embedding does not keep its whole batch in memory.
                 yield source, (None if each is None else next(embeddings).copy(), details)
+
+
+def not_finite(source: str) -> ModelError:
+    """The error if a model in `source` gives NaN or infinite probabilities."""
+    return ModelError(
+        f"{source}: probabilities are not finite; its weights or CLIP-VE's are damaged: copy or "
+        "train it again. With --precision fp16, try fp32."
+    )
 
 
 def default_language(runs: Path, student: Path | None = None) -> str:

@@ -47,6 +47,7 @@ def source_language(folder: Path) -> str:
     config = read_manifest(folder)
     if "source_lang" in config:
         return str(config["source_lang"])
+    # Earlier versions named it only if it was exported.
     for lang, encoder in config["languages"].items():
         if encoder == "clip-ve":
             return str(lang)

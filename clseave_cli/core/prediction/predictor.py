@@ -37,8 +37,9 @@ from clseave_cli.core.prediction.inference import (
     default_language,
     embed_in_batches,
     load_model,
+    not_finite,
 )
-from clseave_cli.errors import ClseaveError, DataError, ModelError, UsageError
+from clseave_cli.errors import ClseaveError, DataError, UsageError
 from clseave_cli.labels import LABELS, Answer, Label
 from clseave_cli.progress import SILENT, Progress
 
@@ -278,10 +279,7 @@ class VisualEntailment:
                 rows, sentences, probabilities, unsure, truncated, cells, strict=True
             ):
                 if not np.isfinite(scores).all():
-                    results[row] = ModelError(
-                        f"{source}: probabilities are not finite; its weights or CLIP-VE's are "
-                        "damaged: copy or train it again. With --precision fp16, try fp32."
-                    )
+                    results[row] = not_finite(source)
                     continue
                 results[row] = Prediction(
                     image=photos[row].name,

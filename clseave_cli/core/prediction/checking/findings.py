@@ -24,7 +24,7 @@ from clseave_cli.core.files import json_digest
 from clseave_cli.core.prediction import Floats
 from clseave_cli.core.prediction.checking.pictures import Picture
 from clseave_cli.core.prediction.checking.reading import Text, read_texts
-from clseave_cli.core.prediction.inference import embed_in_batches, load_model
+from clseave_cli.core.prediction.inference import embed_in_batches, load_model, not_finite
 from clseave_cli.errors import DataError, ExtraMissing, UsageError
 from clseave_cli.labels import LABELS
 from clseave_cli.progress import SILENT, Progress
@@ -48,7 +48,7 @@ _NO_TEXT = {"empty", "placeholder", "file-name", "unreadable"}
 
 _AT_ONCE = 256
 _BYTES_AT_ONCE = 128 << 20
-#: Cached embeddings: 32,768 of 2 KiB, or fewer if they include patches.
+#: Cached embeddings: 32,768 of 2 KiB, or fewer if they include patches or thumbnails.
 _KEPT_BYTES, _LEAST_BYTES = 64 << 20, 2048
 #: Smaller pictures are spacers and tracking pixels.
 _LEAST_PIXELS = 16
@@ -262,6 +262,11 @@ class _Embedded:
     reason: str = ""
     thumbnail: bytes = b""
 
+    @property
+    def num_bytes(self) -> int:
+        vector_bytes = 0 if self.vector is None else self.vector.nbytes
+        return max(vector_bytes, _LEAST_BYTES) + len(self.thumbnail)
+
 
 class _Judge:
     """Judges texts with the model; embeds each picture once."""
@@ -311,10 +316,9 @@ class _Judge:
                 by_lang.setdefault(checked.lang, []).append((checked, embedded))
         for lang, rows in by_lang.items():
             self._judge(lang, rows)
-        sizes = (s.vector.nbytes for s in self._pictures.values() if s.vector is not None)
-        each = max(next(sizes, 0), _LEAST_BYTES)
-        while len(self._pictures) * each > _KEPT_BYTES:
-            del self._pictures[next(iter(self._pictures))]
+        num_bytes = sum(embedded.num_bytes for embedded in self._pictures.values())
+        while num_bytes > _KEPT_BYTES:
+            num_bytes -= self._pictures.pop(next(iter(self._pictures))).num_bytes
 
     def _language(self, text: Text) -> str:
         if self._identifier is None:
@@ -358,9 +362,10 @@ class _Judge:
         order = [index_of[checked.text.text] for checked, _ in rows]
         premises = np.stack([embedded.vector for _, embedded in rows])  # type: ignore[misc]
         thresholds = self._model.calibrations[lang].thresholds
-        for (checked, embedded), index, scores in zip(
-            rows, order, self._model.probabilities(lang, embeddings[order], premises), strict=True
-        ):
+        probabilities = self._model.probabilities(lang, embeddings[order], premises)
+        if not np.isfinite(probabilities).all():
+            raise not_finite(self._model.sources[lang])
+        for (checked, embedded), index, scores in zip(rows, order, probabilities, strict=True):
             checked.probabilities = tuple(scores.tolist())
             best = int(scores.argmax())
             threshold = self._config.min_confidence
@@ -376,7 +381,7 @@ class _Judge:
                 message = f"most likely: {_VERDICTS[best]} ({percent})"
                 checked.report("unsure", message, embedded.digest)
             if truncated[index] and all(f.rule != "too-long" for f in checked.findings):
-                checked.report("too-long", "longer than the model can read; it was cut")
+                checked.report("too-long", "longer than the model can read; it was truncated")
 
 
 def read_baseline(path: Path) -> set[str]:

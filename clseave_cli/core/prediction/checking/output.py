@@ -37,7 +37,7 @@ def render(result: CheckResult, format: str) -> str:
 
 def summary_line(result: CheckResult) -> str:
     counts: Any = result.summary()
-    parts = [f"{counts['texts']} texts"]
+    parts = [f"{counts['texts']} text{'s' if counts['texts'] != 1 else ''}"]
     parts += [f"{number} {name}" for name, number in counts["verdicts"].items()]
     parts += [
         f"{number} {name}"
