@@ -146,13 +146,29 @@ def write_encoder(folder: Path, sentences: list[str], **shape: int) -> Path:
     return folder
 
 
-def train_teacher(data: Path, runs: Path, clip: Path, head: str = "pooled") -> None:
-    """A quick CLIP-VE in `runs`."""
+def labelled_pairs(
+    data: Path, lang: str = "en", split: str = "test"
+) -> tuple[list[tuple[Path, str]], list[str]]:
+    """(image, sentence) of every row of a split, and the labels."""
+    rows = read_jsonl(data / f"snli_ve_{split}{'' if lang == 'en' else f'.{lang}'}.jsonl")
+    pairs = [(data / "images" / row["Flickr30K_ID"], row["sentence2"]) for row in rows]
+    return pairs, [row["gold_label"] for row in rows]
+
+
+def quick_finetune(data: Path, runs: Path, clip: Path, **options: Any) -> Any:
+    """`finetune-ve` for two epochs; `options` may hold `progress`."""
     from clseave_cli.core.config import FinetuneConfig
     from clseave_cli.core.finetuning import finetune
+    from clseave_cli.progress import SILENT
 
-    options = {"clip": str(clip), "head": head, "epochs": 2, **QUICK}
-    finetune(FinetuneConfig(data=str(data), runs=runs, **options))
+    progress = options.pop("progress", SILENT)
+    shared = {"data": str(data), "runs": runs, "clip": str(clip), "epochs": 2, **QUICK}
+    return finetune(FinetuneConfig(**(shared | options)), progress)
+
+
+def train_teacher(data: Path, runs: Path, clip: Path, head: str = "pooled") -> None:
+    """A quick CLIP-VE in `runs`."""
+    quick_finetune(data, runs, clip, head=head)
 
 
 def enlarge_weights(folder: Path, factor: float) -> None:
@@ -252,6 +268,34 @@ def flip_byte(path: Path, place: float = 0.5) -> None:
     content = bytearray(path.read_bytes())
     content[min(int(len(content) * place), len(content) - 1)] ^= 0x04
     path.write_bytes(content)
+
+
+def record(patch: Any, owner: object, name: str, entry: Callable[..., Any]) -> list[Any]:
+    """Replaces a function so that every call appends `entry` of its arguments to the list."""
+    original, entries = getattr(owner, name), []
+
+    def recording(*arguments, **more):
+        entries.append(entry(*arguments, **more))
+        return original(*arguments, **more)
+
+    patch.setattr(owner, name, recording)
+    return entries
+
+
+@contextmanager
+def interrupted_at(owner: object, name: str, number: int) -> Iterator[None]:
+    """Ends the block, which must raise it, by Ctrl-C at a call (from 1) of a function."""
+    import pytest
+
+    calls = itertools.count(1)
+
+    def interrupt(*_arguments, **_more):
+        if next(calls) == number:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        record(patch, owner, name, interrupt)
+        yield
 
 
 class Notes:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_world import COLOURS
+from tiny_world import COLOURS, png
 
 from clseave_cli.core.config import CheckConfig
 from clseave_cli.core.models.calibration import Calibration
@@ -40,27 +41,23 @@ def rules(path, **options):
     return [(c.text.place, f.rule) for c in result.texts for f in c.findings]
 
 
-def test_verdicts(page):
-    result = check([page], CheckConfig())
-    assert [c.verdict for c in result.texts] == ["fits", "contradicts", "unsure", None, None]
+def test_verdicts_of_pictures_that_are_encoded_once(page, model):
+    result = check([page, page], CheckConfig())
+    assert [c.verdict for c in result.texts] == ["fits", "contradicts", "unsure", None, None] * 2
+    assert model.num_images == 2
     assert rules(page) == [(3, "contradicts"), (4, "unsure"), (5, "empty")]
     assert rules(page, min_confidence=0.98) == [
         (2, "unsure"), (3, "unsure"), (4, "unsure"), (5, "empty"),
     ]  # fmt: skip
-    assert result.summary()["skipped"] == {"missing": 1}
+    assert result.summary()["skipped"] == {"missing": 2}
     assert rules(page, judge=False) == [(5, "empty")]
     assert check([page], CheckConfig(judge=False)).summary()["skipped"] == {"missing": 1}
 
 
-def test_what_calibrate_promised_decides_unless_told_otherwise(page, model):
+def test_thresholds_of_calibrate_decide_unless_an_option_does(page, model):
     model.calibrations["en"] = Calibration(thresholds={"contradiction": 0.98}, precision=0.95)
     assert rules(page) == [(3, "unsure"), (4, "unsure"), (5, "empty")]  # 0.97, and 0.4 < 0.7
     assert rules(page, min_confidence=0.0) == [(3, "contradicts"), (5, "empty")]
-
-
-def test_each_picture_is_encoded_once(page, model):
-    check([page, page], CheckConfig())
-    assert model.num_images == 2
 
 
 def test_the_cache_counts_thumbnails(page, model, monkeypatch):
@@ -113,16 +110,14 @@ def test_the_same_text_on_many_pictures(site, model):
     [
         (b"<svg/>", "damaged or not an image"),
         (b"", "damaged or not an image"),
-        ("tiny", "smaller than 16 pixels"),
-        ("bomb", "more pixels than the limit"),
+        (png(15, 40, bytes(1840)), "smaller than 16 pixels"),
+        (png(99, 99), "more pixels than the limit"),
     ],
+    ids=["SVG", "empty", "tiny", "bomb"],
 )
 def test_pictures_that_cannot_be_judged_are_counted(site, model, monkeypatch, content, reason):
-    if isinstance(content, str):
-        Image.new("RGB", (15, 40) if content == "tiny" else (99, 99)).save(site / "a.png")
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
-    else:
-        (site / "a.png").write_bytes(content)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
+    (site / "a.png").write_bytes(content)
     (site / "page.md").write_text("![Red](a.png)")
     result = check([site / "page.md"], CheckConfig())
     assert not result.flagged
@@ -137,9 +132,7 @@ def test_the_language_is_that_of_each_text(site, trained, monkeypatch):
         def identify(self, text):
             return ("de", 0.99) if "Quadrat" in text else ("en", 0.5)
 
-    monkeypatch.setattr(
-        "clseave_cli.core.prediction.checking.findings.LanguageIdentifier", Identifier
-    )
+    monkeypatch.setattr(findings, "LanguageIdentifier", Identifier)
     (site / "page.html").write_text(
         "<html lang=nl-BE><img src=red.png alt='Das Quadrat'><img src=red.png alt='Het vierkant'>"
         "<img src=red.png alt='square' lang=fr>"
@@ -154,13 +147,11 @@ def test_the_language_is_that_of_each_text(site, trained, monkeypatch):
 def test_what_was_accepted_is_no_finding_until_text_or_picture_change(page, site):
     first = check([page], CheckConfig())
     (site / "run.json").write_text(render(first, "json"))
-    entry = first.flagged[0].findings[0].fingerprint
-    (site / "decisions.json").write_text(
-        json.dumps({"decisions": [
-            {"fingerprint": entry, "decision": "accept"},
-            {"fingerprint": first.flagged[1].findings[0].fingerprint, "decision": "reject"},
-        ]})
-    )  # fmt: skip
+    decisions = [
+        {"fingerprint": flagged.findings[0].fingerprint, "decision": decision}
+        for flagged, decision in zip(first.flagged, ("accept", "reject"), strict=False)
+    ]
+    (site / "decisions.json").write_text(json.dumps({"decisions": decisions}))
     again = check([page], CheckConfig(baseline=site / "run.json"))
     assert (again.flagged, again.num_accepted, again.fails("unsure")) == ([], 3, False)
     assert rules(page, baseline=site / "decisions.json") == [(4, "unsure"), (5, "empty")]
@@ -177,10 +168,13 @@ def test_what_was_accepted_is_no_finding_until_text_or_picture_change(page, site
             check([page], CheckConfig(baseline=site / name))
 
 
-def test_the_command_prints_a_table_and_fails_on_findings(page, clseave):
-    code, out, _ = clseave("check", page.name)
-    assert code == 1
-    assert out.splitlines() == [
+def test_formats_of_the_output(page, clseave):
+    def printed(*options):
+        code, out, _ = clseave("check", page.name, *options)
+        assert code == 1
+        return out
+
+    assert printed().splitlines() == [
         "page.html",
         '     3  contradicts  red.png                       "A blue square." · the picture '
         "contradicts it (97 %)",
@@ -190,12 +184,30 @@ def test_the_command_prints_a_table_and_fails_on_findings(page, clseave):
         "5 texts · 1 fits · 1 contradicts · 1 unsure · 1 empty · not judged: 1 missing",
     ]
 
+    document = json.loads(printed("--format", "json"))
+    assert document["summary"]["findings"] == {"contradicts": 1, "unsure": 1, "empty": 1}
+    rows = [json.loads(line) for line in printed("--format", "jsonl").splitlines()]
+    assert rows == document["texts"]
+    assert (rows[1]["file"], rows[1]["line"], rows[1]["verdict"]) == ("page.html", 3, "contradicts")
+    suites = ElementTree.fromstring(printed("--format", "junit"))
+    assert [suite.get("failures") for suite in suites] == ["3"]
+    assert len(suites.findall(".//testcase")) == 5 and len(suites.findall(".//skipped")) == 1
+    (run,) = json.loads(printed("--format", "sarif"))["runs"]
+    assert {r["ruleId"] for r in run["results"]} <= {
+        r["id"] for r in run["tool"]["driver"]["rules"]
+    }
+    location = run["results"][0]["locations"][0]["physicalLocation"]
+    assert location == {"artifactLocation": {"uri": "page.html"}, "region": {"startLine": 3}}
+    lines = printed("--format", "github").splitlines()
+    assert lines[0].startswith("::error file=page.html,line=3,title=clseave contradicts::red.png")
+    assert "(97 %25)" in lines[0] and lines[1].startswith("::warning file=page.html,line=4,")
+
 
 def test_exit_status(site, model, clseave):
-    (site / "fine.html").write_text(
-        "<img src=red.png alt='A red square.'><img src=blue.png alt=''>"
-    )
-    assert rules(site / "fine.html") == []  # a decorative picture needs no text
+    # A decorative picture needs no text.
+    page = "<img src=red.png alt='A red square.'><img src=blue.png alt=''>"
+    (site / "fine.html").write_text(page)
+    assert rules(site / "fine.html") == []
     (site / "unsure.html").write_text("<img src=red.png alt='A square.'>")
     assert clseave("check", "fine.html")[0] == 0
     (site / "one.html").write_text("<img src=red.png alt='A red square.'>")
@@ -211,45 +223,17 @@ def test_exit_status(site, model, clseave):
 
 @pytest.mark.parametrize(
     ("name", "table"),
-    [
-        ("pyproject.toml", "[tool.clseave.check]"),
-        ("clseave.toml", "[tool.clseave.check]"),
-        ("clseave.toml", "[check]"),
-    ],
-)
+    [("pyproject.toml", "tool.clseave.check"), ("clseave.toml", "tool.clseave.check"),
+     ("clseave.toml", "check")],
+)  # fmt: skip
 def test_options_of_the_project(page, site, clseave, refused, name, table):
-    (site / name).write_text(f"{table}\nmin-confidence = 0.98\nfail_on = 'unsure'\n")
-    (site / "own.toml").write_text("min_confidence = 0.3\n")
+    (site / name).write_text(f"[{table}]\nmin-confidence = 0.98\nfail_on = 'unsure'\n")
+    (site / "lenient.toml").write_text("min_confidence = 0.3\n")
     assert "3 unsure" in clseave("check", page.name)[1]
-    assert "2 fits" in clseave("check", page.name, "--config", "own.toml")[1]
+    assert "2 fits" in clseave("check", page.name, "--config", "lenient.toml")[1]
     assert "1 unsure" in clseave("check", page.name, "--min-confidence", 0.7)[1]
-    (site / name).write_text(f"{table}\nfetch = true\n")  # a project may not ask for requests
+    (site / name).write_text(f"[{table}]\nfetch = true\n")  # a project may not ask for requests
     assert f"{name}: no option named fetch" in refused("check", page.name, code=2)
-
-
-def test_formats(page, clseave):
-    def printed(format):
-        code, out, _ = clseave("check", page.name, "--format", format)
-        assert code == 1
-        return out
-
-    document = json.loads(printed("json"))
-    assert document["summary"]["findings"] == {"contradicts": 1, "unsure": 1, "empty": 1}
-    rows = [json.loads(line) for line in printed("jsonl").splitlines()]
-    assert rows == document["texts"]
-    assert (rows[1]["file"], rows[1]["line"], rows[1]["verdict"]) == ("page.html", 3, "contradicts")
-    suites = ElementTree.fromstring(printed("junit"))
-    assert [suite.get("failures") for suite in suites] == ["3"]
-    assert len(suites.findall(".//testcase")) == 5 and len(suites.findall(".//skipped")) == 1
-    (run,) = json.loads(printed("sarif"))["runs"]
-    assert {r["ruleId"] for r in run["results"]} <= {
-        r["id"] for r in run["tool"]["driver"]["rules"]
-    }
-    location = run["results"][0]["locations"][0]["physicalLocation"]
-    assert location == {"artifactLocation": {"uri": "page.html"}, "region": {"startLine": 3}}
-    lines = printed("github").splitlines()
-    assert lines[0].startswith("::error file=page.html,line=3,title=clseave contradicts::red.png")
-    assert "(97 %25)" in lines[0] and lines[1].startswith("::warning file=page.html,line=4,")
 
 
 def test_nothing_in_a_text_commands_a_terminal_or_breaks_a_format(site, model):
@@ -284,12 +268,11 @@ def test_the_report_has_the_worst_first_and_replaces_only_reports(page, clseave,
 def test_without_the_extra_one_line_says_how_to_get_it(site, model, refused, monkeypatch):
     (site / "page.md").write_text("<img src=red.png>")
     for module in ("lxml", "markdown_it"):
-        monkeypatch.setitem(__import__("sys").modules, module, None)
-        assert f"check needs {module}; run: pip install -e '.[check]'" in refused(
-            "check", "page.md"
-        )
+        monkeypatch.setitem(sys.modules, module, None)
+        message = f"check needs {module}; run: pip install -e '.[check]'"
+        assert message in refused("check", "page.md")
     model.sources = {"en": "clip-ve", "de": "align-de"}
-    monkeypatch.setitem(__import__("sys").modules, "lingua", None)
+    monkeypatch.setitem(sys.modules, "lingua", None)
     assert "Or name the language: --lang LANG." in refused("check", "page.md")
 
 

@@ -138,23 +138,15 @@ def test_tables(site):
     (site / "c.jsonl").write_text(
         '{"image": "red.png", "text": "x"}\n\n[1]\n{"image": null, "text": "\\ud83d"}\n'
     )
-    pq.write_table(
-        pa.table(
-            {
-                "picture": [{"bytes": b"GIF", "path": None}, {"bytes": None, "path": "red.png"}],
-                "text": ["x", "y"],
-            }
-        ),
-        site / "d.parquet",
-    )
+    pictures = [{"bytes": b"GIF", "path": None}, {"bytes": None, "path": "red.png"}]
+    pq.write_table(pa.table({"picture": pictures, "text": ["x", "y"]}), site / "d.parquet")
     assert seen("a.csv") == [(2, "two lines", "red.png"), (4, "x", "blue.png"), (5, "", "unread")]
     assert seen("b.tsv") == [(2, "", "red.png")]
     assert seen("c.jsonl") == [(1, "x", "red.png"), (3, "", "unread"), (4, "?", "missing")]
     assert seen("d.parquet") == [("row 1", "x", ""), ("row 2", "y", "red.png")]
     assert seen("a.csv", text_column="ID", image_column="text")[1] == (4, "2", "missing")
-    assert "--image-column width: choose a column; there are: id, Image, text." in (
-        read("a.csv", image_column="width")[0].problem
-    )
+    problem = read("a.csv", image_column="width")[0].problem
+    assert "--image-column width: choose a column; there are: id, Image, text." in problem
     (site / "e.csv").write_bytes("image,text\nred.png,x\n".encode("utf-16"))
     assert read("e.csv")[0].problem == "not UTF-8; convert the file."
 
@@ -162,10 +154,8 @@ def test_tables(site):
 def test_coco_captions_and_pictures_elsewhere(site):
     (site / "images").mkdir()
     (site / "red.png").rename(site / "images" / "red.png")
-    document = {
-        "images": [{"id": 7, "file_name": "red.png"}],
-        "annotations": [{"image_id": 7, "caption": "x"}, {"image_id": 8, "caption": "y"}, 3],
-    }
+    captions = [{"image_id": 7, "caption": "x"}, {"image_id": 8, "caption": "y"}, 3]
+    document = {"images": [{"id": 7, "file_name": "red.png"}], "annotations": captions}
     (site / "captions.json").write_text(json.dumps(document))
     assert seen("captions.json", images=site / "images") == [
         ("annotations[0]", "x", "red.png"),
@@ -185,9 +175,8 @@ def test_webdataset_members_are_read_where_they_are(site):
             archive.addfile(member, io.BytesIO(content))
     before = set(site.parent.rglob("*"))
     texts = read("shard.tar")
-    assert [(t.place, t.text, t.picture.source) for t in texts] == [
-        ("0", "zero", b"PNG"), ("1", "one", b"JPG"),
-    ]  # fmt: skip
+    entries = [(t.place, t.text, t.picture.source) for t in texts]
+    assert entries == [("0", "zero", b"PNG"), ("1", "one", b"JPG")]
     assert set(site.parent.rglob("*")) == before
 
 
@@ -202,57 +191,43 @@ def test_a_folder_gives_what_is_in_it_and_nothing_else(site):
         (site / hidden / "page.html").write_text("<img>")
     (site / "out.html").symlink_to(site.parent / "secret.html")
     (site.parent / "secret.html").write_text("<img alt=secret>")
-    assert seen(".") == [
-        (1, "page", "red.png"), (1, "beside", "red.png"), (3, "two", "red.png"),
-    ]  # fmt: skip
+    expected = [(1, "page", "red.png"), (1, "beside", "red.png"), (3, "two", "red.png")]
+    assert seen(".") == expected
 
 
 @pytest.mark.parametrize(
-    ("reference", "reason"),
+    ("reason", "references"),
     [
-        ("../secret-red.png", "outside the folder"),
-        ("..%2fsecret-red.png", "outside the folder"),
-        ("..\\secret-red.png", "outside the folder"),
-        ("a/../../secret-red.png", "outside the folder"),
-        ("/../secret-red.png", "outside the folder"),
-        ("file:///etc/passwd", "outside the folder"),
-        ("C:\\Windows\\win.ini", "outside the folder"),
-        ("link.png", "outside the folder"),
-        ("linked/secret-red.png", "outside the folder"),
-        ("http://example.org/a.png", "remote"),
-        ("//example.org/a.png", "remote"),
-        ("pipe.png", "missing"),
-        (".", "missing"),
-        ("a\0b", "missing"),
-        ("x" * 5000, "missing"),
-        ("http://[", "not a valid URL"),
+        ("outside the folder",
+         ["../secret-red.png", "..%2fsecret-red.png", "..\\secret-red.png", "link.png",
+          "a/../../secret-red.png", "/../secret-red.png", "file:///etc/passwd",
+          "C:\\Windows\\win.ini", "linked/secret-red.png"]),
+        ("remote", ["http://example.org/a.png", "//example.org/a.png"]),
+        ("missing", ["pipe.png", ".", "a\0b", "x" * 5000]),
+        ("not a valid URL", ["http://["]),
     ],
-)
-@pytest.mark.parametrize("kind", ["html", "csv"])
-def test_no_reference_leads_out_of_the_folder(site, reference, reason, kind):
+)  # fmt: skip
+def test_no_reference_leads_out_of_the_folder(site, reason, references):
     (site / "link.png").symlink_to(site.parent / "secret-red.png")
     (site / "linked").symlink_to(site.parent)
     os.mkfifo(site / "pipe.png")
-    if kind == "html":
-        page(site, f"<img alt=x src='{reference}'>".replace("\0", "%00"))
-        (entry,) = seen("page.html")
-    else:
-        row = json.dumps({"image": reference, "text": "x"})
-        (site / "rows.jsonl").write_text(row)
-        (entry,) = seen("rows.jsonl")
-    assert entry[2] in ("outside the folder", "remote", "missing", "not a valid URL")
-    if kind == "html":
-        assert entry[2] == reason
+    page(site, *(f"<img alt=x src='{name}'>".replace("\0", "%00") for name in references))
+    assert [entry[2] for entry in seen("page.html")] == [reason] * len(references)
+    _write_rows(site, references)
+    reasons = {"outside the folder", "remote", "missing", "not a valid URL"}
+    entries = seen("rows.jsonl")
+    assert len(entries) == len(references) and {entry[2] for entry in entries} <= reasons
+
+
+def _write_rows(site, images):
+    rows = [{"image": str(image), "text": "x"} for image in images]
+    (site / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
 def test_an_absolute_path_in_a_table_must_be_inside(site):
-    rows = [{"image": str(path), "text": "x"} for path in (
-        site / "red.png", site.parent / "secret-red.png", "/etc/passwd"
-    )]  # fmt: skip
-    (site / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert [entry[2] for entry in seen("rows.jsonl")] == [
-        "red.png", "outside the folder", "outside the folder",
-    ]  # fmt: skip
+    _write_rows(site, (site / "red.png", site.parent / "secret-red.png", "/etc/passwd"))
+    pictures = [entry[2] for entry in seen("rows.jsonl")]
+    assert pictures == ["red.png", "outside the folder", "outside the folder"]
 
 
 def test_root_widens_the_folder_of_a_file(site):

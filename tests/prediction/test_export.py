@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_world import flip_byte, read_jsonl, reseal, tree
+from tiny_world import flip_byte, labelled_pairs, record, reseal, tree
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -29,13 +29,7 @@ from clseave_cli.errors import ModelError
 from clseave_cli.labels import LABELS
 
 _REPOSITORY = Path(__file__).parents[2]
-SENTENCES = [
-    "Das Quadrat ist rot.",
-    "Draußen wartet ein Hund.",
-    "日本語 🙂",
-    "rot " * 200,
-    "[SEP] x",
-]
+SENTENCES = ["Das Quadrat ist rot.", "Draußen wartet ein Hund.", "日本 🙂", "rot " * 200, "[SEP] x"]
 
 
 @pytest.fixture(scope="session")
@@ -46,60 +40,44 @@ def exported(tmp_path_factory, trained):
     return folder
 
 
-def _pairs(world, lang):
-    suffix = "" if lang == "en" else f".{lang}"
-    rows = read_jsonl(world / f"snli_ve_test{suffix}.jsonl")
-    return [(world / "images" / row["Flickr30K_ID"], row["sentence2"]) for row in rows]
+def _probabilities(answers):
+    return np.array([[answer.probabilities[label] for label in LABELS] for answer in answers])
 
 
-def _assert_close(answers, others, tolerance):
-    for answer, other in zip(answers, others, strict=True):
-        expected = pytest.approx(list(other.probabilities.values()), abs=tolerance)
-        assert list(answer.probabilities.values()) == expected
+def _predict(folder, lang, pairs, **options):
+    settings = {"device": "cpu", "precision": "fp32"} | options
+    return VisualEntailment.from_pretrained(folder, lang, **settings).predict(pairs)
 
 
 @pytest.mark.parametrize("lang", ["en", "de", "nl"])
 def test_the_exported_folder_answers_as_the_models_do(world, trained, exported, lang):
-    pairs = _pairs(world, lang)
+    pairs, _ = labelled_pairs(world, lang)
     pairs += [(pairs[0][0], sentence) for sentence in SENTENCES]
-    ours = VisualEntailment.from_pretrained(trained, lang, "cpu", "fp32").predict(pairs)
-    theirs = VisualEntailment.from_pretrained(exported, lang).predict(pairs)
-    _assert_close(theirs, ours, 1e-4)
-    for first, second in zip(ours, theirs, strict=True):
-        assert second.truncated == first.truncated
-        assert Path(second.model).name == Path(first.model).name
-    assert any(answer.truncated for answer in ours)
+    expected, actual = _predict(trained, lang, pairs), _predict(exported, lang, pairs)
+    assert _probabilities(actual) == pytest.approx(_probabilities(expected), abs=1e-4)
+    assert [a.truncated for a in actual] == [a.truncated for a in expected]
+    assert [Path(a.model).name for a in actual] == [Path(a.model).name for a in expected]
+    assert any(answer.truncated for answer in expected)
 
 
 def test_a_model_for_one_answer_gives_others_too(world, exported):
-    first, second = _pairs(world, "de")[0], _pairs(world, "de")[-1]
+    (first, *_, second), _ = labelled_pairs(world, "de")
     assert first[0] != second[0]
     model = VisualEntailment.from_pretrained(exported, "de", lasting=False)
-    answers = [model(*first), model(*second)]
-    wanted = VisualEntailment.from_pretrained(exported, "de").predict([first, second])
-    _assert_close(answers, wanted, 1e-5)
+    expected = _probabilities(_predict(exported, "de", [first, second]))
+    assert _probabilities([model(*first), model(*second)]) == pytest.approx(expected, abs=1e-5)
 
 
-def test_embeddings_do_not_depend_on_their_batch(trained, exported):
+def test_embeddings_are_those_of_torch(trained, exported):
     model, reference = load_model(exported), load_model(trained, device="cpu", precision="fp32")
     together, cut = model.embed_sentences("de", SENTENCES)
-    for sentence, vector in zip(SENTENCES, together, strict=True):
-        alone, _ = model.embed_sentences("de", [sentence])
-        assert alone[0] == pytest.approx(vector, abs=1e-4)
-    torchs, torchs_cut = reference.embed_sentences("de", SENTENCES)
-    assert together == pytest.approx(torchs, abs=1e-4)
-    assert cut.tolist() == torchs_cut.tolist()
+    expected, expected_cut = reference.embed_sentences("de", SENTENCES)
+    assert together == pytest.approx(expected, abs=1e-4)
+    assert cut.tolist() == expected_cut.tolist()
 
 
-def test_sentences_are_computed_in_parts_of_bounded_size(exported, monkeypatch):
-    shapes = []
-    compute = onnx_model._run
-
-    def watched(session, **inputs):
-        shapes.append(inputs["input_ids"].shape)
-        return compute(session, **inputs)
-
-    monkeypatch.setattr(onnx_model, "_run", watched)
+def test_embeddings_do_not_depend_on_their_batch_whose_size_is_bounded(exported, monkeypatch):
+    shapes = record(monkeypatch, onnx_model, "_run", lambda _, **inputs: inputs["input_ids"].shape)
     model = load_model(exported, ["de"])
     sentences = [*SENTENCES, *(f"Das Quadrat {number} ist rot." for number in range(600))] * 2
     together, cut = model.embed_sentences("de", sentences)
@@ -107,7 +85,7 @@ def test_sentences_are_computed_in_parts_of_bounded_size(exported, monkeypatch):
     assert sum(rows for rows, _ in shapes) == len(sentences)
     # Short sentences are not padded to the longest of the call.
     assert sum(rows * tokens for rows, tokens in shapes) < len(sentences) * shapes[0][1] / 2
-    for row in (0, 1, 2, 3, 300, 604, 605, 608, 1209):
+    for row in (0, 1, 2, 3, 4, 300, 604, 605, 608, 1209):
         alone, alone_cut = model.embed_sentences("de", sentences[row : row + 1])
         assert alone[0] == pytest.approx(together[row], abs=1e-4)
         assert alone_cut[0] == cut[row]
@@ -124,24 +102,19 @@ def test_predictions_in_eight_bits_are_within_the_tolerance_of_torchs(world, tmp
     assert 0 < result.difference <= config["tolerance"] == exporting.TOLERANCE["int8"] == 0.1
     differences = []
     for lang in ("en", "de", "nl"):
-        pairs = _pairs(world, lang)
-        ours = VisualEntailment.from_pretrained(trained, lang, "cpu", "fp32").predict(pairs)
-        theirs = VisualEntailment.from_pretrained(tmp_path / "onnx", lang).predict(pairs)
-        for first, second in zip(ours, theirs, strict=True):
-            assert list(second.probabilities) == list(first.probabilities)
-            differences += [
-                abs(second.probabilities[label] - first.probabilities[label])
-                for label in first.probabilities
-            ]
+        pairs, _ = labelled_pairs(world, lang)
+        answers = _predict(tmp_path / "onnx", lang, pairs)
+        assert all(list(answer.probabilities) == list(LABELS) for answer in answers)
+        expected = _probabilities(_predict(trained, lang, pairs))
+        differences.append(np.abs(_probabilities(answers) - expected).max())
     # It is in 8 bits: not what float32 gives.
     assert 1e-6 < max(differences) <= config["tolerance"]
 
 
 def test_predicting_with_it_imports_neither_torch_nor_transformers(world, exported, tmp_path):
-    image, hypothesis = _pairs(world, "de")[0]
-    (tmp_path / "rows.jsonl").write_text(
-        json.dumps({"image": str(image), "hypothesis": hypothesis})
-    )
+    image, hypothesis = labelled_pairs(world, "de")[0][0]
+    row = {"image": str(image), "hypothesis": hypothesis}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     script = """
 import json, sys
 for name in ("torch", "transformers", "safetensors"):
@@ -190,21 +163,20 @@ def test_the_manifest_names_what_it_was_made_from(trained, exported):
 
 def test_temperature_and_thresholds_are_exported(world, runs, tmp_path):
     calibration = Calibration(3.0, dict.fromkeys(LABELS, 1.0), 0.95)
-    pairs = _pairs(world, "de")
-    before = VisualEntailment.from_pretrained(runs, "de", "cpu", "fp32").predict(pairs)
+    pairs, _ = labelled_pairs(world, "de")
+    before = _predict(runs, "de", pairs)
     write_calibrations(runs / "align-de", {"de": calibration})
     export(ExportConfig(runs=runs, out=tmp_path / "onnx", lang=("de",)))
-    ours = VisualEntailment.from_pretrained(runs, "de", "cpu", "fp32").predict(pairs)
-    theirs = VisualEntailment.from_pretrained(tmp_path / "onnx", "de", unsure=True).predict(pairs)
-    _assert_close(theirs, ours, 1e-4)
-    assert [a.label for a in ours] == [a.label for a in before]
-    assert ours[0].probabilities != before[0].probabilities
-    assert {a.label for a in theirs} == {"unsure"}
+    expected = _predict(runs, "de", pairs)
+    exported = _predict(tmp_path / "onnx", "de", pairs, unsure=True)
+    assert _probabilities(exported) == pytest.approx(_probabilities(expected), abs=1e-4)
+    assert [answer.label for answer in expected] == [answer.label for answer in before]
+    assert expected[0].probabilities != before[0].probabilities
+    assert {answer.label for answer in exported} == {"unsure"}
 
 
 def test_a_damaged_folder_is_refused(exported, tmp_path, world):
-    copy = tmp_path / "onnx"
-    shutil.copytree(exported, copy)
+    copy = shutil.copytree(exported, tmp_path / "onnx")
     flip_byte(copy / "image.onnx.data")
     with pytest.raises(ModelError, match=r"image\.onnx\.data: damaged"):
         load_model(copy)
@@ -212,38 +184,39 @@ def test_a_damaged_folder_is_refused(exported, tmp_path, world):
     with pytest.raises(ModelError, match=r"image\.onnx\.data: missing"):
         VisualEntailment.from_pretrained(copy)
     with pytest.raises(ModelError, match=r"image\.onnx.*export it again"):
-        VisualEntailment.from_pretrained(copy, lasting=False)(*_pairs(world, "en")[0])
+        VisualEntailment.from_pretrained(copy, lasting=False)(*labelled_pairs(world)[0][0])
     with pytest.raises(ModelError, match=r"no model for fr; available: en, de, nl"):
         VisualEntailment.from_pretrained(exported, "fr")
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "message"),
+    ("key", "value"),
     [
-        ("languages", {"de": "../../elsewhere"}, "config.json: damaged"),
-        ("languages", {"de\x1b[2J": "clip-ve"}, "config.json: damaged"),
-        ("languages", ["de"], "config.json: damaged"),
-        ("languages", {"de": "gone"}, "config.json: damaged"),
-        ("encoders", {"align-de": {"max_tokens": -1, "terminal_id": 0, "pad_id": 0}}, "damaged"),
-        ("preparation", {"crop": [10**6, 10**6]}, "config.json: damaged"),
-        ("preparation", [], "config.json: damaged"),
-        ("calibrations", {"de": {"temperature": 0}}, "config.json: damaged"),
-        ("calibrations", {"de": {"thresholds": ["neutral"]}}, "config.json: damaged"),
-        ("image.onnx", "pipe", "image.onnx: missing or not a file"),
-        ("config.json", "pipe", "config.json: not a regular file"),
+        ("languages", {"de": "../../elsewhere"}),
+        ("languages", {"de\x1b[2J": "clip-ve"}),
+        ("languages", ["de"]),
+        ("languages", {"de": "gone"}),
+        ("encoders", {"align-de": {"max_tokens": -1, "terminal_id": 0, "pad_id": 0}}),
+        ("preparation", {"crop": [10**6, 10**6]}),
+        ("preparation", []),
+        ("calibrations", {"de": {"temperature": 0}}),
+        ("calibrations", {"de": {"thresholds": ["neutral"]}}),
+        ("image.onnx: missing or not a file", "pipe"),
+        ("config.json: not a regular file", "pipe"),
     ],
 )
-def test_a_hostile_folder_is_refused(exported, tmp_path, world, refused, key, value, message):
-    folder = tmp_path / "onnx"
-    shutil.copytree(exported, folder)
+def test_a_hostile_folder_is_refused(exported, tmp_path, world, refused, key, value):
+    folder, message = shutil.copytree(exported, tmp_path / "onnx"), "config.json: damaged"
     if value == "pipe":
-        (folder / key).unlink()
-        os.mkfifo(folder / key)
+        path, message = folder / key.partition(":")[0], key
+        path.unlink()
+        os.mkfifo(path)
     else:
         config = peek(folder, onnx_model.FORMAT)
         value = config[key] | value if key == "preparation" and value else value
         reseal(folder, onnx_model.FORMAT, **{key: value})
-    error = refused("predict", *_pairs(world, "de")[0], "--lang", "de", "--runs", folder)
+    pair = labelled_pairs(world, "de")[0][0]
+    error = refused("predict", *pair, "--lang", "de", "--runs", folder)
     assert message in error and "\x1b" not in error
 
 
@@ -270,23 +243,20 @@ def test_what_differs_too_much_is_not_written(tmp_path, trained, monkeypatch, br
 
 def test_the_command_says_what_it_wrote(tmp_path, trained, clseave, refused):
     out = tmp_path / "onnx"
-    code, text, _ = clseave("export", "--runs", trained, "--out", out, "--lang", "nl", "--json")
+    command = ("export", "--runs", trained, "--out")
+    code, text, _ = clseave(*command, out, "--lang", "nl", "--json")
     assert code == 0
     document = json.loads(text)
     assert document["languages"] == ["nl"] and document["folder"] == str(out)
     assert document["bytes"] == sum(len(content) for content in tree(out).values())
-    code, _, err = clseave("export", "--runs", trained, "--out", out, "--lang", "nl")
+    code, _, err = clseave(*command, out, "--lang", "nl")
     assert code == 0 and "replaced" not in err
-    code, _, err = clseave("export", "--runs", trained, "--out", out, "--lang", "de")
+    code, _, err = clseave(*command, out, "--lang", "de")
     assert code == 0 and f"{out}: replaced an export that also read nl." in err
-    (out / "config.json").write_text("{")
-    error = refused("export", "--runs", trained, "--out", out, "--lang", "nl", code=2)
-    assert f"{out}: already exists" in error  # nothing is known of a damaged one
-    assert "is not an exported model" in refused(
-        "export", "--runs", trained, "--out", trained / "clip-ve", code=2
-    )
-    other = tmp_path / "other"
-    assert "no model for xx" in refused("export", "--runs", trained, "--out", other, "--lang", "xx")
+    (out / "config.json").write_text("{")  # nothing is known of a damaged one
+    assert f"{out}: already exists" in refused(*command, out, "--lang", "nl", code=2)
+    assert "is not an exported model" in refused(*command, trained / "clip-ve", code=2)
+    assert "no model for xx" in refused(*command, tmp_path / "other", "--lang", "xx")
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,8 @@ def page(browser, address):
     problems = []
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("console", lambda entry: entry.type == "error" and problems.append(entry.text))
-    page.on("request", lambda sent: problems.append(sent.url) if _elsewhere(sent, address) else 0)
+    inside = (address, "blob:", "data:")
+    page.on("request", lambda sent: sent.url.startswith(inside) or problems.append(sent.url))
     page.goto(address)
     # Not `wait_for_function`: the page's security policy forbids what it evaluates.
     page.wait_for_selector("#lang option", state="attached")
@@ -82,14 +83,17 @@ def page(browser, address):
     assert [each for each in problems if "413" not in each] == []
 
 
-def _elsewhere(request, address):
-    return not request.url.startswith((address, "blob:", "data:"))
-
-
 def _png(colour, size=(32, 32)):
     stream = io.BytesIO()
     Image.new("RGB", size, colour).save(stream, "PNG")
     return stream.getvalue()
+
+
+def _ask(page, sentence, photo=None, target="#drop"):
+    """Drops a photo, a green one by default, and asks about a sentence."""
+    page.evaluate(_DROP, [target, list(photo or _png((0, 255, 0)))])
+    page.fill("#hypothesis", sentence)
+    page.click("#ask")
 
 
 def _percents(page):
@@ -99,10 +103,9 @@ def _percents(page):
 
 def test_a_dropped_photo_and_a_sentence_give_three_probabilities(page):
     assert page.locator("#ask").is_disabled()
-    page.evaluate(_DROP, ["#drop", list(_png((0, 255, 0)))])
-    page.fill("#hypothesis", "Das ist grün.")
+    assert page.locator("#lang option").all_inner_texts() == ["English (en)", "German (de)"]
     page.select_option("#lang", "de")
-    page.click("#ask")
+    _ask(page, "Das ist grün.")
     percents = _percents(page)
     assert page.locator(".row span:first-child").all_inner_texts() == [
         "entailment", "neutral", "contradiction",
@@ -121,23 +124,15 @@ def test_a_chosen_photo_works_as_well_and_enter_asks(page):
     assert _percents(page)[0] == max(_percents(page))
 
 
-def test_languages_are_named(page):
-    assert page.locator("#lang option").all_inner_texts() == ["English (en)", "German (de)"]
-
-
 def test_a_refusal_is_shown_in_words(page):
-    page.evaluate(_DROP, ["body", list(_png((1, 2, 3), (1200, 1000)))])
-    page.fill("#hypothesis", "x")
-    page.click("#ask")
+    _ask(page, "x", _png((1, 2, 3), (1200, 1000)), target="body")
     page.wait_for_selector("#answer .problem")
     assert "more than 1 megapixels" in page.locator("#answer .problem").inner_text()
 
 
 @pytest.mark.parametrize("change", ["sentence", "language", "photo"])
 def test_no_answer_stays_beside_another_question(page, change):
-    page.evaluate(_DROP, ["#drop", list(_png((0, 255, 0)))])
-    page.fill("#hypothesis", "It is green.")
-    page.click("#ask")
+    _ask(page, "It is green.")
     _percents(page)
     if change == "sentence":
         page.type("#hypothesis", "!")
@@ -149,11 +144,9 @@ def test_no_answer_stays_beside_another_question(page, change):
 
 
 def test_an_answer_that_comes_after_an_edit_is_not_shown(page):
-    page.evaluate(_DROP, ["#drop", list(_png((0, 255, 0)))])
-    page.fill("#hypothesis", "It is green.")
     held = []
     page.route("**/judge", lambda route: held.append(route))
-    page.click("#ask")
+    _ask(page, "It is green.")
     page.wait_for_selector("#ask:disabled")
     assert page.inner_text("#ask") == "Asking…"
     page.type("#hypothesis", "!")
@@ -165,9 +158,7 @@ def test_an_answer_that_comes_after_an_edit_is_not_shown(page):
 
 def test_on_a_phone_the_answer_comes_into_view(page):
     page.set_viewport_size({"width": 390, "height": 480})
-    page.evaluate(_DROP, ["#drop", list(_png((0, 255, 0)))])
-    page.fill("#hypothesis", "It is green.")
-    page.click("#ask")
+    _ask(page, "It is green.")
     _percents(page)
     bottom = page.locator("#answer .row >> nth=2").bounding_box()
     assert bottom["y"] + bottom["height"] < 480

@@ -1,10 +1,11 @@
 """illustrate: prompts, the memory in the pictures, interruption, refusals, both engines."""
 
+import shutil
 from random import Random
 
 import pytest
 from PIL import Image
-from tiny_world import read_jsonl, tree, write_captions, write_jsonl
+from tiny_world import interrupted_at, read_jsonl, tree, write_captions, write_jsonl
 
 from clseave_cli.core.config import IllustrateConfig
 from clseave_cli.core.data.images import ImageFolder, picture_name
@@ -31,10 +32,10 @@ def engine(monkeypatch):
         def __init__(self):
             self.asked, self.withheld = [], ()
 
-        def draw(self, wanted):
-            self.asked.append(wanted)
-            colour = wanted.seed % 256, wanted.seed // 256 % 256, 0
-            return None if wanted.key in self.withheld else Image.new("RGB", (4, 4), colour)
+        def draw(self, request):
+            self.asked.append(request)
+            colour = request.seed % 256, request.seed // 256 % 256, 0
+            return None if request.key in self.withheld else Image.new("RGB", (4, 4), colour)
 
     painter = Painter()
     engine = Engine({"engine": "painter"}, painter.draw)
@@ -50,9 +51,8 @@ def test_captions_of_an_image_make_one_prompt_and_rows_one_each(world, tmp_path,
     captions = write_captions(world, tmp_path / "captions")
     first, *_ = illustrate(IllustrateConfig(data=captions)).folder.iterdir()
     assert first.parent == captions / "guided-image"
-    assert _prompts(engine)["train0"] == (
-        "The square is red. The square is green. A dog waits outside."
-    )
+    prompt = "The square is red. The square is green. A dog waits outside."
+    assert _prompts(engine)["train0"] == prompt
     assert len(_prompts(engine)) == 8 and (captions / "guided-image" / "train0.png").is_file()
     engine.asked.clear()
     out, template = tmp_path / "out", "{gold_label}: {sentence2} / {Flickr30K_ID}"
@@ -64,7 +64,7 @@ def test_captions_of_an_image_make_one_prompt_and_rows_one_each(world, tmp_path,
 
 
 def test_what_is_done_is_remembered_and_a_stopped_run_ends_in_the_same_bytes(
-    world, tmp_path, engine, monkeypatch
+    world, tmp_path, engine
 ):
     """G8."""
 
@@ -75,18 +75,8 @@ def test_what_is_done_is_remembered_and_a_stopped_run_ends_in_the_same_bytes(
 
     whole = run("whole")
     assert (whole.drawn, whole.kept) == (24, 0)
-    write, calls = illustration.write_png, []
-
-    def dying(*arguments):
-        calls.append(arguments)
-        if len(calls) == 8:
-            raise KeyboardInterrupt
-        write(*arguments)
-
-    monkeypatch.setattr(illustration, "write_png", dying)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_at(illustration, "write_png", 8):
         run("stopped")
-    monkeypatch.setattr(illustration, "write_png", write)
     rest = run("stopped")
     assert (rest.drawn, rest.kept) == (17, 7)
     assert tree(tmp_path / "stopped") == tree(tmp_path / "whole")
@@ -101,11 +91,9 @@ def test_what_is_done_is_remembered_and_a_stopped_run_ends_in_the_same_bytes(
 
 def test_files_of_others_are_never_replaced(data, engine, refused):
     command = ("illustrate", "--data", data, "--input", data / "snli_ve_train.jsonl")
-    template = ("--template", "{sentence2}", "--out", data / "images")
     before = tree(data)
-    assert "was not drawn by illustrate from this text with these options" in refused(
-        *command, *template, code=2
-    )
+    message = refused(*command, "--template", "{sentence2}", "--out", data / "images", code=2)
+    assert "was not drawn by illustrate from this text with these options" in message
     assert tree(data) == before
 
 
@@ -133,9 +121,8 @@ def test_bad_rows_and_prompts_are_refused_in_one_line(data, tmp_path, engine):
 
 
 def test_guided_scenes_have_the_label_and_say_no_more(mini_ve):
-    labels = {
-        row["pairID"]: row["gold_label"] for row in read_jsonl(mini_ve / "snli_ve_train.jsonl")
-    }
+    rows = read_jsonl(mini_ve / "snli_ve_train.jsonl")
+    labels = {row["pairID"]: row["gold_label"] for row in rows}
     asked = scenes_of(mini_ve, "train", by_row=True)
     assert asked.keys() == labels.keys()
     forms = set()
@@ -152,10 +139,8 @@ def test_guided_scenes_have_the_label_and_say_no_more(mini_ve):
 
 def test_the_built_in_world_draws_its_pictures(mini_ve, tmp_path, clseave, refused):
     command = ("illustrate", "--engine", "mini-ve", "--data", mini_ve)
-    for by, limit, name in (
-        ("pairID", 7, "train-00000.png#0h0.png"),
-        ("image", 5, "train-00000.png"),
-    ):
+    names = (("pairID", 7, "train-00000.png#0h0.png"), ("image", 5, "train-00000.png"))
+    for by, limit, name in names:
         out = tmp_path / by
         options = ("--guided-by", by, "--out", out, "--limit", limit)
         assert clseave(*command, *options)[1] == f"{out}: {limit} pictures drawn · 0 kept\n"
@@ -165,16 +150,10 @@ def test_the_built_in_world_draws_its_pictures(mini_ve, tmp_path, clseave, refus
             assert '"engine": "mini-ve"' in picture.info["Software"]
     other = tmp_path / "other"
     other.mkdir()
-    write_captions_like(mini_ve, other)
+    shutil.copy(mini_ve / "captions_train.jsonl", other)
     for content in ("{}", '{"world": "mini-VE", "version": 2}'):
         (other / "world.json").write_text(content)
-        assert "expected a mini-VE of this version" in refused(
-            "illustrate", "--engine", "mini-ve", "--data", other
-        )
-
-
-def write_captions_like(world, folder):
-    (folder / "captions_train.jsonl").write_bytes((world / "captions_train.jsonl").read_bytes())
+        assert "expected a mini-VE of this version" in refused(*command[:-1], other)
 
 
 # --- diffusers ---
@@ -200,25 +179,21 @@ def pipeline(tmp_path_factory, clip):
     scheduler = diffusers.DDIMScheduler(steps_offset=1, clip_sample=False)
     folder = tmp_path_factory.mktemp("pipeline")
     diffusers.StableDiffusionPipeline(
-        vae,
-        text,
-        tokenizer,
-        unet,
-        scheduler,
-        None,
-        None,
-        requires_safety_checker=False,
+        vae, text, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
     ).save_pretrained(folder)
     return folder
 
 
+def _command(world, out):
+    return ("illustrate", "--data", world, "--guided-by", "pairID", "--template", "{sentence2}",
+            "--out", out)  # fmt: skip
+
+
 def test_a_real_pipeline_draws_and_repeats_itself(world, pipeline, tmp_path, clseave):
+    options = ("--model", pipeline, "--steps", 2, "--size", 16, "--device", "cpu", "--precision")
+
     def run(out, *more):
-        code, message, err = clseave(
-            "illustrate", "--data", world, "--guided-by", "pairID", "--template", "{sentence2}",
-            "--model", pipeline, "--steps", 2, "--size", 16, "--device", "cpu", "--precision",
-            "fp32", "--out", tmp_path / out, *more,
-        )  # fmt: skip
+        code, message, err = clseave(*_command(world, tmp_path / out), *options, "fp32", *more)
         assert code == 0, err
         return message
 
@@ -241,11 +216,9 @@ def test_unusable_models_are_refused(
     world, pipeline, clip, tmp_path, refused, options, code, message
 ):
     options = [option.format(clip=clip, pipeline=pipeline) for option in options]
-    command = ("illustrate", "--data", world, "--guided-by", "pairID", "--template", "{sentence2}")
-    assert message in refused(*command, "--out", tmp_path / "out", *options, code=code)
+    assert message in refused(*_command(world, tmp_path / "out"), *options, code=code)
 
 
 def test_without_diffusers_one_line_says_how_to_install_it(world, tmp_path, refused, monkeypatch):
     monkeypatch.setattr(illustration.importlib.util, "find_spec", lambda name: None)
-    command = ("illustrate", "--data", world, "--guided-by", "pairID", "--template", "{sentence2}")
-    assert "pip install -e '.[diffusers]'" in refused(*command, "--out", tmp_path / "out")
+    assert "pip install -e '.[diffusers]'" in refused(*_command(world, tmp_path / "out"))

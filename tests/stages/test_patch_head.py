@@ -6,24 +6,24 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_world import QUICK, Notes, quick_align, read_jsonl, weights
+from tiny_world import (
+    Notes,
+    killed_at_step,
+    labelled_pairs,
+    quick_align,
+    quick_finetune,
+    weights,
+)
 
 from clseave_cli import VisualEntailment
-from clseave_cli.core.config import EvaluateConfig, ExportConfig, FinetuneConfig
+from clseave_cli.core.config import EvaluateConfig, ExportConfig
 from clseave_cli.core.data.heat_map import heat_map
 from clseave_cli.core.data.images import ImageFolder, Preparation, open_image
 from clseave_cli.core.data.records import read_split
 from clseave_cli.core.evaluation.run import evaluate
 from clseave_cli.core.features import Photos, image_features
-from clseave_cli.core.finetuning import finetune
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.training.device import autocast
-from clseave_cli.progress import SILENT
-
-
-def _finetune(world, runs, clip, progress=SILENT, **options):
-    shared = {"data": str(world), "runs": runs, "clip": str(clip), **QUICK}
-    return finetune(FinetuneConfig(**(shared | {"epochs": 2} | options)), progress)
 
 
 @pytest.fixture(scope="module")
@@ -32,22 +32,21 @@ def looking(tmp_path_factory, world, clip, encoder):
     runs = tmp_path_factory.mktemp("looking") / "runs"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CLSEAVE_CACHE", str(runs.parent / "cache"))
-        _finetune(world, runs, clip)
+        quick_finetune(world, runs, clip)
         quick_align(world, runs, runs, encoder, "de")
     return runs
 
 
 def test_dev_and_test_accuracy_are_those_of_the_saved_model(world, looking, tmp_path):
-    config = EvaluateConfig(data=str(world), runs=(looking,), report=tmp_path / "report", **{
-        "device": "cpu", "precision": "fp32"})  # fmt: skip
+    options = {"resamples": 50, "device": "cpu", "precision": "fp32"}
+    options |= {"report": tmp_path / "report"}
+    config = EvaluateConfig(data=str(world), runs=(looking,), **options)
     results = {result.lang: result for result in evaluate(config).results}
     for lang in ("en", "de"):
-        rows = read_jsonl(world / f"snli_ve_test{'' if lang == 'en' else '.de'}.jsonl")
-        pairs = [(world / "images" / row["Flickr30K_ID"], row["sentence2"]) for row in rows]
-        model = VisualEntailment.from_pretrained(looking, lang, "cpu", "fp32")
-        answers = model.predict(pairs)
-        right = [a.label == row["gold_label"] for a, row in zip(answers, rows, strict=True)]
-        assert results[lang].accuracy == pytest.approx(np.mean(right))
+        pairs, labels = labelled_pairs(world, lang)
+        answers = VisualEntailment.from_pretrained(looking, lang, "cpu", "fp32").predict(pairs)
+        is_right = [a.label == label for a, label in zip(answers, labels, strict=True)]
+        assert results[lang].accuracy == pytest.approx(np.mean(is_right))
     page = (tmp_path / "report" / "report.html").read_text()
     assert 'alt="where the model looked"' in page
     summary = json.loads((looking / "align-de" / "training" / "summary.json").read_text())
@@ -55,15 +54,13 @@ def test_dev_and_test_accuracy_are_those_of_the_saved_model(world, looking, tmp_
 
 
 def test_training_again_or_resumed_gives_the_same_weights(world, looking, clip, tmp_path):
-    from tiny_world import killed_at_step
-
     with killed_at_step(4):
-        _finetune(world, tmp_path, clip)
-    _finetune(world, tmp_path, clip, resume=True)
+        quick_finetune(world, tmp_path, clip)
+    quick_finetune(world, tmp_path, clip, resume=True)
     assert weights(tmp_path / "clip-ve") == weights(looking / "clip-ve")
 
 
-def test_patches_are_cached_in_half_precision_and_their_size_is_said(world, clip):
+def test_patches_are_cached_in_half_precision_and_their_size_is_noted(world, clip):
     image = ClipVE.from_clip(clip, head="patches").image
     split = read_split(world, "train")
     photos = Photos.of(split, ImageFolder.of(world, None))

@@ -1,17 +1,19 @@
 """Recipes of `finetune-ve` beyond the thesis's: what is learnt, and which weights are trained."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import tiny_backbones
 import torch
 from tiny_world import (
-    QUICK,
     Notes,
     edit_row,
     killed_at_step,
+    quick_finetune,
     read_jsonl,
+    record,
     sentences,
     weights,
     write_jsonl,
@@ -22,18 +24,11 @@ from clseave_cli.core import finetuning
 from clseave_cli.core.config import FinetuneConfig
 from clseave_cli.core.data.records import read_split
 from clseave_cli.core.files import cache_sizes
-from clseave_cli.core.finetuning import finetune
 from clseave_cli.core.models import adapters, backbones
 from clseave_cli.core.models.clip_ve import ClipVE
 from clseave_cli.core.models.encoders import module_digest
 from clseave_cli.errors import DataError, ExtraMissing, UsageError
 from clseave_cli.labels import LABELS
-from clseave_cli.progress import SILENT
-
-
-def _finetune(world, runs, clip, progress=SILENT, **options):
-    shared = {"data": str(world), "runs": runs, "clip": str(clip), "epochs": 2, **QUICK}
-    return finetune(FinetuneConfig(**(shared | options)), progress)
 
 
 @pytest.fixture
@@ -45,12 +40,10 @@ def answers(world, tmp_path):
     files = []
     for number, table in enumerate(tables.tolist()):
         values = [triple if number else dict(zip(LABELS, triple, strict=True)) for triple in table]
-        lines = [
-            {"pairID": row["pairID"], "probabilities": each}
-            for row, each in zip(rows, values, strict=True)
-        ]
-        lines.append({"pairID": "of another file", "error": "no such image"})
-        files.append(write_jsonl(tmp_path / f"answers{number}.jsonl", lines[::-1]))
+        lines = [{"pairID": "of another file", "error": "no such image"}]
+        for row, probabilities in zip(rows[::-1], values[::-1], strict=True):
+            lines.append({"pairID": row["pairID"], "probabilities": probabilities})
+        files.append(write_jsonl(tmp_path / f"answers{number}.jsonl", lines))
     return files, torch.from_numpy(tables).float()
 
 
@@ -62,6 +55,7 @@ def test_soft_labels_are_kl_beside_cross_entropy(world, answers):
     split = read_split(world, "train")
     config = FinetuneConfig(soft_labels=files, soft_weight=0.3, label_smoothing=0.2)
     targets = finetuning._targets(config, split)
+    assert finetuning._targets(FinetuneConfig(), split).dtype == torch.int64  # the labels
     logits = torch.randn(len(split), 3, generator=torch.manual_seed(0), requires_grad=True)
     labels, teacher = torch.from_numpy(split.labels).long(), tables.mean(dim=0)
     expected = 0.7 * functional.cross_entropy(logits, labels, label_smoothing=0.2)
@@ -73,23 +67,21 @@ def test_soft_labels_are_kl_beside_cross_entropy(world, answers):
     torch.testing.assert_close(*gradients)
 
 
-def test_without_any_of_it_the_labels_are_learnt(world):
-    targets = finetuning._targets(FinetuneConfig(), read_split(world, "train"))
-    assert targets.dtype == torch.int64
+def _predict(clseave, world, split, target, runs):
+    rows, images = world / f"snli_ve_{split}.jsonl", world / "images"
+    code, _, err = clseave(
+        "predict", "--input", rows, "--output", target, "--runs", runs, "--images", images
+    )
+    assert code == 0, err
 
 
 def test_what_predict_writes_of_any_model_teaches(world, trained, clip, clseave, tmp_path):
     """Through the real commands: two teachers' answers, then a student of both."""
-    train = world / "snli_ve_train.jsonl"
-    code, _, err = clseave(
-        "predict", "--input", train, "--output", tmp_path / "a.jsonl", "--runs", trained,
-        "--images", world / "images",
-    )  # fmt: skip
-    assert code == 0, err
-    answered = read_jsonl(tmp_path / "a.jsonl")
-    write_jsonl(tmp_path / "b.jsonl", answered)
+    files = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    _predict(clseave, world, "train", files[0], trained)
+    shutil.copy(*files)
     learn = ("finetune-ve", "--data", world, "--clip", clip, "--epochs", 1, "--batch-size", 8)
-    soft = ("--soft-labels", tmp_path / "a.jsonl", "--soft-labels", tmp_path / "b.jsonl")
+    soft = ("--soft-labels", files[0], "--soft-labels", files[1])
     code, _, err = clseave(*learn, "--runs", tmp_path / "runs", *soft, "--label-smoothing", "0.1")
     assert code == 0, err
     record = json.loads((tmp_path / "runs/clip-ve/training/run.json").read_bytes())
@@ -114,7 +106,7 @@ def test_soft_labels_that_do_not_fit_are_refused(world, answers, clip, tmp_path,
         bad = {"sum": [0.5, 0.5, 0.5], "label": {"yes": 0.5, "no": 0.5}}[spoilt]
         edit_row(path, 3, probabilities=bad)
     with pytest.raises(DataError, match=expected):
-        _finetune(world, tmp_path / "runs", clip, soft_labels=(path,))
+        quick_finetune(world, tmp_path / "runs", clip, soft_labels=(path,))
     assert not (tmp_path / "runs").exists()
 
 
@@ -141,22 +133,16 @@ def recipe(request):
 def test_a_recipe_trains_what_it_should_and_resumes_to_the_same_bits(world, tmp_path, clip, recipe):
     """G6."""
     before = ClipVE.from_clip(clip)
-    result = _finetune(world, tmp_path / "a", clip, **recipe)
+    result = quick_finetune(world, tmp_path / "a", clip, **recipe)
     with killed_at_step(4):
-        _finetune(world, tmp_path / "b", clip, checkpoint_minutes=0, **recipe)
-    _finetune(world, tmp_path / "b", clip, checkpoint_minutes=0, resume=True, **recipe)
+        quick_finetune(world, tmp_path / "b", clip, checkpoint_minutes=0, **recipe)
+    quick_finetune(world, tmp_path / "b", clip, checkpoint_minutes=0, resume=True, **recipe)
     assert weights(tmp_path / "a" / "clip-ve") == weights(tmp_path / "b" / "clip-ve")
     after = ClipVE.from_folder(result.folder)
-    names = dict(before.named_parameters()).keys()
-    assert names <= dict(after.named_parameters()).keys() | {
-        name for name in names if name.startswith("head")
-    }  # nothing is left of the adapters
-    changed = {
-        name
-        for name, value in before.named_parameters()
-        if not name.startswith("head")
-        and not torch.equal(value, dict(after.named_parameters())[name])
-    }
+    towers = {n: p for n, p in before.named_parameters() if not n.startswith("head")}
+    trained = dict(after.named_parameters())
+    assert towers.keys() <= trained.keys()  # nothing is left of the adapters
+    changed = {name for name, value in towers.items() if not torch.equal(value, trained[name])}
     image = {name for name in changed if name.startswith("image")}
     of_blocks = {name for name in image if ".layers.0." in name}
     assert image == of_blocks and bool(image) == ("smoothing" not in str(recipe.keys()))
@@ -182,44 +168,31 @@ def test_the_trained_blocks_give_what_the_whole_tower_gives(layout, grid, world,
     assert all(p.requires_grad for p in image.blocks.parameters())
 
 
-def test_dev_accuracy_is_that_of_the_saved_model(world, tmp_path, clip, clseave):
+def test_states_are_cached_and_the_dev_loss_is_that_of_the_saved_model(
+    world, tmp_path, clip, clseave, cache
+):
     """The tower is trained, so dev photos are encoded anew in every epoch."""
-    result = _finetune(
-        world, tmp_path, clip, unfreeze_blocks=1, learning_rate=1e-2, image_learning_rate=1e-2
-    )
-    rows = world / "snli_ve_dev.jsonl"
-    code, _, err = clseave(
-        "predict", "--input", rows, "--output", tmp_path / "dev.jsonl", "--runs", tmp_path,
-        "--images", world / "images",
-    )  # fmt: skip
-    assert code == 0, err
-    answered = read_jsonl(tmp_path / "dev.jsonl")
-    losses = [-np.log(row["probabilities"][row["gold_label"]]) for row in answered]
-    assert np.mean(losses) == pytest.approx(result.training.dev["loss"], rel=5e-3)
-
-
-def test_the_image_tower_has_its_learning_rate(world, tmp_path, clip, monkeypatch):
-    rates = []
-    step = torch.optim.AdamW.step
-
-    def watch(optimizer, *arguments, **more):
-        rates.append([group["lr"] for group in optimizer.param_groups if group["params"]])
-        return step(optimizer, *arguments, **more)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", watch)
-    for options, factor in (({}, 0.1), ({"image_learning_rate": 1e-3}, 0.5)):
-        rates.clear()
-        _finetune(world, tmp_path / str(factor), clip, unfreeze_blocks=1, **options)
-        assert rates and all(r == pytest.approx([2e-3] * 2 + [2e-3 * factor] * 2) for r in rates)
-
-
-def test_states_are_cached_and_their_size_is_said(world, tmp_path, clip, cache):
-    notes = Notes()
-    _finetune(world, tmp_path / "a", clip, notes, unfreeze_blocks=1)
+    notes, options = Notes(), {"learning_rate": 1e-2, "image_learning_rate": 1e-2}
+    result = quick_finetune(world, tmp_path, clip, progress=notes, unfreeze_blocks=1, **options)
     assert "train: 8 photos × 5 vectors × 32 × 2 bytes = 0.00 GB into" in notes.text
     assert "--patch-grid" not in notes.text
     assert [folder.name for folder in cache.iterdir()] == ["states"]
     assert cache_sizes()["states"] > 8 * 5 * 32 * 2
+    _predict(clseave, world, "dev", tmp_path / "dev.jsonl", tmp_path)
+    answers = read_jsonl(tmp_path / "dev.jsonl")
+    losses = [-np.log(row["probabilities"][row["gold_label"]]) for row in answers]
+    assert np.mean(losses) == pytest.approx(result.training.dev["loss"], rel=5e-3)
+
+
+def test_the_image_tower_has_its_learning_rate(world, tmp_path, clip, monkeypatch):
+    def learning_rates(optimizer, *_):
+        return [group["lr"] for group in optimizer.param_groups if group["params"]]
+
+    rates = record(monkeypatch, torch.optim.AdamW, "step", learning_rates)
+    for options, factor in (({}, 0.1), ({"image_learning_rate": 1e-3}, 0.5)):
+        rates.clear()
+        quick_finetune(world, tmp_path / str(factor), clip, unfreeze_blocks=1, **options)
+        assert rates and all(r == pytest.approx([2e-3] * 2 + [2e-3 * factor] * 2) for r in rates)
 
 
 def test_recipes_that_do_not_go_together_are_refused(world, tmp_path, clip, monkeypatch):
@@ -229,10 +202,10 @@ def test_recipes_that_do_not_go_together_are_refused(world, tmp_path, clip, monk
         ({"unfreeze_blocks": 2}, r"--unfreeze-blocks 2: the image tower has only 1"),
     ):
         with pytest.raises(UsageError, match=message):
-            _finetune(world, tmp_path, clip, **options)
+            quick_finetune(world, tmp_path, clip, **options)
     monkeypatch.setattr(adapters.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ExtraMissing, match=r"pip install -e '\.\[lora\]'"):
-        _finetune(world, tmp_path, clip, lora=2)
+        quick_finetune(world, tmp_path, clip, lora=2)
     naflex = tiny_backbones.new_siglip2(tmp_path, sentences(world))
     with pytest.raises(UsageError, match="which see every picture as a square"):
-        _finetune(world, tmp_path, naflex, unfreeze_blocks=1, head="pooled")
+        quick_finetune(world, tmp_path, naflex, unfreeze_blocks=1, head="pooled")
